@@ -1,0 +1,126 @@
+"""What the tests share: real pictures on disk, composed settings, and the trainer as a real process."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from trainer import config as settings
+from trainer.config import Config
+
+PROJECT = Path(__file__).parents[1]
+
+# One thread: the promise of equal bits is for an equal number of threads, and small tests run faster so.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# The real configuration, shrunk to seconds.
+QUICK = ("train.epochs=2", "train.batch_size=8", "data.size=16", "data.resize=16", "platform=local")
+
+
+@pytest.fixture
+def configure() -> Callable[..., Config]:
+    """Composes the project's own configuration with overrides, as the command line does."""
+    settings.register()
+
+    def configure(*overrides: str) -> Config:
+        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+            return settings.load(compose("config", list(overrides)))
+
+    return configure
+
+
+def make_pictures(root: Path, per_class: dict[str, int], classes: tuple[str, ...] = ("circle", "square", "stripe"), size: int = 16) -> Path:
+    """Writes PNG class folders whose classes a small network can tell apart. per_class: pictures of each class, by split."""
+    for split, count in per_class.items():
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                rng = np.random.default_rng([label, number, len(split)])
+                pixels = rng.integers(0, 90, (size, size, 3), dtype=np.uint8)
+                pixels[:, :, label % 3] += np.uint8(80 + 60 * (label // 3))
+                pixels[number % size, :, :] = 255
+                Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of 3 classes: 24 training, 9 validation and 9 test pictures. Read it, don't change it."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"), {"train": 8, "valid": 3, "test": 3})
+
+
+def start_trainer(cwd: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+    """The trainer as a user starts it, in a process group of its own, standard output and error together."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", *overrides],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)} | environment,  # HOME: the cache is not the user's
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_trainer(cwd: Path, *overrides: str, **environment: str) -> tuple[int, str]:
+    """Its exit code and everything it printed."""
+    process = start_trainer(cwd, *overrides, **environment)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """EC2's metadata service, version 2: nothing without a token, 404 until there is a notice."""
+
+    notices: frozenset[str] = frozenset()
+
+    def do_PUT(self):
+        assert self.path == "/latest/api/token" and int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) > 0
+        self.answer(200, b"secret-token")
+
+    def do_GET(self):
+        if self.headers.get("X-aws-ec2-metadata-token") != "secret-token":
+            self.answer(401, b"")
+        elif self.path.removeprefix("/latest/meta-data/") in self.notices:
+            self.answer(200, b'{"action": "terminate", "time": "2026-11-23T08:22:00Z"}')
+        else:
+            self.answer(404, b"")
+
+    def answer(self, code, body):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    handler = type("Handler", (Metadata,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be used
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+    """Whether the condition became true in time."""
+    for _ in range(int(seconds * 100)):
+        if condition():
+            return True
+        threading.Event().wait(0.01)
+    return False

@@ -1,0 +1,256 @@
+"""Kills real runs at random instants, starts each again until it is complete, and compares it with one that was never disturbed.
+
+`make soak` (KILLS=200 SEED=0) runs python -m tests.soak --kills 200 --seed 0. The seed decides where and how each kill falls, as far as the
+machine's pace allows.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from tests.conftest import make_pictures, start_trainer
+from trainer import checkpoint, files
+from trainer.errors import OK, RESUME
+
+# Everything that has state is on, and saving happens all the time, so that many kills fall into it.
+SETTINGS = (
+    "name=run", "platform=local", "platform.cache=cache", "data=folder", "data.root=pictures", "data.size=16", "data.resize=18",
+    "data.augment.trivial=true", "data.workers=2", "train.epochs=24", "train.batch_size=8", "train.accumulate=2", "train.ema_decay=0.9",
+    "train.clip_norm=1", "train.threads=1", "optim.head_lr=3e-3", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
+)  # fmt: skip
+# What is trained: all of the network, from pixels; or the head, on features that are computed first.
+VARIANTS = {
+    "whole network": (*SETTINGS, "data.augment.mixup=0.4", "data.augment.cutmix=1.0"),
+    "frozen backbone": (*SETTINGS, "model.freeze=backbone", "model.cached_views=2", "model.head_hidden=8"),
+}
+STEPS_PER_EPOCH = 6  # 48 pictures in batches of 8
+STEPS = 24 * STEPS_PER_EPOCH
+TIMES = ("seconds", "data_wait", "evaluate_seconds")  # of a ledger row: not part of the result
+KILLS = ("kill -9 of the process group", "kill -9 of the main process", "SIGTERM", "SIGINT")
+HANG = 240.0  # seconds after which a run counts as hanging
+
+
+@dataclass
+class Tally:
+    """What a soak saw. `failures` is empty when it passed."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    phases: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{sum(self.kills.values())} kills in {self.runs} runs, {len(self.failures)} failures"]
+        lines += [f"  {count:4d} {name}" for name, count in (*self.kills.items(), *self.phases.items())]
+        return "\n".join(lines + [f"  FAILED {failure}" for failure in self.failures])
+
+
+def outcome(run: Path) -> dict[str, object]:
+    """All that a run has made of itself: tensors and ledger of its last checkpoint, its best weights, and its package's weights."""
+    found = checkpoint.newest(run / "checkpoints")
+    assert found is not None
+    state = found[1]
+    progress = state["progress"]
+    best = checkpoint.load(run / "checkpoints" / progress["best"]["checkpoint"])
+    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in progress["rows"]]
+    kept = {key: progress[key] for key in ("epoch", "batch", "step", "best")}
+    return {"network": state["network"], "average": state["average"], "optimizer": state["optimizer"], "scaler": state["scaler"]} | {
+        "best": best, "rows": rows, "progress": kept,
+    }  # fmt: skip
+
+
+def difference(one: object, other: object, name: str = "") -> str | None:
+    """Where two outcomes differ first, or None. Tensors are compared bit for bit."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return None if one.dtype == other.dtype and torch.equal(one, other) else name
+    if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() != other.keys():
+            return f"{name}: {sorted(one.keys() ^ other.keys())}"
+        return next((found for key in one if (found := difference(one[key], other[key], f"{name}/{key}"))), None)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            return f"{name}: {len(one)} and {len(other)} entries"
+        return next((found for key, pair in enumerate(zip(one, other, strict=True)) if (found := difference(*pair, f"{name}/{key}"))), None)
+    return None if one == other else f"{name}: {one} and {other}"
+
+
+def leftovers(directory: Path) -> list[str]:
+    """Temporary files of killed writers."""
+    return [str(path.relative_to(directory)) for path in directory.rglob(".*") if path.name != ".lock"]
+
+
+def phase(run: Path) -> str:
+    """Where a kill fell, read from what it left."""
+    if not (run / "checkpoints").exists() or not (steps := checkpoint.steps(run / "checkpoints")):
+        return "before the first checkpoint (start, check of the pictures, first steps)"
+    if any((run / "checkpoints").glob(f"{files.ASIDE}*")):
+        return "while a checkpoint was written"
+    log = (run / "log.txt").read_text().rsplit("resumed from", 1)[-1]
+    if "test_loss" in log:
+        return "after training (test, package, report)"
+    evaluated = steps[-1].name.endswith("-evaluated")
+    return "between steps" if evaluated or not _epoch_is_over(steps[-1]) else "while an epoch was evaluated"
+
+
+def _epoch_is_over(path: Path) -> bool:
+    return int(path.name.split("-")[1]) % STEPS_PER_EPOCH == 0
+
+
+def kill(process: subprocess.Popen[str], how: str) -> None:
+    if how == "kill -9 of the process group":
+        os.killpg(process.pid, signal.SIGKILL)
+    elif how == "kill -9 of the main process":
+        process.kill()
+    else:
+        process.send_signal(signal.Signals[how])
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of the undisturbed run: until the pictures are read, for the training, and for what follows."""
+
+    start: float
+    training: float
+    rest: float
+
+    def instant(self, rng: random.Random, run: Path) -> tuple[bool, float]:
+        """When to kill: mostly in what is left of the training, so many seconds after the start-up (True); else anywhere, after the start (False)."""
+        done = max((int(path.name.split("-")[1]) for path in checkpoint.steps(run / "checkpoints")), default=0) / STEPS
+        left = (1 - done) * self.training
+        return (True, rng.uniform(0, left)) if rng.random() < 0.8 else (False, rng.uniform(0.1, self.start + left + self.rest))
+
+
+class Trainer:
+    """A run's process, and what it prints."""
+
+    def __init__(self, directory: Path, settings: Sequence[str]) -> None:
+        self.process = start_trainer(directory, *settings)
+        self.lines: list[str] = []
+        self.started = threading.Event()  # the model is there: reading pictures and training come next
+        self.trained = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            self.lines.append(line)
+            if line.startswith("model:"):
+                self.started.set()
+            if "test_loss" in line:
+                self.trained.set()
+        self.started.set()
+        self.trained.set()
+
+    def end(self) -> int | None:
+        """Waits for its end: the exit code, or None where it hung."""
+        try:
+            self.process.wait(HANG)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return None
+        finally:
+            self._reader.join()
+        return self.process.returncode
+
+
+def measured(directory: Path, settings: Sequence[str], tally: Tally) -> Pace:
+    """Runs undisturbed and says how long it took."""
+    trainer, times = Trainer(directory, settings), [time.monotonic()]
+    for event in (trainer.started, trainer.trained):
+        event.wait(HANG)
+        times.append(time.monotonic())
+    if (code := trainer.end()) != OK:
+        tally.failures.append(f"the undisturbed run: exit code {code}:\n{''.join(trainer.lines)[-3000:]}")
+    times.append(time.monotonic())
+    return Pace(*(after - before for before, after in pairwise(times)))
+
+
+def disturbed_run(directory: Path, settings: Sequence[str], rng: random.Random, pace: Pace, kills: int, tally: Tally, lock: threading.Lock) -> None:
+    """One run, killed `kills` times on its way. Its process is started again until it is complete."""
+    for _ in range(kills):
+        how, (after_start, delay) = rng.choice(KILLS), pace.instant(rng, directory / "runs/run")
+        trainer = Trainer(directory, settings)
+        if after_start:
+            trainer.started.wait(HANG)
+        try:
+            trainer.process.wait(delay)
+        except subprocess.TimeoutExpired:
+            kill(trainer.process, how)
+            with lock:
+                tally.kills[how] += 1
+                tally.phases[phase(directory / "runs/run")] += 1
+        code = trainer.end()
+        if code is None:
+            tally.failures.append(f"{directory.name}: hung after {how}")
+        elif how.startswith("SIG") and code not in (OK, RESUME, -signal.Signals[how]):
+            tally.failures.append(f"{directory.name}: exit code {code} after {how}:\n{''.join(trainer.lines)[-2000:]}")
+        if code == OK:
+            break
+    last = Trainer(directory, settings)
+    if (code := last.end()) != OK:
+        tally.failures.append(f"{directory.name}: exit code {code}:\n{''.join(last.lines)[-2000:]}")
+
+
+def soak(kills: int, seed: int, root: Path) -> Tally:
+    """At least `kills` kills, in one lane a variant, side by side."""
+    make_pictures(root / "pictures", {"train": 16, "valid": 16, "test": 4}, size=24)
+    tally, lock = Tally(), threading.Lock()
+
+    def new_directory(name: str) -> Path:
+        directory = root / name
+        directory.mkdir()
+        (directory / "pictures").symlink_to(root / "pictures")
+        return directory
+
+    def lane(variant: str) -> None:
+        rng, settings = random.Random(f"{seed}/{variant}"), VARIANTS[variant]
+        undisturbed = new_directory(variant)
+        pace = measured(undisturbed, settings, tally)
+        expected = None if tally.failures else outcome(undisturbed / "runs/run")
+        while sum(tally.kills.values()) < kills and not tally.failures:
+            with lock:
+                tally.runs += 1
+                directory = new_directory(f"{variant} {tally.runs}")
+            disturbed_run(directory, settings, rng, pace, rng.randint(3, 9), tally, lock)
+            if not tally.failures:
+                if where := difference(expected, outcome(directory / "runs/run")):
+                    tally.failures.append(f"{directory.name}: {where} differs from the undisturbed run")
+                if left := leftovers(directory / "runs"):
+                    tally.failures.append(f"{directory.name}: left behind {left}")
+                print(f"{sum(tally.kills.values())} of {kills} kills; {directory.name} is equal to the undisturbed run", flush=True)
+
+    threads = [threading.Thread(target=lane, args=(variant,)) for variant in VARIANTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(f"seed {options.seed}: replay with make soak KILLS={options.kills} SEED={options.seed}")
+    with tempfile.TemporaryDirectory(prefix="packhorse-soak-") as root:
+        tally = soak(options.kills, options.seed, Path(root))
+    print(tally)
+    return 1 if tally.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""Checkpoints: a directory per step, complete or absent, verified before it is believed.
+
+A directory holds `tensors.safetensors`, `state.json` (everything that is no tensor) and `manifest.json` (size and SHA-256 of both), written last.
+It is made aside, flushed to the disk and renamed, so a kill or a power cut at any moment leaves the checkpoints before it untouched.
+Nothing in it is a pickle: loading runs no code.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+
+from trainer import files
+from trainer.console import log
+from trainer.errors import MISTAKE, OK, UserError
+
+FORMAT = 1
+FILES = {"tensors.safetensors", "state.json"}  # and manifest.json, which describes them
+TENSOR = "tensor:"  # begins a JSON string that stands for a tensor
+CHANNELS_LAST = "channels_last:"  # the same for one kept as [N, H, W, C], as it lies in memory: reordering costs several times the copy
+# The names that safetensors has for the types of tensors.
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Damaged(UserError):
+    """A checkpoint whose files are not what was written. The message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as the bytes of its files, in memory of its own: training may go on while it is written."""
+
+    tree: bytes  # state.json
+    header: bytes  # of tensors.safetensors
+    data: torch.Tensor  # the rest of it, uint8 on the CPU
+
+
+def snapshot(state: dict[str, Any], memory: torch.Tensor | None = None) -> Snapshot:
+    """Copies `state`: nested dicts and lists of tensors, numbers, strings, booleans and None.
+
+    memory: uint8 to copy into, where it is large enough (`Snapshot.data` of an earlier one, say): fresh memory costs several times the copy.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    tree = json.dumps(_split(state, "", tensors)).encode()
+    header, places = _layout(tensors)
+    size = max((end for _, end in places.values()), default=0)
+    data = memory[:size] if memory is not None and len(memory) >= size else torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    for name, (start, end) in places.items():
+        data[start:end].view(tensors[name].dtype).view(tensors[name].shape).copy_(tensors[name], non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return Snapshot(tree, header, data)
+
+
+def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header of a safetensors file (its length, then JSON) and where each tensor's bytes lie behind it.
+
+    Written here and not by the library, which copies everything once more and holds the interpreter's lock meanwhile.
+    """
+    places, entries, end = {}, {}, 0
+    # The largest elements first, so that each tensor starts at a multiple of its element's size.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        places[name] = (start, end)
+        entries[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def save(root: Path, name: str, state: dict[str, Any]) -> Path:
+    """Writes a state as root/name; see `snapshot` and `write`."""
+    return write(root, name, snapshot(state))
+
+
+def write(root: Path, name: str, contents: Snapshot) -> Path:
+    """Writes a snapshot as root/name. Hashing and writing leave the interpreter free for other threads.
+
+    A name stands for one state: where a good checkpoint of that name is there already, it is left alone. Raises OSError (a full disk,
+    say) and then leaves nothing behind.
+    """
+    target, aside = root / name, root / f"{files.ASIDE}{name}"
+    try:
+        verify(target)
+        return target
+    except Damaged:
+        pass
+    parts = {"tensors.safetensors": (contents.header, contents.data.numpy().data), "state.json": (contents.tree,)}
+    manifest = {"format": FORMAT, "files": {file: _describe(*data) for file, data in parts.items()}}
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for file, data in (parts | {"manifest.json": (json.dumps(manifest, indent=1).encode(),)}).items():
+            files.flush(aside / file, *data)
+        files.flush_directory(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+        files.flush_directory(root)
+    except OSError as error:
+        error.filename = str(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state that `save` wrote, tensors on the CPU. Raises Damaged."""
+    contents = _verified(path)
+    try:
+        tensors = safetensors.load(contents["tensors.safetensors"])
+        state = _join(json.loads(contents["state.json"]), tensors)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise Damaged(f"{path}: its contents can't be read ({error})") from error
+    assert isinstance(state, dict)
+    return state
+
+
+def verify(path: Path) -> None:
+    """Raises Damaged unless every file of the checkpoint is as it was written."""
+    _verified(path)
+
+
+def steps(root: Path) -> list[Path]:
+    """The resumable checkpoints below root, oldest first."""
+    return sorted(path for path in root.glob("step-*") if path.is_dir())
+
+
+def step_name(step: int, evaluated: bool) -> str:
+    """The name of the state after `step` steps; where an epoch ends there, before or after its evaluation. Sorts by time."""
+    return f"step-{step:08d}" + ("-evaluated" if evaluated else "")
+
+
+def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest good checkpoint and its state; None where there never was one.
+
+    A damaged one is passed over with a warning. Raises UserError where all are damaged: to start from zero would throw work away
+    that a person may still be able to save.
+    """
+    found = steps(root)
+    for path in reversed(found):
+        try:
+            state = load(path)
+            if best := _best(state):
+                verify(root / best)
+            return path, state
+        except Damaged as error:
+            log.warning("%s; going back to the checkpoint before it", error)
+    if found:
+        raise UserError(
+            f"{root}: none of its {len(found)} checkpoints is whole; bring back a copy of one, or delete the directory to start from the beginning"
+        )
+    return None
+
+
+class Cadence:
+    """When to save: every so many minutes and at each epoch's end, but never so often that saving takes more than its share of the time."""
+
+    def __init__(self, minutes: float, max_cost: float) -> None:
+        self._interval, self._max_cost = 60 * minutes, max_cost
+        self._saved_at, self._cost = time.monotonic(), 0.0
+
+    def due(self, epoch_ends: bool) -> bool:
+        """Whether to save now. What the last save took is what the next one is expected to take."""
+        elapsed = time.monotonic() - self._saved_at
+        return elapsed >= self._cost / self._max_cost and (epoch_ends or elapsed >= self._interval)
+
+    def saved(self, seconds: float) -> None:
+        self._saved_at, self._cost = time.monotonic(), seconds
+
+
+def prune(root: Path, keep: int, good: set[str]) -> list[Path]:
+    """Deletes all but the newest `keep` good checkpoints and the best weights that they refer to. Returns what went.
+
+    good: names known to be whole, which are not read again; those found whole are added.
+    """
+    kept: list[Path] = []
+    for path in reversed(steps(root)):
+        try:
+            if path.name not in good:
+                verify(path)
+                good.add(path.name)
+        except Damaged:
+            continue
+        kept.append(path)
+        if len(kept) == keep:
+            break
+    else:
+        return []  # while good ones are few, even a damaged one may be of use to a person
+    best = {_best(json.loads((path / "state.json").read_bytes())) for path in kept}
+    gone = [path for path in steps(root) if path not in kept] + [path for path in root.glob("best-*") if path.name not in best]
+    for path in gone:
+        # Renamed first, so that a kill half way leaves no half checkpoint under a complete one's name.
+        aside = root / f"{files.ASIDE}{path.name}"
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    return gone
+
+
+def _best(state: dict[str, Any]) -> str | None:
+    """The name of the best weights that a state refers to."""
+    best = state["progress"]["best"]
+    return best["checkpoint"] if best else None
+
+
+def _describe(*parts: bytes | memoryview) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return {"size": sum(len(part) for part in parts), "sha256": digest.hexdigest()}
+
+
+def _verified(path: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint, as bytes, held against the manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        listed = dict(manifest["files"])
+        if manifest["format"] != FORMAT:
+            raise Damaged(f"{path}: written in format {manifest['format']}, this version reads {FORMAT}")
+        if set(listed) != FILES:
+            raise Damaged(f"{path}: manifest.json is damaged")
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: manifest.json is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{path}: manifest.json is damaged") from error
+    contents = {}
+    for file, wanted in listed.items():
+        try:
+            data = (path / file).read_bytes()
+        except FileNotFoundError as error:
+            raise Damaged(f"{path}: {file} is missing") from error
+        if _describe(data) != wanted:
+            raise Damaged(f"{path}: {file} is damaged ({len(data)} bytes, {wanted['size']} were written)")
+        contents[file] = data
+    return contents
+
+
+def _split(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Moves the tensors of a nested state into `tensors`; what is left is JSON that names them."""
+    if isinstance(node, torch.Tensor):
+        if node.ndim == 4 and not node.is_contiguous() and node.is_contiguous(memory_format=torch.channels_last):
+            tensors[name] = node.detach().permute(0, 2, 3, 1)
+            return CHANNELS_LAST + name
+        tensors[name] = node.detach()
+        return TENSOR + name
+    if isinstance(node, dict):
+        assert all(isinstance(key, str) for key in node), name
+        return {key: _split(value, f"{name}/{key}" if name else key, tensors) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_split(value, f"{name}/{number}", tensors) for number, value in enumerate(node)]
+    assert node is None or isinstance(node, bool | int | float | str), (name, type(node))
+    assert not (isinstance(node, str) and node.startswith((TENSOR, CHANNELS_LAST))), name
+    return node
+
+
+def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(node, str) and node.startswith(TENSOR):
+        return tensors[node.removeprefix(TENSOR)]
+    if isinstance(node, str) and node.startswith(CHANNELS_LAST):
+        return tensors[node.removeprefix(CHANNELS_LAST)].permute(0, 3, 1, 2)
+    if isinstance(node, dict):
+        return {key: _join(value, tensors) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_join(value, tensors) for value in node]
+    return node
+
+
+# --- for a person who wants to look: python -m trainer.checkpoint ls|verify|prune RUN ---
+
+
+def _main(arguments: Iterable[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description="Look at the checkpoints of a run.")
+    parser.add_argument(
+        "verb", choices=("ls", "verify", "prune"), help="ls: list them; verify: read every byte; prune: delete all but the newest and the best"
+    )
+    parser.add_argument("run", type=Path, help="a run's directory, or its checkpoint directory")
+    parser.add_argument("--keep", type=int, default=2, help="prune: how many to keep (default 2)")
+    options = parser.parse_args(list(arguments))
+    root = options.run / "checkpoints" if (options.run / "checkpoints").is_dir() else options.run
+    if not any(root.glob("step-*")):
+        print(f"{root}: no checkpoints here; give a run's directory", file=sys.stderr)
+        return MISTAKE
+    if options.verb == "prune":
+        if options.keep < 1:
+            print(f"--keep {options.keep}: allowed: at least 1", file=sys.stderr)
+            return MISTAKE
+        for path in prune(root, options.keep, set()):
+            print(f"deleted {path}")
+    damaged = False
+    for path in steps(root) + sorted(root.glob("best-*")):
+        line = f"{path.name}  {sum(file.stat().st_size for file in path.iterdir()) / 1e6:8.1f} MB"
+        try:
+            state = json.loads((path / "state.json").read_text())
+            line += f"  epoch {state['progress']['epoch']}" if "progress" in state else "  best weights"
+            if best := state.get("progress", {}).get("best"):
+                line += f", best so far {best['value']:.4f} of epoch {best['epoch']}"
+            if options.verb == "verify":
+                verify(path)
+                line += "  ok"
+        except (Damaged, OSError, ValueError, KeyError) as error:
+            damaged = True
+            line += f"  DAMAGED: {error}"
+        print(line)
+    return MISTAKE if damaged else OK
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

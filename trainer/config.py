@@ -1,0 +1,306 @@
+"""The settings of a run: typed, checked once at the edge, torch-free.
+
+Hydra composes `conf/`; `load` turns what it composed into the dataclasses below. The YAML files hold each setting's value and what it means;
+this file holds its type and what is allowed. Only the stages of a run and its loop see these dataclasses; what they call takes plain arguments.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.errors import UserError
+from trainer.explain import explain
+
+
+def setting(
+    *choices: str,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    length: int | None = None,
+    identity: bool = True,
+    only_if: str | None = None,
+) -> Any:
+    """A dataclass field whose value comes from `conf/`, with what is allowed.
+
+    choices: the only strings allowed. above, at_least, below, at_most: limits of a number, or of each number of a list.
+    length: how many values a list must hold. identity: False where the setting says where, how fast or how safely to
+    run, not what comes out: a run may go on with another value. only_if: "key=value[|value]" of the setting without which this one is ignored.
+    """
+    return field(
+        default=MISSING,
+        metadata={
+            "choices": choices,
+            "above": above,
+            "at_least": at_least,
+            "below": below,
+            "at_most": at_most,
+            "length": length,
+            "identity": identity,
+            "only_if": only_if,
+        },
+    )
+
+
+@dataclass
+class AugmentConfig:
+    scale: list[float] = setting(above=0, at_most=1, length=2)
+    ratio: list[float] = setting(above=0, length=2)
+    flip: bool = setting()
+    trivial: bool = setting()
+    mixup: float = setting(at_least=0)
+    cutmix: float = setting(at_least=0)
+
+
+@dataclass
+class DataConfig:
+    source: str = setting("fashion_mnist", "folder", "flowers102", "pets")
+    root: str = setting(identity=False)
+    train: str | None = setting(identity=False)
+    valid: str | None = setting(identity=False)
+    test: str | None = setting(identity=False)
+    valid_fraction: float = setting(above=0, below=1)
+    max_broken: float = setting(at_least=0, at_most=1, identity=False)
+    resize: int = setting(at_least=1)
+    size: int = setting(at_least=1)
+    interpolation: str = setting("bilinear", "bicubic", "lanczos", "box")
+    workers: int | None = setting(at_least=0, identity=False)
+    cache: str = setting("auto", "packed", "none", identity=False)
+    cache_gb: float | None = setting(above=0, identity=False, only_if="data.cache=auto|packed")
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
+class ModelConfig:
+    name: str = setting()
+    weights: str | None = setting()
+    freeze: str = setting("none", "backbone")
+    head_hidden: int | None = setting(at_least=1)
+    cached_views: int | None = setting(at_least=1, only_if="model.freeze=backbone")
+    mean: list[float] = setting(length=3)
+    std: list[float] = setting(above=0, length=3)
+
+
+@dataclass
+class OptimConfig:
+    name: str = setting("adamw", "sgd")
+    lr: float = setting(above=0)
+    head_lr: float | None = setting(above=0)
+    weight_decay: float = setting(at_least=0)
+    momentum: float = setting(at_least=0, below=1, only_if="optim.name=sgd")
+    schedule: str = setting("cosine", "step", "constant")
+    warmup_epochs: float = setting(at_least=0)
+    step_epochs: float = setting(above=0, only_if="optim.schedule=step")
+    step_factor: float = setting(above=0, at_most=1, only_if="optim.schedule=step")
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = setting(at_least=1)
+    batch_size: int = setting(at_least=1)
+    accumulate: int = setting(at_least=1)
+    label_smoothing: float = setting(at_least=0, below=1)
+    clip_norm: float | None = setting(above=0)
+    ema_decay: float | None = setting(above=0, below=1)
+    monitor: str = setting("valid_top1", "valid_f1", "valid_loss")
+    patience: int | None = setting(at_least=1)
+    device: str = setting("auto", "cpu", "cuda", identity=False)
+    precision: str = setting("auto", "fp32", "bf16", "fp16")
+    channels_last: bool = setting()
+    compile: bool = setting()
+    deterministic: bool = setting()
+    threads: int | None = setting(at_least=1, identity=False)
+    tensorboard: bool = setting(identity=False)
+
+
+@dataclass
+class CheckpointConfig:
+    minutes: float = setting(above=0, identity=False)
+    max_cost: float = setting(above=0, at_most=1, identity=False)
+    keep: int = setting(at_least=2, identity=False)
+
+
+@dataclass
+class PlatformConfig:
+    name: str = setting("local", "ec2", "sagemaker", identity=False)
+    runs: str = setting(identity=False)
+    run_dir: str | None = setting(identity=False)
+    checkpoints: str | None = setting(identity=False)
+    package: str | None = setting(identity=False)
+    cache: str = setting(identity=False)
+
+
+@dataclass
+class Config:
+    name: str | None = setting(identity=False)
+    seed: int = setting(at_least=0)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    platform: PlatformConfig = field(default_factory=PlatformConfig)
+
+
+def register() -> None:
+    """Gives Hydra the schema and the platform that the environment names; call before `hydra.main` or `compose`."""
+    ConfigStore.instance().store("schema", Config)
+    OmegaConf.register_new_resolver("detect_platform", detect_platform, replace=True)
+
+
+def detect_platform() -> str:
+    """`sagemaker` inside a SageMaker container (its toolkit sets SM_MODEL_DIR), else `local`. `ec2` is always asked for by name."""
+    return "sagemaker" if "SM_MODEL_DIR" in os.environ else "local"
+
+
+def load(composed: DictConfig) -> Config:
+    """The typed settings of what Hydra composed. Raises UserError for a value that is missing or not allowed."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, keys())) from error
+    assert isinstance(config, Config)
+    for key, value, limits in walk(config):
+        _check(key, value, limits)
+    if config.name is not None and (Path(config.name).name != config.name or config.name in ("", "..")):
+        raise UserError(f"name={config.name} is not allowed; allowed: the name of one directory, made in platform.runs={config.platform.runs}")
+    if config.data.size > config.data.resize:
+        raise UserError(
+            f"data.size={config.data.size} is larger than data.resize={config.data.resize}: the picture's shorter side after "
+            "shrinking is data.resize, and the square of data.size is cut out of it; allowed: data.size <= data.resize"
+        )
+    if config.train.accumulate > config.train.batch_size:
+        raise UserError(
+            f"train.accumulate={config.train.accumulate} splits a batch of train.batch_size={config.train.batch_size} into more parts "
+            "than it has pictures; allowed: train.accumulate <= train.batch_size"
+        )
+    if config.model.freeze == "backbone" and config.model.cached_views and config.data.augment.mixup + config.data.augment.cutmix > 0:
+        raise UserError(
+            f"model.cached_views={config.model.cached_views}: mixed pictures (data.augment.mixup, data.augment.cutmix) have no cached features; "
+            "allowed: model.cached_views=null, or no mixing"
+        )
+    for key in ("scale", "ratio"):
+        low, high = getattr(config.data.augment, key)
+        if low > high:
+            raise UserError(f"data.augment.{key}=[{low},{high}]: the first number is the lower bound; allowed: [low,high]")
+    return config
+
+
+def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
+    """One line for each setting that the user gave (`overrides`, as "key=value") although another setting makes it without effect."""
+    given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
+    values = {key: value for key, value, _ in walk(config)}
+    lines = []
+    for key, value, limits in walk(config):
+        if key in given and limits["only_if"]:
+            other, allowed = limits["only_if"].split("=")
+            if str(values[other]) not in allowed.split("|"):
+                lines.append(f"{key}={value} has no effect with {other}={values[other]}: it is used with {limits['only_if']}")
+    if "model.weights" not in given and config.model.freeze == "backbone" and config.model.weights is None:
+        lines.append("model.freeze=backbone with model.weights=null trains a head on random features: give model.weights")
+    return lines
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The settings that decide what comes out of a run, by key. Two runs with equal ones, on equal data, give equal results."""
+    return {key: value for key, value, limits in walk(config) if limits["identity"]}
+
+
+def run_name(config: Config) -> str:
+    """The name of the run's directory: `name`, or one derived from the settings, so that the same command finds its own run again."""
+    if config.name is not None:
+        return config.name
+    what = identity(config) | {"root": [os.path.realpath(path) for path in split_directories(config.data).values() if path]}
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    model = re.sub(r"[^\w.-]+", "-", config.model.name)
+    return f"{config.data.source}-{model}-{digest[:8]}"
+
+
+def split_directories(data: DataConfig) -> dict[str, str]:
+    """Where each split lies: data.train, data.valid and data.test where given, else the folder of that name in data.root."""
+    return {split: getattr(data, split) or str(Path(data.root) / split) for split in ("train", "valid", "test")}
+
+
+# --- the metric line: one definition for the log and for SageMaker's MetricDefinitions ---
+
+METRICS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_top1",
+    "valid_loss",
+    "valid_top1",
+    "valid_top5",
+    "valid_f1",
+    "test_loss",
+    "test_top1",
+    "test_top5",
+    "test_f1",
+)
+
+
+def metric_line(values: Mapping[str, float]) -> str:
+    """The line of the log that carries metrics, for example `metrics: epoch=3 valid_top1=0.812`."""
+    return "metrics: " + " ".join(f"{name}={values[name]:.6g}" for name in METRICS if name in values)
+
+
+def metric_definitions() -> list[dict[str, str]]:
+    """SageMaker's MetricDefinitions: a name and the regex whose one group takes the value from `metric_line`."""
+    return [{"Name": name, "Regex": rf"metrics: (?:.* )?{name}=(\S+)"} for name in METRICS]
+
+
+# --- checking ---
+
+
+def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Every setting below a dataclass instance, as (dotted key, value, limits)."""
+    for entry in dataclasses.fields(node):
+        value = getattr(node, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, value, entry.metadata
+
+
+def keys(node: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    names = []
+    for entry in dataclasses.fields(node):
+        if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
+            names += keys(entry.type, f"{prefix}{entry.name}.")
+        else:
+            names.append(prefix + entry.name)
+    return names
+
+
+def _check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"{key}={value} is not allowed; allowed: {', '.join(limits['choices'])}")
+    values = value if isinstance(value, list) else [value]
+    if limits["length"] is not None and len(values) != limits["length"]:
+        raise UserError(f"{key}={value} holds {len(values)} values; allowed: exactly {limits['length']}")
+    tests: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+        "above": ("above", lambda number, limit: number > limit),
+        "at_least": ("at least", lambda number, limit: number >= limit),
+        "below": ("below", lambda number, limit: number < limit),
+        "at_most": ("at most", lambda number, limit: number <= limit),
+    }
+    bounds = {name: limits[name] for name in tests if limits[name] is not None}
+    for number in values:
+        # Written so that NaN, for which every comparison is false, is refused too.
+        if not all(tests[name][1](number, limit) for name, limit in bounds.items()):
+            allowed = " and ".join(f"{tests[name][0]} {limit}" for name, limit in bounds.items())
+            raise UserError(f"{key}={value} is not allowed; allowed: {allowed}")

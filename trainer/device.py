@@ -1,0 +1,81 @@
+"""The machine that a run computes on: which device, which precision, and what must stay the same for the same bits."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: torch.device
+    precision: torch.dtype  # of matrix products
+
+    def __str__(self) -> str:
+        return str(self.precision).removeprefix("torch.")
+
+    def surroundings(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to give the same bits as one that was never interrupted."""
+        return {
+            "torch": torch.__version__,
+            "device": _name(self.device),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "precision": str(self),
+            "processes": 1,
+        }
+
+
+def prepare(device: str, precision: str, *, deterministic: bool, threads: int | None) -> Machine:
+    """Sets PyTorch up. device: auto, cpu or cuda; precision: auto, fp32, bf16 or fp16. Raises UserError for what this machine hasn't."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if deterministic:
+        make_deterministic()
+    where = choose(device)
+    return Machine(where, choose_precision(precision, where))
+
+
+def choose(wanted: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`. Raises UserError where a GPU is asked for and there is none: a silent CPU would cost days."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"train.device=cuda: PyTorch {torch.__version__} sees no GPU here; check nvidia-smi and the driver, or use train.device=cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products for `auto`, `fp32`, `bf16` or `fp16` on `device`.
+
+    A T4 claims bfloat16 by emulation, many times slower than float16, so only native support counts. Raises UserError for what the
+    device can't do well.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if wanted == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16 if native else torch.float16
+    if wanted == "bf16" and not native:
+        raise UserError(f"train.precision=bf16: this {_name(device)} has no native bfloat16; allowed: auto, fp32{', fp16' * (device.type == 'cuda')}")
+    if wanted == "fp16" and device.type == "cpu":
+        raise UserError(
+            "train.precision=fp16 is for GPUs: on a CPU it is slower and less exact than fp32; allowed: auto, fp32, bf16 where it is native"
+        )
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+
+
+def make_deterministic() -> None:
+    """The same command gives the same bits on the same machine. Call before the first CUDA operation."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+    torch.backends.cudnn.benchmark = False
+    # What torch.use_deterministic_algorithms(True, warn_only=True) does, less its import of the whole compiler, which doubles a small run's start.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    # Nothing of ours reads memory before it is written, so it need not be filled with NaN each time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

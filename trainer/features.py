@@ -1,0 +1,137 @@
+"""The features of a frozen backbone, computed once: the epochs train the head on what is on disk.
+
+Each training picture is seen in a fixed number of random views, which the epochs take in turn; valid in its plain view. The features of one split in
+one view are one file of float32 [pictures, features]. While it is being written, a second file says how many of its rows are safe on the disk.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from trainer import files
+from trainer.console import Progress
+from trainer.interrupt import Stop
+from trainer.loader import Batch, Feed
+from trainer.loop import autocast
+from trainer.model import Classifier
+from trainer.sampler import epoch_batches, plain_batches
+
+BATCH = 64  # pictures at a time, whatever the training's batch: features differ by about 1e-6 from one batch size to another
+SAFE_EVERY = 10.0  # seconds of work that a kill may cost
+
+
+@dataclass(frozen=True)
+class FeatureFeed:
+    """As `Feed`, with features, float32 [N, features], in the place of pixels."""
+
+    feed: Feed
+    views: tuple[NDArray[np.float32], ...]  # of train
+    valid: NDArray[np.float32]
+
+    @property
+    def classes(self) -> int:
+        return self.feed.classes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.feed.steps_per_epoch
+
+    def training(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
+        labels = self.feed.folder.splits["train"].labels
+        batches = epoch_batches(len(labels), self.feed.batch_size, self.feed.seed, epoch)[first:]
+        yield from _batches(self.views[epoch % len(self.views)], labels, batches)
+
+    def plain(self, name: str) -> Generator[Batch, None, None]:
+        assert name == "valid"
+        labels = self.feed.folder.splits[name].labels
+        yield from _batches(self.valid, labels, plain_batches(len(labels), self.feed.batch_size))
+
+
+def _batches(features: NDArray[np.float32], labels: NDArray[np.int64], batches: list[NDArray[np.int64]]) -> Iterator[Batch]:
+    for samples in batches:
+        yield Batch(torch.from_numpy(features[samples]), torch.from_numpy(labels[samples]))
+
+
+def extract(network: Classifier, feed: Feed, cache: Path, device: torch.device, precision: torch.dtype, stop: Stop) -> FeatureFeed:
+    """The features of every training view and of valid; those that are in `cache` already are not computed again.
+
+    Raises Interrupted when asked to stop: what is done is kept, and the next call goes on from there.
+    """
+    assert feed.views is not None
+    directory = cache / "features" / _key(network, feed, precision)
+    directory.mkdir(parents=True, exist_ok=True)
+    with files.locked(directory, stop.check):
+        views = tuple(_extract(network, feed, view, directory, device, precision, stop) for view in range(feed.views))
+        valid = _extract(network, feed, None, directory, device, precision, stop)
+    return FeatureFeed(feed, views, valid)
+
+
+def _extract(
+    network: Classifier, feed: Feed, view: int | None, directory: Path, device: torch.device, precision: torch.dtype, stop: Stop
+) -> NDArray[np.float32]:
+    """One split in one view (None: valid, plain): a read-only map of its file, [pictures, features]."""
+    name = "valid" if view is None else f"train-{view}"
+    count = len(feed.folder.splits["valid" if view is None else "train"].paths)
+    width = network.features_width
+    complete, partial, safe = (directory / f"{name}{suffix}" for suffix in (".f32", ".partial", ".rows"))
+    if not complete.exists():
+        rows = int(safe.read_text()) if safe.exists() and partial.exists() else 0
+        batches = feed.in_order(view, BATCH, rows // BATCH)
+        with partial.open("r+b" if rows else "wb") as file, Progress(f"features, {name}", count, rows) as bar:
+            file.truncate(rows * width * 4)
+            file.seek(0, os.SEEK_END)
+            saved = time.monotonic()
+            for batch in batches:
+                file.write(_features(network, batch, device, precision).tobytes())
+                rows += len(batch.labels)
+                bar.advance(len(batch.labels))
+                if stop.reason or rows == count or time.monotonic() - saved > SAFE_EVERY:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    files.write(safe, str(rows))
+                    saved = time.monotonic()
+                    stop.check()
+        partial.replace(complete)
+        files.flush_directory(directory)
+        safe.unlink()
+    return np.memmap(complete, np.float32, "r", shape=(count, width))
+
+
+@torch.inference_mode()
+def _features(network: Classifier, batch: Batch, device: torch.device, precision: torch.dtype) -> NDArray[np.float32]:
+    network.eval()
+    missing = BATCH - len(batch.pixels)
+    pixels = functional.pad(batch.pixels, (0, 0, 0, 0, 0, 0, 0, missing))  # the last batch too is computed in the full shape
+    with autocast(device, precision):
+        features = network.features(pixels.to(device, non_blocking=True))
+    array: NDArray[np.float32] = features[: len(batch.pixels)].float().cpu().numpy()
+    return array
+
+
+def _key(network: Classifier, feed: Feed, precision: torch.dtype) -> str:
+    """Names what the features are a function of: weights, pictures, their views, and how they are computed."""
+    digest = hashlib.sha256()
+    for name, tensor in network.backbone.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    stats = [(path, Path(path).stat()) for split in feed.folder.splits.values() for path in split.paths]
+    facts = {
+        "preprocessing": asdict(feed.preprocessing),
+        "augmentation": asdict(feed.augmentation),
+        "normalisation": [network.mean.flatten().tolist(), network.std.flatten().tolist()],
+        "seed": feed.seed,
+        "precision": str(precision),
+        "torch": torch.__version__,
+        "pictures": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
+    }
+    digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,71 @@
+"""Files that are there whole or not at all, also after a power cut: written aside, flushed to the disk, renamed."""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.console import log
+
+ASIDE = ".writing-"  # begins the name of whatever is not complete yet
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Replaces `path` by `data`; text as UTF-8. Raises OSError with `path` as its file name, and then leaves what was there."""
+    aside = path.with_name(ASIDE + path.name)
+    try:
+        flush(aside, data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+        aside.replace(path)
+        flush_directory(path.parent)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sweep(directory: Path) -> None:
+    """Removes what killed writers left in `directory`, which no other process may be writing to."""
+    for path in directory.glob(f"{ASIDE}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def locked(directory: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """While the context lasts, no other process that asks for the same lock has it. The kernel frees the lock of a process that dies.
+
+    waiting: called again and again while another process has it; it may raise, to give up.
+    """
+    with (directory / ".lock").open("w") as lock:
+        told = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    log.info("%s: waiting for another run that is writing there", directory)
+                    told = True
+                waiting()
+                time.sleep(0.1)
+        yield
+
+
+def flush(path: Path, *parts: bytes | memoryview) -> None:
+    """Writes a new file down to the disk itself."""
+    with path.open("wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_directory(path: Path) -> None:
+    """Makes the names in a directory durable: a rename is only safe on disk after this (fsync(2))."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,263 @@
+"""An image folder: train/ valid/ test/, in each a folder for every class; which pictures they hold, and which of them can't be used."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import UserError
+from trainer.preprocess import PictureError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Split:
+    """paths: of the pictures, by class, then by name. labels: int64 [N], each one's place in `ImageFolder.classes`."""
+
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """classes: train's folder names, sorted as text ("0", "1", "10", "2"). splits: "train", "valid" and, where there is one, "test".
+    broken: (path, reason) of each file that is left out. fingerprint: SHA-256 of the classes and of each split's file names and sizes: it
+    changes with the pictures, not with the place where they lie.
+    """
+
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    broken: tuple[tuple[str, str], ...]
+    fingerprint: str
+
+
+def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
+    """Lists the pictures, without decoding them. Hidden files and folders are no part of it, nor are files not named like pictures.
+
+    directories: the folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the share of each class that
+    becomes valid, where there is no such folder. Raises UserError for a folder that can't be trained on.
+    """
+    try:
+        classes = _classes(directories["train"])
+        files = {name: _files(name, path, classes) for name, path in directories.items() if name == "train" or Path(path).exists()}
+        if "valid" not in files:
+            files["train"], files["valid"] = _split(files["train"], valid_fraction)
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: permission denied; let this user read the folder, or run as one who may") from error
+    files = {name: files[name] for name in ("train", "valid", "test") if name in files}
+    broken = tuple((file.path, file.reason) for name in files for file in files[name] if file.reason)
+    usable = {name: [file for file in files[name] if not file.reason] for name in files}
+    _check_filled(directories, classes, usable)
+    names = {name: [(file.name, file.size) for file in usable[name]] for name in usable}
+    fingerprint = hashlib.sha256(json.dumps([classes, names]).encode()).hexdigest()
+    splits = {name: Split(tuple(file.path for file in usable[name]), np.array([file.label for file in usable[name]], np.int64)) for name in usable}
+    return ImageFolder(classes, splits, broken, fingerprint)
+
+
+def quarantine(
+    folder: ImageFolder, check: Callable[[str], None], workers: int, max_broken: float, on_progress: Callable[[int, int], None]
+) -> ImageFolder:
+    """The folder without the pictures that `check(path)` refuses by a PictureError: they move to `broken`.
+
+    workers: threads that call `check`; 0: the caller's own does. max_broken: the largest share of all files that may be broken.
+    on_progress(done, total): called in the caller's own thread; it may raise, to end the work early.
+    Raises UserError where more are broken, or where a class has no picture left to train on.
+    """
+    paths = list(dict.fromkeys(path for split in folder.splits.values() for path in split.paths))
+
+    def reason(path: str) -> str | None:
+        try:
+            check(path)
+        except PictureError as error:
+            return str(error)
+        return None
+
+    reasons: list[str | None] = []
+    window = 16 * max(workers, 1)  # pictures between two calls of on_progress: so many that threads seldom wait for a window's last one
+    with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="check") as pool:
+        for start in range(0, len(paths), window):
+            part = paths[start : start + window]
+            reasons += pool.map(reason, part) if workers else map(reason, part)
+            on_progress(len(reasons), len(paths))
+    refused = {path: why for path, why in zip(paths, reasons, strict=True) if why is not None}
+    broken = folder.broken + tuple(refused.items())
+    total = len(paths) + len(folder.broken)
+    if len(broken) > max_broken * total:
+        raise UserError(
+            f"{len(broken)} of {total} pictures can't be used, more than data.max_broken={max_broken:g} allows: {_listed(broken)}; "
+            "mend or remove them, or allow more"
+        )
+    splits = {name: _without(split, refused) for name, split in folder.splits.items()}
+    for label, name in enumerate(folder.classes):
+        if label not in splits["train"].labels:
+            train = folder.splits["train"]
+            lost = [(path, refused[path]) for path, other in zip(train.paths, train.labels, strict=True) if other == label]
+            raise UserError(f"class {name}: none of its training pictures can be used: {_listed(lost)}; mend them or add others")
+    for name, split in splits.items():
+        if not split.paths:
+            raise UserError(f"data.{name}: none of its pictures can be used: {_listed(broken)}; mend them or add others")
+    return replace(folder, splits=splits, broken=broken)
+
+
+def _without(split: Split, refused: Mapping[str, str]) -> Split:
+    keep = [path not in refused for path in split.paths]
+    return Split(tuple(path for path in split.paths if path not in refused), split.labels[keep])
+
+
+def _listed(broken: Iterable[tuple[str, str]]) -> str:
+    named = [f"{path} ({reason})" for path, reason in broken]
+    return ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+
+
+# --- finding the files ---
+
+
+@dataclass(frozen=True)
+class _File:
+    label: int
+    name: str  # relative to the split's folder
+    path: str
+    size: int  # bytes
+    reason: str | None  # why it can't be used, if so
+
+
+def _classes(train: str) -> tuple[str, ...]:
+    """The class list: train's folders."""
+    layout = "expected: a folder for each class, with its pictures in it, as in train/beagle/1.jpg"
+    path = Path(train)
+    if not path.exists():
+        beside = _class_folders(str(path.parent)) if path.parent.is_dir() else []
+        if beside := [name for name in beside if name not in ("valid", "test") and any(_walk(0, path.parent, name))]:
+            raise UserError(
+                f"{train}: there is no such folder, but {path.parent} itself has class folders ({_few(beside)}): "
+                f"give data.train={path.parent}, or move them into {train}"
+            )
+        raise UserError(f"{train}: there is no such folder; data.root must hold train, valid and test (the last two may be missing); {layout}")
+    if not path.is_dir():
+        raise UserError(f"{train}: not a folder; {layout}")
+    classes = _class_folders(train)
+    if len(classes) < 2:
+        found = f"only one class folder, {classes[0]}" if classes else "no class folder"
+        raise UserError(f"{train}: there is {found}; training needs at least two; {layout}")
+    return tuple(classes)
+
+
+def _files(split: str, directory: str, classes: tuple[str, ...]) -> list[_File]:
+    """The files of a split named like pictures, by class, then by name."""
+    if not Path(directory).is_dir():
+        raise UserError(f"{directory}: data.{split} is not a folder; expected: a folder for each class, with its pictures in it")
+    folders = _class_folders(directory)
+    if foreign := [name for name in folders if name not in classes]:
+        raise UserError(f"{directory}: train has no class {_few(foreign)}; add such pictures to train too, or remove them here")
+    root = Path(directory).resolve()
+    above = frozenset(map(_identity, (root, *root.parents)))
+    files = [file for name in folders for file in _walk(classes.index(name), Path(directory), name, above)]
+    return sorted(files, key=lambda file: (file.label, file.name))
+
+
+def _class_folders(directory: str) -> list[str]:
+    return sorted(entry.name for entry in _entries(Path(directory)) if _is_folder(entry))
+
+
+def _walk(label: int, root: Path, name: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[_File]:
+    """The files below root/name that are named like pictures. Links are followed, but not to a folder that they lie in: one of `above`."""
+    here = _identity(root / name)
+    if here in above:
+        return
+    for entry in _entries(root / name):
+        if _is_folder(entry):
+            yield from _walk(label, root, f"{name}/{entry.name}", above | {here})
+        elif Path(entry.name).suffix.lower() in SUFFIXES:
+            yield _file(label, f"{name}/{entry.name}", entry)
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    status = directory.stat()
+    return status.st_dev, status.st_ino
+
+
+def _file(label: int, name: str, entry: os.DirEntry[str]) -> _File:
+    try:
+        status = entry.stat()
+    except OSError as error:  # a link to nowhere, say
+        return _File(label, name, entry.path, 0, _why(error))
+    # Opening a FIFO would wait for ever, and a device may do anything: neither is ever opened.
+    return _File(label, name, entry.path, status.st_size, None if stat.S_ISREG(status.st_mode) else "not a regular file")
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, without what is hidden, and without the folder that macOS adds to zip archives."""
+    with os.scandir(directory) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say
+        return False
+
+
+# --- the split of train, where there is no valid ---
+
+
+def _split(files: list[_File], valid_fraction: float) -> tuple[list[_File], list[_File]]:
+    """(train, valid): of each class, the pictures with the smallest SHA-256 of their bytes become valid, so the choice is the same on every
+    machine and under any file name, and equal pictures stay together. A class of two or more different pictures is on both sides."""
+    read = [_digested(file) for file in files]
+    contents: dict[int, set[str]] = {}
+    for file, digest in read:
+        if not file.reason:
+            contents.setdefault(file.label, set()).add(digest)
+    chosen = {label: _smallest(digests, valid_fraction) for label, digests in contents.items()}
+    valid = [not file.reason and digest in chosen[file.label] for file, digest in read]
+    return (
+        [file for (file, _), is_valid in zip(read, valid, strict=True) if not is_valid],
+        [file for (file, _), is_valid in zip(read, valid, strict=True) if is_valid],
+    )
+
+
+def _digested(file: _File) -> tuple[_File, str]:
+    if file.reason:
+        return file, ""
+    try:
+        with Path(file.path).open("rb") as opened:
+            return file, hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        return replace(file, reason=_why(error)), ""
+
+
+def _smallest(digests: set[str], fraction: float) -> set[str]:
+    count = min(max(round(fraction * len(digests)), 1), len(digests) - 1)
+    return set(sorted(digests)[:count])
+
+
+def _check_filled(directories: Mapping[str, str], classes: tuple[str, ...], usable: Mapping[str, list[_File]]) -> None:
+    trained = {file.label for file in usable["train"]}
+    if empty := [name for label, name in enumerate(classes) if label not in trained]:
+        raise UserError(
+            f"{directories['train']}: no picture in the class folder {_few(empty)}; add some ({', '.join(sorted(SUFFIXES))}), or remove it"
+        )
+    for name, files in usable.items():
+        if not files and Path(directories[name]).exists():
+            raise UserError(f"{directories[name]}: no picture in data.{name}; add some, or remove the folder")
+        if not files:
+            raise UserError(
+                f"{directories['train']}: no class has two different pictures, so none can become valid; add pictures, or give data.valid"
+            )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _why(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

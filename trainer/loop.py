@@ -1,0 +1,304 @@
+"""The training loop: one step, one evaluation, and `fit`, which reads top to bottom."""
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer import checkpoint, metrics, optim
+from trainer.config import Config, metric_line
+from trainer.console import Progress as ProgressBar
+from trainer.console import log
+from trainer.errors import Interrupted, UserError
+from trainer.interrupt import Stop
+from trainer.loader import Batch, Batches
+from trainer.mix import mix
+from trainer.model import Classifier
+from trainer.randomness import Purpose, generator
+
+
+@dataclass
+class Progress:
+    """Where a run is. Together with the tensors of `Learner`, all that a checkpoint needs: everything else is a function of it and the seed."""
+
+    epoch: int = 0  # epochs that are complete, with their evaluation
+    batch: int = 0  # batches done of the epoch that runs
+    step: int = 0  # optimizer steps done
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of the running epoch: loss, correct, pictures
+    seconds: float = 0.0  # of the running epoch
+    data_wait: float = 0.0  # of these, waiting for pictures
+    best: dict[str, Any] | None = None  # epoch, value and checkpoint of the best weights
+    rows: list[dict[str, Any]] = field(default_factory=list)  # the ledger's
+
+    def stale_epochs(self) -> int:
+        return self.epoch - (self.best["epoch"] if self.best else 0)
+
+
+class Learner:
+    """What training changes: the network (its head alone, where features are cached), its moving average, the optimizer and the gradient scaler."""
+
+    def __init__(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: torch.dtype, ema_decay: float | None = None
+    ) -> None:
+        self.network = network.to(device)
+        self.optimizer = optimizer
+        self.device = device
+        self.precision = precision
+        self.average = Average(network, ema_decay) if ema_decay is not None else None
+        # Gradients of float16 underflow without it; bfloat16 has float32's range and needs none.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        self.forward: Any = network  # or its compiled form, which shares the parameters
+        self.set_sums([0.0, 0.0, 0.0])
+
+    def set_sums(self, sums: list[float]) -> None:
+        """Of the pictures trained on since the epoch began: the loss, how many were right, and how many there were."""
+        self.loss_sum = torch.tensor(sums[0], dtype=torch.float64, device=self.device)
+        self.right = torch.tensor(sums[1], dtype=torch.float64, device=self.device)
+        self.count = sums[2]
+
+    def sums(self) -> list[float]:
+        """Fetched from the device, for which a GPU is waited for."""
+        return [self.loss_sum.item(), self.right.item(), self.count]
+
+    def served(self) -> nn.Module:
+        """The network that is evaluated and packaged: the average where there is one."""
+        return self.average.network if self.average else self.forward
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: references to the live tensors, with string keys only."""
+        optimizer = self.optimizer.state_dict()
+        return {
+            "network": self.network.state_dict(),
+            "average": self.average.network.state_dict() if self.average else None,
+            "optimizer": {"state": {str(key): value for key, value in optimizer["state"].items()}, "groups": optimizer["param_groups"]},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        if self.average:
+            self.average.network.load_state_dict(state["average"])
+        saved = state["optimizer"]
+        self.optimizer.load_state_dict({"state": {int(key): value for key, value in saved["state"].items()}, "param_groups": saved["groups"]})
+        for parameter, entries in self.optimizer.state.items():
+            for key, value in entries.items():
+                if value.shape == parameter.shape:
+                    # In the parameter's memory order (channels_last, say): the fused kernels pair the two element by element as they lie in memory.
+                    entries[key] = torch.empty_like(parameter).copy_(value)
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class Average:
+    """An exponential moving average of what training changes: weights, and floating buffers such as BatchNorm's statistics."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.decay = decay
+        mine, its = (of.head if isinstance(of, Classifier) and of.frozen else of for of in (self.network, network))
+        pairs = list(zip(mine.state_dict().values(), its.state_dict().values(), strict=True))
+        self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        # While there are few steps, a long average would mostly hold the random start: (1 + n) / (10 + n), as TensorFlow's moving averages do.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([mine for mine, _ in self._floating], [its for _, its in self._floating], 1 - decay)
+        for mine, its in self._counters:
+            mine.copy_(its)
+
+
+def train_step(learner: Learner, pixels: Tensor, targets: Tensor, *, accumulate: int, label_smoothing: float, clip_norm: float | None) -> None:
+    """One optimizer step on one batch, split into `accumulate` parts.
+
+    pixels: [N, height, width, 3]; targets: classes int64 [N] or probabilities float [N, classes]. Adds to the learner's sums, on the device and
+    unfetched: the summed loss, how many were right (where targets are classes), and N.
+    """
+    count = len(pixels)
+    parts = zip(pixels.tensor_split(accumulate), targets.tensor_split(accumulate), strict=True) if accumulate > 1 else ((pixels, targets),)
+    for part, wanted in parts:
+        with autocast(learner.device, learner.precision):
+            logits = learner.forward(part).float()
+            loss = functional.cross_entropy(logits, wanted, label_smoothing=label_smoothing, reduction="sum")
+        # Divided by the whole batch, so that the parts' gradients add up to those of one large batch.
+        learner.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+        learner.loss_sum += loss.detach()
+        if wanted.ndim == 1:
+            learner.right += (logits.detach().argmax(1) == wanted).sum()
+    learner.count += count
+    if clip_norm is not None:
+        learner.scaler.unscale_(learner.optimizer)
+        nn.utils.clip_grad_norm_([p for group in learner.optimizer.param_groups for p in group["params"]], clip_norm)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype, stop: Stop) -> tuple[Tensor, Tensor]:
+    """Logits float32 [N, classes] and labels int64 [N] of every picture, in order, on the CPU. Raises Interrupted when asked to stop."""
+    network.eval()
+    logits, labels = [], []
+    for batch in batches:
+        stop.check()
+        with autocast(device, precision):
+            logits.append(network(batch.pixels.to(device, non_blocking=True)).float())
+        labels.append(batch.labels)
+    return torch.cat(logits).cpu(), torch.cat(labels)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, ledger: metrics.Ledger, checkpoints: "Checkpoints", stop: Stop) -> None:
+    """Trains from where `progress` is to the end. Raises Interrupted, with the state saved, when asked to stop."""
+    train = config.train
+    try:
+        while progress.epoch < train.epochs and not (train.patience and progress.stale_epochs() >= train.patience):
+            train_epoch(learner, feed, config, progress, checkpoints, stop)
+            started = time.monotonic()
+            logits, labels = evaluate(learner.served(), feed.plain("valid"), learner.device, learner.precision, stop)
+            row = _epoch_row(learner, progress) | metrics.classification(logits, labels, "valid")
+            row |= {"evaluate_seconds": time.monotonic() - started, "seconds": progress.seconds + time.monotonic() - started}
+            ledger.append(row)
+            progress.epoch, progress.batch, progress.sums, progress.seconds, progress.data_wait = progress.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0, 0.0
+            if metrics.better(row[train.monitor], progress.best["value"] if progress.best else None, train.monitor):
+                progress.best = {"epoch": progress.epoch, "value": row[train.monitor], "checkpoint": f"best-{progress.step:08d}"}
+                checkpoints.hold_best(learner)
+            log.info(metric_line(row))
+            if checkpoints.due(epoch_ends=True):
+                checkpoints.save(learner, progress)
+    except Interrupted:
+        checkpoints.save(learner, progress)
+        checkpoints.wait()
+        raise
+    checkpoints.save(learner, progress)
+    checkpoints.wait()
+
+
+def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progress, checkpoints: "Checkpoints", stop: Stop) -> None:
+    """The rest of the epoch that runs. Looks at the flag and the clock after every step."""
+    train, augment = config.train, config.data.augment
+    mixed = augment.mixup > 0 or augment.cutmix > 0
+    learner.forward.train()
+    learner.set_sums(progress.sums)
+    seconds, waited = progress.seconds, progress.data_wait
+    started = time.monotonic()
+
+    def now(batch: int) -> None:
+        progress.batch, progress.sums = batch, learner.sums()
+        progress.seconds, progress.data_wait = seconds + time.monotonic() - started, waited
+        if not math.isfinite(progress.sums[0]):
+            raise UserError(
+                f"the loss is {progress.sums[0]} in epoch {progress.epoch + 1}: training diverged; lower optim.lr (now {config.optim.lr}), "
+                "or set train.clip_norm=1"
+            )
+
+    bar = ProgressBar(f"epoch {progress.epoch + 1}/{train.epochs}", feed.steps_per_epoch, progress.batch)
+    with bar, closing(feed.training(progress.epoch, progress.batch)) as batches:
+        for number in range(progress.batch, feed.steps_per_epoch):
+            before = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - before
+            pixels, targets = (tensor.to(learner.device, non_blocking=True) for tensor in batch)
+            optim.set_lr(learner.optimizer, lr_factor(config, progress.step, feed.steps_per_epoch))
+            seed_dropout(learner.device, config.seed, progress.step)
+            if mixed:
+                rng = generator(Purpose.MIX, config.seed, sample=progress.step)
+                pixels, targets = mix(pixels, targets, feed.classes, mixup=augment.mixup, cutmix=augment.cutmix, rng=rng)
+            train_step(learner, pixels, targets, accumulate=train.accumulate, label_smoothing=train.label_smoothing, clip_norm=train.clip_norm)
+            progress.step += 1
+            if learner.average:
+                learner.average.update(progress.step)
+            if stop.reason or checkpoints.due():
+                now(number + 1)
+                stop.check()
+                checkpoints.save(learner, progress)
+            bar.advance()
+    now(feed.steps_per_epoch)
+
+
+def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:
+    settings = config.optim
+    return optim.lr_factor(
+        step,
+        steps_per_epoch,
+        config.train.epochs,
+        schedule=settings.schedule,
+        warmup_epochs=settings.warmup_epochs,
+        step_epochs=settings.step_epochs,
+        step_factor=settings.step_factor,
+    )
+
+
+def seed_dropout(device: torch.device, seed: int, step: int) -> None:
+    """Makes dropout and stochastic depth a function of (seed, step). The device's generator alone: torch.manual_seed costs 100 times as much."""
+    number = int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest(), "big") >> 1
+    source = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    source.manual_seed(number)
+
+
+def _epoch_row(learner: Learner, progress: Progress) -> dict[str, Any]:
+    loss, right, count = progress.sums
+    row = {"epoch": progress.epoch + 1, "step": progress.step, "lr": learner.optimizer.param_groups[-1]["lr"], "train_loss": loss / count}
+    if right:
+        row["train_top1"] = right / count
+    return row | {"data_wait": progress.data_wait}
+
+
+class Checkpoints:
+    """The checkpoints of one run: what goes in, when, and how many stay. They are written in the background, one at a time."""
+
+    def __init__(self, root: Path, cadence: checkpoint.Cadence, keep: int, ledger: metrics.Ledger, facts: dict[str, Any]) -> None:
+        self.root, self.cadence, self.keep, self.ledger, self.facts = root, cadence, keep, ledger, facts
+        self.good: set[str] = set()  # names known to be whole: written or verified by this process
+        self._best: dict[str, Tensor] | None = None  # weights that are better than those on disk
+        self._memory: Tensor | None = None  # of the last snapshot, for the next one
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def due(self, epoch_ends: bool = False) -> bool:
+        return (self._writing is None or self._writing.done()) and self.cadence.due(epoch_ends)
+
+    def hold_best(self, learner: Learner) -> None:
+        self._best = {name: tensor.detach().cpu().clone() for name, tensor in served_weights(learner).items()}
+
+    def save(self, learner: Learner, progress: Progress) -> None:
+        """Takes a snapshot and has it written. Waits for the write before it, and raises what that raised."""
+        self.wait()
+        progress.rows = self.ledger.rows
+        snapshot = checkpoint.snapshot({"facts": self.facts, "progress": asdict(progress), **learner.state()}, self._memory)
+        self._memory = snapshot.data
+        best = (progress.best["checkpoint"], {"network": self._best}) if self._best is not None and progress.best is not None else None
+        self._best = None
+        self._writing = self._writer.submit(self._write, checkpoint.step_name(progress.step, evaluated=progress.batch == 0), snapshot, best)
+
+    def wait(self) -> None:
+        """Until the last snapshot is on disk. Raises OSError where it could not be written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, name: str, snapshot: checkpoint.Snapshot, best: tuple[str, dict[str, Any]] | None) -> None:
+        started = time.monotonic()
+        if best is not None:
+            checkpoint.save(self.root, *best)
+        checkpoint.write(self.root, name, snapshot)
+        self.good.add(name)
+        checkpoint.prune(self.root, self.keep, self.good)
+        self.cadence.saved(time.monotonic() - started)
+
+
+def served_weights(learner: Learner) -> dict[str, Tensor]:
+    return (learner.average.network if learner.average else learner.network).state_dict()

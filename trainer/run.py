@@ -1,0 +1,89 @@
+"""A run's directory: one process at a time, the settings, the log, and the result that says that it is complete."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainer import files
+from trainer.config import Config, identity, run_name
+from trainer.console import also_to_file, log
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    directory: Path
+    checkpoints: Path
+    package: Path  # the archive, or on SageMaker the directory that it archives itself
+
+    def result(self) -> dict[str, Any] | None:
+        """What the complete run wrote last, or None."""
+        path = self.directory / "result.json"
+        result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return result
+
+    def finish(self, result: dict[str, Any]) -> None:
+        files.write(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
+
+    def next_steps(self) -> list[str]:
+        """Commands that a person may want after it, by the Python that runs now."""
+        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+        return [f"{python} -m serving check {self.package}", f"{python} -m trainer.checkpoint ls {self.directory}"]
+
+    def summarize(self, result: dict[str, Any]) -> None:
+        """The last thing on the terminal: how good it is, where it lies, what to do next."""
+        log.info(
+            "\n%s accuracy  %.1f %%  (top-5 %.1f %%, macro F1 %.3f, %d pictures; best epoch %d of %d)",
+            result["split"], 100 * result["top1"], 100 * result["top5"], result["f1"], result["pictures"], result["best_epoch"], result["epochs"],
+        )  # fmt: skip
+        places = {"report": "report.html", "log": "log.txt", "metrics": "metrics.jsonl"}
+        log.info("%-15s %s", "model package", self.package)
+        log.info("%-15s %s", "checkpoints", self.checkpoints)
+        for what, name in places.items():
+            log.info("%-15s %s", what, self.directory / name)
+        log.info("next:\n%s", "\n".join(f"  {command}" for command in self.next_steps()))
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """The run of these settings: its directory made, locked for this process, and its log begun. Raises UserError where another process has it."""
+    name = run_name(config)
+    directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
+    checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
+    package = Path(config.platform.package or directory / "model.tar.gz")
+    for needed in (directory, checkpoints, package.parent):
+        needed.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{directory}: another process trains in this run; wait for it, or give this one another name=...") from error
+        for written in (directory, checkpoints, package.parent, package):
+            if written.is_dir():
+                files.sweep(written)
+        with also_to_file(directory / "log.txt"):
+            log.info("run %s in %s", name, directory)
+            files.write(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+            yield Run(name, directory, checkpoints, package)
+
+
+def check_identity(then: dict[str, Any], config: Config, fingerprint: str, where: Path) -> None:
+    """Raises UserError where a run goes on with other settings or other pictures than it began with: what came out would be neither's."""
+    now = identity(config) | {"pictures": fingerprint}
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if changed == ["pictures"]:
+        raise UserError(f"{where}: the pictures have changed since this run began; start a new run with another name=..., or bring them back")
+    if changed:
+        differences = ", ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed[:5] if key != "pictures")
+        raise UserError(f"{where}: this run began with other settings ({differences}); give the same again, or start a new run with another name=...")
