@@ -1,0 +1,222 @@
+"""Whole loaders: JPEG files in, batches of random views out."""
+
+import io
+import itertools
+import json
+import shutil
+import tarfile
+import time
+from collections.abc import Iterable, Sized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.benchmarks import photos
+from tests.benchmarks.measure import Cost, Work, paired, ratio, short
+from tests.benchmarks.table import Row, Table, installed
+from trainer import cache
+from trainer.augment import Augmentation
+from trainer.folder import ImageFolder, Split, scan
+from trainer.loader import Feed, Reader
+from trainer.preprocess import Preprocessing
+
+TITLE = "Input"
+WORKERS, BATCH, SIZE = 2, 32, 224
+PASSES = 4  # over the small pictures in an epoch, so that starting worker processes weighs no more than in a real one
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
+PREPROCESSING = Preprocessing(256, SIZE, "bilinear")
+NOTE = f"""Images per second and CPU time per image of whole loaders, against torchvision's ImageFolder + PIL + DataLoader:
+RandomResizedCrop({SIZE}, scale {SCALE}) and flip, batches of {BATCH} (of the large pictures 5), {WORKERS} worker processes or threads. The peers
+end in ToTensor, without Normalize; ours in uint8, which the network normalises. The pictures are random crops of real photos, JPEG quality
+{photos.QUALITY}, on a warm page cache. "First batch" is from the start of an epoch."""
+
+
+def measure(scratch: Path, rounds: int) -> Table:
+    small = photos.write(scratch / "small", 300, 500, 375)
+    large = photos.write(scratch / "large", 20, 4000, 3000)
+    peers, missing = {}, []
+    for package, make in {"timm": timm_loader, "webdataset": webdataset_loader}.items():
+        if installed(package):
+            peers[package] = epochs(make(small))
+        else:
+            missing.append(package)
+
+    contenders = {
+        "torchvision + PIL + DataLoader": epochs(torchvision_loader(small, PASSES)),
+        **peers,
+        "ours, not cached": epochs(feed(small, PASSES)),
+        "ours, the epoch that builds the cache": building_epoch(small, scratch / "fresh"),
+        "ours, packed": epochs(feed(small, PASSES, packed(small, scratch)), 4),
+    }
+    targets = {"ours, not cached": 2.0, "ours, packed": 7.0}
+    costs = paired(contenders, rounds)
+    rows = _rows(
+        "~500x375",
+        costs,
+        first_batches(
+            {"torchvision + PIL + DataLoader": torchvision_loader(small, PASSES)}
+            | {"ours, not cached": feed(small, PASSES), "ours, packed": feed(small, PASSES, packed(small, scratch))},
+            rounds,
+        ),
+        targets,
+    )
+    building = ratio([cost.wall for cost in costs["ours, not cached"]], [cost.wall for cost in costs["ours, the epoch that builds the cache"]])
+    rows.append(Row("~500x375: building the cache, against an epoch that isn't cached", (str(building), "", "", "", ""), "1x", building.median >= 1))
+
+    costs = paired(
+        {
+            "torchvision + PIL + DataLoader": epochs(torchvision_loader(large)),
+            "ours, not cached": epochs(feed(large)),
+            "ours, packed": epochs(feed(large, 20, packed(large, scratch))),
+        },
+        rounds,
+    )
+    rows += _rows("12 megapixels", costs, {}, {"ours, packed": 100.0})
+    columns = ("throughput", "CPU per image", "images/s", "CPU ms per image", "first batch, s")
+    return Table(TITLE, NOTE, columns, rows, ("pillow", "timm", "webdataset"), missing)
+
+
+def _rows(pictures: str, costs: dict[str, list[Cost]], first: dict[str, float], targets: dict[str, float]) -> list[Row]:
+    base, rows = next(iter(costs.values())), []
+    for name, ours in costs.items():
+        wall = ratio([cost.wall for cost in base], [cost.wall for cost in ours])
+        cpu = ratio([cost.cpu for cost in base], [cost.cpu for cost in ours])
+        typical = [float(np.median(values)) for values in ([1 / cost.wall for cost in ours], [1000 * cost.cpu for cost in ours])]
+        cells = (str(wall), str(cpu), *map(short, typical), short(first[name]) if name in first else "")
+        target = targets.get(name)
+        met = min(wall.median, cpu.median) >= target if target else None
+        rows.append(Row(f"{pictures}: {name}", cells, f"{target:g}x" if target else "", met))
+    return rows
+
+
+def epochs(loader: Any, count: int = 1) -> Work:
+    """Work that reads `count` epochs of the loader: an iterable of batches, afresh each time."""
+    numbers = itertools.count()
+
+    def work() -> int:
+        images = 0
+        for _ in range(count):
+            batches = iter(loader.training(next(numbers)) if isinstance(loader, Feed) else loader)
+            images += sum(len(batch[0]) for batch in batches)
+        return images
+
+    return work
+
+
+def first_batches(loaders: dict[str, Iterable[Any]], rounds: int) -> dict[str, float]:
+    """Seconds from the start of an epoch to its first batch, in the middle of the rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    for number in range(rounds):
+        for name, loader in loaders.items():
+            started = time.perf_counter()
+            batches = iter(loader.training(number) if isinstance(loader, Feed) else loader)
+            next(batches)
+            seconds[name].append(time.perf_counter() - started)
+            del batches
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+# --- ours ---
+
+
+def feed(root: Path, passes: int = 1, read: Reader | None = None) -> Feed:
+    found = pictures(root, passes)
+    return Feed(
+        found, PREPROCESSING, Augmentation(SCALE, RATIO, flip=True, trivial=False), batch_size(found.splits["train"].paths), 0, WORKERS, read=read
+    )
+
+
+def batch_size(pictures: Sized) -> int:
+    """Such that each worker has a batch to make, even of few pictures."""
+    return min(BATCH, len(pictures) // (2 * WORKERS))
+
+
+def pictures(root: Path, passes: int = 1) -> ImageFolder:
+    """The pictures of root/train, `passes` times over."""
+    found = scan({"train": str(root / "train"), "valid": str(root / "train")}, 0.1)
+    split = found.splits["train"]
+    return ImageFolder(found.classes, {"train": Split(split.paths * passes, np.tile(split.labels, passes))}, (), found.fingerprint)
+
+
+def packed(root: Path, scratch: Path) -> cache.Packed:
+    paths = pictures(root).splits["train"].paths
+    return cache.pack(paths, scratch / "pixels", PREPROCESSING.resize, PREPROCESSING.interpolation, WORKERS, None, lambda done, total: None)
+
+
+def building_epoch(root: Path, scratch: Path) -> Work:
+    def work() -> int:
+        shutil.rmtree(scratch, ignore_errors=True)
+        return epochs(feed(root, 1, packed(root, scratch)))()
+
+    return work
+
+
+# --- peers ---
+
+
+def torchvision_loader(root: Path, passes: int = 1) -> Any:
+    from torch.utils.data import ConcatDataset, DataLoader
+    from torchvision import datasets, transforms
+
+    views = [transforms.RandomResizedCrop(SIZE, SCALE, RATIO), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    folder = datasets.ImageFolder(str(root / "train"), transforms.Compose(views))
+    pictures = ConcatDataset([folder] * passes)
+    return DataLoader(pictures, batch_size(pictures), shuffle=True, drop_last=True, num_workers=WORKERS)
+
+
+def timm_loader(root: Path) -> Any:
+    from timm.data import create_loader
+    from torch.utils.data import ConcatDataset
+    from torchvision.datasets import ImageFolder
+
+    class Repeated(ConcatDataset):
+        """timm sets its transform on the data set that it is given."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "transform":
+                self.datasets[0].transform = value
+            super().__setattr__(name, value)
+
+    return create_loader(
+        Repeated([ImageFolder(str(root / "train"))] * PASSES),
+        (3, SIZE, SIZE),
+        BATCH,
+        is_training=True,
+        use_prefetcher=False,
+        scale=SCALE,
+        ratio=RATIO,
+        color_jitter=None,
+        interpolation="bilinear",
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        num_workers=WORKERS,
+        persistent_workers=False,
+    )
+
+
+def webdataset_loader(root: Path) -> Any:
+    import webdataset
+    from torchvision import transforms
+
+    shards = root / "shards"
+    shards.mkdir()
+    files = sorted((root / "train").glob("*/*.jpg")) * PASSES
+    for shard in range(2 * WORKERS):
+        with tarfile.open(shards / f"{shard:03d}.tar", "w") as tar:
+            for number, path in list(enumerate(files))[shard :: 2 * WORKERS]:
+                label = json.dumps(int(path.parent.name.removeprefix("class"))).encode()
+                for name, data in ((f"{number:06d}.jpg", path.read_bytes()), (f"{number:06d}.cls", label)):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    views = [transforms.RandomResizedCrop(SIZE, SCALE, RATIO), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    dataset = (
+        webdataset.WebDataset([str(path) for path in sorted(shards.glob("*.tar"))], shardshuffle=2 * WORKERS, empty_check=False)
+        .shuffle(100)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transforms.Compose(views), int)
+        .batched(BATCH, partial=False)
+    )
+    return webdataset.WebLoader(dataset, batch_size=None, num_workers=WORKERS)

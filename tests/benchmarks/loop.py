@@ -1,0 +1,178 @@
+"""What the training loop costs over a bare one: the same network, optimizer and loss, on pixels that are in memory already."""
+
+import copy
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.benchmarks.measure import Work, paired, ratio, short
+from tests.benchmarks.table import Row, Table, installed
+from trainer import checkpoint, config, metrics, model, optim
+from trainer.interrupt import Stop
+from trainer.loader import Batch
+from trainer.loop import Checkpoints, Learner, Progress, train_epoch
+
+TITLE = "Loop"
+CONF = Path(__file__).parents[2] / "conf"
+CLASSES = 10
+SETTINGS = {"lr": 0.01, "weight_decay": 1e-4, "momentum": 0.9, "nesterov": True, "fused": True}  # of SGD
+NOTE = """Images per second of one epoch of the training loop, without evaluation, against a bare hand-written loop in the same process: the
+same network with the normalisation of pixels in it, the same fused SGD, the same loss with label smoothing, the same batches,
+which are in memory. No moving average and no clipping. The bare loop keeps no statistics, has no schedule, and can't be stopped,
+saved or repeated."""
+
+
+def measure(scratch: Path, rounds: int) -> Table:
+    rows: list[Row] = []
+    missing = [peer for peer in PEERS if not installed(peer)]
+    for name, network, size, batch_size, steps, target in (
+        ("tiny net, 32 px, batch 8", tiny(), 32, 8, 300, 0.99),
+        ("ResNet-18, 64 px, batch 32", model.build("resnet18", CLASSES), 64, 32, 4, 1.0),
+    ):
+        batches = make_batches(size, batch_size, steps)
+        contenders = {"bare loop": bare(copy.deepcopy(network), batches), "ours": ours(copy.deepcopy(network), batches, scratch / name)}
+        contenders |= {peer: make(copy.deepcopy(network), batches) for peer, make in PEERS.items() if peer not in missing}
+        # Short rounds and many of them: what is to be seen is smaller than what other processes do to a long one.
+        costs = {peer: [cost.wall for cost in values] for peer, values in paired(contenders, 6 * rounds).items()}
+        for contender, walls in costs.items():
+            speed = ratio(costs["bare loop"], walls)
+            met = speed.median >= target if contender == "ours" else None
+            cells = (str(speed), short(1 / median(walls)), f"{1000 * batch_size * median(walls):.3f}")
+            rows.append(Row(f"{name}: {contender}", cells, f"{target:g}x" if contender == "ours" else "", met))
+    return Table(TITLE, NOTE, ("throughput", "images/s", "ms per step"), rows, ("lightning", "accelerate"), missing)
+
+
+def tiny() -> model.Classifier:
+    torch.manual_seed(0)
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+    backbone = nn.Sequential(*block(3, 16), *block(16, 32), *block(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return model.Classifier(backbone, nn.Linear(64, CLASSES), (0.5,) * 3, (0.5,) * 3).to(memory_format=torch.channels_last)
+
+
+def make_batches(size: int, batch_size: int, count: int) -> list[Batch]:
+    torch.manual_seed(0)
+    return [
+        Batch(torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8), torch.randint(0, CLASSES, (batch_size,))) for _ in range(count)
+    ]
+
+
+# --- the contenders: each does one epoch and returns how many images it saw ---
+
+
+def images(batches: list[Batch]) -> int:
+    return sum(len(batch.labels) for batch in batches)
+
+
+def bare(network: nn.Module, batches: list[Batch]) -> Work:
+    optimizer = torch.optim.SGD(network.parameters(), **SETTINGS)
+
+    def epoch() -> int:
+        network.train()
+        for pixels, labels in batches:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(network(pixels), labels, label_smoothing=0.1)
+            loss.backward()
+            optimizer.step()
+        return images(batches)
+
+    return epoch
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """As `loader.Feed`."""
+
+    batches: list[Batch]
+    classes: int = CLASSES
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.batches)
+
+    def training(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
+        yield from self.batches[first:]
+
+    def plain(self, name: str) -> Generator[Batch, None, None]:
+        yield from self.batches
+
+
+def ours(network: model.Classifier, batches: list[Batch], scratch: Path) -> Work:
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = config.load(compose("config", ["optim=sgd", "train.ema_decay=null", "train.epochs=1000000", "optim.schedule=constant"]))
+    weight_decay = SETTINGS["weight_decay"]
+    optimizer = optim.build(network, "sgd", lr=SETTINGS["lr"], head_lr=None, weight_decay=weight_decay, momentum=SETTINGS["momentum"])
+    learner = Learner(network, optimizer, torch.device("cpu"), torch.float32)
+    scratch.mkdir()
+    checkpoints = Checkpoints(scratch, checkpoint.Cadence(10, 0.02), 2, metrics.Ledger(scratch / "metrics.jsonl"), {})
+    feed, progress, stop = InMemory(batches), Progress(), Stop()
+
+    def epoch() -> int:
+        progress.batch, progress.sums = 0, [0.0, 0.0, 0.0]
+        train_epoch(learner, feed, settings, progress, checkpoints, stop)
+        return images(batches)
+
+    return epoch
+
+
+def accelerate_loop(network: nn.Module, batches: list[Batch]) -> Work:
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    accelerator = Accelerator(cpu=True)
+    network, optimizer, loader = accelerator.prepare(network, torch.optim.SGD(network.parameters(), **SETTINGS), DataLoader(batches, batch_size=None))
+
+    def epoch() -> int:
+        network.train()
+        for pixels, labels in loader:
+            optimizer.zero_grad()
+            accelerator.backward(functional.cross_entropy(network(pixels), labels, label_smoothing=0.1))
+            optimizer.step()
+        return images(batches)
+
+    return epoch
+
+
+def lightning_loop(network: nn.Module, batches: list[Batch]) -> Work:
+    """Lightning without its logger, checkpoints, progress bar and summary."""
+    import logging
+    import warnings
+
+    import lightning
+    from torch.utils.data import DataLoader
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+            pixels, labels = batch
+            return functional.cross_entropy(self.network(pixels), labels, label_smoothing=0.1)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.network.parameters(), **SETTINGS)
+
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"), False)
+    module, loader = Module(), DataLoader(batches, batch_size=None)
+
+    def epoch() -> int:
+        lightning.Trainer(accelerator="cpu", max_epochs=1, **off).fit(module, loader)
+        return images(batches)
+
+    return epoch
+
+
+PEERS: dict[str, Callable[[nn.Module, list[Batch]], Work]] = {"accelerate": accelerate_loop, "lightning": lightning_loop}

@@ -1,0 +1,67 @@
+"""Costs in paired rounds: the contenders take turns in one process, so that what else the machine does falls on all of them."""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one unit of work (a picture, a step, a start), in seconds."""
+
+    wall: float
+    cpu: float  # user and system time of this process and of those that it waited for
+
+
+Work = Callable[[], int]  # does some work and returns how many units it was
+
+
+def cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def cost(work: Work) -> Cost:
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    units = work()
+    return Cost((time.perf_counter() - wall) / units, (cpu_seconds() - cpu) / units)
+
+
+def paired(contenders: Mapping[str, Work], rounds: int, warm_up: bool = True) -> dict[str, list[Cost]]:
+    """Each contender's cost in every round. warm_up: one more round before, which does not count."""
+    costs: dict[str, list[Cost]] = {name: [] for name in contenders}
+    for number in range(-warm_up, rounds):
+        print(f"\r  round {number + 1}/{rounds} of {', '.join(contenders)}", end="", file=sys.stderr, flush=True)
+        for name, work in contenders.items():
+            one = cost(work)
+            if number >= 0:
+                costs[name].append(one)
+    print(file=sys.stderr)
+    return costs
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times better one contender was than another, round by round."""
+
+    values: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def __str__(self) -> str:
+        return f"{short(self.median)} (n={len(self.values)}, {short(min(self.values))} to {short(max(self.values))})"
+
+
+def ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:
+    """base / other in each round: above 1 where the other costs less."""
+    return Ratio([b / o for b, o in zip(base, other, strict=True)])
+
+
+def short(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,45 @@
+"""JPEGs of realistic entropy: random crops of the real photos that come with scikit-image or scikit-learn."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.errors import UserError
+
+# Photographs, no drawings and no microscopy, in the packages' own folders.
+SOURCES = {
+    "skimage": ["data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/motorcycle_left.png", "data/rocket.jpg"],
+    "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
+}
+QUALITY = 90
+CLASSES = 10
+
+
+def write(root: Path, count: int, width: int, height: int) -> Path:
+    """Class folders root/train/CLASS/*.jpg of pictures of about width x height pixels, up to 5 % smaller."""
+    photos, rng = originals(), np.random.default_rng(0)
+    for number in range(count):
+        photo = photos[rng.integers(len(photos))]
+        target = [round(side * rng.uniform(0.95, 1)) for side in (width, height)]
+        # Where the photo is too small it is enlarged; most of what a camera's 12 megapixels hold is smooth as well.
+        scale = max(1.0, *(1.05 * side / own for side, own in zip(target, photo.size, strict=True)))
+        part = [side / scale for side in target]
+        left, upper = (rng.uniform(0, own - side) for own, side in zip(photo.size, part, strict=True))
+        crop = photo.resize(target, Image.Resampling.BICUBIC, (left, upper, left + part[0], upper + part[1]))
+        folder = root / "train" / f"class{number % CLASSES}"
+        folder.mkdir(parents=True, exist_ok=True)
+        crop.save(folder / f"{number:04d}.jpg", quality=QUALITY)
+    return root
+
+
+def originals() -> list[Image.Image]:
+    found = []
+    for package, names in SOURCES.items():
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin:
+            found += [Image.open(Path(spec.origin).parent / name).convert("RGB") for name in names]
+    if not found:
+        raise UserError("the benchmarks need real photos: pip install scikit-image, or scikit-learn")
+    return found

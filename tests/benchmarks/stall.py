@@ -1,0 +1,52 @@
+"""How long a checkpoint holds the loop."""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from tests.benchmarks.measure import cost, ratio, short
+from tests.benchmarks.table import Row, Table
+from trainer import checkpoint, metrics, model, optim
+from trainer.loop import Checkpoints, Learner, Progress
+
+TITLE = "Checkpoint stall"
+NOTE = """How long a checkpoint of ResNet-50 trained by SGD with momentum (its weights and as many momenta) holds the training loop.
+`torch.save` writes in place, with no fsync. Ours copies into memory that it keeps, then hashes, writes, fsyncs and renames in the
+background, verified again before it is believed: that time is in a column of its own, and the next snapshot is taken after it."""
+
+
+def measure(scratch: Path, rounds: int) -> Table:
+    network = model.build("resnet50", 1000, channels_last=False)
+    optimizer = optim.build(network, "sgd", lr=0.1, head_lr=None, weight_decay=1e-4, momentum=0.9)
+    learner = Learner(network, optimizer, torch.device("cpu"), torch.float32)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    ledger = metrics.Ledger(scratch / "metrics.jsonl")
+    checkpoints = Checkpoints(scratch / "checkpoints", checkpoint.Cadence(10, 1), 2, ledger, {})
+    progress = Progress()
+
+    def torch_save() -> None:
+        torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict()}, scratch / "checkpoint.pt")
+
+    def save() -> None:
+        progress.step += 1
+        checkpoints.save(learner, progress)
+
+    def seconds(work: Callable[[], None]) -> float:
+        return cost(lambda: work() or 1).wall
+
+    theirs, ours, background = [], [], []
+    for number in range(rounds + 1):
+        one, two, three = seconds(torch_save), seconds(save), seconds(checkpoints.wait)
+        if number > 0:  # the first one also asks the system for its memory
+            theirs, ours, background = [*theirs, one], [*ours, two], [*background, three]
+    shorter = ratio(theirs, ours)
+    size = sum(path.stat().st_size for path in checkpoint.steps(scratch / "checkpoints")[-1].iterdir()) / 1e6
+    rows = [
+        Row("torch.save in place", ("1", short(1000 * median(theirs)), "")),
+        Row("ours", (str(shorter), short(1000 * median(ours)), short(1000 * median(background))), "10x", shorter.median >= 10),
+    ]
+    return Table(TITLE, f"{NOTE} {size:.0f} MB.", ("stall shorter by", "stall, ms", "in the background, ms"), rows, ("safetensors",))
