@@ -84,18 +84,23 @@ def on_spot_notice(stop: Stop, every: float = POLL_EVERY) -> Iterator[None]:
 
 def _notice() -> str | None:
     """Who asks for the instance back, if anybody does. Raises OSError where the service can't be asked."""
+    return next((notice for path, notice in NOTICES.items() if metadata(path) is not None), None)
+
+
+def metadata(path: str) -> str | None:
+    """What EC2's metadata service (IMDSv2) says under /latest/meta-data/`path`; None: nothing. Raises OSError where it can't be asked."""
     address = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
     # No proxy of the environment may stand between an instance and its own metadata.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     ask = urllib.request.Request(f"{address}/latest/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     with opener.open(ask, timeout=2) as answer:
-        token = answer.read().decode()
-    for path, notice in NOTICES.items():
-        request = urllib.request.Request(f"{address}/latest/meta-data/{path}", headers={"X-aws-ec2-metadata-token": token})
-        try:
-            with opener.open(request, timeout=2):
-                return notice
-        except urllib.error.HTTPError as error:
-            if error.code != 404:
-                raise
-    return None
+        token: str = answer.read().decode()
+    request = urllib.request.Request(f"{address}/latest/meta-data/{path}", headers={"X-aws-ec2-metadata-token": token})
+    try:
+        with opener.open(request, timeout=2) as answer:
+            text: str = answer.read().decode()
+            return text
+    except urllib.error.HTTPError as error:
+        if error.code != 404:
+            raise
+        return None

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks [input loop start stall]`: measures, prints the tables, and puts them into docs/benchmarks.md."""
+"""`python -m tests.benchmarks [input loop frozen start stall ...]`: measures, prints the tables, and puts them into docs/benchmarks.md."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-NAMES = ("input", "loop", "start", "stall")
+NAMES = ("input", "loop", "frozen", "start", "stall", "scaling", "serving")
 
 
 def main() -> None:

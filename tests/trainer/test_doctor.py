@@ -1,0 +1,76 @@
+"""The doctor as a process: what it says of the machine, of a run, and of mistakes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import PROJECT
+
+TINY = ("data=folder", "data.size=16", "data.resize=16", "train.batch_size=8", "platform=local", "platform.cache=cache")
+
+
+def doctor(cwd, *arguments, **environment):
+    """Its exit code and what it printed. Without credentials of the person who runs the tests."""
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.doctor", *arguments, "--seconds=0.4"],
+        cwd=cwd,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout
+
+
+def facts(said):
+    """The lines `name   value` of what it printed."""
+    return dict(re.findall(r"^  (\S.*?\S)  +(\S.*)$", said, re.MULTILINE))
+
+
+def test_it_predicts_a_run_and_begins_none(tmp_path, pictures):
+    code, said = doctor(tmp_path, *TINY, f"data.root={pictures}", "train.epochs=5")
+    assert code == 0, said
+    told = facts(said)
+    assert re.fullmatch(r"[\d.]+ s: [\d.]+ s training, [\d.]+ s evaluation", told["an epoch"])
+    assert told["all epochs"].endswith(" for 5")
+    assert "not on EC2" in told["instance"] and "none found" in told["AWS credentials"]
+    assert "frozen backbone" not in told
+    remembered = json.loads((tmp_path / "cache/doctor.json").read_text())
+    assert remembered["epoch_seconds"] > 0 and remembered["images_per_second"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # no run
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["doctor.json"]  # no pixels left
+
+
+def test_a_frozen_backbone_costs_once(tmp_path, pictures):
+    code, said = doctor(tmp_path, *TINY, f"data.root={pictures}", "model.freeze=backbone", "model.cached_views=3")
+    assert code == 0, said
+    told = facts(said)
+    assert "limited by the frozen backbone" in told["once, before"] and told["limited by"] == "the head's steps"
+
+
+def test_it_asks_an_ec2_machine_for_its_type(tmp_path, pictures, metadata):
+    metadata.answers = {"instance-type": "g4dn.xlarge", "iam/security-credentials/": "packhorse-ec2"}
+    code, said = doctor(tmp_path, *TINY, f"data.root={pictures}", AWS_EC2_METADATA_SERVICE_ENDPOINT=os.environ["AWS_EC2_METADATA_SERVICE_ENDPOINT"])
+    assert code == 0, said
+    assert facts(said)["instance"] == "g4dn.xlarge" and "of the instance's role" in facts(said)["AWS credentials"]
+
+
+def test_settings_that_cost_time_are_pointed_out(tmp_path, pictures):
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/credentials").write_text("")
+    overrides = ("model.freeze=backbone", "model.cached_views=null", "train.channels_last=false", "data.cache=none")
+    code, said = doctor(tmp_path, *TINY, f"data.root={pictures}", *overrides)
+    assert code == 0, said
+    assert "model.cached_views=4" in said and "train.channels_last=true" in said
+    assert facts(said)["packed pixels"] == "none" and ".aws/credentials" in facts(said)["AWS credentials"]
+
+
+@pytest.mark.parametrize("override, said", [("optim.lr=-1", "optim.lr=-1"), ("data.root=missing", "missing"), ("optim.lrr=1", "did you mean")])
+def test_a_mistake_is_one_line(tmp_path, pictures, override, said):
+    code, printed = doctor(tmp_path, *TINY, f"data.root={pictures}", override)
+    assert code == 2 and said in printed.splitlines()[-1] and "Traceback" not in printed

@@ -1,0 +1,475 @@
+"""`python -m trainer.doctor [key=value ...]`: what this machine can do with these settings, before hours are paid for.
+
+It runs the real loop for some seconds on a sample of the real pictures, in a cache of its own, and predicts from that. No run is begun.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+
+from trainer import cache, checkpoint, features, files, metrics, stages
+from trainer import config as settings
+from trainer.__main__ import CONF, guarded
+from trainer.config import Config
+from trainer.console import log, to_terminal
+from trainer.datasets import find_pictures
+from trainer.device import Machine, cores
+from trainer.errors import Interrupted, UserError
+from trainer.features import FeatureFeed
+from trainer.folder import ImageFolder, Split
+from trainer.interrupt import Stop, metadata
+from trainer.loader import Batch, Batches, Feed
+from trainer.loop import Checkpoints, Learner, Progress, evaluate, train_epoch
+from trainer.model import Classifier
+
+PICTURES = 512  # of each split, at most
+SLOW = 4.0  # seconds: where a step would take longer, it is measured on fewer pictures
+NVME = Path("/opt/dlami/nvme")  # the scratch disk of AWS's Deep Learning AMI
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rates in pictures or bytes a second. None: this run has no such work."""
+
+    decode: float  # decoding and shrinking, all threads together: what packing costs
+    picture_bytes: float  # of a packed picture, on average
+    load: float  # random views, with nobody training
+    extract: float | None  # the frozen backbone, one view
+    train: float  # the loop as it runs: views, steps and moving average
+    wait: float  # share of the loop's time that it waited for pictures
+    evaluate: float  # valid, as after each epoch
+    write: float  # bytes, flushed to the disk of the runs
+    copy: float  # bytes, within the memory
+    link: float | None  # bytes, from page-locked memory to the GPU
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """In seconds. once: before the first epoch (packing, features). training, evaluation: of one epoch."""
+
+    once: float
+    training: float
+    evaluation: float
+
+    @property
+    def epoch(self) -> float:
+        return self.training + self.evaluation
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.doctor", description="Measures this machine, predicts a run's time, proposes settings.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for python -m trainer")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for measuring the loop, and half of it for each other part (default 8)")
+    options = parser.parse_args()
+    to_terminal()
+    settings.register()
+    return guarded(lambda: examine(options.overrides, options.seconds))
+
+
+def examine(overrides: list[str], seconds: float) -> None:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = settings.load(compose("config", overrides))
+    for line in settings.ignored(config, overrides):
+        log.warning(line)
+    instance = instance_type()
+    machine = stages.prepare_machine(config)
+    log.info("this machine\n%s\n", _table(machine_facts(config, machine, instance)))
+    found = find_pictures(config)
+    network = stages.make_network(config, found, machine)
+    log.info("measuring, for less than a minute ...")
+    measured = measure(config, found, network, machine, seconds)
+    prediction = predict(config, found, measured)
+    log.info("\nmeasured\n%s", _table(measured_facts(measured, machine)))
+    log.info("\nthis run, about\n%s", _table(run_facts(config, found, network, measured, prediction)))
+    log.info("\nproposed\n%s", "\n".join(f"  {line}" for line in propose(config, found, measured, machine, instance)) or "  nothing: it fits")
+    remember(config, measured, prediction, instance)
+
+
+# --- measuring ---
+
+
+def measure(config: Config, found: ImageFolder, network: Classifier, machine: Machine, seconds: float) -> Measured:
+    """Takes about four times `seconds`; longer only where a single step does."""
+    Path(config.platform.cache).mkdir(parents=True, exist_ok=True)
+    # On the disk of the real cache, and gone afterwards.
+    with tempfile.TemporaryDirectory(prefix=files.ASIDE + "doctor-", dir=config.platform.cache) as scratch:
+        directory = Path(scratch)
+        sample = _sampled(found)
+        paths = [path for split in sample.splits.values() for path in split.paths]
+        started = time.monotonic()
+        packed = cache.pack(paths, directory, config.data.resize, config.data.interpolation, stages.workers(config), None, lambda done, total: None)
+        decode = len(paths) / (time.monotonic() - started)
+        sample = _without(sample, packed.broken)
+        picture_bytes = float(np.mean([packed(path).size for split in sample.splits.values() for path in split.paths]))
+
+        feed = stages.make_feed(config, _as_many(sample, found), packed if stages.reads_more_than_once(config) else None, machine)
+        load = _rate(feed.training(0), seconds / 2)
+        batches: Batches = feed
+        extract = None
+        if feed.views is not None:
+            extract = _extract_rate(network, feed, machine, seconds)
+            batches = _some_features(feed, network.features_width)
+        learner = stages.make_learner(config, network, batches, machine)
+        ledger = metrics.Ledger(directory / "metrics.jsonl")
+        checkpoints = Checkpoints(directory, checkpoint.Cadence(1e9, 1e-9), 2, ledger, {})
+        few = _fewer(
+            config, batches, _trained(config, learner, _resized(batches, min(8, config.train.batch_size)), checkpoints, seconds / 4), machine
+        )
+        _trained(config, learner, few, checkpoints, seconds / 4)  # what is slow at first (kernels chosen, memory taken) does not count
+        trained = _trained(config, learner, few, checkpoints, seconds)
+        evaluated = _evaluate_rate(learner, few, machine, seconds / 2)
+        return Measured(
+            decode=decode,
+            picture_bytes=picture_bytes,
+            load=load,
+            extract=extract,
+            train=trained.count / trained.seconds,
+            wait=trained.data_wait / trained.seconds,
+            evaluate=evaluated,
+            write=_write_rate(directory),
+            copy=_copy_rate(torch.device("cpu")),
+            link=_copy_rate(machine.device) if machine.device.type == "cuda" else None,
+        )
+
+
+@dataclass
+class Trained:
+    count: float = 0.0  # pictures
+    seconds: float = 0.0
+    data_wait: float = 0.0
+
+
+def _trained(config: Config, learner: Learner, batches: Batches, checkpoints: Checkpoints, seconds: float) -> Trained:
+    """The loop itself, stopped after the step in which `seconds` are over, or after the epoch if that comes first."""
+    trained, deadline = Trained(), time.monotonic() + seconds
+    with _stopped_at(deadline) as stop:
+        while stop.reason is None and time.monotonic() < deadline:
+            progress = Progress()
+            with suppress(Interrupted):
+                train_epoch(learner, batches, config, progress, checkpoints, stop)
+            trained.count += progress.sums[2]
+            trained.seconds += progress.seconds
+            trained.data_wait += progress.data_wait
+    return trained
+
+
+def _fewer(config: Config, batches: Batches, warm: Trained, machine: Machine) -> Batches:
+    """The batches as they are; smaller where a step of them would take longer than SLOW. On a CPU the time is in proportion to the pictures."""
+    at_once = int(SLOW * warm.count / warm.seconds)
+    if machine.device.type == "cuda" or at_once >= config.train.batch_size:
+        return batches
+    return _resized(batches, max(at_once, min(8, config.train.batch_size), config.train.accumulate))
+
+
+def _resized(batches: Batches, batch_size: int) -> Batches:
+    if isinstance(batches, FeatureFeed):
+        return dataclasses.replace(batches, feed=dataclasses.replace(batches.feed, batch_size=batch_size))
+    assert isinstance(batches, Feed)
+    return dataclasses.replace(batches, batch_size=batch_size)
+
+
+def _evaluate_rate(learner: Learner, batches: Batches, machine: Machine, seconds: float) -> float:
+    rate = 0.0
+    for limit in (0.0, seconds):  # the first batch, and the import of torchmetrics, do not count
+        started = time.monotonic()
+        logits, labels = evaluate(learner.served(), _until(batches.plain("valid"), limit), machine.device, machine.precision, Stop())
+        metrics.classification(logits, labels, "valid")
+        rate = len(logits) / (time.monotonic() - started)
+    return rate
+
+
+def _extract_rate(network: Classifier, feed: Feed, machine: Machine, seconds: float) -> float:
+    count, started = 0, time.monotonic()
+    for batch in _until(feed.in_order(0, features.BATCH), seconds):
+        features.compute(network, batch, machine.device, machine.precision)
+        count += len(batch.labels)
+    return count / (time.monotonic() - started)
+
+
+def _some_features(feed: Feed, width: int) -> FeatureFeed:
+    """As many features as the run will have, of no meaning: only how long the head takes is asked for."""
+    splits = feed.folder.splits
+    train, valid = (np.zeros((len(splits[name].paths), width), np.float32) for name in ("train", "valid"))
+    return FeatureFeed(feed, (train,), valid)
+
+
+def _rate(batches: Generator[Batch, None, None], seconds: float) -> float:
+    count, started = 0, time.monotonic()
+    for batch in _until(batches, seconds):
+        count += len(batch.labels)
+    return count / (time.monotonic() - started)
+
+
+def _until(batches: Generator[Batch, None, None], seconds: float) -> Iterator[Batch]:
+    """The batches up to the one in which the time is over: at least one."""
+    deadline = time.monotonic() + seconds
+    for batch in batches:
+        yield batch
+        if time.monotonic() >= deadline:
+            break
+    batches.close()
+
+
+@contextmanager
+def _stopped_at(deadline: float) -> Iterator[Stop]:
+    stop = Stop()
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), stop.ask, ["the doctor"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield stop
+    finally:
+        timer.cancel()
+
+
+def _write_rate(directory: Path, size: int = 64 << 20) -> float:
+    data = os.urandom(size)  # no file system makes it smaller
+    started = time.monotonic()
+    files.flush(directory / "disk", data)
+    return size / (time.monotonic() - started)
+
+
+def _copy_rate(to: torch.device, size: int = 256 << 20) -> float:
+    source = torch.ones(size, dtype=torch.uint8, pin_memory=to.type == "cuda")
+    target = torch.zeros(size, dtype=torch.uint8, device=to)
+    started = time.monotonic()
+    target.copy_(source)
+    if to.type == "cuda":
+        torch.cuda.synchronize()
+    return size / (time.monotonic() - started)
+
+
+# --- the sample ---
+
+
+def _sampled(found: ImageFolder) -> ImageFolder:
+    """Some pictures of train and valid, chosen at random, so that they are as large and as hard as all of them."""
+    splits = {}
+    for name in ("train", "valid"):
+        split = found.splits[name]
+        chosen = np.random.default_rng(0).permutation(len(split.paths))[:PICTURES]
+        splits[name] = Split(tuple(split.paths[number] for number in chosen), split.labels[chosen])
+    return dataclasses.replace(found, splits=splits)
+
+
+def _without(sample: ImageFolder, broken: Mapping[str, str]) -> ImageFolder:
+    splits = {}
+    for name, split in sample.splits.items():
+        good = [number for number, path in enumerate(split.paths) if path not in broken]
+        if not good:
+            raise UserError(f"{split.paths[0]}: none of {len(split.paths)} pictures of {name} can be read ({broken[split.paths[0]]})")
+        splits[name] = Split(tuple(split.paths[number] for number in good), split.labels[good])
+    return dataclasses.replace(sample, splits=splits)
+
+
+def _as_many(sample: ImageFolder, found: ImageFolder) -> ImageFolder:
+    """The sample, each picture as often as it takes to have as many as there really are."""
+    splits = {}
+    for name, split in sample.splits.items():
+        chosen = np.resize(np.arange(len(split.paths)), len(found.splits[name].paths))
+        splits[name] = Split(tuple(split.paths[number] for number in chosen), split.labels[chosen])
+    return dataclasses.replace(sample, splits=splits)
+
+
+# --- predicting and proposing ---
+
+
+def predict(config: Config, found: ImageFolder, measured: Measured) -> Prediction:
+    train, valid = (len(found.splits[name].paths) for name in ("train", "valid"))
+    once = sum(len(split.paths) for split in found.splits.values()) / measured.decode  # packed, or looked at for broken ones
+    if measured.extract is not None:
+        assert config.model.cached_views is not None
+        once += (train * min(config.model.cached_views, config.train.epochs) + valid) / measured.extract
+    batch = min(config.train.batch_size, train)
+    return Prediction(once, train // batch * batch / measured.train, valid / measured.evaluate)
+
+
+def propose(config: Config, found: ImageFolder, measured: Measured, machine: Machine, instance: str | None) -> list[str]:
+    """One line for each setting that would be better otherwise, with the reason."""
+    lines = []
+    driver = nvidia_driver()
+    if driver and not torch.cuda.is_available():
+        build = (
+            "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}, and the driver may be too old for it"
+        )
+        lines.append(f"a GPU that works: there is one ({driver}), but PyTorch {torch.__version__} {build}; see pytorch.org/get-started")
+    if machine.device.type == "cpu" and torch.cuda.is_available():
+        lines.append("train.device=cuda: there is a GPU, and it is not used")
+    if config.model.freeze == "backbone" and config.model.cached_views is None and not config.data.augment.mixup + config.data.augment.cutmix:
+        lines.append("model.cached_views=4: the frozen backbone would run once for each of 4 views, and not in every epoch")
+    if measured.wait > 0.1 and not stages.reads_more_than_once(config):
+        lines.append(f"data.cache=packed: {measured.wait:.0%} of the time goes by waiting for pictures to be decoded")
+    elif measured.wait > 0.1 and config.data.workers is not None and config.data.workers < cores():
+        lines.append(
+            f"data.workers=null: {measured.wait:.0%} of the time goes by waiting for pictures, read by {config.data.workers} of {cores()} cores"
+        )
+    elif measured.wait > 0.1:
+        lines.append(f"data.augment.trivial=false, or a machine with more cores: {measured.wait:.0%} of the time goes by waiting for random views")
+    if not config.train.channels_last and measured.extract is None:
+        lines.append("train.channels_last=true: convolutions are faster so on most machines")
+    if machine.device.type == "cuda" and machine.precision == torch.float32:
+        lines.append("train.precision=auto: half precision is several times as fast on this GPU")
+    if NVME.is_mount() and config.platform.name == "local":
+        lines.append(f"platform=ec2: runs and cache on the fast disk {NVME}, and spot notices are heeded")
+    if instance and instance.startswith("t") and machine.device.type == "cpu":
+        lines.append(f"another instance than {instance}: it may only compute in bursts; see python -m launch instances")
+    free = shutil.disk_usage(config.platform.cache).free
+    if stages.reads_more_than_once(config) and packed_bytes(found, measured) > free:
+        lines.append(f"platform.cache=DIR on a larger disk: {amount(packed_bytes(found, measured))} of packed pixels do not fit into {amount(free)}")
+    return lines
+
+
+def packed_bytes(found: ImageFolder, measured: Measured) -> float:
+    return measured.picture_bytes * sum(len(split.paths) for split in found.splits.values())
+
+
+# --- what is shown ---
+
+
+def machine_facts(config: Config, machine: Machine, instance: str | None) -> dict[str, str]:
+    runs = _existing(Path(config.platform.run_dir or config.platform.runs))
+    kept = _existing(Path(config.platform.cache))
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    return {
+        "instance": instance or "not on EC2, as far as can be seen",
+        "processor": f"{platform.machine()}, {cores()} of {os.cpu_count()} cores may be used, {torch.backends.cpu.get_cpu_capability()}",
+        "memory": amount(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        "GPU": gpu(machine) or "none",
+        "driver": nvidia_driver() or "none",
+        "PyTorch": f"{torch.__version__} ({build}), Python {platform.python_version()}, computes on {machine.device} in {machine}",
+        "free disk": f"{amount(shutil.disk_usage(runs).free)} for runs ({runs}), {amount(shutil.disk_usage(kept).free)} for the cache ({kept})",
+        "AWS credentials": f"{credentials(instance) or 'none found'} (training needs none, python -m launch does)",
+    }
+
+
+def measured_facts(measured: Measured, machine: Machine) -> dict[str, str]:
+    facts = {
+        "decoding": f"{measured.decode:,.0f} pictures/s",
+        "random views": f"{measured.load:,.0f} pictures/s, with nobody training",
+        "frozen backbone": f"{measured.extract:,.1f} pictures/s" if measured.extract else "",
+        "training": f"{measured.train:,.1f} pictures/s, {measured.wait:.0%} of the time waiting for them",
+        "evaluation": f"{measured.evaluate:,.1f} pictures/s",
+        "disk": f"{measured.write / 1e6:,.0f} MB/s written and flushed",
+        "memory": f"{measured.copy / 1e9:.1f} GB/s copied",
+        "link to the GPU": f"{measured.link / 1e9:.1f} GB/s" if measured.link else "",
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def run_facts(config: Config, found: ImageFolder, network: Classifier, measured: Measured, prediction: Prediction) -> dict[str, str]:
+    limit = "reading pictures" if measured.wait > 0.1 else "the network's steps" if measured.extract is None else "the head's steps"
+    once_limit = "the frozen backbone" if measured.extract is not None else "decoding"
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    return {
+        "an epoch": f"{duration(prediction.epoch)}: {duration(prediction.training)} training, {duration(prediction.evaluation)} evaluation",
+        "limited by": limit,
+        "once, before": f"{duration(prediction.once)}, limited by {once_limit}; nothing where it is in the cache already",
+        "all epochs": f"{duration(prediction.once + config.train.epochs * prediction.epoch)} for {config.train.epochs}",
+        "packed pixels": amount(packed_bytes(found, measured)) if stages.reads_more_than_once(config) else "none",
+        "a checkpoint": f"at least {amount(weights)}, written in {duration(weights / measured.write)}",
+    }
+
+
+def remember(config: Config, measured: Measured, prediction: Prediction, instance: str | None) -> None:
+    """For `python -m launch instances`, which compares it with what other machines cost."""
+    facts = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": instance or platform.node(),
+        "model": config.model.name,
+        "freeze": config.model.freeze,
+        "images_per_second": measured.train,
+        "epoch_seconds": prediction.epoch,
+        "once_seconds": prediction.once,
+    }
+    files.write(Path(config.platform.cache) / "doctor.json", json.dumps(facts, indent=1) + "\n")
+
+
+# --- facts of the machine ---
+
+
+def instance_type() -> str | None:
+    """EC2's or SageMaker's name of this machine; None elsewhere. Only a machine that says it is EC2's is asked over its network."""
+    if name := os.environ.get("SM_CURRENT_INSTANCE_TYPE"):
+        return name
+    vendor = Path("/sys/class/dmi/id/sys_vendor")
+    if "AWS_EC2_METADATA_SERVICE_ENDPOINT" not in os.environ and not (vendor.exists() and "Amazon" in vendor.read_text()):
+        return None
+    try:
+        return metadata("instance-type")
+    except OSError:
+        return "EC2, whose metadata service does not answer"
+
+
+def credentials(instance: str | None) -> str | None:
+    """Where AWS credentials would come from. Their values are not looked at."""
+    if found := [name for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE") if name in os.environ]:
+        return f"in the environment ({found[0]})"
+    if any(name.startswith("AWS_CONTAINER_CREDENTIALS_") for name in os.environ):
+        return "of the container's role"
+    for path in (Path.home() / ".aws/credentials", Path.home() / ".aws/config"):
+        if path.exists():
+            return f"in {path}"
+    try:
+        return "of the instance's role" if instance and metadata("iam/security-credentials/") else None
+    except OSError:
+        return None
+
+
+def nvidia_driver() -> str | None:
+    """The GPUs and the driver's version as nvidia-smi has them; None where there is no driver."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi fails ({error})"
+    return "; ".join(line.strip() for line in lines if line.strip())
+
+
+def gpu(machine: Machine) -> str | None:
+    if machine.device.type != "cuda":
+        return "one, not used" if torch.cuda.is_available() else None
+    found = torch.cuda.get_device_properties(machine.device)
+    native = "with" if torch.cuda.is_bf16_supported(including_emulation=False) else "without"
+    kind = f"{found.name}, {amount(found.total_memory)}, compute capability {found.major}.{found.minor}, {native} native bf16"
+    return f"{torch.cuda.device_count()} x {kind}"
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that there is."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+def amount(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _table(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:<17} {value}" for name, value in facts.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
