@@ -1,0 +1,447 @@
+"""`python -m trainer -m ...`: the driver of a sweep. It trains nothing itself: it starts trials as processes and notes what becomes of them.
+
+A sweep lies in platform.runs/NAME: `sweep.json` (what was asked for), `source/` (the code and conf/ as they were then, which every trial uses),
+its ledger, `sweep.html`, and a directory for each trial, which is an ordinary run. It can be killed at any moment and started again.
+"""
+
+import ctypes
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import OmegaConf
+
+from trainer import config as settings
+from trainer import files, space
+from trainer.config import Config
+from trainer.console import Progress, also_to_file, log
+from trainer.datasets import find_pictures
+from trainer.errors import OK, RESUME, UserError
+from trainer.explain import CONFIG_ERRORS, explain
+from trainer.interrupt import Stop, on_signals, on_spot_notice
+from trainer.run import revision
+from trainer.space import Sweep
+from trainer.sweep import page
+from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Grid, Ledger, Trial, best_first
+
+PROJECT = Path(__file__).parents[2]
+SOURCE = ("trainer", "serving", "conf")  # what a run is made by
+FREE = ("sweep.trials", "sweep.parallel")  # may change when a sweep goes on
+POLL = 0.05  # seconds between two looks at the trials
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run(arguments: list[str]) -> None:
+    """The sweep of a command line's overrides, from where it is to its end. Raises Interrupted when asked to stop."""
+    fixed, swept = space.split(arguments)
+    config = compose(PROJECT / "conf", fixed)
+    notice = on_spot_notice if config.platform.name == "ec2" else lambda stop: nullcontext()
+    with on_signals() as stop, opened(config, fixed, swept) as (directory, frozen), notice(stop):
+        Driver(directory, fixed, frozen, stop).run()
+
+
+def compose(conf: Path, overrides: list[str]) -> Config:
+    with hydra.initialize_config_dir(str(conf.absolute()), version_base="1.3"):
+        return settings.load(hydra.compose("config", overrides))
+
+
+# --- the directory of a sweep, and what is frozen in it ---
+
+
+@contextmanager
+def opened(config: Config, fixed: list[str], swept: dict[str, str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The sweep's directory, locked for this process, and what its sweep.json holds; both made and checked if it is new."""
+    asked: dict[str, Any] = {"settings": sorted(word for word in fixed if space.key_of(word) not in (*FREE, "name")), "ranges": swept}
+    directory = Path(config.platform.runs) / (config.name or sweep_name(config, asked))
+    known = directory / "sweep.json"
+    if not known.exists():
+        check(config, fixed, swept)
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory) as mine, also_to_file(directory / "log.txt"):
+        if not mine:
+            raise UserError(f"{directory}: another process runs this sweep; wait for it, or give this one another name=...")
+        if not known.exists():
+            freeze(directory, asked)
+        frozen = json.loads(known.read_text())
+        if changed := words_of(asked) ^ words_of(frozen):
+            raise UserError(f"{directory}: this sweep began with other settings ({', '.join(sorted(changed))}); give the same, or another name=...")
+        log.info("sweep %s in %s", directory.name, directory)
+        yield directory, frozen
+
+
+def sweep_name(config: Config, asked: dict[str, Any]) -> str:
+    """Derived from the command line, not from what conf/ makes of it, so that the same command finds its own sweep after conf/ was edited."""
+    roots = [os.path.realpath(path) for path in settings.split_directories(config.data).values()]
+    digest = hashlib.sha256(json.dumps([asked, roots], sort_keys=True).encode()).hexdigest()
+    return f"sweep-{config.data.source}-{digest[:8]}"
+
+
+def words_of(asked: dict[str, Any]) -> set[str]:
+    return {*asked["settings"], *(f"{key}={text}" for key, text in asked["ranges"].items())}
+
+
+def check(config: Config, fixed: list[str], swept: dict[str, str]) -> None:
+    """Raises UserError for what would fail every trial: ranges that don't fit, options that there are not, a folder without pictures."""
+    sweep = space.load(config, swept, fixed)
+    for parameter in sweep.space:
+        if parameter.key in space.GROUPS:
+            assert isinstance(parameter, space.Categorical)
+            for choice in parameter.choices:
+                compose(PROJECT / "conf", [*fixed, space.override(parameter.key, choice)])
+    if not any(parameter.key.split(".")[0] in ("data", "experiment") for parameter in sweep.space):
+        find_pictures(config)
+
+
+def freeze(directory: Path, asked: dict[str, Any]) -> None:
+    """Copies the code and conf/ as they are now; sweep.json, written last, says that they are complete."""
+    files.sweep(directory)
+    shutil.rmtree(directory / "source", ignore_errors=True)
+    aside = directory / f"{files.ASIDE}source"
+    for name in SOURCE:
+        shutil.copytree(PROJECT / name, aside / name, ignore=shutil.ignore_patterns("__pycache__"))
+    aside.rename(directory / "source")
+    files.write(directory / "sweep.json", json.dumps(asked | {"revision": revision(), "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}))
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """Whether this process got the lock of a run or a sweep, which it then has while the context lasts."""
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
+
+
+# --- driving it ---
+
+
+@dataclass
+class Job:
+    """One process: a trial, or several whose heads are trained together."""
+
+    trials: list[Trial]
+    slot: int  # which of the processes that run at once; chooses the GPU
+    process: subprocess.Popen[bytes] | None = None  # None: it waits for one that a killed driver left behind
+    epoch: int = 0  # the last one reported
+    pruned: bool = False
+
+
+class Driver:
+    def __init__(self, directory: Path, fixed: list[str], frozen: dict[str, Any], stop: Stop) -> None:
+        self.directory, self.frozen, self.stop = directory, frozen, stop
+        # Neither the sweep's own settings nor the places that its trials would share are for the trials.
+        self.fixed = [word for word in fixed if space.key_of(word).split(".")[0] not in ("sweep", "name")]
+        self.config = compose(directory / "source" / "conf", fixed)
+        self.sweep = space.load(self.config, frozen["ranges"], fixed)
+        self.ledger = make_ledger(directory, self.sweep)
+        self.waiting: list[Trial] = []  # begun, but not running now
+        self.alone: set[int] = set()  # trials not to be trained together: the process that tried it failed
+        self.jobs: list[Job] = []
+
+    def run(self) -> None:
+        total = len(self.ledger.points) if isinstance(self.ledger, Grid) else self.sweep.trials
+        self.settle_outcomes()
+        self.waiting = [trial for trial in self.ledger.trials() if trial.state == RUNNING]
+        done = len(self.ledger.trials()) - len(self.waiting)
+        log.info("%d trials over %s", total, ", ".join(parameter.key for parameter in self.sweep.space))
+        if self.ledger.trials():
+            log.info("%d of them are done already; %d go on", done, len(self.waiting))
+        with Progress("trials", total, done) as bar:
+            while self.step():
+                bar.advance(sum(trial.state != RUNNING for trial in self.ledger.trials()) - bar.done)
+        ranked = best_first(self.ledger.trials(), self.sweep)
+        if ranked[0].state != COMPLETE:
+            failed = next(trial for trial in ranked if trial.state == FAILED)
+            raise UserError(f"{self.directory}: none of {len(ranked)} trials was completed; trial {failed.number} failed: {failed.reason}")
+        self.finish_best(ranked[0])
+        self.write_page()
+        self.summarize(ranked)
+
+    def step(self) -> bool:
+        """Looks after the jobs once, and starts others in the place of those that ended. False: nothing is left to do."""
+        if self.stop.reason:
+            self.halt()
+        ended = [job for job in self.jobs if self.look_after(job)]
+        self.jobs = [job for job in self.jobs if job not in ended]
+        if ended:
+            self.write_page()
+        for slot in sorted(set(range(self.sweep.parallel)) - {job.slot for job in self.jobs}):
+            if trials := self.next_trials():
+                self.jobs.append(Job(trials, slot))
+        if self.jobs and not ended:
+            time.sleep(POLL)
+        return bool(self.jobs)
+
+    def halt(self) -> None:
+        """Has every trial save its state, and raises Interrupted."""
+        running = [job.process for job in self.jobs if job.process is not None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        self.stop.check()
+
+    def next_trials(self) -> list[Trial]:
+        """The next trial, with those after it whose heads can be trained in the same process."""
+        trials: list[Trial] = []
+        while taken := self.take():
+            trial, together = taken
+            if trials and not together:
+                self.waiting.insert(0, trial)
+                break
+            trials.append(trial)
+            if not together or len(trials) == self.sweep.together:
+                break
+        return trials
+
+    def take(self) -> tuple[Trial, bool] | None:
+        """A trial to start, with its config.yaml in its directory, and whether it may share a process. None: there is none."""
+        while trial := self.waiting.pop(0) if self.waiting else self.ledger.ask():
+            try:
+                config = compose(self.directory / "source" / "conf", self.overrides(trial))
+            except (UserError, *CONFIG_ERRORS) as error:
+                self.tell(trial, FAILED, reason=str(error) if isinstance(error, UserError) else explain(error, settings.keys()))
+                continue
+            where = self.place(trial)
+            where.mkdir(exist_ok=True)
+            files.write(where / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+            return trial, self.sweep.together > 1 and trial.number not in self.alone and head_only(config)
+        return None
+
+    def look_after(self, job: Job) -> bool:
+        """Starts the job's process when it can start, follows it, and notes its outcome. Whether it has ended."""
+        if job.process is None:
+            if any(in_use(self.place(trial)) for trial in job.trials):
+                return False
+            job.process = self.start(job)
+        code = job.process.poll()
+        if len(job.trials) == 1 and not self.outcomes_of(job).exists():
+            self.follow(job)
+        if code is None:
+            return False
+        if self.outcomes_of(job).exists():
+            self.settle_outcomes()
+        elif code == RESUME and not job.pruned:
+            self.waiting = job.trials + self.waiting  # somebody stopped this process alone
+        elif len(job.trials) > 1:
+            log.warning("training %d heads together failed (%s); each is trained alone", len(job.trials), self.reason(job, code))
+            self.alone |= {trial.number for trial in job.trials}
+            self.waiting = job.trials + self.waiting
+        elif job.pruned:
+            self.tell(job.trials[0], PRUNED)
+        elif code == OK:
+            result = json.loads((self.place(job.trials[0]) / "result.json").read_text())
+            self.complete(job.trials[0], result["best_epoch"])
+        else:
+            self.tell(job.trials[0], FAILED, reason=self.reason(job, code))
+        return True
+
+    def start(self, job: Job) -> subprocess.Popen[bytes]:
+        first = job.trials[0]
+        python = [sys.executable, "-P", "-m"]  # -P: not the code in the current directory
+        if len(job.trials) > 1:
+            command = [*python, "trainer.sweep.heads", str(self.directory.absolute()), *(str(trial.number) for trial in job.trials)]
+        else:
+            command = [*python, "trainer", *self.overrides(first)]
+        environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+        search = [str((self.directory / "source").absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {"PYTHONPATH": os.pathsep.join(search), "PACKHORSE_REVISION": self.frozen["revision"] or "unknown"}
+        if self.config.train.device != "cpu" and len(devices := gpus()) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[job.slot % len(devices)]
+        for trial in job.trials:
+            log.info("trial %d: %s", trial.number, " ".join(self.chosen(trial)))
+        with (self.place(first) / "output.txt").open("ab") as output:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the driver, which then ends its trials
+                preexec_fn=end_with_parent,
+            )
+
+    def overrides(self, trial: Trial) -> list[str]:
+        """The command line of a trial's own process."""
+        places = [f"{key}=null" for key in ("platform.run_dir", "platform.checkpoints", "platform.package")]
+        runs = space.override("platform.runs", str(self.directory.absolute()))
+        threads = self.config.train.threads is None and self.sweep.parallel > 1
+        share = [f"train.threads={max(cores() // self.sweep.parallel, 1)}"] if threads else []
+        return [*self.fixed, *share, *self.chosen(trial), f"name='{trial.number:04d}'", runs, *places]
+
+    def chosen(self, trial: Trial) -> list[str]:
+        return [space.override(key, value) for key, value in trial.params.items()]
+
+    def place(self, trial: Trial) -> Path:
+        return self.directory / f"{trial.number:04d}"
+
+    # --- outcomes ---
+
+    def follow(self, job: Job) -> None:
+        """Reports the epochs that the trial has ended since, and ends the trial where its ledger says so."""
+        trial = job.trials[0]
+        for row in evaluations(self.place(trial)):
+            if row["epoch"] > job.epoch and not job.pruned:
+                job.epoch = row["epoch"]
+                job.pruned = self.ledger.report(trial.number, row["epoch"], row[self.sweep.objective])
+        if job.pruned and job.process is not None and job.process.poll() is None:
+            job.process.terminate()
+            job.process.wait()
+
+    def outcomes_of(self, job: Job) -> Path:
+        return self.directory / f"outcomes-{job.trials[0].number:04d}.json"
+
+    def settle_outcomes(self) -> None:
+        """Tells the ledger what came of heads trained together; a group's outcomes are on the disk all at once."""
+        running = {trial.number: trial for trial in self.ledger.trials() if trial.state == RUNNING}
+        for path in sorted(self.directory.glob("outcomes-*.json")):
+            for number, outcome in json.loads(path.read_text()).items():
+                if trial := running.pop(int(number), None):
+                    if reason := outcome.get("failed"):
+                        self.tell(trial, FAILED, reason=reason)
+                    else:
+                        self.complete(trial, outcome["best_epoch"])
+
+    def complete(self, trial: Trial, epoch: int) -> None:
+        value = next(row for row in evaluations(self.place(trial)) if row["epoch"] == epoch)[self.sweep.objective]
+        if math.isfinite(value):
+            self.tell(trial, COMPLETE, value)
+        else:
+            self.tell(trial, FAILED, reason=f"{self.sweep.objective} is {value} at its best epoch, {epoch}")
+
+    def tell(self, trial: Trial, state: str, value: float | None = None, reason: str = "") -> None:
+        self.ledger.tell(trial.number, state, value, reason)
+        log.info(
+            "trial %d %s%s", trial.number, state, f": {self.sweep.objective}={value:g}" if value is not None else f": {reason}" if reason else ""
+        )
+
+    def reason(self, job: Job, code: int) -> str:
+        """Why a process failed, in one line: its last word."""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}" + (": was the memory full?" if code == -signal.SIGKILL else "")
+        lines = (self.place(job.trials[0]) / "output.txt").read_text(errors="replace").split("\n")
+        said = [line.removeprefix("error: ") for line in lines if line.strip()]
+        return said[-1] if said else f"exit code {code}"
+
+    # --- what is shown ---
+
+    def finish_best(self, trial: Trial) -> None:
+        """Makes the best trial a whole run, with its model package and report, where its head was trained together with others."""
+        if (self.place(trial) / "result.json").exists():
+            return
+        log.info("trial %d is the best: it is trained once more, alone, for its model package and report", trial.number)
+        job = Job([trial], 0)
+        self.jobs = [job]
+        while job.process is None or job.process.poll() is None:
+            if self.stop.reason:
+                self.halt()
+            if job.process is None and not in_use(self.place(trial)):
+                job.process = self.start(job)
+            time.sleep(POLL)
+        if job.process.returncode == RESUME:
+            self.stop.ask("the best trial, which was stopped")
+            self.stop.check()
+        if job.process.returncode != OK:
+            log.warning("trial %d could not be trained once more: %s", trial.number, self.reason(job, job.process.returncode))
+
+    def write_page(self) -> None:
+        trials = best_first(self.ledger.trials(), self.sweep)
+        rows = {trial.number: evaluations(self.place(trial)) for trial in trials}
+        facts = {"begun": self.frozen["began"], "git revision": self.frozen["revision"] or "unknown", "engine": self.sweep.engine}
+        page.write(
+            page.Page(self.directory.name, self.sweep, trials, rows, self.again(trials[0]), facts | dict(self.words())), self.directory / "sweep.html"
+        )
+
+    def words(self) -> Iterator[tuple[str, str]]:
+        for word in self.fixed:
+            yield space.key_of(word), word.split("=", 1)[-1]
+
+    def again(self, trial: Trial) -> str:
+        """The command that trains this trial once more, as a run of its own."""
+        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+        return f"{python} -m trainer {shlex.join([*self.fixed, *self.chosen(trial)])}"
+
+    def summarize(self, ranked: list[Trial]) -> None:
+        keys = [parameter.key for parameter in self.sweep.space]
+        table = [["trial", self.sweep.objective, *keys, ""]]
+        for trial in ranked:
+            value = "" if trial.value is None else f"{trial.value:.6g}"
+            note = "" if trial.state == COMPLETE else f"{trial.state}{': ' if trial.reason else ''}{trial.reason}"
+            table.append([str(trial.number), value, *(space.text(trial.params[key]) if key in trial.params else "" for key in keys), note])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for line in table:
+            log.info("  ".join(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False)) + f"  {line[-1]}".rstrip())
+        where = self.place(ranked[0])
+        log.info("\n%-15s %s, trial %d", "best", where, ranked[0].number)
+        if (result := where / "result.json").exists():
+            tested = json.loads(result.read_text())
+            log.info("%-15s %.1f %% (%d pictures)", f"{tested['split']} accuracy", 100 * tested["top1"], tested["pictures"])
+            log.info("%-15s %s", "model package", where / "model.tar.gz")
+        log.info("%-15s %s", "report", self.directory / "sweep.html")
+        log.info("next:\n  %s", self.again(ranked[0]))
+
+
+def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
+    if sweep.engine == "grid":
+        return Grid(directory / "trials.jsonl", sweep)
+    try:
+        from trainer.sweep.optuna_ledger import Optuna
+    except ImportError as error:
+        raise UserError("sweep.engine=optuna needs the package optuna: pip install 'packhorse[sweep]'") from error
+    return Optuna(directory / "optuna.journal", sweep)
+
+
+def head_only(config: Config) -> bool:
+    """Whether all that such a trial trains is a head on cached features."""
+    return config.model.freeze == "backbone" and config.model.cached_views is not None and not config.train.compile
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's epochs: those of metrics.jsonl that are complete and hold valid's metrics."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [row for row in map(json.loads, lines) if "valid_loss" in row]
+
+
+def in_use(run: Path) -> bool:
+    with locked(run) as mine:
+        return not mine
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    driver = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number, _ in enumerate(driver.iterdir())] if driver.is_dir() else []
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec is no place for it
+
+
+def end_with_parent() -> None:
+    """Has Linux send this process SIGTERM when the driver dies, so that it saves and the machine is free. Elsewhere it trains on to its end."""
+    if _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

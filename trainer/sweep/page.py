@@ -1,0 +1,178 @@
+"""The sweep to look at: one HTML page that needs no network, no script and no other file.
+
+This module computes what the page shows; `page.html.j2` beside it says how it looks. Coordinates are shares of a plot: x from the left, y from
+the top.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from trainer import files, space
+from trainer.space import Categorical, Parameter, Sweep, Value
+from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Trial
+
+LABEL_LENGTH = 16  # characters of a choice along an axis
+CURVES = 200  # trials whose curves are drawn; a grid may have thousands
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a sweep has to say, at its end or while it runs."""
+
+    title: str
+    sweep: Sweep
+    trials: Sequence[Trial]  # the best first
+    rows: Mapping[int, Sequence[Mapping[str, Any]]]  # the evaluated epochs of each trial
+    again: str  # the command that trains the best trial once more
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """low, high: the values at its ends, as they are or (log) on a logarithmic scale; of choices their numbers, with half a step around."""
+
+    name: str
+    low: float
+    high: float
+    log: bool
+    ticks: Sequence[tuple[float, str]]  # where, from 0 at `low` to 1, and what it says
+    choices: Sequence[Value] = ()
+
+    def __call__(self, value: Value) -> float:
+        """Where a value lies, from 0 to 1."""
+        number = float(self.choices.index(value)) if self.choices else _number(value)
+        low, high, number = (math.log(each) for each in (self.low, self.high, number)) if self.log else (self.low, self.high, number)
+        return (number - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A trial in a plot: a line through its points, or a dot."""
+
+    trial: Trial
+    points: Sequence[tuple[float, float]]
+    rank: float  # 0: the best, 1: the worst; chooses the colour
+
+    @property
+    def path(self) -> str:
+        return "M" + "L".join(f"{x:.4f} {y:.4f}" for x, y in self.points)
+
+
+@dataclass(frozen=True)
+class Plot:
+    title: str
+    x: Axis
+    y: Axis
+    marks: Sequence[Mark]  # the best one last, above the others
+    lines: bool = False
+
+
+def write(page: Page, path: Path) -> None:
+    """Writes the page to `path`, whole or not at all. Raises OSError where it can't be written."""
+    known = [trial for trial in page.trials if trial.state in (COMPLETE, PRUNED) and trial.value is not None]
+    parameters = [_axis(parameter) for parameter in page.sweep.space]
+    objective = _span(page.sweep.objective, [_number(trial.value) for trial in known]) if known else None
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(share=lambda share: f"{share * 100:.4g}%", value=space.text, number="{:.6g}".format)
+    html = environment.get_template("page.html.j2").render(
+        page=page,
+        best=known[0] if known and known[0].state == COMPLETE else None,
+        epoch={trial.number: _best_epoch(page, trial) for trial in page.trials},
+        states={state: sum(trial.state == state for trial in page.trials) for state in (COMPLETE, RUNNING, PRUNED, FAILED)},
+        failed=[trial for trial in page.trials if trial.state == FAILED],
+        axes=[*parameters, objective] if objective else [],
+        parallel=_parallel(known, parameters, objective) if objective else [],
+        plots=_plots(page, known, parameters, objective) if objective else [],
+    )
+    files.write(path, html.encode("utf-8", "backslashreplace"))
+
+
+def _parallel(known: Sequence[Trial], parameters: Sequence[Axis], objective: Axis) -> list[Mark]:
+    """The lines of the parallel coordinates: one a trial, through its value on each axis."""
+
+    def points(trial: Trial) -> list[tuple[float, float]]:
+        heights = [axis(trial.params[axis.name]) for axis in parameters] + [objective(trial.value)]
+        return [(number / len(parameters), 1 - height) for number, height in enumerate(heights)]
+
+    return _marks(known, points)
+
+
+def _plots(page: Page, known: Sequence[Trial], parameters: Sequence[Axis], objective: Axis) -> list[Plot]:
+    """The objective against each parameter, against the trial's number, and each trial's by epoch."""
+
+    def against(axis: Axis, value: Callable[[Trial], Value]) -> Plot:
+        return Plot(axis.name, axis, objective, _marks(known, lambda trial: [(axis(value(trial)), 1 - objective(trial.value))]))
+
+    def of(key: str) -> Callable[[Trial], Value]:
+        return lambda trial: trial.params[key]
+
+    plots = [against(axis, of(axis.name)) for axis in parameters]
+    plots.append(against(_span("trial", [trial.number for trial in page.trials]), lambda trial: trial.number))
+    curves = {trial.number: page.rows[trial.number] for trial in known[:CURVES] if page.rows[trial.number]}
+    if curves:
+        rows = list(itertools.chain(*curves.values()))
+        epochs = _span("epoch", [row["epoch"] for row in rows])
+        heights = _span(page.sweep.objective, [row[page.sweep.objective] for row in rows])
+
+        def curve(trial: Trial) -> list[tuple[float, float]]:
+            return [(epochs(row["epoch"]), 1 - heights(row[page.sweep.objective])) for row in curves[trial.number]]
+
+        plots.append(Plot("epoch", epochs, heights, _marks([trial for trial in known if trial.number in curves], curve), lines=True))
+    return plots
+
+
+def _marks(trials: Sequence[Trial], points: Callable[[Trial], Sequence[tuple[float, float]]]) -> list[Mark]:
+    """Trials, the best first, as marks in the order in which they are drawn. Equal values have equal colours."""
+    values = list(dict.fromkeys(trial.value for trial in trials))
+    worst = max(len(values) - 1, 1)
+    return [Mark(trial, points(trial), values.index(trial.value) / worst) for trial in reversed(trials)]
+
+
+def _best_epoch(page: Page, trial: Trial) -> int | None:
+    """The epoch at which the trial had its value."""
+    return next((row["epoch"] for row in page.rows[trial.number] if row[page.sweep.objective] == trial.value), None)
+
+
+def _axis(parameter: Parameter) -> Axis:
+    if isinstance(parameter, Categorical):
+        count = len(parameter.choices)
+        names = [space.text(choice) for choice in parameter.choices]
+        ticks = [((number + 0.5) / count, name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…") for number, name in enumerate(names)]
+        return Axis(parameter.key, -0.5, count - 0.5, False, ticks, parameter.choices)
+    return _scale(parameter.key, parameter.low, parameter.high, parameter.log)
+
+
+def _span(name: str, values: Iterable[float]) -> Axis:
+    """The axis of what was measured, with some room around."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    room = 0.06 * (high - low) or 0.5
+    return _scale(name, low - room, high + room, False)
+
+
+def _scale(name: str, low: float, high: float, log: bool) -> Axis:
+    """With ticks at powers of ten, or at about five round numbers."""
+    if log and high / low >= 100:
+        ticks = [10.0**power for power in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
+        ticks = ticks[:: math.ceil(len(ticks) / 7)]
+    elif log:
+        ticks = [low * (high / low) ** (number / 3) for number in range(4)]
+    else:
+        rough = (high - low) / 4
+        step = next(factor * 10 ** math.floor(math.log10(rough)) for factor in (1, 2, 5, 10) if factor * 10 ** math.floor(math.log10(rough)) >= rough)
+        ticks = [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    axis = Axis(name, low, high, log, ())
+    return Axis(name, low, high, log, [(axis(tick), f"{tick:.3g}") for tick in ticks])
+
+
+def _number(value: Value) -> float:
+    assert isinstance(value, int | float), value
+    return float(value)
