@@ -1,20 +1,25 @@
 """`python -m trainer [key=value ...]`: the stages of a run, in order. Hydra's own flags (--help, -m, --cfg job) work as everywhere."""
 
+import logging
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from trainer import config as settings
+from trainer.config import Config
 from trainer.console import log, to_terminal
 from trainer.datasets import find_pictures
-from trainer.errors import MISTAKE, OK, RESUME, Interrupted, UserError, machine_fault
+from trainer.distributed import Ended, Lost, World, world
+from trainer.errors import FAULT, MISTAKE, OK, RESUME, Interrupted, UserError, machine_fault
 from trainer.explain import CONFIG_ERRORS, explain
 from trainer.interrupt import on_signals, on_spot_notice
 from trainer.run import check_identity, open_run
@@ -25,36 +30,43 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def hydra_main(composed: DictConfig) -> None:
-    sys.exit(guarded(lambda: train(composed)))
+    sys.exit(guarded(lambda: train(settings.load(composed), world())))
 
 
-def train(composed: DictConfig) -> None:
-    config = settings.load(composed)
+def train(config: Config | None, world: World) -> None:
+    """One run, or this process's part of it. config: None where rank 0 has it."""
+    config = world.share_config(config)
+    world.check(config.train.processes, config.train.hosts)
     for line in settings.ignored(config, sys.argv[1:]):
         log.warning(line)
 
     started = time.monotonic()
-    with on_signals() as stop, open_run(config) as run, on_spot_notice(stop) if config.platform.name == "ec2" else nullcontext():
+    spot = on_spot_notice if config.platform.name == "ec2" else nullcontext
+    with on_signals() as stop, open_run(config, world) as run, world.connected(config.train.timeout_seconds, stop), spot(stop):
         found = find_pictures(config)
-        if result := run.result():
+        world.same({"the pictures": found.fingerprint}, stop)
+        if result := world.once(run.result):
             check_identity(result["identity"], config, found.fingerprint, run.directory)
             log.info("this run is complete; to train once more, give another name=... or seed=...")
             run.summarize(result)
             return
         # Imported here: a wrong setting or folder is answered before PyTorch is loaded.
-        from trainer import metrics, stages
+        from trainer import stages
         from trainer.loop import fit
 
-        machine = stages.prepare_machine(config)
-        network = stages.make_network(config, found, machine)  # before the pictures are read: a missing weights file costs no time
-        found, read = stages.read_pictures(config, found, run, stop)
-        feed = stages.make_feed(config, found, read, machine)
-        batches = stages.cache_features(config, network, feed, machine, stop)
-        learner = stages.make_learner(config, network, batches, machine)
-        ledger = metrics.Ledger(run.directory / "metrics.jsonl", run.directory / "tensorboard" if config.train.tensorboard else None)
-        checkpoints, progress = stages.resume(config, run, learner, ledger, found, machine)
+        machine = stages.prepare_machine(config, world)
+        world.same(machine.facts(), stop)
+        network = stages.make_network(config, found, machine, world)  # before the pictures are read: a missing weights file costs no time
+        found, read = stages.read_pictures(config, found, run, stop, world)
+        feed = stages.make_feed(config, found, read, machine, world)
+        batches = stages.cache_features(config, network, feed, machine, stop, world)
+        learner = stages.make_learner(config, network, batches, machine, world)
+        ledger = stages.make_ledger(config, run, world)
+        checkpoints, progress = stages.resume(config, run, learner, ledger, found, machine, world)
         fit(learner, batches, config, progress, ledger, checkpoints, stop)
-        tested = stages.test(run, network, learner, feed, progress, ledger, stop)
+        tested = stages.test(run, network, learner, feed, progress, ledger, stop, world)
+        if not world.chief:
+            return
         stages.build_package(config, run, network, feed, tested, progress)
         stages.write_report(config, run, feed, tested, progress, machine)
         result = stages.result(config, found, tested, progress, seconds=time.monotonic() - started)
@@ -67,15 +79,27 @@ def guarded(work: Callable[[], None]) -> int:
     try:
         work()
         return OK
-    except Interrupted as reason:
-        log.warning("stopped by %s; everything is saved: the same command goes on from here", reason)
-        return RESUME
     except Exception as error:
-        line = one_line(error)
-        if line is None or WANTS_TRACEBACK:
-            raise
-        log.error(line)
-        return MISTAKE
+        code, line = verdict(error)
+        if code == FAULT or (code == MISTAKE and WANTS_TRACEBACK):
+            if world().size == 1:
+                raise
+            traceback.print_exc()
+        level = logging.WARNING if isinstance(error, Interrupted) else logging.ERROR
+        world().tell(error, code, line, partial(log.log, level, line))
+        return code
+
+
+def verdict(error: Exception) -> tuple[int, str]:
+    """The exit code for what went wrong, and the line that the user sees."""
+    if isinstance(error, Interrupted):
+        return RESUME, f"stopped by {error}; everything is saved: the same command goes on from here"
+    if isinstance(error, Ended):
+        return error.word.code, str(error)
+    if isinstance(error, Lost):
+        return RESUME, world().signed(f"{error}; the same command goes on from the newest checkpoint")
+    line = one_line(error)
+    return (FAULT, world().signed(f"{type(error).__name__}: {error}")) if line is None else (MISTAKE, world().signed(line))
 
 
 def one_line(error: Exception) -> str | None:
@@ -90,12 +114,35 @@ def one_line(error: Exception) -> str | None:
 
 
 def main() -> int:
+    words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
+    multirun = len(words) < len(sys.argv) - 1 and not any(word.startswith("-") for word in words)  # Hydra's other flags, --help say, are its own
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, instead of printing them and exiting
     # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an import is swallowed by some C extensions.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     to_terminal()
     settings.register()
-    return guarded(hydra_main)
+    if not world().chief:
+        log.setLevel(logging.ERROR)
+    try:
+        code = guarded(work(words, multirun))
+    except SystemExit as end:  # of Hydra's function
+        code = int(end.code or OK)
+    world().leave(code)
+    return code
+
+
+def work(words: list[str], multirun: bool) -> Callable[[], None]:
+    if multirun:
+        return partial(sweep, words)
+    return hydra_main if world().chief else partial(train, None, world())
+
+
+def sweep(words: list[str]) -> None:
+    if world().size > 1:
+        raise UserError("-m, a sweep, starts processes of its own: give python -m trainer -m ..., without torchrun")
+    from trainer.sweep import driver  # imports the sweep's page and its templates, which one run doesn't need
+
+    driver.run(words)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,11 @@ class TrainConfig:
     deterministic: bool = setting()
     threads: int | None = setting(at_least=1, identity=False)
     tensorboard: bool = setting(identity=False)
+    exact_shards: int | None = setting(at_least=1)
+    compression: str = setting("none", "fp16", only_if="train.exact_shards=None")
+    processes: int | None = setting(at_least=1, identity=False)
+    hosts: int | None = setting(at_least=1, identity=False)
+    timeout_seconds: float = setting(above=0, identity=False)
 
 
 @dataclass
@@ -129,6 +134,12 @@ class CheckpointConfig:
     minutes: float = setting(above=0, identity=False)
     max_cost: float = setting(above=0, at_most=1, identity=False)
     keep: int = setting(at_least=2, identity=False)
+
+
+@dataclass
+class PackageConfig:
+    int8: bool = setting()
+    max_drop: float = setting(at_least=0, at_most=1, only_if="package.int8=True")
 
 
 @dataclass
@@ -142,6 +153,20 @@ class PlatformConfig:
 
 
 @dataclass
+class SweepConfig:
+    engine: str = setting("grid", "optuna", identity=False)
+    objective: str = setting("valid_top1", "valid_f1", "valid_loss", identity=False)
+    trials: int = setting(at_least=1, identity=False)
+    parallel: int = setting(at_least=1, identity=False)
+    together: int = setting(at_least=1, identity=False)
+    sampler: str = setting("tpe", "random", identity=False)
+    pruner: str = setting("none", "median", "halving", identity=False)
+    points: int = setting(at_least=1, identity=False)
+    seed: int = setting(at_least=0, identity=False)
+    space: dict[str, str] = setting(identity=False)
+
+
+@dataclass
 class Config:
     name: str | None = setting(identity=False)
     seed: int = setting(at_least=0)
@@ -150,7 +175,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    package: PackageConfig = field(default_factory=PackageConfig)
     platform: PlatformConfig = field(default_factory=PlatformConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def register() -> None:
@@ -164,6 +191,11 @@ def detect_platform() -> str:
     return "sagemaker" if "SM_MODEL_DIR" in os.environ else "local"
 
 
+def from_dict(values: dict[str, Any]) -> Config:
+    """The settings that `dataclasses.asdict` gave."""
+    return load(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[arg-type]
+
+
 def load(composed: DictConfig) -> Config:
     """The typed settings of what Hydra composed. Raises UserError for a value that is missing or not allowed."""
     try:
@@ -172,7 +204,7 @@ def load(composed: DictConfig) -> Config:
         raise UserError(explain(error, keys())) from error
     assert isinstance(config, Config)
     for key, value, limits in walk(config):
-        _check(key, value, limits)
+        check(key, value, limits)
     if config.name is not None and (Path(config.name).name != config.name or config.name in ("", "..")):
         raise UserError(f"name={config.name} is not allowed; allowed: the name of one directory, made in platform.runs={config.platform.runs}")
     if config.data.size > config.data.resize:
@@ -184,6 +216,16 @@ def load(composed: DictConfig) -> Config:
         raise UserError(
             f"train.accumulate={config.train.accumulate} splits a batch of train.batch_size={config.train.batch_size} into more parts "
             "than it has pictures; allowed: train.accumulate <= train.batch_size"
+        )
+    if config.train.exact_shards is not None and config.train.exact_shards > config.train.batch_size:
+        raise UserError(
+            f"train.exact_shards={config.train.exact_shards} divides a batch of train.batch_size={config.train.batch_size} into more shards than it "
+            "has pictures; allowed: train.exact_shards <= train.batch_size"
+        )
+    if config.train.exact_shards is not None and config.train.accumulate > 1:
+        raise UserError(
+            f"train.accumulate={config.train.accumulate} with train.exact_shards={config.train.exact_shards}: shards are computed one after the "
+            "other already; allowed: train.accumulate=1"
         )
     if config.model.freeze == "backbone" and config.model.cached_views and config.data.augment.mixup + config.data.augment.cutmix > 0:
         raise UserError(
@@ -284,7 +326,8 @@ def keys(node: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
-def _check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+def check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    """Raises UserError where a setting's value is outside its limits (`setting`)."""
     if value is None:
         return
     if limits["choices"] and value not in limits["choices"]:

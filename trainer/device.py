@@ -13,9 +13,14 @@ from trainer.errors import UserError
 class Machine:
     device: torch.device
     precision: torch.dtype  # of matrix products
+    processes: int | str = 1  # where their number makes a difference
 
     def __str__(self) -> str:
         return str(self.precision).removeprefix("torch.")
+
+    def facts(self) -> dict[str, str]:
+        """What all processes of a run must have in common."""
+        return {"PyTorch": torch.__version__, "the device": self.device.type, "the precision": str(self)}
 
     def surroundings(self) -> dict[str, Any]:
         """What must be equal for a resumed run to give the same bits as one that was never interrupted."""
@@ -25,25 +30,40 @@ class Machine:
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "precision": str(self),
-            "processes": 1,
+            "processes": self.processes,
         }
 
 
-def prepare(device: str, precision: str, *, deterministic: bool, threads: int | None) -> Machine:
-    """Sets PyTorch up. device: auto, cpu or cuda; precision: auto, fp32, bf16 or fp16. Raises UserError for what this machine hasn't."""
+def prepare(
+    device: str, precision: str, *, deterministic: bool, threads: int | None, processes: int | str = 1, local_rank: int = 0, local_size: int = 1
+) -> Machine:
+    """Sets PyTorch up. device: auto, cpu or cuda; precision: auto, fp32, bf16 or fp16. local_rank: this process's number among the local_size ones
+    of this host, each of which has a GPU of its own. Raises UserError for what this machine hasn't.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     if deterministic:
         make_deterministic()
-    where = choose(device)
-    return Machine(where, choose_precision(precision, where))
+    where = choose(device, local_rank, local_size)
+    return Machine(where, choose_precision(precision, where), processes)
 
 
-def choose(wanted: str) -> torch.device:
-    """The device for `auto`, `cpu` or `cuda`. Raises UserError where a GPU is asked for and there is none: a silent CPU would cost days."""
+def choose(wanted: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`. Raises UserError where a GPU is asked for and there is none: a silent CPU would cost days; and where
+    the processes of this host are more than its GPUs: to share one is slower than to have fewer.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(f"train.device=cuda: PyTorch {torch.__version__} sees no GPU here; check nvidia-smi and the driver, or use train.device=cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_size > 1:
+        if (there := torch.cuda.device_count()) < local_size:
+            raise UserError(
+                f"{local_size} processes run on this host, but PyTorch sees {there} GPU{'s' * (there > 1)}; start one a GPU "
+                f"(torchrun --nproc_per_node={there}), or use train.device=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
@@ -75,6 +95,11 @@ def make_deterministic() -> None:
     torch._C._set_deterministic_algorithms(True, warn_only=True)
     # Nothing of ours reads memory before it is written, so it need not be filled with NaN each time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _name(device: torch.device) -> str:

@@ -42,7 +42,7 @@ def _unknown_key(key: str, keys: list[str]) -> str:
 def _wrong_value(key: str, text: str) -> str:
     if "missing mandatory value" in text:
         return f"{key} has no value: give {key}=..."
-    if value := re.search(r"Value '(.*)'(?: of type '\w+')? could not be converted to (\w+)", text):
+    if value := re.search(r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", text):
         return f"{key}={value[1]} is of the wrong type; allowed: {value[2].lower()}"
     if value := re.search(r"Value '(.*)' is not a valid bool", text):
         return f"{key}={value[1]} is of the wrong type; allowed: boolean, true or false"

@@ -19,11 +19,12 @@ from torch.nn import functional
 
 from trainer import files
 from trainer.console import Progress
+from trainer.distributed import ALONE, World
 from trainer.interrupt import Stop
 from trainer.loader import Batch, Feed
 from trainer.loop import autocast
 from trainer.model import Classifier
-from trainer.sampler import epoch_batches, plain_batches
+from trainer.sampler import Share, epoch_batches, plain_batches
 
 BATCH = 64  # pictures at a time, whatever the training's batch: features differ by about 1e-6 from one batch size to another
 SAFE_EVERY = 10.0  # seconds of work that a kill may cost
@@ -45,15 +46,23 @@ class FeatureFeed:
     def steps_per_epoch(self) -> int:
         return self.feed.steps_per_epoch
 
+    @property
+    def share(self) -> Share:
+        return self.feed.share
+
+    @property
+    def whole_batch(self) -> int:
+        return self.feed.whole_batch
+
     def training(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         labels = self.feed.folder.splits["train"].labels
         batches = epoch_batches(len(labels), self.feed.batch_size, self.feed.seed, epoch)[first:]
-        yield from _batches(self.views[epoch % len(self.views)], labels, batches)
+        yield from _batches(self.views[epoch % len(self.views)], labels, self.feed.share.of_training(batches))
 
     def plain(self, name: str) -> Generator[Batch, None, None]:
         assert name == "valid"
         labels = self.feed.folder.splits[name].labels
-        yield from _batches(self.valid, labels, plain_batches(len(labels), self.feed.batch_size))
+        yield from _batches(self.valid, labels, self.feed.share.of_evaluation(plain_batches(len(labels), self.feed.batch_size)))
 
 
 def _batches(features: NDArray[np.float32], labels: NDArray[np.int64], batches: list[NDArray[np.int64]]) -> Iterator[Batch]:
@@ -61,18 +70,21 @@ def _batches(features: NDArray[np.float32], labels: NDArray[np.int64], batches: 
         yield Batch(torch.from_numpy(features[samples]), torch.from_numpy(labels[samples]))
 
 
-def extract(network: Classifier, feed: Feed, cache: Path, device: torch.device, precision: torch.dtype, stop: Stop) -> FeatureFeed:
+def extract(
+    network: Classifier, feed: Feed, cache: Path, device: torch.device, precision: torch.dtype, stop: Stop, world: World = ALONE
+) -> FeatureFeed:
     """The features of every training view and of valid; those that are in `cache` already are not computed again.
 
-    Raises Interrupted when asked to stop: what is done is kept, and the next call goes on from there.
+    The processes of a host begin at different views; what one of them computes, the others find or wait for. Raises Interrupted when asked
+    to stop: what is done is kept, and the next call goes on from there.
     """
     assert feed.views is not None
     directory = cache / "features" / _key(network, feed, precision)
     directory.mkdir(parents=True, exist_ok=True)
-    with files.locked(directory, stop.check):
-        views = tuple(_extract(network, feed, view, directory, device, precision, stop) for view in range(feed.views))
-        valid = _extract(network, feed, None, directory, device, precision, stop)
-    return FeatureFeed(feed, views, valid)
+    order: list[int | None] = [*range(feed.views), None]
+    first = len(order) * world.local_rank // world.local_size
+    maps = {view: _extract(network, feed, view, directory, device, precision, stop) for view in order[first:] + order[:first]}
+    return FeatureFeed(feed, tuple(maps[view] for view in range(feed.views)), maps[None])
 
 
 def _extract(
@@ -81,33 +93,41 @@ def _extract(
     """One split in one view (None: valid, plain): a read-only map of its file, [pictures, features]."""
     name = "valid" if view is None else f"train-{view}"
     count = len(feed.folder.splits["valid" if view is None else "train"].paths)
-    width = network.features_width
-    complete, partial, safe = (directory / f"{name}{suffix}" for suffix in (".f32", ".partial", ".rows"))
+    complete = directory / f"{name}.f32"
     if not complete.exists():
-        rows = int(safe.read_text()) if safe.exists() and partial.exists() else 0
-        batches = feed.in_order(view, BATCH, rows // BATCH)
-        with partial.open("r+b" if rows else "wb") as file, Progress(f"features, {name}", count, rows) as bar:
-            file.truncate(rows * width * 4)
-            file.seek(0, os.SEEK_END)
-            saved = time.monotonic()
-            for batch in batches:
-                file.write(_features(network, batch, device, precision).tobytes())
-                rows += len(batch.labels)
-                bar.advance(len(batch.labels))
-                if stop.reason or rows == count or time.monotonic() - saved > SAFE_EVERY:
-                    file.flush()
-                    os.fsync(file.fileno())
-                    files.write(safe, str(rows))
-                    saved = time.monotonic()
-                    stop.check()
-        partial.replace(complete)
-        files.flush_directory(directory)
-        safe.unlink()
-    return np.memmap(complete, np.float32, "r", shape=(count, width))
+        with files.locked(directory, stop.check, f".lock-{name}"):
+            if not complete.exists():  # another process may have made it meanwhile
+                _write(network, feed, view, complete, device, precision, stop)
+    return np.memmap(complete, np.float32, "r", shape=(count, network.features_width))
+
+
+def _write(network: Classifier, feed: Feed, view: int | None, complete: Path, device: torch.device, precision: torch.dtype, stop: Stop) -> None:
+    count, width = len(feed.folder.splits["valid" if view is None else "train"].paths), network.features_width
+    partial, safe = complete.with_suffix(".partial"), complete.with_suffix(".rows")
+    rows = int(safe.read_text()) if safe.exists() and partial.exists() else 0
+    batches = feed.in_order(view, BATCH, rows // BATCH)
+    with partial.open("r+b" if rows else "wb") as file, Progress(f"features, {complete.stem}", count, rows) as bar:
+        file.truncate(rows * width * 4)
+        file.seek(0, os.SEEK_END)
+        saved = time.monotonic()
+        for batch in batches:
+            file.write(compute(network, batch, device, precision).tobytes())
+            rows += len(batch.labels)
+            bar.advance(len(batch.labels))
+            if stop.reason or rows == count or time.monotonic() - saved > SAFE_EVERY:
+                file.flush()
+                os.fsync(file.fileno())
+                files.write(safe, str(rows))
+                saved = time.monotonic()
+                stop.check()
+    partial.replace(complete)
+    files.flush_directory(complete.parent)
+    safe.unlink()
 
 
 @torch.inference_mode()
-def _features(network: Classifier, batch: Batch, device: torch.device, precision: torch.dtype) -> NDArray[np.float32]:
+def compute(network: Classifier, batch: Batch, device: torch.device, precision: torch.dtype) -> NDArray[np.float32]:
+    """The features of at most BATCH pictures, float32 [N, features]."""
     network.eval()
     missing = BATCH - len(batch.pixels)
     pixels = functional.pad(batch.pixels, (0, 0, 0, 0, 0, 0, 0, missing))  # the last batch too is computed in the full shape

@@ -34,12 +34,12 @@ def sweep(directory: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def locked(directory: Path, waiting: Callable[[], None], name: str = ".lock") -> Iterator[None]:
     """While the context lasts, no other process that asks for the same lock has it. The kernel frees the lock of a process that dies.
 
     waiting: called again and again while another process has it; it may raise, to give up.
     """
-    with (directory / ".lock").open("w") as lock:
+    with (directory / name).open("w") as lock:
         told = False
         while True:
             try:
@@ -47,7 +47,7 @@ def locked(directory: Path, waiting: Callable[[], None]) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not told:
-                    log.info("%s: waiting for another run that is writing there", directory)
+                    log.info("%s: waiting for another process that is writing there", directory)
                     told = True
                 waiting()
                 time.sleep(0.1)

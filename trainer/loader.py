@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.folder import ImageFolder
 from trainer.preprocess import PictureError, Preprocessing, center_crop, shrink
 from trainer.randomness import Purpose, generator
-from trainer.sampler import epoch_batches, plain_batches
+from trainer.sampler import Share, epoch_batches, plain_batches
 
 AHEAD = 3  # batches in the making besides the one in use
 
@@ -85,11 +85,19 @@ class Batches(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
+    @property
+    def share(self) -> Share:
+        """What this process computes of each batch."""
+
+    @property
+    def whole_batch(self) -> int:
+        """Pictures of a training batch, over all processes."""
+
     def training(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
-        """The batches of an epoch (0-based) from number `first` on."""
+        """This process's share of an epoch's (0-based) batches, from number `first` on."""
 
     def plain(self, name: str) -> Generator[Batch, None, None]:
-        """Every picture of a split once, in order, as serving sees it."""
+        """This process's share of a split's batches, which hold every picture once, in order, as serving sees it."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ class Feed:
     pin: bool = False
     read: Reader | None = None  # None: decodes
     views: int | None = None  # random views of each picture, which the epochs take in turn; None: a new one each epoch
+    share: Share = Share()  # noqa: RUF009 - frozen
 
     @property
     def classes(self) -> int:
@@ -114,12 +123,16 @@ class Feed:
     def steps_per_epoch(self) -> int:
         return len(epoch_batches(len(self.folder.splits["train"].paths), self.batch_size, self.seed, 0))
 
+    @property
+    def whole_batch(self) -> int:
+        return min(self.batch_size, len(self.folder.splits["train"].paths))
+
     def training(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         batches = epoch_batches(len(self.folder.splits["train"].paths), self.batch_size, self.seed, epoch)
-        return self._load("train", epoch % self.views if self.views else epoch, batches[first:])
+        return self._load("train", epoch % self.views if self.views else epoch, self.share.of_training(batches[first:]))
 
     def plain(self, name: str) -> Generator[Batch, None, None]:
-        return self._load(name, None, plain_batches(len(self.folder.splits[name].paths), self.batch_size))
+        return self._load(name, None, self.share.of_evaluation(plain_batches(len(self.folder.splits[name].paths), self.batch_size)))
 
     def in_order(self, view: int | None, batch_size: int, first: int = 0) -> Generator[Batch, None, None]:
         """Every picture of train in one of its random views, or (None) of valid in its plain one, once and in order, from batch `first` on."""

@@ -4,10 +4,11 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer import checkpoint, metrics, optim
 from trainer.config import Config, metric_line
 from trainer.console import Progress as ProgressBar
 from trainer.console import log
+from trainer.distributed import ALONE, GO, SAVE, STOP, Gradients, World
 from trainer.errors import Interrupted, UserError
 from trainer.interrupt import Stop
 from trainer.loader import Batch, Batches
@@ -48,7 +50,14 @@ class Learner:
     """What training changes: the network (its head alone, where features are cached), its moving average, the optimizer and the gradient scaler."""
 
     def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: torch.dtype, ema_decay: float | None = None
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        precision: torch.dtype,
+        ema_decay: float | None = None,
+        forward: Any = None,
+        gradients: Gradients | None = None,
     ) -> None:
         self.network = network.to(device)
         self.optimizer = optimizer
@@ -57,18 +66,22 @@ class Learner:
         self.average = Average(network, ema_decay) if ema_decay is not None else None
         # Gradients of float16 underflow without it; bfloat16 has float32's range and needs none.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        self.forward: Any = network  # or its compiled form, which shares the parameters
+        self.forward = forward or network  # or its compiled form, which shares the parameters
+        self.gradients = gradients or Gradients(self.forward)
+        self.world = self.gradients.world
         self.set_sums([0.0, 0.0, 0.0])
 
     def set_sums(self, sums: list[float]) -> None:
-        """Of the pictures trained on since the epoch began: the loss, how many were right, and how many there were."""
+        """Of the pictures trained on since the epoch began: the loss, how many were right, and how many there were. Each process adds its own."""
+        if not self.world.chief:
+            sums = [0.0, 0.0, 0.0]
         self.loss_sum = torch.tensor(sums[0], dtype=torch.float64, device=self.device)
         self.right = torch.tensor(sums[1], dtype=torch.float64, device=self.device)
         self.count = sums[2]
 
     def sums(self) -> list[float]:
-        """Fetched from the device, for which a GPU is waited for."""
-        return [self.loss_sum.item(), self.right.item(), self.count]
+        """Of all processes; fetched from the device, for which a GPU is waited for."""
+        return self.world.sum([self.loss_sum.item(), self.right.item(), self.count])
 
     def served(self) -> nn.Module:
         """The network that is evaluated and packaged: the average where there is one."""
@@ -104,7 +117,7 @@ class Average:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
         self.decay = decay
-        mine, its = (of.head if isinstance(of, Classifier) and of.frozen else of for of in (self.network, network))
+        mine, its = trained_part(self.network), trained_part(network)
         pairs = list(zip(mine.state_dict().values(), its.state_dict().values(), strict=True))
         self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
@@ -118,24 +131,45 @@ class Average:
             mine.copy_(its)
 
 
-def train_step(learner: Learner, pixels: Tensor, targets: Tensor, *, accumulate: int, label_smoothing: float, clip_norm: float | None) -> None:
-    """One optimizer step on one batch, split into `accumulate` parts.
+def trained_part(network: nn.Module) -> nn.Module:
+    """What training changes of it: all, or the head alone."""
+    return network.head if isinstance(network, Classifier) and network.frozen else network
 
-    pixels: [N, height, width, 3]; targets: classes int64 [N] or probabilities float [N, classes]. Adds to the learner's sums, on the device and
-    unfetched: the summed loss, how many were right (where targets are classes), and N.
+
+def train_step(
+    learner: Learner,
+    pixels: Tensor,
+    targets: Tensor,
+    *,
+    accumulate: int,
+    label_smoothing: float,
+    clip_norm: float | None,
+    prepare: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """One optimizer step on one batch, or on this process's part of it; each of its shards is split into `accumulate` parts.
+
+    pixels: [N, height, width, 3]; targets: classes int64 [N] or probabilities float [N, classes]. prepare(shard, pixels, targets) is called for
+    each shard before it is computed. Adds to the learner's sums, on the device and unfetched: the summed loss, how many were right (where targets
+    are classes), and N.
     """
-    count = len(pixels)
-    parts = zip(pixels.tensor_split(accumulate), targets.tensor_split(accumulate), strict=True) if accumulate > 1 else ((pixels, targets),)
-    for part, wanted in parts:
-        with autocast(learner.device, learner.precision):
-            logits = learner.forward(part).float()
-            loss = functional.cross_entropy(logits, wanted, label_smoothing=label_smoothing, reduction="sum")
-        # Divided by the whole batch, so that the parts' gradients add up to those of one large batch.
-        learner.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
-        learner.loss_sum += loss.detach()
-        if wanted.ndim == 1:
-            learner.right += (logits.detach().argmax(1) == wanted).sum()
-    learner.count += count
+    gradients = learner.gradients
+    whole = gradients.whole(len(pixels))
+    for shard, seen, wanted in gradients.shards(pixels, targets):
+        if prepare is not None:
+            seen, wanted = prepare(shard, seen, wanted)
+        parts = list(zip(seen.tensor_split(accumulate), wanted.tensor_split(accumulate), strict=True)) if accumulate > 1 else [(seen, wanted)]
+        for number, (part, labels) in enumerate(parts, start=1):
+            with gradients.part(last=number == len(parts)):
+                with autocast(learner.device, learner.precision):
+                    logits = gradients.forward(part).float()
+                    loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+                # Divided by the whole batch, so that the gradients of all parts add up to those of one large batch.
+                learner.scaler.scale(loss / whole).backward()  # type: ignore[no-untyped-call]
+            learner.loss_sum += loss.detach()
+            if labels.ndim == 1:
+                learner.right += (logits.detach().argmax(1) == labels).sum()
+    gradients.combine()
+    learner.count += len(pixels)
     if clip_norm is not None:
         learner.scaler.unscale_(learner.optimizer)
         nn.utils.clip_grad_norm_([p for group in learner.optimizer.param_groups for p in group["params"]], clip_norm)
@@ -145,16 +179,21 @@ def train_step(learner: Learner, pixels: Tensor, targets: Tensor, *, accumulate:
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype, stop: Stop) -> tuple[Tensor, Tensor]:
-    """Logits float32 [N, classes] and labels int64 [N] of every picture, in order, on the CPU. Raises Interrupted when asked to stop."""
+def evaluate(
+    network: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype, stop: Stop, world: World = ALONE
+) -> tuple[Tensor, Tensor]:
+    """Logits float32 [N, classes] and labels int64 [N] of every picture, in order, on the CPU of rank 0. Raises Interrupted when asked to stop.
+
+    batches: this process's share. The batches are the same for any number of processes, and so are the logits.
+    """
     network.eval()
     logits, labels = [], []
-    for batch in batches:
-        stop.check()
+    for batch in world.rounds(batches, stop):
         with autocast(device, precision):
             logits.append(network(batch.pixels.to(device, non_blocking=True)).float())
         labels.append(batch.labels)
-    return torch.cat(logits).cpu(), torch.cat(labels)
+    logits, labels = world.in_order([each.cpu() for each in logits]), world.in_order(labels)
+    return (torch.cat(logits), torch.cat(labels)) if logits else (torch.empty(0, 0), torch.empty(0))  # a process may have no batch
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
@@ -163,13 +202,14 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, ledger: metrics.Ledger, checkpoints: "Checkpoints", stop: Stop) -> None:
     """Trains from where `progress` is to the end. Raises Interrupted, with the state saved, when asked to stop."""
-    train = config.train
+    train, world = config.train, learner.world
     try:
         while progress.epoch < train.epochs and not (train.patience and progress.stale_epochs() >= train.patience):
             train_epoch(learner, feed, config, progress, checkpoints, stop)
             started = time.monotonic()
-            logits, labels = evaluate(learner.served(), feed.plain("valid"), learner.device, learner.precision, stop)
-            row = _epoch_row(learner, progress) | metrics.classification(logits, labels, "valid")
+            learner.gradients.share_buffers(learner.served())
+            logits, labels = evaluate(learner.served(), feed.plain("valid"), learner.device, learner.precision, stop, world)
+            row = _epoch_row(learner, progress) | world.once(partial(metrics.classification, logits, labels, "valid"))
             row |= {"evaluate_seconds": time.monotonic() - started, "seconds": progress.seconds + time.monotonic() - started}
             ledger.append(row)
             progress.epoch, progress.batch, progress.sums, progress.seconds, progress.data_wait = progress.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0, 0.0
@@ -179,19 +219,21 @@ def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, led
             log.info(metric_line(row))
             if checkpoints.due(epoch_ends=True):
                 checkpoints.save(learner, progress)
+        checkpoints.save(learner, progress)
     except Interrupted:
         checkpoints.save(learner, progress)
         checkpoints.wait()
+        world.farewell()  # torchrun ends all processes soon after the first has ended
         raise
-    checkpoints.save(learner, progress)
-    checkpoints.wait()
+    finally:
+        checkpoints.wait()
 
 
 def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progress, checkpoints: "Checkpoints", stop: Stop) -> None:
     """The rest of the epoch that runs. Looks at the flag and the clock after every step."""
-    train, augment = config.train, config.data.augment
+    train, augment, world = config.train, config.data.augment, learner.world
     mixed = augment.mixup > 0 or augment.cutmix > 0
-    learner.forward.train()
+    learner.gradients.forward.train()
     learner.set_sums(progress.sums)
     seconds, waited = progress.seconds, progress.data_wait
     started = time.monotonic()
@@ -205,6 +247,13 @@ def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progr
                 "or set train.clip_norm=1"
             )
 
+    def prepare(shard: int, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        seed_dropout(learner.device, config.seed, progress.step, shard)
+        if not mixed:
+            return pixels, targets
+        rng = generator(Purpose.MIX, config.seed, epoch=shard, sample=progress.step)
+        return mix(pixels, targets, feed.classes, mixup=augment.mixup, cutmix=augment.cutmix, rng=rng)
+
     bar = ProgressBar(f"epoch {progress.epoch + 1}/{train.epochs}", feed.steps_per_epoch, progress.batch)
     with bar, closing(feed.training(progress.epoch, progress.batch)) as batches:
         for number in range(progress.batch, feed.steps_per_epoch):
@@ -213,17 +262,22 @@ def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progr
             waited += time.monotonic() - before
             pixels, targets = (tensor.to(learner.device, non_blocking=True) for tensor in batch)
             optim.set_lr(learner.optimizer, lr_factor(config, progress.step, feed.steps_per_epoch))
-            seed_dropout(learner.device, config.seed, progress.step)
-            if mixed:
-                rng = generator(Purpose.MIX, config.seed, sample=progress.step)
-                pixels, targets = mix(pixels, targets, feed.classes, mixup=augment.mixup, cutmix=augment.cutmix, rng=rng)
-            train_step(learner, pixels, targets, accumulate=train.accumulate, label_smoothing=train.label_smoothing, clip_norm=train.clip_norm)
+            train_step(
+                learner,
+                pixels,
+                targets,
+                accumulate=train.accumulate,
+                label_smoothing=train.label_smoothing,
+                clip_norm=train.clip_norm,
+                prepare=prepare,
+            )
             progress.step += 1
             if learner.average:
                 learner.average.update(progress.step)
-            if stop.reason or checkpoints.due():
+            if wish := world.agree(STOP if stop.reason else SAVE if checkpoints.due() else GO):
                 now(number + 1)
-                stop.check()
+                if wish == STOP:
+                    world.stopped(stop)
                 checkpoints.save(learner, progress)
             bar.advance()
     now(feed.steps_per_epoch)
@@ -242,11 +296,13 @@ def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:
     )
 
 
-def seed_dropout(device: torch.device, seed: int, step: int) -> None:
-    """Makes dropout and stochastic depth a function of (seed, step). The device's generator alone: torch.manual_seed costs 100 times as much."""
+def seed_dropout(device: torch.device, seed: int, step: int, shard: int) -> None:
+    """Makes dropout and stochastic depth a function of (seed, step, shard). The device's generator alone: torch.manual_seed costs 100 times as
+    much.
+    """
     number = int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest(), "big") >> 1
     source = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-    source.manual_seed(number)
+    source.manual_seed(number + shard)
 
 
 def _epoch_row(learner: Learner, progress: Progress) -> dict[str, Any]:
@@ -258,9 +314,12 @@ def _epoch_row(learner: Learner, progress: Progress) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: what goes in, when, and how many stay. They are written in the background, one at a time."""
+    """The checkpoints of one run: what goes in, when, and how many stay. They are written in the background, one at a time, by rank 0 alone."""
 
-    def __init__(self, root: Path, cadence: checkpoint.Cadence, keep: int, ledger: metrics.Ledger, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, root: Path, cadence: checkpoint.Cadence, keep: int, ledger: metrics.Ledger, facts: dict[str, Any], writes: bool = True
+    ) -> None:
+        self.writes = writes
         self.root, self.cadence, self.keep, self.ledger, self.facts = root, cadence, keep, ledger, facts
         self.good: set[str] = set()  # names known to be whole: written or verified by this process
         self._best: dict[str, Tensor] | None = None  # weights that are better than those on disk
@@ -269,13 +328,17 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def due(self, epoch_ends: bool = False) -> bool:
-        return (self._writing is None or self._writing.done()) and self.cadence.due(epoch_ends)
+        return self.writes and (self._writing is None or self._writing.done()) and self.cadence.due(epoch_ends)
 
     def hold_best(self, learner: Learner) -> None:
+        if not self.writes:
+            return
         self._best = {name: tensor.detach().cpu().clone() for name, tensor in served_weights(learner).items()}
 
     def save(self, learner: Learner, progress: Progress) -> None:
         """Takes a snapshot and has it written. Waits for the write before it, and raises what that raised."""
+        if not self.writes:
+            return
         self.wait()
         progress.rows = self.ledger.rows
         snapshot = checkpoint.snapshot({"facts": self.facts, "progress": asdict(progress), **learner.state()}, self._memory)

@@ -34,10 +34,12 @@ def better(value: float, best: float | None, monitor: str) -> bool:
 class Ledger:
     """`metrics.jsonl`: one JSON object a row, in step with the checkpoints.
 
+    path: None where another process writes it.
+
     The rows belong to the checkpoint too: a run that resumes goes on from the rows that its checkpoint holds, so no row is lost or written twice.
     """
 
-    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
+    def __init__(self, path: Path | None, tensorboard: Path | None = None) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self._board: Any = None
@@ -50,12 +52,14 @@ class Ledger:
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
         self.rows = list(rows)
-        files.write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if self.path is not None:
+            files.write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, row["step"])

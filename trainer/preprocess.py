@@ -68,12 +68,12 @@ class Preprocessing:
     interpolation: str
 
 
-def prepare(source: str | os.PathLike[str] | bytes | BinaryIO, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+def prepare(source: str | os.PathLike[str] | bytes | BinaryIO, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """The picture as evaluation and serving see it: RGB, [size, size, 3]. Raises PictureError."""
-    return center_crop(shrink(source, preprocessing.resize, preprocessing.interpolation), preprocessing.size)
+    return center_crop(shrink(source, preprocessing.resize, preprocessing.interpolation, max_pixels), preprocessing.size)
 
 
-def shrink(source: str | os.PathLike[str] | bytes | BinaryIO, resize: int, interpolation: str) -> NDArray[np.uint8]:
+def shrink(source: str | os.PathLike[str] | bytes | BinaryIO, resize: int, interpolation: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decodes a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF picture, upright, and resizes its shorter side to `resize` pixels.
 
     source: a path, the file's bytes, or an open binary file. Transparency is laid on white, 16-bit values are scaled to 8 bits,
@@ -84,8 +84,8 @@ def shrink(source: str | os.PathLike[str] | bytes | BinaryIO, resize: int, inter
     try:
         with _opened(source) as file:
             image = _decoder(file)
-            if image.width * image.height > MAX_PIXELS:
-                raise PictureError(f"{image.width} x {image.height} pixels are too many (a decompression bomb?); allowed: {MAX_PIXELS:,}")
+            if image.width * image.height > max_pixels:
+                raise PictureError(f"{image.width} x {image.height} pixels are too many (a decompression bomb?); allowed: {max_pixels:,}")
             # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice what is asked for: several times as
             # fast, and hardly different from the full picture resized (Pillow's reducing_gap=2).
             draft = image.draft(None, (2 * resize, 2 * resize))

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from trainer import files
 from trainer.config import Config, identity, run_name
 from trainer.console import also_to_file, log
+from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 
 
@@ -56,12 +58,18 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[Run]:
-    """The run of these settings: its directory made, locked for this process, and its log begun. Raises UserError where another process has it."""
+def open_run(config: Config, world: World = ALONE) -> Iterator[Run]:
+    """The run of these settings: its directory made, locked for this process, and its log begun, by rank 0 alone. Raises UserError where another
+    run has it.
+    """
     name = run_name(config)
     directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
     checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
     package = Path(config.platform.package or directory / "model.tar.gz")
+    run = Run(name, directory, checkpoints, package)
+    if not world.chief:
+        yield run
+        return
     for needed in (directory, checkpoints, package.parent):
         needed.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
@@ -75,7 +83,7 @@ def open_run(config: Config) -> Iterator[Run]:
         with also_to_file(directory / "log.txt"):
             log.info("run %s in %s", name, directory)
             files.write(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
-            yield Run(name, directory, checkpoints, package)
+            yield run
 
 
 def check_identity(then: dict[str, Any], config: Config, fingerprint: str, where: Path) -> None:
@@ -87,3 +95,14 @@ def check_identity(then: dict[str, Any], config: Config, fingerprint: str, where
     if changed:
         differences = ", ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed[:5] if key != "pictures")
         raise UserError(f"{where}: this run began with other settings ({differences}); give the same again, or start a new run with another name=...")
+
+
+def revision() -> str | None:
+    """The git revision of this code, with `-dirty` where files were changed; None outside a checkout."""
+    if known := os.environ.get("PACKHORSE_REVISION"):
+        return known
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -2,11 +2,10 @@
 
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer import cache, checkpoint, device, features, files, folder, metrics, model, optim, package, report
+from trainer import cache, checkpoint, device, features, files, folder, metrics, model, optim, package, quantize, report
 from trainer.augment import Augmentation
 from trainer.config import Config, identity, metric_line
 from trainer.console import Progress as ProgressBar
 from trainer.console import log
 from trainer.device import Machine
+from trainer.distributed import ALONE, Gradients, Job, Ordered, Replicated, World
+from trainer.errors import UserError
 from trainer.folder import ImageFolder
 from trainer.interrupt import Stop
 from trainer.loader import Batches, Feed, Reader
-from trainer.loop import Checkpoints, Learner, Progress, evaluate
+from trainer.loop import Checkpoints, Learner, Progress, evaluate, trained_part
 from trainer.model import Classifier
 from trainer.preprocess import PictureError, Preprocessing, prepare, shrink
-from trainer.run import Run, check_identity
+from trainer.run import Run, check_identity, revision
+from trainer.sampler import Share
 
 
-def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop) -> tuple[ImageFolder, Reader | None]:
-    """Decodes every picture once; those that fail are listed by name and left out. The reader gives the packed pixels; None: they weren't kept."""
+def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop, world: World = ALONE) -> tuple[ImageFolder, Reader | None]:
+    """Decodes every picture once; those that fail are listed by name and left out. The reader gives the packed pixels; None: they weren't kept.
+
+    The processes of a host share its cache: the first one packs, the others wait.
+    """
     packed = None
-    if config.data.cache == "packed" or (config.data.cache == "auto" and (config.model.cached_views or config.train.epochs) > 1):
+    if reads_more_than_once(config):
         try:
-            packed = pack_pictures(config, found, stop)
+            packed = pack_pictures(config, found, stop, world)
         except cache.TooLarge as error:
             if config.data.cache == "packed":
                 raise
@@ -48,7 +53,11 @@ def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop) -> t
             raise PictureError(packed.broken[path])
 
     with counted("checking pictures", stop) as step:
-        found = folder.quarantine(found, check, 0 if packed else workers(config), config.data.max_broken, step)
+        found = folder.quarantine(found, check, 0 if packed else workers(config, world), config.data.max_broken, step)
+    broken = sorted(Path(path).name for path, _ in found.broken)
+    world.same({"pictures that can't be used": ", ".join(broken[:5]) or "none", "their number": str(len(broken))}, stop)
+    if not world.chief:
+        return found, packed
     files.write(run.directory / "quarantine.txt", "".join(f"{path}\t{reason}\n" for path, reason in found.broken))
     for path, reason in found.broken[:10]:
         log.warning("left out: %s (%s)", path, reason)
@@ -57,12 +66,17 @@ def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop) -> t
     return found, packed
 
 
-def pack_pictures(config: Config, found: ImageFolder, stop: Stop) -> cache.Packed:
+def reads_more_than_once(config: Config) -> bool:
+    """Whether packed pixels are worth their disk."""
+    return config.data.cache == "packed" or (config.data.cache == "auto" and (config.model.cached_views or config.train.epochs) > 1)
+
+
+def pack_pictures(config: Config, found: ImageFolder, stop: Stop, world: World = ALONE) -> cache.Packed:
     paths = [path for split in found.splits.values() for path in split.paths]
     limit = None if config.data.cache_gb is None else round(config.data.cache_gb * 1e9)
     root = Path(config.platform.cache) / "pixels"
     with counted("packing pictures", stop) as step:
-        return cache.pack(paths, root, config.data.resize, config.data.interpolation, workers(config), limit, step)
+        return cache.pack(paths, root, config.data.resize, config.data.interpolation, workers(config, world), limit, step)
 
 
 @contextmanager
@@ -83,35 +97,65 @@ def counted(what: str, stop: Stop) -> Iterator[Callable[[int, int], None]]:
             bar.close()
 
 
-def prepare_machine(config: Config) -> Machine:
+def prepare_machine(config: Config, world: World = ALONE) -> Machine:
     settings = config.train
-    return device.prepare(settings.device, settings.precision, deterministic=settings.deterministic, threads=settings.threads)
+    machine = device.prepare(
+        settings.device,
+        settings.precision,
+        deterministic=settings.deterministic,
+        threads=settings.threads,
+        processes=world.size if settings.exact_shards is None else "any",
+        local_rank=world.local_rank,
+        local_size=world.local_size,
+    )
+    if world.size == 1 and machine.device.type == "cuda" and (there := torch.cuda.device_count()) > 1:
+        log.warning("one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer (make train GPUS=%d) uses all", there, there, there)
+    return machine
 
 
-def make_network(config: Config, found: ImageFolder, machine: Machine) -> Classifier:
+def share_of(config: Config, found: ImageFolder, world: World) -> Share:
+    """What this process computes of each batch. Raises UserError where there are more processes than a batch can be divided among."""
+    shards = config.train.exact_shards or world.size
+    if shards < world.size:
+        raise UserError(f"train.exact_shards={shards}, but {world.size} processes run: each needs a shard at least; start fewer, or give more shards")
+    at_once = min(config.train.batch_size, len(found.splits["train"].paths))
+    if shards * config.train.accumulate > at_once:
+        raise UserError(
+            f"a batch of {at_once} pictures is divided among {world.size} processes, and train.accumulate={config.train.accumulate} splits each part "
+            "further: that is less than a picture each; give a larger train.batch_size, or start fewer processes"
+        )
+    return Share(world.rank, world.size, shards)
+
+
+def make_network(config: Config, found: ImageFolder, machine: Machine, world: World = ALONE) -> Classifier:
     """The network on its device, with weights that depend on nothing but the seed and the settings."""
     torch.manual_seed(config.seed)
     settings = config.model
-    network = model.build(
-        settings.name,
-        len(found.classes),
-        weights=settings.weights,
-        freeze=settings.freeze,
-        head_hidden=settings.head_hidden,
-        mean=settings.mean,
-        std=settings.std,
-        channels_last=config.train.channels_last,
-    )
-    at_once = min(config.train.batch_size, len(found.splits["train"].paths)) // config.train.accumulate
+    with world.one_first() if settings.weights is not None else nullcontext():
+        network = model.build(
+            settings.name,
+            len(found.classes),
+            weights=settings.weights,
+            freeze=settings.freeze,
+            head_hidden=settings.head_hidden,
+            mean=settings.mean,
+            std=settings.std,
+            channels_last=config.train.channels_last,
+        )
+    shards = share_of(config, found, world).shards
+    at_once = min(config.train.batch_size, len(found.splits["train"].paths)) // shards // config.train.accumulate
     model.check(network, settings.name, config.data.size, max(at_once, 1))
     network = network.to(machine.device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     log.info("model: %s, %s parameters, %s trained, on %s in %s", settings.name, f"{parameters:,}", f"{trained:,}", machine.device, machine)
+    if world.size > 1:
+        mode = "fast" if config.train.exact_shards is None else f"exact, in {shards} shards"
+        log.info("processes: %d on %d host%s; %s", world.size, world.hosts, "s" * (world.hosts > 1), mode)
     return network
 
 
-def make_feed(config: Config, found: ImageFolder, read: Reader | None, machine: Machine) -> Feed:
+def make_feed(config: Config, found: ImageFolder, read: Reader | None, machine: Machine, world: World = ALONE) -> Feed:
     settings = config.data.augment
     return Feed(
         found,
@@ -121,31 +165,46 @@ def make_feed(config: Config, found: ImageFolder, read: Reader | None, machine: 
         ),
         config.train.batch_size,
         config.seed,
-        workers(config),
+        workers(config, world),
         pin=machine.device.type == "cuda",
         read=read,
         views=config.model.cached_views if config.model.freeze == "backbone" else None,
+        share=share_of(config, found, world),
     )
 
 
-def cache_features(config: Config, network: Classifier, feed: Feed, machine: Machine, stop: Stop) -> Batches:
+def cache_features(config: Config, network: Classifier, feed: Feed, machine: Machine, stop: Stop, world: World = ALONE) -> Batches:
     """What the loop trains on: features, where the backbone is frozen and its views are fixed, else the pixels as they are."""
     if feed.views is None:
         return feed
-    return features.extract(network, feed, Path(config.platform.cache), machine.device, machine.precision, stop)
+    extracted = features.extract(network, feed, Path(config.platform.cache), machine.device, machine.precision, stop, world)
+    world.meet(stop)
+    return extracted
 
 
-def make_learner(config: Config, network: Classifier, batches: Batches, machine: Machine) -> Learner:
+def make_learner(config: Config, network: Classifier, batches: Batches, machine: Machine, world: World = ALONE) -> Learner:
     choice = config.optim
     optimizer = optim.build(network, choice.name, lr=choice.lr, head_lr=choice.head_lr, weight_decay=choice.weight_decay, momentum=choice.momentum)
     trained = network if isinstance(batches, Feed) else network.head
-    learner = Learner(trained, optimizer, machine.device, machine.precision, config.train.ema_decay)
-    if config.train.compile:
-        learner.forward = torch.compile(trained)
-    return learner
+    forward: Any = torch.compile(trained) if config.train.compile else trained
+    if config.train.exact_shards is not None:
+        gradients: Gradients = Ordered(forward, world, batches.share, batches.whole_batch, machine.device, trained_part(trained))
+    elif isinstance(world, Job):
+        gradients = Replicated(forward, world, batches.share, batches.whole_batch, machine.device, config.train.compression)
+    else:
+        gradients = Gradients(forward)
+    return Learner(trained, optimizer, machine.device, machine.precision, config.train.ema_decay, forward, gradients)
 
 
-def resume(config: Config, run: Run, learner: Learner, ledger: metrics.Ledger, found: ImageFolder, machine: Machine) -> tuple[Checkpoints, Progress]:
+def make_ledger(config: Config, run: Run, world: World) -> metrics.Ledger:
+    if not world.chief:
+        return metrics.Ledger(None)
+    return metrics.Ledger(run.directory / "metrics.jsonl", run.directory / "tensorboard" if config.train.tensorboard else None)
+
+
+def resume(
+    config: Config, run: Run, learner: Learner, ledger: metrics.Ledger, found: ImageFolder, machine: Machine, world: World = ALONE
+) -> tuple[Checkpoints, Progress]:
     """Where the run stands: at its newest good checkpoint, or at the beginning."""
     facts = {
         "identity": identity(config) | {"pictures": found.fingerprint},
@@ -153,9 +212,12 @@ def resume(config: Config, run: Run, learner: Learner, ledger: metrics.Ledger, f
         "surroundings": machine.surroundings(),
     }
     cadence = checkpoint.Cadence(config.checkpoint.minutes, config.checkpoint.max_cost)
-    checkpoints = Checkpoints(run.checkpoints, cadence, config.checkpoint.keep, ledger, facts)
+    checkpoints = Checkpoints(run.checkpoints, cadence, config.checkpoint.keep, ledger, facts, writes=world.chief)
     progress = Progress()
-    if newest := checkpoint.newest(run.checkpoints):
+    newest = world.once(lambda: checkpoint.newest(run.checkpoints))
+    if world.size > 1:
+        check_strays(run, newest[0] if newest else None, world)
+    if newest:
         path, state = newest
         check_identity(state["facts"]["identity"], config, found.fingerprint, run.checkpoints)
         surroundings = machine.surroundings()
@@ -166,8 +228,21 @@ def resume(config: Config, run: Run, learner: Learner, ledger: metrics.Ledger, f
         progress = Progress(**state["progress"])
         checkpoints.good.add(path.name)
         log.info("resumed from %s: %d of %d epochs complete, %d steps done", path, progress.epoch, config.train.epochs, progress.step)
+    elif world.size > 1:
+        learner.restore(world.once(learner.state))  # the same beginning, also where hosts of different kinds made their own
     ledger.restore(progress.rows)
     return checkpoints, progress
+
+
+def check_strays(run: Run, newest: Path | None, world: World) -> None:
+    """Raises UserError where this host has a checkpoint that rank 0's hasn't, and that is newer: to go on without it would throw work away."""
+    known = world.once(lambda: [path.name for path in checkpoint.steps(run.checkpoints)])
+    here = [path for path in checkpoint.steps(run.checkpoints) if path.name not in known]
+    if here and (newest is None or here[-1].name > newest.name):
+        raise UserError(
+            f"{here[-1]}: this host's checkpoint is newer than those of rank 0's host ({newest.name if newest else 'it has none'}); start this host "
+            "as the first (torchrun --node_rank=0), or copy the checkpoint there, or delete it here"
+        )
 
 
 @dataclass(frozen=True)
@@ -180,14 +255,17 @@ class Test:
     probabilities: NDArray[np.float32]  # [N, classes]
 
 
-def test(run: Run, network: Classifier, learner: Learner, feed: Feed, progress: Progress, ledger: metrics.Ledger, stop: Stop) -> Test:
+def test(
+    run: Run, network: Classifier, learner: Learner, feed: Feed, progress: Progress, ledger: metrics.Ledger, stop: Stop, world: World = ALONE
+) -> Test:
     """Loads the best weights into the network and evaluates all of it, from pixels, in float32: as it is packaged."""
     assert progress.best is not None
-    best = checkpoint.load(run.checkpoints / progress.best["checkpoint"])
+    name = progress.best["checkpoint"]
+    best = world.once(lambda: checkpoint.load(run.checkpoints / name))
     learner.network.load_state_dict(best["network"])
     split = "test" if "test" in feed.folder.splits else "valid"
-    logits, labels = evaluate(network, feed.plain(split), learner.device, torch.float32, stop)
-    values = metrics.classification(logits, labels, split)
+    logits, labels = evaluate(network, feed.plain(split), learner.device, torch.float32, stop, world)
+    values = world.once(lambda: metrics.classification(logits, labels, split))
     if split == "test":
         ledger.append({"epoch": progress.best["epoch"], "step": progress.step} | values)
         log.info(metric_line({"epoch": progress.best["epoch"]} | values))
@@ -207,6 +285,10 @@ def build_package(config: Config, run: Run, network: Classifier, feed: Feed, tes
         revision=revision(),
         golden=[split.paths[first] for first in firsts],
     )
+    if config.package.int8:
+        valid = feed.folder.splits["valid"]
+        pictures = quantize.choose(valid.paths, valid.labels, feed.preprocessing)
+        contents = replace(contents, int8=pictures, max_drop=config.package.max_drop)
     package.build(network, contents, run.package, archive=run.package.suffix == ".gz")
 
 
@@ -247,11 +329,11 @@ def result(config: Config, found: ImageFolder, tested: Test, progress: Progress,
     }
 
 
-def workers(config: Config) -> int:
-    """Threads that read pictures: data.workers, or one a core that this process may use."""
+def workers(config: Config, world: World = ALONE) -> int:
+    """Threads that read pictures: data.workers, or one a core that this process may use, of which the processes of a host have equal shares."""
     if config.data.workers is not None:
         return config.data.workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(device.cores() // world.local_size, 1)
 
 
 def preprocessing(config: Config) -> Preprocessing:
@@ -260,17 +342,6 @@ def preprocessing(config: Config) -> Preprocessing:
 
 def probabilities(logits: Tensor) -> NDArray[np.float32]:
     return logits.softmax(1).numpy()
-
-
-def revision() -> str | None:
-    """The git revision of this code, with `-dirty` where files were changed; None outside a checkout."""
-    if known := os.environ.get("PACKHORSE_REVISION"):
-        return known
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def environment(config: Config, machine: Machine) -> dict[str, str]:
