@@ -1,0 +1,63 @@
+"""`python -m launch VERB target=ec2|sagemaker|sagemaker_multi|tuner|notebook [target.KEY=VALUE] [the trainer's own settings]`."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from trainer.console import log, to_terminal
+from trainer.errors import MISTAKE, OK, UserError, machine_fault
+
+# The module launch.VERB has the verb's main(arguments) -> exit code. Each is imported when it is asked for.
+VERBS = {
+    "up": "make or change the account's foundation: bucket, roles, log groups; shows the changes and asks",
+    "plan": "show what submit will send, what it costs, what it may touch and what is missing",
+    "submit": "upload the code, and --data DIR where it changed, and start the job; --wait follows it to its end",
+    "status": "list the runs, and everything that costs money now",
+    "logs": "show what a run prints; --follow until it ends",
+    "stop": "stop a run after a checkpoint",
+    "fetch": "bring a run's model package, report and metrics to this machine, verified",
+    "cost": "dollars spent, dollars lost to work done twice, dollars per point of accuracy",
+    "rehearse": "run a SageMaker job on this machine, with AWS's own toolkit",
+    "prices": "the prices that plans are reckoned with; --refresh asks AWS",
+    "instances": "the machines for this job, what an epoch costs on each, and why the default is the default",
+    "policy": "print the policy of a part, with the reason for each statement",
+    "audit": "look for what is dangerous or wasteful in the account's ML resources",
+    "down": "stop everything of this project, empty the bucket and delete all",
+}
+
+USAGE = "python -m launch VERB [target=ec2|sagemaker|sagemaker_multi|tuner|notebook] [target.KEY=VALUE ...] [KEY=VALUE ...]"
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {verb:<10} {does}" for verb, does in VERBS.items())
+    return (
+        f"usage: {USAGE}\n\nRuns the trainer on rented machines.\n\n{verbs}\n\n"
+        "Settings of the machine are explained in conf/target/, those of the trainer in conf/. python -m launch VERB --help says more."
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    to_terminal()
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return OK if arguments else MISTAKE
+    verb, *rest = arguments
+    if verb not in VERBS:
+        log.error("%s: there is no such verb; allowed: %s", verb, ", ".join(VERBS))
+        return MISTAKE
+    try:
+        code: int = import_module(f"launch.{verb}").main(rest)
+        return code
+    except UserError as error:
+        log.error(str(error))
+    except OSError as error:
+        if (line := machine_fault(error)) is None:
+            raise
+        log.error(line)
+    except KeyboardInterrupt:
+        log.warning("interrupted; what runs at AWS goes on: python -m launch status")
+    return MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""`python -m launch submit`: carries out a plan. Every step finds what an earlier, killed submit has done already, so the same command goes on."""
+
+import argparse
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import runs, s3
+from launch.aws import Aws, AwsError
+from launch.logs import follow
+from launch.plan import Plan, missing, prepare
+from launch.request import Request
+from launch.runs import Attempt, Phase
+from launch.spec import TargetConfig, load_target, split_overrides
+from trainer.console import log
+from trainer.errors import FAULT, OK, RESUME, UserError
+
+# AWS's ways to say that something of this name was made already. Ours follow from run and attempt, so it is the very thing.
+ALREADY = r"ResourceInUse|already exists|must be unique|duplicate"
+NO_CAPACITY = r"InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|MaxSpotInstanceCountExceeded"
+CAPACITY_PAUSE = 30  # times --every, between two requests for a machine that AWS does not have
+
+
+def submit(aws: Aws, target: TargetConfig, overrides: Sequence[str], data: Path | None = None, again: bool = False) -> Attempt:
+    """Makes sure that the run is going, or was complete before; returns its newest attempt. Raises UserError, AwsError."""
+    plan = prepare(aws, target, overrides, data, again)
+    for line in missing(aws, plan, data, ""):
+        if plan.price.on_demand is not None or "price" not in line:
+            raise UserError(f"missing: {line}")
+        log.warning(line)
+    if not plan.requests:
+        assert plan.before is not None and plan.state is not None
+        log.info("attempt %d at %s is %s (%s): nothing is sent", plan.before.number, plan.spec.run, plan.state.phase, plan.state.detail)
+        return plan.before if plan.before.id else _confirm(aws, plan.before, plan.state.id)
+    key = f"source/{plan.spec.source}.tar.gz"
+    if not s3.exists(aws, key):
+        s3.write(aws, key, plan.source)
+        log.info("uploaded the code (%.1f MB) to %s", len(plan.source) / 1e6, plan.spec.uri(key))
+    if data is not None and plan.spec.data is not None:
+        s3.upload_folder(aws, data, f"data/{plan.spec.data}/")
+    return carry_out(aws, plan)
+
+
+def carry_out(aws: Aws, plan: Plan) -> Attempt:
+    """Notes the attempt, sends its requests, and notes what AWS made of them. Raises UserError, AwsError."""
+    attempt = plan.attempt
+    if plan.before is not None and plan.before.number == attempt.number:
+        attempt = plan.before  # noted before; what it was noted with counts
+    elif not s3.claim(aws, attempt.key, attempt.dumps()):
+        log.info("another submit of %s is under way; this one joins it", attempt.run)
+        noted = s3.read(aws, attempt.key)
+        assert noted is not None
+        attempt = runs.loads(noted[0])
+    made = [_send(aws, request) for request in plan.requests]
+    attempt = _confirm(aws, attempt, _id(made[-1]) or runs.observe(aws, attempt).id)
+    log.info("sent attempt %d at %s: %s", attempt.number, attempt.run, attempt.id or attempt.job)
+    return attempt
+
+
+def _confirm(aws: Aws, attempt: Attempt, id: str | None) -> Attempt:
+    """Notes what AWS made of an attempt: an instance is forgotten an hour after its end, and must not be taken for one that never was."""
+    attempt = dataclasses.replace(attempt, id=id)
+    s3.write(aws, attempt.key, attempt.dumps())
+    return attempt
+
+
+def _send(aws: Aws, request: Request) -> dict[str, Any]:
+    """The answer; empty where an earlier submit was there first."""
+    try:
+        return aws.send(request)
+    except AwsError as error:
+        if not re.search(ALREADY, f"{error.code}: {error.message}"):
+            raise
+        log.info("%s: found what an earlier submit has made", request.operation)
+        return {}
+
+
+def _id(answer: dict[str, Any]) -> str | None:
+    """AWS's own id of what it made."""
+    if "Instances" in answer:
+        return str(answer["Instances"][0]["InstanceId"])
+    return next((str(value) for key, value in answer.items() if key.endswith("Arn")), None)
+
+
+def console(aws: Aws, attempt: Attempt) -> str:
+    """The page of AWS's console that shows the attempt."""
+    suffix = "amazonaws.cn" if aws.region.startswith("cn-") else "aws.amazon.com"
+    kind = {"tuner": "hyper-tuning-jobs", "notebook": "notebook-instances", "sagemaker": "jobs", "sagemaker_multi": "jobs"}
+    if attempt.target == "ec2":
+        return f"https://{aws.region}.console.{suffix}/ec2/home?region={aws.region}#InstanceDetails:instanceId={attempt.id}"
+    return f"https://{aws.region}.console.{suffix}/sagemaker/home?region={aws.region}#/{kind[attempt.target]}/{attempt.job}"
+
+
+def wait(aws: Aws, attempt: Attempt, target: TargetConfig, overrides: Sequence[str], every: float) -> int:
+    """Follows the log to the run's end; asks again for a machine that AWS took back. Returns the exit code."""
+    while True:
+        state = follow(aws, attempt, every)
+        if state.phase is not Phase.LOST:
+            break
+        log.info("attempt %d lost its machine (%s); asking for another, which goes on from the last checkpoint", attempt.number, state.detail)
+        while True:
+            try:
+                attempt = submit(aws, target, overrides)
+                break
+            except AwsError as error:
+                if not re.fullmatch(NO_CAPACITY, error.code):
+                    raise
+                log.info("%s; trying again in %.0f seconds", error, every * CAPACITY_PAUSE)
+                time.sleep(every * CAPACITY_PAUSE)
+    log.info("attempt %d at %s is %s (%s)", attempt.number, attempt.run, state.phase, state.detail)
+    return {Phase.COMPLETE: OK, Phase.STOPPED: RESUME}.get(state.phase, FAULT)
+
+
+def main(arguments: Sequence[str]) -> int:
+    targets, rest = split_overrides(arguments)
+    parser = argparse.ArgumentParser(prog="python -m launch submit", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the trainer's settings, as for python -m trainer")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="upload this folder of pictures first, as far as it differs")
+    parser.add_argument("--again", action="store_true", help="one more attempt, also where the run is complete")
+    parser.add_argument("--wait", action="store_true", help="follow the log to the end, and ask again for a spot machine that AWS took back")
+    parser.add_argument("--every", type=float, default=10, metavar="SECONDS", help="with --wait: how often AWS is asked (default 10)")
+    options = parser.parse_intermixed_args(rest)
+    target = load_target(targets)
+    aws = Aws(target)
+    attempt = submit(aws, target, options.overrides, options.data, options.again)
+    log.info("console   %s", console(aws, attempt))
+    where = "".join(f" {override}" for override in targets if not override.startswith("target="))
+    verbs = ("logs", "stop", "cost") if attempt.target == "notebook" else ("logs", "stop", "fetch", "cost")
+    log.info("next:\n%s", "\n".join(f"  python -m launch {verb} {attempt.run}{where}" for verb in verbs))
+    return wait(aws, attempt, target, options.overrides, options.every) if options.wait and attempt.target != "notebook" else OK

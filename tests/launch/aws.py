@@ -1,0 +1,504 @@
+# ruff: noqa: N802 (the methods that stand in front of moto have the names of AWS's operations)
+"""AWS for the tests: the moto server as a process of its own, behind a layer that is as strict as AWS where moto is not.
+
+    python -m tests.launch.aws RECORD        # listens on 127.0.0.1, says its URL on standard output
+
+What the layer adds to moto 5.2:
+- a second training job, tuning job or notebook of a name is refused; so are jobs whose role, bucket or code is not there;
+- RunInstances honours ClientToken, and refuses user data over 16 KB, a missing instance profile, and what a test asked it to refuse;
+- SageMaker's jobs run until a test ends them (`/strict/end`) or they are stopped; the calls that moto lacks: StopTrainingJob, DeleteTrainingJob,
+  StopHyperParameterTuningJob, ListTrainingJobsForHyperParameterTuningJob, ListNotebookInstanceLifecycleConfigs, and the Price List's GetProducts;
+- CloudFormation refuses a stack or a change set that is there already, and a change set is executed once;
+- AWS's public parameter of the Deep Learning AMI;
+- on request it kills the client at its Nth call, before the call reaches AWS or after AWS has carried it out (`/strict/kill`). A client says who it
+  is by AWS_SDK_UA_APP_ID=pid-PID.
+
+RECORD gets a line of JSON for each call that arrives, in the order of arrival:
+    {"number": 1, "service": "sagemaker", "operation": "CreateTrainingJob", "parameters": {...}, "region": "us-east-1", "client": 4711, "status": 200}
+service: the one that the request is signed for. parameters: by their names in botocore's model; for the query protocols (EC2, IAM, STS,
+CloudFormation) flat, as on the wire ("Filter.1.Name"); bodies that are no JSON are left out. status: HTTP's; null where the client was killed
+before the call was carried out.
+"""
+
+import base64
+import copy
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+os.environ |= {"MOTO_ENABLE_AMI_VALIDATION": "1", "MOTO_EC2_ENABLE_INSTANCE_TYPE_VALIDATION": "1"}
+
+import botocore.session
+from botocore.model import OperationModel
+from moto.backends import get_backend
+from moto.core.utils import utcnow
+from moto.iam.models import ManagedPolicy
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
+ACCOUNT = "123456789012"
+REGION = "us-east-1"
+DLAMI = "/aws/service/deeplearning/ami/"
+RUNNING = "InProgress"
+
+
+class Refused(Exception):
+    """An error as AWS answers it."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code)
+        self.code, self.message = code, message
+
+
+class Strict:
+    """The WSGI application: `moto`, and what stands in front of it."""
+
+    def __init__(self, moto: Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]], record: Path) -> None:
+        self._moto, self._record = moto, record
+        self._lock = threading.RLock()  # one call at a time: so that "the Nth call" means something
+        self._reset()
+
+    def _reset(self) -> None:
+        self._number = 0
+        self._tokens: dict[str, tuple[str, list[bytes]]] = {}
+        self._refuse: dict[str, tuple[str, str]] = {}
+        self._kill: dict[str, Any] = {"call": 0, "when": "before"}
+        self._record.write_text("")
+
+    def __call__(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        environ["wsgi.input"] = io.BytesIO(body)
+        if path.startswith("/moto-api"):
+            return self._moto(environ, start)
+        with self._lock:
+            if path.startswith("/strict/"):
+                answer = getattr(self, path.removeprefix("/strict/"))(**json.loads(body or b"{}"))
+                return _answer(start, "200 OK", json.dumps(answer or {}).encode())
+            return self._serve(environ, start, body)
+
+    def _serve(self, environ: WSGIEnvironment, start: StartResponse, body: bytes) -> Iterable[bytes]:
+        service, region, operation, parameters = understand(environ, body)
+        self._number += 1
+        client = re.search(r"app/pid-(\d+)", environ.get("HTTP_USER_AGENT", ""))
+        entry = {
+            "number": self._number, "service": service, "operation": operation, "parameters": parameters, "region": region,
+            "client": int(client[1]) if client else None, "status": None,
+        }  # fmt: skip
+        doomed = client is not None and self._kill["call"] == self._number
+        if doomed and self._kill["when"] == "before":
+            self._write(entry)
+            os.kill(int(client[1]), signal.SIGKILL)
+            return _answer(start, "500 Killed", b"")
+        status: list[Any] = []
+
+        def remember(line: str, headers: list[tuple[str, str]], *rest: Any) -> Callable[[bytes], object]:
+            status[:] = [line, headers]
+            return lambda data: None
+
+        try:
+            answer = list(self._strictly(service, operation, copy.deepcopy(parameters), region or REGION, environ, remember))
+        except Refused as refusal:
+            answer = _refusal(service, refusal, remember)
+        entry["status"] = int(status[0].split()[0])
+        self._write(entry)
+        if doomed:
+            os.kill(int(client[1]), signal.SIGKILL)
+        start(*status)
+        return answer
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        with self._record.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    # --- what tests ask for ---
+
+    def reset(self) -> None:
+        self._reset()
+
+    def forget(self) -> None:
+        """Removes all jobs, notebooks and instances, and what was remembered of them; what a stack has made stays."""
+        jobs = get_backend("sagemaker")[ACCOUNT][REGION]
+        for things in (
+            jobs.training_jobs,
+            jobs.hyper_parameter_tuning_jobs,
+            jobs.notebook_instances,
+            jobs.notebook_instance_lifecycle_configurations,
+        ):
+            things.clear()
+        get_backend("ec2")[ACCOUNT][REGION].reservations.clear()
+        self._tokens.clear()
+
+    def kill(self, call: int, when: str) -> None:
+        """Kills the client at the Nth call from now. when: before or after the call is carried out."""
+        self._kill = {"call": self._number + call, "when": when}
+
+    def refuse(self, operation: str, code: str, message: str = "") -> None:
+        """Answers the next call of an operation by an error."""
+        self._refuse[operation] = (code, message)
+
+    def end(self, job: str, status: str, hours: float = 1.0, billed: float | None = None, metrics: dict[str, float] | None = None) -> None:
+        """Ends a training job or a tuning job that began so many hours ago."""
+        backend = get_backend("sagemaker")[ACCOUNT][REGION]
+        found = backend.training_jobs.get(job) or backend.hyper_parameter_tuning_jobs[job]
+        _set_status(found, status)
+        if job in backend.training_jobs:
+            found.training_end_time = utcnow()
+            found.training_start_time = found.training_end_time - timedelta(hours=hours)
+            found.billable_time_in_seconds = billed
+            found.final_metric_data_list = [{"MetricName": name, "Value": value, "Timestamp": utcnow()} for name, value in (metrics or {}).items()]
+        for trial in _trials(found):
+            self.end(trial.training_job_name, status, hours, billed, metrics)
+
+    def calls(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._record.read_text().splitlines()]
+
+    # --- where moto is not strict ---
+
+    def _strictly(
+        self, service: str, operation: str, parameters: dict[str, Any], region: str, environ: WSGIEnvironment, start: Any
+    ) -> Iterable[bytes]:
+        if operation in self._refuse:
+            raise Refused(*self._refuse.pop(operation))
+        own = getattr(self, f"_{operation}", None)
+        if own is None:
+            return self._moto(environ, start)
+
+        def forward(changed: dict[str, Any] | None = None) -> list[bytes]:
+            """Lets moto answer; changed: other parameters, in JSON."""
+            if changed is not None:
+                body = json.dumps(changed).encode()
+                environ.update({"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))})
+            return list(self._moto(environ, start))
+
+        return own(parameters, region, forward, start)
+
+    def _CreateTrainingJob(self, parameters, region, forward, start) -> list[bytes]:
+        backend = get_backend("sagemaker")[ACCOUNT][region]
+        if parameters["TrainingJobName"] in backend.training_jobs:
+            raise Refused(
+                "ResourceInUse",
+                f"Training job names must be unique within an AWS account and region, and one of {parameters['TrainingJobName']} exists",
+            )
+        _needs(parameters["RoleArn"], parameters["OutputDataConfig"]["S3OutputPath"], parameters["HyperParameters"], region)
+        answer = forward()
+        job = backend.training_jobs[parameters["TrainingJobName"]]
+        _set_status(job, RUNNING)
+        job.training_end_time = None
+        return answer
+
+    def _CreateHyperParameterTuningJob(self, parameters, region, forward, start) -> list[bytes]:
+        definition = parameters["TrainingJobDefinition"]
+        _needs(definition["RoleArn"], definition["OutputDataConfig"]["S3OutputPath"], definition["StaticHyperParameters"], region)
+        backend = get_backend("sagemaker")[ACCOUNT][region]
+        name = parameters["HyperParameterTuningJobName"]
+        answer = forward()
+        tuning = backend.hyper_parameter_tuning_jobs.get(name)
+        if tuning is None or f"{name}-001-0123abcd" in backend.training_jobs:
+            return answer
+        backend.create_training_job(  # its first trial
+            f"{name}-001-0123abcd", definition["StaticHyperParameters"], definition["AlgorithmSpecification"], definition["RoleArn"],
+            definition.get("InputDataConfig", []), definition["OutputDataConfig"], definition["ResourceConfig"], {}, definition["StoppingCondition"],
+            parameters["Tags"], False, False, definition.get("EnableManagedSpotTraining", False), {}, {}, [], {}, {},
+        )  # fmt: skip
+        _set_status(tuning, RUNNING)
+        tuning.hyper_parameter_tuning_end_time = None
+        tuning.training_job_status_counters = {"Completed": 0, "InProgress": 1, "RetryableError": 0, "NonRetryableError": 0, "Stopped": 0}
+        tuning.best_training_job = None
+        for trial in _trials(tuning):
+            _set_status(trial, RUNNING)
+            trial.training_end_time = None
+        return answer
+
+    def _DescribeHyperParameterTuningJob(self, parameters, region, forward, start) -> list[bytes]:
+        jobs = get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs
+        answer = forward()
+        if (job := jobs.get(parameters["HyperParameterTuningJobName"])) and job.hyper_parameter_tuning_job_status == "Stopping":
+            _set_status(job, "Stopped")
+        return answer
+
+    def _DescribeTrainingJob(self, parameters, region, forward, start) -> list[bytes]:
+        answer = forward()
+        job = get_backend("sagemaker")[ACCOUNT][region].training_jobs.get(parameters["TrainingJobName"])
+        if job and job.training_job_status == "Stopping":  # it has stopped by the next look
+            self.end(parameters["TrainingJobName"], "Stopped")
+        return answer
+
+    def _ListTrainingJobs(self, parameters, region, forward, start) -> list[bytes]:
+        answer = forward()
+        for job in get_backend("sagemaker")[ACCOUNT][region].training_jobs.values():
+            if job.training_job_status == "Stopping":
+                self.end(job.training_job_name, "Stopped")
+        return answer
+
+    def _ListHyperParameterTuningJobs(self, parameters, region, forward, start) -> list[bytes]:
+        answer = forward()
+        for job in get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs.values():
+            if job.hyper_parameter_tuning_job_status == "Stopping":
+                _set_status(job, "Stopped")
+        return answer
+
+    def _StopTrainingJob(self, parameters, region, forward, start) -> list[bytes]:
+        job = _known(get_backend("sagemaker")[ACCOUNT][region].training_jobs, parameters["TrainingJobName"])
+        if job.training_job_status != RUNNING:
+            raise Refused("ValidationException", f"The request was rejected because the training job is in status {job.training_job_status}.")
+        _set_status(job, "Stopping")
+        return _answer(start, "200 OK", b"{}")
+
+    def _DeleteTrainingJob(self, parameters, region, forward, start) -> list[bytes]:
+        jobs = get_backend("sagemaker")[ACCOUNT][region].training_jobs
+        if _known(jobs, parameters["TrainingJobName"]).training_job_status in (RUNNING, "Stopping"):
+            raise Refused("ValidationException", "A training job that runs can't be deleted.")
+        del jobs[parameters["TrainingJobName"]]
+        return _answer(start, "200 OK", b"{}")
+
+    def _StopHyperParameterTuningJob(self, parameters, region, forward, start) -> list[bytes]:
+        job = _known(get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs, parameters["HyperParameterTuningJobName"])
+        _set_status(job, "Stopping")
+        for trial in _trials(job):
+            _set_status(trial, "Stopping")
+        return _answer(start, "200 OK", b"{}")
+
+    def _ListTrainingJobsForHyperParameterTuningJob(self, parameters, region, forward, start) -> list[bytes]:
+        job = _known(get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs, parameters["HyperParameterTuningJobName"])
+        summaries = [
+            {
+                "TrainingJobName": trial.training_job_name,
+                "TrainingJobArn": trial.arn,
+                "CreationTime": trial.creation_time.timestamp(),
+                "TrainingStartTime": trial.training_start_time.timestamp(),
+                "TrainingJobStatus": trial.training_job_status,
+                "TunedHyperParameters": {},
+            }
+            | ({"TrainingEndTime": trial.training_end_time.timestamp()} if trial.training_end_time else {})
+            for trial in _trials(job)
+        ]
+        return _answer(start, "200 OK", json.dumps({"TrainingJobSummaries": summaries}).encode())
+
+    def _CreateNotebookInstance(self, parameters, region, forward, start) -> list[bytes]:
+        backend = get_backend("sagemaker")[ACCOUNT][region]
+        _known(backend.notebook_instance_lifecycle_configurations, parameters["LifecycleConfigName"])
+        _role(parameters["RoleArn"])
+        return forward()
+
+    def _ListNotebookInstanceLifecycleConfigs(self, parameters, region, forward, start) -> list[bytes]:
+        scripts = get_backend("sagemaker")[ACCOUNT][region].notebook_instance_lifecycle_configurations
+        found = [
+            {"NotebookInstanceLifecycleConfigName": name, "NotebookInstanceLifecycleConfigArn": script.arn}
+            for name, script in scripts.items()
+            if parameters.get("NameContains", "") in name
+        ]
+        return _answer(start, "200 OK", json.dumps({"NotebookInstanceLifecycleConfigs": found}).encode())
+
+    def _CreateChangeSet(self, parameters, region, forward, start) -> list[bytes]:
+        backend = get_backend("cloudformation")[ACCOUNT][region]
+        stacks = {stack.name: stack.status for stack in backend.stacks.values()}
+        name, stack = parameters["ChangeSetName"], parameters["StackName"]
+        if parameters["ChangeSetType"] == "CREATE" and stack in stacks:
+            raise Refused("ValidationError", f"Stack [{stack}] already exists and cannot be created again with the changeSet [{name}].")
+        if any(each.change_set_name == name and each.stack.name == stack for each in backend.change_sets.values()):
+            raise Refused("AlreadyExistsException", f"ChangeSet {name} cannot be created due to a mismatch with existing attribute")
+        return forward()
+
+    def _DeleteStack(self, parameters, region, forward, start) -> list[bytes]:
+        """Takes managed policies and change sets along, which moto leaves."""
+        backend = get_backend("cloudformation")[ACCOUNT][region]
+        found = [stack for stack in backend.stacks.values() if stack.name == parameters["StackName"]]
+        policies = get_backend("iam")[ACCOUNT]["aws"].managed_policies
+        made = {resource.arn for stack in found for resource in stack.resource_map.values() if isinstance(resource, ManagedPolicy)}
+        answer = forward()
+        for arn in made & policies.keys():
+            del policies[arn]
+        for key in [key for key, change in backend.change_sets.items() if change.stack in found]:
+            del backend.change_sets[key]
+        return answer
+
+    def _ExecuteChangeSet(self, parameters, region, forward, start) -> list[bytes]:
+        backend = get_backend("cloudformation")[ACCOUNT][region]
+        found = [each for each in backend.change_sets.values() if each.change_set_name == parameters["ChangeSetName"]]
+        if not found or found[0].execution_status != "AVAILABLE":
+            raise Refused("InvalidChangeSetStatus", f"ChangeSet {parameters['ChangeSetName']} cannot be executed in its current status")
+        answer = forward()
+        backend.change_sets.clear()  # as AWS does: they are of no use for the stack as it is now
+        return answer
+
+    def _RunInstances(self, parameters, region, forward, start) -> list[bytes]:
+        token = parameters.get("ClientToken", "")
+        content = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
+        if not token:
+            raise Refused("MissingParameter", "this project's requests carry a ClientToken")
+        if token in self._tokens:
+            before, answer = self._tokens[token]
+            if before != content:
+                raise Refused(
+                    "IdempotentParameterMismatch", f"The request uses the same client token as a previous, but non-identical request: {token}"
+                )
+            return _answer(start, "200 OK", b"".join(answer), "text/xml")
+        if len(base64.b64decode(parameters.get("UserData", ""))) > 16384:
+            raise Refused("InvalidParameterValue", "User data is limited to 16384 bytes")
+        if parameters["IamInstanceProfile.Name"] not in {each.name for each in get_backend("iam")[ACCOUNT]["aws"].instance_profiles.values()}:
+            raise Refused(
+                "InvalidParameterValue", f"Value ({parameters['IamInstanceProfile.Name']}) for parameter iamInstanceProfile.name is invalid"
+            )
+        answer = forward()
+        self._tokens[token] = (content, answer)
+        return answer
+
+    def _GetParameter(self, parameters, region, forward, start) -> list[bytes]:
+        if not parameters["Name"].startswith(DLAMI):
+            return forward()
+        images = sorted(get_backend("ec2")[ACCOUNT][region].amis)
+        value = {"Name": parameters["Name"], "Type": "String", "Value": images[0], "Version": 1}
+        return _answer(start, "200 OK", json.dumps({"Parameter": value}).encode())
+
+    def _FilterLogEvents(self, parameters, region, forward, start) -> list[bytes]:
+        """Heeds the streams' prefix, which moto does not."""
+        group = get_backend("logs")[ACCOUNT][region].groups.get(parameters["logGroupName"])
+        if group is None:
+            return forward()
+        named = [name for name in group.streams if name.startswith(parameters["logStreamNamePrefix"])]
+        return forward(parameters | {"logStreamNames": named}) if named else _answer(start, "200 OK", b'{"events": []}')
+
+    def _GetProducts(self, parameters, region, forward, start) -> list[bytes]:
+        wanted = {each["Field"]: each["Value"] for each in parameters["Filters"]}
+        dimension = {"unit": "Hrs", "pricePerUnit": {"USD": "0.9000000000" if "instanceName" in wanted else "0.6000000000"}}
+        product = {"product": {"attributes": wanted}, "terms": {"OnDemand": {"T": {"priceDimensions": {"D": dimension}}}}}
+        return _answer(start, "200 OK", json.dumps({"FormatVersion": "aws_v1", "PriceList": [json.dumps(product)]}).encode())
+
+
+def _needs(role: str, output: str, parameters: dict[str, str], region: str) -> None:
+    """Refuses a job whose role, bucket or code is not there."""
+    _role(role)
+    buckets = get_backend("s3")[ACCOUNT]["aws"].buckets
+    for uri in (output, *([json.loads(parameters["sagemaker_submit_directory"])] if "sagemaker_submit_directory" in parameters else [])):
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        if bucket not in buckets or (key.endswith(".tar.gz") and key not in buckets[bucket].keys):
+            raise Refused("ValidationException", f"No S3 objects found under S3 URL {uri}")
+
+
+def _role(arn: str) -> None:
+    if arn not in {role.arn for role in get_backend("iam")[ACCOUNT]["aws"].roles.values()}:
+        raise Refused("ValidationException", f"Could not assume role {arn}. Please ensure that the role exists")
+
+
+def _known(things: dict[str, Any], name: str) -> Any:
+    if name not in things:
+        raise Refused("ValidationException", f"Requested resource {name} not found.")
+    return things[name]
+
+
+def _set_status(job: Any, status: str) -> None:
+    for attribute in ("training_job_status", "hyper_parameter_tuning_job_status"):
+        if hasattr(job, attribute):
+            setattr(job, attribute, status)
+    if hasattr(job, "secondary_status"):
+        job.secondary_status = "Training" if status == RUNNING else status
+
+
+def _trials(job: Any) -> list[Any]:
+    name = getattr(job, "hyper_parameter_tuning_job_name", None)
+    jobs = get_backend("sagemaker")[ACCOUNT][REGION].training_jobs.values()
+    return [trial for trial in jobs if name is not None and trial.training_job_name.startswith(f"{name}-")]
+
+
+# --- the wire ---
+
+
+def _answer(start: Any, status: str, body: bytes, kind: str = "application/x-amz-json-1.1") -> list[bytes]:
+    start(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def _refusal(service: str, refusal: Refused, start: Any) -> list[bytes]:
+    """An error in the form of the service's protocol."""
+    code, message = refusal.code, refusal.message or refusal.code
+    if service == "ec2":
+        text = f"<Response><Errors><Error><Code>{code}</Code><Message>{message}</Message></Error></Errors><RequestID>1</RequestID></Response>"
+    elif service in ("s3", "sts", "iam", "cloudformation"):
+        inner = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+        text = inner if service == "s3" else f"<ErrorResponse>{inner}<RequestId>1</RequestId></ErrorResponse>"
+    else:
+        return _answer(start, "400 Bad Request", json.dumps({"__type": code, "message": message}).encode())
+    return _answer(start, "400 Bad Request", text.encode(), "text/xml")
+
+
+def understand(environ: WSGIEnvironment, body: bytes) -> tuple[str, str, str, dict[str, Any]]:
+    """A request's service, region, operation and parameters."""
+    credential = re.search(r"Credential=[^/]+/\d+/([^/]+)/([^/]+)/aws4_request", environ.get("HTTP_AUTHORIZATION", ""))
+    region, service = (credential[1], credential[2]) if credential else ("", "s3")
+    if target := environ.get("HTTP_X_AMZ_TARGET"):
+        return service, region, target.rpartition(".")[2], json.loads(body or b"{}")
+    form = dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True)) if environ["REQUEST_METHOD"] == "POST" else {}
+    if "Action" in form:
+        return service, region, form["Action"], {key: value for key, value in form.items() if key not in ("Action", "Version")}
+    return service, region, *_rest(service, environ, body)
+
+
+def _rest(service: str, environ: WSGIEnvironment, body: bytes) -> tuple[str, dict[str, Any]]:
+    """Operation and parameters of a REST call: the operation of botocore's model that needs most of what is there."""
+    path, query = environ["PATH_INFO"], dict(parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True))
+    found: list[tuple[int, str, dict[str, Any]]] = []
+    for operation, pattern, fixed in _rest_operations(service, environ["REQUEST_METHOD"]):
+        match = pattern.fullmatch(path.rstrip("/") or "/")
+        if not match or any(query.get(name) != value for name, value in fixed.items()):
+            continue
+        parameters: dict[str, Any] = {name: unquote(value) for name, value in match.groupdict().items()}
+        members, shape = operation.input_shape.members.items() if operation.input_shape else (), operation.input_shape
+        for name, member in members:
+            place, wire = member.serialization.get("location"), member.serialization.get("name", name)
+            if place == "querystring" and wire in query:
+                parameters[name] = query[wire]
+            header = environ.get(f"HTTP_{wire.upper().replace('-', '_')}")
+            if place == "header" and header is not None:
+                parameters[name] = header
+        required = set(shape.required_members) if shape else set()
+        elsewhere = {name for name in required if shape.members[name].serialization.get("location") is None} if shape else set()
+        if required - elsewhere <= parameters.keys():
+            found.append((2 * len(fixed) + len(required), operation.name, parameters))
+    if not found:
+        return "?", {"path": path, "query": query}
+    _, name, parameters = max(found, key=lambda each: each[0])
+    if name == "DeleteObjects":
+        parameters["Keys"] = re.findall(r"<Key>([^<]*)</Key>", body.decode())
+    elif service != "s3" and body[:1] == b"{":
+        parameters |= json.loads(body)
+    return name, parameters
+
+
+@cache
+def _rest_operations(service: str, method: str) -> list[tuple[OperationModel, re.Pattern[str], dict[str, str]]]:
+    session = botocore.session.get_session()
+    model = session.get_service_model({"monitoring": "cloudwatch"}.get(service, service))
+    found = []
+    for name in model.operation_names:
+        operation = model.operation_model(name)
+        if operation.http.get("method") == method:
+            path, _, query = operation.http["requestUri"].partition("?")
+            pattern = re.sub(
+                r"\\\{(\w+)(\\\+)?\\\}", lambda part: f"(?P<{part[1]}>{'.+' if part[2] else '[^/]+'})", re.escape(path.rstrip("/") or "/")
+            )
+            found.append((operation, re.compile(pattern), dict(parse_qsl(query, keep_blank_values=True))))
+    return found
+
+
+def main() -> None:
+    moto = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, Strict(moto, Path(sys.argv[1])), threaded=True, request_handler=MotoRequestHandler)
+    print(f"http://127.0.0.1:{server.server_port}", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

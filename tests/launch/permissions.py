@@ -1,0 +1,354 @@
+"""What each part asks of AWS: recorded calls as IAM sees them (action, resource, context), and an evaluator that decides them offline.
+
+The evaluator is @cloud-copilot/iam-simulate (npm, AGPL-3.0), a process of the tests and no part of Packhorse.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.audit.account import CALLS
+from launch.policy import PARTS, document, permissions
+
+ACCOUNT, REGION, PROJECT_NAME = "123456789012", "us-east-1", "packhorse"
+BUCKET = f"{PROJECT_NAME}-{ACCOUNT}-{REGION}"
+SIMULATOR = "@cloud-copilot/iam-simulate"
+VERSION = "0.1.173"
+SERVICE_CALLS = Path(__file__).with_name("service_calls.yaml")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to IAM. by: the command, or the service, that asks."""
+
+    action: str
+    resource: str
+    context: Mapping[str, str | list[str]] = field(default_factory=dict)
+    by: str = ""
+
+    @property
+    def key(self) -> str:
+        return json.dumps([self.action, self.resource, dict(self.context)], sort_keys=True)
+
+
+def policy(part: str) -> dict[str, Any]:
+    return document(permissions(part, PROJECT_NAME, ACCOUNT, REGION))
+
+
+def effective_policy(part: str) -> dict[str, Any]:
+    """With what else is attached to the role: the notebook is a launcher too."""
+    statements = permissions(part, PROJECT_NAME, ACCOUNT, REGION)
+    return document([*statements, *(permissions("launcher", PROJECT_NAME, ACCOUNT, REGION) if part == "notebook" else [])])
+
+
+def service_side(part: str) -> list[Ask]:
+    """What AWS's services ask under a part's role: the hand-written list."""
+    return [
+        Ask(ask["action"], ask["resource"].replace("BUCKET", BUCKET), ask.get("context", {}), entry["by"])
+        for entry in yaml.safe_load(SERVICE_CALLS.read_text()).get(part, [])
+        for ask in entry["asks"]
+    ]
+
+
+def unique(asks: Iterable[Ask]) -> list[Ask]:
+    """Each question once, with all who ask it."""
+    by_key: dict[str, list[Ask]] = {}
+    for ask in asks:
+        by_key.setdefault(ask.key, []).append(ask)
+    return [Ask(same[0].action, same[0].resource, same[0].context, ", ".join(dict.fromkeys(ask.by for ask in same))) for same in by_key.values()]
+
+
+# --- recorded calls, as IAM sees them ---
+
+
+def asks_of(call: Mapping[str, Any], by: str) -> list[Ask]:
+    """A recorded call (tests/launch/aws.py says in which form). Raises KeyError for an operation that is not known here.
+
+    Which actions, resources and condition keys a call is decided by: AWS's Service Authorization Reference.
+    """
+    name, given = _named(call)
+    return [Ask(ask.action, ask.resource, ask.context, f"{by}: {name}") for ask in OPERATIONS[call["service"], name](given)]
+
+
+# Calls that are signed for one service and described in the model of another, where the record has no name for them: by their paths.
+BY_PATH = {r"/endpoints/(?P<EndpointName>[^/]+)/invocations": "InvokeEndpoint"}
+
+
+def _named(call: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Operation and parameters. Raises KeyError where the operation is not known."""
+    if call["operation"] != "?":
+        return call["operation"], call["parameters"]
+    for pattern, name in BY_PATH.items():
+        if match := re.fullmatch(pattern, call["parameters"]["path"]):
+            return name, match.groupdict()
+    raise KeyError(call)
+
+
+def _arn(service: str, resource: str) -> str:
+    return f"arn:aws:{service}:{REGION}:{ACCOUNT}:{resource}"
+
+
+def _s3(action: str, bucket_level: bool = False) -> Callable[[Mapping[str, Any]], list[Ask]]:
+    def asks(given: Mapping[str, Any]) -> list[Ask]:
+        bucket = f"arn:aws:s3:::{given['Bucket']}"
+        if not bucket_level:
+            keys = given.get("Keys") or [given["Key"]]
+            return [Ask(f"s3:{action}", f"{bucket}/{key}") for key in keys]
+        context = {f"s3:{name.lower()}": given[name] for name in ("Prefix", "Delimiter") if given.get(name)}
+        return [Ask(f"s3:{action}", bucket, context if action.startswith("ListBucket") else {})]
+
+    return asks
+
+
+def _sagemaker(action: str, kind: str | None = None, key: str = "") -> Callable[[Mapping[str, Any]], list[Ask]]:
+    def asks(given: Mapping[str, Any]) -> list[Ask]:
+        return [Ask(f"sagemaker:{action}", _arn("sagemaker", f"{kind}/{given[key]}") if kind else "*")]
+
+    return asks
+
+
+def _creates(action: str, kind: str, key: str) -> Callable[[Mapping[str, Any]], list[Ask]]:
+    """A call that makes something of SageMaker's: with a role, machines and tags it takes the right to pass and to tag too."""
+
+    def asks(given: Mapping[str, Any]) -> list[Ask]:
+        definition = given.get("TrainingJobDefinition", given)
+        tags = {f"aws:RequestTag/{tag['Key']}": tag["Value"] for tag in given.get("Tags", [])}
+        context: dict[str, Any] = dict(tags)
+        if machines := definition.get("ResourceConfig", definition).get("InstanceType"):
+            context["sagemaker:InstanceTypes"] = [machines]
+        if kind == "notebook-instance":
+            context["sagemaker:RootAccess"] = given.get("RootAccess", "Enabled")
+            context["sagemaker:DirectInternetAccess"] = given.get("DirectInternetAccess", "Enabled")
+            metadata = given.get("InstanceMetadataServiceConfiguration", {})
+            context["sagemaker:MinimumInstanceMetadataServiceVersion"] = metadata.get("MinimumInstanceMetadataServiceVersion", "1")
+        arn = _arn("sagemaker", f"{kind}/{given[key]}")
+        found = [Ask(f"sagemaker:{action}", arn, context)]
+        if tags:
+            found.append(Ask("sagemaker:AddTags", arn, tags | {"sagemaker:TaggingAction": action}))
+        if role := definition.get("RoleArn"):
+            found.append(Ask("iam:PassRole", role, {"iam:PassedToService": "sagemaker.amazonaws.com"}))
+        return found
+
+    return asks
+
+
+def _everything(action: str) -> Callable[[Mapping[str, Any]], list[Ask]]:
+    """An action that knows no resources."""
+    return lambda given: [Ask(action, "*")]
+
+
+def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
+    """RunInstances is decided once for each thing that it makes or uses; the parameters are flat, as on the wire."""
+    tags: dict[str, dict[str, str]] = {}
+    for name, value in given.items():
+        if match := re.fullmatch(r"TagSpecification\.(\d+)\.Tag\.(\d+)\.Key", name):
+            kind = given[f"TagSpecification.{match[1]}.ResourceType"]
+            tags.setdefault(kind, {})[f"aws:RequestTag/{value}"] = given[f"TagSpecification.{match[1]}.Tag.{match[2]}.Value"]
+    profile = f"arn:aws:iam::{ACCOUNT}:instance-profile/{given['IamInstanceProfile.Name']}"
+    instance = {
+        "ec2:InstanceType": given["InstanceType"],
+        "ec2:MetadataHttpTokens": given.get("MetadataOptions.HttpTokens", "optional"),
+        "ec2:InstanceProfile": profile,
+    }
+    made = {
+        "instance": ("i-0123456789abcdef0", instance),
+        "volume": ("vol-0123456789abcdef0", {}),
+        "network-interface": ("eni-0123456789abcdef0", {}),
+    }
+    if given.get("InstanceMarketOptions.MarketType") == "spot":
+        made["spot-instances-request"] = ("sir-01234567", {})
+    found = [Ask("ec2:RunInstances", f"arn:aws:ec2:{REGION}::image/{given['ImageId']}")]
+    found += [
+        Ask("ec2:RunInstances", _arn("ec2", used)) for used in (f"subnet/{given.get('SubnetId', 'subnet-01234567')}", "security-group/sg-01234567")
+    ]
+    for kind, (identifier, context) in made.items():
+        arn = _arn("ec2", f"{kind}/{identifier}")
+        found.append(Ask("ec2:RunInstances", arn, context | tags.get(kind, {})))
+        if kind in tags:
+            found.append(Ask("ec2:CreateTags", arn, tags[kind] | {"ec2:CreateAction": "RunInstances"}))
+    found.append(Ask("iam:PassRole", f"arn:aws:iam::{ACCOUNT}:role/{given['IamInstanceProfile.Name']}", {"iam:PassedToService": "ec2.amazonaws.com"}))
+    return found
+
+
+def _terminate(given: Mapping[str, Any]) -> list[Ask]:
+    """Our own machines, which carry our tag: nobody else's id comes into this call."""
+    machines = [value for name, value in given.items() if name.startswith("InstanceId.")]
+    return [Ask("ec2:TerminateInstances", _arn("ec2", f"instance/{machine}"), {"aws:ResourceTag/project": PROJECT_NAME}) for machine in machines]
+
+
+def _nothing(given: Mapping[str, Any]) -> list[Ask]:
+    return []
+
+
+TRAINING, TUNING = ("training-job", "TrainingJobName"), ("hyper-parameter-tuning-job", "HyperParameterTuningJobName")
+NOTEBOOK = ("notebook-instance", "NotebookInstanceName")
+SCRIPT = ("notebook-instance-lifecycle-config", "NotebookInstanceLifecycleConfigName")
+
+OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
+    ("sts", "GetCallerIdentity"): _nothing,  # every caller may ask who it is
+    ("s3", "HeadBucket"): _s3("ListBucket", bucket_level=True),
+    ("s3", "ListObjectsV2"): _s3("ListBucket", bucket_level=True),
+    ("s3", "ListObjectVersions"): _s3("ListBucketVersions", bucket_level=True),
+    ("s3", "GetObject"): _s3("GetObject"),
+    ("s3", "HeadObject"): _s3("GetObject"),
+    ("s3", "PutObject"): _s3("PutObject"),
+    ("s3", "CreateMultipartUpload"): _s3("PutObject"),
+    ("s3", "UploadPart"): _s3("PutObject"),
+    ("s3", "CompleteMultipartUpload"): _s3("PutObject"),
+    ("s3", "DeleteObject"): _s3("DeleteObject"),
+    ("s3", "DeleteObjects"): _s3("DeleteObject"),
+    ("sagemaker", "CreateTrainingJob"): _creates("CreateTrainingJob", *TRAINING),
+    ("sagemaker", "CreateHyperParameterTuningJob"): _creates("CreateHyperParameterTuningJob", *TUNING),
+    ("sagemaker", "CreateNotebookInstance"): _creates("CreateNotebookInstance", *NOTEBOOK),
+    ("sagemaker", "CreateNotebookInstanceLifecycleConfig"): _creates("CreateNotebookInstanceLifecycleConfig", *SCRIPT),
+    **{("sagemaker", f"{verb}TrainingJob"): _sagemaker(f"{verb}TrainingJob", *TRAINING) for verb in ("Describe", "Stop")},
+    **{("sagemaker", f"{verb}HyperParameterTuningJob"): _sagemaker(f"{verb}HyperParameterTuningJob", *TUNING) for verb in ("Describe", "Stop")},
+    ("sagemaker", "ListTrainingJobsForHyperParameterTuningJob"): _sagemaker("ListTrainingJobsForHyperParameterTuningJob", *TUNING),
+    **{("sagemaker", f"{verb}NotebookInstance"): _sagemaker(f"{verb}NotebookInstance", *NOTEBOOK) for verb in ("Describe", "Start", "Stop")},
+    ("sagemaker", "DescribeNotebookInstanceLifecycleConfig"): _sagemaker("DescribeNotebookInstanceLifecycleConfig", *SCRIPT),
+    ("sagemaker", "DescribeEndpoint"): _sagemaker("DescribeEndpoint", "endpoint", "EndpointName"),
+    ("sagemaker", "DescribeEndpointConfig"): _sagemaker("DescribeEndpointConfig", "endpoint-config", "EndpointConfigName"),
+    ("sagemaker", "InvokeEndpoint"): _sagemaker("InvokeEndpoint", "endpoint", "EndpointName"),
+    **{("sagemaker", name): _sagemaker(name) for name in ("ListTrainingJobs", "ListNotebookInstances", "ListEndpoints")},
+    ("ec2", "RunInstances"): _run_instances,
+    ("ec2", "TerminateInstances"): _terminate,
+    **{("ec2", name): _everything(f"ec2:{name}") for name in ("DescribeInstances", "DescribeVolumes", "DescribeSpotPriceHistory")},
+    ("ssm", "GetParameter"): lambda given: [Ask("ssm:GetParameter", f"arn:aws:ssm:{REGION}::parameter{given['Name']}")],
+    ("logs", "FilterLogEvents"): lambda given: [Ask("logs:FilterLogEvents", _arn("logs", f"log-group:{given['logGroupName']}:*"))],
+    ("pricing", "GetProducts"): _everything("pricing:GetProducts"),
+}  # fmt: skip
+
+
+def audit_asks(call: Mapping[str, Any]) -> list[Ask]:
+    """A recorded call of the audit: its actions are granted on everything, since it looks for what should not be there."""
+    service = {"monitoring": "cloudwatch"}.get(call["service"], call["service"])
+    name = {"GetBucketLifecycle": "GetBucketLifecycleConfiguration"}.get(call["operation"], call["operation"])  # two names of one request
+    if call["parameters"].get("Bucket") == "v20180820":  # S3 Control, which is signed as S3: a version in the bucket's place
+        service, name = "s3control", "GetPublicAccessBlock"
+    action, _ = CALLS[service, name]
+    return [Ask(action, "*", {}, f"audit: {name}")] if action else []
+
+
+# --- deciding ---
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    package: Path
+
+    def decide(self, questions: Sequence[tuple[dict[str, Any], Ask]]) -> list[bool]:
+        """Whether each policy allows what is asked. AssertionError where the evaluator refuses the question itself."""
+        policies = {json.dumps(each, sort_keys=True): f"p{number}" for number, each in enumerate(each for each, _ in questions)}
+        asked = [
+            {"policy": policies[json.dumps(each, sort_keys=True)], "action": ask.action, "resource": ask.resource, "context": dict(ask.context)}
+            for each, ask in questions
+        ]
+        given = json.dumps({"account": ACCOUNT, "policies": {name: json.loads(text) for text, name in policies.items()}, "asks": asked})
+        # The ARN of a parameter of AWS's own has no account, which the evaluator takes for no parameter's ARN.
+        given = given.replace(f":ssm:{REGION}::parameter/", f":ssm:{REGION}:aws:parameter/")
+        script = Path(__file__).with_name("evaluate.mjs")
+        done = subprocess.run(["node", str(script), str(self.package)], input=given, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        answers = json.loads(done.stdout)
+        refused = [
+            (ask.action, ask.resource, dict(ask.context), answer)
+            for (_, ask), answer in zip(questions, answers, strict=True)
+            if answer not in (True, False)
+        ]
+        assert not refused, refused
+        return answers
+
+
+def find_evaluator() -> Evaluator | str:
+    """The evaluator, installed once into a cache by npm; or why there is none."""
+    if not shutil.which("node") or not shutil.which("npm"):
+        return f"{SIMULATOR} needs node and npm"
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "packhorse-tests" / f"iam-simulate-{VERSION}"
+    package = root / "node_modules" / SIMULATOR
+    if not (package / "package.json").exists():
+        root.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "install", "--prefix", str(root), "--no-audit", "--no-fund", "--ignore-scripts", f"{SIMULATOR}@{VERSION}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        if done.returncode != 0:
+            return f"{SIMULATOR} could not be installed: {done.stderr.strip().splitlines()[-1]}"
+    return Evaluator(package)
+
+
+# --- what a policy would be with less in it ---
+
+
+@dataclass(frozen=True)
+class Grant:
+    """One action on one resource of a statement."""
+
+    sid: str
+    reason: str
+    action: str
+    resource: str
+
+
+def grants(part: str) -> list[Grant]:
+    return [
+        Grant(statement.sid, statement.reason, action, resource)
+        for statement in permissions(part, PROJECT_NAME, ACCOUNT, REGION)
+        for action in statement.actions
+        for resource in statement.resources
+        if _fits(action, resource)
+    ]
+
+
+def without(policy: dict[str, Any], grant: Grant) -> dict[str, Any]:
+    """The policy less one action on one resource; whatever else the statement grants stays."""
+    statements = []
+    for statement in policy["Statement"]:
+        actions, resources = _listed(statement["Action"]), _listed(statement["Resource"])
+        if statement["Sid"] != grant.sid:
+            statements.append(statement)
+            continue
+        if others := [action for action in actions if action != grant.action]:
+            statements.append(statement | {"Action": others})
+        if others := [resource for resource in resources if resource != grant.resource]:
+            statements.append(statement | {"Sid": f"{grant.sid}Rest", "Action": grant.action, "Resource": others})
+    return {**policy, "Statement": statements}
+
+
+def narrowed(policy: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The policy with one value less in a condition that lists several, each in turn; not the lists of machines, which the owner chooses."""
+    for number, statement in enumerate(policy["Statement"]):
+        for test, keys in statement.get("Condition", {}).items():
+            for key, values in keys.items():
+                if isinstance(values, list) and key.lower() not in ("sagemaker:instancetypes", "ec2:instancetype"):
+                    for value in values:
+                        less = copy.deepcopy(policy)
+                        less["Statement"][number]["Condition"][test][key] = [other for other in values if other != value]
+                        yield f"{statement['Sid']}: {key} {value}", less
+
+
+# Resources of an action that the Service Authorization Reference leaves out, and the user guide asks for: "Spot Instance permissions".
+NOT_LISTED = {"ec2:RunInstances": (_arn("ec2", "spot-instances-request/*"),)}
+
+
+def _fits(action: str, resource: str) -> bool:
+    """Whether the action can be held to such a resource at all; a statement may name several kinds for several actions."""
+    from launch.audit.identities import resource_forms
+
+    patterns = [re.sub(r"\\\$\\\{\w+\\\}", "[^:]*", re.escape(form)) for form in resource_forms(action)]
+    # A log group's ARN ends in `:*`, which stands for the group and for each of its streams.
+    forms = {resource, resource.removesuffix(":*"), re.sub(r":\*$", ":log-stream:*", resource)}
+    return resource == "*" or resource in NOT_LISTED.get(action, ()) or any(re.fullmatch(pattern, form) for pattern in patterns for form in forms)
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+assert set(PARTS) >= set(yaml.safe_load(SERVICE_CALLS.read_text()))

@@ -1,0 +1,93 @@
+"""What the command line means: the kind of machine, the trainer's settings for the job, and the names that follow from them."""
+
+import dataclasses
+import re
+
+import pytest
+
+from launch.spec import JOB_NAME, KINDS, RUN, TUNING_JOB_NAME, Spec, fit, load_config, load_target, run_id, split_overrides
+from trainer.errors import UserError
+
+
+def make_spec(*arguments: str, **changes: object) -> Spec:
+    targets, overrides = split_overrides(arguments)
+    target = load_target(targets)
+    config, data = load_config(target, overrides)
+    run = run_id(target, config, data, overrides)
+    spec = Spec(target, config, overrides, run, account="123456789012", region="eu-west-1", data=data, source="ab" * 32, revision=None)
+    return dataclasses.replace(spec, **changes)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_target_composes_and_is_of_its_type(name):
+    target = load_target([f"target={name}"])
+    assert type(target) is KINDS[name] and target.name == name
+
+
+def test_overrides_are_told_apart():
+    ours, theirs = split_overrides(["target=tuner", "target.spot=true", "sweep=head", "optim.lr=1e-3", "+x=target=1"])
+    assert ours == ["target=tuner", "target.spot=true"]
+    assert theirs == ("sweep=head", "optim.lr=1e-3", "+x=target=1")
+
+
+MISTAKES = {
+    "target=ec3": ["target=ec3", "notebook", "tuner"],
+    "target.spott=true": ["target.spott", "did you mean target.spot"],
+    "target.hours=0": ["target.hours=0", "above 0 and at most 120"],
+    "target.hours=long": ["target.hours=long", "float"],
+    "target.project=My": ["target.project=My", "lower-case"],
+    "target.disk_gb=10": ["target.disk_gb=10", "at least 75"],
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_named_with_what_is_allowed(override):
+    with pytest.raises(UserError) as error:
+        load_target([override])
+    assert all(part in str(error.value) for part in MISTAKES[override]), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_spot_job_must_have_time_to_wait():
+    with pytest.raises(UserError, match=r"allowed: target\.wait_hours >= target.hours"):
+        load_target(["target=sagemaker", "target.spot=true", "target.hours=20"])
+
+
+def test_pictures_lie_where_the_job_finds_them(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    for name, root in (("ec2", "/opt/dlami/nvme/data/dogs"), ("sagemaker", "/opt/ml/input/data/training")):
+        target = load_target([f"target={name}"])
+        for config, data in (load_config(target, ["data=folder", "data.root=/mnt/dogs"]), load_config(target, ["data=folder"], tmp_path / "dogs")):
+            assert (config.data.root, data, config.platform.name) == (root, "dogs", name)
+    with pytest.raises(UserError, match="--data DIR"):
+        load_config(load_target([]), ["data=folder"])
+    with pytest.raises(UserError, match="add data=folder"):
+        load_config(load_target([]), [], tmp_path / "dogs")
+    with pytest.raises(UserError, match="in one folder"):
+        load_config(load_target([]), ["data=folder", "data.root=x", "data.train=/elsewhere"])
+
+
+def test_the_run_is_found_again_from_any_directory_and_told_apart_by_what_decides_it(tmp_path, monkeypatch):
+    here = make_spec("target=ec2").run
+    monkeypatch.chdir(tmp_path)
+    assert make_spec("target=ec2").run == here
+    assert make_spec("target=ec2", "target.spot=true", "target.hours=2").run == here, "where and how long is not what"
+    others = [("target=sagemaker",), ("optim.lr=0.5",), ("data=folder", "data.root=/a/dogs"), ("data=folder", "data.root=/a/cats")]
+    assert len({here, *(make_spec(*other).run for other in others)}) == 5
+    assert make_spec("data=folder", "data.root=/a/dogs").run == make_spec("data=folder", "data.root=/b/dogs").run
+    assert make_spec("name=My run").run == fit("My run", RUN) != make_spec("name=My-run").run == "My-run"
+
+
+@pytest.mark.parametrize("target", KINDS)
+def test_names_are_as_long_as_aws_allows(target):
+    spec = make_spec(f"target={target}", f"name={'x.' * 40}", "target.project=a-project-of-twentyy", attempt=123)
+    limit = TUNING_JOB_NAME if target == "tuner" else JOB_NAME
+    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", spec.job_name) and len(spec.job_name) <= limit
+    assert spec.job_name.endswith("-123") and len(spec.run) <= RUN
+    assert len(spec.bucket) <= 63
+
+
+def test_arns_follow_the_partition():
+    assert make_spec().role("ec2") == "arn:aws:iam::123456789012:role/packhorse-ec2"
+    assert make_spec(region="cn-north-1").role("training").startswith("arn:aws-cn:iam::")
+    assert make_spec().uri("runs", "x") == "s3://packhorse-123456789012-eu-west-1/runs/x"

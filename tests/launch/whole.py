@@ -1,0 +1,56 @@
+"""AWS with all that `up`, `deploy` and `audit` need: tests/serving/aws.py, and the two lists of Lambda that only the audit reads.
+
+python -c "from tests.launch.whole import main; main()" RECORD
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import PROJECT
+from tests.launch.conftest import Cloud
+
+
+@contextlib.contextmanager
+def running(record: Path) -> Iterator[Cloud]:
+    command = [sys.executable, "-c", "from tests.launch.whole import main; main()", str(record)]
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        yield Cloud(process.stdout.readline().strip(), record)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main() -> None:
+    from moto.backends import get_backend
+
+    from tests.launch.aws import ACCOUNT, Strict, _answer
+    from tests.serving import aws
+
+    serving = aws.Serving
+
+    class Whole(serving):
+        def _ExecuteChangeSet(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:  # noqa: N802
+            kind = serving if parameters["ChangeSetName"].startswith("arn:") else Strict  # `deploy` names them by ARN, `up` by name
+            return kind._ExecuteChangeSet(self, parameters, region, forward, start)
+
+        def _ListFunctionUrlConfigs(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:  # noqa: N802
+            function = get_backend("lambda")[ACCOUNT][region].get_function(parameters["FunctionName"])
+            found = [function.url_config.to_dict()] if function.url_config else []
+            return _answer(start, "200 OK", json.dumps({"FunctionUrlConfigs": found}).encode(), "application/json")
+
+        def _ListProvisionedConcurrencyConfigs(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:  # noqa: N802
+            arn = f"arn:aws:lambda:{region}:{ACCOUNT}:function:{parameters['FunctionName']}:live"
+            count = aws.WARM.get(parameters["FunctionName"])
+            now = "2026-11-23T00:00:00+0000"
+            found = [{"FunctionArn": arn, "RequestedProvisionedConcurrentExecutions": count, "LastModified": now}] if count else []
+            return _answer(start, "200 OK", json.dumps({"ProvisionedConcurrencyConfigs": found}).encode(), "application/json")
+
+    aws.Serving = Whole  # what its main starts
+    aws.main()
