@@ -11,6 +11,8 @@ import os
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,10 +21,12 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from trainer.preprocess import PictureError, Preprocessing, prepare
+from trainer.preprocess import MAX_PIXELS, PictureError, Preprocessing, prepare
 
 if TYPE_CHECKING:
     import onnxruntime
+
+Network = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # pixels [N, size, size, 3] to logits [N, classes], from any thread
 
 FORMAT = 1
 MANIFEST = "package.json"
@@ -44,29 +48,37 @@ class Package:
     golden: int  # how many golden pictures reproduced
     difference: float  # the largest of their logits from the recorded ones
     allowed: float  # the largest difference that would have passed
-    session: "onnxruntime.InferenceSession"
+    network: Network
 
-    def prepare(self, source: str | os.PathLike[str] | bytes | BinaryIO) -> NDArray[np.uint8]:
+    def prepare(self, source: str | os.PathLike[str] | bytes | BinaryIO, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """A picture's path, bytes or open file as the network takes it: RGB, [size, size, 3]. Raises PictureError."""
-        return prepare(source, self.preprocessing)
+        return prepare(source, self.preprocessing, max_pixels)
 
     def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pixels [N, size, size, 3], as `prepare` gives them, to logits [N, classes]. Safe to call from several threads at once."""
-        return _run(self.session, pixels)
+        return self.network(pixels)
 
 
-def load(path: Path, threads: int | None = None) -> Package:
-    """The package in a directory or a model.tar.gz, proven. threads: of ONNX Runtime, one a core if not given.
+def load(path: Path, threads: int | None = None, backend: str = "onnx") -> Package:
+    """The package in a directory or a model.tar.gz, proven. threads: of the network on a CPU, one a core if not given. backend: of BACKENDS.
 
     Raises PackageError, and OSError where the machine is at fault.
     """
+    with open_directory(path) as directory:
+        return _load(directory, threads, backend)
+
+
+@contextmanager
+def open_directory(path: Path) -> Iterator[Path]:
+    """The directory of a package's files: `path` itself, or where the archive at `path` lies unpacked meanwhile. Nothing in it is checked yet."""
     if path.is_dir():
-        return _load(path, threads)
-    if not path.is_file():
+        yield path
+    elif path.is_file():
+        with tempfile.TemporaryDirectory(prefix="package-") as directory:
+            _unpack(path, Path(directory))
+            yield Path(directory)
+    else:
         raise PackageError("there is no such file or directory")
-    with tempfile.TemporaryDirectory(prefix="package-") as directory:
-        _unpack(path, Path(directory))
-        return _load(Path(directory), threads)
 
 
 def _unpack(archive: Path, directory: Path) -> None:
@@ -94,13 +106,12 @@ def _check_member(member: tarfile.TarInfo, size: int) -> None:
         raise PackageError(f"{member.name!r} brings what is unpacked to {size:,} bytes; allowed: 0 to {MAX_BYTES:,}")
 
 
-def _load(directory: Path, threads: int | None) -> Package:
+def _load(directory: Path, threads: int | None, backend: str) -> Package:
     manifest = _read_manifest(directory)
     _check_files(directory, manifest["files"])
     preprocessing = Preprocessing(**manifest["preprocessing"])
-    session = _open_session(directory / "model.onnx", threads)
-    _check_shapes(session, preprocessing.size, len(manifest["classes"]))
-    difference, allowed = _check_golden(directory, manifest, preprocessing, session)
+    network = BACKENDS[backend](directory, manifest, threads)
+    difference, allowed = _check_golden(directory, manifest, preprocessing, network)
     return Package(
         classes=tuple(manifest["classes"]),
         preprocessing=preprocessing,
@@ -111,7 +122,7 @@ def _load(directory: Path, threads: int | None) -> Package:
         golden=len(manifest["golden"]),
         difference=difference,
         allowed=allowed,
-        session=session,
+        network=network,
     )
 
 
@@ -148,17 +159,36 @@ def _check_files(directory: Path, listed: dict[str, str]) -> None:
             raise PackageError(f"{name} does not belong to the package: {MANIFEST} does not list it")
 
 
-def _open_session(model: Path, threads: int | None) -> "onnxruntime.InferenceSession":
+def _open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) -> Network:
     import onnxruntime  # here, because it is half of the start-up time of a command that needs no network
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0  # 0: one a core
+    # Threads that spin while they wait take the cores from those that decode and answer: half the throughput on a machine that is shared.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # fatal: it would print, besides raising them, its errors
+    model = directory / "model.onnx"
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the classes of ONNX Runtime's exceptions have nothing else in common
         reason = " ".join(str(error).split())
         raise PackageError(f"{model.name} can't be opened by ONNX Runtime {onnxruntime.__version__} ({reason})") from error
+    _check_shapes(session, manifest["preprocessing"]["size"], len(manifest["classes"]))
+
+    def network(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = session.run(["logits"], {"pixels": pixels})[0]
+        return logits
+
+    return network
+
+
+def _open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -> Network:
+    from serving import torch_backend
+
+    return torch_backend.open_network(directory, manifest, threads)
+
+
+BACKENDS = {"onnx": _open_onnx, "torch": _open_torch}
 
 
 def _check_shapes(session: "onnxruntime.InferenceSession", size: int, classes: int) -> None:
@@ -171,22 +201,20 @@ def _check_shapes(session: "onnxruntime.InferenceSession", size: int, classes: i
         raise PackageError(f"model.onnx does not fit {MANIFEST}: it has {found}; its size and classes need {wanted}")
 
 
-def _check_golden(
-    directory: Path, manifest: dict[str, Any], preprocessing: Preprocessing, session: "onnxruntime.InferenceSession"
-) -> tuple[float, float]:
+def _check_golden(directory: Path, manifest: dict[str, Any], preprocessing: Preprocessing, network: Network) -> tuple[float, float]:
     """How far the golden pictures' logits lie from the recorded ones, and how far they may. Raises PackageError where it is farther."""
     names = manifest["golden"]
     with np.load(directory / "golden/expected.npz", allow_pickle=False) as expected:
         pixels, logits = expected["pixels"], expected["logits"]
     for name, recorded in zip(names, pixels, strict=True):
         _check_pixels(name, _prepare(directory, name, preprocessing), recorded)
-    differences = np.abs(_run(session, pixels) - logits).max(axis=1)
+    differences = np.abs(network(pixels) - logits).max(axis=1)
     worst = int(differences.argmax())  # NaN counts as the largest
     allowed = float(manifest["tolerance"]["absolute"] + manifest["tolerance"]["relative"] * np.abs(logits).max())
     if not differences[worst] <= allowed:
         raise PackageError(
             f"{names[worst]}: its logits are off by {differences[worst]:.3g} from the recorded ones, allowed: {allowed:.3g}; "
-            "model.onnx on this machine does not compute the network that was trained"
+            "the network on this machine does not compute the network that was trained"
         )
     return float(differences[worst]), allowed
 
@@ -205,8 +233,3 @@ def _prepare(directory: Path, name: str, preprocessing: Preprocessing) -> NDArra
         return prepare(directory / name, preprocessing)
     except PictureError as error:
         raise PackageError(f"{name} can't be read as a picture on this machine ({error})") from error
-
-
-def _run(session: "onnxruntime.InferenceSession", pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    logits: NDArray[np.float32] = session.run(["logits"], {"pixels": pixels})[0]
-    return logits

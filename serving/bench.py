@@ -1,0 +1,167 @@
+"""`python -m serving bench URL`: how fast a server answers, and what to deploy for a load that follows from it."""
+
+import argparse
+import http.client
+import json
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from trainer.errors import OK, UserError
+
+# US dollars an hour in us-east-1 on demand, as third-party tables had it in November 2026: estimates.
+PRICES = {"ml.m5.large": 0.115, "ml.m5.2xlarge": 0.461, "ml.g4dn.xlarge": 0.7364}
+HEADROOM = 0.7  # of what an instance can do: autoscaling reacts after minutes
+HOURS = 730  # a month
+PROVISIONED = 3  # the fewest warm Lambda environments, as in stack.yaml
+
+
+@dataclass(frozen=True)
+class Load:
+    """What so many clients, each waiting for one answer before it asks again, got."""
+
+    clients: int
+    seconds: float
+    latencies: Sequence[float]  # seconds, of what was answered with 200; sorted
+    failed: int
+
+    @property
+    def rate(self) -> float:
+        """Answers a second."""
+        return len(self.latencies) / self.seconds
+
+    def quantile(self, share: float) -> float:
+        """Seconds: the nearest rank."""
+        return self.latencies[max(0, math.ceil(share * len(self.latencies)) - 1)]
+
+
+@dataclass(frozen=True)
+class Advice:
+    target: int  # SageMakerVariantInvocationsPerInstance: requests a minute and instance
+    instances: int
+    concurrency: int  # Lambda environments busy at once
+    month: float  # US dollars, for the instances
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m serving bench", description="Measure a server, and say what to deploy for a load.")
+    parser.add_argument("url", help="of the server, like http://127.0.0.1:8080")
+    parser.add_argument("--picture", type=Path, help="the file to send (default: a JPEG of 500 x 375 pixels, made here)")
+    parser.add_argument("--clients", default="1,2,4,8", help="how many ask at once, one after the other (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each of them (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=50.0, help="requests a minute to plan for, at the busiest time (default %(default)s)")
+    parser.add_argument("--limit", type=float, default=1.0, help="seconds that 95 %% of the answers may take (default %(default)s)")
+    parser.add_argument("--instance", choices=PRICES, default="ml.m5.large", help="what this machine stands for (default %(default)s)")
+    options = parser.parse_args(arguments)
+    picture = options.picture.read_bytes() if options.picture else example()
+    loads = []
+    print(f"{len(picture):,} bytes a picture\n\nclients  answers/s  p50 ms  p95 ms  p99 ms  failed")
+    for clients in counts(options.clients):
+        load = measure(options.url, picture, clients, options.seconds)
+        p50, p95, p99 = (1000 * load.quantile(share) for share in (0.5, 0.95, 0.99))
+        print(f"{clients:7}  {load.rate:9.1f}  {p50:6.1f}  {p95:6.1f}  {p99:6.1f}  {load.failed:6}", flush=True)
+        loads.append(load)
+    found = advise(loads, options.rate, options.limit, PRICES[options.instance])
+    if found is None:
+        print(f"\nNo load had 95 % of its answers within {options.limit:g} s: take a faster instance, int8 (package.int8=true) or a smaller network.")
+        return OK
+    print(
+        f"\nFor {options.rate:g} requests a minute, if {options.instance} is as fast as this machine:\n"
+        f"  autoscaling target   {found.target} invocations a minute and instance ({HEADROOM:.0%} of what it can do)\n"
+        f"  instances            {found.instances} at the busiest time\n"
+        f"  Lambda concurrency   {found.concurrency} at the busiest time; provisioned {max(PROVISIONED, found.concurrency)} leaves no cold start\n"
+        f"  instances' price     ${found.month:,.0f} a month (${PRICES[options.instance]} an hour, us-east-1, an estimate of 2026-11)"
+    )
+    return OK
+
+
+def counts(text: str) -> list[int]:
+    try:
+        found = [int(count) for count in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--clients {text}: not numbers; give some like 1,2,4") from error
+    if min(found) < 1:
+        raise UserError(f"--clients {text}: at least 1 is needed")
+    return found
+
+
+def example() -> bytes:
+    """A JPEG of a photo's size and detail."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (25, 33, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+    noisy = np.clip(np.asarray(smooth) + rng.normal(0, 18, (375, 500, 3)), 0, 255).astype(np.uint8)
+    file = BytesIO()
+    Image.fromarray(noisy).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def measure(url: str, body: bytes, clients: int, seconds: float, content_type: str = "application/octet-stream") -> Load:
+    """Posts `body` to /invocations again and again. Raises UserError where nothing is answered."""
+    connections = [_connect(url) for _ in range(clients)]
+    latencies: list[float] = []
+    failures: list[str] = []
+    began = time.monotonic()
+
+    def ask(connection: http.client.HTTPConnection) -> None:
+        while time.monotonic() < began + seconds:
+            start = time.monotonic()
+            try:
+                connection.request("POST", "/invocations", body, {"Content-Type": content_type})
+                answer = connection.getresponse()
+                told = answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                failures.append(str(error) or type(error).__name__)
+                connection.close()
+                time.sleep(0.1)
+                continue
+            if answer.status == 200:
+                latencies.append(time.monotonic() - start)
+            else:
+                failures.append(f"{answer.status} {_error(told)}")
+                time.sleep(float(answer.headers.get("Retry-After") or 0.1))
+        connection.close()
+
+    threads = [threading.Thread(target=ask, args=(connection,)) for connection in connections]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not latencies:
+        raise UserError(f"{url}: no request was answered ({failures[0] if failures else 'nothing came in time'}); see that the server runs")
+    return Load(clients, time.monotonic() - began, sorted(latencies), len(failures))
+
+
+def _connect(url: str) -> http.client.HTTPConnection:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{url}: not a server's URL; give one like http://127.0.0.1:8080")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname, parts.port, timeout=60)
+
+
+def _error(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def advise(loads: Sequence[Load], per_minute: float, limit: float, price: float) -> Advice | None:
+    """What to deploy for `per_minute` requests, 95 % of them answered within `limit` seconds. price: US dollars an instance and hour."""
+    good = [load for load in loads if load.quantile(0.95) <= limit and not load.failed]
+    if not good:
+        return None
+    best = max(good, key=lambda load: load.rate)
+    target = max(1, math.floor(HEADROOM * best.rate * 60))
+    instances = max(1, math.ceil(per_minute / target))
+    # Little's law: what is in progress is the arrival rate times the time that each takes.
+    concurrency = math.ceil(per_minute / 60 * best.quantile(0.95))
+    return Advice(target, instances, concurrency, instances * price * HOURS)

@@ -1,0 +1,231 @@
+"""Fetches a URL that a stranger gave us, without letting it reach anything that the stranger could not reach alone.
+
+Server-side request forgery is a caller making our machine ask a machine that only ours can reach: its metadata service, its neighbours, itself.
+So each address is checked just before the connection is made to that very address; names, redirects and URL spellings decide nothing.
+The standard library only: the Lambda function's zip holds a copy of this file.
+"""
+
+import contextlib
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+MAX_URL = 4096  # characters: S3's presigned URLs take about 2,000
+MAX_REDIRECTS = 3
+PORTS = {"http": 80, "https": 443}
+REDIRECTS = {301, 302, 303, 307, 308}
+
+# What no picture on the public internet has for an address. The two IANA special-purpose address registries (RFC 6890) and what clouds add to them.
+# `ipaddress.is_global` is no such table: it lets multicast, NAT64, 6to4 and IPv4-compatible addresses pass, and each of them leads inside.
+FORBIDDEN = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "0.0.0.0/8",  # this network (RFC 791); Linux takes 0.0.0.0 for itself
+        "10.0.0.0/8",  # private (RFC 1918)
+        "100.64.0.0/10",  # carrier-grade NAT (RFC 6598); Alibaba's metadata service
+        "127.0.0.0/8",  # loopback
+        "168.63.129.16/32",  # Azure's platform services, on a public address
+        "169.254.0.0/16",  # link-local: the metadata service (169.254.169.254), ECS credentials (169.254.170.2), Lambda's own
+        "172.16.0.0/12",  # private (RFC 1918)
+        "192.0.0.0/24",  # IETF protocols (RFC 6890); Oracle's metadata service
+        "192.0.2.0/24",  # documentation
+        "192.31.196.0/24",  # AS112
+        "192.52.193.0/24",  # AMT: leads to multicast
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",  # private (RFC 1918)
+        "192.175.48.0/24",  # AS112
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, and broadcast
+        # Of IPv6, what lies outside GLOBAL_IPV6 is forbidden without being named: loopback, IPv4-mapped (::ffff:0:0/96) and IPv4-compatible (::/96),
+        # NAT64 (64:ff9b::/96, 64:ff9b:1::/48), unique local with AWS's fd00:ec2::254, link-local, site-local, multicast.
+        "2001::/23",  # IETF protocols; Teredo (2001::/32) holds IPv4 addresses
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4: holds IPv4 addresses
+        "2620:4f:8000::/48",  # AS112
+        "3ffe::/16",  # 6bone, given back
+        "3fff::/20",  # documentation
+    )
+)
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all that IANA has given out as global unicast
+
+
+class FetchError(Exception):
+    """The URL was tried and gave nothing usable. The message is for the caller."""
+
+
+class Refused(FetchError):
+    """The URL may not be tried. The caller always sees the same words, so that refusals can't map a network; `reason` is for our own log."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("the URL is not allowed: it must be http or https, on port 80 or 443, of a host with public addresses only")
+        self.reason = reason
+
+
+def fetch(url: str, *, max_bytes: int, deadline: float) -> bytes:
+    """The body of the answer to a GET of `url`, whatever it holds: what it claims to be is not looked at.
+
+    deadline: seconds for everything together (names, connections, redirects, body). max_bytes: of the body.
+    Proxies, cookies and credentials of the environment are not used. Raises Refused or FetchError.
+    """
+    end = time.monotonic() + deadline
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            parts = _parse(url)
+            with _connected(parts, end) as stream:
+                status, location, body = _get(parts, stream, max_bytes)
+            if status == 200:
+                return body
+            if status not in REDIRECTS or not location:
+                raise FetchError(f"the URL's server answered {status}")
+            url = urljoin(url, location)
+    except TimeoutError as error:
+        raise FetchError(f"the URL gave no whole answer within {deadline:g} s") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: what http.client makes of forged lengths
+        raise FetchError("the URL's server could not be reached, or broke off") from error
+    raise FetchError(f"the URL redirects more than {MAX_REDIRECTS} times")
+
+
+def public(address: str) -> bool:
+    """Whether an IP address, as getaddrinfo writes it, belongs to the public internet."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address) and (ip.scope_id is not None or ip not in GLOBAL_IPV6):
+        return False
+    return not any(ip in network for network in FORBIDDEN)
+
+
+def _parse(url: str) -> SplitResult:
+    if len(url) > MAX_URL:
+        raise Refused(f"{len(url)} characters")
+    # urlsplit drops tabs and line ends, and some parsers take a backslash for a slash: nothing that two parsers could read in two ways.
+    if any(character <= " " or character in "\\\x7f" for character in url):
+        raise Refused("white space, a control character or a backslash")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        host = (parts.hostname or "").encode("idna").decode()
+    except (ValueError, UnicodeError) as error:
+        raise Refused(f"no URL: {error}") from error
+    if parts.scheme not in PORTS:
+        raise Refused(f"scheme {parts.scheme!r}")
+    if "@" in parts.netloc:
+        raise Refused("user information")
+    if not host or "%" in host:
+        raise Refused(f"host {host!r}")
+    if port not in (None, *PORTS.values()):
+        raise Refused(f"port {port}")
+    shown = f"[{host}]" if ":" in host else host
+    return parts._replace(netloc=shown if port is None else f"{shown}:{port}")
+
+
+@contextlib.contextmanager
+def _connected(parts: SplitResult, end: float) -> Iterator["_Stream"]:
+    """A connection to an address of the URL's host that was checked, with TLS and the host's certificate proven where the scheme asks for it."""
+    host = parts.hostname
+    assert host
+    addresses = _resolve(host, parts.port or PORTS[parts.scheme], end)
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(_connect(addresses, end))
+        if parts.scheme == "https":
+            connection.settimeout(_left(end))
+            connection = stack.enter_context(ssl.create_default_context().wrap_socket(connection, server_hostname=host))
+        yield _Stream(connection, end)
+
+
+def _resolve(host: str, port: int, end: float) -> list[tuple[str, int]]:
+    """The host's addresses, all of them public. Raises Refused, for a name that does not exist too: which names do is nobody's concern."""
+    found: list[list[tuple[str, int]]] = []
+
+    def look_up() -> None:
+        with contextlib.suppress(OSError, UnicodeError):
+            answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found.append([(str(address[0]), int(address[1])) for *_, address in answers])
+
+    # The system's resolver knows no deadline, so it is left behind where it takes too long; it ends by itself.
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(_left(end))
+    if thread.is_alive():
+        raise TimeoutError
+    addresses = found[0] if found else []
+    if not addresses:
+        raise Refused(f"{host} has no address")
+    for address, _ in addresses:
+        if not public(address):
+            raise Refused(f"{host} has the address {address}")
+    return addresses
+
+
+def _connect(addresses: list[tuple[str, int]], end: float) -> socket.socket:
+    for number, address in enumerate(addresses):
+        try:
+            return socket.create_connection(address, _left(end) / (len(addresses) - number))
+        except OSError as error:
+            last = error
+    raise last
+
+
+def _get(parts: SplitResult, stream: "_Stream", max_bytes: int) -> tuple[int, str | None, bytes]:
+    """Status, Location header, and the body of a 200."""
+    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + ("?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?") if parts.query else "")
+    connection = http.client.HTTPConnection(parts.netloc)
+    connection.sock = stream  # connected already: http.client makes no connection of its own
+    headers = {"Host": parts.netloc, "User-Agent": "packhorse", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
+    connection.request("GET", target, headers=headers)
+    response = connection.getresponse()
+    if response.status != 200:
+        return response.status, response.getheader("Location"), b""
+    if (response.length or 0) > max_bytes:
+        raise FetchError(f"the URL's file has {response.length:,} bytes; allowed: {max_bytes:,}")
+    body = response.read(max_bytes + 1)
+    if len(body) > max_bytes:
+        raise FetchError(f"the URL's file has more than the allowed {max_bytes:,} bytes")
+    if response.length:
+        raise FetchError("the URL's server broke off")
+    return 200, None, body
+
+
+class _Stream(io.RawIOBase):
+    """As much of a socket as http.client uses, each call ending at the common deadline: a timeout of the socket would begin anew with every byte."""
+
+    def __init__(self, connection: socket.socket, end: float) -> None:
+        self._connection, self._end = connection, end
+
+    def sendall(self, data: bytes) -> None:
+        self._connection.settimeout(_left(self._end))
+        self._connection.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        assert mode == "rb"
+        # A second one, because http.client closes what it calls the socket as soon as it has the answer's head, and then reads the body.
+        return io.BufferedReader(_Stream(self._connection, self._end))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        self._connection.settimeout(_left(self._end))
+        return self._connection.recv_into(buffer)
+
+
+def _left(end: float) -> float:
+    """Seconds until `end`. Raises TimeoutError where there are none."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

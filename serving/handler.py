@@ -1,0 +1,229 @@
+"""One request, from its body to its answer, the same behind every door.
+
+The body is a picture's file (JPEG, PNG, WebP, BMP, GIF, TIFF: its first bytes tell, not its content type), or JSON:
+
+    {"url": "https://..."}  or  {"base64": "..."}  or  {"s3": "s3://bucket/key"}      one picture
+    {"instances": [{"url": "https://..."}, {"base64": "..."}, ...]}                   several
+
+The answer is JSON with one row a picture: its logits in the order of the package's classes, `[[0.31, -0.45, ...]]`. Asked with the field
+`"output": "labels"` or `Accept: application/json; output=labels`, it is the most probable classes, `[[{"label": "dog", "probability": 0.93}, ...]]`,
+5 of them or as many as the field `"top"` says. What went wrong is `{"error": "...", "request_id": "..."}`.
+"""
+
+import base64
+import binascii
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from email.message import Message
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving import fetch, s3
+from serving.batching import Engine
+from trainer.errors import UserError
+from trainer.preprocess import PictureError
+
+log = logging.getLogger("packhorse.serving")
+
+FETCH_SECONDS = 10.0  # for one picture from a URL or from S3
+RETRY_SECONDS = 1
+TOP = 5
+KINDS = ("url", "base64", "s3")
+FILE_TYPES = ("application/octet-stream", "application/x-image", "application/x-www-form-urlencoded")  # the last is what curl says of any file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How requests are answered. Each is a flag of `python -m serving serve`, and behind every door a variable: SERVING_MAX_BODY=1000000."""
+
+    max_body: int = field(default=16 << 20, metadata={"help": "bytes of a request's body, or of a picture that a URL leads to"})
+    max_pixels: int = field(default=25_000_000, metadata={"help": "of a picture; decoding takes up to 11 bytes a pixel and worker"})
+    max_pictures: int = field(default=16, metadata={"help": "in one request"})
+    seconds: float = field(default=30.0, metadata={"help": "for one request; what is not answered by then gets 503"})
+    urls: bool = field(default=True, metadata={"help": "fetch pictures from public URLs"})
+    s3: bool = field(default=False, metadata={"help": "fetch pictures from S3, where this machine's role may read them"})
+    queue: int = field(default=64, metadata={"help": "requests in progress or waiting; those beyond it get 503 and Retry-After"})
+    workers: int = field(default=0, metadata={"help": "pictures worked on at once; 0: one a core"})
+    batch: int = field(default=1, metadata={"help": "most pictures in one run of the network; more than 1 pays on GPUs"})
+    batch_delay: float = field(default=0.005, metadata={"help": "seconds that a run may wait for its batch to fill"})
+
+
+def settings_from(environment: Mapping[str, str]) -> Settings:
+    """Raises UserError for a variable whose value does not fit."""
+    given: dict[str, Any] = {}
+    for setting in fields(Settings):
+        name = f"SERVING_{setting.name.upper()}"
+        if name in environment:
+            given[setting.name] = convert(name, environment[name], type(setting.default))
+    return Settings(**given)
+
+
+def convert(name: str, text: str, kind: type) -> bool | int | float:
+    """A setting's value, from a flag or a variable. Raises UserError."""
+    try:
+        if kind is bool:
+            return {"on": True, "off": False}[text.lower()]
+        value: float = kind(text)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{name}={text} is not allowed; allowed: {'on or off' if kind is bool else 'a number'}") from error
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{name}={text} is not allowed; allowed: a number from 0")
+    return value
+
+
+class Problem(Exception):
+    """A request that can't be answered as asked. The message is for the caller."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: bytes  # JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a request's body asks for."""
+
+    sources: Sequence[tuple[str, Any]]  # ("file", bytes), or one of KINDS with what the body holds for it
+    output: str | None = None  # "logits" or "labels"
+    top: int = TOP
+
+
+def answer(engine: Engine, settings: Settings, body: bytes | bytearray, content_type: str, accept: str, request_id: str) -> Answer:
+    """Never raises. content_type, accept: the headers, "" where there is none. request_id: repeated in an error."""
+    began = time.monotonic()
+    try:
+        query = read(body, content_type, settings)
+        output = choose(query, accept)
+        pictures = collect(query, settings, request_id, began + settings.seconds)
+        collected = time.monotonic()
+        logits = engine.logits(pictures, began + settings.seconds)
+        timing = f"collect;dur={1000 * (collected - began):.1f}, predict;dur={1000 * (time.monotonic() - collected):.1f}"
+        return Answer(200, write(logits, engine.package.classes, output, query.top), {"Server-Timing": timing})
+    except Exception as error:
+        return failure(error, request_id)
+
+
+def failure(error: Exception, request_id: str) -> Answer:
+    """The answer to a request that failed, with the caller's faults told and ours logged."""
+    if isinstance(error, PictureError):
+        error = Problem(400, f"the picture can't be read: {error}")
+    elif isinstance(error, TimeoutError):
+        error = Problem(503, "too busy to answer in time; try again")
+    elif not isinstance(error, Problem):
+        log.error("%s: a fault of ours", request_id, exc_info=error)
+        error = Problem(500, "a fault of this server; its log has more under this request_id")
+    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
+    return Answer(error.status, json.dumps({"error": str(error), "request_id": request_id}).encode(), headers)
+
+
+def new_id(given: str = "") -> str:
+    """A request's id: the caller's own, where it is harmless in a log."""
+    return given if 0 < len(given) <= 64 and given.isascii() and given.replace("-", "").replace("_", "").isalnum() else uuid.uuid4().hex
+
+
+def read(body: bytes | bytearray | str, content_type: str, settings: Settings) -> Query:
+    """Raises Problem."""
+    kind = _media_type(content_type).get_content_type()
+    if len(body) > settings.max_body:
+        raise Problem(413, f"the body has {len(body):,} bytes; allowed: {settings.max_body:,}")
+    if kind == "application/json" or kind.endswith("+json"):
+        return _read_json(body, settings)
+    if not content_type or kind.startswith("image/") or kind in FILE_TYPES:
+        return Query([("file", body)])
+    raise Problem(415, f"the content type {kind!r} is not supported; allowed: application/json, or image/* with the bytes of one picture")
+
+
+def _read_json(body: bytes | bytearray | str, settings: Settings) -> Query:
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Problem(400, "the body is not JSON, though its content type says so") from error
+    if not isinstance(asked, dict):
+        raise Problem(400, 'the JSON must be an object like {"url": "https://..."}')
+    output, top = asked.pop("output", None), asked.pop("top", TOP)
+    if output not in (None, "logits", "labels"):
+        raise Problem(400, '"output" must be "logits" or "labels"')
+    if type(top) is not int or top < 1:
+        raise Problem(400, '"top" must be a whole number from 1')
+    instances = asked["instances"] if asked.keys() == {"instances"} else [asked]
+    if not isinstance(instances, list) or not 1 <= len(instances) <= settings.max_pictures:
+        raise Problem(400, f'"instances" must be a list of 1 to {settings.max_pictures} objects')
+    return Query([_source(instance) for instance in instances], output, top)
+
+
+def _source(instance: Any) -> tuple[str, Any]:
+    if isinstance(instance, dict) and len(instance) == 1:
+        [(kind, value)] = instance.items()
+        if kind in KINDS and isinstance(value, str):
+            return kind, value
+    raise Problem(400, f"a picture is an object with one text of: {', '.join(KINDS)}")
+
+
+def choose(query: Query, accept: str) -> str:
+    """The output's kind: "logits" or "labels". Raises Problem."""
+    for offer in filter(None, map(str.strip, accept.split(","))):
+        wanted = _media_type(offer)
+        if wanted.get_content_type() in ("application/json", "application/*", "*/*"):
+            output = query.output or wanted.get_param("output", "logits")
+            if output in ("logits", "labels"):
+                return str(output)
+    if accept.strip():
+        raise Problem(406, "only application/json can be given, with output=logits or output=labels")
+    return query.output or "logits"
+
+
+def _media_type(text: str) -> Message:
+    """A header like `application/json; output=labels`, taken apart."""
+    message = Message()
+    message["Content-Type"] = text
+    return message
+
+
+def collect(query: Query, settings: Settings, request_id: str, end: float) -> list[bytes]:
+    """The pictures' files. Raises Problem, and TimeoutError after `end` (on time.monotonic())."""
+    return [_collect(kind, value, settings, request_id, end) for kind, value in query.sources]
+
+
+def _collect(kind: str, value: Any, settings: Settings, request_id: str, end: float) -> bytes:
+    if kind == "file":
+        return bytes(value)
+    if kind == "base64":
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise Problem(400, '"base64" does not hold base64') from error
+    if not (settings.urls if kind == "url" else settings.s3):
+        raise Problem(400, f'this server does not fetch pictures by "{kind}"; send the picture\'s bytes')
+    try:
+        if kind == "s3":
+            return s3.fetch(value, max_bytes=settings.max_body)
+        return fetch.fetch(value, max_bytes=settings.max_body, deadline=min(FETCH_SECONDS, end - time.monotonic()))
+    except fetch.FetchError as error:
+        if isinstance(error, fetch.Refused):
+            log.warning("%s: refused to fetch: %s", request_id, error.reason)
+        raise Problem(400, str(error)) from error
+
+
+def write(logits: NDArray[np.float32], classes: Sequence[str], output: str, top: int = TOP) -> bytes:
+    """Logits [N, classes] as JSON."""
+    if output == "logits":
+        return json.dumps(logits.tolist(), allow_nan=False).encode()
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    rows = [
+        [{"label": classes[index], "probability": float(row[index])} for index in np.argsort(-row, kind="stable")[:top]]
+        for row in powers / powers.sum(axis=1, keepdims=True)
+    ]
+    return json.dumps(rows, allow_nan=False).encode()

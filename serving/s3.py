@@ -1,0 +1,37 @@
+"""Fetches a picture from S3, as the machine's own role."""
+
+import functools
+from typing import Any
+from urllib.parse import urlsplit
+
+from serving.fetch import FetchError
+
+
+def fetch(uri: str, *, max_bytes: int) -> bytes:
+    """The object at s3://bucket/key. Raises FetchError, with the same words for what is missing and what is not allowed."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise FetchError("an S3 URI looks like s3://bucket/key") from error
+    key = uri.removeprefix(f"s3://{parts.netloc}/")  # as it stands: a key may hold ? and #
+    if parts.scheme != "s3" or not parts.netloc or not key:
+        raise FetchError("an S3 URI looks like s3://bucket/key")
+    try:
+        answer = _client().get_object(Bucket=parts.netloc, Key=key)
+        with answer["Body"] as body:
+            data: bytes = body.read(max_bytes + 1) if answer["ContentLength"] <= max_bytes else b""
+    except (ClientError, BotoCoreError, OSError) as error:
+        raise FetchError("the S3 object can't be read with this server's role") from error
+    if answer["ContentLength"] > max_bytes:
+        raise FetchError(f"the S3 object has {answer['ContentLength']:,} bytes; allowed: {max_bytes:,}")
+    return data
+
+
+@functools.cache
+def _client() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client("s3", config=Config(connect_timeout=3, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 2}))

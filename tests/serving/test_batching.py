@@ -1,0 +1,84 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from serving.batching import Engine
+from serving.package import load
+from trainer.preprocess import PictureError
+
+
+def soon() -> float:
+    return time.monotonic() + 20
+
+
+@pytest.fixture
+def pictures(original) -> list[bytes]:
+    return [(original / "package/golden" / name).read_bytes() for name in ("0.jpg", "1.png", "2.webp")]
+
+
+@pytest.mark.parametrize(("workers", "batch"), [(1, 1), (3, 1), (1, 4), (2, 2)])
+def test_each_caller_gets_its_own_logits(original, pictures, expected, workers, batch):
+    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, workers=workers, batch=batch, delay=0.01)
+    wrong: list[int] = []
+
+    def ask(number: int) -> None:
+        for turn in range(20):
+            which = (number + turn) % 3
+            if np.abs(engine.logits([pictures[which]], soon())[0] - expected[which]).max() > 1e-5:
+                wrong.append(which)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_pictures_that_come_together_run_together(original, pictures):
+    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, workers=2, batch=4, delay=5.0)
+    sizes: list[int] = []
+    engine.observe = sizes.append
+    began = time.monotonic()
+    engine.logits([pictures[0]] * 8, soon())
+    assert sizes == [4, 4] and time.monotonic() - began < 5  # a full batch does not wait
+
+
+def test_a_lone_picture_waits_no_longer_than_the_delay(original, pictures):
+    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, batch=4, delay=0.1)
+    began = time.monotonic()
+    engine.logits([pictures[0]], soon())
+    assert 0.1 <= time.monotonic() - began < 5
+
+
+def test_who_gives_up_leaves_nothing_to_be_done(original, pictures):
+    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, batch=2, delay=0.3)
+    sizes: list[int] = []
+    engine.observe = sizes.append
+    with pytest.raises(TimeoutError):
+        engine.logits([pictures[0]], time.monotonic() + 0.1)
+    engine.logits([pictures[1]] * 2, soon())
+    assert sum(sizes) == 2
+
+
+def test_a_broken_picture_fails_alone(original, pictures, expected):
+    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, batch=4, delay=0.05)
+    failures: list[str] = []
+
+    def fail() -> None:
+        with pytest.raises(PictureError) as caught:
+            engine.logits([b"GIF8"], soon())
+        failures.append(str(caught.value))
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    np.testing.assert_allclose(engine.logits(pictures, soon()), expected, rtol=0, atol=1e-5)
+    thread.join()
+    assert len(failures) == 1
+
+
+def test_pixels_are_limited(original, pictures):
+    with pytest.raises(PictureError, match="too many"):
+        Engine(load(original / "package", threads=1), max_pixels=100).logits([pictures[0]], soon())

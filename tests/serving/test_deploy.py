@@ -1,0 +1,371 @@
+"""`python -m serving plan ... destroy` as processes, against moto behind tests/serving/aws.py."""
+
+import base64
+import contextlib
+import gzip
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from serving import bundle
+from serving.release import Place, Remote, build, idle_price, template
+from tests.conftest import PROJECT
+from tests.launch.conftest import Cloud
+from tests.serving.runtime import Endpoint, Function, Neighbour, Quiet, unpack
+from trainer.errors import UserError
+
+IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/dogs/serving:1"
+BUCKET = "packhorse-123456789012-us-east-1"
+NAME = "packhorse-serving"
+PLACE = Place(NAME, "packhorse", BUCKET, "123456789012")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    record = tmp_path_factory.mktemp("aws") / "calls.jsonl"
+    command = [sys.executable, "-c", "from tests.serving.aws import main; main()", str(record)]
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        yield Cloud(process.stdout.readline().strip(), record)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def cloud(server):
+    """An account with nothing in it but the project's bucket."""
+    server.reset()
+    s3 = server.client("s3")
+    s3.create_bucket(Bucket=BUCKET)
+    s3.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
+    return server
+
+
+@pytest.fixture
+def serving(cloud):
+    def serving(*arguments, **environment):
+        """Exit code, standard output and standard error."""
+        command = [sys.executable, "-P", "-m", "serving", *map(str, arguments)]
+        done = subprocess.run(command, env=cloud.environment() | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    return serving
+
+
+@pytest.fixture(scope="session")
+def package(original):
+    return original / "model.tar.gz"
+
+
+@pytest.fixture(scope="session")
+def other_package(package, tmp_path_factory):
+    """A package with other bytes; what they unpack to does not matter here."""
+    path = tmp_path_factory.mktemp("other") / "model.tar.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(package.read_bytes()), 1))
+    return path
+
+
+def calls_that_change(cloud):
+    reads = ("Describe", "List", "Get", "Head", "Filter")
+    return [call["operation"] for call in cloud.calls() if not call["operation"].startswith(reads)]
+
+
+# --- the whole way ---
+
+
+def test_from_nothing_to_service_to_a_new_model_to_nothing(cloud, serving, package, other_package, picture, tmp_path):
+    code, output, error = serving("plan", package, "--image", IMAGE)
+    assert (code, error) == (0, "")
+    assert "add      AWS::SageMaker::Endpoint" in output and re.search(r"\$83\.95  1 x ml\.m5\.large", output), output
+    assert calls_that_change(cloud) == ["CreateBucket", "PutBucketVersioning"], "a plan changes nothing"
+
+    code, output, error = serving("deploy", package, "--image", IMAGE)
+    assert code == 2 and "--yes" in error, "nobody was asked"
+    code, output, error = serving("deploy", package, "--image", IMAGE, "--yes")
+    assert code == 0, error + output
+    first = _check_account(cloud)
+
+    code, output, error = serving("status")
+    assert code == 0, error
+    assert re.search(r"endpoint +InService.*\ninstances +1 of ml\.m5\.large, 1 wanted, 1 to 3\n", output), output
+    assert "version 1, 3 of 3 environments warm" in output and "$3.04 a day" in output, output
+
+    # The function that was uploaded, under AWS's runtime client, with an endpoint that echoes.
+    s3 = cloud.client("s3")
+    location = cloud.client("cloudformation").describe_stacks(StackName=NAME)["Stacks"][0]["Parameters"]
+    parameters = {each["ParameterKey"]: each["ParameterValue"] for each in location}
+    archive = s3.get_object(Bucket=parameters["Bucket"], Key=parameters["CodeKey"])["Body"].read()
+    (tmp_path / "dog.jpg").write_bytes(picture)
+    with endpoint_and_function(archive, tmp_path) as (endpoint, environment):
+        code, output, error = serving("invoke", tmp_path / "dog.jpg", "--labels", **environment)
+        assert (code, output) == (0, "[[0.25, -1.5]]\n"), error
+        asked = json.loads(endpoint.calls[-1].body)
+        assert asked == {"base64": base64.b64encode(picture).decode(), "output": "labels"}
+        code, output, error = serving("invoke", "http://169.254.169.254/", **environment)
+        assert code == 2 and error.startswith("400: ") and "not allowed" in error
+        code, output, error = serving("invoke", "--endpoint", tmp_path / "dog.jpg", **environment)
+        assert (code, output) == (0, "[[0.25, -1.5]]\n") and endpoint.calls[-1].body == picture
+
+    code, output, error = serving("deploy", "--yes")
+    assert (code, output.splitlines()[-1]) == (0, "nothing to change"), error + output
+    before = len(calls_that_change(cloud))
+    code, output, error = serving("plan", other_package)
+    assert code == 0 and re.search(r"ModelDigest +\w+  \(was \w+\)", output), error + output
+    assert calls_that_change(cloud)[before:] == ["CreateChangeSet", "DeleteChangeSet"], "what a plan made is gone"
+    code, output, error = serving("deploy", other_package, "--yes")
+    assert code == 0, error + output
+    changes = re.findall(r"(?:modify|replace) +AWS::\S+ +(\w+)", output)
+    assert set(changes) == {"EndpointRole", "Model", "EndpointConfig", "Endpoint"}, output
+    second = _check_account(cloud)
+    assert second != first, "a new model has a new configuration, so the endpoint is updated"
+
+    code, output, error = serving("destroy", "--yes")
+    assert code == 0, error + output
+    assert s3.list_object_versions(Bucket=BUCKET).get("Versions", []) == []
+    assert cloud.client("logs").describe_log_groups()["logGroups"] == []
+    assert cloud.client("lambda").list_functions()["Functions"] == []
+    assert cloud.client("iam").list_roles()["Roles"] == []
+    assert cloud.client("cloudwatch").describe_alarms()["MetricAlarms"] == []
+    assert cloud.client("application-autoscaling").describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"] == []
+    sagemaker = cloud.client("sagemaker")
+    assert not sagemaker.list_endpoints()["Endpoints"] and not sagemaker.list_endpoint_configs()["EndpointConfigs"]
+    assert not sagemaker.list_models()["Models"]
+    code, output, error = serving("status")
+    assert code == 2 and "python -m serving deploy makes it" in error
+
+
+def _check_account(cloud):
+    """What the write-up asks for, in the account. The endpoint configuration's name."""
+    scaling = cloud.client("application-autoscaling")
+    [target] = scaling.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"]
+    assert target["ResourceId"] == f"endpoint/{NAME}/variant/main"
+    assert (target["MinCapacity"], target["MaxCapacity"]) == (1, 3)
+    [policy] = scaling.describe_scaling_policies(ServiceNamespace="sagemaker")["ScalingPolicies"]
+    tracking = policy["TargetTrackingScalingPolicyConfiguration"]
+    assert (float(tracking["TargetValue"]), int(tracking["ScaleOutCooldown"]), int(tracking["ScaleInCooldown"])) == (25, 180, 300)
+    warm = cloud.client("lambda").get_provisioned_concurrency_config(FunctionName=NAME, Qualifier="live")
+    assert warm["RequestedProvisionedConcurrentExecutions"] == 3
+    sagemaker = cloud.client("sagemaker")
+    config = sagemaker.describe_endpoint(EndpointName=NAME)["EndpointConfigName"]
+    [variant] = sagemaker.describe_endpoint_config(EndpointConfigName=config)["ProductionVariants"]
+    model = sagemaker.describe_model(ModelName=variant["ModelName"])["PrimaryContainer"]
+    bucket, _, key = model["ModelDataUrl"].removeprefix("s3://").partition("/")
+    assert cloud.client("s3").head_object(Bucket=bucket, Key=key)["ContentLength"] > 0
+    environment = cloud.client("lambda").get_function_configuration(FunctionName=NAME)["Environment"]["Variables"]
+    assert environment["ENDPOINT_NAME"] == NAME
+    groups = {group["logGroupName"]: group["retentionInDays"] for group in cloud.client("logs").describe_log_groups()["logGroups"]}
+    assert groups == {f"/aws/lambda/{NAME}": 30, f"/aws/sagemaker/Endpoints/{NAME}": 30}
+    return config
+
+
+@contextlib.contextmanager
+def endpoint_and_function(archive, tmp_path):
+    """The endpoint, and the environment in which Lambda's Invoke and SageMaker's InvokeEndpoint lead to real ones here."""
+    with Endpoint() as endpoint:
+        settings = {"ENDPOINT_NAME": NAME, "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint.url, "WEB_PORT": "9"}
+        function = Function(unpack(archive, tmp_path / "zip"), "lambda_function.handler", tmp_path / "log.txt", **settings)
+
+        class Handler(Quiet):
+            def do_POST(self):  # noqa: N802
+                assert self.path == f"/2015-03-31/functions/{NAME}/invocations?Qualifier=live"
+                self.reply(200, json.dumps(function.invoke(json.loads(self.body()))).encode())
+
+        try:
+            with Neighbour(Handler) as lambda_:
+                yield endpoint, {"AWS_ENDPOINT_URL_LAMBDA": lambda_.url, "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint.url}
+        finally:
+            function.close()
+
+
+def test_a_creation_that_fails_says_why_and_leaves_nothing(cloud, serving, package):
+    cloud.post("/strict/fail", resource="Endpoint", reason="The account-level service limit 'ml.m5.large for endpoint usage' is 0 Instances")
+    code, _, error = serving("deploy", package, "--image", IMAGE, "--yes")
+    assert code == 2 and error.count("\n") == 1, error
+    assert "DELETE_COMPLETE; Endpoint: The account-level service limit" in error and "nothing of it is left" in error
+    assert serving("status")[0] == 2
+
+
+def test_an_update_that_an_alarm_rolls_back_says_so_and_the_old_model_stays(cloud, serving, package, other_package):
+    assert serving("deploy", package, "--image", IMAGE, "--yes")[0] == 0
+    before = cloud.client("sagemaker").describe_endpoint(EndpointName=NAME)["EndpointConfigName"]
+    cloud.post("/strict/fail", resource="Endpoint", reason="Alarm packhorse-serving-errors went into ALARM")
+    code, _, error = serving("deploy", other_package, "--yes")
+    assert code == 2 and error.count("\n") == 1, error
+    assert "UPDATE_ROLLBACK_COMPLETE; Endpoint: Alarm packhorse-serving-errors" in error and "stays in service" in error
+    assert cloud.client("sagemaker").describe_endpoint(EndpointName=NAME)["EndpointConfigName"] == before
+    code, _, error = serving("deploy", other_package, "--yes")
+    assert code == 0, "the next try finds its way: " + error
+
+
+def test_nothing_is_left_of_a_deploy_that_nobody_confirms(cloud, serving, package, other_package):
+    assert serving("deploy", package, "--image", IMAGE, "--yes")[0] == 0
+    code, _, error = serving("deploy", other_package)
+    assert code == 2 and "--yes" in error
+    assert cloud.client("cloudformation").list_change_sets(StackName=NAME)["Summaries"] == []
+
+
+def test_logs_of_both_parts_come_in_order(cloud, serving):
+    cloud.client("cloudformation").create_stack(
+        StackName=NAME, TemplateBody=json.dumps({"Resources": {"A": {"Type": "AWS::SQS::Queue"}}, "Parameters": {"Door": {"Type": "String"}}}),
+        Parameters=[{"ParameterKey": "Door", "ParameterValue": "endpoint"}],
+    )  # fmt: skip
+    now = int(time.time() * 1000)
+    logs = cloud.client("logs")
+    for group, texts in {f"/aws/lambda/{NAME}": {0: "one", 2: "three"}, f"/aws/sagemaker/Endpoints/{NAME}": {1: "two"}}.items():
+        logs.create_log_group(logGroupName=group)
+        logs.create_log_stream(logGroupName=group, logStreamName="s")
+        events = [{"timestamp": now - 5000 + 1000 * second, "message": text} for second, text in texts.items()]
+        logs.put_log_events(logGroupName=group, logStreamName="s", logEvents=events)
+    code, output, error = serving("logs")
+    assert code == 0, error
+    shown = [["function", "one"], ["endpoint", "two"], ["function", "three"]]
+    assert [line.split()[1:] for line in output.splitlines()] == shown
+
+    command = [sys.executable, "-u", "-P", "-m", "serving", "logs", "--follow"]
+    process = subprocess.Popen(command, env=cloud.environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert [process.stdout.readline().split()[1:] for _ in range(3)] == shown
+        logs.put_log_events(
+            logGroupName=f"/aws/lambda/{NAME}", logStreamName="s", logEvents=[{"timestamp": int(time.time() * 1000), "message": "four"}]
+        )
+        assert process.stdout.readline().split()[1:] == ["function", "four"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- mistakes, each one line ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "MaxInstance=4"], "did you mean MaxInstances?"),
+        (["--set", "MaxInstances=many"], "a whole number"),
+        (["--set", "MinInstances=0"], "a whole number, 1 to inf"),
+        (["--set", "MinInstances=5"], "MaxInstances=3 is below MinInstances=5"),
+        (["--set", "InstanceType=ml.t3.medium"], "endpoints don't run on it; try one of"),
+        (["--set", "FunctionUrl=maybe"], "allowed: on, off"),
+        (["--set", "CodeKey=x"], "there is no such setting"),
+        (["--set", "MaxInstances"], "write NAME=VALUE"),
+        (["--door", "window"], "allowed: endpoint, lambda"),
+        (["--image", "dogs:latest"], "no image in ECR"),
+        (["--name", "Dogs"], "lower-case"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_before_anything_is_sent(package, arguments, message, capsys):
+    from serving.__main__ import main
+
+    code = main(["plan", str(package), *(["--image", IMAGE] if "--image" not in arguments else []), *arguments, "--region", "us-east-1"])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["deploy", "PACKAGE", "--yes"], "an endpoint needs a container"),
+        (["deploy", "--image", IMAGE, "--yes"], "which model?"),
+        (["deploy", "s3://nowhere/model.tar.gz", "--image", IMAGE, "--yes"], "no such object"),
+        (["deploy", "absent.tar.gz", "--yes"], "absent.tar.gz: there is no such file"),
+        (["status", "--name", "other"], "there is no stack other"),
+        (["invoke", "absent.jpg"], "give a picture's file"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_what_is_not_there_is_said_in_one_line(serving, package, arguments, message):
+    code, _, error = serving(*[str(package) if argument == "PACKAGE" else argument for argument in arguments])
+    assert code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_a_refusal_of_aws_is_one_line_with_what_to_do(cloud, serving, package):
+    cloud.post(
+        "/strict/refuse", operation="CreateStack", code="AccessDenied", message="User: x is not authorized to perform: cloudformation:CreateStack"
+    )
+    code, _, error = serving("deploy", package, "--image", IMAGE, "--yes")
+    assert code == 2 and error.count("\n") == 1 and "ask who administers the account" in error, error
+
+
+def test_a_missing_bucket_is_said_with_what_makes_it(cloud, serving, package):
+    code, _, error = serving("deploy", package, "--image", IMAGE, "--yes", "--project", "zoo")
+    assert code == 2 and "python -m launch up" in error and error.count("\n") == 1, error
+
+
+def test_a_damaged_package_is_not_deployed(serving, package, tmp_path):
+    (tmp_path / "model.tar.gz").write_bytes(package.read_bytes()[:-2000])
+    code, _, error = serving("deploy", tmp_path / "model.tar.gz", "--image", IMAGE, "--yes")
+    assert code == 2 and error.startswith(f"{tmp_path}/model.tar.gz: ") and error.count("\n") == 1, error
+
+
+def test_a_plan_needs_no_credentials(package, tmp_path, monkeypatch):
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(PROJECT), "AWS_EC2_METADATA_DISABLED": "true"}
+    command = [sys.executable, "-P", "-m", "serving", "plan", str(package), "--image", IMAGE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "no AWS credentials" in done.stdout and "account 000000000000" in done.stdout and "together" in done.stdout
+
+
+# --- the release ---
+
+
+def test_names_follow_from_the_content_and_from_nothing_else(package, other_package):
+    def names(model=package, deployed=(), **given):
+        values = build(PLACE, model, {"Image": IMAGE, **given}, dict(deployed)).parameters
+        return values["EndpointRelease"], values["FunctionRelease"]
+
+    endpoint, function = names()
+    assert names() == (endpoint, function)
+    for change in (
+        {"model": other_package},
+        {"InstanceType": "ml.c5.large"},
+        {"Image": IMAGE + "0"},
+        {"MinInstances": "2"},
+        {"model": Remote("s3://a/b", "1")},
+    ):
+        assert names(**change)[0] != endpoint, change
+        assert names(**change)[1] == function, change
+    for change in ({"Memory": "512"}, {"LogDays": "7"}, {"ProvisionedConcurrency": "1"}, {"MaxInstances": "9"}):
+        assert names(**change)[0] == endpoint, change
+    assert names(Memory="512")[1] != function
+    assert names(MaxInstances="9")[1] == function
+    both = names(FetchUrls="endpoint")
+    assert both[0] != endpoint and both[1] != function
+    assert names(Remote("s3://a/b", "1"))[0] != names(Remote("s3://a/b", "2"))[0], "new content at the same place"
+
+
+def test_what_is_not_given_stays_as_it_is_deployed(package):
+    first = build(PLACE, package, {"Image": IMAGE, "MaxInstances": "7", "Memory": "512"}, {}).parameters
+    assert build(PLACE, None, {}, first).parameters == first
+    changed = build(PLACE, None, {"MaxInstances": "2"}, first).parameters
+    assert {name for name in first if first[name] != changed[name]} == {"MaxInstances"}
+
+
+def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest(package, monkeypatch):
+    monkeypatch.setattr(bundle, "libraries", lambda: {"numpy/__init__.py": b""})  # pip's index is not for tests
+    release = build(PLACE, package, {"Door": "lambda"}, {})
+    assert release.parameters["Memory"] == "2048" and release.parameters["ProvisionedConcurrency"] == "0"
+    assert idle_price(release.parameters) == []
+    assert [upload.what for upload in release.uploads] == ["the function with the model"]
+    with pytest.raises(UserError, match="which model"):
+        build(PLACE, None, {"Door": "endpoint", "Image": IMAGE}, release.parameters)
+    monkeypatch.setattr(bundle, "libraries", lambda: {"large": bytes(bundle.MAX_UNPACKED)})
+    with pytest.raises(UserError, match="--door endpoint"):
+        build(PLACE, package, {"Door": "lambda"}, {})
+
+
+def test_what_an_idle_month_costs():
+    defaults = {name: str(body.get("Default", "")) for name, body in template()["Parameters"].items()}
+    items = idle_price(defaults)
+    np.testing.assert_allclose([item.month for item in items], [0.115 * 730, 3 * 0.25 * 730 * 3600 * 0.0000041667, 0.4])
+    unknown = idle_price(defaults | {"InstanceType": "ml.z9.large"})
+    assert unknown[0].month is None

@@ -1,0 +1,107 @@
+import base64
+from pathlib import Path
+
+import pytest
+
+from serving.server import card, policy
+from tests.conftest import wait_for
+from tests.serving.browser import CHROMIUM, Browser
+
+PAGE = (Path(__file__).parents[2] / "serving/page.html").read_bytes()
+
+# Puts a file that was fetched from the page itself through the events of a drop or a paste.
+GIVE = """
+(async () => {
+  const bytes = Uint8Array.from(atob("%s"), character => character.charCodeAt(0));
+  const files = new DataTransfer();
+  files.items.add(new File([bytes], "picture.jpg", { type: "image/jpeg" }));
+  const event = "%s" === "drop" ? new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true })
+                                : new ClipboardEvent("paste", { clipboardData: files, bubbles: true });
+  document.getElementById("drop").dispatchEvent(event);
+})()
+"""
+
+
+def test_the_page_brings_all_it_needs():
+    assert b"http://" not in PAGE and b"src=" not in PAGE and b"@import" not in PAGE
+    assert PAGE.count(b"https://") == 1  # the placeholder of the URL's field
+    assert b"style=" not in PAGE and b"onclick" not in PAGE  # the policy would not run them
+    assert b"innerHTML" not in PAGE  # class names are text
+    assert "'none'" in policy(PAGE) and "unsafe" not in policy(PAGE)
+
+
+def test_the_card_holds_what_the_page_shows(engine):
+    assert card(engine.package).keys() == {"classes", "metrics", "created", "revision", "model", "size"}
+
+
+@pytest.fixture
+def browser(tmp_path, server):
+    with Browser(tmp_path / "profile") as browser:
+        browser.look(1200, 800, "light")
+        browser.open(f"http://127.0.0.1:{server.port}/")
+        assert wait_for(lambda: "small_cnn" in browser.run("document.getElementById('card').textContent"))
+        yield browser
+
+
+def bars(browser: Browser) -> dict[str, float]:
+    assert wait_for(lambda: browser.run("document.querySelectorAll('#bars li').length") == 3)
+    found = browser.run("[...document.querySelectorAll('#bars progress')].map(bar => [bar.getAttribute('aria-label'), bar.value])")
+    return dict(found)
+
+
+def check_answer(browser, server, picture) -> None:
+    wanted = {row["label"]: row["probability"] for row in server.invoke(picture, Accept="application/json; output=labels").json[0]}
+    shown = bars(browser)
+    assert list(shown) == list(wanted) and shown == pytest.approx(wanted, abs=1e-6)
+    assert browser.run("document.getElementById('status').textContent").startswith(next(iter(wanted)) + ", ")
+    assert not browser.messages
+
+
+@pytest.mark.chromium
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+class TestInChromium:
+    def test_a_chosen_file(self, browser, server, original, picture):
+        browser.choose_file("#file", original / "package/golden/0.jpg")
+        check_answer(browser, server, picture)
+        assert browser.run("document.querySelector('#drop img').naturalWidth") == 120
+
+    @pytest.mark.parametrize("how", ["drop", "paste"])
+    def test_a_dropped_and_a_pasted_picture(self, browser, server, picture, how):
+        browser.run(GIVE % (base64.b64encode(picture).decode(), how))
+        check_answer(browser, server, picture)
+
+    def test_a_url_by_keyboard_alone_and_its_refusal_told_to_screen_readers(self, browser):
+        for key in ("Tab", "Tab"):  # the file, the URL
+            browser.press(key)
+        assert browser.run("document.activeElement.id") == "url"
+        browser.call("Input.insertText", text="http://127.0.0.1/a.jpg")
+        browser.press("Enter", "\r")
+        assert wait_for(lambda: "the URL is not allowed" in browser.run("document.getElementById('status').textContent"))
+        tree = browser.call("Accessibility.getFullAXTree")["nodes"]
+        roles = {(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]}
+        assert {("heading", "Try the model"), ("textbox", "URL of a picture"), ("button", "Classify")} <= roles
+        assert any(role == "status" for role, _ in roles)
+
+    @pytest.mark.parametrize("width", [320, 1200])
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_it_fits_and_can_be_read(self, browser, original, width, scheme):
+        browser.look(width, 700, scheme)
+        browser.choose_file("#file", original / "package/golden/0.jpg")
+        bars(browser)
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        light, dark = contrast(browser, "body"), contrast(browser, "#status")
+        assert light > 7 and dark > 4.5  # WCAG 2.2: 4.5 for text
+
+
+def contrast(browser: Browser, selector: str) -> float:
+    """WCAG's contrast of an element's text on the card behind it."""
+
+    def luminance(colour: str) -> float:
+        values = [int(value) / 255 for value in colour.removeprefix("rgb(").rstrip(")").split(",")]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    text = browser.run(f"getComputedStyle(document.querySelector('{selector}')).color")
+    ground = browser.run("getComputedStyle(document.querySelector('.card')).backgroundColor")
+    brighter, darker = sorted((luminance(text), luminance(ground)), reverse=True)
+    return (brighter + 0.05) / (darker + 0.05)
