@@ -1,16 +1,31 @@
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak bench pages clean
+.PHONY: help train doctor serve rehearse deploy test long check soak bench docs pages hosts clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
 help:  ## list the targets
 	@grep -E '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## /  make \1\t/' | expand -t 18
 
-train: .venv/train  ## set up once, then train: on the pictures that ship, or as ARGS="data=folder data.root=DIR" says
-	$(BIN)/python -m trainer $(ARGS)
+train: .venv/train  ## set up once, then train: on the pictures that ship, or as ARGS="data=folder data.root=DIR" says; GPUS=4 for several
+	$(BIN)/$(if $(GPUS),torchrun --standalone --nproc_per_node=$(GPUS),python) -m trainer $(ARGS)
+
+doctor: .venv/train  ## what this machine can do with a run of ARGS, how long it takes, what would make it faster
+	$(BIN)/python -m trainer.doctor $(ARGS)
+
+serve: .venv/train  ## answer on HTTP with the newest run's model, and a page to try it (ARGS="runs/NAME/model.tar.gz")
+	$(BIN)/python -m serving serve $(ARGS)
+
+rehearse: .venv/rehearse  ## run a SageMaker job on this machine: TARGET=sagemaker|sagemaker_multi|tuner ARGS="train.epochs=1"
+	$(BIN)/python -m launch rehearse target=$(or $(TARGET),sagemaker) $(ARGS)
+
+deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL --image URI"); asks before it changes anything
+	$(BIN)/python -m serving deploy $(ARGS)
 
 test: .venv/dev  ## set up once, then run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+long: .venv/dev  ## the tests that take minutes: rehearsals, the EC2 script, kills at every AWS call, lost processes, every command of the docs
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -21,9 +36,16 @@ soak: .venv/dev  ## kill real runs 200 times and compare each with an undisturbe
 bench: .venv/bench  ## measure against peers in one run, and write docs/benchmarks.md (ARGS="input loop start stall")
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
+docs: .venv/dev  ## write docs/configuration.md from the code
+	$(BIN)/python -m tests.reference
+
 pages: .venv/dev  ## install Chromium (apt-get) and open the pages in it
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
 	$(BIN)/python -m pytest -m chromium
+
+hosts: .venv/dev  ## install iproute2 (apt-get) and train on two hosts, as network namespaces; needs root
+	command -v ip >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2; }
+	$(BIN)/python -m pytest -m long tests/trainer/test_two_hosts.py
 
 clean:  ## remove the virtual environment and caches; runs and data stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

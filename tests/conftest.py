@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +18,27 @@ from trainer import config as settings
 from trainer.config import Config
 
 PROJECT = Path(__file__).parents[1]
+
+# Minutes each, so `make test` leaves them out and `make long` runs them.
+LONG = (
+    "launch/test_rehearse.py",
+    "launch/test_user_data.py",
+    "launch/test_kills.py",
+    "launch/test_permissions.py",
+    "trainer/test_distributed_failures.py",
+    "trainer/test_two_hosts.py",
+    "serving/test_doors.py",
+    "test_docs.py::test_a_training_command_trains",
+    "test_docs.py::test_a_serving_command_is_understood",
+    "test_docs.py::test_a_launch_command_is_understood",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(LONG):
+            item.add_marker("long")
+
 
 # One thread: the promise of equal bits is for an equal number of threads, and small tests run faster so.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -82,6 +104,7 @@ class Metadata(BaseHTTPRequestHandler):
     """EC2's metadata service, version 2: nothing without a token, 404 until there is a notice."""
 
     notices: frozenset[str] = frozenset()
+    answers: ClassVar[dict[str, str]] = {}  # to other paths
 
     def do_PUT(self):
         assert self.path == "/latest/api/token" and int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) > 0
@@ -92,6 +115,8 @@ class Metadata(BaseHTTPRequestHandler):
             self.answer(401, b"")
         elif self.path.removeprefix("/latest/meta-data/") in self.notices:
             self.answer(200, b'{"action": "terminate", "time": "2026-11-23T08:22:00Z"}')
+        elif said := self.answers.get(self.path.removeprefix("/latest/meta-data/")):
+            self.answer(200, said.encode())
         else:
             self.answer(404, b"")
 
