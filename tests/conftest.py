@@ -26,6 +26,7 @@ LONG = (
     "launch/test_kills.py",
     "launch/test_permissions.py",
     "trainer/test_distributed_failures.py",
+    "trainer/test_sweep.py",
     "trainer/test_two_hosts.py",
     "serving/test_doors.py",
     "test_docs.py::test_a_training_command_trains",
