@@ -150,14 +150,15 @@ def test_images_by_region():
         sagemaker.image(target, "moon-1")
 
 
+# os.write: the signal may come while the first line is still being written, and print must not be entered twice.
 TRAINER = """
-import signal, sys, time
+import os, signal, sys, time
 def stop(*_):
     time.sleep(0.5)
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
-print("training", flush=True)
+os.write(1, b"training\\n")
 time.sleep(60)
 """
 

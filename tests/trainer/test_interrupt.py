@@ -31,7 +31,6 @@ def test_without_a_notice_nothing_happens_and_the_thread_ends(metadata):
 
 def test_an_unreachable_service_is_said_once_and_harms_nothing(monkeypatch, caplog):
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("trainer.console.log.propagate", True)
     with on_spot_notice(stop := Stop(), every=0.01):
         assert wait_for(lambda: caplog.records)
     assert stop.reason is None and len(caplog.records) == 1
