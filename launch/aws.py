@@ -1,6 +1,6 @@
 """The one place that talks to AWS: sessions, retries, timeouts, and AWS's errors in one line with what to do.
 
-Plain boto3 below: profiles, regions and AWS_ENDPOINT_URL work as in every AWS tool.
+Plain boto3 below: profiles, regions and AWS_ENDPOINT_URL work as in every AWS tool. `serving/deploy` goes through it too.
 """
 
 import re
@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from launch.request import Request, check
-from launch.spec import TargetConfig, bucket_name
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,9 +17,11 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 5  # seconds
 READ_TIMEOUT = 60  # seconds
 ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
+ONCE = ("lambda", "sagemaker-runtime")  # asking a model again because the answer was slow would pay for it twice
 
 PERMISSION = "ask who administers the account for it; what this project needs: python -m launch policy --for launcher"
 CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
+NO_REGION = "no AWS region is set: set AWS_REGION, or give target.region=us-east-1 (python -m serving: --region us-east-1), say"
 WAIT = "AWS asks for fewer calls: wait a minute and start the same command again"
 
 # What to do about an error, by AWS's code (a regular expression over the whole of it).
@@ -31,19 +32,29 @@ REMEDIES = {
     ),
     r"AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403": PERMISSION,
     r"InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|Unsupported": (
-        "AWS has no such machine free there now: start the same command again later, or give another target.instance_type or target.region"
+        "AWS has no such machine free there now: start the same command again later, or take another instance type or region"
     ),
     r"VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded|MaxSpotInstanceCountExceeded|LimitExceeded(Exception)?": (
         "the account's quota is too small: ask for more at https://console.aws.amazon.com/servicequotas (new accounts start with 0 GPUs), "
-        "or give another target.instance_type"
+        "or take another instance type"
     ),
     r"Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException|SlowDown|RequestThrottled": WAIT,
     r"OptInRequired|InvalidRegion|AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraintException": (
-        "this belongs to another region, or the region is not enabled: give the right one in target.region or AWS_REGION"
+        "this belongs to another region, or the region is not enabled: give the right one, in AWS_REGION say"
     ),
-    r"NoSuchBucket": "there is no foundation here: python -m launch up",
-    r"ServiceUnavailable(Exception)?|InternalError|InternalFailure|InternalServerError|500|503": "a fault at AWS: start the same command again later",
+    r"NoSuchBucket": "there is no foundation here, which has the bucket: python -m launch up",
+    r"ServiceUnavailable(Exception)?|ServiceException|InternalError|InternalFailure|InternalServerError|500|503": (
+        "a fault at AWS: start the same command again later"
+    ),
 }
+
+
+def bucket_name(project: str, account: str, region: str) -> str:
+    return f"{project}-{account}-{region}"
+
+
+def partition(region: str) -> str:
+    return "aws-cn" if region.startswith("cn-") else "aws-us-gov" if region.startswith("us-gov-") else "aws"
 
 
 class AwsError(UserError):
@@ -55,10 +66,11 @@ class AwsError(UserError):
 
 
 class Aws:
-    """An account and a region, through boto3."""
+    """A project's account and region, through boto3."""
 
-    def __init__(self, target: TargetConfig) -> None:
-        self._target = target
+    def __init__(self, project: str, region: str | None = None) -> None:
+        """region: None for the one that AWS's tools would take."""
+        self.project, self._given_region = project, region
         self._clients: dict[tuple[str, str], Any] = {}
 
     @cached_property
@@ -68,13 +80,9 @@ class Aws:
         except ImportError as error:
             raise UserError("boto3 is not installed, which talks to AWS: pip install 'packhorse[aws]'") from error
         try:
-            return boto3.session.Session(region_name=self._target.region)
+            return boto3.session.Session(region_name=self._given_region)
         except Exception as error:
             raise explained(error, "") from error
-
-    @property
-    def project(self) -> str:
-        return self._target.project
 
     @property
     def configured_region(self) -> str | None:
@@ -85,11 +93,15 @@ class Aws:
     @property
     def region(self) -> str:
         if self.configured_region is None:
-            raise UserError("no AWS region is set: give target.region=us-east-1, say, or set AWS_REGION")
+            raise UserError(NO_REGION)
         return self.configured_region
 
+    @property
+    def partition(self) -> str:
+        return partition(self.region)
+
     def has_credentials(self) -> bool:
-        """Whether there are any; whether AWS accepts them, only a call can tell."""
+        """Whether there are any; whether AWS accepts them, only a call can tell. Raises AwsError for a profile that is not there, say."""
         try:
             return self._session.get_credentials() is not None
         except Exception as error:
@@ -110,7 +122,7 @@ class Aws:
 
         key = (service, region or self.region)
         if key not in self._clients:
-            retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
+            retries = {"mode": "standard", "total_max_attempts": 1 if service in ONCE else ATTEMPTS}
             config = Config(retries=retries, connect_timeout=CONNECT_TIMEOUT, read_timeout=READ_TIMEOUT, max_pool_connections=32)
             try:
                 self._clients[key] = self._session.client(service, region_name=key[1], config=config)
@@ -176,8 +188,8 @@ def explained(error: Exception, action: str) -> Exception:
         exceptions.SSOError: f"the AWS session has expired ({error}): {CREDENTIALS}",
         exceptions.CredentialRetrievalError: f"no AWS credentials ({error}): {CREDENTIALS}",
         exceptions.TokenRetrievalError: f"the AWS session has expired ({error}): {CREDENTIALS}",
-        exceptions.NoRegionError: "no AWS region is set: give target.region=us-east-1, say, or set AWS_REGION",
-        exceptions.InvalidRegionError: f"{error}: give another target.region",
+        exceptions.NoRegionError: NO_REGION,
+        exceptions.InvalidRegionError: f"{error}: give another region",
         (
             exceptions.HTTPClientError,
             exceptions.ConnectionError,

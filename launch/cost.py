@@ -9,7 +9,7 @@ from datetime import datetime
 from launch import runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase, State, dollars
-from launch.spec import load_target, split_overrides
+from launch.spec import aws_of, split_overrides
 from trainer.console import log
 from trainer.errors import OK
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="as one JSON document")
     options = parser.parse_intermixed_args(arguments)
     targets, overrides = split_overrides(options.run)
-    aws = Aws(load_target(targets))
+    aws = aws_of(targets)
     only = runs.choose(aws, options.run).run if overrides or any(override.startswith("target=") for override in targets) else None
     tried = runs.attempts(aws, only)
     names = dict.fromkeys(attempt.run for attempt in tried)

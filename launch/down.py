@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from launch import foundation, runs, s3
 from launch.aws import Aws
 from launch.runs import NOT_FOUND
-from launch.spec import load_target, split_overrides
+from launch.spec import aws_of, split_overrides
 from launch.status import rented
 from launch.up import confirmed, describe, settled
 from trainer.console import log
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--every", type=float, default=5, metavar="SECONDS", help="how often to look whether things have ended (default 5)")
     options = parser.parse_intermixed_args(rest)
-    aws = Aws(load_target(targets))
+    aws = aws_of(targets)
     for row in rented(aws):
         log.info("ends      %s %s (%s)", row.kind, row.name, row.machines)
     for name in stacks(aws):

@@ -11,7 +11,7 @@ from pathlib import Path
 from launch import runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase
-from launch.spec import load_target, split_overrides
+from launch.spec import aws_of, split_overrides
 from trainer.console import log
 from trainer.errors import FAULT, OK, UserError
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", nargs="*", help="the run's id, or the overrides it was submitted with; none: the newest")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where to; default runs/RUN")
     options = parser.parse_intermixed_args(arguments)
-    aws = Aws(load_target(split_overrides(options.run)[0]))
+    aws = aws_of(split_overrides(options.run)[0])
     attempt = runs.choose(aws, options.run)
     if attempt.target == "notebook":
         raise UserError(f"{attempt.run}: a notebook leaves no model; name a run: python -m launch status")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from launch.spec import bucket_name, partition
+from launch.aws import bucket_name, partition
 
 TEMPLATE = Path(__file__).parent / "stacks" / "foundation.yaml"
 

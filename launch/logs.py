@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from launch import runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase, State
-from launch.spec import load_target, split_overrides
+from launch.spec import aws_of, split_overrides
 from trainer.console import log
 from trainer.errors import OK
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
     parser.add_argument("--every", type=float, default=10, metavar="SECONDS", help="with --follow: how often to look (default 10)")
     options = parser.parse_intermixed_args(arguments)
-    aws = Aws(load_target(split_overrides(options.run)[0]))
+    aws = aws_of(split_overrides(options.run)[0])
     attempt = runs.choose(aws, options.run)
     if options.follow:
         state = follow(aws, attempt, options.every)

@@ -101,7 +101,7 @@ def prepare(aws: Aws | None, target: TargetConfig, overrides: Sequence[str], dat
         overrides=tuple(overrides),
         run=run_id(target, config, name, overrides),
         account=aws.account if aws else NO_ACCOUNT,
-        region=aws.region if aws else target.region or Aws(target).configured_region or FALLBACK,
+        region=aws.region if aws else Aws(target.project, target.region).configured_region or FALLBACK,
         data=name,
         source=hashlib.sha256(tarball).hexdigest(),
         revision=revision(),
@@ -273,7 +273,7 @@ def show(what: dict[str, Any]) -> None:
 
 def connect(target: TargetConfig) -> tuple[Aws | None, str]:
     """AWS, or None and why it can't be asked."""
-    aws = Aws(target)
+    aws = Aws(target.project, target.region)
     try:
         if not aws.has_credentials() or not aws.account:
             return None, f"credentials: there are none, so account {NO_ACCOUNT} stands for yours; sign in with aws sso login or aws configure"
@@ -282,12 +282,18 @@ def connect(target: TargetConfig) -> tuple[Aws | None, str]:
     return aws, ""
 
 
+def job_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
+    """What `plan` and `submit` are both asked for."""
+    parser = argparse.ArgumentParser(prog=f"python -m launch {verb}", description=description)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the trainer's settings, as for python -m trainer")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of pictures to upload, as far as they differ from what is there")
+    parser.add_argument("--again", action="store_true", help="one more attempt, also where the run is complete")
+    return parser
+
+
 def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
-    parser = argparse.ArgumentParser(prog="python -m launch plan", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the trainer's settings, as for python -m trainer")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of pictures that submit would upload")
-    parser.add_argument("--again", action="store_true", help="one more attempt, also where the run is complete")
+    parser = job_parser("plan", __doc__)
     parser.add_argument("--json", action="store_true", help="the plan as one JSON document")
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import foundation
-from launch.aws import Aws
+from launch.aws import bucket_name, partition
 from launch.foundation import Statement
-from launch.spec import NO_ACCOUNT, bucket_name, load_target, partition, split_overrides
+from launch.spec import NO_ACCOUNT, aws_of, split_overrides
 from trainer.errors import OK
 
 SERVING = Path(__file__).parents[1] / "serving" / "stack.yaml"
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="the policy alone, as IAM takes it")
     parser.add_argument("--account", help="the account's id (default: that of the credentials, where there are any)")
     options = parser.parse_args(rest)
-    aws = Aws(load_target(targets))
+    aws = aws_of(targets)
     account = options.account or (aws.account if aws.configured_region and aws.has_credentials() else NO_ACCOUNT)
     found = permissions(options.part, aws.project, account, aws.configured_region or "us-east-1")
     if options.json:

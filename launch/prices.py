@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from launch.aws import Aws
-from launch.spec import load_target, split_overrides
 from trainer import files
 from trainer.console import log
 from trainer.errors import OK, UserError
@@ -83,12 +82,14 @@ def _ask(aws: Aws, instance_type: str) -> float | None:
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m launch prices [--refresh]`."""
+    from launch.spec import aws_of, split_overrides  # Hydra: the table is read without it, by serving/deploy too
+
     targets, rest = split_overrides(arguments)
     parser = argparse.ArgumentParser(prog="python -m launch prices", description="Dollars an hour, as Packhorse reckons them.")
     parser.add_argument("--refresh", action="store_true", help="ask AWS's Price List API, and write launch/prices.json")
     options = parser.parse_intermixed_args(rest)
     if options.refresh:
-        refresh(Aws(load_target(targets)))
+        refresh(aws_of(targets))
     log.info("%s, %s\nspot: %.0f %% of it, %s", table()["date"], table()["source"], 100 * table()["spot_share"], table()["spot_source"])
     for region, hours in table()["regions"].items():
         for name, hour in hours.items():

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.aws import Aws, bucket_name, partition
 from trainer import config as settings
 from trainer import space
 from trainer.config import Config, setting
@@ -124,14 +125,6 @@ class Spec:
         return f"arn:{partition(self.region)}:iam::{self.account}:role/{self.project}-{part}"
 
 
-def bucket_name(project: str, account: str, region: str) -> str:
-    return f"{project}-{account}-{region}"
-
-
-def partition(region: str) -> str:
-    return "aws-cn" if region.startswith("cn-") else "aws-us-gov" if region.startswith("us-gov-") else "aws"
-
-
 def job_data_root(target: TargetConfig, data: str) -> str:
     return f"/opt/dlami/nvme/data/{data}" if isinstance(target, Ec2Target) else "/opt/ml/input/data/training"
 
@@ -172,6 +165,12 @@ def load_target(overrides: Sequence[str]) -> TargetConfig:
             "allowed: target.wait_hours >= target.hours"
         )
     return target
+
+
+def aws_of(overrides: Sequence[str]) -> Aws:
+    """The account and region that overrides of the target name. Raises UserError."""
+    target = load_target(overrides)
+    return Aws(target.project, target.region)
 
 
 def load_config(target: TargetConfig, overrides: Sequence[str], data: Path | None = None) -> tuple[Config, str | None]:

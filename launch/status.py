@@ -10,7 +10,7 @@ from launch import runs
 from launch.aws import Aws
 from launch.prices import price
 from launch.runs import Attempt, Phase, State, dollars
-from launch.spec import load_target, split_overrides
+from launch.spec import aws_of, split_overrides
 from trainer.console import log
 from trainer.errors import OK
 
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch status", description=__doc__)
     parser.add_argument("--json", action="store_true", help="as one JSON document")
     options = parser.parse_intermixed_args(rest)
-    aws = Aws(load_target(targets))
+    aws = aws_of(targets)
     found = [(attempt, runs.observe(aws, attempt)) for attempt in runs.attempts(aws)]
     newest = {attempt.run: (attempt, state) for attempt, state in found}
     now = list(rented(aws))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from launch import runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase, attempt_key
-from launch.spec import load_target, split_overrides
+from launch.spec import aws_of, split_overrides
 from trainer.console import log
 from trainer.errors import OK
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", nargs="*", help="the run's id, or the overrides it was submitted with; none: the newest")
     parser.add_argument("--now", action="store_true", help="on EC2: terminate the machine without waiting for a checkpoint")
     options = parser.parse_intermixed_args(arguments)
-    aws = Aws(load_target(split_overrides(options.run)[0]))
+    aws = aws_of(split_overrides(options.run)[0])
     attempt = runs.choose(aws, options.run)
     stop(aws, attempt, options.now)
     log.info("next:\n  python -m launch status")

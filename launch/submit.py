@@ -1,6 +1,5 @@
 """`python -m launch submit`: carries out a plan. Every step finds what an earlier, killed submit has done already, so the same command goes on."""
 
-import argparse
 import dataclasses
 import re
 import time
@@ -11,7 +10,7 @@ from typing import Any
 from launch import runs, s3
 from launch.aws import Aws, AwsError
 from launch.logs import follow
-from launch.plan import Plan, missing, prepare
+from launch.plan import Plan, job_parser, missing, prepare
 from launch.request import Request
 from launch.runs import Attempt, Phase
 from launch.spec import TargetConfig, load_target, split_overrides
@@ -116,15 +115,12 @@ def wait(aws: Aws, attempt: Attempt, target: TargetConfig, overrides: Sequence[s
 
 def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
-    parser = argparse.ArgumentParser(prog="python -m launch submit", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the trainer's settings, as for python -m trainer")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="upload this folder of pictures first, as far as it differs")
-    parser.add_argument("--again", action="store_true", help="one more attempt, also where the run is complete")
+    parser = job_parser("submit", __doc__)
     parser.add_argument("--wait", action="store_true", help="follow the log to the end, and ask again for a spot machine that AWS took back")
     parser.add_argument("--every", type=float, default=10, metavar="SECONDS", help="with --wait: how often AWS is asked (default 10)")
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)
-    aws = Aws(target)
+    aws = Aws(target.project, target.region)
     attempt = submit(aws, target, options.overrides, options.data, options.again)
     log.info("console   %s", console(aws, attempt))
     where = "".join(f" {override}" for override in targets if not override.startswith("target="))

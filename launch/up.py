@@ -11,7 +11,7 @@ from typing import Any
 from launch import foundation
 from launch.aws import Aws, AwsError
 from launch.logs import NOTEBOOK_GROUP, TRAINING_GROUP
-from launch.spec import load_target, split_overrides
+from launch.spec import aws_of, split_overrides
 from trainer.console import log
 from trainer.errors import FAULT, OK, UserError
 
@@ -150,4 +150,4 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(rest)
     if any("=" not in each for each in options.parameters):
         parser.error("parameters are NAME=VALUE")
-    return up(Aws(load_target(targets)), dict(each.split("=", 1) for each in options.parameters), options.yes, options.every)
+    return up(aws_of(targets), dict(each.split("=", 1) for each in options.parameters), options.yes, options.every)

@@ -15,12 +15,11 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from launch.prices import FALLBACK, price
+from serving.deploy.prices import HOURS
 from trainer.errors import OK, UserError
 
-# US dollars an hour in us-east-1 on demand, as third-party tables had it in November 2026: estimates.
-PRICES = {"ml.m5.large": 0.115, "ml.m5.2xlarge": 0.461, "ml.g4dn.xlarge": 0.7364}
 HEADROOM = 0.7  # of what an instance can do: autoscaling reacts after minutes
-HOURS = 730  # a month
 PROVISIONED = 3  # the fewest warm Lambda environments, as in stack.yaml
 
 
@@ -59,8 +58,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each of them (default %(default)s)")
     parser.add_argument("--rate", type=float, default=50.0, help="requests a minute to plan for, at the busiest time (default %(default)s)")
     parser.add_argument("--limit", type=float, default=1.0, help="seconds that 95 %% of the answers may take (default %(default)s)")
-    parser.add_argument("--instance", choices=PRICES, default="ml.m5.large", help="what this machine stands for (default %(default)s)")
+    parser.add_argument("--instance", metavar="TYPE", default="ml.m5.large", help="what this machine stands for (default %(default)s)")
     options = parser.parse_args(arguments)
+    rented = price(options.instance, FALLBACK)
+    if rented.on_demand is None:
+        raise UserError(f"--instance {options.instance}: its price is not known; python -m launch prices lists those that are")
     picture = options.picture.read_bytes() if options.picture else example()
     loads = []
     print(f"{len(picture):,} bytes a picture\n\nclients  answers/s  p50 ms  p95 ms  p99 ms  failed")
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         p50, p95, p99 = (1000 * load.quantile(share) for share in (0.5, 0.95, 0.99))
         print(f"{clients:7}  {load.rate:9.1f}  {p50:6.1f}  {p95:6.1f}  {p99:6.1f}  {load.failed:6}", flush=True)
         loads.append(load)
-    found = advise(loads, options.rate, options.limit, PRICES[options.instance])
+    found = advise(loads, options.rate, options.limit, rented.on_demand)
     if found is None:
         print(f"\nNo load had 95 % of its answers within {options.limit:g} s: take a faster instance, int8 (package.int8=true) or a smaller network.")
         return OK
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
         f"  autoscaling target   {found.target} invocations a minute and instance ({HEADROOM:.0%} of what it can do)\n"
         f"  instances            {found.instances} at the busiest time\n"
         f"  Lambda concurrency   {found.concurrency} at the busiest time; provisioned {max(PROVISIONED, found.concurrency)} leaves no cold start\n"
-        f"  instances' price     ${found.month:,.0f} a month (${PRICES[options.instance]} an hour, us-east-1, an estimate of 2026-11)"
+        f"  instances' price     ${found.month:,.0f} a month (${rented.on_demand} an hour, {rented.basis})"
     )
     return OK
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests import reference
 from tests.conftest import PROJECT, make_pictures, run_trainer
-from tests.launch.conftest import Cloud, running
+from tests.launch.conftest import Cloud, founded
 from tests.packages import make_contents, make_network
 from trainer import space
 from trainer.errors import MISTAKE, OK
@@ -88,10 +88,7 @@ def test_a_training_command_trains(place, tmp_path, configure, command):
 
 @pytest.fixture(scope="module")
 def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with running(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        cloud.reset()
-        code, said = cloud.launch("up", "--yes", "--every", "0.05")
-        assert code == OK, said
+    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
         yield cloud
 
 

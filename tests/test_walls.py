@@ -47,8 +47,14 @@ optimizer.state_dict()
 
 def test_serving_needs_neither_torch_nor_hydra():
     loaded = loaded_by(import_all("serving"))
-    assert loaded.isdisjoint({"torch", "torchvision", "hydra", "omegaconf", "launch", "boto3"})
+    assert loaded.isdisjoint({"torch", "torchvision", "hydra", "omegaconf", "boto3"})
     assert "PIL" in loaded
+
+
+def test_what_answers_requests_knows_nothing_of_deploying():
+    """Only what runs on the user's machine (deploy/, and bench with its prices) takes `launch`'s seam to AWS."""
+    doors = [path.stem for path in sorted((PROJECT / "serving").glob("*.py")) if path.stem not in ("__init__", "__main__", "bench")]
+    assert "launch" not in loaded_by("import serving.__main__, " + ", ".join(f"serving.{door}" for door in doors))
 
 
 def test_launch_never_imports_torch():

@@ -11,8 +11,7 @@ from pathlib import Path
 from launch.audit import identities, money, resources, show  # noqa: F401 (identities, money and resources register their rules)
 from launch.audit.account import needed_policy, read
 from launch.audit.finding import Severity, judge
-from launch.aws import Aws
-from launch.spec import load_target, split_overrides
+from launch.spec import aws_of, split_overrides
 from trainer import files
 from trainer.console import log
 from trainer.errors import OK, UserError
@@ -41,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if others:
         raise UserError(f"audit {others[0]}: a job's settings have no meaning here; allowed: target.region=REGION and the options that --help lists")
     identities.load_rule_sets()
-    account = read(Aws(load_target(ours)), options.idle_days, options.all)
+    account = read(aws_of(ours), options.idle_days, options.all)
     findings = judge(account)
     if options.json:
         print(json.dumps(show.as_json(account, findings), indent=2))

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from launch.aws import Aws, AwsError
-from launch.spec import partition
+from launch.aws import Aws, AwsError, partition
 
 Description = dict[str, Any]  # what a Describe... call of botocore answers
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 
 from launch import __main__ as command_line
 from tests.conftest import PROJECT
+from trainer.errors import OK
 
 REGION = "us-east-1"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true"}
@@ -104,16 +105,25 @@ class Cloud:
 
 
 @contextlib.contextmanager
-def running(record: Path) -> Iterator[Cloud]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.launch.aws", str(record)], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+def running(record: Path, program: Sequence[str] = ("-m", "tests.launch.aws")) -> Iterator[Cloud]:
+    """AWS as a process. program: another one's that is AWS, as Python's arguments."""
+    process = subprocess.Popen([sys.executable, *program, str(record)], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
         yield Cloud(process.stdout.readline().strip(), record)
     finally:
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def founded(record: Path) -> Iterator[Cloud]:
+    """An account with the foundation."""
+    with running(record) as cloud:
+        cloud.reset()
+        code, printed = cloud.launch("up", "--yes", "--every", "0.05")
+        assert code == OK, printed
+        yield cloud
 
 
 @pytest.fixture(scope="session")

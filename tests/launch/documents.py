@@ -23,9 +23,9 @@ from launch.audit import FOUND
 from launch.audit.finding import RULES
 from launch.policy import PARTS
 from tests.conftest import PROJECT, make_pictures
-from tests.launch.conftest import Cloud
+from tests.launch.conftest import Cloud, running
 from tests.launch.permissions import ACCOUNT, BUCKET, REGION, Ask, asks_of, audit_asks, grants, service_side, unique
-from tests.launch.whole import running
+from tests.launch.whole import WHOLE
 from trainer.errors import OK
 
 DOCS = PROJECT / "docs"
@@ -222,7 +222,7 @@ def main() -> None:
 
     path = DOCS / "instances.md"
     path.write_text(re.sub(r"```\n[a-z0-9_/]+, freeze=.*?```\n", lambda match: f"```\n{instances_output()}```\n", path.read_text(), flags=re.DOTALL))
-    with tempfile.TemporaryDirectory() as home, running(Path(home) / "calls.jsonl") as cloud, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as home, running(Path(home) / "calls.jsonl", WHOLE) as cloud, pytest.MonkeyPatch.context() as patch:
         for name, value in cloud.environment().items():
             patch.setenv(name, value)
         recorded = record(cloud, Path(home), patch)

@@ -20,8 +20,9 @@ from launch.audit import FOUND
 from launch.audit.account import CALLS, needed_policy
 from launch.audit.finding import RULES
 from tests.conftest import PROJECT
+from tests.launch.conftest import running
 from tests.launch.documents import finish_bucket, rewrite_role_policies
-from tests.launch.whole import running
+from tests.launch.whole import WHOLE
 from tests.packages import make_contents, make_network
 from trainer.errors import MISTAKE, OK
 from trainer.package import build
@@ -335,7 +336,7 @@ def test_what_may_not_be_seen_is_said_and_fails(aws, cloud, capsys, monkeypatch)
 
 def test_what_up_and_deploy_make_has_nothing_above_low(aws, capsys, monkeypatch, tmp_path):
     build(make_network(), make_contents(tmp_path / "pictures"), tmp_path / "model.tar.gz")
-    with running(tmp_path / "calls.jsonl") as cloud:
+    with running(tmp_path / "calls.jsonl", WHOLE) as cloud:
         monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
         image = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/dogs/serving:1"
         for command in (

@@ -10,6 +10,7 @@ import pytest
 from launch.policy import PARTS
 from tests.conftest import PROJECT
 from tests.launch import documents
+from tests.launch.conftest import running
 from tests.launch.permissions import (
     ACCOUNT,
     BUCKET,
@@ -25,7 +26,7 @@ from tests.launch.permissions import (
     unique,
     without,
 )
-from tests.launch.whole import running
+from tests.launch.whole import WHOLE
 from trainer.errors import OK
 
 
@@ -40,7 +41,7 @@ def evaluator() -> Evaluator:
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ask]]:
     """What each part asks of AWS: recorded from the running commands, and the services' by hand."""
-    with running(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud, pytest.MonkeyPatch.context() as patch:
+    with running(tmp_path_factory.mktemp("aws") / "calls.jsonl", WHOLE) as cloud, pytest.MonkeyPatch.context() as patch:
         for name, value in cloud.environment().items():
             patch.setenv(name, value)
         recorded = documents.record(cloud, tmp_path_factory.mktemp("home"), patch)
@@ -210,7 +211,7 @@ def test_the_list_by_hand_has_each_aws_command_of_the_machines_script():
 
 def test_what_iam_gets_is_what_is_proven(tmp_path, evaluator):
     """The template as CloudFormation carries it out (moto's), against the policies that are read from it here."""
-    with running(tmp_path / "calls.jsonl") as cloud:
+    with running(tmp_path / "calls.jsonl", WHOLE) as cloud:
         assert cloud.launch("up", "--yes", "--every", "0.05")[0] == OK
         iam = cloud.client("iam")
         for part in ("training", "ec2", "notebook"):

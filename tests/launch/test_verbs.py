@@ -14,7 +14,7 @@ from botocore.serialize import create_serializer
 
 from launch.spec import KINDS
 from tests.conftest import make_pictures, wait_for
-from tests.launch.conftest import REGION, Cloud, running
+from tests.launch.conftest import REGION, Cloud, founded
 from tests.packages import make_contents, make_network
 from trainer.errors import MISTAKE, OK
 from trainer.package import build
@@ -27,10 +27,7 @@ MORE = {"tuner": ["sweep=head"]}
 @pytest.fixture(scope="module")
 def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     """An account with the foundation, which the tests of this module share: each has its own runs."""
-    with running(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        cloud.reset()
-        code, printed = cloud.launch("up", "--yes", "--every", "0.05")
-        assert code == OK, printed
+    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
         yield cloud
 
 

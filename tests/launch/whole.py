@@ -3,28 +3,10 @@
 python -c "from tests.launch.whole import main; main()" RECORD
 """
 
-import contextlib
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from tests.conftest import PROJECT
-from tests.launch.conftest import Cloud
-
-
-@contextlib.contextmanager
-def running(record: Path) -> Iterator[Cloud]:
-    command = [sys.executable, "-c", "from tests.launch.whole import main; main()", str(record)]
-    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        yield Cloud(process.stdout.readline().strip(), record)
-    finally:
-        process.kill()
-        process.wait()
+WHOLE = ("-c", "from tests.launch.whole import main; main()")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoReque
 from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig, Model
 from werkzeug.serving import make_server
 
-from serving.release import references
+from serving.deploy.release import references
 from tests.launch.aws import ACCOUNT, Refused, Strict, _answer
 
 WARM: dict[str, int] = {}  # provisioned concurrency, by function

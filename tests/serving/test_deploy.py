@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from serving import bundle
-from serving.release import Place, Remote, build, idle_price, template
+from serving.deploy import bundle
+from serving.deploy.release import Place, Remote, build, idle_price, template
 from tests.conftest import PROJECT
-from tests.launch.conftest import Cloud
+from tests.launch.conftest import running
 from tests.serving.runtime import Endpoint, Function, Neighbour, Quiet, unpack
 from trainer.errors import UserError
 
@@ -29,13 +29,8 @@ PLACE = Place(NAME, "packhorse", BUCKET, "123456789012")
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     record = tmp_path_factory.mktemp("aws") / "calls.jsonl"
-    command = [sys.executable, "-c", "from tests.serving.aws import main; main()", str(record)]
-    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        yield Cloud(process.stdout.readline().strip(), record)
-    finally:
-        process.kill()
-        process.wait()
+    with running(record, ("-c", "from tests.serving.aws import main; main()")) as cloud:
+        yield cloud
 
 
 @pytest.fixture
@@ -354,7 +349,7 @@ def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest
     monkeypatch.setattr(bundle, "libraries", lambda: {"numpy/__init__.py": b""})  # pip's index is not for tests
     release = build(PLACE, package, {"Door": "lambda"}, {})
     assert release.parameters["Memory"] == "2048" and release.parameters["ProvisionedConcurrency"] == "0"
-    assert idle_price(release.parameters) == []
+    assert idle_price(release.parameters, "us-east-1") == []
     assert [upload.what for upload in release.uploads] == ["the function with the model"]
     with pytest.raises(UserError, match="which model"):
         build(PLACE, None, {"Door": "endpoint", "Image": IMAGE}, release.parameters)
@@ -365,7 +360,7 @@ def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest
 
 def test_what_an_idle_month_costs():
     defaults = {name: str(body.get("Default", "")) for name, body in template()["Parameters"].items()}
-    items = idle_price(defaults)
+    items = idle_price(defaults, "us-east-1")
     np.testing.assert_allclose([item.month for item in items], [0.115 * 730, 3 * 0.25 * 730 * 3600 * 0.0000041667, 0.4])
-    unknown = idle_price(defaults | {"InstanceType": "ml.z9.large"})
+    unknown = idle_price(defaults | {"InstanceType": "ml.z9.large"}, "us-east-1")
     assert unknown[0].month is None

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from serving import bundle
+from serving.deploy import bundle
 from tests.conftest import PROJECT
 from tests.serving.runtime import PUBLIC, Endpoint, Function, Web, unpack
 

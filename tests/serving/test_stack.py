@@ -11,7 +11,7 @@ from cloudsplaining.scan.policy_document import PolicyDocument
 from parliament import analyze_policy_string
 
 from serving import lambda_function
-from serving.release import NO_ACCOUNT, TEMPLATE, references, resources, template
+from serving.deploy.release import NO_ACCOUNT, TEMPLATE, references, resources, template
 
 NAME = "packhorse-serving"
 ARN = {

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving import operate, prices
-from serving import stack as stacks
-from serving.aws import Aws
-from serving.release import NAME, TEMPLATE, Place, Release, Remote, Upload, build, idle_price, resources
+from launch.aws import Aws, explained
+from launch.prices import FALLBACK, table
+from serving.deploy import operate, prices
+from serving.deploy import stack as stacks
+from serving.deploy.release import NAME, TEMPLATE, Place, Release, Remote, Upload, build, idle_price, resources
 from trainer.errors import OK, RESUME, UserError
 
 
@@ -64,14 +65,14 @@ class Plan:
 
 
 def plan(options: argparse.Namespace) -> int:
-    aws = Aws(options.region)
+    aws = Aws(options.project, options.region)
     _discard(aws, _prepare(aws, options))  # the change set was made only to be shown
     return OK
 
 
 def deploy(options: argparse.Namespace) -> int:
-    aws = Aws(options.region)
-    if not aws.configured():
+    aws = Aws(options.project, options.region)
+    if not (aws.configured_region and aws.has_credentials()):
         raise UserError("no AWS credentials or no region: aws configure, or aws sso login, and --region; `plan` works without")
     prepared = _prepare(aws, options)
     release, name = prepared.release, prepared.release.place.name
@@ -91,11 +92,11 @@ def deploy(options: argparse.Namespace) -> int:
     before: Set[str] = set()
     if prepared.change_set:
         before = {event["EventId"] for event in stacks.events(aws, name)}
-        aws.call("cloudformation", "execute_change_set", ChangeSetName=prepared.change_set)
+        aws.call("cloudformation", "ExecuteChangeSet", ChangeSetName=prepared.change_set)
         stack = stacks.follow(aws, name, before)
     else:
         # Rolled back and left there, it would be in the way of the next try.
-        arn = aws.call("cloudformation", "create_stack", **release.stack(), OnFailure="DELETE")["StackId"]
+        arn = aws.call("cloudformation", "CreateStack", **release.stack(), OnFailure="DELETE")["StackId"]
         stack = stacks.follow(aws, arn, before)
     if stack["StackStatus"] not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
         left = "what was deployed before stays in service" if prepared.exists else "nothing of it is left but the uploads"
@@ -111,7 +112,7 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> Plan:
     given = _given(options)
     if "InstanceType" in given:
         _check_instance(given["InstanceType"])
-    online = aws.configured()
+    online = aws.configured_region is not None and aws.has_credentials()
     stack = stacks.find(aws, options.name) if online else None
     if stack and (stack["StackStatus"] in stacks.STUCK or stack["StackStatus"].endswith("IN_PROGRESS")):
         remedy = "python -m serving destroy, then deploy again" if stack["StackStatus"] in stacks.STUCK else "wait until it is done"
@@ -140,13 +141,13 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> Plan:
         change_set, changes = None, [f"add      {kind:44}{name}" for name, kind in resources(release.parameters).items()]
     for change in changes or ["none"]:
         print(f"  {change}")
-    _print_price(release.parameters)
+    _print_price(release)
     return Plan(release, stack is not None, change_set)
 
 
 def _discard(aws: Aws, prepared: Plan) -> None:
     if prepared.change_set:
-        aws.call("cloudformation", "delete_change_set", ChangeSetName=prepared.change_set)
+        aws.call("cloudformation", "DeleteChangeSet", ChangeSetName=prepared.change_set)
 
 
 def _given(options: argparse.Namespace) -> dict[str, str]:
@@ -168,7 +169,8 @@ def _check_instance(kind: str) -> None:
         return
     allowed = get_session().get_service_model("sagemaker").shape_for("ProductionVariantInstanceType").metadata["enum"]
     if kind not in allowed:
-        raise UserError(f"--set InstanceType={kind}: endpoints don't run on it; try one of {', '.join(prices.INSTANCES)}")
+        priced = [name for name in table()["regions"][FALLBACK] if name in allowed]
+        raise UserError(f"--set InstanceType={kind}: endpoints don't run on it; try one of {', '.join(priced)}")
 
 
 def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
@@ -178,7 +180,7 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
         bucket, _, key = package.removeprefix("s3://").partition("/")
         if aws is None:
             return Remote(package, "unknown")
-        head = aws.find("s3", "head_object", "404|NoSuch", Bucket=bucket, Key=key)
+        head = aws.find("s3", "HeadObject", "404|NoSuch", Bucket=bucket, Key=key)
         if head is None:
             raise UserError(f"{package}: there is no such object; look with: aws s3 ls s3://{bucket}/")
         return Remote(package, head["ETag"].strip('"'))
@@ -196,7 +198,7 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
 
 
 def _place(aws: Aws, options: argparse.Namespace, deployed: Mapping[str, str]) -> Place:
-    bucket = options.bucket or deployed.get("Bucket") or f"{options.project}-{aws.account}-{aws.region}"
+    bucket = options.bucket or deployed.get("Bucket") or aws.bucket
     return Place(options.name, options.project, bucket, aws.account, aws.region, aws.partition)
 
 
@@ -217,14 +219,15 @@ def _check_scaling(deployed: Mapping[str, str], wanted: Mapping[str, str]) -> No
         )
 
 
-def _print_price(parameters: Mapping[str, str]) -> None:
-    print(f"price of a month at idle (an estimate; prices of {prices.AS_OF}):")
-    items = idle_price(parameters)
+def _print_price(release: Release) -> None:
+    parameters, region = release.parameters, release.place.region
+    print(f"price of a month at idle (an estimate of {table()['date']}; {table()['source']}):")
+    items = idle_price(parameters, region)
     for item in items:
         print(f"  {prices.dollars(item.month):>12}  {item.what}")
     print(f"  {_total(items):>12}  together")
     if "ScalingPolicy" in resources(parameters):
-        most = idle_price(parameters, int(parameters["MaxInstances"]))
+        most = idle_price(parameters, region, int(parameters["MaxInstances"]))
         print(f"  {_total(most):>12}  with all {parameters['MaxInstances']} instances at work")
 
 
@@ -234,11 +237,14 @@ def _total(items: Sequence[prices.Item]) -> str:
 
 
 def _upload(aws: Aws, bucket: str, upload: Upload) -> None:
-    if aws.find("s3", "head_object", "404|NoSuchKey", Bucket=bucket, Key=upload.key):
+    if aws.find("s3", "HeadObject", "404|NoSuchKey", Bucket=bucket, Key=upload.key):
         return
     print(f"uploading {upload.what}: {upload.size:,} bytes")
     with upload.content.open("rb") if isinstance(upload.content, Path) else io.BytesIO(upload.content) as file:
-        aws.call("s3", "upload_fileobj", Fileobj=file, Bucket=bucket, Key=upload.key)
+        try:
+            aws.client("s3").upload_fileobj(file, bucket, upload.key)
+        except Exception as error:
+            raise explained(error, f"s3:PutObject {upload.key}") from error
 
 
 def _confirmed(options: argparse.Namespace, question: str) -> bool:
@@ -254,12 +260,12 @@ def _confirmed(options: argparse.Namespace, question: str) -> bool:
 
 def destroy(options: argparse.Namespace) -> int:
     """The stack holds all but the uploads: endpoint, configuration, model, scaling, alarms, function with its versions, log groups, roles."""
-    aws = Aws(options.region)
+    aws = Aws(options.project, options.region)
     stack = stacks.find(aws, options.name)
     place = _place(aws, options, stacks.parameters(stack) if stack else {})
     print(f"stack {place.name} in account {place.account}, {place.region}: {stack['StackStatus'] if stack else 'none'}")
     if stack:
-        for resource in aws.pages("cloudformation", "list_stack_resources", "StackResourceSummaries", StackName=place.name):
+        for resource in aws.pages("cloudformation", "ListStackResources", "StackResourceSummaries", StackName=place.name):
             print(f"  remove {resource['ResourceType']:44}{resource.get('PhysicalResourceId', '')}")
     print(f"  remove all below s3://{place.bucket}/{place.folder}")
     if not _confirmed(options, "remove all of this?"):
@@ -267,7 +273,7 @@ def destroy(options: argparse.Namespace) -> int:
         return OK
     if stack:
         before = {event["EventId"] for event in stacks.events(aws, stack["StackId"])}
-        aws.call("cloudformation", "delete_stack", StackName=place.name)
+        aws.call("cloudformation", "DeleteStack", StackName=place.name)
         gone = stacks.follow(aws, stack["StackId"], before)
         if gone["StackStatus"] != "DELETE_COMPLETE":
             raise UserError(
@@ -283,11 +289,10 @@ def _delete_objects(aws: Aws, bucket: str, prefix: str) -> int:
     objects: list[dict[str, str]] = []
     for key in ("Versions", "DeleteMarkers"):
         objects += [
-            {"Key": item["Key"], "VersionId": item["VersionId"]}
-            for item in aws.pages("s3", "list_object_versions", key, Bucket=bucket, Prefix=prefix)
+            {"Key": item["Key"], "VersionId": item["VersionId"]} for item in aws.pages("s3", "ListObjectVersions", key, Bucket=bucket, Prefix=prefix)
         ]
     for start in range(0, len(objects), 1000):  # as many as one call takes
-        answer = aws.call("s3", "delete_objects", Bucket=bucket, Delete={"Objects": objects[start : start + 1000], "Quiet": True})
+        answer = aws.call("s3", "DeleteObjects", Bucket=bucket, Delete={"Objects": objects[start : start + 1000], "Quiet": True})
         if answer.get("Errors"):
             raise UserError(f"s3://{bucket}/{answer['Errors'][0]['Key']}: {answer['Errors'][0]['Message']}; delete it by hand, or start again")
     return len(objects)

@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serving import prices
-from serving import stack as stacks
-from serving.aws import Aws
-from serving.release import idle_price
+from launch.aws import Aws
+from launch.prices import table
+from serving.deploy import prices
+from serving.deploy import stack as stacks
+from serving.deploy.release import idle_price
 from trainer.errors import FAULT, OK, UserError
 
 FOLLOW = 2.0  # seconds between two looks at the logs
@@ -23,7 +24,7 @@ MAX_CALL = 6_291_456  # bytes of a call to Lambda or to an endpoint
 
 
 def status(options: argparse.Namespace) -> int:
-    aws = Aws(options.region)
+    aws = Aws(options.project, options.region)
     stack = stacks.deployed(aws, options.name)
     parameters = stacks.parameters(stack)
     print(f"stack {options.name} in account {aws.account}, {aws.region}: {stack['StackStatus']}, since {_day(stack['CreationTime'])}")
@@ -31,19 +32,19 @@ def status(options: argparse.Namespace) -> int:
     if parameters["Door"] == "endpoint":
         instances = _endpoint_status(aws, options.name, parameters)
     _function_status(aws, options.name, parameters)
-    items = idle_price(parameters, instances)
+    items = idle_price(parameters, aws.region, instances)
     days = (datetime.now(UTC) - stack["CreationTime"]).total_seconds() / 86400
     month = sum(item.month or 0 for item in items)
     unknown = ", without what has no known price" if any(item.month is None for item in items) else ""
     day = month / prices.HOURS * 24
     print(f"cost         {prices.dollars(day)} a day as it stands, about {prices.dollars(day * days)} in {days:.1f} days so far")
-    print(f"             (an estimate; prices of {prices.AS_OF}; requests are extra{unknown})")
+    print(f"             (an estimate of {table()['date']}; requests are extra{unknown})")
     return OK
 
 
 def _endpoint_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> int:
     """How many instances there are."""
-    endpoint = aws.find("sagemaker", "describe_endpoint", "Could not find|not exist", EndpointName=name)
+    endpoint = aws.find("sagemaker", "DescribeEndpoint", "Could not find|not exist", EndpointName=name)
     if endpoint is None:
         print("endpoint     none")
         return 0
@@ -53,17 +54,17 @@ def _endpoint_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> int:
     why = f": {endpoint['FailureReason']}" if endpoint.get("FailureReason") else ""
     print(f"endpoint     {endpoint['EndpointStatus']}{why}, changed {_day(endpoint['LastModifiedTime'])}, model {parameters['ModelUrl']}")
     print(f"instances    {instances} of {parameters['InstanceType']}, {desired} wanted, {parameters['MinInstances']} to {parameters['MaxInstances']}")
-    alarms = aws.call("cloudwatch", "describe_alarms", AlarmNamePrefix=f"{name}-")["MetricAlarms"]
+    alarms = aws.call("cloudwatch", "DescribeAlarms", AlarmNamePrefix=f"{name}-")["MetricAlarms"]
     for alarm in alarms:
         print(f"alarm        {alarm['AlarmName']}: {alarm['StateValue']}")
     return instances
 
 
 def _function_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> None:
-    alias = aws.find("lambda", "get_alias", "NotFound", FunctionName=name, Name="live")
+    alias = aws.find("lambda", "GetAlias", "NotFound", FunctionName=name, Name="live")
     shown = f"version {alias['FunctionVersion']}" if alias else "none"
     if alias and parameters["ProvisionedConcurrency"] != "0":
-        warm = aws.find("lambda", "get_provisioned_concurrency_config", "NotFound", FunctionName=name, Qualifier="live") or {}
+        warm = aws.find("lambda", "GetProvisionedConcurrencyConfig", "NotFound", FunctionName=name, Qualifier="live") or {}
         shown += f", {warm.get('AvailableProvisionedConcurrentExecutions', 0)} of {parameters['ProvisionedConcurrency']} environments warm"
     print(f"function     {shown}")
 
@@ -73,7 +74,7 @@ def _day(moment: datetime) -> str:
 
 
 def invoke(options: argparse.Namespace) -> int:
-    aws = Aws(options.region)
+    aws = Aws(options.project, options.region)
     source: str = options.source
     is_url = re.match(r"https?://", source) is not None
     picture = b"" if is_url else _read(source)
@@ -88,7 +89,7 @@ def invoke(options: argparse.Namespace) -> int:
         raise UserError(f"{source}: {len(body):,} bytes as JSON, and a call takes {MAX_CALL:,}; give a smaller picture, or its URL")
     if options.endpoint:
         return _invoke_endpoint(aws, options.name, {"Body": body, "ContentType": "application/json", "Accept": "application/json"})
-    response = aws.call("lambda", "invoke", FunctionName=options.name, Qualifier="live", Payload=body)
+    response = aws.call("lambda", "Invoke", FunctionName=options.name, Qualifier="live", Payload=body)
     answer = json.loads(response["Payload"].read())
     if "FunctionError" in response:
         print(f"the function failed: {answer.get('errorMessage', answer)}; python -m serving logs has more", file=sys.stderr)
@@ -107,13 +108,13 @@ def _read(source: str) -> bytes:
 
 
 def _invoke_endpoint(aws: Aws, name: str, request: dict[str, Any]) -> int:
-    response = aws.call("sagemaker-runtime", "invoke_endpoint", EndpointName=name, **request)
+    response = aws.call("sagemaker-runtime", "InvokeEndpoint", EndpointName=name, **request)
     print(response["Body"].read().decode())
     return OK
 
 
 def logs(options: argparse.Namespace) -> int:
-    aws = Aws(options.region)
+    aws = Aws(options.project, options.region)
     stack = stacks.deployed(aws, options.name)
     groups = {"function": f"/aws/lambda/{options.name}"}
     if stacks.parameters(stack)["Door"] == "endpoint":
@@ -135,4 +136,4 @@ def logs(options: argparse.Namespace) -> int:
 
 
 def _log_events(aws: Aws, group: str, since: int) -> Iterator[dict[str, Any]]:
-    return aws.pages("logs", "filter_log_events", "events", logGroupName=group, startTime=since)
+    return aws.pages("logs", "FilterLogEvents", "events", logGroupName=group, startTime=since)

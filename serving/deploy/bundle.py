@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from serving.package import MANIFEST
 from trainer.errors import UserError
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 PROXY = {"lambda_function.py": "serving/lambda_function.py", "fetch.py": "serving/fetch.py"}
 DIRECT = (
     *(f"serving/{name}.py" for name in ("__init__", "batching", "fetch", "handler", "lambda_direct", "lambda_function", "package", "s3")),

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
-from serving.aws import Aws
-from serving.release import Release
+from launch.aws import Aws
+from serving.deploy.release import Release
 from trainer.errors import UserError
 
 POLL = 5.0  # seconds between two looks at a stack that changes
@@ -17,7 +17,7 @@ STUCK = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED
 
 def find(aws: Aws, name: str) -> dict[str, Any] | None:
     """By its name, or, also when it is deleted, by its ARN."""
-    found = aws.find("cloudformation", "describe_stacks", ABSENT, StackName=name)
+    found = aws.find("cloudformation", "DescribeStacks", ABSENT, StackName=name)
     stack: dict[str, Any] | None = found["Stacks"][0] if found and found["Stacks"] else None
     return stack
 
@@ -50,7 +50,7 @@ def follow(aws: Aws, name: str, before: Set[str]) -> dict[str, Any]:
 
 def events(aws: Aws, stack: str) -> Iterator[dict[str, Any]]:
     """Newest first."""
-    return aws.pages("cloudformation", "describe_stack_events", "StackEvents", StackName=stack)
+    return aws.pages("cloudformation", "DescribeStackEvents", "StackEvents", StackName=stack)
 
 
 def reason(aws: Aws, stack: str, before: Set[str]) -> str:
@@ -62,17 +62,17 @@ def reason(aws: Aws, stack: str, before: Set[str]) -> str:
 def change(aws: Aws, release: Release) -> tuple[str | None, list[str]]:
     """The change set's ARN, None where there is nothing to change, and a line for each change."""
     name = f"release-{release.parameters['FunctionRelease']}-{secrets.token_hex(4)}"
-    arn = aws.call("cloudformation", "create_change_set", **release.stack(), ChangeSetName=name, ChangeSetType="UPDATE")["Id"]
-    while (found := aws.call("cloudformation", "describe_change_set", ChangeSetName=arn))["Status"].endswith(("PENDING", "IN_PROGRESS")):
+    arn = aws.call("cloudformation", "CreateChangeSet", **release.stack(), ChangeSetName=name, ChangeSetType="UPDATE")["Id"]
+    while (found := aws.call("cloudformation", "DescribeChangeSet", ChangeSetName=arn))["Status"].endswith(("PENDING", "IN_PROGRESS")):
         time.sleep(POLL / 5)
     if found["Status"] == "FAILED":
-        aws.call("cloudformation", "delete_change_set", ChangeSetName=arn)
+        aws.call("cloudformation", "DeleteChangeSet", ChangeSetName=arn)
         reason = found.get("StatusReason", "")
         if re.search("didn't contain changes|No updates are to be performed", reason):
             return None, []
         raise UserError(f"CloudFormation refuses the change: {reason}")
     lines = []
-    for change in aws.pages("cloudformation", "describe_change_set", "Changes", ChangeSetName=arn):
+    for change in aws.pages("cloudformation", "DescribeChangeSet", "Changes", ChangeSetName=arn):
         resource = change["ResourceChange"]
         action = "replace" if resource.get("Replacement") == "True" else resource["Action"].lower()
         lines.append(f"{action:9}{resource['ResourceType']:44}{resource['LogicalResourceId']}")

@@ -2,24 +2,11 @@
 
 from dataclasses import dataclass
 
-AS_OF = "2026-11, us-east-1, on demand"
+from launch.prices import price
+
 HOURS = 730  # in a month, as AWS counts
 
-# US dollars an hour for a real-time endpoint's instance. Public price tables of 2024 to 2026, which differ a little; AWS's Price List is the source.
-INSTANCES = {
-    "ml.t2.medium": 0.056,
-    "ml.m5.large": 0.115,
-    "ml.m5.xlarge": 0.23,
-    "ml.m5.2xlarge": 0.461,
-    "ml.m5.4xlarge": 0.922,
-    "ml.c5.large": 0.102,
-    "ml.c5.xlarge": 0.204,
-    "ml.c5.2xlarge": 0.408,
-    "ml.c5.4xlarge": 0.816,
-    "ml.g4dn.xlarge": 0.7364,
-    "ml.g4dn.2xlarge": 0.94,
-    "ml.g5.xlarge": 1.408,
-}
+# US dollars in us-east-1, from AWS's pages of November 2026; a machine's hour is in launch/prices.json.
 WARM_GB_SECOND = 0.0000041667  # Lambda's provisioned concurrency, x86
 GB_SECOND = 0.0000166667  # Lambda at work, x86
 REQUEST = 0.20 / 1e6  # Lambda, one call
@@ -34,13 +21,9 @@ class Item:
     month: float | None
 
 
-def instance(kind: str) -> float | None:
-    """US dollars an hour, or None."""
-    return INSTANCES.get(kind)
-
-
-def instances(kind: str, count: int) -> Item:
-    hour = instance(kind)
+def instances(kind: str, count: int, region: str) -> Item:
+    """Instances of a real-time endpoint; AWS asks the same for them as for training on them."""
+    hour = price(kind, region).on_demand
     return Item(f"{count} x {kind}" + (f" at ${hour:g} an hour" if hour else ""), None if hour is None else count * hour * HOURS)
 
 

@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from serving import bundle, prices
+from serving.deploy import bundle, prices
 from trainer.errors import UserError
 
-TEMPLATE = Path(__file__).with_name("stack.yaml")
+TEMPLATE = Path(__file__).parents[1] / "stack.yaml"
 NAME = r"[a-z][a-z0-9-]{0,39}"  # lower case, as IAM writes the endpoint's ARN; role names add 9 characters to it, and end at 64
 NO_ACCOUNT = "000000000000"  # stands in a plan where there are no credentials
 ECR = re.compile(r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/(?P<repository>[^:@]+)([:@].+)")
@@ -247,14 +247,15 @@ def _holds(condition: Any, parameters: Mapping[str, str]) -> bool:
     return all(_holds(inner, parameters) for inner in value)
 
 
-def idle_price(parameters: Mapping[str, str], instances: int | None = None) -> list[prices.Item]:
+def idle_price(parameters: Mapping[str, str], region: str, instances: int | None = None) -> list[prices.Item]:
     """The bill of a month in which nobody asks anything. instances: of the endpoint; MinInstances, if not given."""
     made = resources(parameters)
     items = []
     if "Endpoint" in made:
-        items.append(prices.instances(parameters["InstanceType"], int(parameters["MinInstances"]) if instances is None else instances))
+        count = int(parameters["MinInstances"]) if instances is None else instances
+        items.append(prices.instances(parameters["InstanceType"], count, region))
     if parameters["ProvisionedConcurrency"] != "0":
         items.append(prices.warm(int(parameters["ProvisionedConcurrency"]), int(parameters["Memory"])))
     # Target tracking makes two more of its own.
-    count = sum(kind == "AWS::CloudWatch::Alarm" for kind in made.values()) + 2 * ("ScalingPolicy" in made)
-    return [*items, *([prices.alarms(count)] if count else [])]
+    alarms = sum(kind == "AWS::CloudWatch::Alarm" for kind in made.values()) + 2 * ("ScalingPolicy" in made)
+    return [*items, *([prices.alarms(alarms)] if alarms else [])]
