@@ -23,15 +23,12 @@ PROJECT = Path(__file__).parents[1]
 LONG = (
     "launch/test_rehearse.py",
     "launch/test_user_data.py",
-    "launch/test_kills.py",
-    "launch/test_permissions.py",
     "trainer/test_distributed_failures.py",
-    "trainer/test_sweep.py",
+    "trainer/test_sweep.py::test_a_sampled_sweep_killed_at_random_is_the_undisturbed_one",
+    "trainer/test_sweep.py::test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_is_edited",
     "trainer/test_two_hosts.py",
     "serving/test_doors.py",
     "test_docs.py::test_a_training_command_trains",
-    "test_docs.py::test_a_serving_command_is_understood",
-    "test_docs.py::test_a_launch_command_is_understood",
 )
 
 

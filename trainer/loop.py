@@ -72,16 +72,12 @@ class Learner:
         self.set_sums([0.0, 0.0, 0.0])
 
     def set_sums(self, sums: list[float]) -> None:
-        """Of the pictures trained on since the epoch began: the loss, how many were right, and how many there were. Each process adds its own."""
-        if not self.world.chief:
-            sums = [0.0, 0.0, 0.0]
-        self.loss_sum = torch.tensor(sums[0], dtype=torch.float64, device=self.device)
-        self.right = torch.tensor(sums[1], dtype=torch.float64, device=self.device)
-        self.count = sums[2]
+        """Those of the epoch so far. Each process adds its own to them."""
+        self.seen = Sums(sums if self.world.chief else [0.0, 0.0, 0.0])
 
     def sums(self) -> list[float]:
         """Of all processes; fetched from the device, for which a GPU is waited for."""
-        return self.world.sum([self.loss_sum.item(), self.right.item(), self.count])
+        return self.world.sum(self.seen.fetch())
 
     def served(self) -> nn.Module:
         """The network that is evaluated and packaged: the average where there is one."""
@@ -109,6 +105,37 @@ class Learner:
                     # In the parameter's memory order (channels_last, say): the fused kernels pair the two element by element as they lie in memory.
                     entries[key] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
+
+
+class Sums:
+    """Of the pictures trained on since the epoch began: the loss, how many were right, and how many there were.
+
+    What a step leaves is looked at FETCH_EVERY steps later: a GPU is not waited for in each, and a small network's steps are not held up by
+    arithmetic that they don't need. It is added up one by one, so that the sums don't depend on where a run was interrupted.
+    """
+
+    FETCH_EVERY = 64  # parts of batches
+
+    def __init__(self, sums: list[float]) -> None:
+        self._loss, self._right, self._count = sums
+        self._left: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """loss: summed over the pictures; logits: [N, classes]; targets: as `train_step`'s."""
+        self._left.append((loss.detach(), logits.detach(), targets))
+        if len(self._left) == self.FETCH_EVERY:
+            self.fetch()
+
+    def fetch(self) -> list[float]:
+        if self._left:
+            losses, logits, targets = zip(*self._left, strict=True)
+            self._left = []
+            for value in torch.stack(losses).tolist():  # and not by `sum`, which since Python 3.12 rounds at its end alone
+                self._loss += value
+            self._count += sum(map(len, targets))
+            if targets[0].ndim == 1:
+                self._right += (torch.cat(logits).argmax(1) == torch.cat(targets)).sum().item()
+        return [self._loss, self._right, self._count]
 
 
 class Average:
@@ -149,8 +176,7 @@ def train_step(
     """One optimizer step on one batch, or on this process's part of it; each of its shards is split into `accumulate` parts.
 
     pixels: [N, height, width, 3]; targets: classes int64 [N] or probabilities float [N, classes]. prepare(shard, pixels, targets) is called for
-    each shard before it is computed. Adds to the learner's sums, on the device and unfetched: the summed loss, how many were right (where targets
-    are classes), and N.
+    each shard before it is computed. Adds what it saw to the learner's sums, unfetched.
     """
     gradients = learner.gradients
     whole = gradients.whole(len(pixels))
@@ -163,13 +189,10 @@ def train_step(
                 with autocast(learner.device, learner.precision):
                     logits = gradients.forward(part).float()
                     loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
-                # Divided by the whole batch, so that the gradients of all parts add up to those of one large batch.
-                learner.scaler.scale(loss / whole).backward()  # type: ignore[no-untyped-call]
-            learner.loss_sum += loss.detach()
-            if labels.ndim == 1:
-                learner.right += (logits.detach().argmax(1) == labels).sum()
+                # Of the loss divided by the whole batch, so that the gradients of all parts add up to those of one large batch.
+                learner.scaler.scale(loss).backward(torch.full_like(loss, 1 / whole))  # type: ignore[no-untyped-call]
+            learner.seen.add(loss, logits, labels)
     gradients.combine()
-    learner.count += len(pixels)
     if clip_norm is not None:
         learner.scaler.unscale_(learner.optimizer)
         nn.utils.clip_grad_norm_([p for group in learner.optimizer.param_groups for p in group["params"]], clip_norm)

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-NAMES = ("input", "loop", "frozen", "start", "stall", "scaling", "serving")
+NAMES = ("input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving")
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,20 @@ def paired(contenders: Mapping[str, Work], rounds: int, warm_up: bool = True) ->
                 costs[name].append(one)
     print(file=sys.stderr)
     return costs
+
+
+def apart(make: Callable[..., Work], *arguments: Any) -> Cost:
+    """The cost of a second call of make(*arguments), in a process of its own: what one contender does to the heap, and where its tensors happen to
+    lie, is not the other's luck.
+    """
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(_second, (make, *arguments))
+
+
+def _second(make: Callable[..., Work], *arguments: Any) -> Cost:
+    work = make(*arguments)
+    work()
+    return cost(work)
 
 
 @dataclass(frozen=True)

@@ -80,13 +80,14 @@ class Cloud:
         output, _ = process.communicate(timeout=120)
         return process.returncode, output
 
-    def launch(self, *arguments: str) -> tuple[int, str]:
+    def launch(self, *arguments: str, cwd: Path = PROJECT) -> tuple[int, str]:
         """As `run`, in a process forked from this one, which has imported everything already: half the time. A signal's code is negative."""
         with tempfile.TemporaryFile("w+") as output:
             child = os.fork()
             if child == 0:
                 code = 1
                 try:
+                    os.chdir(cwd)
                     os.environ.clear()
                     os.environ.update(self.environment() | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"})
                     sys.stdin = io.StringIO()

@@ -99,7 +99,7 @@ def test_heads_trained_together_get_the_weights_that_each_gets_alone(tmp_path, c
         # In float64 but for the logits, which the loop makes float32.
         for mine, its in zip(group.heads.one(classifier(), number).head.parameters(), alone.head.parameters(), strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-7)
-        assert group.loss_sum[number].item() == pytest.approx(learner.sums()[0], rel=1e-6) and group.right[number] == learner.right
+        assert group.loss_sum[number].item() == pytest.approx(learner.sums()[0], rel=1e-6) and group.right[number] == learner.sums()[1]
         averages = heads.Heads.one(group.average.network, classifier(), number).head.parameters()
         for mine, its in zip(averages, learner.average.network.parameters(), strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-7)
