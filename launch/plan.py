@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from launch.request import Request, check
 from launch.runs import Attempt, Phase, State
 from launch.spec import NO_ACCOUNT, Ec2Target, NotebookTarget, SageMakerTarget, Spec, TargetConfig, load_config, load_target, run_id, split_overrides
 from trainer import config as settings
-from trainer.console import log
+from trainer.console import log, python
 from trainer.errors import OK, UserError
 
 NO_IMAGE = "ami-00000000000000000"  # stands in a plan where AWS can't be asked
@@ -304,5 +305,5 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(what, indent=2, default=str))
     else:
         show(what)
-        log.info("next:\n  python -m launch submit %s", " ".join(arguments))
+        log.info("next:\n  %s -m launch submit %s", python(), shlex.join(arguments))
     return OK

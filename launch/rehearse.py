@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from launch.request import Request, check
 from launch.spec import CONF, SageMakerTarget, load_target, split_overrides
 from trainer import config as settings
 from trainer.config import Config
-from trainer.console import log
+from trainer.console import log, python
 from trainer.errors import MISTAKE, OK, RESUME, UserError
 from trainer.explain import CONFIG_ERRORS, explain
 
@@ -67,6 +68,10 @@ def main(arguments: Sequence[str]) -> int:
         if outcome.stopped:
             return RESUME
         code = MISTAKE if faults else code
+    if code == OK:
+        again = [f"target={spec.target.name}", *(override for override in options.overrides if not override.startswith("target="))]
+        pictures = [] if options.data is None else ["--data", str(options.data)]
+        log.info("\nthe job would complete; next:\n  %s -m launch plan %s", python(), shlex.join([*again, *pictures]))
     return code
 
 

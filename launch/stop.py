@@ -7,7 +7,7 @@ from launch import runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase, attempt_key
 from launch.spec import aws_of, split_overrides
-from trainer.console import log
+from trainer.console import log, python
 from trainer.errors import OK
 
 
@@ -42,5 +42,5 @@ def main(arguments: Sequence[str]) -> int:
     aws = aws_of(split_overrides(options.run)[0])
     attempt = runs.choose(aws, options.run)
     stop(aws, attempt, options.now)
-    log.info("next:\n  python -m launch status")
+    log.info("next:\n  %s -m launch status", python())
     return OK

@@ -14,7 +14,7 @@ from launch.plan import Plan, job_parser, missing, prepare
 from launch.request import Request
 from launch.runs import Attempt, Phase
 from launch.spec import TargetConfig, load_target, split_overrides
-from trainer.console import log
+from trainer.console import log, python
 from trainer.errors import FAULT, OK, RESUME, UserError
 
 # AWS's ways to say that something of this name was made already. Ours follow from run and attempt, so it is the very thing.
@@ -125,5 +125,5 @@ def main(arguments: Sequence[str]) -> int:
     log.info("console   %s", console(aws, attempt))
     where = "".join(f" {override}" for override in targets if not override.startswith("target="))
     verbs = ("logs", "stop", "cost") if attempt.target == "notebook" else ("logs", "stop", "fetch", "cost")
-    log.info("next:\n%s", "\n".join(f"  python -m launch {verb} {attempt.run}{where}" for verb in verbs))
+    log.info("next:\n%s", "\n".join(f"  {python()} -m launch {verb} {attempt.run}{where}" for verb in verbs))
     return wait(aws, attempt, target, options.overrides, options.every) if options.wait and attempt.target != "notebook" else OK

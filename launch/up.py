@@ -12,7 +12,7 @@ from launch import foundation
 from launch.aws import Aws, AwsError
 from launch.logs import NOTEBOOK_GROUP, TRAINING_GROUP
 from launch.spec import aws_of, split_overrides
-from trainer.console import log
+from trainer.console import log, python
 from trainer.errors import FAULT, OK, UserError
 
 ABSENT = r"does not exist"
@@ -122,7 +122,7 @@ def up(aws: Aws, given: dict[str, str], yes: bool, every: float) -> int:
         return FAULT
     for output in after.get("Outputs", []):
         log.info("%-20s %s", output["OutputKey"], output["OutputValue"])
-    log.info("next:\n  python -m launch plan\n  python -m launch submit")
+    log.info("next:\n  %s -m launch plan", python())
     return OK
 
 

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -79,6 +81,11 @@ def also_to_file(path: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+def python() -> str:
+    """This Python as a person types it: a command that is shown must run as it stands."""
+    return "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
 
 
 class Progress:

@@ -4,20 +4,20 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
+import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from trainer import files
 from trainer.config import Config, identity, run_name
-from trainer.console import also_to_file, log
+from trainer.console import also_to_file, log, python
 from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 
@@ -39,9 +39,13 @@ class Run:
         files.write(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
 
     def next_steps(self) -> list[str]:
-        """Commands that a person may want after it, by the Python that runs now."""
-        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
-        return [f"{python} -m serving check {self.package}", f"{python} -m trainer.checkpoint ls {self.directory}"]
+        """Commands that a person may want after it: the model on a page, and the same run as a SageMaker job on this machine."""
+        task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        settings = " ".join(shlex.quote(override) for override in task if not override.startswith("platform"))
+        rehearse = f"{python()} -m launch rehearse {settings}".rstrip()
+        if python().startswith(".venv"):  # in a clone, where make installs what a rehearsal needs
+            rehearse = f"make rehearse{f' ARGS={shlex.quote(settings)}' if settings else ''}"
+        return [f"{python()} -m serving serve {self.package}", rehearse]
 
     def summarize(self, result: dict[str, Any]) -> None:
         """The last thing on the terminal: how good it is, where it lies, what to do next."""

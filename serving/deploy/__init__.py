@@ -14,6 +14,7 @@ from launch.prices import FALLBACK, table
 from serving.deploy import operate, prices
 from serving.deploy import stack as stacks
 from serving.deploy.release import NAME, TEMPLATE, Place, Release, Remote, Upload, build, idle_price, resources
+from trainer.console import python
 from trainer.errors import OK, RESUME, UserError
 
 
@@ -103,7 +104,7 @@ def deploy(options: argparse.Namespace) -> int:
         raise UserError(f"stack {name}: {stack['StackStatus']}; {stacks.reason(aws, stack['StackId'], before)}; {left}")
     for output in stack.get("Outputs", []):
         print(f"{output['OutputKey']:16}{output['OutputValue']}")
-    print(f"next: python -m serving invoke PICTURE{'' if name == 'packhorse-serving' else f' --name {name}'}")
+    print(f"next: {python()} -m serving invoke PICTURE{'' if name == 'packhorse-serving' else f' --name {name}'}")
     return OK
 
 

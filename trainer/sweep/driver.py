@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from trainer import config as settings
 from trainer import files, space
 from trainer.config import Config
-from trainer.console import Progress, also_to_file, log
+from trainer.console import Progress, also_to_file, log, python
 from trainer.datasets import find_pictures
 from trainer.errors import OK, RESUME, UserError
 from trainer.explain import CONFIG_ERRORS, explain
@@ -256,11 +256,11 @@ class Driver:
 
     def start(self, job: Job) -> subprocess.Popen[bytes]:
         first = job.trials[0]
-        python = [sys.executable, "-P", "-m"]  # -P: not the code in the current directory
+        program = [sys.executable, "-P", "-m"]  # -P: not the code in the current directory
         if len(job.trials) > 1:
-            command = [*python, "trainer.sweep.heads", str(self.directory.absolute()), *(str(trial.number) for trial in job.trials)]
+            command = [*program, "trainer.sweep.heads", str(self.directory.absolute()), *(str(trial.number) for trial in job.trials)]
         else:
-            command = [*python, "trainer", *self.overrides(first)]
+            command = [*program, "trainer", *self.overrides(first)]
         environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
         search = [str((self.directory / "source").absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment |= {"PYTHONPATH": os.pathsep.join(search), "PACKHORSE_REVISION": self.frozen["revision"] or "unknown"}
@@ -376,8 +376,7 @@ class Driver:
 
     def again(self, trial: Trial) -> str:
         """The command that trains this trial once more, as a run of its own."""
-        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
-        return f"{python} -m trainer {shlex.join([*self.fixed, *self.chosen(trial)])}"
+        return f"{python()} -m trainer {shlex.join([*self.fixed, *self.chosen(trial)])}"
 
     def summarize(self, ranked: list[Trial]) -> None:
         keys = [parameter.key for parameter in self.sweep.space]
