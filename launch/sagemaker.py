@@ -82,7 +82,7 @@ def tuning_job(spec: Spec) -> Request:
     if target.instances > 1:
         raise UserError(f"target.instances={target.instances}: a trial of the tuner trains on one machine; allowed: target.instances=1")
     fixed, swept = space.split(spec.overrides)
-    sweep = space.load(spec.config, swept)
+    sweep = space.load(spec.config, swept, fixed)
     tuned = {parameter.key for parameter in sweep.space}
     static = codec.encode(override for override in _settings(fixed) if override.partition("=")[0].lstrip("+") not in tuned)
     grid = sweep.engine == "grid"

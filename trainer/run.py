@@ -39,7 +39,9 @@ class Run:
         files.write(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
 
     def next_steps(self) -> list[str]:
-        """Commands that a person may want after it: the model on a page, and the same run as a SageMaker job on this machine."""
+        """Commands that a person may want after it: the model on a page, and the same run as a SageMaker job on this machine. In a job: none."""
+        if not self.package.name.endswith(".tar.gz"):
+            return []
         task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         settings = " ".join(shlex.quote(override) for override in task if not override.startswith("platform"))
         rehearse = f"{python()} -m launch rehearse {settings}".rstrip()
@@ -58,7 +60,8 @@ class Run:
         log.info("%-15s %s", "checkpoints", self.checkpoints)
         for what, name in places.items():
             log.info("%-15s %s", what, self.directory / name)
-        log.info("next:\n%s", "\n".join(f"  {command}" for command in self.next_steps()))
+        if steps := self.next_steps():
+            log.info("next:\n%s", "\n".join(f"  {command}" for command in steps))
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def test_every_target_passes_awss_own_model(target):
 
 def test_a_tuning_job_has_the_sweeps_own_ranges():
     spec = make_spec(
-        "sweep=lr_batch", "sweep.engine=optuna", "sweep.trials=9", "sweep.parallel=3", "optim=sgd", "train.batch_size=8", target=["target=tuner"]
+        "sweep=lr_batch", "sweep.engine=optuna", "sweep.trials=9", "sweep.parallel=3", "optim=sgd", target=["target=tuner"]
     )
     request = sagemaker.tuning_job(spec)
     check(request)
@@ -89,6 +89,12 @@ def test_a_tuning_job_has_the_sweeps_own_ranges():
     # What is tuned is not given twice, and the sweep is the tuner's business.
     assert [key for key in job["StaticHyperParameters"] if not key.startswith("sagemaker_")] == ["optim"]
     assert "ContainerEntrypoint" not in job["AlgorithmSpecification"] and "TrainingJobName" not in job
+
+
+def test_a_single_value_takes_its_setting_out_of_the_space_as_it_does_here():
+    request = sagemaker.tuning_job(make_spec("sweep=lr_batch", "sweep.engine=optuna", "train.batch_size=8", target=["target=tuner"]))
+    assert "CategoricalParameterRanges" not in request.parameters["HyperParameterTuningJobConfig"]["ParameterRanges"]
+    assert request.parameters["TrainingJobDefinition"]["StaticHyperParameters"]["train.batch_size"] == "8"
 
 
 def test_a_grid_has_the_points_that_it_has_here():
