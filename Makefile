@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train doctor serve rehearse deploy test long check soak bench docs pages hosts clean
+.PHONY: help train doctor serve rehearse deploy test long check soak bench docs pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -47,8 +47,13 @@ hosts: .venv/dev  ## install iproute2 (apt-get) and train on two hosts, as netwo
 	command -v ip >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2; }
 	$(BIN)/python -m pytest -m long tests/trainer/test_two_hosts.py
 
+doors: .venv/dev  ## install TorchServe, AWS's toolkit, Ray Serve and Java (apt-get), and ask the same model through each; in .venv-doors
+	command -v java >/dev/null || { apt-get update -qq && apt-get install -y -qq default-jre-headless; }
+	test -x .venv-doors/bin/ray || { $(BIN)/python -m venv .venv-doors && .venv-doors/bin/pip install -q -c .venv/constraints.txt -e '.[doors]'; }
+	$(BIN)/python -m pytest -m '' tests/serving/test_doors.py
+
 clean:  ## remove the virtual environment and caches; runs and data stay
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-doors build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # What is installed depends on these files alone, so a second make sets nothing up.
 .venv/%: pyproject.toml constraints.txt .ci/setup
