@@ -73,9 +73,7 @@ def test_every_target_passes_awss_own_model(target):
 
 
 def test_a_tuning_job_has_the_sweeps_own_ranges():
-    spec = make_spec(
-        "sweep=lr_batch", "sweep.engine=optuna", "sweep.trials=9", "sweep.parallel=3", "optim=sgd", target=["target=tuner"]
-    )
+    spec = make_spec("sweep=lr_batch", "sweep.engine=optuna", "sweep.trials=9", "sweep.parallel=3", "optim=sgd", target=["target=tuner"])
     request = sagemaker.tuning_job(spec)
     check(request)
     tuning, job = request.parameters["HyperParameterTuningJobConfig"], request.parameters["TrainingJobDefinition"]
