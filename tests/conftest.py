@@ -1,6 +1,7 @@
 """What the tests share: real pictures on disk, composed settings, and the trainer as a real process."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -40,6 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # One thread: the promise of equal bits is for an equal number of threads, and small tests run faster so.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell ignores SIGINT in what it starts in the background, and every process started from there inherits that; here Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The real configuration, shrunk to seconds.
 QUICK = ("train.epochs=2", "train.batch_size=8", "data.size=16", "data.resize=16", "platform=local")

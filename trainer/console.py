@@ -85,7 +85,10 @@ def also_to_file(path: Path) -> Iterator[None]:
 
 def python() -> str:
     """This Python as a person types it: a command that is shown must run as it stands."""
-    return "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+    if shutil.which("python") == sys.executable:
+        return "python"
+    relative = os.path.relpath(sys.executable)
+    return sys.executable if relative.startswith("..") else relative
 
 
 class Progress:

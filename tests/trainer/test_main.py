@@ -9,14 +9,15 @@ RUN = ("name=run", "data=folder", "data.root=pictures", "data.size=16", "data.re
 
 def test_a_complete_run_says_so_and_trains_no_more(tmp_path):
     make_pictures(tmp_path / "pictures", {"train": 8, "valid": 3, "test": 3})
-    code, first = run_trainer(tmp_path, *RUN, "train.tensorboard=true")
+    run = (*RUN, "train.tensorboard=true")
+    code, first = run_trainer(tmp_path, *run)
     assert code == OK, first
     before = {
         path: path.stat().st_mtime_ns
         for path in (tmp_path / "runs/run").rglob("*")
         if path.is_file() and path.name not in ("log.txt", ".lock", "config.yaml")
     }
-    code, second = run_trainer(tmp_path, *RUN)
+    code, second = run_trainer(tmp_path, *run)
     assert code == OK and "this run is complete" in second and "metrics:" not in second
     assert first.splitlines()[-10:] == second.splitlines()[-10:]  # the summary
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
