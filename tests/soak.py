@@ -64,11 +64,10 @@ def outcome(run: Path) -> dict[str, object]:
     assert found is not None
     state = found[1]
     progress = state["progress"]
-    best = checkpoint.load(run / "checkpoints" / progress["best"]["checkpoint"])
     rows = [{key: value for key, value in row.items() if key not in TIMES} for row in progress["rows"]]
     kept = {key: progress[key] for key in ("epoch", "batch", "step", "best")}
     return {"network": state["network"], "average": state["average"], "optimizer": state["optimizer"], "scaler": state["scaler"]} | {
-        "best": best, "rows": rows, "progress": kept,
+        "best": state["best"], "rows": rows, "progress": kept,
     }  # fmt: skip
 
 
