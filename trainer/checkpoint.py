@@ -1,9 +1,10 @@
 """Checkpoints: a directory per step, complete or absent, verified before it is believed.
 
-A directory holds `tensors.safetensors`, `state.json` (everything that is no tensor), the same of the best weights so far
-(`best.safetensors`, `best.json`) and `manifest.json` (size and SHA-256 of each), written last. It needs no other directory:
-what damages one checkpoint leaves the others whole. It is made aside, flushed to the disk and renamed, so a kill or a power cut
-at any moment leaves the checkpoints before it untouched. Nothing in it is a pickle: loading runs no code.
+A directory holds `tensors.safetensors`, `state.json` (everything that is no tensor), the same of the
+best weights so far (`best.safetensors`, `best.json`) and `manifest.json` (size and SHA-256 of each),
+written last. It needs no other directory: what damages one checkpoint leaves the others whole. It is
+made aside, flushed to the disk and renamed, so a kill or a power cut at any moment leaves the
+checkpoints before it untouched. Nothing in it is a pickle: loading runs no code.
 """
 
 import argparse
@@ -97,19 +98,22 @@ def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[in
 
 
 def save(root: Path, name: str, state: dict[str, Any]) -> Path:
-    """Writes a state as root/name; its entry `best`, if any, as the best weights. See `snapshot` and `write`."""
+    """Write a state as root/name, its entry `best` as the best weights; see `snapshot` and `write`."""
     rest = {key: value for key, value in state.items() if key != "best"}
     best = state.get("best")
     return write(root, name, snapshot(rest), snapshot(best) if best else None)
 
 
 def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = None) -> Path:
-    """Writes a snapshot, and that of the best weights, as root/name. Hashing and writing leave the interpreter free for other threads.
+    """Write a snapshot, and that of the best weights, as root/name.
 
-    Where the same is there already, it is left alone; anything else of that name, another run's checkpoint say, is replaced.
-    Raises OSError (a full disk, say) and then leaves nothing behind.
+    Hashing and writing leave the interpreter free for other threads. Where the same is there already,
+    it is left alone; anything else of that name, another run's checkpoint say, is replaced. Raises
+    OSError (a full disk, say) and then leaves nothing behind.
     """
-    target, aside, replaced = root / name, root / f"{files.ASIDE}{name}", root / f"{files.ASIDE}replaced-{name}"
+    target = root / name
+    aside = root / f"{files.ASIDE}{name}"
+    replaced = root / f"{files.ASIDE}replaced-{name}"
     parts: dict[str, tuple[bytes | memoryview, ...]] = {}
     for names, part in ((STATE, contents), (BEST, best)):
         if part is not None:
@@ -141,7 +145,7 @@ def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = Non
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, tensors on the CPU; `best` is there in any case, or None. Raises Damaged."""
+    """Read the state that `save` wrote, tensors on the CPU; `best` may be None. Raises Damaged."""
     contents = _verified(path)
     try:
         best = _state(*(contents[file] for file in BEST)) if BEST[0] in contents else None
@@ -168,9 +172,9 @@ def step_name(step: int, evaluated: bool) -> str:
 def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest good checkpoint and its state; None where there never was one.
 
-    One that is damaged or can't be read is passed over with a warning. Raises UserError where all are: to start from zero would
-    throw work away that a person may still be able to save. Where all lack files (the first one, whose copy was cut off), there
-    is nothing to save.
+    One that is damaged or can't be read is passed over with a warning. Raises UserError where all are:
+    to start from zero would throw work away that a person may still be able to save. Where all lack
+    files (the first one, whose copy was cut off), there is nothing to save.
     """
     found = steps(root)
     passed_over: list[Damaged] = []
@@ -185,14 +189,14 @@ def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
         return path, state
     if all(isinstance(reason, CutOff) for reason in passed_over):
         for reason in passed_over:
-            log.warning("%s; it was cut off while it was copied, and there is none before it: starting from the beginning", reason)
+            log.warning("%s: its copy was cut off; starting from the beginning", reason)
         return None
     for reason in passed_over:
         if isinstance(reason, OtherFormat):
             raise reason
     raise UserError(
-        f"{root}: none of its {len(found)} checkpoints is whole ({passed_over[0]}); bring back a copy of one, or delete the "
-        "directory to start from the beginning"
+        f"{root}: none of its {len(found)} checkpoints is whole ({passed_over[0]}); bring back a copy of "
+        "one, or delete the directory to start from the beginning"
     )
 
 
@@ -264,10 +268,11 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path}: manifest.json is damaged") from error
     if written != FORMAT:
         raise OtherFormat(
-            f"{path}: another version of Packhorse wrote this checkpoint (format {written}, this version reads {FORMAT}); "
-            "go on with that version, or start a new run with another name=..."
+            f"{path}: another version of Packhorse wrote this checkpoint (format {written}, this version "
+            f"reads {FORMAT}); go on with that version, or start a new run with another name=..."
         )
-    if set(listed) not in (set(STATE), {*STATE, *BEST}) or not all(isinstance(size, int) for size in sizes):
+    named = set(listed) in (set(STATE), {*STATE, *BEST})
+    if not named or not all(isinstance(size, int) for size in sizes):
         raise Damaged(f"{path}: manifest.json is damaged")
     return listed
 
@@ -289,7 +294,8 @@ def _bytes(path: Path, file: str) -> bytes:
     except FileNotFoundError as error:
         raise CutOff(f"{path}: {file} is missing") from error
     except OSError as error:
-        raise Damaged(f"{path}: {file} can't be read ({(error.strerror or str(error)).lower()})") from error
+        why = (error.strerror or str(error)).lower()
+        raise Damaged(f"{path}: {file} can't be read ({why})") from error
 
 
 def _holds(path: Path, listed: dict[str, Any]) -> bool:
@@ -345,9 +351,7 @@ def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def _main(arguments: Iterable[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description="Look at the checkpoints of a run.")
-    parser.add_argument(
-        "verb", choices=("ls", "verify", "prune"), help="ls: list them; verify: read every byte; prune: delete all but the newest"
-    )
+    parser.add_argument("verb", choices=("ls", "verify", "prune"), help="ls: list them; verify: read every byte; prune: delete all but the newest")
     parser.add_argument("run", type=Path, help="a run's directory, or its checkpoint directory")
     parser.add_argument("--keep", type=int, default=2, help="prune: how many to keep (default 2)")
     options = parser.parse_args(list(arguments))

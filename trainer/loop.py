@@ -84,7 +84,7 @@ class Learner:
         return self.average.network if self.average else self.forward
 
     def load_served(self, weights: dict[str, Tensor]) -> None:
-        """Makes `weights` those that are evaluated and packaged."""
+        """Make `weights` those that are evaluated and packaged."""
         self.network.load_state_dict(weights)
         if self.average:
             self.average.network.load_state_dict(weights)
@@ -351,7 +351,8 @@ class Checkpoints:
         self.writes = writes
         self.root, self.cadence, self.keep, self.ledger, self.facts = root, cadence, keep, ledger, facts
         self.good: set[str] = set()  # names known to be whole: written or verified by this process
-        self.best: checkpoint.Snapshot | None = None  # the best weights so far, and where they were evaluated; each checkpoint holds them
+        # The best weights so far, and the surroundings in which they were evaluated: in each checkpoint.
+        self.best: checkpoint.Snapshot | None = None
         self._memory: Tensor | None = None  # of the last snapshot, for the next one
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -362,10 +363,11 @@ class Checkpoints:
     def hold_best(self, learner: Learner) -> None:
         if not self.writes:
             return
-        self.best = checkpoint.snapshot({"network": served_weights(learner), "surroundings": self.facts.get("surroundings")})
+        surroundings = self.facts.get("surroundings")
+        self.best = checkpoint.snapshot({"network": served_weights(learner), "surroundings": surroundings})
 
     def go_on_from(self, path: Path, state: dict[str, Any]) -> None:
-        """From a checkpoint that was found whole."""
+        """Take the best weights from a checkpoint that was found whole."""
         self.good.add(path.name)
         if self.writes and state["best"] is not None:
             self.best = checkpoint.snapshot(state["best"])
@@ -387,7 +389,12 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _write(self, name: str, snapshot: checkpoint.Snapshot, best: checkpoint.Snapshot | None) -> None:
+    def _write(
+        self,
+        name: str,
+        snapshot: checkpoint.Snapshot,
+        best: checkpoint.Snapshot | None,
+    ) -> None:
         started = time.monotonic()
         checkpoint.write(self.root, name, snapshot, best)
         self.good.add(name)

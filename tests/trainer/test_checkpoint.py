@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import PROJECT
+from tests.soak import difference
 from trainer import checkpoint
 from trainer.errors import UserError
 
@@ -127,7 +128,7 @@ def test_cut_off_and_damaged_is_still_damage(tmp_path):
 def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
     path = checkpoint.save(tmp_path, "step-00000001", state()) / "manifest.json"
     path.write_text(path.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
-    with pytest.raises(UserError, match="another version of Packhorse wrote this checkpoint.*another name="):
+    with pytest.raises(UserError, match=r"another version of Packhorse wrote this checkpoint.*another name="):
         checkpoint.newest(tmp_path)
 
 
@@ -138,7 +139,7 @@ def test_what_is_there_already_is_left_alone_and_anything_else_of_its_name_is_re
     assert (path / "manifest.json").stat().st_ino == written
     for other in (state() | {"facts": "another run's"}, state() | {"best": state(2)["best"]}, state() | {"best": None}):
         checkpoint.save(tmp_path, "step-00000001", other)
-        assert repr(checkpoint.load(path)) == repr(other)
+        assert difference(checkpoint.load(path), other) is None
         assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -236,7 +237,7 @@ def test_the_command_lists_verifies_and_prunes(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(root, f"step-{step:08d}", state(step))
     code, output = command("ls", str(tmp_path))
-    assert code == 0 and output.count("epoch") == 3
+    assert code == 0 and output.count("best so far") == 3
     code, output = command("verify", str(tmp_path))
     assert code == 0 and output.count("  ok") == 3
     assert command("prune", str(tmp_path), "--keep", "1")[0] == 0

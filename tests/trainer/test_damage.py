@@ -1,21 +1,25 @@
-"""What becomes of a run when its checkpoints are damaged, cut off, unreadable, or another run's: what is packaged in the end."""
+"""What a run packages in the end, when its checkpoints are damaged, cut off, unreadable, or another run's."""
 
 import errno
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from tests.soak import difference
+from tests.conftest import run_trainer
+from tests.soak import difference, packaged
 from trainer import __main__ as trainer
 from trainer import checkpoint, stages
 from trainer.distributed import ALONE
-from trainer.errors import UserError
+from trainer.errors import OK, UserError
 from trainer.loop import Checkpoints
+from trainer.sweep import heads
 
 SETTINGS = (
     "name=run", "platform=local", "platform.runs=runs", "platform.cache=cache", "data=folder", "data.size=16", "data.resize=16",
@@ -60,17 +64,24 @@ HARMS = (truncate, flip_a_bit, zero, empty, Path.unlink, put_a_directory_there)
 
 @pytest.fixture
 def train(monkeypatch, configure, pictures) -> Callable[..., Packaged]:
-    """One run as `python -m trainer` does it, saved after every epoch; the weights that it would package. Making the package takes seconds."""
-    packaged: list[Packaged] = []
+    """A run as `python -m trainer` does it, saved after every epoch; returns what it would package.
+
+    The package itself, which takes seconds, is not made.
+    """
+    came: list[Packaged] = []
     monkeypatch.setattr(Checkpoints, "due", lambda self, epoch_ends=False: epoch_ends)
-    monkeypatch.setattr(stages, "build_package", lambda config, run, network, *rest: packaged.append(network.state_dict()))
+
+    def build_package(config, run, network, *rest):
+        came.append(network.state_dict())
+
+    monkeypatch.setattr(stages, "build_package", build_package)
     monkeypatch.setattr(stages, "write_report", lambda *arguments: None)
 
     def train(directory: Path, *overrides: str) -> Packaged:
         directory.mkdir(exist_ok=True)
         monkeypatch.chdir(directory)
         trainer.train(configure(*SETTINGS, f"data.root={pictures}", *overrides), ALONE)
-        return packaged[-1]
+        return came[-1]
 
     return train
 
@@ -88,13 +99,13 @@ def delete_checkpoints(directory: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_best_weights_are_packaged_and_not_the_last(tmp_path, train, variant, monkeypatch):
     monkeypatch.setattr(stages, "SAME_LOSS_HERE", (0, 0))
-    packaged = train(tmp_path, *VARIANTS[variant])
+    result = train(tmp_path, *VARIANTS[variant])
     (last, previous) = [checkpoint.load(path) for path in checkpoint.steps(tmp_path / ROOT)][::-1]
     assert last["progress"]["best"]["epoch"] < 6  # else it would prove nothing
     served = last["average"] or last["network"]
     prefix = "head." if variant == "frozen backbone" else ""
     best = {prefix + name: tensor for name, tensor in last["best"]["network"].items()}
-    assert difference(best, {name: packaged[name] for name in best}) is None
+    assert difference(best, {name: result[name] for name in best}) is None
     assert difference(last["best"]["network"], served) is not None
     assert previous["best"] is not None  # each has its own
 
@@ -102,15 +113,16 @@ def test_the_best_weights_are_packaged_and_not_the_last(tmp_path, train, variant
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_killed_at_its_end_packages_the_same(tmp_path, train, variant, monkeypatch):
     monkeypatch.setattr(stages, "SAME_LOSS_HERE", (0, 0))
-    packaged = train(tmp_path, *VARIANTS[variant])
+    result = train(tmp_path, *VARIANTS[variant])
     forget_the_end(tmp_path)
-    assert difference(packaged, train(tmp_path, *VARIANTS[variant])) is None
+    assert difference(result, train(tmp_path, *VARIANTS[variant])) is None
 
 
 def test_one_damage_anywhere_costs_no_bit(tmp_path, train):
     whole = train(tmp_path / "whole")
     forget_the_end(tmp_path / "whole")
-    previous, newest = [path.relative_to(tmp_path / "whole") for path in checkpoint.steps(tmp_path / "whole" / ROOT)]
+    found = checkpoint.steps(tmp_path / "whole" / ROOT)
+    previous, newest = [path.relative_to(tmp_path / "whole") for path in found]
     for directory, harms in ((previous, [flip_a_bit]), (newest, HARMS)):
         names = sorted(path.name for path in (tmp_path / "whole" / directory).iterdir())
         assert len(names) == 5
@@ -145,7 +157,7 @@ def test_where_no_checkpoint_can_be_read_one_line_says_so_and_all_stays(tmp_path
     forget_the_end(tmp_path)
     before = sorted((tmp_path / ROOT).rglob("*"))
     fail_to_read(monkeypatch, lambda path: path.name == "tensors.safetensors")
-    with pytest.raises(UserError, match="none of its 2 checkpoints is whole .*tensors.safetensors can't be read"):
+    with pytest.raises(UserError, match=r"none of its 2 checkpoints is whole .*tensors.safetensors can't be read"):
         train(tmp_path)
     assert sorted((tmp_path / ROOT).rglob("*")) == before
 
@@ -216,7 +228,8 @@ def replace_best(directory: Path, change: Callable[[dict[str, Any]], None]) -> N
 
 
 def other_head(state: dict[str, Any]) -> None:
-    state["best"]["network"]["head.weight"] += 0.3 * torch.randn(state["best"]["network"]["head.weight"].shape)
+    weight = state["best"]["network"]["head.weight"]
+    weight += 0.3 * torch.randn(weight.shape)
 
 
 def the_last(state: dict[str, Any]) -> None:
@@ -234,7 +247,7 @@ def test_weights_that_do_not_give_what_was_noted_stop_the_run(tmp_path, train, c
     forget_the_end(tmp_path)
     torch.manual_seed(0)
     replace_best(tmp_path, change)
-    with pytest.raises(UserError, match="best weights, of epoch . give valid_loss=.*was noted for them: .*another name="):
+    with pytest.raises(UserError, match=r"best weights, of epoch ., give valid_loss=.*was noted for them: .*another name="):
         train(tmp_path)
     assert not (tmp_path / "runs/run/result.json").exists()
 
@@ -245,8 +258,58 @@ def test_what_another_machine_computes_may_lie_a_little_off(tmp_path, train):
 
     def move(state: dict[str, Any]) -> None:
         state["best"]["surroundings"]["precision"] = "bfloat16"
-        network = state["best"]["network"]
-        state["best"]["network"] = {name: each.bfloat16().float() if each.is_floating_point() else each for name, each in network.items()}
+        for tensor in state["best"]["network"].values():
+            tensor.copy_(tensor.bfloat16())
 
     replace_best(tmp_path, move)
     train(tmp_path)
+
+
+def test_a_real_run_in_the_place_of_an_earlier_one_packages_its_own_best_weights(tmp_path, train, pictures):
+    whole = train(tmp_path / "whole", OTHER)
+    train(tmp_path / "again")
+    forget_the_end(tmp_path / "again")
+    delete_checkpoints(tmp_path / "again")
+    code, output = run_trainer(tmp_path / "again", *SETTINGS, f"data.root={pictures}", OTHER)
+    assert code == OK, output
+    assert difference(whole, packaged(tmp_path / "again/runs/run")) is None
+
+
+# --- heads that are trained together ---
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("change", ["settings", "pictures"])
+def test_a_checkpoint_of_heads_trained_together_is_not_believed_of_others(tmp_path, monkeypatch, configure, pictures, change):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint.Cadence, "due", lambda self, epoch_ends: True)
+    overrides = (*SETTINGS, *VARIANTS["frozen backbone"], "data.root=pictures")
+
+    def write(number: int, lr: float) -> None:
+        place = tmp_path / f"{number:04d}"
+        place.mkdir(exist_ok=True)
+        config = OmegaConf.create(asdict(configure(*overrides, f"optim.lr={lr}")))
+        (place / "config.yaml").write_text(OmegaConf.to_yaml(config))
+
+    for number, lr in enumerate((1e-3, 1e-2)):
+        write(number, lr)
+    save = checkpoint.save
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(Killed):
+        heads.train(tmp_path, [0, 1])
+    monkeypatch.setattr(checkpoint, "save", save)
+    if change == "settings":
+        write(1, 1e-1)
+    else:
+        shutil.copy("pictures/train/circle/000.png", "pictures/train/circle/another.png")
+    with pytest.raises(UserError, match={"settings": "optim.lr: 0.01 then, 0.1 now"}.get(change, "the pictures have")):
+        heads.train(tmp_path, [0, 1])

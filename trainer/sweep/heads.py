@@ -238,9 +238,10 @@ def end_epoch(group: Group, batches: Batches) -> None:
 
 
 def train_group(group: Group, batches: Batches, root: Path, fingerprint: str, stop: Stop) -> dict[int, dict[str, Any]]:
-    """Trains the group from its newest checkpoint in `root` to the end; each trial's outcome. fingerprint: of the pictures.
+    """Train the group from its newest checkpoint in `root` to the end; return each trial's outcome.
 
-    Raises Interrupted, with the state saved; UserError where the checkpoint is that of other settings or pictures.
+    fingerprint: of the pictures. Raises Interrupted, with the state saved, and UserError where the
+    checkpoint is one of other settings or pictures.
     """
     facts = {str(member.number): identity(member.config) | {"pictures": fingerprint} for member in group.members}
     cadence = checkpoint.Cadence(group.members[0].config.checkpoint.minutes, group.members[0].config.checkpoint.max_cost)
@@ -316,7 +317,8 @@ def train(directory: Path, numbers: list[int]) -> None:
             feed = stages.make_feed(config, found, read, machine)
             batches = stages.cache_features(config, network, feed, machine, stop)
             log.info("training %d heads together", len(configs))
-            outcomes |= train_group(Group(configs, directory, network, machine), batches, root, found.fingerprint, stop)
+            group = Group(configs, directory, network, machine)
+            outcomes |= train_group(group, batches, root, found.fingerprint, stop)
     files.write(directory / f"outcomes-{numbers[0]:04d}.json", json.dumps(outcomes))
     for root in roots:
         shutil.rmtree(root)
