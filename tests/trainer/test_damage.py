@@ -182,11 +182,12 @@ OTHER = "optim.lr=1e-4"
 
 
 def test_weights_of_an_earlier_life_are_not_packaged(tmp_path, train):
-    whole = train(tmp_path / "whole", OTHER)
-    train(tmp_path / "again")
+    # One epoch: both lives have their best weights at the same step.
+    whole = train(tmp_path / "whole", "train.epochs=1", OTHER)
+    train(tmp_path / "again", "train.epochs=1")
     forget_the_end(tmp_path / "again")
     delete_checkpoints(tmp_path / "again")  # to start over
-    assert difference(whole, train(tmp_path / "again", OTHER)) is None
+    assert difference(whole, train(tmp_path / "again", "train.epochs=1", OTHER)) is None
 
 
 def test_checkpoints_of_an_earlier_life_that_were_cut_off_are_replaced(tmp_path, train):
@@ -265,14 +266,25 @@ def test_what_another_machine_computes_may_lie_a_little_off(tmp_path, train):
     train(tmp_path)
 
 
-def test_a_real_run_in_the_place_of_an_earlier_one_packages_its_own_best_weights(tmp_path, train, pictures):
-    whole = train(tmp_path / "whole", OTHER)
-    train(tmp_path / "again")
+def test_a_real_run_in_the_place_of_an_earlier_one_packages_its_own_weights(tmp_path, train, pictures):
+    settings = ("train.epochs=1", OTHER)
+    whole = train(tmp_path / "whole", *settings)
+    train(tmp_path / "again", "train.epochs=1")
     forget_the_end(tmp_path / "again")
     delete_checkpoints(tmp_path / "again")
-    code, output = run_trainer(tmp_path / "again", *SETTINGS, f"data.root={pictures}", OTHER)
+    code, output = run_trainer(tmp_path / "again", *SETTINGS, f"data.root={pictures}", *settings)
     assert code == OK, output
     assert difference(whole, packaged(tmp_path / "again/runs/run")) is None
+
+
+def test_a_real_run_packages_its_best_weights_and_not_its_last(tmp_path, train, pictures):
+    whole = train(tmp_path / "whole")
+    code, output = run_trainer(tmp_path, *SETTINGS, f"data.root={pictures}", "checkpoint.max_cost=1")
+    assert code == OK, output
+    last = checkpoint.load(checkpoint.steps(tmp_path / ROOT)[-1])
+    assert last["progress"]["best"]["epoch"] < 6  # else it would prove nothing
+    assert difference(whole, packaged(tmp_path / "runs/run")) is None
+    assert difference(last["best"]["network"], packaged(tmp_path / "runs/run")) is None
 
 
 # --- heads that are trained together ---
