@@ -207,7 +207,7 @@ def _exif(block: bytes) -> str | None:
 
 
 def _entries(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Yield (tag, type, count, value or its offset) of a TIFF's first directory, as far as it goes."""
+    """Yield the (tag, type, count, value or its offset) of a TIFF's first directory."""
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     entry = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
