@@ -142,7 +142,7 @@ REFUSED = {
     "JPEG: scans of many pixels": (scans(90, 5000), "more than 57 scans of 25,000,000 pixels"),
     "JPEG: Exif segments": (
         jpeg_with(segment(0xE1, b"Exif\0\0ab") * 20_000),
-        "more than 2,000 segments",
+        "more than 64 segments of Exif",
     ),
     "JPEG: empty segments": (jpeg_with(segment(0xE5, b"") * 20_000), "more than 2,000 segments"),
     "JPEG: comments": (jpeg_with(segment(0xFE, b"") * 20_000), "more than 2,000 segments"),

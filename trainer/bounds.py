@@ -19,9 +19,9 @@ from typing import Literal
 # libtiff allows 100. A scan takes about 0.6 ms a megapixel and colour.
 MAX_SCANS = 200
 MAX_SCANNED = 16 * 89_478_485  # pixels times scans
-# A colour profile takes up to 255, a depth map a hundred. Pillow's time for those of Exif grows
-# with their square.
+# A colour profile takes up to 255 segments, a depth map a hundred.
 MAX_SEGMENTS = 2_000
+MAX_EXIF = 64  # of these segments; one is usual, and Pillow's time grows with the square
 MAX_FILLER = 1 << 20  # bytes between segments; each is a step in Python
 
 # PNG and WebP. One more is allowed for 1,024 bytes: programs write 8 KB or more into each.
@@ -79,6 +79,8 @@ def jpeg(data: bytes) -> str | None:
             pixels = max(pixels, height * width)
         elif marker == APP1 and data.startswith(b"Exif\0\0", position + 2):
             exif.append(data[position + 8 : end])
+            if len(exif) > MAX_EXIF:
+                return _more_than(MAX_EXIF, "segments of Exif")
         elif marker == START_OF_SCAN:
             scans += 1
             if scans > MAX_SCANS:

@@ -57,6 +57,7 @@ REAL = {
     "JPEG, progressive": encoded(photo(), "JPEG", progressive=True, quality=90),
     "JPEG of 90 scans": scans(80, 64),
     "JPEG of a camera": encoded(photo(), "JPEG", exif=camera_exif()),
+    "JPEG with 1 MB of Exif": jpeg_with(hostile.in_segments(hostile.overlapping_exif(1, 1_000_000))),
     "JPEG with a colour profile of 16 MB": jpeg_with(profile(255)),
     "JPEG with another picture behind it": encoded(photo(), "JPEG") + scans(300)[2:],
     "JPEG with restart markers": encoded(photo(), "JPEG", restart_marker_blocks=1),
