@@ -34,14 +34,16 @@ class Engine:
         self.package = package
         self.observe: Callable[[int], object] = lambda size: None  # called with the size of each batch
         self._max_pixels = max_pixels
+        self._workers = workers
         self._decoders = ThreadPoolExecutor(workers, "decode")
+        self._began: dict[int, float] = {}  # when each thread that decodes began its picture
         self._waiting: queue.SimpleQueue[tuple[NDArray[np.uint8], Future[NDArray[np.float32]]]] = queue.SimpleQueue()
         for _ in range(workers if batch == 1 else 1):
             threading.Thread(target=self._run, args=(batch, delay), name="predict", daemon=True).start()
 
     def logits(self, pictures: Sequence[bytes], end: float) -> NDArray[np.float32]:
         """Logits [N, classes] of N pictures' files. end: on time.monotonic(). Raises PictureError, and TimeoutError where `end` comes first."""
-        decoding = [self._decoders.submit(self.package.prepare, picture, self._max_pixels) for picture in pictures]
+        decoding = [self._decoders.submit(self._decode, picture) for picture in pictures]
         running: list[Future[NDArray[np.float32]]] = []
         try:
             for number, future in enumerate(decoding, 1):
@@ -55,6 +57,19 @@ class Engine:
                 decoded.cancel()
             for run in running:
                 run.cancel()
+
+    def hangs(self, seconds: float) -> bool:
+        """Whether each decoder has been busy with one picture for more than `seconds`."""
+        began = list(self._began.values())
+        return len(began) == self._workers and max(began) < time.monotonic() - seconds
+
+    def _decode(self, picture: bytes) -> NDArray[np.uint8]:
+        thread = threading.get_ident()
+        self._began[thread] = time.monotonic()
+        try:
+            return self.package.prepare(picture, self._max_pixels)
+        finally:
+            del self._began[thread]
 
     def _submit(self, pixels: NDArray[np.uint8]) -> Future[NDArray[np.float32]]:
         future: Future[NDArray[np.float32]] = Future()

@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_URL = 4096  # characters: S3's presigned URLs take about 2,000
 MAX_REDIRECTS = 3
+CHUNK = 64 << 10  # bytes read at a time
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = {301, 302, 303, 307, 308}
 
@@ -74,10 +75,11 @@ class Refused(FetchError):
         self.reason = reason
 
 
-def fetch(url: str, *, max_bytes: int, deadline: float) -> bytes:
+def fetch(url: str, *, max_bytes: int, deadline: float, reserve: Callable[[int], None] = lambda size: None) -> bytes:
     """The body of the answer to a GET of `url`, whatever it holds: what it claims to be is not looked at.
 
     deadline: seconds for everything together (names, connections, redirects, body). max_bytes: of the body.
+    reserve: called with the number of bytes that came, piece by piece; what it raises ends the fetch.
     Proxies, cookies and credentials of the environment are not used. Raises Refused or FetchError.
     """
     end = time.monotonic() + deadline
@@ -85,7 +87,7 @@ def fetch(url: str, *, max_bytes: int, deadline: float) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             parts = _parse(url)
             with _connected(parts, end) as stream:
-                status, location, body = _get(parts, stream, max_bytes)
+                status, location, body = _get(parts, stream, max_bytes, reserve)
             if status == 200:
                 return body
             if status not in REDIRECTS or not location:
@@ -180,7 +182,7 @@ def _connect(addresses: list[tuple[str, int]], end: float) -> socket.socket:
     raise last
 
 
-def _get(parts: SplitResult, stream: "_Stream", max_bytes: int) -> tuple[int, str | None, bytes]:
+def _get(parts: SplitResult, stream: "_Stream", max_bytes: int, reserve: Callable[[int], None]) -> tuple[int, str | None, bytes]:
     """Status, Location header, and the body of a 200."""
     target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + ("?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?") if parts.query else "")
     connection = http.client.HTTPConnection(parts.netloc)
@@ -192,12 +194,15 @@ def _get(parts: SplitResult, stream: "_Stream", max_bytes: int) -> tuple[int, st
         return response.status, response.getheader("Location"), b""
     if (response.length or 0) > max_bytes:
         raise FetchError(f"the URL's file has {response.length:,} bytes; allowed: {max_bytes:,}")
-    body = response.read(max_bytes + 1)
-    if len(body) > max_bytes:
-        raise FetchError(f"the URL's file has more than the allowed {max_bytes:,} bytes")
+    body = io.BytesIO()
+    while chunk := response.read(min(CHUNK, max_bytes + 1 - body.tell())):
+        reserve(len(chunk))
+        body.write(chunk)
+        if body.tell() > max_bytes:
+            raise FetchError(f"the URL's file has more than the allowed {max_bytes:,} bytes")
     if response.length:
         raise FetchError("the URL's server broke off")
-    return 200, None, body
+    return 200, None, body.getvalue()
 
 
 class _Stream(io.RawIOBase):

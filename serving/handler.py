@@ -14,9 +14,11 @@ import base64
 import binascii
 import json
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from email.message import Message
 from typing import Any
@@ -43,6 +45,10 @@ class Settings:
     """How requests are answered. Each is a flag of `python -m serving serve`, and behind every door a variable: SERVING_MAX_BODY=1000000."""
 
     max_body: int = field(default=16 << 20, metadata={"help": "bytes of a request's body, or of a picture that a URL leads to"})
+    max_fetched: int = field(
+        default=64 << 20,
+        metadata={"help": "bytes of all pictures that a request fetches; all requests: twice that"},
+    )
     max_pixels: int = field(default=25_000_000, metadata={"help": "of a picture; decoding takes up to 11 bytes a pixel and worker"})
     max_pictures: int = field(default=16, metadata={"help": "in one request"})
     seconds: float = field(default=30.0, metadata={"help": "for one request; what is not answered by then gets 503"})
@@ -107,9 +113,9 @@ def answer(engine: Engine, settings: Settings, body: bytes | bytearray, content_
     try:
         query = read(body, content_type, settings)
         output = choose(query, accept)
-        pictures = collect(query, settings, request_id, began + settings.seconds)
-        collected = time.monotonic()
-        logits = engine.logits(pictures, began + settings.seconds)
+        with collect(query, settings, request_id, began + settings.seconds) as pictures:
+            collected = time.monotonic()
+            logits = engine.logits(pictures, began + settings.seconds)
         timing = f"collect;dur={1000 * (collected - began):.1f}, predict;dur={1000 * (time.monotonic() - collected):.1f}"
         return Answer(200, write(logits, engine.package.classes, output, query.top), {"Server-Timing": timing})
     except Exception as error:
@@ -192,12 +198,56 @@ def _media_type(text: str) -> Message:
     return message
 
 
-def collect(query: Query, settings: Settings, request_id: str, end: float) -> list[bytes]:
-    """The pictures' files. Raises Problem, and TimeoutError after `end` (on time.monotonic())."""
-    return [_collect(kind, value, settings, request_id, end) for kind, value in query.sources]
+class _Fetched:
+    """Counts the bytes of fetched pictures that this process holds, over all requests."""
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def request(self, limit: int) -> Iterator[Callable[[int], None]]:
+        """Give what counts a request's bytes until it ends. It raises Problem above `limit`."""
+        taken = 0
+
+        def reserve(size: int) -> None:
+            nonlocal taken
+            if taken + size > limit:
+                raise Problem(413, f"the pictures have together more than {limit:,} bytes")
+            with self._lock:
+                if self._held + size > 2 * limit:
+                    raise Problem(503, "too many pictures are being fetched; try again")
+                self._held += size
+            taken += size
+
+        try:
+            yield reserve
+        finally:
+            with self._lock:
+                self._held -= taken
 
 
-def _collect(kind: str, value: Any, settings: Settings, request_id: str, end: float) -> bytes:
+FETCHED = _Fetched()
+
+
+@contextmanager
+def collect(query: Query, settings: Settings, request_id: str, end: float) -> Iterator[list[bytes]]:
+    """The pictures' files, which count as held until the block ends.
+
+    Raises Problem, and TimeoutError after `end` (on time.monotonic()).
+    """
+    with FETCHED.request(settings.max_fetched) as reserve:
+        yield [_collect(kind, value, settings, request_id, end, reserve) for kind, value in query.sources]
+
+
+def _collect(
+    kind: str,
+    value: Any,
+    settings: Settings,
+    request_id: str,
+    end: float,
+    reserve: Callable[[int], None],
+) -> bytes:
     if kind == "file":
         return bytes(value)
     if kind == "base64":
@@ -209,8 +259,9 @@ def _collect(kind: str, value: Any, settings: Settings, request_id: str, end: fl
         raise Problem(400, f'this server does not fetch pictures by "{kind}"; send the picture\'s bytes')
     try:
         if kind == "s3":
-            return s3.fetch(value, max_bytes=settings.max_body)
-        return fetch.fetch(value, max_bytes=settings.max_body, deadline=min(FETCH_SECONDS, end - time.monotonic()))
+            return s3.fetch(value, max_bytes=settings.max_body, reserve=reserve)
+        seconds = min(FETCH_SECONDS, end - time.monotonic())
+        return fetch.fetch(value, max_bytes=settings.max_body, deadline=seconds, reserve=reserve)
     except fetch.FetchError as error:
         if isinstance(error, fetch.Refused):
             log.warning("%s: refused to fetch: %s", request_id, error.reason)

@@ -52,7 +52,8 @@ def predict_fn(query: Query | Answer, engine: Engine) -> Prediction | Answer:
         return query
     request_id, end = new_id(), time.monotonic() + settings().seconds
     try:
-        return Prediction(query, engine.logits(collect(query, settings(), request_id, end), end), engine.package.classes)
+        with collect(query, settings(), request_id, end) as pictures:
+            return Prediction(query, engine.logits(pictures, end), engine.package.classes)
     except Exception as error:
         return failure(error, request_id)
 

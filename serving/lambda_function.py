@@ -22,7 +22,7 @@ except ImportError:
     import fetch  # type: ignore[import-not-found, no-redef]  # in the zip it lies beside this file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 log = logging.getLogger("packhorse.lambda")
 
@@ -110,19 +110,35 @@ def _fetch_urls(asked: dict[str, Any], request_id: str) -> tuple[bytes, str]:
         if len(places) > MAX_PICTURES:
             raise Problem(400, f"{len(places)} URLs in one request; allowed: {MAX_PICTURES}")
         end = time.monotonic() + FETCH_SECONDS
+        alone = asked.keys() == {"url"}
+        reserve = _limit(MAX_BODY if alone else MAX_BODY * 3 // 4)  # in base64, 3 bytes become 4
         for picture in places:
-            file = _fetch(picture.pop("url"), end, request_id)
-            if asked == {}:
+            file = _fetch(picture.pop("url"), end, request_id, reserve)
+            if alone:
                 return file, "application/octet-stream"
             picture["base64"] = base64.b64encode(file).decode()
     return json.dumps(asked).encode(), "application/json"
 
 
-def _fetch(url: Any, end: float, request_id: str) -> bytes:
+def _limit(allowed: int) -> "Callable[[int], None]":
+    """What counts the bytes of a request's pictures. It raises Problem above `allowed`."""
+    taken = 0
+
+    def reserve(size: int) -> None:
+        nonlocal taken
+        taken += size
+        if taken > allowed:
+            raise Problem(413, f"the pictures have together more than {allowed:,} bytes")
+
+    return reserve
+
+
+def _fetch(url: Any, end: float, request_id: str, reserve: "Callable[[int], None]") -> bytes:
     if not isinstance(url, str):
         raise Problem(400, '"url" must be a text')
     try:
-        return fetch.fetch(url, max_bytes=MAX_BODY, deadline=end - time.monotonic())
+        seconds = end - time.monotonic()
+        return fetch.fetch(url, max_bytes=MAX_BODY, deadline=seconds, reserve=reserve)
     except fetch.FetchError as error:
         if isinstance(error, fetch.Refused):
             log.warning("%s: refused to fetch: %s", request_id, error.reason)

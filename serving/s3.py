@@ -1,14 +1,18 @@
 """Fetches a picture from S3, as the machine's own role."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from serving.fetch import FetchError
 
 
-def fetch(uri: str, *, max_bytes: int) -> bytes:
-    """The object at s3://bucket/key. Raises FetchError, with the same words for what is missing and what is not allowed."""
+def fetch(uri: str, *, max_bytes: int, reserve: Callable[[int], None] = lambda size: None) -> bytes:
+    """The object at s3://bucket/key. Raises FetchError, with the same words for what is missing and what is not allowed.
+
+    reserve: called with the object's size before it is read; what it raises ends the fetch.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -20,12 +24,16 @@ def fetch(uri: str, *, max_bytes: int) -> bytes:
         raise FetchError("an S3 URI looks like s3://bucket/key")
     try:
         answer = _client().get_object(Bucket=parts.netloc, Key=key)
+        size = answer["ContentLength"]
         with answer["Body"] as body:
-            data: bytes = body.read(max_bytes + 1) if answer["ContentLength"] <= max_bytes else b""
+            data = b""
+            if size <= max_bytes:
+                reserve(size)
+                data = body.read()
     except (ClientError, BotoCoreError, OSError) as error:
         raise FetchError("the S3 object can't be read with this server's role") from error
-    if answer["ContentLength"] > max_bytes:
-        raise FetchError(f"the S3 object has {answer['ContentLength']:,} bytes; allowed: {max_bytes:,}")
+    if size > max_bytes:
+        raise FetchError(f"the S3 object has {size:,} bytes; allowed: {max_bytes:,}")
     return data
 
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import signal
 import socket
@@ -69,7 +70,7 @@ class App:
             case "POST", "/invocations":
                 await self._invoke(scope, receive, send)
             case "GET" | "HEAD", "/ping":
-                await self._send(send, 503 if self.draining else 200, b"{}" if self.draining else b'{"status": "healthy"}')
+                await self._ping(send)
             case "GET", "/metrics":
                 await self._send(send, 200, generate_latest(REGISTRY), {"Content-Type": CONTENT_TYPE_LATEST})
             case "GET", "/card":
@@ -81,6 +82,14 @@ class App:
                 problem = Problem(405, "POST is for /invocations, GET for what else there is") if known else Problem(404, "there is no such page")
                 request_id = new_id()
                 await self._answer(send, failure(problem, request_id), request_id)
+
+    async def _ping(self, send: Send) -> None:
+        if self.draining:
+            await self._send(send, 503, b"{}")
+        elif self._engine.hangs(self._settings.seconds):
+            await self._send(send, 503, b'{"status": "every decoder hangs"}')
+        else:
+            await self._send(send, 200, b'{"status": "healthy"}')
 
     async def _invoke(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         began = time.monotonic()
@@ -241,11 +250,14 @@ def _take_no_more(listener: socket.socket) -> None:
 
 
 def serve(package: Package, engine: Engine, settings: Settings, host: str, port: int) -> None:
-    """Answers until SIGTERM or Ctrl-C. Raises SystemExit where the port is taken."""
+    """Answers until SIGTERM or Ctrl-C, and then ends the process. Raises SystemExit where the port is taken."""
     # uvicorn raises the signal once more when it has drained: by then it has done its work.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     make(package, engine, settings, host, port).run()
+    # Python would wait here for every thread, and one that hangs in a decoder can't be stopped.
+    logging.shutdown()
+    os._exit(0)
 
 
 def make(package: Package, engine: Engine, settings: Settings, host: str, port: int) -> uvicorn.Server:

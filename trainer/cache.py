@@ -26,7 +26,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import features
 
-from trainer import files, preprocess
+from trainer import bounds, files, preprocess
 from trainer.errors import UserError
 from trainer.preprocess import MAX_ASPECT, MAX_PIXELS, PictureError, shrink
 
@@ -106,7 +106,7 @@ def pack(
 
 def store_directory(root: Path, resize: int, interpolation: str) -> Path:
     """The store of this preprocessing. Whatever may change a pixel is part of its name: the settings, the code, and the libraries that decode."""
-    code = hashlib.sha256(Path(preprocess.__file__).read_bytes()).hexdigest()
+    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (preprocess, bounds)]
     facts = [FORMAT, code, PIL.__version__, features.version("libjpeg_turbo"), resize, interpolation]
     return root / f"{resize}-{interpolation}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 

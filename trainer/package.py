@@ -45,6 +45,7 @@ CODE = {
     "serving/__init__.py": "serving/__init__.py",
     **{name: name for name in (f"serving/{module}.py" for module in ("batching", "fetch", "handler", "package", "ray_app", "s3"))},
     "trainer/__init__.py": "trainer/__init__.py",
+    "trainer/bounds.py": "trainer/bounds.py",
     "trainer/errors.py": "trainer/errors.py",
     "trainer/preprocess.py": "trainer/preprocess.py",
 }

@@ -5,6 +5,7 @@ It needs Pillow, NumPy and the standard library only, because a copy of this fil
 """
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,6 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import BmpImagePlugin, ExifTags, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from trainer import bounds
 
 MAX_PIXELS = 89_478_485  # Pillow's Image.MAX_IMAGE_PIXELS (256 MB of RGB): above it, a small file may be made to fill the memory
 MAX_ASPECT = 4  # longer to shorter side: what sticks out is cut off, or a 1 x 50,000 strip would become a picture of 256 x 12,800,000
@@ -27,16 +30,17 @@ FILTERS = {
 
 # The decoders are called directly, and never through Image.open, because that warns of large pictures, and Python's warning filters are one
 # for the whole process: no thread may change them. The first bytes of a file tell its format; its name does not matter.
-DECODERS: dict[bytes, type[ImageFile.ImageFile]] = {
-    b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
-    b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
-    b"RIFF": WebPImagePlugin.WebPImageFile,
-    b"BM": BmpImagePlugin.BmpImageFile,
-    b"GIF8": GifImagePlugin.GifImageFile,
-    b"II\x2a\x00": TiffImagePlugin.TiffImageFile,  # little-endian
-    b"MM\x00\x2a": TiffImagePlugin.TiffImageFile,  # big-endian
-    b"II\x2b\x00": TiffImagePlugin.TiffImageFile,  # BigTIFF
-    b"MM\x00\x2b": TiffImagePlugin.TiffImageFile,
+# Beside each stands what looks for files that would keep it busy for ever.
+DECODERS: dict[bytes, tuple[type[ImageFile.ImageFile], Callable[[bytes], str | None]]] = {
+    b"\xff\xd8\xff": (JpegImagePlugin.JpegImageFile, bounds.jpeg),
+    b"\x89PNG\r\n\x1a\n": (PngImagePlugin.PngImageFile, bounds.png),
+    b"RIFF": (WebPImagePlugin.WebPImageFile, bounds.webp),
+    b"BM": (BmpImagePlugin.BmpImageFile, bounds.bmp),
+    b"GIF8": (GifImagePlugin.GifImageFile, bounds.gif),
+    b"II\x2a\x00": (TiffImagePlugin.TiffImageFile, bounds.tiff),  # little-endian
+    b"MM\x00\x2a": (TiffImagePlugin.TiffImageFile, bounds.tiff),  # big-endian
+    b"II\x2b\x00": (TiffImagePlugin.TiffImageFile, bounds.tiff),  # BigTIFF
+    b"MM\x00\x2b": (TiffImagePlugin.TiffImageFile, bounds.tiff),
 }
 
 # EXIF's orientation tag (TIFF 6.0, tag 274): what turns the stored picture upright.
@@ -122,8 +126,11 @@ def _decoder(file: BinaryIO) -> ImageFile.ImageFile:
     start = file.read(8)
     if not start:
         raise PictureError("the file is empty")
-    for signature, decoder in DECODERS.items():
+    for signature, (decoder, too_slow) in DECODERS.items():
         if start.startswith(signature):
+            file.seek(0)
+            if reason := too_slow(file.read()):
+                raise PictureError(reason)
             file.seek(0)
             return decoder(file)
     raise PictureError("not a JPEG, PNG, WebP, BMP, GIF or TIFF picture")

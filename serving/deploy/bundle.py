@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 PROXY = {"lambda_function.py": "serving/lambda_function.py", "fetch.py": "serving/fetch.py"}
 DIRECT = (
     *(f"serving/{name}.py" for name in ("__init__", "batching", "fetch", "handler", "lambda_direct", "lambda_function", "package", "s3")),
-    *(f"trainer/{name}.py" for name in ("__init__", "errors", "preprocess")),
+    *(f"trainer/{name}.py" for name in ("__init__", "bounds", "errors", "preprocess")),
 )
 PACKAGE = "package"  # where the direct zip holds the model package, unpacked
 

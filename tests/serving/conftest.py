@@ -98,9 +98,10 @@ class Server:
     def invoke_json(self, asked: object, **headers: str) -> Reply:
         return self.invoke(json.dumps(asked).encode(), "application/json", **headers)
 
-    def memory(self) -> int:
-        """Bytes of resident memory."""
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]) * 1024  # type: ignore[index]
+    def memory(self, which: str = "VmRSS") -> int:
+        """Bytes of resident memory: now, or the most so far ("VmHWM")."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"{which}:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""

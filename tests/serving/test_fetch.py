@@ -99,6 +99,24 @@ def refusal(url: str) -> Refused:
 # --- what is fetched ---
 
 
+@pytest.mark.parametrize("length", ["300000", ""], ids=["announced", "not announced"])
+def test_what_comes_is_counted_before_more_of_it_is_read(web, length):
+    web.replies["/large"] = (200, {"Content-Length": length}, bytes(300_000))
+    came: list[int] = []
+    url = "http://pictures.example/large"
+    assert fetch(url, max_bytes=300_000, deadline=5.0, reserve=came.append) == bytes(300_000)
+    assert sum(came) == 300_000 and max(came) <= 65_536
+
+    def refuse(size: int) -> None:
+        came.append(size)
+        raise MemoryError
+
+    came.clear()
+    with pytest.raises(MemoryError):
+        fetch(url, max_bytes=300_000, deadline=5.0, reserve=refuse)
+    assert len(came) == 1
+
+
 def test_a_picture_is_fetched_from_the_address_that_was_checked(web, network):
     assert get("http://pictures.example/a.jpg") == b"picture"
     assert network.connected == [(PUBLIC, 80)]

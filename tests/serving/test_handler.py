@@ -170,6 +170,10 @@ def test_pictures_come_from_s3_where_it_is_on(ask, bucket, picture, expected):
     result = ask({"s3": "s3://pictures/a/wide one?#.jpg"}, s3=True)
     np.testing.assert_allclose(json.loads(result.body), expected[:1], rtol=0, atol=1e-5)
     assert b"allowed: 100" in ask({"s3": "s3://pictures/a/wide one?#.jpg"}, s3=True, max_body=100).body
+    twice = {"instances": [{"s3": "s3://pictures/a/wide one?#.jpg"}] * 2}
+    assert ask(twice, s3=True, max_fetched=2 * len(picture)).status == 200
+    too_much = ask(twice, s3=True, max_fetched=2 * len(picture) - 1)
+    assert too_much.status == 413 and b"the pictures have together more than" in too_much.body
     told = {ask({"s3": uri}, s3=True).body for uri in ("s3://pictures/missing", "s3://other/a", "s3://Not A Bucket/a")}
     assert len(told) == 1 and b"can't be read with this server's role" in told.pop()
     assert all(ask({"s3": uri}, s3=True).status == 400 for uri in ("s3://pictures", "s3://pictures/", "http://pictures/a", "s3://[/a", ""))

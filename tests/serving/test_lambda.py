@@ -3,10 +3,12 @@
 import base64
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +187,27 @@ def test_no_url_leads_inside_and_all_refusals_read_alike(function, endpoint, add
 def test_a_body_beyond_the_endpoints_limit_is_413(function, endpoint):
     assert error(function.invoke({"base64": "A" * 6_291_456}))[0] == 413
     assert endpoint.calls == []
+
+
+def peak(function):
+    status = Path(f"/proc/{function.process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+
+
+def test_pictures_that_are_too_large_together_are_refused_before_they_fill_the_memory(start, endpoint, web):
+    function = start()
+    web.files["/six.png"] = bytes(6_000_000)
+    function.invoke({"url": f"http://{PUBLIC}/absent.png"})
+    before = peak(function)
+    pictures = [{"url": f"http://{PUBLIC}/six.png"}] * 16
+    assert error(function.invoke({"instances": pictures})) == (413, "the pictures have together more than 4,718,592 bytes")
+    web.files["/two.png"] = bytes(2_000_000)
+    pictures = [{"url": f"http://{PUBLIC}/two.png"}] * 16
+    assert error(function.invoke({"instances": pictures, "output": "labels"}))[0] == 413
+    assert endpoint.calls == []
+    assert peak(function) < before + (48 << 20)
+    assert function.invoke({"url": f"http://{PUBLIC}/six.png"})["statusCode"] == 200
+    assert function.invoke({"instances": pictures[:2]})["statusCode"] == 200
 
 
 def test_the_model_servers_4xx_is_the_callers_with_its_message(function, endpoint):

@@ -15,8 +15,10 @@ from PIL import Image
 
 from serving import server as server_module
 from serving.handler import Settings
+from tests import hostile
 from tests.conftest import PROJECT, wait_for
 from tests.packages import CLASSES
+from tests.serving.runtime import PUBLIC, Web
 from tests.serving.test_package import change_weights, edit, edit_preprocessing, seal
 
 
@@ -92,6 +94,14 @@ def test_a_picture_of_too_many_pixels_is_refused_without_being_decoded(server, t
     assert server.memory() < before + (30 << 20)
 
 
+def test_a_file_that_would_take_minutes_is_refused_and_holds_up_nobody(server, picture):
+    for name, (body, reason) in hostile.REFUSED.items():
+        if len(body) <= 1_000_000:  # what this server takes
+            reply = server.invoke(body, "application/octet-stream")
+            assert reply.status == 400 and reason in reply.json["error"], (name, reply.body)
+    assert server.invoke(picture).status == 200
+
+
 def test_what_is_no_http_gets_400_as_json(server, picture):
     for request in (b"hello\r\n\r\n", b"GET / HTTP/1.1\r\nA\x00: b\r\n\r\n", b"POST /invocations HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
@@ -118,6 +128,42 @@ def test_requests_beyond_the_queue_get_503_and_when_to_try_again(start, original
         connection.send(picture)
         assert connection.getresponse().status == 200
     assert server.invoke(picture).status == 200
+
+
+# Public addresses lead to a web server here.
+REDIRECT = """
+import socket
+connect = socket.create_connection
+def redirect(address, *rest, **more):
+    return connect(("127.0.0.1", WEB_PORT) if address[0] == PUBLIC else address, *rest, **more)
+socket.create_connection = redirect
+"""
+
+
+def test_fetched_pictures_have_a_bound_in_sum(start, original, picture, tmp_path):
+    with Web() as web:
+        redirect = REDIRECT.replace("WEB_PORT", str(web.port)).replace("PUBLIC", repr(PUBLIC))
+        (tmp_path / "sitecustomize.py").write_text(redirect)
+        server = start(str(original / "package"), PYTHONPATH=f"{tmp_path}:{PROJECT}")
+        web.files = {"/large": bytes(16 << 20), "/small": picture}
+        large = {"instances": [{"url": f"http://{PUBLIC}/large"}] * 16}
+        before = server.memory("VmRSS")
+        replies = []
+        ask = lambda: replies.append(server.invoke_json(large))  # noqa: E731
+        asking = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+        # 2 GiB were asked for: 64 MiB is what a request may hold, 128 MiB what all of them may.
+        assert server.memory("VmHWM") < before + (256 << 20)
+        for reply in replies:
+            assert reply.status in (413, 503), reply.body
+            assert ("Retry-After" in reply.headers) == (reply.status == 503)
+        alone = server.invoke_json(large)
+        assert alone.status == 413 and "more than 67,108,864 bytes" in alone.json["error"]
+        small = {"instances": [{"url": f"http://{PUBLIC}/small"}] * 16}
+        assert server.invoke_json(small).status == 200  # all that was held was given back
 
 
 def test_one_slow_url_does_not_hold_up_the_others(start, original, picture, tmp_path):
@@ -306,6 +352,21 @@ def test_a_request_on_its_way_at_sigterm_is_still_read_and_answered(start, origi
     answer = connection.getresponse()
     assert (answer.status, answer.headers["Connection"]) == (200, "close")
     assert server.process.wait(20) == 0
+
+
+def test_a_decoder_that_hangs_is_told_by_ping_and_does_not_outlive_the_drain(start, original, tmp_path):
+    """No file is known that does this; here the decoder of GIF hangs for an hour."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nfrom PIL import GifImagePlugin\nGifImagePlugin.GifImageFile.load_prepare = lambda self: time.sleep(3600)\n"
+    )
+    options = ("--seconds", "0.5", "--workers", "2")
+    server = start(str(original / "package"), *options, PYTHONPATH=f"{tmp_path}:{PROJECT}")
+    gif = hostile.encoded(Image.new("RGB", (48, 32)), "GIF")
+    assert server.invoke(gif, "image/gif").status == 503
+    assert server.ask("GET", "/ping").status == 200  # one decoder is left
+    assert server.invoke(gif, "image/gif").status == 503
+    assert wait_for(lambda: server.ask("GET", "/ping").status == 503)
+    assert server.stop() == 0
 
 
 def test_a_port_that_is_taken_ends_the_server(original, server):

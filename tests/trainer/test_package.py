@@ -41,7 +41,7 @@ def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built)
     with tarfile.open(built / "model.tar.gz") as tar:
         names = tar.getnames()
     serving = [f"serving/{name}.py" for name in ("__init__", "batching", "fetch", "handler", "package", "ray_app", "s3")]
-    code = ["inference.py", "requirements.txt", *serving, *(f"trainer/{name}.py" for name in ("__init__", "errors", "preprocess"))]
+    code = ["inference.py", "requirements.txt", *serving, *(f"trainer/{name}.py" for name in ("__init__", "bounds", "errors", "preprocess"))]
     golden = ["0.jpg", "1.png", "2.webp", "expected.npz"]
     assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + ["model.onnx", "model.safetensors", "package.json"]
     assert sorted(path.name for path in built.iterdir()) == ["model.tar.gz", "pictures", "unpacked"]

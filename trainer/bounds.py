@@ -1,0 +1,227 @@
+"""Looks at a picture's file, undecoded, for what would keep a decoder busy for ever.
+
+A few kilobytes can cost minutes: each scan of a progressive JPEG goes through the whole picture
+again and takes 10 bytes. A deadline does not help, since Python can't stop a decoder. So what a
+decoder repeats (scans, segments, chunks, tiles) is counted before; that takes at most 50 ms.
+The limits lie far beyond what cameras and programs write. Times are of Pillow 13 on one core.
+
+Each function takes a file's bytes and returns why it must not be decoded, or None. Whether the file
+is whole, the decoder says. Standard library only: a copy of this file travels in the model package.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from math import ceil
+from typing import Literal
+
+# JPEG. libjpeg's own script makes 10 scans, programs that try for the smallest file up to 80, and
+# libtiff allows 100. A scan takes about 0.6 ms a megapixel and colour.
+MAX_SCANS = 200
+MAX_SCANNED = 16 * 89_478_485  # pixels times scans
+# A colour profile takes up to 255 segments, a depth map a hundred.
+MAX_SEGMENTS = 2_000
+MAX_EXIF = 64  # of these segments; one is usual, and Pillow's time grows with the square
+MAX_FILLER = 1 << 20  # bytes between segments; each is a step in Python
+
+# PNG and WebP. One more is allowed for 1,024 bytes: programs write 8 KB or more into each.
+# A chunk takes 2 to 10 us.
+MAX_CHUNKS = 65_536
+MAX_PROFILES = 8  # PNG allows one; each may unpack to 1 MB
+
+# GIF, before its first frame. One more is allowed for 64 bytes.
+MAX_BLOCKS = 65_536
+MAX_COMMENTS = 8_192  # of them; the time of Pillow 11 grows with their square
+
+# BMP, run-length coded: Pillow decodes it in Python, 0.1 us a pixel.
+MAX_RLE_PIXELS = 16_777_216
+
+# TIFF. As many tags as libtiff allows. A tile or strip takes 5 us.
+MAX_TAGS = 4_096
+MAX_TILES = 131_072
+MAX_TILED = 64 << 20  # pixels of all tiles, or of 4 pictures: a small one does not fill its tiles
+MAX_VALUES = 64 << 20  # bytes of all tags' values, or of 2 files: beyond it, they lie on each other
+
+MARKER = re.compile(rb"\xff[^\x00\xff]")
+MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # restart markers are part of a scan
+START_OF_FRAME = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+START_OF_SCAN, END_OF_IMAGE, APP1 = 0xDA, 0xD9, 0xE1
+WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+
+# TIFF 6.0: bytes of a value, by its type; 13 and above are of its supplements and of BigTIFF.
+VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+VALUE_BYTES |= {16: 8, 17: 8, 18: 8}
+WIDTH, HEIGHT, SAMPLES, PLANAR = 256, 257, 277, 284
+STRIPS, STRIP_ROWS, TILES, TILE_WIDTH, TILE_HEIGHT = 273, 278, 324, 322, 323
+LAYOUT = {WIDTH, HEIGHT, STRIPS, SAMPLES, STRIP_ROWS, PLANAR, TILE_WIDTH, TILE_HEIGHT, TILES}
+
+
+def jpeg(data: bytes) -> str | None:
+    scans = segments = filler = pixels = 0
+    exif: list[bytes] = []
+    position = 2
+    while found := (MARKER_AFTER_SCAN if scans else MARKER).search(data, position):
+        filler += 0 if scans else found.start() - position
+        position = found.end()
+        marker = data[position - 1]
+        if marker == END_OF_IMAGE:  # behind it, phones keep videos and second pictures
+            break
+        segments += 1
+        if segments > MAX_SEGMENTS:
+            return _more_than(MAX_SEGMENTS, "segments")
+        if filler > MAX_FILLER:
+            return _more_than(MAX_FILLER, "bytes between the segments")
+        if marker in WITHOUT_LENGTH:
+            continue
+        end = position + int.from_bytes(data[position : position + 2])
+        if marker in START_OF_FRAME and len(data) >= position + 7:
+            height, width = struct.unpack_from(">HH", data, position + 3)
+            pixels = max(pixels, height * width)
+        elif marker == APP1 and data.startswith(b"Exif\0\0", position + 2):
+            exif.append(data[position + 8 : end])
+            if len(exif) > MAX_EXIF:
+                return _more_than(MAX_EXIF, "segments of Exif")
+        elif marker == START_OF_SCAN:
+            scans += 1
+            if scans > MAX_SCANS:
+                return _more_than(MAX_SCANS, "scans")
+            if scans > 1 and scans * pixels > MAX_SCANNED:
+                return _more_than(scans - 1, f"scans of {pixels:,} pixels")
+        position = end
+    return _exif(b"".join(exif))
+
+
+def png(data: bytes) -> str | None:
+    allowed = MAX_CHUNKS + len(data) // 1024
+    chunks = profiles = 0
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        chunks += 1
+        profiles += kind == b"iCCP"
+        if chunks > allowed:
+            return _more_than(allowed, "chunks")
+        if profiles > MAX_PROFILES:
+            return _more_than(MAX_PROFILES, "colour profiles")
+        if kind == b"IEND":
+            break
+        if kind == b"eXIf" and (reason := _exif(data[position + 8 : position + 8 + length])):
+            return reason
+        position += 12 + length
+    return None
+
+
+def webp(data: bytes) -> str | None:
+    allowed = MAX_CHUNKS + len(data) // 1024
+    chunks = 0
+    position = 12
+    while position + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, position)
+        chunks += 1
+        if chunks > allowed:
+            return _more_than(allowed, "chunks")
+        if kind == b"EXIF" and (reason := _exif(data[position + 8 : position + 8 + length])):
+            return reason
+        position += 8 + length + length % 2
+    return None
+
+
+def gif(data: bytes) -> str | None:
+    allowed = MAX_BLOCKS + len(data) // 64
+    blocks = comments = 0
+    flags = data[10] if len(data) > 10 else 0
+    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    while position < len(data) and data[position] not in b",;":
+        blocks += 1
+        if data[position] != ord("!"):  # Pillow goes on to the next byte
+            if blocks > allowed:
+                return _more_than(allowed, "blocks before the first frame")
+            position += 1
+            continue
+        comment = data[position + 1 : position + 2] == b"\xfe"
+        netscape = data[position + 1 : position + 14] == b"\xff\x0bNETSCAPE2.0"
+        unasked = 0 if comment else 1 + netscape  # blocks that Pillow takes, empty or not
+        position += 2
+        size = -1
+        while position < len(data) and (size != 0 or unasked >= 0):
+            size = data[position]
+            position += 1 + size
+            unasked -= 1
+            blocks += 1
+            comments += comment
+            if comments > MAX_COMMENTS:
+                return _more_than(MAX_COMMENTS, "blocks of comments")
+            if blocks > allowed:
+                return _more_than(allowed, "blocks before the first frame")
+    return None
+
+
+def bmp(data: bytes) -> str | None:
+    if len(data) < 34:
+        return None
+    header, width, height, compression = struct.unpack_from("<Iii4xI", data, 14)
+    if header >= 40 and compression in (1, 2) and abs(width * height) > MAX_RLE_PIXELS:
+        return _more_than(MAX_RLE_PIXELS, "run-length coded pixels")
+    return None
+
+
+def tiff(data: bytes) -> str | None:
+    order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
+    layout: dict[int, int] = {}
+    for number, (tag, kind, count, value) in enumerate(_entries(data)):
+        if number == MAX_TAGS:
+            return _more_than(MAX_TAGS, "tags")
+        if tag in LAYOUT and tag in layout:
+            return f"tag {tag} is there twice: how long decoding would take can't be told"
+        if tag in (STRIPS, TILES):
+            layout[tag] = count
+        elif tag in LAYOUT and count == 1 and VALUE_BYTES.get(kind, 9) <= len(value):
+            layout[tag] = int.from_bytes(value[: VALUE_BYTES[kind]], order)
+    width, height = layout.get(WIDTH, 0), layout.get(HEIGHT, 0)
+    planes = layout.get(SAMPLES, 1) if layout.get(PLANAR) == 2 else 1
+    strip = layout.get(STRIPS, 0), width, min(layout.get(STRIP_ROWS, height), height)
+    tile = layout.get(TILES, 0), layout.get(TILE_WIDTH, 0), layout.get(TILE_HEIGHT, 0)
+    for given, across, down in (strip, tile):
+        if not across or not down:
+            continue
+        tiles = max(given, ceil(width / across) * ceil(height / down) * planes)
+        if tiles > MAX_TILES:
+            return _more_than(MAX_TILES, "tiles or strips")
+        if tiles * across * down > max(MAX_TILED, 4 * width * height * planes):
+            cut = f"{tiles:,} tiles or strips of {across} x {down}"
+            return f"{cut} for {width} x {height} pixels: decoding it could take minutes"
+    return _exif(data)
+
+
+def _exif(block: bytes) -> str | None:
+    """Look at the values of a TIFF file's first directory, or of an Exif block, which is one."""
+    block = block.removeprefix(b"Exif\0\0")
+    size = 0
+    for _, kind, count, value in _entries(block):
+        length = VALUE_BYTES.get(kind, 0) * count
+        if length > len(value):
+            if length > len(block):  # Pillow reads no further
+                break
+            size += length
+            if size > max(MAX_VALUES, 2 * len(block)):
+                return "values of tags that lie on each other: reading them could take minutes"
+    return None
+
+
+def _entries(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Yield the (tag, type, count, value or its offset) of a TIFF's first directory."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = 43 in data[2:4]
+    entry = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
+    try:
+        (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+        (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
+    except (struct.error, OverflowError):
+        return
+    start += 8 if big else 2
+    for number in range(min(count, (len(data) - start) // entry.size)):
+        yield entry.unpack_from(data, start + number * entry.size)
+
+
+def _more_than(allowed: int, what: str) -> str:
+    return f"more than {allowed:,} {what}: decoding it could take minutes"
