@@ -61,8 +61,8 @@ def test_pictures_lie_where_the_job_finds_them(tmp_path):
             assert (config.data.root, data, config.platform.name) == (root, "dogs", name)
     with pytest.raises(UserError, match="--data DIR"):
         load_config(load_target([]), ["data=folder"])
-    with pytest.raises(UserError, match="add data=folder"):
-        load_config(load_target([]), [], tmp_path / "dogs")
+    with pytest.raises(UserError, match="give data=folder"):
+        load_config(load_target([]), ["data=fashion_mnist"], tmp_path / "dogs")
     with pytest.raises(UserError, match="in one folder"):
         load_config(load_target([]), ["data=folder", "data.root=x", "data.train=/elsewhere"])
 

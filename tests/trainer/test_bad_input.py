@@ -22,7 +22,7 @@ from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer
 from trainer import checkpoint, files
 from trainer.errors import MISTAKE, OK
 
-FOLDER = (*QUICK, "data=folder", "data.root=pictures", "data.workers=0", "platform.cache=cache")
+FOLDER = (*QUICK, "data=folder", "model=small_cnn", "data.root=pictures", "data.workers=0", "platform.cache=cache")
 OFFLINE = {"TORCH_HOME": "torch", "https_proxy": "http://127.0.0.1:9"}  # port 9: nobody answers there
 IS_ROOT = os.geteuid() == 0
 

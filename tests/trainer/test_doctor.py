@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import PROJECT
 
-TINY = ("data=folder", "data.size=16", "data.resize=16", "train.batch_size=8", "platform=local", "platform.cache=cache")
+TINY = ("data=folder", "model=small_cnn", "data.size=16", "data.resize=16", "train.batch_size=8", "platform=local", "platform.cache=cache")
 
 
 def doctor(cwd, *arguments, **environment):

@@ -30,7 +30,7 @@ NAN = "1e30"  # a learning rate whose loss is NaN or infinite at the end of the 
 
 
 def command(pictures: Path, *overrides: str) -> list[str]:
-    return ["data=folder", f"data.root={pictures}", *QUICK, "data.augment.scale=[0.9,1]", *overrides]
+    return ["data=folder", f"data.root={pictures}", "model=small_cnn", *QUICK, "data.augment.scale=[0.9,1]", *overrides]
 
 
 def ledger(sweep: Path) -> dict[int, tuple[str, float | None]]:
