@@ -59,6 +59,9 @@ def test_pictures_lie_where_the_job_finds_them(tmp_path):
         target = load_target([f"target={name}"])
         for config, data in (load_config(target, ["data=folder", "data.root=/mnt/dogs"]), load_config(target, ["data=folder"], tmp_path / "dogs")):
             assert (config.data.root, data, config.platform.name) == (root, "dogs", name)
+    for overrides, given in ((["data.root=/mnt/dogs"], None), ([], tmp_path / "dogs"), (["experiment=dog_breeds"], tmp_path / "dogs")):
+        config, data = load_config(load_target([]), overrides, given)
+        assert (config.data.source, data, config.model.name) == ("folder", "dogs", "resnet50")
     with pytest.raises(UserError, match="--data DIR"):
         load_config(load_target([]), ["data=folder"])
     with pytest.raises(UserError, match="give data=folder"):
