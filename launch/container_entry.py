@@ -21,7 +21,14 @@ from launch import codec  # noqa: E402
 from trainer.errors import FAULT, MISTAKE, OK, RESUME, UserError  # noqa: E402
 
 # Channel -> the setting that says where its pictures lie. `training` holds the folders train, valid and test.
-CHANNELS = {"training": "data.root", "train": "data.train", "valid": "data.valid", "validation": "data.valid", "test": "data.test"}
+CHANNELS = {
+    "training": "data.root",
+    "train": "data.train",
+    "valid": "data.valid",
+    "val": "data.valid",
+    "validation": "data.valid",
+    "test": "data.test",
+}
 FAILURE_CHARACTERS = 1024  # as many of the failure file become the job's FailureReason
 
 # What helps, for what the trainer's own words don't say since they know nothing of jobs. The first that matches; \1 is what its group found.
@@ -83,6 +90,8 @@ def overrides(environment: Mapping[str, str]) -> list[str]:
             )
         if not directory.is_dir() or not any(directory.iterdir()):
             raise UserError(f"channel {name}: {directory} holds nothing; upload the pictures with --data DIR, and look at the channel's S3Uri")
+        if twice := [other for other in channels if other != name and CHANNELS.get(other) == CHANNELS[name]]:
+            raise UserError(f"channels {name} and {twice[0]}: both would be {CHANNELS[name]}; leave one of them out")
         arguments.append(f"{CHANNELS[name]}='{directory}'")
     if "data=folder" in arguments and not channels:
         raise UserError("data=folder: the job has no channel with pictures; give --data DIR, which makes the channel training")

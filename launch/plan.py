@@ -18,7 +18,19 @@ from launch.aws import Aws
 from launch.prices import FALLBACK, Price, price
 from launch.request import Request, check
 from launch.runs import Attempt, Phase, State
-from launch.spec import NO_ACCOUNT, Ec2Target, NotebookTarget, SageMakerTarget, Spec, TargetConfig, load_config, load_target, run_id, split_overrides
+from launch.spec import (
+    NO_ACCOUNT,
+    Ec2Target,
+    NotebookTarget,
+    SageMakerTarget,
+    Spec,
+    TargetConfig,
+    load_config,
+    load_target,
+    resolved,
+    run_id,
+    split_overrides,
+)
 from trainer import config as settings
 from trainer.console import log, python
 from trainer.errors import OK, UserError
@@ -229,6 +241,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, why_offline: str) 
         "state": None if plan.state is None or plan.before is None else f"attempt {plan.before.number}: {plan.state.phase} ({plan.state.detail})",
         "account": spec.account,
         "region": spec.region,
+        "means": resolved(spec.target, spec.overrides, data).notes,
         "settings": {key: value for key, value, _ in settings.walk(spec.config)},
         "uploads": {"source": f"{spec.uri('source', spec.source)}.tar.gz", "data": spec.uri("data", spec.data) if spec.data and data else None},
         "requests": [dataclasses.asdict(request) for request in plan.requests],
@@ -240,6 +253,8 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, why_offline: str) 
 
 def show(what: dict[str, Any]) -> None:
     log.info("run       %s, attempt %d, in account %s, %s", what["run"], what["attempt"], what["account"], what["region"])
+    for line in what["means"]:
+        log.info("means     %s", line)
     if what["state"]:
         log.info("before    %s", what["state"])
     for name, place in what["uploads"].items():

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from launch import codec, opt_ml, sagemaker, source
@@ -22,8 +21,9 @@ from launch.opt_ml import Job, Machine, Outcome
 from launch.plan import Plan
 from launch.plan import prepare as planned
 from launch.request import Request, check
-from launch.spec import CONF, SageMakerTarget, load_target, split_overrides
+from launch.spec import SageMakerTarget, load_target, split_overrides
 from trainer import config as settings
+from trainer.compose import compose
 from trainer.config import Config
 from trainer.console import log, python
 from trainer.errors import MISTAKE, OK, RESUME, UserError
@@ -165,8 +165,9 @@ def _check_settings(job: Job) -> None:
     """The trainer takes the hyperparameters, by the same composition as in the container."""
     settings.register()
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            settings.load(compose("config", [*codec.decode(job.hyperparameters), "platform=sagemaker", "data.root=/opt/ml/input/data"]))
+        names = [channel["ChannelName"] for channel in job.definition.get("InputDataConfig", [])]
+        channels = [f"{CHANNELS[name]}=/opt/ml/input/data/{name}" for name in names]
+        compose([*codec.decode(job.hyperparameters), "platform=sagemaker", *channels])
     except CONFIG_ERRORS as error:
         raise UserError(f"hyperparameters: {explain(error, settings.keys())}") from error
 

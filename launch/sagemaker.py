@@ -6,9 +6,10 @@ from typing import Any
 
 from launch import codec, source
 from launch.request import Request
-from launch.spec import SageMakerTarget, Spec
+from launch.spec import SageMakerTarget, Spec, explained
 from trainer import config as settings
 from trainer import space
+from trainer.compose import check_options
 from trainer.config import Config
 from trainer.errors import UserError
 
@@ -83,6 +84,9 @@ def tuning_job(spec: Spec) -> Request:
         raise UserError(f"target.instances={target.instances}: a trial of the tuner trains on one machine; allowed: target.instances=1")
     fixed, swept = space.split(spec.overrides)
     sweep = space.load(spec.config, swept, fixed)
+    places = ["platform=sagemaker", *([f"data.root={spec.data_root}"] if spec.data_root else [])]
+    with explained(settings.keys()):
+        check_options(sweep, [*fixed, *places], swept)
     tuned = {parameter.key for parameter in sweep.space}
     static = codec.encode(override for override in _settings(fixed) if override.partition("=")[0].lstrip("+") not in tuned)
     grid = sweep.engine == "grid"

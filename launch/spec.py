@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.aws import Aws, bucket_name, partition
 from trainer import config as settings
 from trainer import space
+from trainer.compose import CONF, Resolved, check, resolve
 from trainer.config import Config, setting
 from trainer.errors import UserError
 from trainer.explain import CONFIG_ERRORS, explain
 
-CONF = Path(__file__).parents[1] / "conf"
 NO_ACCOUNT = "000000000000"  # stands in a plan where there are no credentials
 
 # Lengths that AWS allows (botocore's sagemaker model).
@@ -150,8 +150,10 @@ def load_target(overrides: Sequence[str]) -> TargetConfig:
     """The typed settings of conf/launch.yaml. Raises UserError naming the key, the value and what is allowed."""
     name = next((override.split("=", 1)[1] for override in overrides if override.startswith("target=")), "ec2")
     kind = KINDS.get(name, TargetConfig)
-    with _explained(settings.keys(kind, "target.")):
-        composed = _compose("launch", overrides)
+    with explained(settings.keys(kind, "target.")):
+        check(overrides, settings.keys(kind, "target."), {"target": list(KINDS)})
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("launch", list(overrides))
         typed = OmegaConf.merge({"target": OmegaConf.structured(kind)}, composed)
         target = OmegaConf.to_object(typed.target)
     assert isinstance(target, TargetConfig)
@@ -178,15 +180,10 @@ def load_config(target: TargetConfig, overrides: Sequence[str], data: Path | Non
 
     data: the folder to upload, where one is given. Raises UserError.
     """
-    platform = "ec2" if isinstance(target, Ec2Target) else "sagemaker"
-    with _explained(settings.keys()):
-        settings.register()
-        # A tuning job's ranges are its search space, and no values of settings.
-        fixed = space.split(overrides)[0] if isinstance(target, TunerTarget) else overrides
-        composed = _compose("config", [*fixed, f"platform={platform}"])
+    composed = resolved(target, overrides, data).composed
     if composed.data.source != "folder":
         if data is not None:
-            raise UserError(f"--data {data}: these pictures would not be used, since data={composed.data.source}; add data=folder")
+            raise UserError(f"--data {data}: these pictures would not be used, since data={composed.data.source}; give data=folder")
         return settings.load(composed), None
     if data is None and OmegaConf.is_missing(composed.data, "root"):
         raise UserError("data.root has no value: give --data DIR to upload a folder of pictures, or data.root=NAME of one that is in the bucket")
@@ -198,6 +195,20 @@ def load_config(target: TargetConfig, overrides: Sequence[str], data: Path | Non
     name = fit((data.resolve() if data else Path(composed.data.root)).name, RUN)
     composed.data.root = job_data_root(target, name)
     return settings.load(composed), name
+
+
+def resolved(target: TargetConfig, overrides: Sequence[str], data: Path | None = None) -> Resolved:
+    """What the user's overrides of the trainer mean to the job: those of --data too, which names a folder as data.root does. Raises UserError."""
+    platform = "ec2" if isinstance(target, Ec2Target) else "sagemaker"
+    with explained(settings.keys()):
+        settings.register()
+        words = list(overrides)
+        if isinstance(target, TunerTarget):
+            # A tuning job's ranges are its search space: the settings are those of its first trial.
+            fixed, swept = space.split(overrides)
+            words = [*fixed, *space.firsts(swept)]
+        places = [f"platform={platform}", *([space.override("data.root", str(data))] if data else [])]
+        return resolve([*words, *places])
 
 
 def run_id(target: TargetConfig, config: Config, data: str | None, overrides: Sequence[str]) -> str:
@@ -216,13 +227,9 @@ def run_id(target: TargetConfig, config: Config, data: str | None, overrides: Se
 
 
 @contextmanager
-def _explained(keys: list[str]) -> Iterator[None]:
+def explained(keys: list[str]) -> Iterator[None]:
+    """Raises UserError in the place of Hydra's errors."""
     try:
         yield
     except (*CONFIG_ERRORS, OmegaConfBaseException) as error:
         raise UserError(explain(error, keys)) from error
-
-
-def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, list(overrides))

@@ -13,7 +13,7 @@ from launch.logs import follow
 from launch.plan import Plan, job_parser, missing, prepare
 from launch.request import Request
 from launch.runs import Attempt, Phase
-from launch.spec import TargetConfig, load_target, split_overrides
+from launch.spec import TargetConfig, load_target, resolved, split_overrides
 from trainer.console import log, python
 from trainer.errors import FAULT, OK, RESUME, UserError
 
@@ -34,6 +34,8 @@ def submit(aws: Aws, target: TargetConfig, overrides: Sequence[str], data: Path 
         assert plan.before is not None and plan.state is not None
         log.info("attempt %d at %s is %s (%s): nothing is sent", plan.before.number, plan.spec.run, plan.state.phase, plan.state.detail)
         return plan.before if plan.before.id else _confirm(aws, plan.before, plan.state.id)
+    for line in resolved(target, overrides, data).notes:
+        log.info(line)
     key = f"source/{plan.spec.source}.tar.gz"
     if not s3.exists(aws, key):
         s3.write(aws, key, plan.source)

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from trainer import config as settings
+from trainer.compose import compose
 from trainer.config import Config
 
 PROJECT = Path(__file__).parents[1]
@@ -55,8 +55,7 @@ def configure() -> Callable[..., Config]:
     settings.register()
 
     def configure(*overrides: str) -> Config:
-        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-            return settings.load(compose("config", list(overrides)))
+        return compose(overrides)
 
     return configure
 

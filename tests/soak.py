@@ -29,7 +29,7 @@ from trainer.errors import OK, RESUME
 
 # Everything that has state is on, and saving happens all the time, so that many kills fall into it.
 SETTINGS = (
-    "name=run", "platform=local", "platform.cache=cache", "data=folder", "data.root=pictures", "data.size=16", "data.resize=18",
+    "name=run", "platform=local", "platform.cache=cache", "data=folder", "model=small_cnn", "data.root=pictures", "data.size=16", "data.resize=18",
     "data.augment.trivial=true", "data.workers=2", "train.epochs=24", "train.batch_size=8", "train.accumulate=2", "train.ema_decay=0.9",
     "train.clip_norm=1", "train.threads=1", "optim.head_lr=3e-3", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
 )  # fmt: skip

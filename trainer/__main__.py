@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from trainer import config as settings
+from trainer.compose import CONF, resolve
 from trainer.config import Config
 from trainer.console import log, to_terminal
 from trainer.datasets import find_pictures
@@ -24,11 +24,10 @@ from trainer.explain import CONFIG_ERRORS, explain
 from trainer.interrupt import on_signals, on_spot_notice
 from trainer.run import check_identity, open_run
 
-CONF = str(Path(__file__).parents[1] / "conf")
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_main(composed: DictConfig) -> None:
     sys.exit(guarded(lambda: train(settings.load(composed), world())))
 
@@ -135,7 +134,21 @@ def main() -> int:
 def work(words: list[str], multirun: bool) -> Callable[[], None]:
     if multirun:
         return partial(sweep, words)
-    return hydra_main if world().chief else partial(train, None, world())
+    return partial(run, words) if world().chief else partial(train, None, world())
+
+
+def run(words: list[str]) -> None:
+    """One run, by Hydra: it gets what was typed and what that implies."""
+    flags = any(word.startswith("-") for word in words)  # Hydra's own, some with a value of theirs
+    typed = [word for word in words if "=" in word and not word.startswith("-")] if flags else words
+    resolved = resolve(typed)
+    place = words.index(typed[0]) if typed else len(words)
+    sys.argv[1:] = words[:place] + resolved.words[: len(resolved.words) - len(typed)] + words[place:]
+    if not flags:
+        settings.load(resolved.composed)  # a wrong setting is all that is said
+        for line in resolved.notes:
+            log.info(line)
+    hydra_main()
 
 
 def sweep(words: list[str]) -> None:

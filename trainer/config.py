@@ -7,6 +7,7 @@ this file holds its type and what is allowed. Only the stages of a run and its l
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.errors import UserError
-from trainer.explain import explain
+from trainer.explain import explain, unknown_key
+
+DEMO = "fashion_mnist"  # conf/data: the pictures that ship with this
+TOY = "small_cnn"  # conf/model: trained from scratch in seconds
+PRETRAINED = "resnet50"  # conf/model: for pictures of one's own
 
 
 def setting(
@@ -162,14 +167,14 @@ class SweepConfig:
     sampler: str = setting("tpe", "random", identity=False)
     pruner: str = setting("none", "median", "halving", identity=False)
     points: int = setting(at_least=1, identity=False)
-    seed: int = setting(at_least=0, identity=False)
+    seed: int = setting(at_least=0, at_most=2**32 - 1, identity=False)  # NumPy's RandomState, which Optuna's samplers use, takes no more
     space: dict[str, str] = setting(identity=False)
 
 
 @dataclass
 class Config:
     name: str | None = setting(identity=False)
-    seed: int = setting(at_least=0)
+    seed: int = setting(at_least=0, at_most=2**64 - 1)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -181,14 +186,22 @@ class Config:
 
 
 def register() -> None:
-    """Gives Hydra the schema and the platform that the environment names; call before `hydra.main` or `compose`."""
+    """Gives Hydra the schema, the platform that the environment names and the model that goes with the pictures; call before `hydra.main` or
+    `compose`.
+    """
     ConfigStore.instance().store("schema", Config)
     OmegaConf.register_new_resolver("detect_platform", detect_platform, replace=True)
+    OmegaConf.register_new_resolver("default_model", default_model, replace=True)
 
 
 def detect_platform() -> str:
     """`sagemaker` inside a SageMaker container (its toolkit sets SM_MODEL_DIR), else `local`. `ec2` is always asked for by name."""
     return "sagemaker" if "SM_MODEL_DIR" in os.environ else "local"
+
+
+def default_model(data: str) -> str:
+    """The option of `model` where none is given: only the demo's small pictures are for the network that learns from nothing."""
+    return TOY if data == DEMO else PRETRAINED
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -198,6 +211,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def load(composed: DictConfig) -> Config:
     """The typed settings of what Hydra composed. Raises UserError for a value that is missing or not allowed."""
+    for key in _unknown(composed, Config):
+        raise UserError(unknown_key(key, keys()))
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -263,15 +278,15 @@ def run_name(config: Config) -> str:
     """The name of the run's directory: `name`, or one derived from the settings, so that the same command finds its own run again."""
     if config.name is not None:
         return config.name
-    what = identity(config) | {"root": [os.path.realpath(path) for path in split_directories(config.data).values() if path]}
+    what = identity(config) | {"root": places(config.data)}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     model = re.sub(r"[^\w.-]+", "-", config.model.name)
     return f"{config.data.source}-{model}-{digest[:8]}"
 
 
-def split_directories(data: DataConfig) -> dict[str, str]:
-    """Where each split lies: data.train, data.valid and data.test where given, else the folder of that name in data.root."""
-    return {split: getattr(data, split) or str(Path(data.root) / split) for split in ("train", "valid", "test")}
+def places(data: DataConfig) -> list[str]:
+    """Where the pictures lie, by the settings alone: what the splits' folders in data.root are called is seen when they are read."""
+    return [os.path.realpath(getattr(data, split) or Path(data.root) / split) for split in ("train", "valid", "test")]
 
 
 # --- the metric line: one definition for the log and for SageMaker's MetricDefinitions ---
@@ -326,6 +341,17 @@ def keys(node: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
+def _unknown(node: DictConfig, schema: type, prefix: str = "") -> Iterator[str]:
+    """The keys of what Hydra composed that the schema has not: +key=value adds them, and nothing reads them."""
+    fields = {entry.name: entry.type for entry in dataclasses.fields(schema)}
+    for name in node:
+        kind = fields.get(str(name))
+        if kind is None:
+            yield f"{prefix}{name}"
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from _unknown(node[name], kind, f"{prefix}{name}.")
+
+
 def check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     """Raises UserError where a setting's value is outside its limits (`setting`)."""
     if value is None:
@@ -347,3 +373,5 @@ def check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
         if not all(tests[name][1](number, limit) for name, limit in bounds.items()):
             allowed = " and ".join(f"{tests[name][0]} {limit}" for name, limit in bounds.items())
             raise UserError(f"{key}={value} is not allowed; allowed: {allowed}")
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{key}={value} is not allowed; allowed: finite numbers")

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.config import Config, split_directories
+from trainer.config import Config
 from trainer.console import log
 from trainer.errors import UserError
-from trainer.folder import ImageFolder, scan
+from trainer.folder import SPLIT_NAMES, ImageFolder, few, find_splits, scan
 
 EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist_mini.npz"
 
@@ -26,10 +26,19 @@ EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist_mini.npz"
 def find_pictures(config: Config) -> ImageFolder:
     """Lists the pictures; a named data set is first written as class folders."""
     materialize(config.data.source, Path(config.data.root))
-    for split, given in {"valid": config.data.valid, "test": config.data.test}.items():
-        if given is not None and not Path(given).exists():
-            raise UserError(f"data.{split}={given}: there is no such folder; give another, or null for data.root/{split}")
-    found = scan(split_directories(config.data), config.data.valid_fraction)
+    root, given = config.data.root, {split: getattr(config.data, split) for split in SPLIT_NAMES}
+    if given["train"] is None and not Path(root).exists():
+        raise UserError(f"data.root={root}: there is no such folder; give the one that holds train, valid and test (the last two may be missing)")
+    for split in ("valid", "test"):
+        if given[split] is not None and not Path(given[split]).exists():
+            raise UserError(f"data.{split}={given[split]}: there is no such folder; give another, or null for the one in data.root")
+    directories, unused = find_splits(root, given)
+    found = scan(directories, config.data.valid_fraction)
+    if unused:
+        log.warning(
+            "not used: %s in %s; pictures are taken from train, valid (or val) and test, and from where data.valid=DIR and data.test=DIR say",
+            few(unused), root,
+        )  # fmt: skip
     sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in found.splits.items())
     log.info("pictures: %s; %d classes", sizes, len(found.classes))
     if "test" not in found.splits:

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 
 from trainer import cache, checkpoint, features, files, metrics, stages
 from trainer import config as settings
-from trainer.__main__ import CONF, guarded
+from trainer.__main__ import guarded
+from trainer.compose import resolve
 from trainer.config import Config
 from trainer.console import log, to_terminal
 from trainer.datasets import find_pictures
@@ -83,8 +83,10 @@ def main() -> int:
 
 
 def examine(overrides: list[str], seconds: float) -> None:
-    with initialize_config_dir(CONF, version_base="1.3"):
-        config = settings.load(compose("config", overrides))
+    resolved = resolve(overrides)
+    config = settings.load(resolved.composed)
+    for line in resolved.notes:
+        log.info(line)
     for line in settings.ignored(config, overrides):
         log.warning(line)
     instance = instance_type()

@@ -15,31 +15,35 @@ def explain(error: Exception, keys: list[str]) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: can't be read as key=value ({str(error).splitlines()[-2]}); quote what is special to Hydra: 'key=\"a, b\"'"
     text = f"{error}\n{error.__cause__ or ''}"
-    if option := re.search(r"Could not find '(\w+)/([^']+)'", text):
+    if option := re.search(r"Could not find '(\w+)/([^']*)'", text):
         options = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
-        return _unknown_option(option[1], option[2], options)
+        return unknown_option(option[1], option[2], options)
     if group := re.search(r"In '[^']*': Could not find '([^']+)'", text):
         return f"{group[1]}: there is no such config file or group"
     full_key = re.search(r"full_key: (\S+)", text)
     if unknown := re.search(r"Could not override '([^']+)'", text) or (re.search(r"Key '.*' (is )?not in", text) and full_key):
-        return _unknown_key(unknown[1], keys)
+        return unknown_key(unknown[1], keys)
     if full_key:
-        return _wrong_value(full_key[1], text)
+        typed = re.search(r"^Error merging override (.*)$", text, re.MULTILINE)
+        return _wrong_value(full_key[1], typed[1].lstrip("+") if typed else full_key[1], text)
     return " ".join(str(error).split())
 
 
-def _unknown_option(group: str, name: str, options: list[str]) -> str:
-    hint = f"; for another torchvision model: model=torchvision model.name={name}" if group == "model" else ""
-    return f"{group}={name}: there is no such option; allowed: {', '.join(options)}{hint}"
+def unknown_option(group: str, name: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = f"; for another torchvision model: model=torchvision model.name={name}" if group == "model" and name.isidentifier() else ""
+    return f"{group}={name}: there is no such option; {meant}allowed: {', '.join(options)}{hint}"
 
 
-def _unknown_key(key: str, keys: list[str]) -> str:
+def unknown_key(key: str, keys: list[str]) -> str:
     near = difflib.get_close_matches(key, keys, n=3, cutoff=0.6) or [name for name in keys if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     hint = f"did you mean {' or '.join(near)}?" if near else "see python -m trainer --help"
     return f"{key}: there is no such setting; {hint}"
 
 
-def _wrong_value(key: str, text: str) -> str:
+def _wrong_value(key: str, typed: str, text: str) -> str:
+    """typed: the override as it was given, where that is known, else the key."""
     if "missing mandatory value" in text:
         return f"{key} has no value: give {key}=..."
     if value := re.search(r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", text):
@@ -48,5 +52,10 @@ def _wrong_value(key: str, text: str) -> str:
         return f"{key}={value[1]} is of the wrong type; allowed: boolean, true or false"
     if "not Optional" in text:
         return f"{key}=null is not allowed; allowed: a value"
-    reason = next(line for line in reversed(text.splitlines()) if line and "full_key" not in line and "object_type" not in line)
-    return f"{key}: {reason.strip()}"
+    if "is not a ListConfig" in text or "List[" in text:
+        return f"{typed} is of the wrong type; allowed: a list, such as {key}=[1,2]"
+    if "Dict[" in text:
+        return f"{typed} is of the wrong type; allowed: values by key, such as {key}={{a: 1}}"
+    asides = ("full_key", "object_type", "reference_type")
+    reason = next(line for line in reversed(text.splitlines()) if line and not line.strip().startswith(asides))
+    return f"{typed}: {reason.strip()}"

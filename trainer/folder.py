@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from numpy.typing import NDArray
 from trainer.errors import UserError
 from trainer.preprocess import PictureError
 
+# What the folder of a split may be called, in any case.
+SPLIT_NAMES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+_SPLITS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -39,19 +44,38 @@ class ImageFolder:
     fingerprint: str
 
 
+def find_splits(root: str, given: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
+    """Returns the folder of each split, and the names of root's other folders that hold pictures, which nobody uses.
+
+    given: the folder of a split that is not to be looked for. A split that root has not gets root/NAME all the same. Raises UserError where root
+    has two folders for one split.
+    """
+    with _readable():
+        folders = _class_folders(root) if Path(root).is_dir() else []
+        found = {}
+        for split, names in SPLIT_NAMES.items():
+            named = [name for name in folders if name.casefold() in names]
+            if len(named) > 1 and not given[split]:
+                raise UserError(f"{root} has two folders for {split}, {' and '.join(named)}: remove one, or give data.{split}={root}/{named[0]}")
+            found[split] = given[split] or str(Path(root) / (named[0] if named else split))
+        used = {os.path.realpath(path) for path in found.values()}
+        if given["train"]:  # root's other folders may be its classes
+            return found, []
+        others = [name for name in folders if os.path.realpath(Path(root) / name) not in used and name.casefold() not in _SPLITS]
+        return found, [name for name in others if any(_walk(0, Path(root), name))]
+
+
 def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
     """Lists the pictures, without decoding them. Hidden files and folders are no part of it, nor are files not named like pictures.
 
     directories: the folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the share of each class that
     becomes valid, where there is no such folder. Raises UserError for a folder that can't be trained on.
     """
-    try:
+    with _readable():
         classes = _classes(directories["train"])
         files = {name: _files(name, path, classes) for name, path in directories.items() if name == "train" or Path(path).exists()}
         if "valid" not in files:
             files["train"], files["valid"] = _split(files["train"], valid_fraction)
-    except PermissionError as error:
-        raise UserError(f"{error.filename}: permission denied; let this user read the folder, or run as one who may") from error
     files = {name: files[name] for name in ("train", "valid", "test") if name in files}
     broken = tuple((file.path, file.reason) for name in files for file in files[name] if file.reason)
     usable = {name: [file for file in files[name] if not file.reason] for name in files}
@@ -129,15 +153,23 @@ class _File:
     reason: str | None  # why it can't be used, if so
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: permission denied; let this user read the folder, or run as one who may") from error
+
+
 def _classes(train: str) -> tuple[str, ...]:
     """The class list: train's folders."""
     layout = "expected: a folder for each class, with its pictures in it, as in train/beagle/1.jpg"
     path = Path(train)
     if not path.exists():
         beside = _class_folders(str(path.parent)) if path.parent.is_dir() else []
-        if beside := [name for name in beside if name not in ("valid", "test") and any(_walk(0, path.parent, name))]:
+        if beside := [name for name in beside if name.casefold() not in _SPLITS and any(_walk(0, path.parent, name))]:
             raise UserError(
-                f"{train}: there is no such folder, but {path.parent} itself has class folders ({_few(beside)}): "
+                f"{train}: there is no such folder, but {path.parent} itself has class folders ({few(beside)}): "
                 f"give data.train={path.parent}, or move them into {train}"
             )
         raise UserError(f"{train}: there is no such folder; data.root must hold train, valid and test (the last two may be missing); {layout}")
@@ -156,7 +188,7 @@ def _files(split: str, directory: str, classes: tuple[str, ...]) -> list[_File]:
         raise UserError(f"{directory}: data.{split} is not a folder; expected: a folder for each class, with its pictures in it")
     folders = _class_folders(directory)
     if foreign := [name for name in folders if name not in classes]:
-        raise UserError(f"{directory}: train has no class {_few(foreign)}; add such pictures to train too, or remove them here")
+        raise UserError(f"{directory}: train has no class {few(foreign)}; add such pictures to train too, or remove them here")
     root = Path(directory).resolve()
     above = frozenset(map(_identity, (root, *root.parents)))
     files = [file for name in folders for file in _walk(classes.index(name), Path(directory), name, above)]
@@ -244,7 +276,7 @@ def _check_filled(directories: Mapping[str, str], classes: tuple[str, ...], usab
     trained = {file.label for file in usable["train"]}
     if empty := [name for label, name in enumerate(classes) if label not in trained]:
         raise UserError(
-            f"{directories['train']}: no picture in the class folder {_few(empty)}; add some ({', '.join(sorted(SUFFIXES))}), or remove it"
+            f"{directories['train']}: no picture in the class folder {few(empty)}; add some ({', '.join(sorted(SUFFIXES))}), or remove it"
         )
     for name, files in usable.items():
         if not files and Path(directories[name]).exists():
@@ -255,7 +287,7 @@ def _check_filled(directories: Mapping[str, str], classes: tuple[str, ...], usab
             )
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

@@ -80,6 +80,19 @@ def build(
     return network.to(memory_format=torch.channels_last) if channels_last else network
 
 
+def origin(name: str, weights: str | None) -> str:
+    """Where the weights come from, in a word or two for the log."""
+    if weights is None:
+        return "from scratch"
+    if _is_file(weights):
+        return f"weights from {weights}"
+    if name.startswith("timm/"):
+        return "timm's weights"
+    import torchvision
+
+    return f"torchvision's weights {torchvision.models.get_model_weights(name)[weights].name}"
+
+
 def check(network: Classifier, name: str, size: int, count: int) -> None:
     """Raises UserError where the network can't train on `count` pictures of `size` px at once: many need a least size, some just one size, and
     BatchNorm needs two values.
@@ -120,6 +133,11 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
         near = ", ".join(timm.list_models(f"*{short.split('.')[0][:8]}*")[:5])
         raise UserError(f"model.name={name}: timm has no such model" + (f"; allowed, for example: {near}" if near else ""))
     local = weights is not None and _is_file(weights)
+    if weights is not None and not local and weights != "DEFAULT":
+        raise UserError(
+            f"model.weights={weights}: timm names its weights with the model (model.name={name.split('.')[0]}.TAG); "
+            "allowed: DEFAULT, null, or a file with a state dict"
+        )
     try:
         backbone: Any = timm.create_model(short, num_classes=0, pretrained=weights is not None and not local)
     except (OSError, RuntimeError) as error:
@@ -238,5 +256,5 @@ def _fill(network: nn.Module, state: dict[str, Tensor], weights: str, head: str 
 def _offline(name: str, weights: str | None, error: Exception) -> UserError:
     return UserError(
         f"model.weights={weights}: the weights of {name} could not be downloaded ({error}); where there is no network, download "
-        "them elsewhere and give model.weights=FILE, or train from scratch with model.weights=null"
+        "them elsewhere and give model.weights=FILE, or train from scratch with model=small_cnn, or this model with model.weights=null"
     )

@@ -109,6 +109,18 @@ def split(overrides: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     return fixed, swept
 
 
+def firsts(swept: Mapping[str, str]) -> list[str]:
+    """An override for the first value of each list; an interval has none. So a setting that must be given may be one that is swept."""
+    found = []
+    for key, text in swept.items():
+        (parsed,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
+        if not parsed.is_sweep_override():
+            found.append(f"{key}={text}")
+        elif not isinstance(parsed.value(), IntervalSweep):
+            found.append(override(key, _listed(parsed, key, text)[0]))
+    return found
+
+
 def key_of(override: str) -> str:
     """The key of an override: `optim.lr` of `optim.lr=1e-3`."""
     return override.split("=", 1)[0].lstrip("+~")

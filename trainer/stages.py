@@ -154,7 +154,8 @@ def make_network(config: Config, found: ImageFolder, machine: Machine, world: Wo
     network = network.to(machine.device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    log.info("model: %s, %s parameters, %s trained, on %s in %s", settings.name, f"{parameters:,}", f"{trained:,}", machine.device, machine)
+    name = f"{settings.name}, {model.origin(settings.name, settings.weights)}"
+    log.info("model: %s, %s parameters, %s trained, on %s in %s", name, f"{parameters:,}", f"{trained:,}", machine.device, machine)
     if world.size > 1:
         mode = "fast" if config.train.exact_shards is None else f"exact, in {shards} shards"
         log.info("processes: %d on %d host%s; %s", world.size, world.hosts, "s" * (world.hosts > 1), mode)

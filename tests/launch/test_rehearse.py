@@ -27,7 +27,7 @@ from trainer import config as settings
 from trainer.errors import MISTAKE, OK, RESUME, UserError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sagemaker_training") is None, reason="pip install 'packhorse[rehearse]'")
-SETTINGS = (*(setting for setting in QUICK if not setting.startswith("platform")), "data=folder")
+SETTINGS = (*(setting for setting in QUICK if not setting.startswith("platform")), "data=folder", "model=small_cnn")
 
 
 def start(cwd: Path, *arguments: str, project: Path = PROJECT) -> subprocess.Popen:

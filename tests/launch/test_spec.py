@@ -59,10 +59,13 @@ def test_pictures_lie_where_the_job_finds_them(tmp_path):
         target = load_target([f"target={name}"])
         for config, data in (load_config(target, ["data=folder", "data.root=/mnt/dogs"]), load_config(target, ["data=folder"], tmp_path / "dogs")):
             assert (config.data.root, data, config.platform.name) == (root, "dogs", name)
+    for overrides, given in ((["data.root=/mnt/dogs"], None), ([], tmp_path / "dogs"), (["experiment=dog_breeds"], tmp_path / "dogs")):
+        config, data = load_config(load_target([]), overrides, given)
+        assert (config.data.source, data, config.model.name) == ("folder", "dogs", "resnet50")
     with pytest.raises(UserError, match="--data DIR"):
         load_config(load_target([]), ["data=folder"])
-    with pytest.raises(UserError, match="add data=folder"):
-        load_config(load_target([]), [], tmp_path / "dogs")
+    with pytest.raises(UserError, match="give data=folder"):
+        load_config(load_target([]), ["data=fashion_mnist"], tmp_path / "dogs")
     with pytest.raises(UserError, match="in one folder"):
         load_config(load_target([]), ["data=folder", "data.root=x", "data.train=/elsewhere"])
 

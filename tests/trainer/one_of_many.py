@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import nn
 
-from tests.conftest import PROJECT
 from trainer import config as settings
 from trainer import metrics, stages
+from trainer.compose import compose
 from trainer.console import to_terminal
 from trainer.datasets import find_pictures
 from trainer.distributed import World, world
@@ -27,6 +26,7 @@ from trainer.run import open_run
 
 BASE = (
     "data=folder", "data.root=pictures", "data.size=16", "data.resize=18", "data.cache=none", "data.workers=0", "train.threads=1",
+    "model=small_cnn",
     "train.batch_size=11", "train.epochs=3", "train.ema_decay=0.9", "train.clip_norm=1", "optim.head_lr=3e-3",
     "platform=local", "platform.cache=cache", "train.timeout_seconds=60",
 )  # fmt: skip
@@ -65,8 +65,7 @@ def norm_by_groups(network: nn.Module) -> None:
 
 def train(world: World, stop_at: int | None, dropout: float, groups: bool, *overrides: str) -> dict[str, Any]:
     """stop_at: batches of rank 1 (or of the only process) until it is asked to stop."""
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        config = settings.load(compose("config", [*BASE, *overrides]))
+    config = compose([*BASE, *overrides])
     stop = Stop()
     with open_run(config, world) as run:
         found = find_pictures(config)
@@ -111,8 +110,7 @@ def main() -> None:
     here, names = world(), sys.argv[1:]
     settings.register()
     to_terminal()
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        config = settings.load(compose("config", list(BASE)))
+    config = compose(BASE)
     here.share_config(config if here.chief else None)
     with here.connected(60, Stop()):
         for name in names:

@@ -22,7 +22,7 @@ from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer
 from trainer import checkpoint, files
 from trainer.errors import MISTAKE, OK
 
-FOLDER = (*QUICK, "data=folder", "data.root=pictures", "data.workers=0", "platform.cache=cache")
+FOLDER = (*QUICK, "data=folder", "model=small_cnn", "data.root=pictures", "data.workers=0", "platform.cache=cache")
 OFFLINE = {"TORCH_HOME": "torch", "https_proxy": "http://127.0.0.1:9"}  # port 9: nobody answers there
 IS_ROOT = os.geteuid() == 0
 
@@ -100,7 +100,9 @@ def leave_alone(path: Path) -> None:
 
 # What is wrong: how it comes about, overrides, what the line must say.
 FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] = {
-    "no data.root": (remove("."), (), ("pictures/train: there is no such folder", "data.root must hold train")),
+    "no data.root": (remove("."), (), ("data.root=pictures: there is no such folder", "holds train")),
+    "two names for valid": (add_folder("VAL/circle", "0.png"), (), ("pictures has two folders for valid", "VAL and valid", "data.valid=pictures/")),
+    "two names for train": (add_folder("training/circle", "0.png"), (), ("pictures has two folders for train", "train and training")),
     "data.root is a file": (become_a_file, (), ("pictures/train: there is no such folder", "data.root must hold train")),
     "no splits": (lose_the_splits, (), ("pictures/train: there is no such folder", "circle, square, stripe", "give data.train=pictures")),
     "no classes": (lose_the_classes, (), ("pictures/train: there is no class folder", "needs at least two")),
@@ -142,7 +144,7 @@ class Bomb:
 SETTINGS = {
     "name=../elsewhere": ["name=../elsewhere is not allowed", "one directory"],
     "model=torchvision model.name=resnet49": ["model.name=resnet49 is not allowed", "resnet50"],
-    "model=torchvision model.name=resnet18": ["model.weights=DEFAULT", "could not be downloaded", "model.weights=FILE"],
+    "model=torchvision model.name=resnet18": ["model.weights=DEFAULT", "could not be downloaded", "model.weights=FILE", "model=small_cnn"],
     "model=torchvision model.name=vit_b_32 model.weights=null": ["vit_b_32", "data.size=16", "Expected 224", "give another data.size"],
     "model.weights=missing.pth": ["model.weights=missing.pth: there is no such file"],
     "model.weights=damaged.safetensors": ["model.weights=damaged.safetensors is damaged", "allowed: a state dict"],

@@ -19,7 +19,8 @@ from trainer.errors import MISTAKE, OK, RESUME
 
 LIMIT = 6  # train.timeout_seconds
 RUN = (
-    "name=run", "data=folder", "data.root=pictures", "data.size=16", "data.resize=16", "data.workers=0", "train.batch_size=8", "train.threads=1",
+    "name=run", "data=folder", "data.root=pictures", "model=small_cnn",
+    "data.size=16", "data.resize=16", "data.workers=0", "train.batch_size=8", "train.threads=1",
     "platform=local", "platform.cache=cache", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1", f"train.timeout_seconds={LIMIT}",
 )  # fmt: skip
 LONG = (*RUN, "train.epochs=3000")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import PROJECT
 
-TINY = ("data=folder", "data.size=16", "data.resize=16", "train.batch_size=8", "platform=local", "platform.cache=cache")
+TINY = ("data=folder", "model=small_cnn", "data.size=16", "data.resize=16", "train.batch_size=8", "platform=local", "platform.cache=cache")
 
 
 def doctor(cwd, *arguments, **environment):
@@ -70,7 +70,16 @@ def test_settings_that_cost_time_are_pointed_out(tmp_path, pictures):
     assert facts(said)["packed pixels"] == "none" and ".aws/credentials" in facts(said)["AWS credentials"]
 
 
-@pytest.mark.parametrize("override, said", [("optim.lr=-1", "optim.lr=-1"), ("data.root=missing", "missing"), ("optim.lrr=1", "did you mean")])
-def test_a_mistake_is_one_line(tmp_path, pictures, override, said):
+MISTAKES = {
+    "optim.lr=-1": "optim.lr=-1",
+    "data.root=missing": "missing",
+    "optim.lrr=1": "did you mean",
+    "experiment=dog_bread": "did you mean",
+    "+optim.eps=1": "optim.eps",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_one_line(tmp_path, pictures, override):
     code, printed = doctor(tmp_path, *TINY, f"data.root={pictures}", override)
-    assert code == 2 and said in printed.splitlines()[-1] and "Traceback" not in printed
+    assert code == 2 and MISTAKES[override] in printed.splitlines()[-1] and "Traceback" not in printed

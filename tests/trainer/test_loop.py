@@ -198,14 +198,11 @@ LEFT_OUT = {
 @pytest.fixture(scope="module")
 def whole_fp16(tmp_path_factory, pictures):
     """The undisturbed run in float16 with a gradient scaler, which PyTorch runs on a CPU too."""
-    from hydra import compose, initialize_config_dir
-
-    from tests.conftest import PROJECT
     from trainer import config as settings
+    from trainer.compose import compose
 
     settings.register()
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        config = settings.load(compose("config", ["train.epochs=2", "train.batch_size=8", "train.accumulate=2", "seed=7"]))
+    config = compose(["train.epochs=2", "train.batch_size=8", "train.accumulate=2", "seed=7"])
     session = open_session(tmp_path_factory.mktemp("whole"), torch.float16, dropout=0.3)
     torch.set_num_threads(1)
     train(session, make_feed(pictures), config)

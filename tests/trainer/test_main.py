@@ -4,7 +4,7 @@ from tests.conftest import make_pictures, run_trainer
 from trainer.__main__ import one_line
 from trainer.errors import OK
 
-RUN = ("name=run", "data=folder", "data.root=pictures", "data.size=16", "data.resize=16", "train.epochs=2", "train.batch_size=8")
+RUN = ("name=run", "data=folder", "model=small_cnn", "data.root=pictures", "data.size=16", "data.resize=16", "train.epochs=2", "train.batch_size=8")
 
 
 def test_a_complete_run_says_so_and_trains_no_more(tmp_path):

@@ -30,7 +30,7 @@ NAN = "1e30"  # a learning rate whose loss is NaN or infinite at the end of the 
 
 
 def command(pictures: Path, *overrides: str) -> list[str]:
-    return ["data=folder", f"data.root={pictures}", *QUICK, "data.augment.scale=[0.9,1]", *overrides]
+    return ["data=folder", f"data.root={pictures}", "model=small_cnn", *QUICK, "data.augment.scale=[0.9,1]", *overrides]
 
 
 def ledger(sweep: Path) -> dict[int, tuple[str, float | None]]:
@@ -243,10 +243,22 @@ def test_a_wrong_sweep_is_one_line_before_anything_is_made(tmp_path, pictures):
         (["optim.lr=-1,1"], "above 0"),
         (["model=resnet99,small_cnn"], "model=resnet99"),
         (["optim.lr=1,2", "data.root=nowhere"], "nowhere"),
+        (["optim.lr=1,2", "experiment=dog_bread"], "experiment=dog_bread"),
+        (["optim.lr=1,2", "++train.epohs=3"], "train.epohs"),
+        (["experiment=dog_breeds,dog_bread"], "experiment=dog_bread"),
     ):
         code, output = run_trainer(tmp_path, "-m", *command(pictures, *overrides))
         assert code == MISTAKE and said in output and len(output.splitlines()) == 1, output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_setting_that_must_be_given_may_be_the_one_that_is_swept(tmp_path):
+    for name in ("one", "two"):
+        make_pictures(tmp_path / name, {"train": 8, "valid": 3})
+    given = ["model=small_cnn", *QUICK, "train.epochs=1", "name=swept", "platform.cache=cache"]
+    code, output = run_trainer(tmp_path, "-m", "data.root=one,two", *given)
+    assert code == OK and "data=folder: " in output, output
+    assert {state for state, _ in ledger(tmp_path / "runs/swept").values()} == {"complete"}
 
 
 def test_asked_to_stop_it_saves_and_goes_on(tmp_path, pictures):

@@ -17,7 +17,8 @@ from trainer.errors import OK
 
 LIMIT = 6  # train.timeout_seconds
 RUN = (
-    "name=run", "data=folder", "data.root=pictures", "data.size=16", "data.resize=16", "data.workers=0", "train.batch_size=8", "train.epochs=3000",
+    "name=run", "data=folder", "data.root=pictures", "model=small_cnn",
+    "data.size=16", "data.resize=16", "data.workers=0", "train.batch_size=8", "train.epochs=3000",
     "train.threads=1", "train.hosts=2", "platform=local", "platform.cache=cache", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
     f"train.timeout_seconds={LIMIT}",
 )  # fmt: skip

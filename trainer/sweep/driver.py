@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import OmegaConf
 
 from trainer import config as settings
 from trainer import files, space
+from trainer.compose import CONF, check_options, compose, resolve
 from trainer.config import Config
 from trainer.console import Progress, also_to_file, log, python
 from trainer.datasets import find_pictures
@@ -49,15 +49,18 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def run(arguments: list[str]) -> None:
     """The sweep of a command line's overrides, from where it is to its end. Raises Interrupted when asked to stop."""
     fixed, swept = space.split(arguments)
-    config = compose(PROJECT / "conf", fixed)
+    config, notes = base(CONF, fixed, swept)
+    for line in notes:
+        log.info(line)
     notice = on_spot_notice if config.platform.name == "ec2" else lambda stop: nullcontext()
     with on_signals() as stop, opened(config, fixed, swept) as (directory, frozen), notice(stop):
         Driver(directory, fixed, frozen, stop).run()
 
 
-def compose(conf: Path, overrides: list[str]) -> Config:
-    with hydra.initialize_config_dir(str(conf.absolute()), version_base="1.3"):
-        return settings.load(hydra.compose("config", overrides))
+def base(conf: Path, fixed: list[str], swept: dict[str, str]) -> tuple[Config, list[str]]:
+    """The settings that a sweep begins with, its lists at their first values, and the notes on what was not said (`resolve`)."""
+    resolved = resolve([*fixed, *space.firsts(swept)], conf)
+    return settings.load(resolved.composed), resolved.notes
 
 
 # --- the directory of a sweep, and what is frozen in it ---
@@ -86,8 +89,7 @@ def opened(config: Config, fixed: list[str], swept: dict[str, str]) -> Iterator[
 
 def sweep_name(config: Config, asked: dict[str, Any]) -> str:
     """Derived from the command line, not from what conf/ makes of it, so that the same command finds its own sweep after conf/ was edited."""
-    roots = [os.path.realpath(path) for path in settings.split_directories(config.data).values()]
-    digest = hashlib.sha256(json.dumps([asked, roots], sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([asked, settings.places(config.data)], sort_keys=True).encode()).hexdigest()
     return f"sweep-{config.data.source}-{digest[:8]}"
 
 
@@ -98,11 +100,7 @@ def words_of(asked: dict[str, Any]) -> set[str]:
 def check(config: Config, fixed: list[str], swept: dict[str, str]) -> None:
     """Raises UserError for what would fail every trial: ranges that don't fit, options that there are not, a folder without pictures."""
     sweep = space.load(config, swept, fixed)
-    for parameter in sweep.space:
-        if parameter.key in space.GROUPS:
-            assert isinstance(parameter, space.Categorical)
-            for choice in parameter.choices:
-                compose(PROJECT / "conf", [*fixed, space.override(parameter.key, choice)])
+    check_options(sweep, fixed, swept)
     if not any(parameter.key.split(".")[0] in ("data", "experiment") for parameter in sweep.space):
         find_pictures(config)
 
@@ -149,7 +147,7 @@ class Driver:
         self.directory, self.frozen, self.stop = directory, frozen, stop
         # Neither the sweep's own settings nor the places that its trials would share are for the trials.
         self.fixed = [word for word in fixed if space.key_of(word).split(".")[0] not in ("sweep", "name")]
-        self.config = compose(directory / "source" / "conf", fixed)
+        self.config = base(directory / "source" / "conf", fixed, frozen["ranges"])[0]
         self.sweep = space.load(self.config, frozen["ranges"], fixed)
         self.ledger = make_ledger(directory, self.sweep)
         self.waiting: list[Trial] = []  # begun, but not running now
@@ -216,7 +214,7 @@ class Driver:
         """A trial to start, with its config.yaml in its directory, and whether it may share a process. None: there is none."""
         while trial := self.waiting.pop(0) if self.waiting else self.ledger.ask():
             try:
-                config = compose(self.directory / "source" / "conf", self.overrides(trial))
+                config = compose(self.overrides(trial), self.directory / "source" / "conf")
             except (UserError, *CONFIG_ERRORS) as error:
                 self.tell(trial, FAILED, reason=str(error) if isinstance(error, UserError) else explain(error, settings.keys()))
                 continue
