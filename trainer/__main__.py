@@ -121,7 +121,7 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, instead of printing them and exiting
     # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an import is swallowed by some C extensions.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    to_terminal()
+    to_terminal(expendable=True)  # the run has a log of its own
     settings.register()
     if not world().chief:
         log.setLevel(logging.ERROR)
