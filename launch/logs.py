@@ -1,6 +1,7 @@
 """`python -m launch logs`: what a run prints, as it prints it: from CloudWatch for SageMaker, from the bucket for EC2."""
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,7 @@ from launch import runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase, State
 from launch.spec import aws_of, split_overrides
+from trainer import streams
 from trainer.console import log
 from trainer.errors import OK
 
@@ -58,8 +60,11 @@ def _cloudwatch_reader(aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
     return read
 
 
-def follow(aws: Aws, attempt: Attempt, every: float) -> State:
-    """Prints the log until the attempt has ended; returns how. every: seconds between two looks. Raises AwsError."""
+def follow(aws: Aws, attempt: Attempt, every: float, while_read: bool = False) -> State:
+    """Prints the log until the attempt has ended; returns how. Raises AwsError.
+
+    every: seconds between two looks. while_read: ends too when nobody reads what is printed.
+    """
     read = reader(aws, attempt)
     told = ""
     while True:
@@ -67,6 +72,8 @@ def follow(aws: Aws, attempt: Attempt, every: float) -> State:
         for line in read():
             print(line, flush=True)
         if state.phase not in (Phase.RUNNING, Phase.ABSENT):
+            return state
+        if while_read and streams.gone(sys.stdout):
             return state
         if state.detail != told:
             told = state.detail
@@ -83,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     aws = aws_of(split_overrides(options.run)[0])
     attempt = runs.choose(aws, options.run)
     if options.follow:
-        state = follow(aws, attempt, options.every)
+        state = follow(aws, attempt, options.every, while_read=True)
     else:
         for line in reader(aws, attempt)():
             print(line)

@@ -28,6 +28,7 @@ from trainer.config import Config
 from trainer.console import log, python
 from trainer.errors import MISTAKE, OK, RESUME, UserError
 from trainer.explain import CONFIG_ERRORS, explain
+from trainer.interrupt import heeded
 
 # What to change, by what the toolkit says where it isn't the trainer that failed; \1 is what the pattern's group found.
 REMEDIES = {
@@ -58,8 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     if not machine.isolated:
         log.info("without namespaces: the hosts are plain processes, with SAGEMAKER_BASE_DIR in the place of /opt/ml")
     machine.upload(spec.uri("source", f"{spec.source}.tar.gz"), plan.source)
-    signal.signal(signal.SIGTERM, machine.stop)
-    signal.signal(signal.SIGINT, machine.stop)
+    for number in heeded():
+        signal.signal(number, machine.stop)
     objective, code = _objective(request), OK
     for job in jobs:
         log.info("rehearsing %s: %s", job.name, " ".join(codec.decode(job.hyperparameters)))

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer import streams
 from trainer.errors import MISTAKE, OK, UserError
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(arguments: Sequence[str]) -> int:
     """arguments: the verb and what belongs to it."""
+    streams.outlive(expendable=arguments[:1] == ["serve"])
     if not arguments or arguments[0] not in VERBS:
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
         print(USAGE, file=sys.stdout if asked else sys.stderr)

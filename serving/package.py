@@ -231,5 +231,5 @@ def _check_pixels(name: str, pixels: NDArray[np.uint8], recorded: NDArray[np.uin
 def _prepare(directory: Path, name: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     try:
         return prepare(directory / name, preprocessing)
-    except PictureError as error:
+    except (PictureError, OSError) as error:
         raise PackageError(f"{name} can't be read as a picture on this machine ({error})") from error

@@ -250,11 +250,14 @@ def _take_no_more(listener: socket.socket) -> None:
 
 
 def serve(package: Package, engine: Engine, settings: Settings, host: str, port: int) -> None:
-    """Answers until SIGTERM or Ctrl-C, and then ends the process. Raises SystemExit where the port is taken."""
+    """Answers until SIGTERM, SIGHUP or Ctrl-C, and then ends the process. Raises SystemExit where the port is taken."""
     # uvicorn raises the signal once more when it has drained: by then it has done its work.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    make(package, engine, settings, host, port).run()
+    server = make(package, engine, settings, host, port)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn's own for the other two
+    server.run()
     # Python would wait here for every thread, and one that hangs in a decoder can't be stopped.
     logging.shutdown()
     os._exit(0)

@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.console import log, to_terminal
 from trainer.datasets import find_pictures
 from trainer.distributed import Ended, Lost, World, world
-from trainer.errors import FAULT, MISTAKE, OK, RESUME, Interrupted, UserError, machine_fault
+from trainer.errors import FAULT, MEMORY_FULL, MISTAKE, OK, RESUME, Interrupted, UserError, machine_fault
 from trainer.explain import CONFIG_ERRORS, explain
 from trainer.interrupt import on_signals, on_spot_notice
 from trainer.run import check_identity, open_run
@@ -110,6 +110,8 @@ def one_line(error: Exception) -> str | None:
         return explain(error, settings.keys())
     if type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported for the sake of its name
         return f"the GPU's memory is full ({str(error).split('. ')[0]}); lower train.batch_size, or split the batches with train.accumulate=2 or more"
+    if isinstance(error, MemoryError):
+        return MEMORY_FULL
     return machine_fault(error) if isinstance(error, OSError) else None
 
 
@@ -119,7 +121,7 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, instead of printing them and exiting
     # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an import is swallowed by some C extensions.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    to_terminal()
+    to_terminal(expendable=True)  # the run has a log of its own
     settings.register()
     if not world().chief:
         log.setLevel(logging.ERROR)

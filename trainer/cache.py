@@ -28,13 +28,13 @@ from PIL import features
 
 from trainer import bounds, files, preprocess
 from trainer.errors import UserError
-from trainer.preprocess import MAX_ASPECT, MAX_PIXELS, PictureError, shrink
+from trainer.folder import read
+from trainer.preprocess import MAX_ASPECT, PictureError, shrink
 
 FORMAT = 1  # of a store's files
 COMMIT_EVERY = 256  # pictures between two flushes to the disk: what a kill may cost; about 70 MB at 256 pixels
 AHEAD = 16  # pictures in the making for each thread: a reserve for the time of a flush
 SAMPLE = 32  # pictures decoded to estimate the size of all, where it is in doubt whether they fit
-MAX_FILE = 8 * MAX_PIXELS + 2**20  # bytes: the largest uncompressed picture (RGBA of 16 bits) and its header; no longer file is read
 # File times advance with the kernel's timer, every 10 ms at the slowest: a file that has just changed may change again and look the same.
 TICK = 20_000_000  # nanoseconds
 
@@ -71,7 +71,8 @@ def pack(
 
     workers: threads that decode; 0: the caller's own does. max_bytes: limit of the store's pixels; None: none but the disk's.
     on_progress(done, total): called in the caller's own thread, also while another run packs here and this one waits. It may raise, to end
-    the work early: what is packed so far stays. Raises TooLarge before it adds anything, and OSError naming the store if its disk fails.
+    the work early: what is packed so far stays. Raises TooLarge before it adds anything, Unreadable for a picture that can't be read now,
+    and OSError naming the store if its disk fails.
     """
     absolute = {path: str(Path(path).absolute()) for path in paths}
     total, done = len(absolute), 0
@@ -89,7 +90,10 @@ def pack(
         step(total - len(unknown))
         unreadable: dict[str, str] = {}
         if unknown:
-            examine = partial(_examine, contents=store.contents, resize=resize, interpolation=interpolation)
+
+            def examine(path: str) -> Examined:
+                return files.patiently(path, partial(_examine, path, store.contents, resize, interpolation))
+
             sample = in_order(examine, unknown[:: -(-len(unknown) // SAMPLE)])
             _check_room(store, len(unknown), MAX_ASPECT * resize**2 * 3, sample, max_bytes, step)
             unreadable = store.add(in_order(examine, unknown), step)
@@ -139,24 +143,21 @@ Examined = tuple[Entry, NDArray[np.uint8] | None]
 
 
 def _examine(path: str, contents: Container[str], resize: int, interpolation: str) -> Examined:
-    """What lies at `path`, with its pixels where its content is new and good. No content: nothing to remember, next time it may be otherwise."""
+    """What lies at `path`, with its pixels where its content is new and good. No content: nothing to remember, next time it may be otherwise.
+
+    Raises OSError and MemoryError.
+    """
     try:
-        with Path(path).open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_size > MAX_FILE:
-                return Entry(path, None, "", f"the file has {status.st_size:,} bytes; allowed: {MAX_FILE:,}"), None
-            # The signature comes before the only read: pixels and hash are of the same bytes, and whatever changes later is noticed next time.
-            signature, data = _signature(status), file.read()
-    except OSError as error:
-        return Entry(path, None, "", (error.strerror or str(error)).lower()), None
-    entry = Entry(path, signature, hashlib.sha256(data).hexdigest())
+        # The status is from before the only read: pixels and hash are of the same bytes, and whatever changes later is noticed next time.
+        data, status = read(path)
+    except PictureError as error:
+        return Entry(path, None, "", str(error)), None
+    entry = Entry(path, _signature(status), hashlib.sha256(data).hexdigest())
     if entry.content in contents:
         return entry, None
     try:
         pixels = shrink(data, resize, interpolation)
     except PictureError as error:
-        if isinstance(error.__cause__, MemoryError):
-            entry = entry._replace(content="")
         return entry._replace(reason=str(error)), None
     return entry._replace(height=pixels.shape[0], width=pixels.shape[1], checksum=zlib.crc32(pixels.data)), pixels
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from trainer import files
+from trainer import files, streams
 from trainer.console import log
 from trainer.errors import MISTAKE, OK, UserError
 
@@ -350,6 +350,7 @@ def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _main(arguments: Iterable[str]) -> int:
+    streams.outlive()
     parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description="Look at the checkpoints of a run.")
     parser.add_argument("verb", choices=("ls", "verify", "prune"), help="ls: list them; verify: read every byte; prune: delete all but the newest")
     parser.add_argument("run", type=Path, help="a run's directory, or its checkpoint directory")

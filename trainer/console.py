@@ -14,6 +14,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from trainer import streams
+
 log = logging.getLogger("packhorse")
 
 LINE_EVERY = 15.0  # seconds between two plain progress lines where no terminal shows a bar
@@ -27,8 +29,12 @@ class _Terminal(logging.Handler):
         sys.stdout.flush()
 
 
-def to_terminal() -> None:
-    """Sends the log to standard output, once however often it is called."""
+def to_terminal(expendable: bool = False) -> None:
+    """Sends the log to standard output, once however often it is called. A terminal or a pipe that goes away ends nothing.
+
+    expendable: whether what a full disk doesn't take may be lost too.
+    """
+    streams.outlive(expendable)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
     log.setLevel(logging.INFO)

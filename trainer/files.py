@@ -5,12 +5,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from trainer.console import log
+from trainer.errors import MEMORY_FULL, Unreadable, machine_fault
+
+T = TypeVar("T")
 
 ASIDE = ".writing-"  # begins the name of whatever is not complete yet
+PAUSES = (0.1, 0.3, 1.0)  # seconds before another try to read what could not be read: a network's file system often recovers
 
 
 def write(path: Path, data: bytes | str) -> None:
@@ -25,6 +30,28 @@ def write(path: Path, data: bytes | str) -> None:
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def patiently(path: str | Path, read: Callable[[], T]) -> T:
+    """What `read` returns, which reads `path` or asks for it. Where it fails it is tried again after each of PAUSES.
+
+    Raises Unreadable, which names the file and the reason.
+    """
+    for pause in PAUSES:
+        with suppress(OSError, MemoryError):
+            return read()
+        time.sleep(pause)
+    try:
+        return read()
+    except (OSError, MemoryError) as error:
+        raise Unreadable(_reason(path, error)) from error
+
+
+def _reason(path: str | Path, error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return f"{path}: {MEMORY_FULL}"
+    error.filename = str(path)
+    return machine_fault(error) or f"{path}: it can't be read ({error.strerror or error}): mend that, then start the same command again"
 
 
 def sweep(directory: Path) -> None:

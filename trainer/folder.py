@@ -1,5 +1,6 @@
 """An image folder: train/ valid/ test/, in each a folder for every class; which pictures they hold, and which of them can't be used."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,14 +14,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer import files
 from trainer.errors import UserError
-from trainer.preprocess import PictureError
+from trainer.preprocess import MAX_PIXELS, PictureError, Preprocessing, center_crop, shrink
 
 # What the folder of a split may be called, in any case.
 SPLIT_NAMES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 _SPLITS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
+MAX_FILE = 8 * MAX_PIXELS + 2**20  # bytes: the largest uncompressed picture (RGBA of 16 bits) and its header; no longer file is read
+NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})  # where a link may lead
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,40 @@ def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
     """Lists the pictures, without decoding them. Hidden files and folders are no part of it, nor are files not named like pictures.
 
     directories: the folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the share of each class that
-    becomes valid, where there is no such folder. Raises UserError for a folder that can't be trained on.
+    becomes valid, where there is no such folder. Raises UserError for a folder that can't be trained on, and Unreadable.
     """
     with _readable():
         classes = _classes(directories["train"])
-        files = {name: _files(name, path, classes) for name, path in directories.items() if name == "train" or Path(path).exists()}
-        if "valid" not in files:
-            files["train"], files["valid"] = _split(files["train"], valid_fraction)
-    files = {name: files[name] for name in ("train", "valid", "test") if name in files}
-    broken = tuple((file.path, file.reason) for name in files for file in files[name] if file.reason)
-    usable = {name: [file for file in files[name] if not file.reason] for name in files}
+        listed = {name: _files(name, path, classes) for name, path in directories.items() if name == "train" or _exists(path)}
+        if "valid" not in listed:
+            listed["train"], listed["valid"] = _split(listed["train"], valid_fraction)
+    listed = {name: listed[name] for name in ("train", "valid", "test") if name in listed}
+    broken = tuple((file.path, file.reason) for name in listed for file in listed[name] if file.reason)
+    usable = {name: [file for file in listed[name] if not file.reason] for name in listed}
     _check_filled(directories, classes, usable)
     names = {name: [(file.name, file.size) for file in usable[name]] for name in usable}
     fingerprint = hashlib.sha256(json.dumps([classes, names]).encode()).hexdigest()
     splits = {name: Split(tuple(file.path for file in usable[name]), np.array([file.label for file in usable[name]], np.int64)) for name in usable}
     return ImageFolder(classes, splits, broken, fingerprint)
+
+
+def read(path: str) -> tuple[bytes, os.stat_result]:
+    """The bytes of a picture's file, all from one read, and its status before that. Raises PictureError for one that is too long, and OSError."""
+    with Path(path).open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_size > MAX_FILE:
+            raise PictureError(f"the file has {status.st_size:,} bytes; allowed: {MAX_FILE:,}")
+        return file.read(), status
+
+
+def read_shrunk(path: str, resize: int, interpolation: str) -> NDArray[np.uint8]:
+    """The picture as `preprocess.shrink` makes it of its bytes. Raises PictureError and Unreadable."""
+    return files.patiently(path, lambda: shrink(read(path)[0], resize, interpolation))
+
+
+def read_prepared(path: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """The picture as `preprocess.prepare` makes it of its bytes. Raises PictureError and Unreadable."""
+    return center_crop(read_shrunk(path, preprocessing.resize, preprocessing.interpolation), preprocessing.size)
 
 
 def quarantine(
@@ -165,7 +188,7 @@ def _classes(train: str) -> tuple[str, ...]:
     """The class list: train's folders."""
     layout = "expected: a folder for each class, with its pictures in it, as in train/beagle/1.jpg"
     path = Path(train)
-    if not path.exists():
+    if not _exists(path):
         beside = _class_folders(str(path.parent)) if path.parent.is_dir() else []
         if beside := [name for name in beside if name.casefold() not in _SPLITS and any(_walk(0, path.parent, name))]:
             raise UserError(
@@ -212,30 +235,51 @@ def _walk(label: int, root: Path, name: str, above: frozenset[tuple[int, int]] =
 
 
 def _identity(directory: Path) -> tuple[int, int]:
-    status = directory.stat()
+    status = files.patiently(directory, directory.stat)
     return status.st_dev, status.st_ino
 
 
 def _file(label: int, name: str, entry: os.DirEntry[str]) -> _File:
     try:
         status = entry.stat()
-    except OSError as error:  # a link to nowhere, say
-        return _File(label, name, entry.path, 0, _why(error))
+    except OSError as error:
+        if entry.is_symlink() and error.errno in NOWHERE:
+            return _File(label, name, entry.path, 0, (error.strerror or str(error)).lower())
+        status = files.patiently(entry.path, entry.stat)
     # Opening a FIFO would wait for ever, and a device may do anything: neither is ever opened.
     return _File(label, name, entry.path, status.st_size, None if stat.S_ISREG(status.st_mode) else "not a regular file")
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
     """What a folder holds, without what is hidden, and without the folder that macOS adds to zip archives."""
-    with os.scandir(directory) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+
+    def listed() -> list[os.DirEntry[str]]:
+        with os.scandir(directory) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+
+    return files.patiently(directory, listed)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, say
-        return False
+    except OSError as error:
+        if error.errno in NOWHERE:  # a link to itself, say
+            return False
+        return files.patiently(entry.path, entry.is_dir)
+
+
+def _exists(path: str | Path) -> bool:
+    def exists() -> bool:
+        try:
+            Path(path).stat()
+        except OSError as error:
+            if error.errno in NOWHERE:
+                return False
+            raise
+        return True
+
+    return files.patiently(path, exists)
 
 
 # --- the split of train, where there is no valid ---
@@ -260,11 +304,12 @@ def _split(files: list[_File], valid_fraction: float) -> tuple[list[_File], list
 def _digested(file: _File) -> tuple[_File, str]:
     if file.reason:
         return file, ""
-    try:
+
+    def digest() -> str:
         with Path(file.path).open("rb") as opened:
-            return file, hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        return replace(file, reason=_why(error)), ""
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    return file, files.patiently(file.path, digest)
 
 
 def _smallest(digests: set[str], fraction: float) -> set[str]:
@@ -278,10 +323,10 @@ def _check_filled(directories: Mapping[str, str], classes: tuple[str, ...], usab
         raise UserError(
             f"{directories['train']}: no picture in the class folder {few(empty)}; add some ({', '.join(sorted(SUFFIXES))}), or remove it"
         )
-    for name, files in usable.items():
-        if not files and Path(directories[name]).exists():
+    for name, pictures in usable.items():
+        if not pictures and Path(directories[name]).exists():
             raise UserError(f"{directories[name]}: no picture in data.{name}; add some, or remove the folder")
-        if not files:
+        if not pictures:
             raise UserError(
                 f"{directories['train']}: no class has two different pictures, so none can become valid; add pictures, or give data.valid"
             )
@@ -289,7 +334,3 @@ def _check_filled(directories: Mapping[str, str], classes: tuple[str, ...], usab
 
 def few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _why(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

@@ -33,9 +33,15 @@ class Stop:
             raise Interrupted(self.reason)
 
 
+def heeded() -> list[signal.Signals]:
+    """The signals that ask a process to stop. A closed terminal's SIGHUP is one, unless nohup has it ignored."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hangup]
+
+
 @contextlib.contextmanager
 def on_signals() -> Iterator[Stop]:
-    """While the context lasts, SIGTERM and SIGINT only raise the flag; a second SIGINT ends the process at once."""
+    """While the context lasts, SIGTERM, SIGINT and SIGHUP only raise the flag; a second SIGINT ends the process at once."""
     stop = Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -44,7 +50,7 @@ def on_signals() -> Iterator[Stop]:
             os.kill(os.getpid(), number)
         stop.ask(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in heeded()}
     try:
         yield stop
     finally:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from trainer.augment import Augmentation, random_view
 from trainer.errors import UserError
-from trainer.folder import ImageFolder
-from trainer.preprocess import PictureError, Preprocessing, center_crop, shrink
+from trainer.folder import ImageFolder, read_shrunk
+from trainer.preprocess import PictureError, Preprocessing, center_crop
 from trainer.randomness import Purpose, generator
 from trainer.sampler import Share, epoch_batches, plain_batches
 
@@ -152,6 +152,6 @@ class Feed:
 
     def _shrunk(self, path: str) -> NDArray[np.uint8]:
         try:
-            return self.read(path) if self.read else shrink(path, self.preprocessing.resize, self.preprocessing.interpolation)
+            return self.read(path) if self.read else read_shrunk(path, self.preprocessing.resize, self.preprocessing.interpolation)
         except PictureError as error:  # it was readable when the run began
             raise UserError(f"{path}: the picture can no longer be read ({error}); was it moved or changed? start the same command again") from error

@@ -21,7 +21,7 @@ from trainer.config import Config, metric_line
 from trainer.console import Progress as ProgressBar
 from trainer.console import log
 from trainer.distributed import ALONE, GO, SAVE, STOP, Gradients, World
-from trainer.errors import Interrupted, UserError
+from trainer.errors import Interrupted, Unreadable, UserError
 from trainer.interrupt import Stop
 from trainer.loader import Batch, Batches
 from trainer.mix import mix
@@ -254,6 +254,10 @@ def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, led
         checkpoints.wait()
         world.farewell()  # torchrun ends all processes soon after the first has ended
         raise
+    except Unreadable:
+        if world.size == 1:  # what was trained until now is not lost by it
+            checkpoints.save(learner, progress)
+        raise
     finally:
         checkpoints.wait()
 
@@ -287,7 +291,12 @@ def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progr
     with bar, closing(feed.training(progress.epoch, progress.batch)) as batches:
         for number in range(progress.batch, feed.steps_per_epoch):
             before = time.monotonic()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except Unreadable:
+                if world.size == 1:  # with several, the others are in the next step by now
+                    now(number)
+                raise
             waited += time.monotonic() - before
             pixels, targets = (tensor.to(learner.device, non_blocking=True) for tensor in batch)
             optim.set_lr(learner.optimizer, lr_factor(config, progress.step, feed.steps_per_epoch))

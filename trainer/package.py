@@ -33,7 +33,8 @@ from torch import nn
 
 from trainer import files, quantize
 from trainer.errors import UserError
-from trainer.preprocess import PictureError, Preprocessing, prepare
+from trainer.folder import read_prepared
+from trainer.preprocess import PictureError, Preprocessing
 
 FORMAT = 1
 MANIFEST = "package.json"
@@ -153,10 +154,10 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
 def _read_picture(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray[np.uint8]]:
     """The file's bytes, and the pixels that the network sees of it."""
     try:
-        pixels = prepare(path, preprocessing)
+        pixels = read_prepared(path, preprocessing)
     except PictureError as error:
         raise UserError(f"{path}: this picture was to go into the model package, but: {error}; put it right and run again") from error
-    return Path(path).read_bytes(), pixels
+    return files.patiently(path, Path(path).read_bytes), pixels
 
 
 def _golden_names(contents: Contents) -> list[str]:
@@ -213,7 +214,8 @@ def _self_test(package: Path) -> None:
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     # -P: a folder named `serving` in the user's current directory must not be taken for ours.
     command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    # In a session of its own: what a terminal sends to all of its processes (Ctrl-C, SIGHUP) is for the run itself, which saves or goes on.
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, start_new_session=True)
     if result.returncode != 0:
         raise RuntimeError(f"the model package failed its self-test: {result.stderr.strip()}")
 

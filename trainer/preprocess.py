@@ -82,7 +82,7 @@ def shrink(source: str | os.PathLike[str] | bytes | BinaryIO, resize: int, inter
 
     source: a path, the file's bytes, or an open binary file. Transparency is laid on white, 16-bit values are scaled to 8 bits,
     and the longer side is cut to MAX_ASPECT times the shorter one. Returns RGB, [H, W, 3], min(H, W) == resize.
-    Raises PictureError, whatever is wrong with the file or its bytes.
+    Raises PictureError, whatever is wrong with its bytes; OSError or MemoryError where the machine can't read them or has no room for them.
     """
     resample = FILTERS[interpolation]
     try:
@@ -99,9 +99,11 @@ def shrink(source: str | os.PathLike[str] | bytes | BinaryIO, resize: int, inter
             size, box = _target(width, height, resize)
             small = _rgb(image).resize(size, resample, box)
             return np.array(_upright(small, image))
-    except PictureError:
+    except (PictureError, MemoryError):
         raise
-    except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, MemoryError ...
+    except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; Pillow's own have no number
+            raise
         raise PictureError(_reason(error)) from error
 
 
@@ -175,6 +177,4 @@ def _upright(small: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()  # str(error) would name the file
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
-from trainer.preprocess import Preprocessing, prepare
+from trainer.folder import read_prepared
+from trainer.preprocess import Preprocessing
 
 CALIBRATION = 200  # pictures whose activations give the ranges
 CHECKED = 500  # pictures that accuracy is compared on, others than those where there are enough
@@ -27,7 +28,7 @@ class Pictures:
 def choose(paths: Sequence[str], labels: NDArray[np.int64], preprocessing: Preprocessing) -> Pictures:
     """As many of a split's pictures as are needed, evenly spread, since a split is sorted by class."""
     chosen = np.linspace(0, len(paths) - 1, min(len(paths), CALIBRATION + CHECKED)).astype(np.int64)
-    return Pictures(np.stack([prepare(paths[index], preprocessing) for index in chosen]), labels[chosen])
+    return Pictures(np.stack([read_prepared(paths[index], preprocessing) for index in chosen]), labels[chosen])
 
 
 def int8(model: bytes, pictures: Pictures, max_drop: float) -> tuple[bytes, dict[str, float]]:

@@ -110,6 +110,7 @@ def revision() -> str | None:
         return known
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        # In a session of its own, as the package's self-test: a closing terminal must not end it.
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, start_new_session=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

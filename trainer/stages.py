@@ -27,7 +27,7 @@ from trainer.interrupt import Stop
 from trainer.loader import Batches, Feed, Reader
 from trainer.loop import Checkpoints, Learner, Progress, evaluate, trained_part
 from trainer.model import Classifier
-from trainer.preprocess import PictureError, Preprocessing, prepare, shrink
+from trainer.preprocess import PictureError, Preprocessing
 from trainer.run import Run, check_identity, revision
 from trainer.sampler import Share
 
@@ -54,7 +54,7 @@ def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop, worl
 
     def check(path: str) -> None:
         if packed is None:
-            shrink(path, config.data.resize, config.data.interpolation)
+            folder.read_shrunk(path, config.data.resize, config.data.interpolation)
         elif path in packed.broken:
             raise PictureError(packed.broken[path])
 
@@ -357,7 +357,7 @@ def write_report(config: Config, run: Run, feed: Feed, tested: Test, progress: P
             next_steps=run.next_steps(),
         ),
         run.directory / "report.html",
-        lambda path: prepare(path, feed.preprocessing),
+        lambda path: folder.read_prepared(path, feed.preprocessing),
     )
 
 

@@ -17,6 +17,7 @@ from launch.prices import table
 from serving.deploy import prices
 from serving.deploy import stack as stacks
 from serving.deploy.release import idle_price
+from trainer import streams
 from trainer.errors import FAULT, OK, UserError
 
 FOLLOW = 2.0  # seconds between two looks at the logs
@@ -129,7 +130,7 @@ def logs(options: argparse.Namespace) -> int:
                 since = max(since, event["timestamp"] - 60_000)  # events may arrive late, and out of order
                 moment = datetime.fromtimestamp(event["timestamp"] / 1000, UTC)
                 print(f"{moment:%Y-%m-%dT%H:%M:%S}Z {who} {event['message'].rstrip()}", flush=True)
-            if not options.follow:
+            if not options.follow or streams.gone(sys.stdout):
                 break
             time.sleep(FOLLOW)
     return OK

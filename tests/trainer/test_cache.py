@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import PROJECT
-from trainer import cache
+from trainer import cache, files
 from trainer.cache import TICK, TooLarge, pack, store_directory
-from trainer.errors import Interrupted
+from trainer.errors import Interrupted, Unreadable
 from trainer.preprocess import PictureError, shrink
 
 RESIZE = 24
@@ -285,13 +285,16 @@ def test_nothing_but_broken_pictures_is_no_fault(tmp_path):
         assert packed([str(path)], tmp_path / "store").broken == {str(path): "the file is empty"}
 
 
-def test_what_can_not_be_read_or_has_no_memory_is_not_remembered(tmp_path, monkeypatch):
+def test_what_can_not_be_read_or_has_no_memory_is_not_broken(tmp_path, monkeypatch):
     path = tmp_path / "1.png"
-    assert packed([str(path)], tmp_path / "store").broken == {str(path): "no such file or directory"}
+    monkeypatch.setattr(files, "PAUSES", (0.0,))
+    with pytest.raises(Unreadable, match=f"{path}: it is not there"):
+        packed([str(path)], tmp_path / "store")
     draw(path, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "resize", lambda *_: bytearray(1 << 62))
-        assert str(path) in packed(settle([str(path)]), tmp_path / "store").broken
+        with pytest.raises(Unreadable, match=f"{path}: this machine's memory is full"):
+            packed(settle([str(path)]), tmp_path / "store")
     check(packed([str(path)], tmp_path / "store"), [str(path)])
 
 

@@ -36,7 +36,7 @@ def test_an_unreachable_service_is_said_once_and_harms_nothing(monkeypatch, capl
     assert stop.reason is None and len(caplog.records) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_raises_the_flag_and_the_handlers_are_put_back(number):
     before = signal.getsignal(number)
     with on_signals() as stop:

@@ -296,12 +296,11 @@ def test_what_is_no_picture_is_refused(data, reason, tmp_path):
         assert str(caught.value) == reason
 
 
-def test_a_file_that_cannot_be_opened_says_why_and_not_where(tmp_path):
+def test_a_file_that_cannot_be_opened_is_not_taken_for_a_broken_picture(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
-    for name, reason in {"missing.jpg": "no such file or directory", "folder.jpg": "is a directory"}.items():
-        with pytest.raises(PictureError) as caught:
+    for name, reason in {"missing.jpg": "No such file or directory", "folder.jpg": "Is a directory"}.items():
+        with pytest.raises(OSError, match=reason):
             shrink(tmp_path / name, 16, "bilinear")
-        assert str(caught.value) == reason
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -309,5 +308,5 @@ def test_a_file_without_permission_says_so(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(encoded(scene(), "PNG"))
     path.chmod(0)
-    with pytest.raises(PictureError, match="permission denied"):
+    with pytest.raises(PermissionError):
         shrink(path, 16, "bilinear")

@@ -326,7 +326,7 @@ def train(directory: Path, numbers: list[int]) -> None:
 
 def main() -> int:
     directory, *numbers = sys.argv[1:]
-    to_terminal()
+    to_terminal(expendable=True)
     return guarded(lambda: train(Path(directory), [int(number) for number in numbers]))
 
 

@@ -1,0 +1,97 @@
+"""Standard output and standard error that may go away: a closed terminal, a pipe that nobody reads any more. Standard library only."""
+
+import errno
+import io
+import os
+import select
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# What a write to a terminal, pipe or socket fails with once nobody is at its other end.
+GONE = frozenset(
+    {
+        errno.EPIPE,
+        errno.EIO,
+        errno.EBADF,
+        errno.ENXIO,
+        errno.ENODEV,
+        errno.ECONNRESET,
+        errno.ENOTCONN,
+        errno.ESHUTDOWN,
+    }
+)
+# What a write to a file fails with that can't grow. It matters where the output is the result.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class _Raw(io.FileIO):
+    """The lowest layer of a stream. What can't be written any more goes to nowhere from then on."""
+
+    def __init__(self, stream: TextIO, dropped: frozenset[int]) -> None:
+        super().__init__(stream.fileno(), "wb", closefd=False)
+        self.name = stream.name
+        self.gone = False
+        self._dropped = dropped
+
+    def write(self, data: "ReadableBuffer") -> int:
+        try:
+            while (written := super().write(data)) is None:  # someone has made it non-blocking
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            if error.errno not in self._dropped:
+                raise
+            # The descriptor itself is replaced: C code and child processes write to it too.
+            _lead_nowhere(self.fileno())
+            self.gone = True
+            return memoryview(data).nbytes
+
+
+def outlive(expendable: bool = False) -> None:
+    """Lets this process outlive its standard output and standard error, each by itself.
+
+    expendable: whether the output may also be lost to a full disk, as that of a run that has a log
+    of its own. Does nothing to streams that were put in their place, nor when called again.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # started with it closed: the next file to be opened would take its number
+            _lead_nowhere(number)
+    dropped = GONE | FULL if expendable else GONE
+    sys.stdin = sys.stdin or io.StringIO()
+    sys.stdout = _lasting(sys.stdout, sys.__stdout__, dropped)
+    sys.stderr = _lasting(sys.stderr, sys.__stderr__, dropped)
+
+
+def gone(stream: TextIO) -> bool:
+    """Whether writing has shown that what is printed reaches nobody any more."""
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    return isinstance(raw, _Raw) and raw.gone
+
+
+def _lasting(stream: TextIO | None, original: TextIO | None, dropped: frozenset[int]) -> TextIO:
+    if stream is None:
+        return Path(os.devnull).open("w")
+    if stream is not original or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Raw(stream, dropped)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering or stream.write_through,
+        write_through=stream.write_through,
+    )
+
+
+def _lead_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+    os.set_inheritable(number, True)
