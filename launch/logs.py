@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 
-from launch import runs, s3
+from launch import overdue, runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase, State
 from launch.spec import aws_of, split_overrides
@@ -58,8 +58,11 @@ def _cloudwatch_reader(aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
     return read
 
 
-def follow(aws: Aws, attempt: Attempt, every: float) -> State:
-    """Prints the log until the attempt has ended; returns how. every: seconds between two looks. Raises AwsError."""
+def follow(aws: Aws, attempt: Attempt, every: float, end_overdue: bool = False) -> State:
+    """Prints the log until the attempt has ended; returns how. every: seconds between two looks.
+
+    end_overdue: terminates a machine that runs past its limit. Raises AwsError.
+    """
     read = reader(aws, attempt)
     told = ""
     while True:
@@ -68,6 +71,9 @@ def follow(aws: Aws, attempt: Attempt, every: float) -> State:
             print(line, flush=True)
         if state.phase not in (Phase.RUNNING, Phase.ABSENT):
             return state
+        if end_overdue and runs.overdue(attempt, state):
+            log.warning("OVERDUE: %s: it is ended", overdue.line(attempt, state))
+            runs.terminate(aws, attempt, str(state.id))
         if state.detail != told:
             told = state.detail
             log.info("[%s: %s]", attempt.job, told)
@@ -80,7 +86,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
     parser.add_argument("--every", type=float, default=10, metavar="SECONDS", help="with --follow: how often to look (default 10)")
     options = parser.parse_intermixed_args(arguments)
-    aws = aws_of(split_overrides(options.run)[0])
+    targets = split_overrides(options.run)[0]
+    aws = aws_of(targets)
+    overdue.warn(aws, targets)
     attempt = runs.choose(aws, options.run)
     if options.follow:
         state = follow(aws, attempt, options.every)
