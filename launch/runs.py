@@ -206,7 +206,7 @@ def _observe_ec2(aws: Aws, attempt: Attempt) -> State:
     phase = Phase.STOPPED if asked else _phase_of_reason(reason)
     detail = found.get("StateReason", {}).get("Message", "") or why or "terminated"
     if reason == BY_ITSELF and not asked:
-        detail += "; it ended itself and could not say why: did it reach the bucket?"
+        detail += "; without a note: it did not reach the bucket, or another machine has the run"
     return State(phase, detail, started, ended, seconds, id=id)
 
 
@@ -231,9 +231,11 @@ def _phase_told(told: dict[str, Any], reason: str) -> Phase:
         return Phase.COMPLETE
     if told["reason"] in ("asked to stop", "time limit"):
         return Phase.STOPPED
-    if told["code"] != RESUME:
+    if told["reason"] == SPOT_NOTICE:
+        return Phase.LOST
+    if told["code"] != RESUME and told["reason"] != "SIGTERM":
         return Phase.FAILED
-    return Phase.LOST if told["reason"] == SPOT_NOTICE or reason in RECLAIMED else Phase.STOPPED
+    return Phase.LOST if reason in RECLAIMED else Phase.STOPPED
 
 
 def _phase_of_reason(reason: str) -> Phase:

@@ -52,7 +52,9 @@ def _training(aws: Aws) -> Iterator[Rented]:
     for summary in aws.pages("sagemaker", "ListTrainingJobs", "TrainingJobSummaries", NameContains=f"{aws.project}-", StatusEquals="InProgress"):
         name = summary["TrainingJobName"]
         if name.startswith(f"{aws.project}-"):
-            found = aws.call("sagemaker", "DescribeTrainingJob", TrainingJobName=name)
+            found = aws.find("sagemaker", "DescribeTrainingJob", runs.NOT_FOUND, TrainingJobName=name)
+            if found is None:
+                continue  # listed, and not yet described
             machines = found["ResourceConfig"]
             spot = found.get("EnableManagedSpotTraining", False)
             run = found.get("OutputDataConfig", {}).get("S3OutputPath", "").partition("/runs/")[2].partition("/")[0] or None
