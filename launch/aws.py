@@ -19,6 +19,7 @@ READ_TIMEOUT = 60  # seconds
 ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
 ONCE = ("lambda", "sagemaker-runtime")  # asking a model again because the answer was slow would pay for it twice
 
+NO_CAPACITY = "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|MaxSpotInstanceCountExceeded"
 PERMISSION = "ask who administers the account for it; what this project needs: python -m launch policy --for launcher"
 CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
 NO_REGION = "no AWS region is set: set AWS_REGION, or give target.region=us-east-1 (python -m serving: --region us-east-1), say"
@@ -58,11 +59,14 @@ def partition(region: str) -> str:
 
 
 class AwsError(UserError):
-    """What AWS answered, in one line. code: AWS's own, or the name of botocore's exception."""
+    """What AWS answered, in one line. code: AWS's own, or the name of botocore's exception.
 
-    def __init__(self, line: str, code: str, message: str) -> None:
+    refused: whether AWS has surely not carried the call out; after a fault of its own it may have.
+    """
+
+    def __init__(self, line: str, code: str, message: str, refused: bool = False) -> None:
         super().__init__(line)
-        self.code, self.message = code, message
+        self.code, self.message, self.refused = code, message, refused
 
 
 class Aws:
@@ -179,7 +183,9 @@ def explained(error: Exception, action: str) -> Exception:
             action = denied[1].rstrip(".,")
         remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.fullmatch(pattern, code)), "")
         what = f"{action}: {code}" + (f" ({' '.join(message.split())})" if message and message != code else "")
-        return AwsError(what + (f"; {remedy}" if remedy else ""), code, message)
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        refused = 400 <= status < 500 or re.fullmatch(NO_CAPACITY, code) is not None
+        return AwsError(what + (f"; {remedy}" if remedy else ""), code, message, refused)
     kind = type(error).__name__
     lines: dict[type[Exception] | tuple[type[Exception], ...], str] = {
         exceptions.NoCredentialsError: f"no AWS credentials: {CREDENTIALS}",

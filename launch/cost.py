@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from launch import runs, s3
+from launch import overdue, runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase, State, dollars
 from launch.spec import aws_of, split_overrides
@@ -61,10 +61,11 @@ def _accuracy(aws: Aws, attempt: Attempt, state: State) -> float | None:
     if attempt.target == "notebook" or state.phase is Phase.ABSENT:
         return None
     if attempt.target == "tuner":
-        best = aws.call("sagemaker", "DescribeHyperParameterTuningJob", HyperParameterTuningJobName=attempt.job).get("BestTrainingJob", {})
+        job = aws.find("sagemaker", "DescribeHyperParameterTuningJob", runs.NOT_FOUND, HyperParameterTuningJobName=attempt.job) or {}
+        best = job.get("BestTrainingJob", {})
         metric = best.get("FinalHyperParameterTuningJobObjectiveMetric", {})
         return float(metric["Value"]) if metric.get("MetricName", "").endswith("top1") else None
-    job = aws.call("sagemaker", "DescribeTrainingJob", TrainingJobName=attempt.job)
+    job = aws.find("sagemaker", "DescribeTrainingJob", runs.NOT_FOUND, TrainingJobName=attempt.job) or {}
     values = {metric["MetricName"]: float(metric["Value"]) for metric in job.get("FinalMetricDataList", [])}
     return values.get("test_top1", values.get("valid_top1"))
 
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     targets, overrides = split_overrides(options.run)
     aws = aws_of(targets)
+    overdue.warn(aws, targets)
     only = runs.choose(aws, options.run).run if overrides or any(override.startswith("target=") for override in targets) else None
     tried = runs.attempts(aws, only)
     names = dict.fromkeys(attempt.run for attempt in tried)

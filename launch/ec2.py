@@ -1,7 +1,8 @@
 """A run on one EC2 instance, as a request: the script that the instance runs at boot, and everything that makes it end by itself and stay closed.
 
 What the instance reads from and writes to the bucket (user_data.sh), below runs/RUN/: `checkpoints/` and `log.txt` once a minute, `output/` (model
-package, report, metrics, result), `attempts/N.json` ({"attempt", "code", "reason"}) when attempt N has ended. `attempts/N.stop` asks it to stop.
+package, report, metrics, result), `attempts/N.json` ({"attempt", "code", "reason"}) when attempt N has ended, `attempts/N.machine` which machine
+has it. `attempts/N.stop` asks it to stop; a note of a later attempt (`M.request.json`) ends it without another word.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from launch import source
 from launch.request import Request
 from launch.script import fill
 from launch.spec import Ec2Target, Spec
+from trainer.config import Config
 from trainer.errors import UserError
 
 USER_DATA_BYTES = 16384  # EC2's limit, before base64
@@ -31,7 +33,7 @@ def stop_key(spec: Spec) -> str:
 
 
 def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
-    """The script that the instance runs at boot. Raises UserError where it comes out longer than EC2 allows."""
+    """The script that the instance runs at each boot. Raises UserError where it comes out longer than EC2 allows."""
     limit = round(3600 * spec.target.hours)
     script = fill(
         "user_data.sh",
@@ -46,6 +48,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         limit=limit,
         grace=min(GRACE, limit // 10),
         every=upload_every,
+        processes=processes(spec.config),
         arguments=arguments(spec),
     )
     if (size := len(script.encode())) > USER_DATA_BYTES:
@@ -53,6 +56,11 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
             f"user data: {size} bytes, EC2 allows {USER_DATA_BYTES}; put settings into a file of conf/experiment and give experiment=NAME"
         )
     return script
+
+
+def processes(config: Config) -> str:
+    """How many processes train; empty: as many as the instance has GPUs."""
+    return "1" if config.train.device == "cpu" else str(config.train.processes or "")
 
 
 def arguments(spec: Spec) -> list[str]:

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import runs, s3
+from launch import overdue, runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase
 from launch.spec import aws_of, split_overrides
@@ -37,7 +37,7 @@ def _job(aws: Aws, attempt: Attempt) -> str:
     """The training job whose results are the run's: of a tuning job the best trial. Raises UserError where there is none."""
     if attempt.target != "tuner":
         return attempt.job
-    found = aws.call("sagemaker", "DescribeHyperParameterTuningJob", HyperParameterTuningJobName=attempt.job)
+    found = aws.find("sagemaker", "DescribeHyperParameterTuningJob", runs.NOT_FOUND, HyperParameterTuningJobName=attempt.job) or {}
     if "BestTrainingJob" not in found:
         raise UserError(f"{attempt.job}: no trial has ended with a result yet; python -m launch status")
     return str(found["BestTrainingJob"]["TrainingJobName"])
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", nargs="*", help="the run's id, or the overrides it was submitted with; none: the newest")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where to; default runs/RUN")
     options = parser.parse_intermixed_args(arguments)
-    aws = aws_of(split_overrides(options.run)[0])
+    targets = split_overrides(options.run)[0]
+    aws = aws_of(targets)
+    overdue.warn(aws, targets)
     attempt = runs.choose(aws, options.run)
     if attempt.target == "notebook":
         raise UserError(f"{attempt.run}: a notebook leaves no model; name a run: python -m launch status")

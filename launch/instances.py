@@ -5,6 +5,7 @@ Times are estimates from the network's arithmetic; where `python -m trainer.doct
 
 import argparse
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,33 @@ MACHINES = (
     Machine("ml.m5.2xlarge", 8, 32, None, "a training job on several machines", "sagemaker_multi", count=4),
     Machine("ml.t3.medium", 2, 4, None, "a notebook, from which jobs are started", "notebook"),
 )
+
+# GPUs of NVIDIA in the machines that have several: AWS's tables of instance types (2026-11).
+_GPUS = {
+    2: "g3.8xlarge g5g.16xlarge g5g.metal g7e.12xlarge",
+    4: "g3.16xlarge g4dn.12xlarge g5.12xlarge g5.24xlarge g6.12xlarge g6.24xlarge "
+    "g6e.12xlarge g6e.24xlarge g7e.24xlarge p3.8xlarge",
+    8: "g4dn.metal g5.48xlarge g6.48xlarge g6e.48xlarge g7e.48xlarge p2.8xlarge p3.16xlarge "
+    "p3dn.24xlarge p4d.24xlarge p4de.24xlarge p5.48xlarge p5e.48xlarge p5en.48xlarge "
+    "p6-b200.48xlarge p6-b300.48xlarge",
+    16: "p2.16xlarge",
+}  # fmt: skip
+GPUS = {name: count for count, names in _GPUS.items() for name in names.split()}
+
+
+def has_gpu(instance_type: str) -> bool:
+    """Whether machines of this type, with or without `ml.`, have GPUs of NVIDIA."""
+    return re.match(r"(ml\.)?(p|g)\d", instance_type) is not None
+
+
+def processes(instance_type: str, config: Config, instances: int = 1) -> int:
+    """How many processes train, on all machines: one for each GPU, unless the settings say how many."""
+    if config.train.processes is not None:
+        return config.train.processes
+    if config.train.device == "cpu" and instances == 1:
+        return 1
+    return instances * GPUS.get(instance_type.removeprefix("ml."), 1)
+
 
 # Multiply-adds of a forward pass, in 1e9, of a 224 px picture: torchvision's model pages.
 GMACS = {

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from launch import runs, s3
+from launch import overdue, runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase, State
 from launch.spec import aws_of, split_overrides
@@ -60,10 +60,11 @@ def _cloudwatch_reader(aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
     return read
 
 
-def follow(aws: Aws, attempt: Attempt, every: float, while_read: bool = False) -> State:
+def follow(aws: Aws, attempt: Attempt, every: float, end_overdue: bool = False, while_read: bool = False) -> State:
     """Prints the log until the attempt has ended; returns how. Raises AwsError.
 
-    every: seconds between two looks. while_read: ends too when nobody reads what is printed.
+    every: seconds between two looks. end_overdue: terminates a machine that runs past its limit. while_read: ends too
+    when nobody reads what is printed.
     """
     read = reader(aws, attempt)
     told = ""
@@ -75,6 +76,9 @@ def follow(aws: Aws, attempt: Attempt, every: float, while_read: bool = False) -
             return state
         if while_read and streams.gone(sys.stdout):
             return state
+        if end_overdue and runs.overdue(attempt, state):
+            log.warning("OVERDUE: %s: it is ended", overdue.line(attempt, state))
+            runs.terminate(aws, attempt, str(state.id))
         if state.detail != told:
             told = state.detail
             log.info("[%s: %s]", attempt.job, told)
@@ -87,7 +91,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
     parser.add_argument("--every", type=float, default=10, metavar="SECONDS", help="with --follow: how often to look (default 10)")
     options = parser.parse_intermixed_args(arguments)
-    aws = aws_of(split_overrides(options.run)[0])
+    targets = split_overrides(options.run)[0]
+    aws = aws_of(targets)
+    overdue.warn(aws, targets)
     attempt = runs.choose(aws, options.run)
     if options.follow:
         state = follow(aws, attempt, options.every, while_read=True)

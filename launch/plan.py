@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launch import foundation, runs, s3
+from launch import foundation, overdue, runs, s3
 from launch.aws import Aws
+from launch.instances import processes
 from launch.prices import FALLBACK, Price, price
 from launch.request import Request, check
 from launch.runs import Attempt, Phase, State
@@ -119,10 +120,17 @@ def prepare(aws: Aws | None, target: TargetConfig, overrides: Sequence[str], dat
         source=hashlib.sha256(tarball).hexdigest(),
         revision=revision(),
     )
+    return next_attempt(aws, spec, tarball, again)
+
+
+def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = False) -> Plan:
+    """Plans the next attempt at the run of a spec, whose number doesn't matter. Raises UserError, AwsError."""
+    target = spec.target
     there = aws is not None and aws.find("s3", "HeadBucket", r"404|NoSuchBucket|NotFound", Bucket=aws.bucket) is not None
     before = runs.latest(aws, spec.run) if aws is not None and there else None
     if aws is None or before is None:
-        return Plan(spec, tarball, requests(spec, image_id(aws, spec)), there)
+        first = dataclasses.replace(spec, attempt=1)
+        return Plan(first, tarball, requests(first, image_id(aws, first)), there)
     check_same(before, spec)
     state = runs.observe(aws, before)
     spec = dataclasses.replace(spec, attempt=before.number)
@@ -131,10 +139,12 @@ def prepare(aws: Aws | None, target: TargetConfig, overrides: Sequence[str], dat
     if isinstance(target, NotebookTarget) and state.phase is not Phase.ABSENT:
         start = Request("sagemaker", "StartNotebookInstance", {"NotebookInstanceName": before.job})
         return Plan(spec, tarball, [start], there, before, state)
-    wanted = requests(spec, image_id(aws, spec))
-    if state.phase is Phase.ABSENT and wanted == before.requests:
-        # It was noted, and never sent or not yet seen by AWS: the very same is safe to send again.
-        return Plan(spec, tarball, wanted, there, before, state)
+    if state.phase is Phase.ABSENT and not runs.asked_to_stop(aws, before):
+        # It was noted, and refused, never sent, or not yet seen by AWS: the very same is safe to
+        # send again, and while it may be on its way nothing else is.
+        on_its_way = before.refused is None and runs.now() - before.since < runs.YOUNG
+        if on_its_way or requests(spec, image_id(aws, spec)) == before.requests:
+            return Plan(spec, tarball, before.requests, there, before, state)
     spec = dataclasses.replace(spec, attempt=before.number + 1)
     return Plan(spec, tarball, requests(spec, image_id(aws, spec)), there, before, state)
 
@@ -199,7 +209,7 @@ def cost(plan: Plan, spot: float | None) -> dict[str, Any]:
         return None if hour is None else round(hour * machines * hours, 4)
 
     return {
-        "machines": f"{machines} x {target.instance_type}" + (f", {trials} trials, {parallel} at a time" if trials > 1 else ""),
+        "machines": ", ".join(machines_of(plan)),
         "per_hour": rounded(per_hour.on_demand, parallel),
         "per_hour_spot": None if isinstance(target, NotebookTarget) else rounded(spot_hour, parallel),
         "at_time_limit": rounded(per_hour.on_demand, target.hours * trials),
@@ -208,6 +218,18 @@ def cost(plan: Plan, spot: float | None) -> dict[str, Any]:
         "uses_spot": plan.attempt.spot,
         "basis": per_hour.basis + ("" if spot is None else "; spot: what AWS asks now"),
     }
+
+
+def machines_of(plan: Plan) -> list[str]:
+    """What is rented, and how it is used."""
+    spec, (trials, parallel) = plan.spec, plan.trials
+    parts = [f"{plan.attempt.instances} x {spec.target.instance_type}"]
+    several = processes(spec.target.instance_type, spec.config, plan.attempt.instances)
+    if several > 1 and not isinstance(spec.target, NotebookTarget):
+        parts.append(f"{several} processes")
+    if trials > 1:
+        parts.append(f"{trials} trials, {parallel} at a time")
+    return parts
 
 
 def spot_now(aws: Aws, spec: Spec) -> float | None:
@@ -314,6 +336,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)
     aws, why_offline = connect(target)
+    if aws is not None:
+        overdue.warn(aws, targets)
     plan = prepare(aws, target, options.overrides, options.data, options.again)
     what = described(aws, plan, options.data, why_offline)
     if options.json:

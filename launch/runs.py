@@ -5,18 +5,33 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
 from launch import s3
-from launch.aws import Aws
+from launch.aws import Aws, AwsError
 from launch.prices import Price
 from launch.request import Request
 from launch.spec import load_config, load_target, run_id, split_overrides
+from trainer.console import log
 from trainer.errors import OK, RESUME, UserError
 
 NOT_FOUND = r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"  # in what SageMaker answers about a job that is not there
+
+# AWS is eventually consistent: for a while it may not list what it has just made. What was sent
+# less than so long ago and is not seen is on its way. EC2 forgets an instance an hour after its end.
+YOUNG = timedelta(hours=1)
+UNSEEN = "sent, and not listed by AWS yet"
+
+# Why EC2 ended an instance: the codes of StateReason (EC2 API reference, "StateReason").
+RECLAIMED = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")
+NO_CAPACITY = "Server.InsufficientInstanceCapacity"
+BY_HAND = "Client.UserInitiatedShutdown"  # `stop --now`, the console, or any other call
+BY_ITSELF = "Client.InstanceInitiatedShutdown"
+
+SPOT_NOTICE = "spot notice"  # in user_data.sh's words
+PATIENCE = timedelta(minutes=10)  # past its time limit, in which a machine ends itself
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,13 @@ class Attempt:
     identity: dict[str, Any]  # what all attempts at the run have in common
     noted: str  # when, ISO 8601
     id: str | None = None  # AWS's own, noted after it was sent
+    sent: str | None = None  # when, ISO 8601
+    refused: str | None = None  # AWS's code, where it answered that it makes nothing of it
+
+    @property
+    def since(self) -> datetime:
+        """When it was sent, as far as that is known."""
+        return datetime.fromisoformat(self.sent or self.noted)
 
     @property
     def key(self) -> str:
@@ -51,6 +73,7 @@ class Phase(StrEnum):
     COMPLETE = "complete"
     STOPPED = "stopped"  # by a person or its time limit, with what it saved
     LOST = "reclaimed"  # AWS took a spot machine back
+    NO_CAPACITY = "no capacity"  # AWS had no such machine after all: it never ran
     FAILED = "failed"
 
 
@@ -139,44 +162,95 @@ def instances(aws: Aws, *filters: tuple[str, str]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: each["LaunchTime"], reverse=True)
 
 
+def _unseen(attempt: Attempt, alive: datetime) -> State:
+    """Of an attempt that AWS doesn't list. alive: the last time that something was known of it."""
+    if attempt.id is None:
+        return State(Phase.ABSENT)
+    if now() - alive < YOUNG:
+        seconds = _seconds(attempt.since, now())
+        return State(Phase.RUNNING, UNSEEN, attempt.since, None, seconds, id=attempt.id)
+    gone = "AWS no longer lists it: it was deleted"
+    return State(Phase.STOPPED, gone, attempt.since, id=attempt.id)
+
+
 def _observe_ec2(aws: Aws, attempt: Attempt) -> State:
-    found = next(iter(instances(aws, ("tag:run", attempt.run), ("tag:attempt", str(attempt.number)))), None)
+    found = _instance(aws, attempt)
+    reason = (found or {}).get("StateReason", {}).get("Code", "")
     outcome = s3.read(aws, attempt_key(attempt.run, attempt.number, "json"))
     started = found["LaunchTime"] if found else datetime.fromisoformat(attempt.noted)
     if outcome is not None:
         told = json.loads(outcome[0])
         detail = f"{told['reason']}, exit code {told['code']}"
-        return State(_phase_ec2(attempt, told), detail, started, outcome[1], _seconds(started, outcome[1]), id=attempt.id)
+        phase = _phase_told(told, reason)
+        seconds = _seconds(started, outcome[1])
+        return State(phase, detail, started, outcome[1], seconds, id=attempt.id)
+    if found is None and attempt.id is None:
+        return _unseen(attempt, attempt.since)
     if found is None:
-        # An instance is listed for about an hour after its end.
-        if attempt.id is None:
-            return State(Phase.ABSENT)
         wrote = s3.read(aws, f"runs/{attempt.run}/log.txt")  # once a minute: the best guess at the end
         ended = max(wrote[1], started) if wrote else None
-        return State(Phase.LOST, "ended without a word", started, ended, _seconds(started, ended), id=attempt.id)
-    name = found["State"]["Name"]
-    if name in ("terminated", "stopped"):
-        reason = found.get("StateReason", {}).get("Message", "") or found.get("StateTransitionReason", "")
-        at = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", found.get("StateTransitionReason", ""))
-        ended = datetime.fromisoformat(at[1]).replace(tzinfo=UTC) if at else now()
-        phase = Phase.LOST if attempt.spot or "spot" in reason.lower() else Phase.STOPPED
-        return State(phase, reason or "terminated", started, ended, _seconds(started, ended), id=found["InstanceId"])
-    return State(Phase.RUNNING, name, started, None, _seconds(started, now()), id=found["InstanceId"])
+        if now() - (ended or attempt.since) < YOUNG:
+            return _unseen(attempt, ended or attempt.since)
+        asked = asked_to_stop(aws, attempt)
+        phase = Phase.STOPPED if asked else Phase.FAILED
+        detail = "asked to stop" if asked else "ended without a word; EC2 no longer says why"
+        return State(phase, detail, started, ended, _seconds(started, ended), id=attempt.id)
+    name, id = found["State"]["Name"], found["InstanceId"]
+    if name not in ("terminated", "stopped"):
+        return State(Phase.RUNNING, name, started, None, _seconds(started, now()), id=id)
+    why = found.get("StateTransitionReason", "")
+    at = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", why)
+    ended = datetime.fromisoformat(at[1]).replace(tzinfo=UTC) if at else now()
+    seconds = 0.0 if reason == NO_CAPACITY else _seconds(started, ended)
+    asked = asked_to_stop(aws, attempt)
+    phase = Phase.STOPPED if asked else _phase_of_reason(reason)
+    detail = found.get("StateReason", {}).get("Message", "") or why or "terminated"
+    if reason == BY_ITSELF and not asked:
+        detail += "; without a note: it did not reach the bucket, or another machine has the run"
+    return State(phase, detail, started, ended, seconds, id=id)
 
 
-def _phase_ec2(attempt: Attempt, told: dict[str, Any]) -> Phase:
-    """Of what an instance said last: its code, the trainer's or the set-up's, and why it ended (user_data.sh)."""
+def _instance(aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
+    """The attempt's machine as EC2 describes it: by its id, since its tags may be seen later."""
+    if attempt.id is None:
+        tags = ("tag:run", attempt.run), ("tag:attempt", str(attempt.number))
+        return next(iter(instances(aws, *tags)), None)
+    named = [{"Name": "instance-id", "Values": [attempt.id]}]
+    groups = aws.pages("ec2", "DescribeInstances", "Reservations", Filters=named)
+    return next((each for group in groups for each in group["Instances"]), None)
+
+
+def asked_to_stop(aws: Aws, attempt: Attempt) -> bool:
+    return s3.exists(aws, attempt_key(attempt.run, attempt.number, "stop"))
+
+
+def _phase_told(told: dict[str, Any], reason: str) -> Phase:
+    """Of what an instance said last (user_data.sh): its code, the trainer's or the set-up's, and
+    why it ended. reason: AWS's, where it has one."""
     if told["code"] == OK:
         return Phase.COMPLETE
     if told["reason"] in ("asked to stop", "time limit"):
         return Phase.STOPPED
-    return Phase.LOST if told["code"] == RESUME else Phase.FAILED
+    if told["reason"] == SPOT_NOTICE:
+        return Phase.LOST
+    if told["code"] != RESUME and told["reason"] != "SIGTERM":
+        return Phase.FAILED
+    return Phase.LOST if reason in RECLAIMED else Phase.STOPPED
+
+
+def _phase_of_reason(reason: str) -> Phase:
+    """Of an instance that ended without a word, by AWS's reason."""
+    if reason in RECLAIMED:
+        return Phase.LOST
+    if reason == NO_CAPACITY:
+        return Phase.NO_CAPACITY
+    return Phase.STOPPED if reason == BY_HAND else Phase.FAILED
 
 
 def _observe_training(aws: Aws, attempt: Attempt) -> State:
     found = aws.find("sagemaker", "DescribeTrainingJob", NOT_FOUND, TrainingJobName=attempt.job)
     if found is None:
-        return State(Phase.ABSENT)
+        return _unseen(attempt, attempt.since)
     started, ended = found.get("TrainingStartTime"), found.get("TrainingEndTime")
     billed = found.get("BillableTimeInSeconds")
     seconds = _seconds(started, ended or now()) if billed is None else float(billed)
@@ -195,7 +269,7 @@ def _observe_training(aws: Aws, attempt: Attempt) -> State:
 def _observe_tuning(aws: Aws, attempt: Attempt) -> State:
     found = aws.find("sagemaker", "DescribeHyperParameterTuningJob", NOT_FOUND, HyperParameterTuningJobName=attempt.job)
     if found is None:
-        return State(Phase.ABSENT)
+        return _unseen(attempt, attempt.since)
     trials = trial_jobs(aws, attempt)
     seconds = sum(_seconds(trial.get("TrainingStartTime"), trial.get("TrainingEndTime") or now()) for trial in trials)
     counts = found.get("TrainingJobStatusCounters", {})
@@ -211,15 +285,20 @@ def _observe_tuning(aws: Aws, attempt: Attempt) -> State:
 
 
 def trial_jobs(aws: Aws, attempt: Attempt) -> list[dict[str, Any]]:
-    """The trials of a tuning job, as SageMaker lists them."""
-    key = "TrainingJobSummaries"
-    return list(aws.pages("sagemaker", "ListTrainingJobsForHyperParameterTuningJob", key, HyperParameterTuningJobName=attempt.job))
+    """The trials of a tuning job, as SageMaker lists them: none, where it doesn't know the job yet."""
+    operation, key = "ListTrainingJobsForHyperParameterTuningJob", "TrainingJobSummaries"
+    try:
+        return list(aws.pages("sagemaker", operation, key, HyperParameterTuningJobName=attempt.job))
+    except AwsError as error:
+        if re.search(NOT_FOUND, f"{error.code}: {error.message}"):
+            return []
+        raise
 
 
 def _observe_notebook(aws: Aws, attempt: Attempt) -> State:
     found = aws.find("sagemaker", "DescribeNotebookInstance", NOT_FOUND, NotebookInstanceName=attempt.job)
     if found is None:
-        return State(Phase.ABSENT)
+        return _unseen(attempt, attempt.since)
     status = found["NotebookInstanceStatus"]
     phase = Phase.STOPPED if status in ("Stopped", "Stopping") else Phase.FAILED if status == "Failed" else Phase.RUNNING
     started = found.get("LastModifiedTime")  # it changes when a notebook is started or stopped
@@ -230,6 +309,36 @@ def _observe_notebook(aws: Aws, attempt: Attempt) -> State:
 def _phase(status: str) -> Phase:
     """Of a SageMaker job's status."""
     return {"Completed": Phase.COMPLETE, "Stopped": Phase.STOPPED, "Failed": Phase.FAILED}.get(status, Phase.RUNNING)
+
+
+def overdue(attempt: Attempt, state: State) -> float:
+    """Hours that a machine runs past its time limit, at which it should have ended itself; 0: none.
+
+    SageMaker ends its jobs itself, and a notebook has no limit.
+    """
+    if attempt.target != "ec2" or state.phase is not Phase.RUNNING or state.started is None:
+        return 0.0
+    if state.detail == "shutting-down":
+        return 0.0
+    past = now() - state.started - timedelta(hours=attempt.hours)
+    return past.total_seconds() / 3600 if past > PATIENCE else 0.0
+
+
+def terminate(aws: Aws, attempt: Attempt, id: str) -> None:
+    """Terminates a machine, noted as any other stop, so that nobody takes it for reclaimed. Raises AwsError."""
+    s3.write(aws, attempt_key(attempt.run, attempt.number, "stop"), b"")
+    unseen = r"InvalidInstanceID\.NotFound"
+    if aws.find("ec2", "TerminateInstances", unseen, InstanceIds=[id]) is None:
+        log.info("EC2 does not list %s yet: it is asked to stop, and ends when it has started", id)
+    else:
+        log.info("terminating %s; what it did since its last checkpoint is lost", id)
+
+
+def newest_step(aws: Aws, run: str) -> int:
+    """The training step of the newest whole checkpoint in the bucket; -1: there is none."""
+    names = s3.listing(aws, f"runs/{run}/checkpoints/")
+    steps = (re.fullmatch(r"step-(\d+)[^/]*/manifest\.json", name) for name in names)
+    return max((int(step[1]) for step in steps if step), default=-1)
 
 
 def _seconds(start: datetime | None, end: datetime | None) -> float:

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from launch import codec, source
+from launch.instances import GPUS, has_gpu, processes
 from launch.request import Request
 from launch.spec import SageMakerTarget, Spec, explained
 from trainer import config as settings
@@ -136,15 +137,17 @@ def image(target: SageMakerTarget, region: str) -> str:
     return f"{REGISTRIES[region]}.dkr.ecr.{region}.{suffix}/pytorch:{PYTORCH}-{CUDA if has_gpu(target.instance_type) else 'cpu'}-amzn2023-sagemaker"
 
 
-def has_gpu(instance_type: str) -> bool:
-    """Whether machines of this type, with or without `ml.`, have GPUs of NVIDIA."""
-    return re.match(r"(ml\.)?(p|g)\d", instance_type) is not None
-
-
 def check_settings(config: Config, target: SageMakerTarget) -> None:
     """Raises UserError for settings that are right by themselves but not for a job on this target."""
     if config.train.device == "cuda" and not has_gpu(target.instance_type):
         raise UserError(f"train.device=cuda: {target.instance_type} has no GPU; give target.instance_type=ml.g4dn.xlarge, or train.device=auto")
+    alone = config.train.processes == 1 and target.instances == 1
+    started = target.instances * GPUS.get(target.instance_type.removeprefix("ml."), 1)
+    if config.train.processes not in (None, started) and not alone:
+        raise UserError(
+            f"train.processes={config.train.processes}: on {target.instances} x {target.instance_type} {started} would run, "
+            "one for each GPU; leave train.processes out"
+        )
     for key in ("run_dir", "runs", "checkpoints", "package"):
         place = getattr(config.platform, key)
         if place is not None and not place.startswith("/opt/ml/"):
@@ -167,11 +170,11 @@ def _settings(overrides: tuple[str, ...] | list[str]) -> list[str]:
 
 
 def _start(spec: Spec, target: SageMakerTarget) -> dict[str, str]:
-    """The toolkit's own hyperparameters, JSON like all others: what to run, and by torchrun where there are several machines."""
+    """The toolkit's own hyperparameters, JSON like all others: what to run, and by torchrun where there are several machines or GPUs."""
     start = {"sagemaker_program": source.ENTRY_POINT, "sagemaker_submit_directory": spec.uri("source", f"{spec.source}.tar.gz")}
     start |= {"sagemaker_region": spec.region}
     texts = {key: codec.encode_value(text) for key, text in start.items()}
-    if target.instances > 1:
+    if target.instances > 1 or processes(target.instance_type, spec.config) > 1:
         texts |= {"sagemaker_torch_distributed_enabled": "true", "sagemaker_instance_type": codec.encode_value(target.instance_type)}
         texts |= {"sagemaker_distribution_instance_groups": '["homogeneousCluster"]'}
     return texts

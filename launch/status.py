@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from launch import runs
+from launch import overdue, runs
 from launch.aws import Aws
 from launch.prices import price
 from launch.runs import Attempt, Phase, State, dollars
@@ -52,7 +52,9 @@ def _training(aws: Aws) -> Iterator[Rented]:
     for summary in aws.pages("sagemaker", "ListTrainingJobs", "TrainingJobSummaries", NameContains=f"{aws.project}-", StatusEquals="InProgress"):
         name = summary["TrainingJobName"]
         if name.startswith(f"{aws.project}-"):
-            found = aws.call("sagemaker", "DescribeTrainingJob", TrainingJobName=name)
+            found = aws.find("sagemaker", "DescribeTrainingJob", runs.NOT_FOUND, TrainingJobName=name)
+            if found is None:
+                continue  # listed, and not yet described
             machines = found["ResourceConfig"]
             spot = found.get("EnableManagedSpotTraining", False)
             run = found.get("OutputDataConfig", {}).get("S3OutputPath", "").partition("/runs/")[2].partition("/")[0] or None
@@ -93,8 +95,13 @@ def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
     parser = argparse.ArgumentParser(prog="python -m launch status", description=__doc__)
     parser.add_argument("--json", action="store_true", help="as one JSON document")
+    parser.add_argument("--end", action="store_true", help="terminate the machines that run past their time limits")
     options = parser.parse_intermixed_args(rest)
     aws = aws_of(targets)
+    if options.end:
+        overdue.end(aws)
+    else:
+        overdue.warn(aws, targets)
     found = [(attempt, runs.observe(aws, attempt)) for attempt in runs.attempts(aws)]
     newest = {attempt.run: (attempt, state) for attempt, state in found}
     now = list(rented(aws))

@@ -3,25 +3,30 @@
 import argparse
 from collections.abc import Sequence
 
-from launch import runs, s3
+from launch import overdue, runs, s3
 from launch.aws import Aws
 from launch.runs import Attempt, Phase, attempt_key
 from launch.spec import aws_of, split_overrides
 from trainer.console import log, python
-from trainer.errors import OK
+from trainer.errors import OK, UserError
 
 
 def stop(aws: Aws, attempt: Attempt, at_once: bool) -> None:
     """Asks for the end of an attempt that runs. at_once: on EC2, without a checkpoint. Raises AwsError."""
     state = runs.observe(aws, attempt)
+    stop_key = attempt_key(attempt.run, attempt.number, "stop")
+    on_its_way = state.phase is Phase.ABSENT and attempt.refused is None and attempt.target == "ec2"
+    if on_its_way and runs.now() - attempt.since < runs.YOUNG:
+        s3.write(aws, stop_key, b"")
+        log.info("attempt %d at %s may be on its way: it is asked to stop, and looks when it has started", attempt.number, attempt.run)
+        return
     if state.phase is not Phase.RUNNING:
         log.info("attempt %d at %s is %s (%s): there is nothing to stop", attempt.number, attempt.run, state.phase, state.detail)
         return
     if attempt.target == "ec2" and at_once:
-        aws.call("ec2", "TerminateInstances", InstanceIds=[state.id])
-        log.info("terminating %s; what it did since its last checkpoint is lost", state.id)
+        runs.terminate(aws, attempt, str(state.id))
     elif attempt.target == "ec2":
-        s3.write(aws, attempt_key(attempt.run, attempt.number, "stop"), b"")
+        s3.write(aws, stop_key, b"")
         log.info("asked %s to stop: it looks once a minute, saves, uploads and terminates; --now does not wait for it", state.id)
     elif state.detail in ("Stopping", "Pending"):
         log.info("%s is %s already", attempt.job, state.detail.lower())
@@ -30,7 +35,8 @@ def stop(aws: Aws, attempt: Attempt, at_once: bool) -> None:
             "tuner": ("StopHyperParameterTuningJob", "HyperParameterTuningJobName"),
             "notebook": ("StopNotebookInstance", "NotebookInstanceName"),
         }.get(attempt.target, ("StopTrainingJob", "TrainingJobName"))
-        aws.call("sagemaker", operation, **{key: attempt.job})
+        if aws.find("sagemaker", operation, runs.NOT_FOUND, **{key: attempt.job}) is None:
+            raise UserError(f"{attempt.job}: SageMaker does not list it yet; start the same command again in a minute")
         log.info("asked SageMaker to stop %s: a training saves and ends within two minutes", attempt.job)
 
 
@@ -39,7 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", nargs="*", help="the run's id, or the overrides it was submitted with; none: the newest")
     parser.add_argument("--now", action="store_true", help="on EC2: terminate the machine without waiting for a checkpoint")
     options = parser.parse_intermixed_args(arguments)
-    aws = aws_of(split_overrides(options.run)[0])
+    targets = split_overrides(options.run)[0]
+    aws = aws_of(targets)
+    overdue.warn(aws, targets)
     attempt = runs.choose(aws, options.run)
     stop(aws, attempt, options.now)
     log.info("next:\n  %s -m launch status", python())

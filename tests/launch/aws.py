@@ -10,6 +10,9 @@ What the layer adds to moto 5.2:
   StopHyperParameterTuningJob, ListTrainingJobsForHyperParameterTuningJob, ListNotebookInstanceLifecycleConfigs, and the Price List's GetProducts;
 - CloudFormation refuses a stack or a change set that is there already, and a change set is executed once;
 - AWS's public parameter of the Deep Learning AMI;
+- on request (`/strict/late`) what was just made is not there yet for as many answers as a test says, each time that one asks for it; a client
+  without a name (below) sees it at once;
+- instances end as a test says, with AWS's reasons (`/strict/end_instance`), and are as old as it says (`/strict/age`);
 - on request it kills the client at its Nth call, before the call reaches AWS or after AWS has carried it out (`/strict/kill`). A client says who it
   is by AWS_SDK_UA_APP_ID=pid-PID.
 
@@ -75,6 +78,9 @@ class Strict:
         self._tokens: dict[str, tuple[str, list[bytes]]] = {}
         self._refuse: dict[str, tuple[str, str]] = {}
         self._kill: dict[str, Any] = {"call": 0, "when": "before"}
+        self._late = 0
+        self._unseen: dict[str, int] = {}  # id or name -> answers in which it is not there yet
+        self._named = False  # whether the client of the call at hand says who it is
         self._record.write_text("")
 
     def __call__(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
@@ -97,6 +103,7 @@ class Strict:
             "number": self._number, "service": service, "operation": operation, "parameters": parameters, "region": region,
             "client": int(client[1]) if client else None, "status": None,
         }  # fmt: skip
+        self._named = client is not None
         doomed = client is not None and self._kill["call"] == self._number
         if doomed and self._kill["when"] == "before":
             self._write(entry)
@@ -149,6 +156,38 @@ class Strict:
         """Answers the next call of an operation by an error."""
         self._refuse[operation] = (code, message)
 
+    def late(self, answers: int) -> None:
+        """What is made from now on is not there in the first so many answers about it."""
+        self._late = answers
+
+    def end_instance(self, instance: str, code: str, message: str = "", hours: float = 0.0) -> None:
+        """Terminates an instance so many hours ago, for a reason of AWS's: the code of its StateReason."""
+        found = get_backend("ec2")[ACCOUNT][REGION].get_instance(instance)
+        found.terminate()
+        found.state_reason.code, found.state_reason.message = code, message or code
+        found._reason = f"Server or user ({(utcnow() - timedelta(hours=hours)).strftime('%Y-%m-%d %H:%M:%S GMT')})"
+
+    def age(self, instance: str, hours: float) -> None:
+        """Lets an instance have started so many hours ago."""
+        get_backend("ec2")[ACCOUNT][REGION].get_instance(instance).launch_time = utcnow() - timedelta(hours=hours)
+
+    def forget_instance(self, instance: str) -> None:
+        """What EC2 does an hour after an instance's end."""
+        reservations = get_backend("ec2")[ACCOUNT][REGION].reservations
+        for key in [key for key, each in reservations.items() if each.instances[0].id == instance]:
+            del reservations[key]
+
+    def _made(self, name: str) -> None:
+        if self._late:
+            self._unseen[name] = self._late
+
+    def _not_yet(self, name: str) -> bool:
+        """Whether this answer comes too early for what has that name."""
+        if not self._named or not self._unseen.get(name):
+            return False
+        self._unseen[name] -= 1
+        return True
+
     def end(self, job: str, status: str, hours: float = 1.0, billed: float | None = None, metrics: dict[str, float] | None = None) -> None:
         """Ends a training job or a tuning job that began so many hours ago."""
         backend = get_backend("sagemaker")[ACCOUNT][REGION]
@@ -197,6 +236,7 @@ class Strict:
         job = backend.training_jobs[parameters["TrainingJobName"]]
         _set_status(job, RUNNING)
         job.training_end_time = None
+        self._made(parameters["TrainingJobName"])
         return answer
 
     def _CreateHyperParameterTuningJob(self, parameters, region, forward, start) -> list[bytes]:
@@ -208,6 +248,7 @@ class Strict:
         tuning = backend.hyper_parameter_tuning_jobs.get(name)
         if tuning is None or f"{name}-001-0123abcd" in backend.training_jobs:
             return answer
+        self._made(name)
         backend.create_training_job(  # its first trial
             f"{name}-001-0123abcd", definition["StaticHyperParameters"], definition["AlgorithmSpecification"], definition["RoleArn"],
             definition.get("InputDataConfig", []), definition["OutputDataConfig"], definition["ResourceConfig"], {}, definition["StoppingCondition"],
@@ -224,12 +265,18 @@ class Strict:
 
     def _DescribeHyperParameterTuningJob(self, parameters, region, forward, start) -> list[bytes]:
         jobs = get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs
+        self._here(parameters["HyperParameterTuningJobName"])
         answer = forward()
         if (job := jobs.get(parameters["HyperParameterTuningJobName"])) and job.hyper_parameter_tuning_job_status == "Stopping":
             _set_status(job, "Stopped")
         return answer
 
+    def _here(self, name: str) -> None:
+        if self._not_yet(name):
+            raise Refused("ValidationException", f"Requested resource {name} not found.")
+
     def _DescribeTrainingJob(self, parameters, region, forward, start) -> list[bytes]:
+        self._here(parameters["TrainingJobName"])
         answer = forward()
         job = get_backend("sagemaker")[ACCOUNT][region].training_jobs.get(parameters["TrainingJobName"])
         if job and job.training_job_status == "Stopping":  # it has stopped by the next look
@@ -251,6 +298,7 @@ class Strict:
         return answer
 
     def _StopTrainingJob(self, parameters, region, forward, start) -> list[bytes]:
+        self._here(parameters["TrainingJobName"])
         job = _known(get_backend("sagemaker")[ACCOUNT][region].training_jobs, parameters["TrainingJobName"])
         if job.training_job_status != RUNNING:
             raise Refused("ValidationException", f"The request was rejected because the training job is in status {job.training_job_status}.")
@@ -291,6 +339,12 @@ class Strict:
         backend = get_backend("sagemaker")[ACCOUNT][region]
         _known(backend.notebook_instance_lifecycle_configurations, parameters["LifecycleConfigName"])
         _role(parameters["RoleArn"])
+        self._made(parameters["NotebookInstanceName"])
+        return forward()
+
+    def _DescribeNotebookInstance(self, parameters, region, forward, start) -> list[bytes]:
+        if self._not_yet(parameters["NotebookInstanceName"]):
+            raise Refused("ValidationException", "RecordNotFound")
         return forward()
 
     def _ListNotebookInstanceLifecycleConfigs(self, parameters, region, forward, start) -> list[bytes]:
@@ -354,7 +408,25 @@ class Strict:
             )
         answer = forward()
         self._tokens[token] = (content, answer)
+        found = re.search(r"<instanceId>(i-\w+)</instanceId>", b"".join(answer).decode())
+        if found:
+            self._made(found[1])
         return answer
+
+    def _DescribeInstances(self, parameters, region, forward, start) -> list[bytes]:
+        reservations = get_backend("ec2")[ACCOUNT][region].reservations
+        early = [key for key, each in reservations.items() if self._not_yet(each.instances[0].id)]
+        hidden = {key: reservations.pop(key) for key in early}
+        try:
+            return forward()
+        finally:
+            reservations.update(hidden)
+
+    def _TerminateInstances(self, parameters, region, forward, start) -> list[bytes]:
+        for name, value in parameters.items():
+            if name.startswith("InstanceId.") and self._not_yet(value):
+                raise Refused("InvalidInstanceID.NotFound", f"The instance ID '{value}' does not exist")
+        return forward()
 
     def _GetParameter(self, parameters, region, forward, start) -> list[bytes]:
         if not parameters["Name"].startswith(DLAMI):

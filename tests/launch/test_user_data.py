@@ -33,47 +33,68 @@ mount -t overlay overlay -o "lowerdir=/opt,upperdir=$1/ram/upper,workdir=$1/ram/
 mkdir -p /opt/dlami/nvme
 mount --bind "$1/nvme" /opt/dlami/nvme
 mount --bind "$1/log" /var/log
-exec bash "$1/user_data.sh"
+mount --bind "$1/lib" /var/lib
+exec bash "$2"
 """
 
 
 class Machine:
-    """One boot of an instance."""
+    """An instance, at its first boot."""
 
     def __init__(self, root: Path, script: str, endpoint: str, prepared: Path | None = None, **environment: str) -> None:
         """prepared: the disk of an earlier machine, whose Python environment this one finds ready."""
         self.root, self.nvme = root, root / "nvme"
         self.log, self.console = root / "log" / "packhorse.log", root / "console"
+        self.lib = root / "lib"
         self.shutdowns: list[str] = []  # how `shutdown` was called
-        for directory in ("ram", "nvme/source", "log", "bin"):
+        for directory in ("ram", "nvme/source", "log", "lib", "bin"):
             (root / directory).mkdir(parents=True)
         if prepared:
             subprocess.run(["cp", "-al", prepared / "source" / ".venv", self.nvme / "source"], check=True)
         (root / "user_data.sh").write_text(script)
-        (root / "bin" / "shutdown").write_text(f'#!/bin/sh\necho "$*" >> {root}/shutdowns\n')
-        (root / "bin" / "shutdown").chmod(0o755)
+        self.program("shutdown", f'echo "$*" >> {root}/shutdowns')
         setuptools = importlib.util.find_spec("setuptools")
         assert setuptools and setuptools.origin
+        self.environment = {
+            "PATH": f"{root}/bin:{BIN}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9",
+            # The set-up goes on top of the Python of the tests, and downloads nothing. (pip reads "0" here as: no isolation.)
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(Path(setuptools.origin).parents[1]),
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",
+        } | environment
+        self.boot(root / "user_data.sh")
+
+    def program(self, name: str, script: str) -> None:
+        """Puts a program into the machine's path."""
+        (self.root / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (self.root / "bin" / name).chmod(0o755)
+
+    def boot(self, script: Path) -> None:
         self.process = subprocess.Popen(
-            [*UNSHARE, "bash", "-euc", MACHINE, "machine", str(root)],
-            env={
-                "PATH": f"{root}/bin:{BIN}:{os.environ['PATH']}",
-                "OMP_NUM_THREADS": "1",
-                "AWS_ENDPOINT_URL": endpoint,
-                "AWS_ACCESS_KEY_ID": "test",
-                "AWS_SECRET_ACCESS_KEY": "test",
-                "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9",
-                # The set-up goes on top of the Python of the tests, and downloads nothing. (pip reads "0" here as: no isolation.)
-                "PYTHON": sys.executable,
-                "PYTHONPATH": str(Path(setuptools.origin).parents[1]),
-                "PIP_NO_INDEX": "1",
-                "PIP_NO_BUILD_ISOLATION": "0",
-            }
-            | environment,
+            [*UNSHARE, "bash", "-euc", MACHINE, "machine", str(self.root), str(script)],
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=self.console.open("w"),
             stderr=subprocess.STDOUT,
         )
+
+    def boot_again(self, **environment: str) -> "Machine":
+        """As cloud-init does it, whatever that machine was told to run at each boot."""
+        self.environment |= environment
+        (self.root / "shutdowns").unlink()
+        self.boot(next((self.lib / "cloud" / "scripts" / "per-boot").iterdir()))
+        return self
+
+    def cut_off(self) -> None:
+        """The end of the power."""
+        self.process.kill()
+        self.process.wait()
 
     def script(self) -> int:
         """Its process, the one child of unshare."""
@@ -142,11 +163,13 @@ def code(bucket: Bucket) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def _namespaces(tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("probe")
-    for directory in ("ram", "nvme", "log"):
+    for directory in ("ram", "nvme", "log", "lib"):
         (root / directory).mkdir()
     (root / "user_data.sh").write_text("mountpoint -q /opt/dlami/nvme")
     try:
-        tried = subprocess.run([*UNSHARE, "bash", "-euc", MACHINE, "machine", str(root)], capture_output=True, text=True, timeout=20)
+        tried = subprocess.run(
+            [*UNSHARE, "bash", "-euc", MACHINE, "machine", str(root), str(root / "user_data.sh")], capture_output=True, text=True, timeout=20
+        )
     except FileNotFoundError:
         pytest.skip("no unshare here (Linux only)")
     if tried.returncode != 0:
@@ -157,14 +180,21 @@ TINY = ("train.epochs=8", "data.size=16", "data.resize=16", "train.threads=1")
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory, cloud: Cloud, bucket: Bucket, code: str) -> dict[str, Machine]:
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python with which the set-up never ends."""
+    python = tmp_path_factory.mktemp("python") / "endless"
+    python.write_text("#!/bin/bash\nwhile :; do sleep 1; done\n")
+    python.chmod(0o755)
+    return python
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory, cloud: Cloud, bucket: Bucket, code: str, endless: Path) -> dict[str, Machine]:
     """Machines that never come to train, by their run; all at once, to save time."""
     root = tmp_path_factory.mktemp("broken")
-    endless, deaf = root / "endless", root / "deaf"
-    endless.write_text("#!/bin/bash\nwhile :; do sleep 1; done\n")
+    deaf = root / "deaf"
     deaf.write_text("#!/bin/bash\ntrap '' TERM\nwhile :; do sleep 1; done\n")
-    for python in (endless, deaf):
-        python.chmod(0o755)
+    deaf.chmod(0o755)
 
     bucket.put(f"source/{WRONG}.tar.gz", b"other bytes")
     for run in ("missing", "wrong"):
@@ -172,7 +202,14 @@ def broken(tmp_path_factory: pytest.TempPathFactory, cloud: Cloud, bucket: Bucke
         bucket.put(f"runs/{run}/log.txt", b"the first attempt\n")
     bucket.put(ec2.stop_key(make_spec(run="unwanted")), b"")
     unreachable = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    for run, attempts in {"twin": {"1.machine": b"another"}, "older": {"2.request.json": b"{}"}, "over": {"1.json": b"{}"}}.items():
+        bucket.put(f"runs/{run}/checkpoints/step-00000001/manifest.json", b"{}")
+        for name, content in attempts.items():
+            bucket.put(f"runs/{run}/attempts/{name}", content)
     machines = {
+        "twin": (make_spec(run="twin", code=code), {}),
+        "older": (make_spec(run="older", code=code), {}),
+        "over": (make_spec(run="over", code=code), {}),
         "missing": (make_spec(run="missing", code=MISSING, attempt=2), {}),
         "wrong": (make_spec(run="wrong", code=WRONG, attempt=2), {}),
         "limited": (make_spec(run="limited", code=code, hours=10 / 3600), {"PYTHON": str(deaf)}),
@@ -262,3 +299,92 @@ def test_without_s3_it_still_shuts_down(broken: dict[str, Machine]) -> None:
     """What is known of it stays on the console."""
     assert broken["unconnected"].wait().shutdowns == ["-h +480", "-h now"]
     assert "Could not connect" in broken["unconnected"].console.read_text()
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [("twin", "another machine has this attempt"), ("older", "attempt 2 has taken over"), ("over", "has ended before")],
+)
+def test_a_machine_that_is_not_the_runs_leaves_it_alone(run: str, why: str, broken: dict[str, Machine], bucket: Bucket) -> None:
+    assert broken[run].wait().shutdowns == ["-h +480", "-h now"]
+    assert why in broken[run].console.read_text()
+    assert bucket.keys(f"runs/{run}/checkpoints/") == {"step-00000001/manifest.json"}
+    assert not [key for key in bucket.keys(f"runs/{run}/") if key in ("log.txt", "output/")]
+    assert run == "over" or "1.json" not in bucket.keys(f"runs/{run}/attempts/")
+
+
+@pytest.fixture
+def setting_up(tmp_path: Path, cloud: Cloud, code: str, endless: Path, request: pytest.FixtureRequest) -> Machine:
+    """A machine that is at its set-up; its run is named by the test."""
+    script = ec2.user_data(make_spec(run=request.param, code=code), upload_every=2)
+    machine = Machine(tmp_path / "machine", script, cloud.url, PYTHON=str(endless))
+    reaches_set_up(machine)
+    return machine
+
+
+def reaches_set_up(machine: Machine, times: int = 1) -> None:
+    assert wait_for(lambda: machine.log.exists() and machine.log.read_text().count("setting up") == times, 300), machine.log.read_text()
+
+
+@pytest.mark.parametrize("setting_up", ["taken-over"], indirect=True)
+def test_a_newer_attempt_takes_over_while_this_one_runs(setting_up: Machine, bucket: Bucket) -> None:
+    bucket.put("runs/taken-over/attempts/2.request.json", b"{}")
+    assert setting_up.wait().shutdowns == ["-h +480", "-h now"]
+    assert "1.json" not in bucket.keys("runs/taken-over/attempts/")
+
+
+@pytest.mark.parametrize("setting_up", ["reclaimed"], indirect=True)
+def test_a_spot_notice_is_told_as_the_reason(setting_up: Machine, bucket: Bucket, metadata: Any) -> None:
+    """Also when the system ends the script before there is anything to save."""
+    setting_up.cut_off()
+    metadata.notices = frozenset({"spot/instance-action"})
+    address = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+    setting_up.boot_again(**{address: os.environ[address]})
+    reaches_set_up(setting_up, 2)
+    os.kill(setting_up.script(), signal.SIGTERM)
+    assert setting_up.wait().shutdowns[-1] == "-h now"
+    assert bucket.outcome("reclaimed") == {"attempt": 1, "code": 128 + signal.SIGTERM, "reason": "spot notice"}
+
+
+@pytest.mark.parametrize("setting_up", ["rebooted"], indirect=True)
+def test_a_reboot_loses_neither_the_run_nor_its_deadline(setting_up: Machine, bucket: Bucket) -> None:
+    """First one in order, then one after the limit."""
+    machine = setting_up
+    machine.program("systemctl", "echo 1234 reboot.target start waiting")
+    os.kill(machine.script(), signal.SIGTERM)
+    assert machine.wait().shutdowns == ["-h +480"]
+    assert "1.json" not in bucket.keys("runs/rebooted/attempts/"), "it has not ended"
+    (machine.root / "bin" / "systemctl").unlink()
+
+    deadline = machine.lib / "packhorse" / "deadline"
+    deadline.write_text(str(int(deadline.read_text()) - 4 * 3600))
+    machine.boot_again()
+    reaches_set_up(machine, 2)
+    machine.cut_off()
+    [armed] = (machine.root / "shutdowns").read_text().splitlines()
+    assert 0 < int(armed.removeprefix("-h +")) <= 4 * 60, "what is left of the limit"
+
+    deadline.write_text("1000")
+    assert machine.boot_again().wait().shutdowns == ["-h +1", "-h now"]
+    assert bucket.outcome("rebooted") == {"attempt": 1, "code": RESUME, "reason": "time limit"}
+    assert machine.log.read_text().count("setting up") == 2
+
+
+@pytest.mark.parametrize("run", ["two-gpus", "two-gpus-failing"])
+def test_every_gpu_trains(run: str, terminated: Machine, tmp_path: Path, cloud: Cloud, bucket: Bucket, code: str) -> None:
+    """The code is the trainer's own, which torchrun does not keep."""
+    fails = run == "two-gpus-failing"
+    bucket.put("data/no-classes/readme.txt", b"nothing to see")
+    settings = {"data": Path("no-classes")} if fails else {}
+    spec = make_spec(*TINY, *(["data=folder"] if fails else ["train.epochs=1"]), run=run, code=code, **settings)
+    path = tmp_path / "machine"
+    smi = tmp_path / "smi"
+    smi.mkdir()
+    (smi / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-0)'\necho 'GPU 1: Tesla T4 (UUID: GPU-1)'\n")
+    (smi / "nvidia-smi").chmod(0o755)
+    with_smi = f"{path}/bin:{smi}:{BIN}:{os.environ['PATH']}"
+    machine = Machine(path, ec2.user_data(spec), cloud.url, terminated.nvme, PATH=with_smi).wait()
+    log = bucket.text(f"runs/{run}/log.txt")
+    assert machine.shutdowns == ["-h +480", "-h now"] and "training in 2 processes" in log
+    expected = {"code": MISTAKE, "reason": "failed"} if fails else {"code": OK, "reason": "done"}
+    assert bucket.outcome(run) == {"attempt": 1} | expected, log

@@ -179,7 +179,7 @@ def test_a_reclaimed_spot_machine_is_asked_for_again(account):
     s3.put_object(Bucket=BUCKET, Key="runs/spot/log.txt", Body=b"first\nsecond\nhalf a li")
     [first] = instance_of(account, "spot")
     account.post("/strict/refuse", operation="RunInstances", code="InsufficientInstanceCapacity", message="There is no Spot capacity")
-    account.client("ec2").terminate_instances(InstanceIds=[first["InstanceId"]])
+    account.post("/strict/end_instance", instance=first["InstanceId"], code="Server.SpotInstanceTermination")
     assert wait_for(lambda: len(instance_of(account, "spot")) == 2, 60)
     s3.put_object(Bucket=BUCKET, Key="runs/spot/log.txt", Body=b"first\nsecond\nhalf a line\nlast\n")
     s3.put_object(Bucket=BUCKET, Key="runs/spot/output/result.json", Body=json.dumps({"top1": 0.9}).encode())
