@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -20,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import torch as safetensors
 
 from tests.conftest import make_pictures, start_trainer
 from trainer import checkpoint, files
@@ -64,12 +66,21 @@ def outcome(run: Path) -> dict[str, object]:
     assert found is not None
     state = found[1]
     progress = state["progress"]
-    best = checkpoint.load(run / "checkpoints" / progress["best"]["checkpoint"])
     rows = [{key: value for key, value in row.items() if key not in TIMES} for row in progress["rows"]]
     kept = {key: progress[key] for key in ("epoch", "batch", "step", "best")}
     return {"network": state["network"], "average": state["average"], "optimizer": state["optimizer"], "scaler": state["scaler"]} | {
-        "best": best, "rows": rows, "progress": kept,
+        "best": state["best"], "package": packaged(run), "rows": rows, "progress": kept,
     }  # fmt: skip
+
+
+def packaged(run: Path) -> dict[str, torch.Tensor] | None:
+    """The weights in a run's model package, if it has one."""
+    if not (run / "model.tar.gz").exists():
+        return None
+    with tarfile.open(run / "model.tar.gz") as archive:
+        weights = archive.extractfile("model.safetensors")
+        assert weights is not None
+        return safetensors.load(weights.read())
 
 
 def difference(one: object, other: object, name: str = "") -> str | None:

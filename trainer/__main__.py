@@ -64,7 +64,8 @@ def train(config: Config | None, world: World) -> None:
         ledger = stages.make_ledger(config, run, world)
         checkpoints, progress = stages.resume(config, run, learner, ledger, found, machine, world)
         fit(learner, batches, config, progress, ledger, checkpoints, stop)
-        tested = stages.test(run, network, learner, feed, progress, ledger, stop, world)
+        stages.load_best(learner, batches, progress, checkpoints, stop, world)
+        tested = stages.test(network, learner, feed, progress, ledger, stop, world)
         if not world.chief:
             return
         stages.build_package(config, run, network, feed, tested, progress)

@@ -1,17 +1,20 @@
 """Checkpoints: a directory per step, complete or absent, verified before it is believed.
 
-A directory holds `tensors.safetensors`, `state.json` (everything that is no tensor) and `manifest.json` (size and SHA-256 of both), written last.
-It is made aside, flushed to the disk and renamed, so a kill or a power cut at any moment leaves the checkpoints before it untouched.
-Nothing in it is a pickle: loading runs no code.
+A directory holds `tensors.safetensors`, `state.json` (everything that is no tensor), the same of the
+best weights so far (`best.safetensors`, `best.json`) and `manifest.json` (size and SHA-256 of each),
+written last. It needs no other directory: what damages one checkpoint leaves the others whole. It is
+made aside, flushed to the disk and renamed, so a kill or a power cut at any moment leaves the
+checkpoints before it untouched. Nothing in it is a pickle: loading runs no code.
 """
 
 import argparse
 import hashlib
 import json
-import shutil
+import os
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,9 @@ from trainer import files
 from trainer.console import log
 from trainer.errors import MISTAKE, OK, UserError
 
-FORMAT = 1
-FILES = {"tensors.safetensors", "state.json"}  # and manifest.json, which describes them
+FORMAT = 2  # 1 kept the best weights in a directory of their own, to which all checkpoints referred
+STATE = ("state.json", "tensors.safetensors")
+BEST = ("best.json", "best.safetensors")  # absent before the first evaluation
 TENSOR = "tensor:"  # begins a JSON string that stands for a tensor
 CHANNELS_LAST = "channels_last:"  # the same for one kept as [N, H, W, C], as it lies in memory: reordering costs several times the copy
 # The names that safetensors has for the types of tensors.
@@ -39,13 +43,25 @@ class Damaged(UserError):
     """A checkpoint whose files are not what was written. The message names the file and what is wrong."""
 
 
+class CutOff(Damaged):
+    """A checkpoint that lacks a file: a copy of it was stopped half way."""
+
+
+class OtherFormat(Damaged):
+    """A checkpoint that another version has written."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A state as the bytes of its files, in memory of its own: training may go on while it is written."""
 
-    tree: bytes  # state.json
-    header: bytes  # of tensors.safetensors
+    tree: bytes  # its JSON file
+    header: bytes  # of its safetensors file
     data: torch.Tensor  # the rest of it, uint8 on the CPU
+
+    def state(self) -> dict[str, Any]:
+        """A copy of what it was taken of, tensors on the CPU."""
+        return _state(self.tree, self.header + self.data.numpy().tobytes())
 
 
 def snapshot(state: dict[str, Any], memory: torch.Tensor | None = None) -> Snapshot:
@@ -82,53 +98,60 @@ def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[in
 
 
 def save(root: Path, name: str, state: dict[str, Any]) -> Path:
-    """Writes a state as root/name; see `snapshot` and `write`."""
-    return write(root, name, snapshot(state))
+    """Write a state as root/name, its entry `best` as the best weights; see `snapshot` and `write`."""
+    rest = {key: value for key, value in state.items() if key != "best"}
+    best = state.get("best")
+    return write(root, name, snapshot(rest), snapshot(best) if best else None)
 
 
-def write(root: Path, name: str, contents: Snapshot) -> Path:
-    """Writes a snapshot as root/name. Hashing and writing leave the interpreter free for other threads.
+def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = None) -> Path:
+    """Write a snapshot, and that of the best weights, as root/name.
 
-    A name stands for one state: where a good checkpoint of that name is there already, it is left alone. Raises OSError (a full disk,
-    say) and then leaves nothing behind.
+    Hashing and writing leave the interpreter free for other threads. Where the same is there already,
+    it is left alone; anything else of that name, another run's checkpoint say, is replaced. Raises
+    OSError (a full disk, say) and then leaves nothing behind.
     """
-    target, aside = root / name, root / f"{files.ASIDE}{name}"
-    try:
-        verify(target)
+    target = root / name
+    aside = root / f"{files.ASIDE}{name}"
+    replaced = root / f"{files.ASIDE}replaced-{name}"
+    parts: dict[str, tuple[bytes | memoryview, ...]] = {}
+    for names, part in ((STATE, contents), (BEST, best)):
+        if part is not None:
+            parts |= {names[0]: (part.tree,), names[1]: (part.header, part.data.numpy().data)}
+    listed = {file: _describe(*data) for file, data in parts.items()}
+    if _holds(target, listed):
         return target
-    except Damaged:
-        pass
-    parts = {"tensors.safetensors": (contents.header, contents.data.numpy().data), "state.json": (contents.tree,)}
-    manifest = {"format": FORMAT, "files": {file: _describe(*data) for file, data in parts.items()}}
+    manifest = json.dumps({"format": FORMAT, "files": listed}, indent=1).encode()
     root.mkdir(parents=True, exist_ok=True)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        files.remove(aside)
         aside.mkdir()
-        for file, data in (parts | {"manifest.json": (json.dumps(manifest, indent=1).encode(),)}).items():
+        for file, data in (parts | {"manifest.json": (manifest,)}).items():
             files.flush(aside / file, *data)
         files.flush_directory(aside)
-        if target.exists():
-            shutil.rmtree(target)
+        if os.path.lexists(target):
+            files.remove(replaced)
+            target.rename(replaced)
         aside.rename(target)
         files.flush_directory(root)
     except OSError as error:
         error.filename = str(target)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, replaced):
+            with suppress(OSError):
+                files.remove(left)
     return target
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, tensors on the CPU. Raises Damaged."""
+    """Read the state that `save` wrote, tensors on the CPU; `best` may be None. Raises Damaged."""
     contents = _verified(path)
     try:
-        tensors = safetensors.load(contents["tensors.safetensors"])
-        state = _join(json.loads(contents["state.json"]), tensors)
+        best = _state(*(contents[file] for file in BEST)) if BEST[0] in contents else None
+        return _state(*(contents[file] for file in STATE)) | {"best": best}
     except (SafetensorError, ValueError, KeyError) as error:
         raise Damaged(f"{path}: its contents can't be read ({error})") from error
-    assert isinstance(state, dict)
-    return state
 
 
 def verify(path: Path) -> None:
@@ -138,7 +161,7 @@ def verify(path: Path) -> None:
 
 def steps(root: Path) -> list[Path]:
     """The resumable checkpoints below root, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    return sorted(root.glob("step-*"))
 
 
 def step_name(step: int, evaluated: bool) -> str:
@@ -149,23 +172,32 @@ def step_name(step: int, evaluated: bool) -> str:
 def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest good checkpoint and its state; None where there never was one.
 
-    A damaged one is passed over with a warning. Raises UserError where all are damaged: to start from zero would throw work away
-    that a person may still be able to save.
+    One that is damaged or can't be read is passed over with a warning. Raises UserError where all are:
+    to start from zero would throw work away that a person may still be able to save. Where all lack
+    files (the first one, whose copy was cut off), there is nothing to save.
     """
     found = steps(root)
+    passed_over: list[Damaged] = []
     for path in reversed(found):
         try:
             state = load(path)
-            if best := _best(state):
-                verify(root / best)
-            return path, state
         except Damaged as error:
-            log.warning("%s; going back to the checkpoint before it", error)
-    if found:
-        raise UserError(
-            f"{root}: none of its {len(found)} checkpoints is whole; bring back a copy of one, or delete the directory to start from the beginning"
-        )
-    return None
+            passed_over.append(error)
+            continue
+        for reason in passed_over:
+            log.warning("%s; going back to the checkpoint before it", reason)
+        return path, state
+    if all(isinstance(reason, CutOff) for reason in passed_over):
+        for reason in passed_over:
+            log.warning("%s: its copy was cut off; starting from the beginning", reason)
+        return None
+    for reason in passed_over:
+        if isinstance(reason, OtherFormat):
+            raise reason
+    raise UserError(
+        f"{root}: none of its {len(found)} checkpoints is whole ({passed_over[0]}); bring back a copy of "
+        "one, or delete the directory to start from the beginning"
+    )
 
 
 class Cadence:
@@ -185,7 +217,7 @@ class Cadence:
 
 
 def prune(root: Path, keep: int, good: set[str]) -> list[Path]:
-    """Deletes all but the newest `keep` good checkpoints and the best weights that they refer to. Returns what went.
+    """Deletes all but the newest `keep` good checkpoints. Returns what went.
 
     good: names known to be whole, which are not read again; those found whole are added.
     """
@@ -202,20 +234,20 @@ def prune(root: Path, keep: int, good: set[str]) -> list[Path]:
             break
     else:
         return []  # while good ones are few, even a damaged one may be of use to a person
-    best = {_best(json.loads((path / "state.json").read_bytes())) for path in kept}
-    gone = [path for path in steps(root) if path not in kept] + [path for path in root.glob("best-*") if path.name not in best]
-    for path in gone:
+    gone = []
+    for path in steps(root):
+        if path in kept:
+            continue
         # Renamed first, so that a kill half way leaves no half checkpoint under a complete one's name.
         aside = root / f"{files.ASIDE}{path.name}"
-        path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            path.rename(aside)
+            files.remove(aside)
+        except OSError as error:
+            log.warning("%s: an old checkpoint that can't be deleted (%s)", path, error.strerror)
+            continue
+        gone.append(path)
     return gone
-
-
-def _best(state: dict[str, Any]) -> str | None:
-    """The name of the best weights that a state refers to."""
-    best = state["progress"]["best"]
-    return best["checkpoint"] if best else None
 
 
 def _describe(*parts: bytes | memoryview) -> dict[str, Any]:
@@ -225,29 +257,63 @@ def _describe(*parts: bytes | memoryview) -> dict[str, Any]:
     return {"size": sum(len(part) for part in parts), "sha256": digest.hexdigest()}
 
 
-def _verified(path: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint, as bytes, held against the manifest."""
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says of its files, by their names. Raises Damaged."""
+    data = _bytes(path, "manifest.json")
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        listed = dict(manifest["files"])
-        if manifest["format"] != FORMAT:
-            raise Damaged(f"{path}: written in format {manifest['format']}, this version reads {FORMAT}")
-        if set(listed) != FILES:
-            raise Damaged(f"{path}: manifest.json is damaged")
-    except FileNotFoundError as error:
-        raise Damaged(f"{path}: manifest.json is missing") from error
+        manifest = json.loads(data)
+        written, listed = manifest["format"], dict(manifest["files"])
+        sizes = [entry["size"] for entry in listed.values()]
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path}: manifest.json is damaged") from error
+    if written != FORMAT:
+        raise OtherFormat(
+            f"{path}: another version of Packhorse wrote this checkpoint (format {written}, this version "
+            f"reads {FORMAT}); go on with that version, or start a new run with another name=..."
+        )
+    named = set(listed) in (set(STATE), {*STATE, *BEST})
+    if not named or not all(isinstance(size, int) for size in sizes):
+        raise Damaged(f"{path}: manifest.json is damaged")
+    return listed
+
+
+def _verified(path: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint, as bytes, held against the manifest. Raises Damaged."""
     contents = {}
-    for file, wanted in listed.items():
-        try:
-            data = (path / file).read_bytes()
-        except FileNotFoundError as error:
-            raise Damaged(f"{path}: {file} is missing") from error
+    for file, wanted in _manifest(path).items():
+        data = _bytes(path, file)
         if _describe(data) != wanted:
             raise Damaged(f"{path}: {file} is damaged ({len(data)} bytes, {wanted['size']} were written)")
         contents[file] = data
     return contents
+
+
+def _bytes(path: Path, file: str) -> bytes:
+    try:
+        return (path / file).read_bytes()
+    except FileNotFoundError as error:
+        raise CutOff(f"{path}: {file} is missing") from error
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise Damaged(f"{path}: {file} can't be read ({why})") from error
+
+
+def _holds(path: Path, listed: dict[str, Any]) -> bool:
+    """Whether a checkpoint has these files, and they are whole."""
+    try:
+        if _manifest(path) != listed:
+            return False
+        verify(path)
+    except Damaged:
+        return False
+    return True
+
+
+def _state(tree: bytes, tensors: bytes) -> dict[str, Any]:
+    """What a snapshot was taken of."""
+    state = _join(json.loads(tree), safetensors.load(tensors))
+    assert isinstance(state, dict)
+    return state
 
 
 def _split(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -285,9 +351,7 @@ def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def _main(arguments: Iterable[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description="Look at the checkpoints of a run.")
-    parser.add_argument(
-        "verb", choices=("ls", "verify", "prune"), help="ls: list them; verify: read every byte; prune: delete all but the newest and the best"
-    )
+    parser.add_argument("verb", choices=("ls", "verify", "prune"), help="ls: list them; verify: read every byte; prune: delete all but the newest")
     parser.add_argument("run", type=Path, help="a run's directory, or its checkpoint directory")
     parser.add_argument("--keep", type=int, default=2, help="prune: how many to keep (default 2)")
     options = parser.parse_args(list(arguments))
@@ -302,12 +366,13 @@ def _main(arguments: Iterable[str]) -> int:
         for path in prune(root, options.keep, set()):
             print(f"deleted {path}")
     damaged = False
-    for path in steps(root) + sorted(root.glob("best-*")):
-        line = f"{path.name}  {sum(file.stat().st_size for file in path.iterdir()) / 1e6:8.1f} MB"
+    for path in steps(root):
+        line = path.name
         try:
-            state = json.loads((path / "state.json").read_text())
-            line += f"  epoch {state['progress']['epoch']}" if "progress" in state else "  best weights"
-            if best := state.get("progress", {}).get("best"):
+            progress = json.loads((path / "state.json").read_bytes())["progress"]
+            size = sum(file.stat().st_size for file in path.iterdir())
+            line += f"  {size / 1e6:8.1f} MB  epoch {progress['epoch']}"
+            if best := progress.get("best"):
                 line += f", best so far {best['value']:.4f} of epoch {best['epoch']}"
             if options.verb == "verify":
                 verify(path)

@@ -30,7 +30,15 @@ def write(path: Path, data: bytes | str) -> None:
 def sweep(directory: Path) -> None:
     """Removes what killed writers left in `directory`, which no other process may be writing to."""
     for path in directory.glob(f"{ASIDE}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, or a directory with all that it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

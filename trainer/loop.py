@@ -39,7 +39,7 @@ class Progress:
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of the running epoch: loss, correct, pictures
     seconds: float = 0.0  # of the running epoch
     data_wait: float = 0.0  # of these, waiting for pictures
-    best: dict[str, Any] | None = None  # epoch, value and checkpoint of the best weights
+    best: dict[str, Any] | None = None  # epoch and value of the best weights
     rows: list[dict[str, Any]] = field(default_factory=list)  # the ledger's
 
     def stale_epochs(self) -> int:
@@ -82,6 +82,12 @@ class Learner:
     def served(self) -> nn.Module:
         """The network that is evaluated and packaged: the average where there is one."""
         return self.average.network if self.average else self.forward
+
+    def load_served(self, weights: dict[str, Tensor]) -> None:
+        """Make `weights` those that are evaluated and packaged."""
+        self.network.load_state_dict(weights)
+        if self.average:
+            self.average.network.load_state_dict(weights)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: references to the live tensors, with string keys only."""
@@ -237,7 +243,7 @@ def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, led
             ledger.append(row)
             progress.epoch, progress.batch, progress.sums, progress.seconds, progress.data_wait = progress.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0, 0.0
             if metrics.better(row[train.monitor], progress.best["value"] if progress.best else None, train.monitor):
-                progress.best = {"epoch": progress.epoch, "value": row[train.monitor], "checkpoint": f"best-{progress.step:08d}"}
+                progress.best = {"epoch": progress.epoch, "value": row[train.monitor]}
                 checkpoints.hold_best(learner)
             log.info(metric_line(row))
             if checkpoints.due(epoch_ends=True):
@@ -345,7 +351,8 @@ class Checkpoints:
         self.writes = writes
         self.root, self.cadence, self.keep, self.ledger, self.facts = root, cadence, keep, ledger, facts
         self.good: set[str] = set()  # names known to be whole: written or verified by this process
-        self._best: dict[str, Tensor] | None = None  # weights that are better than those on disk
+        # The best weights so far, and the surroundings in which they were evaluated: in each checkpoint.
+        self.best: checkpoint.Snapshot | None = None
         self._memory: Tensor | None = None  # of the last snapshot, for the next one
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -356,7 +363,14 @@ class Checkpoints:
     def hold_best(self, learner: Learner) -> None:
         if not self.writes:
             return
-        self._best = {name: tensor.detach().cpu().clone() for name, tensor in served_weights(learner).items()}
+        surroundings = self.facts.get("surroundings")
+        self.best = checkpoint.snapshot({"network": served_weights(learner), "surroundings": surroundings})
+
+    def go_on_from(self, path: Path, state: dict[str, Any]) -> None:
+        """Take the best weights from a checkpoint that was found whole."""
+        self.good.add(path.name)
+        if self.writes and state["best"] is not None:
+            self.best = checkpoint.snapshot(state["best"])
 
     def save(self, learner: Learner, progress: Progress) -> None:
         """Takes a snapshot and has it written. Waits for the write before it, and raises what that raised."""
@@ -366,9 +380,8 @@ class Checkpoints:
         progress.rows = self.ledger.rows
         snapshot = checkpoint.snapshot({"facts": self.facts, "progress": asdict(progress), **learner.state()}, self._memory)
         self._memory = snapshot.data
-        best = (progress.best["checkpoint"], {"network": self._best}) if self._best is not None and progress.best is not None else None
-        self._best = None
-        self._writing = self._writer.submit(self._write, checkpoint.step_name(progress.step, evaluated=progress.batch == 0), snapshot, best)
+        name = checkpoint.step_name(progress.step, evaluated=progress.batch == 0)
+        self._writing = self._writer.submit(self._write, name, snapshot, self.best)
 
     def wait(self) -> None:
         """Until the last snapshot is on disk. Raises OSError where it could not be written."""
@@ -376,11 +389,14 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _write(self, name: str, snapshot: checkpoint.Snapshot, best: tuple[str, dict[str, Any]] | None) -> None:
+    def _write(
+        self,
+        name: str,
+        snapshot: checkpoint.Snapshot,
+        best: checkpoint.Snapshot | None,
+    ) -> None:
         started = time.monotonic()
-        if best is not None:
-            checkpoint.save(self.root, *best)
-        checkpoint.write(self.root, name, snapshot)
+        checkpoint.write(self.root, name, snapshot, best)
         self.good.add(name)
         checkpoint.prune(self.root, self.keep, self.good)
         self.cadence.saved(time.monotonic() - started)

@@ -31,6 +31,12 @@ from trainer.preprocess import PictureError, Preprocessing, prepare, shrink
 from trainer.run import Run, check_identity, revision
 from trainer.sampler import Share
 
+# How far the loss of the best weights on valid may lie from what was noted for them: relative, absolute.
+# Where nothing that the bits depend on has changed it is equal (metrics keep 6 digits); the rest is for
+# kernels that a GPU or a compiler chooses anew.
+SAME_LOSS_HERE = (1e-3, 1e-5)
+SAME_LOSS_ELSEWHERE = (0.05, 0.01)  # another machine or precision
+
 
 def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop, world: World = ALONE) -> tuple[ImageFolder, Reader | None]:
     """Decodes every picture once; those that fail are listed by name and left out. The reader gives the packed pixels; None: they weren't kept.
@@ -226,7 +232,7 @@ def resume(
                 log.warning("resumed, but no longer bit for bit: %s was %s, is %s", key, then, now)
         learner.restore(state)
         progress = Progress(**state["progress"])
-        checkpoints.good.add(path.name)
+        checkpoints.go_on_from(path, state)
         log.info("resumed from %s: %d of %d epochs complete, %d steps done", path, progress.epoch, config.train.epochs, progress.step)
     elif world.size > 1:
         learner.restore(world.once(learner.state))  # the same beginning, also where hosts of different kinds made their own
@@ -255,14 +261,53 @@ class Test:
     probabilities: NDArray[np.float32]  # [N, classes]
 
 
+def load_best(
+    learner: Learner,
+    batches: Batches,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    stop: Stop,
+    world: World = ALONE,
+) -> None:
+    """Load the best weights into the network.
+
+    Raises UserError where they don't give the loss on valid that was noted for them.
+    """
+    best = world.once(lambda: checkpoints.best.state() if checkpoints.best else None)
+    assert best is not None
+    learner.load_served(best["network"])
+    valid = batches.plain("valid")
+    logits, labels = evaluate(learner.served(), valid, learner.device, learner.precision, stop, world)
+
+    def check() -> None:
+        assert progress.best is not None
+        epoch = progress.best["epoch"]
+        losses = {row["epoch"]: row["valid_loss"] for row in progress.rows if "valid_loss" in row}
+        noted = losses[epoch]
+        given = metrics.classification(logits, labels, "valid")["valid_loss"]
+        here = best["surroundings"] == checkpoints.facts["surroundings"]
+        relative, absolute = SAME_LOSS_HERE if here else SAME_LOSS_ELSEWHERE
+        if not np.isclose(given, noted, relative, absolute, equal_nan=True):
+            raise UserError(
+                f"{checkpoints.root}: the best weights, of epoch {epoch}, give valid_loss={given}, but "
+                f"{noted} was noted for them: the pictures, the pretrained weights or the files there have "
+                "changed since; start a new run with another name=..."
+            )
+
+    world.once(check)
+
+
 def test(
-    run: Run, network: Classifier, learner: Learner, feed: Feed, progress: Progress, ledger: metrics.Ledger, stop: Stop, world: World = ALONE
+    network: Classifier,
+    learner: Learner,
+    feed: Feed,
+    progress: Progress,
+    ledger: metrics.Ledger,
+    stop: Stop,
+    world: World = ALONE,
 ) -> Test:
-    """Loads the best weights into the network and evaluates all of it, from pixels, in float32: as it is packaged."""
+    """Evaluate all of the network, from pixels, in float32: as it is packaged."""
     assert progress.best is not None
-    name = progress.best["checkpoint"]
-    best = world.once(lambda: checkpoint.load(run.checkpoints / name))
-    learner.network.load_state_dict(best["network"])
     split = "test" if "test" in feed.folder.splits else "valid"
     logits, labels = evaluate(network, feed.plain(split), learner.device, torch.float32, stop, world)
     values = world.once(lambda: metrics.classification(logits, labels, split))

@@ -10,13 +10,19 @@ import pytest
 import torch
 
 from tests.conftest import PROJECT
+from tests.soak import difference
 from trainer import checkpoint
 from trainer.errors import UserError
 
 
-def state(step: int = 1, best: str | None = None) -> dict:
-    progress = {"epoch": step, "step": step, "best": {"epoch": 1, "value": 0.5, "checkpoint": best} if best else None}
-    return {"network": {"weight": torch.arange(6.0).view(2, 3) * step, "count": torch.tensor(step)}, "progress": progress}
+def state(step: int = 1) -> dict:
+    """After an evaluation."""
+    weights = {"weight": torch.arange(6.0).view(2, 3) * step, "count": torch.tensor(step)}
+    progress = {"epoch": step, "step": step, "best": {"epoch": 1, "value": 0.5}}
+    return {"network": weights, "progress": progress, "best": {"network": {name: each + 1 for name, each in weights.items()}}}
+
+
+FILES = ("tensors.safetensors", "state.json", "best.safetensors", "best.json", "manifest.json")
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
@@ -28,6 +34,11 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     for name, tensor in before["network"].items():
         assert torch.equal(after["network"][name], tensor) and after["network"][name].dtype == tensor.dtype
         assert after["network"][name].stride() == tensor.stride()
+    assert torch.equal(after["best"]["network"]["weight"], before["best"]["network"]["weight"])
+
+
+def test_before_the_first_evaluation_there_are_no_best_weights(tmp_path):
+    assert checkpoint.load(checkpoint.save(tmp_path, "step-00000001", state() | {"best": None}))["best"] is None
 
 
 def test_floats_keep_every_bit(tmp_path):
@@ -50,8 +61,13 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("harm", [truncate, flip_a_bit, empty, Path.unlink])
+def put_a_directory_there(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, empty, Path.unlink, put_a_directory_there])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, file, harm, caplog):
     checkpoint.save(tmp_path, "step-00000001", state(1))
     newest = checkpoint.save(tmp_path, "step-00000002", state(2))
@@ -71,25 +87,86 @@ def test_where_all_are_damaged_nothing_starts_from_zero(tmp_path):
         checkpoint.newest(tmp_path)
 
 
-def test_damaged_best_weights_make_their_checkpoint_useless(tmp_path):
-    checkpoint.save(tmp_path, "best-00000001", {"network": state()["network"]})
+@pytest.mark.parametrize("bit", [0, 3, 6])
+def test_any_changed_bit_of_a_manifest_costs_one_checkpoint_at_most(tmp_path, bit):
     checkpoint.save(tmp_path, "step-00000001", state(1))
-    checkpoint.save(tmp_path, "step-00000002", state(2, best="best-00000001"))
-    flip_a_bit(tmp_path / "best-00000001" / "tensors.safetensors")
+    manifest = checkpoint.save(tmp_path, "step-00000002", state(2)) / "manifest.json"
+    data = manifest.read_bytes()
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 1 << bit
+        manifest.write_bytes(changed)
+        found = checkpoint.newest(tmp_path)
+        assert found is not None
+        step = found[1]["progress"]["step"]
+        assert torch.equal(found[1]["network"]["count"], torch.tensor(step))
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_passed_over_and_replaced(tmp_path):
+    checkpoint.save(tmp_path, "step-00000001", state(1))
+    (tmp_path / "step-00000002").write_text("no directory")
     found = checkpoint.newest(tmp_path)
     assert found is not None and found[0].name == "step-00000001"
+    checkpoint.verify(checkpoint.save(tmp_path, "step-00000002", state(2)))
+
+
+@pytest.mark.parametrize("missing", [["manifest.json"], ["tensors.safetensors"], FILES])
+def test_checkpoints_that_were_cut_off_are_none(tmp_path, missing, caplog):
+    for file in missing:
+        (checkpoint.save(tmp_path, "step-00000001", state()) / file).unlink()
+    assert checkpoint.newest(tmp_path) is None
+    assert "cut off" in caplog.text
+
+
+def test_cut_off_and_damaged_is_still_damage(tmp_path):
+    empty(checkpoint.save(tmp_path, "step-00000001", state(1)) / "state.json")
+    (checkpoint.save(tmp_path, "step-00000002", state(2)) / "manifest.json").unlink()
+    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
+    path = checkpoint.save(tmp_path, "step-00000001", state()) / "manifest.json"
+    path.write_text(path.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
+    with pytest.raises(UserError, match=r"another version of Packhorse wrote this checkpoint.*another name="):
+        checkpoint.newest(tmp_path)
+
+
+def test_what_is_there_already_is_left_alone_and_anything_else_of_its_name_is_replaced(tmp_path):
+    path = checkpoint.save(tmp_path, "step-00000001", state())
+    written = (path / "manifest.json").stat().st_ino
+    checkpoint.save(tmp_path, "step-00000001", state())
+    assert (path / "manifest.json").stat().st_ino == written
+    for other in (state() | {"facts": "another run's"}, state() | {"best": state(2)["best"]}, state() | {"best": None}):
+        checkpoint.save(tmp_path, "step-00000001", other)
+        assert difference(checkpoint.load(path), other) is None
+        assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(tmp_path, monkeypatch, caplog):
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, f"step-{step:08d}", state(step))
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "step-00000001":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    assert checkpoint.prune(tmp_path, 2, set()) == [tmp_path / "step-00000002"]
+    assert "step-00000001: an old checkpoint that can't be deleted" in caplog.text
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.newest(tmp_path / "none") is None
 
 
-def test_prune_keeps_the_newest_and_the_best_they_refer_to(tmp_path):
+def test_prune_keeps_the_newest(tmp_path):
     for step in range(1, 6):
-        checkpoint.save(tmp_path, f"best-{step:08d}", {"network": state(step)["network"]})
-        checkpoint.save(tmp_path, f"step-{step:08d}", state(step, best=f"best-{min(step, 3):08d}"))
+        checkpoint.save(tmp_path, f"step-{step:08d}", state(step))
     checkpoint.prune(tmp_path, 2, set())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-00000003", "step-00000004", "step-00000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
 
 
 def test_prune_counts_good_checkpoints_only(tmp_path):
@@ -160,13 +237,17 @@ def test_the_command_lists_verifies_and_prunes(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(root, f"step-{step:08d}", state(step))
     code, output = command("ls", str(tmp_path))
-    assert code == 0 and output.count("epoch") == 3
+    assert code == 0 and output.count("best so far") == 3
     code, output = command("verify", str(tmp_path))
     assert code == 0 and output.count("  ok") == 3
     assert command("prune", str(tmp_path), "--keep", "1")[0] == 0
     assert [path.name for path in checkpoint.steps(root)] == ["step-00000003"]
-    flip_a_bit(root / "step-00000003" / "tensors.safetensors")
+    flip_a_bit(root / "step-00000003" / "best.safetensors")
     code, output = command("verify", str(tmp_path))
-    assert code == 2 and "tensors.safetensors is damaged" in output
+    assert code == 2 and "best.safetensors is damaged" in output
+    put_a_directory_there(root / "step-00000003" / "state.json")
+    for verb in ("ls", "verify"):
+        code, output = command(verb, str(tmp_path))
+        assert code == 2 and "DAMAGED" in output and "Traceback" not in output
     code, output = command("ls", str(tmp_path / "elsewhere"))
     assert code == 2 and "no checkpoints here" in output and "Traceback" not in output

@@ -27,14 +27,14 @@ from torch.nn import functional
 from trainer import checkpoint, files, metrics, optim, stages
 from trainer import config as settings
 from trainer.__main__ import guarded
-from trainer.config import Config, metric_line
+from trainer.config import Config, identity, metric_line
 from trainer.console import log, to_terminal
 from trainer.datasets import find_pictures
 from trainer.interrupt import Stop, on_signals
 from trainer.loader import Batches
 from trainer.loop import Average, autocast, lr_factor
 from trainer.model import Classifier
-from trainer.run import Run
+from trainer.run import Run, check_identity
 from trainer.sweep.driver import locked
 
 
@@ -93,7 +93,6 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     step: int = 0
-    best: None = None  # `checkpoint.newest` looks for the best weights here; a group keeps none
     members: dict[str, Any] = field(default_factory=dict)
 
 
@@ -238,22 +237,30 @@ def end_epoch(group: Group, batches: Batches) -> None:
     group.set_sums(None)
 
 
-def train_group(group: Group, batches: Batches, root: Path, stop: Stop) -> dict[int, dict[str, Any]]:
-    """Trains the group from its newest checkpoint in `root` to the end; each trial's outcome. Raises Interrupted, with the state saved."""
+def train_group(group: Group, batches: Batches, root: Path, fingerprint: str, stop: Stop) -> dict[int, dict[str, Any]]:
+    """Train the group from its newest checkpoint in `root` to the end; return each trial's outcome.
+
+    fingerprint: of the pictures. Raises Interrupted, with the state saved, and UserError where the
+    checkpoint is one of other settings or pictures.
+    """
+    facts = {str(member.number): identity(member.config) | {"pictures": fingerprint} for member in group.members}
     cadence = checkpoint.Cadence(group.members[0].config.checkpoint.minutes, group.members[0].config.checkpoint.max_cost)
     good: set[str] = set()
 
     def save() -> None:
         began = time.monotonic()
         name = checkpoint.step_name(group.progress.step, evaluated=group.progress.batch == 0)
-        checkpoint.save(root, name, group.state())
+        checkpoint.save(root, name, {"facts": facts} | group.state())
         good.add(name)
         checkpoint.prune(root, 2, good)
         cadence.saved(time.monotonic() - began)
 
     if newest := checkpoint.newest(root):
-        group.restore(newest[1])
-        log.info("resumed from %s", newest[0])
+        path, state = newest
+        for member in group.members:
+            check_identity(state["facts"][str(member.number)], member.config, fingerprint, root)
+        group.restore(state)
+        log.info("resumed from %s", path)
     for member in group.members:
         known = group.progress.members.get(str(member.number), {"rows": []})
         member.ledger.restore(known["rows"])
@@ -310,7 +317,8 @@ def train(directory: Path, numbers: list[int]) -> None:
             feed = stages.make_feed(config, found, read, machine)
             batches = stages.cache_features(config, network, feed, machine, stop)
             log.info("training %d heads together", len(configs))
-            outcomes |= train_group(Group(configs, directory, network, machine), batches, root, stop)
+            group = Group(configs, directory, network, machine)
+            outcomes |= train_group(group, batches, root, found.fingerprint, stop)
     files.write(directory / f"outcomes-{numbers[0]:04d}.json", json.dumps(outcomes))
     for root in roots:
         shutil.rmtree(root)
