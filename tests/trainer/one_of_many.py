@@ -1,5 +1,5 @@
 """One process of several, as the tests start it: `python -m tests.trainer.one_of_many ROOT SCENARIO...`. It trains as `trainer.__main__` does, from
-the settings to the end of training, each scenario in turn, and writes what came out beside the run.
+the settings to the best weights, each scenario in turn, and writes what came out beside the run.
 """
 
 import json
@@ -86,6 +86,7 @@ def train(world: World, stop_at: int | None, dropout: float, groups: bool, *over
             fit(learner, batches, config, progress, checkpoints.ledger, checkpoints, stop)
         except Interrupted as reason:
             return {"interrupted": str(reason), "step": progress.step}
+        stages.load_best(learner, batches, progress, checkpoints, stop, world)
         logits, labels = evaluate(network, feed.plain("test"), torch.device("cpu"), torch.float32, stop, world)
         return {"test": metrics.classification(logits, labels, "test") if world.chief else None, "step": progress.step, "bytes": sent(learner)}
 
