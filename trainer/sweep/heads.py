@@ -308,10 +308,7 @@ def train(directory: Path, numbers: list[int]) -> None:
             found = find_pictures(config)
             config = weights.resolve(config, found)
             # They differ in optim.* alone, which depends neither on the pictures nor on the weights.
-            configs = {
-                number: dataclasses.replace(one, data=config.data, model=config.model, train=config.train)
-                for number, one in configs.items()
-            }
+            configs = {number: dataclasses.replace(one, data=config.data, model=config.model, train=config.train) for number, one in configs.items()}
             machine = stages.prepare_machine(config)
             network = stages.make_network(config, found, machine)
             found, read = stages.read_pictures(config, found, Run(root.name, root, root, root), stop)
