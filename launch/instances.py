@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch.prices import FALLBACK, price
 from launch.spec import SageMakerTarget, TargetConfig, load_config, load_target, split_overrides
+from trainer import config as settings
 from trainer.config import Config
 from trainer.errors import OK, UserError
 
@@ -100,7 +101,7 @@ def estimate(machine: Machine, config: Config, pictures: int) -> Estimate | None
     """None where the network's arithmetic is not known."""
     if config.model.name not in GMACS:
         return None
-    size = GMACS[config.model.name] * (config.data.size / 224) ** 2
+    size = GMACS[config.model.name] * (_pixels(config) / 224) ** 2
     if machine.gpu:
         forward = 2e9 * size / (T4_PEAK * T4_SHARE)
         training, head = TRAINING_PASSES * forward, CORE_HEAD / machine.vcpus
@@ -112,7 +113,8 @@ def estimate(machine: Machine, config: Config, pictures: int) -> Estimate | None
         return Estimate(0.0, pictures * training / speed)
     if config.model.cached_views is None:
         return Estimate(0.0, pictures * forward / speed)
-    return Estimate(pictures * min(config.model.cached_views, config.train.epochs) * forward / speed, pictures * head)
+    views = min(config.model.cached_views, settings.epochs_for(config.train, pictures))
+    return Estimate(pictures * views * forward / speed, pictures * head)
 
 
 def measured(machine: Machine, config: Config, pictures: int, doctor: dict[str, object] | None) -> Estimate | None:
@@ -146,7 +148,7 @@ def table(config: Config, pictures: int, region: str, chosen: TargetConfig | Non
         found = measured(machine, config, pictures, doctor) or estimate(machine, config, pictures)
         rate = None if hour is None else hour * machine.count / 3600
         works = machine.target != "notebook"
-        epochs = config.train.epochs
+        epochs = settings.epochs_for(config.train, pictures)
         rows.append(
             (
                 "*" if chosen and (chosen.instance_type, _count(chosen)) == (machine.name, machine.count) else "",
@@ -174,7 +176,7 @@ def reasons(config: Config, pictures: int, region: str) -> list[str]:
         found, hour = estimate(machine, config, pictures), price(name, region).on_demand
         if found is None or hour is None:
             return None
-        seconds = found.once + config.train.epochs * found.epoch
+        seconds = found.once + settings.epochs_for(config.train, pictures) * found.epoch
         return seconds, seconds / 3600 * hour * count
 
     ec2, job, plain, four = of("g4dn.xlarge"), of("ml.g4dn.xlarge"), of("ml.m5.2xlarge"), of("ml.m5.2xlarge", 4)
@@ -210,7 +212,8 @@ def main(arguments: Sequence[str]) -> int:
     doctor = read_doctor(Path.home() / ".cache" / "packhorse")
     width = 150
     print(
-        f"{config.model.name}, freeze={config.model.freeze}, {config.data.size} px, {options.pictures:,} pictures, {config.train.epochs} epochs;"
+        f"{config.model.name}, freeze={config.model.freeze}, {_pixels(config)} px, {options.pictures:,} pictures,"
+        f" {settings.epochs_for(config.train, options.pictures)} epochs;"
         f" * marks target={target.name}\n"
     )
     print("\n".join(table(config, options.pictures, region, target, doctor)))
@@ -226,6 +229,10 @@ def main(arguments: Sequence[str]) -> int:
         print("!: measured there by python -m trainer.doctor.")
     print(f"Times are estimates (docs/instances.md says how); a machine's start costs minutes more. Prices: {price('g4dn.xlarge', region).basis}.")
     return OK
+
+
+def _pixels(config: Config) -> int:
+    return config.data.size or settings.PLAIN.size  # null: what the weights expect, which for all networks of the table is this
 
 
 def _count(target: TargetConfig) -> int:

@@ -81,7 +81,10 @@ def allowed(entry: Any) -> str:
     limits = entry.metadata
     kinds = get_args(entry.type) if isinstance(entry.type, types.UnionType) else (entry.type,)
     names = ["null" if kind is type(None) else getattr(kind, "__name__", "list") if not get_args(kind) else str(kind) for kind in kinds]
-    words = [", ".join(f"`{choice}`" for choice in limits["choices"]) or " or ".join(names)]
+    choices = [f"`{choice}`" for choice in limits["choices"]]
+    if choices and "null" in names:
+        choices.append("null")
+    words = [", ".join(choices) or " or ".join(names)]
     words += [f"{name.replace('_', ' ')} {limits[name]:g}" for name in ("above", "at_least", "below", "at_most") if limits[name] is not None]
     words += [f"{limits['length']} values"] if limits["length"] else []
     words += [f"with `{limits['only_if']}`".replace("|", " or ")] if limits["only_if"] else []

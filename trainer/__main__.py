@@ -14,6 +14,7 @@ import hydra
 from omegaconf import DictConfig
 
 from trainer import config as settings
+from trainer import weights
 from trainer.compose import CONF, resolve
 from trainer.config import Config
 from trainer.console import log, to_terminal
@@ -44,6 +45,9 @@ def train(config: Config | None, world: World) -> None:
     with on_signals() as stop, open_run(config, world) as run, world.connected(config.train.timeout_seconds, stop), spot(stop):
         found = find_pictures(config)
         world.same({"the pictures": found.fingerprint}, stop)
+        config = world.once(partial(weights.resolve, config, found))
+        if world.chief:
+            run.write_settings(config)
         if result := world.once(run.result):
             check_identity(result["identity"], config, found.fingerprint, run.directory)
             log.info("this run is complete; to train once more, give another name=... or seed=...")

@@ -77,9 +77,9 @@ class DataConfig:
     test: str | None = setting(identity=False)
     valid_fraction: float = setting(above=0, below=1)
     max_broken: float = setting(at_least=0, at_most=1, identity=False)
-    resize: int = setting(at_least=1)
-    size: int = setting(at_least=1)
-    interpolation: str = setting("bilinear", "bicubic", "lanczos", "box")
+    resize: int | None = setting(at_least=1)
+    size: int | None = setting(at_least=1)
+    interpolation: str | None = setting("bilinear", "bicubic", "lanczos", "box")
     workers: int | None = setting(at_least=0, identity=False)
     cache: str = setting("auto", "packed", "none", identity=False)
     cache_gb: float | None = setting(above=0, identity=False, only_if="data.cache=auto|packed")
@@ -90,17 +90,17 @@ class DataConfig:
 class ModelConfig:
     name: str = setting()
     weights: str | None = setting()
-    freeze: str = setting("none", "backbone")
+    freeze: str = setting("auto", "none", "backbone")
     head_hidden: int | None = setting(at_least=1)
     cached_views: int | None = setting(at_least=1, only_if="model.freeze=backbone")
-    mean: list[float] = setting(length=3)
-    std: list[float] = setting(above=0, length=3)
+    mean: list[float] | None = setting(length=3)
+    std: list[float] | None = setting(above=0, length=3)
 
 
 @dataclass
 class OptimConfig:
     name: str = setting("adamw", "sgd")
-    lr: float = setting(above=0)
+    lr: float | None = setting(above=0)
     head_lr: float | None = setting(above=0)
     weight_decay: float = setting(at_least=0)
     momentum: float = setting(at_least=0, below=1, only_if="optim.name=sgd")
@@ -112,7 +112,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    epochs: int = setting(at_least=1)
+    epochs: int | None = setting(at_least=1)
     batch_size: int = setting(at_least=1)
     accumulate: int = setting(at_least=1)
     label_smoothing: float = setting(at_least=0, below=1)
@@ -210,7 +210,10 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def load(composed: DictConfig) -> Config:
-    """The typed settings of what Hydra composed. Raises UserError for a value that is missing or not allowed."""
+    """Give the typed settings of what Hydra composed. Raise UserError for a value that is missing or not allowed.
+
+    What isn't given and doesn't depend on weights is filled in; `trainer.weights.resolve` fills in the rest.
+    """
     for key in _unknown(composed, Config):
         raise UserError(unknown_key(key, keys()))
     try:
@@ -222,11 +225,10 @@ def load(composed: DictConfig) -> Config:
         check(key, value, limits)
     if config.name is not None and (Path(config.name).name != config.name or config.name in ("", "..")):
         raise UserError(f"name={config.name} is not allowed; allowed: the name of one directory, made in platform.runs={config.platform.runs}")
-    if config.data.size > config.data.resize:
-        raise UserError(
-            f"data.size={config.data.size} is larger than data.resize={config.data.resize}: the picture's shorter side after "
-            "shrinking is data.resize, and the square of data.size is cut out of it; allowed: data.size <= data.resize"
-        )
+    fill_recipe(config)
+    if config.model.weights is None:
+        fill_pixels(config, PLAIN)
+    check_sizes(config.data)
     if config.train.accumulate > config.train.batch_size:
         raise UserError(
             f"train.accumulate={config.train.accumulate} splits a batch of train.batch_size={config.train.batch_size} into more parts "
@@ -264,6 +266,9 @@ def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
             other, allowed = limits["only_if"].split("=")
             if str(values[other]) not in allowed.split("|"):
                 lines.append(f"{key}={value} has no effect with {other}={values[other]}: it is used with {limits['only_if']}")
+    views = next((word for word in overrides if word.startswith("model.cached_views=")), "")
+    if views and config.model.cached_views is None and not views.endswith("=null"):
+        lines.append(f"{views} has no effect with mixed pictures (data.augment.mixup, data.augment.cutmix): they have no cached features")
     if "model.weights" not in given and config.model.freeze == "backbone" and config.model.weights is None:
         lines.append("model.freeze=backbone with model.weights=null trains a head on random features: give model.weights")
     return lines
@@ -287,6 +292,83 @@ def run_name(config: Config) -> str:
 def places(data: DataConfig) -> list[str]:
     """Where the pictures lie, by the settings alone: what the splits' folders in data.root are called is seen when they are read."""
     return [os.path.realpath(getattr(data, split) or Path(data.root) / split) for split in ("train", "valid", "test")]
+
+
+# --- what isn't given ---
+
+
+@dataclass(frozen=True)
+class PixelSpec:
+    """What weights expect of pixels. mean, std: of the channels, in 0..1; the rest as in `DataConfig`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int
+    size: int
+    interpolation: str
+
+    def resize_for(self, size: int) -> int:
+        """The shorter side from which a square of `size` is cut, so that it shows the share of the picture that the weights expect."""
+        return max(size, round(size * self.resize / self.size))
+
+
+# Where there are no weights, or nothing is known of them: ImageNet's mean and standard deviation, and the crop of He et al. 2016.
+PLAIN = PixelSpec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256, size=224, interpolation="bilinear")
+
+# Peak learning rates (all layers but the head, the head) by optimizer and by what is trained; None: the same.
+# MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers gives a test accuracy of 33 %,
+# 2e-4 with 2e-3 for the head 55 %, a frozen backbone 76 %.
+LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
+    "adamw": {"scratch": (2e-3, None), "head": (2e-3, None), "pretrained": (2e-4, 2e-3)},
+    "sgd": {"scratch": (0.05, None), "head": (0.05, None), "pretrained": (5e-3, 0.05)},
+}
+RUINOUS_LR = {"adamw": 1e-3, "sgd": 0.05}  # from here on, on all layers, pretrained weights are mostly forgotten
+
+EPOCHS, STEPS = 16, 200  # passes over the pictures, and optimizer steps at least: few pictures need more passes
+
+
+def fill_recipe(config: Config) -> None:
+    """Decide what is trained and at which learning rate, where that isn't given."""
+    model, choice, augment = config.model, config.optim, config.data.augment
+    if model.freeze == "auto":
+        model.freeze = "none" if model.weights is None else "backbone"
+        if model.freeze == "backbone" and augment.mixup + augment.cutmix > 0:
+            model.cached_views = None  # mixed pictures have no cached features
+    if choice.lr is None:
+        trained = "head" if model.freeze == "backbone" else "scratch" if model.weights is None else "pretrained"
+        choice.lr, head_lr = LEARNING_RATES[choice.name][trained]
+        if choice.head_lr is None:
+            choice.head_lr = head_lr
+
+
+def fill_pixels(config: Config, spec: PixelSpec) -> None:
+    """Take what isn't given from what the weights expect."""
+    data, model = config.data, config.model
+    if data.size is None:
+        data.size = spec.size
+    if data.resize is None:
+        data.resize = spec.resize_for(data.size)
+    data.interpolation = data.interpolation or spec.interpolation
+    model.mean = model.mean or list(spec.mean)
+    model.std = model.std or list(spec.std)
+    check_sizes(data)
+
+
+def check_sizes(data: DataConfig) -> None:
+    """Raise UserError where the square is larger than the picture that it is cut from."""
+    if data.size is not None and data.resize is not None and data.size > data.resize:
+        raise UserError(
+            f"data.size={data.size} is larger than data.resize={data.resize}: the picture's shorter side after shrinking is data.resize, "
+            "and the square of data.size is cut out of it; allowed: data.size <= data.resize, or data.resize=null, which follows data.size"
+        )
+
+
+def epochs_for(train: TrainConfig, pictures: int) -> int:
+    """How often the training pictures are passed: `train.epochs`, or EPOCHS, and more where these make fewer than STEPS steps."""
+    if train.epochs is not None:
+        return train.epochs
+    steps_per_epoch = pictures // min(train.batch_size, pictures)
+    return max(EPOCHS, math.ceil(STEPS / steps_per_epoch))
 
 
 # --- the metric line: one definition for the log and for SageMaker's MetricDefinitions ---

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer import cache, checkpoint, features, files, metrics, stages
+from trainer import cache, checkpoint, features, files, metrics, stages, weights
 from trainer import config as settings
 from trainer.__main__ import guarded
 from trainer.compose import resolve
@@ -93,6 +93,7 @@ def examine(overrides: list[str], seconds: float) -> None:
     machine = stages.prepare_machine(config)
     log.info("this machine\n%s\n", _table(machine_facts(config, machine, instance)))
     found = find_pictures(config)
+    config = weights.resolve(config, found)
     network = stages.make_network(config, found, machine)
     log.info("measuring, for less than a minute ...")
     measured = measure(config, found, network, machine, seconds)
@@ -115,7 +116,8 @@ def measure(config: Config, found: ImageFolder, network: Classifier, machine: Ma
         sample = _sampled(found)
         paths = [path for split in sample.splits.values() for path in split.paths]
         started = time.monotonic()
-        packed = cache.pack(paths, directory, config.data.resize, config.data.interpolation, stages.workers(config), None, lambda done, total: None)
+        wanted = stages.preprocessing(config)
+        packed = cache.pack(paths, directory, wanted.resize, wanted.interpolation, stages.workers(config), None, lambda done, total: None)
         decode = len(paths) / (time.monotonic() - started)
         sample = _without(sample, packed.broken)
         picture_bytes = float(np.mean([packed(path).size for split in sample.splits.values() for path in split.paths]))
@@ -296,7 +298,7 @@ def predict(config: Config, found: ImageFolder, measured: Measured) -> Predictio
     train, valid = (len(found.splits[name].paths) for name in ("train", "valid"))
     once = sum(len(split.paths) for split in found.splits.values()) / measured.decode  # packed, or looked at for broken ones
     if measured.extract is not None:
-        assert config.model.cached_views is not None
+        assert config.model.cached_views is not None and config.train.epochs is not None
         once += (train * min(config.model.cached_views, config.train.epochs) + valid) / measured.extract
     batch = min(config.train.batch_size, train)
     return Prediction(once, train // batch * batch / measured.train, valid / measured.evaluate)
@@ -377,14 +379,15 @@ def measured_facts(measured: Measured, machine: Machine) -> dict[str, str]:
 def run_facts(config: Config, found: ImageFolder, network: Classifier, measured: Measured, prediction: Prediction) -> dict[str, str]:
     limit = "reading pictures" if measured.wait > 0.1 else "the network's steps" if measured.extract is None else "the head's steps"
     once_limit = "the frozen backbone" if measured.extract is not None else "decoding"
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    assert config.train.epochs is not None
+    size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     return {
         "an epoch": f"{duration(prediction.epoch)}: {duration(prediction.training)} training, {duration(prediction.evaluation)} evaluation",
         "limited by": limit,
         "once, before": f"{duration(prediction.once)}, limited by {once_limit}; nothing where it is in the cache already",
         "all epochs": f"{duration(prediction.once + config.train.epochs * prediction.epoch)} for {config.train.epochs}",
         "packed pixels": amount(packed_bytes(found, measured)) if stages.reads_more_than_once(config) else "none",
-        "a checkpoint": f"at least {amount(weights)}, written in {duration(weights / measured.write)}",
+        "a checkpoint": f"at least {amount(size)}, written in {duration(size / measured.write)}",
     }
 
 

@@ -232,6 +232,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, ledger: metrics.Ledger, checkpoints: "Checkpoints", stop: Stop) -> None:
     """Trains from where `progress` is to the end. Raises Interrupted, with the state saved, when asked to stop."""
     train, world = config.train, learner.world
+    assert train.epochs is not None  # weights.resolve
     try:
         while progress.epoch < train.epochs and not (train.patience and progress.stale_epochs() >= train.patience):
             train_epoch(learner, feed, config, progress, checkpoints, stop)
@@ -323,6 +324,7 @@ def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progr
 
 def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:
     settings = config.optim
+    assert config.train.epochs is not None
     return optim.lr_factor(
         step,
         steps_per_epoch,

@@ -1,7 +1,6 @@
 """Networks by name: a backbone, a new head, and the normalisation of pixels inside, so that no caller can forget it."""
 
 import copy
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
+from trainer.weights import import_timm, is_file, torchvision_weights
 
 
 class Classifier(nn.Module):
@@ -84,7 +84,7 @@ def origin(name: str, weights: str | None) -> str:
     """Where the weights come from, in a word or two for the log."""
     if weights is None:
         return "from scratch"
-    if _is_file(weights):
+    if is_file(weights):
         return f"weights from {weights}"
     if name.startswith("timm/"):
         return "timm's weights"
@@ -124,22 +124,15 @@ def _small_cnn(name: str, weights: str | None) -> tuple[nn.Module, int]:
 
 
 def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"model.name={name} needs the package timm: pip install 'packhorse[timm]'") from error
-    short = name.removeprefix("timm/")
-    if not timm.is_model(short):
-        near = ", ".join(timm.list_models(f"*{short.split('.')[0][:8]}*")[:5])
-        raise UserError(f"model.name={name}: timm has no such model" + (f"; allowed, for example: {near}" if near else ""))
-    local = weights is not None and _is_file(weights)
+    timm = import_timm(name)
+    local = weights is not None and is_file(weights)
     if weights is not None and not local and weights != "DEFAULT":
         raise UserError(
             f"model.weights={weights}: timm names its weights with the model (model.name={name.split('.')[0]}.TAG); "
             "allowed: DEFAULT, null, or a file with a state dict"
         )
     try:
-        backbone: Any = timm.create_model(short, num_classes=0, pretrained=weights is not None and not local)
+        backbone: Any = timm.create_model(name.removeprefix("timm/"), num_classes=0, pretrained=weights is not None and not local)
     except (OSError, RuntimeError) as error:
         raise _offline(name, weights, error) from error
     if local:
@@ -149,29 +142,16 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
 
 
 def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, int]:
-    # Imported here: it doubles the start-up time of a run that doesn't need it.
-    import torchvision
+    published = torchvision_weights(name, weights)
+    import torchvision  # here: it doubles the start-up time of a run that doesn't need it
 
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        import difflib
-
-        near = difflib.get_close_matches(name, names, n=3) or ["resnet50", "mobilenet_v2", "convnext_tiny"]
-        raise UserError(f"model.name={name} is not allowed; allowed: small_cnn, timm/NAME, or torchvision's own names, such as {', '.join(near)}")
     # Their auxiliary classifiers only matter when they are trained from scratch on ImageNet.
     extra: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    local = weights is not None and _is_file(weights)
-    if weights is None or local:
+    if published is None:
         network = torchvision.models.get_model(name, weights=None, **extra, **({"init_weights": True} if extra else {}))
     else:
-        allowed = torchvision.models.get_model_weights(name)
-        if weights not in allowed.__members__:  # DEFAULT is one of them
-            raise UserError(
-                f"model.weights={weights}: there is no such file, and {name} has no weights of that name; "
-                f"allowed: {', '.join(allowed.__members__)}, null, or a file with a state dict"
-            )
         try:
-            network = torchvision.models.get_model(name, weights=allowed[weights], **extra)
+            network = torchvision.models.get_model(name, weights=published, **extra)
         except OSError as error:  # urllib's URLError is one
             raise _offline(name, weights, error) from error
         except Exception as error:  # unpickling damage raises whatever the bytes happen to say
@@ -179,8 +159,7 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, int]:
                 f"model.weights={weights}: the copy of the weights in {torch.hub.get_dir()}/checkpoints is damaged; delete it and start again"
             ) from error
     head, features = _find_head(network)
-    if local:
-        assert weights is not None
+    if weights is not None and published is None:
         _fill(network, _state_dict(name, weights), weights, head)
     network.set_submodule(head, nn.Identity())
     return network, features
@@ -203,10 +182,6 @@ def _find_head(network: nn.Module) -> tuple[str, int]:
 
 
 # --- weights from a file ---
-
-
-def _is_file(weights: str) -> bool:
-    return os.sep in weights or Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin") or Path(weights).is_file()
 
 
 def _state_dict(name: str, weights: str) -> dict[str, Tensor]:

@@ -35,6 +35,9 @@ class Run:
         result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return result
 
+    def write_settings(self, config: Config) -> None:
+        files.write(self.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+
     def finish(self, result: dict[str, Any]) -> None:
         files.write(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
 
@@ -89,7 +92,7 @@ def open_run(config: Config, world: World = ALONE) -> Iterator[Run]:
                 files.sweep(written)
         with also_to_file(directory / "log.txt"):
             log.info("run %s in %s", name, directory)
-            files.write(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+            run.write_settings(config)
             yield run
 
 

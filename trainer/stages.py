@@ -43,7 +43,7 @@ def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop, worl
 
     The processes of a host share its cache: the first one packs, the others wait.
     """
-    packed = None
+    packed, wanted = None, preprocessing(config)
     if reads_more_than_once(config):
         try:
             packed = pack_pictures(config, found, stop, world)
@@ -54,7 +54,7 @@ def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop, worl
 
     def check(path: str) -> None:
         if packed is None:
-            folder.read_shrunk(path, config.data.resize, config.data.interpolation)
+            folder.read_shrunk(path, wanted.resize, wanted.interpolation)
         elif path in packed.broken:
             raise PictureError(packed.broken[path])
 
@@ -74,15 +74,16 @@ def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop, worl
 
 def reads_more_than_once(config: Config) -> bool:
     """Whether packed pixels are worth their disk."""
+    assert config.train.epochs is not None  # weights.resolve
     return config.data.cache == "packed" or (config.data.cache == "auto" and (config.model.cached_views or config.train.epochs) > 1)
 
 
 def pack_pictures(config: Config, found: ImageFolder, stop: Stop, world: World = ALONE) -> cache.Packed:
     paths = [path for split in found.splits.values() for path in split.paths]
     limit = None if config.data.cache_gb is None else round(config.data.cache_gb * 1e9)
-    root = Path(config.platform.cache) / "pixels"
+    root, wanted = Path(config.platform.cache) / "pixels", preprocessing(config)
     with counted("packing pictures", stop) as step:
-        return cache.pack(paths, root, config.data.resize, config.data.interpolation, workers(config, world), limit, step)
+        return cache.pack(paths, root, wanted.resize, wanted.interpolation, workers(config, world), limit, step)
 
 
 @contextmanager
@@ -137,6 +138,7 @@ def make_network(config: Config, found: ImageFolder, machine: Machine, world: Wo
     """The network on its device, with weights that depend on nothing but the seed and the settings."""
     torch.manual_seed(config.seed)
     settings = config.model
+    assert settings.mean is not None and settings.std is not None  # weights.resolve
     with world.one_first() if settings.weights is not None else nullcontext():
         network = model.build(
             settings.name,
@@ -150,7 +152,7 @@ def make_network(config: Config, found: ImageFolder, machine: Machine, world: Wo
         )
     shards = share_of(config, found, world).shards
     at_once = min(config.train.batch_size, len(found.splits["train"].paths)) // shards // config.train.accumulate
-    model.check(network, settings.name, config.data.size, max(at_once, 1))
+    model.check(network, settings.name, preprocessing(config).size, max(at_once, 1))
     network = network.to(machine.device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
@@ -191,6 +193,7 @@ def cache_features(config: Config, network: Classifier, feed: Feed, machine: Mac
 
 def make_learner(config: Config, network: Classifier, batches: Batches, machine: Machine, world: World = ALONE) -> Learner:
     choice = config.optim
+    assert choice.lr is not None
     optimizer = optim.build(network, choice.name, lr=choice.lr, head_lr=choice.head_lr, weight_decay=choice.weight_decay, momentum=choice.momentum)
     trained = network if isinstance(batches, Feed) else network.head
     forward: Any = torch.compile(trained) if config.train.compile else trained
@@ -383,7 +386,9 @@ def workers(config: Config, world: World = ALONE) -> int:
 
 
 def preprocessing(config: Config) -> Preprocessing:
-    return Preprocessing(resize=config.data.resize, size=config.data.size, interpolation=config.data.interpolation)
+    data = config.data
+    assert data.resize is not None and data.size is not None and data.interpolation is not None  # weights.resolve
+    return Preprocessing(resize=data.resize, size=data.size, interpolation=data.interpolation)
 
 
 def probabilities(logits: Tensor) -> NDArray[np.float32]:

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import checkpoint, files, metrics, optim, stages
+from trainer import checkpoint, files, metrics, optim, stages, weights
 from trainer import config as settings
 from trainer.__main__ import guarded
 from trainer.config import Config, identity, metric_line
@@ -107,6 +107,7 @@ class Group:
         self.members = []
         for place, (number, config) in enumerate(configs.items()):
             single, choice = self.heads.one(network, place), config.optim
+            assert choice.lr is not None
             optimizer = optim.build(
                 single, choice.name, lr=choice.lr, head_lr=choice.head_lr, weight_decay=choice.weight_decay, momentum=choice.momentum
             )
@@ -264,6 +265,7 @@ def train_group(group: Group, batches: Batches, root: Path, fingerprint: str, st
     for member in group.members:
         known = group.progress.members.get(str(member.number), {"rows": []})
         member.ledger.restore(known["rows"])
+    assert group.train.epochs is not None
     while group.progress.epoch < group.train.epochs and any(member.active(group.progress.epoch) for member in group.members):
         train_epoch(group, batches, stop)
         if stop.reason:
@@ -311,6 +313,9 @@ def train(directory: Path, numbers: list[int]) -> None:
             root.mkdir(parents=True, exist_ok=True)
             roots.append(root)
             found = find_pictures(config)
+            config = weights.resolve(config, found)
+            # They differ in optim.* alone, which depends neither on the pictures nor on the weights.
+            configs = {number: dataclasses.replace(one, data=config.data, model=config.model, train=config.train) for number, one in configs.items()}
             machine = stages.prepare_machine(config)
             network = stages.make_network(config, found, machine)
             found, read = stages.read_pictures(config, found, Run(root.name, root, root, root), stop)
