@@ -176,9 +176,9 @@ def test_of_a_file_it_is_said_what_is_assumed(resolved, caplog):
 @pytest.mark.parametrize(
     "overrides, expected",
     [
-        (("data.size=96",), (110, 96)),
-        (("data.size=96", "data.resize=100"), (100, 96)),
-        (("data.resize=300",), (300, 224)),
+        (("model=small_cnn", "data.size=96"), (110, 96)),
+        (("model=small_cnn", "data.size=96", "data.resize=100"), (100, 96)),
+        (("model=small_cnn", "data.resize=300"), (300, 224)),
         (("model=resnet50", "data.size=112"), (116, 112)),  # 232 to 224
         (("model=resnet50", "model.weights=IMAGENET1K_V1", "data.size=112"), (128, 112)),  # 256 to 224
         (("model=torchvision", "model.name=vit_b_16", "model.weights=IMAGENET1K_SWAG_E2E_V1"), (384, 384)),
@@ -192,7 +192,7 @@ def test_resize_follows_size_by_the_crop_that_the_weights_expect(resolved, overr
 
 
 def test_a_square_larger_than_the_picture_is_one_line(resolved):
-    for overrides in (("data.resize=100",), ("model=resnet50", "data.resize=100")):
+    for overrides in (("model=small_cnn", "data.resize=100"), ("model=resnet50", "data.resize=100")):
         with pytest.raises(UserError, match=r"data.size=224 is larger than data.resize=100.*data.resize=null"):
             resolved(*overrides)
 
