@@ -426,8 +426,8 @@ def keys(node: type = Config, prefix: str = "") -> list[str]:
 def _unknown(node: DictConfig, schema: type, prefix: str = "") -> Iterator[str]:
     """The keys of what Hydra composed that the schema has not: +key=value adds them, and nothing reads them."""
     fields = {entry.name: entry.type for entry in dataclasses.fields(schema)}
-    for name in node:
-        kind = fields.get(str(name))
+    for name in map(str, node):
+        kind = fields.get(name)
         if kind is None:
             yield f"{prefix}{name}"
         elif isinstance(kind, type) and dataclasses.is_dataclass(kind):

@@ -101,8 +101,8 @@ def leave_alone(path: Path) -> None:
 # What is wrong: how it comes about, overrides, what the line must say.
 FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] = {
     "no data.root": (remove("."), (), ("data.root=pictures: there is no such folder", "holds train")),
-    "two names for valid": (add_folder("VAL/circle", "0.png"), (), ("pictures has two folders for valid", "VAL and valid", "data.valid=pictures/")),
-    "two names for train": (add_folder("training/circle", "0.png"), (), ("pictures has two folders for train", "train and training")),
+    "two names for valid": (add_folder("VAL"), (), ("pictures has two folders for valid", "VAL and valid", "data.valid=pictures/")),
+    "two names for train": (add_folder("training"), (), ("pictures has two folders for train", "train and training")),
     "data.root is a file": (become_a_file, (), ("pictures/train: there is no such folder", "data.root must hold train")),
     "no splits": (lose_the_splits, (), ("pictures/train: there is no such folder", "circle, square, stripe", "give data.train=pictures")),
     "no classes": (lose_the_classes, (), ("pictures/train: there is no class folder", "needs at least two")),
