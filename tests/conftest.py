@@ -28,6 +28,9 @@ LONG = (
     "trainer/test_sweep.py::test_a_sampled_sweep_killed_at_random_is_the_undisturbed_one",
     "trainer/test_sweep.py::test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_is_edited",
     "trainer/test_two_hosts.py",
+    "trainer/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[average]",
+    "trainer/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[head]",
+    "trainer/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[shards]",
     "serving/test_doors.py",
     "test_docs.py::test_a_training_command_trains",
 )
