@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import MISTAKE, OK, UserError
+from trainer.errors import MISTAKE, OK, UserError, install_command
 
 if TYPE_CHECKING:
     from serving.package import Package
@@ -78,7 +78,7 @@ def serve(arguments: Sequence[str]) -> int:
     try:
         from serving.server import serve as run
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is missing: the server needs it; pip install 'packhorse[serve]'") from error
+        raise UserError(f"{error.name} is missing: the server needs it; {install_command('serve')}") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     run(package, engine, settings, options.host, options.port)
     return OK

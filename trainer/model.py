@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.errors import UserError
+from trainer.errors import UserError, install_command
 
 
 class Classifier(nn.Module):
@@ -114,7 +114,7 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model.name={name} needs the package timm: pip install 'packhorse[timm]'") from error
+        raise UserError(f"model.name={name} needs the package timm: {install_command('timm')}") from error
     short = name.removeprefix("timm/")
     if not timm.is_model(short):
         near = ", ".join(timm.list_models(f"*{short.split('.')[0][:8]}*")[:5])

@@ -26,7 +26,7 @@ from trainer import checkpoint
 from trainer import config as settings
 from trainer.errors import MISTAKE, OK, RESUME, UserError
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("sagemaker_training") is None, reason="pip install 'packhorse[rehearse]'")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("sagemaker_training") is None, reason="make setup EXTRA=rehearse")
 SETTINGS = (*(setting for setting in QUICK if not setting.startswith("platform")), "data=folder")
 
 
