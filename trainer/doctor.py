@@ -76,7 +76,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.doctor", description="Measures this machine, predicts a run's time, proposes settings.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for python -m trainer")
     parser.add_argument("--seconds", type=float, default=8.0, help="for measuring the loop, and half of it for each other part (default 8)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     to_terminal()
     settings.register()
     return guarded(lambda: examine(options.overrides, options.seconds))
