@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -137,8 +137,7 @@ def compiled(network: nn.Module) -> nn.Module:
     Every shape of a batch gets code of its own: code for any shape would depend on which shapes
     came before, and a run that goes on after a stop sees them in another order.
     """
-    compiled: nn.Module = torch.compile(network, dynamic=False)
-    return compiled
+    return cast(nn.Module, torch.compile(network, dynamic=False))
 
 
 def cores() -> int:
