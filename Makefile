@@ -1,10 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help train doctor serve rehearse deploy test long check soak bench docs pages hosts doors clean
+.PHONY: help setup train doctor serve rehearse deploy test long check soak bench docs pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
 help:  ## list the targets
 	@grep -E '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(addprefix .venv/,$(or $(EXTRA),train))  ## add extras of pyproject.toml to .venv: EXTRA=sweep, or EXTRA="timm audit"
 
 train: .venv/train  ## set up once, then train: on the pictures that ship, or as ARGS="data=folder data.root=DIR" says; GPUS=4 for several
 	$(BIN)/$(if $(GPUS),torchrun --standalone --nproc_per_node=$(GPUS),python) -m trainer $(ARGS)

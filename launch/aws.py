@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from launch.request import Request, check
-from trainer.errors import UserError
+from trainer.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -82,7 +82,7 @@ class Aws:
         try:
             import boto3
         except ImportError as error:
-            raise UserError("boto3 is not installed, which talks to AWS: pip install 'packhorse[aws]'") from error
+            raise UserError(f"boto3 is not installed, which talks to AWS: {install_command('aws')}") from error
         try:
             return boto3.session.Session(region_name=self._given_region)
         except Exception as error:

@@ -26,7 +26,7 @@ from trainer import config as settings
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.console import log, python
-from trainer.errors import MISTAKE, OK, RESUME, UserError
+from trainer.errors import MISTAKE, OK, RESUME, UserError, install_command
 from trainer.explain import CONFIG_ERRORS, explain
 from trainer.interrupt import heeded
 
@@ -112,7 +112,7 @@ def preflight(request: Request, jobs: list[Job], tarball: bytes, channels: dict[
     for module in ("sagemaker_training", "sagemaker_pytorch_container"):
         if importlib.util.find_spec(module) is None:
             raise UserError(
-                f"{module}: AWS's training toolkit is not installed; pip install 'packhorse[rehearse]' (it compiles a file: apt-get install gcc)"
+                f"{module}: AWS's training toolkit is not installed; {install_command('rehearse')} (it compiles a file: apt-get install gcc)"
             )
     definition = jobs[0].definition
     for channel in definition.get("InputDataConfig", []):

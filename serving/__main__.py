@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import streams
-from trainer.errors import MISTAKE, OK, UserError
+from trainer.errors import MISTAKE, OK, UserError, install_command
 
 if TYPE_CHECKING:
     from serving.package import Package
@@ -79,7 +79,7 @@ def serve(arguments: Sequence[str]) -> int:
     try:
         from serving.server import serve as run
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is missing: the server needs it; pip install 'packhorse[serve]'") from error
+        raise UserError(f"{error.name} is missing: the server needs it; {install_command('serve')}") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     run(package, engine, settings, options.host, options.port)
     return OK

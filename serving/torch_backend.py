@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import UserError
+from trainer.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from serving.package import Network
@@ -20,7 +20,7 @@ def open_network(directory: Path, manifest: dict[str, Any], threads: int | None)
 
         from trainer import model
     except ImportError as error:
-        raise UserError(f"--backend=torch needs {error.name}: pip install packhorse") from error
+        raise UserError(f"--backend=torch needs {error.name}: {install_command('serve')}") from error
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -21,7 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import torch as safetensors
 
 from tests.conftest import make_pictures, start_trainer
 from trainer import checkpoint, files
@@ -215,6 +214,16 @@ def disturbed_run(directory: Path, settings: Sequence[str], rng: random.Random, 
         tally.failures.append(f"{directory.name}: exit code {code}:\n{''.join(last.lines)[-2000:]}")
 
 
+def compare(expected: object, directory: Path) -> list[str]:
+    """Return what is wrong with the complete run in `directory`: nothing, if it is equal to the undisturbed one."""
+    faults = []
+    if where := difference(expected, outcome(directory / "runs/run")):
+        faults.append(f"differs from the undisturbed run in {where}")
+    if left := leftovers(directory / "runs"):
+        faults.append(f"left behind {left}")
+    return faults
+
+
 def soak(kills: int, seed: int, root: Path) -> Tally:
     """At least `kills` kills, in one lane a variant, side by side."""
     make_pictures(root / "pictures", {"train": 16, "valid": 16, "test": 4}, size=24)
@@ -237,11 +246,11 @@ def soak(kills: int, seed: int, root: Path) -> Tally:
                 directory = new_directory(f"{variant} {tally.runs}")
             disturbed_run(directory, settings, rng, pace, rng.randint(3, 9), tally, lock)
             if not tally.failures:
-                if where := difference(expected, outcome(directory / "runs/run")):
-                    tally.failures.append(f"{directory.name}: {where} differs from the undisturbed run")
-                if left := leftovers(directory / "runs"):
-                    tally.failures.append(f"{directory.name}: left behind {left}")
-                print(f"{sum(tally.kills.values())} of {kills} kills; {directory.name} is equal to the undisturbed run", flush=True)
+                faults = compare(expected, directory)
+                tally.failures += [f"{directory.name}: {fault}" for fault in faults]
+                verdict = "; ".join(faults) or "is equal to the undisturbed run"
+                done = sum(tally.kills.values())
+                print(f"{done} of {kills} kills; {directory.name} {verdict}", flush=True)
 
     threads = [threading.Thread(target=lane, args=(variant,)) for variant in VARIANTS]
     for thread in threads:

@@ -1,7 +1,11 @@
-"""Every command that README.md and docs/ show is run, on small pictures and against AWS as a process; pages that are generated are current."""
+"""Every command that README.md and docs/ show succeeds, on small pictures and against AWS as a process; pages that are generated are current."""
 
+import base64
+import importlib.util
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,38 +14,68 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from serving import lambda_function
 from tests import reference
 from tests.conftest import PROJECT, make_pictures, run_trainer
-from tests.launch.conftest import Cloud, founded
+from tests.launch.conftest import Cloud, running
+from tests.launch.test_verbs import leave_results, run_of
 from tests.packages import make_contents, make_network
+from tests.serving.conftest import Server
+from tests.serving.test_deploy import BUCKET, endpoint_and_function
 from trainer import space
-from trainer.errors import MISTAKE, OK
+from trainer.errors import OK
 from trainer.package import build
 
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+NAMES = [page.name for page in PAGES]
 PROGRAMS = ("make", "python", "curl", "pip", "git", "aws", "torchrun", "docker")
+MODULES = ("trainer", "launch", "serving")  # python -m these: each has a test below
 SMALL = ("train.epochs=1", "train.batch_size=8", "data.size=32", "data.resize=32", "data.workers=0", "platform=local")
+
+# What is not run as it stands, and why. Everything else must end with exit code 0.
+NOT_AS_IT_STANDS = {
+    "--wait": "it waits for AWS to train; tests/launch/test_verbs.py waits",
+    "--follow": "Ctrl-C ends it; tests/launch/test_verbs.py follows to the end of a run",
+    "rehearse": "minutes; tests/launch/test_rehearse.py rehearses, here it must be possible to plan",
+    "https://example.com": "no test needs the internet; tests/serving/test_fetch.py fetches",
+    "make": "it would set up this environment again; what its targets run is there",
+}
+
+
+def lines(page: Path) -> list[str]:
+    """The lines of a page's fenced blocks, in their order and without comments."""
+    found = []
+    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            found.append(re.sub(r"\s{2,}#.*", "", line).strip())
+    return found
 
 
 def commands(prefix: str) -> list[str]:
-    """The lines of the pages' fenced blocks that begin with `prefix`, without comments, each once."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            for line in re.sub(r"\\\n\s*", "", block).splitlines():
-                found.append(re.sub(r"\s{2,}#.*", "", line).strip())
-    return sorted({line for line in found if line.startswith(prefix)})
+    """Those lines of all pages that begin with `prefix`, each once."""
+    return sorted({line for page in PAGES for line in lines(page) if line.startswith(prefix)})
+
+
+def pages_with(prefix: str) -> list[str]:
+    """The names of the pages that show a command."""
+    return [page.name for page in PAGES if any(line.startswith(prefix) for line in lines(page))]
 
 
 def test_every_program_that_is_shown_is_known_here():
     shown = {line.split()[0] for line in commands("") if line and re.match(r"[a-z]+ ", line)}
     assert shown & set(PROGRAMS) <= {"make", "python", "curl"}, "a test below must run it"
+    for line in commands("python "):
+        assert line.split()[1:3] in [["-m", module] for module in MODULES], f"{line}: a test below must run it"
 
 
 @pytest.mark.parametrize("command", commands("make "))
-def test_a_make_target_is_there(command):
+def test_what_a_make_target_runs_is_there(command):
     done = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    for module in re.findall(r"python -m ([\w.]+)", done.stdout):
+        assert importlib.util.find_spec(module), f"{command} runs {module}, which is not there"
+    for path in re.findall(r"\btests/\S+", done.stdout):
+        assert (PROJECT / path).exists(), f"{command} names {path}, which is not there"
 
 
 # --- the trainer ---
@@ -54,14 +88,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("dogImages", "pets37"):
         make_pictures(cwd / name, {"train": 8, "valid": 3, "test": 3}, size=40)
     Image.new("RGB", (60, 50), "green").save(cwd / "dog.jpg")
-    build(make_network(), make_contents(cwd / "golden"), cwd / "model.tar.gz")
+    (cwd / "runs/NAME").mkdir(parents=True)
+    build(make_network(), make_contents(cwd / "golden"), cwd / "runs/NAME/model.tar.gz")
     return cwd
 
 
 def here(command: str, place: Path) -> list[str]:
     """The arguments behind `python -m PROGRAM`, with this machine's files in the place of the reader's."""
     command = command.replace("/data/dogImages", str(place / "dogImages")).replace("data.root=pets37", f"data.root={place}/pets37")
-    return shlex.split(command.replace("runs/NAME/model.tar.gz", str(place / "model.tar.gz")))[3:]
+    command = command.replace("ACCOUNT", "123456789012").replace("REGION", "us-east-1")
+    return shlex.split(command)[3:]
 
 
 @pytest.mark.parametrize("command", [line for line in commands("python -m trainer") if "--help" not in line])
@@ -83,38 +119,160 @@ def test_a_training_command_trains(place, tmp_path, configure, command):
     assert code == OK, said
 
 
-# --- launch ---
+@pytest.mark.parametrize("command", commands("make doctor"))
+def test_the_doctor_examines_what_is_shown(place, command):
+    shown = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=PROJECT, capture_output=True, text=True).stdout
+    line = next(line for line in shown.splitlines() if "-m trainer.doctor" in line)
+    arguments = [argument for argument in here(line, place) if not argument.startswith("model=")]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.doctor", *arguments, "model=small_cnn", *SMALL, "--seconds=0.2", "platform.cache=cache"],
+        cwd=place, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT), "HOME": str(place)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == OK, done.stdout + done.stderr
+
+
+# --- launch: each page's commands in their order, in an account of its own ---
 
 
 @pytest.fixture(scope="module")
-def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    with running(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
         yield cloud
 
 
-@pytest.mark.parametrize("command", sorted(commands("python -m launch"), key=lambda line: line.endswith(" down")))
-def test_a_launch_command_is_understood(place, account, command):
-    verb, *rest = here(command, place)
-    if verb == "rehearse":  # tests/launch/test_rehearse.py rehearses; here, that these settings fit together
-        verb = "plan"
-    rest = [argument for argument in rest if argument not in ("--wait", "--follow")]
-    code, said = account.launch(verb, *rest, *(["--yes"] if verb in ("up", "down") else []), cwd=place)
-    # A run that is not complete can't be fetched: what is asked here is that the command is one.
-    assert code == OK or (verb in ("fetch", "cost", "logs", "stop", "audit", "prices") and code in (OK, MISTAKE)), said
-    assert "usage:" not in said and "Traceback" not in said
+def end_run(cloud: Cloud, target: str, run: str, package: bytes) -> None:
+    """Leave what a machine or SageMaker leaves when a run is complete."""
+    s3 = cloud.client("s3")
+    if target == "ec2":
+        result = json.dumps({"top1": 0.8}).encode()
+        s3.put_object(Bucket=BUCKET, Key=f"runs/{run}/output/model.tar.gz", Body=package)
+        s3.put_object(Bucket=BUCKET, Key=f"runs/{run}/output/result.json", Body=result)
+        done = b'{"attempt": 1, "code": 0, "reason": "done"}'
+        s3.put_object(Bucket=BUCKET, Key=f"runs/{run}/attempts/1.json", Body=done)
+    else:
+        job = f"packhorse-{run}-1"
+        cloud.post("/strict/end", job=job, status="Completed", hours=2, billed=3600, metrics={"test_top1": 0.8})
+        leave_results(cloud, f"runs/{run}/output/{job}/output", package, 0.8)
+
+
+@pytest.mark.parametrize("name", pages_with("python -m launch"))
+def test_the_launch_commands_of_a_page_succeed(place, server, name):
+    server.reset()
+    shown = [line for line in lines(PAGES[NAMES.index(name)]) if line.startswith("python -m launch")]
+    if not any(line.split()[3] == "up" for line in shown):
+        assert server.launch("up", "--yes", "--every", "0.05")[0] == OK  # said on another page
+    submitted: list[tuple[str, str]] = []  # (target, run)
+    for line in shown:
+        verb, *rest = here(line, place)
+        rest = [argument for argument in rest if argument not in NOT_AS_IT_STANDS]
+        if verb in ("up", "down"):
+            rest += ["--yes", "--every", "0.05"]  # there is nobody to ask
+        if verb in ("fetch", "cost") and submitted:
+            end_run(server, *submitted.pop(), (place / "runs/NAME/model.tar.gz").read_bytes())
+        code, said = server.launch("plan" if verb in NOT_AS_IT_STANDS else verb, *rest, cwd=place)
+        assert code == OK, f"{line}\n{said}"
+        assert "Traceback" not in said
+        if verb == "submit":
+            [target] = [argument.removeprefix("target=") for argument in rest if argument.startswith("target=")]
+            submitted.append((target, run_of(said)))
 
 
 # --- serving ---
 
 
-@pytest.mark.parametrize("command", [line for line in commands("python -m serving") if line.split()[3] not in ("serve", "bench")])
-def test_a_serving_command_is_understood(place, account, command):
-    done = subprocess.run(
-        [sys.executable, "-m", "serving", *here(command, place), *(["--yes"] if "deploy" in command or "destroy" in command else [])],
-        cwd=place, env=account.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode in (OK, MISTAKE), done.stdout + done.stderr
-    assert "usage:" not in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
+@pytest.fixture
+def served(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """`python -m serving serve` as it is shown, with the newest run's package."""
+    monkeypatch.chdir(place)
+    server = Server(tmp_path / "log.txt")
+    yield server
+    server.kill()
+
+
+def test_the_server_is_started_as_shown():
+    assert commands("python -m serving serve") == ["python -m serving serve"]
+
+
+@pytest.mark.parametrize("command", commands("curl "))
+def test_a_curl_command_gets_a_prediction(place, served, command):
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+    arguments = shlex.split(command.replace("http://127.0.0.1:8080", f"http://127.0.0.1:{served.port}"))
+    asked = subprocess.run([*arguments, "-w", "\n%{http_code}"], cwd=place, capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stderr
+    answer, status = asked.stdout.rsplit("\n", 1)
+    if "https://example.com" in command:
+        assert status == "200" or understood_url(json.loads(answer)), answer
+    else:
+        assert status == "200", answer
+
+
+def understood_url(answer: dict[str, str]) -> bool:
+    """Whether a request was refused for its URL alone, which leads nowhere without the internet."""
+    return "the URL" in answer["error"]
+
+
+def json_requests() -> list[tuple[str, str]]:
+    """The JSON objects that the pages show for a picture, as (page, object)."""
+    shown = re.compile(r"`(\{\"[^`]*\})`")
+    return [(page.name, found) for page in PAGES for found in shown.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "shown"), json_requests())
+def test_a_json_request_gets_a_prediction_by_both_ways_in(place, served, page, shown):
+    picture = base64.b64encode((place / "dog.jpg").read_bytes()).decode()
+    body = shown.replace("<base64>", picture).encode()
+    ways = {"server": (body, "application/json")}
+    if b"https://" not in body:
+        ways["function"] = lambda_function.prepare(body, "a-test")  # what it asks the endpoint
+    for way, (asked, content_type) in ways.items():
+        answer = served.invoke(asked, content_type)
+        if b"https://" in body:
+            assert understood_url(answer.json), f"{page}, {way}: {answer.body!r}"
+        else:
+            assert answer.status == 200, f"{page}, {way}: {answer.body!r}"
+
+
+@pytest.fixture(scope="module")
+def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    program = ("-c", "from tests.serving.aws import main; main()")
+    with running(tmp_path_factory.mktemp("aws") / "calls.jsonl", program) as cloud:
+        yield cloud
+
+
+@pytest.mark.parametrize("name", pages_with("python -m serving"))
+def test_the_serving_commands_of_a_page_succeed(place, strict_server, tmp_path, name):
+    strict_server.reset()
+    s3 = strict_server.client("s3")
+    s3.create_bucket(Bucket=BUCKET)
+    s3.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
+
+    def serving(line: str, *arguments: str, **environment: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "serving", *here(line, place), *arguments],
+            cwd=place, env=strict_server.environment() | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == OK, f"{line}\n{done.stdout}{done.stderr}"
+
+    for line in lines(PAGES[NAMES.index(name)]):
+        if not line.startswith("python -m serving") or line.startswith("python -m serving serve"):
+            continue
+        verb = line.split()[3]
+        if verb in ("deploy", "destroy"):
+            serving(line, "--yes")  # there is nobody to ask
+        elif verb == "invoke":
+            with endpoint_and_function(uploaded_function(strict_server), tmp_path) as (_, environment):
+                serving(line, **environment)
+        else:
+            serving(line)
+
+
+def uploaded_function(cloud: Cloud) -> bytes:
+    """The function's archive, as it was deployed."""
+    [stack] = cloud.client("cloudformation").describe_stacks()["Stacks"]
+    values = {each["ParameterKey"]: each["ParameterValue"] for each in stack["Parameters"]}
+    stored = cloud.client("s3").get_object(Bucket=values["Bucket"], Key=values["CodeKey"])
+    return bytes(stored["Body"].read())
 
 
 # --- generated pages, and what the pages say ---

@@ -17,7 +17,7 @@ from PIL import Image
 
 from trainer.config import Config
 from trainer.console import log
-from trainer.errors import UserError
+from trainer.errors import UserError, install_command
 from trainer.folder import SPLIT_NAMES, ImageFolder, few, find_splits, scan
 
 EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist_mini.npz"
@@ -84,7 +84,7 @@ def _write_fashion_mnist(root: Path) -> None:
 
 def _write_flowers102(root: Path) -> None:
     if importlib.util.find_spec("scipy") is None:  # torchvision would find out after the download
-        raise UserError("data=flowers102 needs scipy, which reads its list of labels: pip install scipy")
+        raise UserError(f"data=flowers102 needs scipy, which reads its list of labels: {install_command('flowers102')}")
     from torchvision.datasets import Flowers102
 
     with _download("flowers102", root) as downloads:

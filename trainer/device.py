@@ -4,9 +4,10 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from trainer.errors import UserError
 
@@ -96,6 +97,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def make_deterministic() -> None:
     """The same command gives the same bits on the same machine. Call before the first CUDA operation."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # or the compiler chooses by what was fastest when it looked
     torch.backends.cudnn.benchmark = False
     # What torch.use_deterministic_algorithms(True, warn_only=True) does, less its import of the whole compiler, which doubles a small run's start.
     torch._C._set_deterministic_algorithms(True, warn_only=True)
@@ -113,6 +115,29 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             mallopt(parameter, 2**30)
+
+
+def check_compiler(where: torch.device) -> None:
+    """Compile one operation. Raises UserError where torch.compile doesn't work on this machine:
+    it needs a C++ compiler on a CPU, a C compiler on a GPU, and for both Python's headers.
+    """
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.zeros(1, device=where))
+    except RuntimeError as error:  # all that PyTorch's compiler raises is one
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"train.compile=true: PyTorch can't compile on this machine ({reason}); install a "
+            "compiler and Python's headers (apt-get install g++ python3-dev), or set train.compile=false"
+        ) from error
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """Return its compiled form, which shares the parameters.
+
+    Every shape of a batch gets code of its own: code for any shape would depend on which shapes
+    came before, and a run that goes on after a stop sees them in another order.
+    """
+    return cast(nn.Module, torch.compile(network, dynamic=False))
 
 
 def cores() -> int:

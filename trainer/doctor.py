@@ -77,7 +77,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.doctor", description="Measures this machine, predicts a run's time, proposes settings.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for python -m trainer")
     parser.add_argument("--seconds", type=float, default=8.0, help="for measuring the loop, and half of it for each other part (default 8)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     settings.register()
     return guarded(lambda: examine(options.overrides, options.seconds))
 
@@ -376,14 +376,20 @@ def measured_facts(measured: Measured, machine: Machine) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
+def limited_by(measured: Measured) -> str:
+    """Return what an epoch's time goes by with."""
+    if measured.wait > 0.1:
+        return "reading pictures"
+    return "the network's steps" if measured.extract is None else "the head's steps"
+
+
 def run_facts(config: Config, found: ImageFolder, network: Classifier, measured: Measured, prediction: Prediction) -> dict[str, str]:
-    limit = "reading pictures" if measured.wait > 0.1 else "the network's steps" if measured.extract is None else "the head's steps"
     once_limit = "the frozen backbone" if measured.extract is not None else "decoding"
     assert config.train.epochs is not None
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     return {
         "an epoch": f"{duration(prediction.epoch)}: {duration(prediction.training)} training, {duration(prediction.evaluation)} evaluation",
-        "limited by": limit,
+        "limited by": limited_by(measured),
         "once, before": f"{duration(prediction.once)}, limited by {once_limit}; nothing where it is in the cache already",
         "all epochs": f"{duration(prediction.once + config.train.epochs * prediction.epoch)} for {config.train.epochs}",
         "packed pixels": amount(packed_bytes(found, measured)) if stages.reads_more_than_once(config) else "none",

@@ -1,6 +1,11 @@
 """What a run tells the shell: its exit codes, and one line for each mistake that a user can mend."""
 
 import errno
+import shlex
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
 
 OK = 0
 FAULT = 1  # a fault of ours: the traceback is shown
@@ -36,6 +41,17 @@ class Unreadable(UserError):
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state. The message names who asked."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds an extra of pyproject.toml to the environment that runs this.
+
+    The project is installed from where it lies, since it is published nowhere.
+    """
+    if Path(sys.prefix).resolve() == (PROJECT / ".venv").resolve():
+        where = "" if Path.cwd() == PROJECT else f" -C {shlex.quote(str(PROJECT))}"
+        return f"make{where} setup EXTRA={extra}"
+    return f"{sys.executable} -m pip install -e {shlex.quote(f'{PROJECT}[{extra}]')}"
 
 
 def machine_fault(error: OSError) -> str | None:

@@ -66,8 +66,9 @@ class Learner:
         self.average = Average(network, ema_decay) if ema_decay is not None else None
         # Gradients of float16 underflow without it; bfloat16 has float32's range and needs none.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        self.forward = forward or network  # or its compiled form, which shares the parameters
-        self.gradients = gradients or Gradients(self.forward)
+        # Its compiled form shares the parameters. `forward or network` would ask a module for its length.
+        self.forward = network if forward is None else forward
+        self.gradients = Gradients(self.forward) if gradients is None else gradients
         self.world = self.gradients.world
         self.set_sums([0.0, 0.0, 0.0])
 
@@ -239,7 +240,7 @@ def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, led
             started = time.monotonic()
             learner.gradients.share_buffers(learner.served())
             logits, labels = evaluate(learner.served(), feed.plain("valid"), learner.device, learner.precision, stop, world)
-            row = _epoch_row(learner, progress) | world.once(partial(metrics.classification, logits, labels, "valid"))
+            row = _epoch_row(learner, progress, mixed(config)) | world.once(partial(metrics.classification, logits, labels, "valid"))
             row |= {"evaluate_seconds": time.monotonic() - started, "seconds": progress.seconds + time.monotonic() - started}
             ledger.append(row)
             progress.epoch, progress.batch, progress.sums, progress.seconds, progress.data_wait = progress.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0, 0.0
@@ -266,7 +267,6 @@ def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, led
 def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progress, checkpoints: "Checkpoints", stop: Stop) -> None:
     """The rest of the epoch that runs. Looks at the flag and the clock after every step."""
     train, augment, world = config.train, config.data.augment, learner.world
-    mixed = augment.mixup > 0 or augment.cutmix > 0
     learner.gradients.forward.train()
     learner.set_sums(progress.sums)
     seconds, waited = progress.seconds, progress.data_wait
@@ -283,7 +283,7 @@ def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progr
 
     def prepare(shard: int, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         seed_dropout(learner.device, config.seed, progress.step, shard)
-        if not mixed:
+        if not mixed(config):
             return pixels, targets
         rng = generator(Purpose.MIX, config.seed, epoch=shard, sample=progress.step)
         return mix(pixels, targets, feed.classes, mixup=augment.mixup, cutmix=augment.cutmix, rng=rng)
@@ -345,10 +345,15 @@ def seed_dropout(device: torch.device, seed: int, step: int, shard: int) -> None
     source.manual_seed(number + shard)
 
 
-def _epoch_row(learner: Learner, progress: Progress) -> dict[str, Any]:
+def mixed(config: Config) -> bool:
+    """Return whether the pictures of a batch are mixed: then no picture has one right class."""
+    return config.data.augment.mixup > 0 or config.data.augment.cutmix > 0
+
+
+def _epoch_row(learner: Learner, progress: Progress, mixed: bool) -> dict[str, Any]:
     loss, right, count = progress.sums
     row = {"epoch": progress.epoch + 1, "step": progress.step, "lr": learner.optimizer.param_groups[-1]["lr"], "train_loss": loss / count}
-    if right:
+    if not mixed:  # none right is a result too
         row["train_top1"] = right / count
     return row | {"data_wait": progress.data_wait}
 

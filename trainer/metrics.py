@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer import files
-from trainer.errors import UserError
+from trainer.errors import UserError, install_command
 
 
 def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
@@ -47,7 +47,7 @@ class Ledger:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError("train.tensorboard=true needs the package tensorboard: pip install 'packhorse[tensorboard]'") from error
+                raise UserError(f"train.tensorboard=true needs the package tensorboard: {install_command('tensorboard')}") from error
             self._board = SummaryWriter(tensorboard)
 
     def restore(self, rows: list[dict[str, Any]]) -> None:

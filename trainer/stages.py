@@ -115,6 +115,8 @@ def prepare_machine(config: Config, world: World = ALONE) -> Machine:
         local_rank=world.local_rank,
         local_size=world.local_size,
     )
+    if settings.compile:
+        device.check_compiler(machine.device)
     if world.size == 1 and machine.device.type == "cuda" and (there := torch.cuda.device_count()) > 1:
         log.warning("one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer (make train GPUS=%d) uses all", there, there, there)
     return machine
@@ -196,7 +198,7 @@ def make_learner(config: Config, network: Classifier, batches: Batches, machine:
     assert choice.lr is not None
     optimizer = optim.build(network, choice.name, lr=choice.lr, head_lr=choice.head_lr, weight_decay=choice.weight_decay, momentum=choice.momentum)
     trained = network if isinstance(batches, Feed) else network.head
-    forward: Any = torch.compile(trained) if config.train.compile else trained
+    forward: Any = device.compiled(trained) if config.train.compile else trained
     if config.train.exact_shards is not None:
         gradients: Gradients = Ordered(forward, world, batches.share, batches.whole_batch, machine.device, trained_part(trained))
     elif isinstance(world, Job):

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.config import PLAIN, RUINOUS_LR, Config, PixelSpec, epochs_for, fill_pixels
 from trainer.console import log
-from trainer.errors import UserError
+from trainer.errors import UserError, install_command
 from trainer.folder import ImageFolder
 from trainer.preprocess import FILTERS
 
@@ -132,7 +132,7 @@ def import_timm(name: str) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model.name={name} needs the package timm: pip install 'packhorse[timm]'") from error
+        raise UserError(f"model.name={name} needs the package timm: {install_command('timm')}") from error
     short = name.removeprefix("timm/")
     if not timm.is_model(short):
         near = ", ".join(timm.list_models(f"*{short.split('.')[0][:8]}*")[:5])

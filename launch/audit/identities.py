@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.audit.account import Account, Description, Identity, Policy, listed
 from launch.audit.finding import Found, Severity, rule
-from trainer.errors import UserError
+from trainer.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from cloudsplaining.scan.policy_document import PolicyDocument
@@ -45,7 +45,7 @@ def load_rule_sets() -> None:
         with warnings.catch_warnings(action="ignore"):  # it announces that it uses pkg_resources
             import parliament  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError(f"audit needs {error.name}: pip install 'packhorse[audit]'") from error
+        raise UserError(f"audit needs {error.name}: {install_command('audit')}") from error
 
 
 @rule(

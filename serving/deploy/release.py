@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.deploy import bundle, prices
-from trainer.errors import UserError
+from trainer.errors import UserError, install_command
 
 TEMPLATE = Path(__file__).parents[1] / "stack.yaml"
 NAME = r"[a-z][a-z0-9-]{0,39}"  # lower case, as IAM writes the endpoint's ARN; role names add 9 characters to it, and end at 64
@@ -205,7 +205,7 @@ def template() -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise UserError("PyYAML is not installed, which reads the stack's template: pip install 'packhorse[aws]'") from error
+        raise UserError(f"PyYAML is not installed, which reads the stack's template: {install_command('aws')}") from error
 
     class Loader(yaml.SafeLoader):
         pass

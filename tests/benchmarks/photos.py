@@ -41,5 +41,5 @@ def originals() -> list[Image.Image]:
         if spec and spec.origin:
             found += [Image.open(Path(spec.origin).parent / name).convert("RGB") for name in names]
     if not found:
-        raise UserError("the benchmarks need real photos: pip install scikit-image, or scikit-learn")
+        raise UserError("the benchmarks need real photos: make setup EXTRA=bench")
     return found

@@ -77,7 +77,7 @@ class Cloud:
     def run(self, *arguments: str) -> tuple[int, str]:
         """Its exit code and all it printed."""
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def launch(self, *arguments: str, cwd: Path = PROJECT) -> tuple[int, str]:

@@ -277,7 +277,7 @@ def find_evaluator() -> Evaluator | str:
     if not (package / "package.json").exists():
         root.mkdir(parents=True, exist_ok=True)
         command = ["npm", "install", "--prefix", str(root), "--no-audit", "--no-fund", "--ignore-scripts", f"{SIMULATOR}@{VERSION}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode != 0:
             return f"{SIMULATOR} could not be installed: {done.stderr.strip().splitlines()[-1]}"
     return Evaluator(package)

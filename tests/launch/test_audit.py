@@ -29,7 +29,10 @@ from trainer.package import build
 
 REGION = "us-east-1"
 ACCOUNT = "123456789012"
-MONTH_AGO = datetime.now(UTC) - timedelta(days=30)
+
+
+def month_ago() -> datetime:
+    return datetime.now(UTC) - timedelta(days=30)
 
 
 WARM: dict[str, list[dict]] = {}  # provisioned concurrency by function, which moto does not know
@@ -142,8 +145,8 @@ def make_faulty(aws) -> None:
     iam.create_access_key(UserName="ann")
     make_role(iam, "sm-forgotten", service("sagemaker"), condition=OURS)
     backend = get_backend("iam")[ACCOUNT]["aws"]
-    next(role for role in backend.roles.values() if role.name == "sm-forgotten").create_date = MONTH_AGO - timedelta(days=200)
-    backend.users["ann"].access_keys[0].create_date = MONTH_AGO - timedelta(days=200)
+    next(role for role in backend.roles.values() if role.name == "sm-forgotten").create_date = month_ago() - timedelta(days=200)
+    backend.users["ann"].access_keys[0].create_date = month_ago() - timedelta(days=200)
 
     s3.create_bucket(Bucket="sagemaker-open")
     s3.put_bucket_policy(Bucket="sagemaker-open", Policy=policy(allow("s3:GetObject", "arn:aws:s3:::sagemaker-open/*") | {"Principal": "*"}))
@@ -154,11 +157,11 @@ def make_faulty(aws) -> None:
 
     sagemaker.create_notebook_instance(NotebookInstanceName="lab", InstanceType="ml.t3.medium", RoleArn=training)
     lab = next(iter(get_backend("sagemaker")[ACCOUNT][REGION].notebook_instances.values()))
-    lab.creation_time = lab.last_modified_time = MONTH_AGO
+    lab.creation_time = lab.last_modified_time = month_ago()
     described = lab.to_dict() | {"PlatformIdentifier": "notebook-al2-v1"}  # which moto forgets
     lab.to_dict = lambda: described
     make_endpoint(sagemaker, training, "forgotten", "ml.g4dn.xlarge", count=2)
-    get_backend("sagemaker")[ACCOUNT][REGION].endpoints["forgotten"].creation_time = MONTH_AGO.strftime("%Y-%m-%d %H:%M:%S")
+    get_backend("sagemaker")[ACCOUNT][REGION].endpoints["forgotten"].creation_time = month_ago().strftime("%Y-%m-%d %H:%M:%S")
     sagemaker.create_training_job(
         TrainingJobName="leaky",
         AlgorithmSpecification={"TrainingImage": "image", "TrainingInputMode": "File"},
@@ -185,7 +188,7 @@ def make_faulty(aws) -> None:
     functions.add_permission(FunctionName="predict", StatementId="all", Action="lambda:InvokeFunction", Principal="*")
 
     alias = f"arn:aws:lambda:{REGION}:{ACCOUNT}:function:predict:live"
-    WARM["predict"] = [{"FunctionArn": alias, "RequestedProvisionedConcurrentExecutions": 3, "LastModified": f"{MONTH_AGO:%Y-%m-%dT%H:%M:%S}+0000"}]
+    WARM["predict"] = [{"FunctionArn": alias, "RequestedProvisionedConcurrentExecutions": 3, "LastModified": f"{month_ago():%Y-%m-%dT%H:%M:%S}+0000"}]
 
     image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
     group = ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]
@@ -195,10 +198,10 @@ def make_faulty(aws) -> None:
     idle, stopped = (entry["InstanceId"] for entry in started["Instances"])
     ec2.stop_instances(InstanceIds=[stopped])
     backend = get_backend("ec2")[ACCOUNT][REGION]
-    backend.get_instance(idle).launch_time = MONTH_AGO.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+    backend.get_instance(idle).launch_time = month_ago().strftime("%Y-%m-%dT%H:%M:%S.000Z")
     tags = [{"ResourceType": "volume", "Tags": [{"Key": "project", "Value": "dogs"}]}]
     lost = ec2.create_volume(AvailabilityZone=f"{REGION}a", Size=500, Encrypted=True, TagSpecifications=tags)["VolumeId"]
-    backend.volumes[lost].create_time = MONTH_AGO
+    backend.volumes[lost].create_time = month_ago()
     address = ec2.allocate_address(Domain="vpc")["AllocationId"]
     ec2.create_tags(Resources=[address], Tags=[{"Key": "project", "Value": "dogs"}])
     aws("logs").create_log_group(logGroupName="/aws/sagemaker/TrainingJobs")
@@ -304,7 +307,7 @@ def test_a_finding_names_the_exact_change(aws, capsys):
 def test_what_works_is_not_idle(aws, capsys):
     iam, sagemaker, cloudwatch = aws("iam"), aws("sagemaker"), aws("cloudwatch")
     make_endpoint(sagemaker, make_role(iam, "serving", service("sagemaker"), condition=OURS), "busy", "ml.m5.large")
-    get_backend("sagemaker")[ACCOUNT][REGION].endpoints["busy"].creation_time = MONTH_AGO.strftime("%Y-%m-%d %H:%M:%S")
+    get_backend("sagemaker")[ACCOUNT][REGION].endpoints["busy"].creation_time = month_ago().strftime("%Y-%m-%d %H:%M:%S")
     assert "endpoint/idle" in [finding["rule"] for finding in audit(capsys)[1]["findings"]]
     dimensions = [{"Name": "EndpointName", "Value": "busy"}, {"Name": "VariantName", "Value": "main"}]
     hour_ago = datetime.now(UTC) - timedelta(hours=1)
@@ -343,7 +346,7 @@ def test_what_up_and_deploy_make_has_nothing_above_low(aws, capsys, monkeypatch,
             ["-m", "launch", "up", "--yes", "--every", "0.05"],
             ["-m", "serving", "deploy", str(tmp_path / "model.tar.gz"), "--image", image, "--yes"],
         ):
-            done = subprocess.run([sys.executable, *command], cwd=PROJECT, capture_output=True, text=True, timeout=100)
+            done = subprocess.run([sys.executable, *command], cwd=PROJECT, capture_output=True, text=True, timeout=600)
             assert done.returncode == OK, done.stdout + done.stderr
         finish_bucket(cloud)
         rewrite_role_policies(cloud)

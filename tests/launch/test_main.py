@@ -28,7 +28,7 @@ def launch(*arguments: str, cwd=PROJECT, **environment: str) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     return done.returncode, done.stdout
 

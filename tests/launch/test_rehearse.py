@@ -26,7 +26,7 @@ from trainer import checkpoint
 from trainer import config as settings
 from trainer.errors import MISTAKE, OK, RESUME, UserError
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("sagemaker_training") is None, reason="pip install 'packhorse[rehearse]'")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("sagemaker_training") is None, reason="make setup EXTRA=rehearse")
 SETTINGS = (*(setting for setting in QUICK if not setting.startswith("platform")), "data=folder", "model=small_cnn")
 
 
@@ -107,7 +107,7 @@ def test_two_hosts_give_the_bits_of_two_processes_here(tmp_path, pictures):
         env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert packed(tmp_path) == local(tmp_path)
@@ -298,7 +298,7 @@ def enter(tmp_path: Path, hyperparameters: dict[str, str], **environment: str) -
         env={"HOME": str(tmp_path)} | places | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     failure = tmp_path / "failure"
     return done.returncode, done.stdout + done.stderr, failure.read_text() if failure.exists() else ""

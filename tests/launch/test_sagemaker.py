@@ -177,5 +177,5 @@ def test_sigterm_reaches_the_trainer_and_the_container_waits_for_it(tmp_path):
     container = subprocess.Popen(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True)
     assert container.stdout.readline() == "training\n"
     container.send_signal(signal.SIGTERM)
-    output, _ = container.communicate(timeout=20)
+    output, _ = container.communicate(timeout=600)
     assert output == "saved\ntoolkit saw 75\n" and container.returncode == 1

@@ -61,7 +61,7 @@ def test_it_trains_where_nothing_else_of_the_project_is(tmp_path):
     with tarfile.open(fileobj=io.BytesIO(source.build()), mode="r:gz") as tar:
         tar.extractall(tmp_path, filter="data")
     code = "import trainer, sys; from trainer.__main__ import main; print('from', trainer.__file__); sys.argv[1:] = ['--help']; main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=600)
     assert f"from {tmp_path}" in done.stdout and "optim.lr" in done.stdout.replace("\n  lr", "optim.lr"), done.stdout + done.stderr
 
 
@@ -132,6 +132,6 @@ def test_a_link_in_the_project_is_named(project):
 
 def test_the_entry_needs_the_standard_library_only():
     code = "import sys, json; before = set(sys.modules); import launch.container_entry; print(json.dumps(list(sys.modules.keys() - before)))"
-    done = subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert {name.split(".")[0] for name in json.loads(done.stdout)} - set(sys.stdlib_module_names) == {"launch", "trainer"}

@@ -80,7 +80,7 @@ class Server:
         return found[1] if found else ""
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
 
     def ask(self, method: str, path: str, body: bytes = b"", **headers: str) -> Reply:
         """headers: with _ for -."""
@@ -106,7 +106,7 @@ class Server:
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
         self.process.terminate()
-        return self.process.wait(40)
+        return self.process.wait(600)
 
     def kill(self) -> None:
         self.process.kill()

@@ -161,7 +161,7 @@ class Function:
         """The function's answer. Fails where the function does."""
         request_id = str(uuid.uuid4())
         self._events.put((request_id, json.dumps(event).encode()))
-        assert wait_for(lambda: not self._answers.empty() or self.process.poll() is not None, 40), self.log.read_text()
+        assert wait_for(lambda: not self._answers.empty() or self.process.poll() is not None), self.log.read_text()
         assert not self._answers.empty(), f"it ended with {self.process.returncode}: {self.log.read_text()}"
         kind, answer = self._answers.get()
         assert kind == "response", (answer, self.log.read_text())

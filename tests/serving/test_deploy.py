@@ -48,7 +48,7 @@ def serving(cloud):
     def serving(*arguments, **environment):
         """Exit code, standard output and standard error."""
         command = [sys.executable, "-P", "-m", "serving", *map(str, arguments)]
-        done = subprocess.run(command, env=cloud.environment() | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+        done = subprocess.run(command, env=cloud.environment() | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
         return done.returncode, done.stdout, done.stderr
 
     return serving
@@ -232,7 +232,7 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
         )
         assert process.stdout.readline().split()[1:] == ["function", "four"]
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(600) == 0
     finally:
         process.kill()
         process.wait()
@@ -305,7 +305,7 @@ def test_a_damaged_package_is_not_deployed(serving, package, tmp_path):
 def test_a_plan_needs_no_credentials(package, tmp_path, monkeypatch):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(PROJECT), "AWS_EC2_METADATA_DISABLED": "true"}
     command = [sys.executable, "-P", "-m", "serving", "plan", str(package), "--image", IMAGE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "no AWS credentials" in done.stdout and "account 000000000000" in done.stdout and "together" in done.stdout
 

@@ -353,10 +353,8 @@ def trickle(start: bytes) -> Callable[[socket.socket], None]:
 )
 def test_a_server_that_trickles_is_left_at_the_deadline(raw, start):
     raw(trickle(start))
-    began = time.monotonic()
-    with pytest.raises(FetchError, match="no whole answer within"):
+    with pytest.raises(FetchError, match=r"no whole answer within 0\.4 s"):  # it would trickle for a minute
         get("http://pictures.example/", deadline=0.4)
-    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 import resource
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,6 @@ def start(proxy_zip, endpoint, web, tmp_path_factory):
     def start(**environment):
         settings = {
             "ENDPOINT_NAME": "dogs",
-            "ENDPOINT_SECONDS": "0.5",
             "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint.url,
             "WEB_PORT": str(web.port),
         } | environment
@@ -252,9 +251,11 @@ def test_a_failing_endpoint_is_502_and_its_words_stay_in_the_log(function, endpo
     assert error(function.invoke({"base64": ""})) == (502, "the endpoint failed")
 
 
-def test_a_slow_endpoint_is_504(function, endpoint):
-    endpoint.answer = lambda: time.sleep(1.5) or (200, b"", {})
+def test_a_slow_endpoint_is_504(start, endpoint):
+    function, asked_enough = start(ENDPOINT_SECONDS="0.5"), threading.Event()
+    endpoint.answer = lambda: (asked_enough.wait(600), (200, b"", {}))[1]
     assert error(function.invoke({"base64": ""})) == (504, "the endpoint did not answer in time")
+    asked_enough.set()
 
 
 def test_an_endpoint_out_of_reach_is_502(start):

@@ -47,7 +47,7 @@ def recorded(package: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=600)
 
 
 def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:

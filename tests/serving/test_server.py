@@ -212,11 +212,11 @@ def test_a_connection_whose_head_trickles_is_closed(impatient, before):
                 return True
             return False
 
-        assert wait_for(closed, 5)
+        assert wait_for(closed)
 
 
 def test_a_connection_between_two_requests_is_kept(impatient, picture):
-    connection = http.client.HTTPConnection("127.0.0.1", impatient, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", impatient, timeout=600)
     connection.request("GET", "/ping")
     connection.getresponse().read()
     kept = connection.sock
@@ -227,7 +227,7 @@ def test_a_connection_between_two_requests_is_kept(impatient, picture):
 
 
 def test_a_body_that_does_not_come_gets_408(impatient):
-    connection = http.client.HTTPConnection("127.0.0.1", impatient, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", impatient, timeout=600)
     connection.putrequest("POST", "/invocations")
     connection.putheader("Content-Length", "100")
     connection.endheaders(b"a")
@@ -279,7 +279,7 @@ def test_a_changed_package_never_becomes_healthy(original, tmp_path, harm, messa
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "serving", "serve", str(package), "--port", str(port)]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert "running" not in done.stdout
 
@@ -351,7 +351,7 @@ def test_a_request_on_its_way_at_sigterm_is_still_read_and_answered(start, origi
     connection.send(picture[100:])
     answer = connection.getresponse()
     assert (answer.status, answer.headers["Connection"]) == (200, "close")
-    assert server.process.wait(20) == 0
+    assert server.process.wait(600) == 0
 
 
 def test_a_decoder_that_hangs_is_told_by_ping_and_does_not_outlive_the_drain(start, original, tmp_path):
@@ -371,5 +371,5 @@ def test_a_decoder_that_hangs_is_told_by_ping_and_does_not_outlive_the_drain(sta
 
 def test_a_port_that_is_taken_ends_the_server(original, server):
     command = [sys.executable, "-m", "serving", "serve", str(original / "package"), "--port", str(server.port)]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0 and "address already in use" in done.stdout

@@ -346,7 +346,7 @@ def digest(paths):
 def test_after_a_kill_the_next_run_goes_on_to_the_same_store(tmp_path, shared_pictures, often, decoded, points):
     for point in points:
         process = start_packer(tmp_path / "killed", str(point), shared_pictures)
-        assert process.wait(timeout=60) == -9
+        assert process.wait(timeout=600) == -9
     check(packed(shared_pictures, tmp_path / "killed"), shared_pictures)
     assert len(decoded) == COUNT - max(points) // 3 * 3  # what was committed last is all there
     packed(shared_pictures, tmp_path / "undisturbed")
@@ -471,7 +471,7 @@ def test_waiting_can_be_interrupted(tmp_path, shared_pictures):
 
 def test_processes_that_race_share_the_work_of_one(tmp_path, shared_pictures):
     processes = [start_packer(tmp_path / "store", "", shared_pictures) for _ in range(3)]
-    results = [process.communicate(timeout=60)[0].split() for process in processes]
+    results = [process.communicate(timeout=600)[0].split() for process in processes]
     assert sorted(int(count) for count, _ in results) == [0, 0, COUNT]
     assert {found for _, found in results} == {digest(shared_pictures)}
 

@@ -42,7 +42,7 @@ def errors(outputs: list[str]) -> list[str]:
 
 def test_one_is_asked_to_stop_and_all_do_then_one_hangs_and_the_other_ends_in_time(directory):
     with together([directory] * 2, "trainer", *LONG) as processes:
-        assert wait_for(lambda: len(steps(directory)) >= 2, 120)
+        assert wait_for(lambda: len(steps(directory)) >= 2)
         processes[1].send_signal(signal.SIGTERM)
         codes, outputs = ended(processes, 60)
     assert codes == [RESUME] * 2, "\n".join(outputs)
@@ -51,11 +51,11 @@ def test_one_is_asked_to_stop_and_all_do_then_one_hangs_and_the_other_ends_in_ti
     checkpoint.verify(saved)
 
     with together([directory] * 2, "trainer", *LONG) as processes:
-        assert wait_for(lambda: steps(directory)[-1] > saved, 120)
+        assert wait_for(lambda: steps(directory)[-1] > saved)
         processes[1].send_signal(signal.SIGSTOP)
         started = time.monotonic()
-        output, _ = processes[0].communicate(timeout=60)
-        assert time.monotonic() - started < LIMIT + 10
+        output, _ = processes[0].communicate(timeout=600)
+        assert time.monotonic() - started < LIMIT + 120
     assert processes[0].returncode == RESUME and "resumed from" in output, output
     assert re.search("error: rank 1 on .* no longer answers: .*goes on from the newest checkpoint", output)
     checkpoint.verify(steps(directory)[-1])
@@ -110,10 +110,10 @@ def gone(process: int) -> bool:
 
 def test_torchrun_brings_a_killed_process_back(directory):
     with torchrun(directory, "--max-restarts=1", "-m", "trainer", *RUN, "train.epochs=40", "train.exact_shards=2") as process:
-        assert wait_for(lambda: len(steps(directory)) >= 2, 120)
+        assert wait_for(lambda: len(steps(directory)) >= 2)
         one, other = workers(process.pid)
         os.kill(other, signal.SIGKILL)
-        assert wait_for(lambda: gone(one), LIMIT + 10), "the other process is still there"
+        assert wait_for(lambda: gone(one), LIMIT + 120), "the other process is still there"
         (code,), (output,) = ended([process], 180)
     assert code == OK, output
     assert re.search("error: rank 1 on .* no longer answers", output) and "resumed from" in output and "test accuracy" in output
@@ -121,9 +121,9 @@ def test_torchrun_brings_a_killed_process_back(directory):
 
 def test_no_process_outlives_torchrun(directory):
     with torchrun(directory, "-m", "trainer", *LONG, "train.exact_shards=2") as process:
-        assert wait_for(lambda: len(steps(directory)) >= 2, 120)
+        assert wait_for(lambda: len(steps(directory)) >= 2)
         one, other = workers(process.pid)
         process.kill()
-        assert wait_for(lambda: gone(one) and gone(other), LIMIT + 10)
+        assert wait_for(lambda: gone(one) and gone(other), LIMIT + 120)
         assert "the end of torchrun" in (directory / "runs/run/log.txt").read_text()
     checkpoint.verify(steps(directory)[-1])

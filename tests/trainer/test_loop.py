@@ -2,6 +2,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -316,3 +317,18 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path, pictures, configu
     session.learner.average = None
     train(session, make_feed(pictures), config)
     assert session.progress.epoch < 50 and session.progress.stale_epochs() == 2
+
+
+def test_an_epoch_without_a_hit_says_so(tmp_path, pictures, configure):
+    session = open_session(tmp_path / "run")
+    linear = session.learner.network.head
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.bias.copy_(torch.tensor([-1e6, -1e6, 1e6]))  # always the third class
+    feed = make_feed(pictures)
+    two = [label for label in feed.folder.splits["train"].labels if label < 2]
+    paths = feed.folder.splits["train"].paths[: len(two)]
+    splits = feed.folder.splits | {"train": dataclasses.replace(feed.folder.splits["train"], paths=paths, labels=np.array(two))}
+    feed = dataclasses.replace(feed, folder=dataclasses.replace(feed.folder, splits=splits))
+    train(session, feed, configure("train.epochs=1", "train.batch_size=8", "optim.lr=1e-9"))
+    assert session.ledger.rows[0]["train_top1"] == 0

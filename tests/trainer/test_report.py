@@ -314,6 +314,6 @@ def test_browser_shows_the_page_without_complaint_or_sideways_scrolling(tmp_path
     write(subject, tmp_path / "report.html", thumbnail)
     (tmp_path / "measure.html").write_text(MEASURE)
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "measure.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert re.findall("<title>(.*?)</title>", shown.stdout) == ["0 0"]
     assert not [line for line in shown.stderr.splitlines() if "CONSOLE" in line]

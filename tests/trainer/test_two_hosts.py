@@ -74,11 +74,11 @@ def test_two_hosts_train_together_lose_each_other_and_go_on(tmp_path, hosts):
 
     processes = [start(host, number, directories[number]) for number, host in enumerate(hosts)]
     try:
-        assert wait_for(lambda: len(checkpoint.steps(checkpoints)) >= 2 or processes[0].poll() is not None, 120)
+        assert wait_for(lambda: len(checkpoint.steps(checkpoints)) >= 2 or processes[0].poll() is not None)
         ip("-n", hosts[0], "link", "set", "cable", "down")
         cut = time.monotonic()
-        outputs = [process.communicate(timeout=LIMIT + 60)[0] for process in processes]
-        assert time.monotonic() - cut < LIMIT + 15, "\n".join(outputs)
+        outputs = [process.communicate(timeout=LIMIT + 600)[0] for process in processes]
+        assert time.monotonic() - cut < LIMIT + 120, "\n".join(outputs)
     finally:
         for process in processes:
             process.kill()
@@ -93,10 +93,10 @@ def test_two_hosts_train_together_lose_each_other_and_go_on(tmp_path, hosts):
     ip("-n", hosts[0], "link", "set", "cable", "up")
     processes = [start(host, number, directories[number]) for number, host in enumerate(hosts)]
     try:
-        assert wait_for(lambda: checkpoint.steps(checkpoints)[-1] > saved or processes[0].poll() is not None, 120)
+        assert wait_for(lambda: checkpoint.steps(checkpoints)[-1] > saved or processes[0].poll() is not None)
         for process in processes:
             process.terminate()
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

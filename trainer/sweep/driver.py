@@ -31,7 +31,7 @@ from trainer.compose import CONF, check_options, compose, resolve
 from trainer.config import Config
 from trainer.console import Progress, also_to_file, log, python
 from trainer.datasets import find_pictures
-from trainer.errors import OK, RESUME, UserError
+from trainer.errors import OK, RESUME, UserError, install_command
 from trainer.explain import CONFIG_ERRORS, explain
 from trainer.interrupt import Stop, on_signals, on_spot_notice
 from trainer.run import revision
@@ -402,7 +402,7 @@ def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
     try:
         from trainer.sweep.optuna_ledger import Optuna
     except ImportError as error:
-        raise UserError("sweep.engine=optuna needs the package optuna: pip install 'packhorse[sweep]'") from error
+        raise UserError(f"sweep.engine=optuna needs the package optuna: {install_command('sweep')}") from error
     return Optuna(directory / "optuna.journal", sweep)
 
 
