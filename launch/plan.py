@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import shlex
 import subprocess
@@ -172,7 +173,9 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None, why_offline: str) ->
     if not plan.foundation:
         lines.append(f"the foundation (bucket {aws.bucket}, roles): python -m launch up")
     elif plan.spec.data and data is None and not s3.listing(aws, f"data/{plan.spec.data}/"):
-        lines.append(f"the pictures (s3://{aws.bucket}/data/{plan.spec.data}/ is empty): add --data DIR to upload them")
+        uploaded = s3.folders(aws, f"data/{plan.spec.data}-")
+        there = f", or give one that is there as data.root=NAME: {', '.join(uploaded)}" if uploaded else ""
+        lines.append(f"the pictures (s3://{aws.bucket}/data/{plan.spec.data}/ is empty): add --data DIR to upload them{there}")
     return lines
 
 
@@ -297,6 +300,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = job_parser("plan", __doc__)
     parser.add_argument("--json", action="store_true", help="the plan as one JSON document")
     options = parser.parse_intermixed_args(rest)
+    if options.json:
+        log.setLevel(logging.WARNING)  # the document alone on standard output
     target = load_target(targets)
     aws, why_offline = connect(target)
     plan = prepare(aws, target, options.overrides, options.data, options.again)
