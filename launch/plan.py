@@ -290,7 +290,7 @@ def job_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     """What `plan` and `submit` are both asked for."""
     parser = argparse.ArgumentParser(prog=f"python -m launch {verb}", description=description)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the trainer's settings, as for python -m trainer")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of pictures to upload, as far as they differ from what is there")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of pictures to upload, unless they are in the bucket")
     parser.add_argument("--again", action="store_true", help="one more attempt, also where the run is complete")
     return parser
 

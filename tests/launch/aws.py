@@ -307,7 +307,7 @@ class Strict:
         return answer
 
     def _ListTags(self, parameters, region, forward, start) -> list[bytes]:
-        if ":notebook-instance-lifecycle-config/" not in parameters["ResourceArn"]:
+        if ":notebook-instance-lifecycle-config/" not in parameters.get("ResourceArn", ""):
             return forward()
         return _answer(start, "200 OK", json.dumps({"Tags": self._script_tags[parameters["ResourceArn"]]}).encode())
 
