@@ -106,7 +106,8 @@ def _template(aws: Aws, stack: str) -> str:
 
 def delete_stack(aws: Aws, stack: dict[str, Any], every: float) -> None:
     """Begins to delete a stack of ours, without the log groups of the whole account in it. Raises UserError, AwsError."""
-    name, kept = stack["StackName"], {}
+    name = stack["StackName"]
+    kept: dict[str, Any] = {}
     if stack["StackStatus"] == "DELETE_FAILED":  # it can't be changed any more, but takes a list of what stays
         kept = {"RetainResources": list(shared_logs(aws, name))}
     elif stack["StackStatus"] != "REVIEW_IN_PROGRESS":
