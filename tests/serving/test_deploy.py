@@ -210,7 +210,7 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
     given = {"Door": "endpoint", "FunctionRelease": "1"}
     cloud.client("cloudformation").create_stack(
         StackName=NAME, Tags=[{"Key": "project", "Value": "packhorse"}],
-        TemplateBody=json.dumps({"Resources": {"A": {"Type": "AWS::SQS::Queue"}}, "Parameters": dict.fromkeys(given, {"Type": "String"})}),
+        TemplateBody=json.dumps({"Resources": {"A": {"Type": "AWS::SQS::Queue"}}, "Parameters": {key: {"Type": "String"} for key in given}}),
         Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in given.items()],
     )  # fmt: skip
     now = int(time.time() * 1000)
