@@ -9,9 +9,9 @@ from trainer.errors import MISTAKE, OK, UserError, machine_fault
 
 # The module launch.VERB has the verb's main(arguments) -> exit code. Each is imported when it is asked for.
 VERBS = {
-    "up": "make or change the account's foundation: bucket, roles, log groups; shows the changes and asks",
+    "up": "make or change the account's foundation: bucket and roles; shows the changes and asks",
     "plan": "show what submit will send, what it costs, what it may touch and what is missing",
-    "submit": "upload the code, and --data DIR where it changed, and start the job; --wait follows it to its end",
+    "submit": "upload the code, and --data DIR where it isn't there, and start the job; --wait follows it to its end",
     "status": "list the runs, and everything that costs money now",
     "logs": "show what a run prints; --follow until it ends",
     "stop": "stop a run after a checkpoint",
@@ -22,7 +22,7 @@ VERBS = {
     "instances": "the machines for this job, what an epoch costs on each, and why the default is the default",
     "policy": "print the policy of a part, with the reason for each statement",
     "audit": "look for what is dangerous or wasteful in the account's ML resources",
-    "down": "stop everything of this project, empty the bucket and delete all",
+    "down": "stop everything of this project, empty the bucket and delete all; lists it and asks",
 }
 
 USAGE = "python -m launch VERB [target=ec2|sagemaker|sagemaker_multi|tuner|notebook] [target.KEY=VALUE ...] [KEY=VALUE ...]"

@@ -4,7 +4,7 @@ Plain boto3 below: profiles, regions and AWS_ENDPOINT_URL work as in every AWS t
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +119,10 @@ class Aws:
     @property
     def bucket(self) -> str:
         return bucket_name(self.project, self.account, self.region)
+
+    def owns(self, tags: Iterable[Mapping[str, str]]) -> bool:
+        """Whether what has these tags is this project's: only the tag says so, never a name (launch/ownership.py)."""
+        return any(tag["Key"] == "project" and tag["Value"] == self.project for tag in tags)
 
     def client(self, service: str, region: str | None = None) -> Any:
         """boto3's client, made once. Its methods may be called from several threads."""

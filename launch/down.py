@@ -1,15 +1,16 @@
-"""`python -m launch down`: stops everything of this project, empties its bucket and deletes all that carries its tag. Asks first."""
+"""`python -m launch down`: stops everything of this project, empties its bucket and deletes all that carries its tag. Lists it and asks first."""
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from launch import foundation, runs, s3
+from launch import foundation, ownership, runs, s3
 from launch.aws import Aws
+from launch.logs import SHARED_GROUPS
 from launch.runs import NOT_FOUND
 from launch.spec import aws_of, split_overrides
-from launch.status import rented
-from launch.up import confirmed, describe, settled
+from launch.up import confirmed, delete_stack, describe, is_ours, settled, stack_resources
 from trainer.console import log
 from trainer.errors import FAULT, OK
 
@@ -27,23 +28,54 @@ def down(aws: Aws, every: float) -> int:
     for name in others:  # an endpoint's, which use the bucket and come first
         aws.call("cloudformation", "DeleteStack", StackName=name)
     failed = [name for name in others if not _stack_gone(aws, name, every)]
-    if aws.find("s3", "HeadBucket", r"404|NoSuchBucket|NotFound", Bucket=aws.bucket) is not None:
+    if ownership.owns_bucket(aws):
         log.info("s3://%s: deleted %d versions of objects", aws.bucket, s3.empty(aws))
-    if describe(aws, ours) is not None:
-        aws.call("cloudformation", "DeleteStack", StackName=ours)
+    stack = describe(aws, ours)
+    if stack is not None and is_ours(aws, stack):
+        delete_stack(aws, stack, every)
         failed += [] if _stack_gone(aws, ours, every) else [ours]
     for name in failed:
         log.error("%s: CloudFormation could not delete it; its events in the console say why; then start down again", name)
     if not failed:
-        log.info("nothing of %s is left in account %s, %s", aws.project, aws.account, aws.region)
+        log.info("nothing of %s is left in account %s, %s, but for log streams", aws.project, aws.account, aws.region)
     return FAULT if failed else OK
 
 
 def stacks(aws: Aws) -> list[str]:
     """This project's CloudFormation stacks: those with its tag."""
     found = aws.pages("cloudformation", "DescribeStacks", "Stacks")
-    tag = {"Key": "project", "Value": aws.project}
-    return [stack["StackName"] for stack in found if tag in stack.get("Tags", []) and stack["StackStatus"] != "DELETE_COMPLETE"]
+    return [stack["StackName"] for stack in found if aws.owns(stack.get("Tags", [])) and stack["StackStatus"] != "DELETE_COMPLETE"]
+
+
+def show(aws: Aws) -> None:
+    """Prints all that `down` ends and deletes, and what it leaves. Raises AwsError."""
+    for kind, what in (("HyperParameterTuningJob", "tuning job"), ("TrainingJob", "training job")):
+        jobs = {job[f"{kind}Name"]: job[f"{kind}Status"] for job in ownership.owned(aws, kind)}
+        going = [name for name, status in jobs.items() if status in ("InProgress", "Stopping")]
+        for name in going:
+            log.info("ends      %s %s", what, name)
+        if jobs:
+            log.info("deletes   the records of %d %ss", len(jobs), what)
+    for machine in _machines(aws):
+        log.info("ends      machine %s (%s)", machine["InstanceId"], machine["InstanceType"])
+    for volume in _volumes(aws):
+        log.info("deletes   disk %s (%d GB)", volume["VolumeId"], volume["Size"])
+    for notebook in ownership.owned(aws, "NotebookInstance"):
+        log.info("deletes   notebook %s, with its disk", notebook["NotebookInstanceName"])
+    for script in ownership.owned(aws, "NotebookInstanceLifecycleConfig"):
+        log.info("deletes   notebook's script %s", script["NotebookInstanceLifecycleConfigName"])
+    for name in stacks(aws):
+        log.info("deletes   stack %s", name)
+        for resource in stack_resources(aws, name):
+            if resource.get("PhysicalResourceId") not in SHARED_GROUPS:
+                log.info("            %-26s %s", resource["ResourceType"], resource.get("PhysicalResourceId", resource["LogicalResourceId"]))
+    owns = ownership.owns_bucket(aws)
+    if owns:
+        count, size = s3.versions(aws)
+        log.info("deletes   every object of s3://%s, all models and pictures in it: %d versions, %.2f GB", aws.bucket, count, size / 1e9)
+    elif owns is False:
+        log.info("leaves    s3://%s: it has no tag project=%s", aws.bucket, aws.project)
+    log.info("leaves    what jobs have logged in %s: these log groups are the whole account's", " and ".join(SHARED_GROUPS))
 
 
 def _stack_gone(aws: Aws, name: str, every: float) -> bool:
@@ -53,11 +85,11 @@ def _stack_gone(aws: Aws, name: str, every: float) -> bool:
 
 def _end_jobs(aws: Aws, kind: str, every: float) -> None:
     """Stops the jobs of a kind, then deletes their records, which carry the tag. kind: TrainingJob or HyperParameterTuningJob."""
-    prefix = f"{aws.project}-"
+    ours = {job[f"{kind}Name"] for job in ownership.owned(aws, kind)}
 
     def jobs() -> dict[str, str]:
-        found = aws.pages("sagemaker", f"List{kind}s", f"{kind}Summaries", NameContains=prefix)
-        return {job[f"{kind}Name"]: job[f"{kind}Status"] for job in found if job[f"{kind}Name"].startswith(prefix)}
+        found = {job[f"{kind}Name"]: job[f"{kind}Status"] for job in ownership.listed(aws, kind)}
+        return {name: status for name, status in found.items() if name in ours}
 
     for name, status in jobs().items():
         if status == "InProgress":
@@ -68,28 +100,32 @@ def _end_jobs(aws: Aws, kind: str, every: float) -> None:
         aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
 
 
-def _end_instances(aws: Aws, every: float) -> None:
-    def alive() -> list[str]:
-        return [each["InstanceId"] for each in runs.instances(aws) if each["State"]["Name"] != "terminated"]
+def _machines(aws: Aws) -> list[dict[str, Any]]:
+    return [each for each in runs.instances(aws) if each["State"]["Name"] != "terminated"]
 
-    if found := alive():
+
+def _volumes(aws: Aws) -> list[dict[str, Any]]:
+    """Disks that are attached to nothing."""
+    tagged = [{"Name": "tag:project", "Values": [aws.project]}]
+    return [each for each in aws.pages("ec2", "DescribeVolumes", "Volumes", Filters=tagged) if each["State"] == "available"]
+
+
+def _end_instances(aws: Aws, every: float) -> None:
+    if found := [each["InstanceId"] for each in _machines(aws)]:
         log.info("terminating %s", ", ".join(found))
         aws.call("ec2", "TerminateInstances", InstanceIds=found)
-        _until(lambda: not alive(), every)
-    for volume in aws.pages("ec2", "DescribeVolumes", "Volumes", Filters=[{"Name": "tag:project", "Values": [aws.project]}]):
-        if volume["State"] == "available":
-            log.info("deleting the disk %s", volume["VolumeId"])
-            aws.find("ec2", "DeleteVolume", r"InvalidVolume\.NotFound", VolumeId=volume["VolumeId"])
+        _until(lambda: not _machines(aws), every)
+    for volume in _volumes(aws):
+        log.info("deleting the disk %s", volume["VolumeId"])
+        aws.find("ec2", "DeleteVolume", r"InvalidVolume\.NotFound", VolumeId=volume["VolumeId"])
 
 
 def _end_notebooks(aws: Aws, every: float) -> None:
+    ours = {each["NotebookInstanceName"] for each in ownership.owned(aws, "NotebookInstance")}
+
     def notebooks() -> dict[str, str]:
-        found = aws.pages("sagemaker", "ListNotebookInstances", "NotebookInstances", NameContains=aws.project)
-        return {
-            each["NotebookInstanceName"]: each["NotebookInstanceStatus"]
-            for each in found
-            if each["NotebookInstanceName"].startswith(f"{aws.project}-")
-        }
+        found = {each["NotebookInstanceName"]: each["NotebookInstanceStatus"] for each in ownership.listed(aws, "NotebookInstance")}
+        return {name: status for name, status in found.items() if name in ours}
 
     for name, status in notebooks().items():
         if status in ("InService", "Pending", "Updating"):
@@ -101,11 +137,9 @@ def _end_notebooks(aws: Aws, every: float) -> None:
             log.info("deleting %s", name)
             aws.call("sagemaker", "DeleteNotebookInstance", NotebookInstanceName=name)
     _until(lambda: not notebooks(), every)
-    scripts = aws.pages("sagemaker", "ListNotebookInstanceLifecycleConfigs", "NotebookInstanceLifecycleConfigs", NameContains=aws.project)
-    for script in scripts:
-        name = script["NotebookInstanceLifecycleConfigName"]
-        if name.startswith(f"{aws.project}-"):
-            aws.call("sagemaker", "DeleteNotebookInstanceLifecycleConfig", NotebookInstanceLifecycleConfigName=name)
+    kind = "NotebookInstanceLifecycleConfig"
+    for script in ownership.owned(aws, kind):
+        aws.call("sagemaker", f"Delete{kind}", **{f"{kind}Name": script[f"{kind}Name"]})
 
 
 def _until(done: Callable[[], bool], every: float) -> None:
@@ -121,11 +155,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--every", type=float, default=5, metavar="SECONDS", help="how often to look whether things have ended (default 5)")
     options = parser.parse_intermixed_args(rest)
     aws = aws_of(targets)
-    for row in rented(aws):
-        log.info("ends      %s %s (%s)", row.kind, row.name, row.machines)
-    for name in stacks(aws):
-        log.info("deletes   stack %s", name)
-    log.info("deletes   every object of s3://%s, all models and pictures in it", aws.bucket)
+    show(aws)
     if not confirmed(f"Delete all of {aws.project} in account {aws.account}, {aws.region}?", options.yes):
         log.info("nothing was changed")
         return OK

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from launch.aws import bucket_name, partition
+from trainer.errors import UserError
 
 TEMPLATE = Path(__file__).parent / "stacks" / "foundation.yaml"
 
@@ -44,6 +45,27 @@ def parameters() -> dict[str, Any]:
     """The template's parameters, with their defaults."""
     declared: dict[str, Any] = yaml.load(TEMPLATE.read_text(), _Loader)["Parameters"]
     return declared
+
+
+def outliving(body: str, names: Iterable[str]) -> str:
+    """A deployed template in which these resources outlive the stack: they stay where an update drops them, or the stack is deleted.
+
+    Raises UserError where the template isn't written as ours are.
+    """
+    resources = yaml.load(body, _Loader)["Resources"]
+    for name in names:
+        if resources[name].get("DeletionPolicy") == "Retain":
+            continue
+        # CloudFormation takes no change of a policy alone: the metadata changes with it.
+        policy = r"\1    DeletionPolicy: Retain\n    Metadata: {Stays: it is shared by the whole account}\n"
+        block = rf"^(  {name}:\n(?:    .*\n)*?)    DeletionPolicy: \w+.*\n"
+        body, found = re.subn(block, policy, body, count=1, flags=re.MULTILINE)
+        if not found:
+            raise UserError(
+                f"{name}: this stack would delete a log group of the whole account; give it DeletionPolicy: Retain in the "
+                "CloudFormation console, then start again"
+            )
+    return body
 
 
 def permissions(part: str, project: str, account: str, region: str) -> list[Statement]:

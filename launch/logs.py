@@ -13,8 +13,10 @@ from trainer import streams
 from trainer.console import log
 from trainer.errors import OK
 
+# Of the whole account, with every team's logs: no project makes, changes or deletes them.
 TRAINING_GROUP = "/aws/sagemaker/TrainingJobs"
 NOTEBOOK_GROUP = "/aws/sagemaker/NotebookInstances"
+SHARED_GROUPS = (TRAINING_GROUP, NOTEBOOK_GROUP)
 # A log arrives at CloudWatch with some delay, so each look goes back a little and leaves out what was shown.
 LOOK_BACK = 60_000  # milliseconds
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import shlex
 import subprocess
@@ -194,7 +195,9 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None, why_offline: str) ->
     if not plan.foundation:
         lines.append(f"the foundation (bucket {aws.bucket}, roles): python -m launch up")
     elif plan.spec.data and data is None and not s3.listing(aws, f"data/{plan.spec.data}/"):
-        lines.append(f"the pictures (s3://{aws.bucket}/data/{plan.spec.data}/ is empty): add --data DIR to upload them")
+        uploaded = s3.folders(aws, f"data/{plan.spec.data}-")
+        there = f", or give one that is there as data.root=NAME: {', '.join(uploaded)}" if uploaded else ""
+        lines.append(f"the pictures (s3://{aws.bucket}/data/{plan.spec.data}/ is empty): add --data DIR to upload them{there}")
     return lines
 
 
@@ -324,7 +327,7 @@ def job_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     """What `plan` and `submit` are both asked for."""
     parser = argparse.ArgumentParser(prog=f"python -m launch {verb}", description=description)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the trainer's settings, as for python -m trainer")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of pictures to upload, as far as they differ from what is there")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of pictures to upload, unless they are in the bucket")
     parser.add_argument("--again", action="store_true", help="one more attempt, also where the run is complete")
     return parser
 
@@ -334,6 +337,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = job_parser("plan", __doc__)
     parser.add_argument("--json", action="store_true", help="the plan as one JSON document")
     options = parser.parse_intermixed_args(rest)
+    if options.json:
+        log.setLevel(logging.WARNING)  # the document alone on standard output
     target = load_target(targets)
     aws, why_offline = connect(target)
     if aws is not None:

@@ -1,7 +1,7 @@
 """Files to and from the project's bucket. What lies where in it:
 
 source/SHA256.tar.gz    the trainer's code
-data/NAME/              pictures, as class folders
+data/NAME-DIGEST/       pictures, as class folders; DIGEST is of their names and contents, so what lies there never changes
 runs/RUN/attempts/      what was sent for each attempt (launch/runs.py), and how it ended (launch/ec2.py)
 runs/RUN/checkpoints/   kept in step with the job's own directory
 runs/RUN/output/        model package, report, metrics
@@ -38,6 +38,12 @@ def listing(aws: Aws, prefix: str) -> dict[str, Object]:
     return {item["Key"].removeprefix(prefix): Object(item["Key"], item["Size"], item["ETag"].strip('"'), item["LastModified"]) for item in found}
 
 
+def folders(aws: Aws, prefix: str) -> list[str]:
+    """The names of the folders whose keys begin with `prefix`, without what they lie in. Raises AwsError."""
+    found = aws.pages("s3", "ListObjectsV2", "CommonPrefixes", Bucket=aws.bucket, Prefix=prefix, Delimiter="/")
+    return [each["Prefix"].rstrip("/").rpartition("/")[2] for each in found]
+
+
 def exists(aws: Aws, key: str) -> bool:
     return aws.find("s3", "HeadObject", r"404|NoSuchKey", Bucket=aws.bucket, Key=key) is not None
 
@@ -67,14 +73,39 @@ def etag(path: Path) -> str:
     return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
-def upload_folder(aws: Aws, folder: Path, prefix: str) -> None:
-    """Makes what lies below `prefix` equal to the folder's visible files, moving only what differs. Raises UserError, AwsError."""
+def files_of(folder: Path) -> dict[str, Path]:
+    """The folder's visible files, by their paths in it. Raises UserError where there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the one that holds train, valid and test")
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if not any(part.startswith(".") for part in Path(name).parts)}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
     if not files:
         raise UserError(f"{folder}: it holds no files; give the folder that holds train, valid and test")
+    return files
+
+
+def digest(folder: Path) -> str:
+    """The SHA-256 (hex) of what `upload_folder` uploads: equal for folders of the same names and contents, wherever they lie. Raises UserError."""
+    files = files_of(folder)
+
+    def of_content(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor() as pool, Progress("reading pictures", len(files)) as progress:
+        for name, content in zip(files, pool.map(of_content, files.values()), strict=True):
+            whole.update(f"{content} {name}\0".encode(errors="surrogateescape"))
+            progress.advance()
+    return whole.hexdigest()
+
+
+def upload_folder(aws: Aws, folder: Path, prefix: str) -> None:
+    """Uploads the folder's visible files to `prefix`, as far as they aren't there: a job may be reading them. Raises UserError, AwsError.
+
+    prefix: one that carries the folder's digest, so that only an upload that was cut short leaves anything to do.
+    """
+    files = files_of(folder)
     there = listing(aws, prefix)
     with ThreadPoolExecutor(WORKERS) as pool:
         same_size = [name for name, path in files.items() if name in there and there[name].size == path.stat().st_size]
@@ -82,20 +113,11 @@ def upload_folder(aws: Aws, folder: Path, prefix: str) -> None:
             name for name, digest in zip(same_size, pool.map(lambda name: etag(files[name]), same_size), strict=True) if digest == there[name].etag
         }
     changed = {name: path for name, path in files.items() if name not in equal}
-    gone = [there[name].key for name in there if name not in files]
     megabytes = sum(path.stat().st_size for path in changed.values()) / 1e6
-    log.info(
-        "%s: %d of %d files to upload (%.1f MB), %d to remove from s3://%s/%s",
-        folder,
-        len(changed),
-        len(files),
-        megabytes,
-        len(gone),
-        aws.bucket,
-        prefix,
-    )
+    log.info("%s: %d of %d files to upload (%.1f MB) to s3://%s/%s", folder, len(changed), len(files), megabytes, aws.bucket, prefix)
+    if strange := there.keys() - files.keys():
+        log.warning("s3://%s/%s also holds %d other files (%s), which a job reads too: remove them", aws.bucket, prefix, len(strange), min(strange))
     _transfer(aws, "upload", [(str(path), prefix + name) for name, path in changed.items()], "uploading")
-    delete(aws, [{"Key": key} for key in gone])
 
 
 def download(aws: Aws, objects: dict[str, Object], folder: Path) -> None:
@@ -121,6 +143,12 @@ def delete(aws: Aws, keys: Iterable[dict[str, str]]) -> None:
         failed = aws.call("s3", "DeleteObjects", Bucket=aws.bucket, Delete={"Objects": batch, "Quiet": True}).get("Errors", [])
         if failed:
             raise AwsError(f"s3:DeleteObjects: {failed[0]['Key']}: {failed[0].get('Message')}", failed[0]["Code"], failed[0].get("Message", ""))
+
+
+def versions(aws: Aws) -> tuple[int, int]:
+    """How many versions of objects the bucket holds, and their bytes together. Raises AwsError."""
+    sizes = [item["Size"] for item in aws.pages("s3", "ListObjectVersions", "Versions", Bucket=aws.bucket)]
+    return len(sizes), sum(sizes)
 
 
 def empty(aws: Aws) -> int:

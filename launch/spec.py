@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch import s3
 from launch.aws import Aws, bucket_name, partition
 from trainer import config as settings
 from trainer import space
@@ -26,6 +27,7 @@ NO_ACCOUNT = "000000000000"  # stands in a plan where there are no credentials
 JOB_NAME = 63
 TUNING_JOB_NAME = 32
 RUN = 48  # leaves room in a job's name for the attempt
+DIGEST = 16  # hexadecimal digits that tell folders of one name apart
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Spec:
     run: str  # the run's id: RUN characters of [a-zA-Z0-9-] at most
     account: str
     region: str
-    data: str | None  # the pictures are data/NAME/ in the bucket; None: those that the trainer writes itself
+    data: str | None  # the pictures are data/THIS/ in the bucket (pictures_name); None: those that the trainer writes itself
     source: str  # SHA-256 (hex) of the source tarball
     revision: str | None  # of git
     attempt: int = 1
@@ -192,7 +194,7 @@ def load_config(target: TargetConfig, overrides: Sequence[str], data: Path | Non
             raise UserError(
                 f"data.{split}={composed.data[split]}: a job finds its pictures in one folder; allowed: train, valid and test in --data DIR"
             )
-    name = fit((data.resolve() if data else Path(composed.data.root)).name, RUN)
+    name = fit(Path(composed.data.root).name, RUN) if data is None else pictures_name(data)
     composed.data.root = job_data_root(target, name)
     return settings.load(composed), name
 
@@ -209,6 +211,11 @@ def resolved(target: TargetConfig, overrides: Sequence[str], data: Path | None =
             words = [*fixed, *space.firsts(swept)]
         places = [f"platform={platform}", *([space.override("data.root", str(data))] if data else [])]
         return resolve([*words, *places])
+
+
+def pictures_name(folder: Path) -> str:
+    """Where a folder's pictures lie in the bucket, data/NAME/: its own name to read, and its content, which decides. Raises UserError."""
+    return f"{fit(folder.resolve().name, RUN - DIGEST - 1)}-{s3.digest(folder)[:DIGEST]}"
 
 
 def run_id(target: TargetConfig, config: Config, data: str | None, overrides: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from launch import overdue, runs
+from launch import overdue, ownership, runs
 from launch.aws import Aws
 from launch.prices import price
 from launch.runs import Attempt, Phase, State, dollars
@@ -49,35 +49,33 @@ def _instances(aws: Aws) -> Iterator[Rented]:
 
 def _training(aws: Aws) -> Iterator[Rented]:
     """Training jobs and trials that run."""
-    for summary in aws.pages("sagemaker", "ListTrainingJobs", "TrainingJobSummaries", NameContains=f"{aws.project}-", StatusEquals="InProgress"):
+    for summary in ownership.owned(aws, "TrainingJob", StatusEquals="InProgress"):
         name = summary["TrainingJobName"]
-        if name.startswith(f"{aws.project}-"):
-            found = aws.find("sagemaker", "DescribeTrainingJob", runs.NOT_FOUND, TrainingJobName=name)
-            if found is None:
-                continue  # listed, and not yet described
-            machines = found["ResourceConfig"]
-            spot = found.get("EnableManagedSpotTraining", False)
-            run = found.get("OutputDataConfig", {}).get("S3OutputPath", "").partition("/runs/")[2].partition("/")[0] or None
-            yield _row(aws, "training", name, machines["InstanceType"], machines["InstanceCount"], found.get("TrainingStartTime"), spot, run)
+        found = aws.find("sagemaker", "DescribeTrainingJob", runs.NOT_FOUND, TrainingJobName=name)
+        if found is None:
+            continue  # listed, and not yet described
+        machines = found["ResourceConfig"]
+        spot = found.get("EnableManagedSpotTraining", False)
+        run = found.get("OutputDataConfig", {}).get("S3OutputPath", "").partition("/runs/")[2].partition("/")[0] or None
+        yield _row(aws, "training", name, machines["InstanceType"], machines["InstanceCount"], found.get("TrainingStartTime"), spot, run)
 
 
 def _notebooks(aws: Aws) -> Iterator[Rented]:
-    for found in aws.pages("sagemaker", "ListNotebookInstances", "NotebookInstances", NameContains=aws.project):
+    for found in ownership.owned(aws, "NotebookInstance"):
         if found["NotebookInstanceStatus"] in ("Pending", "InService", "Updating"):
             yield _row(aws, "notebook", found["NotebookInstanceName"], found["InstanceType"], 1, found["LastModifiedTime"], False, None)
 
 
 def _endpoints(aws: Aws) -> Iterator[Rented]:
-    for summary in aws.pages("sagemaker", "ListEndpoints", "Endpoints", NameContains=aws.project):
+    for summary in ownership.owned(aws, "Endpoint"):
         name = summary["EndpointName"]
-        if name.startswith(f"{aws.project}-"):
-            found = aws.call("sagemaker", "DescribeEndpoint", EndpointName=name)
-            config = aws.call("sagemaker", "DescribeEndpointConfig", EndpointConfigName=found["EndpointConfigName"])
-            types = {variant["VariantName"]: variant.get("InstanceType") for variant in config["ProductionVariants"]}
-            for variant in found.get("ProductionVariants", []):
-                if types.get(variant["VariantName"]):
-                    count = variant.get("CurrentInstanceCount", 1)
-                    yield _row(aws, "endpoint", name, str(types[variant["VariantName"]]), count, found["CreationTime"], False, None)
+        found = aws.call("sagemaker", "DescribeEndpoint", EndpointName=name)
+        config = aws.call("sagemaker", "DescribeEndpointConfig", EndpointConfigName=found["EndpointConfigName"])
+        types = {variant["VariantName"]: variant.get("InstanceType") for variant in config["ProductionVariants"]}
+        for variant in found.get("ProductionVariants", []):
+            if types.get(variant["VariantName"]):
+                count = variant.get("CurrentInstanceCount", 1)
+                yield _row(aws, "endpoint", name, str(types[variant["VariantName"]]), count, found["CreationTime"], False, None)
 
 
 def _row(aws: Aws, kind: str, name: str, machine: str, count: int, since: datetime | None, spot: bool, run: str | None) -> Rented:

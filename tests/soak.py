@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import torch as safetensors
 
 from tests.conftest import make_pictures, start_trainer
 from trainer import checkpoint, files

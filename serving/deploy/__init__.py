@@ -114,7 +114,7 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> Plan:
     if "InstanceType" in given:
         _check_instance(given["InstanceType"])
     online = aws.configured_region is not None and aws.has_credentials()
-    stack = stacks.find(aws, options.name) if online else None
+    stack = stacks.find_ours(aws, options.name) if online else None
     if stack and (stack["StackStatus"] in stacks.STUCK or stack["StackStatus"].endswith("IN_PROGRESS")):
         remedy = "python -m serving destroy, then deploy again" if stack["StackStatus"] in stacks.STUCK else "wait until it is done"
         raise UserError(f"stack {options.name} is in {stack['StackStatus']}; {remedy}")
@@ -262,7 +262,7 @@ def _confirmed(options: argparse.Namespace, question: str) -> bool:
 def destroy(options: argparse.Namespace) -> int:
     """The stack holds all but the uploads: endpoint, configuration, model, scaling, alarms, function with its versions, log groups, roles."""
     aws = Aws(options.project, options.region)
-    stack = stacks.find(aws, options.name)
+    stack = stacks.find_ours(aws, options.name)
     place = _place(aws, options, stacks.parameters(stack) if stack else {})
     print(f"stack {place.name} in account {place.account}, {place.region}: {stack['StackStatus'] if stack else 'none'}")
     if stack:

@@ -22,8 +22,19 @@ def find(aws: Aws, name: str) -> dict[str, Any] | None:
     return stack
 
 
-def deployed(aws: Aws, name: str) -> dict[str, Any]:
+def find_ours(aws: Aws, name: str) -> dict[str, Any] | None:
+    """As `find`. Raises UserError for a stack that is another project's, or no deployment: its name doesn't make it ours."""
     stack = find(aws, name)
+    if stack is None or (aws.owns(stack.get("Tags", [])) and "FunctionRelease" in parameters(stack)):
+        return stack
+    raise UserError(
+        f"stack {name} in account {aws.account}, {aws.region} is no deployment of the project {aws.project}: "
+        "it lacks the tag, or it is another kind of stack; give another --name, or --project"
+    )
+
+
+def deployed(aws: Aws, name: str) -> dict[str, Any]:
+    stack = find_ours(aws, name)
     if stack is None:
         raise UserError(f"there is no stack {name} in {aws.region}; python -m serving deploy makes it; --name and --region choose another")
     return stack

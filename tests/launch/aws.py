@@ -9,6 +9,8 @@ What the layer adds to moto 5.2:
 - SageMaker's jobs run until a test ends them (`/strict/end`) or they are stopped; the calls that moto lacks: StopTrainingJob, DeleteTrainingJob,
   StopHyperParameterTuningJob, ListTrainingJobsForHyperParameterTuningJob, ListNotebookInstanceLifecycleConfigs, and the Price List's GetProducts;
 - CloudFormation refuses a stack or a change set that is there already, and a change set is executed once;
+- a resource that outlives its stack (DeletionPolicy: Retain) stays where an update drops it; an update can change a log group;
+- the tags of a notebook's scripts, which moto forgets;
 - AWS's public parameter of the Deep Learning AMI;
 - on request (`/strict/late`) what was just made is not there yet for as many answers as a test says, each time that one asks for it; a client
   without a name (below) sees it at once;
@@ -46,8 +48,10 @@ os.environ |= {"MOTO_ENABLE_AMI_VALIDATION": "1", "MOTO_EC2_ENABLE_INSTANCE_TYPE
 import botocore.session
 from botocore.model import OperationModel
 from moto.backends import get_backend
+from moto.cloudformation.parsing import ResourceMap
 from moto.core.utils import utcnow
 from moto.iam.models import ManagedPolicy
+from moto.logs.models import LogGroup
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
@@ -76,6 +80,7 @@ class Strict:
     def _reset(self) -> None:
         self._number = 0
         self._tokens: dict[str, tuple[str, list[bytes]]] = {}
+        self._script_tags: dict[str, list[dict[str, str]]] = {}  # by ARN
         self._refuse: dict[str, tuple[str, str]] = {}
         self._kill: dict[str, Any] = {"call": 0, "when": "before"}
         self._late = 0
@@ -347,6 +352,19 @@ class Strict:
             raise Refused("ValidationException", "RecordNotFound")
         return forward()
 
+    def _CreateNotebookInstanceLifecycleConfig(self, parameters, region, forward, start) -> list[bytes]:
+        answer = forward()
+        scripts = get_backend("sagemaker")[ACCOUNT][region].notebook_instance_lifecycle_configurations
+        name = parameters["NotebookInstanceLifecycleConfigName"]
+        if name in scripts:
+            self._script_tags.setdefault(scripts[name].arn, parameters.get("Tags", []))
+        return answer
+
+    def _ListTags(self, parameters, region, forward, start) -> list[bytes]:
+        if ":notebook-instance-lifecycle-config/" not in parameters.get("ResourceArn", ""):
+            return forward()
+        return _answer(start, "200 OK", json.dumps({"Tags": self._script_tags[parameters["ResourceArn"]]}).encode())
+
     def _ListNotebookInstanceLifecycleConfigs(self, parameters, region, forward, start) -> list[bytes]:
         scripts = get_backend("sagemaker")[ACCOUNT][region].notebook_instance_lifecycle_configurations
         found = [
@@ -565,7 +583,33 @@ def _rest_operations(service: str, method: str) -> list[tuple[OperationModel, re
     return found
 
 
+def outlive_stacks() -> None:
+    """Lets what a stack's template retains stay when an update drops it, as CloudFormation does and moto when it deletes the whole stack."""
+    delete = ResourceMap._delete_resource
+
+    def delete_unless_retained(self: ResourceMap, resource: Any, template: dict[str, Any]) -> None:
+        if template.get("DeletionPolicy") != "Retain":
+            delete(self, resource, template)
+
+    ResourceMap._delete_resource = delete_unless_retained
+
+
+def update_log_group(
+    original_resource: LogGroup, new_resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str
+) -> LogGroup:
+    """What moto lacks: a log group in a stack that changes."""
+    original_resource.retention_in_days = cloudformation_json["Properties"].get("RetentionInDays")
+    return original_resource
+
+
+def complete() -> None:
+    """What moto's CloudFormation is completed by."""
+    outlive_stacks()
+    LogGroup.update_from_cloudformation_json = staticmethod(update_log_group)
+
+
 def main() -> None:
+    complete()
     moto = DomainDispatcherApplication(create_backend_app)
     server = make_server("127.0.0.1", 0, Strict(moto, Path(sys.argv[1])), threaded=True, request_handler=MotoRequestHandler)
     print(f"http://127.0.0.1:{server.server_port}", flush=True)

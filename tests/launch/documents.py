@@ -111,8 +111,9 @@ def _seed_endpoint(cloud: Cloud) -> None:
     sagemaker = cloud.client("sagemaker")
     sagemaker.create_model(ModelName=SERVING, ExecutionRoleArn=f"arn:aws:iam::{ACCOUNT}:role/{SERVING}", PrimaryContainer={"Image": "image"})
     variant = {"VariantName": "main", "ModelName": SERVING, "InstanceType": "ml.m5.large", "InitialInstanceCount": 1, "InitialVariantWeight": 1}
-    sagemaker.create_endpoint_config(EndpointConfigName=SERVING, ProductionVariants=[variant])
-    sagemaker.create_endpoint(EndpointName=SERVING, EndpointConfigName=SERVING)
+    tags = [{"Key": "project", "Value": "packhorse"}]  # CloudFormation gives them what the stack has
+    sagemaker.create_endpoint_config(EndpointConfigName=SERVING, ProductionVariants=[variant], Tags=tags)
+    sagemaker.create_endpoint(EndpointName=SERVING, EndpointConfigName=SERVING, Tags=tags)
 
 
 def rewrite_role_policies(cloud: Cloud) -> None:
@@ -156,6 +157,7 @@ def _leave_results(cloud: Cloud) -> None:
     for prefix in ("runs/ec2/output", "runs/sagemaker/output/packhorse-sagemaker-1/output"):
         s3.put_object(Bucket=BUCKET, Key=f"{prefix}/result.json", Body=b'{"top1": 0.9}')
     for group, stream in (("TrainingJobs", "packhorse-sagemaker-1/algo-1"), ("NotebookInstances", "packhorse-notebook/LifecycleConfigOnStart")):
+        logs.create_log_group(logGroupName=f"/aws/sagemaker/{group}")
         logs.create_log_stream(logGroupName=f"/aws/sagemaker/{group}", logStreamName=stream)
         event = {"timestamp": int(time.time() * 1000), "message": "epoch 1"}
         logs.put_log_events(logGroupName=f"/aws/sagemaker/{group}", logStreamName=stream, logEvents=[event])

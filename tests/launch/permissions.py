@@ -23,6 +23,7 @@ ACCOUNT, REGION, PROJECT_NAME = "123456789012", "us-east-1", "packhorse"
 BUCKET = f"{PROJECT_NAME}-{ACCOUNT}-{REGION}"
 SIMULATOR = "@cloud-copilot/iam-simulate"
 VERSION = "0.1.173"
+OURS = {"aws:ResourceTag/project": PROJECT_NAME}
 SERVICE_CALLS = Path(__file__).with_name("service_calls.yaml")
 
 
@@ -34,6 +35,7 @@ class Ask:
     resource: str
     context: Mapping[str, str | list[str]] = field(default_factory=dict)
     by: str = ""
+    on_what_is_there: bool = False  # which has tags
 
     @property
     def key(self) -> str:
@@ -76,7 +78,11 @@ def asks_of(call: Mapping[str, Any], by: str) -> list[Ask]:
     Which actions, resources and condition keys a call is decided by: AWS's Service Authorization Reference.
     """
     name, given = _named(call)
-    return [Ask(ask.action, ask.resource, ask.context, f"{by}: {name}") for ask in OPERATIONS[call["service"], name](given)]
+    ours = OURS if call["service"] == "sagemaker" and call["status"] == 200 else {}  # what is not there has no tags
+    return [
+        Ask(ask.action, ask.resource, {**ask.context, **(ours if ask.on_what_is_there else {})}, f"{by}: {name}")
+        for ask in OPERATIONS[call["service"], name](given)
+    ]
 
 
 # Calls that are signed for one service and described in the model of another, where the record has no name for them: by their paths.
@@ -111,7 +117,9 @@ def _s3(action: str, bucket_level: bool = False) -> Callable[[Mapping[str, Any]]
 
 def _sagemaker(action: str, kind: str | None = None, key: str = "") -> Callable[[Mapping[str, Any]], list[Ask]]:
     def asks(given: Mapping[str, Any]) -> list[Ask]:
-        return [Ask(f"sagemaker:{action}", _arn("sagemaker", f"{kind}/{given[key]}") if kind else "*")]
+        if kind is None:
+            return [Ask(f"sagemaker:{action}", "*")]
+        return [Ask(f"sagemaker:{action}", _arn("sagemaker", f"{kind}/{given[key]}"), on_what_is_there=True)]
 
     return asks
 
@@ -182,7 +190,7 @@ def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
 def _terminate(given: Mapping[str, Any]) -> list[Ask]:
     """Our own machines, which carry our tag: nobody else's id comes into this call."""
     machines = [value for name, value in given.items() if name.startswith("InstanceId.")]
-    return [Ask("ec2:TerminateInstances", _arn("ec2", f"instance/{machine}"), {"aws:ResourceTag/project": PROJECT_NAME}) for machine in machines]
+    return [Ask("ec2:TerminateInstances", _arn("ec2", f"instance/{machine}"), OURS) for machine in machines]
 
 
 def _nothing(given: Mapping[str, Any]) -> list[Ask]:
@@ -219,6 +227,7 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
     ("sagemaker", "DescribeEndpointConfig"): _sagemaker("DescribeEndpointConfig", "endpoint-config", "EndpointConfigName"),
     ("sagemaker", "InvokeEndpoint"): _sagemaker("InvokeEndpoint", "endpoint", "EndpointName"),
     **{("sagemaker", name): _sagemaker(name) for name in ("ListTrainingJobs", "ListNotebookInstances", "ListEndpoints")},
+    ("sagemaker", "ListTags"): lambda given: [Ask("sagemaker:ListTags", given["ResourceArn"], on_what_is_there=True)],
     ("ec2", "RunInstances"): _run_instances,
     ("ec2", "TerminateInstances"): _terminate,
     **{("ec2", name): _everything(f"ec2:{name}") for name in ("DescribeInstances", "DescribeVolumes", "DescribeSpotPriceHistory")},

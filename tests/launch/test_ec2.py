@@ -14,9 +14,9 @@ from trainer.errors import UserError
 IMAGE = "ami-0123456789abcdef0"
 
 
-def make_spec(*overrides: str, data: Path | None = None, **settings: object) -> Spec:
+def make_spec(*overrides: str, **settings: object) -> Spec:
     target = load_target(["target=ec2", *(f"target.{key}={value}" for key, value in settings.items())])
-    config, name = load_config(target, overrides, data)
+    config, name = load_config(target, overrides)
     return Spec(target, config, overrides, run_id(target, config, name, overrides), "123456789012", "eu-central-1", name, "5e" * 32, None)
 
 
@@ -68,7 +68,7 @@ NASTY = ["a b", "it's", '"', "$HOME", "$(touch x)", "`id`", "\\", "\n", "*", "!"
 
 def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
     """Whatever a value holds, bash gives it back, and nothing runs."""
-    spec = make_spec("data=folder", data=Path("dogs"))
+    spec = make_spec("data=folder", "data.root=dogs")
     spec = replace(spec, overrides=tuple(f"name={value}" for value in NASTY))
     settings = ec2.user_data(spec).split("\n\n")[1]
     shown = subprocess.run(
@@ -84,7 +84,7 @@ def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_where_things_lie_is_not_the_users_to_say(configure) -> None:
-    spec = make_spec("data=folder", "platform.run_dir=/elsewhere", "name=mine", data=Path("dogs"))
+    spec = make_spec("data=folder", "platform.run_dir=/elsewhere", "name=mine", "data.root=dogs")
     config = configure(*ec2.arguments(spec))
     assert (config.platform.name, config.platform.run_dir, config.name) == ("ec2", "/opt/dlami/nvme/runs/mine", "mine")
     assert config.data.root == "/opt/dlami/nvme/data/dogs"

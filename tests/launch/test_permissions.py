@@ -86,11 +86,19 @@ MACHINE = {
 }
 INSTANCE = arn("ec2", "instance/i-0fedcba9876543210")
 NOTEBOOK = {
+    "aws:RequestTag/project": "packhorse",
     "sagemaker:InstanceTypes": ["ml.t3.medium"],
     "sagemaker:RootAccess": "Disabled",
     "sagemaker:MinimumInstanceMetadataServiceVersion": "2",
     "sagemaker:DirectInternetAccess": "Enabled",
 }
+
+TAG = {"aws:RequestTag/project": "packhorse"}
+JOB = TAG | {"sagemaker:InstanceTypes": ["ml.m5.large"]}
+DEV = {"aws:ResourceTag/project": "packhorse-dev"}
+DEV_JOB = arn("sagemaker", "training-job/packhorse-dev-r-1")
+DEV_TUNING = arn("sagemaker", "hyper-parameter-tuning-job/packhorse-dev-r-1")
+DEV_NOTEBOOK = arn("sagemaker", "notebook-instance/packhorse-dev-notebook-1")
 
 DANGEROUS = {
     # data
@@ -103,6 +111,7 @@ DANGEROUS = {
     "lift the block of public access": Ask("s3:PutBucketPublicAccessBlock", f"arn:aws:s3:::{BUCKET}"),
     "give an object to another account": Ask("s3:PutObjectAcl", f"arn:aws:s3:::{BUCKET}/runs/r/output/model.tar.gz"),
     "delete an old version for good": Ask("s3:DeleteObjectVersion", f"arn:aws:s3:::{BUCKET}/runs/r/output/model.tar.gz"),
+    "delete a picture that a job may be reading": Ask("s3:DeleteObject", f"arn:aws:s3:::{BUCKET}/data/dogs-0123456789abcdef/train/a/1.jpg"),
     "delete a run's model": Ask("s3:DeleteObject", f"arn:aws:s3:::{BUCKET}/runs/r/output/model.tar.gz"),
     "replace a deployed model": Ask("s3:PutObject", f"arn:aws:s3:::{BUCKET}/serving/packhorse-serving/model.tar.gz"),
     "switch versioning off": Ask("s3:PutBucketVersioning", f"arn:aws:s3:::{BUCKET}"),
@@ -141,16 +150,35 @@ DANGEROUS = {
     "copy a disk to another account": Ask("ec2:ModifySnapshotAttribute", f"arn:aws:ec2:{REGION}::snapshot/snap-01234567"),
     # SageMaker
     "train on a p4d": Ask(
-        "sagemaker:CreateTrainingJob", arn("sagemaker", "training-job/packhorse-r-1"), {"sagemaker:InstanceTypes": ["ml.p4d.24xlarge"]}
+        "sagemaker:CreateTrainingJob", arn("sagemaker", "training-job/packhorse-r-1"), JOB | {"sagemaker:InstanceTypes": ["ml.p4d.24xlarge"]}
     ),
     "train on a p4d beside a cheap one": Ask(
-        "sagemaker:CreateTrainingJob", arn("sagemaker", "training-job/packhorse-r-1"), {"sagemaker:InstanceTypes": ["ml.m5.large", "ml.p4d.24xlarge"]}
+        "sagemaker:CreateTrainingJob",
+        arn("sagemaker", "training-job/packhorse-r-1"),
+        JOB | {"sagemaker:InstanceTypes": ["ml.m5.large", "ml.p4d.24xlarge"]},
     ),
-    "train without saying on what": Ask("sagemaker:CreateTrainingJob", arn("sagemaker", "training-job/packhorse-r-1")),
-    "train in another project's name": Ask(
-        "sagemaker:CreateTrainingJob", arn("sagemaker", "training-job/website-1"), {"sagemaker:InstanceTypes": ["ml.m5.large"]}
-    ),
+    "train without saying on what": Ask("sagemaker:CreateTrainingJob", arn("sagemaker", "training-job/packhorse-r-1"), TAG),
+    "train in another project's name": Ask("sagemaker:CreateTrainingJob", arn("sagemaker", "training-job/website-1"), JOB),
     "stop another project's job": Ask("sagemaker:StopTrainingJob", arn("sagemaker", "training-job/website-1")),
+    # beside a project whose name begins like ours: packhorse-dev
+    "train without a tag": Ask("sagemaker:CreateTrainingJob", DEV_JOB, {"sagemaker:InstanceTypes": ["ml.m5.large"]}),
+    "train with packhorse-dev's tag": Ask("sagemaker:CreateTrainingJob", DEV_JOB, JOB | {"aws:RequestTag/project": "packhorse-dev"}),
+    "tune without a tag": Ask("sagemaker:CreateHyperParameterTuningJob", DEV_TUNING, {"sagemaker:InstanceTypes": ["ml.m5.large"]}),
+    "stop packhorse-dev's job": Ask("sagemaker:StopTrainingJob", DEV_JOB, DEV),
+    "stop another team's job whose name begins like ours": Ask("sagemaker:StopTrainingJob", DEV_JOB),
+    "make packhorse-dev's job look like ours": Ask("sagemaker:AddTags", DEV_JOB, TAG),
+    "delete packhorse-dev's job": Ask("sagemaker:DeleteTrainingJob", DEV_JOB, DEV),
+    "stop packhorse-dev's tuning job": Ask("sagemaker:StopHyperParameterTuningJob", DEV_TUNING, DEV),
+    "start packhorse-dev's notebook": Ask("sagemaker:StartNotebookInstance", DEV_NOTEBOOK, DEV),
+    "stop packhorse-dev's notebook": Ask("sagemaker:StopNotebookInstance", DEV_NOTEBOOK, DEV),
+    "stop another team's notebook whose name begins like ours": Ask("sagemaker:StopNotebookInstance", DEV_NOTEBOOK),
+    "call packhorse-dev's endpoint": Ask("sagemaker:InvokeEndpoint", arn("sagemaker", "endpoint/packhorse-serving-dev"), DEV),
+    "terminate packhorse-dev's machine": Ask("ec2:TerminateInstances", INSTANCE, DEV),
+    "rent a machine with packhorse-dev's tag": Ask("ec2:RunInstances", INSTANCE, MACHINE | {"aws:RequestTag/project": "packhorse-dev"}),
+    "read packhorse-dev's bucket": Ask("s3:GetObject", f"arn:aws:s3:::packhorse-dev-{ACCOUNT}-{REGION}/runs/r/output/model.tar.gz"),
+    "pass packhorse-dev's role": Ask(
+        "iam:PassRole", f"arn:aws:iam::{ACCOUNT}:role/packhorse-dev-training", {"iam:PassedToService": "sagemaker.amazonaws.com"}
+    ),
     "make a notebook with root": Ask(
         "sagemaker:CreateNotebookInstance", arn("sagemaker", "notebook-instance/packhorse-notebook"), NOTEBOOK | {"sagemaker:RootAccess": "Enabled"}
     ),
@@ -170,6 +198,7 @@ DANGEROUS = {
     "call another endpoint": Ask("sagemaker:InvokeEndpoint", arn("sagemaker", "endpoint/website")),
     # logs, code, secrets
     "delete the log": Ask("logs:DeleteLogGroup", arn("logs", "log-group:/aws/sagemaker/TrainingJobs:*")),
+    "change how long the account's logs are kept": Ask("logs:PutRetentionPolicy", arn("logs", "log-group:/aws/sagemaker/TrainingJobs:*")),
     "delete a job's log": Ask("logs:DeleteLogStream", arn("logs", "log-group:/aws/sagemaker/TrainingJobs:log-stream:packhorse-r-1/algo-1")),
     "write another project's log": Ask("logs:PutLogEvents", arn("logs", "log-group:/aws/lambda/website:log-stream:x")),
     "change the function's code": Ask("lambda:UpdateFunctionCode", arn("lambda", "function:packhorse-serving")),
@@ -179,6 +208,15 @@ DANGEROUS = {
     "read a parameter": Ask("ssm:GetParameter", arn("ssm", "parameter/database/password")),
     "run a command on a machine": Ask("ssm:SendCommand", INSTANCE),
     "decrypt with a key": Ask("kms:Decrypt", arn("kms", "key/01234567-89ab-cdef-0123-456789abcdef")),
+}
+
+
+# The audit looks at everything, and at settings alone.
+CURIOUS = {
+    "look at packhorse-dev's job": Ask("sagemaker:DescribeTrainingJob", DEV_JOB, DEV),
+    "look at packhorse-dev's trials": Ask("sagemaker:ListTrainingJobsForHyperParameterTuningJob", DEV_TUNING, DEV),
+    "look at packhorse-dev's endpoint": Ask("sagemaker:DescribeEndpoint", arn("sagemaker", "endpoint/packhorse-dev-serving"), DEV),
+    "look at another team's endpoint": Ask("sagemaker:DescribeEndpoint", arn("sagemaker", "endpoint/website")),
 }
 
 
@@ -192,10 +230,16 @@ def test_dangerous_calls_are_denied(part, evaluator):
     assert [what for what, allowed in zip(DANGEROUS, answers, strict=True) if allowed] == []
 
 
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "audit"])
+def test_other_projects_things_are_not_looked_at(part, evaluator):
+    answers = evaluator.decide([(effective_policy(part), ask) for ask in CURIOUS.values()])
+    assert [what for what, allowed in zip(CURIOUS, answers, strict=True) if allowed] == []
+
+
 def test_the_evaluator_would_allow_them(evaluator):
     """So that a denial above says something about our policies."""
     everything = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
-    assert all(evaluator.decide([(everything, ask) for ask in DANGEROUS.values()]))
+    assert all(evaluator.decide([(everything, ask) for ask in (DANGEROUS | CURIOUS).values()]))
 
 
 # --- the proof's own footing ---

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from launch.spec import JOB_NAME, KINDS, RUN, TUNING_JOB_NAME, Spec, fit, load_config, load_target, run_id, split_overrides
+from launch.spec import JOB_NAME, KINDS, RUN, TUNING_JOB_NAME, Spec, fit, load_config, load_target, pictures_name, run_id, split_overrides
 from trainer.errors import UserError
 
 
@@ -55,19 +55,52 @@ def test_a_spot_job_must_have_time_to_wait():
 
 def test_pictures_lie_where_the_job_finds_them(tmp_path):
     (tmp_path / "dogs").mkdir()
-    for name, root in (("ec2", "/opt/dlami/nvme/data/dogs"), ("sagemaker", "/opt/ml/input/data/training")):
+    (tmp_path / "dogs/1.jpg").write_bytes(b"1")
+    typed, given = (["data=folder", "data.root=/mnt/dogs"], None), (["data=folder"], tmp_path / "dogs")
+    for name, root in (("ec2", "/opt/dlami/nvme/data/{}"), ("sagemaker", "/opt/ml/input/data/training")):
         target = load_target([f"target={name}"])
-        for config, data in (load_config(target, ["data=folder", "data.root=/mnt/dogs"]), load_config(target, ["data=folder"], tmp_path / "dogs")):
-            assert (config.data.root, data, config.platform.name) == (root, "dogs", name)
-    for overrides, given in ((["data.root=/mnt/dogs"], None), ([], tmp_path / "dogs"), (["experiment=dog_breeds"], tmp_path / "dogs")):
-        config, data = load_config(load_target([]), overrides, given)
-        assert (config.data.source, data, config.model.name) == ("folder", "dogs", "resnet50")
+        for (overrides, folder), expected in ((typed, "dogs"), (given, pictures_name(tmp_path / "dogs"))):
+            config, data = load_config(target, overrides, folder)
+            assert (config.data.root, data, config.platform.name) == (root.format(expected), expected, name)
+    digested = pictures_name(tmp_path / "dogs")
+    cases = (
+        (["data.root=/mnt/dogs"], None, "dogs"),
+        ([], tmp_path / "dogs", digested),
+        (["experiment=dog_breeds"], tmp_path / "dogs", digested),
+    )
+    for overrides, folder, expected in cases:
+        config, data = load_config(load_target([]), overrides, folder)
+        assert (config.data.source, data, config.model.name) == ("folder", expected, "resnet50")
     with pytest.raises(UserError, match="--data DIR"):
         load_config(load_target([]), ["data=folder"])
     with pytest.raises(UserError, match="give data=folder"):
         load_config(load_target([]), ["data=fashion_mnist"], tmp_path / "dogs")
     with pytest.raises(UserError, match="in one folder"):
         load_config(load_target([]), ["data=folder", "data.root=x", "data.train=/elsewhere"])
+
+
+def test_pictures_are_named_by_all_that_is_uploaded_of_them_and_by_nothing_else(tmp_path):
+    def name_of(folder: str, files: dict[str, bytes]) -> str:
+        for path, content in files.items():
+            (tmp_path / folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / path).write_bytes(content)
+        return pictures_name(tmp_path / folder)
+
+    files = {"train/a/1.jpg": b"1", "train/b/2.jpg": b"2"}
+    name = name_of("here/My dogs", files)
+    assert re.fullmatch(r"My-dogs-[0-9a-f]{8}-[0-9a-f]{16}", name) and name == fit(name, RUN)
+    assert name_of("there/My dogs", {**files, ".DS_Store": b"x", "train/a/.1.jpg.swp": b"x"}) == name, "hidden files stay here"
+    others = {
+        "content": files | {"train/b/2.jpg": b"3"},
+        "swapped": {"train/a/1.jpg": b"2", "train/b/2.jpg": b"1"},
+        "renamed": {"train/a/1.jpg": b"1", "train/b/3.jpg": b"2"},
+        "another class": {"train/a/1.jpg": b"1", "train/a/2.jpg": b"2"},
+        "one more": files | {"train/c/empty.jpg": b""},
+        "one less": {"train/a/1.jpg": b"1"},
+    }
+    names = {what: name_of(f"{what}/My dogs", changed) for what, changed in others.items()}
+    assert len({name, *names.values()}) == 1 + len(others), names
+    assert len(name_of(f"long/{'n' * 200}", files)) == RUN
 
 
 def test_the_run_is_found_again_from_any_directory_and_told_apart_by_what_decides_it(tmp_path, monkeypatch):

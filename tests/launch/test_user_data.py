@@ -134,9 +134,9 @@ class Bucket:
         return json.loads(self.text(f"runs/{run}/attempts/{attempt}.json"))
 
 
-def make_spec(*overrides: str, run: str = RUN, attempt: int = 1, hours: float = 8, code: str = "", data: Path | None = None) -> Spec:
+def make_spec(*overrides: str, run: str = RUN, attempt: int = 1, hours: float = 8, code: str = "") -> Spec:
     target = load_target(["target=ec2", f"target.hours={hours}"])
-    config, name = load_config(target, overrides, data)
+    config, name = load_config(target, overrides)
     return Spec(target, config, overrides, run, ACCOUNT, REGION, name, code, None, attempt)
 
 
@@ -261,7 +261,7 @@ def test_a_failing_trainer(terminated: Machine, tmp_path: Path, cloud: Cloud, bu
     """Pictures that are no class folders, with every character in an override that a shell could stumble over."""
     bucket.put("data/no-classes/readme.txt", b"nothing to see")
     spec = make_spec(
-        "data=folder", """+hydra.help.note='$(touch /opt/dlami/nvme/pwned) `id` \\"* é'""", run="failing", code=code, data=Path("no-classes")
+        "data=folder", "data.root=no-classes", """+hydra.help.note='$(touch /opt/dlami/nvme/pwned) `id` \\"* é'""", run="failing", code=code
     )
     machine = Machine(tmp_path / "machine", ec2.user_data(spec), cloud.url, terminated.nvme).wait()
     assert machine.shutdowns == ["-h +480", "-h now"]

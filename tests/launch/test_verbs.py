@@ -1,9 +1,11 @@
 """Every verb for every target, as a user types it, against AWS as a process: what is sent, what is printed, what is left."""
 
 import base64
+import contextlib
 import io
 import json
 import re
+import shutil
 import tarfile
 import time
 from collections.abc import Iterator
@@ -108,6 +110,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def write_log(cloud: Cloud, stream: str, *lines: str) -> None:
     logs = cloud.client("logs")
     group = "/aws/sagemaker/TrainingJobs"
+    with contextlib.suppress(logs.exceptions.ResourceAlreadyExistsException):
+        logs.create_log_group(logGroupName=group)  # as SageMaker does for an account's first job
     logs.create_log_stream(logGroupName=group, logStreamName=stream)
     now = int(time.time() * 1000)
     logs.put_log_events(
@@ -204,22 +208,80 @@ def test_a_machine_is_asked_to_stop_or_terminated(account):
     assert code == OK and "attempt 1 at halt is stopped" in printed
 
 
-def test_only_changed_pictures_are_uploaded_and_removed_ones_go(account, tmp_path):
+def uploaded(cloud: Cloud, prefix: str = "data/") -> dict[str, str]:
+    """ETags by key."""
+    found = cloud.client("s3").list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    return {item["Key"]: item["ETag"] for item in found}
+
+
+def prefix_of(cloud: Cloud, job: str) -> str:
+    """Where the pictures of a training job lie in the bucket."""
+    sent = cloud.client("sagemaker").describe_training_job(TrainingJobName=job)
+    uri = sent["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"]
+    return uri.removeprefix(f"s3://{BUCKET}/")
+
+
+def test_pictures_lie_under_their_content_and_none_are_ever_removed(account, tmp_path):
     pictures = make_pictures(tmp_path / "dogs", {"train": 3, "valid": 1})
     (pictures / "train/.hidden").write_bytes(b"x")
     (pictures / "large.bin").write_bytes(bytes(9 * 2**20))
     command = ["submit", "target=sagemaker", "data=folder", "--data", str(pictures), "data.workers=0"]
+    planned = json.loads(account.launch("plan", *command[1:], "name=first", "--json")[1])
     code, printed = account.launch(*command, "name=first")
     assert code == OK and "13 of 13 files to upload" in printed
-    listed = account.client("s3").list_objects_v2(Bucket=BUCKET, Prefix="data/dogs/")["Contents"]
-    assert {item["Key"].removeprefix("data/dogs/") for item in listed} == {str(path.relative_to(pictures)) for path in pictures.rglob("[!.]*.*")}
+    first = prefix_of(account, "packhorse-first-1")
+    assert first.startswith("data/dogs-") and planned["uploads"]["data"] == f"s3://{BUCKET}/{first.rstrip('/')}"
+    visible = {path.relative_to(pictures).as_posix() for path in pictures.rglob("[!.]*.*")}
+    assert {key.removeprefix(first) for key in uploaded(account, first)} == visible
+    before = uploaded(account, first)
+
+    # The copy of a colleague shares them; an upload that was cut short is completed; another name lies beside it.
+    shutil.copytree(pictures, tmp_path / "colleague/dogs")
+    account.client("s3").delete_object(Bucket=BUCKET, Key=f"{first}large.bin")
+    code, printed = account.launch(*command[:4], str(tmp_path / "colleague/dogs"), "name=second")
+    assert code == OK and "1 of 13 files to upload" in printed and prefix_of(account, "packhorse-second-1") == first
+
+    # A picture less and another one changed: the running job's pictures stay as they are.
     (pictures / "train/circle/000.png").unlink()
     (pictures / "train/circle/001.png").write_bytes(b"changed")
-    code, printed = account.launch(*command, "name=second")
-    assert code == OK and "1 of 12 files to upload" in printed and "1 to remove" in printed
-    code, printed = account.launch("plan", "target=sagemaker", "data=folder", "data.root=/elsewhere/cats", "--json")
-    assert "data/cats/ is empty" in json.loads(printed)["missing"][0]
-    assert account.launch("submit", "target=sagemaker", "data=folder", "data.root=/elsewhere/cats")[0] == MISTAKE
+    code, printed = account.launch(*command, "name=third")
+    assert code == OK and "12 of 12 files to upload" in printed
+    assert prefix_of(account, "packhorse-third-1") not in ("", first) and uploaded(account, first) == before
+    code, printed = account.launch(*command, "name=first")
+    assert code == MISTAKE and "give the same again, or another name" in printed, "the run began with other pictures"
+
+
+def test_two_folders_of_one_name_never_share_a_prefix(account, tmp_path):
+    for name, seed in (("a", b"1"), ("b", b"2")):
+        make_pictures(tmp_path / name / "images", {"train": 2, "valid": 1})
+        (tmp_path / name / "images/train/circle/only.png").write_bytes(seed)
+    for name in ("a", "b"):
+        code, printed = account.launch("submit", "target=sagemaker", "data=folder", "--data", str(tmp_path / name / "images"), f"name={name}-images")
+        assert code == OK, printed
+    a, b = (prefix_of(account, f"packhorse-{name}-images-1") for name in ("a", "b"))
+    assert a != b and a.startswith("data/images-") and b.startswith("data/images-")
+    for name, prefix in (("a", a), ("b", b)):
+        files = {path.relative_to(tmp_path / name / "images").as_posix() for path in (tmp_path / name).rglob("*.png")}
+        assert {key.removeprefix(prefix) for key in uploaded(account, prefix)} == files
+    # Without a name the run is another one too.
+    runs = [json.loads(account.launch("plan", "data=folder", "--data", str(tmp_path / name / "images"), "--json")[1])["run"] for name in ("a", "b")]
+    assert runs[0] != runs[1]
+
+    code, printed = account.launch("plan", "target=sagemaker", "data=folder", "data.root=/elsewhere/images", "--json")
+    [missing] = json.loads(printed)["missing"]
+    assert "data/images/ is empty" in missing and all(prefix.split("/")[1] in missing for prefix in (a, b))
+    assert account.launch("submit", "target=sagemaker", "data=folder", "data.root=/elsewhere/images")[0] == MISTAKE
+    code, printed = account.launch("submit", "target=sagemaker", "data=folder", f"data.root={b.split('/')[1]}", "name=b-again")
+    assert code == OK and prefix_of(account, "packhorse-b-again-1") == b, "pictures that are there, without the folder"
+
+
+@pytest.mark.parametrize(("fault", "said"), [("gone", "there is no such folder"), ("empty", "it holds no files")])
+def test_a_folder_without_pictures_is_refused_before_anything_is_sent(account, tmp_path, fault, said):
+    if fault == "empty":
+        (tmp_path / "dogs").mkdir()
+    for verb in ("plan", "submit"):
+        code, printed = account.launch(verb, "target=sagemaker", "data=folder", "--data", str(tmp_path / "dogs"))
+        assert code == MISTAKE and said in printed and "Traceback" not in printed
 
 
 def test_a_tuning_job_is_watched_and_its_best_trial_fetched(account):

@@ -26,7 +26,7 @@ from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig, Model
 from werkzeug.serving import make_server
 
 from serving.deploy.release import references
-from tests.launch.aws import ACCOUNT, Refused, Strict, _answer
+from tests.launch.aws import ACCOUNT, Refused, Strict, _answer, complete
 
 WARM: dict[str, int] = {}  # provisioned concurrency, by function
 
@@ -255,6 +255,7 @@ def main() -> None:
     FakeEndpoint.cloudformation_name_type = staticmethod(lambda: "EndpointName")
     FakeEndpointConfig.cloudformation_name_type = staticmethod(lambda: "EndpointConfigName")
     Model.cloudformation_name_type = staticmethod(lambda: "ModelName")
+    complete()
     follow_parameters()
     keep_names(Model, "model_name")
     keep_names(FakeEndpointConfig, "endpoint_config_name")

@@ -207,9 +207,11 @@ def test_nothing_is_left_of_a_deploy_that_nobody_confirms(cloud, serving, packag
 
 
 def test_logs_of_both_parts_come_in_order(cloud, serving):
+    given = {"Door": "endpoint", "FunctionRelease": "1"}
     cloud.client("cloudformation").create_stack(
-        StackName=NAME, TemplateBody=json.dumps({"Resources": {"A": {"Type": "AWS::SQS::Queue"}}, "Parameters": {"Door": {"Type": "String"}}}),
-        Parameters=[{"ParameterKey": "Door", "ParameterValue": "endpoint"}],
+        StackName=NAME, Tags=[{"Key": "project", "Value": "packhorse"}],
+        TemplateBody=json.dumps({"Resources": {"A": {"Type": "AWS::SQS::Queue"}}, "Parameters": {key: {"Type": "String"} for key in given}}),
+        Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in given.items()],
     )  # fmt: skip
     now = int(time.time() * 1000)
     logs = cloud.client("logs")
@@ -364,3 +366,24 @@ def test_what_an_idle_month_costs():
     np.testing.assert_allclose([item.month for item in items], [0.115 * 730, 3 * 0.25 * 730 * 3600 * 0.0000041667, 0.4])
     unknown = idle_price(defaults | {"InstanceType": "ml.z9.large"}, "us-east-1")
     assert unknown[0].month is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tags", "arguments"),
+    [
+        ("payroll", [], ["--name", "payroll"]),
+        ("packhorse-serving", [{"Key": "project", "Value": "website"}], []),
+        ("dogs", [{"Key": "project", "Value": "packhorse-dev"}], ["--name", "dogs"]),
+        ("packhorse-foundation", [{"Key": "project", "Value": "packhorse"}], ["--name", "packhorse-foundation"]),
+    ],
+)
+def test_a_stack_that_is_no_deployment_of_the_project_is_left_alone(cloud, serving, package, name, tags, arguments):
+    cloudformation = cloud.client("cloudformation")
+    body = json.dumps({"Resources": {"Queue": {"Type": "AWS::SQS::Queue"}}})
+    cloudformation.create_stack(StackName=name, TemplateBody=body, Tags=tags)
+    before = calls_that_change(cloud)
+    for command in (["plan", package, "--image", IMAGE], ["deploy", package, "--image", IMAGE, "--yes"], ["status"], ["logs"], ["destroy", "--yes"]):
+        code, output, error = serving(*command, *arguments)
+        assert code == 2 and f"stack {name} in account 123456789012" in error and "give another --name" in error, output + error
+    assert calls_that_change(cloud) == before
+    assert [stack["StackName"] for stack in cloudformation.describe_stacks()["Stacks"]] == [name]
