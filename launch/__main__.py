@@ -12,7 +12,7 @@ VERBS = {
     "up": "make or change the account's foundation: bucket and roles; shows the changes and asks",
     "plan": "show what submit will send, what it costs, what it may touch and what is missing",
     "submit": "upload the code, and --data DIR where it isn't there, and start the job; --wait follows it to its end",
-    "status": "list the runs, and everything that costs money now",
+    "status": "list the runs, and everything that costs money now; --end ends what is past its limit",
     "logs": "show what a run prints; --follow until it ends",
     "stop": "stop a run after a checkpoint",
     "fetch": "bring a run's model package, report and metrics to this machine, verified",

@@ -48,7 +48,9 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
     """Notes the attempt, sends its requests, and notes what AWS made of them. Raises UserError, AwsError."""
     attempt = plan.attempt
     if plan.before is not None and plan.before.number == attempt.number:
-        attempt = _again(aws, plan.before)
+        attempt = plan.before
+        if plan.state is not None and plan.state.phase is Phase.ABSENT:
+            attempt = _again(aws, attempt)
     elif not s3.claim(aws, attempt.key, attempt.dumps()):
         log.info("another submit of %s is under way; this one joins it", attempt.run)
         noted = s3.read(aws, attempt.key)
