@@ -192,14 +192,18 @@ def test_a_network_that_can_not_be_packaged_leaves_what_was_there(tmp_path, netw
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
-    [("gone.png", None, "no such file or directory"), ("broken.png", b"GIF8", None), ("text.jpg", b"hello", "not a JPEG")],
+    [
+        ("gone.png", None, "it is not there"),
+        ("broken.png", b"GIF8", "this picture was to go into the model package, but: "),
+        ("text.jpg", b"hello", "this picture was to go into the model package, but: not a JPEG"),
+    ],
 )
 def test_a_golden_picture_that_can_not_be_read_is_named(tmp_path, name, data, message):
     contents = make_contents(tmp_path / "pictures")
     picture = tmp_path / "pictures" / name
     if data is not None:
         picture.write_bytes(data)
-    with pytest.raises(UserError, match=f"{name}: this picture was to go into the model package, but: {message or ''}"):
+    with pytest.raises(UserError, match=f"{name}: {message}"):
         package.build(make_network(), replace(contents, golden=[*contents.golden, str(picture)]), tmp_path / "out/model.tar.gz")
     assert not list((tmp_path / "out").iterdir())
 
