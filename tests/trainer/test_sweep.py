@@ -74,7 +74,7 @@ def test_heads_trained_together_get_the_weights_that_each_gets_alone(tmp_path, c
         (f"optim.lr={NAN}",),
         ("optim.schedule=constant",),
     ]
-    configs = {number: configure(f"optim={name}", "train.clip_norm=0.5", *choice) for number, choice in enumerate(choices)}
+    configs = {number: configure(f"optim={name}", "train.epochs=16", "train.clip_norm=0.5", *choice) for number, choice in enumerate(choices)}
     for number in configs:
         (tmp_path / f"{number:04d}").mkdir()
     machine = device.Machine(torch.device("cpu"), torch.float32)

@@ -12,6 +12,7 @@ import torch
 import torchvision
 import yaml
 from PIL import Image
+from safetensors.torch import load, load_file, save_file
 
 from tests.conftest import make_pictures, run_trainer
 from trainer import model, weights
@@ -290,6 +291,12 @@ def link_some(source: Path, target: Path, per_class: dict[str, int]) -> None:
                 (target / split / folder.name / path.name).symlink_to(path)
 
 
+def packaged_weights(run: Path) -> dict[str, torch.Tensor]:
+    with tarfile.open(run / "model.tar.gz") as archive:
+        (name,) = [name for name in archive.getnames() if name.endswith(".safetensors")]
+        return load(archive.extractfile(name).read())
+
+
 def probe(root: Path, weights_file: str) -> float:
     """Test accuracy of a logistic regression on the plain features of these weights."""
     network = model.build("small_cnn", 10, weights=weights_file).eval()
@@ -317,14 +324,15 @@ def test_the_defaults_do_not_ruin_a_pretrained_network(tmp_path):
     materialize("fashion_mnist", every)
     code, output = run_trainer(tmp_path, "name=pretrained", "train.epochs=3")
     assert code == OK, output
-    with tarfile.open(tmp_path / "runs/pretrained/model.tar.gz") as archive:
-        (name,) = [name for name in archive.getnames() if name.endswith(".safetensors")]
-        (tmp_path / "weights.safetensors").write_bytes(archive.extractfile(name).read())
+    save_file(packaged_weights(tmp_path / "runs/pretrained"), tmp_path / "weights.safetensors")
     few = tmp_path / "few"
     link_some(every, few, {"train": 4, "valid": 4, "test": 25})
     code, output = run_trainer(
         tmp_path, "data=folder", "data.root=few", "data.size=28", "data.resize=28", "model.weights=weights.safetensors", "name=run"
     )
     assert code == OK, output
+    before, after = load_file(tmp_path / "weights.safetensors"), packaged_weights(tmp_path / "runs/run")
+    backbone = [name for name in before if name.startswith("backbone.")]
+    assert backbone and all(torch.equal(before[name], after[name]) for name in backbone)
     reached = json.loads((tmp_path / "runs/run/result.json").read_text())["top1"]
     assert reached >= probe(few, str(tmp_path / "weights.safetensors")) - 0.06
