@@ -47,7 +47,7 @@ pages: .venv/dev  ## install Chromium (apt-get) and open the pages in it
 
 hosts: .venv/dev  ## install iproute2 (apt-get) and train on two hosts, as network namespaces; needs root
 	command -v ip >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2; }
-	$(BIN)/python -m pytest -m long tests/trainer/test_two_hosts.py
+	$(BIN)/python -m pytest -m long tests/trainer/distributed/test_two_hosts.py
 
 doors: .venv/dev  ## install TorchServe, AWS's toolkit, Ray Serve and Java (apt-get), and ask the same model through each; in .venv-doors
 	command -v java >/dev/null || { apt-get update -qq && apt-get install -y -qq default-jre-headless; }

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from trainer.console import log, to_terminal
-from trainer.errors import MISTAKE, OK, UserError, machine_fault
+from trainer.common.console import log, to_terminal
+from trainer.common.errors import MISTAKE, OK, UserError, machine_fault
 
-# The module launch.VERB has the verb's main(arguments) -> exit code. Each is imported when it is asked for.
+# The module launch.verbs.VERB has the verb's main(arguments) -> exit code. Each is imported when it is asked for.
 VERBS = {
     "up": "make or change the account's foundation: bucket and roles; shows the changes and asks",
     "plan": "show what submit will send, what it costs, what it may touch and what is missing",
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         log.error("%s: there is no such verb; allowed: %s", verb, ", ".join(VERBS))
         return MISTAKE
     try:
-        code: int = import_module(f"launch.{verb}").main(rest)
+        code: int = import_module(f"launch.verbs.{verb}").main(rest)
         return code
     except UserError as error:
         log.error(str(error))

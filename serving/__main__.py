@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import streams
-from trainer.errors import MISTAKE, OK, UserError, install_command
+from trainer.common import streams
+from trainer.common.errors import MISTAKE, OK, UserError, install_command
 
 if TYPE_CHECKING:
     from serving.package import Package
@@ -60,9 +60,7 @@ def serve(arguments: Sequence[str]) -> int:
     parser.add_argument("--host", default=os.environ.get("SERVING_HOST", "127.0.0.1"), help="the address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=int(os.environ.get("SERVING_PORT", "8080")), help="(default %(default)s)")
     backend = os.environ.get("SERVING_BACKEND", "onnx")
-    parser.add_argument(
-        "--backend", default=backend, choices=["onnx", "torch"], help="what runs the network; torch is for GPUs (default %(default)s)"
-    )
+    parser.add_argument("--backend", default=backend, choices=["onnx", "torch"], help="what runs the network; torch is for GPUs (default %(default)s)")
     for setting in fields(Settings):
         default = getattr(defaults, setting.name)
         shown = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.package import Package
-from trainer.preprocess import PictureError
+from trainer.images.decode import PictureError
 
 
 def cores() -> int:

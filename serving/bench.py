@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from launch.prices import FALLBACK, price
+from launch.cloud.prices import FALLBACK, price
 from serving.deploy.prices import HOURS
-from trainer.errors import OK, UserError
+from trainer.common.errors import OK, UserError
 
 HEADROOM = 0.7  # of what an instance can do: autoscaling reacts after minutes
 PROVISIONED = 3  # the fewest warm Lambda environments, as in stack.yaml

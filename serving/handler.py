@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from serving import fetch, s3
 from serving.batching import Engine
-from trainer.errors import UserError
-from trainer.preprocess import PictureError
+from trainer.common.errors import UserError
+from trainer.images.decode import PictureError
 
 log = logging.getLogger("packhorse.serving")
 

@@ -1,4 +1,4 @@
-"""Loads a model package, as `trainer/package.py` builds it, and proves it before it answers.
+"""Loads a model package, as `trainer/results/package.py` builds it, and proves it before it answers.
 
 Every file must have its SHA-256, the network must fit the classes and the preprocessing, and the golden pictures must give their recorded pixels
 exactly and their recorded logits within the package's tolerance. That shows damage and train/serve skew; it does not show who built the package.
@@ -21,7 +21,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from trainer.preprocess import MAX_PIXELS, PictureError, Preprocessing, prepare
+from trainer.images.decode import MAX_PIXELS, PictureError, Preprocessing, prepare
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -193,9 +193,7 @@ BACKENDS = {"onnx": _open_onnx, "torch": _open_torch}
 
 def _check_shapes(session: "onnxruntime.InferenceSession", size: int, classes: int) -> None:
     """The network's one input and one output: name, type, and shape behind the batch dimension, which must be free."""
-    found = [
-        (value.name, value.type, value.shape[1:]) for value in (*session.get_inputs(), *session.get_outputs()) if isinstance(value.shape[0], str)
-    ]
+    found = [(value.name, value.type, value.shape[1:]) for value in (*session.get_inputs(), *session.get_outputs()) if isinstance(value.shape[0], str)]
     wanted = [("pixels", "tensor(uint8)", [size, size, 3]), ("logits", "tensor(float)", [classes])]
     if found != wanted:
         raise PackageError(f"model.onnx does not fit {MANIFEST}: it has {found}; its size and classes need {wanted}")

@@ -1,4 +1,4 @@
-"""The package's network in PyTorch, for GPU endpoints. It needs all of Packhorse installed: the network is built by `trainer/model.py`."""
+"""The package's network in PyTorch, for GPU endpoints. It needs all of Packhorse installed: the network is built by `trainer/network/build.py`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import UserError, install_command
+from trainer.common.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from serving.package import Network
@@ -18,7 +18,7 @@ def open_network(directory: Path, manifest: dict[str, Any], threads: int | None)
         import torch
         from safetensors.torch import load_file
 
-        from trainer import model
+        from trainer.network import build as model
     except ImportError as error:
         raise UserError(f"--backend=torch needs {error.name}: {install_command('serve')}") from error
 

@@ -14,23 +14,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer import config as settings
-from trainer.compose import compose
-from trainer.config import Config
+from trainer.settings import config as settings
+from trainer.settings.compose import compose
+from trainer.settings.config import Config
 
 PROJECT = Path(__file__).parents[1]
 
 # Minutes each, so `make test` leaves them out and `make long` runs them.
 LONG = (
-    "launch/test_rehearse.py",
-    "launch/test_user_data.py",
-    "trainer/test_distributed_failures.py",
-    "trainer/test_sweep.py::test_a_sampled_sweep_killed_at_random_is_the_undisturbed_one",
-    "trainer/test_sweep.py::test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_is_edited",
-    "trainer/test_two_hosts.py",
-    "trainer/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[average]",
-    "trainer/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[head]",
-    "trainer/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[shards]",
+    "launch/verbs/test_rehearse.py",
+    "launch/targets/test_user_data.py",
+    "trainer/distributed/test_failures.py",
+    "trainer/sweep/test_sweep.py::test_a_sampled_sweep_killed_at_random_is_the_undisturbed_one",
+    "trainer/sweep/test_sweep.py::test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_is_edited",
+    "trainer/distributed/test_two_hosts.py",
+    "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[average]",
+    "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[head]",
+    "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[shards]",
     "serving/test_doors.py",
     "test_docs.py::test_a_training_command_trains",
 )

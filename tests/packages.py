@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trainer import model
-from trainer.package import Contents
-from trainer.preprocess import Preprocessing
+from trainer.images.decode import Preprocessing
+from trainer.network import build as model
+from trainer.results.package import Contents
 
 CLASSES = ("café", "dog", "hen")
 SIZE = 32

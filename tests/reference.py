@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from launch import spec
-from trainer import config as settings
+from launch.targets import spec
+from trainer.settings import config as settings
 
 PROJECT = Path(__file__).parents[1]
 PAGE = PROJECT / "docs" / "configuration.md"
@@ -37,11 +37,7 @@ def page() -> str:
     parts = [HEAD]
     for name, rows in sections.items():
         options = sorted(path.stem for path in (PROJECT / "conf" / name).glob("*.yaml"))
-        choice = (
-            f"\n`{name}=` one of: {', '.join(f'`{option}`' for option in options)}. Defaults below are those of `{GENERAL[name]}`.\n"
-            if options
-            else ""
-        )
+        choice = f"\n`{name}=` one of: {', '.join(f'`{option}`' for option in options)}. Defaults below are those of `{GENERAL[name]}`.\n" if options else ""
         parts.append(f"## {name}\n{choice}\n{head('key', 'default', 'allowed', 'same run', 'meaning')}\n" + "\n".join(rows) + "\n")
     parts.append(f"# Targets\n\nOf `python -m launch VERB target=NAME`: {', '.join(f'`{name}`' for name in TARGETS)}.\n")
     for name in TARGETS:

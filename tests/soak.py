@@ -24,8 +24,9 @@ import torch
 from safetensors import torch as safetensors
 
 from tests.conftest import make_pictures, start_trainer
-from trainer import checkpoint, files
-from trainer.errors import OK, RESUME
+from trainer.common import files
+from trainer.common.errors import OK, RESUME
+from trainer.training import checkpoint
 
 # Everything that has state is on, and saving happens all the time, so that many kills fall into it.
 SETTINGS = (

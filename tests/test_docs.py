@@ -18,13 +18,13 @@ from serving import lambda_function
 from tests import reference
 from tests.conftest import PROJECT, make_pictures, run_trainer
 from tests.launch.conftest import Cloud, running
-from tests.launch.test_verbs import leave_results, run_of
+from tests.launch.verbs.test_verbs import leave_results, run_of
 from tests.packages import make_contents, make_network
 from tests.serving.conftest import Server
 from tests.serving.test_deploy import BUCKET, endpoint_and_function
-from trainer import space
-from trainer.errors import OK
-from trainer.package import build
+from trainer.common.errors import OK
+from trainer.results.package import build
+from trainer.settings import search_space as space
 
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 NAMES = [page.name for page in PAGES]
@@ -34,9 +34,9 @@ SMALL = ("train.epochs=1", "train.batch_size=8", "data.size=32", "data.resize=32
 
 # What is not run as it stands, and why. Everything else must end with exit code 0.
 NOT_AS_IT_STANDS = {
-    "--wait": "it waits for AWS to train; tests/launch/test_verbs.py waits",
-    "--follow": "Ctrl-C ends it; tests/launch/test_verbs.py follows to the end of a run",
-    "rehearse": "minutes; tests/launch/test_rehearse.py rehearses, here it must be possible to plan",
+    "--wait": "it waits for AWS to train; tests/launch/verbs/test_verbs.py waits",
+    "--follow": "Ctrl-C ends it; tests/launch/verbs/test_verbs.py follows to the end of a run",
+    "rehearse": "minutes; tests/launch/verbs/test_rehearse.py rehearses, here it must be possible to plan",
     "https://example.com": "no test needs the internet; tests/serving/test_fetch.py fetches",
     "make": "it would set up this environment again; what its targets run is there",
 }

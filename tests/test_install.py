@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from tests.conftest import PROJECT
-from trainer.errors import install_command
+from trainer.common.errors import install_command
 
 PROJECT_TABLE = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
 EXTRAS = set(PROJECT_TABLE["optional-dependencies"])
@@ -79,13 +79,13 @@ def test_pip_takes_an_extra_from_where_the_project_lies(tmp_path):
 @pytest.mark.parametrize(
     ("missing", "extra", "use"),
     [
-        ("timm", "timm", "from trainer.model import build; build('timm/resnet18', 3)"),
+        ("timm", "timm", "from trainer.network.build import build; build('timm/resnet18', 3)"),
         (
             "torch.utils.tensorboard",
             "tensorboard",
-            "from pathlib import Path; from trainer.metrics import Ledger; Ledger(None, Path('x'))",
+            "from pathlib import Path; from trainer.training.metrics import Ledger; Ledger(None, Path('x'))",
         ),
-        ("boto3", "aws", "from launch.aws import Aws; Aws('packhorse').account"),
+        ("boto3", "aws", "from launch.cloud.session import Aws; Aws('packhorse').account"),
         ("yaml", "aws", "from serving.deploy.release import template; template()"),
         ("parliament", "audit", "from launch.audit.identities import load_rule_sets as l; l()"),
     ],
@@ -94,7 +94,7 @@ def test_a_missing_package_is_said_with_the_command_that_brings_it(tmp_path, mis
     script = f"""
 import sys
 sys.modules[{missing!r}] = None
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 try:
     {use}
 except UserError as error:

@@ -10,7 +10,7 @@ import safetensors.torch
 
 from tests import soak
 from tests.conftest import QUICK, run_trainer
-from trainer.errors import OK
+from trainer.common.errors import OK
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def test_a_small_network_needs_no_torchvision_to_start():
 def test_the_first_step_needs_no_compiler():
     code = """
 import torch
-from trainer import device, model, optim
+from trainer.network import device, build as model, optim
 device.make_deterministic()
 network = model.build("small_cnn", 3)
 optimizer = optim.build(network, "adamw", lr=0.1, head_lr=None, weight_decay=0.1, momentum=0.9)
@@ -61,13 +61,22 @@ def test_launch_never_imports_torch():
     assert loaded_by(import_all("launch")).isdisjoint({"torch", "torchvision"})
 
 
-@pytest.mark.parametrize("module", ["trainer.config", "trainer.errors", "trainer.datasets", "trainer.run", "trainer.interrupt"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "trainer.settings.config",
+        "trainer.common.errors",
+        "trainer.images.datasets",
+        "trainer.training.run",
+        "trainer.common.interrupt",
+    ],
+)
 def test_settings_and_folders_are_read_without_torch(module):
     assert "torch" not in loaded_by(f"import {module}")
 
 
 def test_preprocessing_needs_pillow_and_numpy_only():
-    assert loaded_by("import trainer.preprocess") - set(sys.stdlib_module_names) <= {"PIL", "numpy", "trainer", "__main__"} | stray()
+    assert loaded_by("import trainer.images.decode") - set(sys.stdlib_module_names) <= {"PIL", "numpy", "trainer", "__main__"} | stray()
 
 
 def stray() -> set[str]:

@@ -13,17 +13,17 @@ from functools import partial
 import hydra
 from omegaconf import DictConfig
 
-from trainer import config as settings
-from trainer import weights
-from trainer.compose import CONF, resolve
-from trainer.config import Config
-from trainer.console import log, to_terminal
-from trainer.datasets import find_pictures
-from trainer.distributed import Ended, Lost, World, world
-from trainer.errors import FAULT, MEMORY_FULL, MISTAKE, OK, RESUME, Interrupted, UserError, machine_fault
-from trainer.explain import CONFIG_ERRORS, explain
-from trainer.interrupt import on_signals, on_spot_notice
-from trainer.run import check_identity, open_run
+from trainer.common.console import log, to_terminal
+from trainer.common.errors import FAULT, MEMORY_FULL, MISTAKE, OK, RESUME, Interrupted, UserError, machine_fault
+from trainer.common.interrupt import on_signals, on_spot_notice
+from trainer.distributed.job import Ended, Lost, World, world
+from trainer.images.datasets import find_pictures
+from trainer.network import weights
+from trainer.settings import config as settings
+from trainer.settings.compose import CONF, resolve
+from trainer.settings.config import Config
+from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
+from trainer.training.run import check_identity, open_run
 
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -54,8 +54,8 @@ def train(config: Config | None, world: World) -> None:
             run.summarize(result)
             return
         # Imported here: a wrong setting or folder is answered before PyTorch is loaded.
-        from trainer import stages
-        from trainer.loop import fit
+        from trainer.training import stages
+        from trainer.training.loop import fit
 
         machine = stages.prepare_machine(config, world)
         world.same(machine.facts(), stop)
@@ -79,7 +79,7 @@ def train(config: Config | None, world: World) -> None:
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Runs, and turns what went wrong into one line and an exit code (trainer/errors.py). HYDRA_FULL_ERROR=1 shows a mistake's traceback too."""
+    """Runs, and turns what went wrong into one line and an exit code (trainer/common/errors.py). HYDRA_FULL_ERROR=1 shows a mistake's traceback too."""
     try:
         work()
         return OK

@@ -22,21 +22,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer import cache, checkpoint, features, files, metrics, stages, weights
-from trainer import config as settings
 from trainer.__main__ import guarded
-from trainer.compose import resolve
-from trainer.config import Config
-from trainer.console import log, to_terminal
-from trainer.datasets import find_pictures
-from trainer.device import Machine, cores
-from trainer.errors import Interrupted, UserError
-from trainer.features import FeatureFeed
-from trainer.folder import ImageFolder, Split
-from trainer.interrupt import Stop, metadata
-from trainer.loader import Batch, Batches, Feed
-from trainer.loop import Checkpoints, Learner, Progress, evaluate, train_epoch
-from trainer.model import Classifier
+from trainer.common import files
+from trainer.common.console import log, to_terminal
+from trainer.common.errors import Interrupted, UserError
+from trainer.common.interrupt import Stop, metadata
+from trainer.images import cache
+from trainer.images.datasets import find_pictures
+from trainer.images.folder import ImageFolder, Split
+from trainer.images.loader import Batch, Batches, Feed
+from trainer.network import features, weights
+from trainer.network.build import Classifier
+from trainer.network.device import Machine, cores
+from trainer.network.features import FeatureFeed
+from trainer.settings import config as settings
+from trainer.settings.compose import resolve
+from trainer.settings.config import Config
+from trainer.training import checkpoint, metrics, stages
+from trainer.training.loop import Checkpoints, Learner, Progress, evaluate, train_epoch
 
 PICTURES = 512  # of each split, at most
 SLOW = 4.0  # seconds: where a step would take longer, it is measured on fewer pictures
@@ -132,9 +135,7 @@ def measure(config: Config, found: ImageFolder, network: Classifier, machine: Ma
         learner = stages.make_learner(config, network, batches, machine)
         ledger = metrics.Ledger(directory / "metrics.jsonl")
         checkpoints = Checkpoints(directory, checkpoint.Cadence(1e9, 1e-9), 2, ledger, {})
-        few = _fewer(
-            config, batches, _trained(config, learner, _resized(batches, min(8, config.train.batch_size)), checkpoints, seconds / 4), machine
-        )
+        few = _fewer(config, batches, _trained(config, learner, _resized(batches, min(8, config.train.batch_size)), checkpoints, seconds / 4), machine)
         _trained(config, learner, few, checkpoints, seconds / 4)  # what is slow at first (kernels chosen, memory taken) does not count
         trained = _trained(config, learner, few, checkpoints, seconds)
         evaluated = _evaluate_rate(learner, few, machine, seconds / 2)
@@ -309,9 +310,7 @@ def propose(config: Config, found: ImageFolder, measured: Measured, machine: Mac
     lines = []
     driver = nvidia_driver()
     if driver and not torch.cuda.is_available():
-        build = (
-            "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}, and the driver may be too old for it"
-        )
+        build = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}, and the driver may be too old for it"
         lines.append(f"a GPU that works: there is one ({driver}), but PyTorch {torch.__version__} {build}; see pytorch.org/get-started")
     if machine.device.type == "cpu" and torch.cuda.is_available():
         lines.append("train.device=cuda: there is a GPU, and it is not used")
@@ -320,9 +319,7 @@ def propose(config: Config, found: ImageFolder, measured: Measured, machine: Mac
     if measured.wait > 0.1 and not stages.reads_more_than_once(config):
         lines.append(f"data.cache=packed: {measured.wait:.0%} of the time goes by waiting for pictures to be decoded")
     elif measured.wait > 0.1 and config.data.workers is not None and config.data.workers < cores():
-        lines.append(
-            f"data.workers=null: {measured.wait:.0%} of the time goes by waiting for pictures, read by {config.data.workers} of {cores()} cores"
-        )
+        lines.append(f"data.workers=null: {measured.wait:.0%} of the time goes by waiting for pictures, read by {config.data.workers} of {cores()} cores")
     elif measured.wait > 0.1:
         lines.append(f"data.augment.trivial=false, or a machine with more cores: {measured.wait:.0%} of the time goes by waiting for random views")
     if not config.train.channels_last and measured.extract is None:

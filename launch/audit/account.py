@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from launch.aws import Aws, AwsError, partition
+from launch.cloud.session import Aws, AwsError, partition
 
 Description = dict[str, Any]  # what a Describe... call of botocore answers
 
@@ -198,9 +198,7 @@ def _identities(reader: Reader) -> Iterator[Identity]:
     }
 
     def policies(detail: Description, inline: str) -> tuple[Policy, ...]:
-        attached = [
-            Policy(entry["PolicyName"], entry["PolicyArn"], documents.get(entry["PolicyArn"], {})) for entry in detail["AttachedManagedPolicies"]
-        ]
+        attached = [Policy(entry["PolicyName"], entry["PolicyArn"], documents.get(entry["PolicyArn"], {})) for entry in detail["AttachedManagedPolicies"]]
         return (*attached, *(Policy(entry["PolicyName"], None, entry["PolicyDocument"]) for entry in detail.get(inline, [])))
 
     for role in details("RoleDetailList", "Role"):
@@ -346,20 +344,14 @@ def _keep_machine_learning(account: Account) -> None:
     account.identities = [
         entry
         for entry in account.identities
-        if entry.arn in used
-        or "project" in entry.tags
-        or "sagemaker" in entry.services
-        or _mentions(entry, "sagemaker:")
-        or groups & set(entry.groups)
+        if entry.arn in used or "project" in entry.tags or "sagemaker" in entry.services or _mentions(entry, "sagemaker:") or groups & set(entry.groups)
     ]
     texts = [str(policy.document) for entry in account.identities for policy in entry.policies if not policy.by_aws]
     texts += [str((entry.get("InputDataConfig"), entry.get("OutputDataConfig"))) for entry in account.jobs] + [str(entry) for entry in account.models]
     account.buckets = [
         entry
         for entry in account.buckets
-        if "project" in entry["Tags"]
-        or "sagemaker" in entry["Name"]
-        or any(re.search(rf"[:/]{re.escape(entry['Name'])}\b(?!-)", text) for text in texts)
+        if "project" in entry["Tags"] or "sagemaker" in entry["Name"] or any(re.search(rf"[:/]{re.escape(entry['Name'])}\b(?!-)", text) for text in texts)
     ]
     instances = {entry["InstanceId"] for entry in account.instances}
     account.volumes = [
@@ -372,9 +364,7 @@ def _keep_machine_learning(account: Account) -> None:
     account.security_groups = {name: group for name, group in account.security_groups.items() if name in attached}
     account.addresses = [entry for entry in account.addresses if "project" in _tags(entry.get("Tags", []))]
     names = {f"/aws/lambda/{entry['FunctionName']}" for entry in account.functions}
-    account.log_groups = [
-        entry for entry in account.log_groups if entry["logGroupName"].startswith("/aws/sagemaker/") or entry["logGroupName"] in names
-    ]
+    account.log_groups = [entry for entry in account.log_groups if entry["logGroupName"].startswith("/aws/sagemaker/") or entry["logGroupName"] in names]
 
 
 def _mentions(identity: Identity, *beginnings: str) -> bool:

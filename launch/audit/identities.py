@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.audit.account import Account, Description, Identity, Policy, listed
 from launch.audit.finding import Found, Severity, rule
-from trainer.errors import UserError, install_command
+from trainer.common.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from cloudsplaining.scan.policy_document import PolicyDocument
@@ -78,15 +78,11 @@ def full_access(account: Account) -> Iterator[Found]:
                 yield Found(identity.arn, f"{identity.kind} {identity.name} has AWS's policy {policy.name}", _detach(identity, policy))
 
 
-@rule(
-    "role/wildcard-action", Severity.HIGH, "It grants what the service will offer tomorrow too, and deleting and sharing besides what the job does."
-)
+@rule("role/wildcard-action", Severity.HIGH, "It grants what the service will offer tomorrow too, and deleting and sharing besides what the job does.")
 def wildcard_action(account: Account) -> Iterator[Found]:
     for identity, policy, statement in _allowing(account):
         if services := [action for action in statement.actions if action.endswith(":*")]:
-            yield Found(
-                identity.arn, f"policy {policy.name} of {identity.kind} {identity.name} allows {', '.join(services)}", _narrow(identity, policy)
-            )
+            yield Found(identity.arn, f"policy {policy.name} of {identity.kind} {identity.name} allows {', '.join(services)}", _narrow(identity, policy))
 
 
 @rule(
@@ -97,11 +93,7 @@ def wildcard_action(account: Account) -> Iterator[Found]:
 def wildcard_resource(account: Account) -> Iterator[Found]:
     for identity, policy, statement in _allowing(account):
         # A service's wildcard has a finding of its own; what only lists or reads settings gives away little.
-        if (
-            not statement.has_resource_wildcard
-            or statement.has_condition
-            or any(action == "*" or action.endswith(":*") for action in statement.actions)
-        ):
+        if not statement.has_resource_wildcard or statement.has_condition or any(action == "*" or action.endswith(":*") for action in statement.actions):
             continue
         actions = [action for action in statement.restrictable_actions if action != "iam:PassRole" and not _reads_settings(action)]
         if actions:
@@ -109,9 +101,7 @@ def wildcard_resource(account: Account) -> Iterator[Found]:
             yield Found(identity.arn, what, _put(identity, policy, _with_resources(account, policy.document)))
 
 
-@rule(
-    "role/pass-role", Severity.HIGH, "Whoever may pass any role to any service may start a machine with the account's strongest role and act as it."
-)
+@rule("role/pass-role", Severity.HIGH, "Whoever may pass any role to any service may start a machine with the account's strongest role and act as it.")
 def pass_role(account: Account) -> Iterator[Found]:
     for identity, policy, statement in _allowing(account):
         if "iam:PassRole" not in statement.expanded_actions or "*" in statement.actions:
@@ -147,9 +137,7 @@ def escalation(account: Account) -> Iterator[Found]:
     for identity, policy in _own(account):
         if ways := _document(policy).allows_privilege_escalation:
             names = ", ".join(f"{way['type']} ({' + '.join(way['actions'])})" for way in ways[:3])
-            what = f"policy {policy.name} of {identity.kind} {identity.name} allows {names}" + (
-                f" and {len(ways) - 3} more ways" if len(ways) > 3 else ""
-            )
+            what = f"policy {policy.name} of {identity.kind} {identity.name} allows {names}" + (f" and {len(ways) - 3} more ways" if len(ways) > 3 else "")
             yield Found(identity.arn, what, _narrow(identity, policy))
 
 
@@ -210,9 +198,7 @@ def shared(account: Account) -> Iterator[Found]:
     for identity in account.identities:
         services = sorted(set(identity.services))
         if len(services) > 1:
-            yield Found(
-                identity.arn, f"role {identity.name} serves {', '.join(services)}", "make one role for each service: python -m launch up does"
-            )
+            yield Found(identity.arn, f"role {identity.name} serves {', '.join(services)}", "make one role for each service: python -m launch up does")
 
 
 @rule("role/any-source", Severity.LOW, "The service would use the role for a request from another account that names it (the confused deputy).")
@@ -230,9 +216,7 @@ def unused(account: Account) -> Iterator[Found]:
     for identity in account.identities:
         if identity.kind == "role" and identity.created and account.days_since(identity.used or identity.created) > 90:
             since = "never used" if identity.used is None else f"not used for {account.days_since(identity.used):.0f} days"
-            yield Found(
-                identity.arn, f"role {identity.name} was {since}", f"delete it: aws iam delete-role --role-name {identity.name} (after its policies)"
-            )
+            yield Found(identity.arn, f"role {identity.name} was {since}", f"delete it: aws iam delete-role --role-name {identity.name} (after its policies)")
 
 
 @rule("user/old-key", Severity.MEDIUM, "A key that never changes ends up in a notebook, a shell history or a repository, and works from anywhere.")
@@ -377,11 +361,7 @@ def _with_resources(account: Account, document: Description) -> Description:
 def _arns(account: Account, action: str) -> list[str]:
     """What an action can be held to: the account's own resources of the kind, or their ARN with a place for the name."""
     known = [
-        *(
-            arn
-            for entry in account.buckets
-            for arn in (f"arn:{account.partition}:s3:::{entry['Name']}", f"arn:{account.partition}:s3:::{entry['Name']}/*")
-        ),
+        *(arn for entry in account.buckets for arn in (f"arn:{account.partition}:s3:::{entry['Name']}", f"arn:{account.partition}:s3:::{entry['Name']}/*")),
         *(entry["EndpointArn"] for entry in account.endpoints),
         *(entry["NotebookInstanceArn"] for entry in account.notebooks),
         *(entry["FunctionArn"] for entry in account.functions),

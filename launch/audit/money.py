@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from datetime import datetime
 
-from launch import prices
 from launch.audit.account import Account, Description
 from launch.audit.finding import Found, Severity, rule
+from launch.cloud import prices
 
 HOURS_A_MONTH = 730
 IDLE_CPU = 5.0  # percent; a machine whose processor never did more in any hour did no work
-# us-east-1, https://aws.amazon.com/ebs/pricing, /vpc/pricing, /lambda/pricing: estimates, as all of launch/prices.json
+# us-east-1, https://aws.amazon.com/ebs/pricing, /vpc/pricing, /lambda/pricing: estimates, as all of launch/cloud/prices.json
 GP3_GB_MONTH = 0.08  # $
 ADDRESS_HOUR = 0.005  # $
 PROVISIONED_GB_SECOND = 0.0000041667  # $
@@ -37,9 +37,7 @@ def idle_instance(account: Account) -> Iterator[Found]:
         running = instance["State"]["Name"] == "running"
         if running and account.days_since(instance["LaunchTime"]) >= account.idle_days and instance.get("Activity", 0.0) < IDLE_CPU:
             name = instance["InstanceId"]
-            what = (
-                f"instance {name} ({instance['InstanceType']}) has been idle for {_days(account, instance['LaunchTime'])}: CPU below {IDLE_CPU:g} %"
-            )
+            what = f"instance {name} ({instance['InstanceType']}) has been idle for {_days(account, instance['LaunchTime'])}: CPU below {IDLE_CPU:g} %"
             change = f"aws ec2 terminate-instances --instance-ids {name} (or stop-instances, to keep its disk)"
             yield Found(account.arn("ec2", f"instance/{name}"), what, change, _a_month(_hourly(account, instance["InstanceType"], 1)))
 
@@ -96,9 +94,7 @@ def stopped_instance(account: Account) -> Iterator[Found]:
         size = sum(volume["Size"] for volume in account.volumes for entry in volume["Attachments"] if entry["InstanceId"] == name)
         if instance["State"]["Name"] == "stopped" and size:
             change = f"aws ec2 terminate-instances --instance-ids {name}"
-            yield Found(
-                account.arn("ec2", f"instance/{name}"), f"instance {name} is stopped and keeps {size} GB of disk", change, size * GP3_GB_MONTH
-            )
+            yield Found(account.arn("ec2", f"instance/{name}"), f"instance {name} is stopped and keeps {size} GB of disk", change, size * GP3_GB_MONTH)
 
 
 @rule("address/unused", Severity.LOW, "A public address is paid by the hour, more so when nothing uses it.")
@@ -146,9 +142,7 @@ def _old(account: Account, provisioned: Description) -> bool:
 def _machines(endpoint: Description) -> list[tuple[str, int]]:
     counts = {entry["VariantName"]: entry.get("CurrentInstanceCount") for entry in endpoint.get("ProductionVariants", [])}
     variants = endpoint["Config"].get("ProductionVariants", [])
-    return [
-        (entry["InstanceType"], counts.get(entry["VariantName"]) or entry["InitialInstanceCount"]) for entry in variants if "InstanceType" in entry
-    ]
+    return [(entry["InstanceType"], counts.get(entry["VariantName"]) or entry["InitialInstanceCount"]) for entry in variants if "InstanceType" in entry]
 
 
 def _hourly(account: Account, instance_type: str, count: int) -> float | None:

@@ -30,9 +30,7 @@ def public_bucket(account: Account) -> Iterator[Found]:
         ways = []
         if any(_open(statement) for statement in _allowed(bucket["Policy"])) and not _blocked(account, bucket, "RestrictPublicBuckets"):
             ways.append("its policy allows any principal")
-        if any("/global/" in grant.get("Grantee", {}).get("URI", "") for grant in bucket["Grants"]) and not _blocked(
-            account, bucket, "IgnorePublicAcls"
-        ):
+        if any("/global/" in grant.get("Grantee", {}).get("URI", "") for grant in bucket["Grants"]) and not _blocked(account, bucket, "IgnorePublicAcls"):
             ways.append("its access control list allows everyone")
         if ways:
             yield Found(f"bucket {bucket['Name']}", f"bucket {bucket['Name']} is public: {' and '.join(ways)}", _block(bucket))
@@ -46,17 +44,10 @@ def unblocked_bucket(account: Account) -> Iterator[Found]:
             yield Found(f"bucket {bucket['Name']}", f"bucket {bucket['Name']} does not set {', '.join(missing)}", _block(bucket))
 
 
-@rule(
-    "bucket/other-account", Severity.MEDIUM, "Whoever runs that account can read or replace data and models; a replaced model runs with your roles."
-)
+@rule("bucket/other-account", Severity.MEDIUM, "Whoever runs that account can read or replace data and models; a replaced model runs with your roles.")
 def shared_bucket(account: Account) -> Iterator[Found]:
     for bucket in account.buckets:
-        others = {
-            str(name)
-            for statement in _allowed(bucket["Policy"])
-            for name in _aws_principals(statement)
-            if name != "*" and account.id not in str(name)
-        }
+        others = {str(name) for statement in _allowed(bucket["Policy"]) for name in _aws_principals(statement) if name != "*" and account.id not in str(name)}
         if others:
             change = f"remove the statement: aws s3api get-bucket-policy --bucket {bucket['Name']}, then put-bucket-policy without it"
             yield Found(f"bucket {bucket['Name']}", f"bucket {bucket['Name']} is open to {', '.join(sorted(others))}", change)
@@ -102,9 +93,7 @@ def root_notebook(account: Account) -> Iterator[Found]:
 def internet_notebook(account: Account) -> Iterator[Found]:
     for notebook in account.notebooks:
         if notebook.get("DirectInternetAccess", "Enabled") == "Enabled":
-            change = (
-                "it can't be changed: delete it and create it with --direct-internet-access Disabled --subnet-id SUBNET --security-group-ids GROUP"
-            )
+            change = "it can't be changed: delete it and create it with --direct-internet-access Disabled --subnet-id SUBNET --security-group-ids GROUP"
             yield Found(notebook["NotebookInstanceArn"], f"{_notebook(notebook)} reaches the internet outside of your network", change)
 
 
@@ -132,9 +121,7 @@ def old_notebook(account: Account) -> Iterator[Found]:
             )
 
 
-@rule(
-    "notebook/default-key", Severity.LOW, "With AWS's own key nobody can be kept from the disk by a key policy, and the key's use is not in your log."
-)
+@rule("notebook/default-key", Severity.LOW, "With AWS's own key nobody can be kept from the disk by a key policy, and the key's use is not in your log.")
 def keyless_notebook(account: Account) -> Iterator[Found]:
     for notebook in account.notebooks:
         if "KmsKeyId" not in notebook:
@@ -188,9 +175,7 @@ def public_url(account: Account) -> Iterator[Found]:
         for url in function["Urls"]:
             if url["AuthType"] == "NONE":
                 change = f"aws lambda update-function-url-config --function-name {function['FunctionName']} --auth-type AWS_IAM"
-                yield Found(
-                    function["FunctionArn"], f"function {function['FunctionName']} has a URL without authentication: {url['FunctionUrl']}", change
-                )
+                yield Found(function["FunctionArn"], f"function {function['FunctionName']} has a URL without authentication: {url['FunctionUrl']}", change)
 
 
 @rule("function/public", Severity.CRITICAL, "Anyone with an AWS account can call it.")
@@ -250,9 +235,7 @@ def open_port(account: Account) -> Iterator[Found]:
             users = [entry["InstanceId"] for entry in account.instances if name in {used["GroupId"] for used in entry.get("SecurityGroups", [])}]
             ports = ", ".join(_port(entry) for entry in permissions)
             what = f"security group {name} opens {ports} to the world" + (f" for {', '.join(users)}" if users else "")
-            change = (
-                f"aws ec2 revoke-security-group-ingress --group-id {name} --ip-permissions '{json.dumps(permissions)}'; log in by Session Manager"
-            )
+            change = f"aws ec2 revoke-security-group-ingress --group-id {name} --ip-permissions '{json.dumps(permissions)}'; log in by Session Manager"
             yield Found(account.arn("ec2", f"security-group/{name}"), what, change)
 
 
@@ -269,9 +252,7 @@ def unencrypted_volume(account: Account) -> Iterator[Found]:
     for volume in account.volumes:
         if not volume["Encrypted"]:
             place = ", ".join(entry["InstanceId"] for entry in volume["Attachments"]) or "nothing"
-            change = (
-                f"aws ec2 enable-ebs-encryption-by-default; then copy a snapshot with --encrypted and make the volume anew ({volume['VolumeId']})"
-            )
+            change = f"aws ec2 enable-ebs-encryption-by-default; then copy a snapshot with --encrypted and make the volume anew ({volume['VolumeId']})"
             yield Found(account.arn("ec2", f"volume/{volume['VolumeId']}"), f"volume {volume['VolumeId']} of {place} is not encrypted", change)
 
 
@@ -321,9 +302,7 @@ def _update(notebook: Description, change: str) -> str:
 
 def _secrets(values: dict[str, str]) -> list[str]:
     """The names whose values are secrets; the values themselves are never shown."""
-    return sorted(
-        name for name, value in values.items() if SECRET_VALUE.search(value) or (SECRET_NAME.search(name) and value and not value.startswith("arn:"))
-    )
+    return sorted(name for name, value in values.items() if SECRET_VALUE.search(value) or (SECRET_NAME.search(name) and value and not value.startswith("arn:")))
 
 
 def _instance_arn(account: Account, instance: Description) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.aws import Aws, explained
-from launch.prices import FALLBACK, table
+from launch.cloud.prices import FALLBACK, table
+from launch.cloud.session import Aws, explained
 from serving.deploy import operate, prices
 from serving.deploy import stack as stacks
 from serving.deploy.release import NAME, TEMPLATE, Place, Release, Remote, Upload, build, idle_price, resources
-from trainer.console import python
-from trainer.errors import OK, RESUME, UserError
+from trainer.common.console import python
+from trainer.common.errors import OK, RESUME, UserError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -277,9 +277,7 @@ def destroy(options: argparse.Namespace) -> int:
         aws.call("cloudformation", "DeleteStack", StackName=place.name)
         gone = stacks.follow(aws, stack["StackId"], before)
         if gone["StackStatus"] != "DELETE_COMPLETE":
-            raise UserError(
-                f"stack {place.name}: {gone['StackStatus']}; {stacks.reason(aws, stack['StackId'], before)}; start the same command again"
-            )
+            raise UserError(f"stack {place.name}: {gone['StackStatus']}; {stacks.reason(aws, stack['StackId'], before)}; start the same command again")
     count = _delete_objects(aws, place.bucket, place.folder)  # after the stack: an endpoint that scales out reads its model again
     print(f"removed: {'the stack, and ' if stack else ''}{count} objects in s3://{place.bucket}/{place.folder}")
     return OK
@@ -289,9 +287,7 @@ def _delete_objects(aws: Aws, bucket: str, prefix: str) -> int:
     """Deletes all versions. How many there were."""
     objects: list[dict[str, str]] = []
     for key in ("Versions", "DeleteMarkers"):
-        objects += [
-            {"Key": item["Key"], "VersionId": item["VersionId"]} for item in aws.pages("s3", "ListObjectVersions", key, Bucket=bucket, Prefix=prefix)
-        ]
+        objects += [{"Key": item["Key"], "VersionId": item["VersionId"]} for item in aws.pages("s3", "ListObjectVersions", key, Bucket=bucket, Prefix=prefix)]
     for start in range(0, len(objects), 1000):  # as many as one call takes
         answer = aws.call("s3", "DeleteObjects", Bucket=bucket, Delete={"Objects": objects[start : start + 1000], "Quiet": True})
         if answer.get("Errors"):

@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from serving.package import MANIFEST
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
 PROXY = {"lambda_function.py": "serving/lambda_function.py", "fetch.py": "serving/fetch.py"}
 DIRECT = (
     *(f"serving/{name}.py" for name in ("__init__", "batching", "fetch", "handler", "lambda_direct", "lambda_function", "package", "s3")),
-    *(f"trainer/{name}.py" for name in ("__init__", "bounds", "errors", "preprocess")),
+    *(f"trainer/{name}.py" for name in ("__init__", "common/__init__", "common/errors", "images/__init__", "images/bounds", "images/decode")),
 )
 PACKAGE = "package"  # where the direct zip holds the model package, unpacked
 

@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.aws import Aws
-from launch.prices import table
+from launch.cloud.prices import table
+from launch.cloud.session import Aws
 from serving.deploy import prices
 from serving.deploy import stack as stacks
 from serving.deploy.release import idle_price
-from trainer import streams
-from trainer.errors import FAULT, OK, UserError
+from trainer.common import streams
+from trainer.common.errors import FAULT, OK, UserError
 
 FOLLOW = 2.0  # seconds between two looks at the logs
 MAX_CALL = 6_291_456  # bytes of a call to Lambda or to an endpoint

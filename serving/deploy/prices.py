@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from launch.prices import price
+from launch.cloud.prices import price
 
 HOURS = 730  # in a month, as AWS counts
 
-# US dollars in us-east-1, from AWS's pages of November 2026; a machine's hour is in launch/prices.json.
+# US dollars in us-east-1, from AWS's pages of November 2026; a machine's hour is in launch/cloud/prices.json.
 WARM_GB_SECOND = 0.0000041667  # Lambda's provisioned concurrency, x86
 GB_SECOND = 0.0000166667  # Lambda at work, x86
 REQUEST = 0.20 / 1e6  # Lambda, one call

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.deploy import bundle, prices
-from trainer.errors import UserError, install_command
+from trainer.common.errors import UserError, install_command
 
 TEMPLATE = Path(__file__).parents[1] / "stack.yaml"
 NAME = r"[a-z][a-z0-9-]{0,39}"  # lower case, as IAM writes the endpoint's ARN; role names add 9 characters to it, and end at 64
@@ -143,9 +143,7 @@ def _image_arn(image: str, place: Place) -> str:
     parts = ECR.fullmatch(image)
     if not parts:
         what = "an endpoint needs a container" if image == "none" else f"--image {image}: this is no image in ECR with a tag or a digest"
-        raise UserError(
-            f"{what}; build serving/Dockerfile, push it and give ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG, or deploy with --door lambda"
-        )
+        raise UserError(f"{what}; build serving/Dockerfile, push it and give ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG, or deploy with --door lambda")
     return f"arn:{place.partition}:ecr:{parts['region']}:{parts['account']}:repository/{parts['repository']}"
 
 
@@ -228,9 +226,7 @@ def template() -> dict[str, Any]:
 def resources(parameters: Mapping[str, str]) -> dict[str, str]:
     """Type of each resource that the template makes with these parameters, by name."""
     return {
-        name: body["Type"]
-        for name, body in template()["Resources"].items()
-        if "Condition" not in body or _holds({"Condition": body["Condition"]}, parameters)
+        name: body["Type"] for name, body in template()["Resources"].items() if "Condition" not in body or _holds({"Condition": body["Condition"]}, parameters)
     }
 
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
-from launch.aws import Aws
+from launch.cloud.session import Aws
 from serving.deploy.release import Release
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 
 POLL = 5.0  # seconds between two looks at a stack that changes
 ABSENT = "does not exist"  # CloudFormation answers ValidationError for a stack that is not there

@@ -14,7 +14,7 @@ import torch
 from tests.benchmarks import photos
 from tests.benchmarks.measure import cpu_seconds, short
 from tests.benchmarks.table import Row, Table, installed
-from trainer.datasets import materialize
+from trainer.images.datasets import materialize
 
 TITLE = "Frozen backbone"
 PROJECT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ print(right / len(valid.dataset))
 
 OURS = """
 import os, runpy, sys
-from trainer import stages
+from trainer.training import stages
 
 def trained(*arguments):
     os._exit(0)  # what comes after training (the best weights, test, package, report) the tutorial does not do
@@ -89,9 +89,7 @@ def measure(scratch: Path, rounds: int) -> Table:
     costs = {"the correct tutorial loop": timed(lambda: tutorial(pictures, 224, EPOCHS, "", 0))}
     for views in (1, 4):
         name = f"ours, {views} cached view{'s' * (views > 1)}"
-        costs[name] = timed(
-            lambda views=views: ours(scratch / f"views{views}", pictures, 224, EPOCHS, views, 0, "model=resnet50", "model.weights=null")
-        )
+        costs[name] = timed(lambda views=views: ours(scratch / f"views{views}", pictures, 224, EPOCHS, views, 0, "model=resnet50", "model.weights=null"))
     base, rows = costs["the correct tutorial loop"], []
     for name, seconds in costs.items():
         target = 15.0 if name == "ours, 1 cached view" else None

@@ -15,11 +15,11 @@ import numpy as np
 from tests.benchmarks import photos
 from tests.benchmarks.measure import Cost, Work, paired, ratio, short
 from tests.benchmarks.table import Row, Table, installed
-from trainer import cache
-from trainer.augment import Augmentation
-from trainer.folder import ImageFolder, Split, scan
-from trainer.loader import Feed, Reader
-from trainer.preprocess import Preprocessing
+from trainer.images import cache
+from trainer.images.augment import Augmentation
+from trainer.images.decode import Preprocessing
+from trainer.images.folder import ImageFolder, Split, scan
+from trainer.images.loader import Feed, Reader
 
 TITLE = "Input"
 WORKERS, BATCH, SIZE = 2, 32, 224
@@ -122,9 +122,7 @@ def first_batches(loaders: dict[str, Iterable[Any]], rounds: int) -> dict[str, f
 
 def feed(root: Path, passes: int = 1, read: Reader | None = None) -> Feed:
     found = pictures(root, passes)
-    return Feed(
-        found, PREPROCESSING, Augmentation(SCALE, RATIO, flip=True, trivial=False), batch_size(found.splits["train"].paths), 0, WORKERS, read=read
-    )
+    return Feed(found, PREPROCESSING, Augmentation(SCALE, RATIO, flip=True, trivial=False), batch_size(found.splits["train"].paths), 0, WORKERS, read=read)
 
 
 def batch_size(pictures: Sized) -> int:

@@ -14,10 +14,13 @@ from torch.nn import functional
 
 from tests.benchmarks.measure import Work, apart, ratio, short
 from tests.benchmarks.table import Row, Table, installed
-from trainer import checkpoint, config, device, metrics, model, optim
-from trainer.interrupt import Stop
-from trainer.loader import Batch
-from trainer.loop import Checkpoints, Learner, Progress, train_epoch
+from trainer.common.interrupt import Stop
+from trainer.images.loader import Batch
+from trainer.network import build as model
+from trainer.network import device, optim
+from trainer.settings import config
+from trainer.training import checkpoint, metrics
+from trainer.training.loop import Checkpoints, Learner, Progress, train_epoch
 
 TITLE = "Loop"
 CONF = Path(__file__).parents[2] / "conf"
@@ -71,9 +74,7 @@ def tiny() -> model.Classifier:
 
 def make_batches(size: int, batch_size: int, count: int) -> list[Batch]:
     torch.manual_seed(0)
-    return [
-        Batch(torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8), torch.randint(0, CLASSES, (batch_size,))) for _ in range(count)
-    ]
+    return [Batch(torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8), torch.randint(0, CLASSES, (batch_size,))) for _ in range(count)]
 
 
 # --- the contenders: each does one epoch and returns how many images it saw ---

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 
 # Photographs, no drawings and no microscopy, in the packages' own folders.
 SOURCES = {

@@ -15,11 +15,14 @@ from hydra import compose, initialize_config_dir
 from tests.benchmarks.loop import CLASSES, CONF, InMemory, make_batches
 from tests.benchmarks.measure import Work, paired, ratio, short
 from tests.benchmarks.table import Row, Table
-from trainer import checkpoint, config, metrics, model, optim
-from trainer.distributed import Gradients, Job, Replicated, World, world
-from trainer.interrupt import Stop
-from trainer.loop import Checkpoints, Learner, Progress, train_epoch, trained_part
-from trainer.sampler import Share
+from trainer.common.interrupt import Stop
+from trainer.distributed.job import Gradients, Job, Replicated, World, world
+from trainer.images.sampler import Share
+from trainer.network import build as model
+from trainer.network import optim
+from trainer.settings import config
+from trainer.training import checkpoint, metrics
+from trainer.training.loop import Checkpoints, Learner, Progress, train_epoch, trained_part
 
 TITLE = "Scaling"
 PROJECT = Path(__file__).parents[2]
@@ -83,9 +86,7 @@ def free_port() -> int:
 def start(scratch: Path, freeze: str, rank: int, size: int, port: int) -> subprocess.Popen[str]:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = (
-        os.environ
-        | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        | {name: str(value) for name, value in names.items()}
+        os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | {name: str(value) for name, value in names.items()}
     )
     command = [sys.executable, "-m", "tests.benchmarks.scaling", str(scratch), freeze]
     return subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -148,11 +149,7 @@ def estimates() -> list[Row]:
             ("8 x T4, 6 GB/s", 8, 64 / 250, 6e9),
         ):
             seconds = sent(gradient_bytes(freeze), count) / bandwidth
-            rows.append(
-                Row(
-                    f"estimate, {name}: {where}", ("", f"{step / (step + seconds):.3f}", short(count * (32 if count == 4 else 64) / (step + seconds)))
-                )
-            )
+            rows.append(Row(f"estimate, {name}: {where}", ("", f"{step / (step + seconds):.3f}", short(count * (32 if count == 4 else 64) / (step + seconds)))))
     return rows
 
 

@@ -25,10 +25,10 @@ from serving import bench
 from serving.bench import Load, example
 from tests.benchmarks.measure import ratio, short
 from tests.benchmarks.table import Row, Table, installed
-from trainer import model
-from trainer.package import Contents, build
-from trainer.preprocess import Preprocessing
-from trainer.quantize import Pictures
+from trainer.images.decode import Preprocessing
+from trainer.network import build as model
+from trainer.results.package import Contents, build
+from trainer.results.quantize import Pictures
 
 TITLE = "Serving"
 PROJECT = Path(__file__).parents[2]
@@ -211,9 +211,7 @@ def make_contenders(scratch: Path) -> dict[str, Start]:
         code.mkdir(parents=True, exist_ok=True)
         (code / "inference.py").write_text(network + TOOLKIT)
         (scratch / "store").mkdir(exist_ok=True)
-        addresses = [
-            f"{kind}_address=http://127.0.0.1:{number}" for kind, number in (("inference", port), ("management", free()), ("metrics", free()))
-        ]
+        addresses = [f"{kind}_address=http://127.0.0.1:{number}" for kind, number in (("inference", port), ("management", free()), ("metrics", free()))]
         (scratch / "ts.properties").write_text(TS_PROPERTIES + "\n".join(addresses))
         command = ["torchserve", "--start", "--foreground", "--model-store", "store", "--ts-config", "ts.properties", "--models"]
         environment = {"SAGEMAKER_BASE_DIR": str(scratch / "ml"), "SAGEMAKER_PROGRAM": "inference.py", "PYTHONPATH": str(code)}
@@ -344,9 +342,7 @@ def make_table(found: dict[str, list[Measured]]) -> Table:
             cells += [str(better[0]), *(short(one.median) for one in better[1:])]
         rows.append(Row(name, (*cells, short(median(value.loads[8].rate for value in values))), *target(name, values, numbers)))
     columns = ("ready, s", "MB", "CPU ms", "1 client: throughput", "p50", "p99", "8 clients: throughput", "p50", "p99", "answers/s")
-    missing = [name for name in ("fastapi", "litserve") if not installed(name)] + (
-        [] if (DOORS / "torchserve").exists() else ["torchserve (make doors)"]
-    )
+    missing = [name for name in ("fastapi", "litserve") if not installed(name)] + ([] if (DOORS / "torchserve").exists() else ["torchserve (make doors)"])
     return Table(TITLE, NOTE, columns, rows, ("onnxruntime", "fastapi", "litserve"), missing)
 
 

@@ -8,8 +8,10 @@ import torch
 
 from tests.benchmarks.measure import cost, ratio, short
 from tests.benchmarks.table import Row, Table
-from trainer import checkpoint, metrics, model, optim
-from trainer.loop import Checkpoints, Learner, Progress
+from trainer.network import build as model
+from trainer.network import optim
+from trainer.training import checkpoint, metrics
+from trainer.training.loop import Checkpoints, Learner, Progress
 
 TITLE = "Checkpoint stall"
 NOTE = """How long a checkpoint of ResNet-50 trained by SGD with momentum (its weights and as many momenta) holds the training loop.

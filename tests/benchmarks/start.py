@@ -30,7 +30,7 @@ SMALL = "torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.n
 
 OURS = """
 import os, runpy, sys
-from trainer import loop
+from trainer.training import loop
 
 step = loop.train_step
 

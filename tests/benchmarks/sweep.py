@@ -16,13 +16,16 @@ from torch import nn
 from tests.benchmarks import photos
 from tests.benchmarks.measure import Work, paired, ratio
 from tests.benchmarks.table import Row, Table
-from trainer import checkpoint, config, device, metrics, model, optim
-from trainer.features import FeatureFeed
-from trainer.folder import Split
-from trainer.interrupt import Stop
-from trainer.loader import Feed
-from trainer.loop import Checkpoints, Learner, Progress, train_epoch
+from trainer.common.interrupt import Stop
+from trainer.images.folder import Split
+from trainer.images.loader import Feed
+from trainer.network import build as model
+from trainer.network import device, optim
+from trainer.network.features import FeatureFeed
+from trainer.settings import config
 from trainer.sweep import heads
+from trainer.training import checkpoint, metrics
+from trainer.training.loop import Checkpoints, Learner, Progress, train_epoch
 
 TITLE = "Sweep"
 PROJECT = Path(__file__).parents[2]

@@ -211,9 +211,7 @@ class Strict:
 
     # --- where moto is not strict ---
 
-    def _strictly(
-        self, service: str, operation: str, parameters: dict[str, Any], region: str, environ: WSGIEnvironment, start: Any
-    ) -> Iterable[bytes]:
+    def _strictly(self, service: str, operation: str, parameters: dict[str, Any], region: str, environ: WSGIEnvironment, start: Any) -> Iterable[bytes]:
         if operation in self._refuse:
             raise Refused(*self._refuse.pop(operation))
         own = getattr(self, f"_{operation}", None)
@@ -414,16 +412,12 @@ class Strict:
         if token in self._tokens:
             before, answer = self._tokens[token]
             if before != content:
-                raise Refused(
-                    "IdempotentParameterMismatch", f"The request uses the same client token as a previous, but non-identical request: {token}"
-                )
+                raise Refused("IdempotentParameterMismatch", f"The request uses the same client token as a previous, but non-identical request: {token}")
             return _answer(start, "200 OK", b"".join(answer), "text/xml")
         if len(base64.b64decode(parameters.get("UserData", ""))) > 16384:
             raise Refused("InvalidParameterValue", "User data is limited to 16384 bytes")
         if parameters["IamInstanceProfile.Name"] not in {each.name for each in get_backend("iam")[ACCOUNT]["aws"].instance_profiles.values()}:
-            raise Refused(
-                "InvalidParameterValue", f"Value ({parameters['IamInstanceProfile.Name']}) for parameter iamInstanceProfile.name is invalid"
-            )
+            raise Refused("InvalidParameterValue", f"Value ({parameters['IamInstanceProfile.Name']}) for parameter iamInstanceProfile.name is invalid")
         answer = forward()
         self._tokens[token] = (content, answer)
         found = re.search(r"<instanceId>(i-\w+)</instanceId>", b"".join(answer).decode())
@@ -576,9 +570,7 @@ def _rest_operations(service: str, method: str) -> list[tuple[OperationModel, re
         operation = model.operation_model(name)
         if operation.http.get("method") == method:
             path, _, query = operation.http["requestUri"].partition("?")
-            pattern = re.sub(
-                r"\\\{(\w+)(\\\+)?\\\}", lambda part: f"(?P<{part[1]}>{'.+' if part[2] else '[^/]+'})", re.escape(path.rstrip("/") or "/")
-            )
+            pattern = re.sub(r"\\\{(\w+)(\\\+)?\\\}", lambda part: f"(?P<{part[1]}>{'.+' if part[2] else '[^/]+'})", re.escape(path.rstrip("/") or "/"))
             found.append((operation, re.compile(pattern), dict(parse_qsl(query, keep_blank_values=True))))
     return found
 
@@ -594,9 +586,7 @@ def outlive_stacks() -> None:
     ResourceMap._delete_resource = delete_unless_retained
 
 
-def update_log_group(
-    original_resource: LogGroup, new_resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str
-) -> LogGroup:
+def update_log_group(original_resource: LogGroup, new_resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str) -> LogGroup:
     """What moto lacks: a log group in a stack that changes."""
     original_resource.retention_in_days = cloudformation_json["Properties"].get("RetentionInDays")
     return original_resource

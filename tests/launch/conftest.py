@@ -20,7 +20,7 @@ import pytest
 
 from launch import __main__ as command_line
 from tests.conftest import PROJECT
-from trainer.errors import OK
+from trainer.common.errors import OK
 
 REGION = "us-east-1"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true"}
@@ -28,7 +28,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing
 # For `Cloud.launch`: imported here once, and not by each process.
 for verb in command_line.VERBS:
     import_module(f"launch.{verb}")
-import_module("launch.sagemaker")
+import_module("launch.targets.sagemaker")
 
 
 @dataclass

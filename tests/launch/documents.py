@@ -18,15 +18,15 @@ import pytest
 import yaml
 
 from launch import __main__ as launch
-from launch import foundation, prices
-from launch.audit import FOUND
 from launch.audit.finding import RULES
-from launch.policy import PARTS
+from launch.cloud import foundation, prices
+from launch.verbs.audit import FOUND
+from launch.verbs.policy import PARTS
 from tests.conftest import PROJECT, make_pictures
 from tests.launch.conftest import Cloud, running
 from tests.launch.permissions import ACCOUNT, BUCKET, REGION, Ask, asks_of, audit_asks, grants, service_side, unique
 from tests.launch.whole import WHOLE
-from trainer.errors import OK
+from trainer.common.errors import OK
 
 DOCS = PROJECT / "docs"
 SERVING = "packhorse-serving"
@@ -220,7 +220,7 @@ def replaced(page: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    from tests.launch.test_permissions import DANGEROUS
+    from tests.launch.cloud.test_permissions import DANGEROUS
 
     path = DOCS / "instances.md"
     path.write_text(re.sub(r"```\n[a-z0-9_/]+, freeze=.*?```\n", lambda match: f"```\n{instances_output()}```\n", path.read_text(), flags=re.DOTALL))

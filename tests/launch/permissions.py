@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from launch.audit.account import CALLS
-from launch.policy import PARTS, document, permissions
+from launch.verbs.policy import PARTS, document, permissions
 
 ACCOUNT, REGION, PROJECT_NAME = "123456789012", "us-east-1", "packhorse"
 BUCKET = f"{PROJECT_NAME}-{ACCOUNT}-{REGION}"
@@ -175,9 +175,7 @@ def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
     if given.get("InstanceMarketOptions.MarketType") == "spot":
         made["spot-instances-request"] = ("sir-01234567", {})
     found = [Ask("ec2:RunInstances", f"arn:aws:ec2:{REGION}::image/{given['ImageId']}")]
-    found += [
-        Ask("ec2:RunInstances", _arn("ec2", used)) for used in (f"subnet/{given.get('SubnetId', 'subnet-01234567')}", "security-group/sg-01234567")
-    ]
+    found += [Ask("ec2:RunInstances", _arn("ec2", used)) for used in (f"subnet/{given.get('SubnetId', 'subnet-01234567')}", "security-group/sg-01234567")]
     for kind, (identifier, context) in made.items():
         arn = _arn("ec2", f"{kind}/{identifier}")
         found.append(Ask("ec2:RunInstances", arn, context | tags.get(kind, {})))
@@ -269,9 +267,7 @@ class Evaluator:
         assert done.returncode == 0, done.stderr
         answers = json.loads(done.stdout)
         refused = [
-            (ask.action, ask.resource, dict(ask.context), answer)
-            for (_, ask), answer in zip(questions, answers, strict=True)
-            if answer not in (True, False)
+            (ask.action, ask.resource, dict(ask.context), answer) for (_, ask), answer in zip(questions, answers, strict=True) if answer not in (True, False)
         ]
         assert not refused, refused
         return answers

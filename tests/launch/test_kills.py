@@ -12,7 +12,7 @@ import signal
 import pytest
 
 from tests.launch.conftest import Cloud
-from trainer.errors import OK
+from trainer.common.errors import OK
 
 TARGETS = {"ec2": [], "sagemaker": [], "sagemaker_multi": [], "tuner": ["sweep=head"], "notebook": []}
 CHANGES = re.compile("Put|Create|Run|Execute|Start|Delete")

@@ -10,12 +10,12 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, NoRegionError, ProfileNotFound
 
 from launch.__main__ import VERBS
-from launch.aws import explained
-from launch.prices import price
-from launch.spec import KINDS
+from launch.cloud.prices import price
+from launch.cloud.session import explained
+from launch.targets.spec import KINDS
 from tests.conftest import PROJECT
 from tests.launch.conftest import CREDENTIALS
-from trainer.errors import MISTAKE, OK
+from trainer.common.errors import MISTAKE, OK
 
 
 def launch(*arguments: str, cwd=PROJECT, **environment: str) -> tuple[int, str]:
@@ -96,9 +96,7 @@ ERRORS = {
     "wait a minute": client_error("ThrottlingException", "Rate exceeded"),
     "another region": client_error("OptInRequired"),
     "python -m launch up": client_error("NoSuchBucket"),
-    "sagemaker:CreateTrainingJob": client_error(
-        "AccessDeniedException", "User: x is not authorized to perform: sagemaker:CreateTrainingJob on resource: y"
-    ),
+    "sagemaker:CreateTrainingJob": client_error("AccessDeniedException", "User: x is not authorized to perform: sagemaker:CreateTrainingJob on resource: y"),
     "policy --for launcher": client_error("UnauthorizedOperation", "You are not authorized to perform this operation."),
     "aws sso login": NoCredentialsError(),
     "AWS_PROFILE": ProfileNotFound(profile="nobody"),

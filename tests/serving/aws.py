@@ -39,9 +39,7 @@ class Resource:
         self.properties = properties
 
     @classmethod
-    def create_from_cloudformation_json(
-        cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str, **rest: Any
-    ) -> Any:
+    def create_from_cloudformation_json(cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str, **rest: Any) -> Any:
         properties = cloudformation_json["Properties"]
         return cls(cls.make(properties, account_id, region_name), properties)
 
@@ -192,9 +190,7 @@ def keep_names(kind: type[Any], name: str) -> None:
 
     def strict(original_resource: Any, new_resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str) -> Any:
         if getattr(original_resource, name) == new_resource_name:
-            raise Refused(
-                "ValidationError", f"CloudFormation cannot update a stack when a custom-named resource requires replacing: {new_resource_name}"
-            )
+            raise Refused("ValidationError", f"CloudFormation cannot update a stack when a custom-named resource requires replacing: {new_resource_name}")
         return update(original_resource, new_resource_name, cloudformation_json, account_id, region_name)
 
     kind.update_from_cloudformation_json = staticmethod(strict)

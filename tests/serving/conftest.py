@@ -19,7 +19,7 @@ from serving.batching import Engine
 from serving.package import load
 from tests.conftest import PROJECT, wait_for
 from tests.packages import make_contents, make_network
-from trainer.package import build
+from trainer.results.package import build
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +68,7 @@ class Server:
         self.log = log
         command = [sys.executable, "-P", "-m", "serving", "serve", "--port", "0", *arguments]
         with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, env=os.environ | {"PYTHONPATH": str(PROJECT)} | environment, stdout=output, stderr=subprocess.STDOUT
-            )
+            self.process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(PROJECT)} | environment, stdout=output, stderr=subprocess.STDOUT)
         wait_for(lambda: self._port() or self.process.poll() is not None)
         assert self.process.poll() is None, log.read_text()
         self.port = int(self._port())

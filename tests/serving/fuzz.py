@@ -23,7 +23,7 @@ from PIL import Image
 from tests.conftest import PROJECT
 from tests.packages import make_contents, make_network
 from tests.serving.conftest import Server
-from trainer.package import build
+from trainer.results.package import build
 
 # Runs in the server's process: writes down every connection that its Python opens.
 RECORDER = """

@@ -6,7 +6,7 @@ import pytest
 
 from serving.batching import Engine
 from serving.package import load
-from trainer.preprocess import PictureError
+from trainer.images.decode import PictureError
 
 
 def soon() -> float:

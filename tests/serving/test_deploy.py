@@ -18,7 +18,7 @@ from serving.deploy.release import Place, Remote, build, idle_price, template
 from tests.conftest import PROJECT
 from tests.launch.conftest import running
 from tests.serving.runtime import Endpoint, Function, Neighbour, Quiet, unpack
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/dogs/serving:1"
 BUCKET = "packhorse-123456789012-us-east-1"
@@ -229,9 +229,7 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
     process = subprocess.Popen(command, env=cloud.environment(), stdout=subprocess.PIPE, text=True)
     try:
         assert [process.stdout.readline().split()[1:] for _ in range(3)] == shown
-        logs.put_log_events(
-            logGroupName=f"/aws/lambda/{NAME}", logStreamName="s", logEvents=[{"timestamp": int(time.time() * 1000), "message": "four"}]
-        )
+        logs.put_log_events(logGroupName=f"/aws/lambda/{NAME}", logStreamName="s", logEvents=[{"timestamp": int(time.time() * 1000), "message": "four"}])
         assert process.stdout.readline().split()[1:] == ["function", "four"]
         process.send_signal(signal.SIGINT)
         assert process.wait(600) == 0
@@ -286,9 +284,7 @@ def test_what_is_not_there_is_said_in_one_line(serving, package, arguments, mess
 
 
 def test_a_refusal_of_aws_is_one_line_with_what_to_do(cloud, serving, package):
-    cloud.post(
-        "/strict/refuse", operation="CreateStack", code="AccessDenied", message="User: x is not authorized to perform: cloudformation:CreateStack"
-    )
+    cloud.post("/strict/refuse", operation="CreateStack", code="AccessDenied", message="User: x is not authorized to perform: cloudformation:CreateStack")
     code, _, error = serving("deploy", package, "--image", IMAGE, "--yes")
     assert code == 2 and error.count("\n") == 1 and "ask who administers the account" in error, error
 

@@ -198,8 +198,6 @@ def test_lambdas_bad_events_get_400(direct, event):
 
 
 def test_no_door_needs_its_framework_to_be_imported():
-    script = (
-        "import sys, serving.ray_app, serving.lambda_direct, serving.inference; print(not {'ray', 'boto3', 'torch', 'starlette'} & {*sys.modules})"
-    )
+    script = "import sys, serving.ray_app, serving.lambda_direct, serving.inference; print(not {'ray', 'boto3', 'torch', 'starlette'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-P", "-c", script], env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"

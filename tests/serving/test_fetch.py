@@ -241,9 +241,7 @@ def test_addresses_that_are_not_public(address):
     assert not public(address)
 
 
-@pytest.mark.parametrize(
-    "address", ["8.8.8.8", "9.255.255.255", "11.0.0.0", "172.15.255.255", "172.32.0.0", "223.255.255.255", "2606:4700::1", "2a00::1"]
-)
+@pytest.mark.parametrize("address", ["8.8.8.8", "9.255.255.255", "11.0.0.0", "172.15.255.255", "172.32.0.0", "223.255.255.255", "2606:4700::1", "2a00::1"])
 def test_addresses_that_are_public(address):
     assert public(address)
 
@@ -259,9 +257,7 @@ def test_one_address_that_is_not_public_condemns_the_name(web, network):
     assert network.connected == []
 
 
-@pytest.mark.parametrize(
-    "location", ["http://127.0.0.1/", "http://inside.example/", "ftp://pictures.example/", "http://pictures.example:8080/", "\\\\a"]
-)
+@pytest.mark.parametrize("location", ["http://127.0.0.1/", "http://inside.example/", "ftp://pictures.example/", "http://pictures.example:8080/", "\\\\a"])
 def test_a_redirect_to_an_unchecked_place_is_refused(web, network, location):
     network.names["inside.example"] = ["192.168.0.1"]
     web.replies["/1"] = (302, {"Location": location}, b"")
@@ -348,9 +344,7 @@ def trickle(start: bytes) -> Callable[[socket.socket], None]:
     return talk
 
 
-@pytest.mark.parametrize(
-    "start", [b"", b"HTTP/1.1 200 OK\r\nA: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"], ids=["status", "headers", "body"]
-)
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nA: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"], ids=["status", "headers", "body"])
 def test_a_server_that_trickles_is_left_at_the_deadline(raw, start):
     raw(trickle(start))
     with pytest.raises(FetchError, match=r"no whole answer within 0\.4 s"):  # it would trickle for a minute
@@ -378,9 +372,7 @@ def test_a_resolver_that_hangs_is_left_at_the_deadline(network, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make certificates with")
-@pytest.mark.parametrize(
-    ("certified", "message"), [("pictures.example", None), ("other.example", "could not be reached"), (None, "could not be reached")]
-)
+@pytest.mark.parametrize(("certified", "message"), [("pictures.example", None), ("other.example", "could not be reached"), (None, "could not be reached")])
 def test_the_certificate_must_be_the_names_own_and_trusted(raw, tmp_path, monkeypatch, certified, message):
     name = certified or "pictures.example"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]

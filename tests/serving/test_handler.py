@@ -6,7 +6,7 @@ import pytest
 
 from serving.handler import Answer, Settings, answer, new_id, settings_from
 from tests.packages import CLASSES
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 
 JSON = "application/json"
 LABELS = "application/json; output=labels"
@@ -31,9 +31,7 @@ def text(data: bytes) -> str:
 # --- what is understood ---
 
 
-@pytest.mark.parametrize(
-    "content_type", ["image/jpeg", "image/png", "application/octet-stream", "application/x-image", "", "image/jpeg; a=b", "IMAGE/X"]
-)
+@pytest.mark.parametrize("content_type", ["image/jpeg", "image/png", "application/octet-stream", "application/x-image", "", "image/jpeg; a=b", "IMAGE/X"])
 def test_a_pictures_bytes_give_its_logits_whatever_picture_they_are_called(ask, picture, expected, content_type):
     result = ask(picture, content_type)
     assert result.status == 200
@@ -187,9 +185,7 @@ def test_settings_come_from_variables():
     assert (settings.max_body, settings.urls, settings.seconds, settings.queue) == (1000, False, 2.5, Settings().queue)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("URLS", "yes"), ("MAX_BODY", "1.5"), ("MAX_BODY", "-1"), ("SECONDS", "inf"), ("SECONDS", "nan"), ("QUEUE", "")]
-)
+@pytest.mark.parametrize(("name", "value"), [("URLS", "yes"), ("MAX_BODY", "1.5"), ("MAX_BODY", "-1"), ("SECONDS", "inf"), ("SECONDS", "nan"), ("QUEUE", "")])
 def test_a_variable_that_does_not_fit_is_named(name, value):
     with pytest.raises(UserError, match=f"SERVING_{name}={value} is not allowed; allowed: "):
         settings_from({f"SERVING_{name}": value})

@@ -6,9 +6,9 @@ import pytest
 
 from serving.package import load
 from tests.packages import make_contents, make_network
-from trainer.errors import UserError
-from trainer.package import build
-from trainer.quantize import Pictures, choose, int8, logits
+from trainer.common.errors import UserError
+from trainer.results.package import build
+from trainer.results.quantize import Pictures, choose, int8, logits
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,7 @@ def test_an_int8_package_holds_8_bit_weights_and_answers_nearly_as_the_float_net
 
 
 def test_int8_that_costs_too_much_accuracy_is_refused(float_model, pictures):
-    message = (
-        r"int8 has a top-1 accuracy of [\d.]+ on 60 validation pictures, float32 1\.0000; package\.max_drop allows -0\.01 less; set package\.int8"
-    )
+    message = r"int8 has a top-1 accuracy of [\d.]+ on 60 validation pictures, float32 1\.0000; package\.max_drop allows -0\.01 less; set package\.int8"
     with pytest.raises(UserError, match=message):
         int8(float_model, pictures, max_drop=-0.01)  # not even an equal accuracy is enough
 

@@ -22,8 +22,8 @@ from serving.__main__ import main
 from serving.package import PackageError, load
 from tests.conftest import PROJECT
 from tests.packages import SIZE, make_contents, make_network
-from trainer.package import build
-from trainer.preprocess import Preprocessing
+from trainer.images.decode import Preprocessing
+from trainer.results.package import build
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_picture_gets_the_same_logits_in_a_batch_of_any_size(original):
 def test_check_needs_neither_torch_nor_hydra_and_tells_a_person_what_it_found(original, tmp_path):
     script = (
         "import sys; from serving.__main__ import main; code = main(sys.argv[1:]);"
-        "print('imported:', *sorted({'torch', 'hydra', 'omegaconf', 'onnx', 'trainer.package', 'launch'} & set(sys.modules))); sys.exit(code)"
+        "print('imported:', *sorted({'torch', 'hydra', 'omegaconf', 'onnx', 'trainer.results.package', 'launch'} & set(sys.modules))); sys.exit(code)"
     )
     result = run("-c", script, "check", str(original / "model.tar.gz"), cwd=tmp_path, PYTHONPATH=str(PROJECT))
     assert (result.returncode, result.stderr) == (0, "")
@@ -123,9 +123,7 @@ def test_help_works_without_opening_onnx_runtime(tmp_path):
     assert "onnxruntime" not in result.stderr and "torch" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "name", [".DS_Store", "MAR-INF/MANIFEST.json", "code/__pycache__/inference.cpython-311.pyc", "code/serving/__pycache__/x.pyc"]
-)
+@pytest.mark.parametrize("name", [".DS_Store", "MAR-INF/MANIFEST.json", "code/__pycache__/inference.cpython-311.pyc", "code/serving/__pycache__/x.pyc"])
 def test_files_that_other_tools_leave_do_no_harm(package, name):
     (package / name).parent.mkdir(exist_ok=True)
     (package / name).write_bytes(b"\0")
@@ -323,11 +321,11 @@ def test_one_changed_byte_of_an_archive_is_noticed(original, tmp_path, where, ca
 def test_the_packages_own_code_answers_as_the_network_did(original, tmp_path):
     code = original / "package/code"
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import inference, serving.package, trainer.preprocess;"
+        "import sys; sys.path.insert(0, sys.argv[1]); import inference, serving.package, trainer.images.decode;"
         "package = inference.model_fn(sys.argv[2]);"
         "picture = inference.input_fn(bytearray(open(sys.argv[3], 'rb').read()), 'image/png');"
         "print(inference.output_fn(inference.predict_fn(picture, package), 'application/json', None));"
-        "print(serving.package.__file__, trainer.preprocess.__file__)"
+        "print(serving.package.__file__, trainer.images.decode.__file__)"
     )
     # -I: without our PYTHONPATH and the current directory, so that only the package's own code can be found.
     picture = original / "package/golden/1.png"

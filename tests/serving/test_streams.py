@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import PROJECT
 from tests.serving.conftest import Server
-from trainer.errors import OK
+from trainer.common.errors import OK
 
 
 class Shown(Server):

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer
-from trainer import checkpoint, files
-from trainer.errors import MISTAKE, OK
+from trainer.common import files
+from trainer.common.errors import MISTAKE, OK
+from trainer.training import checkpoint
 
 FOLDER = (*QUICK, "data=folder", "model=small_cnn", "data.root=pictures", "data.workers=0", "platform.cache=cache")
 OFFLINE = {"TORCH_HOME": "torch", "https_proxy": "http://127.0.0.1:9"}  # port 9: nobody answers there
@@ -312,9 +313,7 @@ def test_what_may_not_be_read_or_written_is_one_line(cwd, path):
         (cwd / folder).mkdir()
     (cwd / path).chmod(mode)
     command = [*BOUND, sys.executable, "-m", "trainer", *FOLDER, "name=mine", *overrides]
-    done = subprocess.run(
-        command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(PROJECT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    done = subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(PROJECT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     (cwd / path).chmod(0o700)
     check_refused((done.returncode, done.stdout), cwd, *said)
 

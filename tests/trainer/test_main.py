@@ -2,7 +2,7 @@ import torch
 
 from tests.conftest import make_pictures, run_trainer
 from trainer.__main__ import one_line
-from trainer.errors import OK
+from trainer.common.errors import OK
 
 RUN = ("name=run", "data=folder", "model=small_cnn", "data.root=pictures", "data.size=16", "data.resize=16", "train.epochs=2", "train.batch_size=8")
 
@@ -13,9 +13,7 @@ def test_a_complete_run_says_so_and_trains_no_more(tmp_path):
     code, first = run_trainer(tmp_path, *run)
     assert code == OK, first
     before = {
-        path: path.stat().st_mtime_ns
-        for path in (tmp_path / "runs/run").rglob("*")
-        if path.is_file() and path.name not in ("log.txt", ".lock", "config.yaml")
+        path: path.stat().st_mtime_ns for path in (tmp_path / "runs/run").rglob("*") if path.is_file() and path.name not in ("log.txt", ".lock", "config.yaml")
     }
     code, second = run_trainer(tmp_path, *run)
     assert code == OK and "this run is complete" in second and "metrics:" not in second

@@ -25,19 +25,20 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer import config as settings
-from trainer import files, space
-from trainer.compose import CONF, check_options, compose, resolve
-from trainer.config import Config
-from trainer.console import Progress, also_to_file, log, python
-from trainer.datasets import find_pictures
-from trainer.errors import OK, RESUME, UserError, install_command
-from trainer.explain import CONFIG_ERRORS, explain
-from trainer.interrupt import Stop, on_signals, on_spot_notice
-from trainer.run import revision
-from trainer.space import Sweep
+from trainer.common import files
+from trainer.common.console import Progress, also_to_file, log, python
+from trainer.common.errors import OK, RESUME, UserError, install_command
+from trainer.common.interrupt import Stop, on_signals, on_spot_notice
+from trainer.images.datasets import find_pictures
+from trainer.settings import config as settings
+from trainer.settings import search_space as space
+from trainer.settings.compose import CONF, check_options, compose, resolve
+from trainer.settings.config import Config
+from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
+from trainer.settings.search_space import Sweep
 from trainer.sweep import page
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Grid, Ledger, Trial, best_first
+from trainer.training.run import revision
 
 PROJECT = Path(__file__).parents[2]
 SOURCE = ("trainer", "serving", "conf")  # what a run is made by
@@ -327,9 +328,7 @@ class Driver:
 
     def tell(self, trial: Trial, state: str, value: float | None = None, reason: str = "") -> None:
         self.ledger.tell(trial.number, state, value, reason)
-        log.info(
-            "trial %d %s%s", trial.number, state, f": {self.sweep.objective}={value:g}" if value is not None else f": {reason}" if reason else ""
-        )
+        log.info("trial %d %s%s", trial.number, state, f": {self.sweep.objective}={value:g}" if value is not None else f": {reason}" if reason else "")
 
     def reason(self, job: Job, code: int) -> str:
         """Why a process failed, in one line: its last word."""
@@ -364,9 +363,7 @@ class Driver:
         trials = best_first(self.ledger.trials(), self.sweep)
         rows = {trial.number: evaluations(self.place(trial)) for trial in trials}
         facts = {"begun": self.frozen["began"], "git revision": self.frozen["revision"] or "unknown", "engine": self.sweep.engine}
-        page.write(
-            page.Page(self.directory.name, self.sweep, trials, rows, self.again(trials[0]), facts | dict(self.words())), self.directory / "sweep.html"
-        )
+        page.write(page.Page(self.directory.name, self.sweep, trials, rows, self.again(trials[0]), facts | dict(self.words())), self.directory / "sweep.html")
 
     def words(self) -> Iterator[tuple[str, str]]:
         for word in self.fixed:

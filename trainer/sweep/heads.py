@@ -24,18 +24,20 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import checkpoint, files, metrics, optim, stages, weights
-from trainer import config as settings
 from trainer.__main__ import guarded
-from trainer.config import Config, identity, metric_line
-from trainer.console import log, to_terminal
-from trainer.datasets import find_pictures
-from trainer.interrupt import Stop, on_signals
-from trainer.loader import Batches
-from trainer.loop import Average, autocast, lr_factor
-from trainer.model import Classifier
-from trainer.run import Run, check_identity
+from trainer.common import files
+from trainer.common.console import log, to_terminal
+from trainer.common.interrupt import Stop, on_signals
+from trainer.images.datasets import find_pictures
+from trainer.images.loader import Batches
+from trainer.network import optim, weights
+from trainer.network.build import Classifier
+from trainer.settings import config as settings
+from trainer.settings.config import Config, identity, metric_line
 from trainer.sweep.driver import locked
+from trainer.training import checkpoint, metrics, stages
+from trainer.training.loop import Average, autocast, lr_factor
+from trainer.training.run import Run, check_identity
 
 
 class Heads(nn.Module):
@@ -108,9 +110,7 @@ class Group:
         for place, (number, config) in enumerate(configs.items()):
             single, choice = self.heads.one(network, place), config.optim
             assert choice.lr is not None
-            optimizer = optim.build(
-                single, choice.name, lr=choice.lr, head_lr=choice.head_lr, weight_decay=choice.weight_decay, momentum=choice.momentum
-            )
+            optimizer = optim.build(single, choice.name, lr=choice.lr, head_lr=choice.head_lr, weight_decay=choice.weight_decay, momentum=choice.momentum)
             layers = [layer for layer in single.head.modules() if isinstance(layer, nn.Linear)]
             parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers]
             scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == torch.float16)
@@ -127,9 +127,7 @@ class Group:
         self.pictures = int(saved["pictures"]) if saved else 0
 
     def state(self) -> dict[str, Any]:
-        self.progress.members = {
-            str(member.number): {"rows": member.ledger.rows, "best": member.best, "failed": member.failed} for member in self.members
-        }
+        self.progress.members = {str(member.number): {"rows": member.ledger.rows, "best": member.best, "failed": member.failed} for member in self.members}
         return {
             "progress": dataclasses.asdict(self.progress),
             "sums": {"loss_sum": self.loss_sum, "right": self.right, "pictures": torch.tensor(self.pictures)},
@@ -275,8 +273,7 @@ def train_group(group: Group, batches: Batches, root: Path, fingerprint: str, st
         if cadence.due(epoch_ends=True):
             save()
     return {
-        member.number: {"failed": member.failed} if member.failed else {"best_epoch": member.best["epoch"] if member.best else 0}
-        for member in group.members
+        member.number: {"failed": member.failed} if member.failed else {"best_epoch": member.best["epoch"] if member.best else 0} for member in group.members
     }
 
 
@@ -284,11 +281,7 @@ def groups(configs: dict[int, Config]) -> Iterator[dict[int, Config]]:
     """Those trials together whose settings differ in `optim.*` alone, its name aside."""
     found: dict[str, dict[int, Config]] = {}
     for number, config in configs.items():
-        kept = {
-            key: value
-            for key, value, _ in settings.walk(config)
-            if key == "optim.name" or key.split(".")[0] not in ("name", "optim", "sweep", "platform")
-        }
+        kept = {key: value for key, value, _ in settings.walk(config) if key == "optim.name" or key.split(".")[0] not in ("name", "optim", "sweep", "platform")}
         found.setdefault(json.dumps(kept), {})[number] = config
     yield from found.values()
 

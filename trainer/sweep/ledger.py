@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from trainer import space
-from trainer.space import Sweep, Value
+from trainer.settings import search_space as space
+from trainer.settings.search_space import Sweep, Value
 
 RUNNING, COMPLETE, PRUNED, FAILED = "running", "complete", "pruned", "failed"
 

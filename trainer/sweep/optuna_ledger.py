@@ -10,7 +10,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
-from trainer.space import Continuous, Integer, Parameter, Sweep, Value
+from trainer.settings.search_space import Continuous, Integer, Parameter, Sweep, Value
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Trial, mend
 
 STATES = {TrialState.RUNNING: RUNNING, TrialState.COMPLETE: COMPLETE, TrialState.PRUNED: PRUNED, TrialState.FAIL: FAILED}
@@ -48,8 +48,7 @@ class Optuna:
         )
         # A kill may have come between a trial's beginning and the choice of its last value.
         self._running = {
-            frozen.number: self._choose(optuna.trial.Trial(self.study, frozen._trial_id))
-            for frozen in self.study.get_trials(states=[TrialState.RUNNING])
+            frozen.number: self._choose(optuna.trial.Trial(self.study, frozen._trial_id)) for frozen in self.study.get_trials(states=[TrialState.RUNNING])
         }
 
     def trials(self) -> list[Trial]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import jinja2
 
-from trainer import files, space
-from trainer.space import Categorical, Parameter, Sweep, Value
+from trainer.common import files
+from trainer.settings import search_space as space
+from trainer.settings.search_space import Categorical, Parameter, Sweep, Value
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Trial
 
 LABEL_LENGTH = 16  # characters of a choice along an axis

@@ -1,0 +1,212 @@
+"""The one place that talks to AWS: sessions, retries, timeouts, and AWS's errors in one line with what to do.
+
+Plain boto3 below: profiles, regions and AWS_ENDPOINT_URL work as in every AWS tool. `serving/deploy` goes through it too.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from launch.cloud.request import Request, check
+from trainer.common.errors import UserError, install_command
+
+if TYPE_CHECKING:
+    from boto3.session import Session
+
+CONNECT_TIMEOUT = 5  # seconds
+READ_TIMEOUT = 60  # seconds
+ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
+ONCE = ("lambda", "sagemaker-runtime")  # asking a model again because the answer was slow would pay for it twice
+
+NO_CAPACITY = "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|MaxSpotInstanceCountExceeded"
+PERMISSION = "ask who administers the account for it; what this project needs: python -m launch policy --for launcher"
+CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
+NO_REGION = "no AWS region is set: set AWS_REGION, or give target.region=us-east-1 (python -m serving: --region us-east-1), say"
+WAIT = "AWS asks for fewer calls: wait a minute and start the same command again"
+
+# What to do about an error, by AWS's code (a regular expression over the whole of it).
+REMEDIES = {
+    r"ExpiredToken(Exception)?|RequestExpired|TokenRefreshRequired": f"the credentials have expired: {CREDENTIALS}",
+    r"InvalidClientTokenId|UnrecognizedClient(Exception)?|AuthFailure|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidSignature(Exception)?": (
+        f"AWS does not know these credentials: {CREDENTIALS}; also check this machine's clock"
+    ),
+    r"AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403": PERMISSION,
+    r"InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|Unsupported": (
+        "AWS has no such machine free there now: start the same command again later, or take another instance type or region"
+    ),
+    r"VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded|MaxSpotInstanceCountExceeded|LimitExceeded(Exception)?": (
+        "the account's quota is too small: ask for more at https://console.aws.amazon.com/servicequotas (new accounts start with 0 GPUs), "
+        "or take another instance type"
+    ),
+    r"Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException|SlowDown|RequestThrottled": WAIT,
+    r"OptInRequired|InvalidRegion|AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraintException": (
+        "this belongs to another region, or the region is not enabled: give the right one, in AWS_REGION say"
+    ),
+    r"NoSuchBucket": "there is no foundation here, which has the bucket: python -m launch up",
+    r"ServiceUnavailable(Exception)?|ServiceException|InternalError|InternalFailure|InternalServerError|500|503": (
+        "a fault at AWS: start the same command again later"
+    ),
+}
+
+
+def bucket_name(project: str, account: str, region: str) -> str:
+    return f"{project}-{account}-{region}"
+
+
+def partition(region: str) -> str:
+    return "aws-cn" if region.startswith("cn-") else "aws-us-gov" if region.startswith("us-gov-") else "aws"
+
+
+class AwsError(UserError):
+    """What AWS answered, in one line. code: AWS's own, or the name of botocore's exception.
+
+    refused: whether AWS has surely not carried the call out; after a fault of its own it may have.
+    """
+
+    def __init__(self, line: str, code: str, message: str, refused: bool = False) -> None:
+        super().__init__(line)
+        self.code, self.message, self.refused = code, message, refused
+
+
+class Aws:
+    """A project's account and region, through boto3."""
+
+    def __init__(self, project: str, region: str | None = None) -> None:
+        """region: None for the one that AWS's tools would take."""
+        self.project, self._given_region = project, region
+        self._clients: dict[tuple[str, str], Any] = {}
+
+    @cached_property
+    def _session(self) -> "Session":
+        try:
+            import boto3
+        except ImportError as error:
+            raise UserError(f"boto3 is not installed, which talks to AWS: {install_command('aws')}") from error
+        try:
+            return boto3.session.Session(region_name=self._given_region)
+        except Exception as error:
+            raise explained(error, "") from error
+
+    @property
+    def configured_region(self) -> str | None:
+        """The region that is set anywhere an AWS tool looks; None where there is none."""
+        region: str | None = self._session.region_name
+        return region
+
+    @property
+    def region(self) -> str:
+        if self.configured_region is None:
+            raise UserError(NO_REGION)
+        return self.configured_region
+
+    @property
+    def partition(self) -> str:
+        return partition(self.region)
+
+    def has_credentials(self) -> bool:
+        """Whether there are any; whether AWS accepts them, only a call can tell. Raises AwsError for a profile that is not there, say."""
+        try:
+            return self._session.get_credentials() is not None
+        except Exception as error:
+            raise explained(error, "") from error
+
+    @cached_property
+    def account(self) -> str:
+        """The account's id, which AWS tells."""
+        return str(self.call("sts", "GetCallerIdentity")["Account"])
+
+    @property
+    def bucket(self) -> str:
+        return bucket_name(self.project, self.account, self.region)
+
+    def owns(self, tags: Iterable[Mapping[str, str]]) -> bool:
+        """Whether what has these tags is this project's: only the tag says so, never a name (launch/cloud/ownership.py)."""
+        return any(tag["Key"] == "project" and tag["Value"] == self.project for tag in tags)
+
+    def client(self, service: str, region: str | None = None) -> Any:
+        """boto3's client, made once. Its methods may be called from several threads."""
+        from botocore.config import Config
+
+        key = (service, region or self.region)
+        if key not in self._clients:
+            retries = {"mode": "standard", "total_max_attempts": 1 if service in ONCE else ATTEMPTS}
+            config = Config(retries=retries, connect_timeout=CONNECT_TIMEOUT, read_timeout=READ_TIMEOUT, max_pool_connections=32)
+            try:
+                self._clients[key] = self._session.client(service, region_name=key[1], config=config)
+            except Exception as error:
+                raise explained(error, service) from error
+        return self._clients[key]
+
+    def call(self, service: str, operation: str, *, region: str | None = None, **parameters: Any) -> dict[str, Any]:
+        """One call. Raises AwsError."""
+        from botocore import xform_name
+
+        client = self.client(service, region)
+        try:
+            answer: dict[str, Any] = getattr(client, xform_name(operation))(**parameters)
+            return answer
+        except Exception as error:
+            raise explained(error, f"{service}:{operation}") from error
+
+    def find(self, service: str, operation: str, absent: str, **parameters: Any) -> dict[str, Any] | None:
+        """One call that asks for something; None where AWS answers that it is not there. absent: a regular expression over the code and message."""
+        try:
+            return self.call(service, operation, **parameters)
+        except AwsError as error:
+            if re.search(absent, f"{error.code}: {error.message}"):
+                return None
+            raise
+
+    def send(self, request: Request) -> dict[str, Any]:
+        """Sends a request after the offline check. Raises UserError where the check refuses it, AwsError where AWS does."""
+        check(request)
+        return self.call(request.service, request.operation, **request.parameters)
+
+    def pages(self, service: str, operation: str, key: str, **parameters: Any) -> Iterator[dict[str, Any]]:
+        """All items of the list `key` in the answers to an operation that AWS answers in pages. Raises AwsError."""
+        from botocore import xform_name
+
+        paginator = self.client(service).get_paginator(xform_name(operation))
+        try:
+            for page in paginator.paginate(**parameters):
+                yield from page.get(key, [])
+        except Exception as error:
+            raise explained(error, f"{service}:{operation}") from error
+
+
+def explained(error: Exception, action: str) -> Exception:
+    """An exception of boto3's as AwsError; any other as it is."""
+    from boto3.exceptions import Boto3Error
+    from botocore import exceptions
+    from botocore.parsers import ResponseParserError
+
+    if isinstance(error, exceptions.ClientError):
+        code, message = str(error.response["Error"].get("Code", "")), str(error.response["Error"].get("Message", ""))
+        if denied := re.search(r"not authorized to perform:? (\S+)", message):
+            action = denied[1].rstrip(".,")
+        remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.fullmatch(pattern, code)), "")
+        what = f"{action}: {code}" + (f" ({' '.join(message.split())})" if message and message != code else "")
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        refused = 400 <= status < 500 or re.fullmatch(NO_CAPACITY, code) is not None
+        return AwsError(what + (f"; {remedy}" if remedy else ""), code, message, refused)
+    kind = type(error).__name__
+    lines: dict[type[Exception] | tuple[type[Exception], ...], str] = {
+        exceptions.NoCredentialsError: f"no AWS credentials: {CREDENTIALS}",
+        exceptions.PartialCredentialsError: f"the AWS credentials are incomplete ({error}): {CREDENTIALS}",
+        exceptions.ProfileNotFound: f"{error}: name one that is in ~/.aws/config in AWS_PROFILE",
+        exceptions.SSOError: f"the AWS session has expired ({error}): {CREDENTIALS}",
+        exceptions.CredentialRetrievalError: f"no AWS credentials ({error}): {CREDENTIALS}",
+        exceptions.TokenRetrievalError: f"the AWS session has expired ({error}): {CREDENTIALS}",
+        exceptions.NoRegionError: NO_REGION,
+        exceptions.InvalidRegionError: f"{error}: give another region",
+        (
+            exceptions.HTTPClientError,
+            exceptions.ConnectionError,
+        ): f"{action}: AWS can't be reached ({error}): check the network, the region and AWS_ENDPOINT_URL, then start again",
+        ResponseParserError: f"{action}: the answer can't be read, so it is not AWS's: check AWS_ENDPOINT_URL and proxies",
+        exceptions.BotoCoreError: f"{action}: {error}",
+        Boto3Error: f"{action}: {error}",
+    }
+    line = next((line for kinds, line in lines.items() if isinstance(error, kinds)), None)
+    return error if line is None else AwsError(" ".join(line.split()), kind, str(error))

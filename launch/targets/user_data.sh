@@ -1,0 +1,200 @@
+#!/usr/bin/env bash
+# Trains one run on this instance and terminates the instance, whatever happens. Runs as root at each boot; launch/targets/ec2.py fills in the settings.
+set -uo pipefail
+
+@SETTINGS@
+
+# What a reboot must not lose: this script, when the machine has to end, and which machine it is.
+state=/var/lib/packhorse
+per_boot=/var/lib/cloud/scripts/per-boot/packhorse # cloud-init runs what lies there from the second boot on
+mkdir -p "$state" "${per_boot%/*}"
+[ -s "$state/deadline" ] || echo $((EPOCHSECONDS + limit)) >"$state/deadline"
+[ -s "$state/machine" ] || cat /proc/sys/kernel/random/uuid >"$state/machine"
+[ -x "$per_boot" ] || install -m 755 "$0" "$per_boot"
+deadline=$(<"$state/deadline")
+left=$((${deadline:=$((EPOCHSECONDS + limit))} - EPOCHSECONDS))
+
+# Armed before anything else can go wrong, and kept by systemd even if this script dies. On shutdown the instance terminates.
+shutdown -h "+$(((left > 0 ? left + 59 : 60) / 60))"
+
+scratch=/opt/dlami/nvme # as in conf/platform/ec2.yaml
+directory=$scratch/runs/$run
+log=/var/log/packhorse.log
+s3_run=$bucket/runs/$run
+not_output=(--exclude 'checkpoints/*' --exclude '.*' --exclude '*/.*') # hidden files are locks, and what is not complete yet
+
+job='' code=1 reason='' kill_at='' uploaded='' notes='' other=''
+export AWS_DEFAULT_REGION=$region PYTHONUNBUFFERED=1
+
+say() { echo "$(date -u +%FT%TZ) $*" >>"$log"; }
+
+# One run has one machine, that of its newest attempt, and of several for one attempt the first. Any other one writes nothing and ends.
+claim() {
+  local note=attempts/$attempt.machine owner
+  aws s3api put-object --bucket "${bucket#s3://}" --key "runs/$run/$note" --if-none-match '*' --body "$state/machine" >/dev/null 2>&1
+  owner=$(aws s3 cp --only-show-errors "$s3_run/$note" - 2>>"$log") || return 1
+  [ "$owner" = "$(<"$state/machine")" ] || other='another machine has this attempt'
+}
+
+# Reads what is noted of the attempts. Sets `other` where this machine is no longer the one.
+look() {
+  local newest
+  notes=$(aws s3 ls "$s3_run/attempts/" 2>>"$log") || return 1
+  newest=$(sed -n 's/.* \([0-9]*\)\.request\.json$/\1/p' <<<"$notes" | sort -n | tail -n 1)
+  [ "${newest:-0}" -le "$attempt" ] || other="attempt $newest has taken over"
+}
+
+noted() { grep -q " $attempt\.$1\$" <<<"$notes"; }
+
+fetch_and_train() {
+  set -e
+  # The AMI formats and mounts the NVMe disk itself. Where there is none, the same directories lie on the root disk.
+  waited=0
+  until mountpoint -q "$scratch" || ((waited++ == 60)); do sleep 1; done
+  mountpoint -q "$scratch" || say "no disk is mounted at $scratch: using the root disk"
+  mkdir -p "$scratch/source" "$scratch/runs" "$scratch/restored/checkpoints"
+
+  say "fetching the code"
+  aws s3 cp --only-show-errors "$bucket/source/$source_sha256.tar.gz" "$scratch/source.tar.gz"
+  echo "$source_sha256  $scratch/source.tar.gz" | sha256sum --check --quiet
+  tar -xzf "$scratch/source.tar.gz" -C "$scratch/source" --no-same-owner
+  if [ -n "$data" ]; then
+    say "fetching the pictures"
+    aws s3 sync --only-show-errors "$bucket/data/$data" "$data_root"
+  fi
+  if [ ! -d "$directory" ]; then # after a reboot the disk still has it, and newer than the bucket
+    say "fetching what earlier attempts have saved"
+    aws s3 sync --only-show-errors "$s3_run/output" "$scratch/restored"
+    aws s3 sync --only-show-errors "$s3_run/checkpoints" "$scratch/restored/checkpoints"
+    for checkpoint in "$scratch"/restored/checkpoints/*/; do # manifests are uploaded last: where there is none, the upload was cut short
+      [ -f "$checkpoint/manifest.json" ] || rm -rf "$checkpoint"
+    done
+    mv "$scratch/restored" "$directory" # from here on uploads may begin: they delete what the directory doesn't hold
+  fi
+
+  cd "$scratch/source"
+  say "setting up"
+  .ci/setup "$extras"
+  processes=${processes:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
+  if ((processes < 2)); then
+    say "training"
+    exec .venv/bin/python -m trainer "${arguments[@]}"
+  fi
+  say "training in $processes processes"
+  rm -f "$scratch/code"
+  CODE=$scratch/code exec .venv/bin/python -m torch.distributed.run --standalone --nproc_per_node="$processes" \
+    --no-python bash -c "$worker" worker "${arguments[@]}"
+}
+
+# One of several processes. torchrun exits with 1 whatever their codes are, so the first that doesn't end well notes its own.
+# shellcheck disable=SC2016
+worker='
+  trap : TERM # the trainer gets it too, and this shell waits for its end
+  .venv/bin/python -m trainer "$@"
+  code=$?
+  ((code == 0)) || (set -C && echo "$code" >"$CODE") 2>/dev/null
+  exit "$code"
+'
+
+upload() {
+  if [ -d "$directory" ]; then
+    upload_checkpoints
+    aws s3 sync --only-show-errors "$directory" "$s3_run/output" "${not_output[@]}" --exclude result.json
+    # The result says that the run is complete, so it comes after everything else.
+    [ ! -f "$directory/result.json" ] || aws s3 cp --only-show-errors "$directory/result.json" "$s3_run/output/result.json"
+  fi
+  aws s3 cp --only-show-errors "$log" "$s3_run/log.txt"
+}
+
+# From hard links, so that the trainer may delete meanwhile. Manifests come last, and nothing is deleted before what replaces it is there.
+upload_checkpoints() {
+  local names staged=$scratch/staged
+  names=$(cd "$directory/checkpoints" && echo *)
+  [ "$names" != '*' ] && [ "$names" != "$uploaded" ] || return 0
+  rm -rf "$staged" && mkdir "$staged" && cp -al "$directory"/checkpoints/* "$staged" &&
+    aws s3 sync --only-show-errors "$staged" "$s3_run/checkpoints" --exclude '*/manifest.json' &&
+    aws s3 sync --only-show-errors "$staged" "$s3_run/checkpoints" &&
+    aws s3 sync --only-show-errors "$staged" "$s3_run/checkpoints" --delete &&
+    uploaded=$names
+}
+
+# Asks the job to save and end; where it has not ended after half of the grace period, it is killed.
+stop() {
+  [ -z "$reason" ] || return 0
+  reason=$1 kill_at=$((SECONDS + grace / 2))
+  say "stopping: $reason"
+  kill -TERM -- "-$job"
+}
+
+# Whether AWS is about to take this machine back.
+spot_notice() {
+  local metadata=${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}/latest token notice
+  token=$(curl -sf -m 2 --noproxy '*' -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' "$metadata/api/token") || return 1
+  for notice in spot/instance-action events/recommendations/rebalance; do
+    if curl -sf -m 2 --noproxy '*' -o /dev/null -H "X-aws-ec2-metadata-token: $token" "$metadata/meta-data/$notice"; then return 0; fi
+  done
+  return 1
+}
+
+rebooting() { systemctl list-jobs 2>/dev/null | grep -q 'reboot\.target'; }
+
+finish() {
+  trap '' TERM
+  case $code/$reason in
+    0/*) reason='done' ;;
+    75/ | */SIGTERM) # from within, or from the system
+      if spot_notice; then reason='spot notice'; fi
+      reason=${reason:-interrupted}
+      ;;
+    *) reason=${reason:-failed} ;;
+  esac
+  say "attempt $attempt ended: $reason, exit code $code"
+  look
+  if [ -n "$other" ]; then
+    say "$other: this machine leaves the run alone"
+  else
+    upload >>"$log" 2>&1
+    rebooting || # it goes on after that
+      printf '{"attempt": %d, "code": %d, "reason": "%s"}\n' "$attempt" "$code" "$reason" | aws s3 cp - "$s3_run/attempts/$attempt.json"
+  fi
+  tail -n 50 "$log" # to the instance's console, should S3 be out of reach
+  rebooting || shutdown -h now
+}
+trap finish EXIT
+
+# The log of earlier attempts, where there is one, comes first; after a reboot it is here already.
+[ -f "$log" ] || aws s3 cp --only-show-errors "$s3_run/log.txt" "$log" 2>/dev/null
+say "attempt $attempt at run $run, ends at the latest in $left seconds"
+if ! claim || ! look; then exit; fi # the bucket is out of reach
+if [ -z "$other" ] && noted json; then other='this attempt has ended before'; fi
+[ -z "$other" ] || exit
+if ((left <= 0)); then
+  code=75 reason='time limit'
+  exit
+fi
+set -m # the job gets a process group of its own
+fetch_and_train >>"$log" 2>&1 &
+job=$!
+trap 'stop SIGTERM' TERM
+
+upload_at=0
+while kill -0 "$job" 2>/dev/null; do
+  if ((EPOCHSECONDS >= deadline - grace)); then
+    stop 'time limit'
+  elif ((SECONDS >= upload_at)); then
+    look
+    if [ -n "$other" ]; then
+      stop "$other"
+    else
+      upload >>"$log" 2>&1
+      if noted stop; then stop 'asked to stop'; fi
+    fi
+    upload_at=$((SECONDS + every))
+  fi
+  [ -z "$kill_at" ] || ((SECONDS < kill_at)) || kill -KILL -- "-$job"
+  sleep 2 &
+  wait $! # a signal interrupts `wait`, and waits for the end of a plain `sleep`
+done
+wait "$job"
+code=$?
+if ((code != 0)) && [ -s "$scratch/code" ]; then code=$(<"$scratch/code"); fi

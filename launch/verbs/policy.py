@@ -1,0 +1,81 @@
+"""`python -m launch policy --for PART`: what a part of Packhorse may do in the account, and why, as the templates say it."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.cloud import foundation
+from launch.cloud.foundation import Statement
+from launch.cloud.session import bucket_name, partition
+from launch.targets.spec import NO_ACCOUNT, aws_of, split_overrides
+from trainer.common.errors import OK
+
+SERVING = Path(__file__).parents[2] / "serving" / "stack.yaml"
+
+# The resources of serving/stack.yaml that hold each part's permissions.
+SERVING_PARTS = {"endpoint": ("EndpointRole",), "lambda": ("FunctionRole",)}
+
+PARTS = {
+    "launcher": "whoever starts and watches jobs: plan, submit, status, logs, stop, fetch, cost, prices",
+    "training": "a SageMaker training job, and SageMaker for it",
+    "ec2": "an EC2 machine that trains",
+    "notebook": "the notebook: the launcher's, and its own log",
+    "endpoint": "the SageMaker endpoint",
+    "lambda": "the Lambda function in front of it",
+    "audit": "python -m launch audit",
+}
+
+
+def permissions(part: str, project: str, account: str, region: str) -> list[Statement]:
+    """What a part may do, as IAM will read it. part: one of PARTS."""
+    if part in SERVING_PARTS:
+        return foundation.statements(SERVING, SERVING_PARTS[part], _serving_names(project, account, region), account, region)
+    if part == "audit":
+        from launch.audit.account import needed_policy
+
+        reason = "The audit reads settings, of the whole account, since what is dangerous may lie anywhere. No action reads data, logs or code."
+        return [Statement(each["Sid"], reason, each) for each in needed_policy()["Statement"]]
+    return foundation.permissions(part, project, account, region)
+
+
+def document(statements: Sequence[Statement]) -> dict[str, Any]:
+    """The policy as IAM takes it."""
+    return {"Version": "2012-10-17", "Statement": [statement.document for statement in statements]}
+
+
+def _serving_names(project: str, account: str, region: str) -> dict[str, Any]:
+    """What serving/stack.yaml's parameters and resources stand for, with `python -m serving deploy`'s defaults."""
+    name, arn = f"{project}-serving", f"arn:{partition(region)}"
+    return {
+        "AWS::StackName": name,
+        "ModelArn": f"{arn}:s3:::{bucket_name(project, account, region)}/serving/{name}/model.tar.gz",
+        "ImageArn": f"{arn}:ecr:{region}:{account}:repository/{name}",
+        "EndpointLogs.Arn": f"{arn}:logs:{region}:{account}:log-group:/aws/sagemaker/Endpoints/{name}:*",
+        "FunctionLogs.Arn": f"{arn}:logs:{region}:{account}:log-group:/aws/lambda/{name}:*",
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    targets, rest = split_overrides(arguments)
+    parts = "\n".join(f"  {part:<9} {who}" for part, who in PARTS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m launch policy",
+        description=f"Prints the policy of a part, with the reason for each statement. The parts:\n{parts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--for", dest="part", choices=PARTS, required=True, metavar="PART", help="one of those above")
+    parser.add_argument("--json", action="store_true", help="the policy alone, as IAM takes it")
+    parser.add_argument("--account", help="the account's id (default: that of the credentials, where there are any)")
+    options = parser.parse_args(rest)
+    aws = aws_of(targets)
+    account = options.account or (aws.account if aws.configured_region and aws.has_credentials() else NO_ACCOUNT)
+    found = permissions(options.part, aws.project, account, aws.configured_region or "us-east-1")
+    if options.json:
+        print(json.dumps(document(found), indent=2))
+        return OK
+    print(f"{options.part}: {PARTS[options.part]}")
+    for statement in found:
+        print(f"\n# {statement.reason}\n{json.dumps(statement.document, indent=2)}")
+    return OK

@@ -1,0 +1,246 @@
+"""What is a project's: by its tag, whatever begins like its name; and the log groups of the whole account are nobody's."""
+
+import json
+
+import pytest
+
+from launch.cloud.foundation import TEMPLATE
+from launch.verbs.logs import NOTEBOOK_GROUP, TRAINING_GROUP
+from tests.launch.conftest import REGION, Cloud
+from trainer.common.errors import MISTAKE, OK
+
+ACCOUNT = "123456789012"
+ROLE = f"arn:aws:iam::{ACCOUNT}:role/survey"
+OURS = [{"Key": "project", "Value": "packhorse"}]
+FAST = ("--yes", "--every", "0.05")
+
+
+def make_endpoint(cloud: Cloud, name: str, tags: list[dict[str, str]]) -> None:
+    sagemaker = cloud.client("sagemaker")
+    sagemaker.create_model(ModelName=name, ExecutionRoleArn=ROLE, PrimaryContainer={"Image": "image"})
+    variant = {
+        "VariantName": "main",
+        "ModelName": name,
+        "InstanceType": "ml.m5.large",
+        "InitialInstanceCount": 1,
+        "InitialVariantWeight": 1,
+    }
+    sagemaker.create_endpoint_config(EndpointConfigName=name, ProductionVariants=[variant], Tags=tags)
+    sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=name, Tags=tags)
+
+
+def make_things_of_another_team(cloud: Cloud) -> None:
+    """Without a tag, with names that begin like ours."""
+    sagemaker = cloud.client("sagemaker")
+    cloud.client("iam").create_role(RoleName="survey", AssumeRolePolicyDocument="{}")
+    cloud.client("s3").create_bucket(Bucket="survey")
+    sagemaker.create_training_job(
+        TrainingJobName="packhorse-survey",
+        AlgorithmSpecification={"TrainingImage": "image", "TrainingInputMode": "File"},
+        RoleArn=ROLE,
+        OutputDataConfig={"S3OutputPath": "s3://survey/out"},
+        ResourceConfig={"InstanceType": "ml.m5.large", "InstanceCount": 1, "VolumeSizeInGB": 50},
+        StoppingCondition={"MaxRuntimeInSeconds": 3600},
+        HyperParameters={"epochs": "3"},
+    )
+    script = "packhorse-survey"
+    sagemaker.create_notebook_instance_lifecycle_config(NotebookInstanceLifecycleConfigName=script)
+    sagemaker.create_notebook_instance(NotebookInstanceName="packhorse-survey", InstanceType="ml.t3.medium", RoleArn=ROLE, LifecycleConfigName=script)
+    make_endpoint(cloud, "packhorse-survey", [])
+
+
+def things(cloud: Cloud) -> dict[str, list[str]]:
+    """Of SageMaker and CloudFormation by name and status, machines by their project."""
+    sagemaker = cloud.client("sagemaker")
+    jobs = sagemaker.list_training_jobs()["TrainingJobSummaries"]
+    tunings = sagemaker.list_hyper_parameter_tuning_jobs()["HyperParameterTuningJobSummaries"]
+    notebooks = sagemaker.list_notebook_instances()["NotebookInstances"]
+    scripts = sagemaker.list_notebook_instance_lifecycle_configs()["NotebookInstanceLifecycleConfigs"]
+    groups = cloud.client("ec2").describe_instances()["Reservations"]
+    machines = [each for group in groups for each in group["Instances"]]
+    tags = [{tag["Key"]: tag["Value"] for tag in each["Tags"]} | {"state": each["State"]["Name"]} for each in machines]
+    return {
+        "jobs": sorted(f"{job['TrainingJobName']} {job['TrainingJobStatus']}" for job in jobs),
+        "tunings": sorted(f"{job['HyperParameterTuningJobName']} {job['HyperParameterTuningJobStatus']}" for job in tunings),
+        "notebooks": sorted(f"{each['NotebookInstanceName']} {each['NotebookInstanceStatus']}" for each in notebooks),
+        "scripts": sorted(each["NotebookInstanceLifecycleConfigName"] for each in scripts),
+        "endpoints": sorted(each["EndpointName"] for each in sagemaker.list_endpoints()["Endpoints"]),
+        "machines": sorted(f"{each['project']} {each['state']}" for each in tags if each["state"] != "terminated"),
+        "stacks": sorted(each["StackName"] for each in cloud.client("cloudformation").describe_stacks()["Stacks"]),
+        "roles": sorted(each["RoleName"] for each in cloud.client("iam").list_roles()["Roles"]),
+        "buckets": sorted(each["Name"] for each in cloud.client("s3").list_buckets()["Buckets"]),
+    }
+
+
+def launch(cloud: Cloud, *arguments: str) -> str:
+    code, printed = cloud.launch(*arguments)
+    assert code == OK, printed
+    return printed
+
+
+@pytest.fixture
+def neighbours(cloud: Cloud) -> Cloud:
+    """Another team's things, and all that project `packhorse-dev` can have: both begin like ours."""
+    make_things_of_another_team(cloud)
+    dev = "target.project=packhorse-dev"
+    launch(cloud, "up", dev, *FAST)
+    for target in (["target=ec2"], ["target=sagemaker"], ["target=tuner", "sweep=head"], ["target=notebook"]):
+        launch(cloud, "submit", *target, dev)
+    make_endpoint(cloud, "packhorse-dev-serving", [{"Key": "project", "Value": "packhorse-dev"}])
+    return cloud
+
+
+def test_down_leaves_whatever_only_begins_like_ours(neighbours):
+    before = things(neighbours)
+    launch(neighbours, "up", *FAST)
+    for target in (["target=ec2"], ["target=sagemaker"], ["target=tuner", "sweep=head"], ["target=notebook"]):
+        launch(neighbours, "submit", *target)
+    assert things(neighbours) != before
+    printed = launch(neighbours, "down", *FAST)
+    assert "packhorse-dev" not in printed and "survey" not in printed
+    assert things(neighbours) == before
+
+
+def test_status_counts_what_has_our_tag_whatever_its_name(neighbours):
+    launch(neighbours, "up", *FAST)
+    make_endpoint(neighbours, "dogs", OURS)
+    rows = json.loads(launch(neighbours, "status", "--json"))["costs_now"]
+    assert [(row["kind"], row["name"]) for row in rows] == [("endpoint", "dogs")]
+    others = json.loads(launch(neighbours, "status", "target.project=packhorse-dev", "--json"))["costs_now"]
+    assert sorted(row["kind"] for row in others) == ["endpoint", "machine", "notebook", "training", "training"]
+    assert all(row["name"].startswith(("packhorse-dev-", "i-")) for row in others)
+
+
+def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
+    launch(cloud, "up", *FAST)
+    for target in (["target=ec2"], ["target=sagemaker"], ["target=tuner", "sweep=head", "name=tuned"], ["target=notebook"]):
+        launch(cloud, "submit", *target)
+    bucket = f"packhorse-{ACCOUNT}-{REGION}"
+    cloud.client("s3").put_object(Bucket=bucket, Key="runs/x/model.tar.gz", Body=bytes(12_000_000))
+    count = len(cloud.client("s3").list_object_versions(Bucket=bucket)["Versions"])
+    before = things(cloud)
+    code, printed = cloud.launch("down")
+    assert code == MISTAKE and "--yes" in printed and things(cloud) == before
+    [machine] = [each["InstanceId"] for group in cloud.client("ec2").describe_instances()["Reservations"] for each in group["Instances"]]
+    expected = [
+        f"ends      machine {machine} (g4dn.xlarge)",
+        "ends      tuning job packhorse-tuned-1",
+        "ends      training job packhorse-tuned-1-001-0123abcd",
+        "deletes   the records of 2 training jobs",
+        "deletes   notebook packhorse-notebook-1",
+        "deletes   notebook's script packhorse-notebook-1",
+        "deletes   stack packhorse-foundation",
+        "AWS::IAM::Role             packhorse-training",
+        f"AWS::S3::Bucket            {bucket}",
+        f"deletes   every object of s3://{bucket}, all models and pictures in it: {count} versions, 0.01 GB",
+    ]
+    assert [line for line in expected if line not in printed] == [], printed
+
+
+def test_a_bucket_or_stack_of_our_name_without_our_tag_is_anothers(cloud):
+    bucket = f"packhorse-{ACCOUNT}-{REGION}"
+    cloud.client("s3").create_bucket(Bucket=bucket)
+    cloud.client("s3").put_object(Bucket=bucket, Key="precious", Body=b"1")
+    template = json.dumps({"Resources": {"Queue": {"Type": "AWS::SQS::Queue"}}})
+    cloud.client("cloudformation").create_stack(StackName="packhorse-foundation", TemplateBody=template)
+    code, printed = cloud.launch("up", *FAST)
+    assert code == MISTAKE and "without the tag project=packhorse" in printed and "target.project=NAME" in printed
+    printed = launch(cloud, "down", *FAST)
+    assert f"leaves    s3://{bucket}" in printed
+    assert cloud.client("s3").get_object(Bucket=bucket, Key="precious")["Body"].read() == b"1"
+    assert things(cloud)["stacks"] == ["packhorse-foundation"]
+
+
+# --- log groups of the whole account ---
+
+GROUPS = {"Training": TRAINING_GROUP, "Notebook": NOTEBOOK_GROUP}
+
+
+def first_edition() -> str:
+    """The foundation with the log groups that its first edition made."""
+    parameters = conditions = resources = ""
+    for name, group in GROUPS.items():
+        parameters += f"  {name}Logs:\n    Type: String\n    Default: keep\n    AllowedValues: [make, keep]\n"
+        conditions += f"  Make{name}Logs: !Equals [!Ref {name}Logs, make]\n"
+        resources += (
+            f"  {name}LogGroup:\n    Type: AWS::Logs::LogGroup\n    Condition: Make{name}Logs\n    DeletionPolicy: Delete\n"
+            f"    UpdateReplacePolicy: Retain\n    Properties:\n      LogGroupName: {group}\n      RetentionInDays: 30\n"
+            "      Tags: [{Key: project, Value: !Ref Project}]\n\n"
+        )
+    head, body = TEMPLATE.read_text().split("\nResources:\n")
+    return f"{head}{parameters}\nConditions:\n{conditions}\nResources:\n{resources}{body}"
+
+
+def make_first_edition(cloud: Cloud, *made: str) -> None:
+    """A stack as the first edition's `up` made it. made: the log groups that were not there before."""
+    given = {"Project": "packhorse"} | {f"{name}Logs": "make" for name in made}
+    cloud.client("cloudformation").create_stack(
+        StackName="packhorse-foundation",
+        TemplateBody=first_edition(),
+        Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in given.items()],
+        Capabilities=["CAPABILITY_NAMED_IAM"],
+        Tags=OURS,
+    )
+
+
+def log_groups(cloud: Cloud) -> dict[str, tuple[int | None, list[str]]]:
+    """Each with its retention in days, and its streams."""
+    logs = cloud.client("logs")
+    found = logs.describe_log_groups()["logGroups"]
+    return {
+        each["logGroupName"]: (
+            each.get("retentionInDays"),
+            [stream["logStreamName"] for stream in logs.describe_log_streams(logGroupName=each["logGroupName"])["logStreams"]],
+        )
+        for each in found
+    }
+
+
+def test_up_and_down_make_change_and_delete_no_log_group_of_the_account(cloud):
+    logs = cloud.client("logs")
+    launch(cloud, "up", *FAST)
+    assert log_groups(cloud) == {}
+    launch(cloud, "down", *FAST)
+    for group, retention in ((TRAINING_GROUP, 400), (NOTEBOOK_GROUP, None), ("/aws/sagemaker/ProcessingJobs", None)):
+        logs.create_log_group(logGroupName=group)
+        logs.create_log_stream(logGroupName=group, logStreamName="survey/algo-1")
+        if retention:
+            logs.put_retention_policy(logGroupName=group, retentionInDays=retention)
+    before = log_groups(cloud)
+    launch(cloud, "up", *FAST)
+    printed = launch(cloud, "down", *FAST)
+    assert f"leaves    what jobs have logged in {TRAINING_GROUP} and {NOTEBOOK_GROUP}" in printed
+    assert log_groups(cloud) == before and before[TRAINING_GROUP] == (400, ["survey/algo-1"])
+
+
+@pytest.mark.parametrize(
+    ("made", "verbs"),
+    [(["Training"], ["down"]), (["Notebook"], ["up"]), (["Training", "Notebook"], ["up", "down"])],
+)
+def test_the_log_groups_that_the_first_edition_made_outlive_its_stack(cloud, made, verbs):
+    make_first_edition(cloud, *made)
+    logs = cloud.client("logs")
+    for name in made:
+        logs.create_log_stream(logGroupName=GROUPS[name], logStreamName="survey/algo-1")
+    before = log_groups(cloud)
+    assert before == {GROUPS[name]: (30, ["survey/algo-1"]) for name in made}
+    for verb in verbs:
+        printed = launch(cloud, verb, *FAST)
+        assert log_groups(cloud) == before, printed
+        if verb == "up":
+            assert all(group in printed for group in before) and "which stays in the account" in printed
+            kinds = [
+                each["ResourceType"] for each in cloud.client("cloudformation").list_stack_resources(StackName="packhorse-foundation")["StackResourceSummaries"]
+            ]
+            assert "AWS::IAM::Role" in kinds and "AWS::Logs::LogGroup" not in kinds
+            assert "nothing to change" in launch(cloud, "up")
+    if "down" in verbs:
+        assert things(cloud)["stacks"] == [] and things(cloud)["roles"] == []
+
+
+def test_up_asks_before_it_touches_the_first_editions_stack(cloud):
+    make_first_edition(cloud, "Training")
+    template = cloud.client("cloudformation").get_template(StackName="packhorse-foundation")["TemplateBody"]
+    code, printed = cloud.launch("up")
+    assert code == MISTAKE and "--yes" in printed and TRAINING_GROUP in printed
+    assert cloud.client("cloudformation").get_template(StackName="packhorse-foundation")["TemplateBody"] == template

@@ -1,0 +1,314 @@
+"""What costs money when AWS is late, ends a machine for a reason of its own, or a machine doesn't end by itself."""
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import make_pictures, wait_for
+from tests.launch.conftest import REGION, Cloud, founded
+from tests.launch.test_kills import KILLED
+from trainer.common.errors import FAULT, MISTAKE, OK, RESUME
+
+BUCKET = f"packhorse-123456789012-{REGION}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def account(server: Cloud) -> Iterator[Cloud]:
+    """An account with the foundation, which the tests share: each has its own runs."""
+    yield server
+    server.post("/strict/late", answers=0)
+
+
+def machines(cloud: Cloud, run: str) -> list[dict]:
+    """The run's instances, in the order of their attempts."""
+    filters = [{"Name": "tag:run", "Values": [run]}]
+    groups = cloud.client("ec2").describe_instances(Filters=filters)["Reservations"]
+    found = [each for group in groups for each in group["Instances"]]
+    return sorted(found, key=lambda each: next(tag["Value"] for tag in each["Tags"] if tag["Key"] == "attempt"))
+
+
+def reclaim(cloud: Cloud, run: str, number: int) -> None:
+    """Takes the machine of an attempt back, once it is there."""
+    assert wait_for(lambda: len(machines(cloud, run)) == number, 120)
+    end(cloud, run, "Server.SpotInstanceTermination")
+
+
+def end(cloud: Cloud, run: str, code: str, **more: float) -> None:
+    cloud.post("/strict/end_instance", instance=machines(cloud, run)[-1]["InstanceId"], code=code, **more)
+
+
+def put(cloud: Cloud, key: str, content: object) -> None:
+    cloud.client("s3").put_object(Bucket=BUCKET, Key=key, Body=json.dumps(content).encode())
+
+
+def sent(cloud: Cloud, operation: str, run: str) -> list[dict]:
+    calls = [call for call in cloud.calls() if call["operation"] == operation]
+    return [call["parameters"] for call in calls if run in json.dumps(call["parameters"])]
+
+
+def script(cloud: Cloud, instance: dict) -> str:
+    found = cloud.client("ec2").describe_instance_attribute(InstanceId=instance["InstanceId"], Attribute="userData")
+    return base64.b64decode(found["UserData"]["Value"]).decode()
+
+
+# --- AWS is eventually consistent ---
+
+
+def test_a_machine_that_is_not_listed_yet_runs(account):
+    account.post("/strict/late", answers=1000)
+    assert account.launch("submit", "target=ec2", "name=unseen")[0] == OK
+    code, printed = account.launch("submit", "target=ec2", "name=unseen")
+    assert code == OK and "is running" in printed and "nothing is sent" in printed
+    code, printed = account.launch("status")
+    assert code == OK and re.search("unseen .* running", printed)
+    assert len(machines(account, "unseen")) == 1
+    for options in ([], ["--now"]):
+        code, printed = account.launch("stop", "unseen", *options)
+        assert code == OK and "asked" in printed, printed
+    assert account.client("s3").head_object(Bucket=BUCKET, Key="runs/unseen/attempts/1.stop")
+
+
+def test_a_wait_for_a_machine_that_is_not_listed_yet_rents_no_other(account):
+    account.post("/strict/late", answers=3)
+    process = account.start("submit", "target=ec2", "target.spot=true", "name=patient", "--wait", "--every", "0.1")
+    assert wait_for(lambda: len(machines(account, "patient")) == 1, 120)
+    looked = len(sent(account, "DescribeInstances", "i-"))
+    assert wait_for(lambda: len(sent(account, "DescribeInstances", "i-")) > looked + 5, 120)
+    put(account, "runs/patient/attempts/1.json", {"attempt": 1, "code": 0, "reason": "done"})
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == OK, printed
+    assert len(machines(account, "patient")) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "operation"),
+    [
+        ("sagemaker", "CreateTrainingJob"),
+        ("tuner", "CreateHyperParameterTuningJob"),
+        ("notebook", "CreateNotebookInstance"),
+    ],
+)
+def test_a_job_that_is_not_listed_yet_runs(account, target, operation):
+    account.post("/strict/late", answers=1000)
+    arguments = [f"target={target}", *(["sweep=head"] if target == "tuner" else []), f"name=unseen-{target}"]
+    code, printed = account.launch("submit", *arguments)
+    assert code == OK, printed
+    code, printed = account.launch("submit", *arguments)
+    assert code == OK, printed
+    assert "is running" in printed and "nothing is sent" in printed
+    run = "notebook" if target == "notebook" else f"unseen-{target}"
+    assert len(sent(account, operation, run)) == 1
+    for verb in ("status", "logs", "cost"):
+        code, printed = account.launch(verb, *([] if verb == "status" else [run]))
+        assert code == OK, printed
+
+
+def test_what_may_be_on_its_way_is_not_sent_otherwise(account):
+    """Killed after AWS has carried it out, and started again for another machine."""
+    command = ["submit", "target=ec2", "name=halfway"]
+    before = len(account.calls())
+    assert account.launch(*command[:-1], "name=probe")[0] == OK
+    number = 1 + [call["operation"] for call in account.calls()[before:]].index("RunInstances")
+    account.post("/strict/late", answers=5)
+    account.post("/strict/kill", call=number, when="after")
+    assert account.launch(*command)[0] == KILLED
+    code, printed = account.launch(*command, "target.instance_type=g5.xlarge")
+    assert code == OK, printed
+    [machine] = machines(account, "halfway")
+    assert machine["InstanceType"] == "g4dn.xlarge" and "sent as it was noted" in printed
+
+
+def test_what_aws_has_refused_may_be_sent_otherwise(account):
+    account.post("/strict/refuse", operation="RunInstances", code="VcpuLimitExceeded", message="You have requested more vCPU capacity")
+    code, printed = account.launch("submit", "target=ec2", "name=refused")
+    assert code == MISTAKE and "quota" in printed
+    code, printed = account.launch("submit", "target=ec2", "name=refused", "target.instance_type=g5.xlarge")
+    assert code == OK, printed
+    assert [each["InstanceType"] for each in machines(account, "refused")] == ["g5.xlarge"]
+
+
+# --- a retry knows what the first try knew ---
+
+
+def test_the_next_machine_gets_what_the_first_one_got(account, tmp_path):
+    """Also when the folder of pictures is gone by then, and AWS has a newer image."""
+    pictures = make_pictures(tmp_path / "dogs", {"train": 2, "valid": 1})
+    settings = ["data=folder", "data.workers=0", "train.epochs=3", "target.spot=true", "target.hours=5", "target.disk_gb=120"]
+    process = account.start("submit", "target=ec2", "name=kept", *settings, "--data", str(pictures), "--wait", "--every", "0.1")
+    assert wait_for(lambda: len(machines(account, "kept")) == 1, 120)
+    shutil.rmtree(pictures)
+    reclaim(account, "kept", 1)
+    assert wait_for(lambda: len(machines(account, "kept")) == 2, 120)
+    put(account, "runs/kept/attempts/2.json", {"attempt": 2, "code": 0, "reason": "done"})
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == OK, printed
+    first, second = machines(account, "kept")
+    assert script(account, second) == script(account, first).replace("attempt=1\n", "attempt=2\n")
+    assert first["ImageId"] == second["ImageId"] and second["InstanceLifecycle"] == "spot"
+
+
+# --- the reason of an end ---
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "phase"),
+    [
+        ("Client.UserInitiatedShutdown", RESUME, "stopped"),
+        ("Client.InstanceInitiatedShutdown", FAULT, "failed"),
+        ("Server.InternalError", FAULT, "failed"),
+        ("Client.VolumeLimitExceeded", FAULT, "failed"),
+    ],
+)
+def test_a_machine_that_was_not_reclaimed_is_not_replaced(account, reason, code, phase):
+    run = f"ended-{reason.split('.')[1].lower()}"
+    process = account.start("submit", "target=ec2", "target.spot=true", f"name={run}", "--wait", "--every", "0.1")
+    assert wait_for(lambda: len(machines(account, run)) == 1, 120)
+    end(account, run, reason)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == code and f"attempt 1 at {run} is {phase}" in printed, printed
+    assert len(machines(account, run)) == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "reason", "phase"),
+    [
+        ({"code": 75, "reason": "spot notice"}, "Client.InstanceInitiatedShutdown", "reclaimed"),
+        ({"code": 143, "reason": "spot notice"}, "Client.InstanceInitiatedShutdown", "reclaimed"),
+        ({"code": 75, "reason": "SIGTERM"}, "Server.SpotInstanceTermination", "reclaimed"),
+        ({"code": 75, "reason": "SIGTERM"}, "Client.UserInitiatedShutdown", "stopped"),
+        ({"code": 75, "reason": "interrupted"}, "Client.InstanceInitiatedShutdown", "stopped"),
+        ({"code": 1, "reason": "failed"}, "Client.InstanceInitiatedShutdown", "failed"),
+        ({"code": 75, "reason": "asked to stop"}, "Server.SpotInstanceTermination", "stopped"),
+    ],
+)
+def test_what_a_machine_said_last_and_why_aws_ended_it(account, told, reason, phase):
+    run = f"told-{told['code']}-{told['reason'].replace(' ', '-')}-{reason.split('.')[1][:8]}".lower()
+    assert account.launch("submit", "target=ec2", "target.spot=true", f"name={run}")[0] == OK
+    end(account, run, reason)
+    put(account, f"runs/{run}/attempts/1.json", {"attempt": 1, **told})
+    code, printed = account.launch("logs", run)
+    assert code == OK and f"attempt 1 at {run} is {phase}" in printed, printed
+
+
+def test_a_stop_at_once_is_noted_so_that_no_wait_replaces_the_machine(account):
+    process = account.start("submit", "target=ec2", "target.spot=true", "name=halted", "--wait", "--every", "0.1")
+    assert wait_for(lambda: len(machines(account, "halted")) == 1, 120)
+    assert account.launch("stop", "halted", "--now")[0] == OK
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == RESUME and "is stopped" in printed, printed
+    assert account.client("s3").head_object(Bucket=BUCKET, Key="runs/halted/attempts/1.stop")
+    end(account, "halted", "Server.SpotInstanceTermination")
+    assert "is stopped" in account.launch("logs", "halted")[1], "whatever AWS says afterwards"
+
+
+def test_an_end_that_ec2_has_forgotten_is_no_reclaim(account):
+    assert account.launch("submit", "target=ec2", "target.spot=true", "name=forgotten")[0] == OK
+    [machine] = machines(account, "forgotten")
+    account.post("/strict/forget_instance", instance=machine["InstanceId"])
+    key = "runs/forgotten/attempts/1.request.json"
+    noted = json.loads(account.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    put(account, key, noted | {"noted": "2026-01-01T00:00:00+00:00", "sent": "2026-01-01T00:00:00+00:00"})
+    code, printed = account.launch("logs", "forgotten")
+    assert code == OK and "is failed (ended without a word" in printed
+    put(account, "runs/forgotten/log.txt", "written a moment ago")
+    assert "is running" in account.launch("logs", "forgotten")[1]
+
+
+def test_replacements_that_get_no_further_have_an_end(account):
+    """Every new checkpoint starts the count again; a machine that AWS never had is no replacement."""
+    process = account.start("submit", "target=ec2", "target.spot=true", "name=vain", "--wait", "--every", "0.1")
+    assert wait_for(lambda: len(machines(account, "vain")) == 1, 120)
+    end(account, "vain", "Server.InsufficientInstanceCapacity")
+    reclaim(account, "vain", 2)
+    assert wait_for(lambda: len(machines(account, "vain")) == 3, 120)
+    put(account, "runs/vain/checkpoints/step-00000010/manifest.json", {})
+    for number in range(3, 8):
+        reclaim(account, "vain", number)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == MISTAKE, printed
+    assert "4 machines in a row were taken back" in printed and "found no machine free" in printed
+    assert len(machines(account, "vain")) == 7
+
+
+# --- past the limit ---
+
+
+def test_what_is_past_its_limit_is_said_first_and_ended(account):
+    assert account.launch("submit", "target=ec2", "name=past")[0] == OK
+    assert account.launch("submit", "target=ec2", "name=within")[0] == OK
+    [machine] = machines(account, "past")
+    account.post("/strict/age", instance=machine["InstanceId"], hours=100)
+    line = f"OVERDUE: run past on {machine['InstanceId']}, 92.0 h past its 8 h limit, $52.6"
+    verbs = {
+        "status": ["--json"],
+        "logs": ["within"],
+        "cost": ["past"],
+        "plan": ["target=ec2", "name=other"],
+        "submit": ["target=ec2", "name=past"],
+        "fetch": ["within"],
+        "stop": ["within"],
+    }
+    for verb, arguments in verbs.items():
+        code, printed = account.launch(verb, *arguments)
+        assert printed.startswith(line) and "-m launch status --end" in printed, printed
+    code, printed = account.launch("status", "--end")
+    assert code == OK and printed.startswith(line), printed
+    assert machines(account, "past")[0]["State"]["Name"] == "terminated"
+    assert machines(account, "within")[0]["State"]["Name"] == "running"
+    assert "OVERDUE" not in account.launch("status")[1]
+
+
+def test_a_wait_ends_what_is_past_its_limit(account):
+    process = account.start("submit", "target=ec2", "target.spot=true", "target.hours=2", "name=watched", "--wait", "--every", "0.1")
+    assert wait_for(lambda: len(machines(account, "watched")) == 1, 120)
+    account.post("/strict/age", instance=machines(account, "watched")[0]["InstanceId"], hours=3)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == RESUME and "OVERDUE" in printed, printed
+    assert [each["State"]["Name"] for each in machines(account, "watched")] == ["terminated"]
+
+
+# --- every GPU that is paid for ---
+
+
+@pytest.mark.parametrize(
+    ("target", "machine", "processes"),
+    [
+        ("ec2", "g4dn.12xlarge", 4),
+        ("ec2", "p3.16xlarge", 8),
+        ("ec2", "g4dn.xlarge", 1),
+        ("sagemaker", "ml.g4dn.12xlarge", 4),
+        ("sagemaker", "ml.g5.48xlarge", 8),
+        ("sagemaker", "ml.g4dn.xlarge", 1),
+        ("tuner", "ml.g5.12xlarge", 4),
+        ("sagemaker_multi", "ml.g4dn.12xlarge", 16),
+    ],
+)
+def test_every_gpu_of_a_machine_trains(account, target, machine, processes):
+    more = ["sweep=head"] if target == "tuner" else []
+    code, printed = account.launch("plan", f"target={target}", f"target.instance_type={machine}", *more, "--json")
+    assert code == OK, printed
+    planned = json.loads(printed[printed.index("{") :])
+    assert (f"{processes} processes" in planned["cost"]["machines"]) == (processes > 1)
+    if target != "ec2":
+        parameters = planned["requests"][0]["parameters"]
+        started = parameters.get("HyperParameters") or parameters["TrainingJobDefinition"]["StaticHyperParameters"]
+        assert ("sagemaker_torch_distributed_enabled" in started) == (processes > 1)
+
+
+def test_the_settings_say_how_many_processes(account):
+    arguments = ["plan", "target=sagemaker", "target.instance_type=ml.g4dn.12xlarge"]
+    for alone in ("train.processes=1", "train.device=cpu"):
+        code, printed = account.launch(*arguments, alone)
+        assert code == OK and "processes" not in printed.split("costs")[1], printed
+    code, printed = account.launch(*arguments, "train.processes=3")
+    assert code == MISTAKE and "train.processes=3" in printed and "4 would run" in printed

@@ -1,0 +1,129 @@
+"""What the command line means: the kind of machine, the trainer's settings for the job, and the names that follow from them."""
+
+import dataclasses
+import re
+
+import pytest
+
+from launch.targets.spec import JOB_NAME, KINDS, RUN, TUNING_JOB_NAME, Spec, fit, load_config, load_target, pictures_name, run_id, split_overrides
+from trainer.common.errors import UserError
+
+
+def make_spec(*arguments: str, **changes: object) -> Spec:
+    targets, overrides = split_overrides(arguments)
+    target = load_target(targets)
+    config, data = load_config(target, overrides)
+    run = run_id(target, config, data, overrides)
+    spec = Spec(target, config, overrides, run, account="123456789012", region="eu-west-1", data=data, source="ab" * 32, revision=None)
+    return dataclasses.replace(spec, **changes)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_target_composes_and_is_of_its_type(name):
+    target = load_target([f"target={name}"])
+    assert type(target) is KINDS[name] and target.name == name
+
+
+def test_overrides_are_told_apart():
+    ours, theirs = split_overrides(["target=tuner", "target.spot=true", "sweep=head", "optim.lr=1e-3", "+x=target=1"])
+    assert ours == ["target=tuner", "target.spot=true"]
+    assert theirs == ("sweep=head", "optim.lr=1e-3", "+x=target=1")
+
+
+MISTAKES = {
+    "target=ec3": ["target=ec3", "notebook", "tuner"],
+    "target.spott=true": ["target.spott", "did you mean target.spot"],
+    "target.hours=0": ["target.hours=0", "above 0 and at most 120"],
+    "target.hours=long": ["target.hours=long", "float"],
+    "target.project=My": ["target.project=My", "lower-case"],
+    "target.disk_gb=10": ["target.disk_gb=10", "at least 75"],
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_named_with_what_is_allowed(override):
+    with pytest.raises(UserError) as error:
+        load_target([override])
+    assert all(part in str(error.value) for part in MISTAKES[override]), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_spot_job_must_have_time_to_wait():
+    with pytest.raises(UserError, match=r"allowed: target\.wait_hours >= target.hours"):
+        load_target(["target=sagemaker", "target.spot=true", "target.hours=20"])
+
+
+def test_pictures_lie_where_the_job_finds_them(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    (tmp_path / "dogs/1.jpg").write_bytes(b"1")
+    typed, given = (["data=folder", "data.root=/mnt/dogs"], None), (["data=folder"], tmp_path / "dogs")
+    for name, root in (("ec2", "/opt/dlami/nvme/data/{}"), ("sagemaker", "/opt/ml/input/data/training")):
+        target = load_target([f"target={name}"])
+        for (overrides, folder), expected in ((typed, "dogs"), (given, pictures_name(tmp_path / "dogs"))):
+            config, data = load_config(target, overrides, folder)
+            assert (config.data.root, data, config.platform.name) == (root.format(expected), expected, name)
+    digested = pictures_name(tmp_path / "dogs")
+    cases = (
+        (["data.root=/mnt/dogs"], None, "dogs"),
+        ([], tmp_path / "dogs", digested),
+        (["experiment=dog_breeds"], tmp_path / "dogs", digested),
+    )
+    for overrides, folder, expected in cases:
+        config, data = load_config(load_target([]), overrides, folder)
+        assert (config.data.source, data, config.model.name) == ("folder", expected, "resnet50")
+    with pytest.raises(UserError, match="--data DIR"):
+        load_config(load_target([]), ["data=folder"])
+    with pytest.raises(UserError, match="give data=folder"):
+        load_config(load_target([]), ["data=fashion_mnist"], tmp_path / "dogs")
+    with pytest.raises(UserError, match="in one folder"):
+        load_config(load_target([]), ["data=folder", "data.root=x", "data.train=/elsewhere"])
+
+
+def test_pictures_are_named_by_all_that_is_uploaded_of_them_and_by_nothing_else(tmp_path):
+    def name_of(folder: str, files: dict[str, bytes]) -> str:
+        for path, content in files.items():
+            (tmp_path / folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / path).write_bytes(content)
+        return pictures_name(tmp_path / folder)
+
+    files = {"train/a/1.jpg": b"1", "train/b/2.jpg": b"2"}
+    name = name_of("here/My dogs", files)
+    assert re.fullmatch(r"My-dogs-[0-9a-f]{8}-[0-9a-f]{16}", name) and name == fit(name, RUN)
+    assert name_of("there/My dogs", {**files, ".DS_Store": b"x", "train/a/.1.jpg.swp": b"x"}) == name, "hidden files stay here"
+    others = {
+        "content": files | {"train/b/2.jpg": b"3"},
+        "swapped": {"train/a/1.jpg": b"2", "train/b/2.jpg": b"1"},
+        "renamed": {"train/a/1.jpg": b"1", "train/b/3.jpg": b"2"},
+        "another class": {"train/a/1.jpg": b"1", "train/a/2.jpg": b"2"},
+        "one more": files | {"train/c/empty.jpg": b""},
+        "one less": {"train/a/1.jpg": b"1"},
+    }
+    names = {what: name_of(f"{what}/My dogs", changed) for what, changed in others.items()}
+    assert len({name, *names.values()}) == 1 + len(others), names
+    assert len(name_of(f"long/{'n' * 200}", files)) == RUN
+
+
+def test_the_run_is_found_again_from_any_directory_and_told_apart_by_what_decides_it(tmp_path, monkeypatch):
+    here = make_spec("target=ec2").run
+    monkeypatch.chdir(tmp_path)
+    assert make_spec("target=ec2").run == here
+    assert make_spec("target=ec2", "target.spot=true", "target.hours=2").run == here, "where and how long is not what"
+    others = [("target=sagemaker",), ("optim.lr=0.5",), ("data=folder", "data.root=/a/dogs"), ("data=folder", "data.root=/a/cats")]
+    assert len({here, *(make_spec(*other).run for other in others)}) == 5
+    assert make_spec("data=folder", "data.root=/a/dogs").run == make_spec("data=folder", "data.root=/b/dogs").run
+    assert make_spec("name=My run").run == fit("My run", RUN) != make_spec("name=My-run").run == "My-run"
+
+
+@pytest.mark.parametrize("target", KINDS)
+def test_names_are_as_long_as_aws_allows(target):
+    spec = make_spec(f"target={target}", f"name={'x.' * 40}", "target.project=a-project-of-twentyy", attempt=123)
+    limit = TUNING_JOB_NAME if target == "tuner" else JOB_NAME
+    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", spec.job_name) and len(spec.job_name) <= limit
+    assert spec.job_name.endswith("-123") and len(spec.run) <= RUN
+    assert len(spec.bucket) <= 63
+
+
+def test_arns_follow_the_partition():
+    assert make_spec().role("ec2") == "arn:aws:iam::123456789012:role/packhorse-ec2"
+    assert make_spec(region="cn-north-1").role("training").startswith("arn:aws-cn:iam::")
+    assert make_spec().uri("runs", "x") == "s3://packhorse-123456789012-eu-west-1/runs/x"

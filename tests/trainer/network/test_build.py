@@ -1,0 +1,145 @@
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+import torchvision
+import torchvision.transforms.v2.functional
+
+from trainer.common.errors import UserError
+from trainer.network import build as model
+
+PIXELS = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+FAMILIES = [
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
+    "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5",
+    "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32", "wide_resnet50_2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_torchvision_takes_a_new_head(name):
+    # RegNet reads values while it is built, which tensors without memory don't have.
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        network = model.build(name, 7)
+        pixels = torch.zeros(2, 224, 224, 3)
+        assert network.eval()(pixels).shape == (2, 7)
+        assert network.train()(torch.zeros(2, 299, 299, 3) if name == "inception_v3" else pixels).shape == (2, 7)
+
+
+def test_normalisation_is_part_of_the_network():
+    network = model.build("small_cnn", 3, mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.3)).eval()
+    seen = []
+    network.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(PIXELS)
+    expected = torchvision.transforms.v2.functional.normalize(PIXELS.permute(0, 3, 1, 2) / 255, [0.2, 0.4, 0.6], [0.1, 0.2, 0.3])
+    assert torch.allclose(seen[0], expected, atol=1e-5)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_uint8_and_float_pixels_give_the_same():
+    network = model.build("small_cnn", 3).eval()
+    assert torch.equal(network(PIXELS), network(PIXELS.float()))
+
+
+def test_the_head_may_have_a_hidden_layer():
+    network = model.build("small_cnn", 133, head_hidden=64)
+    assert [layer.weight.shape for layer in network.head if hasattr(layer, "weight")] == [(64, network.features_width), (133, 64)]
+
+
+def test_a_frozen_backbone_does_not_move_at_all():
+    network = model.build("mobilenet_v2", 3, freeze="backbone").train()
+    before = copy.deepcopy(network.backbone.state_dict())
+    head = copy.deepcopy(network.head.state_dict())
+    optimizer = torch.optim.SGD([parameter for parameter in network.parameters() if parameter.requires_grad], lr=1.0)
+    for _ in range(3):
+        torch.nn.functional.cross_entropy(network(PIXELS), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    after = network.backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(head["weight"], network.head.state_dict()["weight"])
+
+
+# --- weights ---
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(1)
+    return torchvision.models.mobilenet_v2(num_classes=19)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_local_state_dict_fills_everything_but_the_head(trained, tmp_path, suffix, prefix):
+    path = tmp_path / f"weights{suffix}"
+    state = {prefix + name: tensor for name, tensor in trained.state_dict().items()}
+    if suffix == ".pth":
+        torch.save({"state_dict": state}, path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    network = model.build("mobilenet_v2", 3, weights=str(path))
+    for name, tensor in network.backbone.state_dict().items():
+        assert torch.equal(tensor, trained.state_dict()[name])
+
+
+def test_weights_of_our_own_package_go_on(tmp_path):
+    from safetensors.torch import save_file
+
+    first = model.build("small_cnn", 3)
+    save_file({name: tensor.contiguous() for name, tensor in first.state_dict().items()}, tmp_path / "model.safetensors")
+    second = model.build("small_cnn", 9, weights=str(tmp_path / "model.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(first.backbone.state_dict().values(), second.backbone.state_dict().values(), strict=True))
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(trained, tmp_path):
+    torch.save(trained.state_dict(), tmp_path / "mobilenet.pth")
+    with pytest.raises(UserError, match=r"doesn't fit.*conv1.weight"):
+        model.build("resnet18", 3, weights=str(tmp_path / "mobilenet.pth"))
+
+
+def test_a_pickle_in_a_weights_file_runs_nothing(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/exploded",)
+
+    (tmp_path / "weights.pth").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="damaged, or holds more than tensors"):
+        model.build("resnet18", 3, weights=str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_unknown_names_say_what_is_allowed():
+    with pytest.raises(UserError, match=r"model.name=resnet5.*resnet50"):
+        model.build("resnet5", 3)
+    with pytest.raises(UserError, match=r"model.weights=V3.*IMAGENET1K_V1, IMAGENET1K_V2"):
+        model.build("resnet50", 3, weights="V3")
+    with pytest.raises(UserError, match=r"no/such.pth: there is no such file"):
+        model.build("resnet50", 3, weights="no/such.pth")
+
+
+def test_weights_without_a_network_end_in_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: every download is refused at once
+    with pytest.raises(UserError, match=r"could not be downloaded.*model.weights=FILE"):
+        model.build("squeezenet1_1", 3, weights="DEFAULT")
+
+
+# --- a backbone from outside torchvision ---
+
+
+def test_a_backbone_of_timm_can_be_plugged_in(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(2)
+    original = timm.create_model("tf_efficientnet_lite0", num_classes=5)
+    torch.save(original.state_dict(), tmp_path / "weights.pth")
+    network = model.build("timm/tf_efficientnet_lite0", 3, weights=str(tmp_path / "weights.pth"), freeze="backbone")
+    assert network.eval()(PIXELS).shape == (2, 3)
+    assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in network.backbone.state_dict().items())
+    with pytest.raises(UserError, match=r"timm/tf_efficientnet_light0: timm has no such model"):
+        model.build("timm/tf_efficientnet_light0", 3)

@@ -1,0 +1,58 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from trainer.network import build as model
+from trainer.network import optim
+
+
+def factors(**settings):
+    return [optim.lr_factor(step, 10, 5, **settings) for step in range(50)]
+
+
+def test_cosine_rises_linearly_and_falls_to_zero():
+    rates = factors(schedule="cosine", warmup_epochs=1)
+    rising = [after - before for before, after in pairwise(rates[:10])]
+    assert rising == pytest.approx([rising[0]] * 9) and rising[0] > 0
+    assert rates[10] == 1 and max(rates) == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[30] == pytest.approx(0.5) and 0 < rates[-1] < 0.01
+
+
+def test_cosine_agrees_with_torch():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
+    for rate in factors(schedule="cosine", warmup_epochs=0):
+        assert rate == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_step_and_constant():
+    rates = factors(schedule="step", warmup_epochs=0, step_epochs=2, step_factor=0.1)
+    assert rates[0] == rates[19] == 1 and rates[20] == pytest.approx(0.1) and rates[40] == pytest.approx(0.01)
+    assert factors(schedule="constant", warmup_epochs=0) == [1.0] * 50
+
+
+def test_a_warm_up_longer_than_the_run_still_reaches_the_peak():
+    assert max(factors(schedule="cosine", warmup_epochs=100)) == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_groups_hold_every_trainable_parameter_once_and_decay_weights_only(name):
+    network = model.build("small_cnn", 5)
+    optimizer = optim.build(network, name, lr=0.1, head_lr=1.0, weight_decay=0.01, momentum=0.9)
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, network.parameters()))
+    for group in optimizer.param_groups:
+        assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] > 0}
+    assert optim.set_lr(optimizer, 0.5) == 0.5
+    assert {group["lr"] for group in optimizer.param_groups} == {0.05, 0.5}
+
+
+def test_a_frozen_backbone_is_not_optimized():
+    network = model.build("small_cnn", 5, freeze="backbone")
+    optimizer = optim.build(network, "adamw", lr=0.1, head_lr=None, weight_decay=0.01, momentum=0.9)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2

@@ -1,0 +1,327 @@
+"""What a run packages in the end, when its checkpoints are damaged, cut off, unreadable, or another run's."""
+
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tests.conftest import run_trainer
+from tests.soak import difference, packaged
+from trainer import __main__ as trainer
+from trainer.common.errors import OK, UserError
+from trainer.distributed.job import ALONE
+from trainer.sweep import heads
+from trainer.training import checkpoint, stages
+from trainer.training.loop import Checkpoints
+
+SETTINGS = (
+    "name=run", "platform=local", "platform.runs=runs", "platform.cache=cache", "data=folder", "data.size=16", "data.resize=16",
+    "data.workers=0", "train.epochs=6", "train.batch_size=8", "train.threads=1", "optim.lr=3e-3",
+)  # fmt: skip
+VARIANTS = {
+    "whole network": (),
+    "moving average": ("train.ema_decay=0.5",),
+    "frozen backbone": ("model.freeze=backbone", "model.cached_views=2"),
+    "exact": ("train.exact_shards=2",),
+}
+ROOT = Path("runs/run/checkpoints")
+
+Packaged = dict[str, torch.Tensor]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def put_a_directory_there(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+HARMS = (truncate, flip_a_bit, zero, empty, Path.unlink, put_a_directory_there)
+
+
+@pytest.fixture
+def train(monkeypatch, configure, pictures) -> Callable[..., Packaged]:
+    """A run as `python -m trainer` does it, saved after every epoch; returns what it would package.
+
+    The package itself, which takes seconds, is not made.
+    """
+    came: list[Packaged] = []
+    monkeypatch.setattr(Checkpoints, "due", lambda self, epoch_ends=False: epoch_ends)
+
+    def build_package(config, run, network, *rest):
+        came.append(network.state_dict())
+
+    monkeypatch.setattr(stages, "build_package", build_package)
+    monkeypatch.setattr(stages, "write_report", lambda *arguments: None)
+
+    def train(directory: Path, *overrides: str) -> Packaged:
+        directory.mkdir(exist_ok=True)
+        monkeypatch.chdir(directory)
+        trainer.train(configure(*SETTINGS, f"data.root={pictures}", *overrides), ALONE)
+        return came[-1]
+
+    return train
+
+
+def forget_the_end(directory: Path) -> None:
+    """As if it had been killed at the very end."""
+    (directory / "runs/run/result.json").unlink()
+
+
+def delete_checkpoints(directory: Path) -> None:
+    for path in (directory / ROOT).glob("step-*"):
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_best_weights_are_packaged_and_not_the_last(tmp_path, train, variant, monkeypatch):
+    monkeypatch.setattr(stages, "SAME_LOSS_HERE", (0, 0))
+    result = train(tmp_path, *VARIANTS[variant])
+    (last, previous) = [checkpoint.load(path) for path in checkpoint.steps(tmp_path / ROOT)][::-1]
+    assert last["progress"]["best"]["epoch"] < 6  # else it would prove nothing
+    served = last["average"] or last["network"]
+    prefix = "head." if variant == "frozen backbone" else ""
+    best = {prefix + name: tensor for name, tensor in last["best"]["network"].items()}
+    assert difference(best, {name: result[name] for name in best}) is None
+    assert difference(last["best"]["network"], served) is not None
+    assert previous["best"] is not None  # each has its own
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_killed_at_its_end_packages_the_same(tmp_path, train, variant, monkeypatch):
+    monkeypatch.setattr(stages, "SAME_LOSS_HERE", (0, 0))
+    result = train(tmp_path, *VARIANTS[variant])
+    forget_the_end(tmp_path)
+    assert difference(result, train(tmp_path, *VARIANTS[variant])) is None
+
+
+def test_one_damage_anywhere_costs_no_bit(tmp_path, train):
+    whole = train(tmp_path / "whole")
+    forget_the_end(tmp_path / "whole")
+    found = checkpoint.steps(tmp_path / "whole" / ROOT)
+    previous, newest = [path.relative_to(tmp_path / "whole") for path in found]
+    for directory, harms in ((previous, [flip_a_bit]), (newest, HARMS)):
+        names = sorted(path.name for path in (tmp_path / "whole" / directory).iterdir())
+        assert len(names) == 5
+        for file, harm in product((directory / name for name in names), harms):
+            damaged = tmp_path / f"{file.parent.name}-{file.name}-{harm.__name__}"
+            shutil.copytree(tmp_path / "whole", damaged)
+            harm(damaged / file)
+            assert difference(whole, train(damaged)) is None, damaged.name
+            shutil.rmtree(damaged)
+
+
+def test_a_file_that_cannot_be_read_costs_no_bit(tmp_path, train, monkeypatch):
+    whole = train(tmp_path)
+    forget_the_end(tmp_path)
+    ill = next(iter(checkpoint.steps(tmp_path / ROOT)[-1].glob("tensors*"))).relative_to(tmp_path)
+    fail_to_read(monkeypatch, lambda path: path == ill)
+    assert difference(whole, train(tmp_path)) is None
+
+
+def fail_to_read(monkeypatch, which: Callable[[Path], bool]) -> None:
+    def read_bytes(path: Path) -> bytes:
+        if which(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        with path.open("rb") as file:
+            return file.read()
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+
+def test_where_no_checkpoint_can_be_read_one_line_says_so_and_all_stays(tmp_path, train, monkeypatch):
+    train(tmp_path)
+    forget_the_end(tmp_path)
+    before = sorted((tmp_path / ROOT).rglob("*"))
+    fail_to_read(monkeypatch, lambda path: path.name == "tensors.safetensors")
+    with pytest.raises(UserError, match=r"none of its 2 checkpoints is whole .*tensors.safetensors can't be read"):
+        train(tmp_path)
+    assert sorted((tmp_path / ROOT).rglob("*")) == before
+
+
+@pytest.mark.parametrize("left", [(), ("state.json",), ("tensors.safetensors", "state.json")])
+def test_a_first_checkpoint_that_was_cut_off_starts_over(tmp_path, train, left):
+    whole = train(tmp_path)
+    forget_the_end(tmp_path)
+    first, *others = checkpoint.steps(tmp_path / ROOT)
+    for path in others:
+        shutil.rmtree(path)
+    for file in first.iterdir():
+        if file.name not in left:
+            file.unlink()
+    assert difference(whole, train(tmp_path)) is None
+
+
+# --- an earlier life of the directory ---
+
+
+OTHER = "optim.lr=1e-4"
+
+
+def test_weights_of_an_earlier_life_are_not_packaged(tmp_path, train):
+    # One epoch: both lives have their best weights at the same step.
+    whole = train(tmp_path / "whole", "train.epochs=1", OTHER)
+    train(tmp_path / "again", "train.epochs=1")
+    forget_the_end(tmp_path / "again")
+    delete_checkpoints(tmp_path / "again")  # to start over
+    assert difference(whole, train(tmp_path / "again", "train.epochs=1", OTHER)) is None
+
+
+def test_checkpoints_of_an_earlier_life_that_were_cut_off_are_replaced(tmp_path, train):
+    whole = train(tmp_path / "whole", OTHER)
+    train(tmp_path / "again")
+    forget_the_end(tmp_path / "again")
+    for path in checkpoint.steps(tmp_path / "again" / ROOT):
+        (path / "manifest.json").unlink()
+    assert difference(whole, train(tmp_path / "again", OTHER)) is None
+    states = [checkpoint.load(path) for path in checkpoint.steps(tmp_path / "again" / ROOT)]
+    assert {state["facts"]["identity"]["optim.lr"] for state in states} == {1e-4}
+
+
+def test_a_whole_checkpoint_of_other_settings_is_replaced_and_not_believed(tmp_path, train, monkeypatch):
+    whole = train(tmp_path / "whole", OTHER)
+    train(tmp_path / "other")
+    write = checkpoint.write
+    came: list[Path] = []
+
+    def brought_back(root: Path, name: str, *rest: Any) -> Path:
+        """As where a copy of the earlier life arrives late."""
+        if (tmp_path / "other" / ROOT / name).exists() and not (root / name).exists():
+            came.append(shutil.copytree(tmp_path / "other" / ROOT / name, root / name))
+        return write(root, name, *rest)
+
+    monkeypatch.setattr(checkpoint, "write", brought_back)
+    assert difference(whole, train(tmp_path / "again", OTHER)) is None
+    assert came
+    forget_the_end(tmp_path / "again")
+    assert difference(whole, train(tmp_path / "again", OTHER)) is None
+
+
+def replace_best(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Whole checkpoints whose best weights are others."""
+    for path in checkpoint.steps(directory / ROOT):
+        state = checkpoint.load(path)
+        change(state)
+        checkpoint.save(path.parent, path.name, state)
+
+
+def other_head(state: dict[str, Any]) -> None:
+    weight = state["best"]["network"]["head.weight"]
+    weight += 0.3 * torch.randn(weight.shape)
+
+
+def the_last(state: dict[str, Any]) -> None:
+    state["best"]["network"] = state["network"]
+
+
+def elsewhere(state: dict[str, Any]) -> None:
+    other_head(state)
+    state["best"]["surroundings"]["cpu"] = "another"
+
+
+@pytest.mark.parametrize("change", [other_head, the_last, elsewhere])
+def test_weights_that_do_not_give_what_was_noted_stop_the_run(tmp_path, train, change):
+    train(tmp_path)
+    forget_the_end(tmp_path)
+    torch.manual_seed(0)
+    replace_best(tmp_path, change)
+    with pytest.raises(UserError, match=r"best weights, of epoch ., give valid_loss=.*was noted for them: .*another name="):
+        train(tmp_path)
+    assert not (tmp_path / "runs/run/result.json").exists()
+
+
+def test_what_another_machine_computes_may_lie_a_little_off(tmp_path, train):
+    train(tmp_path)
+    forget_the_end(tmp_path)
+
+    def move(state: dict[str, Any]) -> None:
+        state["best"]["surroundings"]["precision"] = "bfloat16"
+        for tensor in state["best"]["network"].values():
+            tensor.copy_(tensor.bfloat16())
+
+    replace_best(tmp_path, move)
+    train(tmp_path)
+
+
+def test_a_real_run_in_the_place_of_an_earlier_one_packages_its_own_weights(tmp_path, train, pictures):
+    settings = ("train.epochs=1", OTHER)
+    whole = train(tmp_path / "whole", *settings)
+    train(tmp_path / "again", "train.epochs=1")
+    forget_the_end(tmp_path / "again")
+    delete_checkpoints(tmp_path / "again")
+    code, output = run_trainer(tmp_path / "again", *SETTINGS, f"data.root={pictures}", *settings)
+    assert code == OK, output
+    assert difference(whole, packaged(tmp_path / "again/runs/run")) is None
+
+
+def test_a_real_run_packages_its_best_weights_and_not_its_last(tmp_path, train, pictures):
+    whole = train(tmp_path / "whole")
+    code, output = run_trainer(tmp_path, *SETTINGS, f"data.root={pictures}", "checkpoint.max_cost=1")
+    assert code == OK, output
+    last = checkpoint.load(checkpoint.steps(tmp_path / ROOT)[-1])
+    assert last["progress"]["best"]["epoch"] < 6  # else it would prove nothing
+    assert difference(whole, packaged(tmp_path / "runs/run")) is None
+    assert difference(last["best"]["network"], packaged(tmp_path / "runs/run")) is None
+
+
+# --- heads that are trained together ---
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("change", ["settings", "pictures"])
+def test_a_checkpoint_of_heads_trained_together_is_not_believed_of_others(tmp_path, monkeypatch, configure, pictures, change):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint.Cadence, "due", lambda self, epoch_ends: True)
+    overrides = (*SETTINGS, *VARIANTS["frozen backbone"], "data.root=pictures")
+
+    def write(number: int, lr: float) -> None:
+        place = tmp_path / f"{number:04d}"
+        place.mkdir(exist_ok=True)
+        config = OmegaConf.create(asdict(configure(*overrides, f"optim.lr={lr}")))
+        (place / "config.yaml").write_text(OmegaConf.to_yaml(config))
+
+    for number, lr in enumerate((1e-3, 1e-2)):
+        write(number, lr)
+    save = checkpoint.save
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(Killed):
+        heads.train(tmp_path, [0, 1])
+    monkeypatch.setattr(checkpoint, "save", save)
+    if change == "settings":
+        write(1, 1e-1)
+    else:
+        shutil.copy("pictures/train/circle/000.png", "pictures/train/circle/another.png")
+    with pytest.raises(UserError, match={"settings": "optim.lr: 0.01 then, 0.1 now"}.get(change, "the pictures have")):
+        heads.train(tmp_path, [0, 1])

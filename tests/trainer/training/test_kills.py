@@ -1,0 +1,92 @@
+"""Real runs, really killed. `make soak` does the same 200 times."""
+
+import contextlib
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_trainer, start_trainer, wait_for
+from tests.soak import KILLS, soak
+from trainer.common.errors import OK, RESUME
+from trainer.images.datasets import materialize
+from trainer.training import checkpoint
+
+
+def test_whatever_kills_a_run_it_ends_with_the_same_bits(tmp_path):
+    print("replay with: make soak KILLS=20 SEED=0")
+    tally = soak(20, 0, tmp_path)
+    assert not tally.failures, tally
+    assert sum(tally.kills.values()) >= 20 and set(tally.kills) <= set(KILLS)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.4, 0.8, 1.2])
+def test_ctrl_c_while_pytorch_is_loaded_ends_the_run_in_order(tmp_path, delay):
+    # A KeyboardInterrupt inside an import left NumPy half imported, and the run failed much later.
+    process = start_trainer(tmp_path)
+    assert process.stdout is not None and process.stdout.readline().startswith("run ")  # what follows is the import
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(delay)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode in (-signal.SIGINT, RESUME), output
+    assert "Traceback" not in output
+
+
+# --- asked to stop, politely: at a moment that is seen from outside ---
+
+COMMAND = ("name=run", "platform.runs=runs", "platform.cache=cache", "train.epochs=2", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1")
+
+
+def stopped_when(cwd: Path, seen: Callable[[], bool], ask: Callable[[subprocess.Popen[str]], None], *command: str, **environment: str) -> str:
+    """Starts the trainer, asks it to stop as soon as `seen`, and returns what it printed. It must end within seconds, and say that it can go on."""
+    process = start_trainer(cwd, *command, **environment)
+    assert wait_for(lambda: seen() or process.poll() is not None)
+    ask(process)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == RESUME, output
+    assert "the same command goes on" in output.splitlines()[-1]
+    return output
+
+
+def terminate(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGTERM)
+
+
+def goes_on_to_the_end(cwd: Path, *command: str, **environment: str) -> str:
+    code, output = run_trainer(cwd, *command, **environment)
+    assert code == OK, output
+    return output
+
+
+def test_a_spot_notice_saves_and_the_next_start_goes_on(tmp_path, metadata):
+    checkpoints, command = tmp_path / "runs/run/checkpoints", (*COMMAND, "platform=ec2", "train.epochs=4")
+
+    def reclaim(process):
+        metadata.notices = frozenset({"spot/instance-action"})
+
+    output = stopped_when(tmp_path, lambda: bool(checkpoint.steps(checkpoints)), reclaim, *command)
+    assert "stopped by the spot interruption notice" in output
+    checkpoint.verify(checkpoint.steps(checkpoints)[-1])
+    metadata.notices = frozenset()
+    assert "resumed from" in goes_on_to_the_end(tmp_path, *command)
+
+
+def test_sigterm_while_pictures_are_packed(tmp_path):
+    pixels = tmp_path / "cache/pixels"
+    output = stopped_when(tmp_path, lambda: any(path.stat().st_size for path in pixels.glob("*/*.pixels")), terminate, *COMMAND, "data.workers=0")
+    assert "model:" in output and "metrics:" not in output
+    goes_on_to_the_end(tmp_path, *COMMAND)
+
+
+def test_sigterm_during_an_evaluation(tmp_path):
+    materialize("fashion_mnist", tmp_path / "data")
+    # Little to train on and much to evaluate. An epoch has 7 steps, and what is saved after the last of them is saved during the evaluation.
+    command = (*COMMAND, "data.root=data", "data.train=data/valid", "data.valid=data/train")
+    checkpoints = tmp_path / "runs/run/checkpoints"
+    stopped_when(tmp_path, (checkpoints / "step-00000007").exists, terminate, *command)
+    newest = checkpoint.newest(checkpoints)
+    assert newest is not None and (newest[1]["progress"]["epoch"], newest[1]["progress"]["batch"]) == (0, 7)
+    goes_on_to_the_end(tmp_path, *command)

@@ -1,0 +1,112 @@
+"""Asked to stop: signals and the notice of a spot reclaim raise a flag that every long loop looks at."""
+
+import contextlib
+import os
+import signal
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from types import FrameType
+
+from trainer.common.console import log
+from trainer.common.errors import Interrupted
+
+POLL_EVERY = 5.0  # seconds, as AWS recommends; the notice comes about two minutes ahead
+# Below the metadata address; each answers 404 until there is something to say.
+NOTICES = {"spot/instance-action": "the spot interruption notice", "events/recommendations/rebalance": "the spot rebalance recommendation"}
+
+
+class Stop:
+    """The flag. `reason` is None until somebody asks the run to stop."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def ask(self, reason: str) -> None:
+        """Raises the flag; the first reason stays."""
+        self.reason = self.reason or reason
+
+    def check(self) -> None:
+        """Raises Interrupted once somebody has asked."""
+        if self.reason is not None:
+            raise Interrupted(self.reason)
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals that ask a process to stop. A closed terminal's SIGHUP is one, unless nohup has it ignored."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hangup]
+
+
+@contextlib.contextmanager
+def on_signals() -> Iterator[Stop]:
+    """While the context lasts, SIGTERM, SIGINT and SIGHUP only raise the flag; a second SIGINT ends the process at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.reason is not None and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stop.ask(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in heeded()}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def on_spot_notice(stop: Stop, every: float = POLL_EVERY) -> Iterator[None]:
+    """While the context lasts, a thread asks EC2's metadata service (IMDSv2) whether the instance is about to be reclaimed, and raises the flag.
+
+    The address follows AWS_EC2_METADATA_SERVICE_ENDPOINT, as in the AWS SDKs. An unreachable service is logged once and asked again.
+    """
+    ended = threading.Event()
+
+    def poll() -> None:
+        warned = False
+        while not ended.is_set() and stop.reason is None:
+            try:
+                if notice := _notice():
+                    log.warning("%s has come: saving", notice)
+                    stop.ask(notice)
+            except OSError as error:
+                if not warned:
+                    log.warning("the spot notice can't be read from EC2's metadata service (%s); asking on every %g s", error, every)
+                warned = True
+            ended.wait(every)
+
+    thread = threading.Thread(target=poll, name="spot notice", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _notice() -> str | None:
+    """Who asks for the instance back, if anybody does. Raises OSError where the service can't be asked."""
+    return next((notice for path, notice in NOTICES.items() if metadata(path) is not None), None)
+
+
+def metadata(path: str) -> str | None:
+    """What EC2's metadata service (IMDSv2) says under /latest/meta-data/`path`; None: nothing. Raises OSError where it can't be asked."""
+    address = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
+    # No proxy of the environment may stand between an instance and its own metadata.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    ask = urllib.request.Request(f"{address}/latest/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    with opener.open(ask, timeout=2) as answer:
+        token: str = answer.read().decode()
+    request = urllib.request.Request(f"{address}/latest/meta-data/{path}", headers={"X-aws-ec2-metadata-token": token})
+    try:
+        with opener.open(request, timeout=2) as answer:
+            text: str = answer.read().decode()
+            return text
+    except urllib.error.HTTPError as error:
+        if error.code != 404:
+            raise
+        return None

@@ -1,0 +1,151 @@
+"""Data sets known by name, written once as class folders, so that they take the very path of a user's own pictures."""
+
+import contextlib
+import errno
+import glob
+import http.client
+import importlib.util
+import os
+import shutil
+import socket
+import urllib.error
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.common.console import log
+from trainer.common.errors import UserError, install_command
+from trainer.images.folder import SPLIT_NAMES, ImageFolder, few, find_splits, scan
+from trainer.settings.config import Config
+
+EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist_mini.npz"
+
+
+def find_pictures(config: Config) -> ImageFolder:
+    """Lists the pictures; a named data set is first written as class folders."""
+    materialize(config.data.source, Path(config.data.root))
+    root, given = config.data.root, {split: getattr(config.data, split) for split in SPLIT_NAMES}
+    if given["train"] is None and not Path(root).exists():
+        raise UserError(f"data.root={root}: there is no such folder; give the one that holds train, valid and test (the last two may be missing)")
+    for split in ("valid", "test"):
+        if given[split] is not None and not Path(given[split]).exists():
+            raise UserError(f"data.{split}={given[split]}: there is no such folder; give another, or null for the one in data.root")
+    directories, unused = find_splits(root, given)
+    found = scan(directories, config.data.valid_fraction)
+    if unused:
+        log.warning(
+            "not used: %s in %s; pictures are taken from train, valid (or val) and test, and from where data.valid=DIR and data.test=DIR say",
+            few(unused), root,
+        )  # fmt: skip
+    sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in found.splits.items())
+    log.info("pictures: %s; %d classes", sizes, len(found.classes))
+    if "test" not in found.splits:
+        log.warning("there is no test folder: the final figures are of valid, which also chose the best epoch, so they flatter")
+    return found
+
+
+def materialize(source: str, root: Path) -> None:
+    """Writes the data set `source` to root/{train,valid,test}/CLASS/ unless root exists; "folder" is the user's own and written by nobody.
+
+    root is there whole or not at all, also when the process is killed or when two write at once. Raises UserError where a download fails.
+    """
+    if source == "folder" or root.exists():
+        return
+    write = {"fashion_mnist": _write_fashion_mnist, "flowers102": _write_flowers102, "pets": _write_pets}[source]
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{error.filename}: not a folder, so data.root={root} can't be made; give another data.root=DIR") from error
+    _sweep(root)
+    partial = root.with_name(f".{root.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        write(partial)
+        _rename(partial, root)
+    except OSError as error:
+        error.filename = error.filename or str(root)  # a full disk names no file
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_fashion_mnist(root: Path) -> None:
+    """3,000 pictures of Fashion-MNIST, which come with this package: see data/LICENSE."""
+    with np.load(EMBEDDED, allow_pickle=False) as arrays:
+        classes = arrays["classes"].tolist()
+        for split in ("train", "valid", "test"):
+            for name in classes:
+                (root / split / name).mkdir(parents=True)
+            for number, (pixels, label) in enumerate(zip(arrays[f"{split}_x"], arrays[f"{split}_y"], strict=True)):
+                Image.fromarray(pixels).save(root / split / classes[label] / f"{number:05d}.png")
+
+
+def _write_flowers102(root: Path) -> None:
+    if importlib.util.find_spec("scipy") is None:  # torchvision would find out after the download
+        raise UserError(f"data=flowers102 needs scipy, which reads its list of labels: {install_command('flowers102')}")
+    from torchvision.datasets import Flowers102
+
+    with _download("flowers102", root) as downloads:
+        for split, theirs in {"train": "train", "valid": "val", "test": "test"}.items():
+            flowers = Flowers102(downloads, theirs, download=True)
+            _move(flowers._image_files, [f"c{label:03d}" for label in flowers._labels], root / split)
+
+
+def _write_pets(root: Path) -> None:
+    from torchvision.datasets import OxfordIIITPet
+
+    with _download("pets", root) as downloads:
+        for split, theirs in {"train": "trainval", "test": "test"}.items():
+            pets = OxfordIIITPet(downloads, theirs, download=True)
+            _move(pets._images, [pets.classes[label] for label in pets._labels], root / split)
+
+
+@contextlib.contextmanager
+def _download(source: str, root: Path) -> Iterator[Path]:
+    """A folder for torchvision to download to; it is removed at the end."""
+    downloads = root / ".downloads"
+    try:
+        yield downloads
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: a wrong checksum
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"data={source}: the download failed ({reason}); try again, or, where there is no network, get the pictures elsewhere as "
+            "train/CLASS/*.jpg and give data=folder data.root=DIR"
+        ) from error
+    shutil.rmtree(downloads)
+
+
+def _move(pictures: Iterable[Path], classes: Iterable[str], split: Path) -> None:
+    """Moves the picture files themselves: saving them again would change their pixels."""
+    for path, name in zip(pictures, classes, strict=True):
+        (split / name).mkdir(parents=True, exist_ok=True)
+        path.rename(split / name / path.name)
+
+
+def _rename(partial: Path, root: Path) -> None:
+    try:
+        partial.rename(root)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # Another process was faster. What it wrote is the same.
+
+
+def _sweep(root: Path) -> None:
+    """Removes what killed processes of this machine left behind."""
+    for partial in root.parent.glob(f".{glob.escape(root.name)}.{socket.gethostname()}.*.partial"):
+        process = int(partial.name.split(".")[-2])
+        if process == os.getpid() or not _is_running(process):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -1,0 +1,180 @@
+"""The one decode-resize-crop: training, evaluation, the packed cache and serving all take pictures through it.
+
+In two steps: `shrink` decodes a picture and makes it small, once; `center_crop` cuts the square that the network sees.
+It needs Pillow, NumPy and the standard library only, because a copy of this file travels in the model package.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import BmpImagePlugin, ExifTags, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from trainer.images import bounds
+
+MAX_PIXELS = 89_478_485  # Pillow's Image.MAX_IMAGE_PIXELS (256 MB of RGB): above it, a small file may be made to fill the memory
+MAX_ASPECT = 4  # longer to shorter side: what sticks out is cut off, or a 1 x 50,000 strip would become a picture of 256 x 12,800,000
+
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+}
+
+# The decoders are called directly, and never through Image.open, because that warns of large pictures, and Python's warning filters are one
+# for the whole process: no thread may change them. The first bytes of a file tell its format; its name does not matter.
+# Beside each stands what looks for files that would keep it busy for ever.
+DECODERS: dict[bytes, tuple[type[ImageFile.ImageFile], Callable[[bytes], str | None]]] = {
+    b"\xff\xd8\xff": (JpegImagePlugin.JpegImageFile, bounds.jpeg),
+    b"\x89PNG\r\n\x1a\n": (PngImagePlugin.PngImageFile, bounds.png),
+    b"RIFF": (WebPImagePlugin.WebPImageFile, bounds.webp),
+    b"BM": (BmpImagePlugin.BmpImageFile, bounds.bmp),
+    b"GIF8": (GifImagePlugin.GifImageFile, bounds.gif),
+    b"II\x2a\x00": (TiffImagePlugin.TiffImageFile, bounds.tiff),  # little-endian
+    b"MM\x00\x2a": (TiffImagePlugin.TiffImageFile, bounds.tiff),  # big-endian
+    b"II\x2b\x00": (TiffImagePlugin.TiffImageFile, bounds.tiff),  # BigTIFF
+    b"MM\x00\x2b": (TiffImagePlugin.TiffImageFile, bounds.tiff),
+}
+
+# EXIF's orientation tag (TIFF 6.0, tag 274): what turns the stored picture upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class PictureError(ValueError):
+    """A picture can't be used. The message is the reason, in a few words, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What becomes of a picture before the network sees it.
+
+    resize: its shorter side after shrinking, in pixels. size: the centre square cut from that, in pixels.
+    interpolation: "bilinear", "bicubic", "lanczos" or "box".
+    """
+
+    resize: int
+    size: int
+    interpolation: str
+
+
+def prepare(source: str | os.PathLike[str] | bytes | BinaryIO, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """The picture as evaluation and serving see it: RGB, [size, size, 3]. Raises PictureError."""
+    return center_crop(shrink(source, preprocessing.resize, preprocessing.interpolation, max_pixels), preprocessing.size)
+
+
+def shrink(source: str | os.PathLike[str] | bytes | BinaryIO, resize: int, interpolation: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decodes a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF picture, upright, and resizes its shorter side to `resize` pixels.
+
+    source: a path, the file's bytes, or an open binary file. Transparency is laid on white, 16-bit values are scaled to 8 bits,
+    and the longer side is cut to MAX_ASPECT times the shorter one. Returns RGB, [H, W, 3], min(H, W) == resize.
+    Raises PictureError, whatever is wrong with its bytes; OSError or MemoryError where the machine can't read them or has no room for them.
+    """
+    resample = FILTERS[interpolation]
+    try:
+        with _opened(source) as file:
+            image = _decoder(file)
+            if image.width * image.height > max_pixels:
+                raise PictureError(f"{image.width} x {image.height} pixels are too many (a decompression bomb?); allowed: {max_pixels:,}")
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice what is asked for: several times as
+            # fast, and hardly different from the full picture resized (Pillow's reducing_gap=2).
+            draft = image.draft(None, (2 * resize, 2 * resize))
+            image.load()
+            # A draft's size is rounded up: the picture itself ends at a fraction of a pixel.
+            width, height = draft[1][2:] if draft else image.size
+            size, box = _target(width, height, resize)
+            small = _rgb(image).resize(size, resample, box)
+            return np.array(_upright(small, image))
+    except (PictureError, MemoryError):
+        raise
+    except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; Pillow's own have no number
+            raise
+        raise PictureError(_reason(error)) from error
+
+
+def center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """A copy of the centre square of pixels [H, W, 3]: [size, size, 3], contiguous."""
+    height, width = pixels.shape[:2]
+    assert size <= min(height, width), f"a square of {size} pixels does not fit into {height} x {width}"
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[top : top + size, left : left + size].copy()
+
+
+def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    if isinstance(source, str | os.PathLike):
+        return Path(source).open("rb")
+    return nullcontext(source)
+
+
+def _decoder(file: BinaryIO) -> ImageFile.ImageFile:
+    """The picture in `file`: its header is read, its pixels are not."""
+    start = file.read(8)
+    if not start:
+        raise PictureError("the file is empty")
+    for signature, (decoder, too_slow) in DECODERS.items():
+        if start.startswith(signature):
+            file.seek(0)
+            if reason := too_slow(file.read()):
+                raise PictureError(reason)
+            file.seek(0)
+            return decoder(file)
+    raise PictureError("not a JPEG, PNG, WebP, BMP, GIF or TIFF picture")
+
+
+def _target(width: float, height: float, resize: int) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+    """The (width, height) after resizing, and the part (left, upper, right, lower) of the picture that it shows."""
+    shown_width, shown_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    left, upper = (width - shown_width) // 2, (height - shown_height) // 2
+    # The longer side is rounded down, as torchvision.transforms.Resize does.
+    shorter = min(width, height)
+    size = int(resize * shown_width / shorter), int(resize * shown_height / shorter)
+    return size, (left, upper, left + shown_width, upper + shown_height)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise PictureError("floating-point pixels, whose range is unknown; allowed: 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        return _from_16_bits(np.asarray(image)).convert("RGB")
+    if image.has_transparency_data:
+        transparent = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(transparent, mask=transparent)
+        return white
+    return image.convert("RGB")
+
+
+def _from_16_bits(values: NDArray[np.integer]) -> Image.Image:
+    """Scaled, so that 65535 becomes 255. (Pillow's own conversion clips everything above 255.)"""
+    if values.min() < 0 or values.max() > 65535:
+        raise PictureError("integer pixels outside 0..65535; allowed: 8 or 16 bits a channel")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _upright(small: Image.Image, original: Image.Image) -> Image.Image:
+    try:
+        orientation = original.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a broken EXIF block fails in as many ways as broken pixels do, and is no reason to lose the picture
+        return small
+    return small.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else small
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

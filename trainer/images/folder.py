@@ -1,0 +1,330 @@
+"""An image folder: train/ valid/ test/, in each a folder for every class; which pictures they hold, and which of them can't be used."""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.common import files
+from trainer.common.errors import UserError
+from trainer.images.decode import MAX_PIXELS, PictureError, Preprocessing, center_crop, shrink
+
+# What the folder of a split may be called, in any case.
+SPLIT_NAMES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+_SPLITS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
+MAX_FILE = 8 * MAX_PIXELS + 2**20  # bytes: the largest uncompressed picture (RGBA of 16 bits) and its header; no longer file is read
+NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})  # where a link may lead
+
+
+@dataclass(frozen=True)
+class Split:
+    """paths: of the pictures, by class, then by name. labels: int64 [N], each one's place in `ImageFolder.classes`."""
+
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """classes: train's folder names, sorted as text ("0", "1", "10", "2"). splits: "train", "valid" and, where there is one, "test".
+    broken: (path, reason) of each file that is left out. fingerprint: SHA-256 of the classes and of each split's file names and sizes: it
+    changes with the pictures, not with the place where they lie.
+    """
+
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    broken: tuple[tuple[str, str], ...]
+    fingerprint: str
+
+
+def find_splits(root: str, given: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
+    """Returns the folder of each split, and the names of root's other folders that hold pictures, which nobody uses.
+
+    given: the folder of a split that is not to be looked for. A split that root has not gets root/NAME all the same. Raises UserError where root
+    has two folders for one split.
+    """
+    with _readable():
+        folders = _class_folders(root) if Path(root).is_dir() else []
+        found = {}
+        for split, names in SPLIT_NAMES.items():
+            named = [name for name in folders if name.casefold() in names]
+            if len(named) > 1 and not given[split]:
+                raise UserError(f"{root} has two folders for {split}, {' and '.join(named)}: remove one, or give data.{split}={root}/{named[0]}")
+            found[split] = given[split] or str(Path(root) / (named[0] if named else split))
+        used = {os.path.realpath(path) for path in found.values()}
+        if given["train"]:  # root's other folders may be its classes
+            return found, []
+        others = [name for name in folders if os.path.realpath(Path(root) / name) not in used and name.casefold() not in _SPLITS]
+        return found, [name for name in others if any(_walk(0, Path(root), name))]
+
+
+def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
+    """Lists the pictures, without decoding them. Hidden files and folders are no part of it, nor are files not named like pictures.
+
+    directories: the folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the share of each class that
+    becomes valid, where there is no such folder. Raises UserError for a folder that can't be trained on, and Unreadable.
+    """
+    with _readable():
+        classes = _classes(directories["train"])
+        listed = {name: _files(name, path, classes) for name, path in directories.items() if name == "train" or _exists(path)}
+        if "valid" not in listed:
+            listed["train"], listed["valid"] = _split(listed["train"], valid_fraction)
+    listed = {name: listed[name] for name in ("train", "valid", "test") if name in listed}
+    broken = tuple((file.path, file.reason) for name in listed for file in listed[name] if file.reason)
+    usable = {name: [file for file in listed[name] if not file.reason] for name in listed}
+    _check_filled(directories, classes, usable)
+    names = {name: [(file.name, file.size) for file in usable[name]] for name in usable}
+    fingerprint = hashlib.sha256(json.dumps([classes, names]).encode()).hexdigest()
+    splits = {name: Split(tuple(file.path for file in usable[name]), np.array([file.label for file in usable[name]], np.int64)) for name in usable}
+    return ImageFolder(classes, splits, broken, fingerprint)
+
+
+def read(path: str) -> tuple[bytes, os.stat_result]:
+    """The bytes of a picture's file, all from one read, and its status before that. Raises PictureError for one that is too long, and OSError."""
+    with Path(path).open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_size > MAX_FILE:
+            raise PictureError(f"the file has {status.st_size:,} bytes; allowed: {MAX_FILE:,}")
+        return file.read(), status
+
+
+def read_shrunk(path: str, resize: int, interpolation: str) -> NDArray[np.uint8]:
+    """The picture as `preprocess.shrink` makes it of its bytes. Raises PictureError and Unreadable."""
+    return files.patiently(path, lambda: shrink(read(path)[0], resize, interpolation))
+
+
+def read_prepared(path: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """The picture as `preprocess.prepare` makes it of its bytes. Raises PictureError and Unreadable."""
+    return center_crop(read_shrunk(path, preprocessing.resize, preprocessing.interpolation), preprocessing.size)
+
+
+def quarantine(folder: ImageFolder, check: Callable[[str], None], workers: int, max_broken: float, on_progress: Callable[[int, int], None]) -> ImageFolder:
+    """The folder without the pictures that `check(path)` refuses by a PictureError: they move to `broken`.
+
+    workers: threads that call `check`; 0: the caller's own does. max_broken: the largest share of all files that may be broken.
+    on_progress(done, total): called in the caller's own thread; it may raise, to end the work early.
+    Raises UserError where more are broken, or where a class has no picture left to train on.
+    """
+    paths = list(dict.fromkeys(path for split in folder.splits.values() for path in split.paths))
+
+    def reason(path: str) -> str | None:
+        try:
+            check(path)
+        except PictureError as error:
+            return str(error)
+        return None
+
+    reasons: list[str | None] = []
+    window = 16 * max(workers, 1)  # pictures between two calls of on_progress: so many that threads seldom wait for a window's last one
+    with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="check") as pool:
+        for start in range(0, len(paths), window):
+            part = paths[start : start + window]
+            reasons += pool.map(reason, part) if workers else map(reason, part)
+            on_progress(len(reasons), len(paths))
+    refused = {path: why for path, why in zip(paths, reasons, strict=True) if why is not None}
+    broken = folder.broken + tuple(refused.items())
+    total = len(paths) + len(folder.broken)
+    if len(broken) > max_broken * total:
+        raise UserError(
+            f"{len(broken)} of {total} pictures can't be used, more than data.max_broken={max_broken:g} allows: {_listed(broken)}; "
+            "mend or remove them, or allow more"
+        )
+    splits = {name: _without(split, refused) for name, split in folder.splits.items()}
+    for label, name in enumerate(folder.classes):
+        if label not in splits["train"].labels:
+            train = folder.splits["train"]
+            lost = [(path, refused[path]) for path, other in zip(train.paths, train.labels, strict=True) if other == label]
+            raise UserError(f"class {name}: none of its training pictures can be used: {_listed(lost)}; mend them or add others")
+    for name, split in splits.items():
+        if not split.paths:
+            raise UserError(f"data.{name}: none of its pictures can be used: {_listed(broken)}; mend them or add others")
+    return replace(folder, splits=splits, broken=broken)
+
+
+def _without(split: Split, refused: Mapping[str, str]) -> Split:
+    keep = [path not in refused for path in split.paths]
+    return Split(tuple(path for path in split.paths if path not in refused), split.labels[keep])
+
+
+def _listed(broken: Iterable[tuple[str, str]]) -> str:
+    named = [f"{path} ({reason})" for path, reason in broken]
+    return ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+
+
+# --- finding the files ---
+
+
+@dataclass(frozen=True)
+class _File:
+    label: int
+    name: str  # relative to the split's folder
+    path: str
+    size: int  # bytes
+    reason: str | None  # why it can't be used, if so
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: permission denied; let this user read the folder, or run as one who may") from error
+
+
+def _classes(train: str) -> tuple[str, ...]:
+    """The class list: train's folders."""
+    layout = "expected: a folder for each class, with its pictures in it, as in train/beagle/1.jpg"
+    path = Path(train)
+    if not _exists(path):
+        beside = _class_folders(str(path.parent)) if path.parent.is_dir() else []
+        if beside := [name for name in beside if name.casefold() not in _SPLITS and any(_walk(0, path.parent, name))]:
+            raise UserError(
+                f"{train}: there is no such folder, but {path.parent} itself has class folders ({few(beside)}): "
+                f"give data.train={path.parent}, or move them into {train}"
+            )
+        raise UserError(f"{train}: there is no such folder; data.root must hold train, valid and test (the last two may be missing); {layout}")
+    if not path.is_dir():
+        raise UserError(f"{train}: not a folder; {layout}")
+    classes = _class_folders(train)
+    if len(classes) < 2:
+        found = f"only one class folder, {classes[0]}" if classes else "no class folder"
+        raise UserError(f"{train}: there is {found}; training needs at least two; {layout}")
+    return tuple(classes)
+
+
+def _files(split: str, directory: str, classes: tuple[str, ...]) -> list[_File]:
+    """The files of a split named like pictures, by class, then by name."""
+    if not Path(directory).is_dir():
+        raise UserError(f"{directory}: data.{split} is not a folder; expected: a folder for each class, with its pictures in it")
+    folders = _class_folders(directory)
+    if foreign := [name for name in folders if name not in classes]:
+        raise UserError(f"{directory}: train has no class {few(foreign)}; add such pictures to train too, or remove them here")
+    root = Path(directory).resolve()
+    above = frozenset(map(_identity, (root, *root.parents)))
+    files = [file for name in folders for file in _walk(classes.index(name), Path(directory), name, above)]
+    return sorted(files, key=lambda file: (file.label, file.name))
+
+
+def _class_folders(directory: str) -> list[str]:
+    return sorted(entry.name for entry in _entries(Path(directory)) if _is_folder(entry))
+
+
+def _walk(label: int, root: Path, name: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[_File]:
+    """The files below root/name that are named like pictures. Links are followed, but not to a folder that they lie in: one of `above`."""
+    here = _identity(root / name)
+    if here in above:
+        return
+    for entry in _entries(root / name):
+        if _is_folder(entry):
+            yield from _walk(label, root, f"{name}/{entry.name}", above | {here})
+        elif Path(entry.name).suffix.lower() in SUFFIXES:
+            yield _file(label, f"{name}/{entry.name}", entry)
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    status = files.patiently(directory, directory.stat)
+    return status.st_dev, status.st_ino
+
+
+def _file(label: int, name: str, entry: os.DirEntry[str]) -> _File:
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if entry.is_symlink() and error.errno in NOWHERE:
+            return _File(label, name, entry.path, 0, (error.strerror or str(error)).lower())
+        status = files.patiently(entry.path, entry.stat)
+    # Opening a FIFO would wait for ever, and a device may do anything: neither is ever opened.
+    return _File(label, name, entry.path, status.st_size, None if stat.S_ISREG(status.st_mode) else "not a regular file")
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, without what is hidden, and without the folder that macOS adds to zip archives."""
+
+    def listed() -> list[os.DirEntry[str]]:
+        with os.scandir(directory) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+
+    return files.patiently(directory, listed)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno in NOWHERE:  # a link to itself, say
+            return False
+        return files.patiently(entry.path, entry.is_dir)
+
+
+def _exists(path: str | Path) -> bool:
+    def exists() -> bool:
+        try:
+            Path(path).stat()
+        except OSError as error:
+            if error.errno in NOWHERE:
+                return False
+            raise
+        return True
+
+    return files.patiently(path, exists)
+
+
+# --- the split of train, where there is no valid ---
+
+
+def _split(files: list[_File], valid_fraction: float) -> tuple[list[_File], list[_File]]:
+    """(train, valid): of each class, the pictures with the smallest SHA-256 of their bytes become valid, so the choice is the same on every
+    machine and under any file name, and equal pictures stay together. A class of two or more different pictures is on both sides."""
+    read = [_digested(file) for file in files]
+    contents: dict[int, set[str]] = {}
+    for file, digest in read:
+        if not file.reason:
+            contents.setdefault(file.label, set()).add(digest)
+    chosen = {label: _smallest(digests, valid_fraction) for label, digests in contents.items()}
+    valid = [not file.reason and digest in chosen[file.label] for file, digest in read]
+    return (
+        [file for (file, _), is_valid in zip(read, valid, strict=True) if not is_valid],
+        [file for (file, _), is_valid in zip(read, valid, strict=True) if is_valid],
+    )
+
+
+def _digested(file: _File) -> tuple[_File, str]:
+    if file.reason:
+        return file, ""
+
+    def digest() -> str:
+        with Path(file.path).open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    return file, files.patiently(file.path, digest)
+
+
+def _smallest(digests: set[str], fraction: float) -> set[str]:
+    count = min(max(round(fraction * len(digests)), 1), len(digests) - 1)
+    return set(sorted(digests)[:count])
+
+
+def _check_filled(directories: Mapping[str, str], classes: tuple[str, ...], usable: Mapping[str, list[_File]]) -> None:
+    trained = {file.label for file in usable["train"]}
+    if empty := [name for label, name in enumerate(classes) if label not in trained]:
+        raise UserError(f"{directories['train']}: no picture in the class folder {few(empty)}; add some ({', '.join(sorted(SUFFIXES))}), or remove it")
+    for name, pictures in usable.items():
+        if not pictures and Path(directories[name]).exists():
+            raise UserError(f"{directories[name]}: no picture in data.{name}; add some, or remove the folder")
+        if not pictures:
+            raise UserError(f"{directories['train']}: no class has two different pictures, so none can become valid; add pictures, or give data.valid")
+
+
+def few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

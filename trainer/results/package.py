@@ -1,0 +1,257 @@
+"""Builds the model package: all that serving needs, in one archive, checked by a process of its own before it gets its name.
+
+It holds the weights, the same network as ONNX, class names, preprocessing, metrics, golden pictures and the code that serves them.
+`serving/package.py` is the reader; the two share no code, only this layout.
+"""
+
+import copy
+import gzip
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import torch as safetensors
+from torch import nn
+
+from trainer.common import files
+from trainer.common.errors import UserError
+from trainer.images.decode import PictureError, Preprocessing
+from trainer.images.folder import read_prepared
+from trainer.results import quantize
+
+FORMAT = 1
+MANIFEST = "package.json"
+PROJECT = Path(__file__).resolve().parents[2]
+
+# What travels as code/. The copies keep their package names, so the code that serves a picture is the code that prepared it for training.
+CODE = {
+    "inference.py": "serving/inference.py",
+    "serving/__init__.py": "serving/__init__.py",
+    **{name: name for name in (f"serving/{module}.py" for module in ("batching", "fetch", "handler", "package", "ray_app", "s3"))},
+    **{name: name for name in (f"trainer/{folder}__init__.py" for folder in ("", "common/", "images/"))},
+    "trainer/images/bounds.py": "trainer/images/bounds.py",
+    "trainer/common/errors.py": "trainer/common/errors.py",
+    "trainer/images/decode.py": "trainer/images/decode.py",
+}
+REQUIREMENTS = "numpy>=1.26\npillow>=11\nonnxruntime>=1.19\n"  # as in pyproject.toml
+
+# ONNX Runtime 1.17 and later read it, so REQUIREMENTS hold whatever PyTorch's default becomes.
+OPSET = 20
+
+# How far serving's logits may lie from the trained network's: absolute + relative * the largest logit of the golden pictures. Measured on
+# ResNet-18 and MobileNetV2, as parts of that largest logit: PyTorch (AVX-512, AVX2 and plain kernels) against ONNX Runtime 1.32 at each of its
+# optimisation levels, at most 9e-6. So 1e-3 leaves a hundredfold for other processors and is still far below what a wrong picture or network does.
+# The absolute part is for networks whose logits are all about 0.
+TOLERANCE = {"absolute": 1e-5, "relative": 1e-3}
+
+# The same for int8, against the int8 network on the machine that built it: where a sum of products ends near the border between two steps, another
+# processor's order of adding may round it to the other.
+INT8_TOLERANCE = {"absolute": 1e-5, "relative": 5e-2}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a package besides the network."""
+
+    classes: Sequence[str]  # in the order of the logits
+    preprocessing: Preprocessing
+    metrics: dict[str, float]
+    config: dict[str, Any]  # resolved settings by dotted key
+    revision: str | None  # of git
+    golden: Sequence[str]  # paths of a few pictures; their bytes travel along
+    int8: quantize.Pictures | None = None  # to calibrate with and to compare accuracy on; None: the network stays in float32
+    max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
+
+
+def build(network: nn.Module, contents: Contents, target: Path, *, archive: bool = True, created: datetime | None = None) -> None:
+    """Writes `target`: an archive (model.tar.gz), or with archive=False a directory that may exist already, as SageMaker's does.
+
+    network: takes pixels [N, size, size, 3] uint8 and gives logits [N, classes]; it stays as it is. created: now, if not given; equal inputs give
+    equal bytes. The package is there checked and whole, or not at all. Raises UserError for pictures or a network that it can't hold,
+    OSError (a full disk, say), and RuntimeError where the self-test fails.
+    """
+    place = target.parent if archive else target
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        # Below `place`, since a rename stays within a file system, and SageMaker's model directory may be one of its own.
+        with tempfile.TemporaryDirectory(prefix=files.ASIDE, dir=place) as scratch:
+            staged = Path(scratch) / "package"
+            measured = _write_contents(copy.deepcopy(network).cpu().float().eval(), contents, staged)
+            _write_manifest(replace(contents, metrics=contents.metrics | measured), created or datetime.now(UTC), staged)
+            _self_test(staged)
+            if archive:
+                _archive(staged, Path(scratch) / target.name)
+                (Path(scratch) / target.name).replace(target)
+            else:
+                _move(staged, target)
+        files.flush_directory(place)
+    except OSError as error:
+        error.filename = str(target)
+        raise
+
+
+def _write_contents(network: nn.Module, contents: Contents, package: Path) -> dict[str, float]:
+    """Returns what was measured of an int8 network."""
+    assert contents.golden, "without a golden picture the package can't be checked"
+    pictures = [_read_picture(path, contents.preprocessing) for path in contents.golden]
+    pixels = np.stack([pixels for _, pixels in pictures])
+    logits = _logits(network, pixels)
+    assert logits.shape == (len(pictures), len(contents.classes)), (logits.shape, len(contents.classes))
+    model, measured = _onnx(network, pixels), dict[str, float]()
+    if contents.int8:
+        model, measured = quantize.int8(model, contents.int8, contents.max_drop)
+        logits = quantize.logits(model, pixels)
+
+    expected = io.BytesIO()
+    np.savez(expected, pixels=pixels, logits=logits)
+    _write(package / "golden/expected.npz", expected.getvalue())
+    for name, (data, _) in zip(_golden_names(contents), pictures, strict=True):
+        _write(package / name, data)
+    _write(package / "model.safetensors", safetensors.save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
+    _write(package / "model.onnx", model)
+    _write(package / "code/requirements.txt", REQUIREMENTS.encode())
+    for name, source in CODE.items():
+        _write(package / "code" / name, (PROJECT / source).read_bytes())
+    return measured
+
+
+def _write_manifest(contents: Contents, created: datetime, package: Path) -> None:
+    manifest = {
+        "format": FORMAT,
+        "created": created.astimezone(UTC).isoformat(timespec="seconds"),
+        "classes": list(contents.classes),
+        "preprocessing": asdict(contents.preprocessing),
+        "metrics": contents.metrics,
+        "config": contents.config,
+        "revision": contents.revision,
+        "tolerance": INT8_TOLERANCE if contents.int8 else TOLERANCE,
+        "golden": _golden_names(contents),
+        "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")},
+        "files": {path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(package)},
+    }
+    # Over the rest of the manifest as canonical JSON: a class renamed by hand is noticed. It proves integrity, not who wrote it.
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    _write(package / MANIFEST, json.dumps(manifest | {"sha256": digest}, indent=1).encode())
+
+
+def _read_picture(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray[np.uint8]]:
+    """The file's bytes, and the pixels that the network sees of it."""
+    try:
+        pixels = read_prepared(path, preprocessing)
+    except PictureError as error:
+        raise UserError(f"{path}: this picture was to go into the model package, but: {error}; put it right and run again") from error
+    return files.patiently(path, Path(path).read_bytes), pixels
+
+
+def _golden_names(contents: Contents) -> list[str]:
+    return [f"golden/{number}{Path(path).suffix.lower()}" for number, path in enumerate(contents.golden)]
+
+
+def _logits(network: nn.Module, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = network(torch.from_numpy(pixels)).numpy()
+    if not np.isfinite(logits).all():
+        raise UserError("the network's logits are not finite numbers: the training diverged; lower optim.lr or set train.clip_norm")
+    return logits
+
+
+def _onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
+    """The network as an ONNX model: `pixels` uint8 [batch, size, size, 3] to `logits` float32 [batch, classes], for any batch."""
+    example = torch.from_numpy(pixels[:1]).repeat(2, 1, 1, 1)  # of two: the exporter takes a dimension of 1 for a constant
+    try:
+        with _silence():
+            program = torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["pixels"],
+                output_names=["logits"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(f"PyTorch can't export this network as ONNX ({str(error).strip().splitlines()[0]}); choose another model.name") from error
+    assert program is not None
+    model = program.model_proto
+    # The exporter notes for each part from which line of which file it came. That is half of a small model, and this machine's paths.
+    for part in (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        del part.metadata_props[:]
+    return bytes(model.SerializeToString())
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Hides what the exporter and its libraries log and warn of: nothing there is for the user to act on."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _self_test(package: Path) -> None:
+    """Has serving load the package in a process without torch. Raises RuntimeError."""
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    # -P: a folder named `serving` in the user's current directory must not be taken for ours.
+    command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
+    # In a session of its own: what a terminal sends to all of its processes (Ctrl-C, SIGHUP) is for the run itself, which saves or goes on.
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, start_new_session=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"the model package failed its self-test: {result.stderr.strip()}")
+
+
+def _archive(package: Path, archive: Path) -> None:
+    """Packs the files so that equal files give equal bytes: sorted, and without names, owners and times of this machine."""
+    with archive.open("wb") as file:
+        # Level 1, because weights hardly compress at any level.
+        with (
+            gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as stream,
+            tarfile.open(fileobj=stream, mode="w") as tar,
+        ):
+            for path in _files(package):
+                entry = tarfile.TarInfo(path.relative_to(package).as_posix())
+                entry.size = path.stat().st_size
+                with path.open("rb") as source:
+                    tar.addfile(entry, source)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _move(package: Path, target: Path) -> None:
+    """Moves the files into `target`, the manifest last: without it, what lies there is no package."""
+    (target / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(package.iterdir(), key=lambda path: path.name == MANIFEST):
+        old = target / path.name
+        if old.is_dir():
+            shutil.rmtree(old)
+        path.replace(old)
+
+
+def _files(package: Path) -> list[Path]:
+    return sorted(path for path in package.rglob("*") if path.is_file())
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.flush(path, data)

@@ -1,0 +1,150 @@
+"""The one way from the words of a command line to the settings of a run: every command composes here, so the same words mean the same everywhere."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from trainer.common.errors import UserError
+from trainer.settings import config as settings
+from trainer.settings import search_space as space
+from trainer.settings.config import DEMO, TOY, Config
+from trainer.settings.hydra_errors import unknown_key, unknown_option
+
+CONF = Path(__file__).parents[2] / "conf"
+GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a command line means.
+
+    words: the overrides that Hydra gets: those that were typed, after those that they imply. notes: one line for each thing that was not said.
+    composed: what Hydra makes of the words.
+    """
+
+    words: list[str]
+    notes: list[str]
+    composed: DictConfig
+
+
+def compose(words: Sequence[str], conf: Path = CONF) -> Config:
+    """Returns the settings that overrides mean. Raises UserError, and Hydra's own errors (trainer/settings/hydra_errors.py)."""
+    return settings.load(resolve(words, conf).composed)
+
+
+def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
+    """Finds what overrides mean and don't say. Its words mean the same when they are resolved once more.
+
+    Raises UserError for an override that has no effect or another one than it says, and Hydra's own errors.
+    """
+    check(words, settings.keys(), {group: options(conf, group) for group in GROUPS})
+    given = {space.key_of(word) for word in words}
+    words, notes = list(words), []
+    composed, choices = _compose(words, conf)
+    for rule in (_own_pictures, _root_of_train, _model_by_name):
+        if implied := rule(given, composed, choices):
+            word, reason = implied
+            words.insert(0, word)
+            notes.append(f"{word}: {reason}")
+            composed, choices = _compose(words, conf)
+    if choices["data"] != DEMO and not given & {"model", "model.name", "experiment"}:
+        others = f"model=mobilenet_v2 is quicker on a CPU, model={TOY} is small and learns from nothing"
+        notes.append(f"model={choices['model']}: no model was given; {others}")
+    return Resolved(words, notes, composed)
+
+
+def check_options(sweep: space.Sweep, fixed: Sequence[str], swept: Mapping[str, str]) -> None:
+    """Raises UserError, or an error of Hydra's, for an option in a sweep's space that there is not, or that doesn't fit its other settings."""
+    for parameter in sweep.space:
+        if parameter.key in space.GROUPS:
+            assert isinstance(parameter, space.Categorical)
+            for choice in parameter.choices:
+                compose([*fixed, *space.firsts({**swept, parameter.key: space.text(choice)})])
+
+
+def options(conf: Path, group: str) -> list[str]:
+    """Lists the options of a config group."""
+    return sorted(path.stem for path in (conf / group).glob("*.yaml"))
+
+
+def _compose(words: Sequence[str], conf: Path) -> tuple[DictConfig, dict[str, str]]:
+    """Returns what Hydra composes, and the option that it took of each group."""
+    with hydra.initialize_config_dir(str(conf.absolute()), version_base="1.3"):
+        composed = hydra.compose("config", list(words), return_hydra_config=True)
+    choices = dict(composed.hydra.runtime.choices)
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed, choices
+
+
+# --- what is meant and not said: each rule gives an override and its reason, or None ---
+
+
+def _own_pictures(given: set[str], composed: DictConfig, choices: dict[str, str]) -> tuple[str, str] | None:
+    """A folder of pictures without data=... means these pictures, and not a place for the demo's."""
+    if "data" in given or choices["data"] != DEMO or not given & {"data.root", "data.train"}:
+        return None
+    return "data=folder", f"the pictures in {composed.data.train or composed.data.root} are your own"
+
+
+def _root_of_train(given: set[str], composed: DictConfig, choices: dict[str, str]) -> tuple[str, str] | None:
+    """A folder of training pictures needs no data.root: valid is split off it, unless data.valid says where it is."""
+    if not OmegaConf.is_missing(composed.data, "root") or composed.data.train is None:
+        return None
+    return space.override("data.root", composed.data.train), "only data.train was given"
+
+
+def _model_by_name(given: set[str], composed: DictConfig, choices: dict[str, str]) -> tuple[str, str] | None:
+    """A model's name brings the settings that go with it: a pretrained network must not get the toy's, and random weights with them."""
+    if OmegaConf.is_missing(composed.model, "name"):
+        return None
+    name, choice = composed.model.name, choices["model"]
+    if (name == TOY) == (choice == TOY):
+        return None
+    option = TOY if name == TOY else "torchvision"
+    if "model" in given:
+        instead = f"model={TOY} alone" if option == TOY else f"model={option} model.name={name}"
+        raise UserError(f"model={choice} with model.name={name}: these are two models; give {instead}")
+    reason = f"model.name={name} is not {choice}"
+    return f"model={option}", reason if option == TOY else f"{reason}; it comes with its pretrained weights unless model.weights says otherwise"
+
+
+# --- overrides that Hydra takes, though nothing good comes of them ---
+
+
+def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -> None:
+    """Raises UserError for an override that takes a setting away, or puts something in the place of several.
+
+    keys: every dotted key that there is. groups: the options of each config group.
+    """
+    sections = {key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)}
+    for word in words:
+        key, value = space.key_of(word), word.partition("=")[2].strip()
+        if word.startswith("~"):
+            _check_deletion(word, key, keys, {*sections, *groups})
+        elif key in groups:
+            _check_option(word, key, value, groups[key])
+        elif key in sections and not value.startswith("{"):
+            inside = [name for name in keys if name.startswith(f"{key}.")]
+            raise UserError(f"{word}: {key} is no setting, but holds some; give one of them, such as {inside[0]}=...")
+
+
+def _check_deletion(word: str, key: str, keys: list[str], several: Collection[str]) -> None:
+    if key == "experiment" or key.split(".")[0] == "hydra":
+        return
+    if key not in keys and key not in several:
+        raise UserError(unknown_key(key, keys))
+    instead = f", or give {key}=VALUE" if key in keys else ""
+    raise UserError(f"{word}: a setting can't be taken away; leave this out for its default{instead}")
+
+
+def _check_option(word: str, group: str, value: str, allowed: list[str]) -> None:
+    if word.startswith("+"):
+        raise UserError(f"{word}: an option is chosen, and not added; give {word.lstrip('+')}")
+    if group == "experiment" and value:
+        return  # none (null) and several ([a,b]) are fine
+    if value in ("", "null") or value.startswith("["):
+        raise UserError(unknown_option(group, value, allowed))

@@ -1,0 +1,219 @@
+"""The search space of a sweep, typed and torch-free: one description for the grid, for Optuna and for SageMaker's tuner.
+
+A range is written as Hydra writes it, in `conf/sweep/*.yaml` and on the command line alike:
+
+    optim.lr: interval(1e-4, 1e-1)              any number between the bounds, both included
+    optim.lr: tag(log, interval(1e-4, 1e-1))    the same, evenly on a logarithmic scale
+    train.batch_size: interval(8, 64)           of a setting that holds integers: integers
+    train.batch_size: 16,32,64                  these values; choice(16,32,64) and range(16,65,16) say the same
+    model: resnet50,mobilenet_v2                options of a config group
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, QuotedString, RangeSweep, Transformer
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.common.errors import UserError
+from trainer.settings import config as settings
+from trainer.settings.config import Config
+from trainer.settings.hydra_errors import explain
+
+Value = bool | int | float | str | list[Any] | None
+GROUPS = ("data", "model", "optim", "experiment")  # whose options a sweep may try
+FIXED = ("name", "platform", "checkpoint", "sweep")  # say where and how safely a trial runs, not what it is
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """Any float in [low, high]. log: even on a logarithmic scale."""
+
+    key: str
+    low: float
+    high: float
+    log: bool
+
+
+@dataclass(frozen=True)
+class Integer:
+    """Any integer in [low, high]. log: even on a logarithmic scale."""
+
+    key: str
+    low: int
+    high: int
+    log: bool
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of the choices, each already of its setting's type."""
+
+    key: str
+    choices: tuple[Value, ...]
+
+
+Parameter = Continuous | Integer | Categorical
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A search space and how it is searched; see `conf/sweep/lists.yaml` for what each setting means."""
+
+    engine: str  # grid or optuna
+    objective: str  # the metric to improve
+    trials: int  # at most; a grid has as many as it has points
+    parallel: int  # trials at once
+    together: int  # heads trained in one pass
+    sampler: str  # tpe or random
+    pruner: str  # none, median or halving
+    points: int  # values that a grid takes of an interval
+    seed: int  # of the sampler
+    space: tuple[Parameter, ...]
+
+    @property
+    def minimize(self) -> bool:
+        return self.objective.endswith("loss")
+
+
+def load(config: Config, swept: Mapping[str, str] | None = None, fixed: Iterable[str] = ()) -> Sweep:
+    """The sweep of `config.sweep` and of the command line (`split`): its ranges go before those of the space, its single values take theirs out.
+
+    Raises UserError for a key that there is not or that can't be swept, and for a range that does not fit its setting.
+    """
+    chosen = {name: value for name, value in vars(config.sweep).items() if name != "space"}
+    settled = {key_of(override) for override in fixed}
+    ranges = {key: text for key, text in config.sweep.space.items() if key not in settled} | dict(swept or {})
+    if not ranges:
+        raise UserError("the sweep has nothing to try: give a space (sweep=lr_batch) or ranges (optim.lr=1e-3,1e-2)")
+    return Sweep(**chosen, space=tuple(parameter(key, text, config) for key, text in ranges.items()))
+
+
+def split(overrides: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Separates a command line's overrides into those with one value and those with a range, by key. Raises OverrideParseException."""
+    fixed, swept = [], {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        assert override.input_line is not None
+        if override.is_sweep_override():
+            swept[override.get_key_element().lstrip("+")] = override.get_value_string()
+        else:
+            fixed.append(override.input_line)
+    return fixed, swept
+
+
+def firsts(swept: Mapping[str, str]) -> list[str]:
+    """An override for the first value of each list; an interval has none. So a setting that must be given may be one that is swept."""
+    found = []
+    for key, text in swept.items():
+        (parsed,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
+        if not parsed.is_sweep_override():
+            found.append(f"{key}={text}")
+        elif not isinstance(parsed.value(), IntervalSweep):
+            found.append(override(key, _listed(parsed, key, text)[0]))
+    return found
+
+
+def key_of(override: str) -> str:
+    """The key of an override: `optim.lr` of `optim.lr=1e-3`."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def parameter(key: str, text: str, config: Config) -> Parameter:
+    """The parameter of one range. Raises UserError where it is none, or does not fit the setting `key`."""
+    if key.split(".")[0] in FIXED:
+        raise UserError(f"{key}={text}: a sweep can't try this setting: it says where or how a trial runs, not what it is")
+    try:
+        (override,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
+    except HydraException as error:
+        raise UserError(explain(error, settings.keys())) from error
+    if key in GROUPS:
+        return Categorical(key, tuple(str(value) for value in _listed(override, key, text)))
+    known = settings.keys()
+    if key not in known:
+        raise UserError(explain(HydraException(f"Could not override '{key}'"), known))
+    value = override.value()
+    if not isinstance(value, IntervalSweep):
+        values = tuple(_typed(key, choice, config) for choice in _listed(override, key, text))
+        if any(values.count(one) > 1 for one in values):
+            raise UserError(f"{key}={text} names a value twice")
+        return Categorical(key, values)
+    kinds = _kinds(key)
+    if not kinds & {int, float}:
+        raise UserError(f"{key}={text}: this setting is no number; allowed: a list of values, such as {key}=a,b")
+    assert value.start is not None and value.end is not None
+    whole = float not in kinds and value.start % 1 == value.end % 1 == 0
+    low, high = (_typed(key, int(bound) if whole else bound, config) for bound in (value.start, value.end))  # Hydra's bounds are floats
+    assert isinstance(low, int | float) and isinstance(high, int | float)
+    if unknown := value.tags - {"log"}:
+        raise UserError(f"{key}={text}: the tag {', '.join(sorted(unknown))} is not known; allowed: log")
+    log = "log" in value.tags
+    if not low < high:
+        raise UserError(f"{key}={text}: allowed: interval(low, high) with low below high")
+    if log and low <= 0:
+        raise UserError(f"{key}={text}: a logarithmic scale has no {low}; allowed: bounds above 0, or no tag(log, ...)")
+    return Continuous(key, float(low), float(high), log) if float in kinds else Integer(key, int(low), int(high), log)
+
+
+def grid(parameter: Parameter, points: int) -> tuple[Value, ...]:
+    """The values that a grid takes: every choice, or `points` evenly spaced ones of an interval, to six digits, with both its bounds."""
+    if isinstance(parameter, Categorical):
+        return parameter.choices
+    low, high = (math.log(bound) if parameter.log else bound for bound in (parameter.low, parameter.high))
+    spaced = [low + (high - low) * number / max(points - 1, 1) for number in range(points)]
+    values = [math.exp(value) if parameter.log else value for value in spaced]
+    if isinstance(parameter, Integer):
+        return tuple(dict.fromkeys(round(value) for value in values))
+    return tuple(min(max(float(f"{value:.6g}"), parameter.low), parameter.high) for value in values)
+
+
+def override(key: str, value: Value) -> str:
+    """`key=value` as Hydra's command line takes it, so that it gives back the same value of the same type."""
+    return f"{key}={text(value)}"
+
+
+def text(value: Value) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(text(element) for element in value)}]"
+    if isinstance(value, str):
+        # What could be read as something else, or holds what is special to Hydra, is quoted.
+        plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf")
+        return value if plain else "'" + re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value) + "'"
+    return json.dumps(value)
+
+
+def _listed(override: Override, key: str, text: str) -> list[Any]:
+    """The values of a list or range, in the order given."""
+    value = override.value()
+    if not isinstance(value, ChoiceSweep | RangeSweep):
+        raise UserError(f"{key}={text} is no range; allowed: a,b,c, range(start,stop,step), interval(low,high) or tag(log,interval(low,high))")
+    return [plain.text if isinstance(plain, QuotedString) else plain for plain in override.sweep_iterator(Transformer.identity)]
+
+
+def _typed(key: str, value: Any, config: Config) -> Value:
+    """The value as the setting's own type, checked against what the setting allows."""
+    node = OmegaConf.structured(config)
+    try:
+        OmegaConf.update(node, key, value)
+        typed = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, settings.keys())) from error
+    found, limits = next((found, limits) for name, found, limits in settings.walk(typed) if name == key)
+    settings.check(key, found, limits)
+    result: Value = found
+    return result
+
+
+def _kinds(key: str) -> set[Any]:
+    """The types that a setting may have: {float} for `float`, {int, NoneType} for `int | None`."""
+    node: Any = Config
+    for part in key.split("."):
+        node = next(entry.type for entry in dataclasses.fields(node) if entry.name == part)
+    return set(get_args(node)) or {node}

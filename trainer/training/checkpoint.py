@@ -1,0 +1,343 @@
+"""Checkpoints: a directory per step, complete or absent, verified before it is believed.
+
+A directory holds `tensors.safetensors`, `state.json` (everything that is no tensor), the same of the
+best weights so far (`best.safetensors`, `best.json`) and `manifest.json` (size and SHA-256 of each),
+written last. It needs no other directory: what damages one checkpoint leaves the others whole. It is
+made aside, flushed to the disk and renamed, so a kill or a power cut at any moment leaves the
+checkpoints before it untouched. Nothing in it is a pickle: loading runs no code.
+"""
+
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+
+from trainer.common import files
+from trainer.common.console import log
+from trainer.common.errors import UserError
+
+FORMAT = 2  # 1 kept the best weights in a directory of their own, to which all checkpoints referred
+STATE = ("state.json", "tensors.safetensors")
+BEST = ("best.json", "best.safetensors")  # absent before the first evaluation
+TENSOR = "tensor:"  # begins a JSON string that stands for a tensor
+CHANNELS_LAST = "channels_last:"  # the same for one kept as [N, H, W, C], as it lies in memory: reordering costs several times the copy
+# The names that safetensors has for the types of tensors.
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Damaged(UserError):
+    """A checkpoint whose files are not what was written. The message names the file and what is wrong."""
+
+
+class CutOff(Damaged):
+    """A checkpoint that lacks a file: a copy of it was stopped half way."""
+
+
+class OtherFormat(Damaged):
+    """A checkpoint that another version has written."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as the bytes of its files, in memory of its own: training may go on while it is written."""
+
+    tree: bytes  # its JSON file
+    header: bytes  # of its safetensors file
+    data: torch.Tensor  # the rest of it, uint8 on the CPU
+
+    def state(self) -> dict[str, Any]:
+        """A copy of what it was taken of, tensors on the CPU."""
+        return _state(self.tree, self.header + self.data.numpy().tobytes())
+
+
+def snapshot(state: dict[str, Any], memory: torch.Tensor | None = None) -> Snapshot:
+    """Copies `state`: nested dicts and lists of tensors, numbers, strings, booleans and None.
+
+    memory: uint8 to copy into, where it is large enough (`Snapshot.data` of an earlier one, say): fresh memory costs several times the copy.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    tree = json.dumps(_split(state, "", tensors)).encode()
+    header, places = _layout(tensors)
+    size = max((end for _, end in places.values()), default=0)
+    data = memory[:size] if memory is not None and len(memory) >= size else torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    for name, (start, end) in places.items():
+        data[start:end].view(tensors[name].dtype).view(tensors[name].shape).copy_(tensors[name], non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return Snapshot(tree, header, data)
+
+
+def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header of a safetensors file (its length, then JSON) and where each tensor's bytes lie behind it.
+
+    Written here and not by the library, which copies everything once more and holds the interpreter's lock meanwhile.
+    """
+    places, entries, end = {}, {}, 0
+    # The largest elements first, so that each tensor starts at a multiple of its element's size.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        places[name] = (start, end)
+        entries[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def save(root: Path, name: str, state: dict[str, Any]) -> Path:
+    """Write a state as root/name, its entry `best` as the best weights; see `snapshot` and `write`."""
+    rest = {key: value for key, value in state.items() if key != "best"}
+    best = state.get("best")
+    return write(root, name, snapshot(rest), snapshot(best) if best else None)
+
+
+def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = None) -> Path:
+    """Write a snapshot, and that of the best weights, as root/name.
+
+    Hashing and writing leave the interpreter free for other threads. Where the same is there already,
+    it is left alone; anything else of that name, another run's checkpoint say, is replaced. Raises
+    OSError (a full disk, say) and then leaves nothing behind.
+    """
+    target = root / name
+    aside = root / f"{files.ASIDE}{name}"
+    replaced = root / f"{files.ASIDE}replaced-{name}"
+    parts: dict[str, tuple[bytes | memoryview, ...]] = {}
+    for names, part in ((STATE, contents), (BEST, best)):
+        if part is not None:
+            parts |= {names[0]: (part.tree,), names[1]: (part.header, part.data.numpy().data)}
+    listed = {file: _describe(*data) for file, data in parts.items()}
+    if _holds(target, listed):
+        return target
+    manifest = json.dumps({"format": FORMAT, "files": listed}, indent=1).encode()
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        files.remove(aside)
+        aside.mkdir()
+        for file, data in (parts | {"manifest.json": (manifest,)}).items():
+            files.flush(aside / file, *data)
+        files.flush_directory(aside)
+        if os.path.lexists(target):
+            files.remove(replaced)
+            target.rename(replaced)
+        aside.rename(target)
+        files.flush_directory(root)
+    except OSError as error:
+        error.filename = str(target)
+        raise
+    finally:
+        for left in (aside, replaced):
+            with suppress(OSError):
+                files.remove(left)
+    return target
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read the state that `save` wrote, tensors on the CPU; `best` may be None. Raises Damaged."""
+    contents = _verified(path)
+    try:
+        best = _state(*(contents[file] for file in BEST)) if BEST[0] in contents else None
+        return _state(*(contents[file] for file in STATE)) | {"best": best}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise Damaged(f"{path}: its contents can't be read ({error})") from error
+
+
+def verify(path: Path) -> None:
+    """Raises Damaged unless every file of the checkpoint is as it was written."""
+    _verified(path)
+
+
+def steps(root: Path) -> list[Path]:
+    """The resumable checkpoints below root, oldest first."""
+    return sorted(root.glob("step-*"))
+
+
+def step_name(step: int, evaluated: bool) -> str:
+    """The name of the state after `step` steps; where an epoch ends there, before or after its evaluation. Sorts by time."""
+    return f"step-{step:08d}" + ("-evaluated" if evaluated else "")
+
+
+def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest good checkpoint and its state; None where there never was one.
+
+    One that is damaged or can't be read is passed over with a warning. Raises UserError where all are:
+    to start from zero would throw work away that a person may still be able to save. Where all lack
+    files (the first one, whose copy was cut off), there is nothing to save.
+    """
+    found = steps(root)
+    passed_over: list[Damaged] = []
+    for path in reversed(found):
+        try:
+            state = load(path)
+        except Damaged as error:
+            passed_over.append(error)
+            continue
+        for reason in passed_over:
+            log.warning("%s; going back to the checkpoint before it", reason)
+        return path, state
+    if all(isinstance(reason, CutOff) for reason in passed_over):
+        for reason in passed_over:
+            log.warning("%s: its copy was cut off; starting from the beginning", reason)
+        return None
+    for reason in passed_over:
+        if isinstance(reason, OtherFormat):
+            raise reason
+    raise UserError(
+        f"{root}: none of its {len(found)} checkpoints is whole ({passed_over[0]}); bring back a copy of "
+        "one, or delete the directory to start from the beginning"
+    )
+
+
+class Cadence:
+    """When to save: every so many minutes and at each epoch's end, but never so often that saving takes more than its share of the time."""
+
+    def __init__(self, minutes: float, max_cost: float) -> None:
+        self._interval, self._max_cost = 60 * minutes, max_cost
+        self._saved_at, self._cost = time.monotonic(), 0.0
+
+    def due(self, epoch_ends: bool) -> bool:
+        """Whether to save now. What the last save took is what the next one is expected to take."""
+        elapsed = time.monotonic() - self._saved_at
+        return elapsed >= self._cost / self._max_cost and (epoch_ends or elapsed >= self._interval)
+
+    def saved(self, seconds: float) -> None:
+        self._saved_at, self._cost = time.monotonic(), seconds
+
+
+def prune(root: Path, keep: int, good: set[str]) -> list[Path]:
+    """Deletes all but the newest `keep` good checkpoints. Returns what went.
+
+    good: names known to be whole, which are not read again; those found whole are added.
+    """
+    kept: list[Path] = []
+    for path in reversed(steps(root)):
+        try:
+            if path.name not in good:
+                verify(path)
+                good.add(path.name)
+        except Damaged:
+            continue
+        kept.append(path)
+        if len(kept) == keep:
+            break
+    else:
+        return []  # while good ones are few, even a damaged one may be of use to a person
+    gone = []
+    for path in steps(root):
+        if path in kept:
+            continue
+        # Renamed first, so that a kill half way leaves no half checkpoint under a complete one's name.
+        aside = root / f"{files.ASIDE}{path.name}"
+        try:
+            path.rename(aside)
+            files.remove(aside)
+        except OSError as error:
+            log.warning("%s: an old checkpoint that can't be deleted (%s)", path, error.strerror)
+            continue
+        gone.append(path)
+    return gone
+
+
+def _describe(*parts: bytes | memoryview) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return {"size": sum(len(part) for part in parts), "sha256": digest.hexdigest()}
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says of its files, by their names. Raises Damaged."""
+    data = _bytes(path, "manifest.json")
+    try:
+        manifest = json.loads(data)
+        written, listed = manifest["format"], dict(manifest["files"])
+        sizes = [entry["size"] for entry in listed.values()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{path}: manifest.json is damaged") from error
+    if written != FORMAT:
+        raise OtherFormat(
+            f"{path}: another version of Packhorse wrote this checkpoint (format {written}, this version "
+            f"reads {FORMAT}); go on with that version, or start a new run with another name=..."
+        )
+    named = set(listed) in (set(STATE), {*STATE, *BEST})
+    if not named or not all(isinstance(size, int) for size in sizes):
+        raise Damaged(f"{path}: manifest.json is damaged")
+    return listed
+
+
+def _verified(path: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint, as bytes, held against the manifest. Raises Damaged."""
+    contents = {}
+    for file, wanted in _manifest(path).items():
+        data = _bytes(path, file)
+        if _describe(data) != wanted:
+            raise Damaged(f"{path}: {file} is damaged ({len(data)} bytes, {wanted['size']} were written)")
+        contents[file] = data
+    return contents
+
+
+def _bytes(path: Path, file: str) -> bytes:
+    try:
+        return (path / file).read_bytes()
+    except FileNotFoundError as error:
+        raise CutOff(f"{path}: {file} is missing") from error
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise Damaged(f"{path}: {file} can't be read ({why})") from error
+
+
+def _holds(path: Path, listed: dict[str, Any]) -> bool:
+    """Whether a checkpoint has these files, and they are whole."""
+    try:
+        if _manifest(path) != listed:
+            return False
+        verify(path)
+    except Damaged:
+        return False
+    return True
+
+
+def _state(tree: bytes, tensors: bytes) -> dict[str, Any]:
+    """What a snapshot was taken of."""
+    state = _join(json.loads(tree), safetensors.load(tensors))
+    assert isinstance(state, dict)
+    return state
+
+
+def _split(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Moves the tensors of a nested state into `tensors`; what is left is JSON that names them."""
+    if isinstance(node, torch.Tensor):
+        if node.ndim == 4 and not node.is_contiguous() and node.is_contiguous(memory_format=torch.channels_last):
+            tensors[name] = node.detach().permute(0, 2, 3, 1)
+            return CHANNELS_LAST + name
+        tensors[name] = node.detach()
+        return TENSOR + name
+    if isinstance(node, dict):
+        assert all(isinstance(key, str) for key in node), name
+        return {key: _split(value, f"{name}/{key}" if name else key, tensors) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_split(value, f"{name}/{number}", tensors) for number, value in enumerate(node)]
+    assert node is None or isinstance(node, bool | int | float | str), (name, type(node))
+    assert not (isinstance(node, str) and node.startswith((TENSOR, CHANNELS_LAST))), name
+    return node
+
+
+def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(node, str) and node.startswith(TENSOR):
+        return tensors[node.removeprefix(TENSOR)]
+    if isinstance(node, str) and node.startswith(CHANNELS_LAST):
+        return tensors[node.removeprefix(CHANNELS_LAST)].permute(0, 3, 1, 2)
+    if isinstance(node, dict):
+        return {key: _join(value, tensors) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_join(value, tensors) for value in node]
+    return node

@@ -1,0 +1,66 @@
+"""What a run reports of itself: classification metrics, and the ledger with one row an epoch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from trainer.common import files
+from trainer.common.errors import UserError, install_command
+
+
+def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
+    """Cross-entropy, top-1, top-5 and macro F1 of logits [N, classes] and labels [N], by names like `valid_top1`."""
+    # Imported here: torchmetrics pulls in torchvision, which a run doesn't need before its first step.
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+    classes = logits.shape[1]
+    values = {
+        "loss": functional.cross_entropy(logits, labels),
+        "top1": multiclass_accuracy(logits, labels, classes, average="micro"),
+        "top5": multiclass_accuracy(logits, labels, classes, average="micro", top_k=min(5, classes)),
+        "f1": multiclass_f1_score(logits, labels, classes, average="macro"),
+    }
+    return {f"{prefix}_{name}": round(value.item(), 6) for name, value in values.items()}
+
+
+def better(value: float, best: float | None, monitor: str) -> bool:
+    """Whether `value` of the monitored metric beats the best so far: losses fall, everything else rises."""
+    return best is None or (value < best if monitor.endswith("loss") else value > best)
+
+
+class Ledger:
+    """`metrics.jsonl`: one JSON object a row, in step with the checkpoints.
+
+    path: None where another process writes it.
+
+    The rows belong to the checkpoint too: a run that resumes goes on from the rows that its checkpoint holds, so no row is lost or written twice.
+    """
+
+    def __init__(self, path: Path | None, tensorboard: Path | None = None) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self._board: Any = None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError(f"train.tensorboard=true needs the package tensorboard: {install_command('tensorboard')}") from error
+            self._board = SummaryWriter(tensorboard)
+
+    def restore(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = list(rows)
+        if self.path is not None:
+            files.write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, row["step"])
+            self._board.flush()

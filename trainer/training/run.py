@@ -1,0 +1,119 @@
+"""A run's directory: one process at a time, the settings, the log, and the result that says that it is complete."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from trainer.common import files
+from trainer.common.console import also_to_file, log, python
+from trainer.common.errors import UserError
+from trainer.distributed.job import ALONE, World
+from trainer.settings.config import Config, identity, run_name
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    directory: Path
+    checkpoints: Path
+    package: Path  # the archive, or on SageMaker the directory that it archives itself
+
+    def result(self) -> dict[str, Any] | None:
+        """What the complete run wrote last, or None."""
+        path = self.directory / "result.json"
+        result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return result
+
+    def write_settings(self, config: Config) -> None:
+        files.write(self.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        files.write(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
+
+    def next_steps(self) -> list[str]:
+        """Commands that a person may want after it: the model on a page, and the same run as a SageMaker job on this machine. In a job: none."""
+        if not self.package.name.endswith(".tar.gz"):
+            return []
+        task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        settings = " ".join(shlex.quote(override) for override in task if not override.startswith("platform"))
+        rehearse = f"{python()} -m launch rehearse {settings}".rstrip()
+        if python().startswith(".venv"):  # in a clone, where make installs what a rehearsal needs
+            rehearse = f"make rehearse{f' ARGS={shlex.quote(settings)}' if settings else ''}"
+        return [f"{python()} -m serving serve {self.package}", rehearse]
+
+    def summarize(self, result: dict[str, Any]) -> None:
+        """The last thing on the terminal: how good it is, where it lies, what to do next."""
+        log.info(
+            "\n%s accuracy  %.1f %%  (top-5 %.1f %%, macro F1 %.3f, %d pictures; best epoch %d of %d)",
+            result["split"], 100 * result["top1"], 100 * result["top5"], result["f1"], result["pictures"], result["best_epoch"], result["epochs"],
+        )  # fmt: skip
+        places = {"report": "report.html", "log": "log.txt", "metrics": "metrics.jsonl"}
+        log.info("%-15s %s", "model package", self.package)
+        log.info("%-15s %s", "checkpoints", self.checkpoints)
+        for what, name in places.items():
+            log.info("%-15s %s", what, self.directory / name)
+        if steps := self.next_steps():
+            log.info("next:\n%s", "\n".join(f"  {command}" for command in steps))
+
+
+@contextmanager
+def open_run(config: Config, world: World = ALONE) -> Iterator[Run]:
+    """The run of these settings: its directory made, locked for this process, and its log begun, by rank 0 alone. Raises UserError where another
+    run has it.
+    """
+    name = run_name(config)
+    directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
+    checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
+    package = Path(config.platform.package or directory / "model.tar.gz")
+    run = Run(name, directory, checkpoints, package)
+    if not world.chief:
+        yield run
+        return
+    for needed in (directory, checkpoints, package.parent):
+        needed.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{directory}: another process trains in this run; wait for it, or give this one another name=...") from error
+        for written in (directory, checkpoints, package.parent, package):
+            if written.is_dir():
+                files.sweep(written)
+        with also_to_file(directory / "log.txt"):
+            log.info("run %s in %s", name, directory)
+            run.write_settings(config)
+            yield run
+
+
+def check_identity(then: dict[str, Any], config: Config, fingerprint: str, where: Path) -> None:
+    """Raises UserError where a run goes on with other settings or other pictures than it began with: what came out would be neither's."""
+    now = identity(config) | {"pictures": fingerprint}
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if changed == ["pictures"]:
+        raise UserError(f"{where}: the pictures have changed since this run began; start a new run with another name=..., or bring them back")
+    if changed:
+        differences = ", ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed[:5] if key != "pictures")
+        raise UserError(f"{where}: this run began with other settings ({differences}); give the same again, or start a new run with another name=...")
+
+
+def revision() -> str | None:
+    """The git revision of this code, with `-dirty` where files were changed; None outside a checkout."""
+    if known := os.environ.get("PACKHORSE_REVISION"):
+        return known
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        # In a session of its own, as the package's self-test: a closing terminal must not end it.
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, start_new_session=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
