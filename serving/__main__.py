@@ -31,8 +31,12 @@ RUNS = Path("runs")
 
 
 def check(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m serving check", description="Verify a model package.")
-    parser.add_argument("package", type=Path, help="a model.tar.gz, or the directory that it was unpacked into")
+    parser = argparse.ArgumentParser(
+        prog="python -m serving check", description="Verify a model package."
+    )
+    parser.add_argument(
+        "package", type=Path, help="a model.tar.gz, or the directory that it was unpacked into"
+    )
     path = parser.parse_args(arguments[1:]).package
     package = _load(path)
     shown = ", ".join(package.classes[:5]) + (", ..." if len(package.classes) > 5 else "")
@@ -55,30 +59,75 @@ def serve(arguments: Sequence[str]) -> int:
     from serving.handler import Settings, convert, settings_from
 
     defaults = settings_from(os.environ)
-    parser = argparse.ArgumentParser(prog="python -m serving serve", description="Answer on HTTP: /invocations, /ping, /metrics, and a page at /.")
-    parser.add_argument("package", type=Path, nargs="?", help=f"a model.tar.gz or a directory (default: {MODEL}, or the newest of {RUNS}/*/)")
-    parser.add_argument("--host", default=os.environ.get("SERVING_HOST", "127.0.0.1"), help="the address to listen on (default %(default)s)")
-    parser.add_argument("--port", type=int, default=int(os.environ.get("SERVING_PORT", "8080")), help="(default %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m serving serve",
+        description="Answer on HTTP: /invocations, /ping, /metrics, and a page at /.",
+    )
+    parser.add_argument(
+        "package",
+        type=Path,
+        nargs="?",
+        help=f"a model.tar.gz or a directory (default: {MODEL}, or the newest of {RUNS}/*/)",
+    )
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("SERVING_HOST", "127.0.0.1"),
+        help="the address to listen on (default %(default)s)",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=int(os.environ.get("SERVING_PORT", "8080")),
+        help="(default %(default)s)",
+    )
     backend = os.environ.get("SERVING_BACKEND", "onnx")
-    parser.add_argument("--backend", default=backend, choices=["onnx", "torch"], help="what runs the network; torch is for GPUs (default %(default)s)")
+    parser.add_argument(
+        "--backend",
+        default=backend,
+        choices=["onnx", "torch"],
+        help="what runs the network; torch is for GPUs (default %(default)s)",
+    )
     for setting in fields(Settings):
         default = getattr(defaults, setting.name)
-        shown = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
-        parser.add_argument(f"--{setting.name.replace('_', '-')}", metavar="VALUE", help=f"{setting.metadata['help']} (default {shown})")
+        shown = (
+            {True: "on", False: "off"}.get(default, default)
+            if isinstance(default, bool)
+            else default
+        )
+        parser.add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            metavar="VALUE",
+            help=f"{setting.metadata['help']} (default {shown})",
+        )
     options = parser.parse_args(arguments[1:])
-    given = {name: value for name in vars(defaults) if (value := getattr(options, name)) is not None}
-    changes = {name: convert(f"--{name.replace('_', '-')}", text, type(getattr(defaults, name))) for name, text in given.items()}
+    given = {
+        name: value for name in vars(defaults) if (value := getattr(options, name)) is not None
+    }
+    changes = {
+        name: convert(f"--{name.replace('_', '-')}", text, type(getattr(defaults, name)))
+        for name, text in given.items()
+    }
     settings = replace(defaults, **changes)  # type: ignore[arg-type]
 
     from serving.batching import Engine, cores
 
     package = _load(options.package or _newest(), cores(), options.backend)
-    engine = Engine(package, max_pixels=settings.max_pixels, workers=settings.workers or cores(), batch=settings.batch, delay=settings.batch_delay)
+    engine = Engine(
+        package,
+        max_pixels=settings.max_pixels,
+        workers=settings.workers or cores(),
+        batch=settings.batch,
+        delay=settings.batch_delay,
+    )
     try:
         from serving.server import serve as run
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is missing: the server needs it; {install_command('serve')}") from error
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+        raise UserError(
+            f"{error.name} is missing: the server needs it; {install_command('serve')}"
+        ) from error
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
+    )
     run(package, engine, settings, options.host, options.port)
     return OK
 
@@ -97,7 +146,9 @@ def _newest() -> Path:
         return MODEL
     packages = sorted(RUNS.glob("*/model.tar.gz"), key=lambda path: path.stat().st_mtime)
     if not packages:
-        raise UserError(f"{RUNS}/: there is no model package; train one (make train), or name one: python -m serving serve PACKAGE")
+        raise UserError(
+            f"{RUNS}/: there is no model package; train one (make train), or name one: python -m serving serve PACKAGE"
+        )
     return packages[-1]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.package import Package
-from trainer.images.decode import PictureError
+from trainer.images.decode import ImageError
 
 
 def cores() -> int:
@@ -26,31 +26,49 @@ def cores() -> int:
 class Engine:
     """Pictures to logits. Safe to call from any number of threads; whoever waits has an end to it."""
 
-    def __init__(self, package: Package, *, max_pixels: int, workers: int = 1, batch: int = 1, delay: float = 0.0) -> None:
+    def __init__(
+        self,
+        package: Package,
+        *,
+        max_pixels: int,
+        workers: int = 1,
+        batch: int = 1,
+        delay: float = 0.0,
+    ) -> None:
         """max_pixels: of a picture as stored. workers: pictures decoded at once, and, with batch=1, networks run at once.
 
         batch: most pictures in one run of the network. delay: seconds that a run may wait for its batch to fill.
         """
         self.package = package
-        self.observe: Callable[[int], object] = lambda size: None  # called with the size of each batch
+        self.observe: Callable[[int], object] = lambda size: (
+            None
+        )  # called with the size of each batch
         self._max_pixels = max_pixels
         self._workers = workers
         self._decoders = ThreadPoolExecutor(workers, "decode")
         self._began: dict[int, float] = {}  # when each thread that decodes began its picture
-        self._waiting: queue.SimpleQueue[tuple[NDArray[np.uint8], Future[NDArray[np.float32]]]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[NDArray[np.uint8], Future[NDArray[np.float32]]]] = (
+            queue.SimpleQueue()
+        )
         for _ in range(workers if batch == 1 else 1):
-            threading.Thread(target=self._run, args=(batch, delay), name="predict", daemon=True).start()
+            threading.Thread(
+                target=self._run, args=(batch, delay), name="predict", daemon=True
+            ).start()
 
     def logits(self, pictures: Sequence[bytes], end: float) -> NDArray[np.float32]:
-        """Logits [N, classes] of N pictures' files. end: on time.monotonic(). Raises PictureError, and TimeoutError where `end` comes first."""
+        """Logits [N, classes] of N pictures' files. end: on time.monotonic(). Raises ImageError, and TimeoutError where `end` comes first."""
         decoding = [self._decoders.submit(self._decode, picture) for picture in pictures]
         running: list[Future[NDArray[np.float32]]] = []
         try:
             for number, future in enumerate(decoding, 1):
                 try:
                     running.append(self._submit(future.result(end - time.monotonic())))
-                except PictureError as error:
-                    raise PictureError(f"picture {number} of {len(pictures)}: {error}" if len(pictures) > 1 else str(error)) from error
+                except ImageError as error:
+                    raise ImageError(
+                        f"picture {number} of {len(pictures)}: {error}"
+                        if len(pictures) > 1
+                        else str(error)
+                    ) from error
             return np.stack([future.result(end - time.monotonic()) for future in running])
         finally:
             for decoded in decoding:
@@ -83,7 +101,11 @@ class Engine:
             with suppress(queue.Empty):
                 while len(batch) < size:
                     batch.append(self._waiting.get(timeout=max(0.0, full_by - time.monotonic())))
-            wanted = [(pixels, future) for pixels, future in batch if future.set_running_or_notify_cancel()]
+            wanted = [
+                (pixels, future)
+                for pixels, future in batch
+                if future.set_running_or_notify_cancel()
+            ]
             if not wanted:
                 continue
             self.observe(len(wanted))

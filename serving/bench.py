@@ -51,29 +51,64 @@ class Advice:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m serving bench", description="Measure a server, and say what to deploy for a load.")
+    parser = argparse.ArgumentParser(
+        prog="python -m serving bench",
+        description="Measure a server, and say what to deploy for a load.",
+    )
     parser.add_argument("url", help="of the server, like http://127.0.0.1:8080")
-    parser.add_argument("--picture", type=Path, help="the file to send (default: a JPEG of 500 x 375 pixels, made here)")
-    parser.add_argument("--clients", default="1,2,4,8", help="how many ask at once, one after the other (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each of them (default %(default)s)")
-    parser.add_argument("--rate", type=float, default=50.0, help="requests a minute to plan for, at the busiest time (default %(default)s)")
-    parser.add_argument("--limit", type=float, default=1.0, help="seconds that 95 %% of the answers may take (default %(default)s)")
-    parser.add_argument("--instance", metavar="TYPE", default="ml.m5.large", help="what this machine stands for (default %(default)s)")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        help="the file to send (default: a JPEG of 500 x 375 pixels, made here)",
+    )
+    parser.add_argument(
+        "--clients",
+        default="1,2,4,8",
+        help="how many ask at once, one after the other (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="for each of them (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=50.0,
+        help="requests a minute to plan for, at the busiest time (default %(default)s)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=1.0,
+        help="seconds that 95 %% of the answers may take (default %(default)s)",
+    )
+    parser.add_argument(
+        "--instance",
+        metavar="TYPE",
+        default="ml.m5.large",
+        help="what this machine stands for (default %(default)s)",
+    )
     options = parser.parse_args(arguments)
     rented = price(options.instance, FALLBACK)
     if rented.on_demand is None:
-        raise UserError(f"--instance {options.instance}: its price is not known; python -m launch prices lists those that are")
+        raise UserError(
+            f"--instance {options.instance}: its price is not known; python -m launch prices lists those that are"
+        )
     picture = options.picture.read_bytes() if options.picture else example()
     loads = []
     print(f"{len(picture):,} bytes a picture\n\nclients  answers/s  p50 ms  p95 ms  p99 ms  failed")
     for clients in counts(options.clients):
         load = measure(options.url, picture, clients, options.seconds)
         p50, p95, p99 = (1000 * load.quantile(share) for share in (0.5, 0.95, 0.99))
-        print(f"{clients:7}  {load.rate:9.1f}  {p50:6.1f}  {p95:6.1f}  {p99:6.1f}  {load.failed:6}", flush=True)
+        print(
+            f"{clients:7}  {load.rate:9.1f}  {p50:6.1f}  {p95:6.1f}  {p99:6.1f}  {load.failed:6}",
+            flush=True,
+        )
         loads.append(load)
     found = advise(loads, options.rate, options.limit, rented.on_demand)
     if found is None:
-        print(f"\nNo load had 95 % of its answers within {options.limit:g} s: take a faster instance, int8 (package.int8=true) or a smaller network.")
+        print(
+            f"\nNo load had 95 % of its answers within {options.limit:g} s: take a faster instance, int8 (package.int8=true) or a smaller network."
+        )
         return OK
     print(
         f"\nFor {options.rate:g} requests a minute, if {options.instance} is as fast as this machine:\n"
@@ -98,14 +133,22 @@ def counts(text: str) -> list[int]:
 def example() -> bytes:
     """A JPEG of a photo's size and detail."""
     rng = np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(0, 256, (25, 33, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(rng.integers(0, 256, (25, 33, 3), dtype=np.uint8)).resize(
+        (500, 375), Image.Resampling.BICUBIC
+    )
     noisy = np.clip(np.asarray(smooth) + rng.normal(0, 18, (375, 500, 3)), 0, 255).astype(np.uint8)
     file = BytesIO()
     Image.fromarray(noisy).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def measure(url: str, body: bytes, clients: int, seconds: float, content_type: str = "application/octet-stream") -> Load:
+def measure(
+    url: str,
+    body: bytes,
+    clients: int,
+    seconds: float,
+    content_type: str = "application/octet-stream",
+) -> Load:
     """Posts `body` to /invocations again and again. Raises UserError where nothing is answered."""
     connections = [_connect(url) for _ in range(clients)]
     latencies: list[float] = []
@@ -137,7 +180,9 @@ def measure(url: str, body: bytes, clients: int, seconds: float, content_type: s
     for thread in threads:
         thread.join()
     if not latencies:
-        raise UserError(f"{url}: no request was answered ({failures[0] if failures else 'nothing came in time'}); see that the server runs")
+        raise UserError(
+            f"{url}: no request was answered ({failures[0] if failures else 'nothing came in time'}); see that the server runs"
+        )
     return Load(clients, time.monotonic() - began, sorted(latencies), len(failures))
 
 

@@ -71,11 +71,15 @@ class Refused(FetchError):
     """The URL may not be tried. The caller always sees the same words, so that refusals can't map a network; `reason` is for our own log."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__("the URL is not allowed: it must be http or https, on port 80 or 443, of a host with public addresses only")
+        super().__init__(
+            "the URL is not allowed: it must be http or https, on port 80 or 443, of a host with public addresses only"
+        )
         self.reason = reason
 
 
-def fetch(url: str, *, max_bytes: int, deadline: float, reserve: Callable[[int], None] = lambda size: None) -> bytes:
+def fetch(
+    url: str, *, max_bytes: int, deadline: float, reserve: Callable[[int], None] = lambda size: None
+) -> bytes:
     """The body of the answer to a GET of `url`, whatever it holds: what it claims to be is not looked at.
 
     deadline: seconds for everything together (names, connections, redirects, body). max_bytes: of the body.
@@ -95,7 +99,11 @@ def fetch(url: str, *, max_bytes: int, deadline: float, reserve: Callable[[int],
             url = urljoin(url, location)
     except TimeoutError as error:
         raise FetchError(f"the URL gave no whole answer within {deadline:g} s") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: what http.client makes of forged lengths
+    except (
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+    ) as error:  # ValueError: what http.client makes of forged lengths
         raise FetchError("the URL's server could not be reached, or broke off") from error
     raise FetchError(f"the URL redirects more than {MAX_REDIRECTS} times")
 
@@ -145,7 +153,9 @@ def _connected(parts: SplitResult, end: float) -> Iterator["_Stream"]:
         connection = stack.enter_context(_connect(addresses, end))
         if parts.scheme == "https":
             connection.settimeout(_left(end))
-            connection = stack.enter_context(ssl.create_default_context().wrap_socket(connection, server_hostname=host))
+            connection = stack.enter_context(
+                ssl.create_default_context().wrap_socket(connection, server_hostname=host)
+            )
         yield _Stream(connection, end)
 
 
@@ -182,12 +192,22 @@ def _connect(addresses: list[tuple[str, int]], end: float) -> socket.socket:
     raise last
 
 
-def _get(parts: SplitResult, stream: "_Stream", max_bytes: int, reserve: Callable[[int], None]) -> tuple[int, str | None, bytes]:
+def _get(
+    parts: SplitResult, stream: "_Stream", max_bytes: int, reserve: Callable[[int], None]
+) -> tuple[int, str | None, bytes]:
     """Status, Location header, and the body of a 200."""
-    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + ("?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?") if parts.query else "")
+    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
+        "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?") if parts.query else ""
+    )
     connection = http.client.HTTPConnection(parts.netloc)
     connection.sock = stream  # connected already: http.client makes no connection of its own
-    headers = {"Host": parts.netloc, "User-Agent": "packhorse", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
+    headers = {
+        "Host": parts.netloc,
+        "User-Agent": "packhorse",
+        "Accept": "image/*",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
     connection.request("GET", target, headers=headers)
     response = connection.getresponse()
     if response.status != 200:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from serving import fetch, s3
 from serving.batching import Engine
 from trainer.common.errors import UserError
-from trainer.images.decode import PictureError
+from trainer.images.decode import ImageError
 
 log = logging.getLogger("packhorse.serving")
 
@@ -37,27 +37,52 @@ FETCH_SECONDS = 10.0  # for one picture from a URL or from S3
 RETRY_SECONDS = 1
 TOP = 5
 KINDS = ("url", "base64", "s3")
-FILE_TYPES = ("application/octet-stream", "application/x-image", "application/x-www-form-urlencoded")  # the last is what curl says of any file
+FILE_TYPES = (
+    "application/octet-stream",
+    "application/x-image",
+    "application/x-www-form-urlencoded",
+)  # the last is what curl says of any file
 
 
 @dataclass(frozen=True)
 class Settings:
     """How requests are answered. Each is a flag of `python -m serving serve`, and behind every door a variable: SERVING_MAX_BODY=1000000."""
 
-    max_body: int = field(default=16 << 20, metadata={"help": "bytes of a request's body, or of a picture that a URL leads to"})
+    max_body: int = field(
+        default=16 << 20,
+        metadata={"help": "bytes of a request's body, or of a picture that a URL leads to"},
+    )
     max_fetched: int = field(
         default=64 << 20,
         metadata={"help": "bytes of all pictures that a request fetches; all requests: twice that"},
     )
-    max_pixels: int = field(default=25_000_000, metadata={"help": "of a picture; decoding takes up to 11 bytes a pixel and worker"})
+    max_pixels: int = field(
+        default=25_000_000,
+        metadata={"help": "of a picture; decoding takes up to 11 bytes a pixel and worker"},
+    )
     max_pictures: int = field(default=16, metadata={"help": "in one request"})
-    seconds: float = field(default=30.0, metadata={"help": "for one request; what is not answered by then gets 503"})
+    seconds: float = field(
+        default=30.0, metadata={"help": "for one request; what is not answered by then gets 503"}
+    )
     urls: bool = field(default=True, metadata={"help": "fetch pictures from public URLs"})
-    s3: bool = field(default=False, metadata={"help": "fetch pictures from S3, where this machine's role may read them"})
-    queue: int = field(default=64, metadata={"help": "requests in progress or waiting; those beyond it get 503 and Retry-After"})
+    s3: bool = field(
+        default=False,
+        metadata={"help": "fetch pictures from S3, where this machine's role may read them"},
+    )
+    queue: int = field(
+        default=64,
+        metadata={
+            "help": "requests in progress or waiting; those beyond it get 503 and Retry-After"
+        },
+    )
     workers: int = field(default=0, metadata={"help": "pictures worked on at once; 0: one a core"})
-    batch: int = field(default=1, metadata={"help": "most pictures in one run of the network; more than 1 pays on GPUs"})
-    batch_delay: float = field(default=0.005, metadata={"help": "seconds that a run may wait for its batch to fill"})
+    batch: int = field(
+        default=1,
+        metadata={"help": "most pictures in one run of the network; more than 1 pays on GPUs"},
+    )
+    batch_delay: float = field(
+        default=0.005, metadata={"help": "seconds that a run may wait for its batch to fill"}
+    )
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:
@@ -77,7 +102,9 @@ def convert(name: str, text: str, kind: type) -> bool | int | float:
             return {"on": True, "off": False}[text.lower()]
         value: float = kind(text)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{name}={text} is not allowed; allowed: {'on or off' if kind is bool else 'a number'}") from error
+        raise UserError(
+            f"{name}={text} is not allowed; allowed: {'on or off' if kind is bool else 'a number'}"
+        ) from error
     if not 0 <= value < float("inf"):
         raise UserError(f"{name}={text} is not allowed; allowed: a number from 0")
     return value
@@ -102,12 +129,21 @@ class Answer:
 class Query:
     """What a request's body asks for."""
 
-    sources: Sequence[tuple[str, Any]]  # ("file", bytes), or one of KINDS with what the body holds for it
+    sources: Sequence[
+        tuple[str, Any]
+    ]  # ("file", bytes), or one of KINDS with what the body holds for it
     output: str | None = None  # "logits" or "labels"
     top: int = TOP
 
 
-def answer(engine: Engine, settings: Settings, body: bytes | bytearray, content_type: str, accept: str, request_id: str) -> Answer:
+def answer(
+    engine: Engine,
+    settings: Settings,
+    body: bytes | bytearray,
+    content_type: str,
+    accept: str,
+    request_id: str,
+) -> Answer:
     """Never raises. content_type, accept: the headers, "" where there is none. request_id: repeated in an error."""
     began = time.monotonic()
     try:
@@ -117,14 +153,16 @@ def answer(engine: Engine, settings: Settings, body: bytes | bytearray, content_
             collected = time.monotonic()
             logits = engine.logits(pictures, began + settings.seconds)
         timing = f"collect;dur={1000 * (collected - began):.1f}, predict;dur={1000 * (time.monotonic() - collected):.1f}"
-        return Answer(200, write(logits, engine.package.classes, output, query.top), {"Server-Timing": timing})
+        return Answer(
+            200, write(logits, engine.package.classes, output, query.top), {"Server-Timing": timing}
+        )
     except Exception as error:
         return failure(error, request_id)
 
 
 def failure(error: Exception, request_id: str) -> Answer:
     """The answer to a request that failed, with the caller's faults told and ours logged."""
-    if isinstance(error, PictureError):
+    if isinstance(error, ImageError):
         error = Problem(400, f"the picture can't be read: {error}")
     elif isinstance(error, TimeoutError):
         error = Problem(503, "too busy to answer in time; try again")
@@ -132,12 +170,20 @@ def failure(error: Exception, request_id: str) -> Answer:
         log.error("%s: a fault of ours", request_id, exc_info=error)
         error = Problem(500, "a fault of this server; its log has more under this request_id")
     headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
-    return Answer(error.status, json.dumps({"error": str(error), "request_id": request_id}).encode(), headers)
+    return Answer(
+        error.status, json.dumps({"error": str(error), "request_id": request_id}).encode(), headers
+    )
 
 
 def new_id(given: str = "") -> str:
     """A request's id: the caller's own, where it is harmless in a log."""
-    return given if 0 < len(given) <= 64 and given.isascii() and given.replace("-", "").replace("_", "").isalnum() else uuid.uuid4().hex
+    return (
+        given
+        if 0 < len(given) <= 64
+        and given.isascii()
+        and given.replace("-", "").replace("_", "").isalnum()
+        else uuid.uuid4().hex
+    )
 
 
 def read(body: bytes | bytearray | str, content_type: str, settings: Settings) -> Query:
@@ -149,7 +195,10 @@ def read(body: bytes | bytearray | str, content_type: str, settings: Settings) -
         return _read_json(body, settings)
     if not content_type or kind.startswith("image/") or kind in FILE_TYPES:
         return Query([("file", body)])
-    raise Problem(415, f"the content type {kind!r} is not supported; allowed: application/json, or image/* with the bytes of one picture")
+    raise Problem(
+        415,
+        f"the content type {kind!r} is not supported; allowed: application/json, or image/* with the bytes of one picture",
+    )
 
 
 def _read_json(body: bytes | bytearray | str, settings: Settings) -> Query:
@@ -187,7 +236,9 @@ def choose(query: Query, accept: str) -> str:
             if output in ("logits", "labels"):
                 return str(output)
     if accept.strip():
-        raise Problem(406, "only application/json can be given, with output=logits or output=labels")
+        raise Problem(
+            406, "only application/json can be given, with output=logits or output=labels"
+        )
     return query.output or "logits"
 
 
@@ -237,7 +288,10 @@ def collect(query: Query, settings: Settings, request_id: str, end: float) -> It
     Raises Problem, and TimeoutError after `end` (on time.monotonic()).
     """
     with FETCHED.request(settings.max_fetched) as reserve:
-        yield [_collect(kind, value, settings, request_id, end, reserve) for kind, value in query.sources]
+        yield [
+            _collect(kind, value, settings, request_id, end, reserve)
+            for kind, value in query.sources
+        ]
 
 
 def _collect(
@@ -256,7 +310,9 @@ def _collect(
         except (binascii.Error, ValueError) as error:
             raise Problem(400, '"base64" does not hold base64') from error
     if not (settings.urls if kind == "url" else settings.s3):
-        raise Problem(400, f'this server does not fetch pictures by "{kind}"; send the picture\'s bytes')
+        raise Problem(
+            400, f'this server does not fetch pictures by "{kind}"; send the picture\'s bytes'
+        )
     try:
         if kind == "s3":
             return s3.fetch(value, max_bytes=settings.max_body, reserve=reserve)
@@ -268,13 +324,18 @@ def _collect(
         raise Problem(400, str(error)) from error
 
 
-def write(logits: NDArray[np.float32], classes: Sequence[str], output: str, top: int = TOP) -> bytes:
+def write(
+    logits: NDArray[np.float32], classes: Sequence[str], output: str, top: int = TOP
+) -> bytes:
     """Logits [N, classes] as JSON."""
     if output == "logits":
         return json.dumps(logits.tolist(), allow_nan=False).encode()
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     rows = [
-        [{"label": classes[index], "probability": float(row[index])} for index in np.argsort(-row, kind="stable")[:top]]
+        [
+            {"label": classes[index], "probability": float(row[index])}
+            for index in np.argsort(-row, kind="stable")[:top]
+        ]
         for row in powers / powers.sum(axis=1, keepdims=True)
     ]
     return json.dumps(rows, allow_nan=False).encode()

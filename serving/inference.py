@@ -14,7 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.batching import Engine
-from serving.handler import Answer, Query, Settings, choose, collect, failure, new_id, read, settings_from, write
+from serving.handler import (
+    Answer,
+    Query,
+    Settings,
+    choose,
+    collect,
+    failure,
+    new_id,
+    read,
+    settings_from,
+    write,
+)
 from serving.package import load
 
 
@@ -61,7 +72,12 @@ def predict_fn(query: Query | Answer, engine: Engine) -> Prediction | Answer:
 def output_fn(prediction: Prediction | Answer, accept: str, context: Context) -> str:
     if isinstance(prediction, Prediction):
         try:
-            return write(prediction.logits, prediction.classes, choose(prediction.query, accept), prediction.query.top).decode()
+            return write(
+                prediction.logits,
+                prediction.classes,
+                choose(prediction.query, accept),
+                prediction.query.top,
+            ).decode()
         except Exception as error:
             prediction = failure(error, new_id())
     context.set_response_status(prediction.status, "")

@@ -19,7 +19,9 @@ from serving.package import load
 def engine() -> tuple[Engine, core.Settings]:
     settings = core.settings_from(os.environ)
     root = Path(os.environ.get("LAMBDA_TASK_ROOT", "."))
-    return Engine(load(root / os.environ.get("MODEL_DIR", "package")), max_pixels=settings.max_pixels), settings
+    return Engine(
+        load(root / os.environ.get("MODEL_DIR", "package")), max_pixels=settings.max_pixels
+    ), settings
 
 
 def handler(event: Any, context: Any) -> dict[str, Any]:
@@ -30,7 +32,9 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
     except proxy.Problem as problem:
         result = core.failure(core.Problem(problem.status, str(problem)), request_id)
     else:
-        content_type = "application/json" if body.lstrip()[:1] == b"{" else "application/octet-stream"
+        content_type = (
+            "application/json" if body.lstrip()[:1] == b"{" else "application/octet-stream"
+        )
         result = core.answer(*engine(), body, content_type, accept, request_id)
     return proxy.answer(event, request_id, result.status, result.body.decode())
 

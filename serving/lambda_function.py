@@ -60,7 +60,9 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
     except Exception:
         log.exception("%s: a fault of this function", request_id)
         status, message = 500, "a fault of this function; its log has more under this request_id"
-    return answer(event, request_id, status, json.dumps({"error": message, "request_id": request_id}))
+    return answer(
+        event, request_id, status, json.dumps({"error": message, "request_id": request_id})
+    )
 
 
 def is_http(event: Any) -> bool:
@@ -74,7 +76,9 @@ def read(event: Any) -> tuple[bytes, str]:
         raise Problem(400, 'the event must be an object like {"url": "https://..."}')
     if not is_http(event):
         return json.dumps(event).encode(), "application/json"
-    headers = {str(name).lower(): str(value) for name, value in (event.get("headers") or {}).items()}
+    headers = {
+        str(name).lower(): str(value) for name, value in (event.get("headers") or {}).items()
+    }
     labels = "output=labels" in headers.get("accept", "").replace(" ", "").lower()
     body = event.get("body") or ""
     try:
@@ -87,9 +91,14 @@ def read(event: Any) -> tuple[bytes, str]:
 def prepare(data: bytes, request_id: str) -> tuple[bytes, str]:
     """The body for the endpoint, with pictures in the place of their URLs, and its content type. Raises Problem."""
     if not data:
-        raise Problem(400, 'the request is empty; send a picture\'s bytes, or JSON like {"url": "https://..."}')
+        raise Problem(
+            400,
+            'the request is empty; send a picture\'s bytes, or JSON like {"url": "https://..."}',
+        )
     body, content_type = data, "application/octet-stream"
-    if data.lstrip()[:1] == b"{":  # JSON: no picture's file begins so, and many clients don't say what they send
+    if (
+        data.lstrip()[:1] == b"{"
+    ):  # JSON: no picture's file begins so, and many clients don't say what they send
         try:
             body, content_type = _fetch_urls(json.loads(data), request_id)
         except (ValueError, RecursionError) as error:
@@ -102,7 +111,11 @@ def prepare(data: bytes, request_id: str) -> tuple[bytes, str]:
 def _fetch_urls(asked: dict[str, Any], request_id: str) -> tuple[bytes, str]:
     """One picture alone is sent as its bytes, since base64 would make it a third larger."""
     pictures = asked.get("instances", [asked])
-    places = [picture for picture in pictures if isinstance(picture, dict) and "url" in picture] if isinstance(pictures, list) else []
+    places = (
+        [picture for picture in pictures if isinstance(picture, dict) and "url" in picture]
+        if isinstance(pictures, list)
+        else []
+    )
     who = os.environ.get("FETCH_URLS", "lambda")
     if places and who == "off":
         raise Problem(400, "this service fetches no URLs; send the picture's bytes")
@@ -152,17 +165,29 @@ def client() -> Any:
     from botocore.config import Config
 
     retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
-    return boto3.client("sagemaker-runtime", config=Config(connect_timeout=CONNECT_SECONDS, read_timeout=ENDPOINT_SECONDS, retries=retries))
+    return boto3.client(
+        "sagemaker-runtime",
+        config=Config(
+            connect_timeout=CONNECT_SECONDS, read_timeout=ENDPOINT_SECONDS, retries=retries
+        ),
+    )
 
 
 def invoke(body: bytes, content_type: str, accept: str) -> str:
     """The endpoint's answer, JSON. Raises Problem."""
     endpoint = os.environ["ENDPOINT_NAME"]
     runtime = client()
-    from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectTimeoutError,
+        ReadTimeoutError,
+    )
 
     try:
-        response = runtime.invoke_endpoint(EndpointName=endpoint, Body=body, ContentType=content_type, Accept=accept)
+        response = runtime.invoke_endpoint(
+            EndpointName=endpoint, Body=body, ContentType=content_type, Accept=accept
+        )
         text: str = response["Body"].read().decode()
         return text
     except (ReadTimeoutError, ConnectTimeoutError) as error:
@@ -192,11 +217,19 @@ def _problem(response: "Mapping[str, Any]") -> Problem:
 
 def answer(event: Any, request_id: str, status: int, body: str) -> dict[str, Any]:
     """As a direct caller and an HTTP gateway take it. body: JSON."""
-    headers = {"Content-Type": "application/json", "Access-Control-Allow-Origin": "*", "X-Request-Id": request_id}
+    headers = {
+        "Content-Type": "application/json",
+        "Access-Control-Allow-Origin": "*",
+        "X-Request-Id": request_id,
+    }
     if status in (429, 503):
         headers["Retry-After"] = RETRY_SECONDS
     # API Gateway answers 502 for a field that it does not know.
-    return {"statusCode": status, "headers": headers} | ({} if is_http(event) else {"type-result": str(type(body))}) | {"body": body}
+    return (
+        {"statusCode": status, "headers": headers}
+        | ({} if is_http(event) else {"type-result": str(type(body))})
+        | {"body": body}
+    )
 
 
 if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "provisioned-concurrency":

@@ -21,16 +21,20 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from trainer.images.decode import MAX_PIXELS, PictureError, Preprocessing, prepare
+from trainer.images.decode import MAX_PIXELS, ImageError, Preprocessing, prepare
 
 if TYPE_CHECKING:
     import onnxruntime
 
-Network = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # pixels [N, size, size, 3] to logits [N, classes], from any thread
+Network = Callable[
+    [NDArray[np.uint8]], NDArray[np.float32]
+]  # pixels [N, size, size, 3] to logits [N, classes], from any thread
 
 FORMAT = 1
 MANIFEST = "package.json"
-MAX_BYTES = 8 << 30  # unpacked; an ONNX file ends at 2 GiB (protobuf's limit), and the weights are there a second time
+MAX_BYTES = (
+    8 << 30
+)  # unpacked; an ONNX file ends at 2 GiB (protobuf's limit), and the weights are there a second time
 
 
 class PackageError(ValueError):
@@ -50,8 +54,10 @@ class Package:
     allowed: float  # the largest difference that would have passed
     network: Network
 
-    def prepare(self, source: str | os.PathLike[str] | bytes | BinaryIO, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-        """A picture's path, bytes or open file as the network takes it: RGB, [size, size, 3]. Raises PictureError."""
+    def prepare(
+        self, source: str | os.PathLike[str] | bytes | BinaryIO, max_pixels: int = MAX_PIXELS
+    ) -> NDArray[np.uint8]:
+        """A picture's path, bytes or open file as the network takes it: RGB, [size, size, 3]. Raises ImageError."""
         return prepare(source, self.preprocessing, max_pixels)
 
     def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -92,7 +98,13 @@ def _unpack(archive: Path, directory: Path) -> None:
                 tar.extract(member, directory, filter="data")
     except PackageError:
         raise
-    except (tarfile.TarError, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:  # ValueError: numbers in a forged header
+    except (
+        tarfile.TarError,
+        ValueError,
+        EOFError,
+        zlib.error,
+        gzip.BadGzipFile,
+    ) as error:  # ValueError: numbers in a forged header
         raise PackageError(f"it is not a whole gzipped tar archive ({error})") from error
 
 
@@ -101,9 +113,15 @@ def _check_member(member: tarfile.TarInfo, size: int) -> None:
     if name.is_absolute() or ".." in name.parts:
         raise PackageError(f"{member.name!r} would be unpacked outside the package's directory")
     if not (member.isreg() or member.isdir()):
-        raise PackageError(f"{member.name!r} is a link or a device; a package holds files and folders only")
-    if member.size < 0 or size > MAX_BYTES:  # tar's binary numbers have a sign, and a step backwards would be read for ever
-        raise PackageError(f"{member.name!r} brings what is unpacked to {size:,} bytes; allowed: 0 to {MAX_BYTES:,}")
+        raise PackageError(
+            f"{member.name!r} is a link or a device; a package holds files and folders only"
+        )
+    if (
+        member.size < 0 or size > MAX_BYTES
+    ):  # tar's binary numbers have a sign, and a step backwards would be read for ever
+        raise PackageError(
+            f"{member.name!r} brings what is unpacked to {size:,} bytes; allowed: 0 to {MAX_BYTES:,}"
+        )
 
 
 def _load(directory: Path, threads: int | None, backend: str) -> Package:
@@ -130,12 +148,16 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((directory / MANIFEST).read_bytes())
     except FileNotFoundError as error:
-        raise PackageError(f"{MANIFEST} is missing at the top level: this is no model package, or it was not written to its end") from error
+        raise PackageError(
+            f"{MANIFEST} is missing at the top level: this is no model package, or it was not written to its end"
+        ) from error
     except ValueError as error:
         raise PackageError(f"{MANIFEST} is not JSON ({error})") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise PackageError(f"{MANIFEST}: its format is {found!r}, and this version reads {FORMAT}; serve it with the version that built it")
+        raise PackageError(
+            f"{MANIFEST}: its format is {found!r}, and this version reads {FORMAT}; serve it with the version that built it"
+        )
     digest = manifest.pop("sha256", None)
     if digest != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
         raise PackageError(f"{MANIFEST} was changed after it was built: its SHA-256 differs")
@@ -150,13 +172,17 @@ def _check_files(directory: Path, listed: dict[str, str]) -> None:
             raise PackageError(f"{name} is missing")
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise PackageError(f"{name} was changed after the package was built: its SHA-256 differs")
+                raise PackageError(
+                    f"{name} was changed after the package was built: its SHA-256 differs"
+                )
     # Elsewhere nothing reads an unlisted file, and toolkits add their own (TorchServe its MAR-INF). But code/ is on Python's path,
     # where a file could take the place of a module; only the caches that Python itself writes there may be new.
     for path in sorted((directory / "code").rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and path.parent.name != "__pycache__" and name not in listed:
-            raise PackageError(f"{name} does not belong to the package: {MANIFEST} does not list it")
+            raise PackageError(
+                f"{name} does not belong to the package: {MANIFEST} does not list it"
+            )
 
 
 def _open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) -> Network:
@@ -169,10 +195,16 @@ def _open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) -
     options.log_severity_level = 4  # fatal: it would print, besides raising them, its errors
     model = directory / "model.onnx"
     try:
-        session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the classes of ONNX Runtime's exceptions have nothing else in common
+        session = onnxruntime.InferenceSession(
+            str(model), options, providers=["CPUExecutionProvider"]
+        )
+    except (
+        Exception
+    ) as error:  # the classes of ONNX Runtime's exceptions have nothing else in common
         reason = " ".join(str(error).split())
-        raise PackageError(f"{model.name} can't be opened by ONNX Runtime {onnxruntime.__version__} ({reason})") from error
+        raise PackageError(
+            f"{model.name} can't be opened by ONNX Runtime {onnxruntime.__version__} ({reason})"
+        ) from error
     _check_shapes(session, manifest["preprocessing"]["size"], len(manifest["classes"]))
 
     def network(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -193,13 +225,21 @@ BACKENDS = {"onnx": _open_onnx, "torch": _open_torch}
 
 def _check_shapes(session: "onnxruntime.InferenceSession", size: int, classes: int) -> None:
     """The network's one input and one output: name, type, and shape behind the batch dimension, which must be free."""
-    found = [(value.name, value.type, value.shape[1:]) for value in (*session.get_inputs(), *session.get_outputs()) if isinstance(value.shape[0], str)]
+    found = [
+        (value.name, value.type, value.shape[1:])
+        for value in (*session.get_inputs(), *session.get_outputs())
+        if isinstance(value.shape[0], str)
+    ]
     wanted = [("pixels", "tensor(uint8)", [size, size, 3]), ("logits", "tensor(float)", [classes])]
     if found != wanted:
-        raise PackageError(f"model.onnx does not fit {MANIFEST}: it has {found}; its size and classes need {wanted}")
+        raise PackageError(
+            f"model.onnx does not fit {MANIFEST}: it has {found}; its size and classes need {wanted}"
+        )
 
 
-def _check_golden(directory: Path, manifest: dict[str, Any], preprocessing: Preprocessing, network: Network) -> tuple[float, float]:
+def _check_golden(
+    directory: Path, manifest: dict[str, Any], preprocessing: Preprocessing, network: Network
+) -> tuple[float, float]:
     """How far the golden pictures' logits lie from the recorded ones, and how far they may. Raises PackageError where it is farther."""
     names = manifest["golden"]
     with np.load(directory / "golden/expected.npz", allow_pickle=False) as expected:
@@ -208,7 +248,9 @@ def _check_golden(directory: Path, manifest: dict[str, Any], preprocessing: Prep
         _check_pixels(name, _prepare(directory, name, preprocessing), recorded)
     differences = np.abs(network(pixels) - logits).max(axis=1)
     worst = int(differences.argmax())  # NaN counts as the largest
-    allowed = float(manifest["tolerance"]["absolute"] + manifest["tolerance"]["relative"] * np.abs(logits).max())
+    allowed = float(
+        manifest["tolerance"]["absolute"] + manifest["tolerance"]["relative"] * np.abs(logits).max()
+    )
     if not differences[worst] <= allowed:
         raise PackageError(
             f"{names[worst]}: its logits are off by {differences[worst]:.3g} from the recorded ones, allowed: {allowed:.3g}; "
@@ -229,5 +271,7 @@ def _check_pixels(name: str, pixels: NDArray[np.uint8], recorded: NDArray[np.uin
 def _prepare(directory: Path, name: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     try:
         return prepare(directory / name, preprocessing)
-    except (PictureError, OSError) as error:
-        raise PackageError(f"{name} can't be read as a picture on this machine ({error})") from error
+    except (ImageError, OSError) as error:
+        raise PackageError(
+            f"{name} can't be read as a picture on this machine ({error})"
+        ) from error

@@ -32,7 +32,9 @@ class Model:
         request_id = new_id(request.headers.get("x-request-id", ""))
         kinds = request.headers.get("content-type", ""), request.headers.get("accept", "")
         # The image's adapter has taken in the whole body already, so there is no use in reading this one piece by piece.
-        result = await asyncio.to_thread(answer, self._engine, self._settings, await request.body(), *kinds, request_id)
+        result = await asyncio.to_thread(
+            answer, self._engine, self._settings, await request.body(), *kinds, request_id
+        )
         headers = {"X-Request-Id": request_id, **result.headers}
         return Response(result.body, result.status, headers, "application/json")
 
@@ -43,4 +45,6 @@ def __getattr__(name: str) -> "Application":
         raise AttributeError(name)
     from ray import serve
 
-    return serve.deployment(Model, name="packhorse").bind(os.environ.get("MODEL_DIR", "/opt/ml/model"))
+    return serve.deployment(Model, name="packhorse").bind(
+        os.environ.get("MODEL_DIR", "/opt/ml/model")
+    )

@@ -44,8 +44,14 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 REQUESTS = Counter("packhorse_requests", "Requests to /invocations, by status.", ["status"])
-SECONDS = Histogram("packhorse_request_seconds", "From head to answer.", buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30))
-BATCHES = Histogram("packhorse_batch_size", "Pictures in a run of the network.", buckets=(1, 2, 4, 8, 16, 32, 64))
+SECONDS = Histogram(
+    "packhorse_request_seconds",
+    "From head to answer.",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+BATCHES = Histogram(
+    "packhorse_batch_size", "Pictures in a run of the network.", buckets=(1, 2, 4, 8, 16, 32, 64)
+)
 IN_PROGRESS = Gauge("packhorse_requests_in_progress", "Requests accepted and not answered yet.")
 
 
@@ -72,14 +78,28 @@ class App:
             case "GET" | "HEAD", "/ping":
                 await self._ping(send)
             case "GET", "/metrics":
-                await self._send(send, 200, generate_latest(REGISTRY), {"Content-Type": CONTENT_TYPE_LATEST})
+                await self._send(
+                    send, 200, generate_latest(REGISTRY), {"Content-Type": CONTENT_TYPE_LATEST}
+                )
             case "GET", "/card":
                 await self._send(send, 200, self._card)
             case "GET", "/":
-                await self._send(send, 200, self._page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": self._policy})
+                await self._send(
+                    send,
+                    200,
+                    self._page,
+                    {
+                        "Content-Type": "text/html; charset=utf-8",
+                        "Content-Security-Policy": self._policy,
+                    },
+                )
             case _, path:
                 known = path in ("/", "/card", "/invocations", "/metrics", "/ping")
-                problem = Problem(405, "POST is for /invocations, GET for what else there is") if known else Problem(404, "there is no such page")
+                problem = (
+                    Problem(405, "POST is for /invocations, GET for what else there is")
+                    if known
+                    else Problem(404, "there is no such page")
+                )
                 request_id = new_id()
                 await self._answer(send, failure(problem, request_id), request_id)
 
@@ -93,7 +113,9 @@ class App:
 
     async def _invoke(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         began = time.monotonic()
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
         request_id = new_id(headers.get("x-request-id", ""))
         body = bytearray()
         self._accepted += 1
@@ -122,14 +144,22 @@ class App:
             IN_PROGRESS.dec()
         REQUESTS.labels(result.status).inc()
         SECONDS.observe(time.monotonic() - began)
-        log.info("%s %d %.0f ms %d bytes", request_id, result.status, 1000 * (time.monotonic() - began), len(body))
+        log.info(
+            "%s %d %.0f ms %d bytes",
+            request_id,
+            result.status,
+            1000 * (time.monotonic() - began),
+            len(body),
+        )
         await self._answer(send, result, request_id)
 
     async def _read(self, receive: Receive, headers: dict[str, str], body: bytearray) -> None:
         """Fills `body`. Raises Problem for one that is too large, too slow or too much for now, and _Gone."""
         length = int(headers.get("content-length", "0"))
         if length > self._settings.max_body:
-            raise Problem(413, f"the body has {length:,} bytes; allowed: {self._settings.max_body:,}")
+            raise Problem(
+                413, f"the body has {length:,} bytes; allowed: {self._settings.max_body:,}"
+            )
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 more = True
@@ -141,17 +171,28 @@ class App:
                     body += chunk
                     self._held += len(chunk)
                     if len(body) > self._settings.max_body:
-                        raise Problem(413, f"the body has more than the allowed {self._settings.max_body:,} bytes")
+                        raise Problem(
+                            413,
+                            f"the body has more than the allowed {self._settings.max_body:,} bytes",
+                        )
                     if self._held > BODIES:
                         raise Problem(503, "too many large requests are waiting; try again")
         except TimeoutError as error:
             raise Problem(408, f"the body did not arrive within {BODY_SECONDS:g} s") from error
 
     async def _answer(self, send: Send, result: Answer, request_id: str) -> None:
-        await self._send(send, result.status, result.body, {"X-Request-Id": request_id} | dict(result.headers))
+        await self._send(
+            send, result.status, result.body, {"X-Request-Id": request_id} | dict(result.headers)
+        )
 
-    async def _send(self, send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        sent = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"} | (headers or {}) | {"Content-Length": str(len(body))}
+    async def _send(
+        self, send: Send, status: int, body: bytes, headers: dict[str, str] | None = None
+    ) -> None:
+        sent = (
+            {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
+            | (headers or {})
+            | {"Content-Length": str(len(body))}
+        )
         if self.draining:
             sent["Connection"] = "close"
         pairs = [(name.lower().encode(), value.encode()) for name, value in sent.items()]
@@ -180,7 +221,9 @@ def policy(page: bytes) -> str:
 
     def hashes(tag: str) -> str:
         texts = re.findall(f"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in texts)
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in texts
+        )
 
     return (
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src blob: data: https: http:; "
@@ -215,8 +258,16 @@ class _Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             result = failure(Problem(400, msg), new_id())
-            headers = [("Content-Type", "application/json"), ("Content-Length", str(len(result.body))), ("Connection", "close")]
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=result.body), h11.EndOfMessage()):
+            headers = [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(result.body))),
+                ("Connection", "close"),
+            ]
+            for event in (
+                h11.Response(status_code=400, headers=headers),
+                h11.Data(data=result.body),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -244,9 +295,13 @@ def _take_no_more(listener: socket.socket) -> None:
     if sys.platform == "linux":
         import ctypes
 
-        instruction = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # linux/filter.h: BPF_RET | BPF_K, 0
+        instruction = ctypes.create_string_buffer(
+            struct.pack("HBBI", 0x06, 0, 0, 0)
+        )  # linux/filter.h: BPF_RET | BPF_K, 0
         with contextlib.suppress(OSError):  # not allowed in some sandboxes
-            listener.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HL", 1, ctypes.addressof(instruction)))  # SO_ATTACH_FILTER, struct sock_fprog
+            listener.setsockopt(
+                socket.SOL_SOCKET, 26, struct.pack("HL", 1, ctypes.addressof(instruction))
+            )  # SO_ATTACH_FILTER, struct sock_fprog
 
 
 def serve(package: Package, engine: Engine, settings: Settings, host: str, port: int) -> None:
@@ -263,7 +318,9 @@ def serve(package: Package, engine: Engine, settings: Settings, host: str, port:
     os._exit(0)
 
 
-def make(package: Package, engine: Engine, settings: Settings, host: str, port: int) -> uvicorn.Server:
+def make(
+    package: Package, engine: Engine, settings: Settings, host: str, port: int
+) -> uvicorn.Server:
     app = App(package, engine, settings)
     config = uvicorn.Config(
         app,

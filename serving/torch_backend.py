@@ -20,15 +20,21 @@ def open_network(directory: Path, manifest: dict[str, Any], threads: int | None)
 
         from trainer.network import build as model
     except ImportError as error:
-        raise UserError(f"--backend=torch needs {error.name}: {install_command('serve')}") from error
+        raise UserError(
+            f"--backend=torch needs {error.name}: {install_command('serve')}"
+        ) from error
 
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # its 10 bits of mantissa would not reproduce the golden pictures' logits
+    torch.backends.cudnn.allow_tf32 = (
+        False  # its 10 bits of mantissa would not reproduce the golden pictures' logits
+    )
     config = manifest["config"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # The pictures' mean and standard deviation are among the weights.
-    network = model.build(config["model.name"], len(manifest["classes"]), head_hidden=config.get("model.head_hidden"))
+    network = model.build(
+        config["model.name"], len(manifest["classes"]), head_hidden=config.get("model.head_hidden")
+    )
     network.load_state_dict(load_file(directory / "model.safetensors"))
     network.eval().to(device)
 

@@ -63,7 +63,12 @@ def configure() -> Callable[..., Config]:
     return configure
 
 
-def make_pictures(root: Path, per_class: dict[str, int], classes: tuple[str, ...] = ("circle", "square", "stripe"), size: int = 16) -> Path:
+def make_pictures(
+    root: Path,
+    per_class: dict[str, int],
+    classes: tuple[str, ...] = ("circle", "square", "stripe"),
+    size: int = 16,
+) -> Path:
     """Writes PNG class folders whose classes a small network can tell apart. per_class: pictures of each class, by split."""
     for split, count in per_class.items():
         for label, name in enumerate(classes):
@@ -89,7 +94,9 @@ def start_trainer(cwd: Path, *overrides: str, **environment: str) -> subprocess.
     return subprocess.Popen(
         [sys.executable, "-m", "trainer", *overrides],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)} | environment,  # HOME: the cache is not the user's
+        env=os.environ
+        | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
+        | environment,  # HOME: the cache is not the user's
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -111,7 +118,10 @@ class Metadata(BaseHTTPRequestHandler):
     answers: ClassVar[dict[str, str]] = {}  # to other paths
 
     def do_PUT(self):
-        assert self.path == "/latest/api/token" and int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) > 0
+        assert (
+            self.path == "/latest/api/token"
+            and int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) > 0
+        )
         self.answer(200, b"secret-token")
 
     def do_GET(self):
@@ -139,7 +149,9 @@ def metadata(monkeypatch):
     handler = type("Handler", (Metadata,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv(
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}"
+    )
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be used
     yield handler
     server.shutdown()

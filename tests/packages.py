@@ -20,7 +20,9 @@ def make_network(name: str = "small_cnn") -> nn.Module:
     torch.manual_seed(0)
     network = model.build(name, len(CLASSES), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25)).train()
     with torch.no_grad():
-        for _ in range(30):  # BatchNorm's running statistics are a moving average: after 30 steps, 4 % of their start are left
+        for _ in range(
+            30
+        ):  # BatchNorm's running statistics are a moving average: after 30 steps, 4 % of their start are left
             network(torch.randint(0, 256, (8, SIZE, SIZE, 3), dtype=torch.uint8))
     return network
 
@@ -31,11 +33,14 @@ def make_contents(folder: Path, preprocessing: Preprocessing | None = None) -> C
     rng = np.random.default_rng(0)
     paths = [folder / "wide.JPG", folder / "tall.png", folder / "square.webp"]
     for path, (height, width) in zip(paths, ((80, 120), (90, 50), (60, 60)), strict=True):
-        small = Image.fromarray(rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8))
+        small = Image.fromarray(
+            rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
+        )
         small.resize((width, height), Image.Resampling.BICUBIC).save(path)
     return Contents(
         classes=CLASSES,
-        preprocessing=preprocessing or Preprocessing(resize=40, size=SIZE, interpolation="bilinear"),
+        preprocessing=preprocessing
+        or Preprocessing(resize=40, size=SIZE, interpolation="bilinear"),
         metrics={"test_top1": 0.875, "test_loss": 0.5},
         config={"model.name": "small_cnn", "data.augment.scale": [0.3, 1.0], "model.weights": None},
         revision="0123abc",

@@ -19,7 +19,13 @@ Written by `make docs` from `conf/` and the dataclasses beside the code; not edi
 another value: where it may not, another value is another run.
 """
 # A group's settings are explained in its most general option; the others say what they change.
-GENERAL = {"data": "folder", "model": "torchvision", "optim": "adamw", "platform": "local", "sweep": "lists"}
+GENERAL = {
+    "data": "folder",
+    "model": "torchvision",
+    "optim": "adamw",
+    "platform": "local",
+    "sweep": "lists",
+}
 TARGETS = ("ec2", "sagemaker", "sagemaker_multi", "tuner", "notebook")
 
 
@@ -33,19 +39,43 @@ def page() -> str:
         default, meaning = lines.get(key, ("", ""))
         assert meaning, f"conf/ explains no {key}"
         same = "yes" if not entry.metadata["identity"] else "no"
-        sections.setdefault(key.split(".")[0] if "." in key else "run", []).append(row(key, default, allowed(entry), same, meaning))
+        sections.setdefault(key.split(".")[0] if "." in key else "run", []).append(
+            row(key, default, allowed(entry), same, meaning)
+        )
     parts = [HEAD]
     for name, rows in sections.items():
         options = sorted(path.stem for path in (PROJECT / "conf" / name).glob("*.yaml"))
-        choice = f"\n`{name}=` one of: {', '.join(f'`{option}`' for option in options)}. Defaults below are those of `{GENERAL[name]}`.\n" if options else ""
-        parts.append(f"## {name}\n{choice}\n{head('key', 'default', 'allowed', 'same run', 'meaning')}\n" + "\n".join(rows) + "\n")
-    parts.append(f"# Targets\n\nOf `python -m launch VERB target=NAME`: {', '.join(f'`{name}`' for name in TARGETS)}.\n")
+        choice = (
+            f"\n`{name}=` one of: {', '.join(f'`{option}`' for option in options)}. Defaults below are those of `{GENERAL[name]}`.\n"
+            if options
+            else ""
+        )
+        parts.append(
+            f"## {name}\n{choice}\n{head('key', 'default', 'allowed', 'same run', 'meaning')}\n"
+            + "\n".join(rows)
+            + "\n"
+        )
+    parts.append(
+        f"# Targets\n\nOf `python -m launch VERB target=NAME`: {', '.join(f'`{name}`' for name in TARGETS)}.\n"
+    )
     for name in TARGETS:
         entries = dict(walk(spec.KINDS[name], "target."))
-        above = explained(PROJECT / "conf/target/sagemaker.yaml", "target.") if name in ("sagemaker_multi", "tuner") else {}
+        above = (
+            explained(PROJECT / "conf/target/sagemaker.yaml", "target.")
+            if name in ("sagemaker_multi", "tuner")
+            else {}
+        )
         lines = above | explained(PROJECT / f"conf/target/{name}.yaml", "target.")
-        rows = [row(key, lines[key][0], allowed(entry), None, lines[key][1]) for key, entry in entries.items() if key != "target.name"]
-        parts.append(f"## target={name}\n\n{head('key', 'default', 'allowed', 'meaning')}\n" + "\n".join(rows) + "\n")
+        rows = [
+            row(key, lines[key][0], allowed(entry), None, lines[key][1])
+            for key, entry in entries.items()
+            if key != "target.name"
+        ]
+        parts.append(
+            f"## target={name}\n\n{head('key', 'default', 'allowed', 'meaning')}\n"
+            + "\n".join(rows)
+            + "\n"
+        )
     return "\n".join(parts)
 
 
@@ -76,12 +106,23 @@ def allowed(entry: Any) -> str:
     """The type and the limits of a setting, in words."""
     limits = entry.metadata
     kinds = get_args(entry.type) if isinstance(entry.type, types.UnionType) else (entry.type,)
-    names = ["null" if kind is type(None) else getattr(kind, "__name__", "list") if not get_args(kind) else str(kind) for kind in kinds]
+    names = [
+        "null"
+        if kind is type(None)
+        else getattr(kind, "__name__", "list")
+        if not get_args(kind)
+        else str(kind)
+        for kind in kinds
+    ]
     choices = [f"`{choice}`" for choice in limits["choices"]]
     if choices and "null" in names:
         choices.append("null")
     words = [", ".join(choices) or " or ".join(names)]
-    words += [f"{name.replace('_', ' ')} {limits[name]:g}" for name in ("above", "at_least", "below", "at_most") if limits[name] is not None]
+    words += [
+        f"{name.replace('_', ' ')} {limits[name]:g}"
+        for name in ("above", "at_least", "below", "at_most")
+        if limits[name] is not None
+    ]
     words += [f"{limits['length']} values"] if limits["length"] else []
     words += [f"with `{limits['only_if']}`".replace("|", " or ")] if limits["only_if"] else []
     return ", ".join(words)

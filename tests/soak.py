@@ -37,7 +37,12 @@ SETTINGS = (
 # What is trained: all of the network, from pixels; or the head, on features that are computed first.
 VARIANTS = {
     "whole network": (*SETTINGS, "data.augment.mixup=0.4", "data.augment.cutmix=1.0"),
-    "frozen backbone": (*SETTINGS, "model.freeze=backbone", "model.cached_views=2", "model.head_hidden=8"),
+    "frozen backbone": (
+        *SETTINGS,
+        "model.freeze=backbone",
+        "model.cached_views=2",
+        "model.head_hidden=8",
+    ),
 }
 STEPS_PER_EPOCH = 6  # 48 pictures in batches of 8
 STEPS = 24 * STEPS_PER_EPOCH
@@ -56,8 +61,12 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{sum(self.kills.values())} kills in {self.runs} runs, {len(self.failures)} failures"]
-        lines += [f"  {count:4d} {name}" for name, count in (*self.kills.items(), *self.phases.items())]
+        lines = [
+            f"{sum(self.kills.values())} kills in {self.runs} runs, {len(self.failures)} failures"
+        ]
+        lines += [
+            f"  {count:4d} {name}" for name, count in (*self.kills.items(), *self.phases.items())
+        ]
         return "\n".join(lines + [f"  FAILED {failure}" for failure in self.failures])
 
 
@@ -67,7 +76,9 @@ def outcome(run: Path) -> dict[str, object]:
     assert found is not None
     state = found[1]
     progress = state["progress"]
-    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in progress["rows"]]
+    rows = [
+        {key: value for key, value in row.items() if key not in TIMES} for row in progress["rows"]
+    ]
     kept = {key: progress[key] for key in ("epoch", "batch", "step", "best")}
     return {"network": state["network"], "average": state["average"], "optimizer": state["optimizer"], "scaler": state["scaler"]} | {
         "best": state["best"], "package": packaged(run), "rows": rows, "progress": kept,
@@ -91,30 +102,46 @@ def difference(one: object, other: object, name: str = "") -> str | None:
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return f"{name}: {sorted(one.keys() ^ other.keys())}"
-        return next((found for key in one if (found := difference(one[key], other[key], f"{name}/{key}"))), None)
+        return next(
+            (found for key in one if (found := difference(one[key], other[key], f"{name}/{key}"))),
+            None,
+        )
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
             return f"{name}: {len(one)} and {len(other)} entries"
-        return next((found for key, pair in enumerate(zip(one, other, strict=True)) if (found := difference(*pair, f"{name}/{key}"))), None)
+        return next(
+            (
+                found
+                for key, pair in enumerate(zip(one, other, strict=True))
+                if (found := difference(*pair, f"{name}/{key}"))
+            ),
+            None,
+        )
     return None if one == other else f"{name}: {one} and {other}"
 
 
 def leftovers(directory: Path) -> list[str]:
     """Temporary files of killed writers."""
-    return [str(path.relative_to(directory)) for path in directory.rglob(".*") if path.name != ".lock"]
+    return [
+        str(path.relative_to(directory)) for path in directory.rglob(".*") if path.name != ".lock"
+    ]
 
 
 def phase(run: Path) -> str:
     """Where a kill fell, read from what it left."""
     if not (run / "checkpoints").exists() or not (steps := checkpoint.steps(run / "checkpoints")):
         return "before the first checkpoint (start, check of the pictures, first steps)"
-    if any((run / "checkpoints").glob(f"{files.ASIDE}*")):
+    if any((run / "checkpoints").glob(f"{files.TEMPORARY}*")):
         return "while a checkpoint was written"
     log = (run / "log.txt").read_text().rsplit("resumed from", 1)[-1]
     if "test_loss" in log:
         return "after training (test, package, report)"
     evaluated = steps[-1].name.endswith("-evaluated")
-    return "between steps" if evaluated or not _epoch_is_over(steps[-1]) else "while an epoch was evaluated"
+    return (
+        "between steps"
+        if evaluated or not _epoch_is_over(steps[-1])
+        else "while an epoch was evaluated"
+    )
 
 
 def _epoch_is_over(path: Path) -> bool:
@@ -140,9 +167,19 @@ class Pace:
 
     def instant(self, rng: random.Random, run: Path) -> tuple[bool, float]:
         """When to kill: mostly in what is left of the training, so many seconds after the start-up (True); else anywhere, after the start (False)."""
-        done = max((int(path.name.split("-")[1]) for path in checkpoint.steps(run / "checkpoints")), default=0) / STEPS
+        done = (
+            max(
+                (int(path.name.split("-")[1]) for path in checkpoint.steps(run / "checkpoints")),
+                default=0,
+            )
+            / STEPS
+        )
         left = (1 - done) * self.training
-        return (True, rng.uniform(0, left)) if rng.random() < 0.8 else (False, rng.uniform(0.1, self.start + left + self.rest))
+        return (
+            (True, rng.uniform(0, left))
+            if rng.random() < 0.8
+            else (False, rng.uniform(0.1, self.start + left + self.rest))
+        )
 
 
 class Trainer:
@@ -151,7 +188,9 @@ class Trainer:
     def __init__(self, directory: Path, settings: Sequence[str]) -> None:
         self.process = start_trainer(directory, *settings)
         self.lines: list[str] = []
-        self.started = threading.Event()  # the model is there: reading pictures and training come next
+        self.started = (
+            threading.Event()
+        )  # the model is there: reading pictures and training come next
         self.trained = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -185,12 +224,22 @@ def measured(directory: Path, settings: Sequence[str], tally: Tally) -> Pace:
         event.wait(HANG)
         times.append(time.monotonic())
     if (code := trainer.end()) != OK:
-        tally.failures.append(f"the undisturbed run: exit code {code}:\n{''.join(trainer.lines)[-3000:]}")
+        tally.failures.append(
+            f"the undisturbed run: exit code {code}:\n{''.join(trainer.lines)[-3000:]}"
+        )
     times.append(time.monotonic())
     return Pace(*(after - before for before, after in pairwise(times)))
 
 
-def disturbed_run(directory: Path, settings: Sequence[str], rng: random.Random, pace: Pace, kills: int, tally: Tally, lock: threading.Lock) -> None:
+def disturbed_run(
+    directory: Path,
+    settings: Sequence[str],
+    rng: random.Random,
+    pace: Pace,
+    kills: int,
+    tally: Tally,
+    lock: threading.Lock,
+) -> None:
     """One run, killed `kills` times on its way. Its process is started again until it is complete."""
     for _ in range(kills):
         how, (after_start, delay) = rng.choice(KILLS), pace.instant(rng, directory / "runs/run")
@@ -208,7 +257,9 @@ def disturbed_run(directory: Path, settings: Sequence[str], rng: random.Random, 
         if code is None:
             tally.failures.append(f"{directory.name}: hung after {how}")
         elif how.startswith("SIG") and code not in (OK, RESUME, -signal.Signals[how]):
-            tally.failures.append(f"{directory.name}: exit code {code} after {how}:\n{''.join(trainer.lines)[-2000:]}")
+            tally.failures.append(
+                f"{directory.name}: exit code {code} after {how}:\n{''.join(trainer.lines)[-2000:]}"
+            )
         if code == OK:
             break
     last = Trainer(directory, settings)

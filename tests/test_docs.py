@@ -26,11 +26,22 @@ from trainer.common.errors import OK
 from trainer.results.package import build
 from trainer.settings import search_space as space
 
-PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES = [
+    PROJECT / "README.md",
+    PROJECT / "CONTRIBUTING.md",
+    *sorted((PROJECT / "docs").glob("*.md")),
+]
 NAMES = [page.name for page in PAGES]
 PROGRAMS = ("make", "python", "curl", "pip", "git", "aws", "torchrun", "docker")
 MODULES = ("trainer", "launch", "serving")  # python -m these: each has a test below
-SMALL = ("train.epochs=1", "train.batch_size=8", "data.size=32", "data.resize=32", "data.workers=0", "platform=local")
+SMALL = (
+    "train.epochs=1",
+    "train.batch_size=8",
+    "data.size=32",
+    "data.resize=32",
+    "data.workers=0",
+    "platform=local",
+)
 
 # What is not run as it stands, and why. Everything else must end with exit code 0.
 NOT_AS_IT_STANDS = {
@@ -65,12 +76,16 @@ def test_every_program_that_is_shown_is_known_here():
     shown = {line.split()[0] for line in commands("") if line and re.match(r"[a-z]+ ", line)}
     assert shown & set(PROGRAMS) <= {"make", "python", "curl"}, "a test below must run it"
     for line in commands("python "):
-        assert line.split()[1:3] in [["-m", module] for module in MODULES], f"{line}: a test below must run it"
+        assert line.split()[1:3] in [["-m", module] for module in MODULES], (
+            f"{line}: a test below must run it"
+        )
 
 
 @pytest.mark.parametrize("command", commands("make "))
 def test_what_a_make_target_runs_is_there(command):
-    done = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=PROJECT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "-n", *shlex.split(command)[1:]], cwd=PROJECT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     for module in re.findall(r"python -m ([\w.]+)", done.stdout):
         assert importlib.util.find_spec(module), f"{command} runs {module}, which is not there"
@@ -95,33 +110,64 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def here(command: str, place: Path) -> list[str]:
     """The arguments behind `python -m PROGRAM`, with this machine's files in the place of the reader's."""
-    command = command.replace("/data/dogImages", str(place / "dogImages")).replace("data.root=pets37", f"data.root={place}/pets37")
+    command = command.replace("/data/dogImages", str(place / "dogImages")).replace(
+        "data.root=pets37", f"data.root={place}/pets37"
+    )
     command = command.replace("ACCOUNT", "123456789012").replace("REGION", "us-east-1")
     return shlex.split(command)[3:]
 
 
-@pytest.mark.parametrize("command", [line for line in commands("python -m trainer") if "--help" not in line])
+@pytest.mark.parametrize(
+    "command", [line for line in commands("python -m trainer") if "--help" not in line]
+)
 def test_a_training_command_trains(place, tmp_path, configure, command):
     arguments = here(command, place)
-    configure(*space.split([argument for argument in arguments if argument != "-m"])[0])  # as it stands
+    configure(
+        *space.split([argument for argument in arguments if argument != "-m"])[0]
+    )  # as it stands
     if "optuna" in command:
         pytest.importorskip("optuna")
     # ... and on a network of this machine's size.
-    arguments = [argument for argument in arguments if not argument.startswith(("model.name=", "model=", "experiment="))]
+    arguments = [
+        argument
+        for argument in arguments
+        if not argument.startswith(("model.name=", "model=", "experiment="))
+    ]
     own = [] if "data=folder" in command else ["data=folder", f"data.root={place}/dogImages"]
-    arguments = [argument for argument in arguments if not argument.startswith(("model.weights=", "train.epochs=", "sweep.trials="))]
-    arguments += [*own, "model=small_cnn", "model.weights=null", "sweep.trials=2", "sweep.points=2", *SMALL]
+    arguments = [
+        argument
+        for argument in arguments
+        if not argument.startswith(("model.weights=", "train.epochs=", "sweep.trials="))
+    ]
+    arguments += [
+        *own,
+        "model=small_cnn",
+        "model.weights=null",
+        "sweep.trials=2",
+        "sweep.points=2",
+        *SMALL,
+    ]
     if "-m" not in arguments:
         arguments += ["name=run"]
-    swept = {argument.split("=")[0] for argument in arguments if "," in argument and not argument.split("=")[1].startswith("[")}
-    arguments = [argument for argument in arguments if not (argument in SMALL and argument.split("=")[0] in swept)]
+    swept = {
+        argument.split("=")[0]
+        for argument in arguments
+        if "," in argument and not argument.split("=")[1].startswith("[")
+    }
+    arguments = [
+        argument
+        for argument in arguments
+        if not (argument in SMALL and argument.split("=")[0] in swept)
+    ]
     code, said = run_trainer(tmp_path, *arguments)
     assert code == OK, said
 
 
 @pytest.mark.parametrize("command", commands("make doctor"))
 def test_the_doctor_examines_what_is_shown(place, command):
-    shown = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=PROJECT, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        ["make", "-n", *shlex.split(command)[1:]], cwd=PROJECT, capture_output=True, text=True
+    ).stdout
     line = next(line for line in shown.splitlines() if "-m trainer.doctor" in line)
     arguments = [argument for argument in here(line, place) if not argument.startswith("model=")]
     done = subprocess.run(
@@ -151,14 +197,23 @@ def end_run(cloud: Cloud, target: str, run: str, package: bytes) -> None:
         s3.put_object(Bucket=BUCKET, Key=f"runs/{run}/attempts/1.json", Body=done)
     else:
         job = f"packhorse-{run}-1"
-        cloud.post("/strict/end", job=job, status="Completed", hours=2, billed=3600, metrics={"test_top1": 0.8})
+        cloud.post(
+            "/strict/end",
+            job=job,
+            status="Completed",
+            hours=2,
+            billed=3600,
+            metrics={"test_top1": 0.8},
+        )
         leave_results(cloud, f"runs/{run}/output/{job}/output", package, 0.8)
 
 
 @pytest.mark.parametrize("name", pages_with("python -m launch"))
 def test_the_launch_commands_of_a_page_succeed(place, server, name):
     server.reset()
-    shown = [line for line in lines(PAGES[NAMES.index(name)]) if line.startswith("python -m launch")]
+    shown = [
+        line for line in lines(PAGES[NAMES.index(name)]) if line.startswith("python -m launch")
+    ]
     if not any(line.split()[3] == "up" for line in shown):
         assert server.launch("up", "--yes", "--every", "0.05")[0] == OK  # said on another page
     submitted: list[tuple[str, str]] = []  # (target, run)
@@ -173,7 +228,11 @@ def test_the_launch_commands_of_a_page_succeed(place, server, name):
         assert code == OK, f"{line}\n{said}"
         assert "Traceback" not in said
         if verb == "submit":
-            [target] = [argument.removeprefix("target=") for argument in rest if argument.startswith("target=")]
+            [target] = [
+                argument.removeprefix("target=")
+                for argument in rest
+                if argument.startswith("target=")
+            ]
             submitted.append((target, run_of(said)))
 
 
@@ -181,7 +240,7 @@ def test_the_launch_commands_of_a_page_succeed(place, server, name):
 
 
 @pytest.fixture
-def served(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def eval_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """`python -m serving serve` as it is shown, with the newest run's package."""
     monkeypatch.chdir(place)
     server = Server(tmp_path / "log.txt")
@@ -197,8 +256,12 @@ def test_the_server_is_started_as_shown():
 def test_a_curl_command_gets_a_prediction(place, served, command):
     if not shutil.which("curl"):
         pytest.skip("needs curl")
-    arguments = shlex.split(command.replace("http://127.0.0.1:8080", f"http://127.0.0.1:{served.port}"))
-    asked = subprocess.run([*arguments, "-w", "\n%{http_code}"], cwd=place, capture_output=True, text=True)
+    arguments = shlex.split(
+        command.replace("http://127.0.0.1:8080", f"http://127.0.0.1:{served.port}")
+    )
+    asked = subprocess.run(
+        [*arguments, "-w", "\n%{http_code}"], cwd=place, capture_output=True, text=True
+    )
     assert asked.returncode == 0, asked.stderr
     answer, status = asked.stdout.rsplit("\n", 1)
     if "https://example.com" in command:
@@ -261,7 +324,10 @@ def test_the_serving_commands_of_a_page_succeed(place, strict_server, tmp_path, 
         if verb in ("deploy", "destroy"):
             serving(line, "--yes")  # there is nobody to ask
         elif verb == "invoke":
-            with endpoint_and_function(uploaded_function(strict_server), tmp_path) as (_, environment):
+            with endpoint_and_function(uploaded_function(strict_server), tmp_path) as (
+                _,
+                environment,
+            ):
                 serving(line, **environment)
         else:
             serving(line)
@@ -289,7 +355,13 @@ def test_every_link_leads_somewhere():
 
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_code():
-    code = "".join(path.read_text() for folder in ("trainer", "launch", "serving") for path in (PROJECT / folder).rglob("*.py"))
+    code = "".join(
+        path.read_text()
+        for folder in ("trainer", "launch", "serving")
+        for path in (PROJECT / folder).rglob("*.py")
+    )
     plain = re.sub(r"\{[^{}]*\}", "…", re.sub(r'"\s*\n\s*f?"', "", code))
-    for message in re.findall(r"^\| `([^`]+)` \|", (PROJECT / "docs/troubleshooting.md").read_text(), re.MULTILINE):
+    for message in re.findall(
+        r"^\| `([^`]+)` \|", (PROJECT / "docs/troubleshooting.md").read_text(), re.MULTILINE
+    ):
         assert re.search(message, plain) or message in plain, message

@@ -12,7 +12,18 @@ from trainer.common.errors import install_command
 
 PROJECT_TABLE = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
 EXTRAS = set(PROJECT_TABLE["optional-dependencies"])
-KINDS = ("*.py", "*.yaml", "*.yml", "*.md", "*.sh", "*.html", "*.j2", "*Dockerfile", "Makefile", ".ci/*")
+KINDS = (
+    "*.py",
+    "*.yaml",
+    "*.yml",
+    "*.md",
+    "*.sh",
+    "*.html",
+    "*.j2",
+    "*Dockerfile",
+    "Makefile",
+    ".ci/*",
+)
 
 
 def texts() -> dict[str, str]:
@@ -31,7 +42,9 @@ def test_no_text_installs_the_project_by_its_name():
 
 
 def test_every_extra_that_a_text_names_is_there():
-    named = re.compile(r"""setup EXTRA=["']?([\w ]+)|install_command\(["'](\w+)|-e ["']?\.\[(\w+)\]""")
+    named = re.compile(
+        r"""setup EXTRA=["']?([\w ]+)|install_command\(["'](\w+)|-e ["']?\.\[(\w+)\]"""
+    )
     found = set()
     for text in texts().values():
         found |= {name for groups in named.findall(text) for name in " ".join(groups).split()}
@@ -55,7 +68,9 @@ def test_an_extra_that_is_not_there_is_one_line_and_makes_nothing(tmp_path):
     for name in ("pyproject.toml", "constraints.txt", ".ci/setup"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((PROJECT / name).read_bytes())
-    done = subprocess.run(["bash", ".ci/setup", "swep"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", ".ci/setup", "swep"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("EXTRA=swep is not allowed; allowed: train, ") and "sweep" in line

@@ -11,13 +11,22 @@ from tests.conftest import PROJECT
 def loaded_by(code: str) -> set[str]:
     """The top-level names of all modules that a process has loaded after running `code`."""
     script = f"import sys\n{code}\nprint('loaded', *{{name.split('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=PROJECT, env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        cwd=PROJECT,
+        env={"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.rsplit("loaded", 1)[1].split())
 
 
 def import_all(folder: str) -> str:
-    modules = [path.relative_to(PROJECT).with_suffix("") for path in sorted((PROJECT / folder).rglob("*.py"))]
+    modules = [
+        path.relative_to(PROJECT).with_suffix("")
+        for path in sorted((PROJECT / folder).rglob("*.py"))
+    ]
     names = [".".join(path.parts).removesuffix(".__init__") for path in modules]
     return "import " + ", ".join(names)
 
@@ -27,7 +36,9 @@ def test_the_trainer_knows_directories_and_torch_only():
 
 
 def test_a_small_network_needs_no_torchvision_to_start():
-    assert "torchvision" not in loaded_by(import_all("trainer") + "\nfrom trainer import model\nmodel.build('small_cnn', 3)")
+    assert "torchvision" not in loaded_by(
+        import_all("trainer") + "\nfrom trainer import model\nmodel.build('small_cnn', 3)"
+    )
 
 
 def test_the_first_step_needs_no_compiler():
@@ -53,8 +64,14 @@ def test_serving_needs_neither_torch_nor_hydra():
 
 def test_what_answers_requests_knows_nothing_of_deploying():
     """Only what runs on the user's machine (deploy/, and bench with its prices) takes `launch`'s seam to AWS."""
-    doors = [path.stem for path in sorted((PROJECT / "serving").glob("*.py")) if path.stem not in ("__init__", "__main__", "bench")]
-    assert "launch" not in loaded_by("import serving.__main__, " + ", ".join(f"serving.{door}" for door in doors))
+    doors = [
+        path.stem
+        for path in sorted((PROJECT / "serving").glob("*.py"))
+        if path.stem not in ("__init__", "__main__", "bench")
+    ]
+    assert "launch" not in loaded_by(
+        "import serving.__main__, " + ", ".join(f"serving.{door}" for door in doors)
+    )
 
 
 def test_launch_never_imports_torch():
@@ -76,7 +93,10 @@ def test_settings_and_folders_are_read_without_torch(module):
 
 
 def test_preprocessing_needs_pillow_and_numpy_only():
-    assert loaded_by("import trainer.images.decode") - set(sys.stdlib_module_names) <= {"PIL", "numpy", "trainer", "__main__"} | stray()
+    assert (
+        loaded_by("import trainer.images.decode") - set(sys.stdlib_module_names)
+        <= {"PIL", "numpy", "trainer", "__main__"} | stray()
+    )
 
 
 def stray() -> set[str]:

@@ -14,10 +14,19 @@ import hydra
 from omegaconf import DictConfig
 
 from trainer.common.console import log, to_terminal
-from trainer.common.errors import FAULT, MEMORY_FULL, MISTAKE, OK, RESUME, Interrupted, UserError, machine_fault
+from trainer.common.errors import (
+    FAULT,
+    MEMORY_FULL,
+    MISTAKE,
+    OK,
+    RESUME,
+    Interrupted,
+    UserError,
+    machine_fault,
+)
 from trainer.common.interrupt import on_signals, on_spot_notice
 from trainer.distributed.job import Ended, Lost, World, world
-from trainer.images.datasets import find_pictures
+from trainer.images.datasets import find_images
 from trainer.network import weights
 from trainer.settings import config as settings
 from trainer.settings.compose import CONF, resolve
@@ -42,13 +51,18 @@ def train(config: Config | None, world: World) -> None:
 
     started = time.monotonic()
     spot = on_spot_notice if config.platform.name == "ec2" else nullcontext
-    with on_signals() as stop, open_run(config, world) as run, world.connected(config.train.timeout_seconds, stop), spot(stop):
-        found = find_pictures(config)
-        world.same({"the pictures": found.fingerprint}, stop)
-        config = world.once(partial(weights.resolve, config, found))
-        if world.chief:
+    with (
+        on_signals() as stop,
+        open_run(config, world) as run,
+        world.connected(config.train.timeout_seconds, stop),
+        spot(stop),
+    ):
+        found = find_images(config)
+        world.check_same({"the pictures": found.fingerprint}, stop)
+        config = world.broadcast_from_main(partial(weights.resolve, config, found))
+        if world.is_main_process:
             run.write_settings(config)
-        if result := world.once(run.result):
+        if result := world.broadcast_from_main(run.result):
             check_identity(result["identity"], config, found.fingerprint, run.directory)
             log.info("this run is complete; to train once more, give another name=... or seed=...")
             run.summarize(result)
@@ -58,10 +72,12 @@ def train(config: Config | None, world: World) -> None:
         from trainer.training.loop import fit
 
         machine = stages.prepare_machine(config, world)
-        world.same(machine.facts(), stop)
-        network = stages.make_network(config, found, machine, world)  # before the pictures are read: a missing weights file costs no time
+        world.check_same(machine.facts(), stop)
+        network = stages.make_network(
+            config, found, machine, world
+        )  # before the pictures are read: a missing weights file costs no time
         found, read = stages.read_pictures(config, found, run, stop, world)
-        feed = stages.make_feed(config, found, read, machine, world)
+        feed = stages.make_loader(config, found, read, machine, world)
         batches = stages.cache_features(config, network, feed, machine, stop, world)
         learner = stages.make_learner(config, network, batches, machine, world)
         ledger = stages.make_ledger(config, run, world)
@@ -69,7 +85,7 @@ def train(config: Config | None, world: World) -> None:
         fit(learner, batches, config, progress, ledger, checkpoints, stop)
         stages.load_best(learner, batches, progress, checkpoints, stop, world)
         tested = stages.test(network, learner, feed, progress, ledger, stop, world)
-        if not world.chief:
+        if not world.is_main_process:
             return
         stages.build_package(config, run, network, feed, tested, progress)
         stages.write_report(config, run, feed, tested, progress, machine)
@@ -97,13 +113,22 @@ def guarded(work: Callable[[], None]) -> int:
 def verdict(error: Exception) -> tuple[int, str]:
     """The exit code for what went wrong, and the line that the user sees."""
     if isinstance(error, Interrupted):
-        return RESUME, f"stopped by {error}; everything is saved: the same command goes on from here"
+        return (
+            RESUME,
+            f"stopped by {error}; everything is saved: the same command goes on from here",
+        )
     if isinstance(error, Ended):
         return error.word.code, str(error)
     if isinstance(error, Lost):
-        return RESUME, world().signed(f"{error}; the same command goes on from the newest checkpoint")
+        return RESUME, world().signed(
+            f"{error}; the same command goes on from the newest checkpoint"
+        )
     line = one_line(error)
-    return (FAULT, world().signed(f"{type(error).__name__}: {error}")) if line is None else (MISTAKE, world().signed(line))
+    return (
+        (FAULT, world().signed(f"{type(error).__name__}: {error}"))
+        if line is None
+        else (MISTAKE, world().signed(line))
+    )
 
 
 def one_line(error: Exception) -> str | None:
@@ -112,7 +137,9 @@ def one_line(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, CONFIG_ERRORS):
         return explain(error, settings.keys())
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported for the sake of its name
+    if (
+        type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's; it is not imported for the sake of its name
         return f"the GPU's memory is full ({str(error).split('. ')[0]}); lower train.batch_size, or split the batches with train.accumulate=2 or more"
     if isinstance(error, MemoryError):
         return MEMORY_FULL
@@ -121,13 +148,17 @@ def one_line(error: Exception) -> str | None:
 
 def main() -> int:
     words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
-    multirun = len(words) < len(sys.argv) - 1 and not any(word.startswith("-") for word in words)  # Hydra's other flags, --help say, are its own
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, instead of printing them and exiting
+    multirun = len(words) < len(sys.argv) - 1 and not any(
+        word.startswith("-") for word in words
+    )  # Hydra's other flags, --help say, are its own
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra then raises its errors, instead of printing them and exiting
+    )
     # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an import is swallowed by some C extensions.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     to_terminal(expendable=True)  # the run has a log of its own
     settings.register()
-    if not world().chief:
+    if not world().is_main_process:
         log.setLevel(logging.ERROR)
     try:
         code = guarded(work(words, multirun))
@@ -140,7 +171,7 @@ def main() -> int:
 def work(words: list[str], multirun: bool) -> Callable[[], None]:
     if multirun:
         return partial(sweep, words)
-    return partial(run, words) if world().chief else partial(train, None, world())
+    return partial(run, words) if world().is_main_process else partial(train, None, world())
 
 
 def run(words: list[str]) -> None:
@@ -149,7 +180,9 @@ def run(words: list[str]) -> None:
     typed = [word for word in words if "=" in word and not word.startswith("-")] if flags else words
     resolved = resolve(typed)
     place = words.index(typed[0]) if typed else len(words)
-    sys.argv[1:] = words[:place] + resolved.words[: len(resolved.words) - len(typed)] + words[place:]
+    sys.argv[1:] = (
+        words[:place] + resolved.words[: len(resolved.words) - len(typed)] + words[place:]
+    )
     if not flags:
         settings.load(resolved.composed)  # a wrong setting is all that is said
         for line in resolved.notes:
@@ -159,8 +192,12 @@ def run(words: list[str]) -> None:
 
 def sweep(words: list[str]) -> None:
     if world().size > 1:
-        raise UserError("-m, a sweep, starts processes of its own: give python -m trainer -m ..., without torchrun")
-    from trainer.sweep import driver  # imports the sweep's page and its templates, which one run doesn't need
+        raise UserError(
+            "-m, a sweep, starts processes of its own: give python -m trainer -m ..., without torchrun"
+        )
+    from trainer.sweep import (
+        driver,  # imports the sweep's page and its templates, which one run doesn't need
+    )
 
     driver.run(words)
 

@@ -13,8 +13,14 @@ from trainer.training import checkpoint
 
 def _main(arguments: Iterable[str]) -> int:
     streams.outlive()
-    parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description="Look at the checkpoints of a run.")
-    parser.add_argument("verb", choices=("ls", "verify", "prune"), help="ls: list them; verify: read every byte; prune: delete all but the newest")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.checkpoint", description="Look at the checkpoints of a run."
+    )
+    parser.add_argument(
+        "verb",
+        choices=("ls", "verify", "prune"),
+        help="ls: list them; verify: read every byte; prune: delete all but the newest",
+    )
     parser.add_argument("run", type=Path, help="a run's directory, or its checkpoint directory")
     parser.add_argument("--keep", type=int, default=2, help="prune: how many to keep (default 2)")
     options = parser.parse_args(list(arguments))

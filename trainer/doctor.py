@@ -28,13 +28,13 @@ from trainer.common.console import log, to_terminal
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop, metadata
 from trainer.images import cache
-from trainer.images.datasets import find_pictures
+from trainer.images.datasets import find_images
 from trainer.images.folder import ImageFolder, Split
-from trainer.images.loader import Batch, Batches, Feed
+from trainer.images.loader import Batch, Batches, ImageLoader
 from trainer.network import features, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine, cores
-from trainer.network.features import FeatureFeed
+from trainer.network.features import FeatureLoader
 from trainer.settings import config as settings
 from trainer.settings.compose import resolve
 from trainer.settings.config import Config
@@ -77,9 +77,19 @@ class Prediction:
 
 def main() -> int:
     to_terminal()
-    parser = argparse.ArgumentParser(prog="python -m trainer.doctor", description="Measures this machine, predicts a run's time, proposes settings.")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for python -m trainer")
-    parser.add_argument("--seconds", type=float, default=8.0, help="for measuring the loop, and half of it for each other part (default 8)")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.doctor",
+        description="Measures this machine, predicts a run's time, proposes settings.",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings, as for python -m trainer"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=8.0,
+        help="for measuring the loop, and half of it for each other part (default 8)",
+    )
     options = parser.parse_intermixed_args()
     settings.register()
     return guarded(lambda: examine(options.overrides, options.seconds))
@@ -95,38 +105,63 @@ def examine(overrides: list[str], seconds: float) -> None:
     instance = instance_type()
     machine = stages.prepare_machine(config)
     log.info("this machine\n%s\n", _table(machine_facts(config, machine, instance)))
-    found = find_pictures(config)
+    found = find_images(config)
     config = weights.resolve(config, found)
     network = stages.make_network(config, found, machine)
     log.info("measuring, for less than a minute ...")
     measured = measure(config, found, network, machine, seconds)
     prediction = predict(config, found, measured)
     log.info("\nmeasured\n%s", _table(measured_facts(measured, machine)))
-    log.info("\nthis run, about\n%s", _table(run_facts(config, found, network, measured, prediction)))
-    log.info("\nproposed\n%s", "\n".join(f"  {line}" for line in propose(config, found, measured, machine, instance)) or "  nothing: it fits")
+    log.info(
+        "\nthis run, about\n%s", _table(run_facts(config, found, network, measured, prediction))
+    )
+    log.info(
+        "\nproposed\n%s",
+        "\n".join(f"  {line}" for line in propose(config, found, measured, machine, instance))
+        or "  nothing: it fits",
+    )
     remember(config, measured, prediction, instance)
 
 
 # --- measuring ---
 
 
-def measure(config: Config, found: ImageFolder, network: Classifier, machine: Machine, seconds: float) -> Measured:
+def measure(
+    config: Config, found: ImageFolder, network: Classifier, machine: Machine, seconds: float
+) -> Measured:
     """Takes about four times `seconds`; longer only where a single step does."""
     Path(config.platform.cache).mkdir(parents=True, exist_ok=True)
     # On the disk of the real cache, and gone afterwards.
-    with tempfile.TemporaryDirectory(prefix=files.ASIDE + "doctor-", dir=config.platform.cache) as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix=files.TEMPORARY + "doctor-", dir=config.platform.cache
+    ) as scratch:
         directory = Path(scratch)
         sample = _sampled(found)
         paths = [path for split in sample.splits.values() for path in split.paths]
         started = time.monotonic()
         wanted = stages.preprocessing(config)
-        packed = cache.pack(paths, directory, wanted.resize, wanted.interpolation, stages.workers(config), None, lambda done, total: None)
+        packed = cache.pack(
+            paths,
+            directory,
+            wanted.resize,
+            wanted.interpolation,
+            stages.workers(config),
+            None,
+            lambda done, total: None,
+        )
         decode = len(paths) / (time.monotonic() - started)
         sample = _without(sample, packed.broken)
-        picture_bytes = float(np.mean([packed(path).size for split in sample.splits.values() for path in split.paths]))
+        picture_bytes = float(
+            np.mean([packed(path).size for split in sample.splits.values() for path in split.paths])
+        )
 
-        feed = stages.make_feed(config, _as_many(sample, found), packed if stages.reads_more_than_once(config) else None, machine)
-        load = _rate(feed.training(0), seconds / 2)
+        feed = stages.make_loader(
+            config,
+            _as_many(sample, found),
+            packed if stages.reads_more_than_once(config) else None,
+            machine,
+        )
+        load = _rate(feed.train_batches(0), seconds / 2)
         batches: Batches = feed
         extract = None
         if feed.views is not None:
@@ -135,8 +170,21 @@ def measure(config: Config, found: ImageFolder, network: Classifier, machine: Ma
         learner = stages.make_learner(config, network, batches, machine)
         ledger = metrics.Ledger(directory / "metrics.jsonl")
         checkpoints = Checkpoints(directory, checkpoint.Cadence(1e9, 1e-9), 2, ledger, {})
-        few = _fewer(config, batches, _trained(config, learner, _resized(batches, min(8, config.train.batch_size)), checkpoints, seconds / 4), machine)
-        _trained(config, learner, few, checkpoints, seconds / 4)  # what is slow at first (kernels chosen, memory taken) does not count
+        few = _fewer(
+            config,
+            batches,
+            _trained(
+                config,
+                learner,
+                _resized(batches, min(8, config.train.batch_size)),
+                checkpoints,
+                seconds / 4,
+            ),
+            machine,
+        )
+        _trained(
+            config, learner, few, checkpoints, seconds / 4
+        )  # what is slow at first (kernels chosen, memory taken) does not count
         trained = _trained(config, learner, few, checkpoints, seconds)
         evaluated = _evaluate_rate(learner, few, machine, seconds / 2)
         return Measured(
@@ -160,7 +208,9 @@ class Trained:
     data_wait: float = 0.0
 
 
-def _trained(config: Config, learner: Learner, batches: Batches, checkpoints: Checkpoints, seconds: float) -> Trained:
+def _trained(
+    config: Config, learner: Learner, batches: Batches, checkpoints: Checkpoints, seconds: float
+) -> Trained:
     """The loop itself, stopped after the step in which `seconds` are over, or after the epoch if that comes first."""
     trained, deadline = Trained(), time.monotonic() + seconds
     with _stopped_at(deadline) as stop:
@@ -183,9 +233,11 @@ def _fewer(config: Config, batches: Batches, warm: Trained, machine: Machine) ->
 
 
 def _resized(batches: Batches, batch_size: int) -> Batches:
-    if isinstance(batches, FeatureFeed):
-        return dataclasses.replace(batches, feed=dataclasses.replace(batches.feed, batch_size=batch_size))
-    assert isinstance(batches, Feed)
+    if isinstance(batches, FeatureLoader):
+        return dataclasses.replace(
+            batches, feed=dataclasses.replace(batches.feed, batch_size=batch_size)
+        )
+    assert isinstance(batches, ImageLoader)
     return dataclasses.replace(batches, batch_size=batch_size)
 
 
@@ -193,25 +245,35 @@ def _evaluate_rate(learner: Learner, batches: Batches, machine: Machine, seconds
     rate = 0.0
     for limit in (0.0, seconds):  # the first batch, and the import of torchmetrics, do not count
         started = time.monotonic()
-        logits, labels = evaluate(learner.served(), _until(batches.plain("valid"), limit), machine.device, machine.precision, Stop())
+        logits, labels = evaluate(
+            learner.eval_model(),
+            _until(batches.eval_batches("valid"), limit),
+            machine.device,
+            machine.precision,
+            Stop(),
+        )
         metrics.classification(logits, labels, "valid")
         rate = len(logits) / (time.monotonic() - started)
     return rate
 
 
-def _extract_rate(network: Classifier, feed: Feed, machine: Machine, seconds: float) -> float:
+def _extract_rate(
+    network: Classifier, feed: ImageLoader, machine: Machine, seconds: float
+) -> float:
     count, started = 0, time.monotonic()
-    for batch in _until(feed.in_order(0, features.BATCH), seconds):
+    for batch in _until(feed.ordered_batches(0, features.BATCH), seconds):
         features.compute(network, batch, machine.device, machine.precision)
         count += len(batch.labels)
     return count / (time.monotonic() - started)
 
 
-def _some_features(feed: Feed, width: int) -> FeatureFeed:
+def _some_features(feed: ImageLoader, width: int) -> FeatureLoader:
     """As many features as the run will have, of no meaning: only how long the head takes is asked for."""
     splits = feed.folder.splits
-    train, valid = (np.zeros((len(splits[name].paths), width), np.float32) for name in ("train", "valid"))
-    return FeatureFeed(feed, (train,), valid)
+    train, valid = (
+        np.zeros((len(splits[name].paths), width), np.float32) for name in ("train", "valid")
+    )
+    return FeatureLoader(feed, (train,), valid)
 
 
 def _rate(batches: Generator[Batch, None, None], seconds: float) -> float:
@@ -278,7 +340,9 @@ def _without(sample: ImageFolder, broken: Mapping[str, str]) -> ImageFolder:
     for name, split in sample.splits.items():
         good = [number for number, path in enumerate(split.paths) if path not in broken]
         if not good:
-            raise UserError(f"{split.paths[0]}: none of {len(split.paths)} pictures of {name} can be read ({broken[split.paths[0]]})")
+            raise UserError(
+                f"{split.paths[0]}: none of {len(split.paths)} pictures of {name} can be read ({broken[split.paths[0]]})"
+            )
         splits[name] = Split(tuple(split.paths[number] for number in good), split.labels[good])
     return dataclasses.replace(sample, splits=splits)
 
@@ -297,42 +361,72 @@ def _as_many(sample: ImageFolder, found: ImageFolder) -> ImageFolder:
 
 def predict(config: Config, found: ImageFolder, measured: Measured) -> Prediction:
     train, valid = (len(found.splits[name].paths) for name in ("train", "valid"))
-    once = sum(len(split.paths) for split in found.splits.values()) / measured.decode  # packed, or looked at for broken ones
+    once = (
+        sum(len(split.paths) for split in found.splits.values()) / measured.decode
+    )  # packed, or looked at for broken ones
     if measured.extract is not None:
         assert config.model.cached_views is not None and config.train.epochs is not None
-        once += (train * min(config.model.cached_views, config.train.epochs) + valid) / measured.extract
+        once += (
+            train * min(config.model.cached_views, config.train.epochs) + valid
+        ) / measured.extract
     batch = min(config.train.batch_size, train)
     return Prediction(once, train // batch * batch / measured.train, valid / measured.evaluate)
 
 
-def propose(config: Config, found: ImageFolder, measured: Measured, machine: Machine, instance: str | None) -> list[str]:
+def propose(
+    config: Config, found: ImageFolder, measured: Measured, machine: Machine, instance: str | None
+) -> list[str]:
     """One line for each setting that would be better otherwise, with the reason."""
     lines = []
     driver = nvidia_driver()
     if driver and not torch.cuda.is_available():
-        build = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}, and the driver may be too old for it"
-        lines.append(f"a GPU that works: there is one ({driver}), but PyTorch {torch.__version__} {build}; see pytorch.org/get-started")
+        build = (
+            "is built without CUDA"
+            if torch.version.cuda is None
+            else f"is built for CUDA {torch.version.cuda}, and the driver may be too old for it"
+        )
+        lines.append(
+            f"a GPU that works: there is one ({driver}), but PyTorch {torch.__version__} {build}; see pytorch.org/get-started"
+        )
     if machine.device.type == "cpu" and torch.cuda.is_available():
         lines.append("train.device=cuda: there is a GPU, and it is not used")
-    if config.model.freeze == "backbone" and config.model.cached_views is None and not config.data.augment.mixup + config.data.augment.cutmix:
-        lines.append("model.cached_views=4: the frozen backbone would run once for each of 4 views, and not in every epoch")
+    if (
+        config.model.freeze == "backbone"
+        and config.model.cached_views is None
+        and not config.data.augment.mixup + config.data.augment.cutmix
+    ):
+        lines.append(
+            "model.cached_views=4: the frozen backbone would run once for each of 4 views, and not in every epoch"
+        )
     if measured.wait > 0.1 and not stages.reads_more_than_once(config):
-        lines.append(f"data.cache=packed: {measured.wait:.0%} of the time goes by waiting for pictures to be decoded")
+        lines.append(
+            f"data.cache=packed: {measured.wait:.0%} of the time goes by waiting for pictures to be decoded"
+        )
     elif measured.wait > 0.1 and config.data.workers is not None and config.data.workers < cores():
-        lines.append(f"data.workers=null: {measured.wait:.0%} of the time goes by waiting for pictures, read by {config.data.workers} of {cores()} cores")
+        lines.append(
+            f"data.workers=null: {measured.wait:.0%} of the time goes by waiting for pictures, read by {config.data.workers} of {cores()} cores"
+        )
     elif measured.wait > 0.1:
-        lines.append(f"data.augment.trivial=false, or a machine with more cores: {measured.wait:.0%} of the time goes by waiting for random views")
+        lines.append(
+            f"data.augment.trivial=false, or a machine with more cores: {measured.wait:.0%} of the time goes by waiting for random views"
+        )
     if not config.train.channels_last and measured.extract is None:
         lines.append("train.channels_last=true: convolutions are faster so on most machines")
     if machine.device.type == "cuda" and machine.precision == torch.float32:
         lines.append("train.precision=auto: half precision is several times as fast on this GPU")
     if NVME.is_mount() and config.platform.name == "local":
-        lines.append(f"platform=ec2: runs and cache on the fast disk {NVME}, and spot notices are heeded")
+        lines.append(
+            f"platform=ec2: runs and cache on the fast disk {NVME}, and spot notices are heeded"
+        )
     if instance and instance.startswith("t") and machine.device.type == "cpu":
-        lines.append(f"another instance than {instance}: it may only compute in bursts; see python -m launch instances")
+        lines.append(
+            f"another instance than {instance}: it may only compute in bursts; see python -m launch instances"
+        )
     free = shutil.disk_usage(config.platform.cache).free
     if stages.reads_more_than_once(config) and packed_bytes(found, measured) > free:
-        lines.append(f"platform.cache=DIR on a larger disk: {amount(packed_bytes(found, measured))} of packed pixels do not fit into {amount(free)}")
+        lines.append(
+            f"platform.cache=DIR on a larger disk: {amount(packed_bytes(found, measured))} of packed pixels do not fit into {amount(free)}"
+        )
     return lines
 
 
@@ -380,7 +474,13 @@ def limited_by(measured: Measured) -> str:
     return "the network's steps" if measured.extract is None else "the head's steps"
 
 
-def run_facts(config: Config, found: ImageFolder, network: Classifier, measured: Measured, prediction: Prediction) -> dict[str, str]:
+def run_facts(
+    config: Config,
+    found: ImageFolder,
+    network: Classifier,
+    measured: Measured,
+    prediction: Prediction,
+) -> dict[str, str]:
     once_limit = "the frozen backbone" if measured.extract is not None else "decoding"
     assert config.train.epochs is not None
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
@@ -389,12 +489,16 @@ def run_facts(config: Config, found: ImageFolder, network: Classifier, measured:
         "limited by": limited_by(measured),
         "once, before": f"{duration(prediction.once)}, limited by {once_limit}; nothing where it is in the cache already",
         "all epochs": f"{duration(prediction.once + config.train.epochs * prediction.epoch)} for {config.train.epochs}",
-        "packed pixels": amount(packed_bytes(found, measured)) if stages.reads_more_than_once(config) else "none",
+        "packed pixels": amount(packed_bytes(found, measured))
+        if stages.reads_more_than_once(config)
+        else "none",
         "a checkpoint": f"at least {amount(size)}, written in {duration(size / measured.write)}",
     }
 
 
-def remember(config: Config, measured: Measured, prediction: Prediction, instance: str | None) -> None:
+def remember(
+    config: Config, measured: Measured, prediction: Prediction, instance: str | None
+) -> None:
     """For `python -m launch instances`, which compares it with what other machines cost."""
     facts = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -416,7 +520,9 @@ def instance_type() -> str | None:
     if name := os.environ.get("SM_CURRENT_INSTANCE_TYPE"):
         return name
     vendor = Path("/sys/class/dmi/id/sys_vendor")
-    if "AWS_EC2_METADATA_SERVICE_ENDPOINT" not in os.environ and not (vendor.exists() and "Amazon" in vendor.read_text()):
+    if "AWS_EC2_METADATA_SERVICE_ENDPOINT" not in os.environ and not (
+        vendor.exists() and "Amazon" in vendor.read_text()
+    ):
         return None
     try:
         return metadata("instance-type")
@@ -426,7 +532,11 @@ def instance_type() -> str | None:
 
 def credentials(instance: str | None) -> str | None:
     """Where AWS credentials would come from. Their values are not looked at."""
-    if found := [name for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE") if name in os.environ]:
+    if found := [
+        name
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE")
+        if name in os.environ
+    ]:
         return f"in the environment ({found[0]})"
     if any(name.startswith("AWS_CONTAINER_CREDENTIALS_") for name in os.environ):
         return "of the container's role"
@@ -434,7 +544,9 @@ def credentials(instance: str | None) -> str | None:
         if path.exists():
             return f"in {path}"
     try:
-        return "of the instance's role" if instance and metadata("iam/security-credentials/") else None
+        return (
+            "of the instance's role" if instance and metadata("iam/security-credentials/") else None
+        )
     except OSError:
         return None
 
@@ -445,7 +557,9 @@ def nvidia_driver() -> str | None:
         return None
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")
+        lines = subprocess.run(
+            query, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.split("\n")
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi fails ({error})"
     return "; ".join(line.strip() for line in lines if line.strip())

@@ -17,37 +17,91 @@ Description = dict[str, Any]  # what a Describe... call of botocore answers
 # Every call that the audit makes, with the IAM action behind it and what it is for. All of them read, and none reads data: no object, no log line.
 CALLS = {
     ("sts", "GetCallerIdentity"): (None, "which account this is; needs no permission"),
-    ("iam", "GetAccountAuthorizationDetails"): ("iam:GetAccountAuthorizationDetails", "roles, users and groups with all their policies, in one call"),
+    ("iam", "GetAccountAuthorizationDetails"): (
+        "iam:GetAccountAuthorizationDetails",
+        "roles, users and groups with all their policies, in one call",
+    ),
     ("iam", "ListAccessKeys"): ("iam:ListAccessKeys", "the age of users' keys"),
     ("s3", "ListBuckets"): ("s3:ListAllMyBuckets", "which buckets there are"),
     ("s3", "GetBucketTagging"): ("s3:GetBucketTagging", "which of them belong to a project"),
     ("s3", "GetBucketPolicy"): ("s3:GetBucketPolicy", "who may read a bucket"),
     ("s3", "GetBucketAcl"): ("s3:GetBucketAcl", "who may read a bucket by the older way"),
-    ("s3", "GetPublicAccessBlock"): ("s3:GetBucketPublicAccessBlock", "whether a bucket can be made public at all"),
-    ("s3", "GetBucketVersioning"): ("s3:GetBucketVersioning", "whether an overwritten model is lost"),
-    ("s3", "GetBucketLifecycleConfiguration"): ("s3:GetLifecycleConfiguration", "whether broken uploads are paid for ever"),
-    ("s3control", "GetPublicAccessBlock"): ("s3:GetAccountPublicAccessBlock", "whether any bucket of the account can be made public"),
-    ("sagemaker", "ListNotebookInstances"): ("sagemaker:ListNotebookInstances", "which notebooks there are"),
-    ("sagemaker", "DescribeNotebookInstance"): ("sagemaker:DescribeNotebookInstance", "root access, network, metadata service, idle time"),
+    ("s3", "GetPublicAccessBlock"): (
+        "s3:GetBucketPublicAccessBlock",
+        "whether a bucket can be made public at all",
+    ),
+    ("s3", "GetBucketVersioning"): (
+        "s3:GetBucketVersioning",
+        "whether an overwritten model is lost",
+    ),
+    ("s3", "GetBucketLifecycleConfiguration"): (
+        "s3:GetLifecycleConfiguration",
+        "whether broken uploads are paid for ever",
+    ),
+    ("s3control", "GetPublicAccessBlock"): (
+        "s3:GetAccountPublicAccessBlock",
+        "whether any bucket of the account can be made public",
+    ),
+    ("sagemaker", "ListNotebookInstances"): (
+        "sagemaker:ListNotebookInstances",
+        "which notebooks there are",
+    ),
+    ("sagemaker", "DescribeNotebookInstance"): (
+        "sagemaker:DescribeNotebookInstance",
+        "root access, network, metadata service, idle time",
+    ),
     ("sagemaker", "ListEndpoints"): ("sagemaker:ListEndpoints", "which endpoints there are"),
-    ("sagemaker", "DescribeEndpoint"): ("sagemaker:DescribeEndpoint", "how many machines an endpoint holds"),
-    ("sagemaker", "DescribeEndpointConfig"): ("sagemaker:DescribeEndpointConfig", "which machines and models"),
+    ("sagemaker", "DescribeEndpoint"): (
+        "sagemaker:DescribeEndpoint",
+        "how many machines an endpoint holds",
+    ),
+    ("sagemaker", "DescribeEndpointConfig"): (
+        "sagemaker:DescribeEndpointConfig",
+        "which machines and models",
+    ),
     ("sagemaker", "DescribeModel"): ("sagemaker:DescribeModel", "a model's role and network"),
-    ("sagemaker", "ListTrainingJobs"): ("sagemaker:ListTrainingJobs", "the jobs of the last 30 days"),
-    ("sagemaker", "DescribeTrainingJob"): ("sagemaker:DescribeTrainingJob", "their role, time limit and settings"),
+    ("sagemaker", "ListTrainingJobs"): (
+        "sagemaker:ListTrainingJobs",
+        "the jobs of the last 30 days",
+    ),
+    ("sagemaker", "DescribeTrainingJob"): (
+        "sagemaker:DescribeTrainingJob",
+        "their role, time limit and settings",
+    ),
     ("sagemaker", "ListDomains"): ("sagemaker:ListDomains", "Studio domains"),
-    ("sagemaker", "DescribeDomain"): ("sagemaker:DescribeDomain", "how Studio reaches the internet"),
-    ("lambda", "ListFunctions"): ("lambda:ListFunctions", "which functions there are, their role, runtime and environment"),
+    ("sagemaker", "DescribeDomain"): (
+        "sagemaker:DescribeDomain",
+        "how Studio reaches the internet",
+    ),
+    ("lambda", "ListFunctions"): (
+        "lambda:ListFunctions",
+        "which functions there are, their role, runtime and environment",
+    ),
     ("lambda", "ListTags"): ("lambda:ListTags", "which of them belong to a project"),
     ("lambda", "GetPolicy"): ("lambda:GetPolicy", "who may call a function"),
-    ("lambda", "ListFunctionUrlConfigs"): ("lambda:ListFunctionUrlConfigs", "whether a function has a public URL"),
-    ("lambda", "ListProvisionedConcurrencyConfigs"): ("lambda:ListProvisionedConcurrencyConfigs", "environments that are kept warm and paid"),
-    ("ec2", "DescribeInstances"): ("ec2:DescribeInstances", "which instances there are and how they are set up"),
+    ("lambda", "ListFunctionUrlConfigs"): (
+        "lambda:ListFunctionUrlConfigs",
+        "whether a function has a public URL",
+    ),
+    ("lambda", "ListProvisionedConcurrencyConfigs"): (
+        "lambda:ListProvisionedConcurrencyConfigs",
+        "environments that are kept warm and paid",
+    ),
+    ("ec2", "DescribeInstances"): (
+        "ec2:DescribeInstances",
+        "which instances there are and how they are set up",
+    ),
     ("ec2", "DescribeInstanceAttribute"): ("ec2:DescribeInstanceAttribute", "secrets in user data"),
-    ("ec2", "DescribeVolumes"): ("ec2:DescribeVolumes", "encryption, and volumes that nothing uses"),
+    ("ec2", "DescribeVolumes"): (
+        "ec2:DescribeVolumes",
+        "encryption, and volumes that nothing uses",
+    ),
     ("ec2", "DescribeSecurityGroups"): ("ec2:DescribeSecurityGroups", "ports open to the world"),
     ("ec2", "DescribeAddresses"): ("ec2:DescribeAddresses", "addresses that are paid and unused"),
-    ("logs", "DescribeLogGroups"): ("logs:DescribeLogGroups", "logs that are kept, and paid, for ever"),
+    ("logs", "DescribeLogGroups"): (
+        "logs:DescribeLogGroups",
+        "logs that are kept, and paid, for ever",
+    ),
     ("cloudwatch", "GetMetricData"): ("cloudwatch:GetMetricData", "what has been idle"),
 }
 
@@ -112,7 +166,9 @@ class Account:
     security_groups: dict[str, Description] = field(default_factory=dict)
     addresses: list[Description] = field(default_factory=list)
     log_groups: list[Description] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)  # what the caller was not allowed to see: an action and why it is needed
+    unread: list[str] = field(
+        default_factory=list
+    )  # what the caller was not allowed to see: an action and why it is needed
 
     @property
     def partition(self) -> str:
@@ -133,7 +189,12 @@ def listed(value: Any) -> list[Any]:
 def needed_policy() -> Description:
     """The policy that a caller of the audit needs: to read, and nothing else."""
     actions = sorted({action for action, _ in CALLS.values() if action})
-    return {"Version": "2012-10-17", "Statement": [{"Sid": "ReadSettings", "Effect": "Allow", "Action": actions, "Resource": "*"}]}
+    return {
+        "Version": "2012-10-17",
+        "Statement": [
+            {"Sid": "ReadSettings", "Effect": "Allow", "Action": actions, "Resource": "*"}
+        ],
+    }
 
 
 class Reader:
@@ -145,13 +206,24 @@ class Reader:
 
     def call(self, service: str, operation: str, **parameters: Any) -> Description | None:
         """The answer, or None where there is no such thing or the caller may not see it."""
-        return next(self._answers(service, operation, lambda: iter([self.aws.call(service, operation, **parameters)])), None)
+        return next(
+            self._answers(
+                service, operation, lambda: iter([self.aws.call(service, operation, **parameters)])
+            ),
+            None,
+        )
 
     def all(self, service: str, operation: str, key: str, **parameters: Any) -> list[Description]:
         """What all pages of an answer list under `key`."""
-        return list(self._answers(service, operation, lambda: self.aws.pages(service, operation, key, **parameters)))
+        return list(
+            self._answers(
+                service, operation, lambda: self.aws.pages(service, operation, key, **parameters)
+            )
+        )
 
-    def _answers(self, service: str, operation: str, answers: Callable[[], Iterator[Description]]) -> Iterator[Description]:
+    def _answers(
+        self, service: str, operation: str, answers: Callable[[], Iterator[Description]]
+    ) -> Iterator[Description]:
         action, purpose = CALLS[service, operation]
         try:
             yield from answers()
@@ -178,8 +250,13 @@ def read(aws: Aws, idle_days: float, everything: bool) -> Account:
     account.functions = _functions(reader)
     account.instances = _instances(reader)
     account.volumes = reader.all("ec2", "DescribeVolumes", "Volumes")
-    account.security_groups = {group["GroupId"]: group for group in reader.all("ec2", "DescribeSecurityGroups", "SecurityGroups")}
-    account.addresses = (reader.call("ec2", "DescribeAddresses") or {}).get("Addresses", [])  # in one page
+    account.security_groups = {
+        group["GroupId"]: group
+        for group in reader.all("ec2", "DescribeSecurityGroups", "SecurityGroups")
+    }
+    account.addresses = (reader.call("ec2", "DescribeAddresses") or {}).get(
+        "Addresses", []
+    )  # in one page
     account.log_groups = reader.all("logs", "DescribeLogGroups", "logGroups")
     if not everything:
         _keep_machine_learning(account)
@@ -193,16 +270,33 @@ def _identities(reader: Reader) -> Iterator[Identity]:
         return reader.all("iam", "GetAccountAuthorizationDetails", key, Filter=list(kinds))
 
     documents = {
-        policy["Arn"]: next(version["Document"] for version in policy["PolicyVersionList"] if version["IsDefaultVersion"])
-        for policy in details("Policies", "LocalManagedPolicy")  # AWS's own are known by their names
+        policy["Arn"]: next(
+            version["Document"]
+            for version in policy["PolicyVersionList"]
+            if version["IsDefaultVersion"]
+        )
+        for policy in details(
+            "Policies", "LocalManagedPolicy"
+        )  # AWS's own are known by their names
     }
 
     def policies(detail: Description, inline: str) -> tuple[Policy, ...]:
-        attached = [Policy(entry["PolicyName"], entry["PolicyArn"], documents.get(entry["PolicyArn"], {})) for entry in detail["AttachedManagedPolicies"]]
-        return (*attached, *(Policy(entry["PolicyName"], None, entry["PolicyDocument"]) for entry in detail.get(inline, [])))
+        attached = [
+            Policy(entry["PolicyName"], entry["PolicyArn"], documents.get(entry["PolicyArn"], {}))
+            for entry in detail["AttachedManagedPolicies"]
+        ]
+        return (
+            *attached,
+            *(
+                Policy(entry["PolicyName"], None, entry["PolicyDocument"])
+                for entry in detail.get(inline, [])
+            ),
+        )
 
     for role in details("RoleDetailList", "Role"):
-        if not role["Path"].startswith("/aws-service-role/"):  # AWS's own, which nobody else may change
+        if not role["Path"].startswith(
+            "/aws-service-role/"
+        ):  # AWS's own, which nobody else may change
             yield Identity(
                 "role",
                 role["RoleName"],
@@ -222,10 +316,14 @@ def _identities(reader: Reader) -> Iterator[Identity]:
             tags=_tags(user.get("Tags", [])),
             created=user["CreateDate"],
             groups=tuple(user.get("GroupList", [])),
-            keys=tuple(reader.all("iam", "ListAccessKeys", "AccessKeyMetadata", UserName=user["UserName"])),
+            keys=tuple(
+                reader.all("iam", "ListAccessKeys", "AccessKeyMetadata", UserName=user["UserName"])
+            ),
         )
     for group in details("GroupDetailList", "Group"):
-        yield Identity("group", group["GroupName"], group["Arn"], policies(group, "GroupPolicyList"))
+        yield Identity(
+            "group", group["GroupName"], group["Arn"], policies(group, "GroupPolicyList")
+        )
 
 
 def _buckets(reader: Reader) -> list[Description]:
@@ -237,33 +335,70 @@ def _buckets(reader: Reader) -> list[Description]:
         buckets.append(
             {
                 "Name": name,
-                "Tags": _tags((reader.call("s3", "GetBucketTagging", Bucket=name) or {}).get("TagSet", [])),
+                "Tags": _tags(
+                    (reader.call("s3", "GetBucketTagging", Bucket=name) or {}).get("TagSet", [])
+                ),
                 "Policy": _document((policy or {}).get("Policy")),
                 "Grants": (reader.call("s3", "GetBucketAcl", Bucket=name) or {}).get("Grants", []),
                 "PublicAccessBlock": block and block["PublicAccessBlockConfiguration"],
-                "Versioning": (reader.call("s3", "GetBucketVersioning", Bucket=name) or {}).get("Status"),
-                "Lifecycle": (reader.call("s3", "GetBucketLifecycleConfiguration", Bucket=name) or {}).get("Rules", []),
+                "Versioning": (reader.call("s3", "GetBucketVersioning", Bucket=name) or {}).get(
+                    "Status"
+                ),
+                "Lifecycle": (
+                    reader.call("s3", "GetBucketLifecycleConfiguration", Bucket=name) or {}
+                ).get("Rules", []),
             }
         )
     return buckets
 
 
 def _read_sagemaker(reader: Reader, account: Account) -> None:
-    def described(listing: str, key: str, describe: str, name: str, **parameters: Any) -> list[Description]:
-        found = (reader.call("sagemaker", describe, **{name: entry[name]}) for entry in reader.all("sagemaker", listing, key, **parameters))
+    def described(
+        listing: str, key: str, describe: str, name: str, **parameters: Any
+    ) -> list[Description]:
+        found = (
+            reader.call("sagemaker", describe, **{name: entry[name]})
+            for entry in reader.all("sagemaker", listing, key, **parameters)
+        )
         return [entry for entry in found if entry]
 
-    account.notebooks = described("ListNotebookInstances", "NotebookInstances", "DescribeNotebookInstance", "NotebookInstanceName")
+    account.notebooks = described(
+        "ListNotebookInstances",
+        "NotebookInstances",
+        "DescribeNotebookInstance",
+        "NotebookInstanceName",
+    )
     account.domains = described("ListDomains", "Domains", "DescribeDomain", "DomainId")
     account.endpoints = described("ListEndpoints", "Endpoints", "DescribeEndpoint", "EndpointName")
     since = account.now - timedelta(days=JOB_DAYS)
-    account.jobs = described("ListTrainingJobs", "TrainingJobSummaries", "DescribeTrainingJob", "TrainingJobName", CreationTimeAfter=since)
+    account.jobs = described(
+        "ListTrainingJobs",
+        "TrainingJobSummaries",
+        "DescribeTrainingJob",
+        "TrainingJobName",
+        CreationTimeAfter=since,
+    )
     models = set()
     for endpoint in account.endpoints:
-        config = reader.call("sagemaker", "DescribeEndpointConfig", EndpointConfigName=endpoint["EndpointConfigName"]) or {}
+        config = (
+            reader.call(
+                "sagemaker",
+                "DescribeEndpointConfig",
+                EndpointConfigName=endpoint["EndpointConfigName"],
+            )
+            or {}
+        )
         endpoint["Config"] = config
-        models |= {variant["ModelName"] for variant in config.get("ProductionVariants", []) if "ModelName" in variant}
-    account.models = [model for name in sorted(models) if (model := reader.call("sagemaker", "DescribeModel", ModelName=name))]
+        models |= {
+            variant["ModelName"]
+            for variant in config.get("ProductionVariants", [])
+            if "ModelName" in variant
+        }
+    account.models = [
+        model
+        for name in sorted(models)
+        if (model := reader.call("sagemaker", "DescribeModel", ModelName=name))
+    ]
 
 
 def _functions(reader: Reader) -> list[Description]:
@@ -272,17 +407,40 @@ def _functions(reader: Reader) -> list[Description]:
         name = function["FunctionName"]
         policy = reader.call("lambda", "GetPolicy", FunctionName=name)
         function["Policy"] = _document((policy or {}).get("Policy"))
-        function["Tags"] = (reader.call("lambda", "ListTags", Resource=function["FunctionArn"]) or {}).get("Tags", {})
-        function["Urls"] = reader.all("lambda", "ListFunctionUrlConfigs", "FunctionUrlConfigs", FunctionName=name)
-        function["Provisioned"] = reader.all("lambda", "ListProvisionedConcurrencyConfigs", "ProvisionedConcurrencyConfigs", FunctionName=name)
+        function["Tags"] = (
+            reader.call("lambda", "ListTags", Resource=function["FunctionArn"]) or {}
+        ).get("Tags", {})
+        function["Urls"] = reader.all(
+            "lambda", "ListFunctionUrlConfigs", "FunctionUrlConfigs", FunctionName=name
+        )
+        function["Provisioned"] = reader.all(
+            "lambda",
+            "ListProvisionedConcurrencyConfigs",
+            "ProvisionedConcurrencyConfigs",
+            FunctionName=name,
+        )
     return functions
 
 
 def _instances(reader: Reader) -> list[Description]:
-    alive = [{"Name": "instance-state-name", "Values": ["pending", "running", "stopping", "stopped"]}]
-    instances = [entry for group in reader.all("ec2", "DescribeInstances", "Reservations", Filters=alive) for entry in group["Instances"]]
+    alive = [
+        {"Name": "instance-state-name", "Values": ["pending", "running", "stopping", "stopped"]}
+    ]
+    instances = [
+        entry
+        for group in reader.all("ec2", "DescribeInstances", "Reservations", Filters=alive)
+        for entry in group["Instances"]
+    ]
     for instance in instances:
-        answer = reader.call("ec2", "DescribeInstanceAttribute", InstanceId=instance["InstanceId"], Attribute="userData") or {}
+        answer = (
+            reader.call(
+                "ec2",
+                "DescribeInstanceAttribute",
+                InstanceId=instance["InstanceId"],
+                Attribute="userData",
+            )
+            or {}
+        )
         instance["UserData"] = _user_data(answer.get("UserData", {}).get("Value", ""))
     return instances
 
@@ -301,22 +459,59 @@ def _read_activity(reader: Reader, account: Account) -> None:
     """Adds "Activity" to endpoints, functions and instances: the metric's value over the last idle_days, None where CloudWatch has none."""
     watched: list[tuple[Description, str, str, str, dict[str, str]]] = [
         *(
-            (endpoint, "AWS/SageMaker", "Invocations", "Sum", {"EndpointName": endpoint["EndpointName"], "VariantName": variant["VariantName"]})
+            (
+                endpoint,
+                "AWS/SageMaker",
+                "Invocations",
+                "Sum",
+                {"EndpointName": endpoint["EndpointName"], "VariantName": variant["VariantName"]},
+            )
             for endpoint in account.endpoints
             for variant in endpoint.get("ProductionVariants", [])
         ),
-        *((function, "AWS/Lambda", "Invocations", "Sum", {"FunctionName": function["FunctionName"]}) for function in account.functions),
-        *((instance, "AWS/EC2", "CPUUtilization", "Maximum", {"InstanceId": instance["InstanceId"]}) for instance in account.instances),
+        *(
+            (
+                function,
+                "AWS/Lambda",
+                "Invocations",
+                "Sum",
+                {"FunctionName": function["FunctionName"]},
+            )
+            for function in account.functions
+        ),
+        *(
+            (
+                instance,
+                "AWS/EC2",
+                "CPUUtilization",
+                "Maximum",
+                {"InstanceId": instance["InstanceId"]},
+            )
+            for instance in account.instances
+        ),
     ]
     period = 3600
     start = account.now - timedelta(days=account.idle_days)
     for first in range(0, len(watched), 500):  # GetMetricData takes 500 metrics at once
         queries = []
-        for number, (_, namespace, metric, statistic, dimensions) in enumerate(watched[first : first + 500]):
+        for number, (_, namespace, metric, statistic, dimensions) in enumerate(
+            watched[first : first + 500]
+        ):
             names = [{"Name": name, "Value": value} for name, value in dimensions.items()]
-            stat = {"Metric": {"Namespace": namespace, "MetricName": metric, "Dimensions": names}, "Period": period, "Stat": statistic}
+            stat = {
+                "Metric": {"Namespace": namespace, "MetricName": metric, "Dimensions": names},
+                "Period": period,
+                "Stat": statistic,
+            }
             queries.append({"Id": f"m{number}", "MetricStat": stat})
-        for result in reader.all("cloudwatch", "GetMetricData", "MetricDataResults", MetricDataQueries=queries, StartTime=start, EndTime=account.now):
+        for result in reader.all(
+            "cloudwatch",
+            "GetMetricData",
+            "MetricDataResults",
+            MetricDataQueries=queries,
+            StartTime=start,
+            EndTime=account.now,
+        ):
             if result["Values"]:
                 what = watched[first + int(result["Id"][1:])][0]
                 what["Activity"] = max(what.get("Activity", 0.0), *result["Values"])
@@ -328,43 +523,89 @@ def _read_activity(reader: Reader, account: Account) -> None:
 def _keep_machine_learning(account: Account) -> None:
     """Leaves SageMaker's own things, those tagged with a project, accelerated instances, and whatever shares a role or a bucket with them."""
     callers = {entry.arn for entry in account.identities if _mentions(entry, "sagemaker:", "*")}
-    account.functions = [entry for entry in account.functions if "project" in entry["Tags"] or entry["Role"] in callers]
-    profiles = {entry.arn for entry in account.identities if "project" in entry.tags or _mentions(entry, "sagemaker:")}
+    account.functions = [
+        entry
+        for entry in account.functions
+        if "project" in entry["Tags"] or entry["Role"] in callers
+    ]
+    profiles = {
+        entry.arn
+        for entry in account.identities
+        if "project" in entry.tags or _mentions(entry, "sagemaker:")
+    }
     account.instances = [
         entry
         for entry in account.instances
         if "project" in _tags(entry.get("Tags", []))
         or ACCELERATED.match(entry["InstanceType"])
-        or entry.get("IamInstanceProfile", {}).get("Arn", "").replace(":instance-profile/", ":role/") in profiles
+        or entry.get("IamInstanceProfile", {})
+        .get("Arn", "")
+        .replace(":instance-profile/", ":role/")
+        in profiles
     ]
-    used = {entry.get("RoleArn") for entry in (*account.notebooks, *account.jobs)} | {entry.get("ExecutionRoleArn") for entry in account.models}
-    used |= {entry.get("DefaultUserSettings", {}).get("ExecutionRole") for entry in account.domains} | {entry["Role"] for entry in account.functions}
-    used |= {entry.get("IamInstanceProfile", {}).get("Arn", "").replace(":instance-profile/", ":role/") for entry in account.instances}
-    groups = {entry.name for entry in account.identities if entry.kind == "group" and _mentions(entry, "sagemaker:")}
+    used = {entry.get("RoleArn") for entry in (*account.notebooks, *account.jobs)} | {
+        entry.get("ExecutionRoleArn") for entry in account.models
+    }
+    used |= {
+        entry.get("DefaultUserSettings", {}).get("ExecutionRole") for entry in account.domains
+    } | {entry["Role"] for entry in account.functions}
+    used |= {
+        entry.get("IamInstanceProfile", {}).get("Arn", "").replace(":instance-profile/", ":role/")
+        for entry in account.instances
+    }
+    groups = {
+        entry.name
+        for entry in account.identities
+        if entry.kind == "group" and _mentions(entry, "sagemaker:")
+    }
     account.identities = [
         entry
         for entry in account.identities
-        if entry.arn in used or "project" in entry.tags or "sagemaker" in entry.services or _mentions(entry, "sagemaker:") or groups & set(entry.groups)
+        if entry.arn in used
+        or "project" in entry.tags
+        or "sagemaker" in entry.services
+        or _mentions(entry, "sagemaker:")
+        or groups & set(entry.groups)
     ]
-    texts = [str(policy.document) for entry in account.identities for policy in entry.policies if not policy.by_aws]
-    texts += [str((entry.get("InputDataConfig"), entry.get("OutputDataConfig"))) for entry in account.jobs] + [str(entry) for entry in account.models]
+    texts = [
+        str(policy.document)
+        for entry in account.identities
+        for policy in entry.policies
+        if not policy.by_aws
+    ]
+    texts += [
+        str((entry.get("InputDataConfig"), entry.get("OutputDataConfig"))) for entry in account.jobs
+    ] + [str(entry) for entry in account.models]
     account.buckets = [
         entry
         for entry in account.buckets
-        if "project" in entry["Tags"] or "sagemaker" in entry["Name"] or any(re.search(rf"[:/]{re.escape(entry['Name'])}\b(?!-)", text) for text in texts)
+        if "project" in entry["Tags"]
+        or "sagemaker" in entry["Name"]
+        or any(re.search(rf"[:/]{re.escape(entry['Name'])}\b(?!-)", text) for text in texts)
     ]
     instances = {entry["InstanceId"] for entry in account.instances}
     account.volumes = [
         entry
         for entry in account.volumes
-        if "project" in _tags(entry.get("Tags", [])) or any(attachment["InstanceId"] in instances for attachment in entry["Attachments"])
+        if "project" in _tags(entry.get("Tags", []))
+        or any(attachment["InstanceId"] in instances for attachment in entry["Attachments"])
     ]
-    attached = {group["GroupId"] for entry in account.instances for group in entry.get("SecurityGroups", [])}
+    attached = {
+        group["GroupId"] for entry in account.instances for group in entry.get("SecurityGroups", [])
+    }
     attached |= {group for entry in account.notebooks for group in entry.get("SecurityGroups", [])}
-    account.security_groups = {name: group for name, group in account.security_groups.items() if name in attached}
-    account.addresses = [entry for entry in account.addresses if "project" in _tags(entry.get("Tags", []))]
+    account.security_groups = {
+        name: group for name, group in account.security_groups.items() if name in attached
+    }
+    account.addresses = [
+        entry for entry in account.addresses if "project" in _tags(entry.get("Tags", []))
+    ]
     names = {f"/aws/lambda/{entry['FunctionName']}" for entry in account.functions}
-    account.log_groups = [entry for entry in account.log_groups if entry["logGroupName"].startswith("/aws/sagemaker/") or entry["logGroupName"] in names]
+    account.log_groups = [
+        entry
+        for entry in account.log_groups
+        if entry["logGroupName"].startswith("/aws/sagemaker/") or entry["logGroupName"] in names
+    ]
 
 
 def _mentions(identity: Identity, *beginnings: str) -> bool:

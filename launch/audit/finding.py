@@ -48,10 +48,14 @@ class Finding:
 RULES: dict[str, Rule] = {}
 
 
-def rule(name: str, severity: Severity, why: str) -> Callable[[Callable[[Account], Iterator[Found]]], Callable[[Account], Iterator[Found]]]:
+def rule(
+    name: str, severity: Severity, why: str
+) -> Callable[[Callable[[Account], Iterator[Found]]], Callable[[Account], Iterator[Found]]]:
     """Registers a function that looks for one kind of fault."""
 
-    def register(look: Callable[[Account], Iterator[Found]]) -> Callable[[Account], Iterator[Found]]:
+    def register(
+        look: Callable[[Account], Iterator[Found]],
+    ) -> Callable[[Account], Iterator[Found]]:
         assert name not in RULES
         RULES[name] = Rule(name, severity, why, look)
         return look
@@ -61,5 +65,11 @@ def rule(name: str, severity: Severity, why: str) -> Callable[[Callable[[Account
 
 def judge(account: Account) -> list[Finding]:
     """Everything that the rules find, the worst first."""
-    findings = [Finding(entry.name, entry.severity, entry.why, found) for entry in RULES.values() for found in entry.look(account)]
-    return sorted(findings, key=lambda finding: (-finding.severity, finding.rule, finding.found.resource))
+    findings = [
+        Finding(entry.name, entry.severity, entry.why, found)
+        for entry in RULES.values()
+        for found in entry.look(account)
+    ]
+    return sorted(
+        findings, key=lambda finding: (-finding.severity, finding.rule, finding.found.resource)
+    )

@@ -33,7 +33,11 @@ CERTAIN = {
     "INVALID_SID",
 }
 
-ROLE_OF_SERVICE = {"sagemaker": "training", "lambda": "lambda", "ec2": "ec2"}  # which policy of ours serves a role of that service
+ROLE_OF_SERVICE = {
+    "sagemaker": "training",
+    "lambda": "lambda",
+    "ec2": "ec2",
+}  # which policy of ours serves a role of that service
 MANY = 6  # actions named in a finding
 
 
@@ -56,9 +60,19 @@ def load_rule_sets() -> None:
 def everything(account: Account) -> Iterator[Found]:
     for identity in account.identities:
         for policy in identity.policies:
-            if policy.by_aws and policy.name in ("AdministratorAccess", "PowerUserAccess", "IAMFullAccess"):
-                yield Found(identity.arn, f"{identity.kind} {identity.name} has AWS's policy {policy.name}", _detach(identity, policy))
-            elif not policy.by_aws and any("*" in statement.actions for statement in _wide_open(policy)):
+            if policy.by_aws and policy.name in (
+                "AdministratorAccess",
+                "PowerUserAccess",
+                "IAMFullAccess",
+            ):
+                yield Found(
+                    identity.arn,
+                    f"{identity.kind} {identity.name} has AWS's policy {policy.name}",
+                    _detach(identity, policy),
+                )
+            elif not policy.by_aws and any(
+                "*" in statement.actions for statement in _wide_open(policy)
+            ):
                 yield Found(
                     identity.arn,
                     f"policy {policy.name} of {identity.kind} {identity.name} allows every action on everything",
@@ -74,15 +88,31 @@ def everything(account: Account) -> Iterator[Found]:
 def full_access(account: Account) -> Iterator[Found]:
     for identity in account.identities:
         for policy in identity.policies:
-            if policy.by_aws and policy.name.endswith(("FullAccess", "FullAccessV2", "_FullAccess")) and policy.name != "IAMFullAccess":
-                yield Found(identity.arn, f"{identity.kind} {identity.name} has AWS's policy {policy.name}", _detach(identity, policy))
+            if (
+                policy.by_aws
+                and policy.name.endswith(("FullAccess", "FullAccessV2", "_FullAccess"))
+                and policy.name != "IAMFullAccess"
+            ):
+                yield Found(
+                    identity.arn,
+                    f"{identity.kind} {identity.name} has AWS's policy {policy.name}",
+                    _detach(identity, policy),
+                )
 
 
-@rule("role/wildcard-action", Severity.HIGH, "It grants what the service will offer tomorrow too, and deleting and sharing besides what the job does.")
+@rule(
+    "role/wildcard-action",
+    Severity.HIGH,
+    "It grants what the service will offer tomorrow too, and deleting and sharing besides what the job does.",
+)
 def wildcard_action(account: Account) -> Iterator[Found]:
     for identity, policy, statement in _allowing(account):
         if services := [action for action in statement.actions if action.endswith(":*")]:
-            yield Found(identity.arn, f"policy {policy.name} of {identity.kind} {identity.name} allows {', '.join(services)}", _narrow(identity, policy))
+            yield Found(
+                identity.arn,
+                f"policy {policy.name} of {identity.kind} {identity.name} allows {', '.join(services)}",
+                _narrow(identity, policy),
+            )
 
 
 @rule(
@@ -93,15 +123,31 @@ def wildcard_action(account: Account) -> Iterator[Found]:
 def wildcard_resource(account: Account) -> Iterator[Found]:
     for identity, policy, statement in _allowing(account):
         # A service's wildcard has a finding of its own; what only lists or reads settings gives away little.
-        if not statement.has_resource_wildcard or statement.has_condition or any(action == "*" or action.endswith(":*") for action in statement.actions):
+        if (
+            not statement.has_resource_wildcard
+            or statement.has_condition
+            or any(action == "*" or action.endswith(":*") for action in statement.actions)
+        ):
             continue
-        actions = [action for action in statement.restrictable_actions if action != "iam:PassRole" and not _reads_settings(action)]
+        actions = [
+            action
+            for action in statement.restrictable_actions
+            if action != "iam:PassRole" and not _reads_settings(action)
+        ]
         if actions:
             what = f"policy {policy.name} of {identity.kind} {identity.name} allows {_some(actions)} on every resource"
-            yield Found(identity.arn, what, _put(identity, policy, _with_resources(account, policy.document)))
+            yield Found(
+                identity.arn,
+                what,
+                _put(identity, policy, _with_resources(account, policy.document)),
+            )
 
 
-@rule("role/pass-role", Severity.HIGH, "Whoever may pass any role to any service may start a machine with the account's strongest role and act as it.")
+@rule(
+    "role/pass-role",
+    Severity.HIGH,
+    "Whoever may pass any role to any service may start a machine with the account's strongest role and act as it.",
+)
 def pass_role(account: Account) -> Iterator[Found]:
     for identity, policy, statement in _allowing(account):
         if "iam:PassRole" not in statement.expanded_actions or "*" in statement.actions:
@@ -112,18 +158,32 @@ def pass_role(account: Account) -> Iterator[Found]:
         if any(arn == "*" or arn.endswith(":role/*") for arn in statement.resources):
             faults.append("any role")
         if faults:
-            services = identity.services if set(identity.services) & set(ROLE_OF_SERVICE) else ["sagemaker"]
+            services = (
+                identity.services
+                if set(identity.services) & set(ROLE_OF_SERVICE)
+                else ["sagemaker"]
+            )
             narrow = {
                 "Effect": "Allow",
                 "Action": "iam:PassRole",
                 "Resource": f"arn:{account.partition}:iam::{account.id}:role/NAME_OF_THE_JOBS_ROLE",
-                "Condition": {"StringEquals": {"iam:PassedToService": f"{services[0]}.amazonaws.com"}},
+                "Condition": {
+                    "StringEquals": {"iam:PassedToService": f"{services[0]}.amazonaws.com"}
+                },
             }
             what = f"policy {policy.name} of {identity.kind} {identity.name} may pass {', '.join(reversed(faults))}"
-            yield Found(identity.arn, what, f"replace the statement in policy {policy.name} by {json.dumps(narrow)}")
+            yield Found(
+                identity.arn,
+                what,
+                f"replace the statement in policy {policy.name} by {json.dumps(narrow)}",
+            )
 
 
-@rule("role/not-action", Severity.HIGH, "An Allow of everything but a list grants every action that the author did not think of.")
+@rule(
+    "role/not-action",
+    Severity.HIGH,
+    "An Allow of everything but a list grants every action that the author did not think of.",
+)
 def not_action(account: Account) -> Iterator[Found]:
     for identity, policy, statement in _allowing(account):
         for key in ("NotAction", "NotResource"):
@@ -132,22 +192,38 @@ def not_action(account: Account) -> Iterator[Found]:
                 yield Found(identity.arn, what, _narrow(identity, policy))
 
 
-@rule("role/escalation", Severity.HIGH, "It can give itself, or a machine that it starts, rights that it was not given.")
+@rule(
+    "role/escalation",
+    Severity.HIGH,
+    "It can give itself, or a machine that it starts, rights that it was not given.",
+)
 def escalation(account: Account) -> Iterator[Found]:
     for identity, policy in _own(account):
         if ways := _document(policy).allows_privilege_escalation:
             names = ", ".join(f"{way['type']} ({' + '.join(way['actions'])})" for way in ways[:3])
-            what = f"policy {policy.name} of {identity.kind} {identity.name} allows {names}" + (f" and {len(ways) - 3} more ways" if len(ways) > 3 else "")
+            what = f"policy {policy.name} of {identity.kind} {identity.name} allows {names}" + (
+                f" and {len(ways) - 3} more ways" if len(ways) > 3 else ""
+            )
             yield Found(identity.arn, what, _narrow(identity, policy))
 
 
-@rule("role/permissions-management", Severity.HIGH, "It may change who may do what, to every resource of the account.")
+@rule(
+    "role/permissions-management",
+    Severity.HIGH,
+    "It may change who may do what, to every resource of the account.",
+)
 def permissions_management(account: Account) -> Iterator[Found]:
     for identity, policy in _own(account):
-        actions = sorted(set(_document(policy).permissions_management_without_constraints) - {"iam:PassRole"})
+        actions = sorted(
+            set(_document(policy).permissions_management_without_constraints) - {"iam:PassRole"}
+        )
         if actions and not _wildcards(policy):
             what = f"policy {policy.name} of {identity.kind} {identity.name} allows {_some(actions)} on every resource"
-            yield Found(identity.arn, what, _put(identity, policy, _with_resources(account, policy.document)))
+            yield Found(
+                identity.arn,
+                what,
+                _put(identity, policy, _with_resources(account, policy.document)),
+            )
 
 
 @rule("role/credentials", Severity.HIGH, "It hands out credentials or signed links of others.")
@@ -156,21 +232,35 @@ def credentials(account: Account) -> Iterator[Found]:
         actions = sorted(set(_document(policy).credentials_exposure) - HARMLESS_CREDENTIALS)
         if actions and not _wildcards(policy):
             what = f"policy {policy.name} of {identity.kind} {identity.name} allows {_some(actions)} on every resource"
-            yield Found(identity.arn, what, _put(identity, policy, _with_resources(account, policy.document)))
+            yield Found(
+                identity.arn,
+                what,
+                _put(identity, policy, _with_resources(account, policy.document)),
+            )
 
 
-@rule("role/mistake", Severity.LOW, "The statement does not do what it says: it grants nothing, or its condition never holds.")
+@rule(
+    "role/mistake",
+    Severity.LOW,
+    "The statement does not do what it says: it grants nothing, or its condition never holds.",
+)
 def mistake(account: Account) -> Iterator[Found]:
     import parliament
 
     for identity, policy in _own(account):
-        for finding in parliament.analyze_policy_string(json.dumps(policy.document, default=str)).findings:
+        for finding in parliament.analyze_policy_string(
+            json.dumps(policy.document, default=str)
+        ).findings:
             if finding.issue in CERTAIN:
                 what = f"policy {policy.name} of {identity.kind} {identity.name}: {finding.issue.lower().replace('_', ' ')}: {finding.detail}"
                 yield Found(identity.arn, what, f"correct or remove it in policy {policy.name}")
 
 
-@rule("role/anyone", Severity.CRITICAL, "Anyone with an AWS account, of any company, can become this role.")
+@rule(
+    "role/anyone",
+    Severity.CRITICAL,
+    "Anyone with an AWS account, of any company, can become this role.",
+)
 def anyone(account: Account) -> Iterator[Found]:
     for identity, statement in _trusting(account):
         if "*" in _principals(statement) and not statement.get("Condition"):
@@ -178,15 +268,37 @@ def anyone(account: Account) -> Iterator[Found]:
             yield Found(identity.arn, what, _trust(identity, _service_of(identity)))
 
 
-@rule("role/other-account", Severity.MEDIUM, "Without an external id, another customer of that account can make it act on you (the confused deputy).")
+@rule(
+    "role/other-account",
+    Severity.MEDIUM,
+    "Without an external id, another customer of that account can make it act on you (the confused deputy).",
+)
 def other_account(account: Account) -> Iterator[Found]:
     for identity, statement in _trusting(account):
-        others = [name for name in _principals(statement) if name != "*" and not name.startswith("arn:") and name != account.id]
-        others += [name for name in _principals(statement) if name.startswith("arn:") and name.split(":")[4] not in (account.id, "")]
-        if others and "sts:externalid" not in _condition_keys(statement) and "aws:principalorgid" not in _condition_keys(statement):
-            what = f"role {identity.name} may be assumed by {', '.join(others)} without an external id"
-            condition = '"Condition": {"StringEquals": {"sts:ExternalId": "A_SECRET_BETWEEN_YOU_TWO"}}'
-            yield Found(identity.arn, what, f"remove the account from the trust policy, or add {condition}")
+        others = [
+            name
+            for name in _principals(statement)
+            if name != "*" and not name.startswith("arn:") and name != account.id
+        ]
+        others += [
+            name
+            for name in _principals(statement)
+            if name.startswith("arn:") and name.split(":")[4] not in (account.id, "")
+        ]
+        if (
+            others
+            and "sts:externalid" not in _condition_keys(statement)
+            and "aws:principalorgid" not in _condition_keys(statement)
+        ):
+            what = (
+                f"role {identity.name} may be assumed by {', '.join(others)} without an external id"
+            )
+            condition = (
+                '"Condition": {"StringEquals": {"sts:ExternalId": "A_SECRET_BETWEEN_YOU_TWO"}}'
+            )
+            yield Found(
+                identity.arn, what, f"remove the account from the trust policy, or add {condition}"
+            )
 
 
 @rule(
@@ -198,14 +310,30 @@ def shared(account: Account) -> Iterator[Found]:
     for identity in account.identities:
         services = sorted(set(identity.services))
         if len(services) > 1:
-            yield Found(identity.arn, f"role {identity.name} serves {', '.join(services)}", "make one role for each service: python -m launch up does")
+            yield Found(
+                identity.arn,
+                f"role {identity.name} serves {', '.join(services)}",
+                "make one role for each service: python -m launch up does",
+            )
 
 
-@rule("role/any-source", Severity.LOW, "The service would use the role for a request from another account that names it (the confused deputy).")
+@rule(
+    "role/any-source",
+    Severity.LOW,
+    "The service would use the role for a request from another account that names it (the confused deputy).",
+)
 def any_source(account: Account) -> Iterator[Found]:
     for identity, statement in _trusting(account):
-        services = {name for entry in [statement.get("Principal", {})] if isinstance(entry, dict) for name in listed(entry.get("Service", []))}
-        if "sagemaker.amazonaws.com" in services and not {"aws:sourceaccount", "aws:sourcearn"} & _condition_keys(statement):
+        services = {
+            name
+            for entry in [statement.get("Principal", {})]
+            if isinstance(entry, dict)
+            for name in listed(entry.get("Service", []))
+        }
+        if "sagemaker.amazonaws.com" in services and not {
+            "aws:sourceaccount",
+            "aws:sourcearn",
+        } & _condition_keys(statement):
             condition = json.dumps({"StringEquals": {"aws:SourceAccount": account.id}})
             what = f"role {identity.name} trusts SageMaker on behalf of any account"
             yield Found(identity.arn, what, f'add "Condition": {condition} to its trust policy')
@@ -214,19 +342,39 @@ def any_source(account: Account) -> Iterator[Found]:
 @rule("role/unused", Severity.LOW, "Rights that nobody uses are only of use to an attacker.")
 def unused(account: Account) -> Iterator[Found]:
     for identity in account.identities:
-        if identity.kind == "role" and identity.created and account.days_since(identity.used or identity.created) > 90:
-            since = "never used" if identity.used is None else f"not used for {account.days_since(identity.used):.0f} days"
-            yield Found(identity.arn, f"role {identity.name} was {since}", f"delete it: aws iam delete-role --role-name {identity.name} (after its policies)")
+        if (
+            identity.kind == "role"
+            and identity.created
+            and account.days_since(identity.used or identity.created) > 90
+        ):
+            since = (
+                "never used"
+                if identity.used is None
+                else f"not used for {account.days_since(identity.used):.0f} days"
+            )
+            yield Found(
+                identity.arn,
+                f"role {identity.name} was {since}",
+                f"delete it: aws iam delete-role --role-name {identity.name} (after its policies)",
+            )
 
 
-@rule("user/old-key", Severity.MEDIUM, "A key that never changes ends up in a notebook, a shell history or a repository, and works from anywhere.")
+@rule(
+    "user/old-key",
+    Severity.MEDIUM,
+    "A key that never changes ends up in a notebook, a shell history or a repository, and works from anywhere.",
+)
 def old_key(account: Account) -> Iterator[Found]:
     for identity in account.identities:
         for key in identity.keys:
             if key["Status"] == "Active" and (days := account.days_since(key["CreateDate"])) > 90:
                 change = f"sign in by IAM Identity Center, or replace it: aws iam create-access-key --user-name {identity.name}"
                 change += f"; aws iam delete-access-key --user-name {identity.name} --access-key-id {key['AccessKeyId']}"
-                yield Found(identity.arn, f"access key {key['AccessKeyId']} of user {identity.name} is {days:.0f} days old", change)
+                yield Found(
+                    identity.arn,
+                    f"access key {key['AccessKeyId']} of user {identity.name} is {days:.0f} days old",
+                    change,
+                )
 
 
 @rule(
@@ -239,7 +387,11 @@ def own_policy(account: Account) -> Iterator[Found]:
         for policy in identity.policies:
             if identity.kind == "user" and policy.arn is None:
                 change = f"move it to a role or group: aws iam delete-user-policy --user-name {identity.name} --policy-name {policy.name}"
-                yield Found(identity.arn, f"user {identity.name} has a policy of their own: {policy.name}", change)
+                yield Found(
+                    identity.arn,
+                    f"user {identity.name} has a policy of their own: {policy.name}",
+                    change,
+                )
 
 
 # --- reading policies ---
@@ -279,18 +431,28 @@ def _parsed(document: str) -> "PolicyDocument":
 
 
 def _wide_open(policy: Policy) -> list["StatementDetail"]:
-    return [entry for entry in _document(policy).statements if entry.effect == "Allow" and entry.has_resource_wildcard and not entry.has_condition]
+    return [
+        entry
+        for entry in _document(policy).statements
+        if entry.effect == "Allow" and entry.has_resource_wildcard and not entry.has_condition
+    ]
 
 
 def _wildcards(policy: Policy) -> bool:
     """Whether a service's every action is allowed, which has a finding of its own."""
-    return any(action == "*" or action.endswith(":*") for statement in _document(policy).statements for action in statement.actions)
+    return any(
+        action == "*" or action.endswith(":*")
+        for statement in _document(policy).statements
+        for action in statement.actions
+    )
 
 
 def _reads_settings(action: str) -> bool:
     levels = {entry["access_level"] for entry in _facts(action)}
     # These read what is stored, not its settings.
-    contents = action.split(":")[1].startswith(("GetObject", "GetFunction", "GetParameter", "GetSecret", "Invoke"))
+    contents = action.split(":")[1].startswith(
+        ("GetObject", "GetFunction", "GetParameter", "GetSecret", "Invoke")
+    )
     return bool(levels) and levels <= {"List", "Read"} and not contents
 
 
@@ -336,7 +498,11 @@ def _put(identity: Identity, policy: Policy, document: Description) -> str:
 
 
 def _trust(identity: Identity, service: str) -> str:
-    statement = {"Effect": "Allow", "Principal": {"Service": f"{service}.amazonaws.com"}, "Action": "sts:AssumeRole"}
+    statement = {
+        "Effect": "Allow",
+        "Principal": {"Service": f"{service}.amazonaws.com"},
+        "Action": "sts:AssumeRole",
+    }
     document = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     return f"aws iam update-assume-role-policy --role-name {identity.name} --policy-document '{document}'"
 
@@ -352,7 +518,10 @@ def _with_resources(account: Account, document: Description) -> Description:
         by_resources: dict[tuple[str, ...], list[str]] = {}
         for action in held:
             by_resources.setdefault(tuple(_arns(account, action)), []).append(action)
-        statements += [{**detail.statement, "Action": actions, "Resource": list(arns)} for arns, actions in by_resources.items()]
+        statements += [
+            {**detail.statement, "Action": actions, "Resource": list(arns)}
+            for arns, actions in by_resources.items()
+        ]
         if free := sorted(set(detail.unrestrictable_actions)):
             statements.append({**detail.statement, "Action": free, "Resource": "*"})
     return {**document, "Statement": statements}
@@ -361,7 +530,14 @@ def _with_resources(account: Account, document: Description) -> Description:
 def _arns(account: Account, action: str) -> list[str]:
     """What an action can be held to: the account's own resources of the kind, or their ARN with a place for the name."""
     known = [
-        *(arn for entry in account.buckets for arn in (f"arn:{account.partition}:s3:::{entry['Name']}", f"arn:{account.partition}:s3:::{entry['Name']}/*")),
+        *(
+            arn
+            for entry in account.buckets
+            for arn in (
+                f"arn:{account.partition}:s3:::{entry['Name']}",
+                f"arn:{account.partition}:s3:::{entry['Name']}/*",
+            )
+        ),
         *(entry["EndpointArn"] for entry in account.endpoints),
         *(entry["NotebookInstanceArn"] for entry in account.notebooks),
         *(entry["FunctionArn"] for entry in account.functions),
@@ -370,15 +546,25 @@ def _arns(account: Account, action: str) -> list[str]:
     filled = {"Partition": account.partition, "Region": account.region, "Account": account.id}
     found, forms = [], []
     for form in resource_forms(action):
-        pattern = re.escape(re.sub(r"\$\{\w+\}", "\0", form)).replace("\0", "[^:/]+").replace("\\\x00", "[^:/]+")
+        pattern = (
+            re.escape(re.sub(r"\$\{\w+\}", "\0", form))
+            .replace("\0", "[^:/]+")
+            .replace("\\\x00", "[^:/]+")
+        )
         found += [arn for arn in known if re.fullmatch(pattern, arn)]
-        forms.append(re.sub(r"\$\{(\w+)\}", lambda name: filled.get(name[1], name[1].upper()), form))
+        forms.append(
+            re.sub(r"\$\{(\w+)\}", lambda name: filled.get(name[1], name[1].upper()), form)
+        )
     return found or forms[:1]
 
 
 def resource_forms(action: str) -> list[str]:
     """The ARNs that an action takes, like arn:${Partition}:s3:::${BucketName}; the service's main kinds first."""
-    return [entry["resource_arn_format"] for entry in _facts(action) if entry["resource_arn_format"] != "*"]
+    return [
+        entry["resource_arn_format"]
+        for entry in _facts(action)
+        if entry["resource_arn_format"] != "*"
+    ]
 
 
 def _facts(action: str) -> list[Description]:

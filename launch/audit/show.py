@@ -15,9 +15,18 @@ def as_text(account: Account, findings: Sequence[Finding]) -> str:
     width = min(shutil.get_terminal_size((120, 40)).columns, 150)
     lines = [headline(account, findings), ""]
     for group in _by_rule(findings):
-        lines += textwrap.wrap(f"{str(group[0].severity).upper():8}  {group[0].rule}: {group[0].why}", width, subsequent_indent=" " * 10)
+        lines += textwrap.wrap(
+            f"{str(group[0].severity).upper():8}  {group[0].rule}: {group[0].why}",
+            width,
+            subsequent_indent=" " * 10,
+        )
         for finding in group:
-            lines += textwrap.wrap(finding.found.what + _cost(finding), width, initial_indent=" " * 10 + "- ", subsequent_indent=" " * 12)
+            lines += textwrap.wrap(
+                finding.found.what + _cost(finding),
+                width,
+                initial_indent=" " * 10 + "- ",
+                subsequent_indent=" " * 12,
+            )
             # A command is not wrapped: it is there to be copied.
             lines.append(" " * 12 + finding.found.change)
         lines.append("")
@@ -32,7 +41,10 @@ def as_json(account: Account, findings: Sequence[Finding]) -> dict[str, Any]:
         "account": account.id,
         "region": account.region,
         "time": account.now.isoformat(timespec="seconds"),
-        "counts": {str(level): sum(finding.severity == level for finding in findings) for level in reversed(Severity)},
+        "counts": {
+            str(level): sum(finding.severity == level for finding in findings)
+            for level in reversed(Severity)
+        },
         "idle_dollars_a_month": round(sum(finding.found.dollars or 0 for finding in findings), 2),
         "unread": account.unread,
         "findings": [
@@ -54,15 +66,29 @@ def as_html(account: Account, findings: Sequence[Finding]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     page = environment.get_template("page.html.j2")
-    return page.render(account=account, headline=headline(account, findings), groups=_by_rule(findings), looked=looked(account), rules=RULES.values())
+    return page.render(
+        account=account,
+        headline=headline(account, findings),
+        groups=_by_rule(findings),
+        looked=looked(account),
+        rules=RULES.values(),
+    )
 
 
 def headline(account: Account, findings: Sequence[Finding]) -> str:
     """The account, what was looked at, and how much was found."""
-    counts = [f"{count} {level}" for level in reversed(Severity) if (count := sum(finding.severity == level for finding in findings))]
+    counts = [
+        f"{count} {level}"
+        for level in reversed(Severity)
+        if (count := sum(finding.severity == level for finding in findings))
+    ]
     dollars = sum(finding.found.dollars or 0 for finding in findings)
     found = ", ".join(counts) or "nothing found"
     idle = f"; ${dollars:,.0f} a month for what is idle" if dollars else ""
@@ -80,7 +106,10 @@ def looked(account: Account) -> str:
         "recent job": account.jobs,
     }
     plural = {"identity": "identities"}
-    return "looked at " + ", ".join(f"{len(found)} {kind if len(found) == 1 else plural.get(kind, f'{kind}s')}" for kind, found in seen.items())
+    return "looked at " + ", ".join(
+        f"{len(found)} {kind if len(found) == 1 else plural.get(kind, f'{kind}s')}"
+        for kind, found in seen.items()
+    )
 
 
 def _by_rule(findings: Sequence[Finding]) -> list[list[Finding]]:

@@ -71,7 +71,12 @@ def outliving(body: str, names: Iterable[str]) -> str:
 def permissions(part: str, project: str, account: str, region: str) -> list[Statement]:
     """What a part may do, as IAM will read it. part: one of PARTS."""
     declared = parameters()
-    names = {name: each["Default"].split(",") if each["Type"] == "CommaDelimitedList" else each["Default"] for name, each in declared.items()}
+    names = {
+        name: each["Default"].split(",")
+        if each["Type"] == "CommaDelimitedList"
+        else each["Default"]
+        for name, each in declared.items()
+    }
     iam = f"arn:{partition(region)}:iam::{account}"
     names |= {
         "Project": project,
@@ -83,16 +88,26 @@ def permissions(part: str, project: str, account: str, region: str) -> list[Stat
     return statements(TEMPLATE, PARTS[part], names, account, region)
 
 
-def statements(path: Path, resources: Iterable[str], names: Mapping[str, Any], account: str, region: str) -> list[Statement]:
+def statements(
+    path: Path, resources: Iterable[str], names: Mapping[str, Any], account: str, region: str
+) -> list[Statement]:
     """The statements of these resources of a template. names: what its parameters and its own resources stand for."""
     text = path.read_text()
     template = yaml.load(text, _Loader)
-    names = {**names, "AWS::AccountId": account, "AWS::Region": region, "AWS::Partition": partition(region)}
+    names = {
+        **names,
+        "AWS::AccountId": account,
+        "AWS::Region": region,
+        "AWS::Partition": partition(region),
+    }
     found = []
     for name in resources:
         reasons = _reasons(text.split(f"\n  {name}:\n")[1].split("PolicyDocument:", 1)[1])
         for document in _documents(template["Resources"][name]["Properties"]):
-            found += [Statement(each["Sid"], reasons[each["Sid"]], _resolve(each, names)) for each in document["Statement"]]
+            found += [
+                Statement(each["Sid"], reasons[each["Sid"]], _resolve(each, names))
+                for each in document["Statement"]
+            ]
     return found
 
 
@@ -114,7 +129,9 @@ def _reasons(text: str) -> dict[str, str]:
     """By Sid, the comment right above each statement; where other parts follow with statements of the same name, the first counts."""
     found: dict[str, str] = {}
     for comment, sid in re.findall(r"^((?: *# .*\n)+) *- Sid: (\w+)", text, re.MULTILINE):
-        found.setdefault(sid, " ".join(line.strip().removeprefix("# ") for line in comment.splitlines()))
+        found.setdefault(
+            sid, " ".join(line.strip().removeprefix("# ") for line in comment.splitlines())
+        )
     return found
 
 

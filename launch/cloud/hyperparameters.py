@@ -28,14 +28,20 @@ def encode(overrides: Iterable[str]) -> dict[str, str]:
         if not key or not (equals or key.startswith("~")) or key.startswith("-"):
             raise UserError(f"{override}: a job takes settings only; give key=value")
         if RESERVED.fullmatch(key):
-            raise UserError(f"{key}: SageMaker keeps this name for itself; give the setting another name")
+            raise UserError(
+                f"{key}: SageMaker keeps this name for itself; give the setting another name"
+            )
         if "\0" in override:
-            raise UserError(f"{override!r}: no command line carries the character NUL; leave it out")
+            raise UserError(
+                f"{override!r}: no command line carries the character NUL; leave it out"
+            )
         texts.pop(key, None)  # given twice: the last one counts, in its place
         texts[key] = encode_value(value) if equals else ""
         for text in (key, texts[key]):
             if _length(text) > LIMIT:
-                raise UserError(f"{key}: {_length(text)} characters, and SageMaker carries {LIMIT}; {_INSTEAD}")
+                raise UserError(
+                    f"{key}: {_length(text)} characters, and SageMaker carries {LIMIT}; {_INSTEAD}"
+                )
     _check_order(texts)
     if len(texts) > ENTRIES:
         raise UserError(f"{len(texts)} settings, and SageMaker carries {ENTRIES}; {_INSTEAD}")
@@ -45,14 +51,24 @@ def encode(overrides: Iterable[str]) -> dict[str, str]:
 def decode(hyperparameters: Mapping[str, str]) -> list[str]:
     """The overrides that `hyperparameters` carry, in one fixed order."""
     keys = sorted((key for key in hyperparameters if not RESERVED.fullmatch(key)), key=_place)
-    return [f"{key}={decode_value(hyperparameters[key])}" if hyperparameters[key] else key for key in keys]
+    return [
+        f"{key}={decode_value(hyperparameters[key])}" if hyperparameters[key] else key
+        for key in keys
+    ]
 
 
 def encode_value(text: str) -> str:
     """The text of one value, as JSON without line breaks or other characters that don't print."""
     if _LITERAL.fullmatch(text):
         return text
-    return '"' + "".join(json.dumps(character, ensure_ascii=not character.isprintable())[1:-1] for character in text) + '"'
+    return (
+        '"'
+        + "".join(
+            json.dumps(character, ensure_ascii=not character.isprintable())[1:-1]
+            for character in text
+        )
+        + '"'
+    )
 
 
 def decode_value(value: str) -> str:
@@ -83,6 +99,10 @@ def _check_order(texts: dict[str, str]) -> None:
         for earlier in list(texts)[:number]:
             first, second = _place(earlier), _place(later)
             outer, inner = sorted((first[0], second[0]), key=len)
-            option = len(outer) < len(inner) and not decode_value(texts[earlier if outer == first[0] else later]).startswith("{")
+            option = len(outer) < len(inner) and not decode_value(
+                texts[earlier if outer == first[0] else later]
+            ).startswith("{")
             if inner[: len(outer)] == outer and not option and second < first:
-                raise UserError(f"{earlier} and {later}: SageMaker doesn't keep this order; give {later} first, or one of them")
+                raise UserError(
+                    f"{earlier} and {later}: SageMaker doesn't keep this order; give {later} first, or one of them"
+                )

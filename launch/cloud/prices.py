@@ -16,7 +16,13 @@ FALLBACK = "us-east-1"  # the region that stands for those not in the table
 PRICE_LIST_REGION = "us-east-1"  # where the Price List API answers for all regions
 
 # The Price List's filters for Linux by the hour, without anything on top.
-EC2_FILTERS = {"operatingSystem": "Linux", "tenancy": "Shared", "preInstalledSw": "NA", "capacitystatus": "Used", "marketoption": "OnDemand"}
+EC2_FILTERS = {
+    "operatingSystem": "Linux",
+    "tenancy": "Shared",
+    "preInstalledSw": "NA",
+    "capacitystatus": "Used",
+    "marketoption": "OnDemand",
+}
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,15 @@ def price(instance_type: str, region: str) -> Price:
     regions: dict[str, dict[str, float]] = table()["regions"]
     listed = region if instance_type in regions.get(region, {}) else FALLBACK
     hour = regions[listed].get(instance_type)
-    basis = f"estimate of {table()['date']} for {listed}" + ("" if listed == region else f" ({region} is not in the table)")
-    return Price(instance_type, hour, None if hour is None else hour * float(table()["spot_share"]), f"{basis}; {table()['source']}")
+    basis = f"estimate of {table()['date']} for {listed}" + (
+        "" if listed == region else f" ({region} is not in the table)"
+    )
+    return Price(
+        instance_type,
+        hour,
+        None if hour is None else hour * float(table()["spot_share"]),
+        f"{basis}; {table()['source']}",
+    )
 
 
 def refresh(aws: Aws) -> dict[str, float]:
@@ -48,9 +61,15 @@ def refresh(aws: Aws) -> dict[str, float]:
     wanted = {name for prices in table()["regions"].values() for name in prices}
     found = {name: hour for name in sorted(wanted) if (hour := _ask(aws, name)) is not None}
     if not found:
-        raise UserError(f"the Price List knows none of {', '.join(sorted(wanted))} in {aws.region}; check target.region")
+        raise UserError(
+            f"the Price List knows none of {', '.join(sorted(wanted))} in {aws.region}; check target.region"
+        )
     today = datetime.now(UTC).date().isoformat()
-    renewed = table() | {"date": today, "source": "AWS Price List API", "regions": {aws.region: found}}
+    renewed = table() | {
+        "date": today,
+        "source": "AWS Price List API",
+        "regions": {aws.region: found},
+    }
     files.write(TABLE, json.dumps(renewed, indent=2) + "\n")
     table.cache_clear()
     return found
@@ -61,12 +80,19 @@ def _ask(aws: Aws, instance_type: str) -> float | None:
     wanted = {"regionCode": aws.region}
     if instance_type.startswith("ml."):
         service = "AmazonSageMaker"
-        wanted |= {"instanceName": instance_type, "component": "Notebook" if instance_type.startswith("ml.t") else "Training"}
+        wanted |= {
+            "instanceName": instance_type,
+            "component": "Notebook" if instance_type.startswith("ml.t") else "Training",
+        }
     else:
         service = "AmazonEC2"
         wanted |= {"instanceType": instance_type} | EC2_FILTERS
-    filters = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in wanted.items()]
-    answer = aws.call("pricing", "GetProducts", region=PRICE_LIST_REGION, ServiceCode=service, Filters=filters)
+    filters = [
+        {"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in wanted.items()
+    ]
+    answer = aws.call(
+        "pricing", "GetProducts", region=PRICE_LIST_REGION, ServiceCode=service, Filters=filters
+    )
     hours = [
         float(dimension["pricePerUnit"]["USD"])
         for product in answer["PriceList"]

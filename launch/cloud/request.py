@@ -31,16 +31,27 @@ def check(request: Request) -> None:
 
     shape = _input_shape(request.service, request.operation)
     report = ParamValidator().validate(request.parameters, shape)
-    faults = report.generate_report().splitlines() if report.has_errors() else list(_faults(shape, request.parameters, ""))
+    faults = (
+        report.generate_report().splitlines()
+        if report.has_errors()
+        else list(_faults(shape, request.parameters, ""))
+    )
     if faults:
-        raise UserError(f"{request.operation}: AWS would refuse this request: {'; '.join(faults)}; change the setting that it comes from")
+        raise UserError(
+            f"{request.operation}: AWS would refuse this request: {'; '.join(faults)}; change the setting that it comes from"
+        )
 
 
 @functools.cache
 def _input_shape(service: str, operation: str) -> "Shape":
     import botocore.session
 
-    return botocore.session.get_session().get_service_model(service).operation_model(operation).input_shape
+    return (
+        botocore.session.get_session()
+        .get_service_model(service)
+        .operation_model(operation)
+        .input_shape
+    )
 
 
 def _faults(shape: "Shape", value: Any, path: str) -> Iterator[str]:
@@ -50,10 +61,20 @@ def _faults(shape: "Shape", value: Any, path: str) -> Iterator[str]:
         for name, inner in value.items():
             yield from _faults(shape.members[name], inner, f"{path}.{name}")
         return
-    size = value if shape.type_name in ("integer", "long", "float", "double") else len(value) if hasattr(value, "__len__") else None
+    size = (
+        value
+        if shape.type_name in ("integer", "long", "float", "double")
+        else len(value)
+        if hasattr(value, "__len__")
+        else None
+    )
     limit = shape.metadata.get("max")
     if size is not None and limit is not None and size > limit:
-        yield (f"{where}: {size} is above the maximum of {limit}" if size is value else f"{where}: its length of {size} is above the maximum of {limit}")
+        yield (
+            f"{where}: {size} is above the maximum of {limit}"
+            if size is value
+            else f"{where}: its length of {size} is above the maximum of {limit}"
+        )
     if shape.type_name == "list":
         for number, inner in enumerate(value):
             yield from _faults(shape.member, inner, f"{path}[{number}]")
@@ -75,7 +96,15 @@ def _near(value: str, allowed: list[str]) -> str:
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:
     """AWS writes Java's regular expressions. Unicode's categories become Python's classes, a little wider; None for the few that stay unreadable."""
-    for category, ours in {"L": r"\w", "M": r"\w", "Alnum": r"\w", "N": r"\d", "Z": r"\s", "P": r"\W", "S": r"\W"}.items():
+    for category, ours in {
+        "L": r"\w",
+        "M": r"\w",
+        "Alnum": r"\w",
+        "N": r"\d",
+        "Z": r"\s",
+        "P": r"\W",
+        "S": r"\W",
+    }.items():
         pattern = pattern.replace(rf"\p{{{category}}}", ours)
     try:
         return re.compile(pattern)

@@ -16,11 +16,13 @@ from datetime import datetime
 from pathlib import Path
 
 from launch.cloud.session import Aws, AwsError, explained
-from trainer.common.console import Progress, log
+from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
-from trainer.common.files import ASIDE
+from trainer.common.files import TEMPORARY
 
-CHUNK = 8 * 2**20  # bytes of a part: boto3's own, fixed here because the ETag of a large object depends on it
+CHUNK = (
+    8 * 2**20
+)  # bytes of a part: boto3's own, fixed here because the ETag of a large object depends on it
 WORKERS = 16  # small objects are bound by latency, not by bandwidth
 
 
@@ -35,12 +37,19 @@ class Object:
 def listing(aws: Aws, prefix: str) -> dict[str, Object]:
     """The objects below `prefix`, by the rest of their keys. Raises AwsError."""
     found = aws.pages("s3", "ListObjectsV2", "Contents", Bucket=aws.bucket, Prefix=prefix)
-    return {item["Key"].removeprefix(prefix): Object(item["Key"], item["Size"], item["ETag"].strip('"'), item["LastModified"]) for item in found}
+    return {
+        item["Key"].removeprefix(prefix): Object(
+            item["Key"], item["Size"], item["ETag"].strip('"'), item["LastModified"]
+        )
+        for item in found
+    }
 
 
 def folders(aws: Aws, prefix: str) -> list[str]:
     """The names of the folders whose keys begin with `prefix`, without what they lie in. Raises AwsError."""
-    found = aws.pages("s3", "ListObjectsV2", "CommonPrefixes", Bucket=aws.bucket, Prefix=prefix, Delimiter="/")
+    found = aws.pages(
+        "s3", "ListObjectsV2", "CommonPrefixes", Bucket=aws.bucket, Prefix=prefix, Delimiter="/"
+    )
     return [each["Prefix"].rstrip("/").rpartition("/")[2] for each in found]
 
 
@@ -61,13 +70,19 @@ def write(aws: Aws, key: str, data: bytes) -> None:
 def claim(aws: Aws, key: str, data: bytes) -> bool:
     """Writes an object that must not be there yet; False where another was faster. S3 decides, so of several writers one wins."""
     absent = "PreconditionFailed|ConditionalRequestConflict"
-    return aws.find("s3", "PutObject", absent, Bucket=aws.bucket, Key=key, Body=data, IfNoneMatch="*") is not None
+    return (
+        aws.find("s3", "PutObject", absent, Bucket=aws.bucket, Key=key, Body=data, IfNoneMatch="*")
+        is not None
+    )
 
 
 def etag(path: Path) -> str:
     """The ETag that S3 gives a file of this content, uploaded in parts of CHUNK and encrypted by SSE-S3: the MD5, or the MD5 of the parts' MD5s."""
     with path.open("rb") as file:
-        parts = [hashlib.md5(part, usedforsecurity=False).digest() for part in iter(lambda: file.read(CHUNK), b"")]
+        parts = [
+            hashlib.md5(part, usedforsecurity=False).digest()
+            for part in iter(lambda: file.read(CHUNK), b"")
+        ]
     if path.stat().st_size < CHUNK:
         return (parts[0] if parts else hashlib.md5(b"", usedforsecurity=False).digest()).hex()
     return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
@@ -76,11 +91,23 @@ def etag(path: Path) -> str:
 def files_of(folder: Path) -> dict[str, Path]:
     """The folder's visible files, by their paths in it. Raises UserError where there are none."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; give the one that holds train, valid and test")
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
+        raise UserError(
+            f"{folder}: there is no such folder; give the one that holds train, valid and test"
+        )
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    files = {
+        name: path
+        for name, path in files.items()
+        if not any(part.startswith(".") for part in name.split("/"))
+    }
     if not files:
-        raise UserError(f"{folder}: it holds no files; give the folder that holds train, valid and test")
+        raise UserError(
+            f"{folder}: it holds no files; give the folder that holds train, valid and test"
+        )
     return files
 
 
@@ -93,7 +120,7 @@ def digest(folder: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     whole = hashlib.sha256()
-    with ThreadPoolExecutor() as pool, Progress("reading pictures", len(files)) as progress:
+    with ThreadPoolExecutor() as pool, ProgressBar("reading pictures", len(files)) as progress:
         for name, content in zip(files, pool.map(of_content, files.values()), strict=True):
             whole.update(f"{content} {name}\0".encode(errors="surrogateescape"))
             progress.advance()
@@ -108,29 +135,68 @@ def upload_folder(aws: Aws, folder: Path, prefix: str) -> None:
     files = files_of(folder)
     there = listing(aws, prefix)
     with ThreadPoolExecutor(WORKERS) as pool:
-        same_size = [name for name, path in files.items() if name in there and there[name].size == path.stat().st_size]
-        equal = {name for name, digest in zip(same_size, pool.map(lambda name: etag(files[name]), same_size), strict=True) if digest == there[name].etag}
+        same_size = [
+            name
+            for name, path in files.items()
+            if name in there and there[name].size == path.stat().st_size
+        ]
+        equal = {
+            name
+            for name, digest in zip(
+                same_size, pool.map(lambda name: etag(files[name]), same_size), strict=True
+            )
+            if digest == there[name].etag
+        }
     changed = {name: path for name, path in files.items() if name not in equal}
     megabytes = sum(path.stat().st_size for path in changed.values()) / 1e6
-    log.info("%s: %d of %d files to upload (%.1f MB) to s3://%s/%s", folder, len(changed), len(files), megabytes, aws.bucket, prefix)
+    log.info(
+        "%s: %d of %d files to upload (%.1f MB) to s3://%s/%s",
+        folder,
+        len(changed),
+        len(files),
+        megabytes,
+        aws.bucket,
+        prefix,
+    )
     if strange := there.keys() - files.keys():
-        log.warning("s3://%s/%s also holds %d other files (%s), which a job reads too: remove them", aws.bucket, prefix, len(strange), min(strange))
-    _transfer(aws, "upload", [(str(path), prefix + name) for name, path in changed.items()], "uploading")
+        log.warning(
+            "s3://%s/%s also holds %d other files (%s), which a job reads too: remove them",
+            aws.bucket,
+            prefix,
+            len(strange),
+            min(strange),
+        )
+    _transfer(
+        aws, "upload", [(str(path), prefix + name) for name, path in changed.items()], "uploading"
+    )
 
 
 def download(aws: Aws, objects: dict[str, Object], folder: Path) -> None:
     """Writes objects to folder/NAME, each whole or not at all and held against its ETag; a file that is there and equal is left. Raises UserError."""
-    wanted = {name: item for name, item in objects.items() if not ((folder / name).is_file() and _equal(folder / name, item))}
+    wanted = {
+        name: item
+        for name, item in objects.items()
+        if not ((folder / name).is_file() and _equal(folder / name, item))
+    }
     for name in wanted:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"s3://{aws.bucket}/{wanted[name].key}: its name leads out of {folder}; remove this object")
+            raise UserError(
+                f"s3://{aws.bucket}/{wanted[name].key}: its name leads out of {folder}; remove this object"
+            )
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    aside = {name: (folder / name).with_name(ASIDE + Path(name).name) for name in wanted}
-    _transfer(aws, "download", [(str(aside[name]), item.key) for name, item in wanted.items()], "downloading")
+    temporary = {name: (folder / name).with_name(TEMPORARY + Path(name).name) for name in wanted}
+    _transfer(
+        aws,
+        "download",
+        [(str(temporary[name]), item.key) for name, item in wanted.items()],
+        "downloading",
+    )
     for name, item in wanted.items():
-        if not _equal(aside[name], item):
-            raise UserError(f"s3://{aws.bucket}/{item.key}: the copy in {aside[name]} is not what S3 holds; start the same command again")
-        aside[name].replace(folder / name)
+        if not _equal(temporary[name], item):
+            raise UserError(
+                f"s3://{aws.bucket}/{item.key}: the copy in {temporary[name]} is not what S3 holds; start the same command again"
+            )
+        temporary[name].replace(folder / name)
 
 
 def delete(aws: Aws, keys: Iterable[dict[str, str]]) -> None:
@@ -138,14 +204,23 @@ def delete(aws: Aws, keys: Iterable[dict[str, str]]) -> None:
     left = list(keys)
     while left:
         batch, left = left[:1000], left[1000:]  # DeleteObjects' maximum
-        failed = aws.call("s3", "DeleteObjects", Bucket=aws.bucket, Delete={"Objects": batch, "Quiet": True}).get("Errors", [])
+        failed = aws.call(
+            "s3", "DeleteObjects", Bucket=aws.bucket, Delete={"Objects": batch, "Quiet": True}
+        ).get("Errors", [])
         if failed:
-            raise AwsError(f"s3:DeleteObjects: {failed[0]['Key']}: {failed[0].get('Message')}", failed[0]["Code"], failed[0].get("Message", ""))
+            raise AwsError(
+                f"s3:DeleteObjects: {failed[0]['Key']}: {failed[0].get('Message')}",
+                failed[0]["Code"],
+                failed[0].get("Message", ""),
+            )
 
 
 def versions(aws: Aws) -> tuple[int, int]:
     """How many versions of objects the bucket holds, and their bytes together. Raises AwsError."""
-    sizes = [item["Size"] for item in aws.pages("s3", "ListObjectVersions", "Versions", Bucket=aws.bucket)]
+    sizes = [
+        item["Size"]
+        for item in aws.pages("s3", "ListObjectVersions", "Versions", Bucket=aws.bucket)
+    ]
     return len(sizes), sum(sizes)
 
 
@@ -158,7 +233,13 @@ def empty(aws: Aws) -> int:
     ]
     delete(aws, versions)
     for upload in aws.pages("s3", "ListMultipartUploads", "Uploads", Bucket=aws.bucket):
-        aws.call("s3", "AbortMultipartUpload", Bucket=aws.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        aws.call(
+            "s3",
+            "AbortMultipartUpload",
+            Bucket=aws.bucket,
+            Key=upload["Key"],
+            UploadId=upload["UploadId"],
+        )
     return len(versions)
 
 
@@ -187,9 +268,11 @@ def _transfer(aws: Aws, direction: str, pairs: list[tuple[str, str]], what: str)
             else:
                 client.download_file(aws.bucket, key, path, Config=config)
         except Exception as error:
-            raise explained(error, f"s3:{'PutObject' if direction == 'upload' else 'GetObject'} {key}") from error
+            raise explained(
+                error, f"s3:{'PutObject' if direction == 'upload' else 'GetObject'} {key}"
+            ) from error
 
-    with ThreadPoolExecutor(WORKERS) as pool, Progress(what, len(pairs)) as progress:
+    with ThreadPoolExecutor(WORKERS) as pool, ProgressBar(what, len(pairs)) as progress:
         try:
             for _ in pool.map(move, pairs):
                 progress.advance()

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 5  # seconds
 READ_TIMEOUT = 60  # seconds
 ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
-ONCE = ("lambda", "sagemaker-runtime")  # asking a model again because the answer was slow would pay for it twice
+ONCE = (
+    "lambda",
+    "sagemaker-runtime",
+)  # asking a model again because the answer was slow would pay for it twice
 
-NO_CAPACITY = "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|MaxSpotInstanceCountExceeded"
+NO_CAPACITY = (
+    "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|MaxSpotInstanceCountExceeded"
+)
 PERMISSION = "ask who administers the account for it; what this project needs: python -m launch policy --for launcher"
 CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
 NO_REGION = "no AWS region is set: set AWS_REGION, or give target.region=us-east-1 (python -m serving: --region us-east-1), say"
@@ -55,7 +60,13 @@ def bucket_name(project: str, account: str, region: str) -> str:
 
 
 def partition(region: str) -> str:
-    return "aws-cn" if region.startswith("cn-") else "aws-us-gov" if region.startswith("us-gov-") else "aws"
+    return (
+        "aws-cn"
+        if region.startswith("cn-")
+        else "aws-us-gov"
+        if region.startswith("us-gov-")
+        else "aws"
+    )
 
 
 class AwsError(UserError):
@@ -82,7 +93,9 @@ class Aws:
         try:
             import boto3
         except ImportError as error:
-            raise UserError(f"boto3 is not installed, which talks to AWS: {install_command('aws')}") from error
+            raise UserError(
+                f"boto3 is not installed, which talks to AWS: {install_command('aws')}"
+            ) from error
         try:
             return boto3.session.Session(region_name=self._given_region)
         except Exception as error:
@@ -131,14 +144,23 @@ class Aws:
         key = (service, region or self.region)
         if key not in self._clients:
             retries = {"mode": "standard", "total_max_attempts": 1 if service in ONCE else ATTEMPTS}
-            config = Config(retries=retries, connect_timeout=CONNECT_TIMEOUT, read_timeout=READ_TIMEOUT, max_pool_connections=32)
+            config = Config(
+                retries=retries,
+                connect_timeout=CONNECT_TIMEOUT,
+                read_timeout=READ_TIMEOUT,
+                max_pool_connections=32,
+            )
             try:
-                self._clients[key] = self._session.client(service, region_name=key[1], config=config)
+                self._clients[key] = self._session.client(
+                    service, region_name=key[1], config=config
+                )
             except Exception as error:
                 raise explained(error, service) from error
         return self._clients[key]
 
-    def call(self, service: str, operation: str, *, region: str | None = None, **parameters: Any) -> dict[str, Any]:
+    def call(
+        self, service: str, operation: str, *, region: str | None = None, **parameters: Any
+    ) -> dict[str, Any]:
         """One call. Raises AwsError."""
         from botocore import xform_name
 
@@ -149,7 +171,9 @@ class Aws:
         except Exception as error:
             raise explained(error, f"{service}:{operation}") from error
 
-    def find(self, service: str, operation: str, absent: str, **parameters: Any) -> dict[str, Any] | None:
+    def find(
+        self, service: str, operation: str, absent: str, **parameters: Any
+    ) -> dict[str, Any] | None:
         """One call that asks for something; None where AWS answers that it is not there. absent: a regular expression over the code and message."""
         try:
             return self.call(service, operation, **parameters)
@@ -163,7 +187,9 @@ class Aws:
         check(request)
         return self.call(request.service, request.operation, **request.parameters)
 
-    def pages(self, service: str, operation: str, key: str, **parameters: Any) -> Iterator[dict[str, Any]]:
+    def pages(
+        self, service: str, operation: str, key: str, **parameters: Any
+    ) -> Iterator[dict[str, Any]]:
         """All items of the list `key` in the answers to an operation that AWS answers in pages. Raises AwsError."""
         from botocore import xform_name
 
@@ -182,11 +208,18 @@ def explained(error: Exception, action: str) -> Exception:
     from botocore.parsers import ResponseParserError
 
     if isinstance(error, exceptions.ClientError):
-        code, message = str(error.response["Error"].get("Code", "")), str(error.response["Error"].get("Message", ""))
+        code, message = (
+            str(error.response["Error"].get("Code", "")),
+            str(error.response["Error"].get("Message", "")),
+        )
         if denied := re.search(r"not authorized to perform:? (\S+)", message):
             action = denied[1].rstrip(".,")
-        remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.fullmatch(pattern, code)), "")
-        what = f"{action}: {code}" + (f" ({' '.join(message.split())})" if message and message != code else "")
+        remedy = next(
+            (remedy for pattern, remedy in REMEDIES.items() if re.fullmatch(pattern, code)), ""
+        )
+        what = f"{action}: {code}" + (
+            f" ({' '.join(message.split())})" if message and message != code else ""
+        )
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         refused = 400 <= status < 500 or re.fullmatch(NO_CAPACITY, code) is not None
         return AwsError(what + (f"; {remedy}" if remedy else ""), code, message, refused)

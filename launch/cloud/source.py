@@ -26,7 +26,13 @@ PATTERNS = (
     "README.md",
     "LICENSE",
 )
-NEEDED = ("trainer/__main__.py", "conf/config.yaml", "launch/cloud/hyperparameters.py", ENTRY_POINT, "requirements.txt")
+NEEDED = (
+    "trainer/__main__.py",
+    "conf/config.yaml",
+    "launch/cloud/hyperparameters.py",
+    ENTRY_POINT,
+    "requirements.txt",
+)
 
 # They come with the image, built for its GPU: pip must find them there, and never bring others. The first two are not even named to it.
 LEFT_TO_THE_IMAGE = ("torch", "torchvision", "numpy", "pillow")
@@ -38,7 +44,10 @@ def build(extras: Sequence[str] = (), project: Path = PROJECT) -> bytes:
     contents = {path.relative_to(project).as_posix(): path for path in _files(project)}
     archive = io.BytesIO()
     # Neither time nor owner nor name goes into the bytes.
-    with gzip.GzipFile(fileobj=archive, mode="wb", filename="", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
+    with (
+        gzip.GzipFile(fileobj=archive, mode="wb", filename="", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
         for name, path in sorted(contents.items()):
             _add(tar, name, path.read_bytes(), executable=path.stat().st_mode & 0o100 != 0)
         _add(tar, "requirements.txt", requirements(extras, project).encode(), executable=False)
@@ -60,13 +69,21 @@ def extras(config: Config) -> list[str]:
 def requirements(extras: Sequence[str], project: Path = PROJECT) -> str:
     """requirements.txt for the container: what pyproject.toml asks for, in the versions that the tests passed with, but for what its image brings."""
     about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
-    asked = about["dependencies"] + [line for extra in extras for line in about["optional-dependencies"][extra]]
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (project / "constraints.txt").read_text().lower(), re.MULTILINE))
+    asked = about["dependencies"] + [
+        line for extra in extras for line in about["optional-dependencies"][extra]
+    ]
+    pins = dict(
+        re.findall(
+            r"^([\w.-]+)==(\S+)$", (project / "constraints.txt").read_text().lower(), re.MULTILINE
+        )
+    )
     lines = []
     for line in asked:
         name = _name(line)
         if name not in LEFT_TO_THE_IMAGE[:2]:
-            lines.append(f"{name}=={pins[name]}" if name in pins and name not in LEFT_TO_THE_IMAGE else line)
+            lines.append(
+                f"{name}=={pins[name]}" if name in pins and name not in LEFT_TO_THE_IMAGE else line
+            )
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -75,17 +92,33 @@ def check(tarball: bytes) -> None:
     try:
         with tarfile.open(fileobj=io.BytesIO(tarball), mode="r:gz") as tar:
             members = tar.getmembers()
-            listed = tar.extractfile("requirements.txt").read().decode() if "requirements.txt" in tar.getnames() else ""  # type: ignore[union-attr]
+            listed = ""
+            if "requirements.txt" in tar.getnames():
+                file = tar.extractfile("requirements.txt")
+                assert file is not None
+                listed = file.read().decode()
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"source tarball: not a .tar.gz ({error}); build it with launch/cloud/source.py") from error
+        raise UserError(
+            f"source tarball: not a .tar.gz ({error}); build it with launch/cloud/source.py"
+        ) from error
     names = {member.name for member in members}
     if missing := [name for name in NEEDED if name not in names]:
-        raise UserError(f"source tarball: {', '.join(missing)} is missing; bring it back into the project, or name it in launch/cloud/source.py")
+        raise UserError(
+            f"source tarball: {', '.join(missing)} is missing; bring it back into the project, or name it in launch/cloud/source.py"
+        )
     if "setup.py" in names:
-        raise UserError("source tarball: with a setup.py SageMaker's toolkit starts a package instead of the trainer; leave setup.py out")
+        raise UserError(
+            "source tarball: with a setup.py SageMaker's toolkit starts a package instead of the trainer; leave setup.py out"
+        )
     for member in members:
-        if not (member.isfile() or member.isdir()) or member.name.startswith("/") or ".." in member.name.split("/"):
-            raise UserError(f"source tarball: {member.name} is a link, no file, or lies outside; put a copy of the file itself into the project")
+        if (
+            not (member.isfile() or member.isdir())
+            or member.name.startswith("/")
+            or ".." in member.name.split("/")
+        ):
+            raise UserError(
+                f"source tarball: {member.name} is a link, no file, or lies outside; put a copy of the file itself into the project"
+            )
     if (size := sum(member.size for member in members) / 2**20) > MAX_MB:
         largest = max(members, key=lambda member: member.size)
         raise UserError(
@@ -103,16 +136,24 @@ def check_requirements(text: str) -> None:
         try:
             requirement = Requirement(line)
         except InvalidRequirement as error:
-            raise UserError(f"requirements.txt: {line}: no requirement that pip reads; write it as NAME==VERSION") from error
-        if _name(requirement.name) in LEFT_TO_THE_IMAGE[:2] or requirement.name.startswith("nvidia-"):
-            raise UserError(f"requirements.txt: {line} would replace what the image brings, built for its GPU; leave it out")
+            raise UserError(
+                f"requirements.txt: {line}: no requirement that pip reads; write it as NAME==VERSION"
+            ) from error
+        if _name(requirement.name) in LEFT_TO_THE_IMAGE[:2] or requirement.name.startswith(
+            "nvidia-"
+        ):
+            raise UserError(
+                f"requirements.txt: {line} would replace what the image brings, built for its GPU; leave it out"
+            )
 
 
 def _files(project: Path) -> Iterator[Path]:
     for pattern in PATTERNS:
         for path in project.glob(pattern):
             if path.is_symlink():
-                raise UserError(f"{path}: a link, which a job's container leaves out; put a copy of the file itself there")
+                raise UserError(
+                    f"{path}: a link, which a job's container leaves out; put a copy of the file itself there"
+                )
             if path.is_file() and "__pycache__" not in path.parts:
                 yield path
 

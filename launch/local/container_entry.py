@@ -15,7 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # Python put this file's folder there, whose modules are no top-level ones
+    sys.path[0] = str(
+        ROOT
+    )  # Python put this file's folder there, whose modules are no top-level ones
 
 from launch.cloud import hyperparameters as codec  # noqa: E402
 from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, UserError  # noqa: E402
@@ -69,7 +71,10 @@ def main() -> int:
         traceback.print_exc()
         report(failure, essence(error))
     if code == RESUME and not reasons.text:
-        report(failure, "stopped as asked; everything is saved: submit again, and it goes on from there")
+        report(
+            failure,
+            "stopped as asked; everything is saved: submit again, and it goes on from there",
+        )
     elif code != OK and reasons.text:
         report(failure, reasons.text)
     leave(code)
@@ -85,14 +90,24 @@ def overrides(environment: Mapping[str, str]) -> list[str]:
     for name in channels:
         directory = Path(environment[f"SM_CHANNEL_{name.upper()}"])
         if name not in CHANNELS:
-            raise UserError(f"channel {name}: the trainer has no use for it; allowed: training (holds train, valid, test), or {', '.join(list(CHANNELS)[1:])}")
+            raise UserError(
+                f"channel {name}: the trainer has no use for it; allowed: training (holds train, valid, test), or {', '.join(list(CHANNELS)[1:])}"
+            )
         if not directory.is_dir() or not any(directory.iterdir()):
-            raise UserError(f"channel {name}: {directory} holds nothing; upload the pictures with --data DIR, and look at the channel's S3Uri")
-        if twice := [other for other in channels if other != name and CHANNELS.get(other) == CHANNELS[name]]:
-            raise UserError(f"channels {name} and {twice[0]}: both would be {CHANNELS[name]}; leave one of them out")
+            raise UserError(
+                f"channel {name}: {directory} holds nothing; upload the pictures with --data DIR, and look at the channel's S3Uri"
+            )
+        if twice := [
+            other for other in channels if other != name and CHANNELS.get(other) == CHANNELS[name]
+        ]:
+            raise UserError(
+                f"channels {name} and {twice[0]}: both would be {CHANNELS[name]}; leave one of them out"
+            )
         arguments.append(f"{CHANNELS[name]}='{directory}'")
     if "data=folder" in arguments and not channels:
-        raise UserError("data=folder: the job has no channel with pictures; give --data DIR, which makes the channel training")
+        raise UserError(
+            "data=folder: the job has no channel with pictures; give --data DIR, which makes the channel training"
+        )
     if "_tuning_objective_metric" in hyperparameters:
         # Trials may share one S3 prefix: each needs a folder of its own in it, or it would go on from another's checkpoint.
         shared = Path(environment.get("PACKHORSE_CHECKPOINTS", "/opt/ml/checkpoints"))
@@ -103,7 +118,9 @@ def overrides(environment: Mapping[str, str]) -> list[str]:
 def essence(error: Exception) -> str:
     """The error, what helps, and the innermost frames that lead to it, in as many characters as FailureReason has."""
     what = "".join(traceback.format_exception_only(error)).strip()
-    frames = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)[-4:])).replace(f"{ROOT}/", "")
+    frames = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)[-4:])).replace(
+        f"{ROOT}/", ""
+    )
     return f"{what[:400]}{remedy(what)}\n{frames[-(FAILURE_CHARACTERS - 600) :]}"
 
 

@@ -34,15 +34,33 @@ from launch.local.container_entry import FAILURE_CHARACTERS
 GRACE = 120  # seconds between SIGTERM and SIGKILL of a stopped job, as SageMaker's
 LINGER = 60  # seconds for the other hosts to notice that one has failed
 OUTSIDE = ("--mount", "--net", "--uts")  # the namespaces that all hosts share
-HOST = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")  # those that each has for itself
+HOST = (
+    "--mount",
+    "--uts",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+)  # those that each has for itself
 INSIDE = "PACKHORSE_REHEARSAL"  # set where OUTSIDE's are made
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # linux/sockios.h, linux/if.h
 GROUP = "homogeneousCluster"  # SageMaker's name for the machines of a job that are all of one type
 
-IMAGE = {"SAGEMAKER_TRAINING_MODULE": "sagemaker_pytorch_container.training:main"}  # that AWS's PyTorch image brings in its environment
+IMAGE = {
+    "SAGEMAKER_TRAINING_MODULE": "sagemaker_pytorch_container.training:main"
+}  # that AWS's PyTorch image brings in its environment
 # pip only looks whether everything is installed: this Python is not a container's to change.
-DRY_PIP = {"PIP_DRY_RUN": "1", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": "rehearsal", "AWS_EC2_METADATA_DISABLED": "true"}
+DRY_PIP = {
+    "PIP_DRY_RUN": "1",
+    "PIP_NO_INDEX": "1",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PIP_ROOT_USER_ACTION": "ignore",
+}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "rehearsal",
+    "AWS_SECRET_ACCESS_KEY": "rehearsal",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 PASSED_ON = ("LANG", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -63,7 +81,10 @@ class Job:
     def command(self) -> list[str]:
         """What the container starts. AWS's image has `train` started by a shell that keeps SIGTERM for itself."""
         algorithm = self.definition["AlgorithmSpecification"]
-        return [*algorithm.get("ContainerEntrypoint", ["bash", "-c"]), *algorithm.get("ContainerArguments", ["train; exit $?"])]
+        return [
+            *algorithm.get("ContainerEntrypoint", ["bash", "-c"]),
+            *algorithm.get("ContainerArguments", ["train; exit $?"]),
+        ]
 
 
 @dataclass
@@ -76,8 +97,12 @@ class Outcome:
     seconds: float
     failure: str | None  # FailureReason
     log: list[str]
-    metrics: dict[str, list[float]]  # by the request's names, as its regexes scrape them from the log
-    archives: dict[str, list[str]] = field(default_factory=dict)  # model.tar.gz and output.tar.gz: the files in them
+    metrics: dict[
+        str, list[float]
+    ]  # by the request's names, as its regexes scrape them from the log
+    archives: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # model.tar.gz and output.tar.gz: the files in them
     warnings: list[str] = field(default_factory=list)
 
 
@@ -106,7 +131,11 @@ class Machine:
     def run(self, job: Job, channels: dict[str, Path]) -> Outcome:
         """Runs a job to its end. channels: the folder of each channel's data."""
         started = time.monotonic()
-        hosts = [f"algo-{number}" for number in range(1, job.instances + 1)] if self.isolated else [_address(n) for n in range(job.instances)]
+        hosts = (
+            [f"algo-{number}" for number in range(1, job.instances + 1)]
+            if self.isolated
+            else [_address(n) for n in range(job.instances)]
+        )
         trees = [self._tree(job, host, hosts, channels) for host in hosts]
         resumed = any((trees[0] / "checkpoints").iterdir())
         lines: list[str] = []
@@ -114,7 +143,9 @@ class Machine:
             for host, tree in zip(hosts, trees, strict=True):
                 self._containers.append(self._start(job, host, hosts, tree, endpoint))
             readers = [
-                threading.Thread(target=_read, args=(container, f"{host} | " if len(hosts) > 1 else "", lines))
+                threading.Thread(
+                    target=_read, args=(container, f"{host} | " if len(hosts) > 1 else "", lines)
+                )
                 for host, container in zip(hosts, self._containers, strict=True)
             ]
             for reader in readers:
@@ -122,14 +153,25 @@ class Machine:
             codes = self._wait()
             for reader in readers:
                 reader.join()
-        (self.directory / "log.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+        (self.directory / "log.txt").write_text(
+            "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
+        )
         failures = [tree / "output/failure" for tree in trees]
         outcome = Outcome(
             codes,
             stopped=self._stop_at is not None,
             resumed=resumed,
             seconds=time.monotonic() - started,
-            failure=next((path.read_text(errors="replace")[:FAILURE_CHARACTERS] for path in failures if path.exists()), None) if any(codes) else None,
+            failure=next(
+                (
+                    path.read_text(errors="replace")[:FAILURE_CHARACTERS]
+                    for path in failures
+                    if path.exists()
+                ),
+                None,
+            )
+            if any(codes)
+            else None,
             log=lines,
             metrics=scrape(lines, job.definition["AlgorithmSpecification"]["MetricDefinitions"]),
         )
@@ -144,12 +186,19 @@ class Machine:
                 os.kill(self._first_process(container), signal.SIGTERM)
 
     def _first_process(self, container: "subprocess.Popen[bytes]") -> int:
-        return int(Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()[0]) if self.isolated else container.pid
+        return (
+            int(Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()[0])
+            if self.isolated
+            else container.pid
+        )
 
     def _wait(self) -> list[int]:
         try:
             until = math.inf
-            while None in (ended := [container.poll() for container in self._containers]) and time.monotonic() < until:
+            while (
+                None in (ended := [container.poll() for container in self._containers])
+                and time.monotonic() < until
+            ):
                 if self._stop_at is not None:
                     until = self._stop_at + GRACE
                 elif any(ended):  # a job fails with its first host
@@ -172,7 +221,11 @@ class Machine:
         facts = {
             "hyperparameters": job.hyperparameters,
             "inputdataconfig": {
-                channel["ChannelName"]: {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated", "RecordWrapperType": "None"}
+                channel["ChannelName"]: {
+                    "TrainingInputMode": "File",
+                    "S3DistributionType": "FullyReplicated",
+                    "RecordWrapperType": "None",
+                }
                 for channel in job.definition.get("InputDataConfig", [])
             },
             "resourceconfig": {
@@ -180,7 +233,9 @@ class Machine:
                 "hosts": hosts,
                 "current_instance_type": kind,
                 "current_group_name": GROUP,
-                "instance_groups": [{"instance_group_name": GROUP, "instance_type": kind, "hosts": hosts}],
+                "instance_groups": [
+                    {"instance_group_name": GROUP, "instance_type": kind, "hosts": hosts}
+                ],
                 "network_interface_name": "lo",
             },
         }
@@ -189,47 +244,107 @@ class Machine:
         for name, folder in channels.items():
             (tree / "input/data" / name).symlink_to(folder.resolve())
         saved = self.local(job.definition["CheckpointConfig"]["S3Uri"])
-        shutil.copytree(saved, tree / "checkpoints") if saved.is_dir() else (tree / "checkpoints").mkdir()
+        shutil.copytree(saved, tree / "checkpoints") if saved.is_dir() else (
+            tree / "checkpoints"
+        ).mkdir()
         return tree
 
-    def _start(self, job: Job, host: str, hosts: list[str], tree: Path, endpoint: str) -> "subprocess.Popen[bytes]":
+    def _start(
+        self, job: Job, host: str, hosts: list[str], tree: Path, endpoint: str
+    ) -> "subprocess.Popen[bytes]":
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         environment |= IMAGE | DRY_PIP | CREDENTIALS | job.definition["Environment"]
-        environment |= {"AWS_REGION": job.region, "AWS_DEFAULT_REGION": job.region, "S3_ENDPOINT_URL": endpoint, "TRAINING_JOB_NAME": job.name}
-        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tree / "home")}
-        environment |= {"TORCH_HOME": os.environ.get("TORCH_HOME", str(Path.home() / ".cache/torch"))}
+        environment |= {
+            "AWS_REGION": job.region,
+            "AWS_DEFAULT_REGION": job.region,
+            "S3_ENDPOINT_URL": endpoint,
+            "TRAINING_JOB_NAME": job.name,
+        }
+        environment |= {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(tree / "home"),
+        }
+        environment |= {
+            "TORCH_HOME": os.environ.get("TORCH_HOME", str(Path.home() / ".cache/torch"))
+        }
         command = job.command
         if self.isolated:
             names = self.directory / "hosts"
-            names.write_text("127.0.0.1 localhost\n" + "".join(f"{_address(number)} {name}\n" for number, name in enumerate(hosts)))
+            names.write_text(
+                "127.0.0.1 localhost\n"
+                + "".join(f"{_address(number)} {name}\n" for number, name in enumerate(hosts))
+            )
             enter = 'mount --bind "$1" /opt/ml && mount --bind "$2" /etc/hosts && echo "$3" > /proc/sys/kernel/hostname && shift 3 && exec "$@"'
-            command = ["unshare", *HOST, "bash", "-c", enter, "host", str(tree), str(names), host, *command]
+            command = [
+                "unshare",
+                *HOST,
+                "bash",
+                "-c",
+                enter,
+                "host",
+                str(tree),
+                str(names),
+                host,
+                *command,
+            ]
         else:
-            environment |= {"SAGEMAKER_BASE_DIR": str(tree), "PACKHORSE_CHECKPOINTS": str(tree / "checkpoints")}
-        return subprocess.Popen(command, env=environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+            environment |= {
+                "SAGEMAKER_BASE_DIR": str(tree),
+                "PACKHORSE_CHECKPOINTS": str(tree / "checkpoints"),
+            }
+        return subprocess.Popen(
+            command,
+            env=environment,
+            cwd="/",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def _collect(self, job: Job, trees: list[Path], outcome: Outcome) -> None:
         """What S3 holds after the job: the archives of all hosts' files, and the checkpoints of the first, whose deletes count too."""
         saved = self.local(job.definition["CheckpointConfig"]["S3Uri"])
         before = {path.relative_to(saved) for path in saved.rglob("*")}
         for host in trees[1:]:
-            new = [path for path in (host / "checkpoints").rglob("*") if path.is_file() and path.relative_to(host / "checkpoints") not in before]
+            new = [
+                path
+                for path in (host / "checkpoints").rglob("*")
+                if path.is_file() and path.relative_to(host / "checkpoints") not in before
+            ]
             if new:
-                outcome.warnings.append(f"{host.name} writes checkpoints too ({new[0].name}): all hosts share one prefix; let only rank 0 write them")
+                outcome.warnings.append(
+                    f"{host.name} writes checkpoints too ({new[0].name}): all hosts share one prefix; let only rank 0 write them"
+                )
         shutil.rmtree(saved, ignore_errors=True)
-        if any(outcome.codes):  # after a complete job there is nothing to go on from: the next rehearsal begins anew
+        if any(
+            outcome.codes
+        ):  # after a complete job there is nothing to go on from: the next rehearsal begins anew
             shutil.copytree(trees[0] / "checkpoints", saved)
-        output = self.local(job.definition["OutputDataConfig"]["S3OutputPath"]) / job.name / "output"
+        output = (
+            self.local(job.definition["OutputDataConfig"]["S3OutputPath"]) / job.name / "output"
+        )
         output.mkdir(parents=True, exist_ok=True)
         for archive, folder in {"model.tar.gz": "model", "output.tar.gz": "output/data"}.items():
-            files = {path.relative_to(tree / folder).as_posix(): path for tree in trees for path in sorted((tree / folder).rglob("*")) if path.is_file()}
-            if sum(len([path for path in (tree / folder).rglob("*") if path.is_file()]) for tree in trees) > len(files):
-                outcome.warnings.append(f"several hosts write the same files for {archive}: one overwrites the other; let only rank 0 write them")
+            files = {
+                path.relative_to(tree / folder).as_posix(): path
+                for tree in trees
+                for path in sorted((tree / folder).rglob("*"))
+                if path.is_file()
+            }
+            if sum(
+                len([path for path in (tree / folder).rglob("*") if path.is_file()])
+                for tree in trees
+            ) > len(files):
+                outcome.warnings.append(
+                    f"several hosts write the same files for {archive}: one overwrites the other; let only rank 0 write them"
+                )
             with tarfile.open(output / archive, "w:gz", compresslevel=1) as tar:
                 for name, path in files.items():
                     tar.add(path, name)
             outcome.archives[archive] = sorted(files)
-        with tarfile.open(self.local(codec.decode_value(job.hyperparameters["sagemaker_submit_directory"]))) as tar:
+        with tarfile.open(
+            self.local(codec.decode_value(job.hyperparameters["sagemaker_submit_directory"]))
+        ) as tar:
             shipped = set(tar.getnames())
         outcome.warnings += [
             f"{path.relative_to(tree)} lies outside /opt/ml's model, output/data and checkpoints: lost when the job ends; leave platform.* as it is"
@@ -244,7 +359,10 @@ def strays(tree: Path, shipped: set[str]) -> list[Path]:
     for path in sorted([*(tree / "home").rglob("*"), *(tree / "code").rglob("*")]):
         parts = path.relative_to(tree).parts
         cache = any(part.startswith(".") or part == "__pycache__" for part in parts)
-        pictures = parts[:2] == ("code", "data")  # those that ship with the trainer: it writes them itself
+        pictures = parts[:2] == (
+            "code",
+            "data",
+        )  # those that ship with the trainer: it writes them itself
         if path.is_file() and not cache and not pictures and "/".join(parts[1:]) not in shipped:
             found.append(path)
     return found[:3]
@@ -263,7 +381,16 @@ def scrape(lines: Sequence[str], definitions: list[dict[str, str]]) -> dict[str,
 def namespaces() -> list[str] | None:
     """The options of `unshare` with which this machine gives namespaces, or None where it gives none."""
     for user in ([], ["--user", "--map-root-user"]):
-        probe = ["unshare", *user, *OUTSIDE, "unshare", *HOST, "bash", "-c", "mount -t tmpfs none /opt && echo a > /proc/sys/kernel/hostname"]
+        probe = [
+            "unshare",
+            *user,
+            *OUTSIDE,
+            "unshare",
+            *HOST,
+            "bash",
+            "-c",
+            "mount -t tmpfs none /opt && echo a > /proc/sys/kernel/hostname",
+        ]
         with contextlib.suppress(OSError):
             if subprocess.run(probe, capture_output=True).returncode == 0:
                 return [*user, *OUTSIDE]
@@ -285,7 +412,10 @@ def _make_mount_point(directory: Path) -> None:
         return
     real = directory / "opt"
     real.mkdir(exist_ok=True)
-    for command in (["mount", "--rbind", "/opt", str(real)], ["mount", "-t", "tmpfs", "none", "/opt"]):
+    for command in (
+        ["mount", "--rbind", "/opt", str(real)],
+        ["mount", "-t", "tmpfs", "none", "/opt"],
+    ):
         subprocess.run(command, check=True)
     for entry in real.iterdir():
         shown = Path("/opt", entry.name)

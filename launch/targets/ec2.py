@@ -19,7 +19,9 @@ from trainer.settings.config import Config
 USER_DATA_BYTES = 16384  # EC2's limit, before base64
 ROOT_DEVICE = "/dev/xvda"  # of Amazon Linux
 UPLOAD_EVERY = 60  # seconds
-GRACE = 300  # seconds before the time limit, in which a run saves and uploads; a tenth of short limits
+GRACE = (
+    300  # seconds before the time limit, in which a run saves and uploads; a tenth of short limits
+)
 
 
 def outcome_key(spec: Spec) -> str:
@@ -52,7 +54,9 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         arguments=arguments(spec),
     )
     if (size := len(script.encode())) > USER_DATA_BYTES:
-        raise UserError(f"user data: {size} bytes, EC2 allows {USER_DATA_BYTES}; put settings into a file of conf/experiment and give experiment=NAME")
+        raise UserError(
+            f"user data: {size} bytes, EC2 allows {USER_DATA_BYTES}; put settings into a file of conf/experiment and give experiment=NAME"
+        )
     return script
 
 
@@ -63,7 +67,11 @@ def processes(config: Config) -> str:
 
 def arguments(spec: Spec) -> list[str]:
     """The trainer's command line: the user's overrides, then where things lie on the instance, whatever the overrides say."""
-    places = ["platform=ec2", f"name='{spec.run}'", f"platform.run_dir=/opt/dlami/nvme/runs/{spec.run}"]
+    places = [
+        "platform=ec2",
+        f"name='{spec.run}'",
+        f"platform.run_dir=/opt/dlami/nvme/runs/{spec.run}",
+    ]
     places += ["platform.checkpoints=null", "platform.package=null"]
     return [*spec.overrides, *places, *([f"data.root={spec.data_root}"] if spec.data_root else [])]
 
@@ -72,9 +80,24 @@ def run_instances(spec: Spec, image_id: str, user_data: str) -> Request:
     """The request for one instance. The same attempt with the same content has the same ClientToken, so it can't start twice."""
     target = spec.target
     assert isinstance(target, Ec2Target)
-    tags = [{"Key": key, "Value": value} for key, value in ({"Name": spec.job_name} | spec.tags | {"attempt": str(spec.attempt)}).items()]
-    tagged = ["instance", "volume", "network-interface", *(["spot-instances-request"] if target.spot else [])]
-    root = {"VolumeSize": target.disk_gb, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
+    tags = [
+        {"Key": key, "Value": value}
+        for key, value in (
+            {"Name": spec.job_name} | spec.tags | {"attempt": str(spec.attempt)}
+        ).items()
+    ]
+    tagged = [
+        "instance",
+        "volume",
+        "network-interface",
+        *(["spot-instances-request"] if target.spot else []),
+    ]
+    root = {
+        "VolumeSize": target.disk_gb,
+        "VolumeType": "gp3",
+        "Encrypted": True,
+        "DeleteOnTermination": True,
+    }
     parameters: dict[str, Any] = {
         "ImageId": image_id,
         "InstanceType": target.instance_type,
@@ -83,7 +106,11 @@ def run_instances(spec: Spec, image_id: str, user_data: str) -> Request:
         "UserData": user_data,
         "IamInstanceProfile": {"Name": f"{spec.project}-ec2"},
         "InstanceInitiatedShutdownBehavior": "terminate",
-        "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
+        "MetadataOptions": {
+            "HttpTokens": "required",
+            "HttpPutResponseHopLimit": 1,
+            "HttpEndpoint": "enabled",
+        },
         "BlockDeviceMappings": [{"DeviceName": ROOT_DEVICE, "Ebs": root}],
         "TagSpecifications": [{"ResourceType": resource, "Tags": tags} for resource in tagged],
     }
@@ -92,7 +119,14 @@ def run_instances(spec: Spec, image_id: str, user_data: str) -> Request:
     if target.spot:
         parameters["InstanceMarketOptions"] = {
             "MarketType": "spot",
-            "SpotOptions": {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"},
+            "SpotOptions": {
+                "SpotInstanceType": "one-time",
+                "InstanceInterruptionBehavior": "terminate",
+            },
         }
     content = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
-    return Request("ec2", "RunInstances", parameters | {"ClientToken": f"{spec.run}-{spec.attempt}-{content[:8]}"})
+    return Request(
+        "ec2",
+        "RunInstances",
+        parameters | {"ClientToken": f"{spec.run}-{spec.attempt}-{content[:8]}"},
+    )

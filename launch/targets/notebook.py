@@ -12,9 +12,14 @@ PLATFORM = "notebook-al2023-v1"  # Amazon Linux 2023
 def lifecycle_config(spec: Spec) -> Request:
     """The scripts that SageMaker runs as root when the notebook is made, and whenever it starts."""
     scripts = {"OnCreate": on_create(spec), "OnStart": on_start(spec)}
-    contents = {when: [{"Content": base64.b64encode(script.encode()).decode()}] for when, script in scripts.items()}
+    contents = {
+        when: [{"Content": base64.b64encode(script.encode()).decode()}]
+        for when, script in scripts.items()
+    }
     return Request(
-        "sagemaker", "CreateNotebookInstanceLifecycleConfig", {"NotebookInstanceLifecycleConfigName": spec.job_name, **contents, "Tags": _tags(spec)}
+        "sagemaker",
+        "CreateNotebookInstanceLifecycleConfig",
+        {"NotebookInstanceLifecycleConfigName": spec.job_name, **contents, "Tags": _tags(spec)},
     )
 
 
@@ -50,7 +55,13 @@ def on_create(spec: Spec) -> str:
 def on_start(spec: Spec) -> str:
     """Arms the auto-stop and sets the project up."""
     idle_minutes = _target(spec).idle_minutes
-    script = fill("notebook_start.sh", directory=spec.project, region=spec.region, name=spec.job_name, idle_minutes=idle_minutes)
+    script = fill(
+        "notebook_start.sh",
+        directory=spec.project,
+        region=spec.region,
+        name=spec.job_name,
+        idle_minutes=idle_minutes,
+    )
     return script.replace("@IDLE@\n", (FOLDER / "notebook_idle.py").read_text(encoding="utf-8"))
 
 

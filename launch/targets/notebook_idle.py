@@ -21,12 +21,22 @@ def last_active(jupyter: str, note: Path) -> float:
     if any(kernel["execution_state"] == "busy" for kernel in kernels):
         return time.time()
     before = float(note.read_text()) if note.exists() else time.time()
-    return max([before, *(datetime.fromisoformat(each["last_activity"].replace("Z", "+00:00")).timestamp() for each in kernels + terminals)])
+    return max(
+        [
+            before,
+            *(
+                datetime.fromisoformat(each["last_activity"].replace("Z", "+00:00")).timestamp()
+                for each in kernels + terminals
+            ),
+        ]
+    )
 
 
 def ask(address: str) -> list[dict[str, Any]]:
     """Raises OSError where Jupyter doesn't answer; nothing is stopped then."""
-    trusting = ssl.create_default_context()  # Jupyter's certificate is its own, and the way to it doesn't leave this machine
+    trusting = (
+        ssl.create_default_context()
+    )  # Jupyter's certificate is its own, and the way to it doesn't leave this machine
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
     with urllib.request.urlopen(address, timeout=10, context=trusting) as answer:
         found: list[dict[str, Any]] = json.load(answer)
@@ -39,7 +49,10 @@ def main(jupyter: str, note: str, name: str, minutes: str) -> None:
     idle = (time.time() - active) / 60
     print(f"idle for {idle:.0f} of {minutes} minutes")
     if idle >= float(minutes):
-        subprocess.run(["aws", "sagemaker", "stop-notebook-instance", "--notebook-instance-name", name], check=True)
+        subprocess.run(
+            ["aws", "sagemaker", "stop-notebook-instance", "--notebook-instance-name", name],
+            check=True,
+        )
 
 
 if __name__ == "__main__":

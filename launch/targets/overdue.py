@@ -24,7 +24,9 @@ def machines(aws: Aws) -> Iterator[tuple[Attempt, State]]:
         if noted is None:
             continue
         attempt = runs.loads(noted["Body"].read())
-        state = State(Phase.RUNNING, "running", found["LaunchTime"], None, running, id=found["InstanceId"])
+        state = State(
+            Phase.RUNNING, "running", found["LaunchTime"], None, running, id=found["InstanceId"]
+        )
         if runs.overdue(attempt, state):
             yield attempt, state
 
@@ -34,7 +36,9 @@ def line(attempt: Attempt, state: State) -> str:
     spent = dollars(attempt, state)
     cost = "price unknown" if spent is None else f"${spent:.2f} so far"
     late = runs.overdue(attempt, state)
-    return f"run {attempt.run} on {state.id}, {late:.1f} h past its {attempt.hours:g} h limit, {cost}"
+    return (
+        f"run {attempt.run} on {state.id}, {late:.1f} h past its {attempt.hours:g} h limit, {cost}"
+    )
 
 
 def warn(aws: Aws, targets: Sequence[str]) -> None:
@@ -47,11 +51,19 @@ def warn(aws: Aws, targets: Sequence[str]) -> None:
     command = " ".join([python(), "-m launch status --end", *given])
     try:
         for attempt, state in machines(aws):
-            print(f"OVERDUE: {line(attempt, state)}; end it with: {command}", file=sys.stderr, flush=True)
+            print(
+                f"OVERDUE: {line(attempt, state)}; end it with: {command}",
+                file=sys.stderr,
+                flush=True,
+            )
     except AwsError as error:
         if not re.fullmatch(DENIED, error.code):
             raise
-        print(f"whether a machine is past its limit is not known: {error}", file=sys.stderr, flush=True)
+        print(
+            f"whether a machine is past its limit is not known: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def end(aws: Aws) -> int:

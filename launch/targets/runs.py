@@ -83,7 +83,9 @@ class State:
     detail: str = ""  # in AWS's words
     started: datetime | None = None
     ended: datetime | None = None
-    machine_seconds: float = 0.0  # so far, over all its machines; for SageMaker's ended jobs what it bills
+    machine_seconds: float = (
+        0.0  # so far, over all its machines; for SageMaker's ended jobs what it bills
+    )
     discounted: bool = False  # whether a spot discount is in machine_seconds already
     id: str | None = None
 
@@ -102,13 +104,24 @@ def loads(data: bytes) -> Attempt:
 def attempts(aws: Aws, run: str | None = None) -> list[Attempt]:
     """The attempts at a run in order, or at every run of the project. Raises AwsError."""
     keys = s3.listing(aws, f"runs/{run}/attempts/" if run else "runs/")
-    found = [s3.read(aws, item.key) for item in keys.values() if re.fullmatch(r"runs/[^/]+/attempts/\d+\.request\.json", item.key)]
-    return sorted((loads(entry[0]) for entry in found if entry is not None), key=lambda attempt: (attempt.run, attempt.number))
+    found = [
+        s3.read(aws, item.key)
+        for item in keys.values()
+        if re.fullmatch(r"runs/[^/]+/attempts/\d+\.request\.json", item.key)
+    ]
+    return sorted(
+        (loads(entry[0]) for entry in found if entry is not None),
+        key=lambda attempt: (attempt.run, attempt.number),
+    )
 
 
 def latest(aws: Aws, run: str) -> Attempt | None:
     """The newest attempt at a run, None where there was none. Raises AwsError."""
-    numbers = [int(found[1]) for name in s3.listing(aws, f"runs/{run}/attempts/") if (found := re.fullmatch(r"(\d+)\.request\.json", name))]
+    numbers = [
+        int(found[1])
+        for name in s3.listing(aws, f"runs/{run}/attempts/")
+        if (found := re.fullmatch(r"(\d+)\.request\.json", name))
+    ]
     entry = s3.read(aws, attempt_key(run, max(numbers), "request.json")) if numbers else None
     return None if entry is None else loads(entry[0])
 
@@ -118,11 +131,19 @@ def choose(aws: Aws, arguments: Sequence[str]) -> Attempt:
     names = [argument for argument in arguments if "=" not in argument]
     targets, overrides = split_overrides([argument for argument in arguments if "=" in argument])
     if len(names) > 1 or (names and overrides):
-        raise UserError(f"{' '.join(arguments)}: more than one run; give the id of one run, or the overrides it was submitted with")
-    if not names and not overrides and not any(override.startswith("target=") for override in targets):
+        raise UserError(
+            f"{' '.join(arguments)}: more than one run; give the id of one run, or the overrides it was submitted with"
+        )
+    if (
+        not names
+        and not overrides
+        and not any(override.startswith("target=") for override in targets)
+    ):
         every = attempts(aws)
         if not every:
-            raise UserError(f"s3://{aws.bucket}/runs: no run was ever submitted; begin with: python -m launch plan")
+            raise UserError(
+                f"s3://{aws.bucket}/runs: no run was ever submitted; begin with: python -m launch plan"
+            )
         return max(every, key=lambda attempt: attempt.noted)
     if names:
         run = names[0]
@@ -132,7 +153,9 @@ def choose(aws: Aws, arguments: Sequence[str]) -> Attempt:
         run = run_id(target, config, data, overrides)
     found = latest(aws, run)
     if found is None:
-        raise UserError(f"{run}: there is no such run in s3://{aws.bucket}/runs; python -m launch status lists them")
+        raise UserError(
+            f"{run}: there is no such run in s3://{aws.bucket}/runs; python -m launch status lists them"
+        )
     return found
 
 
@@ -157,8 +180,15 @@ def now() -> datetime:
 
 def instances(aws: Aws, *filters: tuple[str, str]) -> list[dict[str, Any]]:
     """This project's EC2 instances, as EC2 describes them, newest first."""
-    wanted = [{"Name": name, "Values": [value]} for name, value in (("tag:project", aws.project), *filters)]
-    found = [each for group in aws.pages("ec2", "DescribeInstances", "Reservations", Filters=wanted) for each in group["Instances"]]
+    wanted = [
+        {"Name": name, "Values": [value]}
+        for name, value in (("tag:project", aws.project), *filters)
+    ]
+    found = [
+        each
+        for group in aws.pages("ec2", "DescribeInstances", "Reservations", Filters=wanted)
+        for each in group["Instances"]
+    ]
     return sorted(found, key=lambda each: each["LaunchTime"], reverse=True)
 
 
@@ -187,7 +217,9 @@ def _observe_ec2(aws: Aws, attempt: Attempt) -> State:
     if found is None and attempt.id is None:
         return _unseen(attempt, attempt.since)
     if found is None:
-        wrote = s3.read(aws, f"runs/{attempt.run}/log.txt")  # once a minute: the best guess at the end
+        wrote = s3.read(
+            aws, f"runs/{attempt.run}/log.txt"
+        )  # once a minute: the best guess at the end
         ended = max(wrote[1], started) if wrote else None
         if now() - (ended or attempt.since) < YOUNG:
             return _unseen(attempt, ended or attempt.since)
@@ -267,13 +299,23 @@ def _observe_training(aws: Aws, attempt: Attempt) -> State:
 
 
 def _observe_tuning(aws: Aws, attempt: Attempt) -> State:
-    found = aws.find("sagemaker", "DescribeHyperParameterTuningJob", NOT_FOUND, HyperParameterTuningJobName=attempt.job)
+    found = aws.find(
+        "sagemaker",
+        "DescribeHyperParameterTuningJob",
+        NOT_FOUND,
+        HyperParameterTuningJobName=attempt.job,
+    )
     if found is None:
         return _unseen(attempt, attempt.since)
     trials = trial_jobs(aws, attempt)
-    seconds = sum(_seconds(trial.get("TrainingStartTime"), trial.get("TrainingEndTime") or now()) for trial in trials)
+    seconds = sum(
+        _seconds(trial.get("TrainingStartTime"), trial.get("TrainingEndTime") or now())
+        for trial in trials
+    )
     counts = found.get("TrainingJobStatusCounters", {})
-    detail = found.get("FailureReason") or ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    detail = found.get("FailureReason") or ", ".join(
+        f"{count} {name}" for name, count in counts.items() if count
+    )
     return State(
         _phase(found["HyperParameterTuningJobStatus"]),
         detail,
@@ -296,19 +338,36 @@ def trial_jobs(aws: Aws, attempt: Attempt) -> list[dict[str, Any]]:
 
 
 def _observe_notebook(aws: Aws, attempt: Attempt) -> State:
-    found = aws.find("sagemaker", "DescribeNotebookInstance", NOT_FOUND, NotebookInstanceName=attempt.job)
+    found = aws.find(
+        "sagemaker", "DescribeNotebookInstance", NOT_FOUND, NotebookInstanceName=attempt.job
+    )
     if found is None:
         return _unseen(attempt, attempt.since)
     status = found["NotebookInstanceStatus"]
-    phase = Phase.STOPPED if status in ("Stopped", "Stopping") else Phase.FAILED if status == "Failed" else Phase.RUNNING
+    phase = (
+        Phase.STOPPED
+        if status in ("Stopped", "Stopping")
+        else Phase.FAILED
+        if status == "Failed"
+        else Phase.RUNNING
+    )
     started = found.get("LastModifiedTime")  # it changes when a notebook is started or stopped
     seconds = _seconds(started, now()) if phase is Phase.RUNNING else 0.0
-    return State(phase, found.get("FailureReason") or status, started, None, seconds, id=found["NotebookInstanceArn"])
+    return State(
+        phase,
+        found.get("FailureReason") or status,
+        started,
+        None,
+        seconds,
+        id=found["NotebookInstanceArn"],
+    )
 
 
 def _phase(status: str) -> Phase:
     """Of a SageMaker job's status."""
-    return {"Completed": Phase.COMPLETE, "Stopped": Phase.STOPPED, "Failed": Phase.FAILED}.get(status, Phase.RUNNING)
+    return {"Completed": Phase.COMPLETE, "Stopped": Phase.STOPPED, "Failed": Phase.FAILED}.get(
+        status, Phase.RUNNING
+    )
 
 
 def overdue(attempt: Attempt, state: State) -> float:

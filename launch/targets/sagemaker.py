@@ -71,7 +71,10 @@ def training_job(spec: Spec) -> Request:
         **_definition(spec, target),
         "Tags": _tags(spec),
     }
-    parameters["AlgorithmSpecification"] |= {"ContainerEntrypoint": ENTRYPOINT, "ContainerArguments": [ON_STOP]}
+    parameters["AlgorithmSpecification"] |= {
+        "ContainerEntrypoint": ENTRYPOINT,
+        "ContainerArguments": [ON_STOP],
+    }
     return Request("sagemaker", "CreateTrainingJob", parameters)
 
 
@@ -83,30 +86,47 @@ def tuning_job(spec: Spec) -> Request:
     """
     target = _target(spec)
     if target.instances > 1:
-        raise UserError(f"target.instances={target.instances}: a trial of the tuner trains on one machine; allowed: target.instances=1")
+        raise UserError(
+            f"target.instances={target.instances}: a trial of the tuner trains on one machine; allowed: target.instances=1"
+        )
     fixed, swept = space.split(spec.overrides)
     sweep = space.load(spec.config, swept, fixed)
     places = ["platform=sagemaker", *([f"data.root={spec.data_root}"] if spec.data_root else [])]
     with explained(settings.keys()):
         check_options(sweep, [*fixed, *places], swept)
     tuned = {parameter.key for parameter in sweep.space}
-    static = codec.encode(override for override in _settings(fixed) if override.partition("=")[0].lstrip("+") not in tuned)
+    static = codec.encode(
+        override
+        for override in _settings(fixed)
+        if override.partition("=")[0].lstrip("+") not in tuned
+    )
     grid = sweep.engine == "grid"
     ranges = parameter_ranges(sweep)
     # A grid has as many trials as it has points, and AWS takes no other number.
-    points = math.prod(len(entry["Values"]) for entry in ranges.get("CategoricalParameterRanges", []))
+    points = math.prod(
+        len(entry["Values"]) for entry in ranges.get("CategoricalParameterRanges", [])
+    )
     trials = points if grid else sweep.trials
     parameters: dict[str, Any] = {
         "HyperParameterTuningJobName": spec.job_name,
         "HyperParameterTuningJobConfig": {
             "Strategy": "Grid" if grid else {"tpe": "Bayesian", "random": "Random"}[sweep.sampler],
-            "HyperParameterTuningJobObjective": {"Type": "Minimize" if sweep.minimize else "Maximize", "MetricName": sweep.objective},
-            "ResourceLimits": {"MaxNumberOfTrainingJobs": trials, "MaxParallelTrainingJobs": min(sweep.parallel, trials)},
+            "HyperParameterTuningJobObjective": {
+                "Type": "Minimize" if sweep.minimize else "Maximize",
+                "MetricName": sweep.objective,
+            },
+            "ResourceLimits": {
+                "MaxNumberOfTrainingJobs": trials,
+                "MaxParallelTrainingJobs": min(sweep.parallel, trials),
+            },
             "ParameterRanges": ranges,
             "TrainingJobEarlyStoppingType": "Off" if grid or sweep.pruner == "none" else "Auto",
             "RandomSeed": sweep.seed,
         },
-        "TrainingJobDefinition": {"StaticHyperParameters": static | _start(spec, target), **_definition(spec, target)},
+        "TrainingJobDefinition": {
+            "StaticHyperParameters": static | _start(spec, target),
+            **_definition(spec, target),
+        },
         "Tags": _tags(spec),
     }
     return Request("sagemaker", "CreateHyperParameterTuningJob", parameters)
@@ -117,12 +137,27 @@ def parameter_ranges(sweep: space.Sweep) -> dict[str, Any]:
     ranges: dict[str, list[dict[str, Any]]] = {}
     for parameter in sweep.space:
         if isinstance(parameter, space.Categorical) or sweep.engine == "grid":
-            texts = [space.override(parameter.key, choice).partition("=")[2] for choice in space.grid(parameter, sweep.points)]
-            ranges.setdefault("CategoricalParameterRanges", []).append({"Name": parameter.key, "Values": [codec.encode_value(text) for text in texts]})
+            texts = [
+                space.override(parameter.key, choice).partition("=")[2]
+                for choice in space.grid(parameter, sweep.points)
+            ]
+            ranges.setdefault("CategoricalParameterRanges", []).append(
+                {"Name": parameter.key, "Values": [codec.encode_value(text) for text in texts]}
+            )
         else:
-            kind = "ContinuousParameterRanges" if isinstance(parameter, space.Continuous) else "IntegerParameterRanges"
+            kind = (
+                "ContinuousParameterRanges"
+                if isinstance(parameter, space.Continuous)
+                else "IntegerParameterRanges"
+            )
             bounds = {"MinValue": str(parameter.low), "MaxValue": str(parameter.high)}
-            ranges.setdefault(kind, []).append({"Name": parameter.key, **bounds, "ScalingType": "Logarithmic" if parameter.log else "Linear"})
+            ranges.setdefault(kind, []).append(
+                {
+                    "Name": parameter.key,
+                    **bounds,
+                    "ScalingType": "Logarithmic" if parameter.log else "Linear",
+                }
+            )
     return ranges
 
 
@@ -131,7 +166,9 @@ def image(target: SageMakerTarget, region: str) -> str:
     if target.image is not None:
         return target.image
     if region not in REGISTRIES:
-        raise UserError(f"region {region}: the registry of AWS's PyTorch images is not known there; give one of them as target.image=URI")
+        raise UserError(
+            f"region {region}: the registry of AWS's PyTorch images is not known there; give one of them as target.image=URI"
+        )
     suffix = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
     return f"{REGISTRIES[region]}.dkr.ecr.{region}.{suffix}/pytorch:{PYTORCH}-{CUDA if has_gpu(target.instance_type) else 'cpu'}-amzn2023-sagemaker"
 
@@ -139,7 +176,9 @@ def image(target: SageMakerTarget, region: str) -> str:
 def check_settings(config: Config, target: SageMakerTarget) -> None:
     """Raises UserError for settings that are right by themselves but not for a job on this target."""
     if config.train.device == "cuda" and not has_gpu(target.instance_type):
-        raise UserError(f"train.device=cuda: {target.instance_type} has no GPU; give target.instance_type=ml.g4dn.xlarge, or train.device=auto")
+        raise UserError(
+            f"train.device=cuda: {target.instance_type} has no GPU; give target.instance_type=ml.g4dn.xlarge, or train.device=auto"
+        )
     alone = config.train.processes == 1 and target.instances == 1
     started = target.instances * GPUS.get(target.instance_type.removeprefix("ml."), 1)
     if config.train.processes not in (None, started) and not alone:
@@ -150,9 +189,13 @@ def check_settings(config: Config, target: SageMakerTarget) -> None:
     for key in ("run_dir", "runs", "checkpoints", "package"):
         place = getattr(config.platform, key)
         if place is not None and not place.startswith("/opt/ml/"):
-            raise UserError(f"platform.{key}={place}: what lies outside /opt/ml is lost when the job ends; leave platform.* to platform=sagemaker")
+            raise UserError(
+                f"platform.{key}={place}: what lies outside /opt/ml is lost when the job ends; leave platform.* to platform=sagemaker"
+            )
     if config.platform.checkpoints != CHECKPOINTS:
-        raise UserError(f"platform.checkpoints={config.platform.checkpoints}: SageMaker keeps {CHECKPOINTS} only; leave platform.* to platform=sagemaker")
+        raise UserError(
+            f"platform.checkpoints={config.platform.checkpoints}: SageMaker keeps {CHECKPOINTS} only; leave platform.* to platform=sagemaker"
+        )
 
 
 def _target(spec: Spec) -> SageMakerTarget:
@@ -168,11 +211,17 @@ def _settings(overrides: tuple[str, ...] | list[str]) -> list[str]:
 
 def _start(spec: Spec, target: SageMakerTarget) -> dict[str, str]:
     """The toolkit's own hyperparameters, JSON like all others: what to run, and by torchrun where there are several machines or GPUs."""
-    start = {"sagemaker_program": source.ENTRY_POINT, "sagemaker_submit_directory": spec.uri("source", f"{spec.source}.tar.gz")}
+    start = {
+        "sagemaker_program": source.ENTRY_POINT,
+        "sagemaker_submit_directory": spec.uri("source", f"{spec.source}.tar.gz"),
+    }
     start |= {"sagemaker_region": spec.region}
     texts = {key: codec.encode_value(text) for key, text in start.items()}
     if target.instances > 1 or processes(target.instance_type, spec.config) > 1:
-        texts |= {"sagemaker_torch_distributed_enabled": "true", "sagemaker_instance_type": codec.encode_value(target.instance_type)}
+        texts |= {
+            "sagemaker_torch_distributed_enabled": "true",
+            "sagemaker_instance_type": codec.encode_value(target.instance_type),
+        }
         texts |= {"sagemaker_distribution_instance_groups": '["homogeneousCluster"]'}
     return texts
 
@@ -182,7 +231,13 @@ def _definition(spec: Spec, target: SageMakerTarget) -> dict[str, Any]:
     seconds = round(3600 * target.hours)
     channel = {
         "ChannelName": CHANNEL,
-        "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": spec.uri("data", f"{spec.data}/"), "S3DataDistributionType": "FullyReplicated"}},
+        "DataSource": {
+            "S3DataSource": {
+                "S3DataType": "S3Prefix",
+                "S3Uri": spec.uri("data", f"{spec.data}/"),
+                "S3DataDistributionType": "FullyReplicated",
+            }
+        },
         "InputMode": "File",
     }
     return {
@@ -194,15 +249,25 @@ def _definition(spec: Spec, target: SageMakerTarget) -> dict[str, Any]:
         "RoleArn": spec.role("training"),
         **({"InputDataConfig": [channel]} if spec.data is not None else {}),
         "OutputDataConfig": {"S3OutputPath": spec.uri("runs", spec.run, "output")},
-        "ResourceConfig": {"InstanceType": target.instance_type, "InstanceCount": target.instances, "VolumeSizeInGB": target.disk_gb},
+        "ResourceConfig": {
+            "InstanceType": target.instance_type,
+            "InstanceCount": target.instances,
+            "VolumeSizeInGB": target.disk_gb,
+        },
         "StoppingCondition": {
             "MaxRuntimeInSeconds": seconds,
             **({"MaxWaitTimeInSeconds": round(3600 * target.wait_hours)} if target.spot else {}),
         },
         "EnableManagedSpotTraining": target.spot,
-        "CheckpointConfig": {"S3Uri": spec.uri("runs", spec.run, "checkpoints"), "LocalPath": CHECKPOINTS},
+        "CheckpointConfig": {
+            "S3Uri": spec.uri("runs", spec.run, "checkpoints"),
+            "LocalPath": CHECKPOINTS,
+        },
         "RetryStrategy": {"MaximumRetryAttempts": target.retries},
-        "Environment": {"PYTHONUNBUFFERED": "1", **({"PACKHORSE_REVISION": spec.revision} if spec.revision else {})},
+        "Environment": {
+            "PYTHONUNBUFFERED": "1",
+            **({"PACKHORSE_REVISION": spec.revision} if spec.revision else {}),
+        },
     }
 
 

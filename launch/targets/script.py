@@ -9,7 +9,11 @@ FOLDER = Path(__file__).parent
 
 def fill(template: str, **settings: str | int | Sequence[str]) -> str:
     """The script `template` with `settings` as variables of bash; a sequence becomes an array."""
-    return (FOLDER / template).read_text(encoding="utf-8").replace("@SETTINGS@", "\n".join(_assign(*item) for item in settings.items()))
+    return (
+        (FOLDER / template)
+        .read_text(encoding="utf-8")
+        .replace("@SETTINGS@", "\n".join(_assign(*item) for item in settings.items()))
+    )
 
 
 def _assign(name: str, value: str | int | Sequence[str]) -> str:

@@ -91,7 +91,9 @@ class Spec:
     run: str  # the run's id: RUN characters of [a-zA-Z0-9-] at most
     account: str
     region: str
-    data: str | None  # the pictures are data/THIS/ in the bucket (pictures_name); None: those that the trainer writes itself
+    data: (
+        str | None
+    )  # the pictures are data/THIS/ in the bucket (pictures_name); None: those that the trainer writes itself
     source: str  # SHA-256 (hex) of the source tarball
     revision: str | None  # of git
     attempt: int = 1
@@ -108,7 +110,9 @@ class Spec:
     def job_name(self) -> str:
         """The name in AWS of this attempt at the run. A name is used once in an account, for ever, so each attempt has its own."""
         limit = TUNING_JOB_NAME if isinstance(self.target, TunerTarget) else JOB_NAME
-        return f"{fit(f'{self.project}-{self.run}', limit - len(f'-{self.attempt}'))}-{self.attempt}"
+        return (
+            f"{fit(f'{self.project}-{self.run}', limit - len(f'-{self.attempt}'))}-{self.attempt}"
+        )
 
     @property
     def tags(self) -> dict[str, str]:
@@ -128,7 +132,11 @@ class Spec:
 
 
 def job_data_root(target: TargetConfig, data: str) -> str:
-    return f"/opt/dlami/nvme/data/{data}" if isinstance(target, Ec2Target) else "/opt/ml/input/data/training"
+    return (
+        f"/opt/dlami/nvme/data/{data}"
+        if isinstance(target, Ec2Target)
+        else "/opt/ml/input/data/training"
+    )
 
 
 def fit(name: str, limit: int) -> str:
@@ -136,7 +144,9 @@ def fit(name: str, limit: int) -> str:
     plain = re.sub(r"[^a-zA-Z0-9]+", "-", name).strip("-")
     if plain == name and len(plain) <= limit:
         return plain
-    return f"{plain[: limit - 9].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
+    return f"{plain[: limit - 9].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip(
+        "-"
+    )
 
 
 # --- composing ---
@@ -144,13 +154,20 @@ def fit(name: str, limit: int) -> str:
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """The overrides of the target (target=..., target.KEY=...), and those of the trainer."""
-    ours = [argument for argument in arguments if argument.lstrip("+~").split("=", 1)[0].split(".", 1)[0] == "target"]
+    ours = [
+        argument
+        for argument in arguments
+        if argument.lstrip("+~").split("=", 1)[0].split(".", 1)[0] == "target"
+    ]
     return ours, tuple(argument for argument in arguments if argument not in ours)
 
 
 def load_target(overrides: Sequence[str]) -> TargetConfig:
     """The typed settings of conf/launch.yaml. Raises UserError naming the key, the value and what is allowed."""
-    name = next((override.split("=", 1)[1] for override in overrides if override.startswith("target=")), "ec2")
+    name = next(
+        (override.split("=", 1)[1] for override in overrides if override.startswith("target=")),
+        "ec2",
+    )
     kind = KINDS.get(name, TargetConfig)
     with explained(settings.keys(kind, "target.")):
         check(overrides, settings.keys(kind, "target."), {"target": list(KINDS)})
@@ -162,7 +179,9 @@ def load_target(overrides: Sequence[str]) -> TargetConfig:
     for key, value, limits in settings.walk(target, "target."):
         settings.check(key, value, limits)
     if not re.fullmatch(r"[a-z][a-z0-9-]{1,18}[a-z0-9]", target.project):
-        raise UserError(f"target.project={target.project} is not allowed; allowed: 3 to 20 lower-case letters, digits and -, beginning with a letter")
+        raise UserError(
+            f"target.project={target.project} is not allowed; allowed: 3 to 20 lower-case letters, digits and -, beginning with a letter"
+        )
     if isinstance(target, SageMakerTarget) and target.spot and target.wait_hours < target.hours:
         raise UserError(
             f"target.wait_hours={target.wait_hours:g} is less than target.hours={target.hours:g}: it counts training and waiting together; "
@@ -177,7 +196,9 @@ def aws_of(overrides: Sequence[str]) -> Aws:
     return Aws(target.project, target.region)
 
 
-def load_config(target: TargetConfig, overrides: Sequence[str], data: Path | None = None) -> tuple[Config, str | None]:
+def load_config(
+    target: TargetConfig, overrides: Sequence[str], data: Path | None = None
+) -> tuple[Config, str | None]:
     """The trainer's settings as the job will have them, and the name of the pictures in the bucket, None where the job writes them itself.
 
     data: the folder to upload, where one is given. Raises UserError.
@@ -185,13 +206,19 @@ def load_config(target: TargetConfig, overrides: Sequence[str], data: Path | Non
     composed = resolved(target, overrides, data).composed
     if composed.data.source != "folder":
         if data is not None:
-            raise UserError(f"--data {data}: these pictures would not be used, since data={composed.data.source}; give data=folder")
+            raise UserError(
+                f"--data {data}: these pictures would not be used, since data={composed.data.source}; give data=folder"
+            )
         return settings.load(composed), None
     if data is None and OmegaConf.is_missing(composed.data, "root"):
-        raise UserError("data.root has no value: give --data DIR to upload a folder of pictures, or data.root=NAME of one that is in the bucket")
+        raise UserError(
+            "data.root has no value: give --data DIR to upload a folder of pictures, or data.root=NAME of one that is in the bucket"
+        )
     for split in ("train", "valid", "test"):
         if composed.data[split] is not None:
-            raise UserError(f"data.{split}={composed.data[split]}: a job finds its pictures in one folder; allowed: train, valid and test in --data DIR")
+            raise UserError(
+                f"data.{split}={composed.data[split]}: a job finds its pictures in one folder; allowed: train, valid and test in --data DIR"
+            )
     name = fit(Path(composed.data.root).name, RUN) if data is None else pictures_name(data)
     composed.data.root = job_data_root(target, name)
     return settings.load(composed), name
@@ -207,7 +234,10 @@ def resolved(target: TargetConfig, overrides: Sequence[str], data: Path | None =
             # A tuning job's ranges are its search space: the settings are those of its first trial.
             fixed, swept = space.split(overrides)
             words = [*fixed, *space.firsts(swept)]
-        places = [f"platform={platform}", *([space.override("data.root", str(data))] if data else [])]
+        places = [
+            f"platform={platform}",
+            *([space.override("data.root", str(data))] if data else []),
+        ]
         return resolve([*words, *places])
 
 
@@ -223,7 +253,10 @@ def run_id(target: TargetConfig, config: Config, data: str | None, overrides: Se
     if config.name is not None:
         return fit(config.name, RUN)
     # A path of no machine: the name must not depend on where a folder lies on this one.
-    placed = dataclasses.replace(config, data=dataclasses.replace(config.data, root=f"/{target.name}/{data or config.data.source}"))
+    placed = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, root=f"/{target.name}/{data or config.data.source}"),
+    )
     name = settings.run_name(placed)
     if isinstance(target, TunerTarget):
         name = f"{name}-{hashlib.sha256(repr(sorted(overrides)).encode()).hexdigest()[:8]}"

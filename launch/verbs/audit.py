@@ -20,21 +20,54 @@ FOUND = 3  # exit code: there are findings at or above --fail-on, or something c
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch audit", description="Finds what is open, too powerful or idle. Reads settings; changes nothing.")
-    parser.add_argument("overrides", nargs="*", metavar="target.KEY=VALUE", help="target.region=REGION, where it is not the usual one")
-    parser.add_argument("--all", action="store_true", help="the whole account, not only what belongs to machine learning")
-    parser.add_argument("--idle-days", type=float, default=3, metavar="N", help="idle is what did nothing for so many days (default: 3)")
-    parser.add_argument("--fail-on", choices=[str(level) for level in Severity], default="medium", help=f"findings from here on end with exit code {FOUND}")
-    parser.add_argument("--json", action="store_true", help="the findings as JSON on standard output")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write them as one HTML page")
-    parser.add_argument("--policy", action="store_true", help="print the policy that the audit itself needs, and call nothing")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch audit",
+        description="Finds what is open, too powerful or idle. Reads settings; changes nothing.",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="target.KEY=VALUE",
+        help="target.region=REGION, where it is not the usual one",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="the whole account, not only what belongs to machine learning",
+    )
+    parser.add_argument(
+        "--idle-days",
+        type=float,
+        default=3,
+        metavar="N",
+        help="idle is what did nothing for so many days (default: 3)",
+    )
+    parser.add_argument(
+        "--fail-on",
+        choices=[str(level) for level in Severity],
+        default="medium",
+        help=f"findings from here on end with exit code {FOUND}",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the findings as JSON on standard output"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write them as one HTML page"
+    )
+    parser.add_argument(
+        "--policy",
+        action="store_true",
+        help="print the policy that the audit itself needs, and call nothing",
+    )
     options = parser.parse_args(argv)
     if options.policy:
         print(json.dumps(needed_policy(), indent=2))
         return OK
     ours, others = split_overrides(options.overrides)
     if others:
-        raise UserError(f"audit {others[0]}: a job's settings have no meaning here; allowed: target.region=REGION and the options that --help lists")
+        raise UserError(
+            f"audit {others[0]}: a job's settings have no meaning here; allowed: target.region=REGION and the options that --help lists"
+        )
     identities.load_rule_sets()
     account = read(aws_of(ours), options.idle_days, options.all)
     findings = judge(account)
@@ -47,4 +80,6 @@ def main(argv: Sequence[str]) -> int:
         if not options.json:
             log.info("report %s", options.html)
     failing = Severity[options.fail_on.upper()]
-    return FOUND if account.unread or any(finding.severity >= failing for finding in findings) else OK
+    return (
+        FOUND if account.unread or any(finding.severity >= failing for finding in findings) else OK
+    )

@@ -36,16 +36,28 @@ def down(aws: Aws, every: float) -> int:
         delete_stack(aws, stack, every)
         failed += [] if _stack_gone(aws, ours, every) else [ours]
     for name in failed:
-        log.error("%s: CloudFormation could not delete it; its events in the console say why; then start down again", name)
+        log.error(
+            "%s: CloudFormation could not delete it; its events in the console say why; then start down again",
+            name,
+        )
     if not failed:
-        log.info("nothing of %s is left in account %s, %s, but for log streams", aws.project, aws.account, aws.region)
+        log.info(
+            "nothing of %s is left in account %s, %s, but for log streams",
+            aws.project,
+            aws.account,
+            aws.region,
+        )
     return FAULT if failed else OK
 
 
 def stacks(aws: Aws) -> list[str]:
     """This project's CloudFormation stacks: those with its tag."""
     found = aws.pages("cloudformation", "DescribeStacks", "Stacks")
-    return [stack["StackName"] for stack in found if aws.owns(stack.get("Tags", [])) and stack["StackStatus"] != "DELETE_COMPLETE"]
+    return [
+        stack["StackName"]
+        for stack in found
+        if aws.owns(stack.get("Tags", [])) and stack["StackStatus"] != "DELETE_COMPLETE"
+    ]
 
 
 def show(aws: Aws) -> None:
@@ -69,14 +81,26 @@ def show(aws: Aws) -> None:
         log.info("deletes   stack %s", name)
         for resource in stack_resources(aws, name):
             if resource.get("PhysicalResourceId") not in SHARED_GROUPS:
-                log.info("            %-26s %s", resource["ResourceType"], resource.get("PhysicalResourceId", resource["LogicalResourceId"]))
+                log.info(
+                    "            %-26s %s",
+                    resource["ResourceType"],
+                    resource.get("PhysicalResourceId", resource["LogicalResourceId"]),
+                )
     owns = ownership.owns_bucket(aws)
     if owns:
         count, size = s3.versions(aws)
-        log.info("deletes   every object of s3://%s, all models and pictures in it: %d versions, %.2f GB", aws.bucket, count, size / 1e9)
+        log.info(
+            "deletes   every object of s3://%s, all models and pictures in it: %d versions, %.2f GB",
+            aws.bucket,
+            count,
+            size / 1e9,
+        )
     elif owns is False:
         log.info("leaves    s3://%s: it has no tag project=%s", aws.bucket, aws.project)
-    log.info("leaves    what jobs have logged in %s: these log groups are the whole account's", " and ".join(SHARED_GROUPS))
+    log.info(
+        "leaves    what jobs have logged in %s: these log groups are the whole account's",
+        " and ".join(SHARED_GROUPS),
+    )
 
 
 def _stack_gone(aws: Aws, name: str, every: float) -> bool:
@@ -95,7 +119,12 @@ def _end_jobs(aws: Aws, kind: str, every: float) -> None:
     for name, status in jobs().items():
         if status == "InProgress":
             log.info("stopping %s", name)
-            aws.find("sagemaker", f"Stop{kind}", f"{NOT_FOUND}|ValidationException", **{f"{kind}Name": name})  # it may have ended meanwhile
+            aws.find(
+                "sagemaker",
+                f"Stop{kind}",
+                f"{NOT_FOUND}|ValidationException",
+                **{f"{kind}Name": name},
+            )  # it may have ended meanwhile
     _until(lambda: not {"InProgress", "Stopping"} & set(jobs().values()), every)
     for name in jobs():
         aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
@@ -108,7 +137,11 @@ def _machines(aws: Aws) -> list[dict[str, Any]]:
 def _volumes(aws: Aws) -> list[dict[str, Any]]:
     """Disks that are attached to nothing."""
     tagged = [{"Name": "tag:project", "Values": [aws.project]}]
-    return [each for each in aws.pages("ec2", "DescribeVolumes", "Volumes", Filters=tagged) if each["State"] == "available"]
+    return [
+        each
+        for each in aws.pages("ec2", "DescribeVolumes", "Volumes", Filters=tagged)
+        if each["State"] == "available"
+    ]
 
 
 def _end_instances(aws: Aws, every: float) -> None:
@@ -125,14 +158,20 @@ def _end_notebooks(aws: Aws, every: float) -> None:
     ours = {each["NotebookInstanceName"] for each in ownership.owned(aws, "NotebookInstance")}
 
     def notebooks() -> dict[str, str]:
-        found = {each["NotebookInstanceName"]: each["NotebookInstanceStatus"] for each in ownership.listed(aws, "NotebookInstance")}
+        found = {
+            each["NotebookInstanceName"]: each["NotebookInstanceStatus"]
+            for each in ownership.listed(aws, "NotebookInstance")
+        }
         return {name: status for name, status in found.items() if name in ours}
 
     for name, status in notebooks().items():
         if status in ("InService", "Pending", "Updating"):
             log.info("stopping %s", name)
             aws.call("sagemaker", "StopNotebookInstance", NotebookInstanceName=name)
-    _until(lambda: all(status in ("Stopped", "Failed", "Deleting") for status in notebooks().values()), every)
+    _until(
+        lambda: all(status in ("Stopped", "Failed", "Deleting") for status in notebooks().values()),
+        every,
+    )
     for name, status in notebooks().items():
         if status != "Deleting":
             log.info("deleting %s", name)
@@ -153,11 +192,19 @@ def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
     parser = argparse.ArgumentParser(prog="python -m launch down", description=__doc__)
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--every", type=float, default=5, metavar="SECONDS", help="how often to look whether things have ended (default 5)")
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=5,
+        metavar="SECONDS",
+        help="how often to look whether things have ended (default 5)",
+    )
     options = parser.parse_intermixed_args(rest)
     aws = aws_of(targets)
     show(aws)
-    if not confirmed(f"Delete all of {aws.project} in account {aws.account}, {aws.region}?", options.yes):
+    if not confirmed(
+        f"Delete all of {aws.project} in account {aws.account}, {aws.region}?", options.yes
+    ):
         log.info("nothing was changed")
         return OK
     return down(aws, options.every)

@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cloud.prices import FALLBACK, price
-from launch.targets.spec import SageMakerTarget, TargetConfig, load_config, load_target, split_overrides
+from launch.targets.spec import (
+    SageMakerTarget,
+    TargetConfig,
+    load_config,
+    load_target,
+    split_overrides,
+)
 from trainer.common.errors import OK, UserError
 from trainer.settings import config as settings
 from trainer.settings.config import Config
 
-REFERENCE = ("experiment=dog_breeds", "data.root=dogImages")  # the job that is reckoned with where none is given
+REFERENCE = (
+    "experiment=dog_breeds",
+    "data.root=dogImages",
+)  # the job that is reckoned with where none is given
 PICTURES = 6680  # its training pictures: 133 breeds
 DOCTOR = "doctor.json"  # in platform.cache of the local machine
 
@@ -36,9 +45,24 @@ class Machine:
 # vCPU, memory and GPU: AWS's tables of instance types.
 MACHINES = (
     Machine("g4dn.xlarge", 4, 16, "T4 16 GB", "one training run on EC2", "ec2"),
-    Machine("ml.g4dn.xlarge", 4, 16, "T4 16 GB", "a training job, and each trial of a search", "sagemaker"),
+    Machine(
+        "ml.g4dn.xlarge",
+        4,
+        16,
+        "T4 16 GB",
+        "a training job, and each trial of a search",
+        "sagemaker",
+    ),
     Machine("ml.m5.2xlarge", 8, 32, None, "the same without a GPU", "sagemaker"),
-    Machine("ml.m5.2xlarge", 8, 32, None, "a training job on several machines", "sagemaker_multi", count=4),
+    Machine(
+        "ml.m5.2xlarge",
+        8,
+        32,
+        None,
+        "a training job on several machines",
+        "sagemaker_multi",
+        count=4,
+    ),
     Machine("ml.t3.medium", 2, 4, None, "a notebook, from which jobs are started", "notebook"),
 )
 
@@ -107,7 +131,11 @@ def estimate(machine: Machine, config: Config, pictures: int) -> Estimate | None
         training, head = TRAINING_PASSES * forward, CORE_HEAD / machine.vcpus
     else:
         share = size / MEASURED_GMACS / machine.vcpus
-        training, forward, head = CORE_TRAINING * share, CORE_FORWARD * share, CORE_HEAD / machine.vcpus
+        training, forward, head = (
+            CORE_TRAINING * share,
+            CORE_FORWARD * share,
+            CORE_HEAD / machine.vcpus,
+        )
     speed = 1.0 if machine.count == 1 else machine.count * EFFICIENCY[config.model.freeze]
     if config.model.freeze == "none":
         return Estimate(0.0, pictures * training / speed)
@@ -117,11 +145,22 @@ def estimate(machine: Machine, config: Config, pictures: int) -> Estimate | None
     return Estimate(pictures * views * forward / speed, pictures * head)
 
 
-def measured(machine: Machine, config: Config, pictures: int, doctor: dict[str, object] | None) -> Estimate | None:
+def measured(
+    machine: Machine, config: Config, pictures: int, doctor: dict[str, object] | None
+) -> Estimate | None:
     """What doctor measured on this kind of machine with this network; None where it did not."""
-    if doctor is None or (doctor["machine"], doctor["model"], doctor["freeze"]) != (machine.name, config.model.name, config.model.freeze) or machine.count > 1:
+    if (
+        doctor is None
+        or (doctor["machine"], doctor["model"], doctor["freeze"])
+        != (machine.name, config.model.name, config.model.freeze)
+        or machine.count > 1
+    ):
         return None
-    return Estimate(float(str(doctor["once_seconds"])), pictures / float(str(doctor["images_per_second"])), str(doctor["date"]))
+    return Estimate(
+        float(str(doctor["once_seconds"])),
+        pictures / float(str(doctor["images_per_second"])),
+        str(doctor["date"]),
+    )
 
 
 def read_doctor(cache: Path) -> dict[str, object] | None:
@@ -132,12 +171,32 @@ def read_doctor(cache: Path) -> dict[str, object] | None:
         found: dict[str, object] = json.loads(path.read_text())
         return found
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: can't be read ({error}); run python -m trainer.doctor again, or delete it") from error
+        raise UserError(
+            f"{path}: can't be read ({error}); run python -m trainer.doctor again, or delete it"
+        ) from error
 
 
-def table(config: Config, pictures: int, region: str, chosen: TargetConfig | None, doctor: dict[str, object] | None) -> list[str]:
+def table(
+    config: Config,
+    pictures: int,
+    region: str,
+    chosen: TargetConfig | None,
+    doctor: dict[str, object] | None,
+) -> list[str]:
     """A row for each machine. chosen: the target whose machine is marked."""
-    head = ("", "machine", "vCPU", "GiB", "GPU", "$ an hour", "before", "epoch", "$ an epoch", "$ the run", "for")
+    head = (
+        "",
+        "machine",
+        "vCPU",
+        "GiB",
+        "GPU",
+        "$ an hour",
+        "before",
+        "epoch",
+        "$ an epoch",
+        "$ the run",
+        "for",
+    )
     rows = [head]
     for machine in MACHINES:
         hour = price(machine.name, region).on_demand
@@ -147,7 +206,10 @@ def table(config: Config, pictures: int, region: str, chosen: TargetConfig | Non
         epochs = settings.epochs_for(config.train, pictures)
         rows.append(
             (
-                "*" if chosen and (chosen.instance_type, _count(chosen)) == (machine.name, machine.count) else "",
+                "*"
+                if chosen
+                and (chosen.instance_type, _count(chosen)) == (machine.name, machine.count)
+                else "",
                 f"{machine.count} x {machine.name}" if machine.count > 1 else machine.name,
                 str(machine.vcpus),
                 str(machine.memory),
@@ -156,12 +218,17 @@ def table(config: Config, pictures: int, region: str, chosen: TargetConfig | Non
                 _time(found.once) if found and works else "-",
                 (_time(found.epoch) + ("!" if found.measured else "")) if found and works else "-",
                 _dollars(found.epoch * rate) if found and rate and works else "-",
-                _dollars((found.once + epochs * found.epoch) * rate) if found and rate and works else "-",
+                _dollars((found.once + epochs * found.epoch) * rate)
+                if found and rate and works
+                else "-",
                 machine.use,
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def reasons(config: Config, pictures: int, region: str) -> list[str]:
@@ -175,8 +242,15 @@ def reasons(config: Config, pictures: int, region: str) -> list[str]:
         seconds = found.once + settings.epochs_for(config.train, pictures) * found.epoch
         return seconds, seconds / 3600 * hour * count
 
-    ec2, job, plain, four = of("g4dn.xlarge"), of("ml.g4dn.xlarge"), of("ml.m5.2xlarge"), of("ml.m5.2xlarge", 4)
-    lines = ["target=ec2 takes g4dn.xlarge, the smallest machine with a GPU: its T4 has 16 GB, enough for every network of the table."]
+    ec2, job, plain, four = (
+        of("g4dn.xlarge"),
+        of("ml.g4dn.xlarge"),
+        of("ml.m5.2xlarge"),
+        of("ml.m5.2xlarge", 4),
+    )
+    lines = [
+        "target=ec2 takes g4dn.xlarge, the smallest machine with a GPU: its T4 has 16 GB, enough for every network of the table."
+    ]
     if ec2 and job and plain and four:
         lines[0] += (
             f" This run takes {_time(ec2[0])} for {_dollars(ec2[1])} there, against {_time(plain[0])} for {_dollars(plain[1])} on the 8 processors of"
@@ -190,15 +264,31 @@ def reasons(config: Config, pictures: int, region: str) -> list[str]:
             f"target=sagemaker_multi takes 4 x ml.m5.2xlarge: {_time(four[0])} for {_dollars(four[1])}. It needs no GPU quota,"
             " and general-purpose machines are hardly ever sold out; it is the way to train when no GPU can be had, not a cheaper one."
         )
-    lines.append("target=notebook takes ml.t3.medium: it only starts jobs, so two processors and 4 GB do; it is no machine to train on.")
+    lines.append(
+        "target=notebook takes ml.t3.medium: it only starts jobs, so two processors and 4 GB do; it is no machine to train on."
+    )
     return lines
 
 
 def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
-    parser = argparse.ArgumentParser(prog="python -m launch instances", description="The machines for a job, and what an epoch costs on each.")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"the trainer's settings (default: {' '.join(REFERENCE)}, the reference job)")
-    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help=f"training pictures (default: {PICTURES:,}, the reference job's)")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch instances",
+        description="The machines for a job, and what an epoch costs on each.",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help=f"the trainer's settings (default: {' '.join(REFERENCE)}, the reference job)",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=PICTURES,
+        metavar="N",
+        help=f"training pictures (default: {PICTURES:,}, the reference job's)",
+    )
     options = parser.parse_args(rest)
     target = load_target(targets)
     config, _ = load_config(target, options.overrides or REFERENCE)
@@ -216,17 +306,25 @@ def main(arguments: Sequence[str]) -> int:
         print(textwrap.fill(line, width, initial_indent="- ", subsequent_indent="  "))
     print()
     if config.model.name not in GMACS:
-        print(f"No estimate for {config.model.name}: python -m trainer.doctor measures it on the machine that it runs on.")
+        print(
+            f"No estimate for {config.model.name}: python -m trainer.doctor measures it on the machine that it runs on."
+        )
     elif config.model.freeze == "backbone" and config.model.cached_views:
-        print(f"before: the backbone's features are computed once, {config.model.cached_views} views each; the epochs train the head on them.")
+        print(
+            f"before: the backbone's features are computed once, {config.model.cached_views} views each; the epochs train the head on them."
+        )
     if any(measured(machine, config, options.pictures, doctor) for machine in MACHINES):
         print("!: measured there by python -m trainer.doctor.")
-    print(f"Times are estimates (docs/instances.md says how); a machine's start costs minutes more. Prices: {price('g4dn.xlarge', region).basis}.")
+    print(
+        f"Times are estimates (docs/instances.md says how); a machine's start costs minutes more. Prices: {price('g4dn.xlarge', region).basis}."
+    )
     return OK
 
 
 def _pixels(config: Config) -> int:
-    return config.data.size or settings.PLAIN.size  # null: what the weights expect, which for all networks of the table is this
+    return (
+        config.data.size or settings.PLAIN.size
+    )  # null: what the weights expect, which for all networks of the table is this
 
 
 def _count(target: TargetConfig) -> int:
@@ -240,4 +338,6 @@ def _time(seconds: float) -> str:
 
 
 def _dollars(amount: float) -> str:
-    return f"${amount:.2f}" if amount >= 0.1 else f"${amount:.4f}" if amount >= 0.0001 else "< $0.0001"
+    return (
+        f"${amount:.2f}" if amount >= 0.1 else f"${amount:.4f}" if amount >= 0.0001 else "< $0.0001"
+    )

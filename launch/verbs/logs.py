@@ -24,7 +24,11 @@ LOOK_BACK = 60_000  # milliseconds
 
 def reader(aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
     """A function that returns the lines that came since its last call."""
-    return _bucket_reader(aws, attempt) if attempt.target == "ec2" else _cloudwatch_reader(aws, attempt)
+    return (
+        _bucket_reader(aws, attempt)
+        if attempt.target == "ec2"
+        else _cloudwatch_reader(aws, attempt)
+    )
 
 
 def _bucket_reader(aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
@@ -50,20 +54,44 @@ def _cloudwatch_reader(aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
 
     def read() -> list[str]:
         nonlocal since
-        if aws.find("logs", "FilterLogEvents", "ResourceNotFound", logGroupName=group, logStreamNamePrefix=prefix, limit=1) is None:
+        if (
+            aws.find(
+                "logs",
+                "FilterLogEvents",
+                "ResourceNotFound",
+                logGroupName=group,
+                logStreamNamePrefix=prefix,
+                limit=1,
+            )
+            is None
+        ):
             return []  # the group is made by the first job that writes to it
-        events = aws.pages("logs", "FilterLogEvents", "events", logGroupName=group, logStreamNamePrefix=prefix, startTime=since)
+        events = aws.pages(
+            "logs",
+            "FilterLogEvents",
+            "events",
+            logGroupName=group,
+            logStreamNamePrefix=prefix,
+            startTime=since,
+        )
         fresh = [event for event in events if event["eventId"] not in seen]
         seen.update(event["eventId"] for event in fresh)
         since = max([since, *(event["timestamp"] - LOOK_BACK for event in fresh)])
         fresh.sort(key=lambda event: event["timestamp"])
         several = attempt.target == "tuner" or attempt.instances > 1
-        return [f"{event['logStreamName'].removeprefix(prefix)}: {event['message']}" if several else event["message"] for event in fresh]
+        return [
+            f"{event['logStreamName'].removeprefix(prefix)}: {event['message']}"
+            if several
+            else event["message"]
+            for event in fresh
+        ]
 
     return read
 
 
-def follow(aws: Aws, attempt: Attempt, every: float, end_overdue: bool = False, while_read: bool = False) -> State:
+def follow(
+    aws: Aws, attempt: Attempt, every: float, end_overdue: bool = False, while_read: bool = False
+) -> State:
     """Prints the log until the attempt has ended; returns how. Raises AwsError.
 
     every: seconds between two looks. end_overdue: terminates a machine that runs past its limit. while_read: ends too
@@ -72,7 +100,9 @@ def follow(aws: Aws, attempt: Attempt, every: float, end_overdue: bool = False, 
     read = reader(aws, attempt)
     told = ""
     while True:
-        state = runs.observe(aws, attempt)  # before the log: what was written until the end is then read too
+        state = runs.observe(
+            aws, attempt
+        )  # before the log: what was written until the end is then read too
         for line in read():
             print(line, flush=True)
         if state.phase not in (Phase.RUNNING, Phase.ABSENT):
@@ -90,9 +120,19 @@ def follow(aws: Aws, attempt: Attempt, every: float, end_overdue: bool = False, 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch logs", description=__doc__)
-    parser.add_argument("run", nargs="*", help="the run's id, or the overrides it was submitted with; none: the newest")
+    parser.add_argument(
+        "run",
+        nargs="*",
+        help="the run's id, or the overrides it was submitted with; none: the newest",
+    )
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
-    parser.add_argument("--every", type=float, default=10, metavar="SECONDS", help="with --follow: how often to look (default 10)")
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=10,
+        metavar="SECONDS",
+        help="with --follow: how often to look (default 10)",
+    )
     options = parser.parse_intermixed_args(arguments)
     targets = split_overrides(options.run)[0]
     aws = aws_of(targets)

@@ -40,7 +40,13 @@ from trainer.settings import config as settings
 
 NO_IMAGE = "ami-00000000000000000"  # stands in a plan where AWS can't be asked
 
-ROLES = {"ec2": "ec2", "sagemaker": "training", "sagemaker_multi": "training", "tuner": "training", "notebook": "notebook"}
+ROLES = {
+    "ec2": "ec2",
+    "sagemaker": "training",
+    "sagemaker_multi": "training",
+    "tuner": "training",
+    "notebook": "notebook",
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,13 @@ class Plan:
         for request in self.requests:
             if tuning := request.parameters.get("HyperParameterTuningJobConfig"):
                 limits = tuning["ResourceLimits"]
-                points = math.prod(len(each["Values"]) for each in tuning["ParameterRanges"].get("CategoricalParameterRanges", []))
-                return limits.get("MaxNumberOfTrainingJobs", points), limits["MaxParallelTrainingJobs"]  # a grid tries every point
+                points = math.prod(
+                    len(each["Values"])
+                    for each in tuning["ParameterRanges"].get("CategoricalParameterRanges", [])
+                )
+                return limits.get("MaxNumberOfTrainingJobs", points), limits[
+                    "MaxParallelTrainingJobs"
+                ]  # a grid tries every point
         return 1, 1
 
 
@@ -105,7 +116,13 @@ def requests(spec: Spec, image: str) -> list[Request]:
     return built
 
 
-def prepare(aws: Aws | None, target: TargetConfig, overrides: Sequence[str], data: Path | None = None, again: bool = False) -> Plan:
+def prepare(
+    aws: Aws | None,
+    target: TargetConfig,
+    overrides: Sequence[str],
+    data: Path | None = None,
+    again: bool = False,
+) -> Plan:
     """Plans the next attempt at a run. aws: None without credentials. again: also where the run is complete. Raises UserError, AwsError."""
     from launch.cloud import source
 
@@ -117,7 +134,9 @@ def prepare(aws: Aws | None, target: TargetConfig, overrides: Sequence[str], dat
         overrides=tuple(overrides),
         run=run_id(target, config, name, overrides),
         account=aws.account if aws else NO_ACCOUNT,
-        region=aws.region if aws else Aws(target.project, target.region).configured_region or FALLBACK,
+        region=aws.region
+        if aws
+        else Aws(target.project, target.region).configured_region or FALLBACK,
         data=name,
         source=hashlib.sha256(tarball).hexdigest(),
         revision=revision(),
@@ -128,7 +147,11 @@ def prepare(aws: Aws | None, target: TargetConfig, overrides: Sequence[str], dat
 def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = False) -> Plan:
     """Plans the next attempt at the run of a spec, whose number doesn't matter. Raises UserError, AwsError."""
     target = spec.target
-    there = aws is not None and aws.find("s3", "HeadBucket", r"404|NoSuchBucket|NotFound", Bucket=aws.bucket) is not None
+    there = (
+        aws is not None
+        and aws.find("s3", "HeadBucket", r"404|NoSuchBucket|NotFound", Bucket=aws.bucket)
+        is not None
+    )
     before = runs.latest(aws, spec.run) if aws is not None and there else None
     if aws is None or before is None:
         first = dataclasses.replace(spec, attempt=1)
@@ -154,9 +177,15 @@ def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = Fals
 def check_same(before: Attempt, spec: Spec) -> None:
     """Raises UserError where a run would go on as another: on another kind of machine, or with other settings."""
     then, now = before.identity, identity(spec)
-    changed = [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    changed = [
+        f"{key}: {then.get(key)} then, {now.get(key)} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
     if changed and not isinstance(spec.target, NotebookTarget):
-        raise UserError(f"{spec.run}: this run began with other settings ({'; '.join(changed[:5])}); give the same again, or another name=...")
+        raise UserError(
+            f"{spec.run}: this run began with other settings ({'; '.join(changed[:5])}); give the same again, or another name=..."
+        )
 
 
 def identity(spec: Spec) -> dict[str, Any]:
@@ -170,12 +199,20 @@ def image_id(aws: Aws | None, spec: Spec) -> str:
         return ""
     if spec.target.image is not None:
         return spec.target.image
-    return str(aws.call("ssm", "GetParameter", Name=spec.target.ssm_parameter)["Parameter"]["Value"]) if aws else NO_IMAGE
+    return (
+        str(aws.call("ssm", "GetParameter", Name=spec.target.ssm_parameter)["Parameter"]["Value"])
+        if aws
+        else NO_IMAGE
+    )
 
 
 def revision() -> str | None:
     """The commit of this project, None where it is no Git repository."""
-    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -188,17 +225,27 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None, why_offline: str) ->
     weights = plan.spec.config.model.weights
     if weights and Path(weights).is_file() and not weights.startswith("/opt/"):
         where = f"{plan.spec.data_root or '/opt/ml/input/data/training'}/{Path(weights).name}"
-        lines.append(f"model.weights={weights} is a file of this machine: put it into the folder of pictures, and give model.weights={where}")
+        lines.append(
+            f"model.weights={weights} is a file of this machine: put it into the folder of pictures, and give model.weights={where}"
+        )
     if plan.price.on_demand is None:
-        lines.append(f"the price of {plan.spec.target.instance_type} is not in the table, so no costs are shown: look it up at AWS")
+        lines.append(
+            f"the price of {plan.spec.target.instance_type} is not in the table, so no costs are shown: look it up at AWS"
+        )
     if aws is None:
         return lines
     if not plan.foundation:
         lines.append(f"the foundation (bucket {aws.bucket}, roles): python -m launch up")
     elif plan.spec.data and data is None and not s3.listing(aws, f"data/{plan.spec.data}/"):
         uploaded = s3.folders(aws, f"data/{plan.spec.data}-")
-        there = f", or give one that is there as data.root=NAME: {', '.join(uploaded)}" if uploaded else ""
-        lines.append(f"the pictures (s3://{aws.bucket}/data/{plan.spec.data}/ is empty): add --data DIR to upload them{there}")
+        there = (
+            f", or give one that is there as data.root=NAME: {', '.join(uploaded)}"
+            if uploaded
+            else ""
+        )
+        lines.append(
+            f"the pictures (s3://{aws.bucket}/data/{plan.spec.data}/ is empty): add --data DIR to upload them{there}"
+        )
     return lines
 
 
@@ -215,9 +262,13 @@ def cost(plan: Plan, spot: float | None) -> dict[str, Any]:
     return {
         "machines": ", ".join(machines_of(plan)),
         "per_hour": rounded(per_hour.on_demand, parallel),
-        "per_hour_spot": None if isinstance(target, NotebookTarget) else rounded(spot_hour, parallel),
+        "per_hour_spot": None
+        if isinstance(target, NotebookTarget)
+        else rounded(spot_hour, parallel),
         "at_time_limit": rounded(per_hour.on_demand, target.hours * trials),
-        "at_time_limit_spot": None if isinstance(target, NotebookTarget) else rounded(spot_hour, target.hours * trials),
+        "at_time_limit_spot": None
+        if isinstance(target, NotebookTarget)
+        else rounded(spot_hour, target.hours * trials),
         "time_limit_hours": target.hours,
         "uses_spot": plan.attempt.spot,
         "basis": per_hour.basis + ("" if spot is None else "; spot: what AWS asks now"),
@@ -257,19 +308,28 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, why_offline: str) 
     part = ROLES[spec.target.name]
     touch = {
         spec.role(part): [
-            {"why": statement.reason, "actions": statement.actions, "resources": statement.resources}
+            {
+                "why": statement.reason,
+                "actions": statement.actions,
+                "resources": statement.resources,
+            }
             for statement in foundation.permissions(part, spec.project, spec.account, spec.region)
         ]
     }
     return {
         "run": spec.run,
         "attempt": spec.attempt,
-        "state": None if plan.state is None or plan.before is None else f"attempt {plan.before.number}: {plan.state.phase} ({plan.state.detail})",
+        "state": None
+        if plan.state is None or plan.before is None
+        else f"attempt {plan.before.number}: {plan.state.phase} ({plan.state.detail})",
         "account": spec.account,
         "region": spec.region,
         "means": resolved(spec.target, spec.overrides, data).notes,
         "settings": {key: value for key, value, _ in settings.walk(spec.config)},
-        "uploads": {"source": f"{spec.uri('source', spec.source)}.tar.gz", "data": spec.uri("data", spec.data) if spec.data and data else None},
+        "uploads": {
+            "source": f"{spec.uri('source', spec.source)}.tar.gz",
+            "data": spec.uri("data", spec.data) if spec.data and data else None,
+        },
         "requests": [dataclasses.asdict(request) for request in plan.requests],
         "cost": cost(plan, spot_now(aws, spec) if aws else None),
         "may_touch": touch,
@@ -278,7 +338,13 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, why_offline: str) 
 
 
 def show(what: dict[str, Any]) -> None:
-    log.info("run       %s, attempt %d, in account %s, %s", what["run"], what["attempt"], what["account"], what["region"])
+    log.info(
+        "run       %s, attempt %d, in account %s, %s",
+        what["run"],
+        what["attempt"],
+        what["account"],
+        what["region"],
+    )
     for line in what["means"]:
         log.info("means     %s", line)
     if what["state"]:
@@ -289,7 +355,12 @@ def show(what: dict[str, Any]) -> None:
     for request in what["requests"]:
         parameters = dict(request["parameters"])
         script = parameters.pop("UserData", None)
-        log.info("sends     %s %s\n%s", request["service"], request["operation"], json.dumps(parameters, indent=2, ensure_ascii=False))
+        log.info(
+            "sends     %s %s\n%s",
+            request["service"],
+            request["operation"],
+            json.dumps(parameters, indent=2, ensure_ascii=False),
+        )
         if script is not None:
             log.info("UserData:\n%s", "\n".join(f"  | {line}" for line in script.splitlines()))
     if not what["requests"]:
@@ -297,9 +368,19 @@ def show(what: dict[str, Any]) -> None:
     for role, statements in what["may_touch"].items():
         log.info("may touch, as %s", role)
         for statement in statements:
-            log.info("  %s\n    %s\n    on %s", statement["why"], ", ".join(statement["actions"]), ", ".join(statement["resources"]))
+            log.info(
+                "  %s\n    %s\n    on %s",
+                statement["why"],
+                ", ".join(statement["actions"]),
+                ", ".join(statement["resources"]),
+            )
     money = what["cost"]
-    log.info("costs     %s, at most %g hours (%s)", money["machines"], money["time_limit_hours"], money["basis"])
+    log.info(
+        "costs     %s, at most %g hours (%s)",
+        money["machines"],
+        money["time_limit_hours"],
+        money["basis"],
+    )
     for name, key in (("an hour", "per_hour"), ("at the time limit", "at_time_limit")):
         if money[key] is not None:
             spot = money[f"{key}_spot"]
@@ -307,7 +388,10 @@ def show(what: dict[str, Any]) -> None:
                 "  %-18s $%.2f%s",
                 name,
                 money[key],
-                "" if spot is None else f", with spot about $%.2f{' (this plan)' if money['uses_spot'] else ''}" % spot,
+                ""
+                if spot is None
+                else f", with spot about $%.2f{' (this plan)' if money['uses_spot'] else ''}"
+                % spot,
             )
     for line in what["missing"]:
         log.warning("missing: %s", line)
@@ -318,7 +402,10 @@ def connect(target: TargetConfig) -> tuple[Aws | None, str]:
     aws = Aws(target.project, target.region)
     try:
         if not aws.has_credentials() or not aws.account:
-            return None, f"credentials: there are none, so account {NO_ACCOUNT} stands for yours; sign in with aws sso login or aws configure"
+            return (
+                None,
+                f"credentials: there are none, so account {NO_ACCOUNT} stands for yours; sign in with aws sso login or aws configure",
+            )
     except UserError as error:
         return None, str(error)
     return aws, ""
@@ -327,9 +414,21 @@ def connect(target: TargetConfig) -> tuple[Aws | None, str]:
 def job_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     """What `plan` and `submit` are both asked for."""
     parser = argparse.ArgumentParser(prog=f"python -m launch {verb}", description=description)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the trainer's settings, as for python -m trainer")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of pictures to upload, unless they are in the bucket")
-    parser.add_argument("--again", action="store_true", help="one more attempt, also where the run is complete")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="the trainer's settings, as for python -m trainer",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="the folder of pictures to upload, unless they are in the bucket",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="one more attempt, also where the run is complete"
+    )
     return parser
 
 

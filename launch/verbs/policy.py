@@ -31,7 +31,9 @@ PARTS = {
 def permissions(part: str, project: str, account: str, region: str) -> list[Statement]:
     """What a part may do, as IAM will read it. part: one of PARTS."""
     if part in SERVING_PARTS:
-        return foundation.statements(SERVING, SERVING_PARTS[part], _serving_names(project, account, region), account, region)
+        return foundation.statements(
+            SERVING, SERVING_PARTS[part], _serving_names(project, account, region), account, region
+        )
     if part == "audit":
         from launch.audit.account import needed_policy
 
@@ -65,12 +67,23 @@ def main(arguments: Sequence[str]) -> int:
         description=f"Prints the policy of a part, with the reason for each statement. The parts:\n{parts}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--for", dest="part", choices=PARTS, required=True, metavar="PART", help="one of those above")
+    parser.add_argument(
+        "--for",
+        dest="part",
+        choices=PARTS,
+        required=True,
+        metavar="PART",
+        help="one of those above",
+    )
     parser.add_argument("--json", action="store_true", help="the policy alone, as IAM takes it")
-    parser.add_argument("--account", help="the account's id (default: that of the credentials, where there are any)")
+    parser.add_argument(
+        "--account", help="the account's id (default: that of the credentials, where there are any)"
+    )
     options = parser.parse_args(rest)
     aws = aws_of(targets)
-    account = options.account or (aws.account if aws.configured_region and aws.has_credentials() else NO_ACCOUNT)
+    account = options.account or (
+        aws.account if aws.configured_region and aws.has_credentials() else NO_ACCOUNT
+    )
     found = permissions(options.part, aws.project, account, aws.configured_region or "us-east-1")
     if options.json:
         print(json.dumps(document(found), indent=2))

@@ -51,16 +51,28 @@ def main(arguments: Sequence[str]) -> int:
     flags = None if options.plain or opt_ml.INSIDE in os.environ else opt_ml.namespaces()
     if flags is not None:
         # This very process goes on inside, so that signals reach it.
-        environment = os.environ | {opt_ml.INSIDE: "inside", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        os.execvpe("unshare", ["unshare", *flags, sys.executable, "-m", "launch", "rehearse", *arguments], environment)
+        environment = os.environ | {
+            opt_ml.INSIDE: "inside",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
+        os.execvpe(
+            "unshare",
+            ["unshare", *flags, sys.executable, "-m", "launch", "rehearse", *arguments],
+            environment,
+        )
     plan, folder = prepare(options.overrides, options.data)
     spec, request = plan.spec, plan.requests[0]
     channels = {} if folder is None else {sagemaker.CHANNEL: folder}
     jobs = jobs_of(request, options.trials, spec.region)
     preflight(request, jobs, plan.source, channels, spec.config)
-    machine = Machine((options.directory or Path("runs/rehearsed") / spec.run).resolve(), isolated=opt_ml.INSIDE in os.environ)
+    machine = Machine(
+        (options.directory or Path("runs/rehearsed") / spec.run).resolve(),
+        isolated=opt_ml.INSIDE in os.environ,
+    )
     if not machine.isolated:
-        log.info("without namespaces: the hosts are plain processes, with SAGEMAKER_BASE_DIR in the place of /opt/ml")
+        log.info(
+            "without namespaces: the hosts are plain processes, with SAGEMAKER_BASE_DIR in the place of /opt/ml"
+        )
     machine.upload(spec.uri("source", f"{spec.source}.tar.gz"), plan.source)
     for number in heeded():
         signal.signal(number, machine.stop)
@@ -73,23 +85,38 @@ def main(arguments: Sequence[str]) -> int:
             return RESUME
         code = MISTAKE if faults else code
     if code == OK:
-        again = [f"target={spec.target.name}", *(override for override in options.overrides if not override.startswith("target="))]
+        again = [
+            f"target={spec.target.name}",
+            *(override for override in options.overrides if not override.startswith("target=")),
+        ]
         pictures = [] if options.data is None else ["--data", str(options.data)]
-        log.info("\nthe job would complete; next:\n  %s -m launch plan %s", python(), shlex.join([*again, *pictures]))
+        log.info(
+            "\nthe job would complete; next:\n  %s -m launch plan %s",
+            python(),
+            shlex.join([*again, *pictures]),
+        )
     return code
 
 
 def prepare(arguments: Sequence[str], data: Path | None) -> tuple[Plan, Path | None]:
     """What `submit` would do, without credentials, and the folder of the pictures (None: the trainer writes its own). Raises UserError."""
     ours, overrides = split_overrides(arguments)
-    target = load_target(ours if any(override.startswith("target=") for override in ours) else ["target=sagemaker", *ours])
+    target = load_target(
+        ours
+        if any(override.startswith("target=") for override in ours)
+        else ["target=sagemaker", *ours]
+    )
     if not isinstance(target, SageMakerTarget):
-        raise UserError(f"target={target.name}: only SageMaker's containers are rehearsed; allowed: sagemaker, sagemaker_multi, tuner")
+        raise UserError(
+            f"target={target.name}: only SageMaker's containers are rehearsed; allowed: sagemaker, sagemaker_multi, tuner"
+        )
     plan = planned(None, target, overrides, data)
     if plan.spec.data is None:
         return plan, None
     typed = [override for override in overrides if override.startswith("data.root=")]
-    folder = data or Path(str(OverridesParser.create().parse_override(typed[-1]).value()) if typed else plan.spec.data)
+    folder = data or Path(
+        str(OverridesParser.create().parse_override(typed[-1]).value()) if typed else plan.spec.data
+    )
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of pictures; give --data DIR")
     return plan, folder
@@ -99,46 +126,82 @@ def jobs_of(request: Request, trials: int, region: str) -> list[Job]:
     """The training jobs that a request makes: itself, or the first trials of a tuning job, with values sampled as the tuner does."""
     parameters = request.parameters
     if request.operation == "CreateTrainingJob":
-        return [Job(parameters["TrainingJobName"], parameters["HyperParameters"], parameters, region)]
-    tuning, definition = parameters["HyperParameterTuningJobConfig"], parameters["TrainingJobDefinition"]
-    fixed = definition["StaticHyperParameters"] | {"_tuning_objective_metric": tuning["HyperParameterTuningJobObjective"]["MetricName"]}
+        return [
+            Job(parameters["TrainingJobName"], parameters["HyperParameters"], parameters, region)
+        ]
+    tuning, definition = (
+        parameters["HyperParameterTuningJobConfig"],
+        parameters["TrainingJobDefinition"],
+    )
+    fixed = definition["StaticHyperParameters"] | {
+        "_tuning_objective_metric": tuning["HyperParameterTuningJobObjective"]["MetricName"]
+    }
     rng = random.Random(tuning["RandomSeed"])
     name = parameters["HyperParameterTuningJobName"]
     samples = [_sample(tuning["ParameterRanges"], rng) for _ in range(trials)]
-    return [Job(f"{name}-{number:03d}", fixed | sample, definition, region) for number, sample in enumerate(samples, 1)]
+    return [
+        Job(f"{name}-{number:03d}", fixed | sample, definition, region)
+        for number, sample in enumerate(samples, 1)
+    ]
 
 
-def preflight(request: Request, jobs: list[Job], tarball: bytes, channels: dict[str, Path], config: Config) -> None:
+def preflight(
+    request: Request, jobs: list[Job], tarball: bytes, channels: dict[str, Path], config: Config
+) -> None:
     """Raises UserError for what AWS, the container or the trainer in it would refuse, as far as that can be seen without running anything."""
     check(request)
     source.check(tarball)
     for module in ("sagemaker_training", "sagemaker_pytorch_container"):
         if importlib.util.find_spec(module) is None:
-            raise UserError(f"{module}: AWS's training toolkit is not installed; {install_command('rehearse')} (it compiles a file: apt-get install gcc)")
+            raise UserError(
+                f"{module}: AWS's training toolkit is not installed; {install_command('rehearse')} (it compiles a file: apt-get install gcc)"
+            )
     definition = jobs[0].definition
     for channel in definition.get("InputDataConfig", []):
         name, uri = channel["ChannelName"], channel["DataSource"]["S3DataSource"]["S3Uri"]
         if name not in CHANNELS:
-            raise UserError(f"channel {name}: the trainer has no use for it; allowed: {', '.join(CHANNELS)}")
+            raise UserError(
+                f"channel {name}: the trainer has no use for it; allowed: {', '.join(CHANNELS)}"
+            )
         if not uri.endswith("/"):
-            raise UserError(f"channel {name}: {uri} would also match its longer neighbours; end it with /")
+            raise UserError(
+                f"channel {name}: {uri} would also match its longer neighbours; end it with /"
+            )
         if name not in channels or not any(channels[name].iterdir()):
-            raise UserError(f"channel {name}: {channels.get(name, uri)} holds nothing; give the folder of pictures with --data DIR")
+            raise UserError(
+                f"channel {name}: {channels.get(name, uri)} holds nothing; give the folder of pictures with --data DIR"
+            )
     weights = config.model.weights
     if weights and Path(weights).is_file():
         where = f"/opt/ml/input/data/{sagemaker.CHANNEL}/{Path(weights).name}"
-        raise UserError(f"model.weights={weights}: a job doesn't see this machine's files; put it into the folder of pictures, and give {where}")
+        raise UserError(
+            f"model.weights={weights}: a job doesn't see this machine's files; put it into the folder of pictures, and give {where}"
+        )
     _check_metrics(request, definition)
     if (place := definition["CheckpointConfig"].get("LocalPath")) != config.platform.checkpoints:
-        raise UserError(f"CheckpointConfig.LocalPath={place}: the trainer saves to {config.platform.checkpoints}, which SageMaker would not keep")
+        raise UserError(
+            f"CheckpointConfig.LocalPath={place}: the trainer saves to {config.platform.checkpoints}, which SageMaker would not keep"
+        )
     for job in jobs:
-        if job.instances > 1 and job.hyperparameters.get("sagemaker_torch_distributed_enabled") != "true":
-            raise UserError(f"{job.instances} machines would each train by themselves: give sagemaker_torch_distributed_enabled=true")
+        if (
+            job.instances > 1
+            and job.hyperparameters.get("sagemaker_torch_distributed_enabled") != "true"
+        ):
+            raise UserError(
+                f"{job.instances} machines would each train by themselves: give sagemaker_torch_distributed_enabled=true"
+            )
         program = codec.decode_value(job.hyperparameters["sagemaker_program"])
         if program != source.ENTRY_POINT:
-            raise UserError(f"sagemaker_program={program}: the tarball's entry is {source.ENTRY_POINT}; name that one")
-        if codec.decode_value(job.hyperparameters["sagemaker_submit_directory"]).rpartition("/")[2] != f"{sha256(tarball).hexdigest()}.tar.gz":
-            raise UserError("sagemaker_submit_directory: it names another tarball than this code's; build the request again")
+            raise UserError(
+                f"sagemaker_program={program}: the tarball's entry is {source.ENTRY_POINT}; name that one"
+            )
+        if (
+            codec.decode_value(job.hyperparameters["sagemaker_submit_directory"]).rpartition("/")[2]
+            != f"{sha256(tarball).hexdigest()}.tar.gz"
+        ):
+            raise UserError(
+                "sagemaker_submit_directory: it names another tarball than this code's; build the request again"
+            )
         _check_settings(job)
 
 
@@ -151,14 +214,22 @@ def _check_metrics(request: Request, definition: dict[str, object]) -> None:
         try:
             groups = re.compile(regex).groups
         except re.error as error:
-            raise UserError(f"metric {name}: {regex} is no regular expression ({error}); take trainer.settings.config.metric_definitions()") from error
+            raise UserError(
+                f"metric {name}: {regex} is no regular expression ({error}); take trainer.settings.config.metric_definitions()"
+            ) from error
         if groups != 1:
-            raise UserError(f"metric {name}: {regex} has {groups} groups; SageMaker takes the value from exactly one")
+            raise UserError(
+                f"metric {name}: {regex} has {groups} groups; SageMaker takes the value from exactly one"
+            )
         if opt_ml.scrape([settings.metric_line(values)], [entry]).get(name) != [values.get(name)]:
-            raise UserError(f"metric {name}: {regex} doesn't find it in the trainer's line; take trainer.settings.config.metric_definitions()")
+            raise UserError(
+                f"metric {name}: {regex} doesn't find it in the trainer's line; take trainer.settings.config.metric_definitions()"
+            )
     objective = _objective(request)
     if objective is not None and objective not in [entry["Name"] for entry in definitions]:
-        raise UserError(f"objective {objective}: no metric of that name is scraped, so every trial would fail; allowed: {', '.join(settings.METRICS)}")
+        raise UserError(
+            f"objective {objective}: no metric of that name is scraped, so every trial would fail; allowed: {', '.join(settings.METRICS)}"
+        )
 
 
 def _check_settings(job: Job) -> None:
@@ -178,7 +249,13 @@ def show(job: Job, outcome: Outcome, objective: str | None, directory: Path) -> 
     status = "Stopped" if outcome.stopped else "Failed" if failed else "Completed"
     log.info("\n%-15s %s, after %.1f s", "status", status, outcome.seconds)
     for name, values in outcome.metrics.items():
-        log.info("%-15s %-12s %g%s", "metric", name, values[-1], f"  ({len(values)} values)" if len(values) > 1 else "")
+        log.info(
+            "%-15s %-12s %g%s",
+            "metric",
+            name,
+            values[-1],
+            f"  ({len(values)} values)" if len(values) > 1 else "",
+        )
     for name, names in outcome.archives.items():
         log.info("%-15s %s", name, ", ".join(names) or "nothing")
     log.info("%-15s %s", "kept in", directory)
@@ -188,13 +265,21 @@ def show(job: Job, outcome: Outcome, objective: str | None, directory: Path) -> 
     if failed and not outcome.stopped:
         faults.append(f"{job.name}: {remedy(outcome)}")
     elif not outcome.stopped:
-        silent = [entry["Name"] for entry in job.definition["AlgorithmSpecification"]["MetricDefinitions"] if entry["Name"] not in outcome.metrics]
+        silent = [
+            entry["Name"]
+            for entry in job.definition["AlgorithmSpecification"]["MetricDefinitions"]
+            if entry["Name"] not in outcome.metrics
+        ]
         if silent and not outcome.resumed:
-            faults.append(f"{job.name}: the log has no line for the metrics {', '.join(silent)}; print them with trainer.settings.config.metric_line")
+            faults.append(
+                f"{job.name}: the log has no line for the metrics {', '.join(silent)}; print them with trainer.settings.config.metric_line"
+            )
         if objective is not None and objective in outcome.metrics:
             log.info("%-15s %s=%g", "objective", objective, outcome.metrics[objective][-1])
         if not outcome.archives["model.tar.gz"]:
-            faults.append(f"{job.name}: model.tar.gz is empty; the model package goes to platform.package, which must be SM_MODEL_DIR")
+            faults.append(
+                f"{job.name}: model.tar.gz is empty; the model package goes to platform.package, which must be SM_MODEL_DIR"
+            )
     for fault in faults:
         log.error(fault)
     return faults
@@ -203,7 +288,9 @@ def show(job: Job, outcome: Outcome, objective: str | None, directory: Path) -> 
 def remedy(outcome: Outcome) -> str:
     """What to change after a failure: by the trainer's own words, or by the toolkit's."""
     failure = outcome.failure or "the container ended without a word; see the log"
-    if not failure.startswith(("Framework Error", "InstallRequirementsError", "ExecuteUserScriptError")):
+    if not failure.startswith(
+        ("Framework Error", "InstallRequirementsError", "ExecuteUserScriptError")
+    ):
         return failure.splitlines()[0]  # the trainer's
     said = "\n".join([failure, *outcome.log[-200:]])
     for pattern, help in REMEDIES.items():
@@ -214,7 +301,11 @@ def remedy(outcome: Outcome) -> str:
 
 def _objective(request: Request) -> str | None:
     """The metric that a tuning job improves; None of a training job."""
-    objective: str | None = request.parameters.get("HyperParameterTuningJobConfig", {}).get("HyperParameterTuningJobObjective", {}).get("MetricName")
+    objective: str | None = (
+        request.parameters.get("HyperParameterTuningJobConfig", {})
+        .get("HyperParameterTuningJobObjective", {})
+        .get("MetricName")
+    )
     return objective
 
 
@@ -228,8 +319,14 @@ def _sample(ranges: dict[str, list[dict[str, object]]], rng: random.Random) -> d
                 continue
             low, high = float(str(entry["MinValue"])), float(str(entry["MaxValue"]))
             log_scale = entry["ScalingType"] == "Logarithmic"
-            value = math.exp(rng.uniform(math.log(low), math.log(high))) if log_scale else rng.uniform(low, high)
-            values[str(entry["Name"])] = str(round(value) if kind == "IntegerParameterRanges" else value)
+            value = (
+                math.exp(rng.uniform(math.log(low), math.log(high)))
+                if log_scale
+                else rng.uniform(low, high)
+            )
+            values[str(entry["Name"])] = str(
+                round(value) if kind == "IntegerParameterRanges" else value
+            )
     return values
 
 
@@ -239,10 +336,24 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Runs the request that submit would send, here, in AWS's own training toolkit: no AWS account, no Docker, no network.",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="target=sagemaker, sagemaker_multi or tuner; target.KEY=VALUE; the trainer's settings"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="target=sagemaker, sagemaker_multi or tuner; target.KEY=VALUE; the trainer's settings",
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of pictures that submit would upload")
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="where S3 and /opt/ml lie (runs/rehearsed/RUN); kept, so that a stopped run goes on")
-    parser.add_argument("--trials", type=int, default=3, metavar="N", help="target=tuner: how many trials (3)")
-    parser.add_argument("--plain", action="store_true", help="without namespaces, as on machines that give none")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="the folder of pictures that submit would upload"
+    )
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="where S3 and /opt/ml lie (runs/rehearsed/RUN); kept, so that a stopped run goes on",
+    )
+    parser.add_argument(
+        "--trials", type=int, default=3, metavar="N", help="target=tuner: how many trials (3)"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="without namespaces, as on machines that give none"
+    )
     return parser.parse_intermixed_args(list(arguments))

@@ -32,7 +32,13 @@ def submit(aws: Aws, plan: Plan, data: Path | None = None) -> Attempt:
         log.warning(line)
     if not plan.requests:
         assert plan.before is not None and plan.state is not None
-        log.info("attempt %d at %s is %s (%s): nothing is sent", plan.before.number, plan.spec.run, plan.state.phase, plan.state.detail)
+        log.info(
+            "attempt %d at %s is %s (%s): nothing is sent",
+            plan.before.number,
+            plan.spec.run,
+            plan.state.phase,
+            plan.state.detail,
+        )
         return plan.before if plan.before.id else _confirm(aws, plan.before, plan.state.id)
     for line in resolved(plan.spec.target, plan.spec.overrides, data).notes:
         log.info(line)
@@ -73,7 +79,9 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
 
 def _again(aws: Aws, attempt: Attempt) -> Attempt:
     """An attempt that was noted before, to be sent as it was noted: AWS may have it already."""
-    log.info("attempt %d at %s was noted before: it is sent as it was noted", attempt.number, attempt.run)
+    log.info(
+        "attempt %d at %s was noted before: it is sent as it was noted", attempt.number, attempt.run
+    )
     if attempt.refused is None:
         return attempt
     attempt = dataclasses.replace(attempt, refused=None, noted=runs.now().isoformat())
@@ -110,7 +118,12 @@ def _id(answer: dict[str, Any]) -> str | None:
 def console(aws: Aws, attempt: Attempt) -> str:
     """The page of AWS's console that shows the attempt."""
     suffix = "amazonaws.cn" if aws.region.startswith("cn-") else "aws.amazon.com"
-    kind = {"tuner": "hyper-tuning-jobs", "notebook": "notebook-instances", "sagemaker": "jobs", "sagemaker_multi": "jobs"}
+    kind = {
+        "tuner": "hyper-tuning-jobs",
+        "notebook": "notebook-instances",
+        "sagemaker": "jobs",
+        "sagemaker_multi": "jobs",
+    }
     if attempt.target == "ec2":
         return f"https://{aws.region}.console.{suffix}/ec2/home?region={aws.region}#InstanceDetails:instanceId={attempt.id}"
     return f"https://{aws.region}.console.{suffix}/sagemaker/home?region={aws.region}#/{kind[attempt.target]}/{attempt.job}"
@@ -138,7 +151,11 @@ def wait(aws: Aws, attempt: Attempt, plan: Plan, every: float) -> int:
                     f"{attempt.run}: {in_vain} machines in a row were taken back ({state.detail}) before a new checkpoint was saved; "
                     "no other is asked for: give target.spot=false, or a lower checkpoint.minutes, or start the same submit again later"
                 )
-            log.info("attempt %d lost its machine (%s); asking for another, which goes on from the last checkpoint", attempt.number, state.detail)
+            log.info(
+                "attempt %d lost its machine (%s); asking for another, which goes on from the last checkpoint",
+                attempt.number,
+                state.detail,
+            )
         while True:
             try:
                 attempt = submit(aws, next_attempt(aws, spec, plan.source))
@@ -168,8 +185,18 @@ def pause(why: str, every: float) -> None:
 def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
     parser = job_parser("submit", __doc__)
-    parser.add_argument("--wait", action="store_true", help="follow the log to the end, and ask again for a spot machine that AWS took back")
-    parser.add_argument("--every", type=float, default=10, metavar="SECONDS", help="with --wait: how often AWS is asked (default 10)")
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="follow the log to the end, and ask again for a spot machine that AWS took back",
+    )
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=10,
+        metavar="SECONDS",
+        help="with --wait: how often AWS is asked (default 10)",
+    )
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)
     aws = Aws(target.project, target.region)
@@ -178,6 +205,17 @@ def main(arguments: Sequence[str]) -> int:
     attempt = submit(aws, plan, options.data)
     log.info("console   %s", console(aws, attempt))
     where = "".join(f" {override}" for override in targets if not override.startswith("target="))
-    verbs = ("logs", "stop", "cost") if attempt.target == "notebook" else ("logs", "stop", "fetch", "cost")
-    log.info("next:\n%s", "\n".join(f"  {python()} -m launch {verb} {attempt.run}{where}" for verb in verbs))
-    return wait(aws, attempt, plan, options.every) if options.wait and attempt.target != "notebook" else OK
+    verbs = (
+        ("logs", "stop", "cost")
+        if attempt.target == "notebook"
+        else ("logs", "stop", "fetch", "cost")
+    )
+    log.info(
+        "next:\n%s",
+        "\n".join(f"  {python()} -m launch {verb} {attempt.run}{where}" for verb in verbs),
+    )
+    return (
+        wait(aws, attempt, plan, options.every)
+        if options.wait and attempt.target != "notebook"
+        else OK
+    )

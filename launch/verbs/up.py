@@ -18,7 +18,12 @@ from trainer.common.errors import FAULT, OK, UserError
 ABSENT = r"does not exist"
 NO_CHANGE_SET = r"ChangeSetNotFound|does not exist"
 NO_CHANGES = r"didn't contain changes|No updates are to be performed|no changes"
-BROKEN = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "DELETE_FAILED", "REVIEW_IN_PROGRESS")  # a stack that never was, or is no more
+BROKEN = (
+    "ROLLBACK_COMPLETE",
+    "ROLLBACK_FAILED",
+    "DELETE_FAILED",
+    "REVIEW_IN_PROGRESS",
+)  # a stack that never was, or is no more
 
 
 def confirmed(question: str, yes: bool) -> bool:
@@ -26,30 +31,52 @@ def confirmed(question: str, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise UserError(f"{question}: nobody can be asked here; look at what is shown above, then add --yes")
+        raise UserError(
+            f"{question}: nobody can be asked here; look at what is shown above, then add --yes"
+        )
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def describe(aws: Aws, stack: str) -> dict[str, Any] | None:
     """The stack as CloudFormation describes it; None where there is none."""
     found = aws.find("cloudformation", "DescribeStacks", ABSENT, StackName=stack)
-    return next((each for each in found["Stacks"] if each["StackStatus"] != "DELETE_COMPLETE"), None) if found else None
+    return (
+        next((each for each in found["Stacks"] if each["StackStatus"] != "DELETE_COMPLETE"), None)
+        if found
+        else None
+    )
 
 
 def settled(aws: Aws, stack: str, every: float) -> dict[str, Any] | None:
     """Waits until CloudFormation has finished with a stack."""
-    while (found := describe(aws, stack)) is not None and found["StackStatus"].endswith("_IN_PROGRESS") and found["StackStatus"] != "REVIEW_IN_PROGRESS":
+    while (
+        (found := describe(aws, stack)) is not None
+        and found["StackStatus"].endswith("_IN_PROGRESS")
+        and found["StackStatus"] != "REVIEW_IN_PROGRESS"
+    ):
         time.sleep(every)
     return found
 
 
-def parameters(aws: Aws, given: dict[str, str], before: dict[str, Any] | None) -> list[dict[str, Any]]:
+def parameters(
+    aws: Aws, given: dict[str, str], before: dict[str, Any] | None
+) -> list[dict[str, Any]]:
     """The template's parameters: given ones, else as they were, else its defaults. Raises UserError for an unknown one."""
     declared = foundation.parameters()
     if unknown := given.keys() - declared.keys():
-        raise UserError(f"{', '.join(sorted(unknown))}: there is no such parameter; allowed: {', '.join(declared)}")
-    had = {each["ParameterKey"]: each["ParameterValue"] for each in (before or {}).get("Parameters", [])}
-    values = {name: default["Default"] for name, default in declared.items()} | had | {"Project": aws.project} | given
+        raise UserError(
+            f"{', '.join(sorted(unknown))}: there is no such parameter; allowed: {', '.join(declared)}"
+        )
+    had = {
+        each["ParameterKey"]: each["ParameterValue"]
+        for each in (before or {}).get("Parameters", [])
+    }
+    values = (
+        {name: default["Default"] for name, default in declared.items()}
+        | had
+        | {"Project": aws.project}
+        | given
+    )
     return [{"ParameterKey": name, "ParameterValue": values[name]} for name in declared]
 
 
@@ -60,13 +87,18 @@ def is_ours(aws: Aws, stack: dict[str, Any]) -> bool:
 
 def stack_resources(aws: Aws, stack: str) -> list[dict[str, Any]]:
     """What is in a stack now."""
-    found = aws.pages("cloudformation", "ListStackResources", "StackResourceSummaries", StackName=stack)
+    found = aws.pages(
+        "cloudformation", "ListStackResources", "StackResourceSummaries", StackName=stack
+    )
     return [each for each in found if each["ResourceStatus"] != "DELETE_COMPLETE"]
 
 
 def shared_logs(aws: Aws, stack: str) -> dict[str, str]:
     """The log groups of the whole account that the first edition put into the stack: names in its template to their own."""
-    found = {each["LogicalResourceId"]: each.get("PhysicalResourceId", "") for each in stack_resources(aws, stack)}
+    found = {
+        each["LogicalResourceId"]: each.get("PhysicalResourceId", "")
+        for each in stack_resources(aws, stack)
+    }
     return {logical: name for logical, name in found.items() if name in SHARED_GROUPS}
 
 
@@ -82,13 +114,18 @@ def keep_shared_logs(aws: Aws, stack: str, every: float) -> None:
         "UpdateStack",
         StackName=stack,
         TemplateBody=foundation.outliving(_template(aws, stack), logs),
-        Parameters=[{key: each[key] for key in ("ParameterKey", "ParameterValue")} for each in had["Parameters"]],
+        Parameters=[
+            {key: each[key] for key in ("ParameterKey", "ParameterValue")}
+            for each in had["Parameters"]
+        ],
         Capabilities=["CAPABILITY_NAMED_IAM"],
         Tags=[{"Key": "project", "Value": aws.project}],
     )
     after = settled(aws, stack, every)
     if after is None or after["StackStatus"] != "UPDATE_COMPLETE":
-        raise UserError(f"{stack}: it would delete log groups of the whole account, and can't be changed; its events in the console say why")
+        raise UserError(
+            f"{stack}: it would delete log groups of the whole account, and can't be changed; its events in the console say why"
+        )
 
 
 def _outlive(aws: Aws, stack: str, logs: Collection[str]) -> bool:
@@ -106,7 +143,9 @@ def delete_stack(aws: Aws, stack: dict[str, Any], every: float) -> None:
     """Begins to delete a stack of ours, without the log groups of the whole account in it. Raises UserError, AwsError."""
     name = stack["StackName"]
     kept: dict[str, Any] = {}
-    if stack["StackStatus"] == "DELETE_FAILED":  # it can't be changed any more, but takes a list of what stays
+    if (
+        stack["StackStatus"] == "DELETE_FAILED"
+    ):  # it can't be changed any more, but takes a list of what stays
         kept = {"RetainResources": list(shared_logs(aws, name))}
     elif stack["StackStatus"] != "REVIEW_IN_PROGRESS":
         keep_shared_logs(aws, name, every)
@@ -123,15 +162,23 @@ def up(aws: Aws, given: dict[str, str], yes: bool, every: float) -> int:
             "take another name for yours: target.project=NAME"
         )
     if before is not None and before["StackStatus"] in BROKEN:
-        log.info("%s is left from an attempt that failed (%s): deleting it first", stack, before["StackStatus"])
+        log.info(
+            "%s is left from an attempt that failed (%s): deleting it first",
+            stack,
+            before["StackStatus"],
+        )
         delete_stack(aws, before, every)
         before = settled(aws, stack, every)
         if before is not None:
-            raise UserError(f"{stack}: it can't be deleted ({before['StackStatus']}); its events in the CloudFormation console say why")
+            raise UserError(
+                f"{stack}: it can't be deleted ({before['StackStatus']}); its events in the CloudFormation console say why"
+            )
     leaving = {} if before is None else shared_logs(aws, stack)
     if leaving and not _outlive(aws, stack, leaving):
         log.info("%s owns log groups of the whole account: %s", stack, ", ".join(leaving.values()))
-        log.info("first they are made to outlive it; then they leave it and stay as they are, with all that is in them")
+        log.info(
+            "first they are made to outlive it; then they leave it and stay as they are, with all that is in them"
+        )
         if not confirmed("Do the first step?", yes):
             log.info("nothing was changed")
             return OK
@@ -140,7 +187,17 @@ def up(aws: Aws, given: dict[str, str], yes: bool, every: float) -> int:
     wanted = parameters(aws, given, before)
     name = f"{aws.project}-{hashlib.sha256((body + json.dumps(wanted)).encode()).hexdigest()[:16]}"
     # Where there is a change set of this name, a killed `up` has left it.
-    if before is not None and aws.find("cloudformation", "DescribeChangeSet", NO_CHANGE_SET, StackName=stack, ChangeSetName=name) is not None:
+    if (
+        before is not None
+        and aws.find(
+            "cloudformation",
+            "DescribeChangeSet",
+            NO_CHANGE_SET,
+            StackName=stack,
+            ChangeSetName=name,
+        )
+        is not None
+    ):
         aws.call("cloudformation", "DeleteChangeSet", StackName=stack, ChangeSetName=name)
     aws.call(
         "cloudformation",
@@ -171,20 +228,36 @@ def up(aws: Aws, given: dict[str, str], yes: bool, every: float) -> int:
             resource.get("PhysicalResourceId") or leaving.get(logical) or logical,
             note,
         )
-    log.info("it costs nothing itself; what will lie in the bucket costs about $0.023 per GB and month")
+    log.info(
+        "it costs nothing itself; what will lie in the bucket costs about $0.023 per GB and month"
+    )
     if not confirmed("Make these changes?", yes):
         if before is None:
-            aws.call("cloudformation", "DeleteStack", StackName=stack)  # the empty one that the change set made
+            aws.call(
+                "cloudformation", "DeleteStack", StackName=stack
+            )  # the empty one that the change set made
         else:
             aws.call("cloudformation", "DeleteChangeSet", StackName=stack, ChangeSetName=name)
         log.info("nothing was changed")
         return OK
-    aws.call("cloudformation", "ExecuteChangeSet", StackName=stack, ChangeSetName=name, ClientRequestToken=name)
+    aws.call(
+        "cloudformation",
+        "ExecuteChangeSet",
+        StackName=stack,
+        ChangeSetName=name,
+        ClientRequestToken=name,
+    )
     after = settled(aws, stack, every)
     if after is None or after["StackStatus"] not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
-        for event in reversed(list(aws.pages("cloudformation", "DescribeStackEvents", "StackEvents", StackName=stack))):
+        for event in reversed(
+            list(aws.pages("cloudformation", "DescribeStackEvents", "StackEvents", StackName=stack))
+        ):
             if event["ResourceStatus"].endswith("FAILED"):
-                log.error("%s: %s", event["LogicalResourceId"], event.get("ResourceStatusReason", event["ResourceStatus"]))
+                log.error(
+                    "%s: %s",
+                    event["LogicalResourceId"],
+                    event.get("ResourceStatusReason", event["ResourceStatus"]),
+                )
         return FAULT
     for output in after.get("Outputs", []):
         log.info("%-20s %s", output["OutputKey"], output["OutputValue"])
@@ -210,10 +283,26 @@ def _change_set(aws: Aws, stack: str, name: str, every: float) -> dict[str, Any]
 def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
     parser = argparse.ArgumentParser(prog="python -m launch up", description=__doc__)
-    parser.add_argument("parameters", nargs="*", metavar="NAME=VALUE", help="parameters of the template, like InstanceTypes=g4dn.xlarge,g5.2xlarge")
+    parser.add_argument(
+        "parameters",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="parameters of the template, like InstanceTypes=g4dn.xlarge,g5.2xlarge",
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--every", type=float, default=3, metavar="SECONDS", help="how often CloudFormation is asked how far it is (default 3)")
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=3,
+        metavar="SECONDS",
+        help="how often CloudFormation is asked how far it is (default 3)",
+    )
     options = parser.parse_intermixed_args(rest)
     if any("=" not in each for each in options.parameters):
         parser.error("parameters are NAME=VALUE")
-    return up(aws_of(targets), dict(each.split("=", 1) for each in options.parameters), options.yes, options.every)
+    return up(
+        aws_of(targets),
+        dict(each.split("=", 1) for each in options.parameters),
+        options.yes,
+        options.every,
+    )

@@ -13,7 +13,17 @@ from launch.cloud.prices import FALLBACK, table
 from launch.cloud.session import Aws, explained
 from serving.deploy import operate, prices
 from serving.deploy import stack as stacks
-from serving.deploy.release import NAME, TEMPLATE, Place, Release, Remote, Upload, build, idle_price, resources
+from serving.deploy.release import (
+    NAME,
+    TEMPLATE,
+    Place,
+    Release,
+    Remote,
+    Upload,
+    build,
+    idle_price,
+    resources,
+)
 from trainer.common.console import python
 from trainer.common.errors import OK, RESUME, UserError
 
@@ -23,33 +33,68 @@ def main(arguments: Sequence[str]) -> int:
     verb, *rest = arguments
     describe, run = VERBS[verb]
     parser = argparse.ArgumentParser(prog=f"python -m serving {verb}", description=describe)
-    parser.add_argument("--project", default="packhorse", help="begins the bucket's name, and is a tag of everything (default: %(default)s)")
-    parser.add_argument("--name", help="of the stack, the endpoint and the function (default: PROJECT-serving)")
+    parser.add_argument(
+        "--project",
+        default="packhorse",
+        help="begins the bucket's name, and is a tag of everything (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--name", help="of the stack, the endpoint and the function (default: PROJECT-serving)"
+    )
     parser.add_argument("--region", help="(default: as in every AWS tool)")
     if verb in ("plan", "deploy", "destroy"):
         parser.add_argument("--bucket", help="of the uploads (default: PROJECT-ACCOUNT-REGION)")
     if verb in ("plan", "deploy"):
-        parser.add_argument("package", nargs="?", help="a model.tar.gz, here or at s3://BUCKET/KEY (default: keep the deployed one)")
-        parser.add_argument("--door", help="endpoint: SageMaker, with a Lambda function in front; lambda: the model inside the function, no endpoint")
-        parser.add_argument("--image", help="the endpoint's container in ECR: of serving/Dockerfile, or AWS's Ray Serve image")
-        parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of stack.yaml; plan lists them")
+        parser.add_argument(
+            "package",
+            nargs="?",
+            help="a model.tar.gz, here or at s3://BUCKET/KEY (default: keep the deployed one)",
+        )
+        parser.add_argument(
+            "--door",
+            help="endpoint: SageMaker, with a Lambda function in front; lambda: the model inside the function, no endpoint",
+        )
+        parser.add_argument(
+            "--image",
+            help="the endpoint's container in ECR: of serving/Dockerfile, or AWS's Ray Serve image",
+        )
+        parser.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="a parameter of stack.yaml; plan lists them",
+        )
     if verb in ("deploy", "destroy"):
         parser.add_argument("--yes", action="store_true", help="don't ask")
     if verb == "invoke":
         parser.add_argument("source", help="a picture's file, or the URL of one")
-        parser.add_argument("--endpoint", action="store_true", help="ask the endpoint itself, not the function in front of it")
-        parser.add_argument("--labels", action="store_true", help="the most probable classes instead of logits")
+        parser.add_argument(
+            "--endpoint",
+            action="store_true",
+            help="ask the endpoint itself, not the function in front of it",
+        )
+        parser.add_argument(
+            "--labels", action="store_true", help="the most probable classes instead of logits"
+        )
     if verb == "logs":
         parser.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
-        parser.add_argument("--minutes", type=float, default=60, help="how far back (default: %(default)s)")
+        parser.add_argument(
+            "--minutes", type=float, default=60, help="how far back (default: %(default)s)"
+        )
     options = parser.parse_args(rest)
     options.name = options.name or f"{options.project}-serving"
     if not re.fullmatch(NAME, options.name):
-        raise UserError(f"--name {options.name}: allowed: lower-case letters, digits and hyphens, a letter first, at most 40")
+        raise UserError(
+            f"--name {options.name}: allowed: lower-case letters, digits and hyphens, a letter first, at most 40"
+        )
     try:
         return run(options)
     except KeyboardInterrupt:
-        print(f"interrupted; what AWS has begun goes on: python -m serving status --name {options.name}", file=sys.stderr)
+        print(
+            f"interrupted; what AWS has begun goes on: python -m serving status --name {options.name}",
+            file=sys.stderr,
+        )
         return RESUME
 
 
@@ -74,7 +119,9 @@ def plan(options: argparse.Namespace) -> int:
 def deploy(options: argparse.Namespace) -> int:
     aws = Aws(options.project, options.region)
     if not (aws.configured_region and aws.has_credentials()):
-        raise UserError("no AWS credentials or no region: aws configure, or aws sso login, and --region; `plan` works without")
+        raise UserError(
+            "no AWS credentials or no region: aws configure, or aws sso login, and --region; `plan` works without"
+        )
     prepared = _prepare(aws, options)
     release, name = prepared.release, prepared.release.place.name
     if prepared.exists and prepared.change_set is None:
@@ -97,14 +144,24 @@ def deploy(options: argparse.Namespace) -> int:
         stack = stacks.follow(aws, name, before)
     else:
         # Rolled back and left there, it would be in the way of the next try.
-        arn = aws.call("cloudformation", "CreateStack", **release.stack(), OnFailure="DELETE")["StackId"]
+        arn = aws.call("cloudformation", "CreateStack", **release.stack(), OnFailure="DELETE")[
+            "StackId"
+        ]
         stack = stacks.follow(aws, arn, before)
     if stack["StackStatus"] not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
-        left = "what was deployed before stays in service" if prepared.exists else "nothing of it is left but the uploads"
-        raise UserError(f"stack {name}: {stack['StackStatus']}; {stacks.reason(aws, stack['StackId'], before)}; {left}")
+        left = (
+            "what was deployed before stays in service"
+            if prepared.exists
+            else "nothing of it is left but the uploads"
+        )
+        raise UserError(
+            f"stack {name}: {stack['StackStatus']}; {stacks.reason(aws, stack['StackId'], before)}; {left}"
+        )
     for output in stack.get("Outputs", []):
         print(f"{output['OutputKey']:16}{output['OutputValue']}")
-    print(f"next: {python()} -m serving invoke PICTURE{'' if name == 'packhorse-serving' else f' --name {name}'}")
+    print(
+        f"next: {python()} -m serving invoke PICTURE{'' if name == 'packhorse-serving' else f' --name {name}'}"
+    )
     return OK
 
 
@@ -115,19 +172,36 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> Plan:
         _check_instance(given["InstanceType"])
     online = aws.configured_region is not None and aws.has_credentials()
     stack = stacks.find_ours(aws, options.name) if online else None
-    if stack and (stack["StackStatus"] in stacks.STUCK or stack["StackStatus"].endswith("IN_PROGRESS")):
-        remedy = "python -m serving destroy, then deploy again" if stack["StackStatus"] in stacks.STUCK else "wait until it is done"
+    if stack and (
+        stack["StackStatus"] in stacks.STUCK or stack["StackStatus"].endswith("IN_PROGRESS")
+    ):
+        remedy = (
+            "python -m serving destroy, then deploy again"
+            if stack["StackStatus"] in stacks.STUCK
+            else "wait until it is done"
+        )
         raise UserError(f"stack {options.name} is in {stack['StackStatus']}; {remedy}")
     deployed = stacks.parameters(stack) if stack else {}
     package = _package(aws if online else None, options.package)
-    release = build(_place(aws, options, deployed) if online else _place_offline(options), package, given, deployed)
+    release = build(
+        _place(aws, options, deployed) if online else _place_offline(options),
+        package,
+        given,
+        deployed,
+    )
     _check_scaling(deployed, release.parameters)
 
     place = release.place
     if not online:
-        print(f"no AWS credentials or no region: shown for account {place.account} in {place.region}, and as if nothing were deployed")
-    print(f"stack {place.name} in account {place.account}, {place.region}: {stack['StackStatus'] if stack else 'new'}")
-    print(f"template: serving/{TEMPLATE.name}, SHA-256 {hashlib.sha256(TEMPLATE.read_bytes()).hexdigest()}")
+        print(
+            f"no AWS credentials or no region: shown for account {place.account} in {place.region}, and as if nothing were deployed"
+        )
+    print(
+        f"stack {place.name} in account {place.account}, {place.region}: {stack['StackStatus'] if stack else 'new'}"
+    )
+    print(
+        f"template: serving/{TEMPLATE.name}, SHA-256 {hashlib.sha256(TEMPLATE.read_bytes()).hexdigest()}"
+    )
     print("parameters:")
     for name, value in release.parameters.items():
         was = f"  (was {deployed[name] or 'empty'})" if deployed.get(name, value) != value else ""
@@ -139,7 +213,10 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> Plan:
     if stack:
         change_set, changes = stacks.change(aws, release)
     else:
-        change_set, changes = None, [f"add      {kind:44}{name}" for name, kind in resources(release.parameters).items()]
+        change_set, changes = (
+            None,
+            [f"add      {kind:44}{name}" for name, kind in resources(release.parameters).items()],
+        )
     for change in changes or ["none"]:
         print(f"  {change}")
     _print_price(release)
@@ -168,10 +245,17 @@ def _check_instance(kind: str) -> None:
         from botocore.session import get_session
     except ImportError:
         return
-    allowed = get_session().get_service_model("sagemaker").shape_for("ProductionVariantInstanceType").metadata["enum"]
+    allowed = (
+        get_session()
+        .get_service_model("sagemaker")
+        .shape_for("ProductionVariantInstanceType")
+        .metadata["enum"]
+    )
     if kind not in allowed:
         priced = [name for name in table()["regions"][FALLBACK] if name in allowed]
-        raise UserError(f"--set InstanceType={kind}: endpoints don't run on it; try one of {', '.join(priced)}")
+        raise UserError(
+            f"--set InstanceType={kind}: endpoints don't run on it; try one of {', '.join(priced)}"
+        )
 
 
 def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
@@ -183,7 +267,9 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
             return Remote(package, "unknown")
         head = aws.find("s3", "HeadObject", "404|NoSuch", Bucket=bucket, Key=key)
         if head is None:
-            raise UserError(f"{package}: there is no such object; look with: aws s3 ls s3://{bucket}/")
+            raise UserError(
+                f"{package}: there is no such object; look with: aws s3 ls s3://{bucket}/"
+            )
         return Remote(package, head["ETag"].strip('"'))
 
     from serving.package import PackageError, load
@@ -204,8 +290,19 @@ def _place(aws: Aws, options: argparse.Namespace, deployed: Mapping[str, str]) -
 
 
 def _place_offline(options: argparse.Namespace) -> Place:
-    place = Place(options.name, options.project, options.bucket or "", region=options.region or Place.region)
-    return place if place.bucket else Place(place.name, place.project, f"{place.project}-{place.account}-{place.region}", region=place.region)
+    place = Place(
+        options.name, options.project, options.bucket or "", region=options.region or Place.region
+    )
+    return (
+        place
+        if place.bucket
+        else Place(
+            place.name,
+            place.project,
+            f"{place.project}-{place.account}-{place.region}",
+            region=place.region,
+        )
+    )
 
 
 def _check_scaling(deployed: Mapping[str, str], wanted: Mapping[str, str]) -> None:
@@ -241,7 +338,11 @@ def _upload(aws: Aws, bucket: str, upload: Upload) -> None:
     if aws.find("s3", "HeadObject", "404|NoSuchKey", Bucket=bucket, Key=upload.key):
         return
     print(f"uploading {upload.what}: {upload.size:,} bytes")
-    with upload.content.open("rb") if isinstance(upload.content, Path) else io.BytesIO(upload.content) as file:
+    with (
+        upload.content.open("rb")
+        if isinstance(upload.content, Path)
+        else io.BytesIO(upload.content) as file
+    ):
         try:
             aws.client("s3").upload_fileobj(file, bucket, upload.key)
         except Exception as error:
@@ -264,9 +365,13 @@ def destroy(options: argparse.Namespace) -> int:
     aws = Aws(options.project, options.region)
     stack = stacks.find_ours(aws, options.name)
     place = _place(aws, options, stacks.parameters(stack) if stack else {})
-    print(f"stack {place.name} in account {place.account}, {place.region}: {stack['StackStatus'] if stack else 'none'}")
+    print(
+        f"stack {place.name} in account {place.account}, {place.region}: {stack['StackStatus'] if stack else 'none'}"
+    )
     if stack:
-        for resource in aws.pages("cloudformation", "ListStackResources", "StackResourceSummaries", StackName=place.name):
+        for resource in aws.pages(
+            "cloudformation", "ListStackResources", "StackResourceSummaries", StackName=place.name
+        ):
             print(f"  remove {resource['ResourceType']:44}{resource.get('PhysicalResourceId', '')}")
     print(f"  remove all below s3://{place.bucket}/{place.folder}")
     if not _confirmed(options, "remove all of this?"):
@@ -277,9 +382,15 @@ def destroy(options: argparse.Namespace) -> int:
         aws.call("cloudformation", "DeleteStack", StackName=place.name)
         gone = stacks.follow(aws, stack["StackId"], before)
         if gone["StackStatus"] != "DELETE_COMPLETE":
-            raise UserError(f"stack {place.name}: {gone['StackStatus']}; {stacks.reason(aws, stack['StackId'], before)}; start the same command again")
-    count = _delete_objects(aws, place.bucket, place.folder)  # after the stack: an endpoint that scales out reads its model again
-    print(f"removed: {'the stack, and ' if stack else ''}{count} objects in s3://{place.bucket}/{place.folder}")
+            raise UserError(
+                f"stack {place.name}: {gone['StackStatus']}; {stacks.reason(aws, stack['StackId'], before)}; start the same command again"
+            )
+    count = _delete_objects(
+        aws, place.bucket, place.folder
+    )  # after the stack: an endpoint that scales out reads its model again
+    print(
+        f"removed: {'the stack, and ' if stack else ''}{count} objects in s3://{place.bucket}/{place.folder}"
+    )
     return OK
 
 
@@ -287,17 +398,33 @@ def _delete_objects(aws: Aws, bucket: str, prefix: str) -> int:
     """Deletes all versions. How many there were."""
     objects: list[dict[str, str]] = []
     for key in ("Versions", "DeleteMarkers"):
-        objects += [{"Key": item["Key"], "VersionId": item["VersionId"]} for item in aws.pages("s3", "ListObjectVersions", key, Bucket=bucket, Prefix=prefix)]
+        objects += [
+            {"Key": item["Key"], "VersionId": item["VersionId"]}
+            for item in aws.pages("s3", "ListObjectVersions", key, Bucket=bucket, Prefix=prefix)
+        ]
     for start in range(0, len(objects), 1000):  # as many as one call takes
-        answer = aws.call("s3", "DeleteObjects", Bucket=bucket, Delete={"Objects": objects[start : start + 1000], "Quiet": True})
+        answer = aws.call(
+            "s3",
+            "DeleteObjects",
+            Bucket=bucket,
+            Delete={"Objects": objects[start : start + 1000], "Quiet": True},
+        )
         if answer.get("Errors"):
-            raise UserError(f"s3://{bucket}/{answer['Errors'][0]['Key']}: {answer['Errors'][0]['Message']}; delete it by hand, or start again")
+            raise UserError(
+                f"s3://{bucket}/{answer['Errors'][0]['Key']}: {answer['Errors'][0]['Message']}; delete it by hand, or start again"
+            )
     return len(objects)
 
 
 VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
-    "plan": ("Show what deploying would make, change and cost. Changes nothing, and works without credentials.", plan),
-    "deploy": ("Show the same, ask, and do it. A new model takes over from the old one only when the alarms stay silent.", deploy),
+    "plan": (
+        "Show what deploying would make, change and cost. Changes nothing, and works without credentials.",
+        plan,
+    ),
+    "deploy": (
+        "Show the same, ask, and do it. A new model takes over from the old one only when the alarms stay silent.",
+        deploy,
+    ),
     "status": ("Show what is deployed, its state, and what it costs.", operate.status),
     "invoke": ("Ask the deployed model for a prediction.", operate.invoke),
     "logs": ("Show what the function and the endpoint logged.", operate.logs),

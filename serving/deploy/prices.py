@@ -24,12 +24,18 @@ class Item:
 def instances(kind: str, count: int, region: str) -> Item:
     """Instances of a real-time endpoint; AWS asks the same for them as for training on them."""
     hour = price(kind, region).on_demand
-    return Item(f"{count} x {kind}" + (f" at ${hour:g} an hour" if hour else ""), None if hour is None else count * hour * HOURS)
+    return Item(
+        f"{count} x {kind}" + (f" at ${hour:g} an hour" if hour else ""),
+        None if hour is None else count * hour * HOURS,
+    )
 
 
 def warm(count: int, megabytes: int) -> Item:
     """Lambda environments kept ready."""
-    return Item(f"{count} x {megabytes} MB of Lambda kept warm", count * megabytes / 1024 * HOURS * 3600 * WARM_GB_SECOND)
+    return Item(
+        f"{count} x {megabytes} MB of Lambda kept warm",
+        count * megabytes / 1024 * HOURS * 3600 * WARM_GB_SECOND,
+    )
 
 
 def alarms(count: int) -> Item:

@@ -16,11 +16,22 @@ from trainer.common.errors import UserError, install_command
 TEMPLATE = Path(__file__).parents[1] / "stack.yaml"
 NAME = r"[a-z][a-z0-9-]{0,39}"  # lower case, as IAM writes the endpoint's ARN; role names add 9 characters to it, and end at 64
 NO_ACCOUNT = "000000000000"  # stands in a plan where there are no credentials
-ECR = re.compile(r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/(?P<repository>[^:@]+)([:@].+)")
+ECR = re.compile(
+    r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/(?P<repository>[^:@]+)([:@].+)"
+)
 
 # Parameters of the template that are computed here, and those that begin otherwise where the model runs inside Lambda: ten pictures a day
 # should not pay for a warm environment, and the network wants a whole processor (1,769 MB buy one).
-COMPUTED = {"Bucket", "CodeKey", "ModelUrl", "ModelArn", "ModelDigest", "ImageArn", "EndpointRelease", "FunctionRelease"}
+COMPUTED = {
+    "Bucket",
+    "CodeKey",
+    "ModelUrl",
+    "ModelArn",
+    "ModelDigest",
+    "ImageArn",
+    "EndpointRelease",
+    "FunctionRelease",
+}
 IN_LAMBDA = {"Memory": "2048", "ProvisionedConcurrency": "0"}
 
 
@@ -73,13 +84,21 @@ class Release:
         return {
             "StackName": self.place.name,
             "TemplateBody": TEMPLATE.read_text(),
-            "Parameters": [{"ParameterKey": name, "ParameterValue": value} for name, value in self.parameters.items()],
+            "Parameters": [
+                {"ParameterKey": name, "ParameterValue": value}
+                for name, value in self.parameters.items()
+            ],
             "Capabilities": ["CAPABILITY_NAMED_IAM"],
             "Tags": [{"Key": "project", "Value": self.place.project}],
         }
 
 
-def build(place: Place, package: Path | Remote | None, given: Mapping[str, str], deployed: Mapping[str, str]) -> Release:
+def build(
+    place: Place,
+    package: Path | Remote | None,
+    given: Mapping[str, str],
+    deployed: Mapping[str, str],
+) -> Release:
     """package: None to keep the deployed one. given: template parameters by name, as the user set them. deployed: those of the stack that is there.
 
     A parameter is what the user gave, else what is deployed, else the template's default. Raises UserError.
@@ -91,12 +110,20 @@ def build(place: Place, package: Path | Remote | None, given: Mapping[str, str],
     if door == "lambda":
         values |= IN_LAMBDA
     same_door = door == deployed.get("Door", door)
-    values |= {name: value for name, value in deployed.items() if name in declared and (same_door or name not in IN_LAMBDA)}
+    values |= {
+        name: value
+        for name, value in deployed.items()
+        if name in declared and (same_door or name not in IN_LAMBDA)
+    }
     values |= {**given, "Bucket": place.bucket}
     if int(values["MaxInstances"]) < int(values["MinInstances"]):
-        raise UserError(f"MaxInstances={values['MaxInstances']} is below MinInstances={values['MinInstances']}; set both with --set")
+        raise UserError(
+            f"MaxInstances={values['MaxInstances']} is below MinInstances={values['MinInstances']}; set both with --set"
+        )
     if package is None and (not deployed or not same_door):
-        raise UserError("which model? give a model.tar.gz, or its s3:// address: python -m serving deploy runs/NAME/model.tar.gz ...")
+        raise UserError(
+            "which model? give a model.tar.gz, or its s3:// address: python -m serving deploy runs/NAME/model.tar.gz ..."
+        )
 
     uploads: list[Upload] = []
     if door == "endpoint":
@@ -107,12 +134,16 @@ def build(place: Place, package: Path | Remote | None, given: Mapping[str, str],
             values |= {"ModelUrl": url, "ModelArn": arn, "ModelDigest": digest}
             uploads += upload
     elif isinstance(package, Remote):
-        raise UserError(f"{package.uri}: the door inside Lambda is built here and needs the file: aws s3 cp {package.uri} . and give model.tar.gz")
+        raise UserError(
+            f"{package.uri}: the door inside Lambda is built here and needs the file: aws s3 cp {package.uri} . and give model.tar.gz"
+        )
     elif package is not None:
         uploads.append(_named("the function with the model", bundle.direct(package), ".zip", place))
     if uploads:
         values["CodeKey"] = uploads[0].key
-    values["EndpointRelease"] = fingerprint(("Model", "EndpointConfig"), values) if door == "endpoint" else "none"
+    values["EndpointRelease"] = (
+        fingerprint(("Model", "EndpointConfig"), values) if door == "endpoint" else "none"
+    )
     values["FunctionRelease"] = fingerprint(("Function",), values)
     return Release(place, values, uploads)
 
@@ -122,7 +153,9 @@ def _check(given: Mapping[str, str]) -> None:
     for name, value in given.items():
         if name not in declared or name in COMPUTED:
             close = difflib.get_close_matches(name, declared.keys() - COMPUTED, n=1, cutoff=0)
-            raise UserError(f"--set {name}: there is no such setting; did you mean {close[0]}? python -m serving plan shows them all")
+            raise UserError(
+                f"--set {name}: there is no such setting; did you mean {close[0]}? python -m serving plan shows them all"
+            )
         allowed = _allowed(declared[name], value)
         if allowed:
             raise UserError(f"--set {name}={value}: allowed: {allowed}")
@@ -131,10 +164,18 @@ def _check(given: Mapping[str, str]) -> None:
 def _allowed(parameter: Mapping[str, Any], value: str) -> str | None:
     """What the parameter allows, where `value` is something else."""
     if "AllowedValues" in parameter:
-        return None if value in map(str, parameter["AllowedValues"]) else ", ".join(map(str, parameter["AllowedValues"]))
+        return (
+            None
+            if value in map(str, parameter["AllowedValues"])
+            else ", ".join(map(str, parameter["AllowedValues"]))
+        )
     if parameter["Type"] == "Number":
         low, high = parameter.get("MinValue", 0), parameter.get("MaxValue", float("inf"))
-        return None if value.isdecimal() and low <= int(value) <= high else f"a whole number, {low} to {high}"
+        return (
+            None
+            if value.isdecimal() and low <= int(value) <= high
+            else f"a whole number, {low} to {high}"
+        )
     pattern = parameter.get("AllowedPattern", ".*")
     return None if re.fullmatch(pattern, value) else f"what matches {pattern}"
 
@@ -142,18 +183,34 @@ def _allowed(parameter: Mapping[str, Any], value: str) -> str | None:
 def _image_arn(image: str, place: Place) -> str:
     parts = ECR.fullmatch(image)
     if not parts:
-        what = "an endpoint needs a container" if image == "none" else f"--image {image}: this is no image in ECR with a tag or a digest"
-        raise UserError(f"{what}; build serving/Dockerfile, push it and give ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG, or deploy with --door lambda")
+        what = (
+            "an endpoint needs a container"
+            if image == "none"
+            else f"--image {image}: this is no image in ECR with a tag or a digest"
+        )
+        raise UserError(
+            f"{what}; build serving/Dockerfile, push it and give ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG, or deploy with --door lambda"
+        )
     return f"arn:{place.partition}:ecr:{parts['region']}:{parts['account']}:repository/{parts['repository']}"
 
 
 def _model(package: Path | Remote, place: Place) -> tuple[str, str, str, list[Upload]]:
     """URL, ARN and digest of the model package, and what to upload for it."""
     if isinstance(package, Remote):
-        return package.uri, f"arn:{place.partition}:s3:::{package.uri.removeprefix('s3://')}", package.digest, []
+        return (
+            package.uri,
+            f"arn:{place.partition}:s3:::{package.uri.removeprefix('s3://')}",
+            package.digest,
+            [],
+        )
     upload = _named("the model package", package, ".tar.gz", place)
     where = f"{place.bucket}/{upload.key}"
-    return f"s3://{where}", f"arn:{place.partition}:s3:::{where}", Path(upload.key).name.removesuffix(".tar.gz"), [upload]
+    return (
+        f"s3://{where}",
+        f"arn:{place.partition}:s3:::{where}",
+        Path(upload.key).name.removesuffix(".tar.gz"),
+        [upload],
+    )
 
 
 def _named(what: str, content: bytes | Path, suffix: str, place: Place) -> Upload:
@@ -171,8 +228,13 @@ def fingerprint(resources: Sequence[str], values: Mapping[str, str]) -> str:
     CloudFormation can't replace a resource under the same name, so the name has to follow from the content.
     """
     bodies = [template()["Resources"][name] for name in resources]
-    used = sorted({name for body in bodies for name in references(body)} - {"EndpointRelease", "FunctionRelease"})
-    return hashlib.sha256(json.dumps([bodies, [(name, values[name]) for name in used]], sort_keys=True).encode()).hexdigest()[:12]
+    used = sorted(
+        {name for body in bodies for name in references(body)}
+        - {"EndpointRelease", "FunctionRelease"}
+    )
+    return hashlib.sha256(
+        json.dumps([bodies, [(name, values[name]) for name in used]], sort_keys=True).encode()
+    ).hexdigest()[:12]
 
 
 def references(node: Any) -> Iterator[str]:
@@ -203,7 +265,9 @@ def template() -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise UserError(f"PyYAML is not installed, which reads the stack's template: {install_command('aws')}") from error
+        raise UserError(
+            f"PyYAML is not installed, which reads the stack's template: {install_command('aws')}"
+        ) from error
 
     class Loader(yaml.SafeLoader):
         pass
@@ -226,7 +290,9 @@ def template() -> dict[str, Any]:
 def resources(parameters: Mapping[str, str]) -> dict[str, str]:
     """Type of each resource that the template makes with these parameters, by name."""
     return {
-        name: body["Type"] for name, body in template()["Resources"].items() if "Condition" not in body or _holds({"Condition": body["Condition"]}, parameters)
+        name: body["Type"]
+        for name, body in template()["Resources"].items()
+        if "Condition" not in body or _holds({"Condition": body["Condition"]}, parameters)
     }
 
 
@@ -235,7 +301,9 @@ def _holds(condition: Any, parameters: Mapping[str, str]) -> bool:
     if kind == "Condition":
         return _holds(template()["Conditions"][value], parameters)
     if kind == "Fn::Equals":
-        left, right = (parameters[side["Ref"]] if isinstance(side, dict) else side for side in value)
+        left, right = (
+            parameters[side["Ref"]] if isinstance(side, dict) else side for side in value
+        )
         return bool(left == right)
     if kind == "Fn::Not":
         return not _holds(value[0], parameters)
@@ -243,7 +311,9 @@ def _holds(condition: Any, parameters: Mapping[str, str]) -> bool:
     return all(_holds(inner, parameters) for inner in value)
 
 
-def idle_price(parameters: Mapping[str, str], region: str, instances: int | None = None) -> list[prices.Item]:
+def idle_price(
+    parameters: Mapping[str, str], region: str, instances: int | None = None
+) -> list[prices.Item]:
     """The bill of a month in which nobody asks anything. instances: of the endpoint; MinInstances, if not given."""
     made = resources(parameters)
     items = []
@@ -251,7 +321,11 @@ def idle_price(parameters: Mapping[str, str], region: str, instances: int | None
         count = int(parameters["MinInstances"]) if instances is None else instances
         items.append(prices.instances(parameters["InstanceType"], count, region))
     if parameters["ProvisionedConcurrency"] != "0":
-        items.append(prices.warm(int(parameters["ProvisionedConcurrency"]), int(parameters["Memory"])))
+        items.append(
+            prices.warm(int(parameters["ProvisionedConcurrency"]), int(parameters["Memory"]))
+        )
     # Target tracking makes two more of its own.
-    alarms = sum(kind == "AWS::CloudWatch::Alarm" for kind in made.values()) + 2 * ("ScalingPolicy" in made)
+    alarms = sum(kind == "AWS::CloudWatch::Alarm" for kind in made.values()) + 2 * (
+        "ScalingPolicy" in made
+    )
     return [*items, *([prices.alarms(alarms)] if alarms else [])]

@@ -10,13 +10,25 @@ NAMES = ("input", "loop", "frozen", "start", "stall", "scaling", "sweep", "servi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure against peers, all of them in one run.")
-    parser.add_argument("names", nargs="*", choices=[[], *NAMES], help=f"what to measure (default: all of {', '.join(NAMES)})")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each contender takes its turn (default 5)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description="Measure against peers, all of them in one run.",
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        choices=[[], *NAMES],
+        help=f"what to measure (default: all of {', '.join(NAMES)})",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="how often each contender takes its turn (default 5)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
     options = parser.parse_args()
 
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is loaded, and for the processes started from here
+    os.environ["OMP_NUM_THREADS"] = str(
+        options.threads
+    )  # before torch is loaded, and for the processes started from here
     from tests.benchmarks import table
 
     modules = {name: importlib.import_module(f"tests.benchmarks.{name}") for name in NAMES}
@@ -26,7 +38,9 @@ def main() -> None:
         text = measured.markdown()
         print(text, flush=True)
         page = table.PAGE.read_text() if table.PAGE.exists() else ""
-        table.PAGE.write_text(table.merge(page, {measured.title: text}, [module.TITLE for module in modules.values()]))
+        table.PAGE.write_text(
+            table.merge(page, {measured.title: text}, [module.TITLE for module in modules.values()])
+        )
 
 
 if __name__ == "__main__":

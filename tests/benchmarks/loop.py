@@ -25,7 +25,13 @@ from trainer.training.loop import Checkpoints, Learner, Progress, train_epoch
 TITLE = "Loop"
 CONF = Path(__file__).parents[2] / "conf"
 CLASSES = 10
-SETTINGS = {"lr": 0.01, "weight_decay": 1e-4, "momentum": 0.9, "nesterov": True, "fused": True}  # of SGD
+SETTINGS = {
+    "lr": 0.01,
+    "weight_decay": 1e-4,
+    "momentum": 0.9,
+    "nesterov": True,
+    "fused": True,
+}  # of SGD
 NOTE = """Images per second of one epoch of the training loop, without evaluation, against a bare hand-written loop, each in processes of its
 own, which take turns: the same network with the normalisation of pixels in it, the same fused SGD (biases and BatchNorm don't decay),
 the same loss with label smoothing, the same batches, which are in memory. No moving average and no clipping. The bare loop keeps no
@@ -40,24 +46,57 @@ SIZES = {
 def measure(scratch: Path, rounds: int) -> Table:
     rows: list[Row] = []
     missing = [peer for peer in PEERS if not installed(peer)]
-    contenders = {"bare loop": bare, "ours": ours} | {peer: make for peer, make in PEERS.items() if peer not in missing}
+    contenders = {"bare loop": bare, "ours": ours} | {
+        peer: make for peer, make in PEERS.items() if peer not in missing
+    }
     for network, (title, size, batch_size, steps, target) in SIZES.items():
         costs: dict[str, list[float]] = {contender: [] for contender in contenders}
         for number in range(3 * rounds):
             # In turn forwards and backwards: what the machine does meanwhile should not fall on the same one each time.
             for contender, make in list(contenders.items())[:: 1 if number % 2 else -1]:
-                costs[contender].append(apart(prepared, make, network, size, batch_size, steps).wall)
-                print(f"\r  {title}: round {number + 1}/{3 * rounds}", end="", file=sys.stderr, flush=True)
+                costs[contender].append(
+                    apart(prepared, make, network, size, batch_size, steps).wall
+                )
+                print(
+                    f"\r  {title}: round {number + 1}/{3 * rounds}",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
         print(file=sys.stderr)
         for contender, walls in costs.items():
             speed = ratio(costs["bare loop"], walls)
             met = speed.median >= target if contender == "ours" else None
-            cells = (str(speed), short(1 / median(walls)), f"{1000 * batch_size * median(walls):.3f}")
-            rows.append(Row(f"{title}: {contender}", cells, f"{target:g}x" if contender == "ours" else "", met))
-    return Table(TITLE, NOTE, ("throughput", "images/s", "ms per step"), rows, ("lightning", "accelerate"), missing)
+            cells = (
+                str(speed),
+                short(1 / median(walls)),
+                f"{1000 * batch_size * median(walls):.3f}",
+            )
+            rows.append(
+                Row(
+                    f"{title}: {contender}",
+                    cells,
+                    f"{target:g}x" if contender == "ours" else "",
+                    met,
+                )
+            )
+    return Table(
+        TITLE,
+        NOTE,
+        ("throughput", "images/s", "ms per step"),
+        rows,
+        ("lightning", "accelerate"),
+        missing,
+    )
 
 
-def prepared(make: Callable[[model.Classifier, list[Batch]], Work], name: str, size: int, batch_size: int, steps: int) -> Work:
+def prepared(
+    make: Callable[[model.Classifier, list[Batch]], Work],
+    name: str,
+    size: int,
+    batch_size: int,
+    steps: int,
+) -> Work:
     network = tiny() if name == "tiny" else model.build(name, CLASSES)
     return make(network, make_batches(size, batch_size, steps))
 
@@ -66,15 +105,29 @@ def tiny() -> model.Classifier:
     torch.manual_seed(0)
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        return [
+            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        ]
 
-    backbone = nn.Sequential(*block(3, 16), *block(16, 32), *block(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return model.Classifier(backbone, nn.Linear(64, CLASSES), (0.5,) * 3, (0.5,) * 3).to(memory_format=torch.channels_last)
+    backbone = nn.Sequential(
+        *block(3, 16), *block(16, 32), *block(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    return model.Classifier(backbone, nn.Linear(64, CLASSES), (0.5,) * 3, (0.5,) * 3).to(
+        memory_format=torch.channels_last
+    )
 
 
 def make_batches(size: int, batch_size: int, count: int) -> list[Batch]:
     torch.manual_seed(0)
-    return [Batch(torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8), torch.randint(0, CLASSES, (batch_size,))) for _ in range(count)]
+    return [
+        Batch(
+            torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8),
+            torch.randint(0, CLASSES, (batch_size,)),
+        )
+        for _ in range(count)
+    ]
 
 
 # --- the contenders: each does one epoch and returns how many images it saw ---
@@ -86,7 +139,10 @@ def images(batches: list[Batch]) -> int:
 
 def sgd(network: model.Classifier) -> torch.optim.Optimizer:
     """With the recipe's two groups: biases and BatchNorm have no weight decay."""
-    return torch.optim.SGD(optim.parameter_groups(network, SETTINGS["lr"], SETTINGS["lr"], SETTINGS["weight_decay"]), **SETTINGS)
+    return torch.optim.SGD(
+        optim.parameter_groups(network, SETTINGS["lr"], SETTINGS["lr"], SETTINGS["weight_decay"]),
+        **SETTINGS,
+    )
 
 
 def bare(network: model.Classifier, batches: list[Batch]) -> Work:
@@ -106,7 +162,7 @@ def bare(network: model.Classifier, batches: list[Batch]) -> Work:
 
 @dataclass(frozen=True)
 class InMemory:
-    """As `loader.Feed`."""
+    """As `loader.ImageLoader`."""
 
     batches: list[Batch]
     classes: int = CLASSES
@@ -115,10 +171,10 @@ class InMemory:
     def steps_per_epoch(self) -> int:
         return len(self.batches)
 
-    def training(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
+    def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         yield from self.batches[first:]
 
-    def plain(self, name: str) -> Generator[Batch, None, None]:
+    def eval_batches(self, name: str) -> Generator[Batch, None, None]:
         yield from self.batches
 
 
@@ -126,12 +182,33 @@ def ours(network: model.Classifier, batches: list[Batch]) -> Work:
     config.register()
     scratch = Path(tempfile.mkdtemp(prefix="packhorse-loop-"))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = config.load(compose("config", ["optim=sgd", "train.ema_decay=null", "train.epochs=1000000", "optim.schedule=constant"]))
+        settings = config.load(
+            compose(
+                "config",
+                [
+                    "optim=sgd",
+                    "train.ema_decay=null",
+                    "train.epochs=1000000",
+                    "optim.schedule=constant",
+                ],
+            )
+        )
     weight_decay = SETTINGS["weight_decay"]
-    optimizer = optim.build(network, "sgd", lr=SETTINGS["lr"], head_lr=None, weight_decay=weight_decay, momentum=SETTINGS["momentum"])
-    machine = device.prepare("cpu", "fp32", deterministic=settings.train.deterministic, threads=None)
+    optimizer = optim.build(
+        network,
+        "sgd",
+        lr=SETTINGS["lr"],
+        head_lr=None,
+        weight_decay=weight_decay,
+        momentum=SETTINGS["momentum"],
+    )
+    machine = device.prepare(
+        "cpu", "fp32", deterministic=settings.train.deterministic, threads=None
+    )
     learner = Learner(network, optimizer, machine.device, machine.precision)
-    checkpoints = Checkpoints(scratch, checkpoint.Cadence(10, 0.02), 2, metrics.Ledger(scratch / "metrics.jsonl"), {})
+    checkpoints = Checkpoints(
+        scratch, checkpoint.Cadence(10, 0.02), 2, metrics.Ledger(scratch / "metrics.jsonl"), {}
+    )
     feed, progress, stop = InMemory(batches), Progress(), Stop()
 
     def epoch() -> int:
@@ -147,13 +224,17 @@ def accelerate_loop(network: model.Classifier, batches: list[Batch]) -> Work:
     from torch.utils.data import DataLoader
 
     accelerator = Accelerator(cpu=True)
-    network, optimizer, loader = accelerator.prepare(network, sgd(network), DataLoader(batches, batch_size=None))
+    network, optimizer, loader = accelerator.prepare(
+        network, sgd(network), DataLoader(batches, batch_size=None)
+    )
 
     def epoch() -> int:
         network.train()
         for pixels, labels in loader:
             optimizer.zero_grad()
-            accelerator.backward(functional.cross_entropy(network(pixels), labels, label_smoothing=0.1))
+            accelerator.backward(
+                functional.cross_entropy(network(pixels), labels, label_smoothing=0.1)
+            )
             optimizer.step()
         return images(batches)
 
@@ -183,7 +264,16 @@ def lightning_loop(network: model.Classifier, batches: list[Batch]) -> Work:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return sgd(self.network)
 
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"), False)
+    off = dict.fromkeys(
+        (
+            "logger",
+            "enable_checkpointing",
+            "enable_progress_bar",
+            "enable_model_summary",
+            "barebones",
+        ),
+        False,
+    )
     module, loader = Module(), DataLoader(batches, batch_size=None)
 
     def epoch() -> int:
@@ -193,4 +283,7 @@ def lightning_loop(network: model.Classifier, batches: list[Batch]) -> Work:
     return epoch
 
 
-PEERS: dict[str, Callable[[model.Classifier, list[Batch]], Work]] = {"accelerate": accelerate_loop, "lightning": lightning_loop}
+PEERS: dict[str, Callable[[model.Classifier, list[Batch]], Work]] = {
+    "accelerate": accelerate_loop,
+    "lightning": lightning_loop,
+}

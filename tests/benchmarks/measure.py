@@ -32,11 +32,18 @@ def cost(work: Work) -> Cost:
     return Cost((time.perf_counter() - wall) / units, (cpu_seconds() - cpu) / units)
 
 
-def paired(contenders: Mapping[str, Work], rounds: int, warm_up: bool = True) -> dict[str, list[Cost]]:
+def paired(
+    contenders: Mapping[str, Work], rounds: int, warm_up: bool = True
+) -> dict[str, list[Cost]]:
     """Each contender's cost in every round. warm_up: one more round before, which does not count."""
     costs: dict[str, list[Cost]] = {name: [] for name in contenders}
     for number in range(-warm_up, rounds):
-        print(f"\r  round {number + 1}/{rounds} of {', '.join(contenders)}", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r  round {number + 1}/{rounds} of {', '.join(contenders)}",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
         for name, work in contenders.items():
             one = cost(work)
             if number >= 0:

@@ -10,7 +10,13 @@ from trainer.common.errors import UserError
 
 # Photographs, no drawings and no microscopy, in the packages' own folders.
 SOURCES = {
-    "skimage": ["data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/motorcycle_left.png", "data/rocket.jpg"],
+    "skimage": [
+        "data/astronaut.png",
+        "data/chelsea.png",
+        "data/coffee.png",
+        "data/motorcycle_left.png",
+        "data/rocket.jpg",
+    ],
     "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
 }
 QUALITY = 90
@@ -26,8 +32,12 @@ def write(root: Path, count: int, width: int, height: int) -> Path:
         # Where the photo is too small it is enlarged; most of what a camera's 12 megapixels hold is smooth as well.
         scale = max(1.0, *(1.05 * side / own for side, own in zip(target, photo.size, strict=True)))
         part = [side / scale for side in target]
-        left, upper = (rng.uniform(0, own - side) for own, side in zip(photo.size, part, strict=True))
-        crop = photo.resize(target, Image.Resampling.BICUBIC, (left, upper, left + part[0], upper + part[1]))
+        left, upper = (
+            rng.uniform(0, own - side) for own, side in zip(photo.size, part, strict=True)
+        )
+        crop = photo.resize(
+            target, Image.Resampling.BICUBIC, (left, upper, left + part[0], upper + part[1])
+        )
         folder = root / "train" / f"class{number % CLASSES}"
         folder.mkdir(parents=True, exist_ok=True)
         crop.save(folder / f"{number:04d}.jpg", quality=QUALITY)

@@ -39,18 +39,39 @@ takes an m5.2xlarge about 2.9 s; 10 Gbit/s is the most that it sends, 5 the limi
 
 def measure(scratch: Path, rounds: int) -> Table:
     rows = []
-    for name, freeze, target in (("all trained", "none", 0.85), ("frozen backbone", "backbone", 0.95)):
-        with workers(scratch, freeze, 1, 1) as alone, workers(scratch, freeze, 2, 1) as apart, workers(scratch, freeze, 1, 2) as job:
-            costs = paired({"one process": alone, "two on their own": apart, "two as one job": job}, rounds)
+    for name, freeze, target in (
+        ("all trained", "none", 0.85),
+        ("frozen backbone", "backbone", 0.95),
+    ):
+        with (
+            workers(scratch, freeze, 1, 1) as alone,
+            workers(scratch, freeze, 2, 1) as apart,
+            workers(scratch, freeze, 1, 2) as job,
+        ):
+            costs = paired(
+                {"one process": alone, "two on their own": apart, "two as one job": job}, rounds
+            )
         walls = {contender: [cost.wall for cost in values] for contender, values in costs.items()}
-        for contender, count in (("one process", 1), ("two on their own", 2), ("two as one job", 2)):
+        for contender, count in (
+            ("one process", 1),
+            ("two on their own", 2),
+            ("two as one job", 2),
+        ):
             beside = ratio(walls["two on their own"], walls[contender])
             efficiency = ratio([wall / count for wall in walls["one process"]], walls[contender])
             met = beside.median >= target if contender == "two as one job" else None
-            cells = (str(beside) if count == 2 else "", str(efficiency), short(1 / median(walls[contender])))
-            rows.append(Row(f"{name}: {contender}", cells, str(target) if met is not None else "", met))
+            cells = (
+                str(beside) if count == 2 else "",
+                str(efficiency),
+                short(1 / median(walls[contender])),
+            )
+            rows.append(
+                Row(f"{name}: {contender}", cells, str(target) if met is not None else "", met)
+            )
     rows += [*sizes(), *estimates()]
-    return Table(TITLE, NOTE, ("efficiency against two on their own", "against one alone", "images/s"), rows)
+    return Table(
+        TITLE, NOTE, ("efficiency against two on their own", "against one alone", "images/s"), rows
+    )
 
 
 # --- on this machine ---
@@ -59,7 +80,11 @@ def measure(scratch: Path, rounds: int) -> Table:
 @contextmanager
 def workers(scratch: Path, freeze: str, jobs: int, size: int) -> Iterator[Work]:
     """A piece of work for `paired`: `jobs` jobs of `size` processes each take their steps at the same time."""
-    started = [start(scratch, freeze, rank, size, port) for port in (free_port() for _ in range(jobs)) for rank in range(size)]
+    started = [
+        start(scratch, freeze, rank, size, port)
+        for port in (free_port() for _ in range(jobs))
+        for rank in range(size)
+    ]
 
     def turn() -> int:
         for process in started:
@@ -84,20 +109,41 @@ def free_port() -> int:
 
 
 def start(scratch: Path, freeze: str, rank: int, size: int, port: int) -> subprocess.Popen[str]:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     environment = (
-        os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | {name: str(value) for name, value in names.items()}
+        os.environ
+        | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        | {name: str(value) for name, value in names.items()}
     )
     command = [sys.executable, "-m", "tests.benchmarks.scaling", str(scratch), freeze]
-    return subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def work(here: World, scratch: Path, freeze: str) -> None:
     """A turn for each line of the standard input."""
-    overrides = ["optim=sgd", "optim.schedule=constant", "train.ema_decay=null", "train.epochs=1000000"]
+    overrides = [
+        "optim=sgd",
+        "optim.schedule=constant",
+        "train.ema_decay=null",
+        "train.epochs=1000000",
+    ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = config.load(compose("config", overrides))
-    settings = here.share_config(settings if here.chief else None)
+    settings = here.share_config(settings if here.is_main_process else None)
     stop = Stop()
     with here.connected(600, stop):
         torch.set_num_threads(1)
@@ -105,10 +151,18 @@ def work(here: World, scratch: Path, freeze: str) -> None:
         network, device = model.build("resnet50", CLASSES, freeze=freeze), torch.device("cpu")
         feed = InMemory(make_batches(SIZE, BATCH, STEPS))
         share = Share(here.rank, here.size, here.size)
-        gradients = Replicated(network, here, share, BATCH * here.size, device, "none") if isinstance(here, Job) else Gradients(network)
-        optimizer = optim.build(network, "sgd", lr=0.01, head_lr=None, weight_decay=1e-4, momentum=0.9)
+        gradients = (
+            Replicated(network, here, share, BATCH * here.size, device, "none")
+            if isinstance(here, Job)
+            else Gradients(network)
+        )
+        optimizer = optim.build(
+            network, "sgd", lr=0.01, head_lr=None, weight_decay=1e-4, momentum=0.9
+        )
         learner = Learner(network, optimizer, device, torch.float32, gradients=gradients)
-        checkpoints = Checkpoints(scratch, checkpoint.Cadence(1e9, 1e-9), 2, metrics.Ledger(None), {}, writes=False)
+        checkpoints = Checkpoints(
+            scratch, checkpoint.Cadence(1e9, 1e-9), 2, metrics.Ledger(None), {}, writes=False
+        )
         progress = Progress()
         for _ in sys.stdin:
             progress.batch, progress.sums = 0, [0.0, 0.0, 0.0]
@@ -122,7 +176,11 @@ def work(here: World, scratch: Path, freeze: str) -> None:
 def gradient_bytes(freeze: str) -> int:
     """Bytes of the reference job's gradients (conf/experiment/dog_breeds.yaml)."""
     network = model.build("resnet50", 133, freeze=freeze, head_hidden=128)
-    return sum(4 * parameter.numel() for parameter in trained_part(network).parameters() if parameter.requires_grad)
+    return sum(
+        4 * parameter.numel()
+        for parameter in trained_part(network).parameters()
+        if parameter.requires_grad
+    )
 
 
 def sent(size: int, processes: int) -> float:
@@ -134,8 +192,12 @@ def sizes() -> list[Row]:
     rows = []
     for name, freeze in (("full fine-tuning", "none"), ("head only", "backbone")):
         size = gradient_bytes(freeze)
-        each = ", ".join(f"{sent(size, count) / 1e6:.3g} MB sent by each of {count}" for count in (2, 4, 8))
-        rows.append(Row(f"reference job, {name}: {size / 1e6:.3g} MB of gradients, {each}", ("", "", "")))
+        each = ", ".join(
+            f"{sent(size, count) / 1e6:.3g} MB sent by each of {count}" for count in (2, 4, 8)
+        )
+        rows.append(
+            Row(f"reference job, {name}: {size / 1e6:.3g} MB of gradients, {each}", ("", "", ""))
+        )
     return rows
 
 
@@ -149,7 +211,16 @@ def estimates() -> list[Row]:
             ("8 x T4, 6 GB/s", 8, 64 / 250, 6e9),
         ):
             seconds = sent(gradient_bytes(freeze), count) / bandwidth
-            rows.append(Row(f"estimate, {name}: {where}", ("", f"{step / (step + seconds):.3f}", short(count * (32 if count == 4 else 64) / (step + seconds)))))
+            rows.append(
+                Row(
+                    f"estimate, {name}: {where}",
+                    (
+                        "",
+                        f"{step / (step + seconds):.3f}",
+                        short(count * (32 if count == 4 else 64) / (step + seconds)),
+                    ),
+                )
+            )
     return rows
 
 

@@ -171,7 +171,8 @@ def play(contenders: dict[str, Start], scratch: Path) -> dict[str, Measured]:
                 ready=server.ready,
                 memory=server.memory(),
                 loads={clients: join(parts) for clients, parts in loads[name].items()},
-                cpu=(server.cpu() - before[name]) / sum(len(load.latencies) for parts in loads[name].values() for load in parts),
+                cpu=(server.cpu() - before[name])
+                / sum(len(load.latencies) for parts in loads[name].values() for load in parts),
             )
             for name, server in servers.items()
         }
@@ -182,13 +183,20 @@ def play(contenders: dict[str, Start], scratch: Path) -> dict[str, Measured]:
 
 def join(parts: Sequence[Load]) -> Load:
     assert not sum(load.failed for load in parts)
-    return Load(parts[0].clients, sum(load.seconds for load in parts), sorted(latency for load in parts for latency in load.latencies), 0)
+    return Load(
+        parts[0].clients,
+        sum(load.seconds for load in parts),
+        sorted(latency for load in parts for latency in load.latencies),
+        0,
+    )
 
 
 def request(name: str, picture: bytes) -> tuple[bytes, str]:
     """The body that a contender takes, and its content type."""
     if name.startswith("LitServe"):
-        return json.dumps({"base64": base64.b64encode(picture).decode()}).encode(), "application/json"
+        return json.dumps(
+            {"base64": base64.b64encode(picture).decode()}
+        ).encode(), "application/json"
     return picture, "application/octet-stream"
 
 
@@ -197,7 +205,9 @@ def make_contenders(scratch: Path) -> dict[str, Start]:
     network = NETWORK.format(weights=str(scratch / "weights.pt"), classes=CLASSES)
 
     def ours(path: Path) -> Start:
-        return lambda port: launch([sys.executable, "-m", "serving", "serve", str(path), "--port", str(port)], scratch)
+        return lambda port: launch(
+            [sys.executable, "-m", "serving", "serve", str(path), "--port", str(port)], scratch
+        )
 
     def script(code: str) -> Start:
         def start(port: int) -> subprocess.Popen[bytes]:
@@ -211,26 +221,59 @@ def make_contenders(scratch: Path) -> dict[str, Start]:
         code.mkdir(parents=True, exist_ok=True)
         (code / "inference.py").write_text(network + TOOLKIT)
         (scratch / "store").mkdir(exist_ok=True)
-        addresses = [f"{kind}_address=http://127.0.0.1:{number}" for kind, number in (("inference", port), ("management", free()), ("metrics", free()))]
+        addresses = [
+            f"{kind}_address=http://127.0.0.1:{number}"
+            for kind, number in (("inference", port), ("management", free()), ("metrics", free()))
+        ]
         (scratch / "ts.properties").write_text(TS_PROPERTIES + "\n".join(addresses))
-        command = ["torchserve", "--start", "--foreground", "--model-store", "store", "--ts-config", "ts.properties", "--models"]
-        environment = {"SAGEMAKER_BASE_DIR": str(scratch / "ml"), "SAGEMAKER_PROGRAM": "inference.py", "PYTHONPATH": str(code)}
-        return launch([*command, f"model={scratch / 'ml/model'}"], scratch, PATH=f"{DOORS}:{os.environ['PATH']}", **environment)
+        command = [
+            "torchserve",
+            "--start",
+            "--foreground",
+            "--model-store",
+            "store",
+            "--ts-config",
+            "ts.properties",
+            "--models",
+        ]
+        environment = {
+            "SAGEMAKER_BASE_DIR": str(scratch / "ml"),
+            "SAGEMAKER_PROGRAM": "inference.py",
+            "PYTHONPATH": str(code),
+        }
+        return launch(
+            [*command, f"model={scratch / 'ml/model'}"],
+            scratch,
+            PATH=f"{DOORS}:{os.environ['PATH']}",
+            **environment,
+        )
 
     contenders = {"FastAPI, eager torch": script(FASTAPI)} if installed("fastapi") else {}
-    contenders |= {"LitServe, eager torch, batches of 8": script(LITSERVE)} if installed("litserve") else {}
-    contenders |= {"TorchServe, AWS's toolkit, eager torch": torchserve} if (DOORS / "torchserve").exists() and shutil.which("java") else {}
+    contenders |= (
+        {"LitServe, eager torch, batches of 8": script(LITSERVE)} if installed("litserve") else {}
+    )
+    contenders |= (
+        {"TorchServe, AWS's toolkit, eager torch": torchserve}
+        if (DOORS / "torchserve").exists() and shutil.which("java")
+        else {}
+    )
     return contenders | {"ours": ours(package), "ours, int8": ours(quantized)}
 
 
 def make_packages(scratch: Path) -> tuple[Path, Path]:
     """A float32 and an int8 package of the same network, whose weights weights.pt holds by torchvision's names. Random weights are as fast as any."""
     torch.manual_seed(0)
-    network = model.build("resnet18", CLASSES, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).train()
+    network = model.build(
+        "resnet18", CLASSES, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    ).train()
     with torch.no_grad():
         for _ in range(10):
             network(torch.randint(0, 256, (4, 224, 224, 3), dtype=torch.uint8))
-    state = {name.removeprefix("backbone."): tensor for name, tensor in network.state_dict().items() if name not in ("mean", "std")}
+    state = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in network.state_dict().items()
+        if name not in ("mean", "std")
+    }
     renamed = {re.sub("^head[.]", "fc.", name): tensor for name, tensor in state.items()}
     torch.save(renamed, scratch / "weights.pt")
     (scratch / "picture.jpg").write_bytes(example())
@@ -245,15 +288,29 @@ def make_packages(scratch: Path) -> tuple[Path, Path]:
     build(network, contents, scratch / "float", archive=False)
     with Image.open(scratch / "picture.jpg") as image:
         pixels = np.asarray(image.resize((224, 224)))[None]
-    build(network, replace(contents, int8=Pictures(np.repeat(pixels, 8, 0), np.zeros(8, np.int64)), max_drop=1.0), scratch / "int8", archive=False)
+    build(
+        network,
+        replace(
+            contents, int8=Pictures(np.repeat(pixels, 8, 0), np.zeros(8, np.int64)), max_drop=1.0
+        ),
+        scratch / "int8",
+        archive=False,
+    )
     return scratch / "float", scratch / "int8"
 
 
 def launch(command: Sequence[str], scratch: Path, **environment: str) -> subprocess.Popen[bytes]:
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # each as many threads as it takes by itself
+    inherited = {
+        name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"
+    }  # each as many threads as it takes by itself
     with (scratch / "server.log").open("wb") as log:
         return subprocess.Popen(
-            command, cwd=scratch, env=inherited | {"PYTHONPATH": str(PROJECT)} | environment, stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=scratch,
+            env=inherited | {"PYTHONPATH": str(PROJECT)} | environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
 
@@ -267,18 +324,24 @@ class Server:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > began + 120:
                 self.stop()
-                raise RuntimeError(f"a server did not start: {(scratch / 'server.log').read_text()[-3000:]}")
+                raise RuntimeError(
+                    f"a server did not start: {(scratch / 'server.log').read_text()[-3000:]}"
+                )
             time.sleep(0.01)
         self.ready = time.monotonic() - began
         self.load(8)  # warm-up
 
     def load(self, clients: int) -> Load:
-        return bench.measure(f"http://127.0.0.1:{self._port}", self._body, clients, SECONDS, self._content_type)
+        return bench.measure(
+            f"http://127.0.0.1:{self._port}", self._body, clients, SECONDS, self._content_type
+        )
 
     def _answers(self) -> bool:
         connection = HTTPConnection("127.0.0.1", self._port, timeout=30)
         try:
-            connection.request("POST", "/invocations", self._body, {"Content-Type": self._content_type})
+            connection.request(
+                "POST", "/invocations", self._body, {"Content-Type": self._content_type}
+            )
             answer = connection.getresponse()
             return answer.status == 200 and bool(json.loads(answer.read()))
         except (OSError, ValueError):
@@ -288,18 +351,28 @@ class Server:
 
     def memory(self) -> int:
         """Resident bytes."""
-        return sum(int(status["VmRSS"].split()[0]) * 1024 for status, _ in self._processes() if "VmRSS" in status)
+        return sum(
+            int(status["VmRSS"].split()[0]) * 1024
+            for status, _ in self._processes()
+            if "VmRSS" in status
+        )
 
     def cpu(self) -> float:
         """Seconds of user and system time so far."""
-        return sum(int(stat[11]) + int(stat[12]) for _, stat in self._processes()) / os.sysconf("SC_CLK_TCK")
+        return sum(int(stat[11]) + int(stat[12]) for _, stat in self._processes()) / os.sysconf(
+            "SC_CLK_TCK"
+        )
 
     def _processes(self) -> Iterator[tuple[dict[str, str], list[str]]]:
         """/proc's status and stat (from the third field on: proc(5)) of each process of the group."""
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if os.getpgid(int(folder.name)) == self._process.pid:
-                    status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
+                    status = dict(
+                        line.split(":\t", 1)
+                        for line in (folder / "status").read_text().splitlines()
+                        if ":\t" in line
+                    )
                     yield status, (folder / "stat").read_text().rsplit(")", 1)[1].split()
             except OSError:
                 continue  # it has ended
@@ -333,24 +406,59 @@ def make_table(found: dict[str, list[Measured]]) -> Table:
         ]
         numbers: list[float] = []
         for clients in (1, 8):
-            own, other = [value.loads[clients] for value in values], [value.loads[clients] for value in base]
+            own, other = (
+                [value.loads[clients] for value in values],
+                [value.loads[clients] for value in base],
+            )
             better = [
                 ratio([1 / load.rate for load in other], [1 / load.rate for load in own]),
-                *(ratio([load.quantile(q) for load in other], [load.quantile(q) for load in own]) for q in (0.5, 0.99)),
+                *(
+                    ratio([load.quantile(q) for load in other], [load.quantile(q) for load in own])
+                    for q in (0.5, 0.99)
+                ),
             ]
             numbers += [one.median for one in better]
             cells += [str(better[0]), *(short(one.median) for one in better[1:])]
-        rows.append(Row(name, (*cells, short(median(value.loads[8].rate for value in values))), *target(name, values, numbers)))
-    columns = ("ready, s", "MB", "CPU ms", "1 client: throughput", "p50", "p99", "8 clients: throughput", "p50", "p99", "answers/s")
-    missing = [name for name in ("fastapi", "litserve") if not installed(name)] + ([] if (DOORS / "torchserve").exists() else ["torchserve (make doors)"])
+        rows.append(
+            Row(
+                name,
+                (*cells, short(median(value.loads[8].rate for value in values))),
+                *target(name, values, numbers),
+            )
+        )
+    columns = (
+        "ready, s",
+        "MB",
+        "CPU ms",
+        "1 client: throughput",
+        "p50",
+        "p99",
+        "8 clients: throughput",
+        "p50",
+        "p99",
+        "answers/s",
+    )
+    missing = [name for name in ("fastapi", "litserve") if not installed(name)] + (
+        [] if (DOORS / "torchserve").exists() else ["torchserve (make doors)"]
+    )
     return Table(TITLE, NOTE, columns, rows, ("onnxruntime", "fastapi", "litserve"), missing)
 
 
-def target(name: str, values: Sequence[Measured], better: Sequence[float]) -> tuple[str, bool | None]:
+def target(
+    name: str, values: Sequence[Measured], better: Sequence[float]
+) -> tuple[str, bool | None]:
     """better: throughput, p50 and p99 with 1 client, and the same with 8, as ratios to FastAPI's."""
     if name == "ours":
-        light = median(value.ready for value in values) <= 1.2 and median(value.memory for value in values) < 320e6
-        fast = better[0] >= 1.6 and better[3] >= 1.7 and min(better[1], better[4]) >= 1 / 0.67 and min(better[2], better[5]) >= 1 / 0.6
+        light = (
+            median(value.ready for value in values) <= 1.2
+            and median(value.memory for value in values) < 320e6
+        )
+        fast = (
+            better[0] >= 1.6
+            and better[3] >= 1.7
+            and min(better[1], better[4]) >= 1 / 0.67
+            and min(better[2], better[5]) >= 1 / 0.6
+        )
         return "1.2 s, 320 MB, 1.6x and 1.7x throughput, p50 0.67x, p99 0.6x", light and fast
     if name == "ours, int8":
         return "4x throughput", min(better[0], better[3]) >= 4

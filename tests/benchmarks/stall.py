@@ -31,7 +31,10 @@ def measure(scratch: Path, rounds: int) -> Table:
     progress = Progress()
 
     def torch_save() -> None:
-        torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict()}, scratch / "checkpoint.pt")
+        torch.save(
+            {"network": network.state_dict(), "optimizer": optimizer.state_dict()},
+            scratch / "checkpoint.pt",
+        )
 
     def save() -> None:
         progress.step += 1
@@ -46,9 +49,23 @@ def measure(scratch: Path, rounds: int) -> Table:
         if number > 0:  # the first one also asks the system for its memory
             theirs, ours, background = [*theirs, one], [*ours, two], [*background, three]
     shorter = ratio(theirs, ours)
-    size = sum(path.stat().st_size for path in checkpoint.steps(scratch / "checkpoints")[-1].iterdir()) / 1e6
+    size = (
+        sum(path.stat().st_size for path in checkpoint.steps(scratch / "checkpoints")[-1].iterdir())
+        / 1e6
+    )
     rows = [
         Row("torch.save in place", ("1", short(1000 * median(theirs)), "")),
-        Row("ours", (str(shorter), short(1000 * median(ours)), short(1000 * median(background))), "10x", shorter.median >= 10),
+        Row(
+            "ours",
+            (str(shorter), short(1000 * median(ours)), short(1000 * median(background))),
+            "10x",
+            shorter.median >= 10,
+        ),
     ]
-    return Table(TITLE, f"{NOTE} {size:.0f} MB.", ("stall shorter by", "stall, ms", "in the background, ms"), rows, ("safetensors",))
+    return Table(
+        TITLE,
+        f"{NOTE} {size:.0f} MB.",
+        ("stall shorter by", "stall, ms", "in the background, ms"),
+        rows,
+        ("safetensors",),
+    )

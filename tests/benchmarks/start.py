@@ -47,7 +47,14 @@ sys.exit("there was no step")
 
 def measure(scratch: Path, rounds: int) -> Table:
     write_pictures(scratch / "pictures")
-    shared = ["data=folder", f"data.root={scratch / 'pictures'}", "data.resize=28", "data.size=28", "train.batch_size=8", "optim=sgd"]
+    shared = [
+        "data=folder",
+        f"data.root={scratch / 'pictures'}",
+        "data.resize=28",
+        "data.size=28",
+        "train.batch_size=8",
+        "optim=sgd",
+    ]
     shared += [f"platform.runs={scratch / 'runs'}", f"platform.cache={scratch / 'cache'}"]
 
     def ours(number: list[int], *overrides: str) -> Work:
@@ -62,22 +69,48 @@ def measure(scratch: Path, rounds: int) -> Table:
     contenders = {
         "bare script, small network": lambda: run(BARE.format(network=SMALL)),
         "ours, small_cnn": ours(numbers, "model=small_cnn"),
-        "bare script, ResNet-18": lambda: run(BARE.format(network="torchvision.models.resnet18(num_classes=10)")),
-        "ours, resnet18": ours(numbers, "model=torchvision", "model.name=resnet18", "model.weights=null"),
+        "bare script, ResNet-18": lambda: run(
+            BARE.format(network="torchvision.models.resnet18(num_classes=10)")
+        ),
+        "ours, resnet18": ours(
+            numbers, "model=torchvision", "model.name=resnet18", "model.weights=null"
+        ),
     }
-    costs = {name: [cost.cpu for cost in values] for name, values in paired(contenders, rounds).items()}
+    costs = {
+        name: [cost.cpu for cost in values] for name, values in paired(contenders, rounds).items()
+    }
     rows = []
-    for base, name, most in (("bare script, small network", "ours, small_cnn", 0.75), ("bare script, ResNet-18", "ours, resnet18", 1.05)):
+    for base, name, most in (
+        ("bare script, small network", "ours, small_cnn", 0.75),
+        ("bare script, ResNet-18", "ours, resnet18", 1.05),
+    ):
         share = ratio(costs[name], costs[base])
         rows += [
             Row(base, ("1", short(median(costs[base])))),
-            Row(name, (str(share), short(median(costs[name]))), f"at most {most}", share.median <= most),
+            Row(
+                name,
+                (str(share), short(median(costs[name]))),
+                f"at most {most}",
+                share.median <= most,
+            ),
         ]
-    return Table(TITLE, NOTE + " Here a ratio below 1 is better.", ("CPU time", "CPU s"), rows, ("hydra-core",))
+    return Table(
+        TITLE,
+        NOTE + " Here a ratio below 1 is better.",
+        ("CPU time", "CPU s"),
+        rows,
+        ("hydra-core",),
+    )
 
 
 def run(code: str) -> int:
-    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=os.environ | {"PYTHONPATH": str(PROJECT)}, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        check=True,
+        capture_output=True,
+    )
     return 1
 
 
@@ -87,4 +120,6 @@ def write_pictures(root: Path) -> None:
         for number in range(64):
             folder = root / split / f"class{number % 10}"
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+            Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(
+                folder / f"{number}.png"
+            )

@@ -39,20 +39,32 @@ class Table:
 
     def markdown(self) -> str:
         head = ["", *self.columns, "target"]
-        lines = [head, ["---"] * len(head), *([row.name, *row.cells, _target(row)] for row in self.rows)]
-        parts = [f"## {self.title}", self.note, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        lines = [
+            head,
+            ["---"] * len(head),
+            *([row.name, *row.cells, _target(row)] for row in self.rows),
+        ]
+        parts = [
+            f"## {self.title}",
+            self.note,
+            "\n".join(f"| {' | '.join(line)} |" for line in lines),
+        ]
         if self.missing:
             parts.append(f"Left out, since not installed: {', '.join(self.missing)}.")
-        return "\n\n".join([*parts, surroundings(self.packages)]) + "\n"
+        return "\n\n".join([*parts, environment(self.packages)]) + "\n"
 
 
 def _target(row: Row) -> str:
     return f"{row.target}: {'met' if row.met else 'missed'}" if row.met is not None else row.target
 
 
-def surroundings(packages: Sequence[str]) -> str:
+def environment(packages: Sequence[str]) -> str:
     """Date, hardware, versions and threads, in one line."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", *packages) if installed(name)]
+    versions = [
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("torch", "torchvision", *packages)
+        if installed(name)
+    ]
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
         f"{time.strftime('%Y-%m-%d')}; {_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}; load {load}; "
@@ -62,7 +74,11 @@ def surroundings(packages: Sequence[str]) -> str:
 
 def _processor() -> str:
     information = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
+    found = (
+        re.search(r"model name\s*:\s*(.+)", information.read_text())
+        if information.exists()
+        else None
+    )
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
@@ -77,5 +93,9 @@ def installed(package: str) -> bool:
 def merge(page: str, tables: Mapping[str, str], order: Sequence[str]) -> str:
     """`page` with the given sections (title to Markdown) put in place of those of the same title. order: of all titles."""
     parts = re.split(r"^## (.+)\n", page, flags=re.MULTILINE)[1:]
-    sections = {title: f"## {title}\n{body}" for title, body in zip(parts[::2], parts[1::2], strict=True)} | dict(tables)
-    return "\n".join([HEAD, *(sections[title].rstrip() + "\n" for title in order if title in sections)])
+    sections = {
+        title: f"## {title}\n{body}" for title, body in zip(parts[::2], parts[1::2], strict=True)
+    } | dict(tables)
+    return "\n".join(
+        [HEAD, *(sections[title].rstrip() + "\n" for title in order if title in sections)]
+    )

@@ -1,4 +1,3 @@
-# ruff: noqa: N802 (the methods that stand in front of moto have the names of AWS's operations)
 """AWS for the tests: the moto server as a process of its own, behind a layer that is as strict as AWS where moto is not.
 
     python -m tests.launch.aws RECORD        # listens on 127.0.0.1, says its URL on standard output
@@ -52,7 +51,11 @@ from moto.cloudformation.parsing import ResourceMap
 from moto.core.utils import utcnow
 from moto.iam.models import ManagedPolicy
 from moto.logs.models import LogGroup
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
 from werkzeug.serving import make_server
 
 ACCOUNT = "123456789012"
@@ -72,7 +75,9 @@ class Refused(Exception):
 class Strict:
     """The WSGI application: `moto`, and what stands in front of it."""
 
-    def __init__(self, moto: Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]], record: Path) -> None:
+    def __init__(
+        self, moto: Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]], record: Path
+    ) -> None:
         self._moto, self._record = moto, record
         self._lock = threading.RLock()  # one call at a time: so that "the Nth call" means something
         self._reset()
@@ -100,7 +105,9 @@ class Strict:
                 return _answer(start, "200 OK", json.dumps(answer or {}).encode())
             return self._serve(environ, start, body)
 
-    def _serve(self, environ: WSGIEnvironment, start: StartResponse, body: bytes) -> Iterable[bytes]:
+    def _serve(
+        self, environ: WSGIEnvironment, start: StartResponse, body: bytes
+    ) -> Iterable[bytes]:
         service, region, operation, parameters = understand(environ, body)
         self._number += 1
         client = re.search(r"app/pid-(\d+)", environ.get("HTTP_USER_AGENT", ""))
@@ -116,12 +123,23 @@ class Strict:
             return _answer(start, "500 Killed", b"")
         status: list[Any] = []
 
-        def remember(line: str, headers: list[tuple[str, str]], *rest: Any) -> Callable[[bytes], object]:
+        def remember(
+            line: str, headers: list[tuple[str, str]], *rest: Any
+        ) -> Callable[[bytes], object]:
             status[:] = [line, headers]
             return lambda data: None
 
         try:
-            answer = list(self._strictly(service, operation, copy.deepcopy(parameters), region or REGION, environ, remember))
+            answer = list(
+                self._strictly(
+                    service,
+                    operation,
+                    copy.deepcopy(parameters),
+                    region or REGION,
+                    environ,
+                    remember,
+                )
+            )
         except Refused as refusal:
             answer = _refusal(service, refusal, remember)
         entry["status"] = int(status[0].split()[0])
@@ -174,7 +192,9 @@ class Strict:
 
     def age(self, instance: str, hours: float) -> None:
         """Lets an instance have started so many hours ago."""
-        get_backend("ec2")[ACCOUNT][REGION].get_instance(instance).launch_time = utcnow() - timedelta(hours=hours)
+        get_backend("ec2")[ACCOUNT][REGION].get_instance(instance).launch_time = (
+            utcnow() - timedelta(hours=hours)
+        )
 
     def forget_instance(self, instance: str) -> None:
         """What EC2 does an hour after an instance's end."""
@@ -193,7 +213,14 @@ class Strict:
         self._unseen[name] -= 1
         return True
 
-    def end(self, job: str, status: str, hours: float = 1.0, billed: float | None = None, metrics: dict[str, float] | None = None) -> None:
+    def end(
+        self,
+        job: str,
+        status: str,
+        hours: float = 1.0,
+        billed: float | None = None,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
         """Ends a training job or a tuning job that began so many hours ago."""
         backend = get_backend("sagemaker")[ACCOUNT][REGION]
         found = backend.training_jobs.get(job) or backend.hyper_parameter_tuning_jobs[job]
@@ -202,7 +229,10 @@ class Strict:
             found.training_end_time = utcnow()
             found.training_start_time = found.training_end_time - timedelta(hours=hours)
             found.billable_time_in_seconds = billed
-            found.final_metric_data_list = [{"MetricName": name, "Value": value, "Timestamp": utcnow()} for name, value in (metrics or {}).items()]
+            found.final_metric_data_list = [
+                {"MetricName": name, "Value": value, "Timestamp": utcnow()}
+                for name, value in (metrics or {}).items()
+            ]
         for trial in _trials(found):
             self.end(trial.training_job_name, status, hours, billed, metrics)
 
@@ -211,7 +241,15 @@ class Strict:
 
     # --- where moto is not strict ---
 
-    def _strictly(self, service: str, operation: str, parameters: dict[str, Any], region: str, environ: WSGIEnvironment, start: Any) -> Iterable[bytes]:
+    def _strictly(
+        self,
+        service: str,
+        operation: str,
+        parameters: dict[str, Any],
+        region: str,
+        environ: WSGIEnvironment,
+        start: Any,
+    ) -> Iterable[bytes]:
         if operation in self._refuse:
             raise Refused(*self._refuse.pop(operation))
         own = getattr(self, f"_{operation}", None)
@@ -234,7 +272,12 @@ class Strict:
                 "ResourceInUse",
                 f"Training job names must be unique within an AWS account and region, and one of {parameters['TrainingJobName']} exists",
             )
-        _needs(parameters["RoleArn"], parameters["OutputDataConfig"]["S3OutputPath"], parameters["HyperParameters"], region)
+        _needs(
+            parameters["RoleArn"],
+            parameters["OutputDataConfig"]["S3OutputPath"],
+            parameters["HyperParameters"],
+            region,
+        )
         answer = forward()
         job = backend.training_jobs[parameters["TrainingJobName"]]
         _set_status(job, RUNNING)
@@ -244,7 +287,12 @@ class Strict:
 
     def _CreateHyperParameterTuningJob(self, parameters, region, forward, start) -> list[bytes]:
         definition = parameters["TrainingJobDefinition"]
-        _needs(definition["RoleArn"], definition["OutputDataConfig"]["S3OutputPath"], definition["StaticHyperParameters"], region)
+        _needs(
+            definition["RoleArn"],
+            definition["OutputDataConfig"]["S3OutputPath"],
+            definition["StaticHyperParameters"],
+            region,
+        )
         backend = get_backend("sagemaker")[ACCOUNT][region]
         name = parameters["HyperParameterTuningJobName"]
         answer = forward()
@@ -259,7 +307,13 @@ class Strict:
         )  # fmt: skip
         _set_status(tuning, RUNNING)
         tuning.hyper_parameter_tuning_end_time = None
-        tuning.training_job_status_counters = {"Completed": 0, "InProgress": 1, "RetryableError": 0, "NonRetryableError": 0, "Stopped": 0}
+        tuning.training_job_status_counters = {
+            "Completed": 0,
+            "InProgress": 1,
+            "RetryableError": 0,
+            "NonRetryableError": 0,
+            "Stopped": 0,
+        }
         tuning.best_training_job = None
         for trial in _trials(tuning):
             _set_status(trial, RUNNING)
@@ -270,7 +324,9 @@ class Strict:
         jobs = get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs
         self._here(parameters["HyperParameterTuningJobName"])
         answer = forward()
-        if (job := jobs.get(parameters["HyperParameterTuningJobName"])) and job.hyper_parameter_tuning_job_status == "Stopping":
+        if (
+            job := jobs.get(parameters["HyperParameterTuningJobName"])
+        ) and job.hyper_parameter_tuning_job_status == "Stopping":
             _set_status(job, "Stopped")
         return answer
 
@@ -281,7 +337,9 @@ class Strict:
     def _DescribeTrainingJob(self, parameters, region, forward, start) -> list[bytes]:
         self._here(parameters["TrainingJobName"])
         answer = forward()
-        job = get_backend("sagemaker")[ACCOUNT][region].training_jobs.get(parameters["TrainingJobName"])
+        job = get_backend("sagemaker")[ACCOUNT][region].training_jobs.get(
+            parameters["TrainingJobName"]
+        )
         if job and job.training_job_status == "Stopping":  # it has stopped by the next look
             self.end(parameters["TrainingJobName"], "Stopped")
         return answer
@@ -302,9 +360,14 @@ class Strict:
 
     def _StopTrainingJob(self, parameters, region, forward, start) -> list[bytes]:
         self._here(parameters["TrainingJobName"])
-        job = _known(get_backend("sagemaker")[ACCOUNT][region].training_jobs, parameters["TrainingJobName"])
+        job = _known(
+            get_backend("sagemaker")[ACCOUNT][region].training_jobs, parameters["TrainingJobName"]
+        )
         if job.training_job_status != RUNNING:
-            raise Refused("ValidationException", f"The request was rejected because the training job is in status {job.training_job_status}.")
+            raise Refused(
+                "ValidationException",
+                f"The request was rejected because the training job is in status {job.training_job_status}.",
+            )
         _set_status(job, "Stopping")
         return _answer(start, "200 OK", b"{}")
 
@@ -316,14 +379,22 @@ class Strict:
         return _answer(start, "200 OK", b"{}")
 
     def _StopHyperParameterTuningJob(self, parameters, region, forward, start) -> list[bytes]:
-        job = _known(get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs, parameters["HyperParameterTuningJobName"])
+        job = _known(
+            get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs,
+            parameters["HyperParameterTuningJobName"],
+        )
         _set_status(job, "Stopping")
         for trial in _trials(job):
             _set_status(trial, "Stopping")
         return _answer(start, "200 OK", b"{}")
 
-    def _ListTrainingJobsForHyperParameterTuningJob(self, parameters, region, forward, start) -> list[bytes]:
-        job = _known(get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs, parameters["HyperParameterTuningJobName"])
+    def _ListTrainingJobsForHyperParameterTuningJob(
+        self, parameters, region, forward, start
+    ) -> list[bytes]:
+        job = _known(
+            get_backend("sagemaker")[ACCOUNT][region].hyper_parameter_tuning_jobs,
+            parameters["HyperParameterTuningJobName"],
+        )
         summaries = [
             {
                 "TrainingJobName": trial.training_job_name,
@@ -333,14 +404,20 @@ class Strict:
                 "TrainingJobStatus": trial.training_job_status,
                 "TunedHyperParameters": {},
             }
-            | ({"TrainingEndTime": trial.training_end_time.timestamp()} if trial.training_end_time else {})
+            | (
+                {"TrainingEndTime": trial.training_end_time.timestamp()}
+                if trial.training_end_time
+                else {}
+            )
             for trial in _trials(job)
         ]
         return _answer(start, "200 OK", json.dumps({"TrainingJobSummaries": summaries}).encode())
 
     def _CreateNotebookInstance(self, parameters, region, forward, start) -> list[bytes]:
         backend = get_backend("sagemaker")[ACCOUNT][region]
-        _known(backend.notebook_instance_lifecycle_configurations, parameters["LifecycleConfigName"])
+        _known(
+            backend.notebook_instance_lifecycle_configurations, parameters["LifecycleConfigName"]
+        )
         _role(parameters["RoleArn"])
         self._made(parameters["NotebookInstanceName"])
         return forward()
@@ -350,9 +427,13 @@ class Strict:
             raise Refused("ValidationException", "RecordNotFound")
         return forward()
 
-    def _CreateNotebookInstanceLifecycleConfig(self, parameters, region, forward, start) -> list[bytes]:
+    def _CreateNotebookInstanceLifecycleConfig(
+        self, parameters, region, forward, start
+    ) -> list[bytes]:
         answer = forward()
-        scripts = get_backend("sagemaker")[ACCOUNT][region].notebook_instance_lifecycle_configurations
+        scripts = get_backend("sagemaker")[ACCOUNT][
+            region
+        ].notebook_instance_lifecycle_configurations
         name = parameters["NotebookInstanceLifecycleConfigName"]
         if name in scripts:
             self._script_tags.setdefault(scripts[name].arn, parameters.get("Tags", []))
@@ -361,33 +442,62 @@ class Strict:
     def _ListTags(self, parameters, region, forward, start) -> list[bytes]:
         if ":notebook-instance-lifecycle-config/" not in parameters.get("ResourceArn", ""):
             return forward()
-        return _answer(start, "200 OK", json.dumps({"Tags": self._script_tags[parameters["ResourceArn"]]}).encode())
+        return _answer(
+            start,
+            "200 OK",
+            json.dumps({"Tags": self._script_tags[parameters["ResourceArn"]]}).encode(),
+        )
 
-    def _ListNotebookInstanceLifecycleConfigs(self, parameters, region, forward, start) -> list[bytes]:
-        scripts = get_backend("sagemaker")[ACCOUNT][region].notebook_instance_lifecycle_configurations
+    def _ListNotebookInstanceLifecycleConfigs(
+        self, parameters, region, forward, start
+    ) -> list[bytes]:
+        scripts = get_backend("sagemaker")[ACCOUNT][
+            region
+        ].notebook_instance_lifecycle_configurations
         found = [
-            {"NotebookInstanceLifecycleConfigName": name, "NotebookInstanceLifecycleConfigArn": script.arn}
+            {
+                "NotebookInstanceLifecycleConfigName": name,
+                "NotebookInstanceLifecycleConfigArn": script.arn,
+            }
             for name, script in scripts.items()
             if parameters.get("NameContains", "") in name
         ]
-        return _answer(start, "200 OK", json.dumps({"NotebookInstanceLifecycleConfigs": found}).encode())
+        return _answer(
+            start, "200 OK", json.dumps({"NotebookInstanceLifecycleConfigs": found}).encode()
+        )
 
     def _CreateChangeSet(self, parameters, region, forward, start) -> list[bytes]:
         backend = get_backend("cloudformation")[ACCOUNT][region]
         stacks = {stack.name: stack.status for stack in backend.stacks.values()}
         name, stack = parameters["ChangeSetName"], parameters["StackName"]
         if parameters["ChangeSetType"] == "CREATE" and stack in stacks:
-            raise Refused("ValidationError", f"Stack [{stack}] already exists and cannot be created again with the changeSet [{name}].")
-        if any(each.change_set_name == name and each.stack.name == stack for each in backend.change_sets.values()):
-            raise Refused("AlreadyExistsException", f"ChangeSet {name} cannot be created due to a mismatch with existing attribute")
+            raise Refused(
+                "ValidationError",
+                f"Stack [{stack}] already exists and cannot be created again with the changeSet [{name}].",
+            )
+        if any(
+            each.change_set_name == name and each.stack.name == stack
+            for each in backend.change_sets.values()
+        ):
+            raise Refused(
+                "AlreadyExistsException",
+                f"ChangeSet {name} cannot be created due to a mismatch with existing attribute",
+            )
         return forward()
 
     def _DeleteStack(self, parameters, region, forward, start) -> list[bytes]:
         """Takes managed policies and change sets along, which moto leaves."""
         backend = get_backend("cloudformation")[ACCOUNT][region]
-        found = [stack for stack in backend.stacks.values() if stack.name == parameters["StackName"]]
+        found = [
+            stack for stack in backend.stacks.values() if stack.name == parameters["StackName"]
+        ]
         policies = get_backend("iam")[ACCOUNT]["aws"].managed_policies
-        made = {resource.arn for stack in found for resource in stack.resource_map.values() if isinstance(resource, ManagedPolicy)}
+        made = {
+            resource.arn
+            for stack in found
+            for resource in stack.resource_map.values()
+            if isinstance(resource, ManagedPolicy)
+        }
         answer = forward()
         for arn in made & policies.keys():
             del policies[arn]
@@ -397,9 +507,16 @@ class Strict:
 
     def _ExecuteChangeSet(self, parameters, region, forward, start) -> list[bytes]:
         backend = get_backend("cloudformation")[ACCOUNT][region]
-        found = [each for each in backend.change_sets.values() if each.change_set_name == parameters["ChangeSetName"]]
+        found = [
+            each
+            for each in backend.change_sets.values()
+            if each.change_set_name == parameters["ChangeSetName"]
+        ]
         if not found or found[0].execution_status != "AVAILABLE":
-            raise Refused("InvalidChangeSetStatus", f"ChangeSet {parameters['ChangeSetName']} cannot be executed in its current status")
+            raise Refused(
+                "InvalidChangeSetStatus",
+                f"ChangeSet {parameters['ChangeSetName']} cannot be executed in its current status",
+            )
         answer = forward()
         backend.change_sets.clear()  # as AWS does: they are of no use for the stack as it is now
         return answer
@@ -412,12 +529,20 @@ class Strict:
         if token in self._tokens:
             before, answer = self._tokens[token]
             if before != content:
-                raise Refused("IdempotentParameterMismatch", f"The request uses the same client token as a previous, but non-identical request: {token}")
+                raise Refused(
+                    "IdempotentParameterMismatch",
+                    f"The request uses the same client token as a previous, but non-identical request: {token}",
+                )
             return _answer(start, "200 OK", b"".join(answer), "text/xml")
         if len(base64.b64decode(parameters.get("UserData", ""))) > 16384:
             raise Refused("InvalidParameterValue", "User data is limited to 16384 bytes")
-        if parameters["IamInstanceProfile.Name"] not in {each.name for each in get_backend("iam")[ACCOUNT]["aws"].instance_profiles.values()}:
-            raise Refused("InvalidParameterValue", f"Value ({parameters['IamInstanceProfile.Name']}) for parameter iamInstanceProfile.name is invalid")
+        if parameters["IamInstanceProfile.Name"] not in {
+            each.name for each in get_backend("iam")[ACCOUNT]["aws"].instance_profiles.values()
+        }:
+            raise Refused(
+                "InvalidParameterValue",
+                f"Value ({parameters['IamInstanceProfile.Name']}) for parameter iamInstanceProfile.name is invalid",
+            )
         answer = forward()
         self._tokens[token] = (content, answer)
         found = re.search(r"<instanceId>(i-\w+)</instanceId>", b"".join(answer).decode())
@@ -437,7 +562,9 @@ class Strict:
     def _TerminateInstances(self, parameters, region, forward, start) -> list[bytes]:
         for name, value in parameters.items():
             if name.startswith("InstanceId.") and self._not_yet(value):
-                raise Refused("InvalidInstanceID.NotFound", f"The instance ID '{value}' does not exist")
+                raise Refused(
+                    "InvalidInstanceID.NotFound", f"The instance ID '{value}' does not exist"
+                )
         return forward()
 
     def _GetParameter(self, parameters, region, forward, start) -> list[bytes]:
@@ -452,21 +579,44 @@ class Strict:
         group = get_backend("logs")[ACCOUNT][region].groups.get(parameters["logGroupName"])
         if group is None:
             return forward()
-        named = [name for name in group.streams if name.startswith(parameters["logStreamNamePrefix"])]
-        return forward(parameters | {"logStreamNames": named}) if named else _answer(start, "200 OK", b'{"events": []}')
+        named = [
+            name for name in group.streams if name.startswith(parameters["logStreamNamePrefix"])
+        ]
+        return (
+            forward(parameters | {"logStreamNames": named})
+            if named
+            else _answer(start, "200 OK", b'{"events": []}')
+        )
 
     def _GetProducts(self, parameters, region, forward, start) -> list[bytes]:
         wanted = {each["Field"]: each["Value"] for each in parameters["Filters"]}
-        dimension = {"unit": "Hrs", "pricePerUnit": {"USD": "0.9000000000" if "instanceName" in wanted else "0.6000000000"}}
-        product = {"product": {"attributes": wanted}, "terms": {"OnDemand": {"T": {"priceDimensions": {"D": dimension}}}}}
-        return _answer(start, "200 OK", json.dumps({"FormatVersion": "aws_v1", "PriceList": [json.dumps(product)]}).encode())
+        dimension = {
+            "unit": "Hrs",
+            "pricePerUnit": {"USD": "0.9000000000" if "instanceName" in wanted else "0.6000000000"},
+        }
+        product = {
+            "product": {"attributes": wanted},
+            "terms": {"OnDemand": {"T": {"priceDimensions": {"D": dimension}}}},
+        }
+        return _answer(
+            start,
+            "200 OK",
+            json.dumps({"FormatVersion": "aws_v1", "PriceList": [json.dumps(product)]}).encode(),
+        )
 
 
 def _needs(role: str, output: str, parameters: dict[str, str], region: str) -> None:
     """Refuses a job whose role, bucket or code is not there."""
     _role(role)
     buckets = get_backend("s3")[ACCOUNT]["aws"].buckets
-    for uri in (output, *([json.loads(parameters["sagemaker_submit_directory"])] if "sagemaker_submit_directory" in parameters else [])):
+    for uri in (
+        output,
+        *(
+            [json.loads(parameters["sagemaker_submit_directory"])]
+            if "sagemaker_submit_directory" in parameters
+            else []
+        ),
+    ):
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         if bucket not in buckets or (key.endswith(".tar.gz") and key not in buckets[bucket].keys):
             raise Refused("ValidationException", f"No S3 objects found under S3 URL {uri}")
@@ -474,7 +624,10 @@ def _needs(role: str, output: str, parameters: dict[str, str], region: str) -> N
 
 def _role(arn: str) -> None:
     if arn not in {role.arn for role in get_backend("iam")[ACCOUNT]["aws"].roles.values()}:
-        raise Refused("ValidationException", f"Could not assume role {arn}. Please ensure that the role exists")
+        raise Refused(
+            "ValidationException",
+            f"Could not assume role {arn}. Please ensure that the role exists",
+        )
 
 
 def _known(things: dict[str, Any], name: str) -> Any:
@@ -494,13 +647,19 @@ def _set_status(job: Any, status: str) -> None:
 def _trials(job: Any) -> list[Any]:
     name = getattr(job, "hyper_parameter_tuning_job_name", None)
     jobs = get_backend("sagemaker")[ACCOUNT][REGION].training_jobs.values()
-    return [trial for trial in jobs if name is not None and trial.training_job_name.startswith(f"{name}-")]
+    return [
+        trial
+        for trial in jobs
+        if name is not None and trial.training_job_name.startswith(f"{name}-")
+    ]
 
 
 # --- the wire ---
 
 
-def _answer(start: Any, status: str, body: bytes, kind: str = "application/x-amz-json-1.1") -> list[bytes]:
+def _answer(
+    start: Any, status: str, body: bytes, kind: str = "application/x-amz-json-1.1"
+) -> list[bytes]:
     start(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
     return [body]
 
@@ -512,43 +671,75 @@ def _refusal(service: str, refusal: Refused, start: Any) -> list[bytes]:
         text = f"<Response><Errors><Error><Code>{code}</Code><Message>{message}</Message></Error></Errors><RequestID>1</RequestID></Response>"
     elif service in ("s3", "sts", "iam", "cloudformation"):
         inner = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
-        text = inner if service == "s3" else f"<ErrorResponse>{inner}<RequestId>1</RequestId></ErrorResponse>"
+        text = (
+            inner
+            if service == "s3"
+            else f"<ErrorResponse>{inner}<RequestId>1</RequestId></ErrorResponse>"
+        )
     else:
-        return _answer(start, "400 Bad Request", json.dumps({"__type": code, "message": message}).encode())
+        return _answer(
+            start, "400 Bad Request", json.dumps({"__type": code, "message": message}).encode()
+        )
     return _answer(start, "400 Bad Request", text.encode(), "text/xml")
 
 
 def understand(environ: WSGIEnvironment, body: bytes) -> tuple[str, str, str, dict[str, Any]]:
     """A request's service, region, operation and parameters."""
-    credential = re.search(r"Credential=[^/]+/\d+/([^/]+)/([^/]+)/aws4_request", environ.get("HTTP_AUTHORIZATION", ""))
+    credential = re.search(
+        r"Credential=[^/]+/\d+/([^/]+)/([^/]+)/aws4_request", environ.get("HTTP_AUTHORIZATION", "")
+    )
     region, service = (credential[1], credential[2]) if credential else ("", "s3")
     if target := environ.get("HTTP_X_AMZ_TARGET"):
         return service, region, target.rpartition(".")[2], json.loads(body or b"{}")
-    form = dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True)) if environ["REQUEST_METHOD"] == "POST" else {}
+    form = (
+        dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True))
+        if environ["REQUEST_METHOD"] == "POST"
+        else {}
+    )
     if "Action" in form:
-        return service, region, form["Action"], {key: value for key, value in form.items() if key not in ("Action", "Version")}
+        return (
+            service,
+            region,
+            form["Action"],
+            {key: value for key, value in form.items() if key not in ("Action", "Version")},
+        )
     return service, region, *_rest(service, environ, body)
 
 
 def _rest(service: str, environ: WSGIEnvironment, body: bytes) -> tuple[str, dict[str, Any]]:
     """Operation and parameters of a REST call: the operation of botocore's model that needs most of what is there."""
-    path, query = environ["PATH_INFO"], dict(parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True))
+    path, query = (
+        environ["PATH_INFO"],
+        dict(parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)),
+    )
     found: list[tuple[int, str, dict[str, Any]]] = []
     for operation, pattern, fixed in _rest_operations(service, environ["REQUEST_METHOD"]):
         match = pattern.fullmatch(path.rstrip("/") or "/")
         if not match or any(query.get(name) != value for name, value in fixed.items()):
             continue
-        parameters: dict[str, Any] = {name: unquote(value) for name, value in match.groupdict().items()}
-        members, shape = operation.input_shape.members.items() if operation.input_shape else (), operation.input_shape
+        parameters: dict[str, Any] = {
+            name: unquote(value) for name, value in match.groupdict().items()
+        }
+        members, shape = (
+            operation.input_shape.members.items() if operation.input_shape else (),
+            operation.input_shape,
+        )
         for name, member in members:
-            place, wire = member.serialization.get("location"), member.serialization.get("name", name)
+            place, wire = (
+                member.serialization.get("location"),
+                member.serialization.get("name", name),
+            )
             if place == "querystring" and wire in query:
                 parameters[name] = query[wire]
             header = environ.get(f"HTTP_{wire.upper().replace('-', '_')}")
             if place == "header" and header is not None:
                 parameters[name] = header
         required = set(shape.required_members) if shape else set()
-        elsewhere = {name for name in required if shape.members[name].serialization.get("location") is None} if shape else set()
+        elsewhere = (
+            {name for name in required if shape.members[name].serialization.get("location") is None}
+            if shape
+            else set()
+        )
         if required - elsewhere <= parameters.keys():
             found.append((2 * len(fixed) + len(required), operation.name, parameters))
     if not found:
@@ -562,7 +753,9 @@ def _rest(service: str, environ: WSGIEnvironment, body: bytes) -> tuple[str, dic
 
 
 @cache
-def _rest_operations(service: str, method: str) -> list[tuple[OperationModel, re.Pattern[str], dict[str, str]]]:
+def _rest_operations(
+    service: str, method: str
+) -> list[tuple[OperationModel, re.Pattern[str], dict[str, str]]]:
     session = botocore.session.get_session()
     model = session.get_service_model({"monitoring": "cloudwatch"}.get(service, service))
     found = []
@@ -570,8 +763,14 @@ def _rest_operations(service: str, method: str) -> list[tuple[OperationModel, re
         operation = model.operation_model(name)
         if operation.http.get("method") == method:
             path, _, query = operation.http["requestUri"].partition("?")
-            pattern = re.sub(r"\\\{(\w+)(\\\+)?\\\}", lambda part: f"(?P<{part[1]}>{'.+' if part[2] else '[^/]+'})", re.escape(path.rstrip("/") or "/"))
-            found.append((operation, re.compile(pattern), dict(parse_qsl(query, keep_blank_values=True))))
+            pattern = re.sub(
+                r"\\\{(\w+)(\\\+)?\\\}",
+                lambda part: f"(?P<{part[1]}>{'.+' if part[2] else '[^/]+'})",
+                re.escape(path.rstrip("/") or "/"),
+            )
+            found.append(
+                (operation, re.compile(pattern), dict(parse_qsl(query, keep_blank_values=True)))
+            )
     return found
 
 
@@ -586,7 +785,13 @@ def outlive_stacks() -> None:
     ResourceMap._delete_resource = delete_unless_retained
 
 
-def update_log_group(original_resource: LogGroup, new_resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str) -> LogGroup:
+def update_log_group(
+    original_resource: LogGroup,
+    new_resource_name: str,
+    cloudformation_json: dict[str, Any],
+    account_id: str,
+    region_name: str,
+) -> LogGroup:
     """What moto lacks: a log group in a stack that changes."""
     original_resource.retention_in_days = cloudformation_json["Properties"].get("RetentionInDays")
     return original_resource
@@ -601,7 +806,13 @@ def complete() -> None:
 def main() -> None:
     complete()
     moto = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, Strict(moto, Path(sys.argv[1])), threaded=True, request_handler=MotoRequestHandler)
+    server = make_server(
+        "127.0.0.1",
+        0,
+        Strict(moto, Path(sys.argv[1])),
+        threaded=True,
+        request_handler=MotoRequestHandler,
+    )
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()
 

@@ -23,7 +23,12 @@ from tests.conftest import PROJECT
 from trainer.common.errors import OK
 
 REGION = "us-east-1"
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": REGION,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 # For `Cloud.launch`: imported here once, and not by each process.
 for verb in command_line.VERBS:
@@ -40,7 +45,9 @@ class Cloud:
     _clients: dict[str, Any] = field(default_factory=dict)
 
     def post(self, path: str, **parameters: Any) -> Any:
-        request = urllib.request.Request(f"{self.url}{path}", json.dumps(parameters).encode(), method="POST")
+        request = urllib.request.Request(
+            f"{self.url}{path}", json.dumps(parameters).encode(), method="POST"
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read() or b"{}")
 
@@ -54,7 +61,9 @@ class Cloud:
     def client(self, service: str) -> Any:
         if service not in self._clients:
             keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-            self._clients[service] = boto3.client(service, region_name=REGION, endpoint_url=self.url, **keys)
+            self._clients[service] = boto3.client(
+                service, region_name=REGION, endpoint_url=self.url, **keys
+            )
         return self._clients[service]
 
     def environment(self) -> dict[str, str]:
@@ -89,7 +98,9 @@ class Cloud:
                 try:
                     os.chdir(cwd)
                     os.environ.clear()
-                    os.environ.update(self.environment() | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"})
+                    os.environ.update(
+                        self.environment() | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"}
+                    )
                     sys.stdin = io.StringIO()
                     sys.stdout = sys.stderr = output
                     code = command_line.main(arguments)
@@ -108,7 +119,13 @@ class Cloud:
 @contextlib.contextmanager
 def running(record: Path, program: Sequence[str] = ("-m", "tests.launch.aws")) -> Iterator[Cloud]:
     """AWS as a process. program: another one's that is AWS, as Python's arguments."""
-    process = subprocess.Popen([sys.executable, *program, str(record)], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *program, str(record)],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     try:
         assert process.stdout is not None
         yield Cloud(process.stdout.readline().strip(), record)

@@ -24,7 +24,17 @@ from launch.verbs.audit import FOUND
 from launch.verbs.policy import PARTS
 from tests.conftest import PROJECT, make_pictures
 from tests.launch.conftest import Cloud, running
-from tests.launch.permissions import ACCOUNT, BUCKET, REGION, Ask, asks_of, audit_asks, grants, service_side, unique
+from tests.launch.permissions import (
+    ACCOUNT,
+    BUCKET,
+    REGION,
+    Ask,
+    asks_of,
+    audit_asks,
+    grants,
+    service_side,
+    unique,
+)
 from tests.launch.whole import WHOLE
 from trainer.common.errors import OK
 
@@ -61,7 +71,11 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     def run(*arguments: str, codes: Iterable[int] = (OK,)) -> str:
         before = len(cloud.calls())
         output = printed(*arguments, codes=codes)
-        by = " ".join(argument for argument in arguments if argument in launch.VERBS or argument in ("--data", "--now", "--refresh"))
+        by = " ".join(
+            argument
+            for argument in arguments
+            if argument in launch.VERBS or argument in ("--data", "--now", "--refresh")
+        )
         for call in cloud.calls()[before:]:
             found["launcher"] += asks_of(call, by)
         return output
@@ -88,8 +102,14 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
         run("fetch", name, "--to", str(directory / name), codes=range(3))
     _seed_more(cloud)
     before = len(cloud.calls())
-    resolve = socket.getaddrinfo  # S3 Control puts the account before the host's name, as in AWS's DNS, which knows such names
-    patch.setattr(socket, "getaddrinfo", lambda host, *rest, **named: resolve(str(host).removeprefix(f"{ACCOUNT}."), *rest, **named))
+    resolve = (
+        socket.getaddrinfo
+    )  # S3 Control puts the account before the host's name, as in AWS's DNS, which knows such names
+    patch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **named: resolve(str(host).removeprefix(f"{ACCOUNT}."), *rest, **named),
+    )
     printed("audit", "--json", codes=(OK, FOUND))
     for call in cloud.calls()[before:]:
         found["audit"] += audit_asks(call)
@@ -99,7 +119,9 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     run("submit", "target=notebook")
     table = directory / "prices.json"
     table.write_text(prices.TABLE.read_text())
-    patch.setattr(prices, "TABLE", table)  # the refreshed table is this account's, not the project's
+    patch.setattr(
+        prices, "TABLE", table
+    )  # the refreshed table is this account's, not the project's
     run("prices", "--refresh")
     prices.table.cache_clear()
     found["lambda"] += _invoke(cloud, patch)
@@ -109,10 +131,24 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
 def _seed_endpoint(cloud: Cloud) -> None:
     """A deployed model, so that there is something to look at and to call."""
     sagemaker = cloud.client("sagemaker")
-    sagemaker.create_model(ModelName=SERVING, ExecutionRoleArn=f"arn:aws:iam::{ACCOUNT}:role/{SERVING}", PrimaryContainer={"Image": "image"})
-    variant = {"VariantName": "main", "ModelName": SERVING, "InstanceType": "ml.m5.large", "InitialInstanceCount": 1, "InitialVariantWeight": 1}
-    tags = [{"Key": "project", "Value": "packhorse"}]  # CloudFormation gives them what the stack has
-    sagemaker.create_endpoint_config(EndpointConfigName=SERVING, ProductionVariants=[variant], Tags=tags)
+    sagemaker.create_model(
+        ModelName=SERVING,
+        ExecutionRoleArn=f"arn:aws:iam::{ACCOUNT}:role/{SERVING}",
+        PrimaryContainer={"Image": "image"},
+    )
+    variant = {
+        "VariantName": "main",
+        "ModelName": SERVING,
+        "InstanceType": "ml.m5.large",
+        "InitialInstanceCount": 1,
+        "InitialVariantWeight": 1,
+    }
+    tags = [
+        {"Key": "project", "Value": "packhorse"}
+    ]  # CloudFormation gives them what the stack has
+    sagemaker.create_endpoint_config(
+        EndpointConfigName=SERVING, ProductionVariants=[variant], Tags=tags
+    )
     sagemaker.create_endpoint(EndpointName=SERVING, EndpointConfigName=SERVING, Tags=tags)
 
 
@@ -134,9 +170,18 @@ def role_policy(cloud: Cloud, role: str, name: str) -> dict[str, Any]:
 
 def finish_bucket(cloud: Cloud) -> None:
     """Gives the bucket what the template says and moto's CloudFormation leaves out."""
-    s3, properties = cloud.client("s3"), yaml.load(foundation.TEMPLATE.read_text(), foundation._Loader)["Resources"]["Bucket"]["Properties"]
-    s3.put_public_access_block(Bucket=BUCKET, PublicAccessBlockConfiguration=properties["PublicAccessBlockConfiguration"])
-    s3.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration=properties["VersioningConfiguration"])
+    s3, properties = (
+        cloud.client("s3"),
+        yaml.load(foundation.TEMPLATE.read_text(), foundation._Loader)["Resources"]["Bucket"][
+            "Properties"
+        ],
+    )
+    s3.put_public_access_block(
+        Bucket=BUCKET, PublicAccessBlockConfiguration=properties["PublicAccessBlockConfiguration"]
+    )
+    s3.put_bucket_versioning(
+        Bucket=BUCKET, VersioningConfiguration=properties["VersioningConfiguration"]
+    )
 
 
 def _seed_more(cloud: Cloud) -> None:
@@ -145,9 +190,21 @@ def _seed_more(cloud: Cloud) -> None:
     cloud.client("iam").create_user(UserName="ann")
     zipped = b"PK\x05\x06" + bytes(18)
     role = f"arn:aws:iam::{ACCOUNT}:role/packhorse-training"
-    cloud.client("lambda").create_function(FunctionName=SERVING, Runtime="python3.13", Role=role, Handler="a.b", Code={"ZipFile": zipped})
+    cloud.client("lambda").create_function(
+        FunctionName=SERVING,
+        Runtime="python3.13",
+        Role=role,
+        Handler="a.b",
+        Code={"ZipFile": zipped},
+    )
     settings = {"ExecutionRole": role}
-    cloud.client("sagemaker").create_domain(DomainName="studio", AuthMode="IAM", DefaultUserSettings=settings, SubnetIds=["subnet-1"], VpcId="vpc-1")
+    cloud.client("sagemaker").create_domain(
+        DomainName="studio",
+        AuthMode="IAM",
+        DefaultUserSettings=settings,
+        SubnetIds=["subnet-1"],
+        VpcId="vpc-1",
+    )
 
 
 def _leave_results(cloud: Cloud) -> None:
@@ -156,11 +213,16 @@ def _leave_results(cloud: Cloud) -> None:
     s3.put_object(Bucket=BUCKET, Key="runs/ec2/log.txt", Body=b"epoch 1\n")
     for prefix in ("runs/ec2/output", "runs/sagemaker/output/packhorse-sagemaker-1/output"):
         s3.put_object(Bucket=BUCKET, Key=f"{prefix}/result.json", Body=b'{"top1": 0.9}')
-    for group, stream in (("TrainingJobs", "packhorse-sagemaker-1/algo-1"), ("NotebookInstances", "packhorse-notebook/LifecycleConfigOnStart")):
+    for group, stream in (
+        ("TrainingJobs", "packhorse-sagemaker-1/algo-1"),
+        ("NotebookInstances", "packhorse-notebook/LifecycleConfigOnStart"),
+    ):
         logs.create_log_group(logGroupName=f"/aws/sagemaker/{group}")
         logs.create_log_stream(logGroupName=f"/aws/sagemaker/{group}", logStreamName=stream)
         event = {"timestamp": int(time.time() * 1000), "message": "epoch 1"}
-        logs.put_log_events(logGroupName=f"/aws/sagemaker/{group}", logStreamName=stream, logEvents=[event])
+        logs.put_log_events(
+            logGroupName=f"/aws/sagemaker/{group}", logStreamName=stream, logEvents=[event]
+        )
 
 
 def _invoke(cloud: Cloud, patch: pytest.MonkeyPatch) -> list[Ask]:
@@ -185,12 +247,30 @@ def permissions_table(asked: dict[str, list[Ask]]) -> str:
     for part, what in PARTS.items():
         if part == "audit":
             continue  # one statement on everything, shown by its own command
-        lines += [f"### {part}", "", f"{what[0].upper()}{what[1:]}.", "", "| action | resource | why | asked by |", "|---|---|---|---|"]
+        lines += [
+            f"### {part}",
+            "",
+            f"{what[0].upper()}{what[1:]}.",
+            "",
+            "| action | resource | why | asked by |",
+            "|---|---|---|---|",
+        ]
         for grant in grants(part):
             pattern = re.compile(re.escape(grant.resource).replace(r"\*", ".*"))
-            by = sorted({who for ask in asked[part] if ask.action == grant.action and pattern.fullmatch(ask.resource) for who in ask.by.split(", ")})
-            resource = grant.resource.replace(f"{REGION}:{ACCOUNT}", "REGION:ACCOUNT").replace(f"{ACCOUNT}-{REGION}", "ACCOUNT-REGION")
-            resource = resource.replace(ACCOUNT, "ACCOUNT").replace(REGION, "REGION").replace("|", "\\|")
+            by = sorted(
+                {
+                    who
+                    for ask in asked[part]
+                    if ask.action == grant.action and pattern.fullmatch(ask.resource)
+                    for who in ask.by.split(", ")
+                }
+            )
+            resource = grant.resource.replace(f"{REGION}:{ACCOUNT}", "REGION:ACCOUNT").replace(
+                f"{ACCOUNT}-{REGION}", "ACCOUNT-REGION"
+            )
+            resource = (
+                resource.replace(ACCOUNT, "ACCOUNT").replace(REGION, "REGION").replace("|", "\\|")
+            )
             lines.append(f"| `{grant.action}` | `{resource}` | {grant.reason} | {_few(by)} |")
         lines.append("")
     return "\n".join(lines)
@@ -207,7 +287,9 @@ def bullets(texts: Iterable[str]) -> str:
 def rules_table() -> str:
     """What the audit looks for."""
     rows = sorted(RULES.values(), key=lambda rule: (-rule.severity, rule.name))
-    return "| severity | rule | why |\n|---|---|---|\n" + "".join(f"| {rule.severity} | `{rule.name}` | {rule.why} |\n" for rule in rows)
+    return "| severity | rule | why |\n|---|---|---|\n" + "".join(
+        f"| {rule.severity} | `{rule.name}` | {rule.why} |\n" for rule in rows
+    )
 
 
 def between(page: str, name: str) -> str:
@@ -216,21 +298,38 @@ def between(page: str, name: str) -> str:
 
 
 def replaced(page: str, name: str, content: str) -> str:
-    return page.replace(f"<!-- {name} -->\n{between(page, name)}<!--", f"<!-- {name} -->\n{content}<!--")
+    return page.replace(
+        f"<!-- {name} -->\n{between(page, name)}<!--", f"<!-- {name} -->\n{content}<!--"
+    )
 
 
 def main() -> None:
     from tests.launch.cloud.test_permissions import DANGEROUS
 
     path = DOCS / "instances.md"
-    path.write_text(re.sub(r"```\n[a-z0-9_/]+, freeze=.*?```\n", lambda match: f"```\n{instances_output()}```\n", path.read_text(), flags=re.DOTALL))
-    with tempfile.TemporaryDirectory() as home, running(Path(home) / "calls.jsonl", WHOLE) as cloud, pytest.MonkeyPatch.context() as patch:
+    path.write_text(
+        re.sub(
+            r"```\n[a-z0-9_/]+, freeze=.*?```\n",
+            lambda match: f"```\n{instances_output()}```\n",
+            path.read_text(),
+            flags=re.DOTALL,
+        )
+    )
+    with (
+        tempfile.TemporaryDirectory() as home,
+        running(Path(home) / "calls.jsonl", WHOLE) as cloud,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name, value in cloud.environment().items():
             patch.setenv(name, value)
         recorded = record(cloud, Path(home), patch)
     asked = {part: unique([*recorded.get(part, []), *service_side(part)]) for part in PARTS}
     page = (DOCS / "security.md").read_text()
-    for name, content in {"permissions": permissions_table(asked), "dangerous": bullets(DANGEROUS), "rules": rules_table()}.items():
+    for name, content in {
+        "permissions": permissions_table(asked),
+        "dangerous": bullets(DANGEROUS),
+        "rules": rules_table(),
+    }.items():
         page = replaced(page, name, content)
     (DOCS / "security.md").write_text(page)
 

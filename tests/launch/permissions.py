@@ -49,13 +49,23 @@ def policy(part: str) -> dict[str, Any]:
 def effective_policy(part: str) -> dict[str, Any]:
     """With what else is attached to the role: the notebook is a launcher too."""
     statements = permissions(part, PROJECT_NAME, ACCOUNT, REGION)
-    return document([*statements, *(permissions("launcher", PROJECT_NAME, ACCOUNT, REGION) if part == "notebook" else [])])
+    return document(
+        [
+            *statements,
+            *(permissions("launcher", PROJECT_NAME, ACCOUNT, REGION) if part == "notebook" else []),
+        ]
+    )
 
 
 def service_side(part: str) -> list[Ask]:
     """What AWS's services ask under a part's role: the hand-written list."""
     return [
-        Ask(ask["action"], ask["resource"].replace("BUCKET", BUCKET), ask.get("context", {}), entry["by"])
+        Ask(
+            ask["action"],
+            ask["resource"].replace("BUCKET", BUCKET),
+            ask.get("context", {}),
+            entry["by"],
+        )
         for entry in yaml.safe_load(SERVICE_CALLS.read_text()).get(part, [])
         for ask in entry["asks"]
     ]
@@ -66,7 +76,15 @@ def unique(asks: Iterable[Ask]) -> list[Ask]:
     by_key: dict[str, list[Ask]] = {}
     for ask in asks:
         by_key.setdefault(ask.key, []).append(ask)
-    return [Ask(same[0].action, same[0].resource, same[0].context, ", ".join(dict.fromkeys(ask.by for ask in same))) for same in by_key.values()]
+    return [
+        Ask(
+            same[0].action,
+            same[0].resource,
+            same[0].context,
+            ", ".join(dict.fromkeys(ask.by for ask in same)),
+        )
+        for same in by_key.values()
+    ]
 
 
 # --- recorded calls, as IAM sees them ---
@@ -78,9 +96,16 @@ def asks_of(call: Mapping[str, Any], by: str) -> list[Ask]:
     Which actions, resources and condition keys a call is decided by: AWS's Service Authorization Reference.
     """
     name, given = _named(call)
-    ours = OURS if call["service"] == "sagemaker" and call["status"] == 200 else {}  # what is not there has no tags
+    ours = (
+        OURS if call["service"] == "sagemaker" and call["status"] == 200 else {}
+    )  # what is not there has no tags
     return [
-        Ask(ask.action, ask.resource, {**ask.context, **(ours if ask.on_what_is_there else {})}, f"{by}: {name}")
+        Ask(
+            ask.action,
+            ask.resource,
+            {**ask.context, **(ours if ask.on_what_is_there else {})},
+            f"{by}: {name}",
+        )
         for ask in OPERATIONS[call["service"], name](given)
     ]
 
@@ -109,17 +134,27 @@ def _s3(action: str, bucket_level: bool = False) -> Callable[[Mapping[str, Any]]
         if not bucket_level:
             keys = given.get("Keys") or [given["Key"]]
             return [Ask(f"s3:{action}", f"{bucket}/{key}") for key in keys]
-        context = {f"s3:{name.lower()}": given[name] for name in ("Prefix", "Delimiter") if given.get(name)}
+        context = {
+            f"s3:{name.lower()}": given[name] for name in ("Prefix", "Delimiter") if given.get(name)
+        }
         return [Ask(f"s3:{action}", bucket, context if action.startswith("ListBucket") else {})]
 
     return asks
 
 
-def _sagemaker(action: str, kind: str | None = None, key: str = "") -> Callable[[Mapping[str, Any]], list[Ask]]:
+def _sagemaker(
+    action: str, kind: str | None = None, key: str = ""
+) -> Callable[[Mapping[str, Any]], list[Ask]]:
     def asks(given: Mapping[str, Any]) -> list[Ask]:
         if kind is None:
             return [Ask(f"sagemaker:{action}", "*")]
-        return [Ask(f"sagemaker:{action}", _arn("sagemaker", f"{kind}/{given[key]}"), on_what_is_there=True)]
+        return [
+            Ask(
+                f"sagemaker:{action}",
+                _arn("sagemaker", f"{kind}/{given[key]}"),
+                on_what_is_there=True,
+            )
+        ]
 
     return asks
 
@@ -137,13 +172,17 @@ def _creates(action: str, kind: str, key: str) -> Callable[[Mapping[str, Any]], 
             context["sagemaker:RootAccess"] = given.get("RootAccess", "Enabled")
             context["sagemaker:DirectInternetAccess"] = given.get("DirectInternetAccess", "Enabled")
             metadata = given.get("InstanceMetadataServiceConfiguration", {})
-            context["sagemaker:MinimumInstanceMetadataServiceVersion"] = metadata.get("MinimumInstanceMetadataServiceVersion", "1")
+            context["sagemaker:MinimumInstanceMetadataServiceVersion"] = metadata.get(
+                "MinimumInstanceMetadataServiceVersion", "1"
+            )
         arn = _arn("sagemaker", f"{kind}/{given[key]}")
         found = [Ask(f"sagemaker:{action}", arn, context)]
         if tags:
             found.append(Ask("sagemaker:AddTags", arn, tags | {"sagemaker:TaggingAction": action}))
         if role := definition.get("RoleArn"):
-            found.append(Ask("iam:PassRole", role, {"iam:PassedToService": "sagemaker.amazonaws.com"}))
+            found.append(
+                Ask("iam:PassRole", role, {"iam:PassedToService": "sagemaker.amazonaws.com"})
+            )
         return found
 
     return asks
@@ -160,7 +199,9 @@ def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
     for name, value in given.items():
         if match := re.fullmatch(r"TagSpecification\.(\d+)\.Tag\.(\d+)\.Key", name):
             kind = given[f"TagSpecification.{match[1]}.ResourceType"]
-            tags.setdefault(kind, {})[f"aws:RequestTag/{value}"] = given[f"TagSpecification.{match[1]}.Tag.{match[2]}.Value"]
+            tags.setdefault(kind, {})[f"aws:RequestTag/{value}"] = given[
+                f"TagSpecification.{match[1]}.Tag.{match[2]}.Value"
+            ]
     profile = f"arn:aws:iam::{ACCOUNT}:instance-profile/{given['IamInstanceProfile.Name']}"
     instance = {
         "ec2:InstanceType": given["InstanceType"],
@@ -175,27 +216,47 @@ def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
     if given.get("InstanceMarketOptions.MarketType") == "spot":
         made["spot-instances-request"] = ("sir-01234567", {})
     found = [Ask("ec2:RunInstances", f"arn:aws:ec2:{REGION}::image/{given['ImageId']}")]
-    found += [Ask("ec2:RunInstances", _arn("ec2", used)) for used in (f"subnet/{given.get('SubnetId', 'subnet-01234567')}", "security-group/sg-01234567")]
+    found += [
+        Ask("ec2:RunInstances", _arn("ec2", used))
+        for used in (
+            f"subnet/{given.get('SubnetId', 'subnet-01234567')}",
+            "security-group/sg-01234567",
+        )
+    ]
     for kind, (identifier, context) in made.items():
         arn = _arn("ec2", f"{kind}/{identifier}")
         found.append(Ask("ec2:RunInstances", arn, context | tags.get(kind, {})))
         if kind in tags:
-            found.append(Ask("ec2:CreateTags", arn, tags[kind] | {"ec2:CreateAction": "RunInstances"}))
-    found.append(Ask("iam:PassRole", f"arn:aws:iam::{ACCOUNT}:role/{given['IamInstanceProfile.Name']}", {"iam:PassedToService": "ec2.amazonaws.com"}))
+            found.append(
+                Ask("ec2:CreateTags", arn, tags[kind] | {"ec2:CreateAction": "RunInstances"})
+            )
+    found.append(
+        Ask(
+            "iam:PassRole",
+            f"arn:aws:iam::{ACCOUNT}:role/{given['IamInstanceProfile.Name']}",
+            {"iam:PassedToService": "ec2.amazonaws.com"},
+        )
+    )
     return found
 
 
 def _terminate(given: Mapping[str, Any]) -> list[Ask]:
     """Our own machines, which carry our tag: nobody else's id comes into this call."""
     machines = [value for name, value in given.items() if name.startswith("InstanceId.")]
-    return [Ask("ec2:TerminateInstances", _arn("ec2", f"instance/{machine}"), OURS) for machine in machines]
+    return [
+        Ask("ec2:TerminateInstances", _arn("ec2", f"instance/{machine}"), OURS)
+        for machine in machines
+    ]
 
 
 def _nothing(given: Mapping[str, Any]) -> list[Ask]:
     return []
 
 
-TRAINING, TUNING = ("training-job", "TrainingJobName"), ("hyper-parameter-tuning-job", "HyperParameterTuningJobName")
+TRAINING, TUNING = (
+    ("training-job", "TrainingJobName"),
+    ("hyper-parameter-tuning-job", "HyperParameterTuningJobName"),
+)
 NOTEBOOK = ("notebook-instance", "NotebookInstanceName")
 SCRIPT = ("notebook-instance-lifecycle-config", "NotebookInstanceLifecycleConfigName")
 
@@ -238,8 +299,12 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
 def audit_asks(call: Mapping[str, Any]) -> list[Ask]:
     """A recorded call of the audit: its actions are granted on everything, since it looks for what should not be there."""
     service = {"monitoring": "cloudwatch"}.get(call["service"], call["service"])
-    name = {"GetBucketLifecycle": "GetBucketLifecycleConfiguration"}.get(call["operation"], call["operation"])  # two names of one request
-    if call["parameters"].get("Bucket") == "v20180820":  # S3 Control, which is signed as S3: a version in the bucket's place
+    name = {"GetBucketLifecycle": "GetBucketLifecycleConfiguration"}.get(
+        call["operation"], call["operation"]
+    )  # two names of one request
+    if (
+        call["parameters"].get("Bucket") == "v20180820"
+    ):  # S3 Control, which is signed as S3: a version in the bucket's place
         service, name = "s3control", "GetPublicAccessBlock"
     action, _ = CALLS[service, name]
     return [Ask(action, "*", {}, f"audit: {name}")] if action else []
@@ -254,20 +319,42 @@ class Evaluator:
 
     def decide(self, questions: Sequence[tuple[dict[str, Any], Ask]]) -> list[bool]:
         """Whether each policy allows what is asked. AssertionError where the evaluator refuses the question itself."""
-        policies = {json.dumps(each, sort_keys=True): f"p{number}" for number, each in enumerate(each for each, _ in questions)}
+        policies = {
+            json.dumps(each, sort_keys=True): f"p{number}"
+            for number, each in enumerate(each for each, _ in questions)
+        }
         asked = [
-            {"policy": policies[json.dumps(each, sort_keys=True)], "action": ask.action, "resource": ask.resource, "context": dict(ask.context)}
+            {
+                "policy": policies[json.dumps(each, sort_keys=True)],
+                "action": ask.action,
+                "resource": ask.resource,
+                "context": dict(ask.context),
+            }
             for each, ask in questions
         ]
-        given = json.dumps({"account": ACCOUNT, "policies": {name: json.loads(text) for text, name in policies.items()}, "asks": asked})
+        given = json.dumps(
+            {
+                "account": ACCOUNT,
+                "policies": {name: json.loads(text) for text, name in policies.items()},
+                "asks": asked,
+            }
+        )
         # The ARN of a parameter of AWS's own has no account, which the evaluator takes for no parameter's ARN.
         given = given.replace(f":ssm:{REGION}::parameter/", f":ssm:{REGION}:aws:parameter/")
         script = Path(__file__).with_name("evaluate.mjs")
-        done = subprocess.run(["node", str(script), str(self.package)], input=given, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            ["node", str(script), str(self.package)],
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         answers = json.loads(done.stdout)
         refused = [
-            (ask.action, ask.resource, dict(ask.context), answer) for (_, ask), answer in zip(questions, answers, strict=True) if answer not in (True, False)
+            (ask.action, ask.resource, dict(ask.context), answer)
+            for (_, ask), answer in zip(questions, answers, strict=True)
+            if answer not in (True, False)
         ]
         assert not refused, refused
         return answers
@@ -277,11 +364,24 @@ def find_evaluator() -> Evaluator | str:
     """The evaluator, installed once into a cache by npm; or why there is none."""
     if not shutil.which("node") or not shutil.which("npm"):
         return f"{SIMULATOR} needs node and npm"
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "packhorse-tests" / f"iam-simulate-{VERSION}"
+    root = (
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        / "packhorse-tests"
+        / f"iam-simulate-{VERSION}"
+    )
     package = root / "node_modules" / SIMULATOR
     if not (package / "package.json").exists():
         root.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--prefix", str(root), "--no-audit", "--no-fund", "--ignore-scripts", f"{SIMULATOR}@{VERSION}"]
+        command = [
+            "npm",
+            "install",
+            "--prefix",
+            str(root),
+            "--no-audit",
+            "--no-fund",
+            "--ignore-scripts",
+            f"{SIMULATOR}@{VERSION}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode != 0:
             return f"{SIMULATOR} could not be installed: {done.stderr.strip().splitlines()[-1]}"
@@ -322,7 +422,9 @@ def without(policy: dict[str, Any], grant: Grant) -> dict[str, Any]:
         if others := [action for action in actions if action != grant.action]:
             statements.append(statement | {"Action": others})
         if others := [resource for resource in resources if resource != grant.resource]:
-            statements.append(statement | {"Sid": f"{grant.sid}Rest", "Action": grant.action, "Resource": others})
+            statements.append(
+                statement | {"Sid": f"{grant.sid}Rest", "Action": grant.action, "Resource": others}
+            )
     return {**policy, "Statement": statements}
 
 
@@ -331,10 +433,15 @@ def narrowed(policy: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, statement in enumerate(policy["Statement"]):
         for test, keys in statement.get("Condition", {}).items():
             for key, values in keys.items():
-                if isinstance(values, list) and key.lower() not in ("sagemaker:instancetypes", "ec2:instancetype"):
+                if isinstance(values, list) and key.lower() not in (
+                    "sagemaker:instancetypes",
+                    "ec2:instancetype",
+                ):
                     for value in values:
                         less = copy.deepcopy(policy)
-                        less["Statement"][number]["Condition"][test][key] = [other for other in values if other != value]
+                        less["Statement"][number]["Condition"][test][key] = [
+                            other for other in values if other != value
+                        ]
                         yield f"{statement['Sid']}: {key} {value}", less
 
 
@@ -346,10 +453,16 @@ def _fits(action: str, resource: str) -> bool:
     """Whether the action can be held to such a resource at all; a statement may name several kinds for several actions."""
     from launch.audit.identities import resource_forms
 
-    patterns = [re.sub(r"\\\$\\\{\w+\\\}", "[^:]*", re.escape(form)) for form in resource_forms(action)]
+    patterns = [
+        re.sub(r"\\\$\\\{\w+\\\}", "[^:]*", re.escape(form)) for form in resource_forms(action)
+    ]
     # A log group's ARN ends in `:*`, which stands for the group and for each of its streams.
     forms = {resource, resource.removesuffix(":*"), re.sub(r":\*$", ":log-stream:*", resource)}
-    return resource == "*" or resource in NOT_LISTED.get(action, ()) or any(re.fullmatch(pattern, form) for pattern in patterns for form in forms)
+    return (
+        resource == "*"
+        or resource in NOT_LISTED.get(action, ())
+        or any(re.fullmatch(pattern, form) for pattern in patterns for form in forms)
+    )
 
 
 def _listed(value: str | list[str]) -> list[str]:

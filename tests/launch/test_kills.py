@@ -14,7 +14,13 @@ import pytest
 from tests.launch.conftest import Cloud
 from trainer.common.errors import OK
 
-TARGETS = {"ec2": [], "sagemaker": [], "sagemaker_multi": [], "tuner": ["sweep=head"], "notebook": []}
+TARGETS = {
+    "ec2": [],
+    "sagemaker": [],
+    "sagemaker_multi": [],
+    "tuner": ["sweep=head"],
+    "notebook": [],
+}
 CHANGES = re.compile("Put|Create|Run|Execute|Start|Delete")
 KILLED = -signal.SIGKILL
 
@@ -37,12 +43,28 @@ def final_state(cloud: Cloud, name: str) -> dict[str, object]:
     s3, sagemaker, ec2 = cloud.client("s3"), cloud.client("sagemaker"), cloud.client("ec2")
     bucket = "packhorse-123456789012-us-east-1"
     keys = [item["Key"] for item in s3.list_objects_v2(Bucket=bucket).get("Contents", [])]
-    attempts = [json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read()) for key in keys if key.endswith(".request.json")]
-    instances = [each for group in ec2.describe_instances()["Reservations"] for each in group["Instances"] if each["State"]["Name"] != "terminated"]
-    jobs = [job["TrainingJobName"] for job in sagemaker.list_training_jobs()["TrainingJobSummaries"]]
+    attempts = [
+        json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+        for key in keys
+        if key.endswith(".request.json")
+    ]
+    instances = [
+        each
+        for group in ec2.describe_instances()["Reservations"]
+        for each in group["Instances"]
+        if each["State"]["Name"] != "terminated"
+    ]
+    jobs = [
+        job["TrainingJobName"] for job in sagemaker.list_training_jobs()["TrainingJobSummaries"]
+    ]
     tunings = sagemaker.list_hyper_parameter_tuning_jobs()["HyperParameterTuningJobSummaries"]
-    notebooks = [each["NotebookInstanceName"] for each in sagemaker.list_notebook_instances()["NotebookInstances"]]
-    assert len(attempts) == 1 and attempts[0]["number"] == 1 and attempts[0]["id"], "the attempt is noted once, with what AWS made of it"
+    notebooks = [
+        each["NotebookInstanceName"]
+        for each in sagemaker.list_notebook_instances()["NotebookInstances"]
+    ]
+    assert len(attempts) == 1 and attempts[0]["number"] == 1 and attempts[0]["id"], (
+        "the attempt is noted once, with what AWS made of it"
+    )
     if instances:
         assert [attempts[0]["id"]] == [each["InstanceId"] for each in instances]
     state = {
@@ -95,7 +117,10 @@ def test_an_up_killed_at_any_call_is_finished_by_the_next(cloud):
 
     def stack() -> tuple[list[str], list[str], list[str], list[str]]:
         stacks = cloud.client("cloudformation").describe_stacks()["Stacks"]
-        roles, policies = cloud.client("iam").list_roles()["Roles"], cloud.client("iam").list_policies(Scope="Local")["Policies"]
+        roles, policies = (
+            cloud.client("iam").list_roles()["Roles"],
+            cloud.client("iam").list_policies(Scope="Local")["Policies"],
+        )
         buckets = cloud.client("s3").list_buckets()["Buckets"]
         return (
             [f"{each['StackName']} {each['StackStatus']}" for each in stacks],

@@ -7,7 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, NoRegionError, ProfileNotFound
+from botocore.exceptions import (
+    ClientError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    NoRegionError,
+    ProfileNotFound,
+)
 
 from launch.__main__ import VERBS
 from launch.cloud.prices import price
@@ -19,7 +25,9 @@ from trainer.common.errors import MISTAKE, OK
 
 
 def launch(*arguments: str, cwd=PROJECT, **environment: str) -> tuple[int, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {"AWS_EC2_METADATA_DISABLED": "true"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
+        "AWS_EC2_METADATA_DISABLED": "true"
+    }
     done = subprocess.run(
         [sys.executable, "-m", "launch", *arguments],
         cwd=cwd,
@@ -38,7 +46,13 @@ def cpu(*command: str) -> float:
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *command], cwd=PROJECT, env=os.environ | {"PYTHONPATH": str(PROJECT)}, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            [sys.executable, *command],
+            cwd=PROJECT,
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(times)
@@ -55,7 +69,12 @@ def test_plan_works_without_credentials(target):
     more = ["sweep=head"] if target == "tuner" else []
     code, printed = launch("plan", f"target={target}", *more)
     assert code == OK, printed
-    assert "000000000000" in printed and "missing: credentials" in printed and "$" in printed and "may touch" in printed
+    assert (
+        "000000000000" in printed
+        and "missing: credentials" in printed
+        and "$" in printed
+        and "may touch" in printed
+    )
 
 
 MISTAKES = {
@@ -68,7 +87,11 @@ MISTAKES = {
     ("submit", "experiment=dog_bread"): "did you mean dog_breeds?",
     ("rehearse", "experiment=dog_bread"): "did you mean dog_breeds?",
     ("plan", "+optim.eps=1e-8"): "optim.eps: there is no such setting",
-    ("plan", "target=tuner", "model=small_cnn,resnet51"): "model=resnet51: there is no such option; did you mean resnet50?",
+    (
+        "plan",
+        "target=tuner",
+        "model=small_cnn,resnet51",
+    ): "model=resnet51: there is no such option; did you mean resnet50?",
     ("plan", "target=null"): "allowed: ec2",
     ("plan", "~target.hours"): "target.hours=VALUE",
     ("plan", "+target.eps=1"): "target.eps: there is no such setting",
@@ -80,7 +103,9 @@ MISTAKES = {
 @pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
 def test_a_mistake_is_one_line_with_a_remedy(arguments):
     code, printed = launch(*arguments)
-    assert code == MISTAKE and MISTAKES[arguments] in printed and len(printed.splitlines()) == 1, printed
+    assert code == MISTAKE and MISTAKES[arguments] in printed and len(printed.splitlines()) == 1, (
+        printed
+    )
 
 
 def client_error(code: str, message: str = "") -> ClientError:
@@ -89,15 +114,26 @@ def client_error(code: str, message: str = "") -> ClientError:
 
 ERRORS = {
     "no such machine free": client_error("InsufficientInstanceCapacity"),
-    "quota": client_error("VcpuLimitExceeded", "You have requested more vCPU capacity than your current vCPU limit of 0 allows"),
-    "quotas": client_error("ResourceLimitExceeded", "The account-level service limit 'ml.g4dn.xlarge for training job usage' is 0 Instances"),
+    "quota": client_error(
+        "VcpuLimitExceeded",
+        "You have requested more vCPU capacity than your current vCPU limit of 0 allows",
+    ),
+    "quotas": client_error(
+        "ResourceLimitExceeded",
+        "The account-level service limit 'ml.g4dn.xlarge for training job usage' is 0 Instances",
+    ),
     "have expired": client_error("ExpiredToken"),
     "does not know these credentials": client_error("InvalidClientTokenId"),
     "wait a minute": client_error("ThrottlingException", "Rate exceeded"),
     "another region": client_error("OptInRequired"),
     "python -m launch up": client_error("NoSuchBucket"),
-    "sagemaker:CreateTrainingJob": client_error("AccessDeniedException", "User: x is not authorized to perform: sagemaker:CreateTrainingJob on resource: y"),
-    "policy --for launcher": client_error("UnauthorizedOperation", "You are not authorized to perform this operation."),
+    "sagemaker:CreateTrainingJob": client_error(
+        "AccessDeniedException",
+        "User: x is not authorized to perform: sagemaker:CreateTrainingJob on resource: y",
+    ),
+    "policy --for launcher": client_error(
+        "UnauthorizedOperation", "You are not authorized to perform this operation."
+    ),
     "aws sso login": NoCredentialsError(),
     "AWS_PROFILE": ProfileNotFound(profile="nobody"),
     "target.region": NoRegionError(),
@@ -113,14 +149,19 @@ def test_an_error_of_aws_is_one_line_with_a_remedy(remedy):
 
 def test_a_price_says_its_date_region_and_source():
     assert price("g4dn.xlarge", "us-east-1").on_demand == 0.526
-    assert "2026-" in price("g4dn.xlarge", "us-east-1").basis and "estimate" in price("g4dn.xlarge", "us-east-1").basis
+    assert (
+        "2026-" in price("g4dn.xlarge", "us-east-1").basis
+        and "estimate" in price("g4dn.xlarge", "us-east-1").basis
+    )
     assert "ap-south-1 is not in the table" in price("g4dn.xlarge", "ap-south-1").basis
     assert price("x9.huge", "us-east-1").on_demand is None
 
 
 def test_prices_are_renewed_from_aws(cloud, tmp_path):
     for folder in ("launch", "conf", "trainer"):
-        shutil.copytree(PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     environment = CREDENTIALS | {"AWS_ENDPOINT_URL": cloud.url, "PYTHONPATH": str(tmp_path)}
     code, printed = launch("prices", "--refresh", cwd=tmp_path, **environment)
     assert code == OK, printed

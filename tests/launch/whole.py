@@ -18,21 +18,51 @@ def main() -> None:
     serving = aws.Serving
 
     class Whole(serving):
-        def _ExecuteChangeSet(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:  # noqa: N802
-            kind = serving if parameters["ChangeSetName"].startswith("arn:") else Strict  # `deploy` names them by ARN, `up` by name
+        def _ExecuteChangeSet(
+            self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+        ) -> list[bytes]:
+            kind = (
+                serving if parameters["ChangeSetName"].startswith("arn:") else Strict
+            )  # `deploy` names them by ARN, `up` by name
             return kind._ExecuteChangeSet(self, parameters, region, forward, start)
 
-        def _ListFunctionUrlConfigs(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:  # noqa: N802
-            function = get_backend("lambda")[ACCOUNT][region].get_function(parameters["FunctionName"])
+        def _ListFunctionUrlConfigs(
+            self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+        ) -> list[bytes]:
+            function = get_backend("lambda")[ACCOUNT][region].get_function(
+                parameters["FunctionName"]
+            )
             found = [function.url_config.to_dict()] if function.url_config else []
-            return _answer(start, "200 OK", json.dumps({"FunctionUrlConfigs": found}).encode(), "application/json")
+            return _answer(
+                start,
+                "200 OK",
+                json.dumps({"FunctionUrlConfigs": found}).encode(),
+                "application/json",
+            )
 
-        def _ListProvisionedConcurrencyConfigs(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:  # noqa: N802
+        def _ListProvisionedConcurrencyConfigs(
+            self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+        ) -> list[bytes]:
             arn = f"arn:aws:lambda:{region}:{ACCOUNT}:function:{parameters['FunctionName']}:live"
             count = aws.WARM.get(parameters["FunctionName"])
             now = "2026-11-23T00:00:00+0000"
-            found = [{"FunctionArn": arn, "RequestedProvisionedConcurrentExecutions": count, "LastModified": now}] if count else []
-            return _answer(start, "200 OK", json.dumps({"ProvisionedConcurrencyConfigs": found}).encode(), "application/json")
+            found = (
+                [
+                    {
+                        "FunctionArn": arn,
+                        "RequestedProvisionedConcurrentExecutions": count,
+                        "LastModified": now,
+                    }
+                ]
+                if count
+                else []
+            )
+            return _answer(
+                start,
+                "200 OK",
+                json.dumps({"ProvisionedConcurrencyConfigs": found}).encode(),
+                "application/json",
+            )
 
     aws.Serving = Whole  # what its main starts
     aws.main()

@@ -21,7 +21,11 @@ from moto.cloudformation.models import Change, ChangeSet, Event
 from moto.cloudformation.parsing import ResourceMap
 from moto.cloudwatch.models import cloudwatch_backends
 from moto.core.common_models import CloudFormationModel
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
 from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig, Model
 from werkzeug.serving import make_server
 
@@ -39,16 +43,30 @@ class Resource:
         self.properties = properties
 
     @classmethod
-    def create_from_cloudformation_json(cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str, **rest: Any) -> Any:
+    def create_from_cloudformation_json(
+        cls,
+        resource_name: str,
+        cloudformation_json: dict[str, Any],
+        account_id: str,
+        region_name: str,
+        **rest: Any,
+    ) -> Any:
         properties = cloudformation_json["Properties"]
         return cls(cls.make(properties, account_id, region_name), properties)
 
     @classmethod
     def update_from_cloudformation_json(
-        cls, original_resource: Any, new_resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str
+        cls,
+        original_resource: Any,
+        new_resource_name: str,
+        cloudformation_json: dict[str, Any],
+        account_id: str,
+        region_name: str,
     ) -> Any:
         original_resource.delete(account_id, region_name)
-        return cls.create_from_cloudformation_json(new_resource_name, cloudformation_json, account_id, region_name)
+        return cls.create_from_cloudformation_json(
+            new_resource_name, cloudformation_json, account_id, region_name
+        )
 
     def delete(self, account_id: str, region_name: str) -> None:
         self.unmake(self.properties, account_id, region_name)
@@ -101,16 +119,24 @@ class Alias(Resource, CloudFormationModel):
     @classmethod
     def make(cls, properties, account, region):
         function = properties["FunctionName"]
-        alias = lambda_backends[account][region].create_alias(properties["Name"], function, properties["FunctionVersion"], "", "")
+        alias = lambda_backends[account][region].create_alias(
+            properties["Name"], function, properties["FunctionVersion"], "", ""
+        )
         if "ProvisionedConcurrencyConfig" in properties:
-            WARM[function] = int(properties["ProvisionedConcurrencyConfig"]["ProvisionedConcurrentExecutions"])
+            WARM[function] = int(
+                properties["ProvisionedConcurrencyConfig"]["ProvisionedConcurrentExecutions"]
+            )
         return alias.arn
 
     @staticmethod
     def unmake(properties, account, region):
         WARM.pop(properties["FunctionName"], None)
-        with contextlib.suppress(UnknownFunctionException):  # moto has no order in which it deletes; with the function its aliases are gone
-            lambda_backends[account][region].delete_alias(properties["Name"], properties["FunctionName"])
+        with contextlib.suppress(
+            UnknownFunctionException
+        ):  # moto has no order in which it deletes; with the function its aliases are gone
+            lambda_backends[account][region].delete_alias(
+                properties["Name"], properties["FunctionName"]
+            )
 
 
 class ScalableTarget(Resource, CloudFormationModel):
@@ -120,15 +146,25 @@ class ScalableTarget(Resource, CloudFormationModel):
 
     @classmethod
     def make(cls, properties, account, region):
-        namespace, resource, dimension = properties["ServiceNamespace"], properties["ResourceId"], properties["ScalableDimension"]
+        namespace, resource, dimension = (
+            properties["ServiceNamespace"],
+            properties["ResourceId"],
+            properties["ScalableDimension"],
+        )
         low, high = int(properties["MinCapacity"]), int(properties["MaxCapacity"])
-        applicationautoscaling_backends[account][region].register_scalable_target(namespace, resource, dimension, low, high, "", None)
+        applicationautoscaling_backends[account][region].register_scalable_target(
+            namespace, resource, dimension, low, high, "", None
+        )
         return f"{resource}|{dimension}|{namespace}"
 
     @staticmethod
     def unmake(properties, account, region):
         backend = applicationautoscaling_backends[account][region]
-        backend.deregister_scalable_target(properties["ServiceNamespace"], properties["ResourceId"], properties["ScalableDimension"])
+        backend.deregister_scalable_target(
+            properties["ServiceNamespace"],
+            properties["ResourceId"],
+            properties["ScalableDimension"],
+        )
 
 
 class ScalingPolicy(Resource, CloudFormationModel):
@@ -141,13 +177,17 @@ class ScalingPolicy(Resource, CloudFormationModel):
         resource, dimension, namespace = properties["ScalingTargetId"].split("|")
         body = properties["TargetTrackingScalingPolicyConfiguration"]
         backend = applicationautoscaling_backends[account][region]
-        backend.put_scaling_policy(properties["PolicyName"], namespace, resource, dimension, body, properties["PolicyType"])
+        backend.put_scaling_policy(
+            properties["PolicyName"], namespace, resource, dimension, body, properties["PolicyType"]
+        )
         return properties["PolicyName"]
 
     @staticmethod
     def unmake(properties, account, region):
         resource, dimension, namespace = properties["ScalingTargetId"].split("|")
-        applicationautoscaling_backends[account][region].delete_scaling_policy(properties["PolicyName"], namespace, resource, dimension)
+        applicationautoscaling_backends[account][region].delete_scaling_policy(
+            properties["PolicyName"], namespace, resource, dimension
+        )
 
 
 # Resources that an update replaces: their names, or version numbers, reach what refers to them.
@@ -158,14 +198,30 @@ def follow_parameters() -> None:
     """Lets change sets and updates see what a parameter changes, as CloudFormation does: within !Sub too, and through a resource that is replaced."""
     template_alone = ResourceMap.build_resource_diff
 
-    def build_resource_diff(self: ResourceMap, template: dict[str, Any], parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    def build_resource_diff(
+        self: ResourceMap, template: dict[str, Any], parameters: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         found = template_alone(self, template, None)
-        changed = {name for name, value in (parameters or {}).items() if self.input_parameters.get(name) != value}
-        bodies = {name: body for name, body in template["Resources"].items() if name in self._parsed_resources and name not in found["Modify"]}
-        found["Modify"] += [name for name, body in bodies.items() if changed & set(references(body))]
+        changed = {
+            name
+            for name, value in (parameters or {}).items()
+            if self.input_parameters.get(name) != value
+        }
+        bodies = {
+            name: body
+            for name, body in template["Resources"].items()
+            if name in self._parsed_resources and name not in found["Modify"]
+        }
+        found["Modify"] += [
+            name for name, body in bodies.items() if changed & set(references(body))
+        ]
         for replaced in REPLACED:
             if replaced in found["Modify"]:
-                users = [name for name, body in bodies.items() if f'"Fn::GetAtt": ["{replaced}", ' in json.dumps(body)]
+                users = [
+                    name
+                    for name, body in bodies.items()
+                    if f'"Fn::GetAtt": ["{replaced}", ' in json.dumps(body)
+                ]
                 found["Modify"] += [name for name in users if name not in found["Modify"]]
         return found
 
@@ -174,24 +230,47 @@ def follow_parameters() -> None:
     def diff(self: ChangeSet) -> list[Change]:
         found = build_resource_diff(self.stack.resource_map, self.template_dict, self.parameters)
         kinds = self.template_dict["Resources"]
-        return [Change(action, name, kinds[name]["Type"]) for action, names in found.items() for name in names]
+        return [
+            Change(action, name, kinds[name]["Type"])
+            for action, names in found.items()
+            for name in names
+        ]
 
     ChangeSet.diff = diff
 
 
-def publish(original_resource: Any, new_resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str) -> Any:
+def publish(
+    original_resource: Any,
+    new_resource_name: str,
+    cloudformation_json: dict[str, Any],
+    account_id: str,
+    region_name: str,
+) -> Any:
     """A changed Version is a new one; AWS refuses one that is like the last."""
-    return LambdaVersion.create_from_cloudformation_json(new_resource_name, cloudformation_json, account_id, region_name)
+    return LambdaVersion.create_from_cloudformation_json(
+        new_resource_name, cloudformation_json, account_id, region_name
+    )
 
 
 def keep_names(kind: type[Any], name: str) -> None:
     """Makes an update that must replace a resource fail where the new one would have the old one's name."""
     update = kind.update_from_cloudformation_json
 
-    def strict(original_resource: Any, new_resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str) -> Any:
+    def strict(
+        original_resource: Any,
+        new_resource_name: str,
+        cloudformation_json: dict[str, Any],
+        account_id: str,
+        region_name: str,
+    ) -> Any:
         if getattr(original_resource, name) == new_resource_name:
-            raise Refused("ValidationError", f"CloudFormation cannot update a stack when a custom-named resource requires replacing: {new_resource_name}")
-        return update(original_resource, new_resource_name, cloudformation_json, account_id, region_name)
+            raise Refused(
+                "ValidationError",
+                f"CloudFormation cannot update a stack when a custom-named resource requires replacing: {new_resource_name}",
+            )
+        return update(
+            original_resource, new_resource_name, cloudformation_json, account_id, region_name
+        )
 
     kind.update_from_cloudformation_json = staticmethod(strict)
 
@@ -207,46 +286,79 @@ class Serving(Strict):
         assert self._failure
         resource, reason = self._failure
         self._failure = None
-        stack.events.append(Event(stack.stack_id, stack.name, resource, "", "", status, reason, None))
+        stack.events.append(
+            Event(stack.stack_id, stack.name, resource, "", "", status, reason, None)
+        )
 
-    def _CreateStack(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:  # noqa: N802
+    def _CreateStack(
+        self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+    ) -> list[bytes]:
         answer: list[bytes] = forward()
         if self._failure:
             assert parameters["OnFailure"] == "DELETE"
             backend = get_backend("cloudformation")[ACCOUNT][region]
-            [stack] = [stack for stack in backend.stacks.values() if stack.name == parameters["StackName"]]
+            [stack] = [
+                stack for stack in backend.stacks.values() if stack.name == parameters["StackName"]
+            ]
             self._failed(stack, "CREATE_FAILED")
             backend.delete_stack(stack.stack_id)
         return answer
 
-    def _ExecuteChangeSet(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:  # noqa: N802
-        found = get_backend("cloudformation")[ACCOUNT][region].change_sets.get(parameters["ChangeSetName"])  # by its ARN
+    def _ExecuteChangeSet(
+        self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+    ) -> list[bytes]:
+        found = get_backend("cloudformation")[ACCOUNT][region].change_sets.get(
+            parameters["ChangeSetName"]
+        )  # by its ARN
         if found is None or found.execution_status != "AVAILABLE":
-            raise Refused("InvalidChangeSetStatus", f"ChangeSet {parameters['ChangeSetName']} cannot be executed in its current status")
+            raise Refused(
+                "InvalidChangeSetStatus",
+                f"ChangeSet {parameters['ChangeSetName']} cannot be executed in its current status",
+            )
         if self._failure:
             self._failed(found.stack, "UPDATE_FAILED")
             found.stack.status = "UPDATE_ROLLBACK_COMPLETE"
-            return _answer(start, "200 OK", b"<ExecuteChangeSetResponse><ExecuteChangeSetResult/></ExecuteChangeSetResponse>", "text/xml")
+            return _answer(
+                start,
+                "200 OK",
+                b"<ExecuteChangeSetResponse><ExecuteChangeSetResult/></ExecuteChangeSetResponse>",
+                "text/xml",
+            )
         answer: list[bytes] = forward()
         found.stack.parameters = found.parameters
         return answer
 
-    def _forward(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:
+    def _forward(
+        self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+    ) -> list[bytes]:
         answer: list[bytes] = forward()
         return answer
 
-    _DeleteStack = _FilterLogEvents = _forward  # what tests/launch/aws.py adds to these is about jobs
+    _DeleteStack = _FilterLogEvents = (
+        _forward  # what tests/launch/aws.py adds to these is about jobs
+    )
 
-    def _GetProvisionedConcurrencyConfig(self, parameters: dict[str, Any], region: str, forward: Any, start: Any) -> list[bytes]:  # noqa: N802
+    def _GetProvisionedConcurrencyConfig(
+        self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+    ) -> list[bytes]:
         if parameters["FunctionName"] not in WARM or parameters["Qualifier"] != "live":
-            raise Refused("ProvisionedConcurrencyConfigNotFoundException", "No Provisioned Concurrency Config found for this function")
+            raise Refused(
+                "ProvisionedConcurrencyConfigNotFoundException",
+                "No Provisioned Concurrency Config found for this function",
+            )
         count = WARM[parameters["FunctionName"]]
-        answer = {"RequestedProvisionedConcurrentExecutions": count, "AvailableProvisionedConcurrentExecutions": count, "Status": "READY"}
+        answer = {
+            "RequestedProvisionedConcurrentExecutions": count,
+            "AvailableProvisionedConcurrentExecutions": count,
+            "Status": "READY",
+        }
         return _answer(start, "200 OK", json.dumps(answer).encode(), "application/json")
 
 
 def main() -> None:
-    LambdaVersion.get_cfn_attribute = lambda self, name: str(self.version)  # of Version, which is all that it has
+    LambdaVersion.get_cfn_attribute = lambda self, name: str(
+        self.version
+    )  # of Version, which is all that it has
     LambdaVersion.update_from_cloudformation_json = publish
     FakeEndpoint.cloudformation_name_type = staticmethod(lambda: "EndpointName")
     FakeEndpointConfig.cloudformation_name_type = staticmethod(lambda: "EndpointConfigName")
@@ -256,6 +368,12 @@ def main() -> None:
     keep_names(Model, "model_name")
     keep_names(FakeEndpointConfig, "endpoint_config_name")
     moto = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, Serving(moto, Path(sys.argv[1])), threaded=True, request_handler=MotoRequestHandler)
+    server = make_server(
+        "127.0.0.1",
+        0,
+        Serving(moto, Path(sys.argv[1])),
+        threaded=True,
+        request_handler=MotoRequestHandler,
+    )
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()

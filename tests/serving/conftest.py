@@ -68,7 +68,12 @@ class Server:
         self.log = log
         command = [sys.executable, "-P", "-m", "serving", "serve", "--port", "0", *arguments]
         with log.open("wb") as output:
-            self.process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(PROJECT)} | environment, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command,
+                env=os.environ | {"PYTHONPATH": str(PROJECT)} | environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
         wait_for(lambda: self._port() or self.process.poll() is not None)
         assert self.process.poll() is None, log.read_text()
         self.port = int(self._port())
@@ -84,7 +89,12 @@ class Server:
         """headers: with _ for -."""
         connection = self.connect()
         try:
-            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            connection.request(
+                method,
+                path,
+                body,
+                {name.replace("_", "-"): value for name, value in headers.items()},
+            )
             answer = connection.getresponse()
             return Reply(answer.status, answer.headers, answer.read())
         finally:
@@ -128,6 +138,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 @pytest.fixture(scope="session")
 def server(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One that many tests ask. It has no URLs to fetch but refused ones."""
-    server = Server(tmp_path_factory.mktemp("server") / "log.txt", str(original / "package"), "--max-body", "1000000", "--max-pixels", "1000000")
+    server = Server(
+        tmp_path_factory.mktemp("server") / "log.txt",
+        str(original / "package"),
+        "--max-body",
+        "1000000",
+        "--max-pixels",
+        "1000000",
+    )
     yield server
     server.kill()

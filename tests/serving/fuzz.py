@@ -33,11 +33,34 @@ def record(event, arguments, log=os.open(os.environ["CONNECTIONS"], os.O_WRONLY 
         os.write(log, f"{arguments[1]}\\n".encode())
 sys.addaudithook(record)
 """
-GROWTH = 150 << 20  # bytes of resident memory that decoding the worst allowed pictures may leave behind
+GROWTH = (
+    150 << 20
+)  # bytes of resident memory that decoding the worst allowed pictures may leave behind
 
 HOSTS = [
-    *("127.0.0.1", "localhost", "127.1", "0x7f000001", "2130706433", "0", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::127.0.0.1]"),
-    *("169.254.169.254", "[fd00:ec2::254]", "169.254.170.2", "100.100.100.200", "168.63.129.16", "10.0.0.1", "192.168.1.1", "172.16.0.1"),
+    *(
+        "127.0.0.1",
+        "localhost",
+        "127.1",
+        "0x7f000001",
+        "2130706433",
+        "0",
+        "0.0.0.0",
+        "[::1]",
+        "[::]",
+        "[::ffff:127.0.0.1]",
+        "[::127.0.0.1]",
+    ),
+    *(
+        "169.254.169.254",
+        "[fd00:ec2::254]",
+        "169.254.170.2",
+        "100.100.100.200",
+        "168.63.129.16",
+        "10.0.0.1",
+        "192.168.1.1",
+        "172.16.0.1",
+    ),
     *(
         "[64:ff9b::a9fe:a9fe]",
         "[2002:a9fe:a9fe::]",
@@ -48,15 +71,50 @@ HOSTS = [
         "[fe80::1%25lo]",
         "missing.invalid",
     ),
-    *("①②⑦.0.0.1", "localhost.", "LOCALHOST", "a" * 300, "..", "a..b", "", "%31%32%37.0.0.1", "127.0.0.1%00.example.com", "\u0000", "\ud800"),
+    *(
+        "①②⑦.0.0.1",
+        "localhost.",
+        "LOCALHOST",
+        "a" * 300,
+        "..",
+        "a..b",
+        "",
+        "%31%32%37.0.0.1",
+        "127.0.0.1%00.example.com",
+        "\u0000",
+        "\ud800",
+    ),
 ]
 
 
 def url(rng: random.Random) -> str:
-    scheme = rng.choice(["http", "https", "http", "HTTP", "ftp", "file", "gopher", "", "http:http", "data:image/png;base64,AAAA;"])
+    scheme = rng.choice(
+        [
+            "http",
+            "https",
+            "http",
+            "HTTP",
+            "ftp",
+            "file",
+            "gopher",
+            "",
+            "http:http",
+            "data:image/png;base64,AAAA;",
+        ]
+    )
     user = rng.choice(["", "", "", "user@", "a:b@", "93.184.216.34@", "93.184.216.34\\@", "\t"])
     port = rng.choice(["", "", ":80", ":443", ":22", ":8080", ":0", ":99999", ":-1", ":a", ":"])
-    path = rng.choice(["", "/", "/latest/meta-data/iam", "/a\r\nHost: b", "/?x=\\", "/" + "a" * rng.randrange(9000), "/ä%zz"])
+    path = rng.choice(
+        [
+            "",
+            "/",
+            "/latest/meta-data/iam",
+            "/a\r\nHost: b",
+            "/?x=\\",
+            "/" + "a" * rng.randrange(9000),
+            "/ä%zz",
+        ]
+    )
     return f"{scheme}{rng.choice(['://', ':', ':////', ''])}{user}{rng.choice(HOSTS)}{port}{path}"
 
 
@@ -68,9 +126,27 @@ def bomb(rng: random.Random) -> bytes:
     """A PNG or a GIF that states a huge size."""
     width, height = (rng.choice([0, 1, 4000, 30_000, 65_535, 2**31 - 1]) for _ in range(2))
     if rng.random() < 0.3:
-        return b"GIF89a" + struct.pack("<HH", width % 65536, height % 65536) + bytes(rng.randrange(256) for _ in range(40))
-    header = struct.pack(">IIBBBBB", width, height, rng.choice([1, 8, 16]), rng.choice([0, 2, 3, 4, 6]), 0, 0, rng.choice([0, 1]))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(rng.randrange(1 << 20)))) + chunk(b"IEND", b"")
+        return (
+            b"GIF89a"
+            + struct.pack("<HH", width % 65536, height % 65536)
+            + bytes(rng.randrange(256) for _ in range(40))
+        )
+    header = struct.pack(
+        ">IIBBBBB",
+        width,
+        height,
+        rng.choice([1, 8, 16]),
+        rng.choice([0, 2, 3, 4, 6]),
+        0,
+        0,
+        rng.choice([0, 1]),
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(rng.randrange(1 << 20))))
+        + chunk(b"IEND", b"")
+    )
 
 
 def broken(rng: random.Random, good: list[bytes]) -> bytes:
@@ -91,9 +167,30 @@ def broken(rng: random.Random, good: list[bytes]) -> bytes:
 
 def text(rng: random.Random) -> bytes:
     """JSON, more or less."""
-    values = [None, True, 0, -1, 1e308, 10**400, "", "a", [], {}, [[]], {"url": {}}, "\ud800", "x" * rng.randrange(5000), {"base64": "####"}]
+    values = [
+        None,
+        True,
+        0,
+        -1,
+        1e308,
+        10**400,
+        "",
+        "a",
+        [],
+        {},
+        [[]],
+        {"url": {}},
+        "\ud800",
+        "x" * rng.randrange(5000),
+        {"base64": "####"},
+    ]
     value = rng.choice(values)
-    asked = {rng.choice(["url", "base64", "s3", "instances", "output", "top", "URL", "", "__proto__"]): value for _ in range(rng.randrange(4))}
+    asked = {
+        rng.choice(
+            ["url", "base64", "s3", "instances", "output", "top", "URL", "", "__proto__"]
+        ): value
+        for _ in range(rng.randrange(4))
+    }
     form = rng.randrange(6)
     if form == 0:
         return b"[" * rng.randrange(200_000)
@@ -103,7 +200,9 @@ def text(rng: random.Random) -> bytes:
         return ("{" + f'"top": {"9" * rng.randrange(9000)}' + "}").encode()
     if form == 3:
         return rng.randbytes(rng.randrange(3000))
-    data = json.dumps(asked if form == 4 else {"instances": [asked] * rng.randrange(40)}).encode("utf-8")
+    data = json.dumps(asked if form == 4 else {"instances": [asked] * rng.randrange(40)}).encode(
+        "utf-8"
+    )
     return data[: rng.randrange(len(data) + 1)] if rng.random() < 0.3 else data
 
 
@@ -119,14 +218,35 @@ def make(rng: random.Random, good: list[bytes]) -> tuple[bytes, dict[str, str]]:
     texts: list[Callable[[], bytes]] = [
         lambda: text(rng),
         lambda: json.dumps({"url": url(rng)}).encode(),
-        lambda: json.dumps({"instances": [{"url": url(rng)} for _ in range(rng.randrange(1, 5))]}).encode(),
+        lambda: json.dumps(
+            {"instances": [{"url": url(rng)} for _ in range(rng.randrange(1, 5))]}
+        ).encode(),
         lambda: json.dumps({"base64": base64.b64encode(broken(rng, good)).decode()}).encode(),
     ]
     is_text = rng.random() < 0.5
     body = rng.choice(texts if is_text else kinds)()
     right = "application/json" if is_text else "image/jpeg"
-    types = [right, "", "application/octet-stream", "application/json", "text/html", "a", "/", "é", "image/" + "x" * 5000, "multipart/form-data"]
-    accepts = ["*/*", "", "application/json; output=labels", "application/json; output*=x''labels", "text/html", ",,,;;;", "*" * 5000]
+    types = [
+        right,
+        "",
+        "application/octet-stream",
+        "application/json",
+        "text/html",
+        "a",
+        "/",
+        "é",
+        "image/" + "x" * 5000,
+        "multipart/form-data",
+    ]
+    accepts = [
+        "*/*",
+        "",
+        "application/json; output=labels",
+        "application/json; output*=x''labels",
+        "text/html",
+        ",,,;;;",
+        "*" * 5000,
+    ]
     headers = {
         "Content-Type": right if rng.random() < 0.8 else rng.choice(types),
         "Accept": "application/json" if rng.random() < 0.8 else rng.choice(accepts),
@@ -152,7 +272,16 @@ def attack(package: Path, scratch: Path, requests: int, seed: int) -> Counter[in
     (scratch / "sitecustomize.py").write_text(RECORDER)
     connections = scratch / "connections.txt"
     server = Server(
-        *(scratch / "log.txt", str(package), "--max-body", "2000000", "--max-pixels", "2000000", "--seconds", "10"),
+        *(
+            scratch / "log.txt",
+            str(package),
+            "--max-body",
+            "2000000",
+            "--max-pixels",
+            "2000000",
+            "--seconds",
+            "10",
+        ),
         PYTHONPATH=f"{scratch}:{PROJECT}",
         CONNECTIONS=str(connections),
     )
@@ -171,7 +300,10 @@ def attack(package: Path, scratch: Path, requests: int, seed: int) -> Counter[in
             told = json.loads(answer.read())
             statuses[answer.status] += 1
             assert answer.status < 500, (number, told)
-            assert answer.status == 200 or re.fullmatch("[0-9a-zA-Z_-]+", told["request_id"]), (number, told)
+            assert answer.status == 200 or re.fullmatch("[0-9a-zA-Z_-]+", told["request_id"]), (
+                number,
+                told,
+            )
             if number % 50 == 0:
                 assert server.invoke(good[0]).json == right, number
         connection.close()
@@ -186,16 +318,24 @@ def attack(package: Path, scratch: Path, requests: int, seed: int) -> Counter[in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.serving.fuzz", description="Send hostile requests to a server of its own.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.serving.fuzz",
+        description="Send hostile requests to a server of its own.",
+    )
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        build(make_network(), make_contents(Path(scratch, "pictures")), Path(scratch, "model.tar.gz"))
+        build(
+            make_network(), make_contents(Path(scratch, "pictures")), Path(scratch, "model.tar.gz")
+        )
         with tarfile.open(Path(scratch, "model.tar.gz")) as tar:
             tar.extractall(Path(scratch, "package"), filter="data")
         statuses = attack(Path(scratch, "package"), Path(scratch), options.requests, options.seed)
-    print(f"{options.requests} requests, seed {options.seed}:", ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items())))
+    print(
+        f"{options.requests} requests, seed {options.seed}:",
+        ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items())),
+    )
 
 
 if __name__ == "__main__":

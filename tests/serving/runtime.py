@@ -89,12 +89,20 @@ class Endpoint(Neighbour):
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.answer: Callable[[], tuple[int, bytes, dict[str, str]]] = lambda: (200, b"[[0.25, -1.5]]", {})
+        self.answer: Callable[[], tuple[int, bytes, dict[str, str]]] = lambda: (
+            200,
+            b"[[0.25, -1.5]]",
+            {},
+        )
         endpoint = self
 
         class Handler(Quiet):
             def do_POST(self) -> None:
-                endpoint.calls.append(Call(self.path, self.headers["Content-Type"], self.headers["Accept"], self.body()))
+                endpoint.calls.append(
+                    Call(
+                        self.path, self.headers["Content-Type"], self.headers["Accept"], self.body()
+                    )
+                )
                 status, body, headers = endpoint.answer()
                 self.reply(status, body, Content_Type="application/json", **headers)
 
@@ -155,14 +163,20 @@ class Function:
         }
         with log.open("wb") as output:
             command = [sys.executable, "-S", "-c", BOOT, handler]
-            self.process = subprocess.Popen(command, cwd=code, env=self._environment, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=code, env=self._environment, stdout=output, stderr=subprocess.STDOUT
+            )
 
     def invoke(self, event: object) -> Any:
         """The function's answer. Fails where the function does."""
         request_id = str(uuid.uuid4())
         self._events.put((request_id, json.dumps(event).encode()))
-        assert wait_for(lambda: not self._answers.empty() or self.process.poll() is not None), self.log.read_text()
-        assert not self._answers.empty(), f"it ended with {self.process.returncode}: {self.log.read_text()}"
+        assert wait_for(lambda: not self._answers.empty() or self.process.poll() is not None), (
+            self.log.read_text()
+        )
+        assert not self._answers.empty(), (
+            f"it ended with {self.process.returncode}: {self.log.read_text()}"
+        )
         kind, answer = self._answers.get()
         assert kind == "response", (answer, self.log.read_text())
         return json.loads(answer)

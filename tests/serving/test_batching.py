@@ -6,7 +6,7 @@ import pytest
 
 from serving.batching import Engine
 from serving.package import load
-from trainer.images.decode import PictureError
+from trainer.images.decode import ImageError
 
 
 def soon() -> float:
@@ -15,12 +15,20 @@ def soon() -> float:
 
 @pytest.fixture
 def pictures(original) -> list[bytes]:
-    return [(original / "package/golden" / name).read_bytes() for name in ("0.jpg", "1.png", "2.webp")]
+    return [
+        (original / "package/golden" / name).read_bytes() for name in ("0.jpg", "1.png", "2.webp")
+    ]
 
 
 @pytest.mark.parametrize(("workers", "batch"), [(1, 1), (3, 1), (1, 4), (2, 2)])
 def test_each_caller_gets_its_own_logits(original, pictures, expected, workers, batch):
-    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, workers=workers, batch=batch, delay=0.01)
+    engine = Engine(
+        load(original / "package", threads=1),
+        max_pixels=10**6,
+        workers=workers,
+        batch=batch,
+        delay=0.01,
+    )
     wrong: list[int] = []
 
     def ask(number: int) -> None:
@@ -38,7 +46,9 @@ def test_each_caller_gets_its_own_logits(original, pictures, expected, workers, 
 
 
 def test_pictures_that_come_together_run_together(original, pictures):
-    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, workers=2, batch=4, delay=3600.0)
+    engine = Engine(
+        load(original / "package", threads=1), max_pixels=10**6, workers=2, batch=4, delay=3600.0
+    )
     sizes: list[int] = []
     engine.observe = sizes.append
     engine.logits([pictures[0]] * 8, soon())  # a full batch does not wait
@@ -67,7 +77,7 @@ def test_a_broken_picture_fails_alone(original, pictures, expected):
     failures: list[str] = []
 
     def fail() -> None:
-        with pytest.raises(PictureError) as caught:
+        with pytest.raises(ImageError) as caught:
             engine.logits([b"GIF8"], soon())
         failures.append(str(caught.value))
 
@@ -79,5 +89,5 @@ def test_a_broken_picture_fails_alone(original, pictures, expected):
 
 
 def test_pixels_are_limited(original, pictures):
-    with pytest.raises(PictureError, match="too many"):
+    with pytest.raises(ImageError, match="too many"):
         Engine(load(original / "package", threads=1), max_pixels=100).logits([pictures[0]], soon())

@@ -10,7 +10,13 @@ from serving.bench import Load, advise, example
 
 def test_quantiles_are_nearest_ranks():
     load = Load(1, 10.0, [float(number) for number in range(1, 101)], 0)
-    assert (load.quantile(0.5), load.quantile(0.95), load.quantile(0.99), load.quantile(1.0), load.rate) == (50, 95, 99, 100, 10)
+    assert (
+        load.quantile(0.5),
+        load.quantile(0.95),
+        load.quantile(0.99),
+        load.quantile(1.0),
+        load.rate,
+    ) == (50, 95, 99, 100, 10)
 
 
 def test_advice_follows_from_the_best_load_within_the_limit():
@@ -32,15 +38,35 @@ def test_the_example_is_a_photos_size():
 
 
 def test_a_server_is_measured(server, capsys):
-    assert main(["bench", f"http://127.0.0.1:{server.port}", "--seconds", "0.5", "--clients", "1,3", "--rate", "100"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                f"http://127.0.0.1:{server.port}",
+                "--seconds",
+                "0.5",
+                "--clients",
+                "1,3",
+                "--rate",
+                "100",
+            ]
+        )
+        == 0
+    )
     output = capsys.readouterr().out
-    assert re.search(r"^ +1 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +0$", output, re.M) and re.search(r"^ +3 ", output, re.M)
+    assert re.search(r"^ +1 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +0$", output, re.M) and re.search(
+        r"^ +3 ", output, re.M
+    )
     assert "For 100 requests a minute" in output and "ml.m5.large" in output
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["http://127.0.0.1:9"], "no request was answered"), (["127.0.0.1:8080"], "not a server's URL"), (["http://a", "--clients", "0"], "at least 1")],
+    [
+        (["http://127.0.0.1:9"], "no request was answered"),
+        (["127.0.0.1:8080"], "not a server's URL"),
+        (["http://a", "--clients", "0"], "at least 1"),
+    ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys):
     assert main(["bench", *arguments, "--seconds", "0.1"]) == 2

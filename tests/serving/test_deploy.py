@@ -48,7 +48,14 @@ def serving(cloud):
     def serving(*arguments, **environment):
         """Exit code, standard output and standard error."""
         command = [sys.executable, "-P", "-m", "serving", *map(str, arguments)]
-        done = subprocess.run(command, env=cloud.environment() | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+        done = subprocess.run(
+            command,
+            env=cloud.environment() | environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=600,
+        )
         return done.returncode, done.stdout, done.stderr
 
     return serving
@@ -75,11 +82,17 @@ def calls_that_change(cloud):
 # --- the whole way ---
 
 
-def test_from_nothing_to_service_to_a_new_model_to_nothing(cloud, serving, package, other_package, picture, tmp_path):
+def test_from_nothing_to_service_to_a_new_model_to_nothing(
+    cloud, serving, package, other_package, picture, tmp_path
+):
     code, output, error = serving("plan", package, "--image", IMAGE)
     assert (code, error) == (0, "")
-    assert "add      AWS::SageMaker::Endpoint" in output and re.search(r"\$83\.95  1 x ml\.m5\.large", output), output
-    assert calls_that_change(cloud) == ["CreateBucket", "PutBucketVersioning"], "a plan changes nothing"
+    assert "add      AWS::SageMaker::Endpoint" in output and re.search(
+        r"\$83\.95  1 x ml\.m5\.large", output
+    ), output
+    assert calls_that_change(cloud) == ["CreateBucket", "PutBucketVersioning"], (
+        "a plan changes nothing"
+    )
 
     code, output, error = serving("deploy", package, "--image", IMAGE)
     assert code == 2 and "--yes" in error, "nobody was asked"
@@ -89,12 +102,16 @@ def test_from_nothing_to_service_to_a_new_model_to_nothing(cloud, serving, packa
 
     code, output, error = serving("status")
     assert code == 0, error
-    assert re.search(r"endpoint +InService.*\ninstances +1 of ml\.m5\.large, 1 wanted, 1 to 3\n", output), output
+    assert re.search(
+        r"endpoint +InService.*\ninstances +1 of ml\.m5\.large, 1 wanted, 1 to 3\n", output
+    ), output
     assert "version 1, 3 of 3 environments warm" in output and "$3.04 a day" in output, output
 
     # The function that was uploaded, under AWS's runtime client, with an endpoint that echoes.
     s3 = cloud.client("s3")
-    location = cloud.client("cloudformation").describe_stacks(StackName=NAME)["Stacks"][0]["Parameters"]
+    location = cloud.client("cloudformation").describe_stacks(StackName=NAME)["Stacks"][0][
+        "Parameters"
+    ]
     parameters = {each["ParameterKey"]: each["ParameterValue"] for each in location}
     archive = s3.get_object(Bucket=parameters["Bucket"], Key=parameters["CodeKey"])["Body"].read()
     (tmp_path / "dog.jpg").write_bytes(picture)
@@ -113,7 +130,9 @@ def test_from_nothing_to_service_to_a_new_model_to_nothing(cloud, serving, packa
     before = len(calls_that_change(cloud))
     code, output, error = serving("plan", other_package)
     assert code == 0 and re.search(r"ModelDigest +\w+  \(was \w+\)", output), error + output
-    assert calls_that_change(cloud)[before:] == ["CreateChangeSet", "DeleteChangeSet"], "what a plan made is gone"
+    assert calls_that_change(cloud)[before:] == ["CreateChangeSet", "DeleteChangeSet"], (
+        "what a plan made is gone"
+    )
     code, output, error = serving("deploy", other_package, "--yes")
     assert code == 0, error + output
     changes = re.findall(r"(?:modify|replace) +AWS::\S+ +(\w+)", output)
@@ -128,9 +147,17 @@ def test_from_nothing_to_service_to_a_new_model_to_nothing(cloud, serving, packa
     assert cloud.client("lambda").list_functions()["Functions"] == []
     assert cloud.client("iam").list_roles()["Roles"] == []
     assert cloud.client("cloudwatch").describe_alarms()["MetricAlarms"] == []
-    assert cloud.client("application-autoscaling").describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"] == []
+    assert (
+        cloud.client("application-autoscaling").describe_scalable_targets(
+            ServiceNamespace="sagemaker"
+        )["ScalableTargets"]
+        == []
+    )
     sagemaker = cloud.client("sagemaker")
-    assert not sagemaker.list_endpoints()["Endpoints"] and not sagemaker.list_endpoint_configs()["EndpointConfigs"]
+    assert (
+        not sagemaker.list_endpoints()["Endpoints"]
+        and not sagemaker.list_endpoint_configs()["EndpointConfigs"]
+    )
     assert not sagemaker.list_models()["Models"]
     code, output, error = serving("status")
     assert code == 2 and "python -m serving deploy makes it" in error
@@ -144,8 +171,14 @@ def _check_account(cloud):
     assert (target["MinCapacity"], target["MaxCapacity"]) == (1, 3)
     [policy] = scaling.describe_scaling_policies(ServiceNamespace="sagemaker")["ScalingPolicies"]
     tracking = policy["TargetTrackingScalingPolicyConfiguration"]
-    assert (float(tracking["TargetValue"]), int(tracking["ScaleOutCooldown"]), int(tracking["ScaleInCooldown"])) == (25, 180, 300)
-    warm = cloud.client("lambda").get_provisioned_concurrency_config(FunctionName=NAME, Qualifier="live")
+    assert (
+        float(tracking["TargetValue"]),
+        int(tracking["ScaleOutCooldown"]),
+        int(tracking["ScaleInCooldown"]),
+    ) == (25, 180, 300)
+    warm = cloud.client("lambda").get_provisioned_concurrency_config(
+        FunctionName=NAME, Qualifier="live"
+    )
     assert warm["RequestedProvisionedConcurrentExecutions"] == 3
     sagemaker = cloud.client("sagemaker")
     config = sagemaker.describe_endpoint(EndpointName=NAME)["EndpointConfigName"]
@@ -153,9 +186,14 @@ def _check_account(cloud):
     model = sagemaker.describe_model(ModelName=variant["ModelName"])["PrimaryContainer"]
     bucket, _, key = model["ModelDataUrl"].removeprefix("s3://").partition("/")
     assert cloud.client("s3").head_object(Bucket=bucket, Key=key)["ContentLength"] > 0
-    environment = cloud.client("lambda").get_function_configuration(FunctionName=NAME)["Environment"]["Variables"]
+    environment = cloud.client("lambda").get_function_configuration(FunctionName=NAME)[
+        "Environment"
+    ]["Variables"]
     assert environment["ENDPOINT_NAME"] == NAME
-    groups = {group["logGroupName"]: group["retentionInDays"] for group in cloud.client("logs").describe_log_groups()["logGroups"]}
+    groups = {
+        group["logGroupName"]: group["retentionInDays"]
+        for group in cloud.client("logs").describe_log_groups()["logGroups"]
+    }
     assert groups == {f"/aws/lambda/{NAME}": 30, f"/aws/sagemaker/Endpoints/{NAME}": 30}
     return config
 
@@ -164,37 +202,69 @@ def _check_account(cloud):
 def endpoint_and_function(archive, tmp_path):
     """The endpoint, and the environment in which Lambda's Invoke and SageMaker's InvokeEndpoint lead to real ones here."""
     with Endpoint() as endpoint:
-        settings = {"ENDPOINT_NAME": NAME, "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint.url, "WEB_PORT": "9"}
-        function = Function(unpack(archive, tmp_path / "zip"), "lambda_function.handler", tmp_path / "log.txt", **settings)
+        settings = {
+            "ENDPOINT_NAME": NAME,
+            "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint.url,
+            "WEB_PORT": "9",
+        }
+        function = Function(
+            unpack(archive, tmp_path / "zip"),
+            "lambda_function.handler",
+            tmp_path / "log.txt",
+            **settings,
+        )
 
         class Handler(Quiet):
-            def do_POST(self):  # noqa: N802
+            def do_POST(self):
                 assert self.path == f"/2015-03-31/functions/{NAME}/invocations?Qualifier=live"
                 self.reply(200, json.dumps(function.invoke(json.loads(self.body()))).encode())
 
         try:
             with Neighbour(Handler) as lambda_:
-                yield endpoint, {"AWS_ENDPOINT_URL_LAMBDA": lambda_.url, "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint.url}
+                yield (
+                    endpoint,
+                    {
+                        "AWS_ENDPOINT_URL_LAMBDA": lambda_.url,
+                        "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint.url,
+                    },
+                )
         finally:
             function.close()
 
 
 def test_a_creation_that_fails_says_why_and_leaves_nothing(cloud, serving, package):
-    cloud.post("/strict/fail", resource="Endpoint", reason="The account-level service limit 'ml.m5.large for endpoint usage' is 0 Instances")
+    cloud.post(
+        "/strict/fail",
+        resource="Endpoint",
+        reason="The account-level service limit 'ml.m5.large for endpoint usage' is 0 Instances",
+    )
     code, _, error = serving("deploy", package, "--image", IMAGE, "--yes")
     assert code == 2 and error.count("\n") == 1, error
-    assert "DELETE_COMPLETE; Endpoint: The account-level service limit" in error and "nothing of it is left" in error
+    assert (
+        "DELETE_COMPLETE; Endpoint: The account-level service limit" in error
+        and "nothing of it is left" in error
+    )
     assert serving("status")[0] == 2
 
 
-def test_an_update_that_an_alarm_rolls_back_says_so_and_the_old_model_stays(cloud, serving, package, other_package):
+def test_an_update_that_an_alarm_rolls_back_says_so_and_the_old_model_stays(
+    cloud, serving, package, other_package
+):
     assert serving("deploy", package, "--image", IMAGE, "--yes")[0] == 0
     before = cloud.client("sagemaker").describe_endpoint(EndpointName=NAME)["EndpointConfigName"]
-    cloud.post("/strict/fail", resource="Endpoint", reason="Alarm packhorse-serving-errors went into ALARM")
+    cloud.post(
+        "/strict/fail", resource="Endpoint", reason="Alarm packhorse-serving-errors went into ALARM"
+    )
     code, _, error = serving("deploy", other_package, "--yes")
     assert code == 2 and error.count("\n") == 1, error
-    assert "UPDATE_ROLLBACK_COMPLETE; Endpoint: Alarm packhorse-serving-errors" in error and "stays in service" in error
-    assert cloud.client("sagemaker").describe_endpoint(EndpointName=NAME)["EndpointConfigName"] == before
+    assert (
+        "UPDATE_ROLLBACK_COMPLETE; Endpoint: Alarm packhorse-serving-errors" in error
+        and "stays in service" in error
+    )
+    assert (
+        cloud.client("sagemaker").describe_endpoint(EndpointName=NAME)["EndpointConfigName"]
+        == before
+    )
     code, _, error = serving("deploy", other_package, "--yes")
     assert code == 0, "the next try finds its way: " + error
 
@@ -215,10 +285,16 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
     )  # fmt: skip
     now = int(time.time() * 1000)
     logs = cloud.client("logs")
-    for group, texts in {f"/aws/lambda/{NAME}": {0: "one", 2: "three"}, f"/aws/sagemaker/Endpoints/{NAME}": {1: "two"}}.items():
+    for group, texts in {
+        f"/aws/lambda/{NAME}": {0: "one", 2: "three"},
+        f"/aws/sagemaker/Endpoints/{NAME}": {1: "two"},
+    }.items():
         logs.create_log_group(logGroupName=group)
         logs.create_log_stream(logGroupName=group, logStreamName="s")
-        events = [{"timestamp": now - 5000 + 1000 * second, "message": text} for second, text in texts.items()]
+        events = [
+            {"timestamp": now - 5000 + 1000 * second, "message": text}
+            for second, text in texts.items()
+        ]
         logs.put_log_events(logGroupName=group, logStreamName="s", logEvents=events)
     code, output, error = serving("logs")
     assert code == 0, error
@@ -229,7 +305,11 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
     process = subprocess.Popen(command, env=cloud.environment(), stdout=subprocess.PIPE, text=True)
     try:
         assert [process.stdout.readline().split()[1:] for _ in range(3)] == shown
-        logs.put_log_events(logGroupName=f"/aws/lambda/{NAME}", logStreamName="s", logEvents=[{"timestamp": int(time.time() * 1000), "message": "four"}])
+        logs.put_log_events(
+            logGroupName=f"/aws/lambda/{NAME}",
+            logStreamName="s",
+            logEvents=[{"timestamp": int(time.time() * 1000), "message": "four"}],
+        )
         assert process.stdout.readline().split()[1:] == ["function", "four"]
         process.send_signal(signal.SIGINT)
         assert process.wait(600) == 0
@@ -261,7 +341,16 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
 def test_a_mistake_is_one_line_before_anything_is_sent(package, arguments, message, capsys):
     from serving.__main__ import main
 
-    code = main(["plan", str(package), *(["--image", IMAGE] if "--image" not in arguments else []), *arguments, "--region", "us-east-1"])
+    code = main(
+        [
+            "plan",
+            str(package),
+            *(["--image", IMAGE] if "--image" not in arguments else []),
+            *arguments,
+            "--region",
+            "us-east-1",
+        ]
+    )
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.count("\n") == 1, error
 
@@ -279,14 +368,23 @@ def test_a_mistake_is_one_line_before_anything_is_sent(package, arguments, messa
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )
 def test_what_is_not_there_is_said_in_one_line(serving, package, arguments, message):
-    code, _, error = serving(*[str(package) if argument == "PACKAGE" else argument for argument in arguments])
+    code, _, error = serving(
+        *[str(package) if argument == "PACKAGE" else argument for argument in arguments]
+    )
     assert code == 2 and message in error and error.count("\n") == 1, error
 
 
 def test_a_refusal_of_aws_is_one_line_with_what_to_do(cloud, serving, package):
-    cloud.post("/strict/refuse", operation="CreateStack", code="AccessDenied", message="User: x is not authorized to perform: cloudformation:CreateStack")
+    cloud.post(
+        "/strict/refuse",
+        operation="CreateStack",
+        code="AccessDenied",
+        message="User: x is not authorized to perform: cloudformation:CreateStack",
+    )
     code, _, error = serving("deploy", package, "--image", IMAGE, "--yes")
-    assert code == 2 and error.count("\n") == 1 and "ask who administers the account" in error, error
+    assert code == 2 and error.count("\n") == 1 and "ask who administers the account" in error, (
+        error
+    )
 
 
 def test_a_missing_bucket_is_said_with_what_makes_it(cloud, serving, package):
@@ -297,15 +395,26 @@ def test_a_missing_bucket_is_said_with_what_makes_it(cloud, serving, package):
 def test_a_damaged_package_is_not_deployed(serving, package, tmp_path):
     (tmp_path / "model.tar.gz").write_bytes(package.read_bytes()[:-2000])
     code, _, error = serving("deploy", tmp_path / "model.tar.gz", "--image", IMAGE, "--yes")
-    assert code == 2 and error.startswith(f"{tmp_path}/model.tar.gz: ") and error.count("\n") == 1, error
+    assert (
+        code == 2 and error.startswith(f"{tmp_path}/model.tar.gz: ") and error.count("\n") == 1
+    ), error
 
 
 def test_a_plan_needs_no_credentials(package, tmp_path, monkeypatch):
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(PROJECT), "AWS_EC2_METADATA_DISABLED": "true"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(PROJECT),
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     command = [sys.executable, "-P", "-m", "serving", "plan", str(package), "--image", IMAGE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "no AWS credentials" in done.stdout and "account 000000000000" in done.stdout and "together" in done.stdout
+    assert (
+        "no AWS credentials" in done.stdout
+        and "account 000000000000" in done.stdout
+        and "together" in done.stdout
+    )
 
 
 # --- the release ---
@@ -327,26 +436,42 @@ def test_names_follow_from_the_content_and_from_nothing_else(package, other_pack
     ):
         assert names(**change)[0] != endpoint, change
         assert names(**change)[1] == function, change
-    for change in ({"Memory": "512"}, {"LogDays": "7"}, {"ProvisionedConcurrency": "1"}, {"MaxInstances": "9"}):
+    for change in (
+        {"Memory": "512"},
+        {"LogDays": "7"},
+        {"ProvisionedConcurrency": "1"},
+        {"MaxInstances": "9"},
+    ):
         assert names(**change)[0] == endpoint, change
     assert names(Memory="512")[1] != function
     assert names(MaxInstances="9")[1] == function
     both = names(FetchUrls="endpoint")
     assert both[0] != endpoint and both[1] != function
-    assert names(Remote("s3://a/b", "1"))[0] != names(Remote("s3://a/b", "2"))[0], "new content at the same place"
+    assert names(Remote("s3://a/b", "1"))[0] != names(Remote("s3://a/b", "2"))[0], (
+        "new content at the same place"
+    )
 
 
 def test_what_is_not_given_stays_as_it_is_deployed(package):
-    first = build(PLACE, package, {"Image": IMAGE, "MaxInstances": "7", "Memory": "512"}, {}).parameters
+    first = build(
+        PLACE, package, {"Image": IMAGE, "MaxInstances": "7", "Memory": "512"}, {}
+    ).parameters
     assert build(PLACE, None, {}, first).parameters == first
     changed = build(PLACE, None, {"MaxInstances": "2"}, first).parameters
     assert {name for name in first if first[name] != changed[name]} == {"MaxInstances"}
 
 
-def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest(package, monkeypatch):
-    monkeypatch.setattr(bundle, "libraries", lambda: {"numpy/__init__.py": b""})  # pip's index is not for tests
+def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest(
+    package, monkeypatch
+):
+    monkeypatch.setattr(
+        bundle, "libraries", lambda: {"numpy/__init__.py": b""}
+    )  # pip's index is not for tests
     release = build(PLACE, package, {"Door": "lambda"}, {})
-    assert release.parameters["Memory"] == "2048" and release.parameters["ProvisionedConcurrency"] == "0"
+    assert (
+        release.parameters["Memory"] == "2048"
+        and release.parameters["ProvisionedConcurrency"] == "0"
+    )
     assert idle_price(release.parameters, "us-east-1") == []
     assert [upload.what for upload in release.uploads] == ["the function with the model"]
     with pytest.raises(UserError, match="which model"):
@@ -357,9 +482,13 @@ def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest
 
 
 def test_what_an_idle_month_costs():
-    defaults = {name: str(body.get("Default", "")) for name, body in template()["Parameters"].items()}
+    defaults = {
+        name: str(body.get("Default", "")) for name, body in template()["Parameters"].items()
+    }
     items = idle_price(defaults, "us-east-1")
-    np.testing.assert_allclose([item.month for item in items], [0.115 * 730, 3 * 0.25 * 730 * 3600 * 0.0000041667, 0.4])
+    np.testing.assert_allclose(
+        [item.month for item in items], [0.115 * 730, 3 * 0.25 * 730 * 3600 * 0.0000041667, 0.4]
+    )
     unknown = idle_price(defaults | {"InstanceType": "ml.z9.large"}, "us-east-1")
     assert unknown[0].month is None
 
@@ -370,16 +499,32 @@ def test_what_an_idle_month_costs():
         ("payroll", [], ["--name", "payroll"]),
         ("packhorse-serving", [{"Key": "project", "Value": "website"}], []),
         ("dogs", [{"Key": "project", "Value": "packhorse-dev"}], ["--name", "dogs"]),
-        ("packhorse-foundation", [{"Key": "project", "Value": "packhorse"}], ["--name", "packhorse-foundation"]),
+        (
+            "packhorse-foundation",
+            [{"Key": "project", "Value": "packhorse"}],
+            ["--name", "packhorse-foundation"],
+        ),
     ],
 )
-def test_a_stack_that_is_no_deployment_of_the_project_is_left_alone(cloud, serving, package, name, tags, arguments):
+def test_a_stack_that_is_no_deployment_of_the_project_is_left_alone(
+    cloud, serving, package, name, tags, arguments
+):
     cloudformation = cloud.client("cloudformation")
     body = json.dumps({"Resources": {"Queue": {"Type": "AWS::SQS::Queue"}}})
     cloudformation.create_stack(StackName=name, TemplateBody=body, Tags=tags)
     before = calls_that_change(cloud)
-    for command in (["plan", package, "--image", IMAGE], ["deploy", package, "--image", IMAGE, "--yes"], ["status"], ["logs"], ["destroy", "--yes"]):
+    for command in (
+        ["plan", package, "--image", IMAGE],
+        ["deploy", package, "--image", IMAGE, "--yes"],
+        ["status"],
+        ["logs"],
+        ["destroy", "--yes"],
+    ):
         code, output, error = serving(*command, *arguments)
-        assert code == 2 and f"stack {name} in account 123456789012" in error and "give another --name" in error, output + error
+        assert (
+            code == 2
+            and f"stack {name} in account 123456789012" in error
+            and "give another --name" in error
+        ), output + error
     assert calls_that_change(cloud) == before
     assert [stack["StackName"] for stack in cloudformation.describe_stacks()["Stacks"]] == [name]

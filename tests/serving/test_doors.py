@@ -24,12 +24,17 @@ from serving import inference, lambda_direct
 from tests.conftest import PROJECT, wait_for
 
 DOORS = Path(os.environ.get("DOORS", PROJECT / ".venv-doors")) / "bin"
-installed = pytest.mark.skipif(not (DOORS / "python").exists(), reason="TorchServe and Ray are not installed: make doors")
+installed = pytest.mark.skipif(
+    not (DOORS / "python").exists(), reason="TorchServe and Ray are not installed: make doors"
+)
 
 
 @pytest.fixture(scope="module")
 def golden(original) -> dict[str, bytes]:
-    return {name: (original / "package/golden" / name).read_bytes() for name in ("0.jpg", "1.png", "2.webp")}
+    return {
+        name: (original / "package/golden" / name).read_bytes()
+        for name in ("0.jpg", "1.png", "2.webp")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +58,51 @@ class Context:
         self.status = code
 
 
-def through_toolkit(engine, body: bytes | str, content_type: str, accept: str = "application/json") -> tuple[int, Any]:
+def through_toolkit(
+    engine, body: bytes | str, content_type: str, accept: str = "application/json"
+) -> tuple[int, Any]:
     context = Context()
     prediction = inference.predict_fn(inference.input_fn(body, content_type), engine)
-    return context.status, json.loads(inference.output_fn(prediction, accept, context)) if context.status == 200 else None
+    return context.status, json.loads(
+        inference.output_fn(prediction, accept, context)
+    ) if context.status == 200 else None
 
 
 def test_the_four_functions_answer_as_our_server(original, golden, ours):
     engine = inference.model_fn(str(original / "package"))
     for name, file in golden.items():
         assert through_toolkit(engine, bytearray(file), "image/png") == (200, ours[name])
-    asked = json.dumps({"instances": [{"base64": b64encode(file).decode()} for file in golden.values()]})  # the toolkit decodes JSON to text
-    assert through_toolkit(engine, asked, "application/json")[1] == [row for rows in ours.values() for row in rows]
-    [row] = through_toolkit(engine, golden["0.jpg"], "image/jpeg", "application/json; output=labels")[1]
+    asked = json.dumps(
+        {"instances": [{"base64": b64encode(file).decode()} for file in golden.values()]}
+    )  # the toolkit decodes JSON to text
+    assert through_toolkit(engine, asked, "application/json")[1] == [
+        row for rows in ours.values() for row in rows
+    ]
+    [row] = through_toolkit(
+        engine, golden["0.jpg"], "image/jpeg", "application/json; output=labels"
+    )[1]
     assert row[0].keys() == {"label", "probability"}
 
 
 @pytest.mark.parametrize(
     ("body", "content_type", "accept", "status"),
-    [(b"1,2", "text/csv", "application/json", 415), (b"x", "image/jpeg", "application/json", 400), (None, "image/jpeg", "text/html", 406)],
+    [
+        (b"1,2", "text/csv", "application/json", 415),
+        (b"x", "image/jpeg", "application/json", 400),
+        (None, "image/jpeg", "text/html", 406),
+    ],
 )
-def test_the_four_functions_set_an_errors_status_and_raise_nothing(engine, picture, body, content_type, accept, status):
+def test_the_four_functions_set_an_errors_status_and_raise_nothing(
+    engine, picture, body, content_type, accept, status
+):
     context = Context()
-    prediction = inference.predict_fn(inference.input_fn(picture if body is None else body, content_type), engine)
-    assert json.loads(inference.output_fn(prediction, accept, context)).keys() == {"error", "request_id"}
+    prediction = inference.predict_fn(
+        inference.input_fn(picture if body is None else body, content_type), engine
+    )
+    assert json.loads(inference.output_fn(prediction, accept, context)).keys() == {
+        "error",
+        "request_id",
+    }
     assert context.status == status
 
 
@@ -90,9 +116,23 @@ def run(tmp_path) -> Iterator[Callable[..., Path]]:
 
     def run(*command: str, **environment: str) -> Path:
         log = tmp_path / "log.txt"
-        clean = {"PATH": f"{DOORS}:{os.environ['PATH']}", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "TMPDIR": "/tmp"}
+        clean = {
+            "PATH": f"{DOORS}:{os.environ['PATH']}",
+            "HOME": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": "/tmp",
+        }
         with log.open("wb") as output:
-            started.append(subprocess.Popen(command, cwd=tmp_path, env=clean | environment, stdout=output, stderr=output, start_new_session=True))
+            started.append(
+                subprocess.Popen(
+                    command,
+                    cwd=tmp_path,
+                    env=clean | environment,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            )
         return log
 
     yield run
@@ -110,7 +150,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ask(port: int, path: str, body: bytes, content_type: str, accept: str = "application/json") -> tuple[int, Any]:
+def ask(
+    port: int, path: str, body: bytes, content_type: str, accept: str = "application/json"
+) -> tuple[int, Any]:
     connection = HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("POST", path, body, {"Content-Type": content_type, "Accept": accept})
@@ -122,12 +164,20 @@ def ask(port: int, path: str, body: bytes, content_type: str, accept: str = "app
         connection.close()
 
 
-def check_door(port: int, path: str, golden: dict[str, bytes], ours: dict[str, Any], log: Path) -> None:
-    assert wait_for(lambda: ask(port, path, golden["0.jpg"], "image/jpeg")[0] == 200), log.read_text()[-5000:]
+def check_door(
+    port: int, path: str, golden: dict[str, bytes], ours: dict[str, Any], log: Path
+) -> None:
+    assert wait_for(lambda: ask(port, path, golden["0.jpg"], "image/jpeg")[0] == 200), (
+        log.read_text()[-5000:]
+    )
     for name, file in golden.items():
         assert ask(port, path, file, "image/jpeg") == (200, ours[name])
-    asked = json.dumps({"instances": [{"base64": b64encode(file).decode()} for file in golden.values()]}).encode()
-    assert ask(port, path, asked, "application/json")[1] == [row for rows in ours.values() for row in rows]
+    asked = json.dumps(
+        {"instances": [{"base64": b64encode(file).decode()} for file in golden.values()]}
+    ).encode()
+    assert ask(port, path, asked, "application/json")[1] == [
+        row for rows in ours.values() for row in rows
+    ]
     [row] = ask(port, path, golden["0.jpg"], "image/jpeg", "application/json; output=labels")[1]
     assert row[0].keys() == {"label", "probability"}
     status, told = ask(port, path, b"no picture", "image/jpeg")
@@ -141,13 +191,33 @@ def test_torchserve_with_awss_toolkit_answers_as_our_server(run, original, golde
     (tmp_path / "store").mkdir()
     ports = [free_port() for _ in range(3)]
     script = "from importlib.resources import files; print((files('sagemaker_pytorch_serving_container') / 'etc/default-ts.properties').read_text())"
-    defaults = subprocess.run([DOORS / "python", "-c", script], capture_output=True, text=True, check=True).stdout
-    addresses = "\n".join(f"{kind}_address=http://127.0.0.1:{port}" for kind, port in zip(("inference", "management", "metrics"), ports, strict=True))
+    defaults = subprocess.run(
+        [DOORS / "python", "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    addresses = "\n".join(
+        f"{kind}_address=http://127.0.0.1:{port}"
+        for kind, port in zip(("inference", "management", "metrics"), ports, strict=True)
+    )
     handler = "default_workers_per_model=1\ndefault_service_handler=sagemaker_pytorch_serving_container.handler_service:handle"
     # As the toolkit's own start_torchserve writes and starts it, but for the ports and the place of the file.
     (tmp_path / "ts.properties").write_text(f"{defaults}\n{addresses}\n{handler}\n")
-    command = ("torchserve", "--start", "--foreground", "--model-store", "store", "--ts-config", "ts.properties", "--models", f"model={model}")
-    log = run(*command, SAGEMAKER_BASE_DIR=str(tmp_path / "ml"), SAGEMAKER_PROGRAM="inference.py", PYTHONPATH=str(model / "code"))
+    command = (
+        "torchserve",
+        "--start",
+        "--foreground",
+        "--model-store",
+        "store",
+        "--ts-config",
+        "ts.properties",
+        "--models",
+        f"model={model}",
+    )
+    log = run(
+        *command,
+        SAGEMAKER_BASE_DIR=str(tmp_path / "ml"),
+        SAGEMAKER_PROGRAM="inference.py",
+        PYTHONPATH=str(model / "code"),
+    )
     check_door(ports[0], "/invocations", golden, ours, log)
 
 
@@ -161,7 +231,12 @@ def test_ray_serve_answers_as_our_server(run, original, golden, ours, tmp_path):
         "from serving.ray_app import app\nserve.run(app)\nthreading.Event().wait()\n"
     )
     package = original / "package"
-    environment = {"MODEL_DIR": str(package), "PYTHONPATH": str(package / "code"), "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_DASHBOARD": "1"}
+    environment = {
+        "MODEL_DIR": str(package),
+        "PYTHONPATH": str(package / "code"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DISABLE_DASHBOARD": "1",
+    }
     log = run("python", "start.py", **environment)
     check_door(port, "/", golden, ours, log)
 
@@ -178,20 +253,43 @@ def direct(original, monkeypatch) -> Callable[[Any], dict[str, Any]]:
 
 
 def http_event(body: bytes, **headers: str) -> dict[str, Any]:
-    return {"requestContext": {"http": {"method": "POST"}}, "headers": headers, "body": b64encode(body).decode(), "isBase64Encoded": True}
+    return {
+        "requestContext": {"http": {"method": "POST"}},
+        "headers": headers,
+        "body": b64encode(body).decode(),
+        "isBase64Encoded": True,
+    }
 
 
 def test_lambdas_events_are_answered_as_by_our_server(direct, golden, ours):
     for name, file in golden.items():
         answer = direct({"base64": b64encode(file).decode()})
-        assert (answer["statusCode"], json.loads(answer["body"]), answer["type-result"]) == (200, ours[name], "<class 'str'>")
+        assert (answer["statusCode"], json.loads(answer["body"]), answer["type-result"]) == (
+            200,
+            ours[name],
+            "<class 'str'>",
+        )
         assert answer["headers"]["Access-Control-Allow-Origin"] == "*"
         assert json.loads(direct(http_event(file))["body"]) == ours[name]
-    labels = json.loads(direct(http_event(golden["0.jpg"], accept="application/json; output=labels"))["body"])
+    labels = json.loads(
+        direct(http_event(golden["0.jpg"], accept="application/json; output=labels"))["body"]
+    )
     assert labels[0][0].keys() == {"label", "probability"}
 
 
-@pytest.mark.parametrize("event", [None, [], "x", {}, {"url": "http://127.0.0.1/"}, {"base64": "####"}, http_event(b"no picture"), http_event(b"")])
+@pytest.mark.parametrize(
+    "event",
+    [
+        None,
+        [],
+        "x",
+        {},
+        {"url": "http://127.0.0.1/"},
+        {"base64": "####"},
+        http_event(b"no picture"),
+        http_event(b""),
+    ],
+)
 def test_lambdas_bad_events_get_400(direct, event):
     answer = direct(event)
     assert answer["statusCode"] == 400 and json.loads(answer["body"])["request_id"] == "request-1"
@@ -199,5 +297,11 @@ def test_lambdas_bad_events_get_400(direct, event):
 
 def test_no_door_needs_its_framework_to_be_imported():
     script = "import sys, serving.ray_app, serving.lambda_direct, serving.inference; print(not {'ray', 'boto3', 'torch', 'starlette'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-P", "-c", script], env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env={"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == "True\n"

@@ -33,7 +33,11 @@ class Network:
 
         def getaddrinfo(host, port, *arguments, **keywords):
             if host in self.names:
-                return [answer for address in self.names[host] for answer in resolve(address, port, *arguments, **keywords)]
+                return [
+                    answer
+                    for address in self.names[host]
+                    for answer in resolve(address, port, *arguments, **keywords)
+                ]
             return resolve(host, port, *arguments, **keywords)
 
         def create_connection(address, timeout=None, **keywords):
@@ -121,7 +125,12 @@ def test_a_picture_is_fetched_from_the_address_that_was_checked(web, network):
     assert get("http://pictures.example/a.jpg") == b"picture"
     assert network.connected == [(PUBLIC, 80)]
     [(method, path, headers)] = web.seen
-    assert (method, path, headers["Host"], headers["Accept-Encoding"]) == ("GET", "/a.jpg", "pictures.example", "identity")
+    assert (method, path, headers["Host"], headers["Accept-Encoding"]) == (
+        "GET",
+        "/a.jpg",
+        "pictures.example",
+        "identity",
+    )
     assert not {"Cookie", "Authorization", "Referer", "Proxy-Authorization"} & headers.keys()
 
 
@@ -129,10 +138,22 @@ def test_a_picture_is_fetched_from_the_address_that_was_checked(web, network):
     ("url", "path", "host"),
     [
         ("http://pictures.example", "/", "pictures.example"),
-        ("http://pictures.example:80?a=b c".replace(" ", "%20"), "/?a=b%20c", "pictures.example:80"),
+        (
+            "http://pictures.example:80?a=b c".replace(" ", "%20"),
+            "/?a=b%20c",
+            "pictures.example:80",
+        ),
         ("HTTP://Pictures.Example/b#fragment", "/b", "pictures.example"),
-        ("http://pictures.example/ä%20b?q=ö&X-Amz-Signature=a%2Fb", "/%C3%A4%20b?q=%C3%B6&X-Amz-Signature=a%2Fb", "pictures.example"),
-        ("http://[2606:2800:220:1:248:1893:25c8:1946]/b", "/b", "[2606:2800:220:1:248:1893:25c8:1946]"),
+        (
+            "http://pictures.example/ä%20b?q=ö&X-Amz-Signature=a%2Fb",
+            "/%C3%A4%20b?q=%C3%B6&X-Amz-Signature=a%2Fb",
+            "pictures.example",
+        ),
+        (
+            "http://[2606:2800:220:1:248:1893:25c8:1946]/b",
+            "/b",
+            "[2606:2800:220:1:248:1893:25c8:1946]",
+        ),
         ("http://93.184.216.34/b", "/b", "93.184.216.34"),
     ],
 )
@@ -156,7 +177,10 @@ def test_the_next_address_is_tried_where_one_does_not_answer(web, network):
 
 def test_redirects_are_followed_and_checked_like_the_first_url(web, network):
     network.names["other.example"] = [OTHER]
-    web.replies |= {"/1": (302, {"Location": "/2"}, b""), "/2": (307, {"Location": "//other.example/a.jpg"}, b"")}
+    web.replies |= {
+        "/1": (302, {"Location": "/2"}, b""),
+        "/2": (307, {"Location": "//other.example/a.jpg"}, b""),
+    }
     assert get("http://pictures.example/1") == b"picture"
     assert network.connected == [(PUBLIC, 80), (PUBLIC, 80), (OTHER, 80)]
 
@@ -167,12 +191,49 @@ def test_redirects_are_followed_and_checked_like_the_first_url(web, network):
 @pytest.mark.parametrize(
     "url",
     [
-        *("", "a.jpg", "//pictures.example/a", "http:", "http://", "http:///a", "http://:80/a", "http://?a", "http://#a"),
-        *("ftp://pictures.example/a", "file:///etc/passwd", "gopher://pictures.example/", "data:image/png;base64,AAAA", "javascript:1", "s3://a/b"),
-        *("http://pictures.example:81/", "http://pictures.example:8080/", "http://pictures.example:0/", "http://pictures.example:65536/"),
-        *("http://pictures.example:http/", "http://pictures.example:-80/", "http://user@pictures.example/", "http://user:word@pictures.example/"),
-        *("http://93.184.216.34@127.0.0.1/", "http://127.0.0.1\\@pictures.example/", "http://pictures.example\\.evil/", "http://pictures.example /"),
-        *(" http://pictures.example/", "http://pictures.example/\n", "http://pictures.example/\r\nHost: evil", "http://pic\ttures.example/"),
+        *(
+            "",
+            "a.jpg",
+            "//pictures.example/a",
+            "http:",
+            "http://",
+            "http:///a",
+            "http://:80/a",
+            "http://?a",
+            "http://#a",
+        ),
+        *(
+            "ftp://pictures.example/a",
+            "file:///etc/passwd",
+            "gopher://pictures.example/",
+            "data:image/png;base64,AAAA",
+            "javascript:1",
+            "s3://a/b",
+        ),
+        *(
+            "http://pictures.example:81/",
+            "http://pictures.example:8080/",
+            "http://pictures.example:0/",
+            "http://pictures.example:65536/",
+        ),
+        *(
+            "http://pictures.example:http/",
+            "http://pictures.example:-80/",
+            "http://user@pictures.example/",
+            "http://user:word@pictures.example/",
+        ),
+        *(
+            "http://93.184.216.34@127.0.0.1/",
+            "http://127.0.0.1\\@pictures.example/",
+            "http://pictures.example\\.evil/",
+            "http://pictures.example /",
+        ),
+        *(
+            " http://pictures.example/",
+            "http://pictures.example/\n",
+            "http://pictures.example/\r\nHost: evil",
+            "http://pic\ttures.example/",
+        ),
         *(
             "http://pictures.example/\x00",
             "http://pictures.example/\x7f",
@@ -181,9 +242,29 @@ def test_redirects_are_followed_and_checked_like_the_first_url(web, network):
             "http://fe80::1/",
             "http://a..b/",
         ),
-        *("http://" + "a" * 64 + ".example/", "http://missing.invalid/", "http://pictures.example/" + "a" * 5000, "http://\ud800/"),
-        *("http://127.0.0.1/", "http://127.1/", "http://0x7f.1/", "http://0177.0.0.1/", "http://2130706433/", "http://0/", "http://localhost/"),
-        *("http://LOCALHOST/", "http://localhost./", "http://①②⑦.⓪.⓪.①/", "http://\uff4cocalhost/", "http://127.0.0.1:80/", "https://127.0.0.1:443/"),
+        *(
+            "http://" + "a" * 64 + ".example/",
+            "http://missing.invalid/",
+            "http://pictures.example/" + "a" * 5000,
+            "http://\ud800/",
+        ),
+        *(
+            "http://127.0.0.1/",
+            "http://127.1/",
+            "http://0x7f.1/",
+            "http://0177.0.0.1/",
+            "http://2130706433/",
+            "http://0/",
+            "http://localhost/",
+        ),
+        *(
+            "http://LOCALHOST/",
+            "http://localhost./",
+            "http://①②⑦.⓪.⓪.①/",
+            "http://\uff4cocalhost/",
+            "http://127.0.0.1:80/",
+            "https://127.0.0.1:443/",
+        ),
         *(
             "http://169.254.169.254/latest/meta-data/",
             "http://169.254.170.2/",
@@ -207,7 +288,14 @@ def test_redirects_are_followed_and_checked_like_the_first_url(web, network):
             "http://224.0.0.1/",
             "http://255.255.255.255/",
         ),
-        *("http://10.0.0.1/", "http://172.16.0.1/", "http://172.31.255.255/", "http://192.168.0.1/", "http://100.64.0.1/", "http://198.18.0.1/"),
+        *(
+            "http://10.0.0.1/",
+            "http://172.16.0.1/",
+            "http://172.31.255.255/",
+            "http://192.168.0.1/",
+            "http://100.64.0.1/",
+            "http://198.18.0.1/",
+        ),
     ],
 )
 def test_urls_that_may_not_be_tried_are_refused_with_one_and_the_same_message(web, network, url):
@@ -218,9 +306,38 @@ def test_urls_that_may_not_be_tried_are_refused_with_one_and_the_same_message(we
 @pytest.mark.parametrize(
     "address",
     [
-        *("0.0.0.0", "9.255.255.255x", "10.255.255.255", "100.127.255.255", "127.255.255.255", "169.254.0.1", "172.20.1.1", "192.0.0.192"),
-        *("192.0.2.1", "192.88.99.1", "192.168.255.255", "198.19.255.255", "198.51.100.1", "203.0.113.1", "239.255.255.255", "240.0.0.1"),
-        *("::", "::1", "::a00:1", "::ffff:8.8.8.8", "64:ff9b::808:808", "64:ff9b:1::", "100::1", "2001:0:1::1", "2001:db8::1", "2002:808:808::1"),
+        *(
+            "0.0.0.0",
+            "9.255.255.255x",
+            "10.255.255.255",
+            "100.127.255.255",
+            "127.255.255.255",
+            "169.254.0.1",
+            "172.20.1.1",
+            "192.0.0.192",
+        ),
+        *(
+            "192.0.2.1",
+            "192.88.99.1",
+            "192.168.255.255",
+            "198.19.255.255",
+            "198.51.100.1",
+            "203.0.113.1",
+            "239.255.255.255",
+            "240.0.0.1",
+        ),
+        *(
+            "::",
+            "::1",
+            "::a00:1",
+            "::ffff:8.8.8.8",
+            "64:ff9b::808:808",
+            "64:ff9b:1::",
+            "100::1",
+            "2001:0:1::1",
+            "2001:db8::1",
+            "2002:808:808::1",
+        ),
         *(
             "3ffe::1",
             "3fff::1",
@@ -241,14 +358,29 @@ def test_addresses_that_are_not_public(address):
     assert not public(address)
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "9.255.255.255", "11.0.0.0", "172.15.255.255", "172.32.0.0", "223.255.255.255", "2606:4700::1", "2a00::1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "8.8.8.8",
+        "9.255.255.255",
+        "11.0.0.0",
+        "172.15.255.255",
+        "172.32.0.0",
+        "223.255.255.255",
+        "2606:4700::1",
+        "2a00::1",
+    ],
+)
 def test_addresses_that_are_public(address):
     assert public(address)
 
 
 def test_the_table_holds_what_python_calls_private_and_more():
     outside = [network for network in FORBIDDEN if network.is_global]
-    assert {str(network) for network in outside} >= {"168.63.129.16/32", "2002::/16"}  # why is_global alone is not enough
+    assert {str(network) for network in outside} >= {
+        "168.63.129.16/32",
+        "2002::/16",
+    }  # why is_global alone is not enough
 
 
 def test_one_address_that_is_not_public_condemns_the_name(web, network):
@@ -257,7 +389,16 @@ def test_one_address_that_is_not_public_condemns_the_name(web, network):
     assert network.connected == []
 
 
-@pytest.mark.parametrize("location", ["http://127.0.0.1/", "http://inside.example/", "ftp://pictures.example/", "http://pictures.example:8080/", "\\\\a"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://127.0.0.1/",
+        "http://inside.example/",
+        "ftp://pictures.example/",
+        "http://pictures.example:8080/",
+        "\\\\a",
+    ],
+)
 def test_a_redirect_to_an_unchecked_place_is_refused(web, network, location):
     network.names["inside.example"] = ["192.168.0.1"]
     web.replies["/1"] = (302, {"Location": location}, b"")
@@ -293,8 +434,16 @@ def test_a_name_that_changes_its_address_is_checked_each_time(web, network):
         ("/", (200, {}, b"x" * 1001), "has 1,001 bytes; allowed: 1,000"),
         ("/", (200, {"Content-Length": ""}, b"x" * 1001), "more than the allowed 1,000 bytes"),
         ("/", (200, {"Content-Length": "900"}, b"x"), "broke off"),
-        ("/", (200, {"Content-Length": "", "Transfer-Encoding": "chunked"}, b"5\r\nab"), "broke off"),
-        ("/", (200, {"Content-Length": "", "Transfer-Encoding": "chunked"}, b"zz\r\n"), "broke off"),
+        (
+            "/",
+            (200, {"Content-Length": "", "Transfer-Encoding": "chunked"}, b"5\r\nab"),
+            "broke off",
+        ),
+        (
+            "/",
+            (200, {"Content-Length": "", "Transfer-Encoding": "chunked"}, b"zz\r\n"),
+            "broke off",
+        ),
     ],
 )
 def test_what_gives_no_picture_is_an_error_for_the_caller(web, path, reply, message):
@@ -344,15 +493,27 @@ def trickle(start: bytes) -> Callable[[socket.socket], None]:
     return talk
 
 
-@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nA: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"], ids=["status", "headers", "body"])
+@pytest.mark.parametrize(
+    "start",
+    [b"", b"HTTP/1.1 200 OK\r\nA: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"],
+    ids=["status", "headers", "body"],
+)
 def test_a_server_that_trickles_is_left_at_the_deadline(raw, start):
     raw(trickle(start))
-    with pytest.raises(FetchError, match=r"no whole answer within 0\.4 s"):  # it would trickle for a minute
+    with pytest.raises(
+        FetchError, match=r"no whole answer within 0\.4 s"
+    ):  # it would trickle for a minute
         get("http://pictures.example/", deadline=0.4)
 
 
 @pytest.mark.parametrize(
-    "answer", [b"SSH-2.0-x\r\n", b"HTTP/1.1 999999 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200, b"HTTP/1.1 200 OK\r\nA: " + b"b" * 99999]
+    "answer",
+    [
+        b"SSH-2.0-x\r\n",
+        b"HTTP/1.1 999999 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200,
+        b"HTTP/1.1 200 OK\r\nA: " + b"b" * 99999,
+    ],
 )
 def test_what_is_no_http_is_an_error(raw, answer):
     raw(lambda connection: connection.sendall(answer))
@@ -372,11 +533,40 @@ def test_a_resolver_that_hangs_is_left_at_the_deadline(network, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make certificates with")
-@pytest.mark.parametrize(("certified", "message"), [("pictures.example", None), ("other.example", "could not be reached"), (None, "could not be reached")])
-def test_the_certificate_must_be_the_names_own_and_trusted(raw, tmp_path, monkeypatch, certified, message):
+@pytest.mark.parametrize(
+    ("certified", "message"),
+    [
+        ("pictures.example", None),
+        ("other.example", "could not be reached"),
+        (None, "could not be reached"),
+    ],
+)
+def test_the_certificate_must_be_the_names_own_and_trusted(
+    raw, tmp_path, monkeypatch, certified, message
+):
     name = certified or "pictures.example"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    command += ["-keyout", "key.pem", "-out", "cert.pem", "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    command += [
+        "-keyout",
+        "key.pem",
+        "-out",
+        "cert.pem",
+        "-subj",
+        f"/CN={name}",
+        "-addext",
+        f"subjectAltName=DNS:{name}",
+    ]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     if certified:
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
@@ -401,5 +591,11 @@ def test_the_certificate_must_be_the_names_own_and_trusted(raw, tmp_path, monkey
 
 def test_the_module_needs_the_standard_library_only():
     script = "import sys; before = set(sys.modules); import fetch; print(*{name.split('.')[0] for name in set(sys.modules) - before})"
-    done = subprocess.run([sys.executable, "-S", "-c", script], cwd=PROJECT / "serving", capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        cwd=PROJECT / "serving",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert set(done.stdout.split()) - set(sys.stdlib_module_names) == {"fetch"}

@@ -31,36 +31,74 @@ def text(data: bytes) -> str:
 # --- what is understood ---
 
 
-@pytest.mark.parametrize("content_type", ["image/jpeg", "image/png", "application/octet-stream", "application/x-image", "", "image/jpeg; a=b", "IMAGE/X"])
-def test_a_pictures_bytes_give_its_logits_whatever_picture_they_are_called(ask, picture, expected, content_type):
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "image/jpeg",
+        "image/png",
+        "application/octet-stream",
+        "application/x-image",
+        "",
+        "image/jpeg; a=b",
+        "IMAGE/X",
+    ],
+)
+def test_a_pictures_bytes_give_its_logits_whatever_picture_they_are_called(
+    ask, picture, expected, content_type
+):
     result = ask(picture, content_type)
     assert result.status == 200
     np.testing.assert_allclose(json.loads(result.body), expected[:1], rtol=0, atol=1e-5)
 
 
 def test_several_pictures_in_one_request_are_answered_in_order(ask, original, expected):
-    files = [(original / "package/golden" / name).read_bytes() for name in ("0.jpg", "1.png", "2.webp")]
+    files = [
+        (original / "package/golden" / name).read_bytes() for name in ("0.jpg", "1.png", "2.webp")
+    ]
     result = ask({"instances": [{"base64": text(file)} for file in files]})
     np.testing.assert_allclose(json.loads(result.body), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("fields", "accept"), [({"output": "labels"}, ""), ({}, LABELS), ({"output": "labels"}, "*/*"), ({}, "text/html, application/json;output=labels")]
+    ("fields", "accept"),
+    [
+        ({"output": "labels"}, ""),
+        ({}, LABELS),
+        ({"output": "labels"}, "*/*"),
+        ({}, "text/html, application/json;output=labels"),
+    ],
 )
 def test_labels_come_with_probabilities_where_asked_for(ask, picture, expected, fields, accept):
     [row] = json.loads(ask({"base64": text(picture), **fields}, accept=accept).body)
     probabilities = np.exp(expected[0]) / np.exp(expected[0]).sum()
     order = np.argsort(-probabilities)
     assert [entry["label"] for entry in row] == [CLASSES[index] for index in order]
-    np.testing.assert_allclose([entry["probability"] for entry in row], probabilities[order], atol=1e-6)
+    np.testing.assert_allclose(
+        [entry["probability"] for entry in row], probabilities[order], atol=1e-6
+    )
 
 
 def test_the_field_decides_before_the_accept_header_and_top_limits_the_labels(ask, picture):
-    assert len(json.loads(ask({"base64": text(picture), "output": "labels", "top": 2}).body)[0]) == 2
-    assert isinstance(json.loads(ask({"base64": text(picture), "output": "logits"}, accept=LABELS).body)[0][0], float)
+    assert (
+        len(json.loads(ask({"base64": text(picture), "output": "labels", "top": 2}).body)[0]) == 2
+    )
+    assert isinstance(
+        json.loads(ask({"base64": text(picture), "output": "logits"}, accept=LABELS).body)[0][0],
+        float,
+    )
 
 
-@pytest.mark.parametrize("accept", ["", "*/*", "application/*", "application/json", "text/html;q=0.9, */*;q=0.1", " application/json "])
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "",
+        "*/*",
+        "application/*",
+        "application/json",
+        "text/html;q=0.9, */*;q=0.1",
+        " application/json ",
+    ],
+)
 def test_logits_are_the_default(ask, picture, accept):
     assert isinstance(json.loads(ask(picture, accept=accept).body)[0][0], float)
 
@@ -74,7 +112,13 @@ def test_logits_are_the_default(ask, picture, accept):
         (b"", "image/jpeg", "", 400, "the file is empty"),
         (b"GIF89a", "image/gif", "", 400, "the picture can't be read"),
         (b"no picture", "", "", 400, "not a JPEG, PNG"),
-        (b"1,2", "text/csv", "", 415, "'text/csv' is not supported; allowed: application/json, or image/*"),
+        (
+            b"1,2",
+            "text/csv",
+            "",
+            415,
+            "'text/csv' is not supported; allowed: application/json, or image/*",
+        ),
         (b"x" * 2000, "image/jpeg", "", 413, "the body has 2,000 bytes; allowed: 1,000"),
         (b"{", JSON, "", 400, "the body is not JSON"),
         (b"\xff\xfe\0", JSON, "", 400, "the body is not JSON"),
@@ -86,7 +130,13 @@ def test_logits_are_the_default(ask, picture, accept):
         ({"url": "http://a", "base64": ""}, "", "", 400, "one text of"),
         ({"URL": "http://a"}, "", "", 400, "one text of"),
         ({"instances": []}, "", "", 400, '"instances" must be a list of 1 to 2 objects'),
-        ({"instances": [{"base64": ""}] * 3}, "", "", 400, '"instances" must be a list of 1 to 2 objects'),
+        (
+            {"instances": [{"base64": ""}] * 3},
+            "",
+            "",
+            400,
+            '"instances" must be a list of 1 to 2 objects',
+        ),
         ({"instances": {"base64": ""}}, "", "", 400, '"instances" must be a list'),
         ({"instances": [["base64", ""]]}, "", "", 400, "one text of"),
         ({"instances": [{"base64": ""}], "url": "http://a"}, "", "", 400, "one text of"),
@@ -98,13 +148,21 @@ def test_logits_are_the_default(ask, picture, accept):
         ({"base64": "abcd", "top": True}, "", "", 400, '"top" must be'),
         ({"base64": "abcd", "top": 1.5}, "", "", 400, '"top" must be'),
         ({"base64": "abcd"}, "", "text/html", 406, "only application/json can be given"),
-        ({"base64": "abcd"}, "", "application/json; output=xml", 406, "with output=logits or output=labels"),
+        (
+            {"base64": "abcd"},
+            "",
+            "application/json; output=xml",
+            406,
+            "with output=logits or output=labels",
+        ),
         ({"url": "http://127.0.0.1/"}, "", "", 400, "the URL is not allowed"),
         ({"url": "\ud800"}, "", "", 400, "the URL is not allowed"),
         ({"s3": "s3://bucket/key"}, "", "", 400, 'this server does not fetch pictures by "s3"'),
     ],
 )
-def test_the_callers_mistakes_are_told_with_a_request_id(ask, body, content_type, accept, status, message):
+def test_the_callers_mistakes_are_told_with_a_request_id(
+    ask, body, content_type, accept, status, message
+):
     result = ask(body, content_type, accept, max_body=1000, max_pictures=2)
     told = json.loads(result.body)
     assert (result.status, told["request_id"]) == (status, "some-id")
@@ -118,7 +176,10 @@ def test_which_of_several_pictures_is_broken_is_told(ask, picture):
 
 def test_urls_are_off_where_a_setting_says_so(ask):
     result = ask({"url": "https://example.com/a.jpg"}, urls=False)
-    assert result.status == 400 and 'does not fetch pictures by "url"' in json.loads(result.body)["error"]
+    assert (
+        result.status == 400
+        and 'does not fetch pictures by "url"' in json.loads(result.body)["error"]
+    )
 
 
 def test_a_request_that_has_no_time_left_gets_503_and_when_to_try_again(ask, picture):
@@ -152,7 +213,11 @@ def bucket(monkeypatch):
     moto = server_module.ThreadedMotoServer(port=0)
     moto.start()
     host, port = moto.get_host_and_port()
-    for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     s3._client.cache_clear()
@@ -167,25 +232,50 @@ def test_pictures_come_from_s3_where_it_is_on(ask, bucket, picture, expected):
     bucket.put_object(Bucket="pictures", Key="a/wide one?#.jpg", Body=picture)
     result = ask({"s3": "s3://pictures/a/wide one?#.jpg"}, s3=True)
     np.testing.assert_allclose(json.loads(result.body), expected[:1], rtol=0, atol=1e-5)
-    assert b"allowed: 100" in ask({"s3": "s3://pictures/a/wide one?#.jpg"}, s3=True, max_body=100).body
+    assert (
+        b"allowed: 100" in ask({"s3": "s3://pictures/a/wide one?#.jpg"}, s3=True, max_body=100).body
+    )
     twice = {"instances": [{"s3": "s3://pictures/a/wide one?#.jpg"}] * 2}
     assert ask(twice, s3=True, max_fetched=2 * len(picture)).status == 200
     too_much = ask(twice, s3=True, max_fetched=2 * len(picture) - 1)
     assert too_much.status == 413 and b"the pictures have together more than" in too_much.body
-    told = {ask({"s3": uri}, s3=True).body for uri in ("s3://pictures/missing", "s3://other/a", "s3://Not A Bucket/a")}
+    told = {
+        ask({"s3": uri}, s3=True).body
+        for uri in ("s3://pictures/missing", "s3://other/a", "s3://Not A Bucket/a")
+    }
     assert len(told) == 1 and b"can't be read with this server's role" in told.pop()
-    assert all(ask({"s3": uri}, s3=True).status == 400 for uri in ("s3://pictures", "s3://pictures/", "http://pictures/a", "s3://[/a", ""))
+    assert all(
+        ask({"s3": uri}, s3=True).status == 400
+        for uri in ("s3://pictures", "s3://pictures/", "http://pictures/a", "s3://[/a", "")
+    )
 
 
 # --- settings and ids ---
 
 
 def test_settings_come_from_variables():
-    settings = settings_from({"SERVING_MAX_BODY": "1000", "SERVING_URLS": "off", "SERVING_SECONDS": "2.5", "OTHER": "x"})
-    assert (settings.max_body, settings.urls, settings.seconds, settings.queue) == (1000, False, 2.5, Settings().queue)
+    settings = settings_from(
+        {"SERVING_MAX_BODY": "1000", "SERVING_URLS": "off", "SERVING_SECONDS": "2.5", "OTHER": "x"}
+    )
+    assert (settings.max_body, settings.urls, settings.seconds, settings.queue) == (
+        1000,
+        False,
+        2.5,
+        Settings().queue,
+    )
 
 
-@pytest.mark.parametrize(("name", "value"), [("URLS", "yes"), ("MAX_BODY", "1.5"), ("MAX_BODY", "-1"), ("SECONDS", "inf"), ("SECONDS", "nan"), ("QUEUE", "")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("URLS", "yes"),
+        ("MAX_BODY", "1.5"),
+        ("MAX_BODY", "-1"),
+        ("SECONDS", "inf"),
+        ("SECONDS", "nan"),
+        ("QUEUE", ""),
+    ],
+)
 def test_a_variable_that_does_not_fit_is_named(name, value):
     with pytest.raises(UserError, match=f"SERVING_{name}={value} is not allowed; allowed: "):
         settings_from({f"SERVING_{name}": value})

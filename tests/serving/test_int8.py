@@ -21,18 +21,33 @@ def pictures(original, float_model) -> Pictures:
     """The golden pictures with some noise, labelled as the float network sees them: it is right about all of them."""
     with np.load(original / "package/golden/expected.npz") as recorded:
         golden = np.repeat(recorded["pixels"], 20, axis=0).astype(int)
-    pixels = np.clip(golden + np.random.default_rng(0).integers(-20, 21, golden.shape), 0, 255).astype(np.uint8)
+    pixels = np.clip(
+        golden + np.random.default_rng(0).integers(-20, 21, golden.shape), 0, 255
+    ).astype(np.uint8)
     return Pictures(pixels, logits(float_model, pixels).argmax(1))
 
 
-def test_an_int8_package_holds_8_bit_weights_and_answers_nearly_as_the_float_network(tmp_path, pictures, expected):
+def test_an_int8_package_holds_8_bit_weights_and_answers_nearly_as_the_float_network(
+    tmp_path, pictures, expected
+):
     contents = replace(make_contents(tmp_path / "pictures"), int8=pictures, max_drop=0.2)
     build(make_network(), contents, tmp_path / "package", archive=False)
     package = load(tmp_path / "package")
-    kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "package/model.onnx").graph.initializer if len(tensor.dims) == 4}
+    kinds = {
+        tensor.data_type
+        for tensor in onnx.load(tmp_path / "package/model.onnx").graph.initializer
+        if len(tensor.dims) == 4
+    }
     assert onnx.TensorProto.INT8 in kinds and onnx.TensorProto.FLOAT not in kinds
     assert package.metrics["float_top1"] == 1 and package.metrics["int8_top1"] >= 0.8
-    found = package.predict(np.stack([package.prepare(tmp_path / "package/golden" / name) for name in ("0.jpg", "1.png", "2.webp")]))
+    found = package.predict(
+        np.stack(
+            [
+                package.prepare(tmp_path / "package/golden" / name)
+                for name in ("0.jpg", "1.png", "2.webp")
+            ]
+        )
+    )
     assert 0 < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
 
@@ -42,7 +57,9 @@ def test_int8_that_costs_too_much_accuracy_is_refused(float_model, pictures):
         int8(float_model, pictures, max_drop=-0.01)  # not even an equal accuracy is enough
 
 
-def test_accuracy_is_compared_on_pictures_that_did_not_calibrate_where_there_are_enough(float_model, pictures):
+def test_accuracy_is_compared_on_pictures_that_did_not_calibrate_where_there_are_enough(
+    float_model, pictures
+):
     many = Pictures(np.tile(pictures.pixels, (8, 1, 1, 1)), np.tile(pictures.labels, 8))
     with pytest.raises(UserError, match="on 280 validation pictures"):
         int8(float_model, many, max_drop=-1)
@@ -51,9 +68,19 @@ def test_accuracy_is_compared_on_pictures_that_did_not_calibrate_where_there_are
 def test_the_pictures_are_spread_over_the_whole_split(original):
     contents = make_contents(original / "pictures")
     chosen = choose([*contents.golden] * 400, np.arange(1200), contents.preprocessing)
-    assert len(chosen.labels) == 700 and chosen.labels[0] == 0 and chosen.labels[-1] == 1199 and np.diff(chosen.labels).max() <= 2
+    assert (
+        len(chosen.labels) == 700
+        and chosen.labels[0] == 0
+        and chosen.labels[-1] == 1199
+        and np.diff(chosen.labels).max() <= 2
+    )
 
 
 def test_the_torch_back_end_gives_the_same_logits(original, expected):
     package = load(original / "package", threads=1, backend="torch")
-    np.testing.assert_allclose(package.predict(np.stack([package.prepare(original / "package/golden/0.jpg")])), expected[:1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        package.predict(np.stack([package.prepare(original / "package/golden/0.jpg")])),
+        expected[:1],
+        rtol=0,
+        atol=1e-5,
+    )

@@ -49,7 +49,14 @@ def start(proxy_zip, endpoint, web, tmp_path_factory):
             "WEB_PORT": str(web.port),
         } | environment
         log = tmp_path_factory.mktemp("log") / "log.txt"
-        started.append(Function(proxy_zip, "lambda_function.handler", log, **{name: value for name, value in settings.items() if value}))
+        started.append(
+            Function(
+                proxy_zip,
+                "lambda_function.handler",
+                log,
+                **{name: value for name, value in settings.items() if value},
+            )
+        )
         return started[-1]
 
     yield start
@@ -83,7 +90,14 @@ def http_event(body, **fields):
 
 def rest_event(body, **headers):
     """As a REST API sends it (payload format 1.0)."""
-    return {"httpMethod": "POST", "path": "/", "headers": headers, "requestContext": {"httpMethod": "POST"}, "body": body, "isBase64Encoded": False}
+    return {
+        "httpMethod": "POST",
+        "path": "/",
+        "headers": headers,
+        "requestContext": {"httpMethod": "POST"},
+        "body": body,
+        "isBase64Encoded": False,
+    }
 
 
 def error(answer):
@@ -96,17 +110,27 @@ def error(answer):
 
 def refuse(status, model_status=None, message="", code=None):
     """An error as SageMaker's runtime sends it."""
-    body = {"Message": message, "OriginalStatusCode": model_status, "OriginalMessage": message} if model_status else {"Message": message}
+    body = (
+        {"Message": message, "OriginalStatusCode": model_status, "OriginalMessage": message}
+        if model_status
+        else {"Message": message}
+    )
     return lambda: (status, json.dumps(body).encode(), {"x_amzn_ErrorType": code or "ModelError"})
 
 
 # --- what arrives at the endpoint, and what comes back ---
 
 
-def test_a_direct_call_by_url_sends_the_pictures_bytes_and_answers_in_the_known_shape(function, endpoint):
+def test_a_direct_call_by_url_sends_the_pictures_bytes_and_answers_in_the_known_shape(
+    function, endpoint
+):
     answer = function.invoke({"url": f"http://{PUBLIC}/dog.png"})
     [call] = endpoint.calls
-    assert (call.path, call.content_type, call.body) == ("/endpoints/dogs/invocations", "application/octet-stream", PICTURE)
+    assert (call.path, call.content_type, call.body) == (
+        "/endpoints/dogs/invocations",
+        "application/octet-stream",
+        PICTURE,
+    )
     request_id = answer["headers"].pop("X-Request-Id")
     assert len(request_id) == 36
     assert answer == {
@@ -126,25 +150,51 @@ def test_base64_is_passed_on(function, endpoint):
 
 def test_of_several_pictures_those_by_url_are_fetched_and_the_others_kept(function, endpoint):
     text = base64.b64encode(PICTURE).decode()
-    assert function.invoke({"instances": [{"url": f"http://{PUBLIC}/dog.png"}, {"base64": "aGVsbG8="}], "output": "labels"})["statusCode"] == 200
+    assert (
+        function.invoke(
+            {
+                "instances": [{"url": f"http://{PUBLIC}/dog.png"}, {"base64": "aGVsbG8="}],
+                "output": "labels",
+            }
+        )["statusCode"]
+        == 200
+    )
     [call] = endpoint.calls
-    assert json.loads(call.body) == {"instances": [{"base64": text}, {"base64": "aGVsbG8="}], "output": "labels"}
+    assert json.loads(call.body) == {
+        "instances": [{"base64": text}, {"base64": "aGVsbG8="}],
+        "output": "labels",
+    }
 
 
 @pytest.mark.parametrize(
     "event",
     [
-        http_event(PICTURE, headers={"content-type": "image/png", "accept": "application/json; output=labels"}),
-        http_event(json.dumps({"url": f"http://{PUBLIC}/dog.png"}), headers={"accept": "application/json;output=labels"}),
-        rest_event(json.dumps({"url": f"http://{PUBLIC}/dog.png"}), **{"Accept": "application/json; output=labels"}),
+        http_event(
+            PICTURE,
+            headers={"content-type": "image/png", "accept": "application/json; output=labels"},
+        ),
+        http_event(
+            json.dumps({"url": f"http://{PUBLIC}/dog.png"}),
+            headers={"accept": "application/json;output=labels"},
+        ),
+        rest_event(
+            json.dumps({"url": f"http://{PUBLIC}/dog.png"}),
+            **{"Accept": "application/json; output=labels"},
+        ),
     ],
     ids=["function URL, bytes", "function URL, JSON", "REST API"],
 )
-def test_http_events_bring_bytes_or_json_and_get_only_fields_that_a_gateway_knows(function, endpoint, event):
+def test_http_events_bring_bytes_or_json_and_get_only_fields_that_a_gateway_knows(
+    function, endpoint, event
+):
     answer = function.invoke(event)
     assert answer.keys() == {"statusCode", "headers", "body"}
     [call] = endpoint.calls
-    assert (call.body, call.content_type, call.accept) == (PICTURE, "application/octet-stream", "application/json; output=labels")
+    assert (call.body, call.content_type, call.accept) == (
+        PICTURE,
+        "application/octet-stream",
+        "application/json; output=labels",
+    )
 
 
 # --- the caller's faults ---
@@ -176,10 +226,15 @@ def test_a_bad_request_is_400_and_never_reaches_the_endpoint(function, endpoint,
     assert endpoint.calls == []
 
 
-@pytest.mark.parametrize("address", ["169.254.169.254", "127.0.0.1", "[::ffff:10.0.0.1]", "localhost"])
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "127.0.0.1", "[::ffff:10.0.0.1]", "localhost"]
+)
 def test_no_url_leads_inside_and_all_refusals_read_alike(function, endpoint, address):
     status, message = error(function.invoke({"url": f"http://{address}/latest/meta-data"}))
-    assert (status, message) == (400, "the URL is not allowed: it must be http or https, on port 80 or 443, of a host with public addresses only")
+    assert (status, message) == (
+        400,
+        "the URL is not allowed: it must be http or https, on port 80 or 443, of a host with public addresses only",
+    )
     assert endpoint.calls == []
 
 
@@ -193,13 +248,18 @@ def peak(function):
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
 
 
-def test_pictures_that_are_too_large_together_are_refused_before_they_fill_the_memory(start, endpoint, web):
+def test_pictures_that_are_too_large_together_are_refused_before_they_fill_the_memory(
+    start, endpoint, web
+):
     function = start()
     web.files["/six.png"] = bytes(6_000_000)
     function.invoke({"url": f"http://{PUBLIC}/absent.png"})
     before = peak(function)
     pictures = [{"url": f"http://{PUBLIC}/six.png"}] * 16
-    assert error(function.invoke({"instances": pictures})) == (413, "the pictures have together more than 4,718,592 bytes")
+    assert error(function.invoke({"instances": pictures})) == (
+        413,
+        "the pictures have together more than 4,718,592 bytes",
+    )
     web.files["/two.png"] = bytes(2_000_000)
     pictures = [{"url": f"http://{PUBLIC}/two.png"}] * 16
     assert error(function.invoke({"instances": pictures, "output": "labels"}))[0] == 413
@@ -241,7 +301,9 @@ def test_too_much_at_once_is_429_after_a_second_try(function, endpoint, answer, 
     [
         refuse(424, 500, "a secret of the model"),
         refuse(500, message="a secret", code="InternalFailure"),
-        refuse(400, message="Endpoint dogs of account 123456789012 not found", code="ValidationError"),
+        refuse(
+            400, message="Endpoint dogs of account 123456789012 not found", code="ValidationError"
+        ),
         lambda: (502, b"<html>", {}),
     ],
     ids=["the model", "SageMaker", "no such endpoint", "no JSON"],
@@ -265,13 +327,19 @@ def test_an_endpoint_out_of_reach_is_502(start):
 
 def test_a_fault_of_ours_is_500_with_its_traceback_in_the_log_alone(start):
     function = start(ENDPOINT_NAME="")
-    assert error(function.invoke({"base64": ""})) == (500, "a fault of this function; its log has more under this request_id")
+    assert error(function.invoke({"base64": ""})) == (
+        500,
+        "a fault of this function; its log has more under this request_id",
+    )
     assert "KeyError: 'ENDPOINT_NAME'" in function.log.read_text()
 
 
 def test_who_fetches_urls_is_a_setting(start, endpoint):
     asked = {"url": f"http://{PUBLIC}/dog.png"}
-    assert error(start(FETCH_URLS="off").invoke(asked)) == (400, "this service fetches no URLs; send the picture's bytes")
+    assert error(start(FETCH_URLS="off").invoke(asked)) == (
+        400,
+        "this service fetches no URLs; send the picture's bytes",
+    )
     assert endpoint.calls == []
     assert start(FETCH_URLS="endpoint").invoke(asked)["statusCode"] == 200
     assert json.loads(endpoint.calls[0].body) == asked
@@ -288,8 +356,19 @@ def test_the_zip_is_small_and_its_bytes_follow_from_its_contents():
 def loaded(directory, code, **environment):
     script = f"import sys\n{code}\nprint(*sys.modules)"
     packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
-    environment = {"PYTHONPATH": packages, "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", **environment}
-    done = subprocess.run([sys.executable, "-S", "-c", script], cwd=directory, env=environment, capture_output=True, text=True)
+    environment = {
+        "PYTHONPATH": packages,
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -297,8 +376,16 @@ def loaded(directory, code, **environment):
 def test_the_client_is_made_when_needed_or_ahead_where_somebody_pays_for_that(proxy_zip):
     modules = loaded(proxy_zip, "import lambda_function")
     assert "boto3" not in modules
-    assert {name.split(".")[0] for name in modules} <= set(sys.stdlib_module_names) | {"lambda_function", "fetch", "__main__"}
-    assert "boto3" in loaded(proxy_zip, "import lambda_function", AWS_LAMBDA_INITIALIZATION_TYPE="provisioned-concurrency")
+    assert {name.split(".")[0] for name in modules} <= set(sys.stdlib_module_names) | {
+        "lambda_function",
+        "fetch",
+        "__main__",
+    }
+    assert "boto3" in loaded(
+        proxy_zip,
+        "import lambda_function",
+        AWS_LAMBDA_INITIALIZATION_TYPE="provisioned-concurrency",
+    )
 
 
 PLAIN = """
@@ -317,7 +404,13 @@ def test_a_cold_start_takes_at_most_a_fifth_more_than_boto3_itself(proxy_zip, en
         code = f"from {module} import handler\nclass Context: aws_request_id = 'x'\nassert '0.25' in str(handler({{'base64': ''}}, Context))"
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
-        loaded(directory, code, ENDPOINT_NAME="dogs", AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME=endpoint.url, **credentials)
+        loaded(
+            directory,
+            code,
+            ENDPOINT_NAME="dogs",
+            AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME=endpoint.url,
+            **credentials,
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -329,14 +422,24 @@ def test_a_cold_start_takes_at_most_a_fifth_more_than_boto3_itself(proxy_zip, en
 # --- the model inside the function ---
 
 
-def test_the_model_inside_the_function_gives_the_trained_networks_logits(original, expected, picture, web, tmp_path):
+def test_the_model_inside_the_function_gives_the_trained_networks_logits(
+    original, expected, picture, web, tmp_path
+):
     contents = {name: (PROJECT / name).read_bytes() for name in bundle.DIRECT}
-    contents |= {f"{bundle.PACKAGE}/{name}": data for name, data in bundle.slim(original / "model.tar.gz").items()}
+    contents |= {
+        f"{bundle.PACKAGE}/{name}": data
+        for name, data in bundle.slim(original / "model.tar.gz").items()
+    }
     assert "package/model.onnx" in contents and "package/model.safetensors" not in contents
     archive = bundle.archive(contents, 0)
     web.files["/golden.jpg"] = picture
     environment = {"WEB_PORT": str(web.port), "SERVING_SECONDS": "28"}
-    function = Function(unpack(archive, tmp_path / "zip"), "serving.lambda_direct.handler", tmp_path / "log.txt", **environment)
+    function = Function(
+        unpack(archive, tmp_path / "zip"),
+        "serving.lambda_direct.handler",
+        tmp_path / "log.txt",
+        **environment,
+    )
     try:
         for event in (
             {"base64": base64.b64encode(picture).decode()},

@@ -47,7 +47,14 @@ def recorded(package: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -66,13 +73,21 @@ def test_a_package_says_what_went_in_and_computes_the_trained_network(original, 
     loaded = load(original / form, threads=1)
     contents = make_contents(temporary)
     assert loaded.classes == contents.classes and loaded.preprocessing == contents.preprocessing
-    assert loaded.metrics == contents.metrics and loaded.config == contents.config and loaded.revision == contents.revision
+    assert (
+        loaded.metrics == contents.metrics
+        and loaded.config == contents.config
+        and loaded.revision == contents.revision
+    )
     pixels, logits = recorded(original / "package")
     for name, expected in zip(("0.jpg", "1.png", "2.webp"), pixels, strict=True):
         path = original / "package/golden" / name
-        assert np.array_equal(loaded.prepare(path), expected) and np.array_equal(loaded.prepare(path.read_bytes()), expected)
+        assert np.array_equal(loaded.prepare(path), expected) and np.array_equal(
+            loaded.prepare(path.read_bytes()), expected
+        )
     assert loaded.golden == 3 and loaded.difference <= 0.01 * loaded.allowed
-    np.testing.assert_allclose(loaded.predict(pixels), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    np.testing.assert_allclose(
+        loaded.predict(pixels), logits, rtol=0, atol=1e-5 * np.abs(logits).max()
+    )
 
 
 def test_an_archive_is_unpacked_for_no_longer_than_loading_takes(original, temporary):
@@ -96,7 +111,9 @@ def test_check_needs_neither_torch_nor_hydra_and_tells_a_person_what_it_found(or
         "import sys; from serving.__main__ import main; code = main(sys.argv[1:]);"
         "print('imported:', *sorted({'torch', 'hydra', 'omegaconf', 'onnx', 'trainer.results.package', 'launch'} & set(sys.modules))); sys.exit(code)"
     )
-    result = run("-c", script, "check", str(original / "model.tar.gz"), cwd=tmp_path, PYTHONPATH=str(PROJECT))
+    result = run(
+        "-c", script, "check", str(original / "model.tar.gz"), cwd=tmp_path, PYTHONPATH=str(PROJECT)
+    )
     assert (result.returncode, result.stderr) == (0, "")
     *summary, ok, imported = result.stdout.splitlines()
     assert ok == "ok" and imported == "imported:"
@@ -114,16 +131,37 @@ def test_check_needs_neither_torch_nor_hydra_and_tells_a_person_what_it_found(or
 def test_a_bad_package_ends_a_real_process_with_one_line_and_exit_code_2(package, tmp_path):
     (package / "model.onnx").unlink()
     result = run("-m", "serving", "check", str(package), cwd=tmp_path, PYTHONPATH=str(PROJECT))
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{package}: model.onnx is missing\n")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        2,
+        "",
+        f"{package}: model.onnx is missing\n",
+    )
 
 
 def test_help_works_without_opening_onnx_runtime(tmp_path):
-    result = run("-X", "importtime", "-m", "serving", "check", "--help", cwd=tmp_path, PYTHONPATH=str(PROJECT))
+    result = run(
+        "-X",
+        "importtime",
+        "-m",
+        "serving",
+        "check",
+        "--help",
+        cwd=tmp_path,
+        PYTHONPATH=str(PROJECT),
+    )
     assert result.returncode == 0 and "model.tar.gz" in result.stdout
     assert "onnxruntime" not in result.stderr and "torch" not in result.stderr
 
 
-@pytest.mark.parametrize("name", [".DS_Store", "MAR-INF/MANIFEST.json", "code/__pycache__/inference.cpython-311.pyc", "code/serving/__pycache__/x.pyc"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".DS_Store",
+        "MAR-INF/MANIFEST.json",
+        "code/__pycache__/inference.cpython-311.pyc",
+        "code/serving/__pycache__/x.pyc",
+    ],
+)
 def test_files_that_other_tools_leave_do_no_harm(package, name):
     (package / name).parent.mkdir(exist_ok=True)
     (package / name).write_bytes(b"\0")
@@ -156,26 +194,55 @@ def replace_picture(package: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda package: flip_a_bit(package / "model.safetensors"), "model.safetensors was changed after the package was built"),
+        (
+            lambda package: flip_a_bit(package / "model.safetensors"),
+            "model.safetensors was changed after the package was built",
+        ),
         (lambda package: flip_a_bit(package / "model.onnx"), "model.onnx was changed"),
-        (lambda package: flip_a_bit(package / "code/trainer/preprocess.py"), "code/trainer/preprocess.py was changed"),
+        (
+            lambda package: flip_a_bit(package / "code/trainer/preprocess.py"),
+            "code/trainer/preprocess.py was changed",
+        ),
         (replace_picture, "golden/1.png was changed"),
         (lambda package: (package / "golden/2.webp").unlink(), "golden/2.webp is missing"),
         (lambda package: (package / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda package: (package / "code/numpy.py").write_text(""), "code/numpy.py does not belong to the package"),
+        (
+            lambda package: (package / "code/numpy.py").write_text(""),
+            "code/numpy.py does not belong to the package",
+        ),
         (lambda package: edit(package, classes=["dog", "café", "hen"]), "package.json was changed"),
-        (lambda package: edit_preprocessing(package, interpolation="bicubic"), "package.json was changed"),
+        (
+            lambda package: edit_preprocessing(package, interpolation="bicubic"),
+            "package.json was changed",
+        ),
         (lambda package: edit_preprocessing(package, resize=41), "package.json was changed"),
         (lambda package: edit(package, sha256=None), "package.json was changed"),
-        (lambda package: edit(package, format=2), "package.json: its format is 2, and this version reads 1"),
-        (lambda package: (package / "package.json").write_text("[]"), "package.json: its format is None"),
-        (lambda package: (package / "package.json").write_text('{"format": 1'), "package.json is not JSON"),
-        (lambda package: (package / "package.json").write_bytes(b"\xff\xfe\0"), "package.json is not JSON"),
-        (lambda package: (package / "package.json").unlink(), "package.json is missing at the top level"),
+        (
+            lambda package: edit(package, format=2),
+            "package.json: its format is 2, and this version reads 1",
+        ),
+        (
+            lambda package: (package / "package.json").write_text("[]"),
+            "package.json: its format is None",
+        ),
+        (
+            lambda package: (package / "package.json").write_text('{"format": 1'),
+            "package.json is not JSON",
+        ),
+        (
+            lambda package: (package / "package.json").write_bytes(b"\xff\xfe\0"),
+            "package.json is not JSON",
+        ),
+        (
+            lambda package: (package / "package.json").unlink(),
+            "package.json is missing at the top level",
+        ),
         (shutil.rmtree, "there is no such file or directory"),
     ],
 )
-def test_a_package_that_is_not_as_it_was_built_is_refused(package, harm: Callable[[Path], object], message, capsys):
+def test_a_package_that_is_not_as_it_was_built_is_refused(
+    package, harm: Callable[[Path], object], message, capsys
+):
     harm(package)
     assert message in refusal(package, capsys)
 
@@ -186,7 +253,10 @@ def test_a_package_that_is_not_as_it_was_built_is_refused(package, harm: Callabl
 def seal(package: Path) -> None:
     """Brings every digest up to date, as a faulty builder would."""
     manifest = json.loads((package / "package.json").read_text())
-    manifest["files"] = {name: hashlib.sha256((package / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    manifest["files"] = {
+        name: hashlib.sha256((package / name).read_bytes()).hexdigest()
+        for name in manifest["files"]
+    }
     del manifest["sha256"]
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (package / "package.json").write_text(json.dumps(manifest))
@@ -215,23 +285,46 @@ def nudge_a_pixel(package: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda package: edit_preprocessing(package, interpolation="bicubic"), r"golden/0.jpg: \d+ of its 3072 pixel values are off, by up to \d+"),
-        (lambda package: edit_preprocessing(package, resize=41), r"golden/0.jpg: \d+ of its 3072 pixel values are off"),
+        (
+            lambda package: edit_preprocessing(package, interpolation="bicubic"),
+            r"golden/0.jpg: \d+ of its 3072 pixel values are off, by up to \d+",
+        ),
+        (
+            lambda package: edit_preprocessing(package, resize=41),
+            r"golden/0.jpg: \d+ of its 3072 pixel values are off",
+        ),
         (nudge_a_pixel, "golden/2.webp: 1 of its 3072 pixel values are off, by up to 1;"),
         (replace_picture, "golden/1.png: .* pixel values are off"),
         (
             lambda package: (package / "golden/0.jpg").write_bytes(b"no picture"),
             r"golden/0.jpg can't be read as a picture on this machine \(not a JPEG",
         ),
-        (lambda package: edit_preprocessing(package, size=28), "model.onnx does not fit package.json"),
-        (lambda package: edit(package, classes=["café", "dog"]), "model.onnx does not fit package.json"),
+        (
+            lambda package: edit_preprocessing(package, size=28),
+            "model.onnx does not fit package.json",
+        ),
+        (
+            lambda package: edit(package, classes=["café", "dog"]),
+            "model.onnx does not fit package.json",
+        ),
         (fix_the_batch, "model.onnx does not fit package.json"),
-        (lambda package: (package / "model.onnx").write_bytes(b"no network"), "model.onnx can't be opened by ONNX Runtime"),
-        (lambda package: change_weights(package, lambda weights: weights * np.float32(1.01)), "golden/.*: its logits are off by .*, allowed: "),
-        (lambda package: change_weights(package, lambda weights: weights * np.float32("nan")), "golden/0.jpg: its logits are off by nan"),
+        (
+            lambda package: (package / "model.onnx").write_bytes(b"no network"),
+            "model.onnx can't be opened by ONNX Runtime",
+        ),
+        (
+            lambda package: change_weights(package, lambda weights: weights * np.float32(1.01)),
+            "golden/.*: its logits are off by .*, allowed: ",
+        ),
+        (
+            lambda package: change_weights(package, lambda weights: weights * np.float32("nan")),
+            "golden/0.jpg: its logits are off by nan",
+        ),
     ],
 )
-def test_a_package_that_does_not_reproduce_its_golden_pictures_is_refused(package, harm: Callable[[Path], object], message, capfd):
+def test_a_package_that_does_not_reproduce_its_golden_pictures_is_refused(
+    package, harm: Callable[[Path], object], message, capfd
+):
     harm(package)
     seal(package)
     assert re.search(message, refusal(package, capfd))
@@ -262,7 +355,12 @@ def archive(path: Path, *members: tuple[str, Any, bytes]) -> Path:
 @pytest.mark.parametrize(
     ("name", "kind", "data", "message"),
     [
-        ("../escaped", tarfile.REGTYPE, b"x", "'../escaped' would be unpacked outside the package's directory"),
+        (
+            "../escaped",
+            tarfile.REGTYPE,
+            b"x",
+            "'../escaped' would be unpacked outside the package's directory",
+        ),
         ("code/../../escaped", tarfile.REGTYPE, b"x", "would be unpacked outside"),
         ("/{root}/escaped", tarfile.REGTYPE, b"x", "would be unpacked outside"),
         ("package.json", tarfile.SYMTYPE, b"/etc/passwd", "'package.json' is a link or a device"),
@@ -272,14 +370,18 @@ def archive(path: Path, *members: tuple[str, Any, bytes]) -> Path:
         ("model/package.json", tarfile.REGTYPE, b"{}", "package.json is missing at the top level"),
     ],
 )
-def test_an_archive_that_reaches_outside_or_is_laid_out_otherwise_is_refused(tmp_path, temporary, name, kind, data, message, capsys):
+def test_an_archive_that_reaches_outside_or_is_laid_out_otherwise_is_refused(
+    tmp_path, temporary, name, kind, data, message, capsys
+):
     path = archive(tmp_path / "model.tar.gz", (name.format(root=tmp_path), kind, data))
     assert message in refusal(path, capsys)
     assert not list(tmp_path.rglob("escaped")) and list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [9 << 30, -1024])
-def test_an_archive_whose_header_states_an_absurd_size_is_refused(tmp_path, temporary, size, capsys):
+def test_an_archive_whose_header_states_an_absurd_size_is_refused(
+    tmp_path, temporary, size, capsys
+):
     entry = tarfile.TarInfo("model.onnx")
     entry.size = size
     path = tmp_path / "model.tar.gz"
@@ -329,16 +431,22 @@ def test_the_packages_own_code_answers_as_the_network_did(original, tmp_path):
     )
     # -I: without our PYTHONPATH and the current directory, so that only the package's own code can be found.
     picture = original / "package/golden/1.png"
-    result = run("-I", "-B", "-c", script, str(code), str(original / "package"), str(picture), cwd=tmp_path)
+    result = run(
+        "-I", "-B", "-c", script, str(code), str(original / "package"), str(picture), cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     answer, modules = result.stdout.splitlines()
     assert modules == f"{code}/serving/package.py {code}/trainer/preprocess.py"
-    np.testing.assert_allclose(json.loads(answer), recorded(original / "package")[1][1:2], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        json.loads(answer), recorded(original / "package")[1][1:2], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "lanczos", "box"])
 def test_every_preprocessing_reproduces(tmp_path, interpolation):
-    contents = make_contents(tmp_path / "pictures", Preprocessing(resize=SIZE, size=SIZE, interpolation=interpolation))
+    contents = make_contents(
+        tmp_path / "pictures", Preprocessing(resize=SIZE, size=SIZE, interpolation=interpolation)
+    )
     build(make_network(), contents, tmp_path / "package", archive=False)
     assert load(tmp_path / "package").preprocessing.interpolation == interpolation
 

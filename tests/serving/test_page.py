@@ -31,7 +31,14 @@ def test_the_page_brings_all_it_needs():
 
 
 def test_the_card_holds_what_the_page_shows(engine):
-    assert card(engine.package).keys() == {"classes", "metrics", "created", "revision", "model", "size"}
+    assert card(engine.package).keys() == {
+        "classes",
+        "metrics",
+        "created",
+        "revision",
+        "model",
+        "size",
+    }
 
 
 @pytest.fixture
@@ -39,21 +46,30 @@ def browser(tmp_path, server):
     with Browser(tmp_path / "profile") as browser:
         browser.look(1200, 800, "light")
         browser.open(f"http://127.0.0.1:{server.port}/")
-        assert wait_for(lambda: "small_cnn" in browser.run("document.getElementById('card').textContent"))
+        assert wait_for(
+            lambda: "small_cnn" in browser.run("document.getElementById('card').textContent")
+        )
         yield browser
 
 
 def bars(browser: Browser) -> dict[str, float]:
     assert wait_for(lambda: browser.run("document.querySelectorAll('#bars li').length") == 3)
-    found = browser.run("[...document.querySelectorAll('#bars progress')].map(bar => [bar.getAttribute('aria-label'), bar.value])")
+    found = browser.run(
+        "[...document.querySelectorAll('#bars progress')].map(bar => [bar.getAttribute('aria-label'), bar.value])"
+    )
     return dict(found)
 
 
 def check_answer(browser, server, picture) -> None:
-    wanted = {row["label"]: row["probability"] for row in server.invoke(picture, Accept="application/json; output=labels").json[0]}
+    wanted = {
+        row["label"]: row["probability"]
+        for row in server.invoke(picture, Accept="application/json; output=labels").json[0]
+    }
     shown = bars(browser)
     assert list(shown) == list(wanted) and shown == pytest.approx(wanted, abs=1e-6)
-    assert browser.run("document.getElementById('status').textContent").startswith(next(iter(wanted)) + ", ")
+    assert browser.run("document.getElementById('status').textContent").startswith(
+        next(iter(wanted)) + ", "
+    )
     assert not browser.messages
 
 
@@ -76,10 +92,23 @@ class TestInChromium:
         assert browser.run("document.activeElement.id") == "url"
         browser.call("Input.insertText", text="http://127.0.0.1/a.jpg")
         browser.press("Enter", "\r")
-        assert wait_for(lambda: "the URL is not allowed" in browser.run("document.getElementById('status').textContent"))
+        assert wait_for(
+            lambda: (
+                "the URL is not allowed"
+                in browser.run("document.getElementById('status').textContent")
+            )
+        )
         tree = browser.call("Accessibility.getFullAXTree")["nodes"]
-        roles = {(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]}
-        assert {("heading", "Try the model"), ("textbox", "URL of a picture"), ("button", "Classify")} <= roles
+        roles = {
+            (node["role"]["value"], node.get("name", {}).get("value", ""))
+            for node in tree
+            if not node["ignored"]
+        }
+        assert {
+            ("heading", "Try the model"),
+            ("textbox", "URL of a picture"),
+            ("button", "Classify"),
+        } <= roles
         assert any(role == "status" for role, _ in roles)
 
     @pytest.mark.parametrize("width", [320, 1200])
@@ -98,7 +127,10 @@ def contrast(browser: Browser, selector: str) -> float:
 
     def luminance(colour: str) -> float:
         values = [int(value) / 255 for value in colour.removeprefix("rgb(").rstrip(")").split(",")]
-        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+        linear = [
+            value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+            for value in values
+        ]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     text = browser.run(f"getComputedStyle(document.querySelector('{selector}')).color")

@@ -33,25 +33,49 @@ def test_a_picture_gets_its_logits_over_http(server, picture, expected):
 def test_labels_and_json(server, picture):
     [row] = server.invoke(picture, Accept="application/json; output=labels").json
     assert {entry["label"] for entry in row} == set(CLASSES)
-    refused = server.invoke_json({"url": "http://169.254.169.254/latest/meta-data/"}, X_Request_Id="mine-1")
-    assert refused.status == 400 and refused.json["request_id"] == refused.headers["X-Request-Id"] == "mine-1"
-    assert "169.254.169.254 has the address 169.254.169.254" in server.log.read_text()  # told to the log, and not to the caller
+    refused = server.invoke_json(
+        {"url": "http://169.254.169.254/latest/meta-data/"}, X_Request_Id="mine-1"
+    )
+    assert (
+        refused.status == 400
+        and refused.json["request_id"] == refused.headers["X-Request-Id"] == "mine-1"
+    )
+    assert (
+        "169.254.169.254 has the address 169.254.169.254" in server.log.read_text()
+    )  # told to the log, and not to the caller
 
 
 def test_what_else_there_is(server):
     assert server.ask("GET", "/ping").status == 200
     page = server.ask("GET", "/")
-    assert page.status == 200 and "script-src 'sha256-" in page.headers["Content-Security-Policy"] and b"<!doctype html>" in page.body
+    assert (
+        page.status == 200
+        and "script-src 'sha256-" in page.headers["Content-Security-Policy"]
+        and b"<!doctype html>" in page.body
+    )
     card = server.ask("GET", "/card").json
-    assert card["classes"] == list(CLASSES) and card["metrics"]["test_top1"] == 0.875 and card["revision"] == "0123abc"
-    for method, path, status in (("GET", "/invocations", 405), ("POST", "/ping", 405), ("PUT", "/", 405), ("GET", "/x", 404), ("GET", "/../x", 404)):
+    assert (
+        card["classes"] == list(CLASSES)
+        and card["metrics"]["test_top1"] == 0.875
+        and card["revision"] == "0123abc"
+    )
+    for method, path, status in (
+        ("GET", "/invocations", 405),
+        ("POST", "/ping", 405),
+        ("PUT", "/", 405),
+        ("GET", "/x", 404),
+        ("GET", "/../x", 404),
+    ):
         reply = server.ask(method, path)
         assert reply.status == status and reply.json["request_id"] == reply.headers["X-Request-Id"]
 
 
 def test_metrics_count_requests(server, picture):
     def count(status: int) -> float:
-        found = re.search(rf'packhorse_requests_total{{status="{status}"}} ([\d.]+)', server.ask("GET", "/metrics").body.decode())
+        found = re.search(
+            rf'packhorse_requests_total{{status="{status}"}} ([\d.]+)',
+            server.ask("GET", "/metrics").body.decode(),
+        )
         return float(found[1]) if found else 0
 
     before = count(200), count(400)
@@ -59,7 +83,9 @@ def test_metrics_count_requests(server, picture):
     server.invoke(b"no picture")
     assert (count(200), count(400)) == (before[0] + 1, before[1] + 1)
     text = server.ask("GET", "/metrics").body.decode()
-    assert "process_resident_memory_bytes" in text and 'packhorse_batch_size_bucket{le="1.0"}' in text
+    assert (
+        "process_resident_memory_bytes" in text and 'packhorse_batch_size_bucket{le="1.0"}' in text
+    )
 
 
 def test_one_connection_serves_many_requests(server, picture):
@@ -79,9 +105,15 @@ def test_one_connection_serves_many_requests(server, picture):
 def test_a_body_that_is_too_large_is_refused(server, picture, chunked):
     body = iter([b"x" * 100_000] * 11) if chunked else b"x" * 1_100_000
     connection = server.connect()
-    connection.request("POST", "/invocations", body, {"Content-Type": "image/jpeg"}, encode_chunked=chunked)
+    connection.request(
+        "POST", "/invocations", body, {"Content-Type": "image/jpeg"}, encode_chunked=chunked
+    )
     answer = connection.getresponse()
-    assert answer.status == 413 and b"allowed" in answer.read() and b"1,000,000" in server.invoke(b"x" * 1_000_001).body
+    assert (
+        answer.status == 413
+        and b"allowed" in answer.read()
+        and b"1,000,000" in server.invoke(b"x" * 1_000_001).body
+    )
     connection.close()
     assert server.invoke(picture).status == 200
 
@@ -103,7 +135,11 @@ def test_a_file_that_would_take_minutes_is_refused_and_holds_up_nobody(server, p
 
 
 def test_what_is_no_http_gets_400_as_json(server, picture):
-    for request in (b"hello\r\n\r\n", b"GET / HTTP/1.1\r\nA\x00: b\r\n\r\n", b"POST /invocations HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n"):
+    for request in (
+        b"hello\r\n\r\n",
+        b"GET / HTTP/1.1\r\nA\x00: b\r\n\r\n",
+        b"POST /invocations HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+    ):
         with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
             connection.sendall(request)
             answer = http.client.HTTPResponse(connection)
@@ -122,7 +158,10 @@ def test_requests_beyond_the_queue_get_503_and_when_to_try_again(start, original
     metric = b"packhorse_requests_in_progress 2.0"
     assert wait_for(lambda: metric in server.ask("GET", "/metrics").body)
     refused = server.invoke(picture)
-    assert (refused.status, refused.headers["Retry-After"]) == (503, "1") and "request_id" in refused.json
+    assert (refused.status, refused.headers["Retry-After"]) == (
+        503,
+        "1",
+    ) and "request_id" in refused.json
     assert server.ask("GET", "/ping").status == 200
     for connection in waiting:
         connection.send(picture)
@@ -173,12 +212,23 @@ def test_one_slow_url_does_not_hold_up_the_others(start, original, picture, tmp_
         "def getaddrinfo(host, *rest, **more):\n    time.sleep(8 if host == 'slow.example' else 0)\n    return ask(host, *rest, **more)\n"
         "socket.getaddrinfo = getaddrinfo\n"
     )
-    server = start(str(original / "package"), "--seconds", "1.5", PYTHONPATH=f"{tmp_path}:{PROJECT}")
+    server = start(
+        str(original / "package"), "--seconds", "1.5", PYTHONPATH=f"{tmp_path}:{PROJECT}"
+    )
     replies: list[int] = []
-    slow = [threading.Thread(target=lambda: replies.append(server.invoke_json({"url": "http://slow.example/"}).status)) for _ in range(8)]
+    slow = [
+        threading.Thread(
+            target=lambda: replies.append(
+                server.invoke_json({"url": "http://slow.example/"}).status
+            )
+        )
+        for _ in range(8)
+    ]
     for thread in slow:
         thread.start()
-    assert wait_for(lambda: b"packhorse_requests_in_progress 8.0" in server.ask("GET", "/metrics").body)
+    assert wait_for(
+        lambda: b"packhorse_requests_in_progress 8.0" in server.ask("GET", "/metrics").body
+    )
     assert server.invoke(picture).status == 200
     assert not replies
     for thread in slow:
@@ -200,7 +250,11 @@ def impatient(engine, monkeypatch):
     thread.join()
 
 
-@pytest.mark.parametrize("before", [b"", b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n"], ids=["first request", "second request"])
+@pytest.mark.parametrize(
+    "before",
+    [b"", b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n"],
+    ids=["first request", "second request"],
+)
 def test_a_connection_whose_head_trickles_is_closed(impatient, before):
     with socket.create_connection(("127.0.0.1", impatient), 5) as connection:
         connection.sendall(before + b"POST /invocations HTTP/1.1\r\nA: ")
@@ -269,7 +323,10 @@ def order(package: Path) -> None:
         (interpolation, "pixel values are off"),
         (order, "package.json was changed"),
         (weight, "logits are off"),
-        (lambda package: change_weights(package, lambda weights: -weights), "model.onnx was changed"),
+        (
+            lambda package: change_weights(package, lambda weights: -weights),
+            "model.onnx was changed",
+        ),
     ],
 )
 def test_a_changed_package_never_becomes_healthy(original, tmp_path, harm, message):
@@ -295,7 +352,11 @@ def test_a_changed_package_never_becomes_healthy(original, tmp_path, harm, messa
 )
 def test_mistakes_end_with_one_line(tmp_path, arguments, message):
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "serving", "serve", *arguments], cwd=tmp_path, env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
+        [sys.executable, "-P", "-m", "serving", "serve", *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
@@ -317,7 +378,12 @@ def test_sigterm_under_load_answers_every_accepted_request(start, original, pict
             except ConnectionRefusedError:
                 return
             try:
-                connection.request("POST", "/invocations", picture, {"Content-Type": "image/jpeg"} | ({} if keep else {"Connection": "close"}))
+                connection.request(
+                    "POST",
+                    "/invocations",
+                    picture,
+                    {"Content-Type": "image/jpeg"} | ({} if keep else {"Connection": "close"}),
+                )
                 answer = connection.getresponse()
                 answer.read()
             except (OSError, http.client.HTTPException) as error:
@@ -345,16 +411,22 @@ def test_a_request_on_its_way_at_sigterm_is_still_read_and_answered(start, origi
     connection.putrequest("POST", "/invocations")
     connection.putheader("Content-Length", str(len(picture)))
     connection.endheaders(picture[:100])
-    assert wait_for(lambda: b"packhorse_requests_in_progress 1.0" in server.ask("GET", "/metrics").body)
+    assert wait_for(
+        lambda: b"packhorse_requests_in_progress 1.0" in server.ask("GET", "/metrics").body
+    )
     server.process.terminate()
-    assert wait_for(lambda: server.ask("GET", "/ping").status == 503)  # whoever balances the load is told
+    assert wait_for(
+        lambda: server.ask("GET", "/ping").status == 503
+    )  # whoever balances the load is told
     connection.send(picture[100:])
     answer = connection.getresponse()
     assert (answer.status, answer.headers["Connection"]) == (200, "close")
     assert server.process.wait(600) == 0
 
 
-def test_a_decoder_that_hangs_is_told_by_ping_and_does_not_outlive_the_drain(start, original, tmp_path):
+def test_a_decoder_that_hangs_is_told_by_ping_and_does_not_outlive_the_drain(
+    start, original, tmp_path
+):
     """No file is known that does this; here the decoder of GIF hangs for an hour."""
     (tmp_path / "sitecustomize.py").write_text(
         "import time\nfrom PIL import GifImagePlugin\nGifImagePlugin.GifImageFile.load_prepare = lambda self: time.sleep(3600)\n"
@@ -370,6 +442,14 @@ def test_a_decoder_that_hangs_is_told_by_ping_and_does_not_outlive_the_drain(sta
 
 
 def test_a_port_that_is_taken_ends_the_server(original, server):
-    command = [sys.executable, "-m", "serving", "serve", str(original / "package"), "--port", str(server.port)]
+    command = [
+        sys.executable,
+        "-m",
+        "serving",
+        "serve",
+        str(original / "package"),
+        "--port",
+        str(server.port),
+    ]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0 and "address already in use" in done.stdout

@@ -18,9 +18,17 @@ ARN = {
     "EndpointLogs": f"arn:aws:logs:us-east-1:{NO_ACCOUNT}:log-group:/aws/sagemaker/Endpoints/{NAME}:*",
     "FunctionLogs": f"arn:aws:logs:us-east-1:{NO_ACCOUNT}:log-group:/aws/lambda/{NAME}:*",
 }
-PSEUDO = {"AWS::StackName": NAME, "AWS::Region": "us-east-1", "AWS::AccountId": NO_ACCOUNT, "AWS::Partition": "aws"}
+PSEUDO = {
+    "AWS::StackName": NAME,
+    "AWS::Region": "us-east-1",
+    "AWS::AccountId": NO_ACCOUNT,
+    "AWS::Partition": "aws",
+}
 DEFAULTS = {name: str(body.get("Default", "")) for name, body in template()["Parameters"].items()}
-VALUES = DEFAULTS | {"ModelArn": "arn:aws:s3:::dogs/serving/model.tar.gz", "ImageArn": f"arn:aws:ecr:us-east-1:{NO_ACCOUNT}:repository/dogs"}
+VALUES = DEFAULTS | {
+    "ModelArn": "arn:aws:s3:::dogs/serving/model.tar.gz",
+    "ImageArn": f"arn:aws:ecr:us-east-1:{NO_ACCOUNT}:repository/dogs",
+}
 
 
 def resolve(node):
@@ -52,7 +60,11 @@ def properties(name):
 
 
 def test_cfn_lint_finds_nothing():
-    done = subprocess.run([Path(sys.executable).with_name("cfn-lint"), "--include-checks", "W", "--", TEMPLATE], capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("cfn-lint"), "--include-checks", "W", "--", TEMPLATE],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -69,18 +81,26 @@ def test_the_policy_linters_find_nothing(policy):
 @pytest.mark.parametrize("policy", list(policies()))
 def test_a_star_stands_only_where_the_action_has_no_resource_level(policy):
     for statement in policy["Statement"]:
-        actions = [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
+        actions = (
+            [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
+        )
         assert not any("*" in action for action in actions)
         if statement["Resource"] == "*":
             assert actions in (["ecr:GetAuthorizationToken"], ["cloudwatch:PutMetricData"])
-            assert actions != ["cloudwatch:PutMetricData"] or "cloudwatch:namespace" in statement["Condition"]["StringEquals"]
+            assert (
+                actions != ["cloudwatch:PutMetricData"]
+                or "cloudwatch:namespace" in statement["Condition"]["StringEquals"]
+            )
         else:
             assert "*" not in statement["Resource"].removesuffix(":*")
 
 
 def test_the_function_may_call_one_endpoint_and_nothing_can_make_a_log_group():
     text = json.dumps(resolve(properties("FunctionRole")["Policies"]))
-    assert f'"sagemaker:InvokeEndpoint", "Resource": "arn:aws:sagemaker:us-east-1:{NO_ACCOUNT}:endpoint/{NAME}"' in text
+    assert (
+        f'"sagemaker:InvokeEndpoint", "Resource": "arn:aws:sagemaker:us-east-1:{NO_ACCOUNT}:endpoint/{NAME}"'
+        in text
+    )
     assert "CreateLogGroup" not in TEMPLATE.read_text()
 
 
@@ -97,26 +117,46 @@ def test_the_write_ups_numbers_are_the_defaults():
     assert wanted.items() <= DEFAULTS.items()
     tracking = properties("ScalingPolicy")["TargetTrackingScalingPolicyConfiguration"]
     assert tracking == {
-        "PredefinedMetricSpecification": {"PredefinedMetricType": "SageMakerVariantInvocationsPerInstance"},
+        "PredefinedMetricSpecification": {
+            "PredefinedMetricType": "SageMakerVariantInvocationsPerInstance"
+        },
         "TargetValue": {"Ref": "InvocationsPerInstance"},
         "ScaleOutCooldown": {"Ref": "ScaleOutCooldown"},
         "ScaleInCooldown": {"Ref": "ScaleInCooldown"},
     }
     target = properties("ScalableTarget")
-    assert (target["MinCapacity"], target["MaxCapacity"]) == ({"Ref": "MinInstances"}, {"Ref": "MaxInstances"})
+    assert (target["MinCapacity"], target["MaxCapacity"]) == (
+        {"Ref": "MinInstances"},
+        {"Ref": "MaxInstances"},
+    )
     assert target["ScalableDimension"] == "sagemaker:variant:DesiredInstanceCount"
     warm = properties("Alias")["ProvisionedConcurrencyConfig"]["Fn::If"]
-    assert warm[:2] == ["Warm", {"ProvisionedConcurrentExecutions": {"Ref": "ProvisionedConcurrency"}}]
+    assert warm[:2] == [
+        "Warm",
+        {"ProvisionedConcurrentExecutions": {"Ref": "ProvisionedConcurrency"}},
+    ]
 
 
 def test_an_update_is_blue_green_and_rolled_back_by_both_alarms():
     deployment = properties("Endpoint")["DeploymentConfig"]
-    assert deployment["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]["WaitIntervalInSeconds"] == {"Ref": "BakeSeconds"}
-    alarms = [alarm["AlarmName"]["Ref"] for alarm in deployment["AutoRollbackConfiguration"]["Alarms"]]
-    assert alarms == [name for name, body in template()["Resources"].items() if body["Type"] == "AWS::CloudWatch::Alarm"]
+    assert deployment["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"][
+        "WaitIntervalInSeconds"
+    ] == {"Ref": "BakeSeconds"}
+    alarms = [
+        alarm["AlarmName"]["Ref"] for alarm in deployment["AutoRollbackConfiguration"]["Alarms"]
+    ]
+    assert alarms == [
+        name
+        for name, body in template()["Resources"].items()
+        if body["Type"] == "AWS::CloudWatch::Alarm"
+    ]
     for name in ("Model", "EndpointConfig"):
-        assert "EndpointRelease" in set(references(properties(name))), "it can only be replaced under another name"
-    assert properties("Version")["Description"] == {"Ref": "FunctionRelease"} and "FunctionRelease" in set(references(properties("Function")))
+        assert "EndpointRelease" in set(references(properties(name))), (
+            "it can only be replaced under another name"
+        )
+    assert properties("Version")["Description"] == {
+        "Ref": "FunctionRelease"
+    } and "FunctionRelease" in set(references(properties("Function")))
 
 
 def test_the_url_is_off_signed_and_of_the_alias():
@@ -128,18 +168,26 @@ def test_the_url_is_off_signed_and_of_the_alias():
 def test_each_setting_makes_just_what_it_needs():
     everything = set(template()["Resources"])
     assert set(resources(DEFAULTS)) == everything - {"Url"}
-    assert set(resources(DEFAULTS | {"MaxInstances": "1"})) == everything - {"Url", "ScalableTarget", "ScalingPolicy"}
+    assert set(resources(DEFAULTS | {"MaxInstances": "1"})) == everything - {
+        "Url",
+        "ScalableTarget",
+        "ScalingPolicy",
+    }
     inside = resources(DEFAULTS | {"Door": "lambda"})
     assert set(inside) == {"FunctionLogs", "FunctionRole", "Function", "Version", "Alias"}
 
 
 def test_the_endpoint_has_a_network_only_where_it_fetches():
-    assert properties("Model")["EnableNetworkIsolation"] == {"Fn::If": ["EndpointFetches", False, True]}
+    assert properties("Model")["EnableNetworkIsolation"] == {
+        "Fn::If": ["EndpointFetches", False, True]
+    }
 
 
 def test_the_function_answers_before_its_time_is_up():
     proxy = lambda_function
-    longest = proxy.FETCH_SECONDS + proxy.ATTEMPTS * (proxy.CONNECT_SECONDS + proxy.ENDPOINT_SECONDS) + 1
+    longest = (
+        proxy.FETCH_SECONDS + proxy.ATTEMPTS * (proxy.CONNECT_SECONDS + proxy.ENDPOINT_SECONDS) + 1
+    )
     assert longest < 29 < properties("Function")["Timeout"]
 
 

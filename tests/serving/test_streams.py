@@ -42,7 +42,9 @@ class Shown(Server):
 def test_a_server_that_nobody_looks_at_goes_on_serving(original, picture, opened):
     server = Shown(opened(), str(original / "package"))
     try:
-        statuses = [server.invoke(body).status for body in (picture, b"no picture", picture)]  # each is a line of its log
+        statuses = [
+            server.invoke(body).status for body in (picture, b"no picture", picture)
+        ]  # each is a line of its log
         assert statuses == [200, 400, 200] and server.ask("GET", "/ping").status == 200
         assert server.stop() == OK
     finally:

@@ -23,8 +23,18 @@ from trainer.common import files
 from trainer.common.errors import MISTAKE, OK
 from trainer.training import checkpoint
 
-FOLDER = (*QUICK, "data=folder", "model=small_cnn", "data.root=pictures", "data.workers=0", "platform.cache=cache")
-OFFLINE = {"TORCH_HOME": "torch", "https_proxy": "http://127.0.0.1:9"}  # port 9: nobody answers there
+FOLDER = (
+    *QUICK,
+    "data=folder",
+    "model=small_cnn",
+    "data.root=pictures",
+    "data.workers=0",
+    "platform.cache=cache",
+)
+OFFLINE = {
+    "TORCH_HOME": "torch",
+    "https_proxy": "http://127.0.0.1:9",
+}  # port 9: nobody answers there
 IS_ROOT = os.geteuid() == 0
 
 
@@ -32,7 +42,9 @@ def check_refused(result: tuple[int, str], cwd: Path, *said: str) -> None:
     """One line, the last, says all of `said`, and nothing half-written is left."""
     code, output = result
     assert code == MISTAKE, output
-    assert [line for line in output.splitlines() if line.startswith("error: ")] == output.splitlines()[-1:], output
+    assert [
+        line for line in output.splitlines() if line.startswith("error: ")
+    ] == output.splitlines()[-1:], output
     assert not any(sign in output for sign in ("Traceback", "Logging error", "Exception")), output
     for part in said:
         assert part in output.splitlines()[-1]
@@ -40,7 +52,11 @@ def check_refused(result: tuple[int, str], cwd: Path, *said: str) -> None:
 
 
 def half_written(cwd: Path) -> list[Path]:
-    return [path for path in cwd.rglob("*") if path.name.startswith(files.ASIDE) or path.name.endswith(".partial")]
+    return [
+        path
+        for path in cwd.rglob("*")
+        if path.name.startswith(files.TEMPORARY) or path.name.endswith(".partial")
+    ]
 
 
 @pytest.fixture
@@ -101,26 +117,85 @@ def leave_alone(path: Path) -> None:
 
 # What is wrong: how it comes about, overrides, what the line must say.
 FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] = {
-    "no data.root": (remove("."), (), ("data.root=pictures: there is no such folder", "holds train")),
-    "two names for valid": (add_folder("VAL"), (), ("pictures has two folders for valid", "VAL and valid", "data.valid=pictures/")),
-    "two names for train": (add_folder("training"), (), ("pictures has two folders for train", "train and training")),
-    "data.root is a file": (become_a_file, (), ("pictures/train: there is no such folder", "data.root must hold train")),
-    "no splits": (lose_the_splits, (), ("pictures/train: there is no such folder", "circle, square, stripe", "give data.train=pictures")),
-    "no classes": (lose_the_classes, (), ("pictures/train: there is no class folder", "needs at least two")),
-    "one class": (remove("train/circle", "train/square"), (), ("pictures/train: there is only one class folder, stripe", "needs at least two")),
-    "an empty class": (add_folder("train/zebra"), (), ("pictures/train: no picture in the class folder zebra", "or remove it")),
-    "a class only in valid": (add_folder("valid/zebra", "0.png"), (), ("pictures/valid: train has no class zebra", "remove them here")),
-    "a class only in test": (add_folder("test/zebra", "0.png"), (), ("pictures/test: train has no class zebra", "remove them here")),
-    "data.valid misspelt": (leave_alone, ("data.valid=pictures/vaild",), ("data.valid=pictures/vaild: there is no such folder", "give another")),
+    "no data.root": (
+        remove("."),
+        (),
+        ("data.root=pictures: there is no such folder", "holds train"),
+    ),
+    "two names for valid": (
+        add_folder("VAL"),
+        (),
+        ("pictures has two folders for valid", "VAL and valid", "data.valid=pictures/"),
+    ),
+    "two names for train": (
+        add_folder("training"),
+        (),
+        ("pictures has two folders for train", "train and training"),
+    ),
+    "data.root is a file": (
+        become_a_file,
+        (),
+        ("pictures/train: there is no such folder", "data.root must hold train"),
+    ),
+    "no splits": (
+        lose_the_splits,
+        (),
+        (
+            "pictures/train: there is no such folder",
+            "circle, square, stripe",
+            "give data.train=pictures",
+        ),
+    ),
+    "no classes": (
+        lose_the_classes,
+        (),
+        ("pictures/train: there is no class folder", "needs at least two"),
+    ),
+    "one class": (
+        remove("train/circle", "train/square"),
+        (),
+        ("pictures/train: there is only one class folder, stripe", "needs at least two"),
+    ),
+    "an empty class": (
+        add_folder("train/zebra"),
+        (),
+        ("pictures/train: no picture in the class folder zebra", "or remove it"),
+    ),
+    "a class only in valid": (
+        add_folder("valid/zebra", "0.png"),
+        (),
+        ("pictures/valid: train has no class zebra", "remove them here"),
+    ),
+    "a class only in test": (
+        add_folder("test/zebra", "0.png"),
+        (),
+        ("pictures/test: train has no class zebra", "remove them here"),
+    ),
+    "data.valid misspelt": (
+        leave_alone,
+        ("data.valid=pictures/vaild",),
+        ("data.valid=pictures/vaild: there is no such folder", "give another"),
+    ),
     "a class all broken": (
         empty_pictures("train/stripe/*"),
         ("data.max_broken=1",),
-        ("class stripe: none of its training pictures", "pictures/train/stripe/000.png (the file is empty)", "and 3 more", "add others"),
+        (
+            "class stripe: none of its training pictures",
+            "pictures/train/stripe/000.png (the file is empty)",
+            "and 3 more",
+            "add others",
+        ),
     ),
     "too many broken": (
         empty_pictures("*/*/000.png"),
         ("data.max_broken=0.2",),
-        ("9 of 42 pictures", "data.max_broken=0.2", "pictures/train/circle/000.png (the file is empty)", "and 4 more", "allow more"),
+        (
+            "9 of 42 pictures",
+            "data.max_broken=0.2",
+            "pictures/train/circle/000.png (the file is empty)",
+            "and 4 more",
+            "allow more",
+        ),
     ),
 }
 
@@ -145,24 +220,55 @@ class Bomb:
 SETTINGS = {
     "name=../elsewhere": ["name=../elsewhere is not allowed", "one directory"],
     "model=torchvision model.name=resnet49": ["model.name=resnet49 is not allowed", "resnet50"],
-    "model=torchvision model.name=resnet18": ["model.weights=DEFAULT", "could not be downloaded", "model.weights=FILE", "model=small_cnn"],
-    "model=torchvision model.name=vit_b_32 model.weights=null": ["vit_b_32", "data.size=16", "Expected 224", "give another data.size"],
+    "model=torchvision model.name=resnet18": [
+        "model.weights=DEFAULT",
+        "could not be downloaded",
+        "model.weights=FILE",
+        "model=small_cnn",
+    ],
+    "model=torchvision model.name=vit_b_32 model.weights=null": [
+        "vit_b_32",
+        "data.size=16",
+        "Expected 224",
+        "give another data.size",
+    ],
     "model.weights=missing.pth": ["model.weights=missing.pth: there is no such file"],
-    "model.weights=damaged.safetensors": ["model.weights=damaged.safetensors is damaged", "allowed: a state dict"],
-    "model.weights=bomb.pth": ["model.weights=bomb.pth is damaged, or holds more than tensors", "allowed: a state dict"],
-    "model.weights=other.pth": ["model.weights=other.pth doesn't fit the model: it lacks 0.weight", "check model.name"],
+    "model.weights=damaged.safetensors": [
+        "model.weights=damaged.safetensors is damaged",
+        "allowed: a state dict",
+    ],
+    "model.weights=bomb.pth": [
+        "model.weights=bomb.pth is damaged, or holds more than tensors",
+        "allowed: a state dict",
+    ],
+    "model.weights=other.pth": [
+        "model.weights=other.pth doesn't fit the model: it lacks 0.weight",
+        "check model.name",
+    ],
     "train.device=cuda": ["train.device=cuda", "sees no GPU", "use train.device=cpu"],
-    "train.device=cpu train.precision=fp16": ["train.precision=fp16 is for GPUs", "allowed: auto, fp32"],
-    "optim.lr=1e30 optim.warmup_epochs=0": ["the loss is nan in epoch 1", "lower optim.lr (now 1e+30)"],
+    "train.device=cpu train.precision=fp16": [
+        "train.precision=fp16 is for GPUs",
+        "allowed: auto, fp32",
+    ],
+    "optim.lr=1e30 optim.warmup_epochs=0": [
+        "the loss is nan in epoch 1",
+        "lower optim.lr (now 1e+30)",
+    ],
 }
 
 
-@pytest.mark.parametrize("damage", [b"Inine\n", b"\x80\x04K", b"", bytes(1000)], ids=["no number", "cut off", "empty", "zeros"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"Inine\n", b"\x80\x04K", b"", bytes(1000)],
+    ids=["no number", "cut off", "empty", "zeros"],
+)
 def test_a_damaged_download_is_one_line(cwd, damage):
     (cwd / "torch/hub/checkpoints").mkdir(parents=True)
     (cwd / "torch/hub/checkpoints/resnet34-b627a593.pth").write_bytes(damage)
     done = run_trainer(cwd, *FOLDER, "model=torchvision", "model.name=resnet34", **OFFLINE)
-    check_refused(done, cwd, "model.weights=DEFAULT", "torch/hub/checkpoints is damaged", "delete it")
+    check_refused(
+        done, cwd, "model.weights=DEFAULT", "torch/hub/checkpoints is damaged", "delete it"
+    )
 
 
 @pytest.mark.parametrize("overrides", SETTINGS)
@@ -171,7 +277,11 @@ def test_a_setting_that_cannot_work_is_one_line(cwd, overrides):
     (cwd / "bomb.pth").write_bytes(pickle.dumps(Bomb()))
     torch.save(torch.nn.Linear(2, 2).state_dict(), cwd / "other.pth")
     said = SETTINGS[overrides]
-    check_refused(run_trainer(cwd, *FOLDER, *overrides.split(), CUDA_VISIBLE_DEVICES="", **OFFLINE), cwd, *said)
+    check_refused(
+        run_trainer(cwd, *FOLDER, *overrides.split(), CUDA_VISIBLE_DEVICES="", **OFFLINE),
+        cwd,
+        *said,
+    )
     assert not (cwd / "exploded").exists()
 
 
@@ -190,9 +300,15 @@ def png_header(width: int, height: int) -> bytes:
     """A PNG that claims to be that large, and holds no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+    )
 
 
 def half(data: bytes) -> bytes:
@@ -215,7 +331,9 @@ BROKEN = {
 
 
 NEVER_OPENED = {"fifo.jpg", "loop.jpg", "nowhere.jpg", "device.jpg"}
-NOT_TEXT = {"0\udcff.jpg": "0\\udcff.jpg"} if sys.platform == "linux" else {}  # the byte 255, and how it is shown; elsewhere names must be text
+NOT_TEXT = (
+    {"0\udcff.jpg": "0\\udcff.jpg"} if sys.platform == "linux" else {}
+)  # the byte 255, and how it is shown; elsewhere names must be text
 
 
 @pytest.fixture(scope="module")
@@ -272,13 +390,24 @@ def test_a_run_that_another_process_has_is_one_line(cwd):
     (cwd / "runs/mine").mkdir(parents=True)
     with (cwd / "runs/mine/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        check_refused(run_trainer(cwd, *FOLDER, "name=mine"), cwd, "runs/mine: another process trains in this run", "another name=...")
+        check_refused(
+            run_trainer(cwd, *FOLDER, "name=mine"),
+            cwd,
+            "runs/mine: another process trains in this run",
+            "another name=...",
+        )
 
 
 # Overrides under which an unfinished run must not go on: what the line must say.
 CHANGED = {
-    "data.root=pictures": ["runs/mine/checkpoints: the pictures have changed since this run began", "bring them back"],
-    "seed=1": ["runs/mine/checkpoints: this run began with other settings (seed: 0 then, 1 now)", "another name=..."],
+    "data.root=pictures": [
+        "runs/mine/checkpoints: the pictures have changed since this run began",
+        "bring them back",
+    ],
+    "seed=1": [
+        "runs/mine/checkpoints: this run began with other settings (seed: 0 then, 1 now)",
+        "another name=...",
+    ],
 }
 
 
@@ -299,13 +428,28 @@ BOUND = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if IS_ROOT 
 # What may not be touched: its mode, overrides, what the line must say.
 FORBIDDEN = {
     "runs": (0o555, [], ["runs/mine: permission denied", "platform.runs=DIR"]),
-    "pictures/train/square": (0, [], ["pictures/train/square: permission denied", "let this user use it"]),
-    "pictures/test/square/000.png": (0, ["data.max_broken=1"], ["pictures/test/square/000.png: permission denied", "let this user use it"]),
-    "clothes": (0o555, ["data=fashion_mnist", "data.root=clothes/here"], ["clothes/", "permission denied", "data.root=DIR"]),
+    "pictures/train/square": (
+        0,
+        [],
+        ["pictures/train/square: permission denied", "let this user use it"],
+    ),
+    "pictures/test/square/000.png": (
+        0,
+        ["data.max_broken=1"],
+        ["pictures/test/square/000.png: permission denied", "let this user use it"],
+    ),
+    "clothes": (
+        0o555,
+        ["data=fashion_mnist", "data.root=clothes/here"],
+        ["clothes/", "permission denied", "data.root=DIR"],
+    ),
 }
 
 
-@pytest.mark.skipif(IS_ROOT and shutil.which("setpriv") is None, reason="root is bound by no permission, and there is no setpriv to bind it")
+@pytest.mark.skipif(
+    IS_ROOT and shutil.which("setpriv") is None,
+    reason="root is bound by no permission, and there is no setpriv to bind it",
+)
 @pytest.mark.parametrize("path", FORBIDDEN)
 def test_what_may_not_be_read_or_written_is_one_line(cwd, path):
     mode, overrides, said = FORBIDDEN[path]
@@ -313,7 +457,14 @@ def test_what_may_not_be_read_or_written_is_one_line(cwd, path):
         (cwd / folder).mkdir()
     (cwd / path).chmod(mode)
     command = [*BOUND, sys.executable, "-m", "trainer", *FOLDER, "name=mine", *overrides]
-    done = subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(PROJECT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     (cwd / path).chmod(0o700)
     check_refused((done.returncode, done.stdout), cwd, *said)
 
@@ -331,7 +482,9 @@ class Disk:
         """Makes it as large as what it holds, and so much more."""
         status = os.statvfs(self.path)
         used = (status.f_blocks - status.f_bfree) * status.f_bsize
-        subprocess.run(["mount", "-o", f"remount,size={used + 1024 * kilobytes}", str(self.path)], check=True)
+        subprocess.run(
+            ["mount", "-o", f"remount,size={used + 1024 * kilobytes}", str(self.path)], check=True
+        )
 
 
 @contextmanager
@@ -346,7 +499,10 @@ def disk(path: Path) -> Iterator[Disk]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-needs_mount = pytest.mark.skipif(sys.platform != "linux" or not IS_ROOT, reason="a small file system must be mounted, as root on Linux")
+needs_mount = pytest.mark.skipif(
+    sys.platform != "linux" or not IS_ROOT,
+    reason="a small file system must be mounted, as root on Linux",
+)
 
 
 @needs_mount
@@ -371,9 +527,13 @@ def test_a_full_disk_is_one_line_at_every_stage_and_with_room_the_run_goes_on(cw
         for room, room_of_models, full in stages:
             runs.leave(room)
             models.leave(room_of_models)
-            check_refused(run_trainer(cwd, *command), cwd, f"{full}: no space is left", "platform.runs=DIR")
+            check_refused(
+                run_trainer(cwd, *command), cwd, f"{full}: no space is left", "platform.runs=DIR"
+            )
             if "checkpoints" in full:
-                assert [path.name for path in checkpoint.steps(cwd / "runs/mine/checkpoints")] == ["step-00000003-evaluated"]
+                assert [path.name for path in checkpoint.steps(cwd / "runs/mine/checkpoints")] == [
+                    "step-00000003-evaluated"
+                ]
                 checkpoint.verify(cwd / "runs/mine/checkpoints/step-00000003-evaluated")
         runs.leave(1_000)
         code, output = run_trainer(cwd, *command)

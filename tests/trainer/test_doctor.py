@@ -11,7 +11,15 @@ import pytest
 from tests.conftest import PROJECT
 from trainer.doctor import Measured, limited_by
 
-TINY = ("data=folder", "model=small_cnn", "data.size=16", "data.resize=16", "train.batch_size=8", "platform=local", "platform.cache=cache")
+TINY = (
+    "data=folder",
+    "model=small_cnn",
+    "data.size=16",
+    "data.resize=16",
+    "train.batch_size=8",
+    "platform=local",
+    "platform.cache=cache",
+)
 
 
 def doctor(cwd, *arguments, **environment):
@@ -19,7 +27,13 @@ def doctor(cwd, *arguments, **environment):
     done = subprocess.run(
         [sys.executable, "-m", "trainer.doctor", *arguments, "--seconds=0.4"],
         cwd=cwd,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)} | environment,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(PROJECT),
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(cwd),
+        }
+        | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,15 +58,22 @@ def test_it_predicts_a_run_and_begins_none(tmp_path, pictures):
     remembered = json.loads((tmp_path / "cache/doctor.json").read_text())
     assert remembered["epoch_seconds"] > 0 and remembered["images_per_second"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # no run
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["doctor.json"]  # no pixels left
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [
+        "doctor.json"
+    ]  # no pixels left
 
 
 def test_a_frozen_backbone_costs_once(tmp_path, pictures):
-    code, said = doctor(tmp_path, *TINY, f"data.root={pictures}", "model.freeze=backbone", "model.cached_views=3")
+    code, said = doctor(
+        tmp_path, *TINY, f"data.root={pictures}", "model.freeze=backbone", "model.cached_views=3"
+    )
     assert code == 0, said
     told = facts(said)
     assert "limited by the frozen backbone" in told["once, before"]
-    assert told["limited by"] in ("the head's steps", "reading pictures")  # as busy as this machine is
+    assert told["limited by"] in (
+        "the head's steps",
+        "reading pictures",
+    )  # as busy as this machine is
 
 
 @pytest.mark.parametrize(
@@ -66,25 +87,46 @@ def test_a_frozen_backbone_costs_once(tmp_path, pictures):
     ],
 )
 def test_what_limits_a_run_is_judged_by_what_was_measured(wait, extract, verdict):
-    rates = dict.fromkeys(("decode", "picture_bytes", "load", "train", "evaluate", "write", "copy"), 1.0)
+    rates = dict.fromkeys(
+        ("decode", "picture_bytes", "load", "train", "evaluate", "write", "copy"), 1.0
+    )
     assert limited_by(Measured(**rates, link=None, wait=wait, extract=extract)) == verdict
 
 
 def test_it_asks_an_ec2_machine_for_its_type(tmp_path, pictures, metadata):
-    metadata.answers = {"instance-type": "g4dn.xlarge", "iam/security-credentials/": "packhorse-ec2"}
-    code, said = doctor(tmp_path, *TINY, f"data.root={pictures}", AWS_EC2_METADATA_SERVICE_ENDPOINT=os.environ["AWS_EC2_METADATA_SERVICE_ENDPOINT"])
+    metadata.answers = {
+        "instance-type": "g4dn.xlarge",
+        "iam/security-credentials/": "packhorse-ec2",
+    }
+    code, said = doctor(
+        tmp_path,
+        *TINY,
+        f"data.root={pictures}",
+        AWS_EC2_METADATA_SERVICE_ENDPOINT=os.environ["AWS_EC2_METADATA_SERVICE_ENDPOINT"],
+    )
     assert code == 0, said
-    assert facts(said)["instance"] == "g4dn.xlarge" and "of the instance's role" in facts(said)["AWS credentials"]
+    assert (
+        facts(said)["instance"] == "g4dn.xlarge"
+        and "of the instance's role" in facts(said)["AWS credentials"]
+    )
 
 
 def test_settings_that_cost_time_are_pointed_out(tmp_path, pictures):
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws/credentials").write_text("")
-    overrides = ("model.freeze=backbone", "model.cached_views=null", "train.channels_last=false", "data.cache=none")
+    overrides = (
+        "model.freeze=backbone",
+        "model.cached_views=null",
+        "train.channels_last=false",
+        "data.cache=none",
+    )
     code, said = doctor(tmp_path, *TINY, f"data.root={pictures}", *overrides)
     assert code == 0, said
     assert "model.cached_views=4" in said and "train.channels_last=true" in said
-    assert facts(said)["packed pixels"] == "none" and ".aws/credentials" in facts(said)["AWS credentials"]
+    assert (
+        facts(said)["packed pixels"] == "none"
+        and ".aws/credentials" in facts(said)["AWS credentials"]
+    )
 
 
 MISTAKES = {
@@ -99,4 +141,6 @@ MISTAKES = {
 @pytest.mark.parametrize("override", MISTAKES)
 def test_a_mistake_is_one_line(tmp_path, pictures, override):
     code, printed = doctor(tmp_path, *TINY, f"data.root={pictures}", override)
-    assert code == 2 and MISTAKES[override] in printed.splitlines()[-1] and "Traceback" not in printed
+    assert (
+        code == 2 and MISTAKES[override] in printed.splitlines()[-1] and "Traceback" not in printed
+    )

@@ -51,7 +51,9 @@ class _File(logging.Handler):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        self._file = path.open("ab", buffering=0)  # a buffer would try again to write, and fail again, when it is closed
+        self._file = path.open(
+            "ab", buffering=0
+        )  # a buffer would try again to write, and fail again, when it is closed
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -70,7 +72,9 @@ class _Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
-        return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
+        return (
+            message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
+        )
 
 
 @contextmanager
@@ -81,8 +85,14 @@ def also_to_file(path: Path) -> Iterator[None]:
     log.addHandler(handler)
     try:
         yield
-    except Exception as error:  # it is shown on the terminal by whoever catches it, after this file is closed
-        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, f"{type(error).__name__}: {error}", (), None))
+    except (
+        Exception
+    ) as error:  # it is shown on the terminal by whoever catches it, after this file is closed
+        handler.handle(
+            log.makeRecord(
+                log.name, logging.ERROR, __file__, 0, f"{type(error).__name__}: {error}", (), None
+            )
+        )
         raise
     finally:
         log.removeHandler(handler)
@@ -97,12 +107,16 @@ def python() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
-class Progress:
+class ProgressBar:
     """Counts long work: a tqdm bar on a terminal, a plain line every LINE_EVERY seconds elsewhere."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total, self.done = what, total, done
-        self._bar = tqdm(total=total, initial=done, desc=what, leave=False, dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = (
+            tqdm(total=total, initial=done, desc=what, leave=False, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
         self._line_at = time.monotonic() + LINE_EVERY
 
     def advance(self, count: int = 1) -> None:
@@ -116,7 +130,12 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut: written aside, flushed to the disk, renamed."""
+"""Files that are there whole or not at all, also after a power cut: written temporary, flushed to the disk, renamed."""
 
 import fcntl
 import os
@@ -14,22 +14,26 @@ from trainer.common.errors import MEMORY_FULL, Unreadable, machine_fault
 
 T = TypeVar("T")
 
-ASIDE = ".writing-"  # begins the name of whatever is not complete yet
-PAUSES = (0.1, 0.3, 1.0)  # seconds before another try to read what could not be read: a network's file system often recovers
+TEMPORARY = ".writing-"  # begins the name of whatever is not complete yet
+PAUSES = (
+    0.1,
+    0.3,
+    1.0,
+)  # seconds before another try to read what could not be read: a network's file system often recovers
 
 
 def write(path: Path, data: bytes | str) -> None:
     """Replaces `path` by `data`; text as UTF-8. Raises OSError with `path` as its file name, and then leaves what was there."""
-    aside = path.with_name(ASIDE + path.name)
+    temporary = path.with_name(TEMPORARY + path.name)
     try:
-        flush(aside, data.encode(errors="backslashreplace") if isinstance(data, str) else data)
-        aside.replace(path)
+        flush(temporary, data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+        temporary.replace(path)
         flush_directory(path.parent)
     except OSError as error:
         error.filename = str(path)
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def patiently(path: str | Path, read: Callable[[], T]) -> T:
@@ -51,12 +55,15 @@ def _reason(path: str | Path, error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return f"{path}: {MEMORY_FULL}"
     error.filename = str(path)
-    return machine_fault(error) or f"{path}: it can't be read ({error.strerror or error}): mend that, then start the same command again"
+    return (
+        machine_fault(error)
+        or f"{path}: it can't be read ({error.strerror or error}): mend that, then start the same command again"
+    )
 
 
 def sweep(directory: Path) -> None:
     """Removes what killed writers left in `directory`, which no other process may be writing to."""
-    for path in directory.glob(f"{ASIDE}*"):
+    for path in directory.glob(f"{TEMPORARY}*"):
         remove(path)
 
 

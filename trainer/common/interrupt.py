@@ -14,7 +14,10 @@ from trainer.common.errors import Interrupted
 
 POLL_EVERY = 5.0  # seconds, as AWS recommends; the notice comes about two minutes ahead
 # Below the metadata address; each answers 404 until there is something to say.
-NOTICES = {"spot/instance-action": "the spot interruption notice", "events/recommendations/rebalance": "the spot rebalance recommendation"}
+NOTICES = {
+    "spot/instance-action": "the spot interruption notice",
+    "events/recommendations/rebalance": "the spot rebalance recommendation",
+}
 
 
 class Stop:
@@ -75,7 +78,11 @@ def on_spot_notice(stop: Stop, every: float = POLL_EVERY) -> Iterator[None]:
                     stop.ask(notice)
             except OSError as error:
                 if not warned:
-                    log.warning("the spot notice can't be read from EC2's metadata service (%s); asking on every %g s", error, every)
+                    log.warning(
+                        "the spot notice can't be read from EC2's metadata service (%s); asking on every %g s",
+                        error,
+                        every,
+                    )
                 warned = True
             ended.wait(every)
 
@@ -95,13 +102,21 @@ def _notice() -> str | None:
 
 def metadata(path: str) -> str | None:
     """What EC2's metadata service (IMDSv2) says under /latest/meta-data/`path`; None: nothing. Raises OSError where it can't be asked."""
-    address = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
+    address = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip(
+        "/"
+    )
     # No proxy of the environment may stand between an instance and its own metadata.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    ask = urllib.request.Request(f"{address}/latest/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    ask = urllib.request.Request(
+        f"{address}/latest/api/token",
+        method="PUT",
+        headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"},
+    )
     with opener.open(ask, timeout=2) as answer:
         token: str = answer.read().decode()
-    request = urllib.request.Request(f"{address}/latest/meta-data/{path}", headers={"X-aws-ec2-metadata-token": token})
+    request = urllib.request.Request(
+        f"{address}/latest/meta-data/{path}", headers={"X-aws-ec2-metadata-token": token}
+    )
     try:
         with opener.open(request, timeout=2) as answer:
             text: str = answer.read().decode()

@@ -20,4 +20,9 @@ def generator(purpose: Purpose, seed: int, epoch: int = 0, sample: int = 0) -> n
     generator costs about 10 us and no two streams overlap for seed < 2^64, epoch < 2^24 and sample < 2^40.
     """
     assert epoch < 1 << 24 and sample < 1 << 40, (epoch, sample)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch << 40 | sample], np.uint64), counter=np.array([0, 0, 0, purpose], np.uint64)))
+    return np.random.Generator(
+        np.random.Philox(
+            key=np.array([seed, epoch << 40 | sample], np.uint64),
+            counter=np.array([0, 0, 0, purpose], np.uint64),
+        )
+    )

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-GO, SAVE, STOP = range(3)  # what a process wishes after a step; the largest wish of all is done by all
+GO, SAVE, STOP = range(
+    3
+)  # what a process wishes after a step; the largest wish of all is done by all
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 3 * BEAT  # without one for so long, a process is the likely cause of a failed exchange
 START = 300.0  # seconds for all processes to begin
@@ -75,7 +77,7 @@ class World:
     hosts = 1
 
     @property
-    def chief(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that logs and writes the run's directory."""
         return self.rank == 0
 
@@ -83,7 +85,9 @@ class World:
         """Raises UserError where another number of processes or hosts runs than was asked for."""
         start = "torchrun --nproc_per_node=N -m trainer (make train GPUS=N) starts N on this host, --nnodes=M on each of M hosts"
         if processes not in (None, self.size):
-            raise UserError(f"train.processes={processes}, but {self.size} {'runs' if self.size == 1 else 'run'}: {start}")
+            raise UserError(
+                f"train.processes={processes}, but {self.size} {'runs' if self.size == 1 else 'run'}: {start}"
+            )
         if hosts not in (None, self.hosts):
             raise UserError(f"train.hosts={hosts}, but the processes run on {self.hosts}: {start}")
 
@@ -100,29 +104,29 @@ class World:
         """
         yield
 
-    def once(self, work: Callable[[], T]) -> T:
+    def broadcast_from_main(self, work: Callable[[], T]) -> T:
         """What rank 0's `work` returns, in all processes; the others don't do it."""
         return work()
 
-    def same(self, facts: dict[str, str], stop: Stop) -> None:
+    def check_same(self, facts: dict[str, str], stop: Stop) -> None:
         """Raises UserError in a process whose facts are not rank 0's."""
 
-    def meet(self, stop: Stop | None = None) -> None:
+    def barrier(self, stop: Stop | None = None) -> None:
         """Waits until all processes are here, however long that takes, as long as they live. Raises Interrupted when asked to stop meanwhile."""
 
     def farewell(self) -> None:
         """Waits until all processes have saved what is to be saved, or have left."""
 
     @contextmanager
-    def one_first(self) -> Iterator[None]:
+    def local_main_process_first(self) -> Iterator[None]:
         """Lets one process of each host through first: what it downloads, the others find."""
         yield
 
-    def agree(self, wish: int) -> int:
+    def all_reduce_max(self, wish: int) -> int:
         """The largest wish of all processes."""
         return wish
 
-    def stopped(self, stop: Stop) -> None:
+    def interrupt(self, stop: Stop) -> None:
         """Raises Interrupted in all processes, with the reason of the one that was asked."""
         stop.check()
 
@@ -132,10 +136,10 @@ class World:
             stop.check()
             yield batch
 
-    def sum(self, values: list[float]) -> list[float]:
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
         return values
 
-    def in_order(self, mine: "list[Tensor]") -> "list[Tensor]":
+    def gather(self, mine: "list[Tensor]") -> "list[Tensor]":
         """On rank 0 the tensors of all processes, each of which has every size-th one; elsewhere its own."""
         return mine
 
@@ -157,7 +161,14 @@ ALONE = World()
 @functools.cache
 def world() -> World:
     """Where this process stands, read from torchrun's environment."""
-    started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    started = {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    } <= os.environ.keys()
     return Job() if started and int(os.environ["WORLD_SIZE"]) > 1 else ALONE
 
 
@@ -166,11 +177,16 @@ class Job(World):
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.local_rank, self.local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        self.local_rank, self.local_size = (
+            int(os.environ["LOCAL_RANK"]),
+            int(os.environ["LOCAL_WORLD_SIZE"]),
+        )
         self.node = int(os.environ.get("GROUP_RANK", 0))
         self.hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         self.who = f"rank {self.rank} on {socket.gethostname()}"
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what goes wrong is said in our own words
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # what goes wrong is said in our own words
         self.timeout = START
         self.group: Any = None  # for gradients; None: gloo's
         self._configured = False
@@ -209,9 +225,15 @@ class Job(World):
         if self.hosts > 1:
             _choose_interface()
         with self._explained():
-            self.meet(stop)
+            self.barrier(stop)
             self.timeout = timeout
-            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout))
+            dist.init_process_group(
+                "gloo",
+                store=self._store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=timeout),
+            )
             yield
             if self._pending is not None:
                 self._pending[0].wait()
@@ -224,20 +246,22 @@ class Job(World):
 
         self.group = dist.new_group(backend="nccl", timeout=timedelta(seconds=self.timeout))
 
-    def once(self, work: Callable[[], T]) -> T:
+    def broadcast_from_main(self, work: Callable[[], T]) -> T:
         import torch.distributed as dist
 
-        box = [work() if self.chief else None]
+        box = [work() if self.is_main_process else None]
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
 
-    def same(self, facts: dict[str, str], stop: Stop) -> None:
-        self.meet(stop)
-        for key, wanted in self.once(lambda: facts).items():
+    def check_same(self, facts: dict[str, str], stop: Stop) -> None:
+        self.barrier(stop)
+        for key, wanted in self.broadcast_from_main(lambda: facts).items():
             if facts[key] != wanted:
-                raise UserError(f"{key}: {facts[key]} here, {wanted} at rank 0; all processes must have the same")
+                raise UserError(
+                    f"{key}: {facts[key]} here, {wanted} at rank 0; all processes must have the same"
+                )
 
-    def meet(self, stop: Stop | None = None) -> None:
+    def barrier(self, stop: Stop | None = None) -> None:
         self._pulse.watch()
         self._pulse.meet()
         while not self._pulse.all_met():
@@ -248,18 +272,22 @@ class Job(World):
 
     def farewell(self) -> None:
         self._pulse.meet()
-        while not self._pulse.all_met() and not self._pulse.words() and not self._pulse.missing(SILENT):
+        while (
+            not self._pulse.all_met()
+            and not self._pulse.words()
+            and not self._pulse.missing(SILENT)
+        ):
             time.sleep(0.005)
 
     @contextmanager
-    def one_first(self) -> Iterator[None]:
+    def local_main_process_first(self) -> Iterator[None]:
         if self.local_rank > 0:
-            self.meet()
+            self.barrier()
         yield
         if self.local_rank == 0:
-            self.meet()
+            self.barrier()
 
-    def agree(self, wish: int) -> int:
+    def all_reduce_max(self, wish: int) -> int:
         """The largest wish of all processes, of the call before: so nobody waits for an answer, and no GPU is waited for. A wish is sent once."""
         import torch
         import torch.distributed as dist
@@ -273,7 +301,7 @@ class Job(World):
         self._pending = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag
         return answer
 
-    def stopped(self, stop: Stop) -> None:
+    def interrupt(self, stop: Stop) -> None:
         import torch.distributed as dist
 
         reasons: list[str | None] = [None] * self.size
@@ -289,13 +317,13 @@ class Job(World):
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             asked, more = flags.tolist()
             if asked:
-                self.stopped(stop)
+                self.interrupt(stop)
             if not more:
                 return
             if batch is not None:
                 yield batch
 
-    def sum(self, values: list[float]) -> list[float]:
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
         import torch
         import torch.distributed as dist
 
@@ -303,14 +331,16 @@ class Job(World):
         dist.all_reduce(total)
         return total.tolist()
 
-    def in_order(self, mine: "list[Tensor]") -> "list[Tensor]":
+    def gather(self, mine: "list[Tensor]") -> "list[Tensor]":
         import torch.distributed as dist
 
-        parts: list[list[Tensor]] | None = [[]] * self.size if self.chief else None
+        parts: list[list[Tensor]] | None = [[]] * self.size if self.is_main_process else None
         dist.gather_object(mine, parts)
         if parts is None:
             return mine
-        return [parts[number % self.size][number // self.size] for number in range(sum(map(len, parts)))]
+        return [
+            parts[number % self.size][number // self.size] for number in range(sum(map(len, parts)))
+        ]
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -325,32 +355,42 @@ class Job(World):
             if missing := self._pulse.missing(SILENT):
                 raise Lost(missing) from error
             if _of_exchange(error):
-                raise Lost(f"an exchange between the processes failed: {str(error).splitlines()[0]}") from error
+                raise Lost(
+                    f"an exchange between the processes failed: {str(error).splitlines()[0]}"
+                ) from error
             raise
 
     def tell(self, error: Exception, code: int, line: str, show: Callable[[], None]) -> None:
         if isinstance(error, Ended):
-            if self.local_rank == 0 and error.word.node != self.node:  # on its own host it has spoken for itself
+            if (
+                self.local_rank == 0 and error.word.node != self.node
+            ):  # on its own host it has spoken for itself
                 show()
             return
-        if self.chief:
+        if self.is_main_process:
             show()
         asked = isinstance(error, Interrupted)
         text = str(error) if asked else line.removeprefix(f"{self.who}: ")
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it as the cause
-            Path(report).write_text(json.dumps({"message": f"{self.who}: {text}", "timestamp": int(time.time())}))
+            Path(report).write_text(
+                json.dumps({"message": f"{self.who}: {text}", "timestamp": int(time.time())})
+            )
         with suppress(RuntimeError):  # no store, no others
             self._pulse.watch()
             self._pulse.say(Word(self.who, self.node, code, text, asked))
         # A mistake that all processes see is told by the first of them.
-        if not self.chief and not any(word.text == text for word in self._pulse.words(below=self.rank)):
+        if not self.is_main_process and not any(
+            word.text == text for word in self._pulse.words(below=self.rank)
+        ):
             show()
 
     def signed(self, text: str) -> str:
-        return text if self.chief else f"{self.who}: {text}"
+        return text if self.is_main_process else f"{self.who}: {text}"
 
     def leave(self, code: int) -> None:
-        if self.chief and not self._configured and code == OK:  # --help, say: the others wait for settings
+        if (
+            self.is_main_process and not self._configured and code == OK
+        ):  # --help, say: the others wait for settings
             self._pulse.watch()
             self._pulse.say(Word(self.who, self.node, OK, "there is nothing to train", asked=False))
             self._pulse.end()
@@ -379,9 +419,18 @@ class Pulse(threading.Thread):
         self._others = [other for other in range(size) if other != rank]
         self._heard: dict[int, dict[str, Any]] = {}
         self._raw: dict[int, bytes] = {}
-        self._at = dict.fromkeys(self._others, time.monotonic())  # when something new was heard last
+        self._at = dict.fromkeys(
+            self._others, time.monotonic()
+        )  # when something new was heard last
         self._contact = time.monotonic()  # when the store answered last
-        self._mine: dict[str, Any] = {"who": who, "beat": 0, "met": 0, "word": None, "heard": [], "done": False}
+        self._mine: dict[str, Any] = {
+            "who": who,
+            "beat": 0,
+            "met": 0,
+            "word": None,
+            "heard": [],
+            "done": False,
+        }
         self._wake, self._quick = threading.Event(), False
         self.stop: Stop | None = None  # asked when torchrun has gone
 
@@ -414,10 +463,16 @@ class Pulse(threading.Thread):
                 self._wake.clear()
 
     def _listen(self) -> None:
-        there = [other for other in self._others if other in self._raw or self._store.check([f"pulse/{other}"])]
+        there = [
+            other
+            for other in self._others
+            if other in self._raw or self._store.check([f"pulse/{other}"])
+        ]
         if not there:
             return
-        for other, raw in zip(there, self._store.multi_get([f"pulse/{other}" for other in there]), strict=True):
+        for other, raw in zip(
+            there, self._store.multi_get([f"pulse/{other}" for other in there]), strict=True
+        ):
             if raw != self._raw.get(other):
                 self._raw[other], self._at[other] = raw, time.monotonic()
                 self._heard[other] = json.loads(raw)
@@ -429,7 +484,10 @@ class Pulse(threading.Thread):
         self._wake.set()
 
     def all_met(self) -> bool:
-        everybody = all(other in self._heard and self._heard[other]["met"] >= self._mine["met"] for other in self._others)
+        everybody = all(
+            other in self._heard and self._heard[other]["met"] >= self._mine["met"]
+            for other in self._others
+        )
         self._quick = self._quick and not everybody
         return everybody
 
@@ -439,12 +497,19 @@ class Pulse(threading.Thread):
         self._quick = True
         self._wake.set()
         until = time.monotonic() + SILENT
-        while time.monotonic() < until and not all(other in self._heard and self._rank in self._heard[other]["heard"] for other in self._others):
+        while time.monotonic() < until and not all(
+            other in self._heard and self._rank in self._heard[other]["heard"]
+            for other in self._others
+        ):
             time.sleep(0.01)
 
     def words(self, below: int | None = None) -> list[Word]:
         """Of those who have ended. below: of ranks below this one only."""
-        heard = [self._heard[other]["word"] for other in sorted(self._heard) if below is None or other < below]
+        heard = [
+            self._heard[other]["word"]
+            for other in sorted(self._heard)
+            if below is None or other < below
+        ]
         return [Word(**word) for word in heard if word]
 
     def missing(self, seconds: float) -> str | None:
@@ -452,18 +517,32 @@ class Pulse(threading.Thread):
         now = time.monotonic()
         if now - self._contact > seconds:
             return "the host of rank 0 no longer answers: it is gone, or the network to it"
-        silent = [other for other in self._others if now - self._at[other] > seconds and not (other in self._heard and self._heard[other]["done"])]
+        silent = [
+            other
+            for other in self._others
+            if now - self._at[other] > seconds
+            and not (other in self._heard and self._heard[other]["done"])
+        ]
         if not silent:
             return None
-        names = ", ".join(self._heard[other]["who"] if other in self._heard else f"rank {other}" for other in silent[:4])
-        return names + (f" and {len(silent) - 4} more" if len(silent) > 4 else "") + " no longer answers: killed, hanging, or its network is gone"
+        names = ", ".join(
+            self._heard[other]["who"] if other in self._heard else f"rank {other}"
+            for other in silent[:4]
+        )
+        return (
+            names
+            + (f" and {len(silent) - 4} more" if len(silent) > 4 else "")
+            + " no longer answers: killed, hanging, or its network is gone"
+        )
 
 
 def _of_exchange(error: RuntimeError) -> bool:
     """Whether an error of PyTorch says that the processes could not talk. gloo's have no type of their own."""
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or bool(re.search("gloo|nccl|connect|timed out", str(error), re.IGNORECASE))
+    return isinstance(error, DistError) or bool(
+        re.search("gloo|nccl|connect|timed out", str(error), re.IGNORECASE)
+    )
 
 
 def _choose_interface() -> None:
@@ -480,7 +559,9 @@ def _choose_interface() -> None:
             return
         for _, name in socket.if_nameindex():
             try:
-                found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))[20:24]  # SIOCGIFADDR
+                found = fcntl.ioctl(
+                    probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15])
+                )[20:24]  # SIOCGIFADDR
             except OSError:  # an interface without an address
                 continue
             if socket.inet_ntoa(found) == mine:
@@ -520,13 +601,23 @@ class Gradients:
 class Replicated(Gradients):
     """Fast: DistributedDataParallel. One shard a process; the gradients are averaged while the rest of them is computed."""
 
-    def __init__(self, forward: Any, world: Job, share: "Share", batch: int, device: "torch.device", compress: str) -> None:
+    def __init__(
+        self,
+        forward: Any,
+        world: Job,
+        share: "Share",
+        batch: int,
+        device: "torch.device",
+        compress: str,
+    ) -> None:
         from torch.nn.parallel import DistributedDataParallel
 
         if device.type == "cuda":
             world.use_gpu()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.14 has a new name for broadcast_buffers, which 2.9 doesn't know
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # PyTorch 2.14 has a new name for broadcast_buffers, which 2.9 doesn't know
             wrapped = DistributedDataParallel(
                 forward,
                 device_ids=[device.index] if device.type == "cuda" else None,
@@ -536,7 +627,10 @@ class Replicated(Gradients):
             )
         super().__init__(wrapped, world)
         self._job = world
-        self._shard, self._whole = share.mine[0], batch / world.size  # DDP divides by the processes itself
+        self._shard, self._whole = (
+            share.mine[0],
+            batch / world.size,
+        )  # DDP divides by the processes itself
         if compress == "fp16":
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
@@ -566,7 +660,15 @@ class Ordered(Gradients):
     2 * shards / processes gradients take.
     """
 
-    def __init__(self, forward: Any, world: World, share: "Share", batch: int, device: "torch.device", part: "nn.Module") -> None:
+    def __init__(
+        self,
+        forward: Any,
+        world: World,
+        share: "Share",
+        batch: int,
+        device: "torch.device",
+        part: "nn.Module",
+    ) -> None:
         super().__init__(forward, world)
         if isinstance(world, Job) and device.type == "cuda":
             world.use_gpu()
@@ -577,7 +679,9 @@ class Ordered(Gradients):
         width = sum(tensor.numel() for tensor in (*self._parameters, *self._moving))
         self._slice = -(-width // world.size)
         # A row for each shard of this process: its gradients, and how far it moved the buffers.
-        self._rows = self._parameters[0].new_zeros(len(share.mine), self._slice * world.size, requires_grad=False)
+        self._rows = self._parameters[0].new_zeros(
+            len(share.mine), self._slice * world.size, requires_grad=False
+        )
 
     def whole(self, count: int) -> float:
         return self._batch
@@ -587,7 +691,12 @@ class Ordered(Gradients):
 
         self._before = [buffer.clone() for buffer in self._buffers]
         lengths = self._share.lengths(self._batch)
-        parts = zip(self._share.mine, torch.split(pixels, lengths), torch.split(targets, lengths), strict=True)
+        parts = zip(
+            self._share.mine,
+            torch.split(pixels, lengths),
+            torch.split(targets, lengths),
+            strict=True,
+        )
         for row, (number, shard, wanted) in zip(self._rows, parts, strict=True):
             for parameter in self._parameters:
                 parameter.grad = None
@@ -602,8 +711,13 @@ class Ordered(Gradients):
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        moved = [buffer - before for buffer, before in zip(self._buffers, self._before, strict=True) if buffer.is_floating_point()]
-        flat = [tensor.reshape(-1) for tensor in (*(parameter.grad for parameter in self._parameters), *moved)]  # type: ignore[union-attr]
+        moved = [
+            buffer - before
+            for buffer, before in zip(self._buffers, self._before, strict=True)
+            if buffer.is_floating_point()
+        ]
+        gradients = [parameter.grad for parameter in self._parameters]
+        flat = [tensor.reshape(-1) for tensor in (*gradients, *moved) if tensor is not None]
         row[: sum(map(len, flat))] = torch.cat(flat)
 
     def combine(self) -> None:
@@ -631,7 +745,13 @@ def _sum_in_order(rows: "Tensor", world: World, share: "Share", width: int) -> "
     mine = [len(other.mine) for other in share.everybody()]
     sent = rows.view(len(rows), world.size, width).transpose(0, 1).contiguous()
     received = rows.new_empty(share.shards, width)
-    dist.all_to_all_single(received.view(-1), sent.view(-1), [count * width for count in mine], [len(rows) * width] * world.size, group=world.group)
+    dist.all_to_all_single(
+        received.view(-1),
+        sent.view(-1),
+        [count * width for count in mine],
+        [len(rows) * width] * world.size,
+        group=world.group,
+    )
     total = rows.new_empty(world.size * width)
     dist.all_gather(list(total.view(world.size, width)), _sum(received), group=world.group)
     assert isinstance(total, torch.Tensor)

@@ -26,10 +26,18 @@ class Augmentation:
     trivial: bool
 
 
-def random_view(pixels: NDArray[np.uint8], size: int, interpolation: str, augmentation: Augmentation, rng: np.random.Generator) -> NDArray[np.uint8]:
+def random_view(
+    pixels: NDArray[np.uint8],
+    size: int,
+    interpolation: str,
+    augmentation: Augmentation,
+    rng: np.random.Generator,
+) -> NDArray[np.uint8]:
     """A random part of pixels [H, W, 3], resized to [size, size, 3], perhaps mirrored, perhaps changed by one random operation."""
     height, width = pixels.shape[:2]
-    top, left, box_height, box_width = random_box(height, width, augmentation.scale, augmentation.ratio, rng)
+    top, left, box_height, box_width = random_box(
+        height, width, augmentation.scale, augmentation.ratio, rng
+    )
     view = resize(pixels[top : top + box_height, left : left + box_width], size, interpolation)
     if augmentation.flip and rng.random() < 0.5:
         view = mirror(view)
@@ -47,7 +55,11 @@ def resize(pixels: NDArray[np.uint8], size: int, interpolation: str) -> NDArray[
         return np.array(Image.fromarray(pixels).resize((size, size), FILTERS[interpolation]))
     # The kernel for bytes, which takes one thread only, wants them close together: it would make this copy itself.
     picture = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
-    resized: NDArray[np.uint8] = functional.interpolate(picture, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+    resized: NDArray[np.uint8] = (
+        functional.interpolate(picture, (size, size), mode=interpolation, antialias=True)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
     return resized
 
 
@@ -55,10 +67,18 @@ def mirror(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """pixels [H, W, 3] with left and right exchanged, which NumPy would do pixel by pixel."""
     # In strips so small that PyTorch does each in this thread: one that loads pictures should start no others.
     rows = max(1, (GRAIN - 1) // pixels[0].size)
-    return torch.cat([strip.flip(1) for strip in torch.split(torch.from_numpy(pixels), rows)]).numpy()
+    return torch.cat(
+        [strip.flip(1) for strip in torch.split(torch.from_numpy(pixels), rows)]
+    ).numpy()
 
 
-def random_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
+def random_box(
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random box, as torchvision.transforms.RandomResizedCrop.get_params samples it: area and log ratio are
     uniform; after ten boxes that do not fit, the largest centred one with an allowed ratio."""
     for _ in range(10):
@@ -66,7 +86,12 @@ def random_box(height: int, width: int, scale: tuple[float, float], ratio: tuple
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            return int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1)), box_height, box_width
+            return (
+                int(rng.integers(height - box_height + 1)),
+                int(rng.integers(width - box_width + 1)),
+                box_height,
+                box_width,
+            )
     box_height = min(height, max(1, round(width / ratio[0])))
     box_width = min(width, max(1, round(height * ratio[1])))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
@@ -86,9 +111,13 @@ def trivial_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image
     return operation(image, float(strength))
 
 
-def _affine(image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:
+def _affine(
+    image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float
+) -> Image.Image:
     """The output's pixel (x, y) comes from (a x + b y + c, d x + e y + f) of the input."""
-    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=(0, 0, 0))
+    return image.transform(
+        image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=(0, 0, 0)
+    )
 
 
 def _identity(image: Image.Image, _: float) -> Image.Image:

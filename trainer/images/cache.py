@@ -30,11 +30,13 @@ from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.images import bounds
 from trainer.images import decode as preprocess
-from trainer.images.decode import MAX_ASPECT, PictureError, shrink
+from trainer.images.decode import MAX_ASPECT, ImageError, shrink
 from trainer.images.folder import read
 
 FORMAT = 1  # of a store's files
-COMMIT_EVERY = 256  # pictures between two flushes to the disk: what a kill may cost; about 70 MB at 256 pixels
+COMMIT_EVERY = (
+    256  # pictures between two flushes to the disk: what a kill may cost; about 70 MB at 256 pixels
+)
 AHEAD = 16  # pictures in the making for each thread: a reserve for the time of a flush
 SAMPLE = 32  # pictures decoded to estimate the size of all, where it is in doubt whether they fit
 # File times advance with the kernel's timer, every 10 ms at the slowest: a file that has just changed may change again and look the same.
@@ -48,14 +50,19 @@ class TooLarge(UserError):
 class Packed:
     """The shrunk pictures, by path. broken: path to reason of those that can't be used."""
 
-    def __init__(self, memory: mmap.mmap | bytes, places: Mapping[str, tuple[int, tuple[int, int, int]]], broken: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        memory: mmap.mmap | bytes,
+        places: Mapping[str, tuple[int, tuple[int, int, int]]],
+        broken: Mapping[str, str],
+    ) -> None:
         self.broken = broken
         self._memory, self._places = memory, places  # a place: the offset in memory and the shape
 
     def __call__(self, path: str) -> NDArray[np.uint8]:
-        """What `shrink` made of the picture: [H, W, 3], a read-only view into the file. Raises PictureError."""
+        """What `shrink` made of the picture: [H, W, 3], a read-only view into the file. Raises ImageError."""
         if path in self.broken:
-            raise PictureError(self.broken[path])
+            raise ImageError(self.broken[path])
         offset, shape = self._places[path]
         return np.ndarray(shape, np.uint8, self._memory, offset)
 
@@ -94,7 +101,9 @@ def pack(
         if unknown:
 
             def examine(path: str) -> Examined:
-                return files.patiently(path, partial(_examine, path, store.contents, resize, interpolation))
+                return files.patiently(
+                    path, partial(_examine, path, store.contents, resize, interpolation)
+                )
 
             sample = in_order(examine, unknown[:: -(-len(unknown) // SAMPLE)])
             _check_room(store, len(unknown), MAX_ASPECT * resize**2 * 3, sample, max_bytes, step)
@@ -112,9 +121,22 @@ def pack(
 
 def store_directory(root: Path, resize: int, interpolation: str) -> Path:
     """The store of this preprocessing. Whatever may change a pixel is part of its name: the settings, the code, and the libraries that decode."""
-    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (preprocess, bounds)]
-    facts = [FORMAT, code, PIL.__version__, features.version("libjpeg_turbo"), resize, interpolation]
-    return root / f"{resize}-{interpolation}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    code = [
+        hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+        for module in (preprocess, bounds)
+    ]
+    facts = [
+        FORMAT,
+        code,
+        PIL.__version__,
+        features.version("libjpeg_turbo"),
+        resize,
+        interpolation,
+    ]
+    return (
+        root
+        / f"{resize}-{interpolation}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    )
 
 
 # --- examining pictures ---
@@ -124,7 +146,9 @@ class Entry(NamedTuple):
     """What was found at a path: a line of the index."""
 
     path: str  # absolute
-    signature: list[int] | None  # size, mtime_ns and ctime_ns of the file; while they stay, it isn't read again
+    signature: (
+        list[int] | None
+    )  # size, mtime_ns and ctime_ns of the file; while they stay, it isn't read again
     content: str  # SHA-256 of the file: decides where the signature differs, so a picture that was moved or touched isn't decoded again
     reason: str | None = None  # why it can't be used, if so
     height: int = 0
@@ -152,16 +176,18 @@ def _examine(path: str, contents: Container[str], resize: int, interpolation: st
     try:
         # The status is from before the only read: pixels and hash are of the same bytes, and whatever changes later is noticed next time.
         data, status = read(path)
-    except PictureError as error:
+    except ImageError as error:
         return Entry(path, None, "", str(error)), None
     entry = Entry(path, _signature(status), hashlib.sha256(data).hexdigest())
     if entry.content in contents:
         return entry, None
     try:
         pixels = shrink(data, resize, interpolation)
-    except PictureError as error:
+    except ImageError as error:
         return entry._replace(reason=str(error)), None
-    return entry._replace(height=pixels.shape[0], width=pixels.shape[1], checksum=zlib.crc32(pixels.data)), pixels
+    return entry._replace(
+        height=pixels.shape[0], width=pixels.shape[1], checksum=zlib.crc32(pixels.data)
+    ), pixels
 
 
 def _signature(status: os.stat_result) -> list[int] | None:
@@ -172,7 +198,9 @@ def _signature(status: os.stat_result) -> list[int] | None:
 
 
 @contextmanager
-def _threads(workers: int) -> Iterator[Callable[[Callable[[str], Examined], Sequence[str]], Iterator[Examined]]]:
+def _threads(
+    workers: int,
+) -> Iterator[Callable[[Callable[[str], Examined], Sequence[str]], Iterator[Examined]]]:
     """Gives in_order(function, items): the results in the items' order, computed by threads that end with the context."""
     if workers == 0:
         yield map
@@ -197,19 +225,31 @@ def _threads(workers: int) -> Iterator[Callable[[Callable[[str], Examined], Sequ
 # --- room on the disk ---
 
 
-def _check_room(store: "_Store", count: int, largest: int, sample: Iterable[Examined], max_bytes: int | None, step: Callable[[], None]) -> None:
+def _check_room(
+    store: "_Store",
+    count: int,
+    largest: int,
+    sample: Iterable[Examined],
+    max_bytes: int | None,
+    step: Callable[[], None],
+) -> None:
     """Raises TooLarge where `count` more pictures do not fit. largest: bytes of one at most. sample: some of them, decoded only in doubt."""
     free = shutil.disk_usage(store.directory).free
     room, left = free, f"{_gigabytes(free)} are free"
     if max_bytes is not None and max_bytes - store.end < free:
-        room, left = max_bytes - store.end, f"{_gigabytes(store.end)} of the {_gigabytes(max_bytes)} allowed are used"
+        room, left = (
+            max_bytes - store.end,
+            f"{_gigabytes(store.end)} of the {_gigabytes(max_bytes)} allowed are used",
+        )
     if count * largest <= room:
         return
     sizes = []
     for _, pixels in sample:
         sizes.append(0 if pixels is None else pixels.nbytes)
         step()
-    needed = round(1.1 * count * sum(sizes) / len(sizes))  # the rest may be somewhat larger than the sample
+    needed = round(
+        1.1 * count * sum(sizes) / len(sizes)
+    )  # the rest may be somewhat larger than the sample
     if needed > room:
         raise TooLarge(
             f"{store.directory}: the packed pixels of {count} pictures need about {_gigabytes(needed)}, and {left}; "
@@ -254,7 +294,11 @@ class _Store:
         """Whether the file at `path` is the one that was examined, as far as can be told without reading it."""
         entry = self.entries.get(path)
         try:
-            return entry is not None and entry.signature is not None and entry.signature == _signature(Path(path).stat())
+            return (
+                entry is not None
+                and entry.signature is not None
+                and entry.signature == _signature(Path(path).stat())
+            )
         except OSError:
             return False
 
@@ -275,8 +319,12 @@ class _Store:
                     if not entry.content:
                         unreadable[entry.path] = str(entry.reason)
                     else:
-                        if entry.content in self.contents:  # also of a duplicate that was decoded at the same time
-                            entry = self.contents[entry.content]._replace(path=entry.path, signature=entry.signature)
+                        if (
+                            entry.content in self.contents
+                        ):  # also of a duplicate that was decoded at the same time
+                            entry = self.contents[entry.content]._replace(
+                                path=entry.path, signature=entry.signature
+                            )
                         elif pixels is not None:
                             entry = entry._replace(offset=self.end)
                             _write(pixels_file, pixels.data)
@@ -293,7 +341,9 @@ class _Store:
         """Drops what no path leads to any more, once that is more than half of the pixels, or most of the index."""
         live = [entry for path, entry in self.entries.items() if path in wanted or _exists(path)]
         size = sum({entry.content: entry.end - entry.offset for entry in live}.values())
-        if (2 * size < self.end or 8 * len(live) < self.lines) and size < shutil.disk_usage(self.directory).free:
+        if (2 * size < self.end or 8 * len(live) < self.lines) and size < shutil.disk_usage(
+            self.directory
+        ).free:
             self._rewrite(live, step)
 
     def mapped(self) -> mmap.mmap | bytes:
@@ -338,7 +388,9 @@ class _Store:
                         step()
                 _write(file, b"", flush=True)
             entries = [entry._replace(offset=offsets[entry.content]) for entry in entries]
-            files.write(self.index, _lines(entries))  # from here on, the new generation is the one that counts
+            files.write(
+                self.index, _lines(entries)
+            )  # from here on, the new generation is the one that counts
         finally:
             self._remove_others()
         self._reset(entries)

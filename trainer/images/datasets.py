@@ -23,15 +23,19 @@ from trainer.settings.config import Config
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist_mini.npz"
 
 
-def find_pictures(config: Config) -> ImageFolder:
+def find_images(config: Config) -> ImageFolder:
     """Lists the pictures; a named data set is first written as class folders."""
     materialize(config.data.source, Path(config.data.root))
     root, given = config.data.root, {split: getattr(config.data, split) for split in SPLIT_NAMES}
     if given["train"] is None and not Path(root).exists():
-        raise UserError(f"data.root={root}: there is no such folder; give the one that holds train, valid and test (the last two may be missing)")
+        raise UserError(
+            f"data.root={root}: there is no such folder; give the one that holds train, valid and test (the last two may be missing)"
+        )
     for split in ("valid", "test"):
         if given[split] is not None and not Path(given[split]).exists():
-            raise UserError(f"data.{split}={given[split]}: there is no such folder; give another, or null for the one in data.root")
+            raise UserError(
+                f"data.{split}={given[split]}: there is no such folder; give another, or null for the one in data.root"
+            )
     directories, unused = find_splits(root, given)
     found = scan(directories, config.data.valid_fraction)
     if unused:
@@ -42,7 +46,9 @@ def find_pictures(config: Config) -> ImageFolder:
     sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in found.splits.items())
     log.info("pictures: %s; %d classes", sizes, len(found.classes))
     if "test" not in found.splits:
-        log.warning("there is no test folder: the final figures are of valid, which also chose the best epoch, so they flatter")
+        log.warning(
+            "there is no test folder: the final figures are of valid, which also chose the best epoch, so they flatter"
+        )
     return found
 
 
@@ -53,11 +59,17 @@ def materialize(source: str, root: Path) -> None:
     """
     if source == "folder" or root.exists():
         return
-    write = {"fashion_mnist": _write_fashion_mnist, "flowers102": _write_flowers102, "pets": _write_pets}[source]
+    write = {
+        "fashion_mnist": _write_fashion_mnist,
+        "flowers102": _write_flowers102,
+        "pets": _write_pets,
+    }[source]
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{error.filename}: not a folder, so data.root={root} can't be made; give another data.root=DIR") from error
+        raise UserError(
+            f"{error.filename}: not a folder, so data.root={root} can't be made; give another data.root=DIR"
+        ) from error
     _sweep(root)
     partial = root.with_name(f".{root.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
@@ -78,19 +90,25 @@ def _write_fashion_mnist(root: Path) -> None:
         for split in ("train", "valid", "test"):
             for name in classes:
                 (root / split / name).mkdir(parents=True)
-            for number, (pixels, label) in enumerate(zip(arrays[f"{split}_x"], arrays[f"{split}_y"], strict=True)):
+            for number, (pixels, label) in enumerate(
+                zip(arrays[f"{split}_x"], arrays[f"{split}_y"], strict=True)
+            ):
                 Image.fromarray(pixels).save(root / split / classes[label] / f"{number:05d}.png")
 
 
 def _write_flowers102(root: Path) -> None:
     if importlib.util.find_spec("scipy") is None:  # torchvision would find out after the download
-        raise UserError(f"data=flowers102 needs scipy, which reads its list of labels: {install_command('flowers102')}")
+        raise UserError(
+            f"data=flowers102 needs scipy, which reads its list of labels: {install_command('flowers102')}"
+        )
     from torchvision.datasets import Flowers102
 
     with _download("flowers102", root) as downloads:
         for split, theirs in {"train": "train", "valid": "val", "test": "test"}.items():
             flowers = Flowers102(downloads, theirs, download=True)
-            _move(flowers._image_files, [f"c{label:03d}" for label in flowers._labels], root / split)
+            _move(
+                flowers._image_files, [f"c{label:03d}" for label in flowers._labels], root / split
+            )
 
 
 def _write_pets(root: Path) -> None:
@@ -108,7 +126,13 @@ def _download(source: str, root: Path) -> Iterator[Path]:
     downloads = root / ".downloads"
     try:
         yield downloads
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: a wrong checksum
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a wrong checksum
         reason = " ".join(str(error).split())
         raise UserError(
             f"data={source}: the download failed ({reason}); try again, or, where there is no network, get the pictures elsewhere as "

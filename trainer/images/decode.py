@@ -14,7 +14,17 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import BmpImagePlugin, ExifTags, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from trainer.images import bounds
 
@@ -55,7 +65,7 @@ UPRIGHT = {
 }
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """A picture can't be used. The message is the reason, in a few words, without the file's name."""
 
 
@@ -72,24 +82,38 @@ class Preprocessing:
     interpolation: str
 
 
-def prepare(source: str | os.PathLike[str] | bytes | BinaryIO, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """The picture as evaluation and serving see it: RGB, [size, size, 3]. Raises PictureError."""
-    return center_crop(shrink(source, preprocessing.resize, preprocessing.interpolation, max_pixels), preprocessing.size)
+def prepare(
+    source: str | os.PathLike[str] | bytes | BinaryIO,
+    preprocessing: Preprocessing,
+    max_pixels: int = MAX_PIXELS,
+) -> NDArray[np.uint8]:
+    """The picture as evaluation and serving see it: RGB, [size, size, 3]. Raises ImageError."""
+    return center_crop(
+        shrink(source, preprocessing.resize, preprocessing.interpolation, max_pixels),
+        preprocessing.size,
+    )
 
 
-def shrink(source: str | os.PathLike[str] | bytes | BinaryIO, resize: int, interpolation: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def shrink(
+    source: str | os.PathLike[str] | bytes | BinaryIO,
+    resize: int,
+    interpolation: str,
+    max_pixels: int = MAX_PIXELS,
+) -> NDArray[np.uint8]:
     """Decodes a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF picture, upright, and resizes its shorter side to `resize` pixels.
 
     source: a path, the file's bytes, or an open binary file. Transparency is laid on white, 16-bit values are scaled to 8 bits,
     and the longer side is cut to MAX_ASPECT times the shorter one. Returns RGB, [H, W, 3], min(H, W) == resize.
-    Raises PictureError, whatever is wrong with its bytes; OSError or MemoryError where the machine can't read them or has no room for them.
+    Raises ImageError, whatever is wrong with its bytes; OSError or MemoryError where the machine can't read them or has no room for them.
     """
     resample = FILTERS[interpolation]
     try:
         with _opened(source) as file:
             image = _decoder(file)
             if image.width * image.height > max_pixels:
-                raise PictureError(f"{image.width} x {image.height} pixels are too many (a decompression bomb?); allowed: {max_pixels:,}")
+                raise ImageError(
+                    f"{image.width} x {image.height} pixels are too many (a decompression bomb?); allowed: {max_pixels:,}"
+                )
             # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice what is asked for: several times as
             # fast, and hardly different from the full picture resized (Pillow's reducing_gap=2).
             draft = image.draft(None, (2 * resize, 2 * resize))
@@ -99,18 +123,22 @@ def shrink(source: str | os.PathLike[str] | bytes | BinaryIO, resize: int, inter
             size, box = _target(width, height, resize)
             small = _rgb(image).resize(size, resample, box)
             return np.array(_upright(small, image))
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-        if isinstance(error, OSError) and error.errno is not None:  # the system's; Pillow's own have no number
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # the system's; Pillow's own have no number
             raise
-        raise PictureError(_reason(error)) from error
+        raise ImageError(_reason(error)) from error
 
 
 def center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """A copy of the centre square of pixels [H, W, 3]: [size, size, 3], contiguous."""
     height, width = pixels.shape[:2]
-    assert size <= min(height, width), f"a square of {size} pixels does not fit into {height} x {width}"
+    assert size <= min(height, width), (
+        f"a square of {size} pixels does not fit into {height} x {width}"
+    )
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[top : top + size, left : left + size].copy()
 
@@ -127,18 +155,20 @@ def _decoder(file: BinaryIO) -> ImageFile.ImageFile:
     """The picture in `file`: its header is read, its pixels are not."""
     start = file.read(8)
     if not start:
-        raise PictureError("the file is empty")
+        raise ImageError("the file is empty")
     for signature, (decoder, too_slow) in DECODERS.items():
         if start.startswith(signature):
             file.seek(0)
             if reason := too_slow(file.read()):
-                raise PictureError(reason)
+                raise ImageError(reason)
             file.seek(0)
             return decoder(file)
-    raise PictureError("not a JPEG, PNG, WebP, BMP, GIF or TIFF picture")
+    raise ImageError("not a JPEG, PNG, WebP, BMP, GIF or TIFF picture")
 
 
-def _target(width: float, height: float, resize: int) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+def _target(
+    width: float, height: float, resize: int
+) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
     """The (width, height) after resizing, and the part (left, upper, right, lower) of the picture that it shows."""
     shown_width, shown_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
     left, upper = (width - shown_width) // 2, (height - shown_height) // 2
@@ -150,7 +180,9 @@ def _target(width: float, height: float, resize: int) -> tuple[tuple[int, int], 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise PictureError("floating-point pixels, whose range is unknown; allowed: 8 or 16 bits a channel")
+        raise ImageError(
+            "floating-point pixels, whose range is unknown; allowed: 8 or 16 bits a channel"
+        )
     if image.mode.startswith("I"):
         return _from_16_bits(np.asarray(image)).convert("RGB")
     if image.has_transparency_data:
@@ -164,7 +196,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _from_16_bits(values: NDArray[np.integer]) -> Image.Image:
     """Scaled, so that 65535 becomes 255. (Pillow's own conversion clips everything above 255.)"""
     if values.min() < 0 or values.max() > 65535:
-        raise PictureError("integer pixels outside 0..65535; allowed: 8 or 16 bits a channel")
+        raise ImageError("integer pixels outside 0..65535; allowed: 8 or 16 bits a channel")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 

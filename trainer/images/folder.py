@@ -16,15 +16,25 @@ from numpy.typing import NDArray
 
 from trainer.common import files
 from trainer.common.errors import UserError
-from trainer.images.decode import MAX_PIXELS, PictureError, Preprocessing, center_crop, shrink
+from trainer.images.decode import MAX_PIXELS, ImageError, Preprocessing, center_crop, shrink
 
 # What the folder of a split may be called, in any case.
-SPLIT_NAMES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation"),
+    "test": ("test", "testing"),
+}
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+)
 
 _SPLITS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
-MAX_FILE = 8 * MAX_PIXELS + 2**20  # bytes: the largest uncompressed picture (RGBA of 16 bits) and its header; no longer file is read
-NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})  # where a link may lead
+MAX_FILE = (
+    8 * MAX_PIXELS + 2**20
+)  # bytes: the largest uncompressed picture (RGBA of 16 bits) and its header; no longer file is read
+NOWHERE = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+)  # where a link may lead
 
 
 @dataclass(frozen=True)
@@ -60,12 +70,18 @@ def find_splits(root: str, given: Mapping[str, str | None]) -> tuple[dict[str, s
         for split, names in SPLIT_NAMES.items():
             named = [name for name in folders if name.casefold() in names]
             if len(named) > 1 and not given[split]:
-                raise UserError(f"{root} has two folders for {split}, {' and '.join(named)}: remove one, or give data.{split}={root}/{named[0]}")
+                raise UserError(
+                    f"{root} has two folders for {split}, {' and '.join(named)}: remove one, or give data.{split}={root}/{named[0]}"
+                )
             found[split] = given[split] or str(Path(root) / (named[0] if named else split))
         used = {os.path.realpath(path) for path in found.values()}
         if given["train"]:  # root's other folders may be its classes
             return found, []
-        others = [name for name in folders if os.path.realpath(Path(root) / name) not in used and name.casefold() not in _SPLITS]
+        others = [
+            name
+            for name in folders
+            if os.path.realpath(Path(root) / name) not in used and name.casefold() not in _SPLITS
+        ]
         return found, [name for name in others if any(_walk(0, Path(root), name))]
 
 
@@ -77,40 +93,60 @@ def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
     """
     with _readable():
         classes = _classes(directories["train"])
-        listed = {name: _files(name, path, classes) for name, path in directories.items() if name == "train" or _exists(path)}
+        listed = {
+            name: _files(name, path, classes)
+            for name, path in directories.items()
+            if name == "train" or _exists(path)
+        }
         if "valid" not in listed:
             listed["train"], listed["valid"] = _split(listed["train"], valid_fraction)
     listed = {name: listed[name] for name in ("train", "valid", "test") if name in listed}
-    broken = tuple((file.path, file.reason) for name in listed for file in listed[name] if file.reason)
+    broken = tuple(
+        (file.path, file.reason) for name in listed for file in listed[name] if file.reason
+    )
     usable = {name: [file for file in listed[name] if not file.reason] for name in listed}
     _check_filled(directories, classes, usable)
     names = {name: [(file.name, file.size) for file in usable[name]] for name in usable}
     fingerprint = hashlib.sha256(json.dumps([classes, names]).encode()).hexdigest()
-    splits = {name: Split(tuple(file.path for file in usable[name]), np.array([file.label for file in usable[name]], np.int64)) for name in usable}
+    splits = {
+        name: Split(
+            tuple(file.path for file in usable[name]),
+            np.array([file.label for file in usable[name]], np.int64),
+        )
+        for name in usable
+    }
     return ImageFolder(classes, splits, broken, fingerprint)
 
 
 def read(path: str) -> tuple[bytes, os.stat_result]:
-    """The bytes of a picture's file, all from one read, and its status before that. Raises PictureError for one that is too long, and OSError."""
+    """The bytes of a picture's file, all from one read, and its status before that. Raises ImageError for one that is too long, and OSError."""
     with Path(path).open("rb") as file:
         status = os.fstat(file.fileno())
         if status.st_size > MAX_FILE:
-            raise PictureError(f"the file has {status.st_size:,} bytes; allowed: {MAX_FILE:,}")
+            raise ImageError(f"the file has {status.st_size:,} bytes; allowed: {MAX_FILE:,}")
         return file.read(), status
 
 
 def read_shrunk(path: str, resize: int, interpolation: str) -> NDArray[np.uint8]:
-    """The picture as `preprocess.shrink` makes it of its bytes. Raises PictureError and Unreadable."""
+    """The picture as `preprocess.shrink` makes it of its bytes. Raises ImageError and Unreadable."""
     return files.patiently(path, lambda: shrink(read(path)[0], resize, interpolation))
 
 
 def read_prepared(path: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """The picture as `preprocess.prepare` makes it of its bytes. Raises PictureError and Unreadable."""
-    return center_crop(read_shrunk(path, preprocessing.resize, preprocessing.interpolation), preprocessing.size)
+    """The picture as `preprocess.prepare` makes it of its bytes. Raises ImageError and Unreadable."""
+    return center_crop(
+        read_shrunk(path, preprocessing.resize, preprocessing.interpolation), preprocessing.size
+    )
 
 
-def quarantine(folder: ImageFolder, check: Callable[[str], None], workers: int, max_broken: float, on_progress: Callable[[int, int], None]) -> ImageFolder:
-    """The folder without the pictures that `check(path)` refuses by a PictureError: they move to `broken`.
+def quarantine(
+    folder: ImageFolder,
+    check: Callable[[str], None],
+    workers: int,
+    max_broken: float,
+    on_progress: Callable[[int, int], None],
+) -> ImageFolder:
+    """The folder without the pictures that `check(path)` refuses by a ImageError: they move to `broken`.
 
     workers: threads that call `check`; 0: the caller's own does. max_broken: the largest share of all files that may be broken.
     on_progress(done, total): called in the caller's own thread; it may raise, to end the work early.
@@ -121,12 +157,14 @@ def quarantine(folder: ImageFolder, check: Callable[[str], None], workers: int, 
     def reason(path: str) -> str | None:
         try:
             check(path)
-        except PictureError as error:
+        except ImageError as error:
             return str(error)
         return None
 
     reasons: list[str | None] = []
-    window = 16 * max(workers, 1)  # pictures between two calls of on_progress: so many that threads seldom wait for a window's last one
+    window = (
+        16 * max(workers, 1)
+    )  # pictures between two calls of on_progress: so many that threads seldom wait for a window's last one
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="check") as pool:
         for start in range(0, len(paths), window):
             part = paths[start : start + window]
@@ -144,11 +182,19 @@ def quarantine(folder: ImageFolder, check: Callable[[str], None], workers: int, 
     for label, name in enumerate(folder.classes):
         if label not in splits["train"].labels:
             train = folder.splits["train"]
-            lost = [(path, refused[path]) for path, other in zip(train.paths, train.labels, strict=True) if other == label]
-            raise UserError(f"class {name}: none of its training pictures can be used: {_listed(lost)}; mend them or add others")
+            lost = [
+                (path, refused[path])
+                for path, other in zip(train.paths, train.labels, strict=True)
+                if other == label
+            ]
+            raise UserError(
+                f"class {name}: none of its training pictures can be used: {_listed(lost)}; mend them or add others"
+            )
     for name, split in splits.items():
         if not split.paths:
-            raise UserError(f"data.{name}: none of its pictures can be used: {_listed(broken)}; mend them or add others")
+            raise UserError(
+                f"data.{name}: none of its pictures can be used: {_listed(broken)}; mend them or add others"
+            )
     return replace(folder, splits=splits, broken=broken)
 
 
@@ -179,7 +225,9 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise UserError(f"{error.filename}: permission denied; let this user read the folder, or run as one who may") from error
+        raise UserError(
+            f"{error.filename}: permission denied; let this user read the folder, or run as one who may"
+        ) from error
 
 
 def _classes(train: str) -> tuple[str, ...]:
@@ -188,12 +236,18 @@ def _classes(train: str) -> tuple[str, ...]:
     path = Path(train)
     if not _exists(path):
         beside = _class_folders(str(path.parent)) if path.parent.is_dir() else []
-        if beside := [name for name in beside if name.casefold() not in _SPLITS and any(_walk(0, path.parent, name))]:
+        if beside := [
+            name
+            for name in beside
+            if name.casefold() not in _SPLITS and any(_walk(0, path.parent, name))
+        ]:
             raise UserError(
                 f"{train}: there is no such folder, but {path.parent} itself has class folders ({few(beside)}): "
                 f"give data.train={path.parent}, or move them into {train}"
             )
-        raise UserError(f"{train}: there is no such folder; data.root must hold train, valid and test (the last two may be missing); {layout}")
+        raise UserError(
+            f"{train}: there is no such folder; data.root must hold train, valid and test (the last two may be missing); {layout}"
+        )
     if not path.is_dir():
         raise UserError(f"{train}: not a folder; {layout}")
     classes = _class_folders(train)
@@ -206,13 +260,21 @@ def _classes(train: str) -> tuple[str, ...]:
 def _files(split: str, directory: str, classes: tuple[str, ...]) -> list[_File]:
     """The files of a split named like pictures, by class, then by name."""
     if not Path(directory).is_dir():
-        raise UserError(f"{directory}: data.{split} is not a folder; expected: a folder for each class, with its pictures in it")
+        raise UserError(
+            f"{directory}: data.{split} is not a folder; expected: a folder for each class, with its pictures in it"
+        )
     folders = _class_folders(directory)
     if foreign := [name for name in folders if name not in classes]:
-        raise UserError(f"{directory}: train has no class {few(foreign)}; add such pictures to train too, or remove them here")
+        raise UserError(
+            f"{directory}: train has no class {few(foreign)}; add such pictures to train too, or remove them here"
+        )
     root = Path(directory).resolve()
     above = frozenset(map(_identity, (root, *root.parents)))
-    files = [file for name in folders for file in _walk(classes.index(name), Path(directory), name, above)]
+    files = [
+        file
+        for name in folders
+        for file in _walk(classes.index(name), Path(directory), name, above)
+    ]
     return sorted(files, key=lambda file: (file.label, file.name))
 
 
@@ -220,7 +282,9 @@ def _class_folders(directory: str) -> list[str]:
     return sorted(entry.name for entry in _entries(Path(directory)) if _is_folder(entry))
 
 
-def _walk(label: int, root: Path, name: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[_File]:
+def _walk(
+    label: int, root: Path, name: str, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[_File]:
     """The files below root/name that are named like pictures. Links are followed, but not to a folder that they lie in: one of `above`."""
     here = _identity(root / name)
     if here in above:
@@ -245,7 +309,13 @@ def _file(label: int, name: str, entry: os.DirEntry[str]) -> _File:
             return _File(label, name, entry.path, 0, (error.strerror or str(error)).lower())
         status = files.patiently(entry.path, entry.stat)
     # Opening a FIFO would wait for ever, and a device may do anything: neither is ever opened.
-    return _File(label, name, entry.path, status.st_size, None if stat.S_ISREG(status.st_mode) else "not a regular file")
+    return _File(
+        label,
+        name,
+        entry.path,
+        status.st_size,
+        None if stat.S_ISREG(status.st_mode) else "not a regular file",
+    )
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
@@ -253,7 +323,11 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
 
     def listed() -> list[os.DirEntry[str]]:
         with os.scandir(directory) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+            return [
+                entry
+                for entry in entries
+                if not entry.name.startswith(".") and entry.name != "__MACOSX"
+            ]
 
     return files.patiently(directory, listed)
 
@@ -315,15 +389,23 @@ def _smallest(digests: set[str], fraction: float) -> set[str]:
     return set(sorted(digests)[:count])
 
 
-def _check_filled(directories: Mapping[str, str], classes: tuple[str, ...], usable: Mapping[str, list[_File]]) -> None:
+def _check_filled(
+    directories: Mapping[str, str], classes: tuple[str, ...], usable: Mapping[str, list[_File]]
+) -> None:
     trained = {file.label for file in usable["train"]}
     if empty := [name for label, name in enumerate(classes) if label not in trained]:
-        raise UserError(f"{directories['train']}: no picture in the class folder {few(empty)}; add some ({', '.join(sorted(SUFFIXES))}), or remove it")
+        raise UserError(
+            f"{directories['train']}: no picture in the class folder {few(empty)}; add some ({', '.join(sorted(SUFFIXES))}), or remove it"
+        )
     for name, pictures in usable.items():
         if not pictures and Path(directories[name]).exists():
-            raise UserError(f"{directories[name]}: no picture in data.{name}; add some, or remove the folder")
+            raise UserError(
+                f"{directories[name]}: no picture in data.{name}; add some, or remove the folder"
+            )
         if not pictures:
-            raise UserError(f"{directories['train']}: no class has two different pictures, so none can become valid; add pictures, or give data.valid")
+            raise UserError(
+                f"{directories['train']}: no class has two different pictures, so none can become valid; add pictures, or give data.valid"
+            )
 
 
 def few(names: list[str]) -> str:

@@ -54,7 +54,14 @@ class Share:
         return [each + (shard < rest) for shard in self.mine]
 
     def of_training(self, batches: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-        return [np.concatenate([np.array_split(batch, self.shards)[shard] for shard in self.mine]) for batch in batches] if self.size > 1 else [*batches]
+        return (
+            [
+                np.concatenate([np.array_split(batch, self.shards)[shard] for shard in self.mine])
+                for batch in batches
+            ]
+            if self.size > 1
+            else [*batches]
+        )
 
     def of_evaluation(self, batches: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
         return list(batches[self.rank :: self.size])

@@ -22,7 +22,14 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, mean: Sequence[float], std: Sequence[float], frozen: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        frozen: bool = False,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -35,7 +42,9 @@ class Classifier(nn.Module):
     @property
     def features_width(self) -> int:
         """How many features the head takes."""
-        return next(layer.in_features for layer in self.head.modules() if isinstance(layer, nn.Linear))
+        return next(
+            layer.in_features for layer in self.head.modules() if isinstance(layer, nn.Linear)
+        )
 
     def features(self, pixels: Tensor) -> Tensor:
         """What the head sees: [N, features]."""
@@ -75,7 +84,9 @@ def build(
     backbone, features = builder(name, weights)
     head: nn.Module = nn.Linear(features, classes)
     if head_hidden is not None:
-        head = nn.Sequential(nn.Linear(features, head_hidden), nn.ReLU(), nn.Linear(head_hidden, classes))
+        head = nn.Sequential(
+            nn.Linear(features, head_hidden), nn.ReLU(), nn.Linear(head_hidden, classes)
+        )
     network = Classifier(backbone, head, mean, std, frozen=freeze == "backbone")
     return network.to(memory_format=torch.channels_last) if channels_last else network
 
@@ -97,7 +108,9 @@ def check(network: Classifier, name: str, size: int, count: int) -> None:
     """Raises UserError where the network can't train on `count` pictures of `size` px at once: many need a least size, some just one size, and
     BatchNorm needs two values.
     """
-    pixels = torch.zeros(min(count, 2), size, size, 3, dtype=torch.uint8)  # two, since more fail no differently
+    pixels = torch.zeros(
+        min(count, 2), size, size, 3, dtype=torch.uint8
+    )  # two, since more fail no differently
     try:
         with torch.no_grad():
             copy.deepcopy(network).train()(pixels)
@@ -113,10 +126,21 @@ def _small_cnn(name: str, weights: str | None) -> tuple[nn.Module, int]:
     """Four 3 x 3 convolutions for pictures of 12 px and more; 0.2 million parameters."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        ]
 
     backbone = nn.Sequential(
-        *block(3, 32), nn.MaxPool2d(2), *block(32, 64), nn.MaxPool2d(2), *block(64, 128), *block(128, 128), nn.AdaptiveAvgPool2d(3), nn.Flatten()
+        *block(3, 32),
+        nn.MaxPool2d(2),
+        *block(32, 64),
+        nn.MaxPool2d(2),
+        *block(64, 128),
+        *block(128, 128),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(),
     )
     if weights is not None:
         _fill(backbone, _state_dict(name, weights), weights, head=None)
@@ -132,12 +156,16 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
             "allowed: DEFAULT, null, or a file with a state dict"
         )
     try:
-        backbone: Any = timm.create_model(name.removeprefix("timm/"), num_classes=0, pretrained=weights is not None and not local)
+        backbone: Any = timm.create_model(
+            name.removeprefix("timm/"), num_classes=0, pretrained=weights is not None and not local
+        )
     except (OSError, RuntimeError) as error:
         raise _offline(name, weights, error) from error
     if local:
         assert weights is not None
-        _fill(backbone, _state_dict(name, weights), weights, head=backbone.default_cfg["classifier"])
+        _fill(
+            backbone, _state_dict(name, weights), weights, head=backbone.default_cfg["classifier"]
+        )
     return backbone, backbone.num_features
 
 
@@ -148,7 +176,9 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, int]:
     # Their auxiliary classifiers only matter when they are trained from scratch on ImageNet.
     extra: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     if published is None:
-        network = torchvision.models.get_model(name, weights=None, **extra, **({"init_weights": True} if extra else {}))
+        network = torchvision.models.get_model(
+            name, weights=None, **extra, **({"init_weights": True} if extra else {})
+        )
     else:
         try:
             network = torchvision.models.get_model(name, weights=published, **extra)
@@ -173,7 +203,11 @@ def _find_head(network: nn.Module) -> tuple[str, int]:
 
     It is the last linear layer or, in SqueezeNet, the last 1 x 1 convolution, whose place in front of the pooling an identity may take.
     """
-    name, layer = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
+    name, layer = [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ][-1]
     if isinstance(layer, nn.Linear):
         assert layer.out_features == 1000, name
         return name, layer.in_features
@@ -206,23 +240,37 @@ def _state_dict(name: str, weights: str) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):  # the wrappings of common training scripts
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"model.weights={weights} holds no state dict; allowed: names with tensors, as model.state_dict() gives them")
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
+        raise UserError(
+            f"model.weights={weights} holds no state dict; allowed: names with tensors, as model.state_dict() gives them"
+        )
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], weights: str, head: str | None) -> None:
     """Loads all of a state dict but the head, which has other classes. Our own packages' weights (`backbone.*`, `head.*`) fit too."""
     if any(key.startswith("backbone.") for key in state):
-        state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+        state = {
+            key.removeprefix("backbone."): value
+            for key, value in state.items()
+            if key.startswith("backbone.")
+        }
     of_head = {f"{head}.weight", f"{head}.bias"} if head else set()
     wanted = {key: value for key, value in network.state_dict().items() if key not in of_head}
     missing = [key for key in wanted if key not in state]
     extra = [key for key in state if key not in wanted and key not in of_head]
     misshapen = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    for what, names in (("lacks", missing), ("has, and the model has not,", extra), ("has in another shape", misshapen)):
+    for what, names in (
+        ("lacks", missing),
+        ("has, and the model has not,", extra),
+        ("has in another shape", misshapen),
+    ):
         if names:
-            raise UserError(f"model.weights={weights} doesn't fit the model: it {what} {', '.join(names[:3])} ({len(names)} in all); check model.name")
+            raise UserError(
+                f"model.weights={weights} doesn't fit the model: it {what} {', '.join(names[:3])} ({len(names)} in all); check model.name"
+            )
     network.load_state_dict({key: state[key] for key in wanted}, strict=False)
 
 

@@ -11,7 +11,10 @@ from torch import nn
 
 from trainer.common.errors import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h; beyond them, in bytes, memory goes back to the system
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = (
+    -1,
+    -3,
+)  # of glibc's malloc.h; beyond them, in bytes, memory goes back to the system
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,13 @@ class Machine:
 
     def facts(self) -> dict[str, str]:
         """What all processes of a run must have in common."""
-        return {"PyTorch": torch.__version__, "the device": self.device.type, "the precision": str(self)}
+        return {
+            "PyTorch": torch.__version__,
+            "the device": self.device.type,
+            "the precision": str(self),
+        }
 
-    def surroundings(self) -> dict[str, Any]:
+    def environment(self) -> dict[str, Any]:
         """What must be equal for a resumed run to give the same bits as one that was never interrupted."""
         return {
             "torch": torch.__version__,
@@ -40,7 +47,14 @@ class Machine:
 
 
 def prepare(
-    device: str, precision: str, *, deterministic: bool, threads: int | None, processes: int | str = 1, local_rank: int = 0, local_size: int = 1
+    device: str,
+    precision: str,
+    *,
+    deterministic: bool,
+    threads: int | None,
+    processes: int | str = 1,
+    local_rank: int = 0,
+    local_size: int = 1,
 ) -> Machine:
     """Sets PyTorch up. device: auto, cpu or cuda; precision: auto, fp32, bf16 or fp16. local_rank: this process's number among the local_size ones
     of this host, each of which has a GPU of its own. Raises UserError for what this machine hasn't.
@@ -60,7 +74,9 @@ def choose(wanted: str, local_rank: int = 0, local_size: int = 1) -> torch.devic
     the processes of this host are more than its GPUs: to share one is slower than to have fewer.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device=cuda: PyTorch {torch.__version__} sees no GPU here; check nvidia-smi and the driver, or use train.device=cpu")
+        raise UserError(
+            f"train.device=cuda: PyTorch {torch.__version__} sees no GPU here; check nvidia-smi and the driver, or use train.device=cpu"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_size > 1:
@@ -84,18 +100,28 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if wanted == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16 if native else torch.float16
+        return (
+            torch.float32 if device.type == "cpu" else torch.bfloat16 if native else torch.float16
+        )
     if wanted == "bf16" and not native:
-        raise UserError(f"train.precision=bf16: this {_name(device)} has no native bfloat16; allowed: auto, fp32{', fp16' * (device.type == 'cuda')}")
+        raise UserError(
+            f"train.precision=bf16: this {_name(device)} has no native bfloat16; allowed: auto, fp32{', fp16' * (device.type == 'cuda')}"
+        )
     if wanted == "fp16" and device.type == "cpu":
-        raise UserError("train.precision=fp16 is for GPUs: on a CPU it is slower and less exact than fp32; allowed: auto, fp32, bf16 where it is native")
+        raise UserError(
+            "train.precision=fp16 is for GPUs: on a CPU it is slower and less exact than fp32; allowed: auto, fp32, bf16 where it is native"
+        )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
 
 
 def make_deterministic() -> None:
     """The same command gives the same bits on the same machine. Call before the first CUDA operation."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
-    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # or the compiler chooses by what was fastest when it looked
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # without it cuBLAS refuses to be deterministic
+    os.environ.setdefault(
+        "TORCHINDUCTOR_DETERMINISTIC", "1"
+    )  # or the compiler chooses by what was fastest when it looked
     torch.backends.cudnn.benchmark = False
     # What torch.use_deterministic_algorithms(True, warn_only=True) does, less its import of the whole compiler, which doubles a small run's start.
     torch._C._set_deterministic_algorithms(True, warn_only=True)

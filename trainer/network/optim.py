@@ -11,7 +11,15 @@ from torch import nn
 from trainer.network.build import Classifier
 
 
-def build(network: Classifier, name: str, *, lr: float, head_lr: float | None, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
+def build(
+    network: Classifier,
+    name: str,
+    *,
+    lr: float,
+    head_lr: float | None,
+    weight_decay: float,
+    momentum: float,
+) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters. Each group keeps its peak learning rate as `peak_lr`; see `set_lr`."""
     groups = parameter_groups(network, lr, head_lr if head_lr is not None else lr, weight_decay)
     _spare_dynamo()
@@ -27,7 +35,11 @@ def _spare_dynamo() -> None:
     Its methods wrap themselves, at their first call, in what keeps torch.compile out of them, and remember the result in an attribute. Ours are
     never compiled, so each may remember itself. Where a later PyTorch has other wrappers, they do as they like: only time is lost.
     """
-    for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.state_dict):
+    for method in (
+        torch.optim.Optimizer.add_param_group,
+        torch.optim.Optimizer.zero_grad,
+        torch.optim.Optimizer.state_dict,
+    ):
         function = inspect.unwrap(method)
         function.__dict__.setdefault("__dynamo_disable", function)
 
@@ -43,22 +55,44 @@ def _sgd(groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.opti
 OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd}
 
 
-def parameter_groups(network: Classifier, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    network: Classifier, lr: float, head_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """Backbone and head, each with and without decay.
 
     Biases and norms (fewer than 2 dimensions) are not decayed: shrinking them regularises nothing.
     """
 
     def group(part: nn.Module, part_lr: float, decayed: bool) -> dict[str, Any]:
-        parameters = [parameter for parameter in part.parameters() if parameter.requires_grad and (parameter.ndim >= 2) == decayed]
-        return {"params": parameters, "lr": part_lr, "peak_lr": part_lr, "weight_decay": weight_decay if decayed else 0.0}
+        parameters = [
+            parameter
+            for parameter in part.parameters()
+            if parameter.requires_grad and (parameter.ndim >= 2) == decayed
+        ]
+        return {
+            "params": parameters,
+            "lr": part_lr,
+            "peak_lr": part_lr,
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
 
-    groups = [group(part, part_lr, decayed) for part, part_lr in ((network.backbone, lr), (network.head, head_lr)) for decayed in (True, False)]
+    groups = [
+        group(part, part_lr, decayed)
+        for part, part_lr in ((network.backbone, lr), (network.head, head_lr))
+        for decayed in (True, False)
+    ]
     return [group for group in groups if group["params"]]
 
 
 def lr_factor(
-    step: int, steps_per_epoch: int, epochs: int, *, schedule: str, warmup_epochs: float, step_epochs: float = 1.0, step_factor: float = 1.0
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,
+    *,
+    schedule: str,
+    warmup_epochs: float,
+    step_epochs: float = 1.0,
+    step_factor: float = 1.0,
 ) -> float:
     """The share of the peak learning rate at `step` (0-based): linear warm-up, then cosine (Loshchilov and Hutter 2017), step or constant."""
     total = steps_per_epoch * epochs

@@ -27,7 +27,11 @@ def resolve(config: Config, found: ImageFolder) -> Config:
     if not is_file(weights):
         notes = departures(config, spec) + notes
     elif assumed := _not_given(config, spec):
-        log.warning("model.weights=%s: a file doesn't say what its network expects; assumed: %s", weights, ", ".join(assumed))
+        log.warning(
+            "model.weights=%s: a file doesn't say what its network expects; assumed: %s",
+            weights,
+            ", ".join(assumed),
+        )
     if notes:
         log.warning("the weights of %s: %s", name, "; ".join(notes))
     lr = config.optim.lr
@@ -57,7 +61,9 @@ def departures(config: Config, spec: PixelSpec) -> list[str]:
         lines.append(f"data.size={data.size}, they were trained for {spec.size}")
     resize = spec.resize_for(data.size or spec.size)
     if data.resize not in (None, resize):
-        lines.append(f"data.resize={data.resize}, they expect {resize} with data.size={data.size or spec.size}")
+        lines.append(
+            f"data.resize={data.resize}, they expect {resize} with data.size={data.size or spec.size}"
+        )
     if data.interpolation not in (None, spec.interpolation):
         lines.append(f"data.interpolation={data.interpolation}, they expect {spec.interpolation}")
     for key, given, wanted in (("mean", model.mean, spec.mean), ("std", model.std, spec.std)):
@@ -98,8 +104,14 @@ def torchvision_weights(name: str, weights: str | None) -> Any:
     if name not in names:
         import difflib
 
-        near = difflib.get_close_matches(name, names, n=3) or ["resnet50", "mobilenet_v2", "convnext_tiny"]
-        raise UserError(f"model.name={name} is not allowed; allowed: small_cnn, timm/NAME, or torchvision's own names, such as {', '.join(near)}")
+        near = difflib.get_close_matches(name, names, n=3) or [
+            "resnet50",
+            "mobilenet_v2",
+            "convnext_tiny",
+        ]
+        raise UserError(
+            f"model.name={name} is not allowed; allowed: small_cnn, timm/NAME, or torchvision's own names, such as {', '.join(near)}"
+        )
     if weights is None or is_file(weights):
         return None
     allowed = torchvision.models.get_model_weights(name)
@@ -132,11 +144,16 @@ def import_timm(name: str) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model.name={name} needs the package timm: {install_command('timm')}") from error
+        raise UserError(
+            f"model.name={name} needs the package timm: {install_command('timm')}"
+        ) from error
     short = name.removeprefix("timm/")
     if not timm.is_model(short):
         near = ", ".join(timm.list_models(f"*{short.split('.')[0][:8]}*")[:5])
-        raise UserError(f"model.name={name}: timm has no such model" + (f"; allowed, for example: {near}" if near else ""))
+        raise UserError(
+            f"model.name={name}: timm has no such model"
+            + (f"; allowed, for example: {near}" if near else "")
+        )
     return timm
 
 
@@ -147,7 +164,9 @@ def _of_timm(name: str) -> tuple[PixelSpec, list[str]]:
         pretrained = timm.get_pretrained_cfg(short)
     except RuntimeError as error:  # of a tag that there is not
         tags = ", ".join(timm.list_pretrained(f"{short.split('.')[0]}.*")[:5])
-        raise UserError(f"model.name={name}: timm has no such weights; allowed, for example: {tags}") from error
+        raise UserError(
+            f"model.name={name}: timm has no such weights; allowed, for example: {tags}"
+        ) from error
     if pretrained is None:
         return PLAIN, []
     wanted = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict())
@@ -163,10 +182,14 @@ def _of_timm(name: str) -> tuple[PixelSpec, list[str]]:
         notes.append(f"they expect {interpolation}, here bilinear is taken")
         interpolation = "bilinear"
     if wanted["crop_mode"] == "squash":
-        notes.append("timm squeezes a picture into the square, here the square is cut from its centre")
+        notes.append(
+            "timm squeezes a picture into the square, here the square is cut from its centre"
+        )
     if wanted["crop_mode"] == "border":
         notes.append("timm pads a picture to the square, here the square is cut from its centre")
-    spec = PixelSpec(tuple(wanted["mean"]), tuple(wanted["std"]), max(resize, size), size, interpolation)
+    spec = PixelSpec(
+        tuple(wanted["mean"]), tuple(wanted["std"]), max(resize, size), size, interpolation
+    )
     return spec, notes
 
 
@@ -175,4 +198,8 @@ def _of_timm(name: str) -> tuple[PixelSpec, list[str]]:
 
 def is_file(weights: str) -> bool:
     """Whether model.weights names a file, and not weights that a library downloads."""
-    return os.sep in weights or Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin") or Path(weights).is_file()
+    return (
+        os.sep in weights
+        or Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin")
+        or Path(weights).is_file()
+    )

@@ -33,7 +33,7 @@ from torch import nn
 
 from trainer.common import files
 from trainer.common.errors import UserError
-from trainer.images.decode import PictureError, Preprocessing
+from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import read_prepared
 from trainer.results import quantize
 
@@ -45,8 +45,17 @@ PROJECT = Path(__file__).resolve().parents[2]
 CODE = {
     "inference.py": "serving/inference.py",
     "serving/__init__.py": "serving/__init__.py",
-    **{name: name for name in (f"serving/{module}.py" for module in ("batching", "fetch", "handler", "package", "ray_app", "s3"))},
-    **{name: name for name in (f"trainer/{folder}__init__.py" for folder in ("", "common/", "images/"))},
+    **{
+        name: name
+        for name in (
+            f"serving/{module}.py"
+            for module in ("batching", "fetch", "handler", "package", "ray_app", "s3")
+        )
+    },
+    **{
+        name: name
+        for name in (f"trainer/{folder}__init__.py" for folder in ("", "common/", "images/"))
+    },
     "trainer/images/bounds.py": "trainer/images/bounds.py",
     "trainer/common/errors.py": "trainer/common/errors.py",
     "trainer/images/decode.py": "trainer/images/decode.py",
@@ -77,11 +86,20 @@ class Contents:
     config: dict[str, Any]  # resolved settings by dotted key
     revision: str | None  # of git
     golden: Sequence[str]  # paths of a few pictures; their bytes travel along
-    int8: quantize.Pictures | None = None  # to calibrate with and to compare accuracy on; None: the network stays in float32
+    int8: quantize.Pictures | None = (
+        None  # to calibrate with and to compare accuracy on; None: the network stays in float32
+    )
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
 
 
-def build(network: nn.Module, contents: Contents, target: Path, *, archive: bool = True, created: datetime | None = None) -> None:
+def build(
+    network: nn.Module,
+    contents: Contents,
+    target: Path,
+    *,
+    archive: bool = True,
+    created: datetime | None = None,
+) -> None:
     """Writes `target`: an archive (model.tar.gz), or with archive=False a directory that may exist already, as SageMaker's does.
 
     network: takes pixels [N, size, size, 3] uint8 and gives logits [N, classes]; it stays as it is. created: now, if not given; equal inputs give
@@ -92,10 +110,16 @@ def build(network: nn.Module, contents: Contents, target: Path, *, archive: bool
     place.mkdir(parents=True, exist_ok=True)
     try:
         # Below `place`, since a rename stays within a file system, and SageMaker's model directory may be one of its own.
-        with tempfile.TemporaryDirectory(prefix=files.ASIDE, dir=place) as scratch:
+        with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=place) as scratch:
             staged = Path(scratch) / "package"
-            measured = _write_contents(copy.deepcopy(network).cpu().float().eval(), contents, staged)
-            _write_manifest(replace(contents, metrics=contents.metrics | measured), created or datetime.now(UTC), staged)
+            measured = _write_contents(
+                copy.deepcopy(network).cpu().float().eval(), contents, staged
+            )
+            _write_manifest(
+                replace(contents, metrics=contents.metrics | measured),
+                created or datetime.now(UTC),
+                staged,
+            )
             _self_test(staged)
             if archive:
                 _archive(staged, Path(scratch) / target.name)
@@ -114,7 +138,10 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> di
     pictures = [_read_picture(path, contents.preprocessing) for path in contents.golden]
     pixels = np.stack([pixels for _, pixels in pictures])
     logits = _logits(network, pixels)
-    assert logits.shape == (len(pictures), len(contents.classes)), (logits.shape, len(contents.classes))
+    assert logits.shape == (len(pictures), len(contents.classes)), (
+        logits.shape,
+        len(contents.classes),
+    )
     model, measured = _onnx(network, pixels), dict[str, float]()
     if contents.int8:
         model, measured = quantize.int8(model, contents.int8, contents.max_drop)
@@ -125,7 +152,12 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> di
     _write(package / "golden/expected.npz", expected.getvalue())
     for name, (data, _) in zip(_golden_names(contents), pictures, strict=True):
         _write(package / name, data)
-    _write(package / "model.safetensors", safetensors.save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
+    _write(
+        package / "model.safetensors",
+        safetensors.save(
+            {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        ),
+    )
     _write(package / "model.onnx", model)
     _write(package / "code/requirements.txt", REQUIREMENTS.encode())
     for name, source in CODE.items():
@@ -144,8 +176,14 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
         "revision": contents.revision,
         "tolerance": INT8_TOLERANCE if contents.int8 else TOLERANCE,
         "golden": _golden_names(contents),
-        "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")},
-        "files": {path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(package)},
+        "versions": {
+            name: version(name)
+            for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+        },
+        "files": {
+            path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in _files(package)
+        },
     }
     # Over the rest of the manifest as canonical JSON: a class renamed by hand is noticed. It proves integrity, not who wrote it.
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -156,26 +194,34 @@ def _read_picture(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArr
     """The file's bytes, and the pixels that the network sees of it."""
     try:
         pixels = read_prepared(path, preprocessing)
-    except PictureError as error:
-        raise UserError(f"{path}: this picture was to go into the model package, but: {error}; put it right and run again") from error
+    except ImageError as error:
+        raise UserError(
+            f"{path}: this picture was to go into the model package, but: {error}; put it right and run again"
+        ) from error
     return files.patiently(path, Path(path).read_bytes), pixels
 
 
 def _golden_names(contents: Contents) -> list[str]:
-    return [f"golden/{number}{Path(path).suffix.lower()}" for number, path in enumerate(contents.golden)]
+    return [
+        f"golden/{number}{Path(path).suffix.lower()}" for number, path in enumerate(contents.golden)
+    ]
 
 
 def _logits(network: nn.Module, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     with torch.inference_mode():
         logits: NDArray[np.float32] = network(torch.from_numpy(pixels)).numpy()
     if not np.isfinite(logits).all():
-        raise UserError("the network's logits are not finite numbers: the training diverged; lower optim.lr or set train.clip_norm")
+        raise UserError(
+            "the network's logits are not finite numbers: the training diverged; lower optim.lr or set train.clip_norm"
+        )
     return logits
 
 
 def _onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
     """The network as an ONNX model: `pixels` uint8 [batch, size, size, 3] to `logits` float32 [batch, classes], for any batch."""
-    example = torch.from_numpy(pixels[:1]).repeat(2, 1, 1, 1)  # of two: the exporter takes a dimension of 1 for a constant
+    example = torch.from_numpy(pixels[:1]).repeat(
+        2, 1, 1, 1
+    )  # of two: the exporter takes a dimension of 1 for a constant
     try:
         with _silence():
             program = torch.onnx.export(
@@ -189,11 +235,19 @@ def _onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise UserError(f"PyTorch can't export this network as ONNX ({str(error).strip().splitlines()[0]}); choose another model.name") from error
+        raise UserError(
+            f"PyTorch can't export this network as ONNX ({str(error).strip().splitlines()[0]}); choose another model.name"
+        ) from error
     assert program is not None
     model = program.model_proto
     # The exporter notes for each part from which line of which file it came. That is half of a small model, and this machine's paths.
-    for part in (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.graph.input, *model.graph.output):
+    for part in (
+        *model.graph.node,
+        *model.graph.initializer,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+    ):
         del part.metadata_props[:]
     return bytes(model.SerializeToString())
 
@@ -216,7 +270,13 @@ def _self_test(package: Path) -> None:
     # -P: a folder named `serving` in the user's current directory must not be taken for ours.
     command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
     # In a session of its own: what a terminal sends to all of its processes (Ctrl-C, SIGHUP) is for the run itself, which saves or goes on.
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, start_new_session=True)
+    result = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
     if result.returncode != 0:
         raise RuntimeError(f"the model package failed its self-test: {result.stderr.strip()}")
 

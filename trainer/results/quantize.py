@@ -25,10 +25,14 @@ class Pictures:
     labels: NDArray[np.int64]  # [N]
 
 
-def choose(paths: Sequence[str], labels: NDArray[np.int64], preprocessing: Preprocessing) -> Pictures:
+def choose(
+    paths: Sequence[str], labels: NDArray[np.int64], preprocessing: Preprocessing
+) -> Pictures:
     """As many of a split's pictures as are needed, evenly spread, since a split is sorted by class."""
     chosen = np.linspace(0, len(paths) - 1, min(len(paths), CALIBRATION + CHECKED)).astype(np.int64)
-    return Pictures(np.stack([read_prepared(paths[index], preprocessing) for index in chosen]), labels[chosen])
+    return Pictures(
+        np.stack([read_prepared(paths[index], preprocessing) for index in chosen]), labels[chosen]
+    )
 
 
 def int8(model: bytes, pictures: Pictures, max_drop: float) -> tuple[bytes, dict[str, float]]:
@@ -41,7 +45,10 @@ def int8(model: bytes, pictures: Pictures, max_drop: float) -> tuple[bytes, dict
     if len(checked) < CALIBRATION:
         checked = order
     quantized = _quantize(model, pictures.pixels[calibration])
-    before, after = (_top1(network, pictures.pixels[checked], pictures.labels[checked]) for network in (model, quantized))
+    before, after = (
+        _top1(network, pictures.pixels[checked], pictures.labels[checked])
+        for network in (model, quantized)
+    )
     if before - after > max_drop:
         raise UserError(
             f"package.int8=true: int8 has a top-1 accuracy of {after:.4f} on {len(checked)} validation pictures, float32 {before:.4f}; "
@@ -51,7 +58,12 @@ def int8(model: bytes, pictures: Pictures, max_drop: float) -> tuple[bytes, dict
 
 
 def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -63,11 +75,21 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
             return None if batch is None else {"pixels": batch}
 
     with tempfile.TemporaryDirectory(prefix="int8-") as directory:
-        source, prepared, target = (Path(directory) / name for name in ("float.onnx", "prepared.onnx", "int8.onnx"))
+        source, prepared, target = (
+            Path(directory) / name for name in ("float.onnx", "prepared.onnx", "int8.onnx")
+        )
         source.write_bytes(model)
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         # Unsigned activations with signed weights, a scale for each output channel: what ONNX Runtime is fastest with on x86 with VNNI.
-        quantize_static(prepared, target, Reader(), QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        quantize_static(
+            prepared,
+            target,
+            Reader(),
+            QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
         return target.read_bytes()
 
 
@@ -76,7 +98,9 @@ def logits(model: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(["logits"], {"pixels": batch})[0] for batch in _batches(pixels)])
+    return np.concatenate(
+        [session.run(["logits"], {"pixels": batch})[0] for batch in _batches(pixels)]
+    )
 
 
 def _top1(model: bytes, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:

@@ -44,7 +44,9 @@ class Report:
 
     title: str  # the run's name
     split: str  # "test", or "valid" where there is no test split
-    history: list[dict[str, float]]  # a row an epoch: epoch (from 1), lr, losses, accuracies, and seconds in all, waiting (data_wait) and evaluating
+    history: list[
+        dict[str, float]
+    ]  # a row an epoch: epoch (from 1), lr, losses, accuracies, and seconds in all, waiting (data_wait) and evaluating
     best_epoch: int
     metrics: dict[str, float]  # of `split`: loss, top1, top5, f1
     classes: Sequence[str]  # [C]
@@ -181,17 +183,38 @@ def _charts(report: Report) -> list[Chart]:
     loss = [series("train", "orange", "train_loss"), series("valid", "blue", "valid_loss")]
     accuracy = [series("train", "orange", "train_top1"), series("valid", "blue", "valid_top1")]
     accuracy += [series("top-5", "teal", "valid_top5"), series("F1", "violet", "valid_f1")]
-    evaluate, wait = series("evaluate", "grey", "evaluate_seconds"), series("wait", "orange", "data_wait")
-    compute = _column(report.history, "seconds") - np.nan_to_num(evaluate.values) - np.nan_to_num(wait.values)
+    evaluate, wait = (
+        series("evaluate", "grey", "evaluate_seconds"),
+        series("wait", "orange", "data_wait"),
+    )
+    compute = (
+        _column(report.history, "seconds")
+        - np.nan_to_num(evaluate.values)
+        - np.nan_to_num(wait.values)
+    )
     return [
         _chart(report, "Loss", loss, _number, base=0.0),
         _chart(report, "Accuracy", accuracy, _percent),
         _chart(report, "Learning rate", [series("", "blue", "lr")], _number, base=0.0),
-        _chart(report, "Time per epoch", [Series("compute", "blue", np.maximum(0, compute)), evaluate, wait], _duration, base=0.0, stacked=True),
+        _chart(
+            report,
+            "Time per epoch",
+            [Series("compute", "blue", np.maximum(0, compute)), evaluate, wait],
+            _duration,
+            base=0.0,
+            stacked=True,
+        ),
     ]
 
 
-def _chart(report: Report, title: str, series: list[Series], text: Callable[[float], str], base: float = math.inf, stacked: bool = False) -> Chart:
+def _chart(
+    report: Report,
+    title: str,
+    series: list[Series],
+    text: Callable[[float], str],
+    base: float = math.inf,
+    stacked: bool = False,
+) -> Chart:
     """The chart of the series that have a value. text: writes a value. base: where the y axis starts at the latest."""
     epochs = [int(row["epoch"]) for row in report.history]
     best = epochs.index(report.best_epoch) if report.best_epoch in epochs else None
@@ -206,9 +229,24 @@ def _chart(report: Report, title: str, series: list[Series], text: Callable[[flo
 
     lines = []
     for entry, top in zip(series, tops, strict=True):
-        path, dots = (_bars(height(top - np.nan_to_num(entry.values)), height(top)), []) if stacked else _curve(height(top))
-        lines.append(Line(entry.name, entry.colour, path, dots, "" if best is None else text(entry.values[best]), stacked))
-    marks = sorted({epochs[0], *(int(tick) for tick in _ticks(epochs[0], epochs[-1]) if tick in epochs)})
+        path, dots = (
+            (_bars(height(top - np.nan_to_num(entry.values)), height(top)), [])
+            if stacked
+            else _curve(height(top))
+        )
+        lines.append(
+            Line(
+                entry.name,
+                entry.colour,
+                path,
+                dots,
+                "" if best is None else text(entry.values[best]),
+                stacked,
+            )
+        )
+    marks = sorted(
+        {epochs[0], *(int(tick) for tick in _ticks(epochs[0], epochs[-1]) if tick in epochs)}
+    )
     return Chart(
         title=title,
         x_ticks=[((epochs.index(mark) + 0.5) / len(epochs), str(mark)) for mark in marks],
@@ -219,14 +257,21 @@ def _chart(report: Report, title: str, series: list[Series], text: Callable[[flo
     )
 
 
-def _readouts(epochs: list[int], series: list[Series], text: Callable[[float], str]) -> list[Readout]:
+def _readouts(
+    epochs: list[int], series: list[Series], text: Callable[[float], str]
+) -> list[Readout]:
     count = len(epochs)
     step = math.ceil(count / READOUTS)
     return [
         Readout(
             left=index / count,
             width=min(step, count - index) / count,
-            text=" · ".join([f"epoch {epochs[index]}", *(f"{entry.name} {text(entry.values[index])}".strip() for entry in series)]),
+            text=" · ".join(
+                [
+                    f"epoch {epochs[index]}",
+                    *(f"{entry.name} {text(entry.values[index])}".strip() for entry in series),
+                ]
+            ),
         )
         for index in range(0, count, step)
     ]
@@ -266,14 +311,27 @@ def _ticks(low: float, high: float) -> list[float]:
         low, high = min(0.0, low), max(0.0, high) or 1.0
     rough = (high - low) / 4
     magnitude = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough * 0.999)
-    return [tick * step for tick in range(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)]
+    step = next(
+        factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough * 0.999
+    )
+    return [
+        tick * step
+        for tick in range(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)
+    ]
 
 
 def _timing(history: list[dict[str, float]]) -> dict[str, float]:
     """Seconds of the whole run by what they were spent on; `total` is their sum."""
-    total, wait, evaluate = (float(np.nansum(_column(history, key))) for key in ("seconds", "data_wait", "evaluate_seconds"))
-    return {"compute": max(0.0, total - wait - evaluate), "evaluate": evaluate, "wait": wait, "total": max(total, wait + evaluate)}
+    total, wait, evaluate = (
+        float(np.nansum(_column(history, key)))
+        for key in ("seconds", "data_wait", "evaluate_seconds")
+    )
+    return {
+        "compute": max(0.0, total - wait - evaluate),
+        "evaluate": evaluate,
+        "wait": wait,
+        "total": max(total, wait + evaluate),
+    }
 
 
 def _column(history: list[dict[str, float]], key: str) -> NDArray[np.float64]:
@@ -347,15 +405,29 @@ def _pairs(report: Report, thumbnail: Thumbnail) -> list[Pair]:
     order = np.lexsort((-wrong[rows, columns] / totals[rows], -wrong[rows, columns]))[:PAIRS]
     pairs = []
     for row, column in zip(rows[order], columns[order], strict=True):
-        chosen = _surest(report, (report.labels == row) & (report.predictions == column))[:PICTURES_PER_PAIR]
+        chosen = _surest(report, (report.labels == row) & (report.predictions == column))[
+            :PICTURES_PER_PAIR
+        ]
         examples = list(_examples(report, chosen, thumbnail))
-        pairs.append(Pair(report.classes[row], report.classes[column], int(wrong[row, column]), int(totals[row]), examples))
+        pairs.append(
+            Pair(
+                report.classes[row],
+                report.classes[column],
+                int(wrong[row, column]),
+                int(totals[row]),
+                examples,
+            )
+        )
     return pairs
 
 
 def _mistakes(report: Report, thumbnail: Thumbnail) -> list[Mistake]:
     """The wrong predictions that the model was surest of."""
-    return list(_examples(report, _surest(report, report.predictions != report.labels)[:MISTAKES], thumbnail))
+    return list(
+        _examples(
+            report, _surest(report, report.predictions != report.labels)[:MISTAKES], thumbnail
+        )
+    )
 
 
 def _surest(report: Report, among: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -364,7 +436,9 @@ def _surest(report: Report, among: NDArray[np.bool_]) -> NDArray[np.int64]:
     return indices[np.argsort(-report.probabilities[indices].max(axis=1), kind="stable")]
 
 
-def _examples(report: Report, indices: NDArray[np.int64], thumbnail: Thumbnail) -> Iterator[Mistake]:
+def _examples(
+    report: Report, indices: NDArray[np.int64], thumbnail: Thumbnail
+) -> Iterator[Mistake]:
     for index in indices:
         try:
             pixels = thumbnail(report.paths[index])
@@ -396,7 +470,10 @@ def _data_uri(image: Image.Image, kind: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-RIGHT, WRONG = (47, 111, 196), (222, 92, 30)  # the matrix' colours; their opacity is the value, so that they suit a light and a dark page
+RIGHT, WRONG = (
+    (47, 111, 196),
+    (222, 92, 30),
+)  # the matrix' colours; their opacity is the value, so that they suit a light and a dark page
 
 
 def _matrix(report: Report) -> Matrix:
@@ -414,10 +491,23 @@ def _matrix(report: Report) -> Matrix:
     pixels[..., 3] = np.round(alpha * 255)
     rows, columns = np.nonzero(confusion)
     order = np.argsort(-confusion[rows, columns], kind="stable")[:CELLS]
-    cells = [Cell(int(row), int(column), int(confusion[row, column]), int(totals[row])) for row, column in zip(rows[order], columns[order], strict=True)]
+    cells = [
+        Cell(int(row), int(column), int(confusion[row, column]), int(totals[row]))
+        for row, column in zip(rows[order], columns[order], strict=True)
+    ]
     labelled = size <= LABELLED_CLASSES
-    gutter = 1.0 + 0.4 * max(len(_name(name, LABEL_LENGTH)) for name in report.classes) if labelled else 1.5
-    return Matrix(_data_uri(Image.fromarray(pixels), "PNG"), cells, gutter, labelled, counted=size <= COUNTED_CLASSES)
+    gutter = (
+        1.0 + 0.4 * max(len(_name(name, LABEL_LENGTH)) for name in report.classes)
+        if labelled
+        else 1.5
+    )
+    return Matrix(
+        _data_uri(Image.fromarray(pixels), "PNG"),
+        cells,
+        gutter,
+        labelled,
+        counted=size <= COUNTED_CLASSES,
+    )
 
 
 def _per_class(report: Report) -> list[ClassRow]:
@@ -504,5 +594,13 @@ EPOCH_COLUMNS = {
 
 def _epochs(history: list[dict[str, float]]) -> list[tuple[int, list[str]]]:
     """The number and the values of the epochs; where they are many, of EPOCH_ROWS evenly spread ones with the first and the last."""
-    chosen = np.unique(np.linspace(0, len(history) - 1, min(len(history), EPOCH_ROWS)).round().astype(int))
-    return [(int(history[index]["epoch"]), [text(history[index].get(key, math.nan)) for key, text in EPOCH_COLUMNS.values()]) for index in chosen]
+    chosen = np.unique(
+        np.linspace(0, len(history) - 1, min(len(history), EPOCH_ROWS)).round().astype(int)
+    )
+    return [
+        (
+            int(history[index]["epoch"]),
+            [text(history[index].get(key, math.nan)) for key, text in EPOCH_COLUMNS.values()],
+        )
+        for index in chosen
+    ]

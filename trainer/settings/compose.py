@@ -51,7 +51,9 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
             notes.append(f"{word}: {reason}")
             composed, choices = _compose(words, conf)
     if choices["data"] != DEMO and not given & {"model", "model.name", "experiment"}:
-        others = f"model=mobilenet_v2 is quicker on a CPU, model={TOY} is small and learns from nothing"
+        others = (
+            f"model=mobilenet_v2 is quicker on a CPU, model={TOY} is small and learns from nothing"
+        )
         notes.append(f"model={choices['model']}: no model was given; {others}")
     return Resolved(words, notes, composed)
 
@@ -83,21 +85,30 @@ def _compose(words: Sequence[str], conf: Path) -> tuple[DictConfig, dict[str, st
 # --- what is meant and not said: each rule gives an override and its reason, or None ---
 
 
-def _own_pictures(given: set[str], composed: DictConfig, choices: dict[str, str]) -> tuple[str, str] | None:
+def _own_pictures(
+    given: set[str], composed: DictConfig, choices: dict[str, str]
+) -> tuple[str, str] | None:
     """A folder of pictures without data=... means these pictures, and not a place for the demo's."""
     if "data" in given or choices["data"] != DEMO or not given & {"data.root", "data.train"}:
         return None
-    return "data=folder", f"the pictures in {composed.data.train or composed.data.root} are your own"
+    return (
+        "data=folder",
+        f"the pictures in {composed.data.train or composed.data.root} are your own",
+    )
 
 
-def _root_of_train(given: set[str], composed: DictConfig, choices: dict[str, str]) -> tuple[str, str] | None:
+def _root_of_train(
+    given: set[str], composed: DictConfig, choices: dict[str, str]
+) -> tuple[str, str] | None:
     """A folder of training pictures needs no data.root: valid is split off it, unless data.valid says where it is."""
     if not OmegaConf.is_missing(composed.data, "root") or composed.data.train is None:
         return None
     return space.override("data.root", composed.data.train), "only data.train was given"
 
 
-def _model_by_name(given: set[str], composed: DictConfig, choices: dict[str, str]) -> tuple[str, str] | None:
+def _model_by_name(
+    given: set[str], composed: DictConfig, choices: dict[str, str]
+) -> tuple[str, str] | None:
     """A model's name brings the settings that go with it: a pretrained network must not get the toy's, and random weights with them."""
     if OmegaConf.is_missing(composed.model, "name"):
         return None
@@ -107,9 +118,16 @@ def _model_by_name(given: set[str], composed: DictConfig, choices: dict[str, str
     option = TOY if name == TOY else "torchvision"
     if "model" in given:
         instead = f"model={TOY} alone" if option == TOY else f"model={option} model.name={name}"
-        raise UserError(f"model={choice} with model.name={name}: these are two models; give {instead}")
+        raise UserError(
+            f"model={choice} with model.name={name}: these are two models; give {instead}"
+        )
     reason = f"model.name={name} is not {choice}"
-    return f"model={option}", reason if option == TOY else f"{reason}; it comes with its pretrained weights unless model.weights says otherwise"
+    return (
+        f"model={option}",
+        reason
+        if option == TOY
+        else f"{reason}; it comes with its pretrained weights unless model.weights says otherwise",
+    )
 
 
 # --- overrides that Hydra takes, though nothing good comes of them ---
@@ -129,7 +147,9 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
             _check_option(word, key, value, groups[key])
         elif key in sections and not value.startswith("{"):
             inside = [name for name in keys if name.startswith(f"{key}.")]
-            raise UserError(f"{word}: {key} is no setting, but holds some; give one of them, such as {inside[0]}=...")
+            raise UserError(
+                f"{word}: {key} is no setting, but holds some; give one of them, such as {inside[0]}=..."
+            )
 
 
 def _check_deletion(word: str, key: str, keys: list[str], several: Collection[str]) -> None:
@@ -138,7 +158,9 @@ def _check_deletion(word: str, key: str, keys: list[str], several: Collection[st
     if key not in keys and key not in several:
         raise UserError(unknown_key(key, keys))
     instead = f", or give {key}=VALUE" if key in keys else ""
-    raise UserError(f"{word}: a setting can't be taken away; leave this out for its default{instead}")
+    raise UserError(
+        f"{word}: a setting can't be taken away; leave this out for its default{instead}"
+    )
 
 
 def _check_option(word: str, group: str, value: str, allowed: list[str]) -> None:

@@ -167,7 +167,9 @@ class SweepConfig:
     sampler: str = setting("tpe", "random", identity=False)
     pruner: str = setting("none", "median", "halving", identity=False)
     points: int = setting(at_least=1, identity=False)
-    seed: int = setting(at_least=0, at_most=2**32 - 1, identity=False)  # NumPy's RandomState, which Optuna's samplers use, takes no more
+    seed: int = setting(
+        at_least=0, at_most=2**32 - 1, identity=False
+    )  # NumPy's RandomState, which Optuna's samplers use, takes no more
     space: dict[str, str] = setting(identity=False)
 
 
@@ -223,8 +225,12 @@ def load(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     for key, value, limits in walk(config):
         check(key, value, limits)
-    if config.name is not None and (Path(config.name).name != config.name or config.name in ("", "..")):
-        raise UserError(f"name={config.name} is not allowed; allowed: the name of one directory, made in platform.runs={config.platform.runs}")
+    if config.name is not None and (
+        Path(config.name).name != config.name or config.name in ("", "..")
+    ):
+        raise UserError(
+            f"name={config.name} is not allowed; allowed: the name of one directory, made in platform.runs={config.platform.runs}"
+        )
     fill_recipe(config)
     if config.model.weights is None:
         fill_pixels(config, PLAIN)
@@ -234,7 +240,10 @@ def load(composed: DictConfig) -> Config:
             f"train.accumulate={config.train.accumulate} splits a batch of train.batch_size={config.train.batch_size} into more parts "
             "than it has pictures; allowed: train.accumulate <= train.batch_size"
         )
-    if config.train.exact_shards is not None and config.train.exact_shards > config.train.batch_size:
+    if (
+        config.train.exact_shards is not None
+        and config.train.exact_shards > config.train.batch_size
+    ):
         raise UserError(
             f"train.exact_shards={config.train.exact_shards} divides a batch of train.batch_size={config.train.batch_size} into more shards than it "
             "has pictures; allowed: train.exact_shards <= train.batch_size"
@@ -244,7 +253,11 @@ def load(composed: DictConfig) -> Config:
             f"train.accumulate={config.train.accumulate} with train.exact_shards={config.train.exact_shards}: shards are computed one after the "
             "other already; allowed: train.accumulate=1"
         )
-    if config.model.freeze == "backbone" and config.model.cached_views and config.data.augment.mixup + config.data.augment.cutmix > 0:
+    if (
+        config.model.freeze == "backbone"
+        and config.model.cached_views
+        and config.data.augment.mixup + config.data.augment.cutmix > 0
+    ):
         raise UserError(
             f"model.cached_views={config.model.cached_views}: mixed pictures (data.augment.mixup, data.augment.cutmix) have no cached features; "
             "allowed: model.cached_views=null, or no mixing"
@@ -252,7 +265,9 @@ def load(composed: DictConfig) -> Config:
     for key in ("scale", "ratio"):
         low, high = getattr(config.data.augment, key)
         if low > high:
-            raise UserError(f"data.augment.{key}=[{low},{high}]: the first number is the lower bound; allowed: [low,high]")
+            raise UserError(
+                f"data.augment.{key}=[{low},{high}]: the first number is the lower bound; allowed: [low,high]"
+            )
     return config
 
 
@@ -265,12 +280,22 @@ def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
         if key in given and limits["only_if"]:
             other, allowed = limits["only_if"].split("=")
             if str(values[other]) not in allowed.split("|"):
-                lines.append(f"{key}={value} has no effect with {other}={values[other]}: it is used with {limits['only_if']}")
+                lines.append(
+                    f"{key}={value} has no effect with {other}={values[other]}: it is used with {limits['only_if']}"
+                )
     views = next((word for word in overrides if word.startswith("model.cached_views=")), "")
     if views and config.model.cached_views is None and not views.endswith("=null"):
-        lines.append(f"{views} has no effect with mixed pictures (data.augment.mixup, data.augment.cutmix): they have no cached features")
-    if "model.weights" not in given and config.model.freeze == "backbone" and config.model.weights is None:
-        lines.append("model.freeze=backbone with model.weights=null trains a head on random features: give model.weights")
+        lines.append(
+            f"{views} has no effect with mixed pictures (data.augment.mixup, data.augment.cutmix): they have no cached features"
+        )
+    if (
+        "model.weights" not in given
+        and config.model.freeze == "backbone"
+        and config.model.weights is None
+    ):
+        lines.append(
+            "model.freeze=backbone with model.weights=null trains a head on random features: give model.weights"
+        )
     return lines
 
 
@@ -291,7 +316,10 @@ def run_name(config: Config) -> str:
 
 def places(data: DataConfig) -> list[str]:
     """Where the pictures lie, by the settings alone: what the splits' folders in data.root are called is seen when they are read."""
-    return [os.path.realpath(getattr(data, split) or Path(data.root) / split) for split in ("train", "valid", "test")]
+    return [
+        os.path.realpath(getattr(data, split) or Path(data.root) / split)
+        for split in ("train", "valid", "test")
+    ]
 
 
 # --- what isn't given ---
@@ -313,7 +341,9 @@ class PixelSpec:
 
 
 # Where there are no weights, or nothing is known of them: ImageNet's mean and standard deviation, and the crop of He et al. 2016.
-PLAIN = PixelSpec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256, size=224, interpolation="bilinear")
+PLAIN = PixelSpec(
+    (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256, size=224, interpolation="bilinear"
+)
 
 # Peak learning rates (all layers but the head, the head) by optimizer and by what is trained; None: the same.
 # MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers gives a test accuracy of 33 %,
@@ -322,9 +352,15 @@ LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
     "adamw": {"scratch": (2e-3, None), "head": (2e-3, None), "pretrained": (2e-4, 2e-3)},
     "sgd": {"scratch": (0.05, None), "head": (0.05, None), "pretrained": (5e-3, 0.05)},
 }
-RUINOUS_LR = {"adamw": 1e-3, "sgd": 0.05}  # from here on, on all layers, pretrained weights are mostly forgotten
+RUINOUS_LR = {
+    "adamw": 1e-3,
+    "sgd": 0.05,
+}  # from here on, on all layers, pretrained weights are mostly forgotten
 
-EPOCHS, STEPS = 16, 200  # passes over the pictures, and optimizer steps at least: few pictures need more passes
+EPOCHS, STEPS = (
+    16,
+    200,
+)  # passes over the pictures, and optimizer steps at least: few pictures need more passes
 
 
 def fill_recipe(config: Config) -> None:
@@ -335,7 +371,13 @@ def fill_recipe(config: Config) -> None:
         if model.freeze == "backbone" and augment.mixup + augment.cutmix > 0:
             model.cached_views = None  # mixed pictures have no cached features
     if choice.lr is None:
-        trained = "head" if model.freeze == "backbone" else "scratch" if model.weights is None else "pretrained"
+        trained = (
+            "head"
+            if model.freeze == "backbone"
+            else "scratch"
+            if model.weights is None
+            else "pretrained"
+        )
         choice.lr, head_lr = LEARNING_RATES[choice.name][trained]
         if choice.head_lr is None:
             choice.head_lr = head_lr
@@ -391,7 +433,9 @@ METRICS = (
 
 def metric_line(values: Mapping[str, float]) -> str:
     """The line of the log that carries metrics, for example `metrics: epoch=3 valid_top1=0.812`."""
-    return "metrics: " + " ".join(f"{name}={values[name]:.6g}" for name in METRICS if name in values)
+    return "metrics: " + " ".join(
+        f"{name}={values[name]:.6g}" for name in METRICS if name in values
+    )
 
 
 def metric_definitions() -> list[dict[str, str]]:
@@ -442,7 +486,9 @@ def check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise UserError(f"{key}={value} is not allowed; allowed: {', '.join(limits['choices'])}")
     values = value if isinstance(value, list) else [value]
     if limits["length"] is not None and len(values) != limits["length"]:
-        raise UserError(f"{key}={value} holds {len(values)} values; allowed: exactly {limits['length']}")
+        raise UserError(
+            f"{key}={value} holds {len(values)} values; allowed: exactly {limits['length']}"
+        )
     tests: dict[str, tuple[str, Callable[[float, float], bool]]] = {
         "above": ("above", lambda number, limit: number > limit),
         "at_least": ("at least", lambda number, limit: number >= limit),

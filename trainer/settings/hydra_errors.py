@@ -21,7 +21,9 @@ def explain(error: Exception, keys: list[str]) -> str:
     if group := re.search(r"In '[^']*': Could not find '([^']+)'", text):
         return f"{group[1]}: there is no such config file or group"
     full_key = re.search(r"full_key: (\S+)", text)
-    if unknown := re.search(r"Could not override '([^']+)'", text) or (re.search(r"Key '.*' (is )?not in", text) and full_key):
+    if unknown := re.search(r"Could not override '([^']+)'", text) or (
+        re.search(r"Key '.*' (is )?not in", text) and full_key
+    ):
         return unknown_key(unknown[1], keys)
     if full_key:
         typed = re.search(r"^Error merging override (.*)$", text, re.MULTILINE)
@@ -32,12 +34,18 @@ def explain(error: Exception, keys: list[str]) -> str:
 def unknown_option(group: str, name: str, options: list[str]) -> str:
     near = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
-    hint = f"; for another torchvision model: model=torchvision model.name={name}" if group == "model" and name.isidentifier() else ""
+    hint = (
+        f"; for another torchvision model: model=torchvision model.name={name}"
+        if group == "model" and name.isidentifier()
+        else ""
+    )
     return f"{group}={name}: there is no such option; {meant}allowed: {', '.join(options)}{hint}"
 
 
 def unknown_key(key: str, keys: list[str]) -> str:
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.6) or [name for name in keys if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.6) or [
+        name for name in keys if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]
+    ]
     hint = f"did you mean {' or '.join(near)}?" if near else "see python -m trainer --help"
     return f"{key}: there is no such setting; {hint}"
 
@@ -46,7 +54,9 @@ def _wrong_value(key: str, typed: str, text: str) -> str:
     """typed: the override as it was given, where that is known, else the key."""
     if "missing mandatory value" in text:
         return f"{key} has no value: give {key}=..."
-    if value := re.search(r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", text):
+    if value := re.search(
+        r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", text
+    ):
         return f"{key}={value[1]} is of the wrong type; allowed: {value[2].lower()}"
     if value := re.search(r"Value '(.*)' is not a valid bool", text):
         return f"{key}={value[1]} is of the wrong type; allowed: boolean, true or false"
@@ -57,5 +67,7 @@ def _wrong_value(key: str, typed: str, text: str) -> str:
     if "Dict[" in text:
         return f"{typed} is of the wrong type; allowed: values by key, such as {key}={{a: 1}}"
     asides = ("full_key", "object_type", "reference_type")
-    reason = next(line for line in reversed(text.splitlines()) if line and not line.strip().startswith(asides))
+    reason = next(
+        line for line in reversed(text.splitlines()) if line and not line.strip().startswith(asides)
+    )
     return f"{typed}: {reason.strip()}"

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, QuotedString, RangeSweep, Transformer
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Override,
+    QuotedString,
+    RangeSweep,
+    Transformer,
+)
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,7 +37,12 @@ from trainer.settings.hydra_errors import explain
 
 Value = bool | int | float | str | list[Any] | None
 GROUPS = ("data", "model", "optim", "experiment")  # whose options a sweep may try
-FIXED = ("name", "platform", "checkpoint", "sweep")  # say where and how safely a trial runs, not what it is
+FIXED = (
+    "name",
+    "platform",
+    "checkpoint",
+    "sweep",
+)  # say where and how safely a trial runs, not what it is
 
 
 @dataclass(frozen=True)
@@ -84,17 +96,25 @@ class Sweep:
         return self.objective.endswith("loss")
 
 
-def load(config: Config, swept: Mapping[str, str] | None = None, fixed: Iterable[str] = ()) -> Sweep:
+def load(
+    config: Config, swept: Mapping[str, str] | None = None, fixed: Iterable[str] = ()
+) -> Sweep:
     """The sweep of `config.sweep` and of the command line (`split`): its ranges go before those of the space, its single values take theirs out.
 
     Raises UserError for a key that there is not or that can't be swept, and for a range that does not fit its setting.
     """
     chosen = {name: value for name, value in vars(config.sweep).items() if name != "space"}
     settled = {key_of(override) for override in fixed}
-    ranges = {key: text for key, text in config.sweep.space.items() if key not in settled} | dict(swept or {})
+    ranges = {key: text for key, text in config.sweep.space.items() if key not in settled} | dict(
+        swept or {}
+    )
     if not ranges:
-        raise UserError("the sweep has nothing to try: give a space (sweep=lr_batch) or ranges (optim.lr=1e-3,1e-2)")
-    return Sweep(**chosen, space=tuple(parameter(key, text, config) for key, text in ranges.items()))
+        raise UserError(
+            "the sweep has nothing to try: give a space (sweep=lr_batch) or ranges (optim.lr=1e-3,1e-2)"
+        )
+    return Sweep(
+        **chosen, space=tuple(parameter(key, text, config) for key, text in ranges.items())
+    )
 
 
 def split(overrides: Iterable[str]) -> tuple[list[str], dict[str, str]]:
@@ -129,7 +149,9 @@ def key_of(override: str) -> str:
 def parameter(key: str, text: str, config: Config) -> Parameter:
     """The parameter of one range. Raises UserError where it is none, or does not fit the setting `key`."""
     if key.split(".")[0] in FIXED:
-        raise UserError(f"{key}={text}: a sweep can't try this setting: it says where or how a trial runs, not what it is")
+        raise UserError(
+            f"{key}={text}: a sweep can't try this setting: it says where or how a trial runs, not what it is"
+        )
     try:
         (override,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
     except HydraException as error:
@@ -147,26 +169,40 @@ def parameter(key: str, text: str, config: Config) -> Parameter:
         return Categorical(key, values)
     kinds = _kinds(key)
     if not kinds & {int, float}:
-        raise UserError(f"{key}={text}: this setting is no number; allowed: a list of values, such as {key}=a,b")
+        raise UserError(
+            f"{key}={text}: this setting is no number; allowed: a list of values, such as {key}=a,b"
+        )
     assert value.start is not None and value.end is not None
     whole = float not in kinds and value.start % 1 == value.end % 1 == 0
-    low, high = (_typed(key, int(bound) if whole else bound, config) for bound in (value.start, value.end))  # Hydra's bounds are floats
+    low, high = (
+        _typed(key, int(bound) if whole else bound, config) for bound in (value.start, value.end)
+    )  # Hydra's bounds are floats
     assert isinstance(low, int | float) and isinstance(high, int | float)
     if unknown := value.tags - {"log"}:
-        raise UserError(f"{key}={text}: the tag {', '.join(sorted(unknown))} is not known; allowed: log")
+        raise UserError(
+            f"{key}={text}: the tag {', '.join(sorted(unknown))} is not known; allowed: log"
+        )
     log = "log" in value.tags
     if not low < high:
         raise UserError(f"{key}={text}: allowed: interval(low, high) with low below high")
     if log and low <= 0:
-        raise UserError(f"{key}={text}: a logarithmic scale has no {low}; allowed: bounds above 0, or no tag(log, ...)")
-    return Continuous(key, float(low), float(high), log) if float in kinds else Integer(key, int(low), int(high), log)
+        raise UserError(
+            f"{key}={text}: a logarithmic scale has no {low}; allowed: bounds above 0, or no tag(log, ...)"
+        )
+    return (
+        Continuous(key, float(low), float(high), log)
+        if float in kinds
+        else Integer(key, int(low), int(high), log)
+    )
 
 
 def grid(parameter: Parameter, points: int) -> tuple[Value, ...]:
     """The values that a grid takes: every choice, or `points` evenly spaced ones of an interval, to six digits, with both its bounds."""
     if isinstance(parameter, Categorical):
         return parameter.choices
-    low, high = (math.log(bound) if parameter.log else bound for bound in (parameter.low, parameter.high))
+    low, high = (
+        math.log(bound) if parameter.log else bound for bound in (parameter.low, parameter.high)
+    )
     spaced = [low + (high - low) * number / max(points - 1, 1) for number in range(points)]
     values = [math.exp(value) if parameter.log else value for value in spaced]
     if isinstance(parameter, Integer):
@@ -184,8 +220,20 @@ def text(value: Value) -> str:
         return f"[{','.join(text(element) for element in value)}]"
     if isinstance(value, str):
         # What could be read as something else, or holds what is special to Hydra, is quoted.
-        plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf")
-        return value if plain else "'" + re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value) + "'"
+        plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) and value.lower() not in (
+            "null",
+            "true",
+            "false",
+            "nan",
+            "inf",
+        )
+        return (
+            value
+            if plain
+            else "'"
+            + re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value)
+            + "'"
+        )
     return json.dumps(value)
 
 
@@ -193,8 +241,13 @@ def _listed(override: Override, key: str, text: str) -> list[Any]:
     """The values of a list or range, in the order given."""
     value = override.value()
     if not isinstance(value, ChoiceSweep | RangeSweep):
-        raise UserError(f"{key}={text} is no range; allowed: a,b,c, range(start,stop,step), interval(low,high) or tag(log,interval(low,high))")
-    return [plain.text if isinstance(plain, QuotedString) else plain for plain in override.sweep_iterator(Transformer.identity)]
+        raise UserError(
+            f"{key}={text} is no range; allowed: a,b,c, range(start,stop,step), interval(low,high) or tag(log,interval(low,high))"
+        )
+    return [
+        plain.text if isinstance(plain, QuotedString) else plain
+        for plain in override.sweep_iterator(Transformer.identity)
+    ]
 
 
 def _typed(key: str, value: Any, config: Config) -> Value:
@@ -205,7 +258,9 @@ def _typed(key: str, value: Any, config: Config) -> Value:
         typed = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise UserError(explain(error, settings.keys())) from error
-    found, limits = next((found, limits) for name, found, limits in settings.walk(typed) if name == key)
+    found, limits = next(
+        (found, limits) for name, found, limits in settings.walk(typed) if name == key
+    )
     settings.check(key, found, limits)
     result: Value = found
     return result

@@ -26,10 +26,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from trainer.common import files
-from trainer.common.console import Progress, also_to_file, log, python
+from trainer.common.console import ProgressBar, also_to_file, log, python
 from trainer.common.errors import OK, RESUME, UserError, install_command
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
-from trainer.images.datasets import find_pictures
+from trainer.images.datasets import find_images
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings.compose import CONF, check_options, compose, resolve
@@ -68,9 +68,14 @@ def base(conf: Path, fixed: list[str], swept: dict[str, str]) -> tuple[Config, l
 
 
 @contextmanager
-def opened(config: Config, fixed: list[str], swept: dict[str, str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+def opened(
+    config: Config, fixed: list[str], swept: dict[str, str]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The sweep's directory, locked for this process, and what its sweep.json holds; both made and checked if it is new."""
-    asked: dict[str, Any] = {"settings": sorted(word for word in fixed if space.key_of(word) not in (*FREE, "name")), "ranges": swept}
+    asked: dict[str, Any] = {
+        "settings": sorted(word for word in fixed if space.key_of(word) not in (*FREE, "name")),
+        "ranges": swept,
+    }
     directory = Path(config.platform.runs) / (config.name or sweep_name(config, asked))
     known = directory / "sweep.json"
     if not known.exists():
@@ -78,19 +83,25 @@ def opened(config: Config, fixed: list[str], swept: dict[str, str]) -> Iterator[
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory) as mine, also_to_file(directory / "log.txt"):
         if not mine:
-            raise UserError(f"{directory}: another process runs this sweep; wait for it, or give this one another name=...")
+            raise UserError(
+                f"{directory}: another process runs this sweep; wait for it, or give this one another name=..."
+            )
         if not known.exists():
             freeze(directory, asked)
         frozen = json.loads(known.read_text())
         if changed := words_of(asked) ^ words_of(frozen):
-            raise UserError(f"{directory}: this sweep began with other settings ({', '.join(sorted(changed))}); give the same, or another name=...")
+            raise UserError(
+                f"{directory}: this sweep began with other settings ({', '.join(sorted(changed))}); give the same, or another name=..."
+            )
         log.info("sweep %s in %s", directory.name, directory)
         yield directory, frozen
 
 
 def sweep_name(config: Config, asked: dict[str, Any]) -> str:
     """Derived from the command line, not from what conf/ makes of it, so that the same command finds its own sweep after conf/ was edited."""
-    digest = hashlib.sha256(json.dumps([asked, settings.places(config.data)], sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps([asked, settings.places(config.data)], sort_keys=True).encode()
+    ).hexdigest()
     return f"sweep-{config.data.source}-{digest[:8]}"
 
 
@@ -103,18 +114,26 @@ def check(config: Config, fixed: list[str], swept: dict[str, str]) -> None:
     sweep = space.load(config, swept, fixed)
     check_options(sweep, fixed, swept)
     if not any(parameter.key.split(".")[0] in ("data", "experiment") for parameter in sweep.space):
-        find_pictures(config)
+        find_images(config)
 
 
 def freeze(directory: Path, asked: dict[str, Any]) -> None:
     """Copies the code and conf/ as they are now; sweep.json, written last, says that they are complete."""
     files.sweep(directory)
     shutil.rmtree(directory / "source", ignore_errors=True)
-    aside = directory / f"{files.ASIDE}source"
+    temporary = directory / f"{files.TEMPORARY}source"
     for name in SOURCE:
-        shutil.copytree(PROJECT / name, aside / name, ignore=shutil.ignore_patterns("__pycache__"))
-    aside.rename(directory / "source")
-    files.write(directory / "sweep.json", json.dumps(asked | {"revision": revision(), "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}))
+        shutil.copytree(
+            PROJECT / name, temporary / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    temporary.rename(directory / "source")
+    files.write(
+        directory / "sweep.json",
+        json.dumps(
+            asked
+            | {"revision": revision(), "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+        ),
+    )
 
 
 @contextmanager
@@ -138,21 +157,29 @@ class Job:
 
     trials: list[Trial]
     slot: int  # which of the processes that run at once; chooses the GPU
-    process: subprocess.Popen[bytes] | None = None  # None: it waits for one that a killed driver left behind
+    process: subprocess.Popen[bytes] | None = (
+        None  # None: it waits for one that a killed driver left behind
+    )
     epoch: int = 0  # the last one reported
     pruned: bool = False
 
 
 class Driver:
-    def __init__(self, directory: Path, fixed: list[str], frozen: dict[str, Any], stop: Stop) -> None:
+    def __init__(
+        self, directory: Path, fixed: list[str], frozen: dict[str, Any], stop: Stop
+    ) -> None:
         self.directory, self.frozen, self.stop = directory, frozen, stop
         # Neither the sweep's own settings nor the places that its trials would share are for the trials.
-        self.fixed = [word for word in fixed if space.key_of(word).split(".")[0] not in ("sweep", "name")]
+        self.fixed = [
+            word for word in fixed if space.key_of(word).split(".")[0] not in ("sweep", "name")
+        ]
         self.config = base(directory / "source" / "conf", fixed, frozen["ranges"])[0]
         self.sweep = space.load(self.config, frozen["ranges"], fixed)
         self.ledger = make_ledger(directory, self.sweep)
         self.waiting: list[Trial] = []  # begun, but not running now
-        self.alone: set[int] = set()  # trials not to be trained together: the process that tried it failed
+        self.alone: set[int] = (
+            set()
+        )  # trials not to be trained together: the process that tried it failed
         self.jobs: list[Job] = []
 
     def run(self) -> None:
@@ -160,16 +187,22 @@ class Driver:
         self.settle_outcomes()
         self.waiting = [trial for trial in self.ledger.trials() if trial.state == RUNNING]
         done = len(self.ledger.trials()) - len(self.waiting)
-        log.info("%d trials over %s", total, ", ".join(parameter.key for parameter in self.sweep.space))
+        log.info(
+            "%d trials over %s", total, ", ".join(parameter.key for parameter in self.sweep.space)
+        )
         if self.ledger.trials():
             log.info("%d of them are done already; %d go on", done, len(self.waiting))
-        with Progress("trials", total, done) as bar:
+        with ProgressBar("trials", total, done) as bar:
             while self.step():
-                bar.advance(sum(trial.state != RUNNING for trial in self.ledger.trials()) - bar.done)
+                bar.advance(
+                    sum(trial.state != RUNNING for trial in self.ledger.trials()) - bar.done
+                )
         ranked = best_first(self.ledger.trials(), self.sweep)
         if ranked[0].state != COMPLETE:
             failed = next(trial for trial in ranked if trial.state == FAILED)
-            raise UserError(f"{self.directory}: none of {len(ranked)} trials was completed; trial {failed.number} failed: {failed.reason}")
+            raise UserError(
+                f"{self.directory}: none of {len(ranked)} trials was completed; trial {failed.number} failed: {failed.reason}"
+            )
         self.finish_best(ranked[0])
         self.write_page()
         self.summarize(ranked)
@@ -217,12 +250,23 @@ class Driver:
             try:
                 config = compose(self.overrides(trial), self.directory / "source" / "conf")
             except (UserError, *CONFIG_ERRORS) as error:
-                self.tell(trial, FAILED, reason=str(error) if isinstance(error, UserError) else explain(error, settings.keys()))
+                self.tell(
+                    trial,
+                    FAILED,
+                    reason=str(error)
+                    if isinstance(error, UserError)
+                    else explain(error, settings.keys()),
+                )
                 continue
             where = self.place(trial)
             where.mkdir(exist_ok=True)
-            files.write(where / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
-            return trial, self.sweep.together > 1 and trial.number not in self.alone and head_only(config)
+            files.write(
+                where / "config.yaml",
+                OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))),
+            )
+            return trial, self.sweep.together > 1 and trial.number not in self.alone and head_only(
+                config
+            )
         return None
 
     def look_after(self, job: Job) -> bool:
@@ -241,7 +285,11 @@ class Driver:
         elif code == RESUME and not job.pruned:
             self.waiting = job.trials + self.waiting  # somebody stopped this process alone
         elif len(job.trials) > 1:
-            log.warning("training %d heads together failed (%s); each is trained alone", len(job.trials), self.reason(job, code))
+            log.warning(
+                "training %d heads together failed (%s); each is trained alone",
+                len(job.trials),
+                self.reason(job, code),
+            )
             self.alone |= {trial.number for trial in job.trials}
             self.waiting = job.trials + self.waiting
         elif job.pruned:
@@ -257,12 +305,23 @@ class Driver:
         first = job.trials[0]
         program = [sys.executable, "-P", "-m"]  # -P: not the code in the current directory
         if len(job.trials) > 1:
-            command = [*program, "trainer.sweep.heads", str(self.directory.absolute()), *(str(trial.number) for trial in job.trials)]
+            command = [
+                *program,
+                "trainer.sweep.heads",
+                str(self.directory.absolute()),
+                *(str(trial.number) for trial in job.trials),
+            ]
         else:
             command = [*program, "trainer", *self.overrides(first)]
         environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-        search = [str((self.directory / "source").absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment |= {"PYTHONPATH": os.pathsep.join(search), "PACKHORSE_REVISION": self.frozen["revision"] or "unknown"}
+        search = [
+            str((self.directory / "source").absolute()),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(search),
+            "PACKHORSE_REVISION": self.frozen["revision"] or "unknown",
+        }
         if self.config.train.device != "cpu" and len(devices := gpus()) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = devices[job.slot % len(devices)]
         for trial in job.trials:
@@ -280,11 +339,21 @@ class Driver:
 
     def overrides(self, trial: Trial) -> list[str]:
         """The command line of a trial's own process."""
-        places = [f"{key}=null" for key in ("platform.run_dir", "platform.checkpoints", "platform.package")]
+        places = [
+            f"{key}=null"
+            for key in ("platform.run_dir", "platform.checkpoints", "platform.package")
+        ]
         runs = space.override("platform.runs", str(self.directory.absolute()))
         threads = self.config.train.threads is None and self.sweep.parallel > 1
         share = [f"train.threads={max(cores() // self.sweep.parallel, 1)}"] if threads else []
-        return [*self.fixed, *share, *self.chosen(trial), f"name='{trial.number:04d}'", runs, *places]
+        return [
+            *self.fixed,
+            *share,
+            *self.chosen(trial),
+            f"name='{trial.number:04d}'",
+            runs,
+            *places,
+        ]
 
     def chosen(self, trial: Trial) -> list[str]:
         return [space.override(key, value) for key, value in trial.params.items()]
@@ -300,7 +369,9 @@ class Driver:
         for row in evaluations(self.place(trial)):
             if row["epoch"] > job.epoch and not job.pruned:
                 job.epoch = row["epoch"]
-                job.pruned = self.ledger.report(trial.number, row["epoch"], row[self.sweep.objective])
+                job.pruned = self.ledger.report(
+                    trial.number, row["epoch"], row[self.sweep.objective]
+                )
         if job.pruned and job.process is not None and job.process.poll() is None:
             job.process.terminate()
             job.process.wait()
@@ -320,20 +391,37 @@ class Driver:
                         self.complete(trial, outcome["best_epoch"])
 
     def complete(self, trial: Trial, epoch: int) -> None:
-        value = next(row for row in evaluations(self.place(trial)) if row["epoch"] == epoch)[self.sweep.objective]
+        value = next(row for row in evaluations(self.place(trial)) if row["epoch"] == epoch)[
+            self.sweep.objective
+        ]
         if math.isfinite(value):
             self.tell(trial, COMPLETE, value)
         else:
-            self.tell(trial, FAILED, reason=f"{self.sweep.objective} is {value} at its best epoch, {epoch}")
+            self.tell(
+                trial,
+                FAILED,
+                reason=f"{self.sweep.objective} is {value} at its best epoch, {epoch}",
+            )
 
     def tell(self, trial: Trial, state: str, value: float | None = None, reason: str = "") -> None:
         self.ledger.tell(trial.number, state, value, reason)
-        log.info("trial %d %s%s", trial.number, state, f": {self.sweep.objective}={value:g}" if value is not None else f": {reason}" if reason else "")
+        log.info(
+            "trial %d %s%s",
+            trial.number,
+            state,
+            f": {self.sweep.objective}={value:g}"
+            if value is not None
+            else f": {reason}"
+            if reason
+            else "",
+        )
 
     def reason(self, job: Job, code: int) -> str:
         """Why a process failed, in one line: its last word."""
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}" + (": was the memory full?" if code == -signal.SIGKILL else "")
+            return f"killed by {signal.Signals(-code).name}" + (
+                ": was the memory full?" if code == -signal.SIGKILL else ""
+            )
         lines = (self.place(job.trials[0]) / "output.txt").read_text(errors="replace").split("\n")
         said = [line.removeprefix("error: ") for line in lines if line.strip()]
         return said[-1] if said else f"exit code {code}"
@@ -344,7 +432,10 @@ class Driver:
         """Makes the best trial a whole run, with its model package and report, where its head was trained together with others."""
         if (self.place(trial) / "result.json").exists():
             return
-        log.info("trial %d is the best: it is trained once more, alone, for its model package and report", trial.number)
+        log.info(
+            "trial %d is the best: it is trained once more, alone, for its model package and report",
+            trial.number,
+        )
         job = Job([trial], 0)
         self.jobs = [job]
         while job.process is None or job.process.poll() is None:
@@ -357,13 +448,31 @@ class Driver:
             self.stop.ask("the best trial, which was stopped")
             self.stop.check()
         if job.process.returncode != OK:
-            log.warning("trial %d could not be trained once more: %s", trial.number, self.reason(job, job.process.returncode))
+            log.warning(
+                "trial %d could not be trained once more: %s",
+                trial.number,
+                self.reason(job, job.process.returncode),
+            )
 
     def write_page(self) -> None:
         trials = best_first(self.ledger.trials(), self.sweep)
         rows = {trial.number: evaluations(self.place(trial)) for trial in trials}
-        facts = {"begun": self.frozen["began"], "git revision": self.frozen["revision"] or "unknown", "engine": self.sweep.engine}
-        page.write(page.Page(self.directory.name, self.sweep, trials, rows, self.again(trials[0]), facts | dict(self.words())), self.directory / "sweep.html")
+        facts = {
+            "begun": self.frozen["began"],
+            "git revision": self.frozen["revision"] or "unknown",
+            "engine": self.sweep.engine,
+        }
+        page.write(
+            page.Page(
+                self.directory.name,
+                self.sweep,
+                trials,
+                rows,
+                self.again(trials[0]),
+                facts | dict(self.words()),
+            ),
+            self.directory / "sweep.html",
+        )
 
     def words(self) -> Iterator[tuple[str, str]]:
         for word in self.fixed:
@@ -378,16 +487,35 @@ class Driver:
         table = [["trial", self.sweep.objective, *keys, ""]]
         for trial in ranked:
             value = "" if trial.value is None else f"{trial.value:.6g}"
-            note = "" if trial.state == COMPLETE else f"{trial.state}{': ' if trial.reason else ''}{trial.reason}"
-            table.append([str(trial.number), value, *(space.text(trial.params[key]) if key in trial.params else "" for key in keys), note])
+            note = (
+                ""
+                if trial.state == COMPLETE
+                else f"{trial.state}{': ' if trial.reason else ''}{trial.reason}"
+            )
+            table.append(
+                [
+                    str(trial.number),
+                    value,
+                    *(space.text(trial.params[key]) if key in trial.params else "" for key in keys),
+                    note,
+                ]
+            )
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for line in table:
-            log.info("  ".join(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False)) + f"  {line[-1]}".rstrip())
+            log.info(
+                "  ".join(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False))
+                + f"  {line[-1]}".rstrip()
+            )
         where = self.place(ranked[0])
         log.info("\n%-15s %s, trial %d", "best", where, ranked[0].number)
         if (result := where / "result.json").exists():
             tested = json.loads(result.read_text())
-            log.info("%-15s %.1f %% (%d pictures)", f"{tested['split']} accuracy", 100 * tested["top1"], tested["pictures"])
+            log.info(
+                "%-15s %.1f %% (%d pictures)",
+                f"{tested['split']} accuracy",
+                100 * tested["top1"],
+                tested["pictures"],
+            )
             log.info("%-15s %s", "model package", where / "model.tar.gz")
         log.info("%-15s %s", "report", self.directory / "sweep.html")
         log.info("next:\n  %s", self.again(ranked[0]))
@@ -399,13 +527,19 @@ def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
     try:
         from trainer.sweep.optuna_ledger import Optuna
     except ImportError as error:
-        raise UserError(f"sweep.engine=optuna needs the package optuna: {install_command('sweep')}") from error
+        raise UserError(
+            f"sweep.engine=optuna needs the package optuna: {install_command('sweep')}"
+        ) from error
     return Optuna(directory / "optuna.journal", sweep)
 
 
 def head_only(config: Config) -> bool:
     """Whether all that such a trial trains is a head on cached features."""
-    return config.model.freeze == "backbone" and config.model.cached_views is not None and not config.train.compile
+    return (
+        config.model.freeze == "backbone"
+        and config.model.cached_views is not None
+        and not config.train.compile
+    )
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
@@ -432,7 +566,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec is no place for it
+_libc = (
+    ctypes.CDLL(None) if sys.platform == "linux" else None
+)  # loaded here: between fork and exec is no place for it
 
 
 def end_with_parent() -> None:

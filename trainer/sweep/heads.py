@@ -28,7 +28,7 @@ from trainer.__main__ import guarded
 from trainer.common import files
 from trainer.common.console import log, to_terminal
 from trainer.common.interrupt import Stop, on_signals
-from trainer.images.datasets import find_pictures
+from trainer.images.datasets import find_images
 from trainer.images.loader import Batches
 from trainer.network import optim, weights
 from trainer.network.build import Classifier
@@ -36,7 +36,7 @@ from trainer.settings import config as settings
 from trainer.settings.config import Config, identity, metric_line
 from trainer.sweep.driver import locked
 from trainer.training import checkpoint, metrics, stages
-from trainer.training.loop import Average, autocast, lr_factor
+from trainer.training.loop import ModelEma, autocast, lr_factor
 from trainer.training.run import Run, check_identity
 
 
@@ -47,17 +47,25 @@ class Heads(nn.Module):
         super().__init__()
         self.count = count
         layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
-        self.weights = nn.ParameterList(layer.weight.detach().expand(count, -1, -1).clone() for layer in layers)  # [K, out, in]
-        self.biases = nn.ParameterList(layer.bias.detach().expand(count, -1).clone() for layer in layers)  # [K, out]
+        self.weights = nn.ParameterList(
+            layer.weight.detach().expand(count, -1, -1).clone() for layer in layers
+        )  # [K, out, in]
+        self.biases = nn.ParameterList(
+            layer.bias.detach().expand(count, -1).clone() for layer in layers
+        )  # [K, out]
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, features] to logits [N, K, classes]."""
         # All heads take the same input, so their first layers are one; those after it are a batch of products.
-        hidden: Tensor = functional.linear(features, self.weights[0].flatten(0, 1), self.biases[0].flatten())
+        hidden: Tensor = functional.linear(
+            features, self.weights[0].flatten(0, 1), self.biases[0].flatten()
+        )
         hidden = hidden.view(len(features), self.count, -1)
         for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
             inputs = hidden.relu().transpose(0, 1)
-            hidden = torch.baddbmm(bias[:, None].to(inputs.dtype), inputs, weight.transpose(1, 2)).transpose(0, 1)
+            hidden = torch.baddbmm(
+                bias[:, None].to(inputs.dtype), inputs, weight.transpose(1, 2)
+            ).transpose(0, 1)
         return hidden
 
     def one(self, network: Classifier, number: int) -> Classifier:
@@ -85,7 +93,9 @@ class Member:
     def active(self, epoch: int) -> bool:
         """Whether it is still being trained after `epoch` epochs."""
         patience = self.config.train.patience
-        return not self.failed and not (patience and epoch - (self.best["epoch"] if self.best else 0) >= patience)
+        return not self.failed and not (
+            patience and epoch - (self.best["epoch"] if self.best else 0) >= patience
+        )
 
 
 @dataclass
@@ -101,19 +111,32 @@ class Progress:
 class Group:
     """Trials that are trained in one pass, with what a checkpoint of theirs holds."""
 
-    def __init__(self, configs: dict[int, Config], directory: Path, network: Classifier, machine: Any) -> None:
+    def __init__(
+        self, configs: dict[int, Config], directory: Path, network: Classifier, machine: Any
+    ) -> None:
         first = next(iter(configs.values()))
         self.train, self.device, self.precision = first.train, machine.device, machine.precision
         self.heads = Heads(network.head, len(configs)).to(machine.device)
-        self.average = Average(self.heads, self.train.ema_decay) if self.train.ema_decay is not None else None
+        self.average = (
+            ModelEma(self.heads, self.train.ema_decay) if self.train.ema_decay is not None else None
+        )
         self.members = []
         for place, (number, config) in enumerate(configs.items()):
             single, choice = self.heads.one(network, place), config.optim
             assert choice.lr is not None
-            optimizer = optim.build(single, choice.name, lr=choice.lr, head_lr=choice.head_lr, weight_decay=choice.weight_decay, momentum=choice.momentum)
+            optimizer = optim.build(
+                single,
+                choice.name,
+                lr=choice.lr,
+                head_lr=choice.head_lr,
+                weight_decay=choice.weight_decay,
+                momentum=choice.momentum,
+            )
             layers = [layer for layer in single.head.modules() if isinstance(layer, nn.Linear)]
             parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers]
-            scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == torch.float16)
+            scaler = torch.amp.GradScaler(
+                machine.device.type, enabled=machine.precision == torch.float16
+            )
             ledger = metrics.Ledger(directory / f"{number:04d}" / "metrics.jsonl")
             self.members.append(Member(number, config, optimizer, scaler, parameters, ledger))
         self.progress = Progress()
@@ -122,20 +145,36 @@ class Group:
     def set_sums(self, saved: dict[str, Tensor] | None) -> None:
         """Of the running epoch: each head's summed loss and right pictures, and how many pictures there were."""
         zeros = torch.zeros(len(self.members), dtype=torch.float64)
-        self.loss_sum, self.right = (saved[name] if saved else zeros.clone() for name in ("loss_sum", "right"))
+        self.loss_sum, self.right = (
+            saved[name] if saved else zeros.clone() for name in ("loss_sum", "right")
+        )
         self.loss_sum, self.right = self.loss_sum.to(self.device), self.right.to(self.device)
         self.pictures = int(saved["pictures"]) if saved else 0
 
     def state(self) -> dict[str, Any]:
-        self.progress.members = {str(member.number): {"rows": member.ledger.rows, "best": member.best, "failed": member.failed} for member in self.members}
+        self.progress.members = {
+            str(member.number): {
+                "rows": member.ledger.rows,
+                "best": member.best,
+                "failed": member.failed,
+            }
+            for member in self.members
+        }
         return {
             "progress": dataclasses.asdict(self.progress),
-            "sums": {"loss_sum": self.loss_sum, "right": self.right, "pictures": torch.tensor(self.pictures)},
+            "sums": {
+                "loss_sum": self.loss_sum,
+                "right": self.right,
+                "pictures": torch.tensor(self.pictures),
+            },
             "heads": self.heads.state_dict(),
             "average": self.average.network.state_dict() if self.average else None,
             "members": {
                 str(member.number): {
-                    "optimizer": {str(key): value for key, value in member.optimizer.state_dict()["state"].items()},
+                    "optimizer": {
+                        str(key): value
+                        for key, value in member.optimizer.state_dict()["state"].items()
+                    },
                     "scaler": member.scaler.state_dict(),
                 }
                 for member in self.members
@@ -149,9 +188,17 @@ class Group:
         if self.average:
             self.average.network.load_state_dict(state["average"])
         for member in self.members:
-            saved, known = state["members"][str(member.number)], self.progress.members[str(member.number)]
+            saved, known = (
+                state["members"][str(member.number)],
+                self.progress.members[str(member.number)],
+            )
             groups = member.optimizer.state_dict()["param_groups"]
-            member.optimizer.load_state_dict({"state": {int(key): value for key, value in saved["optimizer"].items()}, "param_groups": groups})
+            member.optimizer.load_state_dict(
+                {
+                    "state": {int(key): value for key, value in saved["optimizer"].items()},
+                    "param_groups": groups,
+                }
+            )
             member.scaler.load_state_dict(saved["scaler"])
             member.best, member.failed = known["best"], known["failed"]
 
@@ -162,17 +209,34 @@ def train_step(group: Group, features: Tensor, labels: Tensor, steps_per_epoch: 
     with autocast(group.device, group.precision):
         logits = group.heads(features).float()
     repeated = labels[:, None].expand(-1, len(group.members))
-    losses = functional.cross_entropy(logits.flatten(0, 1), repeated.flatten(), label_smoothing=train.label_smoothing, reduction="none")
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1),
+        repeated.flatten(),
+        label_smoothing=train.label_smoothing,
+        reduction="none",
+    )
     losses = losses.view_as(repeated).sum(0)
     # Each head's gradient depends on its own loss alone, so one backward pass through their sum gives them all.
-    scaled = torch.stack([member.scaler.scale(loss / count) for member, loss in zip(group.members, losses, strict=True)])
+    scaled = torch.stack(
+        [
+            member.scaler.scale(loss / count)
+            for member, loss in zip(group.members, losses, strict=True)
+        ]
+    )
     # Contiguous: a hidden layer's comes transposed, and the fused optimizers pair it with the weights element by element as they lie in memory.
-    gradients = [gradient.contiguous() for gradient in torch.autograd.grad(scaled.sum(), list(group.heads.parameters()))]
-    for parts, *parameters in zip(map(torch.unbind, gradients), *(member.parameters for member in group.members), strict=True):
+    gradients = [
+        gradient.contiguous()
+        for gradient in torch.autograd.grad(scaled.sum(), list(group.heads.parameters()))
+    ]
+    for parts, *parameters in zip(
+        map(torch.unbind, gradients), *(member.parameters for member in group.members), strict=True
+    ):
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part
     for member in group.members:
-        optim.set_lr(member.optimizer, lr_factor(member.config, group.progress.step, steps_per_epoch))
+        optim.set_lr(
+            member.optimizer, lr_factor(member.config, group.progress.step, steps_per_epoch)
+        )
         if train.clip_norm is not None:
             member.scaler.unscale_(member.optimizer)
             nn.utils.clip_grad_norm_(member.parameters, train.clip_norm)
@@ -189,10 +253,12 @@ def train_step(group: Group, features: Tensor, labels: Tensor, steps_per_epoch: 
 
 def train_epoch(group: Group, batches: Batches, stop: Stop) -> None:
     """The rest of the epoch that runs; ends early when asked to stop."""
-    for features, labels in batches.training(group.progress.epoch, group.progress.batch):
+    for features, labels in batches.train_batches(group.progress.epoch, group.progress.batch):
         if stop.reason:
             return
-        train_step(group, features.to(group.device), labels.to(group.device), batches.steps_per_epoch)
+        train_step(
+            group, features.to(group.device), labels.to(group.device), batches.steps_per_epoch
+        )
 
 
 @torch.inference_mode()
@@ -200,7 +266,7 @@ def evaluate(group: Group, batches: Batches) -> tuple[Tensor, Tensor]:
     """Logits [N, K, classes] and labels [N] of valid, on the CPU."""
     heads = group.average.network if group.average else group.heads
     logits, labels = [], []
-    for features, wanted in batches.plain("valid"):
+    for features, wanted in batches.eval_batches("valid"):
         with autocast(group.device, group.precision):
             logits.append(heads(features.to(group.device)).float())
         labels.append(wanted)
@@ -236,14 +302,21 @@ def end_epoch(group: Group, batches: Batches) -> None:
     group.set_sums(None)
 
 
-def train_group(group: Group, batches: Batches, root: Path, fingerprint: str, stop: Stop) -> dict[int, dict[str, Any]]:
+def train_group(
+    group: Group, batches: Batches, root: Path, fingerprint: str, stop: Stop
+) -> dict[int, dict[str, Any]]:
     """Train the group from its newest checkpoint in `root` to the end; return each trial's outcome.
 
     fingerprint: of the pictures. Raises Interrupted, with the state saved, and UserError where the
     checkpoint is one of other settings or pictures.
     """
-    facts = {str(member.number): identity(member.config) | {"pictures": fingerprint} for member in group.members}
-    cadence = checkpoint.Cadence(group.members[0].config.checkpoint.minutes, group.members[0].config.checkpoint.max_cost)
+    facts = {
+        str(member.number): identity(member.config) | {"pictures": fingerprint}
+        for member in group.members
+    }
+    cadence = checkpoint.Cadence(
+        group.members[0].config.checkpoint.minutes, group.members[0].config.checkpoint.max_cost
+    )
     good: set[str] = set()
 
     def save() -> None:
@@ -264,7 +337,9 @@ def train_group(group: Group, batches: Batches, root: Path, fingerprint: str, st
         known = group.progress.members.get(str(member.number), {"rows": []})
         member.ledger.restore(known["rows"])
     assert group.train.epochs is not None
-    while group.progress.epoch < group.train.epochs and any(member.active(group.progress.epoch) for member in group.members):
+    while group.progress.epoch < group.train.epochs and any(
+        member.active(group.progress.epoch) for member in group.members
+    ):
         train_epoch(group, batches, stop)
         if stop.reason:
             save()
@@ -273,15 +348,23 @@ def train_group(group: Group, batches: Batches, root: Path, fingerprint: str, st
         if cadence.due(epoch_ends=True):
             save()
     return {
-        member.number: {"failed": member.failed} if member.failed else {"best_epoch": member.best["epoch"] if member.best else 0} for member in group.members
+        member.number: {"failed": member.failed}
+        if member.failed
+        else {"best_epoch": member.best["epoch"] if member.best else 0}
+        for member in group.members
     }
 
 
 def groups(configs: dict[int, Config]) -> Iterator[dict[int, Config]]:
-    """Those trials together whose settings differ in `optim.*` alone, its name aside."""
+    """Those trials together whose settings differ in `optim.*` alone, its name temporary."""
     found: dict[str, dict[int, Config]] = {}
     for number, config in configs.items():
-        kept = {key: value for key, value, _ in settings.walk(config) if key == "optim.name" or key.split(".")[0] not in ("name", "optim", "sweep", "platform")}
+        kept = {
+            key: value
+            for key, value, _ in settings.walk(config)
+            if key == "optim.name"
+            or key.split(".")[0] not in ("name", "optim", "sweep", "platform")
+        }
         found.setdefault(json.dumps(kept), {})[number] = config
     yield from found.values()
 
@@ -300,19 +383,32 @@ def train(directory: Path, numbers: list[int]) -> None:
         for place in places.values():
             mine = locks.enter_context(locked(place))
             assert mine, place
-        for configs in groups({number: load(place / "config.yaml") for number, place in places.items()}):
+        for configs in groups(
+            {number: load(place / "config.yaml") for number, place in places.items()}
+        ):
             config = next(iter(configs.values()))
-            root = directory / "together" / hashlib.sha256(json.dumps([*configs]).encode()).hexdigest()[:16]
+            root = (
+                directory
+                / "together"
+                / hashlib.sha256(json.dumps([*configs]).encode()).hexdigest()[:16]
+            )
             root.mkdir(parents=True, exist_ok=True)
             roots.append(root)
-            found = find_pictures(config)
+            found = find_images(config)
             config = weights.resolve(config, found)
             # They differ in optim.* alone, which depends neither on the pictures nor on the weights.
-            configs = {number: dataclasses.replace(one, data=config.data, model=config.model, train=config.train) for number, one in configs.items()}
+            configs = {
+                number: dataclasses.replace(
+                    one, data=config.data, model=config.model, train=config.train
+                )
+                for number, one in configs.items()
+            }
             machine = stages.prepare_machine(config)
             network = stages.make_network(config, found, machine)
-            found, read = stages.read_pictures(config, found, Run(root.name, root, root, root), stop)
-            feed = stages.make_feed(config, found, read, machine)
+            found, read = stages.read_pictures(
+                config, found, Run(root.name, root, root, root), stop
+            )
+            feed = stages.make_loader(config, found, read, machine)
             batches = stages.cache_features(config, network, feed, machine, stop)
             log.info("training %d heads together", len(configs))
             group = Group(configs, directory, network, machine)

@@ -45,7 +45,9 @@ class Grid:
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
         keys = [parameter.key for parameter in sweep.space]
-        points = itertools.product(*(space.grid(parameter, sweep.points) for parameter in sweep.space))
+        points = itertools.product(
+            *(space.grid(parameter, sweep.points) for parameter in sweep.space)
+        )
         self.points = [dict(zip(keys, values, strict=True)) for values in points]
         self._path = path
         self._trials: dict[int, Trial] = {}
@@ -70,7 +72,12 @@ class Grid:
         self._note(replace(self._trials[number], state=state, value=value, reason=reason))
 
     def _note(self, trial: Trial) -> Trial:
-        entry = {"number": trial.number, "state": trial.state, "value": trial.value, "reason": trial.reason}
+        entry = {
+            "number": trial.number,
+            "state": trial.state,
+            "value": trial.value,
+            "reason": trial.reason,
+        }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
@@ -91,4 +98,11 @@ def best_first(trials: list[Trial], sweep: Sweep) -> list[Trial]:
     """The trials, the best first; those that ended early or failed last."""
     sign = 1 if sweep.minimize else -1
     order = {COMPLETE: 0, PRUNED: 1, RUNNING: 2, FAILED: 3}
-    return sorted(trials, key=lambda trial: (order[trial.state], sign * trial.value if trial.value is not None else 0.0, trial.number))
+    return sorted(
+        trials,
+        key=lambda trial: (
+            order[trial.state],
+            sign * trial.value if trial.value is not None else 0.0,
+            trial.number,
+        ),
+    )

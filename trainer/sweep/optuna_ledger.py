@@ -13,8 +13,16 @@ from optuna.trial import TrialState
 from trainer.settings.search_space import Continuous, Integer, Parameter, Sweep, Value
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Trial, mend
 
-STATES = {TrialState.RUNNING: RUNNING, TrialState.COMPLETE: COMPLETE, TrialState.PRUNED: PRUNED, TrialState.FAIL: FAILED}
-SAMPLERS: dict[str, Any] = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+STATES = {
+    TrialState.RUNNING: RUNNING,
+    TrialState.COMPLETE: COMPLETE,
+    TrialState.PRUNED: PRUNED,
+    TrialState.FAIL: FAILED,
+}
+SAMPLERS: dict[str, Any] = {
+    "tpe": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+}
 PRUNERS: dict[str, Any] = {
     "none": optuna.pruners.NopPruner,
     "median": optuna.pruners.MedianPruner,
@@ -48,7 +56,8 @@ class Optuna:
         )
         # A kill may have come between a trial's beginning and the choice of its last value.
         self._running = {
-            frozen.number: self._choose(optuna.trial.Trial(self.study, frozen._trial_id)) for frozen in self.study.get_trials(states=[TrialState.RUNNING])
+            frozen.number: self._choose(optuna.trial.Trial(self.study, frozen._trial_id))
+            for frozen in self.study.get_trials(states=[TrialState.RUNNING])
         }
 
     def trials(self) -> list[Trial]:
@@ -77,19 +86,33 @@ class Optuna:
     def _choose(self, trial: optuna.trial.Trial) -> optuna.trial.Trial:
         """Values for those parameters that have none yet. Each is drawn from a stream of its own, so that a kill in between changes none."""
         for parameter in self.sweep.space:
-            seed = hashlib.sha256(f"{self.sweep.seed}/{trial.number}/{parameter.key}".encode()).digest()[:4]
+            seed = hashlib.sha256(
+                f"{self.sweep.seed}/{trial.number}/{parameter.key}".encode()
+            ).digest()[:4]
             self.study.sampler = SAMPLERS[self.sweep.sampler](seed=int.from_bytes(seed, "big"))
             if isinstance(parameter, Continuous):
                 trial.suggest_float(parameter.key, parameter.low, parameter.high, log=parameter.log)
             elif isinstance(parameter, Integer):
                 trial.suggest_int(parameter.key, parameter.low, parameter.high, log=parameter.log)
             else:
-                trial.suggest_categorical(parameter.key, [stored(choice) for choice in parameter.choices])
+                trial.suggest_categorical(
+                    parameter.key, [stored(choice) for choice in parameter.choices]
+                )
         return trial
 
     def _ours(self, frozen: optuna.trial.FrozenTrial) -> Trial:
-        params = {parameter.key: value(parameter, frozen.params[parameter.key]) for parameter in self.sweep.space if parameter.key in frozen.params}
-        return Trial(frozen.number, params, STATES[frozen.state], frozen.value, frozen.user_attrs.get("reason", ""))
+        params = {
+            parameter.key: value(parameter, frozen.params[parameter.key])
+            for parameter in self.sweep.space
+            if parameter.key in frozen.params
+        }
+        return Trial(
+            frozen.number,
+            params,
+            STATES[frozen.state],
+            frozen.value,
+            frozen.user_attrs.get("reason", ""),
+        )
 
 
 def stored(choice: Value) -> bool | int | float | str | None:

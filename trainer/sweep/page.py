@@ -48,7 +48,11 @@ class Axis:
     def __call__(self, value: Value) -> float:
         """Where a value lies, from 0 to 1."""
         number = float(self.choices.index(value)) if self.choices else _number(value)
-        low, high, number = (math.log(each) for each in (self.low, self.high, number)) if self.log else (self.low, self.high, number)
+        low, high, number = (
+            (math.log(each) for each in (self.low, self.high, number))
+            if self.log
+            else (self.low, self.high, number)
+        )
         return (number - low) / (high - low)
 
 
@@ -76,18 +80,33 @@ class Plot:
 
 def write(page: Page, path: Path) -> None:
     """Writes the page to `path`, whole or not at all. Raises OSError where it can't be written."""
-    known = [trial for trial in page.trials if trial.state in (COMPLETE, PRUNED) and trial.value is not None]
+    known = [
+        trial
+        for trial in page.trials
+        if trial.state in (COMPLETE, PRUNED) and trial.value is not None
+    ]
     parameters = [_axis(parameter) for parameter in page.sweep.space]
-    objective = _span(page.sweep.objective, [_number(trial.value) for trial in known]) if known else None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    objective = (
+        _span(page.sweep.objective, [_number(trial.value) for trial in known]) if known else None
     )
-    environment.filters.update(share=lambda share: f"{share * 100:.4g}%", value=space.text, number="{:.6g}".format)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        share=lambda share: f"{share * 100:.4g}%", value=space.text, number="{:.6g}".format
+    )
     html = environment.get_template("page.html.j2").render(
         page=page,
         best=known[0] if known and known[0].state == COMPLETE else None,
         epoch={trial.number: _best_epoch(page, trial) for trial in page.trials},
-        states={state: sum(trial.state == state for trial in page.trials) for state in (COMPLETE, RUNNING, PRUNED, FAILED)},
+        states={
+            state: sum(trial.state == state for trial in page.trials)
+            for state in (COMPLETE, RUNNING, PRUNED, FAILED)
+        },
         failed=[trial for trial in page.trials if trial.state == FAILED],
         axes=[*parameters, objective] if objective else [],
         parallel=_parallel(known, parameters, objective) if objective else [],
@@ -106,47 +125,86 @@ def _parallel(known: Sequence[Trial], parameters: Sequence[Axis], objective: Axi
     return _marks(known, points)
 
 
-def _plots(page: Page, known: Sequence[Trial], parameters: Sequence[Axis], objective: Axis) -> list[Plot]:
+def _plots(
+    page: Page, known: Sequence[Trial], parameters: Sequence[Axis], objective: Axis
+) -> list[Plot]:
     """The objective against each parameter, against the trial's number, and each trial's by epoch."""
 
     def against(axis: Axis, value: Callable[[Trial], Value]) -> Plot:
-        return Plot(axis.name, axis, objective, _marks(known, lambda trial: [(axis(value(trial)), 1 - objective(trial.value))]))
+        return Plot(
+            axis.name,
+            axis,
+            objective,
+            _marks(known, lambda trial: [(axis(value(trial)), 1 - objective(trial.value))]),
+        )
 
     def of(key: str) -> Callable[[Trial], Value]:
         return lambda trial: trial.params[key]
 
     plots = [against(axis, of(axis.name)) for axis in parameters]
-    plots.append(against(_span("trial", [trial.number for trial in page.trials]), lambda trial: trial.number))
-    curves = {trial.number: page.rows[trial.number] for trial in known[:CURVES] if page.rows[trial.number]}
+    plots.append(
+        against(_span("trial", [trial.number for trial in page.trials]), lambda trial: trial.number)
+    )
+    curves = {
+        trial.number: page.rows[trial.number] for trial in known[:CURVES] if page.rows[trial.number]
+    }
     if curves:
         rows = list(itertools.chain(*curves.values()))
         epochs = _span("epoch", [row["epoch"] for row in rows])
         heights = _span(page.sweep.objective, [row[page.sweep.objective] for row in rows])
 
         def curve(trial: Trial) -> list[tuple[float, float]]:
-            return [(epochs(row["epoch"]), 1 - heights(row[page.sweep.objective])) for row in curves[trial.number]]
+            return [
+                (epochs(row["epoch"]), 1 - heights(row[page.sweep.objective]))
+                for row in curves[trial.number]
+            ]
 
-        plots.append(Plot("epoch", epochs, heights, _marks([trial for trial in known if trial.number in curves], curve), lines=True))
+        plots.append(
+            Plot(
+                "epoch",
+                epochs,
+                heights,
+                _marks([trial for trial in known if trial.number in curves], curve),
+                lines=True,
+            )
+        )
     return plots
 
 
-def _marks(trials: Sequence[Trial], points: Callable[[Trial], Sequence[tuple[float, float]]]) -> list[Mark]:
+def _marks(
+    trials: Sequence[Trial], points: Callable[[Trial], Sequence[tuple[float, float]]]
+) -> list[Mark]:
     """Trials, the best first, as marks in the order in which they are drawn. Equal values have equal colours."""
     values = list(dict.fromkeys(trial.value for trial in trials))
     worst = max(len(values) - 1, 1)
-    return [Mark(trial, points(trial), values.index(trial.value) / worst) for trial in reversed(trials)]
+    return [
+        Mark(trial, points(trial), values.index(trial.value) / worst) for trial in reversed(trials)
+    ]
 
 
 def _best_epoch(page: Page, trial: Trial) -> int | None:
     """The epoch at which the trial had its value."""
-    return next((row["epoch"] for row in page.rows[trial.number] if row[page.sweep.objective] == trial.value), None)
+    return next(
+        (
+            row["epoch"]
+            for row in page.rows[trial.number]
+            if row[page.sweep.objective] == trial.value
+        ),
+        None,
+    )
 
 
 def _axis(parameter: Parameter) -> Axis:
     if isinstance(parameter, Categorical):
         count = len(parameter.choices)
         names = [space.text(choice) for choice in parameter.choices]
-        ticks = [((number + 0.5) / count, name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…") for number, name in enumerate(names)]
+        ticks = [
+            (
+                (number + 0.5) / count,
+                name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…",
+            )
+            for number, name in enumerate(names)
+        ]
         return Axis(parameter.key, -0.5, count - 0.5, False, ticks, parameter.choices)
     return _scale(parameter.key, parameter.low, parameter.high, parameter.log)
 
@@ -162,14 +220,26 @@ def _span(name: str, values: Iterable[float]) -> Axis:
 def _scale(name: str, low: float, high: float, log: bool) -> Axis:
     """With ticks at powers of ten, or at about five round numbers."""
     if log and high / low >= 100:
-        ticks = [10.0**power for power in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
+        ticks = [
+            10.0**power
+            for power in range(
+                math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1
+            )
+        ]
         ticks = ticks[:: math.ceil(len(ticks) / 7)]
     elif log:
         ticks = [low * (high / low) ** (number / 3) for number in range(4)]
     else:
         rough = (high - low) / 4
-        step = next(factor * 10 ** math.floor(math.log10(rough)) for factor in (1, 2, 5, 10) if factor * 10 ** math.floor(math.log10(rough)) >= rough)
-        ticks = [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        step = next(
+            factor * 10 ** math.floor(math.log10(rough))
+            for factor in (1, 2, 5, 10)
+            if factor * 10 ** math.floor(math.log10(rough)) >= rough
+        )
+        ticks = [
+            number * step
+            for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        ]
     axis = Axis(name, low, high, log, ())
     return Axis(name, low, high, log, [(axis(tick), f"{tick:.3g}") for tick in ticks])
 

@@ -3,7 +3,7 @@
 A directory holds `tensors.safetensors`, `state.json` (everything that is no tensor), the same of the
 best weights so far (`best.safetensors`, `best.json`) and `manifest.json` (size and SHA-256 of each),
 written last. It needs no other directory: what damages one checkpoint leaves the others whole. It is
-made aside, flushed to the disk and renamed, so a kill or a power cut at any moment leaves the
+made temporary, flushed to the disk and renamed, so a kill or a power cut at any moment leaves the
 checkpoints before it untouched. Nothing in it is a pickle: loading runs no code.
 """
 
@@ -70,9 +70,15 @@ def snapshot(state: dict[str, Any], memory: torch.Tensor | None = None) -> Snaps
     tree = json.dumps(_split(state, "", tensors)).encode()
     header, places = _layout(tensors)
     size = max((end for _, end in places.values()), default=0)
-    data = memory[:size] if memory is not None and len(memory) >= size else torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    data = (
+        memory[:size]
+        if memory is not None and len(memory) >= size
+        else torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    )
     for name, (start, end) in places.items():
-        data[start:end].view(tensors[name].dtype).view(tensors[name].shape).copy_(tensors[name], non_blocking=True)
+        data[start:end].view(tensors[name].dtype).view(tensors[name].shape).copy_(
+            tensors[name], non_blocking=True
+        )
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return Snapshot(tree, header, data)
@@ -88,7 +94,11 @@ def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[in
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
         places[name] = (start, end)
-        entries[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        entries[name] = {
+            "dtype": DTYPES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, places
@@ -109,8 +119,8 @@ def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = Non
     OSError (a full disk, say) and then leaves nothing behind.
     """
     target = root / name
-    aside = root / f"{files.ASIDE}{name}"
-    replaced = root / f"{files.ASIDE}replaced-{name}"
+    temporary = root / f"{files.TEMPORARY}{name}"
+    replaced = root / f"{files.TEMPORARY}replaced-{name}"
     parts: dict[str, tuple[bytes | memoryview, ...]] = {}
     for names, part in ((STATE, contents), (BEST, best)):
         if part is not None:
@@ -121,21 +131,21 @@ def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = Non
     manifest = json.dumps({"format": FORMAT, "files": listed}, indent=1).encode()
     root.mkdir(parents=True, exist_ok=True)
     try:
-        files.remove(aside)
-        aside.mkdir()
+        files.remove(temporary)
+        temporary.mkdir()
         for file, data in (parts | {"manifest.json": (manifest,)}).items():
-            files.flush(aside / file, *data)
-        files.flush_directory(aside)
+            files.flush(temporary / file, *data)
+        files.flush_directory(temporary)
         if os.path.lexists(target):
             files.remove(replaced)
             target.rename(replaced)
-        aside.rename(target)
+        temporary.rename(target)
         files.flush_directory(root)
     except OSError as error:
         error.filename = str(target)
         raise
     finally:
-        for left in (aside, replaced):
+        for left in (temporary, replaced):
             with suppress(OSError):
                 files.remove(left)
     return target
@@ -236,10 +246,10 @@ def prune(root: Path, keep: int, good: set[str]) -> list[Path]:
         if path in kept:
             continue
         # Renamed first, so that a kill half way leaves no half checkpoint under a complete one's name.
-        aside = root / f"{files.ASIDE}{path.name}"
+        temporary = root / f"{files.TEMPORARY}{path.name}"
         try:
-            path.rename(aside)
-            files.remove(aside)
+            path.rename(temporary)
+            files.remove(temporary)
         except OSError as error:
             log.warning("%s: an old checkpoint that can't be deleted (%s)", path, error.strerror)
             continue
@@ -280,7 +290,9 @@ def _verified(path: Path) -> dict[str, bytes]:
     for file, wanted in _manifest(path).items():
         data = _bytes(path, file)
         if _describe(data) != wanted:
-            raise Damaged(f"{path}: {file} is damaged ({len(data)} bytes, {wanted['size']} were written)")
+            raise Damaged(
+                f"{path}: {file} is damaged ({len(data)} bytes, {wanted['size']} were written)"
+            )
         contents[file] = data
     return contents
 
@@ -316,14 +328,21 @@ def _state(tree: bytes, tensors: bytes) -> dict[str, Any]:
 def _split(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Moves the tensors of a nested state into `tensors`; what is left is JSON that names them."""
     if isinstance(node, torch.Tensor):
-        if node.ndim == 4 and not node.is_contiguous() and node.is_contiguous(memory_format=torch.channels_last):
+        if (
+            node.ndim == 4
+            and not node.is_contiguous()
+            and node.is_contiguous(memory_format=torch.channels_last)
+        ):
             tensors[name] = node.detach().permute(0, 2, 3, 1)
             return CHANNELS_LAST + name
         tensors[name] = node.detach()
         return TENSOR + name
     if isinstance(node, dict):
         assert all(isinstance(key, str) for key in node), name
-        return {key: _split(value, f"{name}/{key}" if name else key, tensors) for key, value in node.items()}
+        return {
+            key: _split(value, f"{name}/{key}" if name else key, tensors)
+            for key, value in node.items()
+        }
     if isinstance(node, list | tuple):
         return [_split(value, f"{name}/{number}", tensors) for number, value in enumerate(node)]
     assert node is None or isinstance(node, bool | int | float | str), (name, type(node))

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.common.console import Progress as ProgressBar
-from trainer.common.console import log
+from trainer.common.console import ProgressBar, log
 from trainer.common.errors import Interrupted, Unreadable, UserError
 from trainer.common.interrupt import Stop
 from trainer.common.randomness import Purpose, generator
@@ -37,7 +36,9 @@ class Progress:
     epoch: int = 0  # epochs that are complete, with their evaluation
     batch: int = 0  # batches done of the epoch that runs
     step: int = 0  # optimizer steps done
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of the running epoch: loss, correct, pictures
+    sums: list[float] = field(
+        default_factory=lambda: [0.0, 0.0, 0.0]
+    )  # of the running epoch: loss, correct, pictures
     seconds: float = 0.0  # of the running epoch
     data_wait: float = 0.0  # of these, waiting for pictures
     best: dict[str, Any] | None = None  # epoch and value of the best weights
@@ -64,7 +65,7 @@ class Learner:
         self.optimizer = optimizer
         self.device = device
         self.precision = precision
-        self.average = Average(network, ema_decay) if ema_decay is not None else None
+        self.average = ModelEma(network, ema_decay) if ema_decay is not None else None
         # Gradients of float16 underflow without it; bfloat16 has float32's range and needs none.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         # Its compiled form shares the parameters. `forward or network` would ask a module for its length.
@@ -75,17 +76,17 @@ class Learner:
 
     def set_sums(self, sums: list[float]) -> None:
         """Those of the epoch so far. Each process adds its own to them."""
-        self.seen = Sums(sums if self.world.chief else [0.0, 0.0, 0.0])
+        self.seen = Sums(sums if self.world.is_main_process else [0.0, 0.0, 0.0])
 
     def sums(self) -> list[float]:
         """Of all processes; fetched from the device, for which a GPU is waited for."""
-        return self.world.sum(self.seen.fetch())
+        return self.world.all_reduce_sum(self.seen.fetch())
 
-    def served(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The network that is evaluated and packaged: the average where there is one."""
         return self.average.network if self.average else self.forward
 
-    def load_served(self, weights: dict[str, Tensor]) -> None:
+    def load_eval_weights(self, weights: dict[str, Tensor]) -> None:
         """Make `weights` those that are evaluated and packaged."""
         self.network.load_state_dict(weights)
         if self.average:
@@ -97,7 +98,10 @@ class Learner:
         return {
             "network": self.network.state_dict(),
             "average": self.average.network.state_dict() if self.average else None,
-            "optimizer": {"state": {str(key): value for key, value in optimizer["state"].items()}, "groups": optimizer["param_groups"]},
+            "optimizer": {
+                "state": {str(key): value for key, value in optimizer["state"].items()},
+                "groups": optimizer["param_groups"],
+            },
             "scaler": self.scaler.state_dict(),
         }
 
@@ -106,7 +110,12 @@ class Learner:
         if self.average:
             self.average.network.load_state_dict(state["average"])
         saved = state["optimizer"]
-        self.optimizer.load_state_dict({"state": {int(key): value for key, value in saved["state"].items()}, "param_groups": saved["groups"]})
+        self.optimizer.load_state_dict(
+            {
+                "state": {int(key): value for key, value in saved["state"].items()},
+                "param_groups": saved["groups"],
+            }
+        )
         for parameter, entries in self.optimizer.state.items():
             for key, value in entries.items():
                 if value.shape == parameter.shape:
@@ -138,7 +147,9 @@ class Sums:
         if self._left:
             losses, logits, targets = zip(*self._left, strict=True)
             self._left = []
-            for value in torch.stack(losses).tolist():  # and not by `sum`, which since Python 3.12 rounds at its end alone
+            for value in torch.stack(
+                losses
+            ).tolist():  # and not by `sum`, which since Python 3.12 rounds at its end alone
                 self._loss += value
             self._count += sum(map(len, targets))
             if targets[0].ndim == 1:
@@ -146,7 +157,7 @@ class Sums:
         return [self._loss, self._right, self._count]
 
 
-class Average:
+class ModelEma:
     """An exponential moving average of what training changes: weights, and floating buffers such as BatchNorm's statistics."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -161,7 +172,9 @@ class Average:
     def update(self, step: int) -> None:
         # While there are few steps, a long average would mostly hold the random start: (1 + n) / (10 + n), as TensorFlow's moving averages do.
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([mine for mine, _ in self._floating], [its for _, its in self._floating], 1 - decay)
+        torch._foreach_lerp_(
+            [mine for mine, _ in self._floating], [its for _, its in self._floating], 1 - decay
+        )
         for mine, its in self._counters:
             mine.copy_(its)
 
@@ -191,19 +204,27 @@ def train_step(
     for shard, seen, wanted in gradients.shards(pixels, targets):
         if prepare is not None:
             seen, wanted = prepare(shard, seen, wanted)
-        parts = list(zip(seen.tensor_split(accumulate), wanted.tensor_split(accumulate), strict=True)) if accumulate > 1 else [(seen, wanted)]
+        parts = (
+            list(zip(seen.tensor_split(accumulate), wanted.tensor_split(accumulate), strict=True))
+            if accumulate > 1
+            else [(seen, wanted)]
+        )
         for number, (part, labels) in enumerate(parts, start=1):
             with gradients.part(last=number == len(parts)):
                 with autocast(learner.device, learner.precision):
                     logits = gradients.forward(part).float()
-                    loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+                    loss = functional.cross_entropy(
+                        logits, labels, label_smoothing=label_smoothing, reduction="sum"
+                    )
                 # Of the loss divided by the whole batch, so that the gradients of all parts add up to those of one large batch.
                 learner.scaler.scale(loss).backward(torch.full_like(loss, 1 / whole))  # type: ignore[no-untyped-call]
             learner.seen.add(loss, logits, labels)
     gradients.combine()
     if clip_norm is not None:
         learner.scaler.unscale_(learner.optimizer)
-        nn.utils.clip_grad_norm_([p for group in learner.optimizer.param_groups for p in group["params"]], clip_norm)
+        nn.utils.clip_grad_norm_(
+            [p for group in learner.optimizer.param_groups for p in group["params"]], clip_norm
+        )
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
@@ -211,7 +232,12 @@ def train_step(
 
 @torch.inference_mode()
 def evaluate(
-    network: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype, stop: Stop, world: World = ALONE
+    network: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    precision: torch.dtype,
+    stop: Stop,
+    world: World = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Logits float32 [N, classes] and labels int64 [N] of every picture, in order, on the CPU of rank 0. Raises Interrupted when asked to stop.
 
@@ -223,29 +249,61 @@ def evaluate(
         with autocast(device, precision):
             logits.append(network(batch.pixels.to(device, non_blocking=True)).float())
         labels.append(batch.labels)
-    logits, labels = world.in_order([each.cpu() for each in logits]), world.in_order(labels)
-    return (torch.cat(logits), torch.cat(labels)) if logits else (torch.empty(0, 0), torch.empty(0))  # a process may have no batch
+    logits, labels = world.gather([each.cpu() for each in logits]), world.gather(labels)
+    return (
+        (torch.cat(logits), torch.cat(labels)) if logits else (torch.empty(0, 0), torch.empty(0))
+    )  # a process may have no batch
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
-def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, ledger: metrics.Ledger, checkpoints: "Checkpoints", stop: Stop) -> None:
+def fit(
+    learner: Learner,
+    feed: Batches,
+    config: Config,
+    progress: Progress,
+    ledger: metrics.Ledger,
+    checkpoints: "Checkpoints",
+    stop: Stop,
+) -> None:
     """Trains from where `progress` is to the end. Raises Interrupted, with the state saved, when asked to stop."""
     train, world = config.train, learner.world
     assert train.epochs is not None  # weights.resolve
     try:
-        while progress.epoch < train.epochs and not (train.patience and progress.stale_epochs() >= train.patience):
+        while progress.epoch < train.epochs and not (
+            train.patience and progress.stale_epochs() >= train.patience
+        ):
             train_epoch(learner, feed, config, progress, checkpoints, stop)
             started = time.monotonic()
-            learner.gradients.share_buffers(learner.served())
-            logits, labels = evaluate(learner.served(), feed.plain("valid"), learner.device, learner.precision, stop, world)
-            row = _epoch_row(learner, progress, mixed(config)) | world.once(partial(metrics.classification, logits, labels, "valid"))
-            row |= {"evaluate_seconds": time.monotonic() - started, "seconds": progress.seconds + time.monotonic() - started}
+            learner.gradients.share_buffers(learner.eval_model())
+            logits, labels = evaluate(
+                learner.eval_model(),
+                feed.eval_batches("valid"),
+                learner.device,
+                learner.precision,
+                stop,
+                world,
+            )
+            row = _epoch_row(learner, progress, mixed(config)) | world.broadcast_from_main(
+                partial(metrics.classification, logits, labels, "valid")
+            )
+            row |= {
+                "evaluate_seconds": time.monotonic() - started,
+                "seconds": progress.seconds + time.monotonic() - started,
+            }
             ledger.append(row)
-            progress.epoch, progress.batch, progress.sums, progress.seconds, progress.data_wait = progress.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0, 0.0
-            if metrics.better(row[train.monitor], progress.best["value"] if progress.best else None, train.monitor):
+            progress.epoch, progress.batch, progress.sums, progress.seconds, progress.data_wait = (
+                progress.epoch + 1,
+                0,
+                [0.0, 0.0, 0.0],
+                0.0,
+                0.0,
+            )
+            if metrics.better(
+                row[train.monitor], progress.best["value"] if progress.best else None, train.monitor
+            ):
                 progress.best = {"epoch": progress.epoch, "value": row[train.monitor]}
                 checkpoints.hold_best(learner)
             log.info(metric_line(row))
@@ -265,7 +323,14 @@ def fit(learner: Learner, feed: Batches, config: Config, progress: Progress, led
         checkpoints.wait()
 
 
-def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progress, checkpoints: "Checkpoints", stop: Stop) -> None:
+def train_epoch(
+    learner: Learner,
+    feed: Batches,
+    config: Config,
+    progress: Progress,
+    checkpoints: "Checkpoints",
+    stop: Stop,
+) -> None:
     """The rest of the epoch that runs. Looks at the flag and the clock after every step."""
     train, augment, world = config.train, config.data.augment, learner.world
     learner.gradients.forward.train()
@@ -287,10 +352,14 @@ def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progr
         if not mixed(config):
             return pixels, targets
         rng = generator(Purpose.MIX, config.seed, epoch=shard, sample=progress.step)
-        return mix(pixels, targets, feed.classes, mixup=augment.mixup, cutmix=augment.cutmix, rng=rng)
+        return mix(
+            pixels, targets, feed.classes, mixup=augment.mixup, cutmix=augment.cutmix, rng=rng
+        )
 
-    bar = ProgressBar(f"epoch {progress.epoch + 1}/{train.epochs}", feed.steps_per_epoch, progress.batch)
-    with bar, closing(feed.training(progress.epoch, progress.batch)) as batches:
+    bar = ProgressBar(
+        f"epoch {progress.epoch + 1}/{train.epochs}", feed.steps_per_epoch, progress.batch
+    )
+    with bar, closing(feed.train_batches(progress.epoch, progress.batch)) as batches:
         for number in range(progress.batch, feed.steps_per_epoch):
             before = time.monotonic()
             try:
@@ -314,10 +383,12 @@ def train_epoch(learner: Learner, feed: Batches, config: Config, progress: Progr
             progress.step += 1
             if learner.average:
                 learner.average.update(progress.step)
-            if wish := world.agree(STOP if stop.reason else SAVE if checkpoints.due() else GO):
+            if wish := world.all_reduce_max(
+                STOP if stop.reason else SAVE if checkpoints.due() else GO
+            ):
                 now(number + 1)
                 if wish == STOP:
-                    world.stopped(stop)
+                    world.interrupt(stop)
                 checkpoints.save(learner, progress)
             bar.advance()
     now(feed.steps_per_epoch)
@@ -341,8 +412,15 @@ def seed_dropout(device: torch.device, seed: int, step: int, shard: int) -> None
     """Makes dropout and stochastic depth a function of (seed, step, shard). The device's generator alone: torch.manual_seed costs 100 times as
     much.
     """
-    number = int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest(), "big") >> 1
-    source = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    number = (
+        int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest(), "big")
+        >> 1
+    )
+    source = (
+        torch.cuda.default_generators[device.index or 0]
+        if device.type == "cuda"
+        else torch.default_generator
+    )
     source.manual_seed(number + shard)
 
 
@@ -353,7 +431,12 @@ def mixed(config: Config) -> bool:
 
 def _epoch_row(learner: Learner, progress: Progress, mixed: bool) -> dict[str, Any]:
     loss, right, count = progress.sums
-    row = {"epoch": progress.epoch + 1, "step": progress.step, "lr": learner.optimizer.param_groups[-1]["lr"], "train_loss": loss / count}
+    row = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "lr": learner.optimizer.param_groups[-1]["lr"],
+        "train_loss": loss / count,
+    }
     if not mixed:  # none right is a result too
         row["train_top1"] = right / count
     return row | {"data_wait": progress.data_wait}
@@ -362,24 +445,44 @@ def _epoch_row(learner: Learner, progress: Progress, mixed: bool) -> dict[str, A
 class Checkpoints:
     """The checkpoints of one run: what goes in, when, and how many stay. They are written in the background, one at a time, by rank 0 alone."""
 
-    def __init__(self, root: Path, cadence: checkpoint.Cadence, keep: int, ledger: metrics.Ledger, facts: dict[str, Any], writes: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        cadence: checkpoint.Cadence,
+        keep: int,
+        ledger: metrics.Ledger,
+        facts: dict[str, Any],
+        writes: bool = True,
+    ) -> None:
         self.writes = writes
-        self.root, self.cadence, self.keep, self.ledger, self.facts = root, cadence, keep, ledger, facts
+        self.root, self.cadence, self.keep, self.ledger, self.facts = (
+            root,
+            cadence,
+            keep,
+            ledger,
+            facts,
+        )
         self.good: set[str] = set()  # names known to be whole: written or verified by this process
-        # The best weights so far, and the surroundings in which they were evaluated: in each checkpoint.
+        # The best weights so far, and the environment in which they were evaluated: in each checkpoint.
         self.best: checkpoint.Snapshot | None = None
         self._memory: Tensor | None = None  # of the last snapshot, for the next one
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
     def due(self, epoch_ends: bool = False) -> bool:
-        return self.writes and (self._writing is None or self._writing.done()) and self.cadence.due(epoch_ends)
+        return (
+            self.writes
+            and (self._writing is None or self._writing.done())
+            and self.cadence.due(epoch_ends)
+        )
 
     def hold_best(self, learner: Learner) -> None:
         if not self.writes:
             return
-        surroundings = self.facts.get("surroundings")
-        self.best = checkpoint.snapshot({"network": served_weights(learner), "surroundings": surroundings})
+        environment = self.facts.get("environment")
+        self.best = checkpoint.snapshot(
+            {"network": eval_weights(learner), "environment": environment}
+        )
 
     def go_on_from(self, path: Path, state: dict[str, Any]) -> None:
         """Take the best weights from a checkpoint that was found whole."""
@@ -393,7 +496,9 @@ class Checkpoints:
             return
         self.wait()
         progress.rows = self.ledger.rows
-        snapshot = checkpoint.snapshot({"facts": self.facts, "progress": asdict(progress), **learner.state()}, self._memory)
+        snapshot = checkpoint.snapshot(
+            {"facts": self.facts, "progress": asdict(progress), **learner.state()}, self._memory
+        )
         self._memory = snapshot.data
         name = checkpoint.step_name(progress.step, evaluated=progress.batch == 0)
         self._writing = self._writer.submit(self._write, name, snapshot, self.best)
@@ -417,5 +522,5 @@ class Checkpoints:
         self.cadence.saved(time.monotonic() - started)
 
 
-def served_weights(learner: Learner) -> dict[str, Tensor]:
+def eval_weights(learner: Learner) -> dict[str, Tensor]:
     return (learner.average.network if learner.average else learner.network).state_dict()

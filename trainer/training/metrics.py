@@ -20,7 +20,9 @@ def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, flo
     values = {
         "loss": functional.cross_entropy(logits, labels),
         "top1": multiclass_accuracy(logits, labels, classes, average="micro"),
-        "top5": multiclass_accuracy(logits, labels, classes, average="micro", top_k=min(5, classes)),
+        "top5": multiclass_accuracy(
+            logits, labels, classes, average="micro", top_k=min(5, classes)
+        ),
         "f1": multiclass_f1_score(logits, labels, classes, average="macro"),
     }
     return {f"{prefix}_{name}": round(value.item(), 6) for name, value in values.items()}
@@ -47,7 +49,9 @@ class Ledger:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError(f"train.tensorboard=true needs the package tensorboard: {install_command('tensorboard')}") from error
+                raise UserError(
+                    f"train.tensorboard=true needs the package tensorboard: {install_command('tensorboard')}"
+                ) from error
             self._board = SummaryWriter(tensorboard)
 
     def restore(self, rows: list[dict[str, Any]]) -> None:

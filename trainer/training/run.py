@@ -36,7 +36,10 @@ class Run:
         return result
 
     def write_settings(self, config: Config) -> None:
-        files.write(self.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+        files.write(
+            self.directory / "config.yaml",
+            OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))),
+        )
 
     def finish(self, result: dict[str, Any]) -> None:
         files.write(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
@@ -46,7 +49,9 @@ class Run:
         if not self.package.name.endswith(".tar.gz"):
             return []
         task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-        settings = " ".join(shlex.quote(override) for override in task if not override.startswith("platform"))
+        settings = " ".join(
+            shlex.quote(override) for override in task if not override.startswith("platform")
+        )
         rehearse = f"{python()} -m launch rehearse {settings}".rstrip()
         if python().startswith(".venv"):  # in a clone, where make installs what a rehearsal needs
             rehearse = f"make rehearse{f' ARGS={shlex.quote(settings)}' if settings else ''}"
@@ -77,7 +82,7 @@ def open_run(config: Config, world: World = ALONE) -> Iterator[Run]:
     checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
     package = Path(config.platform.package or directory / "model.tar.gz")
     run = Run(name, directory, checkpoints, package)
-    if not world.chief:
+    if not world.is_main_process:
         yield run
         return
     for needed in (directory, checkpoints, package.parent):
@@ -86,7 +91,9 @@ def open_run(config: Config, world: World = ALONE) -> Iterator[Run]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{directory}: another process trains in this run; wait for it, or give this one another name=...") from error
+            raise UserError(
+                f"{directory}: another process trains in this run; wait for it, or give this one another name=..."
+            ) from error
         for written in (directory, checkpoints, package.parent, package):
             if written.is_dir():
                 files.sweep(written)
@@ -101,19 +108,38 @@ def check_identity(then: dict[str, Any], config: Config, fingerprint: str, where
     now = identity(config) | {"pictures": fingerprint}
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if changed == ["pictures"]:
-        raise UserError(f"{where}: the pictures have changed since this run began; start a new run with another name=..., or bring them back")
+        raise UserError(
+            f"{where}: the pictures have changed since this run began; start a new run with another name=..., or bring them back"
+        )
     if changed:
-        differences = ", ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed[:5] if key != "pictures")
-        raise UserError(f"{where}: this run began with other settings ({differences}); give the same again, or start a new run with another name=...")
+        differences = ", ".join(
+            f"{key}: {then.get(key)} then, {now.get(key)} now"
+            for key in changed[:5]
+            if key != "pictures"
+        )
+        raise UserError(
+            f"{where}: this run began with other settings ({differences}); give the same again, or start a new run with another name=..."
+        )
 
 
 def revision() -> str | None:
     """The git revision of this code, with `-dirty` where files were changed; None outside a checkout."""
     if known := os.environ.get("PACKHORSE_REVISION"):
         return known
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         # In a session of its own, as the package's self-test: a closing terminal must not end it.
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, start_new_session=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10, start_new_session=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -15,16 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.common import files
-from trainer.common.console import Progress as ProgressBar
-from trainer.common.console import log
+from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.job import ALONE, Gradients, Job, Ordered, Replicated, World
 from trainer.images import cache, folder
 from trainer.images.augment import Augmentation
-from trainer.images.decode import PictureError, Preprocessing
+from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import ImageFolder
-from trainer.images.loader import Batches, Feed, Reader
+from trainer.images.loader import Batches, ImageLoader, Reader
 from trainer.images.sampler import Share
 from trainer.network import build as model
 from trainer.network import device, features, optim
@@ -43,7 +42,9 @@ SAME_LOSS_HERE = (1e-3, 1e-5)
 SAME_LOSS_ELSEWHERE = (0.05, 0.01)  # another machine or precision
 
 
-def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop, world: World = ALONE) -> tuple[ImageFolder, Reader | None]:
+def read_pictures(
+    config: Config, found: ImageFolder, run: Run, stop: Stop, world: World = ALONE
+) -> tuple[ImageFolder, Reader | None]:
     """Decodes every picture once; those that fail are listed by name and left out. The reader gives the packed pixels; None: they weren't kept.
 
     The processes of a host share its cache: the first one packs, the others wait.
@@ -61,34 +62,55 @@ def read_pictures(config: Config, found: ImageFolder, run: Run, stop: Stop, worl
         if packed is None:
             folder.read_shrunk(path, wanted.resize, wanted.interpolation)
         elif path in packed.broken:
-            raise PictureError(packed.broken[path])
+            raise ImageError(packed.broken[path])
 
     with counted("checking pictures", stop) as step:
-        found = folder.quarantine(found, check, 0 if packed else workers(config, world), config.data.max_broken, step)
+        found = folder.quarantine(
+            found, check, 0 if packed else workers(config, world), config.data.max_broken, step
+        )
     broken = sorted(Path(path).name for path, _ in found.broken)
-    world.same({"pictures that can't be used": ", ".join(broken[:5]) or "none", "their number": str(len(broken))}, stop)
-    if not world.chief:
+    world.check_same(
+        {
+            "pictures that can't be used": ", ".join(broken[:5]) or "none",
+            "their number": str(len(broken)),
+        },
+        stop,
+    )
+    if not world.is_main_process:
         return found, packed
-    files.write(run.directory / "quarantine.txt", "".join(f"{path}\t{reason}\n" for path, reason in found.broken))
+    files.write(
+        run.directory / "quarantine.txt",
+        "".join(f"{path}\t{reason}\n" for path, reason in found.broken),
+    )
     for path, reason in found.broken[:10]:
         log.warning("left out: %s (%s)", path, reason)
     if len(found.broken) > 10:
-        log.warning("left out %d pictures in all; see %s", len(found.broken), run.directory / "quarantine.txt")
+        log.warning(
+            "left out %d pictures in all; see %s",
+            len(found.broken),
+            run.directory / "quarantine.txt",
+        )
     return found, packed
 
 
 def reads_more_than_once(config: Config) -> bool:
     """Whether packed pixels are worth their disk."""
     assert config.train.epochs is not None  # weights.resolve
-    return config.data.cache == "packed" or (config.data.cache == "auto" and (config.model.cached_views or config.train.epochs) > 1)
+    return config.data.cache == "packed" or (
+        config.data.cache == "auto" and (config.model.cached_views or config.train.epochs) > 1
+    )
 
 
-def pack_pictures(config: Config, found: ImageFolder, stop: Stop, world: World = ALONE) -> cache.Packed:
+def pack_pictures(
+    config: Config, found: ImageFolder, stop: Stop, world: World = ALONE
+) -> cache.Packed:
     paths = [path for split in found.splits.values() for path in split.paths]
     limit = None if config.data.cache_gb is None else round(config.data.cache_gb * 1e9)
     root, wanted = Path(config.platform.cache) / "pixels", preprocessing(config)
     with counted("packing pictures", stop) as step:
-        return cache.pack(paths, root, wanted.resize, wanted.interpolation, workers(config, world), limit, step)
+        return cache.pack(
+            paths, root, wanted.resize, wanted.interpolation, workers(config, world), limit, step
+        )
 
 
 @contextmanager
@@ -122,8 +144,17 @@ def prepare_machine(config: Config, world: World = ALONE) -> Machine:
     )
     if settings.compile:
         device.check_compiler(machine.device)
-    if world.size == 1 and machine.device.type == "cuda" and (there := torch.cuda.device_count()) > 1:
-        log.warning("one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer (make train GPUS=%d) uses all", there, there, there)
+    if (
+        world.size == 1
+        and machine.device.type == "cuda"
+        and (there := torch.cuda.device_count()) > 1
+    ):
+        log.warning(
+            "one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer (make train GPUS=%d) uses all",
+            there,
+            there,
+            there,
+        )
     return machine
 
 
@@ -131,7 +162,9 @@ def share_of(config: Config, found: ImageFolder, world: World) -> Share:
     """What this process computes of each batch. Raises UserError where there are more processes than a batch can be divided among."""
     shards = config.train.exact_shards or world.size
     if shards < world.size:
-        raise UserError(f"train.exact_shards={shards}, but {world.size} processes run: each needs a shard at least; start fewer, or give more shards")
+        raise UserError(
+            f"train.exact_shards={shards}, but {world.size} processes run: each needs a shard at least; start fewer, or give more shards"
+        )
     at_once = min(config.train.batch_size, len(found.splits["train"].paths))
     if shards * config.train.accumulate > at_once:
         raise UserError(
@@ -141,12 +174,14 @@ def share_of(config: Config, found: ImageFolder, world: World) -> Share:
     return Share(world.rank, world.size, shards)
 
 
-def make_network(config: Config, found: ImageFolder, machine: Machine, world: World = ALONE) -> Classifier:
+def make_network(
+    config: Config, found: ImageFolder, machine: Machine, world: World = ALONE
+) -> Classifier:
     """The network on its device, with weights that depend on nothing but the seed and the settings."""
     torch.manual_seed(config.seed)
     settings = config.model
     assert settings.mean is not None and settings.std is not None  # weights.resolve
-    with world.one_first() if settings.weights is not None else nullcontext():
+    with world.local_main_process_first() if settings.weights is not None else nullcontext():
         network = model.build(
             settings.name,
             len(found.classes),
@@ -158,25 +193,47 @@ def make_network(config: Config, found: ImageFolder, machine: Machine, world: Wo
             channels_last=config.train.channels_last,
         )
     shards = share_of(config, found, world).shards
-    at_once = min(config.train.batch_size, len(found.splits["train"].paths)) // shards // config.train.accumulate
+    at_once = (
+        min(config.train.batch_size, len(found.splits["train"].paths))
+        // shards
+        // config.train.accumulate
+    )
     model.check(network, settings.name, preprocessing(config).size, max(at_once, 1))
     network = network.to(machine.device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    trained = sum(
+        parameter.numel() for parameter in network.parameters() if parameter.requires_grad
+    )
     name = f"{settings.name}, {model.origin(settings.name, settings.weights)}"
-    log.info("model: %s, %s parameters, %s trained, on %s in %s", name, f"{parameters:,}", f"{trained:,}", machine.device, machine)
+    log.info(
+        "model: %s, %s parameters, %s trained, on %s in %s",
+        name,
+        f"{parameters:,}",
+        f"{trained:,}",
+        machine.device,
+        machine,
+    )
     if world.size > 1:
         mode = "fast" if config.train.exact_shards is None else f"exact, in {shards} shards"
-        log.info("processes: %d on %d host%s; %s", world.size, world.hosts, "s" * (world.hosts > 1), mode)
+        log.info(
+            "processes: %d on %d host%s; %s", world.size, world.hosts, "s" * (world.hosts > 1), mode
+        )
     return network
 
 
-def make_feed(config: Config, found: ImageFolder, read: Reader | None, machine: Machine, world: World = ALONE) -> Feed:
+def make_loader(
+    config: Config, found: ImageFolder, read: Reader | None, machine: Machine, world: World = ALONE
+) -> ImageLoader:
     settings = config.data.augment
-    return Feed(
+    return ImageLoader(
         found,
         preprocessing(config),
-        Augmentation(scale=(settings.scale[0], settings.scale[1]), ratio=(settings.ratio[0], settings.ratio[1]), flip=settings.flip, trivial=settings.trivial),
+        Augmentation(
+            scale=(settings.scale[0], settings.scale[1]),
+            ratio=(settings.ratio[0], settings.ratio[1]),
+            flip=settings.flip,
+            trivial=settings.trivial,
+        ),
         config.train.batch_size,
         config.seed,
         workers(config, world),
@@ -187,71 +244,137 @@ def make_feed(config: Config, found: ImageFolder, read: Reader | None, machine: 
     )
 
 
-def cache_features(config: Config, network: Classifier, feed: Feed, machine: Machine, stop: Stop, world: World = ALONE) -> Batches:
+def cache_features(
+    config: Config,
+    network: Classifier,
+    feed: ImageLoader,
+    machine: Machine,
+    stop: Stop,
+    world: World = ALONE,
+) -> Batches:
     """What the loop trains on: features, where the backbone is frozen and its views are fixed, else the pixels as they are."""
     if feed.views is None:
         return feed
-    extracted = features.extract(network, feed, Path(config.platform.cache), machine.device, machine.precision, stop, world)
-    world.meet(stop)
+    extracted = features.extract(
+        network, feed, Path(config.platform.cache), machine.device, machine.precision, stop, world
+    )
+    world.barrier(stop)
     return extracted
 
 
-def make_learner(config: Config, network: Classifier, batches: Batches, machine: Machine, world: World = ALONE) -> Learner:
+def make_learner(
+    config: Config, network: Classifier, batches: Batches, machine: Machine, world: World = ALONE
+) -> Learner:
     choice = config.optim
     assert choice.lr is not None
-    optimizer = optim.build(network, choice.name, lr=choice.lr, head_lr=choice.head_lr, weight_decay=choice.weight_decay, momentum=choice.momentum)
-    trained = network if isinstance(batches, Feed) else network.head
+    optimizer = optim.build(
+        network,
+        choice.name,
+        lr=choice.lr,
+        head_lr=choice.head_lr,
+        weight_decay=choice.weight_decay,
+        momentum=choice.momentum,
+    )
+    trained = network if isinstance(batches, ImageLoader) else network.head
     forward: Any = device.compiled(trained) if config.train.compile else trained
     if config.train.exact_shards is not None:
-        gradients: Gradients = Ordered(forward, world, batches.share, batches.whole_batch, machine.device, trained_part(trained))
+        gradients: Gradients = Ordered(
+            forward,
+            world,
+            batches.share,
+            batches.global_batch_size,
+            machine.device,
+            trained_part(trained),
+        )
     elif isinstance(world, Job):
-        gradients = Replicated(forward, world, batches.share, batches.whole_batch, machine.device, config.train.compression)
+        gradients = Replicated(
+            forward,
+            world,
+            batches.share,
+            batches.global_batch_size,
+            machine.device,
+            config.train.compression,
+        )
     else:
         gradients = Gradients(forward)
-    return Learner(trained, optimizer, machine.device, machine.precision, config.train.ema_decay, forward, gradients)
+    return Learner(
+        trained,
+        optimizer,
+        machine.device,
+        machine.precision,
+        config.train.ema_decay,
+        forward,
+        gradients,
+    )
 
 
 def make_ledger(config: Config, run: Run, world: World) -> metrics.Ledger:
-    if not world.chief:
+    if not world.is_main_process:
         return metrics.Ledger(None)
-    return metrics.Ledger(run.directory / "metrics.jsonl", run.directory / "tensorboard" if config.train.tensorboard else None)
+    return metrics.Ledger(
+        run.directory / "metrics.jsonl",
+        run.directory / "tensorboard" if config.train.tensorboard else None,
+    )
 
 
 def resume(
-    config: Config, run: Run, learner: Learner, ledger: metrics.Ledger, found: ImageFolder, machine: Machine, world: World = ALONE
+    config: Config,
+    run: Run,
+    learner: Learner,
+    ledger: metrics.Ledger,
+    found: ImageFolder,
+    machine: Machine,
+    world: World = ALONE,
 ) -> tuple[Checkpoints, Progress]:
     """Where the run stands: at its newest good checkpoint, or at the beginning."""
     facts = {
         "identity": identity(config) | {"pictures": found.fingerprint},
         "classes": list(found.classes),
-        "surroundings": machine.surroundings(),
+        "environment": machine.environment(),
     }
     cadence = checkpoint.Cadence(config.checkpoint.minutes, config.checkpoint.max_cost)
-    checkpoints = Checkpoints(run.checkpoints, cadence, config.checkpoint.keep, ledger, facts, writes=world.chief)
+    checkpoints = Checkpoints(
+        run.checkpoints,
+        cadence,
+        config.checkpoint.keep,
+        ledger,
+        facts,
+        writes=world.is_main_process,
+    )
     progress = Progress()
-    newest = world.once(lambda: checkpoint.newest(run.checkpoints))
+    newest = world.broadcast_from_main(lambda: checkpoint.newest(run.checkpoints))
     if world.size > 1:
         check_strays(run, newest[0] if newest else None, world)
     if newest:
         path, state = newest
         check_identity(state["facts"]["identity"], config, found.fingerprint, run.checkpoints)
-        surroundings = machine.surroundings()
-        for key, then in state["facts"]["surroundings"].items():
-            if then != (now := surroundings[key]):
+        environment = machine.environment()
+        for key, then in state["facts"]["environment"].items():
+            if then != (now := environment[key]):
                 log.warning("resumed, but no longer bit for bit: %s was %s, is %s", key, then, now)
         learner.restore(state)
         progress = Progress(**state["progress"])
         checkpoints.go_on_from(path, state)
-        log.info("resumed from %s: %d of %d epochs complete, %d steps done", path, progress.epoch, config.train.epochs, progress.step)
+        log.info(
+            "resumed from %s: %d of %d epochs complete, %d steps done",
+            path,
+            progress.epoch,
+            config.train.epochs,
+            progress.step,
+        )
     elif world.size > 1:
-        learner.restore(world.once(learner.state))  # the same beginning, also where hosts of different kinds made their own
+        learner.restore(
+            world.broadcast_from_main(learner.state)
+        )  # the same beginning, also where hosts of different kinds made their own
     ledger.restore(progress.rows)
     return checkpoints, progress
 
 
 def check_strays(run: Run, newest: Path | None, world: World) -> None:
     """Raises UserError where this host has a checkpoint that rank 0's hasn't, and that is newer: to go on without it would throw work away."""
-    known = world.once(lambda: [path.name for path in checkpoint.steps(run.checkpoints)])
+    known = world.broadcast_from_main(
+        lambda: [path.name for path in checkpoint.steps(run.checkpoints)]
+    )
     here = [path for path in checkpoint.steps(run.checkpoints) if path.name not in known]
     if here and (newest is None or here[-1].name > newest.name):
         raise UserError(
@@ -282,11 +405,13 @@ def load_best(
 
     Raises UserError where they don't give the loss on valid that was noted for them.
     """
-    best = world.once(lambda: checkpoints.best.state() if checkpoints.best else None)
+    best = world.broadcast_from_main(lambda: checkpoints.best.state() if checkpoints.best else None)
     assert best is not None
-    learner.load_served(best["network"])
-    valid = batches.plain("valid")
-    logits, labels = evaluate(learner.served(), valid, learner.device, learner.precision, stop, world)
+    learner.load_eval_weights(best["network"])
+    valid = batches.eval_batches("valid")
+    logits, labels = evaluate(
+        learner.eval_model(), valid, learner.device, learner.precision, stop, world
+    )
 
     def check() -> None:
         assert progress.best is not None
@@ -294,7 +419,7 @@ def load_best(
         losses = {row["epoch"]: row["valid_loss"] for row in progress.rows if "valid_loss" in row}
         noted = losses[epoch]
         given = metrics.classification(logits, labels, "valid")["valid_loss"]
-        here = best["surroundings"] == checkpoints.facts["surroundings"]
+        here = best["environment"] == checkpoints.facts["environment"]
         relative, absolute = SAME_LOSS_HERE if here else SAME_LOSS_ELSEWHERE
         if not np.isclose(given, noted, relative, absolute, equal_nan=True):
             raise UserError(
@@ -303,13 +428,13 @@ def load_best(
                 "changed since; start a new run with another name=..."
             )
 
-    world.once(check)
+    world.broadcast_from_main(check)
 
 
 def test(
     network: Classifier,
     learner: Learner,
-    feed: Feed,
+    feed: ImageLoader,
     progress: Progress,
     ledger: metrics.Ledger,
     stop: Stop,
@@ -318,23 +443,40 @@ def test(
     """Evaluate all of the network, from pixels, in float32: as it is packaged."""
     assert progress.best is not None
     split = "test" if "test" in feed.folder.splits else "valid"
-    logits, labels = evaluate(network, feed.plain(split), learner.device, torch.float32, stop, world)
-    values = world.once(lambda: metrics.classification(logits, labels, split))
+    logits, labels = evaluate(
+        network, feed.eval_batches(split), learner.device, torch.float32, stop, world
+    )
+    values = world.broadcast_from_main(lambda: metrics.classification(logits, labels, split))
     if split == "test":
         ledger.append({"epoch": progress.best["epoch"], "step": progress.step} | values)
         log.info(metric_line({"epoch": progress.best["epoch"]} | values))
-    return Test(split, {name.removeprefix(f"{split}_"): value for name, value in values.items()}, labels.numpy(), probabilities(logits))
+    return Test(
+        split,
+        {name.removeprefix(f"{split}_"): value for name, value in values.items()},
+        labels.numpy(),
+        probabilities(logits),
+    )
 
 
-def build_package(config: Config, run: Run, network: Classifier, feed: Feed, tested: Test, progress: Progress) -> None:
+def build_package(
+    config: Config,
+    run: Run,
+    network: Classifier,
+    feed: ImageLoader,
+    tested: Test,
+    progress: Progress,
+) -> None:
     """The model package, checked by a process of its own before it gets its name."""
     assert progress.best is not None
     split = feed.folder.splits[tested.split]
-    firsts = [int(np.flatnonzero(split.labels == label)[0]) for label in np.unique(split.labels)[:8]]
+    firsts = [
+        int(np.flatnonzero(split.labels == label)[0]) for label in np.unique(split.labels)[:8]
+    ]
     contents = package.Contents(
         classes=feed.folder.classes,
         preprocessing=feed.preprocessing,
-        metrics={f"{tested.split}_{name}": value for name, value in tested.metrics.items()} | {"epoch": progress.best["epoch"]},
+        metrics={f"{tested.split}_{name}": value for name, value in tested.metrics.items()}
+        | {"epoch": progress.best["epoch"]},
         config=identity(config),
         revision=revision(),
         golden=[split.paths[first] for first in firsts],
@@ -346,7 +488,9 @@ def build_package(config: Config, run: Run, network: Classifier, feed: Feed, tes
     package.build(network, contents, run.package, archive=run.package.suffix == ".gz")
 
 
-def write_report(config: Config, run: Run, feed: Feed, tested: Test, progress: Progress, machine: Machine) -> None:
+def write_report(
+    config: Config, run: Run, feed: ImageLoader, tested: Test, progress: Progress, machine: Machine
+) -> None:
     assert progress.best is not None
     report.write(
         report.Report(
@@ -369,7 +513,9 @@ def write_report(config: Config, run: Run, feed: Feed, tested: Test, progress: P
     )
 
 
-def result(config: Config, found: ImageFolder, tested: Test, progress: Progress, seconds: float) -> dict[str, Any]:
+def result(
+    config: Config, found: ImageFolder, tested: Test, progress: Progress, seconds: float
+) -> dict[str, Any]:
     """What says that the run is complete. identity: the settings and pictures that it is the result of."""
     assert progress.best is not None
     return {
@@ -392,7 +538,9 @@ def workers(config: Config, world: World = ALONE) -> int:
 
 def preprocessing(config: Config) -> Preprocessing:
     data = config.data
-    assert data.resize is not None and data.size is not None and data.interpolation is not None  # weights.resolve
+    assert (
+        data.resize is not None and data.size is not None and data.interpolation is not None
+    )  # weights.resolve
     return Preprocessing(resize=data.resize, size=data.size, interpolation=data.interpolation)
 
 
@@ -407,5 +555,5 @@ def environment(config: Config, machine: Machine) -> dict[str, str]:
         "platform": config.platform.name,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        **{key: str(value) for key, value in machine.surroundings().items()},
+        **{key: str(value) for key, value in machine.environment().items()},
     }

@@ -41,7 +41,9 @@ WARM: dict[str, list[dict]] = {}  # provisioned concurrency by function, which m
 def list_function_url_configs(self) -> str:
     """What moto lacks: the URLs of a function, by the call that lists them."""
     function = self.backend.get_function(self.path.split("/")[-2])
-    return json.dumps({"FunctionUrlConfigs": [function.url_config.to_dict()] if function.url_config else []})
+    return json.dumps(
+        {"FunctionUrlConfigs": [function.url_config.to_dict()] if function.url_config else []}
+    )
 
 
 def list_provisioned_concurrency_configs(self) -> str:
@@ -54,7 +56,11 @@ def moto():
         for method in (list_function_url_configs, list_provisioned_concurrency_configs):
             patch.setattr(LambdaResponse, method.__name__, method, raising=False)
         for path in ("urls", "provisioned-concurrency"):
-            patch.setitem(url_paths, rf"{{0}}/(?P<api_version>[^/]+)/functions/(?P<function_name>[\w_-]+)/{path}$", LambdaResponse.dispatch)
+            patch.setitem(
+                url_paths,
+                rf"{{0}}/(?P<api_version>[^/]+)/functions/(?P<function_name>[\w_-]+)/{path}$",
+                LambdaResponse.dispatch,
+            )
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
         yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
@@ -63,7 +69,9 @@ def moto():
 
 def forget() -> None:
     """An account with nothing in it."""
-    request = urllib.request.Request(f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")
+    request = urllib.request.Request(
+        f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST"
+    )
     urllib.request.urlopen(request, timeout=30).close()
 
 
@@ -72,12 +80,22 @@ def aws(moto, monkeypatch):
     """boto3 clients of a fresh account, which the audit sees too."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    settings = {"ENDPOINT_URL": moto, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": REGION, "CONFIG_FILE": "/dev/null"}
+    settings = {
+        "ENDPOINT_URL": moto,
+        "ACCESS_KEY_ID": "test",
+        "SECRET_ACCESS_KEY": "test",
+        "DEFAULT_REGION": REGION,
+        "CONFIG_FILE": "/dev/null",
+    }
     for name, value in settings.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     # S3 Control puts the account before the host's name, as in AWS's DNS, which knows such names.
     resolve = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **named: resolve(str(host).removeprefix(f"{ACCOUNT}."), *rest, **named))
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **named: resolve(str(host).removeprefix(f"{ACCOUNT}."), *rest, **named),
+    )
     forget()
     WARM.clear()
     return boto3.client
@@ -89,7 +107,9 @@ def audit(capsys, *arguments: str) -> tuple[int, dict]:
 
 
 def allow(action, resource="*", **condition) -> dict:
-    return {"Effect": "Allow", "Action": action, "Resource": resource} | ({"Condition": condition} if condition else {})
+    return {"Effect": "Allow", "Action": action, "Resource": resource} | (
+        {"Condition": condition} if condition else {}
+    )
 
 
 def policy(*statements: dict) -> str:
@@ -119,45 +139,125 @@ def make_role(iam, name, principal, *statements, condition=None, attached=()):
 
 def make_faulty(aws) -> None:
     """What the write-up found by hand, and what else such accounts have."""
-    iam, s3, sagemaker, functions, ec2 = aws("iam"), aws("s3"), aws("sagemaker"), aws("lambda"), aws("ec2")
+    iam, s3, sagemaker, functions, ec2 = (
+        aws("iam"),
+        aws("s3"),
+        aws("sagemaker"),
+        aws("lambda"),
+        aws("ec2"),
+    )
     # the write-up's: full access for SageMaker's role, `*` for the function's
-    training = make_role(iam, "sm-training", service("sagemaker"), condition=OURS, attached=["arn:aws:iam::aws:policy/AmazonSageMakerFullAccess"])
-    caller = make_role(iam, "caller", service("lambda"), allow("sagemaker:InvokeEndpoint"), attached=["arn:aws:iam::aws:policy/AWSLambda_FullAccess"])
-    make_role(iam, "sm-admin", service("sagemaker"), condition=OURS, attached=["arn:aws:iam::aws:policy/AdministratorAccess"])
+    training = make_role(
+        iam,
+        "sm-training",
+        service("sagemaker"),
+        condition=OURS,
+        attached=["arn:aws:iam::aws:policy/AmazonSageMakerFullAccess"],
+    )
+    caller = make_role(
+        iam,
+        "caller",
+        service("lambda"),
+        allow("sagemaker:InvokeEndpoint"),
+        attached=["arn:aws:iam::aws:policy/AWSLambda_FullAccess"],
+    )
+    make_role(
+        iam,
+        "sm-admin",
+        service("sagemaker"),
+        condition=OURS,
+        attached=["arn:aws:iam::aws:policy/AdministratorAccess"],
+    )
     make_role(iam, "sm-root", service("sagemaker"), allow("*"), condition=OURS)
-    make_role(iam, "sm-wild", service("sagemaker"), allow(["sagemaker:*", "s3:GetObject"], f"arn:aws:s3:::x/{ACCOUNT}"), condition=OURS)
+    make_role(
+        iam,
+        "sm-wild",
+        service("sagemaker"),
+        allow(["sagemaker:*", "s3:GetObject"], f"arn:aws:s3:::x/{ACCOUNT}"),
+        condition=OURS,
+    )
     make_role(iam, "sm-passer", service("sagemaker"), allow("iam:PassRole"), condition=OURS)
     make_role(iam, "sm-any", {"AWS": "*"}, allow("sagemaker:ListModels"))
-    make_role(iam, "sm-guest", {"AWS": "arn:aws:iam::999999999999:root"}, allow("sagemaker:ListModels"))
+    make_role(
+        iam, "sm-guest", {"AWS": "arn:aws:iam::999999999999:root"}, allow("sagemaker:ListModels")
+    )
     make_role(iam, "sm-all-in-one", service("sagemaker", "lambda", "ec2"), condition=OURS)
     make_role(iam, "sm-confused", service("sagemaker"))
-    make_role(iam, "sm-not", service("sagemaker"), {"Effect": "Allow", "NotAction": "iam:*", "Resource": "*"}, condition=OURS)
-    make_role(iam, "sm-riser", service("sagemaker"), allow(["iam:CreatePolicyVersion", "iam:SetDefaultPolicyVersion"]), condition=OURS)
-    make_role(iam, "sm-sharer", service("sagemaker"), allow(["s3:PutBucketPolicy", "s3:PutBucketAcl"]), condition=OURS)
-    make_role(iam, "sm-signer", service("sagemaker"), allow("sagemaker:CreatePresignedNotebookInstanceUrl"), allow("iam:CreateAccessKey"), condition=OURS)
-    make_role(iam, "sm-typo", service("sagemaker"), allow("s3:GetObjekt", "arn:aws:s3:::pictures/*"), condition=OURS)
+    make_role(
+        iam,
+        "sm-not",
+        service("sagemaker"),
+        {"Effect": "Allow", "NotAction": "iam:*", "Resource": "*"},
+        condition=OURS,
+    )
+    make_role(
+        iam,
+        "sm-riser",
+        service("sagemaker"),
+        allow(["iam:CreatePolicyVersion", "iam:SetDefaultPolicyVersion"]),
+        condition=OURS,
+    )
+    make_role(
+        iam,
+        "sm-sharer",
+        service("sagemaker"),
+        allow(["s3:PutBucketPolicy", "s3:PutBucketAcl"]),
+        condition=OURS,
+    )
+    make_role(
+        iam,
+        "sm-signer",
+        service("sagemaker"),
+        allow("sagemaker:CreatePresignedNotebookInstanceUrl"),
+        allow("iam:CreateAccessKey"),
+        condition=OURS,
+    )
+    make_role(
+        iam,
+        "sm-typo",
+        service("sagemaker"),
+        allow("s3:GetObjekt", "arn:aws:s3:::pictures/*"),
+        condition=OURS,
+    )
     iam.create_user(UserName="ann")
-    iam.put_user_policy(UserName="ann", PolicyName="own", PolicyDocument=policy(allow("sagemaker:CreateTrainingJob", "arn:aws:sagemaker:*:*:training-job/a")))
+    iam.put_user_policy(
+        UserName="ann",
+        PolicyName="own",
+        PolicyDocument=policy(
+            allow("sagemaker:CreateTrainingJob", "arn:aws:sagemaker:*:*:training-job/a")
+        ),
+    )
     iam.create_access_key(UserName="ann")
     make_role(iam, "sm-forgotten", service("sagemaker"), condition=OURS)
     backend = get_backend("iam")[ACCOUNT]["aws"]
-    next(role for role in backend.roles.values() if role.name == "sm-forgotten").create_date = month_ago() - timedelta(days=200)
+    next(role for role in backend.roles.values() if role.name == "sm-forgotten").create_date = (
+        month_ago() - timedelta(days=200)
+    )
     backend.users["ann"].access_keys[0].create_date = month_ago() - timedelta(days=200)
 
     s3.create_bucket(Bucket="sagemaker-open")
-    s3.put_bucket_policy(Bucket="sagemaker-open", Policy=policy(allow("s3:GetObject", "arn:aws:s3:::sagemaker-open/*") | {"Principal": "*"}))
+    s3.put_bucket_policy(
+        Bucket="sagemaker-open",
+        Policy=policy(allow("s3:GetObject", "arn:aws:s3:::sagemaker-open/*") | {"Principal": "*"}),
+    )
     s3.create_bucket(Bucket="sagemaker-acl", ACL="public-read")
     s3.create_bucket(Bucket="sagemaker-guests")
-    guests = allow("s3:GetObject", "arn:aws:s3:::sagemaker-guests/*") | {"Principal": {"AWS": "arn:aws:iam::999999999999:root"}}
+    guests = allow("s3:GetObject", "arn:aws:s3:::sagemaker-guests/*") | {
+        "Principal": {"AWS": "arn:aws:iam::999999999999:root"}
+    }
     s3.put_bucket_policy(Bucket="sagemaker-guests", Policy=policy(guests))
 
-    sagemaker.create_notebook_instance(NotebookInstanceName="lab", InstanceType="ml.t3.medium", RoleArn=training)
+    sagemaker.create_notebook_instance(
+        NotebookInstanceName="lab", InstanceType="ml.t3.medium", RoleArn=training
+    )
     lab = next(iter(get_backend("sagemaker")[ACCOUNT][REGION].notebook_instances.values()))
     lab.creation_time = lab.last_modified_time = month_ago()
     described = lab.to_dict() | {"PlatformIdentifier": "notebook-al2-v1"}  # which moto forgets
     lab.to_dict = lambda: described
     make_endpoint(sagemaker, training, "forgotten", "ml.g4dn.xlarge", count=2)
-    get_backend("sagemaker")[ACCOUNT][REGION].endpoints["forgotten"].creation_time = month_ago().strftime("%Y-%m-%d %H:%M:%S")
+    get_backend("sagemaker")[ACCOUNT][REGION].endpoints[
+        "forgotten"
+    ].creation_time = month_ago().strftime("%Y-%m-%d %H:%M:%S")
     sagemaker.create_training_job(
         TrainingJobName="leaky",
         AlgorithmSpecification={"TrainingImage": "image", "TrainingInputMode": "File"},
@@ -167,7 +267,13 @@ def make_faulty(aws) -> None:
         StoppingCondition={"MaxRuntimeInSeconds": 5 * 86400},
         HyperParameters={"epochs": "3", "wandb_api_key": "0123456789"},
     )
-    sagemaker.create_domain(DomainName="studio", AuthMode="IAM", DefaultUserSettings={"ExecutionRole": training}, SubnetIds=["subnet-1"], VpcId="vpc-1")
+    sagemaker.create_domain(
+        DomainName="studio",
+        AuthMode="IAM",
+        DefaultUserSettings={"ExecutionRole": training},
+        SubnetIds=["subnet-1"],
+        VpcId="vpc-1",
+    )
 
     functions.create_function(
         FunctionName="predict",
@@ -178,23 +284,44 @@ def make_faulty(aws) -> None:
         Environment={"Variables": {"AWS_KEY": "AKIAABCDEFGHIJKLMNOP", "ENDPOINT": "forgotten"}},
         Publish=True,
     )
-    functions.create_function_url_config(FunctionName="predict", AuthType="NONE", Cors={"AllowOrigins": ["*"]})
-    functions.add_permission(FunctionName="predict", StatementId="all", Action="lambda:InvokeFunction", Principal="*")
+    functions.create_function_url_config(
+        FunctionName="predict", AuthType="NONE", Cors={"AllowOrigins": ["*"]}
+    )
+    functions.add_permission(
+        FunctionName="predict", StatementId="all", Action="lambda:InvokeFunction", Principal="*"
+    )
 
     alias = f"arn:aws:lambda:{REGION}:{ACCOUNT}:function:predict:live"
-    WARM["predict"] = [{"FunctionArn": alias, "RequestedProvisionedConcurrentExecutions": 3, "LastModified": f"{month_ago():%Y-%m-%dT%H:%M:%S}+0000"}]
+    WARM["predict"] = [
+        {
+            "FunctionArn": alias,
+            "RequestedProvisionedConcurrentExecutions": 3,
+            "LastModified": f"{month_ago():%Y-%m-%dT%H:%M:%S}+0000",
+        }
+    ]
 
     image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
     group = ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]
-    ec2.authorize_security_group_ingress(GroupId=group, IpProtocol="tcp", FromPort=8888, ToPort=8888, CidrIp="0.0.0.0/0")
+    ec2.authorize_security_group_ingress(
+        GroupId=group, IpProtocol="tcp", FromPort=8888, ToPort=8888, CidrIp="0.0.0.0/0"
+    )
     script = "#!/bin/bash\nexport AWS_ACCESS_KEY_ID=AKIAABCDEFGHIJKLMNOP\n"
-    started = ec2.run_instances(ImageId=image, InstanceType="g4dn.xlarge", MinCount=2, MaxCount=2, SecurityGroupIds=[group], UserData=script)
+    started = ec2.run_instances(
+        ImageId=image,
+        InstanceType="g4dn.xlarge",
+        MinCount=2,
+        MaxCount=2,
+        SecurityGroupIds=[group],
+        UserData=script,
+    )
     idle, stopped = (entry["InstanceId"] for entry in started["Instances"])
     ec2.stop_instances(InstanceIds=[stopped])
     backend = get_backend("ec2")[ACCOUNT][REGION]
     backend.get_instance(idle).launch_time = month_ago().strftime("%Y-%m-%dT%H:%M:%S.000Z")
     tags = [{"ResourceType": "volume", "Tags": [{"Key": "project", "Value": "dogs"}]}]
-    lost = ec2.create_volume(AvailabilityZone=f"{REGION}a", Size=500, Encrypted=True, TagSpecifications=tags)["VolumeId"]
+    lost = ec2.create_volume(
+        AvailabilityZone=f"{REGION}a", Size=500, Encrypted=True, TagSpecifications=tags
+    )["VolumeId"]
     backend.volumes[lost].create_time = month_ago()
     address = ec2.allocate_address(Domain="vpc")["AllocationId"]
     ec2.create_tags(Resources=[address], Tags=[{"Key": "project", "Value": "dogs"}])
@@ -202,8 +329,16 @@ def make_faulty(aws) -> None:
 
 
 def make_endpoint(sagemaker, role, name, kind, count=1) -> None:
-    sagemaker.create_model(ModelName=name, ExecutionRoleArn=role, PrimaryContainer={"Image": "image"})
-    variant = {"VariantName": "main", "ModelName": name, "InstanceType": kind, "InitialInstanceCount": count, "InitialVariantWeight": 1}
+    sagemaker.create_model(
+        ModelName=name, ExecutionRoleArn=role, PrimaryContainer={"Image": "image"}
+    )
+    variant = {
+        "VariantName": "main",
+        "ModelName": name,
+        "InstanceType": kind,
+        "InitialInstanceCount": count,
+        "InitialVariantWeight": 1,
+    }
     sagemaker.create_endpoint_config(EndpointConfigName=name, ProductionVariants=[variant])
     sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=name)
 
@@ -274,38 +409,78 @@ def test_every_seeded_fault_is_found(aws, capsys, tmp_path, monkeypatch):
     for finding in report["findings"]:
         found.setdefault(finding["rule"], []).append(f"{finding['resource']} {finding['what']}")
         assert finding["why"] and finding["change"]
-    missed = {(rule, name) for rule, names in SEEDED.items() for name in names if not any(name in text for text in found.get(rule, []))}
+    missed = {
+        (rule, name)
+        for rule, names in SEEDED.items()
+        for name in names
+        if not any(name in text for text in found.get(rule, []))
+    }
     assert not missed, report
     assert set(SEEDED) == set(RULES), "a rule without a fault to find"
-    assert next(finding for finding in report["findings"] if finding["rule"] == "endpoint/idle")["dollars_a_month"] == pytest.approx(2 * 0.7364 * 730)
+    assert next(finding for finding in report["findings"] if finding["rule"] == "endpoint/idle")[
+        "dollars_a_month"
+    ] == pytest.approx(2 * 0.7364 * 730)
     assert "AKIAABCDEFGHIJKLMNOP" not in json.dumps(report), "a secret is never repeated"
     page = (tmp_path / "audit.html").read_text()
     assert "sm-training" in page and "<script" not in page
 
 
 def test_a_finding_names_the_exact_change(aws, capsys):
-    make_role(aws("iam"), "caller", service("lambda"), allow(["sagemaker:InvokeEndpoint", "sagemaker:ListEndpoints"]))
-    make_endpoint(aws("sagemaker"), make_role(aws("iam"), "serving", service("sagemaker"), condition=OURS), "dogs", "ml.m5.large")
+    make_role(
+        aws("iam"),
+        "caller",
+        service("lambda"),
+        allow(["sagemaker:InvokeEndpoint", "sagemaker:ListEndpoints"]),
+    )
+    make_endpoint(
+        aws("sagemaker"),
+        make_role(aws("iam"), "serving", service("sagemaker"), condition=OURS),
+        "dogs",
+        "ml.m5.large",
+    )
     _, report = audit(capsys)
-    [finding] = [finding for finding in report["findings"] if finding["rule"] == "role/wildcard-resource"]
+    [finding] = [
+        finding for finding in report["findings"] if finding["rule"] == "role/wildcard-resource"
+    ]
     command, document = finding["change"].split(" --policy-document ")
     assert command == "aws iam put-role-policy --role-name caller --policy-name own"
     assert json.loads(document.strip("'"))["Statement"] == [
-        allow(["sagemaker:InvokeEndpoint"], [f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/dogs"]),
+        allow(
+            ["sagemaker:InvokeEndpoint"], [f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/dogs"]
+        ),
         allow(["sagemaker:ListEndpoints"]),
     ]
-    aws("iam").put_role_policy(RoleName="caller", PolicyName="own", PolicyDocument=document.strip("'"))
-    assert "role/wildcard-resource" not in [finding["rule"] for finding in audit(capsys)[1]["findings"]]
+    aws("iam").put_role_policy(
+        RoleName="caller", PolicyName="own", PolicyDocument=document.strip("'")
+    )
+    assert "role/wildcard-resource" not in [
+        finding["rule"] for finding in audit(capsys)[1]["findings"]
+    ]
 
 
 def test_what_works_is_not_idle(aws, capsys):
     iam, sagemaker, cloudwatch = aws("iam"), aws("sagemaker"), aws("cloudwatch")
-    make_endpoint(sagemaker, make_role(iam, "serving", service("sagemaker"), condition=OURS), "busy", "ml.m5.large")
-    get_backend("sagemaker")[ACCOUNT][REGION].endpoints["busy"].creation_time = month_ago().strftime("%Y-%m-%d %H:%M:%S")
+    make_endpoint(
+        sagemaker,
+        make_role(iam, "serving", service("sagemaker"), condition=OURS),
+        "busy",
+        "ml.m5.large",
+    )
+    get_backend("sagemaker")[ACCOUNT][REGION].endpoints[
+        "busy"
+    ].creation_time = month_ago().strftime("%Y-%m-%d %H:%M:%S")
     assert "endpoint/idle" in [finding["rule"] for finding in audit(capsys)[1]["findings"]]
-    dimensions = [{"Name": "EndpointName", "Value": "busy"}, {"Name": "VariantName", "Value": "main"}]
+    dimensions = [
+        {"Name": "EndpointName", "Value": "busy"},
+        {"Name": "VariantName", "Value": "main"},
+    ]
     hour_ago = datetime.now(UTC) - timedelta(hours=1)
-    call = {"MetricName": "Invocations", "Dimensions": dimensions, "Value": 1, "Timestamp": hour_ago}
+    call = {
+        "MetricName": "Invocations",
+        "Dimensions": dimensions,
+        "Value": 1,
+        "Timestamp": hour_ago,
+    }
     cloudwatch.put_metric_data(Namespace="AWS/SageMaker", MetricData=[call])
     assert "endpoint/idle" not in [finding["rule"] for finding in audit(capsys)[1]["findings"]]
 
@@ -315,18 +490,31 @@ def test_only_machine_learning_unless_all_is_asked_for(aws, capsys):
     aws("s3").create_bucket(Bucket="website")
     assert audit(capsys)[1]["findings"] == []
     code, report = audit(capsys, "--all")
-    assert code == FOUND and {finding["resource"] for finding in report["findings"]} == {f"arn:aws:iam::{ACCOUNT}:role/web", "bucket website"}
+    assert code == FOUND and {finding["resource"] for finding in report["findings"]} == {
+        f"arn:aws:iam::{ACCOUNT}:role/web",
+        "bucket website",
+    }
 
 
 def test_what_may_not_be_seen_is_said_and_fails(aws, cloud, capsys, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
     cloud.client("logs").create_log_group(logGroupName="/aws/sagemaker/TrainingJobs")
-    cloud.post("/strict/refuse", operation="ListAccessKeys", code="AccessDenied", message="User: guest is not authorized to perform: iam:ListAccessKeys")
+    cloud.post(
+        "/strict/refuse",
+        operation="ListAccessKeys",
+        code="AccessDenied",
+        message="User: guest is not authorized to perform: iam:ListAccessKeys",
+    )
     cloud.post("/strict/refuse", operation="DescribeVolumes", code="UnauthorizedOperation")
     cloud.client("iam").create_user(UserName="ann")
     code, report = audit(capsys)
-    assert [entry.split(":")[1] for entry in report["unread"]] == ["DescribeVolumes", "ListAccessKeys"]
-    assert code == FOUND and [finding["rule"] for finding in report["findings"]] == ["logs/for-ever"], "the rest is still judged"
+    assert [entry.split(":")[1] for entry in report["unread"]] == [
+        "DescribeVolumes",
+        "ListAccessKeys",
+    ]
+    assert code == FOUND and [finding["rule"] for finding in report["findings"]] == [
+        "logs/for-ever"
+    ], "the rest is still judged"
 
 
 def test_what_up_and_deploy_make_has_nothing_above_low(aws, capsys, monkeypatch, tmp_path):
@@ -338,14 +526,19 @@ def test_what_up_and_deploy_make_has_nothing_above_low(aws, capsys, monkeypatch,
             ["-m", "launch", "up", "--yes", "--every", "0.05"],
             ["-m", "serving", "deploy", str(tmp_path / "model.tar.gz"), "--image", image, "--yes"],
         ):
-            done = subprocess.run([sys.executable, *command], cwd=PROJECT, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(
+                [sys.executable, *command], cwd=PROJECT, capture_output=True, text=True, timeout=600
+            )
             assert done.returncode == OK, done.stdout + done.stderr
         finish_bucket(cloud)
         rewrite_role_policies(cloud)
         code, report = audit(capsys)
     assert code == OK and report["unread"] == []
     assert [finding for finding in report["findings"] if finding["severity"] != "low"] == []
-    assert not any(finding["rule"].startswith(("role/", "user/", "function/", "endpoint/")) for finding in report["findings"])
+    assert not any(
+        finding["rule"].startswith(("role/", "user/", "function/", "endpoint/"))
+        for finding in report["findings"]
+    )
 
 
 def test_the_exit_code_follows_the_threshold(aws, capsys):
@@ -361,6 +554,10 @@ def test_it_prints_the_policy_it_needs_without_an_account(capsys, monkeypatch):
     printed = json.loads(capsys.readouterr().out)
     assert printed == needed_policy()
     actions = printed["Statement"][0]["Action"]
-    assert actions and all(action.split(":")[1].startswith(("Get", "List", "Describe")) for action in actions)
-    assert not {"s3:GetObject", "logs:GetLogEvents", "lambda:GetFunction"} & set(actions), "settings, never data or code"
+    assert actions and all(
+        action.split(":")[1].startswith(("Get", "List", "Describe")) for action in actions
+    )
+    assert not {"s3:GetObject", "logs:GetLogEvents", "lambda:GetFunction"} & set(actions), (
+        "settings, never data or code"
+    )
     assert {action for action, _ in CALLS.values() if action} == set(actions)

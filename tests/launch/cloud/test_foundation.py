@@ -24,20 +24,28 @@ def document(statements: list[Statement]) -> dict[str, object]:
     return {"Version": "2012-10-17", "Statement": [statement.document for statement in statements]}
 
 
-def all_statements(part: str, project: str = "packhorse", region: str = "us-east-1") -> list[Statement]:
+def all_statements(
+    part: str, project: str = "packhorse", region: str = "us-east-1"
+) -> list[Statement]:
     return permissions(part, project, "123456789012", region)
 
 
 def test_cfn_lint_finds_nothing():
     command = Path(sys.executable).with_name("cfn-lint")
-    done = subprocess.run([command, "--include-checks", "I", "--", TEMPLATE], capture_output=True, text=True)
+    done = subprocess.run(
+        [command, "--include-checks", "I", "--", TEMPLATE], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_parliament_finds_nothing(part):
     policy = parliament.analyze_policy_string(json.dumps(document(all_statements(part))))
-    wrong = [str(finding) for finding in policy.findings if not any(action in str(finding.detail) for action in MISJUDGED.get(finding.issue, ()))]
+    wrong = [
+        str(finding)
+        for finding in policy.findings
+        if not any(action in str(finding.detail) for action in MISJUDGED.get(finding.issue, ()))
+    ]
     assert wrong == []
 
 
@@ -56,7 +64,10 @@ def test_only_actions_that_know_no_resources_are_granted_on_all(part):
         assert not any("*" in action for action in statement.actions)
         if "*" in statement.resources:
             for action in statement.actions:
-                anywhere = {name.lower() for name in get_actions_that_support_wildcard_arns_only(action.split(":")[0])}
+                anywhere = {
+                    name.lower()
+                    for name in get_actions_that_support_wildcard_arns_only(action.split(":")[0])
+                }
                 assert action.lower() in anywhere, action
 
 
@@ -64,24 +75,39 @@ def test_only_actions_that_know_no_resources_are_granted_on_all(part):
 def test_each_statement_says_why_it_is_there(part):
     statements = all_statements(part)
     assert len({statement.sid for statement in statements}) == len(statements)
-    assert all(len(statement.reason) > 20 and statement.reason.endswith(".") for statement in statements)
+    assert all(
+        len(statement.reason) > 20 and statement.reason.endswith(".") for statement in statements
+    )
 
 
 @pytest.mark.parametrize(("project", "region"), CASES)
 def test_the_policies_are_as_short_as_iam_allows(project, region):
-    statements = {statement.sid: statement for statement in all_statements("launcher", project, region)}
+    statements = {
+        statement.sid: statement for statement in all_statements("launcher", project, region)
+    }
     machines = list(statements).index("GiveRoleToEc2")
     for part in (list(statements.values())[:machines], list(statements.values())[machines:]):
         assert len(json.dumps(document(part), separators=(",", ":"))) <= MANAGED_POLICY
     for part in ("training", "ec2", "notebook"):
-        assert len(json.dumps(document(all_statements(part, project, region)), separators=(",", ":"))) <= ROLE_POLICIES
+        assert (
+            len(json.dumps(document(all_statements(part, project, region)), separators=(",", ":")))
+            <= ROLE_POLICIES
+        )
 
 
 def test_roles_are_passed_to_one_service_each():
-    passing = [statement for part in PARTS for statement in all_statements(part) if "iam:PassRole" in statement.actions]
+    passing = [
+        statement
+        for part in PARTS
+        for statement in all_statements(part)
+        if "iam:PassRole" in statement.actions
+    ]
     assert passing
     for statement in passing:
-        assert statement.document["Condition"]["StringEquals"]["iam:PassedToService"] in ("sagemaker.amazonaws.com", "ec2.amazonaws.com")
+        assert statement.document["Condition"]["StringEquals"]["iam:PassedToService"] in (
+            "sagemaker.amazonaws.com",
+            "ec2.amazonaws.com",
+        )
         assert all("*" not in resource for resource in statement.resources)
 
 
@@ -90,7 +116,11 @@ def test_everything_that_can_have_a_tag_has_the_projects():
         pass
 
     Loader.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
-    untaggable = {"AWS::S3::BucketPolicy", "AWS::IAM::ManagedPolicy", "AWS::IAM::InstanceProfile"}  # in CloudFormation
+    untaggable = {
+        "AWS::S3::BucketPolicy",
+        "AWS::IAM::ManagedPolicy",
+        "AWS::IAM::InstanceProfile",
+    }  # in CloudFormation
     for name, resource in yaml.load(TEMPLATE.read_text(), Loader)["Resources"].items():
         tagged = {"Key": "project", "Value": "Project"} in resource["Properties"].get("Tags", [])
         assert tagged != (resource["Type"] in untaggable), name

@@ -16,13 +16,33 @@ from trainer.common.errors import UserError
 from trainer.settings import config
 
 KEYS = ["name", "optim.lr", "data.augment.scale", "model", "+a.b", "++c", "data@x.y"]
-NASTY = st.text(st.sampled_from("a=,:'\"\\[]{}()$# \t\n\r\x0b\x85\u2028\u00a0é犬🐕%0.1e-+~\x7f\udc80"), max_size=30)
+NASTY = st.text(
+    st.sampled_from("a=,:'\"\\[]{}()$# \t\n\r\x0b\x85\u2028\u00a0é犬🐕%0.1e-+~\x7f\udc80"),
+    max_size=30,
+)
 TYPED = st.one_of(
     NASTY,
     st.text(max_size=30).filter(lambda text: "\0" not in text),
     st.integers().map(str),
     st.floats().map(repr),
-    st.sampled_from(["null", "true", "False", "1e-3", "1_000", "", '""', "[1, 2.5, 'a b']", "{a: 1, b: [x, null]}", "'it\\'s'", "res net", "-0", "01", "inf"]),
+    st.sampled_from(
+        [
+            "null",
+            "true",
+            "False",
+            "1e-3",
+            "1_000",
+            "",
+            '""',
+            "[1, 2.5, 'a b']",
+            "{a: 1, b: [x, null]}",
+            "'it\\'s'",
+            "res net",
+            "-0",
+            "01",
+            "inf",
+        ]
+    ),
 )
 
 
@@ -74,8 +94,14 @@ def test_types_of_numbers_lists_and_booleans_arrive():
     ]
     config.register()
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        loaded = config.load(compose("config", [*codec.decode(codec.encode(overrides)), "platform=local"]))
-    assert (loaded.optim.lr, loaded.data.augment.scale, loaded.data.augment.flip) == (0.001, [0.5, 1.0], False)
+        loaded = config.load(
+            compose("config", [*codec.decode(codec.encode(overrides)), "platform=local"])
+        )
+    assert (loaded.optim.lr, loaded.data.augment.scale, loaded.data.augment.flip) == (
+        0.001,
+        [0.5, 1.0],
+        False,
+    )
     assert (loaded.train.epochs, loaded.optim.head_lr, loaded.model.name) == (3, None, "resnet50")
 
 
@@ -87,7 +113,11 @@ def test_a_tuned_value_stands_for_itself():
         "_tuning_objective_metric": "valid_top1",
         "sagemaker_program": '"x"',
     }
-    assert codec.decode(tuned) == ["optim=adamw", "optim.lr=0.0031622776601683795", "train.epochs=7"]
+    assert codec.decode(tuned) == [
+        "optim=adamw",
+        "optim.lr=0.0031622776601683795",
+        "train.epochs=7",
+    ]
 
 
 def test_deletion_differs_from_an_empty_value():
@@ -95,8 +125,14 @@ def test_deletion_differs_from_an_empty_value():
 
 
 def test_order_is_kept_where_it_matters():
-    assert codec.decode(codec.encode(["optim.lr=1", "optim=sgd"])) == ["optim=sgd", "optim.lr=1"]  # Hydra takes options before values anyway
-    assert codec.decode(codec.encode(["optim={lr: 2}", "optim.lr=1"])) == ["optim={lr: 2}", "optim.lr=1"]
+    assert codec.decode(codec.encode(["optim.lr=1", "optim=sgd"])) == [
+        "optim=sgd",
+        "optim.lr=1",
+    ]  # Hydra takes options before values anyway
+    assert codec.decode(codec.encode(["optim={lr: 2}", "optim.lr=1"])) == [
+        "optim={lr: 2}",
+        "optim.lr=1",
+    ]
     assert codec.decode(codec.encode(["a=1", "a=2"])) == ["a=2"]
     for pair in (["optim.lr=1", "optim={lr: 2}"], ["a=1", "++a=2"]):
         with pytest.raises(UserError, match="SageMaker doesn't keep this order; give"):
@@ -106,7 +142,10 @@ def test_order_is_kept_where_it_matters():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("name=" + "x" * 255, "name: 257 characters, and SageMaker carries 256; write it into conf/experiment/NAME.yaml"),
+        (
+            "name=" + "x" * 255,
+            "name: 257 characters, and SageMaker carries 256; write it into conf/experiment/NAME.yaml",
+        ),
         ("name=" + "🐕" * 128, "258 characters"),
         ("--multirun", "a job takes settings only"),
         ("epochs", "a job takes settings only"),
@@ -127,13 +166,36 @@ def test_more_settings_than_sagemaker_takes():
 @settings(max_examples=200, deadline=None)
 @given(NASTY.filter(lambda text: "\udc80" not in text))
 def test_aws_takes_every_encoded_value(value):
-    shape = {"TrainingJobName": "a", "RoleArn": "arn:aws:iam::000000000000:role/x", "OutputDataConfig": {"S3OutputPath": "s3://a"}}
-    check(Request("sagemaker", "CreateTrainingJob", shape | {"HyperParameters": codec.encode([f"name={value}"])}))
+    shape = {
+        "TrainingJobName": "a",
+        "RoleArn": "arn:aws:iam::000000000000:role/x",
+        "OutputDataConfig": {"S3OutputPath": "s3://a"},
+    }
+    check(
+        Request(
+            "sagemaker",
+            "CreateTrainingJob",
+            shape | {"HyperParameters": codec.encode([f"name={value}"])},
+        )
+    )
 
 
 @settings(max_examples=500, deadline=None)
 @given(
-    st.sampled_from(["1", "1e-3", "null", "'a b'", "[1,{a: 2}]", "{a: [1, x y]}", "choice(1,2)", "res net", '"q"', "${oc.env:HOME}"]),
+    st.sampled_from(
+        [
+            "1",
+            "1e-3",
+            "null",
+            "'a b'",
+            "[1,{a: 2}]",
+            "{a: [1, x y]}",
+            "choice(1,2)",
+            "res net",
+            '"q"',
+            "${oc.env:HOME}",
+        ]
+    ),
     st.sampled_from(KEYS),
 )
 def test_the_parsed_override_is_the_same(value, key):

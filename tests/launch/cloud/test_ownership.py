@@ -17,7 +17,9 @@ FAST = ("--yes", "--every", "0.05")
 
 def make_endpoint(cloud: Cloud, name: str, tags: list[dict[str, str]]) -> None:
     sagemaker = cloud.client("sagemaker")
-    sagemaker.create_model(ModelName=name, ExecutionRoleArn=ROLE, PrimaryContainer={"Image": "image"})
+    sagemaker.create_model(
+        ModelName=name, ExecutionRoleArn=ROLE, PrimaryContainer={"Image": "image"}
+    )
     variant = {
         "VariantName": "main",
         "ModelName": name,
@@ -25,7 +27,9 @@ def make_endpoint(cloud: Cloud, name: str, tags: list[dict[str, str]]) -> None:
         "InitialInstanceCount": 1,
         "InitialVariantWeight": 1,
     }
-    sagemaker.create_endpoint_config(EndpointConfigName=name, ProductionVariants=[variant], Tags=tags)
+    sagemaker.create_endpoint_config(
+        EndpointConfigName=name, ProductionVariants=[variant], Tags=tags
+    )
     sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=name, Tags=tags)
 
 
@@ -45,7 +49,12 @@ def make_things_of_another_team(cloud: Cloud) -> None:
     )
     script = "packhorse-survey"
     sagemaker.create_notebook_instance_lifecycle_config(NotebookInstanceLifecycleConfigName=script)
-    sagemaker.create_notebook_instance(NotebookInstanceName="packhorse-survey", InstanceType="ml.t3.medium", RoleArn=ROLE, LifecycleConfigName=script)
+    sagemaker.create_notebook_instance(
+        NotebookInstanceName="packhorse-survey",
+        InstanceType="ml.t3.medium",
+        RoleArn=ROLE,
+        LifecycleConfigName=script,
+    )
     make_endpoint(cloud, "packhorse-survey", [])
 
 
@@ -55,18 +64,34 @@ def things(cloud: Cloud) -> dict[str, list[str]]:
     jobs = sagemaker.list_training_jobs()["TrainingJobSummaries"]
     tunings = sagemaker.list_hyper_parameter_tuning_jobs()["HyperParameterTuningJobSummaries"]
     notebooks = sagemaker.list_notebook_instances()["NotebookInstances"]
-    scripts = sagemaker.list_notebook_instance_lifecycle_configs()["NotebookInstanceLifecycleConfigs"]
+    scripts = sagemaker.list_notebook_instance_lifecycle_configs()[
+        "NotebookInstanceLifecycleConfigs"
+    ]
     groups = cloud.client("ec2").describe_instances()["Reservations"]
     machines = [each for group in groups for each in group["Instances"]]
-    tags = [{tag["Key"]: tag["Value"] for tag in each["Tags"]} | {"state": each["State"]["Name"]} for each in machines]
+    tags = [
+        {tag["Key"]: tag["Value"] for tag in each["Tags"]} | {"state": each["State"]["Name"]}
+        for each in machines
+    ]
     return {
         "jobs": sorted(f"{job['TrainingJobName']} {job['TrainingJobStatus']}" for job in jobs),
-        "tunings": sorted(f"{job['HyperParameterTuningJobName']} {job['HyperParameterTuningJobStatus']}" for job in tunings),
-        "notebooks": sorted(f"{each['NotebookInstanceName']} {each['NotebookInstanceStatus']}" for each in notebooks),
+        "tunings": sorted(
+            f"{job['HyperParameterTuningJobName']} {job['HyperParameterTuningJobStatus']}"
+            for job in tunings
+        ),
+        "notebooks": sorted(
+            f"{each['NotebookInstanceName']} {each['NotebookInstanceStatus']}" for each in notebooks
+        ),
         "scripts": sorted(each["NotebookInstanceLifecycleConfigName"] for each in scripts),
-        "endpoints": sorted(each["EndpointName"] for each in sagemaker.list_endpoints()["Endpoints"]),
-        "machines": sorted(f"{each['project']} {each['state']}" for each in tags if each["state"] != "terminated"),
-        "stacks": sorted(each["StackName"] for each in cloud.client("cloudformation").describe_stacks()["Stacks"]),
+        "endpoints": sorted(
+            each["EndpointName"] for each in sagemaker.list_endpoints()["Endpoints"]
+        ),
+        "machines": sorted(
+            f"{each['project']} {each['state']}" for each in tags if each["state"] != "terminated"
+        ),
+        "stacks": sorted(
+            each["StackName"] for each in cloud.client("cloudformation").describe_stacks()["Stacks"]
+        ),
         "roles": sorted(each["RoleName"] for each in cloud.client("iam").list_roles()["Roles"]),
         "buckets": sorted(each["Name"] for each in cloud.client("s3").list_buckets()["Buckets"]),
     }
@@ -84,7 +109,12 @@ def neighbours(cloud: Cloud) -> Cloud:
     make_things_of_another_team(cloud)
     dev = "target.project=packhorse-dev"
     launch(cloud, "up", dev, *FAST)
-    for target in (["target=ec2"], ["target=sagemaker"], ["target=tuner", "sweep=head"], ["target=notebook"]):
+    for target in (
+        ["target=ec2"],
+        ["target=sagemaker"],
+        ["target=tuner", "sweep=head"],
+        ["target=notebook"],
+    ):
         launch(cloud, "submit", *target, dev)
     make_endpoint(cloud, "packhorse-dev-serving", [{"Key": "project", "Value": "packhorse-dev"}])
     return cloud
@@ -93,7 +123,12 @@ def neighbours(cloud: Cloud) -> Cloud:
 def test_down_leaves_whatever_only_begins_like_ours(neighbours):
     before = things(neighbours)
     launch(neighbours, "up", *FAST)
-    for target in (["target=ec2"], ["target=sagemaker"], ["target=tuner", "sweep=head"], ["target=notebook"]):
+    for target in (
+        ["target=ec2"],
+        ["target=sagemaker"],
+        ["target=tuner", "sweep=head"],
+        ["target=notebook"],
+    ):
         launch(neighbours, "submit", *target)
     assert things(neighbours) != before
     printed = launch(neighbours, "down", *FAST)
@@ -106,14 +141,27 @@ def test_status_counts_what_has_our_tag_whatever_its_name(neighbours):
     make_endpoint(neighbours, "dogs", OURS)
     rows = json.loads(launch(neighbours, "status", "--json"))["costs_now"]
     assert [(row["kind"], row["name"]) for row in rows] == [("endpoint", "dogs")]
-    others = json.loads(launch(neighbours, "status", "target.project=packhorse-dev", "--json"))["costs_now"]
-    assert sorted(row["kind"] for row in others) == ["endpoint", "machine", "notebook", "training", "training"]
+    others = json.loads(launch(neighbours, "status", "target.project=packhorse-dev", "--json"))[
+        "costs_now"
+    ]
+    assert sorted(row["kind"] for row in others) == [
+        "endpoint",
+        "machine",
+        "notebook",
+        "training",
+        "training",
+    ]
     assert all(row["name"].startswith(("packhorse-dev-", "i-")) for row in others)
 
 
 def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
     launch(cloud, "up", *FAST)
-    for target in (["target=ec2"], ["target=sagemaker"], ["target=tuner", "sweep=head", "name=tuned"], ["target=notebook"]):
+    for target in (
+        ["target=ec2"],
+        ["target=sagemaker"],
+        ["target=tuner", "sweep=head", "name=tuned"],
+        ["target=notebook"],
+    ):
         launch(cloud, "submit", *target)
     bucket = f"packhorse-{ACCOUNT}-{REGION}"
     cloud.client("s3").put_object(Bucket=bucket, Key="runs/x/model.tar.gz", Body=bytes(12_000_000))
@@ -121,7 +169,11 @@ def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
     before = things(cloud)
     code, printed = cloud.launch("down")
     assert code == MISTAKE and "--yes" in printed and things(cloud) == before
-    [machine] = [each["InstanceId"] for group in cloud.client("ec2").describe_instances()["Reservations"] for each in group["Instances"]]
+    [machine] = [
+        each["InstanceId"]
+        for group in cloud.client("ec2").describe_instances()["Reservations"]
+        for each in group["Instances"]
+    ]
     expected = [
         f"ends      machine {machine} (g4dn.xlarge)",
         "ends      tuning job packhorse-tuned-1",
@@ -142,9 +194,15 @@ def test_a_bucket_or_stack_of_our_name_without_our_tag_is_anothers(cloud):
     cloud.client("s3").create_bucket(Bucket=bucket)
     cloud.client("s3").put_object(Bucket=bucket, Key="precious", Body=b"1")
     template = json.dumps({"Resources": {"Queue": {"Type": "AWS::SQS::Queue"}}})
-    cloud.client("cloudformation").create_stack(StackName="packhorse-foundation", TemplateBody=template)
+    cloud.client("cloudformation").create_stack(
+        StackName="packhorse-foundation", TemplateBody=template
+    )
     code, printed = cloud.launch("up", *FAST)
-    assert code == MISTAKE and "without the tag project=packhorse" in printed and "target.project=NAME" in printed
+    assert (
+        code == MISTAKE
+        and "without the tag project=packhorse" in printed
+        and "target.project=NAME" in printed
+    )
     printed = launch(cloud, "down", *FAST)
     assert f"leaves    s3://{bucket}" in printed
     assert cloud.client("s3").get_object(Bucket=bucket, Key="precious")["Body"].read() == b"1"
@@ -160,7 +218,9 @@ def first_edition() -> str:
     """The foundation with the log groups that its first edition made."""
     parameters = conditions = resources = ""
     for name, group in GROUPS.items():
-        parameters += f"  {name}Logs:\n    Type: String\n    Default: keep\n    AllowedValues: [make, keep]\n"
+        parameters += (
+            f"  {name}Logs:\n    Type: String\n    Default: keep\n    AllowedValues: [make, keep]\n"
+        )
         conditions += f"  Make{name}Logs: !Equals [!Ref {name}Logs, make]\n"
         resources += (
             f"  {name}LogGroup:\n    Type: AWS::Logs::LogGroup\n    Condition: Make{name}Logs\n    DeletionPolicy: Delete\n"
@@ -177,7 +237,9 @@ def make_first_edition(cloud: Cloud, *made: str) -> None:
     cloud.client("cloudformation").create_stack(
         StackName="packhorse-foundation",
         TemplateBody=first_edition(),
-        Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in given.items()],
+        Parameters=[
+            {"ParameterKey": name, "ParameterValue": value} for name, value in given.items()
+        ],
         Capabilities=["CAPABILITY_NAMED_IAM"],
         Tags=OURS,
     )
@@ -190,7 +252,12 @@ def log_groups(cloud: Cloud) -> dict[str, tuple[int | None, list[str]]]:
     return {
         each["logGroupName"]: (
             each.get("retentionInDays"),
-            [stream["logStreamName"] for stream in logs.describe_log_streams(logGroupName=each["logGroupName"])["logStreams"]],
+            [
+                stream["logStreamName"]
+                for stream in logs.describe_log_streams(logGroupName=each["logGroupName"])[
+                    "logStreams"
+                ]
+            ],
         )
         for each in found
     }
@@ -201,7 +268,11 @@ def test_up_and_down_make_change_and_delete_no_log_group_of_the_account(cloud):
     launch(cloud, "up", *FAST)
     assert log_groups(cloud) == {}
     launch(cloud, "down", *FAST)
-    for group, retention in ((TRAINING_GROUP, 400), (NOTEBOOK_GROUP, None), ("/aws/sagemaker/ProcessingJobs", None)):
+    for group, retention in (
+        (TRAINING_GROUP, 400),
+        (NOTEBOOK_GROUP, None),
+        ("/aws/sagemaker/ProcessingJobs", None),
+    ):
         logs.create_log_group(logGroupName=group)
         logs.create_log_stream(logGroupName=group, logStreamName="survey/algo-1")
         if retention:
@@ -228,9 +299,15 @@ def test_the_log_groups_that_the_first_edition_made_outlive_its_stack(cloud, mad
         printed = launch(cloud, verb, *FAST)
         assert log_groups(cloud) == before, printed
         if verb == "up":
-            assert all(group in printed for group in before) and "which stays in the account" in printed
+            assert (
+                all(group in printed for group in before)
+                and "which stays in the account" in printed
+            )
             kinds = [
-                each["ResourceType"] for each in cloud.client("cloudformation").list_stack_resources(StackName="packhorse-foundation")["StackResourceSummaries"]
+                each["ResourceType"]
+                for each in cloud.client("cloudformation").list_stack_resources(
+                    StackName="packhorse-foundation"
+                )["StackResourceSummaries"]
             ]
             assert "AWS::IAM::Role" in kinds and "AWS::Logs::LogGroup" not in kinds
             assert "nothing to change" in launch(cloud, "up")
@@ -240,7 +317,14 @@ def test_the_log_groups_that_the_first_edition_made_outlive_its_stack(cloud, mad
 
 def test_up_asks_before_it_touches_the_first_editions_stack(cloud):
     make_first_edition(cloud, "Training")
-    template = cloud.client("cloudformation").get_template(StackName="packhorse-foundation")["TemplateBody"]
+    template = cloud.client("cloudformation").get_template(StackName="packhorse-foundation")[
+        "TemplateBody"
+    ]
     code, printed = cloud.launch("up")
     assert code == MISTAKE and "--yes" in printed and TRAINING_GROUP in printed
-    assert cloud.client("cloudformation").get_template(StackName="packhorse-foundation")["TemplateBody"] == template
+    assert (
+        cloud.client("cloudformation").get_template(StackName="packhorse-foundation")[
+            "TemplateBody"
+        ]
+        == template
+    )

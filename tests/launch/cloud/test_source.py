@@ -28,7 +28,10 @@ def project(tmp_path):
 
 
 def members(data):
-    return {member.name: member for member in tarfile.open(fileobj=io.BytesIO(data), mode="r:gz").getmembers()}
+    return {
+        member.name: member
+        for member in tarfile.open(fileobj=io.BytesIO(data), mode="r:gz").getmembers()
+    }
 
 
 def test_the_bytes_depend_on_the_files_alone(project):
@@ -39,7 +42,9 @@ def test_the_bytes_depend_on_the_files_alone(project):
     (project / "trainer/__pycache__/x.pyc").write_bytes(b"x")
     (project / "notes.txt").write_text("not for a job")
     assert source.build(project=project) == first
-    (project / "trainer/common/errors.py").write_text((project / "trainer/common/errors.py").read_text() + "\n")
+    (project / "trainer/common/errors.py").write_text(
+        (project / "trainer/common/errors.py").read_text() + "\n"
+    )
     assert source.build(project=project) != first
 
 
@@ -52,8 +57,16 @@ def test_it_holds_what_a_job_needs_and_no_more():
         "serving/inference.py",
         "launch/cloud/hyperparameters.py",
     } <= found.keys()
-    assert found[".ci/setup"].mode == 0o755 and found["launch/local/container_entry.py"].mode == 0o644
-    assert not [name for name in found if name.startswith(("tests/", "docs/", ".git/", "runs/")) or name == "setup.py" or "__pycache__" in name]
+    assert (
+        found[".ci/setup"].mode == 0o755 and found["launch/local/container_entry.py"].mode == 0o644
+    )
+    assert not [
+        name
+        for name in found
+        if name.startswith(("tests/", "docs/", ".git/", "runs/"))
+        or name == "setup.py"
+        or "__pycache__" in name
+    ]
     assert {(member.mtime, member.uid, member.gname) for member in found.values()} == {(0, 0, "")}
 
 
@@ -61,8 +74,17 @@ def test_it_trains_where_nothing_else_of_the_project_is(tmp_path):
     with tarfile.open(fileobj=io.BytesIO(source.build()), mode="r:gz") as tar:
         tar.extractall(tmp_path, filter="data")
     code = "import trainer, sys; from trainer.__main__ import main; print('from', trainer.__file__); sys.argv[1:] = ['--help']; main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=600)
-    assert f"from {tmp_path}" in done.stdout and "optim.lr" in done.stdout.replace("\n  lr", "optim.lr"), done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert f"from {tmp_path}" in done.stdout and "optim.lr" in done.stdout.replace(
+        "\n  lr", "optim.lr"
+    ), done.stdout + done.stderr
 
 
 def test_requirements_leave_the_images_pytorch_alone():
@@ -70,19 +92,26 @@ def test_requirements_leave_the_images_pytorch_alone():
     names = {re.split(r"\W", line)[0] for line in lines}
     assert {"hydra", "onnx", "torchmetrics"} <= names and names.isdisjoint({"torch", "torchvision"})
     assert "hydra-core==1.3.8" in lines
-    assert any(line.startswith("numpy>=") for line in lines)  # the image's own, where it is new enough
+    assert any(
+        line.startswith("numpy>=") for line in lines
+    )  # the image's own, where it is new enough
     assert "timm==" in source.requirements(["timm"])
 
 
 def test_extras_follow_from_the_settings(configure):
     assert source.extras(configure()) == []
-    assert source.extras(configure("model.name=timm/resnet18", "train.tensorboard=true", "data=flowers102")) == ["timm", "tensorboard", "flowers102"]
+    assert source.extras(
+        configure("model.name=timm/resnet18", "train.tensorboard=true", "data=flowers102")
+    ) == ["timm", "tensorboard", "flowers102"]
 
 
 def repacked(change):
     """A tarball with something changed: name -> bytes, None to leave it out, or a TarInfo."""
     new = io.BytesIO()
-    with tarfile.open(fileobj=io.BytesIO(source.build())) as old, tarfile.open(fileobj=new, mode="w:gz") as tar:
+    with (
+        tarfile.open(fileobj=io.BytesIO(source.build())) as old,
+        tarfile.open(fileobj=new, mode="w:gz") as tar,
+    ):
         for member in old.getmembers():
             if member.name not in change:
                 tar.addfile(member, old.extractfile(member))
@@ -106,11 +135,20 @@ def link(name, target):
     ("change", "message"),
     [
         ({"conf/config.yaml": None}, "conf/config.yaml is missing; bring it back"),
-        ({"setup.py": b""}, "with a setup.py SageMaker's toolkit starts a package instead of the trainer"),
+        (
+            {"setup.py": b""},
+            "with a setup.py SageMaker's toolkit starts a package instead of the trainer",
+        ),
         ({"trainer/x": link("trainer/x", "/etc/passwd")}, "trainer/x is a link"),
         ({"../x.py": b""}, "../x.py is a link, no file, or lies outside"),
-        ({"trainer/large.bin": bytes(51 * 2**20)}, "of which trainer/large.bin has 51; allowed: 50; move data out"),
-        ({"requirements.txt": b"hydra core 1.3\n"}, "requirements.txt: hydra core 1.3: no requirement that pip reads"),
+        (
+            {"trainer/large.bin": bytes(51 * 2**20)},
+            "of which trainer/large.bin has 51; allowed: 50; move data out",
+        ),
+        (
+            {"requirements.txt": b"hydra core 1.3\n"},
+            "requirements.txt: hydra core 1.3: no requirement that pip reads",
+        ),
         ({"requirements.txt": b"torch==2.14\n"}, "torch==2.14 would replace what the image brings"),
     ],
 )
@@ -132,6 +170,14 @@ def test_a_link_in_the_project_is_named(project):
 
 def test_the_entry_needs_the_standard_library_only():
     code = "import sys, json; before = set(sys.modules); import launch.local.container_entry; print(json.dumps(list(sys.modules.keys() - before)))"
-    done = subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
-    assert {name.split(".")[0] for name in json.loads(done.stdout)} - set(sys.stdlib_module_names) == {"launch", "trainer"}
+    assert {name.split(".")[0] for name in json.loads(done.stdout)} - set(
+        sys.stdlib_module_names
+    ) == {"launch", "trainer"}

@@ -16,9 +16,21 @@ IMAGE = "ami-0123456789abcdef0"
 
 
 def make_spec(*overrides: str, **settings: object) -> Spec:
-    target = load_target(["target=ec2", *(f"target.{key}={value}" for key, value in settings.items())])
+    target = load_target(
+        ["target=ec2", *(f"target.{key}={value}" for key, value in settings.items())]
+    )
     config, name = load_config(target, overrides)
-    return Spec(target, config, overrides, run_id(target, config, name, overrides), "123456789012", "eu-central-1", name, "5e" * 32, None)
+    return Spec(
+        target,
+        config,
+        overrides,
+        run_id(target, config, name, overrides),
+        "123456789012",
+        "eu-central-1",
+        name,
+        "5e" * 32,
+        None,
+    )
 
 
 def run_instances(spec: Spec) -> dict[str, object]:
@@ -32,21 +44,53 @@ def test_it_ends_and_stays_closed() -> None:
     spec = make_spec()
     made = run_instances(spec)
     assert made["InstanceInitiatedShutdownBehavior"] == "terminate"
-    assert made["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"}
+    assert made["MetadataOptions"] == {
+        "HttpTokens": "required",
+        "HttpPutResponseHopLimit": 1,
+        "HttpEndpoint": "enabled",
+    }
     ebs = {"VolumeSize": 100, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
     assert made["BlockDeviceMappings"] == [{"DeviceName": "/dev/xvda", "Ebs": ebs}]
     assert made["IamInstanceProfile"] == {"Name": "packhorse-ec2"}
-    assert (made["ImageId"], made["InstanceType"], made["MinCount"], made["MaxCount"]) == (IMAGE, "g4dn.xlarge", 1, 1)
+    assert (made["ImageId"], made["InstanceType"], made["MinCount"], made["MaxCount"]) == (
+        IMAGE,
+        "g4dn.xlarge",
+        1,
+        1,
+    )
     # No key pair, and no security group: the VPC's default one lets nothing in from outside.
-    assert not {"KeyName", "SecurityGroups", "SecurityGroupIds", "NetworkInterfaces", "InstanceMarketOptions", "SubnetId"} & made.keys()
-    assert [each["ResourceType"] for each in made["TagSpecifications"]] == ["instance", "volume", "network-interface"]
+    assert (
+        not {
+            "KeyName",
+            "SecurityGroups",
+            "SecurityGroupIds",
+            "NetworkInterfaces",
+            "InstanceMarketOptions",
+            "SubnetId",
+        }
+        & made.keys()
+    )
+    assert [each["ResourceType"] for each in made["TagSpecifications"]] == [
+        "instance",
+        "volume",
+        "network-interface",
+    ]
     for each in made["TagSpecifications"]:
         tags = {tag["Key"]: tag["Value"] for tag in each["Tags"]}
-        assert tags == {"Name": spec.job_name, "project": "packhorse", "run": spec.run, "attempt": "1"}
+        assert tags == {
+            "Name": spec.job_name,
+            "project": "packhorse",
+            "run": spec.run,
+            "attempt": "1",
+        }
 
 
 def test_spot_and_subnet() -> None:
-    made = run_instances(make_spec(spot=True, subnet="subnet-0123456789abcdef0", instance_type="g5.xlarge", disk_gb=200))
+    made = run_instances(
+        make_spec(
+            spot=True, subnet="subnet-0123456789abcdef0", instance_type="g5.xlarge", disk_gb=200
+        )
+    )
     spot = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
     assert made["InstanceMarketOptions"] == {"MarketType": "spot", "SpotOptions": spot}
     assert "spot-instances-request" in [each["ResourceType"] for each in made["TagSpecifications"]]
@@ -57,14 +101,40 @@ def test_the_client_token_stands_for_attempt_and_content() -> None:
     spec = make_spec()
     token = run_instances(spec)["ClientToken"]
     assert token == run_instances(make_spec())["ClientToken"]
-    others = [replace(spec, attempt=2), replace(spec, source="6f" * 32), make_spec(hours=1), make_spec("seed=1"), make_spec(spot=True)]
+    others = [
+        replace(spec, attempt=2),
+        replace(spec, source="6f" * 32),
+        make_spec(hours=1),
+        make_spec("seed=1"),
+        make_spec(spot=True),
+    ]
     tokens = {token, *(run_instances(other)["ClientToken"] for other in others)}
     assert len(tokens) == 1 + len(others)
     longest = replace(spec, run="r" * 48, attempt=999)
     assert max(len(each) for each in [*tokens, run_instances(longest)["ClientToken"]]) <= 64
 
 
-NASTY = ["a b", "it's", '"', "$HOME", "$(touch x)", "`id`", "\\", "\n", "*", "!", "~", "é 犬", "@SETTINGS@", ")", "#", ";", "&&", "-n", ""]
+NASTY = [
+    "a b",
+    "it's",
+    '"',
+    "$HOME",
+    "$(touch x)",
+    "`id`",
+    "\\",
+    "\n",
+    "*",
+    "!",
+    "~",
+    "é 犬",
+    "@SETTINGS@",
+    ")",
+    "#",
+    ";",
+    "&&",
+    "-n",
+    "",
+]
 
 
 def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
@@ -73,7 +143,12 @@ def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
     spec = replace(spec, overrides=tuple(f"name={value}" for value in NASTY))
     settings = ec2.user_data(spec).split("\n\n")[1]
     shown = subprocess.run(
-        ["bash", "-euc", settings + '\nprintf "%s\\0" "$limit" "$grace" "$data" "$data_root" "$extras" "${arguments[@]}"'],
+        [
+            "bash",
+            "-euc",
+            settings
+            + '\nprintf "%s\\0" "$limit" "$grace" "$data" "$data_root" "$extras" "${arguments[@]}"',
+        ],
         cwd=tmp_path,
         capture_output=True,
         check=True,
@@ -87,7 +162,11 @@ def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
 def test_where_things_lie_is_not_the_users_to_say(configure) -> None:
     spec = make_spec("data=folder", "platform.run_dir=/elsewhere", "name=mine", "data.root=dogs")
     config = configure(*ec2.arguments(spec))
-    assert (config.platform.name, config.platform.run_dir, config.name) == ("ec2", "/opt/dlami/nvme/runs/mine", "mine")
+    assert (config.platform.name, config.platform.run_dir, config.name) == (
+        "ec2",
+        "/opt/dlami/nvme/runs/mine",
+        "mine",
+    )
     assert config.data.root == "/opt/dlami/nvme/data/dogs"
 
 
@@ -98,13 +177,20 @@ def test_a_run_whose_name_reads_as_a_number(run: str, configure) -> None:
 
 
 def test_the_extras_that_a_run_needs() -> None:
-    assert "\nextras=timm,tensorboard\n" in ec2.user_data(make_spec("model=torchvision", "model.name=timm/resnet18", "train.tensorboard=true"))
+    assert "\nextras=timm,tensorboard\n" in ec2.user_data(
+        make_spec("model=torchvision", "model.name=timm/resnet18", "train.tensorboard=true")
+    )
 
 
 def test_the_script_fits_and_is_clean() -> None:
     script = ec2.user_data(make_spec("model.name='it is'", spot=True))
     assert len(script.encode()) < 10240, "the rest is for settings"
-    checked = subprocess.run([Path(sys.executable).parent / "shellcheck", "-"], input=script, capture_output=True, text=True)
+    checked = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", "-"],
+        input=script,
+        capture_output=True,
+        text=True,
+    )
     assert checked.returncode == 0, checked.stdout
 
 

@@ -34,7 +34,10 @@ def machines(cloud: Cloud, run: str) -> list[dict]:
     filters = [{"Name": "tag:run", "Values": [run]}]
     groups = cloud.client("ec2").describe_instances(Filters=filters)["Reservations"]
     found = [each for group in groups for each in group["Instances"]]
-    return sorted(found, key=lambda each: next(tag["Value"] for tag in each["Tags"] if tag["Key"] == "attempt"))
+    return sorted(
+        found,
+        key=lambda each: next(tag["Value"] for tag in each["Tags"] if tag["Key"] == "attempt"),
+    )
 
 
 def reclaim(cloud: Cloud, run: str, number: int) -> None:
@@ -44,7 +47,9 @@ def reclaim(cloud: Cloud, run: str, number: int) -> None:
 
 
 def end(cloud: Cloud, run: str, code: str, **more: float) -> None:
-    cloud.post("/strict/end_instance", instance=machines(cloud, run)[-1]["InstanceId"], code=code, **more)
+    cloud.post(
+        "/strict/end_instance", instance=machines(cloud, run)[-1]["InstanceId"], code=code, **more
+    )
 
 
 def put(cloud: Cloud, key: str, content: object) -> None:
@@ -57,7 +62,9 @@ def sent(cloud: Cloud, operation: str, run: str) -> list[dict]:
 
 
 def script(cloud: Cloud, instance: dict) -> str:
-    found = cloud.client("ec2").describe_instance_attribute(InstanceId=instance["InstanceId"], Attribute="userData")
+    found = cloud.client("ec2").describe_instance_attribute(
+        InstanceId=instance["InstanceId"], Attribute="userData"
+    )
     return base64.b64decode(found["UserData"]["Value"]).decode()
 
 
@@ -80,7 +87,9 @@ def test_a_machine_that_is_not_listed_yet_runs(account):
 
 def test_a_wait_for_a_machine_that_is_not_listed_yet_rents_no_other(account):
     account.post("/strict/late", answers=3)
-    process = account.start("submit", "target=ec2", "target.spot=true", "name=patient", "--wait", "--every", "0.1")
+    process = account.start(
+        "submit", "target=ec2", "target.spot=true", "name=patient", "--wait", "--every", "0.1"
+    )
     assert wait_for(lambda: len(machines(account, "patient")) == 1, 120)
     looked = len(sent(account, "DescribeInstances", "i-"))
     assert wait_for(lambda: len(sent(account, "DescribeInstances", "i-")) > looked + 5, 120)
@@ -100,7 +109,11 @@ def test_a_wait_for_a_machine_that_is_not_listed_yet_rents_no_other(account):
 )
 def test_a_job_that_is_not_listed_yet_runs(account, target, operation):
     account.post("/strict/late", answers=1000)
-    arguments = [f"target={target}", *(["sweep=head"] if target == "tuner" else []), f"name=unseen-{target}"]
+    arguments = [
+        f"target={target}",
+        *(["sweep=head"] if target == "tuner" else []),
+        f"name=unseen-{target}",
+    ]
     code, printed = account.launch("submit", *arguments)
     assert code == OK, printed
     code, printed = account.launch("submit", *arguments)
@@ -129,10 +142,17 @@ def test_what_may_be_on_its_way_is_not_sent_otherwise(account):
 
 
 def test_what_aws_has_refused_may_be_sent_otherwise(account):
-    account.post("/strict/refuse", operation="RunInstances", code="VcpuLimitExceeded", message="You have requested more vCPU capacity")
+    account.post(
+        "/strict/refuse",
+        operation="RunInstances",
+        code="VcpuLimitExceeded",
+        message="You have requested more vCPU capacity",
+    )
     code, printed = account.launch("submit", "target=ec2", "name=refused")
     assert code == MISTAKE and "quota" in printed
-    code, printed = account.launch("submit", "target=ec2", "name=refused", "target.instance_type=g5.xlarge")
+    code, printed = account.launch(
+        "submit", "target=ec2", "name=refused", "target.instance_type=g5.xlarge"
+    )
     assert code == OK, printed
     assert [each["InstanceType"] for each in machines(account, "refused")] == ["g5.xlarge"]
 
@@ -143,8 +163,25 @@ def test_what_aws_has_refused_may_be_sent_otherwise(account):
 def test_the_next_machine_gets_what_the_first_one_got(account, tmp_path):
     """Also when the folder of pictures is gone by then, and AWS has a newer image."""
     pictures = make_pictures(tmp_path / "dogs", {"train": 2, "valid": 1})
-    settings = ["data=folder", "data.workers=0", "train.epochs=3", "target.spot=true", "target.hours=5", "target.disk_gb=120"]
-    process = account.start("submit", "target=ec2", "name=kept", *settings, "--data", str(pictures), "--wait", "--every", "0.1")
+    settings = [
+        "data=folder",
+        "data.workers=0",
+        "train.epochs=3",
+        "target.spot=true",
+        "target.hours=5",
+        "target.disk_gb=120",
+    ]
+    process = account.start(
+        "submit",
+        "target=ec2",
+        "name=kept",
+        *settings,
+        "--data",
+        str(pictures),
+        "--wait",
+        "--every",
+        "0.1",
+    )
     assert wait_for(lambda: len(machines(account, "kept")) == 1, 120)
     shutil.rmtree(pictures)
     reclaim(account, "kept", 1)
@@ -171,7 +208,9 @@ def test_the_next_machine_gets_what_the_first_one_got(account, tmp_path):
 )
 def test_a_machine_that_was_not_reclaimed_is_not_replaced(account, reason, code, phase):
     run = f"ended-{reason.split('.')[1].lower()}"
-    process = account.start("submit", "target=ec2", "target.spot=true", f"name={run}", "--wait", "--every", "0.1")
+    process = account.start(
+        "submit", "target=ec2", "target.spot=true", f"name={run}", "--wait", "--every", "0.1"
+    )
     assert wait_for(lambda: len(machines(account, run)) == 1, 120)
     end(account, run, reason)
     printed, _ = process.communicate(timeout=120)
@@ -192,7 +231,9 @@ def test_a_machine_that_was_not_reclaimed_is_not_replaced(account, reason, code,
     ],
 )
 def test_what_a_machine_said_last_and_why_aws_ended_it(account, told, reason, phase):
-    run = f"told-{told['code']}-{told['reason'].replace(' ', '-')}-{reason.split('.')[1][:8]}".lower()
+    run = (
+        f"told-{told['code']}-{told['reason'].replace(' ', '-')}-{reason.split('.')[1][:8]}".lower()
+    )
     assert account.launch("submit", "target=ec2", "target.spot=true", f"name={run}")[0] == OK
     end(account, run, reason)
     put(account, f"runs/{run}/attempts/1.json", {"attempt": 1, **told})
@@ -201,7 +242,9 @@ def test_what_a_machine_said_last_and_why_aws_ended_it(account, told, reason, ph
 
 
 def test_a_stop_at_once_is_noted_so_that_no_wait_replaces_the_machine(account):
-    process = account.start("submit", "target=ec2", "target.spot=true", "name=halted", "--wait", "--every", "0.1")
+    process = account.start(
+        "submit", "target=ec2", "target.spot=true", "name=halted", "--wait", "--every", "0.1"
+    )
     assert wait_for(lambda: len(machines(account, "halted")) == 1, 120)
     assert account.launch("stop", "halted", "--now")[0] == OK
     printed, _ = process.communicate(timeout=120)
@@ -217,7 +260,11 @@ def test_an_end_that_ec2_has_forgotten_is_no_reclaim(account):
     account.post("/strict/forget_instance", instance=machine["InstanceId"])
     key = "runs/forgotten/attempts/1.request.json"
     noted = json.loads(account.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read())
-    put(account, key, noted | {"noted": "2026-01-01T00:00:00+00:00", "sent": "2026-01-01T00:00:00+00:00"})
+    put(
+        account,
+        key,
+        noted | {"noted": "2026-01-01T00:00:00+00:00", "sent": "2026-01-01T00:00:00+00:00"},
+    )
     code, printed = account.launch("logs", "forgotten")
     assert code == OK and "is failed (ended without a word" in printed
     put(account, "runs/forgotten/log.txt", "written a moment ago")
@@ -226,7 +273,9 @@ def test_an_end_that_ec2_has_forgotten_is_no_reclaim(account):
 
 def test_replacements_that_get_no_further_have_an_end(account):
     """Every new checkpoint starts the count again; a machine that AWS never had is no replacement."""
-    process = account.start("submit", "target=ec2", "target.spot=true", "name=vain", "--wait", "--every", "0.1")
+    process = account.start(
+        "submit", "target=ec2", "target.spot=true", "name=vain", "--wait", "--every", "0.1"
+    )
     assert wait_for(lambda: len(machines(account, "vain")) == 1, 120)
     end(account, "vain", "Server.InsufficientInstanceCapacity")
     reclaim(account, "vain", 2)
@@ -269,7 +318,16 @@ def test_what_is_past_its_limit_is_said_first_and_ended(account):
 
 
 def test_a_wait_ends_what_is_past_its_limit(account):
-    process = account.start("submit", "target=ec2", "target.spot=true", "target.hours=2", "name=watched", "--wait", "--every", "0.1")
+    process = account.start(
+        "submit",
+        "target=ec2",
+        "target.spot=true",
+        "target.hours=2",
+        "name=watched",
+        "--wait",
+        "--every",
+        "0.1",
+    )
     assert wait_for(lambda: len(machines(account, "watched")) == 1, 120)
     account.post("/strict/age", instance=machines(account, "watched")[0]["InstanceId"], hours=3)
     printed, _ = process.communicate(timeout=120)
@@ -295,13 +353,18 @@ def test_a_wait_ends_what_is_past_its_limit(account):
 )
 def test_every_gpu_of_a_machine_trains(account, target, machine, processes):
     more = ["sweep=head"] if target == "tuner" else []
-    code, printed = account.launch("plan", f"target={target}", f"target.instance_type={machine}", *more, "--json")
+    code, printed = account.launch(
+        "plan", f"target={target}", f"target.instance_type={machine}", *more, "--json"
+    )
     assert code == OK, printed
     planned = json.loads(printed[printed.index("{") :])
     assert (f"{processes} processes" in planned["cost"]["machines"]) == (processes > 1)
     if target != "ec2":
         parameters = planned["requests"][0]["parameters"]
-        started = parameters.get("HyperParameters") or parameters["TrainingJobDefinition"]["StaticHyperParameters"]
+        started = (
+            parameters.get("HyperParameters")
+            or parameters["TrainingJobDefinition"]["StaticHyperParameters"]
+        )
         assert ("sagemaker_torch_distributed_enabled" in started) == (processes > 1)
 
 

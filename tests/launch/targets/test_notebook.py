@@ -22,15 +22,30 @@ IDLE = Path(notebook.__file__).with_name("notebook_idle.py")
 
 
 def make_spec(**settings: object) -> Spec:
-    target = load_target(["target=notebook", *(f"target.{key}={value}" for key, value in settings.items())])
+    target = load_target(
+        ["target=notebook", *(f"target.{key}={value}" for key, value in settings.items())]
+    )
     config, name = load_config(target, [])
-    return Spec(target, config, (), run_id(target, config, name, ()), "123456789012", "us-east-1", name, "5e" * 32, None)
+    return Spec(
+        target,
+        config,
+        (),
+        run_id(target, config, name, ()),
+        "123456789012",
+        "us-east-1",
+        name,
+        "5e" * 32,
+        None,
+    )
 
 
 def scripts(spec: Spec) -> dict[str, str]:
     made = notebook.lifecycle_config(spec)
     request.check(made)
-    return {when: base64.b64decode(made.parameters[when][0]["Content"]).decode() for when in ("OnCreate", "OnStart")}
+    return {
+        when: base64.b64decode(made.parameters[when][0]["Content"]).decode()
+        for when in ("OnCreate", "OnStart")
+    }
 
 
 def test_the_notebook() -> None:
@@ -41,7 +56,9 @@ def test_the_notebook() -> None:
         "NotebookInstanceName": "packhorse-notebook-1",
         "InstanceType": "ml.t3.medium",
         "RoleArn": "arn:aws:iam::123456789012:role/packhorse-notebook",
-        "LifecycleConfigName": notebook.lifecycle_config(spec).parameters["NotebookInstanceLifecycleConfigName"],
+        "LifecycleConfigName": notebook.lifecycle_config(spec).parameters[
+            "NotebookInstanceLifecycleConfigName"
+        ],
         "VolumeSizeInGB": 30,
         "PlatformIdentifier": "notebook-al2023-v1",
         "DirectInternetAccess": "Enabled",
@@ -54,13 +71,18 @@ def test_the_notebook() -> None:
 @pytest.mark.parametrize("repository", ["null", "https://example.org/packhorse.git"])
 def test_the_scripts_are_clean(repository: str) -> None:
     for when, script in scripts(make_spec(repository=repository)).items():
-        checked = subprocess.run([BIN / "shellcheck", "-"], input=script, capture_output=True, text=True)
+        checked = subprocess.run(
+            [BIN / "shellcheck", "-"], input=script, capture_output=True, text=True
+        )
         assert checked.returncode == 0, f"{when}: {checked.stdout}"
 
 
 def test_where_the_project_comes_from() -> None:
     assert "repository=''\n" in scripts(make_spec())["OnCreate"]
-    assert f"source_uri=s3://packhorse-123456789012-us-east-1/source/{'5e' * 32}.tar.gz\n" in scripts(make_spec())["OnCreate"]
+    assert (
+        f"source_uri=s3://packhorse-123456789012-us-east-1/source/{'5e' * 32}.tar.gz\n"
+        in scripts(make_spec())["OnCreate"]
+    )
     assert "repository='; touch x'\n" in notebook.on_create(make_spec(repository="'; touch x'"))
 
 
@@ -85,7 +107,12 @@ class Jupyter(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """SageMaker's side: what is asked of AWS."""
-        self.calls.append((self.headers["X-Amz-Target"], json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.calls.append(
+            (
+                self.headers["X-Amz-Target"],
+                json.loads(self.rfile.read(int(self.headers["Content-Length"]))),
+            )
+        )
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -96,7 +123,9 @@ class Jupyter(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def jupyter():
-    handler = type("Handler", (Jupyter,), {"answers": {"/api/kernels": [], "/api/terminals": []}, "calls": []})
+    handler = type(
+        "Handler", (Jupyter,), {"answers": {"/api/kernels": [], "/api/terminals": []}, "calls": []}
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     handler.address = f"http://127.0.0.1:{server.server_port}"
@@ -107,14 +136,29 @@ def jupyter():
 
 def look(address: str, note: Path) -> subprocess.CompletedProcess[str]:
     """One look at a notebook that may be idle for 60 minutes."""
-    aws = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    aws = {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     environment = {"PATH": f"{BIN}:{os.environ['PATH']}"} | aws
-    return subprocess.run([sys.executable, "-I", IDLE, address, note, "a-notebook", "60"], env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, "-I", IDLE, address, note, "a-notebook", "60"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def at(minutes_ago: float) -> str:
     """As Jupyter writes it."""
-    return datetime.fromtimestamp(time.time() - 60 * minutes_ago, UTC).isoformat().replace("+00:00", "Z")
+    return (
+        datetime.fromtimestamp(time.time() - 60 * minutes_ago, UTC)
+        .isoformat()
+        .replace("+00:00", "Z")
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,14 +176,20 @@ def at(minutes_ago: float) -> str:
 def test_idle(kernels, terminals, noted, stops, jupyter, tmp_path: Path) -> None:
     """kernels: (state, minutes ago); terminals and noted: minutes ago. Counted from now on."""
     began = time.time()
-    jupyter.answers["/api/kernels"] = [{"execution_state": state, "last_activity": at(ago)} for state, ago in kernels]
+    jupyter.answers["/api/kernels"] = [
+        {"execution_state": state, "last_activity": at(ago)} for state, ago in kernels
+    ]
     jupyter.answers["/api/terminals"] = [{"last_activity": at(ago)} for ago in terminals]
     note = tmp_path / "note"
     if noted is not None:
         note.write_text(str(time.time() - 60 * noted))
     looked = look(jupyter.address, note)
     assert looked.returncode == 0, looked.stderr
-    assert jupyter.calls == ([("SageMaker.StopNotebookInstance", {"NotebookInstanceName": "a-notebook"})] if stops else [])
+    assert jupyter.calls == (
+        [("SageMaker.StopNotebookInstance", {"NotebookInstanceName": "a-notebook"})]
+        if stops
+        else []
+    )
     assert began - 60 * 91 < float(note.read_text()) <= time.time()
 
 

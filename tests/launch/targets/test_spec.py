@@ -5,7 +5,19 @@ import re
 
 import pytest
 
-from launch.targets.spec import JOB_NAME, KINDS, RUN, TUNING_JOB_NAME, Spec, fit, load_config, load_target, pictures_name, run_id, split_overrides
+from launch.targets.spec import (
+    JOB_NAME,
+    KINDS,
+    RUN,
+    TUNING_JOB_NAME,
+    Spec,
+    fit,
+    load_config,
+    load_target,
+    pictures_name,
+    run_id,
+    split_overrides,
+)
 from trainer.common.errors import UserError
 
 
@@ -14,7 +26,17 @@ def make_spec(*arguments: str, **changes: object) -> Spec:
     target = load_target(targets)
     config, data = load_config(target, overrides)
     run = run_id(target, config, data, overrides)
-    spec = Spec(target, config, overrides, run, account="123456789012", region="eu-west-1", data=data, source="ab" * 32, revision=None)
+    spec = Spec(
+        target,
+        config,
+        overrides,
+        run,
+        account="123456789012",
+        region="eu-west-1",
+        data=data,
+        source="ab" * 32,
+        revision=None,
+    )
     return dataclasses.replace(spec, **changes)
 
 
@@ -25,7 +47,9 @@ def test_every_target_composes_and_is_of_its_type(name):
 
 
 def test_overrides_are_told_apart():
-    ours, theirs = split_overrides(["target=tuner", "target.spot=true", "sweep=head", "optim.lr=1e-3", "+x=target=1"])
+    ours, theirs = split_overrides(
+        ["target=tuner", "target.spot=true", "sweep=head", "optim.lr=1e-3", "+x=target=1"]
+    )
     assert ours == ["target=tuner", "target.spot=true"]
     assert theirs == ("sweep=head", "optim.lr=1e-3", "+x=target=1")
 
@@ -56,12 +80,25 @@ def test_a_spot_job_must_have_time_to_wait():
 def test_pictures_lie_where_the_job_finds_them(tmp_path):
     (tmp_path / "dogs").mkdir()
     (tmp_path / "dogs/1.jpg").write_bytes(b"1")
-    typed, given = (["data=folder", "data.root=/mnt/dogs"], None), (["data=folder"], tmp_path / "dogs")
-    for name, root in (("ec2", "/opt/dlami/nvme/data/{}"), ("sagemaker", "/opt/ml/input/data/training")):
+    typed, given = (
+        (["data=folder", "data.root=/mnt/dogs"], None),
+        (["data=folder"], tmp_path / "dogs"),
+    )
+    for name, root in (
+        ("ec2", "/opt/dlami/nvme/data/{}"),
+        ("sagemaker", "/opt/ml/input/data/training"),
+    ):
         target = load_target([f"target={name}"])
-        for (overrides, folder), expected in ((typed, "dogs"), (given, pictures_name(tmp_path / "dogs"))):
+        for (overrides, folder), expected in (
+            (typed, "dogs"),
+            (given, pictures_name(tmp_path / "dogs")),
+        ):
             config, data = load_config(target, overrides, folder)
-            assert (config.data.root, data, config.platform.name) == (root.format(expected), expected, name)
+            assert (config.data.root, data, config.platform.name) == (
+                root.format(expected),
+                expected,
+                name,
+            )
     digested = pictures_name(tmp_path / "dogs")
     cases = (
         (["data.root=/mnt/dogs"], None, "dogs"),
@@ -89,7 +126,9 @@ def test_pictures_are_named_by_all_that_is_uploaded_of_them_and_by_nothing_else(
     files = {"train/a/1.jpg": b"1", "train/b/2.jpg": b"2"}
     name = name_of("here/My dogs", files)
     assert re.fullmatch(r"My-dogs-[0-9a-f]{8}-[0-9a-f]{16}", name) and name == fit(name, RUN)
-    assert name_of("there/My dogs", {**files, ".DS_Store": b"x", "train/a/.1.jpg.swp": b"x"}) == name, "hidden files stay here"
+    assert (
+        name_of("there/My dogs", {**files, ".DS_Store": b"x", "train/a/.1.jpg.swp": b"x"}) == name
+    ), "hidden files stay here"
     others = {
         "content": files | {"train/b/2.jpg": b"3"},
         "swapped": {"train/a/1.jpg": b"2", "train/b/2.jpg": b"1"},
@@ -103,22 +142,43 @@ def test_pictures_are_named_by_all_that_is_uploaded_of_them_and_by_nothing_else(
     assert len(name_of(f"long/{'n' * 200}", files)) == RUN
 
 
-def test_the_run_is_found_again_from_any_directory_and_told_apart_by_what_decides_it(tmp_path, monkeypatch):
+def test_the_run_is_found_again_from_any_directory_and_told_apart_by_what_decides_it(
+    tmp_path, monkeypatch
+):
     here = make_spec("target=ec2").run
     monkeypatch.chdir(tmp_path)
     assert make_spec("target=ec2").run == here
-    assert make_spec("target=ec2", "target.spot=true", "target.hours=2").run == here, "where and how long is not what"
-    others = [("target=sagemaker",), ("optim.lr=0.5",), ("data=folder", "data.root=/a/dogs"), ("data=folder", "data.root=/a/cats")]
+    assert make_spec("target=ec2", "target.spot=true", "target.hours=2").run == here, (
+        "where and how long is not what"
+    )
+    others = [
+        ("target=sagemaker",),
+        ("optim.lr=0.5",),
+        ("data=folder", "data.root=/a/dogs"),
+        ("data=folder", "data.root=/a/cats"),
+    ]
     assert len({here, *(make_spec(*other).run for other in others)}) == 5
-    assert make_spec("data=folder", "data.root=/a/dogs").run == make_spec("data=folder", "data.root=/b/dogs").run
-    assert make_spec("name=My run").run == fit("My run", RUN) != make_spec("name=My-run").run == "My-run"
+    assert (
+        make_spec("data=folder", "data.root=/a/dogs").run
+        == make_spec("data=folder", "data.root=/b/dogs").run
+    )
+    assert (
+        make_spec("name=My run").run
+        == fit("My run", RUN)
+        != make_spec("name=My-run").run
+        == "My-run"
+    )
 
 
 @pytest.mark.parametrize("target", KINDS)
 def test_names_are_as_long_as_aws_allows(target):
-    spec = make_spec(f"target={target}", f"name={'x.' * 40}", "target.project=a-project-of-twentyy", attempt=123)
+    spec = make_spec(
+        f"target={target}", f"name={'x.' * 40}", "target.project=a-project-of-twentyy", attempt=123
+    )
     limit = TUNING_JOB_NAME if target == "tuner" else JOB_NAME
-    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", spec.job_name) and len(spec.job_name) <= limit
+    assert (
+        re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", spec.job_name) and len(spec.job_name) <= limit
+    )
     assert spec.job_name.endswith("-123") and len(spec.run) <= RUN
     assert len(spec.bucket) <= 63
 

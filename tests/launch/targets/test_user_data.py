@@ -22,7 +22,10 @@ from trainer.common.errors import MISTAKE, OK, RESUME
 
 BIN = Path(sys.executable).parent
 ACCOUNT, RUN = "123456789012", "a-run"
-MISSING, WRONG = "0" * 64, "1" * 64  # of source tarballs that are not there, or not what they should be
+MISSING, WRONG = (
+    "0" * 64,
+    "1" * 64,
+)  # of source tarballs that are not there, or not what they should be
 AS_ROOT = [] if os.geteuid() == 0 else ["--map-root-user"]
 UNSHARE = ["unshare", *AS_ROOT, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
@@ -42,7 +45,14 @@ exec bash "$2"
 class Machine:
     """An instance, at its first boot."""
 
-    def __init__(self, root: Path, script: str, endpoint: str, prepared: Path | None = None, **environment: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        script: str,
+        endpoint: str,
+        prepared: Path | None = None,
+        **environment: str,
+    ) -> None:
         """prepared: the disk of an earlier machine, whose Python environment this one finds ready."""
         self.root, self.nvme = root, root / "nvme"
         self.log, self.console = root / "log" / "packhorse.log", root / "console"
@@ -51,7 +61,9 @@ class Machine:
         for directory in ("ram", "nvme/source", "log", "lib", "bin"):
             (root / directory).mkdir(parents=True)
         if prepared:
-            subprocess.run(["cp", "-al", prepared / "source" / ".venv", self.nvme / "source"], check=True)
+            subprocess.run(
+                ["cp", "-al", prepared / "source" / ".venv", self.nvme / "source"], check=True
+            )
         (root / "user_data.sh").write_text(script)
         self.program("shutdown", f'echo "$*" >> {root}/shutdowns')
         setuptools = importlib.util.find_spec("setuptools")
@@ -102,7 +114,11 @@ class Machine:
         return children(self.process.pid)[0]
 
     def trainer(self) -> int:
-        return next(pid for pid in children(self.script()) if b"-m\0trainer" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        return next(
+            pid
+            for pid in children(self.script())
+            if b"-m\0trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
 
     def wait(self) -> "Machine":
         """Until the machine's end."""
@@ -135,7 +151,9 @@ class Bucket:
         return json.loads(self.text(f"runs/{run}/attempts/{attempt}.json"))
 
 
-def make_spec(*overrides: str, run: str = RUN, attempt: int = 1, hours: float = 8, code: str = "") -> Spec:
+def make_spec(
+    *overrides: str, run: str = RUN, attempt: int = 1, hours: float = 8, code: str = ""
+) -> Spec:
     target = load_target(["target=ec2", f"target.hours={hours}"])
     config, name = load_config(target, overrides)
     return Spec(target, config, overrides, run, ACCOUNT, REGION, name, code, None, attempt)
@@ -169,7 +187,10 @@ def _namespaces(tmp_path_factory: pytest.TempPathFactory) -> None:
     (root / "user_data.sh").write_text("mountpoint -q /opt/dlami/nvme")
     try:
         tried = subprocess.run(
-            [*UNSHARE, "bash", "-euc", MACHINE, "machine", str(root), str(root / "user_data.sh")], capture_output=True, text=True, timeout=600
+            [*UNSHARE, "bash", "-euc", MACHINE, "machine", str(root), str(root / "user_data.sh")],
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
     except FileNotFoundError:
         pytest.skip("no unshare here (Linux only)")
@@ -190,7 +211,9 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory, cloud: Cloud, bucket: Bucket, code: str, endless: Path) -> dict[str, Machine]:
+def broken(
+    tmp_path_factory: pytest.TempPathFactory, cloud: Cloud, bucket: Bucket, code: str, endless: Path
+) -> dict[str, Machine]:
     """Machines that never come to train, by their run; all at once, to save time."""
     root = tmp_path_factory.mktemp("broken")
     deaf = root / "deaf"
@@ -203,7 +226,11 @@ def broken(tmp_path_factory: pytest.TempPathFactory, cloud: Cloud, bucket: Bucke
         bucket.put(f"runs/{run}/log.txt", b"the first attempt\n")
     bucket.put(ec2.stop_key(make_spec(run="unwanted")), b"")
     unreachable = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
-    for run, attempts in {"twin": {"1.machine": b"another"}, "older": {"2.request.json": b"{}"}, "over": {"1.json": b"{}"}}.items():
+    for run, attempts in {
+        "twin": {"1.machine": b"another"},
+        "older": {"2.request.json": b"{}"},
+        "over": {"1.json": b"{}"},
+    }.items():
         bucket.put(f"runs/{run}/checkpoints/step-00000001/manifest.json", b"{}")
         for name, content in attempts.items():
             bucket.put(f"runs/{run}/attempts/{name}", content)
@@ -217,19 +244,36 @@ def broken(tmp_path_factory: pytest.TempPathFactory, cloud: Cloud, bucket: Bucke
         "unwanted": (make_spec(run="unwanted", code=code), {"PYTHON": str(endless)}),
         "unconnected": (make_spec(run="unconnected", code=code), unreachable),
     }
-    return {run: Machine(root / run, ec2.user_data(spec), cloud.url, **environment) for run, (spec, environment) in machines.items()}
+    return {
+        run: Machine(root / run, ec2.user_data(spec), cloud.url, **environment)
+        for run, (spec, environment) in machines.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def terminated(tmp_path_factory: pytest.TempPathFactory, cloud: Cloud, bucket: Bucket, code: str, broken: dict[str, Machine]) -> Machine:
+def terminated(
+    tmp_path_factory: pytest.TempPathFactory,
+    cloud: Cloud,
+    bucket: Bucket,
+    code: str,
+    broken: dict[str, Machine],
+) -> Machine:
     """A machine that was told to end while it trained; the broken ones run beside it."""
     spec = make_spec(*TINY, "checkpoint.max_cost=1", code=code)
-    machine = Machine(tmp_path_factory.mktemp("machines") / "first", ec2.user_data(spec, upload_every=2), cloud.url)
-    assert wait_for(lambda: machine.log.exists() and "metrics: epoch=2 " in machine.log.read_text()), machine.log.read_text()
+    machine = Machine(
+        tmp_path_factory.mktemp("machines") / "first",
+        ec2.user_data(spec, upload_every=2),
+        cloud.url,
+    )
+    assert wait_for(
+        lambda: machine.log.exists() and "metrics: epoch=2 " in machine.log.read_text()
+    ), machine.log.read_text()
     # Held, so that it is not done before all this is. Saved while it runs: a machine that is lost without a word loses little.
     trainer = machine.trainer()
     os.kill(trainer, signal.SIGSTOP)
-    assert wait_for(lambda: "manifest.json" in str(bucket.keys(f"runs/{RUN}/checkpoints/step-"))), machine.log.read_text()
+    assert wait_for(lambda: "manifest.json" in str(bucket.keys(f"runs/{RUN}/checkpoints/step-"))), (
+        machine.log.read_text()
+    )
     os.kill(machine.script(), signal.SIGTERM)
     assert wait_for(lambda: "stopping: SIGTERM" in machine.log.read_text())
     os.kill(trainer, signal.SIGCONT)
@@ -240,34 +284,65 @@ def test_terminated_it_saves_and_shuts_down(terminated: Machine, bucket: Bucket)
     log = bucket.text(f"runs/{RUN}/log.txt")
     assert terminated.shutdowns == ["-h +480", "-h now"], log
     assert bucket.outcome(RUN) == {"attempt": 1, "code": RESUME, "reason": "SIGTERM"}, log
-    kept = {f"{path.parent.name}/{path.name}" for path in terminated.nvme.glob(f"runs/{RUN}/checkpoints/*/*")}
-    assert bucket.keys(f"runs/{RUN}/checkpoints/") == kept and any(name.startswith("step-") for name in kept)
+    kept = {
+        f"{path.parent.name}/{path.name}"
+        for path in terminated.nvme.glob(f"runs/{RUN}/checkpoints/*/*")
+    }
+    assert bucket.keys(f"runs/{RUN}/checkpoints/") == kept and any(
+        name.startswith("step-") for name in kept
+    )
     assert "result.json" not in bucket.keys(f"runs/{RUN}/output/")
 
 
-def test_the_next_attempt_goes_on_and_completes(terminated: Machine, tmp_path: Path, cloud: Cloud, bucket: Bucket, code: str) -> None:
-    bucket.put(f"runs/{RUN}/checkpoints/step-99999999/tensors.safetensors", b"an upload that was cut short")
+def test_the_next_attempt_goes_on_and_completes(
+    terminated: Machine, tmp_path: Path, cloud: Cloud, bucket: Bucket, code: str
+) -> None:
+    bucket.put(
+        f"runs/{RUN}/checkpoints/step-99999999/tensors.safetensors", b"an upload that was cut short"
+    )
     spec = make_spec(*TINY, code=code, attempt=2)
     machine = Machine(tmp_path / "machine", ec2.user_data(spec), cloud.url, terminated.nvme).wait()
     log = bucket.text(f"runs/{RUN}/log.txt")
     assert machine.shutdowns == ["-h +480", "-h now"]
     assert bucket.outcome(RUN, 2) == {"attempt": 2, "code": OK, "reason": "done"}, log
-    assert log.startswith(terminated.log.read_text()) and "resumed from" in log and "attempt 2 ended: done" in log
-    assert bucket.keys(f"runs/{RUN}/output/") >= {"model.tar.gz", "report.html", "metrics.jsonl", "result.json", "log.txt"}
+    assert (
+        log.startswith(terminated.log.read_text())
+        and "resumed from" in log
+        and "attempt 2 ended: done" in log
+    )
+    assert bucket.keys(f"runs/{RUN}/output/") >= {
+        "model.tar.gz",
+        "report.html",
+        "metrics.jsonl",
+        "result.json",
+        "log.txt",
+    }
     assert not [key for key in bucket.keys(f"runs/{RUN}/") if "/." in key or "99999999" in key]
-    assert len(bucket.text(f"runs/{RUN}/output/metrics.jsonl").splitlines()) == 8 + 1  # epochs, and the test
+    assert (
+        len(bucket.text(f"runs/{RUN}/output/metrics.jsonl").splitlines()) == 8 + 1
+    )  # epochs, and the test
 
 
-def test_a_failing_trainer(terminated: Machine, tmp_path: Path, cloud: Cloud, bucket: Bucket, code: str) -> None:
+def test_a_failing_trainer(
+    terminated: Machine, tmp_path: Path, cloud: Cloud, bucket: Bucket, code: str
+) -> None:
     """Pictures that are no class folders, with every character in an override that a shell could stumble over."""
     bucket.put("data/no-classes/readme.txt", b"nothing to see")
-    spec = make_spec("data=folder", "data.root=no-classes", """+hydra.help.note='$(touch /opt/dlami/nvme/pwned) `id` \\"* é'""", run="failing", code=code)
+    spec = make_spec(
+        "data=folder",
+        "data.root=no-classes",
+        """+hydra.help.note='$(touch /opt/dlami/nvme/pwned) `id` \\"* é'""",
+        run="failing",
+        code=code,
+    )
     machine = Machine(tmp_path / "machine", ec2.user_data(spec), cloud.url, terminated.nvme).wait()
     assert machine.shutdowns == ["-h +480", "-h now"]
     log = bucket.text("runs/failing/log.txt")
     assert bucket.outcome("failing") == {"attempt": 1, "code": MISTAKE, "reason": "failed"}, log
     assert "/opt/dlami/nvme/data/no-classes/train" in log
-    assert (machine.nvme / "data/no-classes/readme.txt").exists() and not (machine.nvme / "pwned").exists()
+    assert (machine.nvme / "data/no-classes/readme.txt").exists() and not (
+        machine.nvme / "pwned"
+    ).exists()
 
 
 @pytest.mark.parametrize(("run", "fault"), [("missing", "404"), ("wrong", "did NOT match")])
@@ -284,13 +359,21 @@ def test_no_code(run: str, fault: str, broken: dict[str, Machine], bucket: Bucke
 def test_the_time_limit(broken: dict[str, Machine], bucket: Bucket) -> None:
     """It holds for whatever takes too long, even where that doesn't listen."""
     assert broken["limited"].wait().shutdowns == ["-h +1", "-h now"]
-    assert bucket.outcome("limited") == {"attempt": 1, "code": 128 + signal.SIGKILL, "reason": "time limit"}
+    assert bucket.outcome("limited") == {
+        "attempt": 1,
+        "code": 128 + signal.SIGKILL,
+        "reason": "time limit",
+    }
     assert "stopping: time limit" in bucket.text("runs/limited/log.txt")
 
 
 def test_it_stops_when_asked(broken: dict[str, Machine], bucket: Bucket) -> None:
     assert broken["unwanted"].wait().shutdowns == ["-h +480", "-h now"]
-    assert bucket.outcome("unwanted") == {"attempt": 1, "code": 128 + signal.SIGTERM, "reason": "asked to stop"}
+    assert bucket.outcome("unwanted") == {
+        "attempt": 1,
+        "code": 128 + signal.SIGTERM,
+        "reason": "asked to stop",
+    }
     assert "stopping: asked to stop" in bucket.text("runs/unwanted/log.txt")
 
 
@@ -302,9 +385,15 @@ def test_without_s3_it_still_shuts_down(broken: dict[str, Machine]) -> None:
 
 @pytest.mark.parametrize(
     ("run", "why"),
-    [("twin", "another machine has this attempt"), ("older", "attempt 2 has taken over"), ("over", "has ended before")],
+    [
+        ("twin", "another machine has this attempt"),
+        ("older", "attempt 2 has taken over"),
+        ("over", "has ended before"),
+    ],
 )
-def test_a_machine_that_is_not_the_runs_leaves_it_alone(run: str, why: str, broken: dict[str, Machine], bucket: Bucket) -> None:
+def test_a_machine_that_is_not_the_runs_leaves_it_alone(
+    run: str, why: str, broken: dict[str, Machine], bucket: Bucket
+) -> None:
     assert broken[run].wait().shutdowns == ["-h +480", "-h now"]
     assert why in broken[run].console.read_text()
     assert bucket.keys(f"runs/{run}/checkpoints/") == {"step-00000001/manifest.json"}
@@ -313,7 +402,9 @@ def test_a_machine_that_is_not_the_runs_leaves_it_alone(run: str, why: str, brok
 
 
 @pytest.fixture
-def setting_up(tmp_path: Path, cloud: Cloud, code: str, endless: Path, request: pytest.FixtureRequest) -> Machine:
+def setting_up(
+    tmp_path: Path, cloud: Cloud, code: str, endless: Path, request: pytest.FixtureRequest
+) -> Machine:
     """A machine that is at its set-up; its run is named by the test."""
     script = ec2.user_data(make_spec(run=request.param, code=code), upload_every=2)
     machine = Machine(tmp_path / "machine", script, cloud.url, PYTHON=str(endless))
@@ -322,18 +413,24 @@ def setting_up(tmp_path: Path, cloud: Cloud, code: str, endless: Path, request: 
 
 
 def reaches_set_up(machine: Machine, times: int = 1) -> None:
-    assert wait_for(lambda: machine.log.exists() and machine.log.read_text().count("setting up") == times, 300), machine.log.read_text()
+    assert wait_for(
+        lambda: machine.log.exists() and machine.log.read_text().count("setting up") == times, 300
+    ), machine.log.read_text()
 
 
 @pytest.mark.parametrize("setting_up", ["taken-over"], indirect=True)
-def test_a_newer_attempt_takes_over_while_this_one_runs(setting_up: Machine, bucket: Bucket) -> None:
+def test_a_newer_attempt_takes_over_while_this_one_runs(
+    setting_up: Machine, bucket: Bucket
+) -> None:
     bucket.put("runs/taken-over/attempts/2.request.json", b"{}")
     assert setting_up.wait().shutdowns == ["-h +480", "-h now"]
     assert "1.json" not in bucket.keys("runs/taken-over/attempts/")
 
 
 @pytest.mark.parametrize("setting_up", ["reclaimed"], indirect=True)
-def test_a_spot_notice_is_told_as_the_reason(setting_up: Machine, bucket: Bucket, metadata: Any) -> None:
+def test_a_spot_notice_is_told_as_the_reason(
+    setting_up: Machine, bucket: Bucket, metadata: Any
+) -> None:
     """Also when the system ends the script before there is anything to save."""
     setting_up.cut_off()
     metadata.notices = frozenset({"spot/instance-action"})
@@ -342,11 +439,17 @@ def test_a_spot_notice_is_told_as_the_reason(setting_up: Machine, bucket: Bucket
     reaches_set_up(setting_up, 2)
     os.kill(setting_up.script(), signal.SIGTERM)
     assert setting_up.wait().shutdowns[-1] == "-h now"
-    assert bucket.outcome("reclaimed") == {"attempt": 1, "code": 128 + signal.SIGTERM, "reason": "spot notice"}
+    assert bucket.outcome("reclaimed") == {
+        "attempt": 1,
+        "code": 128 + signal.SIGTERM,
+        "reason": "spot notice",
+    }
 
 
 @pytest.mark.parametrize("setting_up", ["rebooted"], indirect=True)
-def test_a_reboot_loses_neither_the_run_nor_its_deadline(setting_up: Machine, bucket: Bucket) -> None:
+def test_a_reboot_loses_neither_the_run_nor_its_deadline(
+    setting_up: Machine, bucket: Bucket
+) -> None:
     """First one in order, then one after the limit."""
     machine = setting_up
     machine.program("systemctl", "echo 1234 reboot.target start waiting")
@@ -370,16 +473,22 @@ def test_a_reboot_loses_neither_the_run_nor_its_deadline(setting_up: Machine, bu
 
 
 @pytest.mark.parametrize("run", ["two-gpus", "two-gpus-failing"])
-def test_every_gpu_trains(run: str, terminated: Machine, tmp_path: Path, cloud: Cloud, bucket: Bucket, code: str) -> None:
+def test_every_gpu_trains(
+    run: str, terminated: Machine, tmp_path: Path, cloud: Cloud, bucket: Bucket, code: str
+) -> None:
     """The code is the trainer's own, which torchrun does not keep."""
     fails = run == "two-gpus-failing"
     bucket.put("data/no-classes/readme.txt", b"nothing to see")
     settings = {"data": Path("no-classes")} if fails else {}
-    spec = make_spec(*TINY, *(["data=folder"] if fails else ["train.epochs=1"]), run=run, code=code, **settings)
+    spec = make_spec(
+        *TINY, *(["data=folder"] if fails else ["train.epochs=1"]), run=run, code=code, **settings
+    )
     path = tmp_path / "machine"
     smi = tmp_path / "smi"
     smi.mkdir()
-    (smi / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-0)'\necho 'GPU 1: Tesla T4 (UUID: GPU-1)'\n")
+    (smi / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-0)'\necho 'GPU 1: Tesla T4 (UUID: GPU-1)'\n"
+    )
     (smi / "nvidia-smi").chmod(0o755)
     with_smi = f"{path}/bin:{smi}:{BIN}:{os.environ['PATH']}"
     machine = Machine(path, ec2.user_data(spec), cloud.url, terminated.nvme, PATH=with_smi).wait()

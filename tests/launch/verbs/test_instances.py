@@ -24,7 +24,13 @@ def shown(capsys, monkeypatch, tmp_path):
         assert launch.main(["instances", *arguments]) == OK
         lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
         starts = [match.start() for match in re.finditer(r"\S+(?: \S+)*", lines[0])]
-        rows = [[line[first:last].strip() for first, last in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
+        rows = [
+            [
+                line[first:last].strip()
+                for first, last in zip(starts, [*starts[1:], None], strict=True)
+            ]
+            for line in lines
+        ]
         return {row[0].removeprefix("* "): row for row in rows}
 
     return shown
@@ -33,7 +39,9 @@ def shown(capsys, monkeypatch, tmp_path):
 def test_the_estimate_is_the_arithmetic_that_the_page_explains():
     target = load_target([])
     config, _ = load_config(target, FULL)
-    by_name = {(machine.name, machine.count): estimate(machine, config, 1000) for machine in MACHINES}
+    by_name = {
+        (machine.name, machine.count): estimate(machine, config, 1000) for machine in MACHINES
+    }
     assert by_name["ml.m5.2xlarge", 1].epoch == pytest.approx(1000 * 0.359 / 8)
     assert by_name["ml.m5.2xlarge", 4].epoch == pytest.approx(1000 * 0.359 / 8 / (4 * 0.93))
     assert by_name["g4dn.xlarge", 1].epoch == pytest.approx(1000 * 3 * 2 * 4.09e9 / (0.15 * 65e12))
@@ -64,7 +72,11 @@ def test_a_measurement_of_doctor_takes_the_estimates_place(shown, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(facts))
     rows = shown(*FULL)
-    assert rows["g4dn.xlarge"][6] == "33 s!" and estimated[6] != "33 s!" and "!" not in rows["ml.g4dn.xlarge"][6]
+    assert (
+        rows["g4dn.xlarge"][6] == "33 s!"
+        and estimated[6] != "33 s!"
+        and "!" not in rows["ml.g4dn.xlarge"][6]
+    )
     assert "!" not in shown(*FULL, "model.freeze=backbone")["g4dn.xlarge"][6], "another job"
     path.write_text("{")
     assert launch.main(["instances"]) == MISTAKE
@@ -77,4 +89,6 @@ def test_an_unknown_network_has_no_estimate(capsys):
 
 
 def test_the_page_shows_what_the_command_prints():
-    assert f"```\n{instances_output()}```\n" in (PROJECT / "docs" / "instances.md").read_text(), "python -m tests.launch.documents writes it"
+    assert f"```\n{instances_output()}```\n" in (PROJECT / "docs" / "instances.md").read_text(), (
+        "python -m tests.launch.documents writes it"
+    )

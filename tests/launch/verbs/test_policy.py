@@ -24,7 +24,9 @@ def test_each_statement_has_a_reason_and_reads_as_iam_reads_it(part, capsys):
     assert launch.main(["policy", "--for", part, "--account", ACCOUNT]) == OK
     blocks = capsys.readouterr().out.split("\n\n")
     assert blocks[0] == f"{part}: {PARTS[part]}"
-    for block, statement in zip(blocks[1:], permissions(part, "packhorse", ACCOUNT, "us-east-1"), strict=True):
+    for block, statement in zip(
+        blocks[1:], permissions(part, "packhorse", ACCOUNT, "us-east-1"), strict=True
+    ):
         reason, document = block.split("\n", 1)
         assert reason.removeprefix("# ").endswith(".") and len(reason) > 15
         assert json.loads(document) == statement.document
@@ -36,14 +38,32 @@ def test_each_statement_has_a_reason_and_reads_as_iam_reads_it(part, capsys):
 def test_json_is_the_policy_alone(part, capsys):
     assert launch.main(["policy", "--for", part, "--json"]) == OK
     policy = json.loads(capsys.readouterr().out)
-    assert policy["Version"] == "2012-10-17" and len({statement["Sid"] for statement in policy["Statement"]}) == len(policy["Statement"])
+    assert policy["Version"] == "2012-10-17" and len(
+        {statement["Sid"] for statement in policy["Statement"]}
+    ) == len(policy["Statement"])
     for statement in policy["Statement"]:
-        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        actions = (
+            statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        )
         assert statement["Effect"] == "Allow" and not any("*" in action for action in actions)
 
 
 def test_the_project_and_region_are_the_users(capsys):
-    assert launch.main(["policy", "--for", "ec2", "--json", "target.project=dogs", "target.region=eu-west-1", "--account", ACCOUNT]) == OK
+    assert (
+        launch.main(
+            [
+                "policy",
+                "--for",
+                "ec2",
+                "--json",
+                "target.project=dogs",
+                "target.region=eu-west-1",
+                "--account",
+                ACCOUNT,
+            ]
+        )
+        == OK
+    )
     assert f"arn:aws:s3:::dogs-{ACCOUNT}-eu-west-1/runs/*" in capsys.readouterr().out
 
 

@@ -48,8 +48,12 @@ def as_sent(request: dict) -> dict:
     if request["service"] != "ec2":
         return request["parameters"]
     model = botocore.session.get_session().get_service_model("ec2")
-    parameters = request["parameters"] | {"UserData": base64.b64encode(request["parameters"]["UserData"].encode()).decode()}
-    body = create_serializer("ec2").serialize_to_request(parameters, model.operation_model(request["operation"]))["body"]
+    parameters = request["parameters"] | {
+        "UserData": base64.b64encode(request["parameters"]["UserData"].encode()).decode()
+    }
+    body = create_serializer("ec2").serialize_to_request(
+        parameters, model.operation_model(request["operation"])
+    )["body"]
     return {key: str(value) for key, value in body.items() if key not in ("Action", "Version")}
 
 
@@ -61,13 +65,27 @@ def test_submit_sends_what_plan_shows_and_plan_changes_nothing(account, target):
     assert all(READS.match(call["operation"]) for call in account.calls()[before:])
     planned = json.loads(printed)
     assert planned["missing"] == []
-    assert planned["cost"]["per_hour"] > 0 and planned["cost"]["at_time_limit"] >= planned["cost"]["per_hour"] * planned["cost"]["time_limit_hours"]
-    assert "2026" in planned["cost"]["basis"] and REGION in planned["cost"]["basis"] and "estimate" in planned["cost"]["basis"]
+    assert (
+        planned["cost"]["per_hour"] > 0
+        and planned["cost"]["at_time_limit"]
+        >= planned["cost"]["per_hour"] * planned["cost"]["time_limit_hours"]
+    )
+    assert (
+        "2026" in planned["cost"]["basis"]
+        and REGION in planned["cost"]["basis"]
+        and "estimate" in planned["cost"]["basis"]
+    )
     before = len(account.calls())
     code, printed = account.run("submit", *arguments(target))
     assert code == OK, printed
-    sent = [call for call in account.calls()[before:] if not READS.match(call["operation"]) and call["service"] in ("sagemaker", "ec2")]
-    assert [(each["service"], each["operation"]) for each in planned["requests"]] == [(call["service"], call["operation"]) for call in sent]
+    sent = [
+        call
+        for call in account.calls()[before:]
+        if not READS.match(call["operation"]) and call["service"] in ("sagemaker", "ec2")
+    ]
+    assert [(each["service"], each["operation"]) for each in planned["requests"]] == [
+        (call["service"], call["operation"]) for call in sent
+    ]
     assert [as_sent(each) for each in planned["requests"]] == [call["parameters"] for call in sent]
     assert "console" in printed and f"launch stop {planned['run']}" in printed
 
@@ -80,8 +98,12 @@ def test_status_lists_runs_and_what_costs_money(account):
     account.launch("submit", "target=sagemaker_multi", "name=shown-too")
     code, printed = account.run("status")
     assert code == OK and "shown " in printed
-    assert re.search(r"machine +i-\w+ +1 x g4dn.xlarge .*\$\d+\.\d\d so far, \$0.5260 an hour", printed)
-    assert re.search(r"training +packhorse-shown-too-1 +4 x ml.m5.2xlarge .*\$1.8440 an hour", printed)
+    assert re.search(
+        r"machine +i-\w+ +1 x g4dn.xlarge .*\$\d+\.\d\d so far, \$0.5260 an hour", printed
+    )
+    assert re.search(
+        r"training +packhorse-shown-too-1 +4 x ml.m5.2xlarge .*\$1.8440 an hour", printed
+    )
     told = json.loads(account.launch("status", "--json")[1])
     assert {"packhorse-shown-too-1"} <= {row["name"] for row in told["costs_now"]}
     assert {"shown", "shown-too"} <= {row["run"] for row in told["runs"]}
@@ -92,7 +114,10 @@ def leave_results(cloud: Cloud, prefix: str, package: bytes, top1: float) -> Non
     s3 = cloud.client("s3")
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for name, content in {"result.json": json.dumps({"top1": top1}), "report.html": "<html>"}.items():
+        for name, content in {
+            "result.json": json.dumps({"top1": top1}),
+            "report.html": "<html>",
+        }.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content.encode()))
@@ -114,16 +139,33 @@ def write_log(cloud: Cloud, stream: str, *lines: str) -> None:
         logs.create_log_group(logGroupName=group)  # as SageMaker does for an account's first job
     logs.create_log_stream(logGroupName=group, logStreamName=stream)
     now = int(time.time() * 1000)
-    logs.put_log_events(logGroupName=group, logStreamName=stream, logEvents=[{"timestamp": now + number, "message": line} for number, line in enumerate(lines)])
+    logs.put_log_events(
+        logGroupName=group,
+        logStreamName=stream,
+        logEvents=[
+            {"timestamp": now + number, "message": line} for number, line in enumerate(lines)
+        ],
+    )
 
 
 def test_a_training_job_is_followed_to_its_end_and_fetched(account, package, tmp_path):
-    process = account.start("submit", "target=sagemaker", "name=followed", "--wait", "--every", "0.1")
+    process = account.start(
+        "submit", "target=sagemaker", "name=followed", "--wait", "--every", "0.1"
+    )
     job = "packhorse-followed-1"
-    assert wait_for(lambda: any(call["operation"] == "DescribeTrainingJob" and call["parameters"]["TrainingJobName"] == job for call in account.calls()), 60)
+    assert wait_for(
+        lambda: any(
+            call["operation"] == "DescribeTrainingJob"
+            and call["parameters"]["TrainingJobName"] == job
+            for call in account.calls()
+        ),
+        60,
+    )
     write_log(account, f"{job}/algo-1-1", "epoch 1", "epoch 2")
     write_log(account, f"{job}0/algo-1-1", "another job's")
-    account.post("/strict/end", job=job, status="Completed", hours=2, billed=3600, metrics={"test_top1": 0.8})
+    account.post(
+        "/strict/end", job=job, status="Completed", hours=2, billed=3600, metrics={"test_top1": 0.8}
+    )
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == OK, printed
     assert "epoch 1\nepoch 2\n" in printed and "another" not in printed and "is complete" in printed
@@ -131,16 +173,25 @@ def test_a_training_job_is_followed_to_its_end_and_fetched(account, package, tmp
     leave_results(account, f"runs/followed/output/{job}/output", package, 0.8)
     code, printed = account.launch("fetch", "followed", "--to", str(tmp_path / "here"))
     assert code == OK, printed
-    assert (tmp_path / "here/report.html").read_text() == "<html>" and (tmp_path / "here/model.tar.gz").read_bytes() == package
+    assert (tmp_path / "here/report.html").read_text() == "<html>" and (
+        tmp_path / "here/model.tar.gz"
+    ).read_bytes() == package
     before = len(account.calls())
     assert account.launch("fetch", "followed", "--to", str(tmp_path / "here"))[0] == OK
-    assert "GetObject model.tar.gz" not in [f"{call['operation']} {call['parameters'].get('Key', '')[-12:]}" for call in account.calls()[before:]]
+    assert "GetObject model.tar.gz" not in [
+        f"{call['operation']} {call['parameters'].get('Key', '')[-12:]}"
+        for call in account.calls()[before:]
+    ]
     leave_results(account, f"runs/followed/output/{job}/output", package[:-1000], 0.8)
     assert account.launch("fetch", "followed", "--to", str(tmp_path / "there"))[0] != OK
 
     code, printed = account.launch("cost", "followed", "--json")
     [cost] = json.loads(printed)
-    assert cost["dollars"] == pytest.approx(0.7364) and cost["accuracy"] == 0.8 and cost["per_point"] == pytest.approx(0.7364 / 80)
+    assert (
+        cost["dollars"] == pytest.approx(0.7364)
+        and cost["accuracy"] == 0.8
+        and cost["per_point"] == pytest.approx(0.7364 / 80)
+    )
     code, printed = account.launch("submit", "target=sagemaker", "name=followed")
     assert code == OK and "is complete" in printed and "nothing is sent" in printed
     code, printed = account.launch("submit", "target=sagemaker", "name=followed", "train.epochs=3")
@@ -157,43 +208,82 @@ def test_a_job_that_is_stopped_goes_on_as_the_next_attempt(account):
     assert code == OK and "stopping already" in printed
     code, printed = account.launch("submit", "target=sagemaker", "name=stopped")
     assert code == OK and "attempt 2" in printed
-    jobs = [call["parameters"] for call in account.calls() if call["operation"] == "CreateTrainingJob" and "stopped" in call["parameters"]["TrainingJobName"]]
-    assert [job["TrainingJobName"] for job in jobs] == ["packhorse-stopped-1", "packhorse-stopped-2"]
+    jobs = [
+        call["parameters"]
+        for call in account.calls()
+        if call["operation"] == "CreateTrainingJob"
+        and "stopped" in call["parameters"]["TrainingJobName"]
+    ]
+    assert [job["TrainingJobName"] for job in jobs] == [
+        "packhorse-stopped-1",
+        "packhorse-stopped-2",
+    ]
     assert jobs[0]["CheckpointConfig"] == jobs[1]["CheckpointConfig"]
 
 
 def instance_of(cloud: Cloud, run: str) -> list[dict]:
     filters = [{"Name": "tag:run", "Values": [run]}]
-    return [each for group in cloud.client("ec2").describe_instances(Filters=filters)["Reservations"] for each in group["Instances"]]
+    return [
+        each
+        for group in cloud.client("ec2").describe_instances(Filters=filters)["Reservations"]
+        for each in group["Instances"]
+    ]
 
 
 def test_a_reclaimed_spot_machine_is_asked_for_again(account):
     """Its first attempt loses its machine, AWS has no other at first, and the second attempt comes to the end."""
-    process = account.start("submit", "target=ec2", "target.spot=true", "name=spot", "--wait", "--every", "0.1")
+    process = account.start(
+        "submit", "target=ec2", "target.spot=true", "name=spot", "--wait", "--every", "0.1"
+    )
     assert wait_for(lambda: instance_of(account, "spot"))
     s3 = account.client("s3")
     s3.put_object(Bucket=BUCKET, Key="runs/spot/log.txt", Body=b"first\nsecond\nhalf a li")
     [first] = instance_of(account, "spot")
-    account.post("/strict/refuse", operation="RunInstances", code="InsufficientInstanceCapacity", message="There is no Spot capacity")
-    account.post("/strict/end_instance", instance=first["InstanceId"], code="Server.SpotInstanceTermination")
+    account.post(
+        "/strict/refuse",
+        operation="RunInstances",
+        code="InsufficientInstanceCapacity",
+        message="There is no Spot capacity",
+    )
+    account.post(
+        "/strict/end_instance", instance=first["InstanceId"], code="Server.SpotInstanceTermination"
+    )
     assert wait_for(lambda: len(instance_of(account, "spot")) == 2)
-    s3.put_object(Bucket=BUCKET, Key="runs/spot/log.txt", Body=b"first\nsecond\nhalf a line\nlast\n")
-    s3.put_object(Bucket=BUCKET, Key="runs/spot/output/result.json", Body=json.dumps({"top1": 0.9}).encode())
-    s3.put_object(Bucket=BUCKET, Key="runs/spot/attempts/2.json", Body=b'{"attempt": 2, "code": 0, "reason": "done"}')
+    s3.put_object(
+        Bucket=BUCKET, Key="runs/spot/log.txt", Body=b"first\nsecond\nhalf a line\nlast\n"
+    )
+    s3.put_object(
+        Bucket=BUCKET, Key="runs/spot/output/result.json", Body=json.dumps({"top1": 0.9}).encode()
+    )
+    s3.put_object(
+        Bucket=BUCKET,
+        Key="runs/spot/attempts/2.json",
+        Body=b'{"attempt": 2, "code": 0, "reason": "done"}',
+    )
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == OK, printed
-    assert "asking for another" in printed and "no Spot capacity" in printed and printed.rstrip().endswith("is complete (done, exit code 0)")
+    assert (
+        "asking for another" in printed
+        and "no Spot capacity" in printed
+        and printed.rstrip().endswith("is complete (done, exit code 0)")
+    )
     assert "half a line\nlast\n" in printed
     tokens = {each["ClientToken"] for each in instance_of(account, "spot")}
     assert len(tokens) == 2
     code, printed = account.launch("cost", "spot", "--json")
-    assert code == OK and json.loads(printed)[0]["attempts"] == 2 and json.loads(printed)[0]["accuracy"] == 0.9
+    assert (
+        code == OK
+        and json.loads(printed)[0]["attempts"] == 2
+        and json.loads(printed)[0]["accuracy"] == 0.9
+    )
 
 
 def test_a_machine_is_asked_to_stop_or_terminated(account):
     account.launch("submit", "target=ec2", "name=halt")
     code, printed = account.launch("stop", "halt")
-    assert code == OK and account.client("s3").head_object(Bucket=BUCKET, Key="runs/halt/attempts/1.stop")
+    assert code == OK and account.client("s3").head_object(
+        Bucket=BUCKET, Key="runs/halt/attempts/1.stop"
+    )
     code, printed = account.launch("stop", "halt", "--now")
     assert code == OK and instance_of(account, "halt")[0]["State"]["Name"] == "terminated"
     code, printed = account.launch("logs", "halt")
@@ -217,12 +307,22 @@ def test_pictures_lie_under_their_content_and_none_are_ever_removed(account, tmp
     pictures = make_pictures(tmp_path / "dogs", {"train": 3, "valid": 1})
     (pictures / "train/.hidden").write_bytes(b"x")
     (pictures / "large.bin").write_bytes(bytes(9 * 2**20))
-    command = ["submit", "target=sagemaker", "data=folder", "--data", str(pictures), "data.workers=0"]
+    command = [
+        "submit",
+        "target=sagemaker",
+        "data=folder",
+        "--data",
+        str(pictures),
+        "data.workers=0",
+    ]
     planned = json.loads(account.launch("plan", *command[1:], "name=first", "--json")[1])
     code, printed = account.launch(*command, "name=first")
     assert code == OK and "13 of 13 files to upload" in printed
     first = prefix_of(account, "packhorse-first-1")
-    assert first.startswith("data/dogs-") and planned["uploads"]["data"] == f"s3://{BUCKET}/{first.rstrip('/')}"
+    assert (
+        first.startswith("data/dogs-")
+        and planned["uploads"]["data"] == f"s3://{BUCKET}/{first.rstrip('/')}"
+    )
     visible = {path.relative_to(pictures).as_posix() for path in pictures.rglob("[!.]*.*")}
     assert {key.removeprefix(first) for key in uploaded(account, first)} == visible
     before = uploaded(account, first)
@@ -231,16 +331,25 @@ def test_pictures_lie_under_their_content_and_none_are_ever_removed(account, tmp
     shutil.copytree(pictures, tmp_path / "colleague/dogs")
     account.client("s3").delete_object(Bucket=BUCKET, Key=f"{first}large.bin")
     code, printed = account.launch(*command[:4], str(tmp_path / "colleague/dogs"), "name=second")
-    assert code == OK and "1 of 13 files to upload" in printed and prefix_of(account, "packhorse-second-1") == first
+    assert (
+        code == OK
+        and "1 of 13 files to upload" in printed
+        and prefix_of(account, "packhorse-second-1") == first
+    )
 
     # A picture less and another one changed: the running job's pictures stay as they are.
     (pictures / "train/circle/000.png").unlink()
     (pictures / "train/circle/001.png").write_bytes(b"changed")
     code, printed = account.launch(*command, "name=third")
     assert code == OK and "12 of 12 files to upload" in printed
-    assert prefix_of(account, "packhorse-third-1") not in ("", first) and uploaded(account, first) == before
+    assert (
+        prefix_of(account, "packhorse-third-1") not in ("", first)
+        and uploaded(account, first) == before
+    )
     code, printed = account.launch(*command, "name=first")
-    assert code == MISTAKE and "give the same again, or another name" in printed, "the run began with other pictures"
+    assert code == MISTAKE and "give the same again, or another name" in printed, (
+        "the run began with other pictures"
+    )
 
 
 def test_two_folders_of_one_name_never_share_a_prefix(account, tmp_path):
@@ -248,31 +357,67 @@ def test_two_folders_of_one_name_never_share_a_prefix(account, tmp_path):
         make_pictures(tmp_path / name / "images", {"train": 2, "valid": 1})
         (tmp_path / name / "images/train/circle/only.png").write_bytes(seed)
     for name in ("a", "b"):
-        code, printed = account.launch("submit", "target=sagemaker", "data=folder", "--data", str(tmp_path / name / "images"), f"name={name}-images")
+        code, printed = account.launch(
+            "submit",
+            "target=sagemaker",
+            "data=folder",
+            "--data",
+            str(tmp_path / name / "images"),
+            f"name={name}-images",
+        )
         assert code == OK, printed
     a, b = (prefix_of(account, f"packhorse-{name}-images-1") for name in ("a", "b"))
     assert a != b and a.startswith("data/images-") and b.startswith("data/images-")
     for name, prefix in (("a", a), ("b", b)):
-        files = {path.relative_to(tmp_path / name / "images").as_posix() for path in (tmp_path / name).rglob("*.png")}
+        files = {
+            path.relative_to(tmp_path / name / "images").as_posix()
+            for path in (tmp_path / name).rglob("*.png")
+        }
         assert {key.removeprefix(prefix) for key in uploaded(account, prefix)} == files
     # Without a name the run is another one too.
-    runs = [json.loads(account.launch("plan", "data=folder", "--data", str(tmp_path / name / "images"), "--json")[1])["run"] for name in ("a", "b")]
+    runs = [
+        json.loads(
+            account.launch(
+                "plan", "data=folder", "--data", str(tmp_path / name / "images"), "--json"
+            )[1]
+        )["run"]
+        for name in ("a", "b")
+    ]
     assert runs[0] != runs[1]
 
-    code, printed = account.launch("plan", "target=sagemaker", "data=folder", "data.root=/elsewhere/images", "--json")
+    code, printed = account.launch(
+        "plan", "target=sagemaker", "data=folder", "data.root=/elsewhere/images", "--json"
+    )
     [missing] = json.loads(printed)["missing"]
-    assert "data/images/ is empty" in missing and all(prefix.split("/")[1] in missing for prefix in (a, b))
-    assert account.launch("submit", "target=sagemaker", "data=folder", "data.root=/elsewhere/images")[0] == MISTAKE
-    code, printed = account.launch("submit", "target=sagemaker", "data=folder", f"data.root={b.split('/')[1]}", "name=b-again")
-    assert code == OK and prefix_of(account, "packhorse-b-again-1") == b, "pictures that are there, without the folder"
+    assert "data/images/ is empty" in missing and all(
+        prefix.split("/")[1] in missing for prefix in (a, b)
+    )
+    assert (
+        account.launch("submit", "target=sagemaker", "data=folder", "data.root=/elsewhere/images")[
+            0
+        ]
+        == MISTAKE
+    )
+    code, printed = account.launch(
+        "submit", "target=sagemaker", "data=folder", f"data.root={b.split('/')[1]}", "name=b-again"
+    )
+    assert code == OK and prefix_of(account, "packhorse-b-again-1") == b, (
+        "pictures that are there, without the folder"
+    )
 
 
-@pytest.mark.parametrize(("fault", "said"), [("gone", "there is no such folder"), ("empty", "it holds no files")])
-def test_a_folder_without_pictures_is_refused_before_anything_is_sent(account, tmp_path, fault, said):
+@pytest.mark.parametrize(
+    ("fault", "said"), [("gone", "there is no such folder"), ("empty", "it holds no files")]
+)
+def test_a_folder_without_pictures_is_refused_before_anything_is_sent(
+    account, tmp_path, fault, said
+):
     if fault == "empty":
         (tmp_path / "dogs").mkdir()
     for verb in ("plan", "submit"):
-        code, printed = account.launch(verb, "target=sagemaker", "data=folder", "--data", str(tmp_path / "dogs"))
+        code, printed = account.launch(
+            verb, "target=sagemaker", "data=folder", "--data", str(tmp_path / "dogs")
+        )
         assert code == MISTAKE and said in printed and "Traceback" not in printed
 
 
@@ -280,7 +425,9 @@ def test_a_tuning_job_is_watched_and_its_best_trial_fetched(account):
     code, printed = account.launch("submit", "target=tuner", "sweep=head", "name=tuned")
     assert code == OK, printed
     [tuning] = [
-        call["parameters"]["HyperParameterTuningJobName"] for call in account.calls() if "tuned" in str(call["parameters"]) and "Tuning" in call["operation"]
+        call["parameters"]["HyperParameterTuningJobName"]
+        for call in account.calls()
+        if "tuned" in str(call["parameters"]) and "Tuning" in call["operation"]
     ][:1]
     write_log(account, f"{tuning}-001-0123abcd/algo-1-1", "a trial's line")
     code, printed = account.launch("logs", "tuned")
@@ -302,7 +449,10 @@ def test_a_stopped_notebook_is_started_again(account):
 
 def test_down_leaves_nothing(cloud, tmp_path):
     """After a submit of every target. What is stopped at AWS keeps its record for a while: an instance is listed as terminated."""
-    for arguments_ in (["up", "--yes", "--every", "0.05"], *(["submit", *arguments(target)] for target in KINDS)):
+    for arguments_ in (
+        ["up", "--yes", "--every", "0.05"],
+        *(["submit", *arguments(target)] for target in KINDS),
+    ):
         code, printed = cloud.launch(*arguments_)
         assert code == OK, printed
     cloud.client("s3").put_object(Bucket=BUCKET, Key="runs/x/log.txt", Body=b"1")
@@ -311,17 +461,43 @@ def test_down_leaves_nothing(cloud, tmp_path):
     assert code == MISTAKE and "--yes" in printed, "nobody there to ask"
     code, printed = cloud.launch("down", "--yes", "--every", "0.05")
     assert code == OK, printed
-    tagged = cloud.client("resourcegroupstaggingapi").get_resources(TagFilters=[{"Key": "project", "Values": ["packhorse"]}])["ResourceTagMappingList"]
-    terminated = [each["InstanceId"] for group in cloud.client("ec2").describe_instances()["Reservations"] for each in group["Instances"]]
-    assert [each["ResourceARN"] for each in tagged if each["ResourceARN"].split("/")[-1] not in terminated] == []
-    assert all(each["State"]["Name"] == "terminated" for group in cloud.client("ec2").describe_instances()["Reservations"] for each in group["Instances"])
+    tagged = cloud.client("resourcegroupstaggingapi").get_resources(
+        TagFilters=[{"Key": "project", "Values": ["packhorse"]}]
+    )["ResourceTagMappingList"]
+    terminated = [
+        each["InstanceId"]
+        for group in cloud.client("ec2").describe_instances()["Reservations"]
+        for each in group["Instances"]
+    ]
+    assert [
+        each["ResourceARN"]
+        for each in tagged
+        if each["ResourceARN"].split("/")[-1] not in terminated
+    ] == []
+    assert all(
+        each["State"]["Name"] == "terminated"
+        for group in cloud.client("ec2").describe_instances()["Reservations"]
+        for each in group["Instances"]
+    )
     sagemaker, iam = cloud.client("sagemaker"), cloud.client("iam")
-    assert sagemaker.list_training_jobs()["TrainingJobSummaries"] == [] and sagemaker.list_notebook_instances()["NotebookInstances"] == []
+    assert (
+        sagemaker.list_training_jobs()["TrainingJobSummaries"] == []
+        and sagemaker.list_notebook_instances()["NotebookInstances"] == []
+    )
     assert sagemaker.list_hyper_parameter_tuning_jobs()["HyperParameterTuningJobSummaries"] == []
-    assert iam.list_roles()["Roles"] == [] and iam.list_policies(Scope="Local")["Policies"] == [] and iam.list_instance_profiles()["InstanceProfiles"] == []
-    assert cloud.client("s3").list_buckets()["Buckets"] == [] and cloud.client("logs").describe_log_groups()["logGroups"] == []
+    assert (
+        iam.list_roles()["Roles"] == []
+        and iam.list_policies(Scope="Local")["Policies"] == []
+        and iam.list_instance_profiles()["InstanceProfiles"] == []
+    )
+    assert (
+        cloud.client("s3").list_buckets()["Buckets"] == []
+        and cloud.client("logs").describe_log_groups()["logGroups"] == []
+    )
     assert cloud.client("cloudformation").describe_stacks()["Stacks"] == []
-    assert cloud.launch("down", "--yes", "--every", "0.05")[0] == OK, "a second one finds nothing to do"
+    assert cloud.launch("down", "--yes", "--every", "0.05")[0] == OK, (
+        "a second one finds nothing to do"
+    )
 
 
 def test_up_twice_changes_nothing_and_asks_before_it_does(account, cloud):

@@ -55,5 +55,7 @@ with on_signals():
         os.kill(os.getpid(), signal.SIGINT)
     print("still here")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGINT and "still here" not in done.stdout

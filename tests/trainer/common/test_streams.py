@@ -58,7 +58,9 @@ def check_equal(cwd: Path, undisturbed: Path) -> None:
     assert weights(runs[0]) == weights(runs[1])
 
 
-def start(cwd: Path, *command: str, before: Callable[[], None] | None = None, **streams: int) -> subprocess.Popen[bytes]:
+def start(
+    cwd: Path, *command: str, before: Callable[[], None] | None = None, **streams: int
+) -> subprocess.Popen[bytes]:
     """The command in a session of its own. streams: stdout and stderr."""
     own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
     return subprocess.Popen(
@@ -108,7 +110,15 @@ def test_each_stream_is_lost_by_itself(cwd, lost):
     looking, written = pipe()
     os.close(looking)
     kept = "stderr" if lost == "stdout" else "stdout"
-    process = start(cwd, "trainer", *RUN, "train.epochs=1", "--cfg", "job", **{lost: written, kept: subprocess.PIPE})
+    process = start(
+        cwd,
+        "trainer",
+        *RUN,
+        "train.epochs=1",
+        "--cfg",
+        "job",
+        **{lost: written, kept: subprocess.PIPE},
+    )
     os.close(written)
     said = process.communicate(timeout=PATIENCE)[0 if kept == "stdout" else 1]
     assert process.returncode == OK, said
@@ -123,7 +133,9 @@ CLOSED = {"stdout": ">&-", "all": "<&- >&- 2>&-", "a full disk": ">/dev/full 2>&
 def test_a_run_started_without_output_trains(cwd, undisturbed, how):
     command = f'exec "{sys.executable}" -m trainer {" ".join(RUN)} {CLOSED[how]}'
     own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
-    done = subprocess.run(["sh", "-c", command], cwd=cwd, env=os.environ | own, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=cwd, env=os.environ | own, capture_output=True, text=True
+    )
     assert done.returncode == OK, done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     check_equal(cwd, undisturbed)
@@ -145,9 +157,13 @@ COMMANDS = [
 def test_a_command_whose_reader_has_gone_ends_in_order(tmp_path, command):
     looking, written = pipe()
     os.close(looking)
-    unread = start(tmp_path, *command, stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.PIPE)
+    unread = start(
+        tmp_path, *command, stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.PIPE
+    )
     os.close(written)
-    read = start(tmp_path, *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    read = start(
+        tmp_path, *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     said = [process.communicate(timeout=PATIENCE)[1] for process in (unread, read)]
     assert (unread.returncode, said[0]) == (read.returncode, said[1])
 
@@ -168,7 +184,15 @@ def test_what_is_not_lost_but_late_is_waited_for():
 
 def test_a_full_disk_is_told_where_the_output_is_the_result(tmp_path):
     with Path("/dev/full").open("wb") as full:
-        done = start(tmp_path, "launch", "plan", "--json", stdin=subprocess.DEVNULL, stdout=full.fileno(), stderr=subprocess.PIPE)
+        done = start(
+            tmp_path,
+            "launch",
+            "plan",
+            "--json",
+            stdin=subprocess.DEVNULL,
+            stdout=full.fileno(),
+            stderr=subprocess.PIPE,
+        )
         said = done.communicate(timeout=PATIENCE)[1]
     assert done.returncode not in (OK, RESUME) and b"No space left" in said
 
@@ -184,7 +208,9 @@ def in_front_of(written: int) -> Callable[[], None]:
 def test_a_closed_window_saves_and_the_same_command_goes_on(cwd, undisturbed):
     looking, written = terminal()
     command = ("trainer", *RUN)
-    process = start(cwd, *command, before=in_front_of(written), stdin=written, stdout=written, stderr=written)
+    process = start(
+        cwd, *command, before=in_front_of(written), stdin=written, stdout=written, stderr=written
+    )
     os.close(written)
     checkpoints = cwd / "runs/run/checkpoints"
     shown(looking, b"run ")
@@ -255,7 +281,12 @@ def test_several_processes_hang_up_together_and_go_on_unseen(cwd):
         assert [process.wait(PATIENCE) for process in processes] == [RESUME] * 2
 
 
-SWEEP = ("-m", *(word for word in RUN if not word.startswith("name=")), "name=sweep", "optim.lr=1e-3,1e-2")
+SWEEP = (
+    "-m",
+    *(word for word in RUN if not word.startswith("name=")),
+    "name=sweep",
+    "optim.lr=1e-3,1e-2",
+)
 
 
 def test_a_sweep_hangs_up_and_goes_on_unseen(cwd):
@@ -289,7 +320,10 @@ def test_what_nohup_ignores_stays_ignored(cwd, undisturbed):
         )
     assert wait_for(lambda: packing(cwd) or process.poll() is not None, PATIENCE)
     hang_up(process)
-    assert wait_for(lambda: checkpoint.steps(cwd / "runs/run/checkpoints") or process.poll() is not None, PATIENCE)
+    assert wait_for(
+        lambda: checkpoint.steps(cwd / "runs/run/checkpoints") or process.poll() is not None,
+        PATIENCE,
+    )
     if process.poll() is None:
         hang_up(process)
     assert process.wait(PATIENCE) == OK
@@ -311,5 +345,7 @@ print("unseen", flush=True)
 assert streams.gone(sys.stdout) and not streams.gone(sys.stderr)
 os.write(1, b"and what C code writes")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -15,7 +15,7 @@ from trainer.common.console import to_terminal
 from trainer.common.errors import Interrupted
 from trainer.common.interrupt import Stop
 from trainer.distributed.job import World, world
-from trainer.images.datasets import find_pictures
+from trainer.images.datasets import find_images
 from trainer.images.loader import Batch, Batches
 from trainer.network.build import Classifier
 from trainer.settings import config as settings
@@ -49,11 +49,11 @@ class StopAt:
                 self._stop.ask("the test")
             yield batch
 
-    def training(self, epoch: int, first: int = 0) -> Any:
-        yield from self._counted(self._batches.training(epoch, first))
+    def train_batches(self, epoch: int, first: int = 0) -> Any:
+        yield from self._counted(self._batches.train_batches(epoch, first))
 
-    def plain(self, name: str) -> Any:
-        yield from self._counted(self._batches.plain(name))
+    def eval_batches(self, name: str) -> Any:
+        yield from self._counted(self._batches.eval_batches(name))
 
 
 def norm_by_groups(network: nn.Module) -> None:
@@ -63,12 +63,14 @@ def norm_by_groups(network: nn.Module) -> None:
             network.set_submodule(name, nn.GroupNorm(8, layer.num_features))
 
 
-def train(world: World, stop_at: int | None, dropout: float, groups: bool, *overrides: str) -> dict[str, Any]:
+def train(
+    world: World, stop_at: int | None, dropout: float, groups: bool, *overrides: str
+) -> dict[str, Any]:
     """stop_at: batches of rank 1 (or of the only process) until it is asked to stop."""
     config = compose([*BASE, *overrides])
     stop = Stop()
     with open_run(config, world) as run:
-        found = find_pictures(config)
+        found = find_images(config)
         machine = stages.prepare_machine(config, world)
         network = stages.make_network(config, found, machine, world)
         if dropout:
@@ -76,10 +78,12 @@ def train(world: World, stop_at: int | None, dropout: float, groups: bool, *over
         if groups:
             norm_by_groups(network)
         found, read = stages.read_pictures(config, found, run, stop, world)
-        feed = stages.make_feed(config, found, read, machine, world)
+        feed = stages.make_loader(config, found, read, machine, world)
         batches = stages.cache_features(config, network, feed, machine, stop, world)
         learner = stages.make_learner(config, network, batches, machine, world)
-        checkpoints, progress = stages.resume(config, run, learner, stages.make_ledger(config, run, world), found, machine, world)
+        checkpoints, progress = stages.resume(
+            config, run, learner, stages.make_ledger(config, run, world), found, machine, world
+        )
         if stop_at is not None and world.rank == min(1, world.size - 1):
             batches = StopAt(batches, stop, stop_at)  # type: ignore[assignment]
         try:
@@ -87,13 +91,25 @@ def train(world: World, stop_at: int | None, dropout: float, groups: bool, *over
         except Interrupted as reason:
             return {"interrupted": str(reason), "step": progress.step}
         stages.load_best(learner, batches, progress, checkpoints, stop, world)
-        logits, labels = evaluate(network, feed.plain("test"), torch.device("cpu"), torch.float32, stop, world)
-        return {"test": metrics.classification(logits, labels, "test") if world.chief else None, "step": progress.step, "bytes": sent(learner)}
+        logits, labels = evaluate(
+            network, feed.eval_batches("test"), torch.device("cpu"), torch.float32, stop, world
+        )
+        return {
+            "test": metrics.classification(logits, labels, "test")
+            if world.is_main_process
+            else None,
+            "step": progress.step,
+            "bytes": sent(learner),
+        }
 
 
 def sent(learner: Any) -> int:
     """Bytes of the gradients that are exchanged in a step."""
-    part = learner.network.head if isinstance(learner.network, Classifier) and learner.network.frozen else learner.network
+    part = (
+        learner.network.head
+        if isinstance(learner.network, Classifier) and learner.network.frozen
+        else learner.network
+    )
     return sum(4 * parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
 
 
@@ -112,15 +128,17 @@ def main() -> None:
     settings.register()
     to_terminal()
     config = compose(BASE)
-    here.share_config(config if here.chief else None)
+    here.share_config(config if here.is_main_process else None)
     with here.connected(60, Stop()):
         for name in names:
             scenario, _, rest = name.partition(":")  # NAME[:RUN[:STOP_AT]]
             run, _, stop_at = rest.partition(":")
             dropout, groups, overrides = SCENARIOS[scenario]
             run = run or f"{scenario}-{here.size}"
-            came = train(here, int(stop_at) if stop_at else None, dropout, groups, *overrides, f"name={run}")
-            if here.chief:
+            came = train(
+                here, int(stop_at) if stop_at else None, dropout, groups, *overrides, f"name={run}"
+            )
+            if here.is_main_process:
                 Path("runs", run, f"outcome-{here.size}.json").write_text(json.dumps(came))
 
 

@@ -23,7 +23,19 @@ def runs(tmp_path_factory) -> Path:
     make_pictures(root / "pictures", {"train": 16, "valid": 9, "test": 8})
     (root / "pictures/test/circle/000.png").unlink()
     run_together(root, 1, "exact", "fast", "plain", "frozen", "chain:chain:3", "fast:grown:2")
-    run_together(root, 2, "exact", "fast", "plain", "fp16", "frozen", "chain:chain:4", "fast:again:6", "fast:again", "fast:grown")
+    run_together(
+        root,
+        2,
+        "exact",
+        "fast",
+        "plain",
+        "fp16",
+        "frozen",
+        "chain:chain:4",
+        "fast:again:6",
+        "fast:again",
+        "fast:grown",
+    )
     run_together(root, 3, "exact")
     run_together(root, 4, "exact", "chain:chain")
     return root / "runs"
@@ -49,7 +61,10 @@ def test_exact_mode_gives_the_same_bits_for_any_number_of_processes(runs, size):
 
 def test_exact_mode_resumes_on_other_numbers_of_processes_to_the_same_bits(runs):
     stops = [said(runs, "chain", size) for size in (1, 2)]
-    assert all("the test" in stop["interrupted"] for stop in stops) and 0 < stops[0]["step"] < stops[1]["step"]
+    assert (
+        all("the test" in stop["interrupted"] for stop in stops)
+        and 0 < stops[0]["step"] < stops[1]["step"]
+    )
     assert difference(result(runs, "exact-1"), result(runs, "chain")) is None
     assert "bit for bit" not in (runs / "chain/log.txt").read_text()
 
@@ -71,9 +86,16 @@ def test_fast_mode_computes_the_gradient_of_the_whole_batch(runs):
     one, two = weights(runs, "plain-1"), weights(runs, "plain-2")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
-    rows = [checkpoint.newest(runs / f"plain-{size}/checkpoints")[1]["progress"]["rows"] for size in (1, 2)]
-    assert [row["train_loss"] for row in rows[0]] == pytest.approx([row["train_loss"] for row in rows[1]], rel=1e-4)
-    assert [row["train_top1"] for row in rows[0]] == pytest.approx([row["train_top1"] for row in rows[1]], abs=0.03)
+    rows = [
+        checkpoint.newest(runs / f"plain-{size}/checkpoints")[1]["progress"]["rows"]
+        for size in (1, 2)
+    ]
+    assert [row["train_loss"] for row in rows[0]] == pytest.approx(
+        [row["train_loss"] for row in rows[1]], rel=1e-4
+    )
+    assert [row["train_top1"] for row in rows[0]] == pytest.approx(
+        [row["train_top1"] for row in rows[1]], abs=0.03
+    )
 
 
 def test_compressed_gradients_are_rounded_and_still_train(runs):
@@ -118,7 +140,11 @@ def test_the_shares_of_all_processes_are_the_batches(size, shards):
     batches = epoch_batches(100, 31, 0, 0)
     everybody = Share(0, size, shards).everybody()
     assert [shard for share in everybody for shard in share.mine] == list(range(shards))
-    for batch, *parts in zip(batches, *(share.of_training(batches) for share in everybody), strict=True):
+    for batch, *parts in zip(
+        batches, *(share.of_training(batches) for share in everybody), strict=True
+    ):
         assert np.array_equal(np.concatenate(parts), batch)
         assert [len(part) for part in parts] == [sum(share.lengths(31)) for share in everybody]
-    assert sorted(map(tuple, batches)) == sorted(tuple(batch) for share in everybody for batch in share.of_evaluation(batches))
+    assert sorted(map(tuple, batches)) == sorted(
+        tuple(batch) for share in everybody for batch in share.of_evaluation(batches)
+    )

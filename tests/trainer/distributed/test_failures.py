@@ -37,7 +37,9 @@ def steps(directory: Path) -> list[Path]:
 
 
 def errors(outputs: list[str]) -> list[str]:
-    return [line for output in outputs for line in output.splitlines() if line.startswith("error: ")]
+    return [
+        line for output in outputs for line in output.splitlines() if line.startswith("error: ")
+    ]
 
 
 def test_one_is_asked_to_stop_and_all_do_then_one_hangs_and_the_other_ends_in_time(directory):
@@ -46,7 +48,10 @@ def test_one_is_asked_to_stop_and_all_do_then_one_hangs_and_the_other_ends_in_ti
         processes[1].send_signal(signal.SIGTERM)
         codes, outputs = ended(processes, 60)
     assert codes == [RESUME] * 2, "\n".join(outputs)
-    assert re.search("stopped by SIGTERM .rank 1 on .*the same command goes on", outputs[0]) and not outputs[1]
+    assert (
+        re.search("stopped by SIGTERM .rank 1 on .*the same command goes on", outputs[0])
+        and not outputs[1]
+    )
     saved = steps(directory)[-1]
     checkpoint.verify(saved)
 
@@ -57,7 +62,9 @@ def test_one_is_asked_to_stop_and_all_do_then_one_hangs_and_the_other_ends_in_ti
         output, _ = processes[0].communicate(timeout=600)
         assert time.monotonic() - started < LIMIT + 120
     assert processes[0].returncode == RESUME and "resumed from" in output, output
-    assert re.search("error: rank 1 on .* no longer answers: .*goes on from the newest checkpoint", output)
+    assert re.search(
+        "error: rank 1 on .* no longer answers: .*goes on from the newest checkpoint", output
+    )
     checkpoint.verify(steps(directory)[-1])
 
 
@@ -67,7 +74,9 @@ def test_the_error_of_the_process_that_fails_is_the_one_that_is_seen(directory):
     with together([directory, other], "trainer", *RUN) as processes:
         codes, outputs = ended(processes, 60)
     assert codes == [MISTAKE] * 2, "\n".join(outputs)
-    assert len(errors(outputs)) == 1 and re.match("error: rank 1 on .*: the pictures: .* here, .* at rank 0", errors(outputs)[0])
+    assert len(errors(outputs)) == 1 and re.match(
+        "error: rank 1 on .*: the pictures: .* here, .* at rank 0", errors(outputs)[0]
+    )
     assert not (other / "runs").exists()
     assert re.search("rank 1 on .*: the pictures", (directory / "runs/run/log.txt").read_text())
 
@@ -81,13 +90,20 @@ def test_a_wrong_setting_is_said_once(directory):
 
 def test_fewer_processes_than_asked_for_are_a_mistake(directory):
     code, output = run_trainer(directory, *RUN, "train.processes=2")
-    assert code == MISTAKE and "train.processes=2, but 1 runs: torchrun --nproc_per_node=N" in output
+    assert (
+        code == MISTAKE and "train.processes=2, but 1 runs: torchrun --nproc_per_node=N" in output
+    )
 
 
 def workers(torchrun: int) -> list[int]:
     """Its processes, by rank."""
-    found = subprocess.run(["pgrep", "-P", str(torchrun), "-f", "trainer"], capture_output=True, text=True).stdout.split()
-    return sorted((int(child) for child in found), key=lambda child: "LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_text())
+    found = subprocess.run(
+        ["pgrep", "-P", str(torchrun), "-f", "trainer"], capture_output=True, text=True
+    ).stdout.split()
+    return sorted(
+        (int(child) for child in found),
+        key=lambda child: "LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_text(),
+    )
 
 
 @contextmanager
@@ -109,14 +125,26 @@ def gone(process: int) -> bool:
 
 
 def test_torchrun_brings_a_killed_process_back(directory):
-    with torchrun(directory, "--max-restarts=1", "-m", "trainer", *RUN, "train.epochs=40", "train.exact_shards=2") as process:
+    with torchrun(
+        directory,
+        "--max-restarts=1",
+        "-m",
+        "trainer",
+        *RUN,
+        "train.epochs=40",
+        "train.exact_shards=2",
+    ) as process:
         assert wait_for(lambda: len(steps(directory)) >= 2)
         one, other = workers(process.pid)
         os.kill(other, signal.SIGKILL)
         assert wait_for(lambda: gone(one), LIMIT + 120), "the other process is still there"
         (code,), (output,) = ended([process], 180)
     assert code == OK, output
-    assert re.search("error: rank 1 on .* no longer answers", output) and "resumed from" in output and "test accuracy" in output
+    assert (
+        re.search("error: rank 1 on .* no longer answers", output)
+        and "resumed from" in output
+        and "test accuracy" in output
+    )
 
 
 def test_no_process_outlives_torchrun(directory):

@@ -31,7 +31,10 @@ def ip(*words: str) -> None:
 
 def can_make_hosts() -> bool:
     name = f"packhorse-try-{os.getpid()}"
-    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+    if (
+        shutil.which("ip") is None
+        or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode
+    ):
         return False
     ip("netns", "delete", name)
     return True
@@ -46,7 +49,20 @@ def hosts() -> Iterator[list[str]]:
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            names[1],
+        )
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
@@ -58,7 +74,13 @@ def hosts() -> Iterator[list[str]]:
 
 
 def start(host: str, number: int, cwd: Path) -> subprocess.Popen[str]:
-    torchrun = ["--nnodes=2", "--nproc_per_node=1", f"--node_rank={number}", f"--master_addr={ADDRESSES[0]}", "--master_port=29511"]
+    torchrun = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        f"--node_rank={number}",
+        f"--master_addr={ADDRESSES[0]}",
+        "--master_port=29511",
+    ]
     return subprocess.Popen(
         ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "trainer", *RUN],
         cwd=cwd, env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)},
@@ -74,7 +96,9 @@ def test_two_hosts_train_together_lose_each_other_and_go_on(tmp_path, hosts):
 
     processes = [start(host, number, directories[number]) for number, host in enumerate(hosts)]
     try:
-        assert wait_for(lambda: len(checkpoint.steps(checkpoints)) >= 2 or processes[0].poll() is not None)
+        assert wait_for(
+            lambda: len(checkpoint.steps(checkpoints)) >= 2 or processes[0].poll() is not None
+        )
         ip("-n", hosts[0], "link", "set", "cable", "down")
         cut = time.monotonic()
         outputs = [process.communicate(timeout=LIMIT + 600)[0] for process in processes]
@@ -85,7 +109,9 @@ def test_two_hosts_train_together_lose_each_other_and_go_on(tmp_path, hosts):
     assert all(process.returncode not in (OK, -9) for process in processes), "\n".join(outputs)
     assert "2 on 2 hosts" in outputs[0]
     assert re.search("error: rank 1 on .* no longer answers", outputs[0]), outputs[0]
-    assert re.search("error: rank 1 on .*: the host of rank 0 no longer answers", outputs[1]), outputs[1]
+    assert re.search("error: rank 1 on .*: the host of rank 0 no longer answers", outputs[1]), (
+        outputs[1]
+    )
     saved = checkpoint.steps(checkpoints)[-1]
     checkpoint.verify(saved)
     assert not (directories[1] / "runs").exists()  # the run is rank 0's
@@ -93,7 +119,9 @@ def test_two_hosts_train_together_lose_each_other_and_go_on(tmp_path, hosts):
     ip("-n", hosts[0], "link", "set", "cable", "up")
     processes = [start(host, number, directories[number]) for number, host in enumerate(hosts)]
     try:
-        assert wait_for(lambda: checkpoint.steps(checkpoints)[-1] > saved or processes[0].poll() is not None)
+        assert wait_for(
+            lambda: checkpoint.steps(checkpoints)[-1] > saved or processes[0].poll() is not None
+        )
         for process in processes:
             process.terminate()
         outputs = [process.communicate(timeout=600)[0] for process in processes]
@@ -101,4 +129,6 @@ def test_two_hosts_train_together_lose_each_other_and_go_on(tmp_path, hosts):
         for process in processes:
             process.kill()
     assert re.search("resumed from .*step-", outputs[0]), outputs[0]
-    assert "stopped by SIGTERM" in outputs[0] and checkpoint.steps(checkpoints)[-1] > saved, outputs[0]
+    assert "stopped by SIGTERM" in outputs[0] and checkpoint.steps(checkpoints)[-1] > saved, (
+        outputs[0]
+    )

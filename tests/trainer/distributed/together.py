@@ -23,12 +23,26 @@ def together(directories: Sequence[Path], *command: str) -> Iterator[list[subpro
     port, size = free_port(), len(directories)
 
     def environment(rank: int) -> dict[str, str]:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        names = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(directories[rank])}
         return os.environ | own | {name: str(value) for name, value in names.items()}
 
     processes = [
-        subprocess.Popen([sys.executable, "-m", *command], cwd=cwd, env=environment(rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=cwd,
+            env=environment(rank),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank, cwd in enumerate(directories)
     ]
     try:
@@ -39,7 +53,9 @@ def together(directories: Sequence[Path], *command: str) -> Iterator[list[subpro
             process.communicate()
 
 
-def ended(processes: Sequence[subprocess.Popen[str]], seconds: float = 120) -> tuple[list[int], list[str]]:
+def ended(
+    processes: Sequence[subprocess.Popen[str]], seconds: float = 120
+) -> tuple[list[int], list[str]]:
     """The exit codes and what was printed."""
     outputs = [process.communicate(timeout=seconds)[0] for process in processes]
     return [process.returncode for process in processes], outputs

@@ -4,11 +4,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode, RandomResizedCrop, TrivialAugmentWide, autoaugment
+from torchvision.transforms import (
+    InterpolationMode,
+    RandomResizedCrop,
+    TrivialAugmentWide,
+    autoaugment,
+)
 from torchvision.transforms.v2 import functional as reference
 
 from trainer.common.randomness import Purpose, generator
-from trainer.images.augment import OPERATIONS, STRENGTHS, Augmentation, mirror, random_box, random_view, trivial_augment
+from trainer.images.augment import (
+    OPERATIONS,
+    STRENGTHS,
+    Augmentation,
+    mirror,
+    random_box,
+    random_view,
+    trivial_augment,
+)
 from trainer.images.decode import FILTERS
 
 SCALE, RATIO = (0.25, 1.0), (0.75, 1.3333)
@@ -21,7 +34,9 @@ def pixels():
     """Smooth colours under noise, [60, 80, 3]: so that every operation has something to change."""
     y, x = np.mgrid[:60, :80]
     smooth = np.stack([3 * x, 4 * y, 2 * x + y], 2)
-    return np.clip(smooth + np.random.default_rng(0).integers(-20, 20, smooth.shape), 5, 235).astype(np.uint8)
+    return np.clip(
+        smooth + np.random.default_rng(0).integers(-20, 20, smooth.shape), 5, 235
+    ).astype(np.uint8)
 
 
 def rng(sample=0, epoch=0, seed=0):
@@ -33,7 +48,9 @@ def rng(sample=0, epoch=0, seed=0):
 
 def test_a_view_depends_on_its_generator_alone(pixels):
     views = [random_view(pixels, 32, "bilinear", ALL, rng(sample)) for sample in range(20)]
-    again = [random_view(pixels, 32, "bilinear", ALL, rng(sample)) for sample in reversed(range(20))]
+    again = [
+        random_view(pixels, 32, "bilinear", ALL, rng(sample)) for sample in reversed(range(20))
+    ]
     assert np.array_equal(views, again[::-1])
     assert len({view.tobytes() for view in views}) == 20
     assert all(view.shape == (32, 32, 3) and view.dtype == np.uint8 for view in views)
@@ -47,13 +64,18 @@ def test_seed_epoch_and_sample_each_change_the_view(pixels):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "box"])
 def test_a_view_equals_torchvisions_crop_of_the_same_box(pixels, interpolation):
-    tensors = interpolation in ("bilinear", "bicubic")  # the filters that torchvision has for tensors
+    tensors = interpolation in (
+        "bilinear",
+        "bicubic",
+    )  # the filters that torchvision has for tensors
     source = torch.from_numpy(pixels).permute(2, 0, 1) if tensors else Image.fromarray(pixels)
     for sample in range(20):
         box = random_box(60, 80, SCALE, RATIO, rng(sample))
         expected = reference.resized_crop(source, *box, [32, 32], InterpolationMode(interpolation))
         expected = expected.permute(1, 2, 0) if tensors else expected
-        assert np.array_equal(random_view(pixels, 32, interpolation, PLAIN, rng(sample)), np.asarray(expected))
+        assert np.array_equal(
+            random_view(pixels, 32, interpolation, PLAIN, rng(sample)), np.asarray(expected)
+        )
 
 
 @pytest.mark.parametrize(("interpolation", "levels"), [("bilinear", 1), ("bicubic", 2)])
@@ -61,7 +83,9 @@ def test_a_view_equals_torchvisions_crop_of_the_same_box(pixels, interpolation):
 def test_a_view_is_pillows_but_for_rounding(pixels, interpolation, levels, size):
     for sample in range(20):
         top, left, height, width = random_box(60, 80, SCALE, RATIO, rng(sample))
-        expected = Image.fromarray(pixels[top : top + height, left : left + width]).resize((size, size), FILTERS[interpolation])
+        expected = Image.fromarray(pixels[top : top + height, left : left + width]).resize(
+            (size, size), FILTERS[interpolation]
+        )
         view = random_view(pixels, size, interpolation, PLAIN, rng(sample))
         assert np.abs(view.astype(int) - np.asarray(expected)).max() <= levels
 
@@ -82,16 +106,25 @@ def test_the_picture_itself_is_not_changed(pixels):
 def test_half_of_the_views_are_mirrored(pixels):
     whole = {"scale": (1.0, 1.0), "ratio": (80 / 60, 80 / 60), "trivial": False}
     straight = random_view(pixels, 60, "bilinear", Augmentation(flip=False, **whole), rng())
-    views = [random_view(pixels, 60, "bilinear", Augmentation(flip=True, **whole), rng(sample)) for sample in range(400)]
+    views = [
+        random_view(pixels, 60, "bilinear", Augmentation(flip=True, **whole), rng(sample))
+        for sample in range(400)
+    ]
     mirrored = [np.array_equal(view, straight[:, ::-1]) for view in views]
-    assert all(np.array_equal(view, straight) for view, is_mirrored in zip(views, mirrored, strict=True) if not is_mirrored)
+    assert all(
+        np.array_equal(view, straight)
+        for view, is_mirrored in zip(views, mirrored, strict=True)
+        if not is_mirrored
+    )
     assert 160 < sum(mirrored) < 240  # 4 standard deviations
 
 
 # --- boxes ---
 
 
-@pytest.mark.parametrize(("height", "width"), [(256, 341), (341, 256), (256, 1024), (28, 28), (1, 1), (1, 7)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(256, 341), (341, 256), (256, 1024), (28, 28), (1, 1), (1, 7)]
+)
 def test_boxes_lie_inside_the_picture(height, width):
     random = rng()
     for _ in range(500):
@@ -110,7 +143,10 @@ def test_boxes_are_distributed_as_torchvisions():
     torch.manual_seed(0)
     picture, random, count = Image.new("RGB", (341, 256)), rng(), 4000
     ours = np.array([random_box(256, 341, SCALE, RATIO, random) for _ in range(count)], float)
-    theirs = np.array([RandomResizedCrop.get_params(picture, list(SCALE), list(RATIO)) for _ in range(count)], float)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(picture, list(SCALE), list(RATIO)) for _ in range(count)],
+        float,
+    )
     for ours_of, theirs_of in zip(features(ours), features(theirs), strict=True):
         assert kolmogorov_smirnov(ours_of, theirs_of) < 1.95 * math.sqrt(2 / count)  # p = 0.001
 
@@ -123,7 +159,10 @@ def features(boxes):
 def kolmogorov_smirnov(a, b):
     """The largest distance between the two samples' distribution functions."""
     points = np.concatenate([a, b])
-    return np.abs(np.searchsorted(np.sort(a), points, "right") / len(a) - np.searchsorted(np.sort(b), points, "right") / len(b)).max()
+    return np.abs(
+        np.searchsorted(np.sort(a), points, "right") / len(a)
+        - np.searchsorted(np.sort(b), points, "right") / len(b)
+    ).max()
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (100, 100)])
@@ -135,7 +174,19 @@ def test_where_no_box_fits_it_is_torchvisions_centre(height, width):
 
 # --- TrivialAugmentWide ---
 
-NAMES = ["Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness", "Posterize"]
+NAMES = [
+    "Identity",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+]
 NAMES += ["Solarize", "AutoContrast", "Equalize"]  # torchvision's, in the order of OPERATIONS
 
 
@@ -151,7 +202,9 @@ def test_strengths_and_signs_are_torchvisions(number):
     _, strongest, signed = OPERATIONS[number]
     theirs, _, their_signed = their_strengths(number)
     ours = np.linspace(0, strongest, STRENGTHS) if strongest else np.zeros(1)
-    assert np.allclose(np.round(ours) if NAMES[number] == "Posterize" else ours, theirs, rtol=1e-5, atol=1e-4)
+    assert np.allclose(
+        np.round(ours) if NAMES[number] == "Posterize" else ours, theirs, rtol=1e-5, atol=1e-4
+    )
     assert signed == their_signed
 
 
@@ -162,21 +215,39 @@ def test_each_operation_equals_torchvisions_at_every_strength(pixels, number, si
     image = Image.fromarray(pixels).resize(size)
     strengths, changeless, signed = their_strengths(number)
     for strength in [*strengths, *(-strengths if signed else [])]:
-        theirs = autoaugment._apply_op(image, NAMES[number], changeless - strength if changeless else strength, InterpolationMode.NEAREST, None)
+        theirs = autoaugment._apply_op(
+            image,
+            NAMES[number],
+            changeless - strength if changeless else strength,
+            InterpolationMode.NEAREST,
+            None,
+        )
         assert np.array_equal(np.asarray(operation(image, strength)), np.asarray(theirs)), strength
 
 
 def test_posterize_loses_whole_bits_like_torchvisions(pixels):
-    image, bits = Image.fromarray(pixels), TrivialAugmentWide(STRENGTHS)._augmentation_space(STRENGTHS)["Posterize"][0]
+    image, bits = (
+        Image.fromarray(pixels),
+        TrivialAugmentWide(STRENGTHS)._augmentation_space(STRENGTHS)["Posterize"][0],
+    )
     for step in range(STRENGTHS):
         operation, strongest, _ = OPERATIONS[NAMES.index("Posterize")]
         ours = operation(image, strongest * step / (STRENGTHS - 1))
-        assert np.array_equal(np.asarray(ours), np.asarray(reference.posterize(image, int(bits[step]))))
+        assert np.array_equal(
+            np.asarray(ours), np.asarray(reference.posterize(image, int(bits[step])))
+        )
 
 
 def test_all_operations_strengths_and_signs_are_drawn_alike(monkeypatch):
     drawn = []
-    spies = [(lambda image, strength, number=number: drawn.append((number, strength)), 30.0, number % 2 == 0) for number in range(14)]
+    spies = [
+        (
+            lambda image, strength, number=number: drawn.append((number, strength)),
+            30.0,
+            number % 2 == 0,
+        )
+        for number in range(14)
+    ]
     monkeypatch.setattr("trainer.images.augment.OPERATIONS", tuple(spies))
     random = rng()
     for _ in range(14000):

@@ -19,12 +19,12 @@ from tests.hostile import (
     segment,
 )
 from trainer.images import bounds
-from trainer.images.decode import DECODERS, PictureError, shrink
+from trainer.images.decode import DECODERS, ImageError, shrink
 
 
 @pytest.mark.parametrize(("data", "reason"), hostile.REFUSED.values(), ids=hostile.REFUSED)
 def test_a_file_that_would_take_minutes_is_refused(data, reason):
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         shrink(data, 16, "bilinear")
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
@@ -57,7 +57,9 @@ REAL = {
     "JPEG, progressive": encoded(photo(), "JPEG", progressive=True, quality=90),
     "JPEG of 90 scans": scans(80, 64),
     "JPEG of a camera": encoded(photo(), "JPEG", exif=camera_exif()),
-    "JPEG with 1 MB of Exif": jpeg_with(hostile.in_segments(hostile.overlapping_exif(1, 1_000_000))),
+    "JPEG with 1 MB of Exif": jpeg_with(
+        hostile.in_segments(hostile.overlapping_exif(1, 1_000_000))
+    ),
     "JPEG with a colour profile of 16 MB": jpeg_with(profile(255)),
     "JPEG with another picture behind it": encoded(photo(), "JPEG") + scans(300)[2:],
     "JPEG with restart markers": encoded(photo(), "JPEG", restart_marker_blocks=1),

@@ -21,7 +21,7 @@ from trainer.common import files
 from trainer.common.errors import Interrupted, Unreadable
 from trainer.images import cache
 from trainer.images.cache import TICK, TooLarge, pack, store_directory
-from trainer.images.decode import PictureError, shrink
+from trainer.images.decode import ImageError, shrink
 
 RESIZE = 24
 COUNT = 20
@@ -32,7 +32,9 @@ sys.addaudithook(lambda event, arguments: opened.append(arguments[0]) if event =
 
 def draw(path, seed, width=40, height=30):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    ).save(path)
     return str(path)
 
 
@@ -48,7 +50,10 @@ def settle(paths):
 def shared_pictures(tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")
     forms = itertools.cycle(["png", "jpg", "webp", "bmp"])
-    paths = [draw(root / f"{seed:02d}.{next(forms)}", seed, width=30 + 3 * seed, height=60 - 2 * seed) for seed in range(COUNT)]
+    paths = [
+        draw(root / f"{seed:02d}.{next(forms)}", seed, width=30 + 3 * seed, height=60 - 2 * seed)
+        for seed in range(COUNT)
+    ]
     return settle(paths)
 
 
@@ -82,7 +87,15 @@ def quiet(done, total):
     pass
 
 
-def packed(paths, root, resize=RESIZE, interpolation="bilinear", workers=2, max_bytes=None, on_progress=quiet):
+def packed(
+    paths,
+    root,
+    resize=RESIZE,
+    interpolation="bilinear",
+    workers=2,
+    max_bytes=None,
+    on_progress=quiet,
+):
     return pack(paths, root, resize, interpolation, workers, max_bytes, on_progress)
 
 
@@ -110,7 +123,11 @@ def stop_at(count):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "box"])
 def test_packed_pixels_are_those_of_shrink(tmp_path, shared_pictures, interpolation):
-    check(packed(shared_pictures, tmp_path, interpolation=interpolation), shared_pictures, interpolation=interpolation)
+    check(
+        packed(shared_pictures, tmp_path, interpolation=interpolation),
+        shared_pictures,
+        interpolation=interpolation,
+    )
 
 
 def test_a_picture_is_a_read_only_view_without_a_copy(tmp_path, shared_pictures):
@@ -123,7 +140,9 @@ def test_a_picture_is_a_read_only_view_without_a_copy(tmp_path, shared_pictures)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_the_store_is_the_same_to_the_byte_for_any_number_of_threads(tmp_path, shared_pictures, often, workers):
+def test_the_store_is_the_same_to_the_byte_for_any_number_of_threads(
+    tmp_path, shared_pictures, often, workers
+):
     packed(shared_pictures, tmp_path / "two", workers=2)
     packed(shared_pictures, tmp_path / "other", workers=workers)
     assert contents(tmp_path / "two") == contents(tmp_path / "other")
@@ -132,7 +151,11 @@ def test_the_store_is_the_same_to_the_byte_for_any_number_of_threads(tmp_path, s
 
 def test_progress_counts_every_picture_in_the_callers_thread(tmp_path, shared_pictures):
     seen = []
-    packed(shared_pictures, tmp_path, on_progress=lambda *numbers: seen.append((*numbers, threading.current_thread())))
+    packed(
+        shared_pictures,
+        tmp_path,
+        on_progress=lambda *numbers: seen.append((*numbers, threading.current_thread())),
+    )
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
     assert seen[-1] == (COUNT, COUNT, threading.current_thread())
     assert {done for done, _, _ in seen} == set(range(COUNT + 1))
@@ -167,7 +190,9 @@ def test_equal_pictures_share_their_pixels(tmp_path, own_pictures):
     copy = shutil.copy(own_pictures[0], tmp_path / "copy")
     result = packed([*own_pictures, copy], tmp_path / "store", workers=3)
     assert result(copy).ctypes.data == result(own_pictures[0]).ctypes.data
-    assert len(contents(tmp_path / "store")["1.pixels"]) == sum(result(path).nbytes for path in own_pictures)
+    assert len(contents(tmp_path / "store")["1.pixels"]) == sum(
+        result(path).nbytes for path in own_pictures
+    )
 
 
 def test_only_a_changed_picture_is_decoded_again(tmp_path, own_pictures, decoded):
@@ -224,7 +249,9 @@ def test_other_code_and_another_pillow_are_another_store(tmp_path, monkeypatch):
     assert store_directory(tmp_path, 24, "box") != before
 
 
-def test_other_runs_and_data_sets_add_to_the_same_store(tmp_path, own_pictures, shared_pictures, decoded):
+def test_other_runs_and_data_sets_add_to_the_same_store(
+    tmp_path, own_pictures, shared_pictures, decoded
+):
     first = packed(own_pictures[:5], tmp_path / "store")
     second = packed([*shared_pictures[3:8], *own_pictures[8:10]], tmp_path / "store")
     assert len(decoded) == 10
@@ -244,7 +271,10 @@ def test_relative_paths_are_those_of_the_working_directory(tmp_path, monkeypatch
 
 
 def test_any_file_name_is_possible(tmp_path):
-    paths = [draw(tmp_path / os.fsdecode(name), seed) for seed, name in enumerate([b"\xff.png", "ä\u2028.png".encode(), b"a\nb.png", b'"\\.png'])]
+    paths = [
+        draw(tmp_path / os.fsdecode(name), seed)
+        for seed, name in enumerate([b"\xff.png", "ä\u2028.png".encode(), b"a\nb.png", b'"\\.png'])
+    ]
     packed(settle(paths), tmp_path / "store")
     opened.clear()
     check_later = packed(paths, tmp_path / "store")
@@ -263,9 +293,9 @@ def test_broken_pictures_are_remembered_with_their_reasons(tmp_path, own_picture
         result = packed(own_pictures, tmp_path / "store")
         assert result.broken.keys() == {own_pictures[4], own_pictures[7]}
         for path in result.broken:
-            with pytest.raises(PictureError) as expected:
+            with pytest.raises(ImageError) as expected:
                 shrink(path, RESIZE, "bilinear")
-            with pytest.raises(PictureError) as found:
+            with pytest.raises(ImageError) as found:
                 result(path)
             assert str(found.value) == str(expected.value) == result.broken[path]
         check(result, [path for path in own_pictures if path not in result.broken])
@@ -336,15 +366,24 @@ def start_packer(root, point, paths):
     """Packs in a process of its own. point: number of pictures after which it kills itself, or "hold" and a file: it is made after the first
     picture, and the process goes on when it is gone."""
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    return subprocess.Popen([sys.executable, "-c", PACKER, str(root), point, *paths], env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PACKER, str(root), point, *paths],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def digest(paths):
-    return hashlib.sha256(b"".join(shrink(path, RESIZE, "bilinear").tobytes() for path in paths)).hexdigest()
+    return hashlib.sha256(
+        b"".join(shrink(path, RESIZE, "bilinear").tobytes() for path in paths)
+    ).hexdigest()
 
 
 @pytest.mark.parametrize("points", [(0, 1), (3, 6), (4, 5, 7), (19,), (20,)])
-def test_after_a_kill_the_next_run_goes_on_to_the_same_store(tmp_path, shared_pictures, often, decoded, points):
+def test_after_a_kill_the_next_run_goes_on_to_the_same_store(
+    tmp_path, shared_pictures, often, decoded, points
+):
     for point in points:
         process = start_packer(tmp_path / "killed", str(point), shared_pictures)
         assert process.wait(timeout=600) == -9
@@ -378,7 +417,9 @@ def test_the_last_index_line_may_be_torn_anywhere(tmp_path, shared_pictures):
         assert (directory / "1.index").read_bytes() == whole
 
 
-def test_after_a_crash_damaged_pixels_are_found_by_their_checksum(tmp_path, shared_pictures, decoded):
+def test_after_a_crash_damaged_pixels_are_found_by_their_checksum(
+    tmp_path, shared_pictures, decoded
+):
     packed(shared_pictures, tmp_path)
     (directory,) = tmp_path.iterdir()
     with (directory / "1.pixels").open("r+b") as file:
@@ -400,7 +441,9 @@ def test_a_garbled_index_line_loses_only_what_follows(tmp_path, shared_pictures,
         assert len(decoded) == COUNT + 8
 
 
-def test_an_interruption_keeps_what_is_packed_and_ends_the_threads(tmp_path, shared_pictures, decoded):
+def test_an_interruption_keeps_what_is_packed_and_ends_the_threads(
+    tmp_path, shared_pictures, decoded
+):
     with pytest.raises(Interrupted):
         packed(shared_pictures, tmp_path / "stopped", on_progress=stop_at(7))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("pack")]
@@ -498,13 +541,19 @@ def test_stale_pixels_are_dropped_once_they_are_more_than_half(tmp_path, own_pic
         result = packed(own_pictures, tmp_path / "store")
         check(result, own_pictures)
         live = sum(result(path).nbytes for path in own_pictures)
-        (size,) = (len(data) for name, data in contents(tmp_path / "store").items() if name.endswith(".pixels"))
+        (size,) = (
+            len(data)
+            for name, data in contents(tmp_path / "store").items()
+            if name.endswith(".pixels")
+        )
         assert size <= 2 * live
     assert "1.pixels" not in contents(tmp_path / "store")
     assert len(decoded) == COUNT + 5 * 8
 
 
-def test_pixels_of_pictures_that_are_gone_are_dropped_and_those_of_others_kept(tmp_path, own_pictures, decoded):
+def test_pixels_of_pictures_that_are_gone_are_dropped_and_those_of_others_kept(
+    tmp_path, own_pictures, decoded
+):
     packed(own_pictures, tmp_path / "store")
     for path in own_pictures[3:]:
         Path(path).unlink()
@@ -513,7 +562,9 @@ def test_pixels_of_pictures_that_are_gone_are_dropped_and_those_of_others_kept(t
     result = packed([*own_pictures[:3], new], tmp_path / "store")
     check(result, [*own_pictures[:3], new])
     assert len(decoded) == COUNT + 1
-    assert len(contents(tmp_path / "store")["2.pixels"]) == sum(result(path).nbytes for path in [*own_pictures[:3], new])
+    assert len(contents(tmp_path / "store")["2.pixels"]) == sum(
+        result(path).nbytes for path in [*own_pictures[:3], new]
+    )
 
 
 def test_touching_for_ever_does_not_grow_the_index_for_ever(tmp_path, own_pictures):
@@ -521,13 +572,20 @@ def test_touching_for_ever_does_not_grow_the_index_for_ever(tmp_path, own_pictur
         for path in own_pictures[:2]:
             Path(path).touch()
         packed(own_pictures[:2], tmp_path / "store")
-    (lines,) = (data.count(b"\n") for name, data in contents(tmp_path / "store").items() if name.endswith(".index"))
+    (lines,) = (
+        data.count(b"\n")
+        for name, data in contents(tmp_path / "store").items()
+        if name.endswith(".index")
+    )
     assert lines <= 8 * 2
 
 
 def test_the_limit_is_held_by_an_estimate_from_a_sample(tmp_path, shared_pictures):
     size = sum(shrink(path, RESIZE, "bilinear").nbytes for path in shared_pictures)
-    with pytest.raises(TooLarge, match=r"20 pictures need about .* GB, and 0 GB of the .* GB allowed are used; give data.cache=none"):
+    with pytest.raises(
+        TooLarge,
+        match=r"20 pictures need about .* GB, and 0 GB of the .* GB allowed are used; give data.cache=none",
+    ):
         packed(shared_pictures, tmp_path, max_bytes=size)
     assert contents(tmp_path) == {"1.index": b"", "1.pixels": b""}
     check(packed(shared_pictures, tmp_path, max_bytes=round(1.11 * size)), shared_pictures)
@@ -552,20 +610,29 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_disk_too_small_is_named_with_its_room_before_anything_is_written(small_disk, shared_pictures):
-    with pytest.raises(TooLarge, match=r"need about 0.0.* GB, and 0.00\d* GB are free.*platform.cache=DIR") as error:
+def test_a_disk_too_small_is_named_with_its_room_before_anything_is_written(
+    small_disk, shared_pictures
+):
+    with pytest.raises(
+        TooLarge, match=r"need about 0.0.* GB, and 0.00\d* GB are free.*platform.cache=DIR"
+    ) as error:
         packed(shared_pictures, small_disk / "store", resize=200)
     assert str(error.value).startswith(str(small_disk))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("full_at", [1, 10, 13])
-def test_a_disk_that_fills_up_midway_keeps_what_is_packed(small_disk, shared_pictures, often, decoded, full_at):
+def test_a_disk_that_fills_up_midway_keeps_what_is_packed(
+    small_disk, shared_pictures, often, decoded, full_at
+):
     filler = small_disk / "filler"
 
     def on_progress(done, total):
         if done == full_at:
-            with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+            with (
+                pytest.raises(OSError, match="No space left"),
+                filler.open("wb", buffering=0) as file,
+            ):
                 while True:
                     file.write(bytes(4096))
 

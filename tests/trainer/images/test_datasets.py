@@ -47,9 +47,13 @@ def test_fashion_mnist_becomes_class_folders_with_the_very_pixels(written):
         assert len(folder.splits[split].paths) == count
         numbers = [int(Path(path).stem) for path in folder.splits[split].paths]
         assert sorted(numbers) == list(range(count))
-        for path, label, number in list(zip(folder.splits[split].paths, folder.splits[split].labels, numbers, strict=True))[::50]:
+        for path, label, number in list(
+            zip(folder.splits[split].paths, folder.splits[split].labels, numbers, strict=True)
+        )[::50]:
             assert folder.classes[label] == arrays["classes"][arrays[f"{split}_y"][number]]
-            assert np.array_equal(shrink(path, 28, "bilinear")[..., 0], arrays[f"{split}_x"][number])
+            assert np.array_equal(
+                shrink(path, 28, "bilinear")[..., 0], arrays[f"{split}_x"][number]
+            )
     assert leftovers(written) == []
 
 
@@ -99,7 +103,11 @@ def test_what_a_dead_process_left_is_swept_and_what_a_living_one_writes_is_not(t
     dead.wait()
     of_dead, of_living, elsewhere = (
         tmp_path / f".fashion_mnist.{host}.{process}.partial"
-        for host, process in [(socket.gethostname(), dead.pid), (socket.gethostname(), os.getppid()), ("another-machine", dead.pid)]
+        for host, process in [
+            (socket.gethostname(), dead.pid),
+            (socket.gethostname(), os.getppid()),
+            ("another-machine", dead.pid),
+        ]
     )
     for partial in (of_dead, of_living, elsewhere):
         (partial / "train").mkdir(parents=True)
@@ -221,29 +229,54 @@ def md5(path):
 
 def test_pets_become_class_folders_with_the_very_files(tmp_path, server, picture, monkeypatch):
     folder, url = server
-    lists = {"trainval": "Abyssinian_1 1 1 1\ngreat_pyrenees_2 2 2 1\n", "test": "Abyssinian_3 1 1 1\ngreat_pyrenees_4 2 2 1\n"}
+    lists = {
+        "trainval": "Abyssinian_1 1 1 1\ngreat_pyrenees_2 2 2 1\n",
+        "test": "Abyssinian_3 1 1 1\ngreat_pyrenees_4 2 2 1\n",
+    }
     for name, lines in lists.items():
         (tmp_path / f"{name}.txt").write_text(lines)
-    pack(folder / "images.tar.gz", {f"images/{line.split()[0]}.jpg": picture for lines in lists.values() for line in lines.splitlines()})
-    pack(folder / "annotations.tar.gz", {f"annotations/{name}.txt": tmp_path / f"{name}.txt" for name in lists})
-    resources = tuple((f"{url}/{name}", md5(folder / name)) for name in ("images.tar.gz", "annotations.tar.gz"))
+    pack(
+        folder / "images.tar.gz",
+        {
+            f"images/{line.split()[0]}.jpg": picture
+            for lines in lists.values()
+            for line in lines.splitlines()
+        },
+    )
+    pack(
+        folder / "annotations.tar.gz",
+        {f"annotations/{name}.txt": tmp_path / f"{name}.txt" for name in lists},
+    )
+    resources = tuple(
+        (f"{url}/{name}", md5(folder / name)) for name in ("images.tar.gz", "annotations.tar.gz")
+    )
     monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", resources)
     root = tmp_path / "data" / "pets"
     materialize("pets", root)
     expected = ["test/Abyssinian/Abyssinian_3.jpg", "test/Great Pyrenees/great_pyrenees_4.jpg"]
-    assert listing(root) == [*expected, "train/Abyssinian/Abyssinian_1.jpg", "train/Great Pyrenees/great_pyrenees_2.jpg"]
+    assert listing(root) == [
+        *expected,
+        "train/Abyssinian/Abyssinian_1.jpg",
+        "train/Great Pyrenees/great_pyrenees_2.jpg",
+    ]
     assert (root / expected[0]).read_bytes() == picture.read_bytes()
     assert leftovers(root) == []
 
 
 def test_flowers_become_class_folders(tmp_path, server, picture, monkeypatch):
-    savemat = pytest.importorskip("scipy.io", reason="torchvision reads the labels of the flowers with scipy").savemat
+    savemat = pytest.importorskip(
+        "scipy.io", reason="torchvision reads the labels of the flowers with scipy"
+    ).savemat
     folder, url = server
     names = {"image": "102flowers.tgz", "label": "imagelabels.mat", "setid": "setid.mat"}
-    pack(folder / names["image"], {f"jpg/image_{number:05d}.jpg": picture for number in range(1, 7)})
+    pack(
+        folder / names["image"], {f"jpg/image_{number:05d}.jpg": picture for number in range(1, 7)}
+    )
     savemat(folder / names["label"], {"labels": [[1, 102, 1, 102, 1, 102]]})
     savemat(folder / names["setid"], {"trnid": [[1, 2]], "valid": [[3, 4]], "tstid": [[5, 6]]})
-    monkeypatch.setattr(Flowers102, "_file_dict", {kind: (name, md5(folder / name)) for kind, name in names.items()})
+    monkeypatch.setattr(
+        Flowers102, "_file_dict", {kind: (name, md5(folder / name)) for kind, name in names.items()}
+    )
     monkeypatch.setattr(Flowers102, "_download_url_prefix", f"{url}/")
     root = tmp_path / "data" / "flowers102"
     materialize("flowers102", root)
@@ -255,8 +288,12 @@ def test_flowers_become_class_folders(tmp_path, server, picture, monkeypatch):
     assert leftovers(root) == []
 
 
-@pytest.mark.parametrize("source", ["nobody", "hanging_up", "nonsense", "server"])  # the server lacks the file
-def test_a_failed_download_is_one_clear_line_that_says_what_to_do(tmp_path, monkeypatch, request, source):
+@pytest.mark.parametrize(
+    "source", ["nobody", "hanging_up", "nonsense", "server"]
+)  # the server lacks the file
+def test_a_failed_download_is_one_clear_line_that_says_what_to_do(
+    tmp_path, monkeypatch, request, source
+):
     url = f"{np.ravel(request.getfixturevalue(source))[-1]}/images.tar.gz"
     monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", ((url, "0" * 32),))
     with pytest.raises(UserError) as caught:

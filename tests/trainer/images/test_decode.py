@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from trainer.images.decode import MAX_ASPECT, PictureError, Preprocessing, center_crop, prepare, shrink
+from trainer.images.decode import (
+    MAX_ASPECT,
+    ImageError,
+    Preprocessing,
+    center_crop,
+    prepare,
+    shrink,
+)
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 
@@ -25,7 +32,9 @@ def encoded(image, form, **options):
 def scene(width=48, height=32):
     """A smooth RGB picture without any symmetry, so that each turn of it looks different."""
     y, x = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack([255 * x / width, 255 * y / height, 90 + 60 * (x > 2 * y)], 2).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([255 * x / width, 255 * y / height, 90 + 60 * (x > 2 * y)], 2).astype(np.uint8)
+    )
 
 
 def noise(width, height):
@@ -39,7 +48,9 @@ def flat(mode, value):
 def tiff(order, values, sample_format=1):
     """An uncompressed grey TIFF; order: "<" (II) or ">" (MM). Pillow itself writes the machine's order only."""
     height, width = values.shape
-    pixels = 8 + 2 + 10 * 12 + 4  # where they begin: after the header, the number of tags, ten tags, and the end of the list
+    pixels = (
+        8 + 2 + 10 * 12 + 4
+    )  # where they begin: after the header, the number of tags, ten tags, and the end of the list
     tags = {
         256: width,
         257: height,
@@ -61,33 +72,49 @@ def png(width, height, bits, rows):
     """A PNG in colour whose header says what it likes about the bytes in `rows`."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 # --- what comes out ---
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WebP", "BMP", "GIF", "TIFF"])
-@pytest.mark.parametrize(("width", "height", "expected"), [(48, 32, (16, 24)), (32, 48, (24, 16)), (30, 30, (16, 16)), (10, 7, (16, 22))])
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [(48, 32, (16, 24)), (32, 48, (24, 16)), (30, 30, (16, 16)), (10, 7, (16, 22))],
+)
 def test_shorter_side_becomes_resize_in_every_format(form, width, height, expected):
     pixels = shrink(encoded(scene(width, height), form), 16, "bilinear")
     assert pixels.shape == (*expected, 3)
     assert pixels.dtype == np.uint8
-    reference = np.asarray(scene(width, height).resize(expected[::-1], Image.Resampling.BILINEAR), int)
+    reference = np.asarray(
+        scene(width, height).resize(expected[::-1], Image.Resampling.BILINEAR), int
+    )
     assert np.abs(pixels - reference).mean() < 12  # the lossy formats and GIF's palette
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "box"])
 def test_resizes_with_the_named_filter(interpolation):
     reference = noise(48, 32).resize((24, 16), Image.Resampling[interpolation.upper()])
-    assert np.array_equal(shrink(encoded(noise(48, 32), "PNG"), 16, interpolation), np.asarray(reference))
+    assert np.array_equal(
+        shrink(encoded(noise(48, 32), "PNG"), 16, interpolation), np.asarray(reference)
+    )
 
 
 def test_a_picture_of_the_right_size_is_left_as_it_is():
-    assert np.array_equal(shrink(encoded(noise(28, 28), "PNG"), 28, "bilinear"), np.asarray(noise(28, 28)))
+    assert np.array_equal(
+        shrink(encoded(noise(28, 28), "PNG"), 28, "bilinear"), np.asarray(noise(28, 28))
+    )
 
 
 def test_path_bytes_and_open_file_give_the_same(tmp_path):
@@ -116,7 +143,9 @@ def test_a_jpeg_decoded_at_a_fraction_of_its_size_hardly_differs(width, height, 
     """33 pixels at a quarter are 8.25, which Pillow rounds up to 9: a shift unless the fraction is kept."""
     image = scene(width, height)
     size = (resize * width // min(width, height), resize * height // min(width, height))
-    difference = shrink(encoded(image, "JPEG", quality=95), resize, "bilinear") - np.asarray(image.resize(size, Image.Resampling.BILINEAR), int)
+    difference = shrink(encoded(image, "JPEG", quality=95), resize, "bilinear") - np.asarray(
+        image.resize(size, Image.Resampling.BILINEAR), int
+    )
     assert np.abs(difference).max() <= 12
 
 
@@ -126,7 +155,10 @@ def test_only_the_middle_of_a_very_long_picture_is_kept():
     pixels = shrink(encoded(strip, "PNG"), 20, "box")
     assert pixels.shape == (20, 20 * MAX_ASPECT, 3)
     assert (pixels == 255).all()
-    assert np.array_equal(shrink(encoded(strip.transpose(Image.Transpose.ROTATE_90), "PNG"), 20, "box"), np.rot90(pixels))
+    assert np.array_equal(
+        shrink(encoded(strip.transpose(Image.Transpose.ROTATE_90), "PNG"), 20, "box"),
+        np.rot90(pixels),
+    )
 
 
 def test_center_crop_cuts_the_middle_into_memory_of_its_own():
@@ -139,7 +171,10 @@ def test_center_crop_cuts_the_middle_into_memory_of_its_own():
 
 def test_prepare_is_shrink_and_center_crop():
     data = encoded(noise(90, 60), "PNG")
-    assert np.array_equal(prepare(data, Preprocessing(32, 24, "bicubic")), center_crop(shrink(data, 32, "bicubic"), 24))
+    assert np.array_equal(
+        prepare(data, Preprocessing(32, 24, "bicubic")),
+        center_crop(shrink(data, 32, "bicubic"), 24),
+    )
 
 
 # --- kinds of pixels ---
@@ -149,7 +184,9 @@ def transparent_palette():
     image = flat("P", 1)
     image.putpalette([0, 0, 0, 255, 0, 0])
     image.paste(0, (0, 0, 40, 15))
-    return encoded(image, "PNG", transparency=b"\x00\xff")  # the upper half transparent, the lower one red
+    return encoded(
+        image, "PNG", transparency=b"\x00\xff"
+    )  # the upper half transparent, the lower one red
 
 
 @pytest.mark.parametrize(
@@ -160,7 +197,11 @@ def transparent_palette():
         (encoded(flat("LA", (100, 0)), "PNG"), WHITE, WHITE),
         (encoded(flat("LA", (0, 128)), "PNG"), (127, 127, 127), (127, 127, 127)),
         (encoded(flat("RGBA", (9, 9, 9, 0)), "PNG"), WHITE, WHITE),
-        (encoded(flat("RGBA", (255, 0, 0, 51)), "WebP", lossless=True), (255, 204, 204), (255, 204, 204)),
+        (
+            encoded(flat("RGBA", (255, 0, 0, 51)), "WebP", lossless=True),
+            (255, 204, 204),
+            (255, 204, 204),
+        ),
         (encoded(flat("RGB", RED), "PNG", transparency=RED), WHITE, WHITE),
         (encoded(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), RED, RED),
         (encoded(flat("CMYK", (0, 255, 255, 0)), "TIFF"), RED, RED),
@@ -168,7 +209,20 @@ def transparent_palette():
         (transparent_palette(), WHITE, RED),
         (encoded(flat("RGB", RED), "GIF"), RED, RED),
     ],
-    ids=["L", "1", "LA-clear", "LA-half", "RGBA-clear", "RGBA-webp", "RGB-key", "CMYK-jpeg", "CMYK-tiff", "P", "P-alpha", "GIF"],
+    ids=[
+        "L",
+        "1",
+        "LA-clear",
+        "LA-half",
+        "RGBA-clear",
+        "RGBA-webp",
+        "RGB-key",
+        "CMYK-jpeg",
+        "CMYK-tiff",
+        "P",
+        "P-alpha",
+        "GIF",
+    ],
 )
 def test_every_mode_becomes_rgb_on_white(data, upper, lower):
     pixels = shrink(data, 30, "bilinear").astype(int)
@@ -188,7 +242,12 @@ SIXTEEN = np.array([[0, 257, 32768, 65535]] * 4, np.uint16)
 
 @pytest.mark.parametrize(
     "data",
-    [encoded(Image.fromarray(SIXTEEN), "PNG"), tiff("<", SIXTEEN), tiff(">", SIXTEEN), tiff("<", SIXTEEN.astype(np.int32), 2)],
+    [
+        encoded(Image.fromarray(SIXTEEN), "PNG"),
+        tiff("<", SIXTEEN),
+        tiff(">", SIXTEEN),
+        tiff("<", SIXTEEN.astype(np.int32), 2),
+    ],
     ids=["png", "tiff-little", "tiff-big", "tiff-32-bit"],
 )
 def test_16_bits_are_scaled_not_clipped(data):
@@ -210,7 +269,7 @@ def test_16_bit_colour_is_scaled():
     ids=["large", "negative", "float"],
 )
 def test_pixels_of_unknown_range_are_refused(data, reason):
-    with pytest.raises(PictureError, match=reason):
+    with pytest.raises(ImageError, match=reason):
         shrink(data, 4, "box")
 
 
@@ -238,9 +297,21 @@ def test_an_unknown_orientation_is_none(orientation):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WebP"])
-@pytest.mark.parametrize("block", [b"", b"garbage that is no TIFF header", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\0"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"",
+        b"garbage that is no TIFF header",
+        b"II*\0\xff\xff\xff\xff",
+        b"MM\0*\0\0\0\x08\xff\xff\0",
+    ],
+)
 def test_a_corrupt_exif_block_does_not_lose_the_picture(form, block):
-    assert shrink(encoded(scene(), form, exif=b"Exif\0\0" + block), 16, "bilinear").shape == (16, 24, 3)
+    assert shrink(encoded(scene(), form, exif=b"Exif\0\0" + block), 16, "bilinear").shape == (
+        16,
+        24,
+        3,
+    )
 
 
 # --- what can't be used ---
@@ -249,8 +320,11 @@ def test_a_corrupt_exif_block_does_not_lose_the_picture(form, block):
 def test_a_decompression_bomb_is_refused_from_its_header_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for width, height in [(60000, 60000), (12000, 12000)]:  # beyond Pillow's error, and between its warning and its error
-            with pytest.raises(PictureError, match=rf"{width} x {height} pixels are too many"):
+        for width, height in [
+            (60000, 60000),
+            (12000, 12000),
+        ]:  # beyond Pillow's error, and between its warning and its error
+            with pytest.raises(ImageError, match=rf"{width} x {height} pixels are too many"):
                 shrink(png(width, height, 8, bytes(1000)), 16, "bilinear")
 
 
@@ -258,7 +332,7 @@ def test_a_decompression_bomb_is_refused_from_its_header_without_a_warning():
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
 def test_a_truncated_file_is_refused(form, share):
     data = encoded(noise(64, 64), form)
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         shrink(data[: int(len(data) * share)], 16, "bilinear")
     assert str(caught.value)
     assert "\n" not in str(caught.value)
@@ -273,7 +347,7 @@ def test_hostile_bytes_give_pixels_or_a_picture_error(form):
         bad = bytearray(good)
         for position in rng.integers(0, min(len(bad), 200), 4):
             bad[position] = rng.integers(256)
-        with contextlib.suppress(PictureError):
+        with contextlib.suppress(ImageError):
             assert min(shrink(bytes(bad), 16, "bilinear").shape[:2]) == 16
 
 
@@ -291,14 +365,17 @@ def test_what_is_no_picture_is_refused(data, reason, tmp_path):
     path = tmp_path / "picture.jpg"
     path.write_bytes(data)
     for source in (data, path):
-        with pytest.raises(PictureError) as caught:
+        with pytest.raises(ImageError) as caught:
             shrink(source, 16, "bilinear")
         assert str(caught.value) == reason
 
 
 def test_a_file_that_cannot_be_opened_is_not_taken_for_a_broken_picture(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
-    for name, reason in {"missing.jpg": "No such file or directory", "folder.jpg": "Is a directory"}.items():
+    for name, reason in {
+        "missing.jpg": "No such file or directory",
+        "folder.jpg": "Is a directory",
+    }.items():
         with pytest.raises(OSError, match=reason):
             shrink(tmp_path / name, 16, "bilinear")
 

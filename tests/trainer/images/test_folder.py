@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trainer.common.errors import UserError
-from trainer.images.decode import PictureError
+from trainer.images.decode import ImageError
 from trainer.images.folder import quarantine, scan
 
 SPLITS = ("train", "valid", "test")
@@ -24,7 +24,11 @@ def lay_out(root, **files):
 
 
 def pictures(*classes, count=3):
-    return {f"{name}/{number}.jpg": f"{name} {number}".encode() for name in classes for number in range(count)}
+    return {
+        f"{name}/{number}.jpg": f"{name} {number}".encode()
+        for name in classes
+        for number in range(count)
+    }
 
 
 def below(directories, split, folder):
@@ -42,20 +46,37 @@ def message_of(directories):
 
 
 def test_classes_are_trains_folders_sorted_as_text(tmp_path):
-    directories = lay_out(tmp_path, train=pictures("10", "2", "0", "1"), valid=pictures("2", "10", count=1))
+    directories = lay_out(
+        tmp_path, train=pictures("10", "2", "0", "1"), valid=pictures("2", "10", count=1)
+    )
     folder = scan(directories, 0.2)
     assert folder.classes == ("0", "1", "10", "2")
     assert below(directories, "valid", folder) == ["10/0.jpg", "2/0.jpg"]
-    assert folder.splits["valid"].labels.tolist() == [2, 3]  # train's numbers, although valid lacks "0" and "1"
+    assert folder.splits["valid"].labels.tolist() == [
+        2,
+        3,
+    ]  # train's numbers, although valid lacks "0" and "1"
     assert folder.splits["valid"].labels.dtype == np.int64
     assert list(folder.splits) == ["train", "valid"]
 
 
 def test_pictures_are_sorted_by_class_and_name_and_found_at_any_depth(tmp_path):
-    train = {"b/1.PNG": b"1", "b/deep/er/0.tiff": b"2", "a/z.jpeg": b"3", "a/B.webp": b"4", "a/a.gif": b"5"}
+    train = {
+        "b/1.PNG": b"1",
+        "b/deep/er/0.tiff": b"2",
+        "a/z.jpeg": b"3",
+        "a/B.webp": b"4",
+        "a/a.gif": b"5",
+    }
     directories = lay_out(tmp_path, train=train, valid=pictures("a"))
     folder = scan(directories, 0.2)
-    assert below(directories, "train", folder) == ["a/B.webp", "a/a.gif", "a/z.jpeg", "b/1.PNG", "b/deep/er/0.tiff"]
+    assert below(directories, "train", folder) == [
+        "a/B.webp",
+        "a/a.gif",
+        "a/z.jpeg",
+        "b/1.PNG",
+        "b/deep/er/0.tiff",
+    ]
     assert folder.splits["train"].labels.tolist() == [0, 0, 0, 1, 1]
 
 
@@ -70,7 +91,11 @@ def test_what_is_hidden_or_not_named_like_a_picture_is_ignored(tmp_path):
         "a/jpg",
         "readme.jpg",
     ]
-    directories = lay_out(tmp_path, train=pictures("a", "b") | dict.fromkeys(junk, b""), test=pictures("a") | {".DS_Store/1.jpg": b""})
+    directories = lay_out(
+        tmp_path,
+        train=pictures("a", "b") | dict.fromkeys(junk, b""),
+        test=pictures("a") | {".DS_Store/1.jpg": b""},
+    )
     folder = scan(directories, 0.2)
     assert folder.classes == ("a", "b")
     assert sum(len(folder.splits[split].paths) for split in ("train", "valid")) == 6
@@ -78,7 +103,9 @@ def test_what_is_hidden_or_not_named_like_a_picture_is_ignored(tmp_path):
 
 
 def test_linked_folders_are_followed_but_loops_are_not(tmp_path):
-    directories = lay_out(tmp_path, train=pictures("a", "b"), valid=pictures("a", "b"), elsewhere={"more/9.jpg": b"9"})
+    directories = lay_out(
+        tmp_path, train=pictures("a", "b"), valid=pictures("a", "b"), elsewhere={"more/9.jpg": b"9"}
+    )
     cat = tmp_path / "train" / "a"
     (cat / "linked").symlink_to(tmp_path / "elsewhere")
     (cat / "here").symlink_to(cat)
@@ -86,7 +113,15 @@ def test_linked_folders_are_followed_but_loops_are_not(tmp_path):
     (cat / "top").symlink_to(tmp_path)
     (tmp_path / "train" / "itself").symlink_to("itself")
     folder = scan(directories, 0.2)
-    assert below(directories, "train", folder) == ["a/0.jpg", "a/1.jpg", "a/2.jpg", "a/linked/more/9.jpg", "b/0.jpg", "b/1.jpg", "b/2.jpg"]
+    assert below(directories, "train", folder) == [
+        "a/0.jpg",
+        "a/1.jpg",
+        "a/2.jpg",
+        "a/linked/more/9.jpg",
+        "b/0.jpg",
+        "b/1.jpg",
+        "b/2.jpg",
+    ]
     assert folder.classes == ("a", "b")
 
 
@@ -120,7 +155,9 @@ def test_fingerprint_follows_the_pictures_and_not_their_place(tmp_path):
         "moved": files | {"test": pictures("a")},
         "more": files | {"valid": pictures("a", count=4)},
     }
-    others = {scan(lay_out(tmp_path / name, **files), 0.2).fingerprint for name, files in changed.items()}
+    others = {
+        scan(lay_out(tmp_path / name, **files), 0.2).fingerprint for name, files in changed.items()
+    }
     assert len(others | {fingerprint}) == 5
 
 
@@ -128,36 +165,66 @@ def test_fingerprint_follows_the_pictures_and_not_their_place(tmp_path):
 
 
 def contents(split):
-    return sorted((int(label), Path(path).read_bytes()) for path, label in zip(split.paths, split.labels, strict=True))
+    return sorted(
+        (int(label), Path(path).read_bytes())
+        for path, label in zip(split.paths, split.labels, strict=True)
+    )
 
 
 def test_split_depends_on_the_content_alone(tmp_path):
     train = pictures("a", "b", count=20)
-    renamed = {f"{Path(name).parent}/deeper/{99 - number}.png": data for number, (name, data) in enumerate(train.items())}
-    first, second = scan(lay_out(tmp_path / "1", train=train), 0.25), scan(lay_out(tmp_path / "2", train=renamed), 0.25)
+    renamed = {
+        f"{Path(name).parent}/deeper/{99 - number}.png": data
+        for number, (name, data) in enumerate(train.items())
+    }
+    first, second = (
+        scan(lay_out(tmp_path / "1", train=train), 0.25),
+        scan(lay_out(tmp_path / "2", train=renamed), 0.25),
+    )
     for split in ("train", "valid"):
         assert contents(first.splits[split]) == contents(second.splits[split])
     for label, name in enumerate(first.classes):
-        of_class = sorted((data for data in train.values() if data.startswith(name.encode())), key=lambda data: hashlib.sha256(data).digest())
-        assert {data for other, data in contents(first.splits["valid"]) if other == label} == set(of_class[:5])
+        of_class = sorted(
+            (data for data in train.values() if data.startswith(name.encode())),
+            key=lambda data: hashlib.sha256(data).digest(),
+        )
+        assert {data for other, data in contents(first.splits["valid"]) if other == label} == set(
+            of_class[:5]
+        )
     assert np.bincount(first.splits["train"].labels).tolist() == [15, 15]
 
 
 def test_adding_a_picture_moves_at_most_one_other(tmp_path):
-    before = contents(scan(lay_out(tmp_path / "1", train=pictures("a", "b", count=20)), 0.25).splits["valid"])
-    after = contents(scan(lay_out(tmp_path / "2", train=pictures("a", "b", count=20) | {"a/new.jpg": b"new"}), 0.25).splits["valid"])
+    before = contents(
+        scan(lay_out(tmp_path / "1", train=pictures("a", "b", count=20)), 0.25).splits["valid"]
+    )
+    after = contents(
+        scan(
+            lay_out(tmp_path / "2", train=pictures("a", "b", count=20) | {"a/new.jpg": b"new"}),
+            0.25,
+        ).splits["valid"]
+    )
     assert len(set(before) ^ set(after)) <= 2
 
 
 def test_equal_pictures_stay_on_one_side(tmp_path):
     train = pictures("a", "b", count=8)
-    copies = {name.replace(".jpg", f" copy {number}.jpg"): data for name, data in train.items() for number in range(3)}
+    copies = {
+        name.replace(".jpg", f" copy {number}.jpg"): data
+        for name, data in train.items()
+        for number in range(3)
+    }
     folder = scan(lay_out(tmp_path, train=train | copies), 0.25)
     assert not set(contents(folder.splits["train"])) & set(contents(folder.splits["valid"]))
-    assert np.bincount(folder.splits["valid"].labels).tolist() == [8, 8]  # 2 of 8 different ones, 4 times each
+    assert np.bincount(folder.splits["valid"].labels).tolist() == [
+        8,
+        8,
+    ]  # 2 of 8 different ones, 4 times each
 
 
-@pytest.mark.parametrize(("count", "fraction", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (3, 0.9, 2), (10, 0.3, 3)])
+@pytest.mark.parametrize(
+    ("count", "fraction", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (3, 0.9, 2), (10, 0.3, 3)]
+)
 def test_split_leaves_a_picture_on_either_side(tmp_path, count, fraction, expected):
     folder = scan(lay_out(tmp_path, train=pictures("a", "b", count=count)), fraction)
     assert np.bincount(folder.splits["valid"].labels).tolist() == [expected, expected]
@@ -175,7 +242,9 @@ def test_a_class_of_one_picture_stays_in_train(tmp_path):
 
 def test_missing_train_says_what_is_expected(tmp_path):
     message = message_of(lay_out(tmp_path))
-    assert message.startswith(f"{tmp_path}/train: there is no such folder; data.root must hold train")
+    assert message.startswith(
+        f"{tmp_path}/train: there is no such folder; data.root must hold train"
+    )
 
 
 def test_class_folders_in_the_root_itself_are_recognised(tmp_path):
@@ -246,7 +315,9 @@ def single_pictures(root):
 )
 def test_a_folder_that_cannot_be_trained_on_is_one_clear_line(tmp_path, make, expected):
     make(tmp_path)
-    assert message_of({split: str(tmp_path / split) for split in SPLITS}).startswith(f"{tmp_path}{expected}")
+    assert message_of({split: str(tmp_path / split) for split in SPLITS}).startswith(
+        f"{tmp_path}{expected}"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -265,7 +336,7 @@ def test_a_folder_without_permission_is_named(tmp_path):
 def refuse(*endings):
     def check(path):
         if path.endswith(endings):
-            raise PictureError(f"broken {Path(path).name}")
+            raise ImageError(f"broken {Path(path).name}")
 
     return check
 
@@ -276,17 +347,33 @@ def ignore(done, total):
 
 @pytest.fixture
 def folder(tmp_path):
-    return scan(lay_out(tmp_path, train=pictures("a", "b", count=60), valid=pictures("a", "b", count=20)), 0.2)
+    return scan(
+        lay_out(tmp_path, train=pictures("a", "b", count=60), valid=pictures("a", "b", count=20)),
+        0.2,
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_quarantine_leaves_out_what_is_broken_whatever_the_threads(folder, workers):
     left = quarantine(folder, refuse("/7.jpg", "/30.jpg"), workers, 0.1, ignore)
-    names = ["train/a/30.jpg", "train/a/7.jpg", "train/b/30.jpg", "train/b/7.jpg", "valid/a/7.jpg", "valid/b/7.jpg"]
-    assert [(str(Path(*Path(path).parts[-3:])), reason) for path, reason in left.broken] == [(name, f"broken {Path(name).name}") for name in names]
+    names = [
+        "train/a/30.jpg",
+        "train/a/7.jpg",
+        "train/b/30.jpg",
+        "train/b/7.jpg",
+        "valid/a/7.jpg",
+        "valid/b/7.jpg",
+    ]
+    assert [(str(Path(*Path(path).parts[-3:])), reason) for path, reason in left.broken] == [
+        (name, f"broken {Path(name).name}") for name in names
+    ]
     assert np.bincount(left.splits["train"].labels).tolist() == [58, 58]
-    assert left.splits["train"].paths == tuple(path for path in folder.splits["train"].paths if not path.endswith(("/7.jpg", "/30.jpg")))
-    assert [folder.classes[label] for label in left.splits["valid"].labels] == [Path(path).parts[-2] for path in left.splits["valid"].paths]
+    assert left.splits["train"].paths == tuple(
+        path for path in folder.splits["train"].paths if not path.endswith(("/7.jpg", "/30.jpg"))
+    )
+    assert [folder.classes[label] for label in left.splits["valid"].labels] == [
+        Path(path).parts[-2] for path in left.splits["valid"].paths
+    ]
     assert left.fingerprint == folder.fingerprint
 
 
@@ -295,28 +382,44 @@ def test_more_broken_pictures_than_allowed_are_counted_and_named(folder):
     with pytest.raises(UserError) as caught:
         quarantine(folder, refuse("5.jpg"), 2, 0.09, ignore)
     message = str(caught.value)
-    assert message.startswith("16 of 160 pictures can't be used, more than data.max_broken=0.09 allows: /")
+    assert message.startswith(
+        "16 of 160 pictures can't be used, more than data.max_broken=0.09 allows: /"
+    )
     assert message.count(".jpg (broken ") == 5
-    assert message.endswith("/train/a/5.jpg (broken 5.jpg) and 11 more; mend or remove them, or allow more")
+    assert message.endswith(
+        "/train/a/5.jpg (broken 5.jpg) and 11 more; mend or remove them, or allow more"
+    )
 
 
 def test_what_scan_found_broken_counts_too(tmp_path):
-    directories = lay_out(tmp_path, train=pictures("a", "b", count=10), valid=pictures("a", "b", count=2))
+    directories = lay_out(
+        tmp_path, train=pictures("a", "b", count=10), valid=pictures("a", "b", count=2)
+    )
     (tmp_path / "train" / "a" / "nowhere.jpg").symlink_to("gone.jpg")
     folder = scan(directories, 0.2)
     assert quarantine(folder, refuse(), 0, 1 / 25, ignore).broken == folder.broken
-    with pytest.raises(UserError, match=r"1 of 25 pictures can't be used, .*nowhere.jpg \(no such file or directory\); mend"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 25 pictures can't be used, .*nowhere.jpg \(no such file or directory\); mend",
+    ):
         quarantine(folder, refuse(), 0, 0.03, ignore)
 
 
 def test_a_class_left_without_training_pictures_is_named(folder):
-    with pytest.raises(UserError, match=r"class b: none of its training pictures .*/b/0.jpg \(broken 0.jpg\).* and 55 more"):
-        quarantine(folder, lambda path: refuse(".jpg")(path) if "/train/b/" in path else None, 2, 1, ignore)
+    with pytest.raises(
+        UserError,
+        match=r"class b: none of its training pictures .*/b/0.jpg \(broken 0.jpg\).* and 55 more",
+    ):
+        quarantine(
+            folder, lambda path: refuse(".jpg")(path) if "/train/b/" in path else None, 2, 1, ignore
+        )
 
 
 def test_a_split_left_without_pictures_is_named(folder):
     with pytest.raises(UserError, match=r"data.valid: none of its pictures can be used"):
-        quarantine(folder, lambda path: refuse(".jpg")(path) if "/valid/" in path else None, 2, 1, ignore)
+        quarantine(
+            folder, lambda path: refuse(".jpg")(path) if "/valid/" in path else None, 2, 1, ignore
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])

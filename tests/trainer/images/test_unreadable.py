@@ -69,9 +69,14 @@ def test_one_error_on_one_picture_of_a_resumed_run_changes_nothing(cwd, undistur
     assert wait_for(lambda: checkpoint.steps(checkpoints) or process.poll() is not None, 240)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    (cwd / "runs/run/result.json").unlink(missing_ok=True)  # had it been complete, it goes on all the same
+    (cwd / "runs/run/result.json").unlink(
+        missing_ok=True
+    )  # had it been complete, it goes on all the same
     shutil.rmtree(cwd / "cache")  # as on another spot machine
-    once = [f"train/circle/00{number}.png {name} 1 1" for number, name in enumerate(("EIO", "ESTALE", "EMFILE", "ENOENT"))]
+    once = [
+        f"train/circle/00{number}.png {name} 1 1"
+        for number, name in enumerate(("EIO", "ESTALE", "EMFILE", "ENOENT"))
+    ]
     code, output = run_trainer(cwd, *RUN, **failing(*once))
     assert code == OK and "left out" not in output and "resumed from" in output, output
     check_equal(cwd, undisturbed)
@@ -79,7 +84,12 @@ def test_one_error_on_one_picture_of_a_resumed_run_changes_nothing(cwd, undistur
 
 def test_an_error_that_stays_ends_the_run_by_name_and_mended_it_goes_on(cwd, undisturbed, failing):
     broken = failing(f"valid/square/002.png ESTALE 1 {ALWAYS}")
-    check_stopped(run_trainer(cwd, *RUN, **broken), "pictures/valid/square/002.png", "stale file handle", "same command again")
+    check_stopped(
+        run_trainer(cwd, *RUN, **broken),
+        "pictures/valid/square/002.png",
+        "stale file handle",
+        "same command again",
+    )
     assert packing(cwd)  # what was packed before it stays
     assert run_trainer(cwd, *RUN)[0] == OK
     check_equal(cwd, undisturbed)
@@ -90,7 +100,9 @@ def test_an_error_within_an_epoch_costs_nothing_that_was_trained(cwd, undisturbe
     # Without a cache each picture is read for the check and then once an epoch.
     command = (*RUN, "data.cache=none", "checkpoint.minutes=1000")
     broken = failing(f"{split}/stripe/001.png EIO 3 {ALWAYS}")
-    check_stopped(run_trainer(cwd, *command, **broken), f"{split}/stripe/001.png", "input/output error")
+    check_stopped(
+        run_trainer(cwd, *command, **broken), f"{split}/stripe/001.png", "input/output error"
+    )
     found = checkpoint.newest(cwd / "runs/run/checkpoints")
     assert found is not None
     epoch, batch = (found[1]["progress"][key] for key in ("epoch", "batch"))
@@ -108,13 +120,25 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
 
 
-def fail(monkeypatch: pytest.MonkeyPatch, module: object, name: str, end: str, error: OSError | MemoryError, times: int) -> None:
+def fail(
+    monkeypatch: pytest.MonkeyPatch,
+    module: object,
+    name: str,
+    end: str,
+    error: OSError | MemoryError,
+    times: int,
+) -> None:
     """Has module.name fail for paths that end so, as often."""
     call = getattr(module, name)
     left = [times]
 
     def failing(*arguments, **more):
-        if arguments and isinstance(arguments[0], str | os.PathLike) and os.fspath(arguments[0]).endswith(end) and left[0]:
+        if (
+            arguments
+            and isinstance(arguments[0], str | os.PathLike)
+            and os.fspath(arguments[0]).endswith(end)
+            and left[0]
+        ):
             left[0] -= 1
             raise error
         return call(*arguments, **more)
@@ -134,16 +158,29 @@ def decoded(pictures: Path, tmp_path: Path) -> object:
 
 def packed(pictures: Path, tmp_path: Path) -> object:
     path = str(pictures / "train/circle/001.png")
-    result = cache.pack([path], tmp_path / "cache", 16, "bilinear", 2, None, lambda done, total: None)
+    result = cache.pack(
+        [path], tmp_path / "cache", 16, "bilinear", 2, None, lambda done, total: None
+    )
     return result(path).tobytes(), dict(result.broken)
 
 
-ERRORS = [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.EACCES, errno.ENOENT, errno.EREMOTEIO]
+ERRORS = [
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.EACCES,
+    errno.ENOENT,
+    errno.EREMOTEIO,
+]
 READERS = [scanned, decoded, packed]
 
 
 @pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize("number", [*ERRORS, None], ids=[*map(errno.errorcode.get, ERRORS), "MemoryError"])
+@pytest.mark.parametrize(
+    "number", [*ERRORS, None], ids=[*map(errno.errorcode.get, ERRORS), "MemoryError"]
+)
 def test_no_error_makes_a_picture_broken(monkeypatch, no_pauses, pictures, tmp_path, read, number):
     def error() -> OSError | MemoryError:
         return MemoryError() if number is None else OSError(number, os.strerror(number))
@@ -160,7 +197,9 @@ def test_no_error_makes_a_picture_broken(monkeypatch, no_pauses, pictures, tmp_p
 
 
 @pytest.mark.parametrize("module", ["stat", "scandir"])
-def test_a_folder_that_can_not_be_listed_now_is_not_missing(monkeypatch, no_pauses, pictures, module):
+def test_a_folder_that_can_not_be_listed_now_is_not_missing(
+    monkeypatch, no_pauses, pictures, module
+):
     """valid would otherwise be made from train, or a class be lost, without a word."""
     directories = {name: str(pictures / name) for name in ("train", "valid", "test")}
     expected = scan(directories, 0.2).fingerprint
@@ -173,7 +212,20 @@ def test_a_folder_that_can_not_be_listed_now_is_not_missing(monkeypatch, no_paus
 
 
 def test_errors_of_the_machine_have_a_line_of_their_own():
-    for number in (errno.EIO, errno.ESTALE, errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT):
+    for number in (
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOENT,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ETIMEDOUT,
+    ):
         line = machine_fault(OSError(number, os.strerror(number), "place"))
-        assert line is not None and line.startswith("place: ") and "same command again" in line and "\n" not in line
+        assert (
+            line is not None
+            and line.startswith("place: ")
+            and "same command again" in line
+            and "\n" not in line
+        )
     assert machine_fault(OSError(errno.ETIMEDOUT, "timed out")) is None  # of a socket

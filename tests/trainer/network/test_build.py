@@ -10,7 +10,9 @@ import torchvision.transforms.v2.functional
 from trainer.common.errors import UserError
 from trainer.network import build as model
 
-PIXELS = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randint(
+    0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 FAMILIES = [
@@ -27,7 +29,9 @@ def test_every_family_of_torchvision_takes_a_new_head(name):
         network = model.build(name, 7)
         pixels = torch.zeros(2, 224, 224, 3)
         assert network.eval()(pixels).shape == (2, 7)
-        assert network.train()(torch.zeros(2, 299, 299, 3) if name == "inception_v3" else pixels).shape == (2, 7)
+        assert network.train()(
+            torch.zeros(2, 299, 299, 3) if name == "inception_v3" else pixels
+        ).shape == (2, 7)
 
 
 def test_normalisation_is_part_of_the_network():
@@ -35,7 +39,9 @@ def test_normalisation_is_part_of_the_network():
     seen = []
     network.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     network(PIXELS)
-    expected = torchvision.transforms.v2.functional.normalize(PIXELS.permute(0, 3, 1, 2) / 255, [0.2, 0.4, 0.6], [0.1, 0.2, 0.3])
+    expected = torchvision.transforms.v2.functional.normalize(
+        PIXELS.permute(0, 3, 1, 2) / 255, [0.2, 0.4, 0.6], [0.1, 0.2, 0.3]
+    )
     assert torch.allclose(seen[0], expected, atol=1e-5)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
@@ -47,14 +53,19 @@ def test_uint8_and_float_pixels_give_the_same():
 
 def test_the_head_may_have_a_hidden_layer():
     network = model.build("small_cnn", 133, head_hidden=64)
-    assert [layer.weight.shape for layer in network.head if hasattr(layer, "weight")] == [(64, network.features_width), (133, 64)]
+    assert [layer.weight.shape for layer in network.head if hasattr(layer, "weight")] == [
+        (64, network.features_width),
+        (133, 64),
+    ]
 
 
 def test_a_frozen_backbone_does_not_move_at_all():
     network = model.build("mobilenet_v2", 3, freeze="backbone").train()
     before = copy.deepcopy(network.backbone.state_dict())
     head = copy.deepcopy(network.head.state_dict())
-    optimizer = torch.optim.SGD([parameter for parameter in network.parameters() if parameter.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in network.parameters() if parameter.requires_grad], lr=1.0
+    )
     for _ in range(3):
         torch.nn.functional.cross_entropy(network(PIXELS), torch.tensor([0, 1])).backward()
         optimizer.step()
@@ -92,9 +103,17 @@ def test_weights_of_our_own_package_go_on(tmp_path):
     from safetensors.torch import save_file
 
     first = model.build("small_cnn", 3)
-    save_file({name: tensor.contiguous() for name, tensor in first.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in first.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
     second = model.build("small_cnn", 9, weights=str(tmp_path / "model.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(first.backbone.state_dict().values(), second.backbone.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            first.backbone.state_dict().values(), second.backbone.state_dict().values(), strict=True
+        )
+    )
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(trained, tmp_path):
@@ -125,7 +144,9 @@ def test_unknown_names_say_what_is_allowed():
 
 def test_weights_without_a_network_end_in_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: every download is refused at once
+    monkeypatch.setenv(
+        "https_proxy", "http://127.0.0.1:9"
+    )  # the discard port: every download is refused at once
     with pytest.raises(UserError, match=r"could not be downloaded.*model.weights=FILE"):
         model.build("squeezenet1_1", 3, weights="DEFAULT")
 
@@ -138,8 +159,13 @@ def test_a_backbone_of_timm_can_be_plugged_in(tmp_path):
     torch.manual_seed(2)
     original = timm.create_model("tf_efficientnet_lite0", num_classes=5)
     torch.save(original.state_dict(), tmp_path / "weights.pth")
-    network = model.build("timm/tf_efficientnet_lite0", 3, weights=str(tmp_path / "weights.pth"), freeze="backbone")
+    network = model.build(
+        "timm/tf_efficientnet_lite0", 3, weights=str(tmp_path / "weights.pth"), freeze="backbone"
+    )
     assert network.eval()(PIXELS).shape == (2, 3)
-    assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in network.backbone.state_dict().items())
+    assert all(
+        torch.equal(tensor, original.state_dict()[name])
+        for name, tensor in network.backbone.state_dict().items()
+    )
     with pytest.raises(UserError, match=r"timm/tf_efficientnet_light0: timm has no such model"):
         model.build("timm/tf_efficientnet_light0", 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import make_pictures
-from tests.trainer.training.test_loop import CPU, Session, make_feed
+from tests.trainer.training.test_loop import CPU, Session, make_loader
 from trainer.common.errors import Interrupted
 from trainer.common.interrupt import Stop
 from trainer.network import build as model
@@ -18,7 +18,7 @@ from trainer.training.loop import Checkpoints, Learner, Progress, fit
 
 @pytest.fixture
 def feed(pictures):
-    return dataclasses.replace(make_feed(pictures), views=2)
+    return dataclasses.replace(make_loader(pictures), views=2)
 
 
 def frozen_network(seed: int = 0) -> model.Classifier:
@@ -42,8 +42,16 @@ def test_training_on_features_is_training_on_the_same_views(tmp_path, feed, conf
     config = configure("train.epochs=5", "train.batch_size=8", "model.freeze=backbone")
     whole, cached = frozen_network(), frozen_network()
     on_pixels = trained(tmp_path / "pixels", whole, whole, feed, config)
-    on_features = trained(tmp_path / "features", cached, cached.head, extract(cached, feed, tmp_path / "cache", CPU, torch.float32, Stop()), config)
-    torch.testing.assert_close(whole.head.state_dict(), cached.head.state_dict(), rtol=1e-4, atol=1e-5)
+    on_features = trained(
+        tmp_path / "features",
+        cached,
+        cached.head,
+        extract(cached, feed, tmp_path / "cache", CPU, torch.float32, Stop()),
+        config,
+    )
+    torch.testing.assert_close(
+        whole.head.state_dict(), cached.head.state_dict(), rtol=1e-4, atol=1e-5
+    )
     for row, other in zip(on_pixels.ledger.rows, on_features.ledger.rows, strict=True):
         assert row["valid_loss"] == pytest.approx(other["valid_loss"], rel=1e-4)
         assert row["valid_top1"] == other["valid_top1"]
@@ -54,7 +62,7 @@ def test_training_on_features_is_training_on_the_same_views(tmp_path, feed, conf
 def test_the_views_differ_and_the_epochs_take_them_in_turn(tmp_path, feed):
     found = extract(frozen_network(), feed, tmp_path, CPU, torch.float32, Stop())
     assert not np.array_equal(found.views[0], found.views[1])
-    shown = [next(found.training(epoch)).pixels for epoch in range(4)]
+    shown = [next(found.train_batches(epoch)).pixels for epoch in range(4)]
     for epoch in range(4):
         first = features.epoch_batches(24, feed.batch_size, feed.seed, epoch)[0]
         assert np.array_equal(shown[epoch].numpy(), found.views[epoch % 2][first])
@@ -69,7 +77,9 @@ def test_what_is_cached_is_not_computed_again(tmp_path, feed):
 
     network.backbone.register_forward_pre_hook(fail)
     after = extract(network, feed, tmp_path, CPU, torch.float32, Stop())
-    assert all(np.array_equal(one, other) for one, other in zip(before.views, after.views, strict=True))
+    assert all(
+        np.array_equal(one, other) for one, other in zip(before.views, after.views, strict=True)
+    )
     assert np.array_equal(before.valid, after.valid)
 
 
@@ -89,8 +99,13 @@ def test_an_interrupted_extraction_goes_on_to_the_same_features(tmp_path, feed, 
         extract(network, feed, tmp_path / "cut", CPU, torch.float32, stop)
     cut = extract(network, feed, tmp_path / "cut", CPU, torch.float32, Stop())
     assert len(seen) == 3 + 3 + 2  # 24, 24 and 9 pictures in batches of 8, none of them twice
-    assert all(np.array_equal(one, other) for one, other in zip((*whole.views, whole.valid), (*cut.views, cut.valid), strict=True))
-    assert not [path for path in (tmp_path / "cut").rglob("*") if path.suffix in (".partial", ".rows")]
+    assert all(
+        np.array_equal(one, other)
+        for one, other in zip((*whole.views, whole.valid), (*cut.views, cut.valid), strict=True)
+    )
+    assert not [
+        path for path in (tmp_path / "cut").rglob("*") if path.suffix in (".partial", ".rows")
+    ]
 
 
 def test_rows_that_were_not_safe_on_disk_are_computed_again(tmp_path, feed):
@@ -116,9 +131,22 @@ def test_whatever_the_features_depend_on_is_in_their_key(tmp_path, feed):
         key(frozen_network(seed=1), feed),
         key(frozen_network(), feed, torch.bfloat16),
         key(frozen_network(), dataclasses.replace(feed, seed=8)),
-        key(frozen_network(), dataclasses.replace(feed, augmentation=dataclasses.replace(feed.augmentation, flip=False))),
-        key(frozen_network(), dataclasses.replace(feed, preprocessing=dataclasses.replace(feed.preprocessing, size=12))),
-        key(frozen_network(), make_feed(make_pictures(tmp_path, {"train": 8, "valid": 3, "test": 3}))),
+        key(
+            frozen_network(),
+            dataclasses.replace(
+                feed, augmentation=dataclasses.replace(feed.augmentation, flip=False)
+            ),
+        ),
+        key(
+            frozen_network(),
+            dataclasses.replace(
+                feed, preprocessing=dataclasses.replace(feed.preprocessing, size=12)
+            ),
+        ),
+        key(
+            frozen_network(),
+            make_loader(make_pictures(tmp_path, {"train": 8, "valid": 3, "test": 3})),
+        ),
     ]
     assert len({usual, *others}) == 7
     assert usual == key(frozen_network(), dataclasses.replace(feed, batch_size=16, workers=3))
@@ -134,4 +162,7 @@ def test_a_second_run_waits_for_the_first_and_can_be_stopped_meanwhile(tmp_path,
         stop.ask("the test")
         with pytest.raises(Interrupted):
             extract(network, feed, tmp_path, CPU, torch.float32, stop)
-    assert extract(network, feed, tmp_path, CPU, torch.float32, Stop()).valid.shape == (9, network.features_width)
+    assert extract(network, feed, tmp_path, CPU, torch.float32, Stop()).valid.shape == (
+        9,
+        network.features_width,
+    )

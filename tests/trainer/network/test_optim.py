@@ -32,7 +32,11 @@ def test_cosine_agrees_with_torch():
 
 def test_step_and_constant():
     rates = factors(schedule="step", warmup_epochs=0, step_epochs=2, step_factor=0.1)
-    assert rates[0] == rates[19] == 1 and rates[20] == pytest.approx(0.1) and rates[40] == pytest.approx(0.01)
+    assert (
+        rates[0] == rates[19] == 1
+        and rates[20] == pytest.approx(0.1)
+        and rates[40] == pytest.approx(0.01)
+    )
     assert factors(schedule="constant", warmup_epochs=0) == [1.0] * 50
 
 

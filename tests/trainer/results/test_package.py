@@ -27,7 +27,9 @@ CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an archive, what was unpacked from it, and the golden pictures. Read it, don't change it."""
     root = tmp_path_factory.mktemp("package")
-    package.build(make_network(), make_contents(root / "pictures"), root / "model.tar.gz", created=CREATED)
+    package.build(
+        make_network(), make_contents(root / "pictures"), root / "model.tar.gz", created=CREATED
+    )
     with tarfile.open(root / "model.tar.gz") as tar:
         tar.extractall(root / "unpacked", filter="data")
     return root
@@ -40,24 +42,53 @@ def manifest(directory: Path) -> dict:
 def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built):
     with tarfile.open(built / "model.tar.gz") as tar:
         names = tar.getnames()
-    serving = [f"serving/{name}.py" for name in ("__init__", "batching", "fetch", "handler", "package", "ray_app", "s3")]
-    code = ["inference.py", "requirements.txt", *serving, *(f"trainer/{name}.py" for name in ("__init__", "bounds", "errors", "preprocess"))]
+    serving = [
+        f"serving/{name}.py"
+        for name in ("__init__", "batching", "fetch", "handler", "package", "ray_app", "s3")
+    ]
+    code = [
+        "inference.py",
+        "requirements.txt",
+        *serving,
+        *(f"trainer/{name}.py" for name in ("__init__", "bounds", "errors", "preprocess")),
+    ]
     golden = ["0.jpg", "1.png", "2.webp", "expected.npz"]
-    assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + ["model.onnx", "model.safetensors", "package.json"]
+    assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + [
+        "model.onnx",
+        "model.safetensors",
+        "package.json",
+    ]
     assert sorted(path.name for path in built.iterdir()) == ["model.tar.gz", "pictures", "unpacked"]
 
 
 def test_the_manifest_says_what_was_given_and_the_digest_of_every_other_file(built):
     unpacked = built / "unpacked"
     said = manifest(unpacked)
-    assert said["format"] == 1 and said["created"] == "2026-01-02T03:04:05+00:00" and said["revision"] == "0123abc"
-    assert said["classes"] == ["café", "dog", "hen"] and said["metrics"] == {"test_top1": 0.875, "test_loss": 0.5}
+    assert (
+        said["format"] == 1
+        and said["created"] == "2026-01-02T03:04:05+00:00"
+        and said["revision"] == "0123abc"
+    )
+    assert said["classes"] == ["café", "dog", "hen"] and said["metrics"] == {
+        "test_top1": 0.875,
+        "test_loss": 0.5,
+    }
     assert said["preprocessing"] == {"resize": 40, "size": SIZE, "interpolation": "bilinear"}
-    assert said["config"] == {"model.name": "small_cnn", "data.augment.scale": [0.3, 1.0], "model.weights": None}
+    assert said["config"] == {
+        "model.name": "small_cnn",
+        "data.augment.scale": [0.3, 1.0],
+        "model.weights": None,
+    }
     assert said["versions"]["torch"] == torch.__version__.split("+")[0]
-    others = {path.relative_to(unpacked).as_posix(): path for path in unpacked.rglob("*") if path.is_file()}
+    others = {
+        path.relative_to(unpacked).as_posix(): path
+        for path in unpacked.rglob("*")
+        if path.is_file()
+    }
     del others["package.json"]
-    assert said["files"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in others.items()}
+    assert said["files"] == {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in others.items()
+    }
 
 
 def test_the_weights_are_the_networks_by_the_trainers_names(built):
@@ -68,7 +99,9 @@ def test_the_weights_are_the_networks_by_the_trainers_names(built):
 
 def test_golden_pictures_travel_byte_for_byte_with_the_networks_own_logits(built):
     for name, original in (("0.jpg", "wide.JPG"), ("1.png", "tall.png"), ("2.webp", "square.webp")):
-        assert (built / "unpacked/golden" / name).read_bytes() == (built / "pictures" / original).read_bytes()
+        assert (built / "unpacked/golden" / name).read_bytes() == (
+            built / "pictures" / original
+        ).read_bytes()
     expected = np.load(built / "unpacked/golden/expected.npz")
     assert expected["pixels"].dtype == np.uint8 and expected["pixels"].shape == (3, SIZE, SIZE, 3)
     with torch.no_grad():
@@ -79,11 +112,15 @@ def test_golden_pictures_travel_byte_for_byte_with_the_networks_own_logits(built
 def test_the_code_is_a_copy(built):
     for name in ("serving/package.py", "trainer/images/decode.py"):
         assert (built / "unpacked/code" / name).read_bytes() == (PROJECT / name).read_bytes()
-    assert (built / "unpacked/code/inference.py").read_bytes() == (PROJECT / "serving/inference.py").read_bytes()
+    assert (built / "unpacked/code/inference.py").read_bytes() == (
+        PROJECT / "serving/inference.py"
+    ).read_bytes()
 
 
 def test_the_code_requires_what_the_project_requires(built):
-    dependencies = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+    dependencies = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"][
+        "dependencies"
+    ]
     lines = (built / "unpacked/code/requirements.txt").read_text().splitlines()
     assert len(lines) == 3 and set(lines) <= set(dependencies)
 
@@ -95,16 +132,29 @@ def test_nothing_of_this_machine_is_in_the_network(built):
 @pytest.mark.parametrize("name", ["small_cnn", "resnet18"])
 def test_onnx_computes_the_network_for_any_batch(tmp_path, name):
     network = make_network(name)
-    package.build(network, make_contents(tmp_path / "pictures"), tmp_path / "package", archive=False)
-    session = onnxruntime.InferenceSession(tmp_path / "package/model.onnx", providers=["CPUExecutionProvider"])
-    assert [(value.name, value.type, value.shape) for value in session.get_inputs()] == [("pixels", "tensor(uint8)", ["batch", SIZE, SIZE, 3])]
-    assert [(value.name, value.type, value.shape) for value in session.get_outputs()] == [("logits", "tensor(float)", ["batch", 3])]
+    package.build(
+        network, make_contents(tmp_path / "pictures"), tmp_path / "package", archive=False
+    )
+    session = onnxruntime.InferenceSession(
+        tmp_path / "package/model.onnx", providers=["CPUExecutionProvider"]
+    )
+    assert [(value.name, value.type, value.shape) for value in session.get_inputs()] == [
+        ("pixels", "tensor(uint8)", ["batch", SIZE, SIZE, 3])
+    ]
+    assert [(value.name, value.type, value.shape) for value in session.get_outputs()] == [
+        ("logits", "tensor(float)", ["batch", 3])
+    ]
     network.eval()
     for batch in range(1, 6):
         pixels = torch.randint(0, 256, (batch, SIZE, SIZE, 3), dtype=torch.uint8)
         with torch.no_grad():
             logits = network(pixels).numpy()
-        np.testing.assert_allclose(session.run(None, {"pixels": pixels.numpy()})[0], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+        np.testing.assert_allclose(
+            session.run(None, {"pixels": pixels.numpy()})[0],
+            logits,
+            rtol=0,
+            atol=1e-5 * np.abs(logits).max(),
+        )
 
 
 def test_the_callers_network_stays_as_it_is(tmp_path):
@@ -114,12 +164,19 @@ def test_the_callers_network_stays_as_it_is(tmp_path):
     modes = [module.training for module in network.modules()]
     package.build(network, make_contents(tmp_path / "pictures"), tmp_path / "model.tar.gz")
     assert [module.training for module in network.modules()] == modes
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in network.parameters()
+    )
     assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_equal_inputs_give_equal_bytes(built, tmp_path):
-    package.build(make_network(), make_contents(tmp_path / "pictures"), tmp_path / "other-name.tar.gz", created=CREATED)
+    package.build(
+        make_network(),
+        make_contents(tmp_path / "pictures"),
+        tmp_path / "other-name.tar.gz",
+        created=CREATED,
+    )
     assert (tmp_path / "other-name.tar.gz").read_bytes() == (built / "model.tar.gz").read_bytes()
 
 
@@ -129,7 +186,14 @@ def test_a_directory_that_exists_gets_the_files_of_an_older_package_replaced(tmp
         (target / older).parent.mkdir(parents=True, exist_ok=True)
         (target / older).write_text("older")
     package.build(make_network(), make_contents(tmp_path / "pictures"), target, archive=False)
-    assert sorted(path.name for path in target.iterdir()) == ["code", "golden", "mine.txt", "model.onnx", "model.safetensors", "package.json"]
+    assert sorted(path.name for path in target.iterdir()) == [
+        "code",
+        "golden",
+        "mine.txt",
+        "model.onnx",
+        "model.safetensors",
+        "package.json",
+    ]
     assert not (target / "golden/9.bmp").exists() and not (target / "code/gone.py").exists()
     assert manifest(target)["files"].keys() >= {"golden/0.jpg", "code/inference.py"}
 
@@ -147,7 +211,10 @@ def test_the_exporter_is_silent(tmp_path, capfd, caplog, recwarn):
     caplog.set_level(logging.DEBUG)
     package.build(make_network(), make_contents(tmp_path / "pictures"), tmp_path / "model.tar.gz")
     assert capfd.readouterr() == ("", "")
-    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO] and not recwarn.list
+    assert (
+        not [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
+        and not recwarn.list
+    )
 
 
 class Diverged(nn.Module):
@@ -176,10 +243,16 @@ class Unlike(nn.Module):
     [
         (Diverged(), UserError, "the network's logits are not finite numbers"),
         (Unexportable(), UserError, "PyTorch can't export this network as ONNX"),
-        (Unlike(), RuntimeError, "golden/[0-2].[a-z]+: its logits are off by 1 from the recorded ones"),
+        (
+            Unlike(),
+            RuntimeError,
+            "golden/[0-2].[a-z]+: its logits are off by 1 from the recorded ones",
+        ),
     ],
 )
-def test_a_network_that_can_not_be_packaged_leaves_what_was_there(tmp_path, network, error, message, archive):
+def test_a_network_that_can_not_be_packaged_leaves_what_was_there(
+    tmp_path, network, error, message, archive
+):
     target = tmp_path / "out" / "model"
     older = target if archive else target / "package.json"
     older.parent.mkdir(parents=True)
@@ -204,7 +277,11 @@ def test_a_golden_picture_that_can_not_be_read_is_named(tmp_path, name, data, me
     if data is not None:
         picture.write_bytes(data)
     with pytest.raises(UserError, match=f"{name}: {message}"):
-        package.build(make_network(), replace(contents, golden=[*contents.golden, str(picture)]), tmp_path / "out/model.tar.gz")
+        package.build(
+            make_network(),
+            replace(contents, golden=[*contents.golden, str(picture)]),
+            tmp_path / "out/model.tar.gz",
+        )
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -213,7 +290,11 @@ def small_disk(tmp_path):
     """A file system of 1 MB, less than the weights take."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode != 0:
         pytest.skip(f"mounting a small file system needs root: {mounted.stderr.strip()}")
     yield disk
@@ -223,7 +304,12 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, small_disk, archive):
     with pytest.raises(OSError, match="No space left on device") as raised:
-        package.build(make_network(), make_contents(tmp_path / "pictures"), small_disk / "model", archive=archive)
+        package.build(
+            make_network(),
+            make_contents(tmp_path / "pictures"),
+            small_disk / "model",
+            archive=archive,
+        )
     assert raised.value.filename == str(small_disk / "model")
     assert [path for path in small_disk.rglob("*") if path.is_file()] == []
     assert not list(small_disk.rglob(".writing-*"))

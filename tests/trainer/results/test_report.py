@@ -17,8 +17,16 @@ import pytest
 from trainer.results.report import Report, wilson_interval, write
 
 VOID = {"meta", "img", "wbr"}
-HOSTILE = ['"><script>alert(1)</script>', "a' onload='x", "Straße & 猫 \u202e", "x" * 255, "{{ 7 * 7 }}"]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = [
+    '"><script>alert(1)</script>',
+    "a' onload='x",
+    "Straße & 猫 \u202e",
+    "x" * 255,
+    "{{ 7 * 7 }}",
+]
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 class Page(HTMLParser):
@@ -56,12 +64,24 @@ class Page(HTMLParser):
 
 
 def epoch(number: int, **values: float) -> dict[str, float]:
-    row = {"epoch": number, "step": number * 10, "lr": 1e-3, "train_loss": 2 / number, "train_top1": 0.5}
+    row = {
+        "epoch": number,
+        "step": number * 10,
+        "lr": 1e-3,
+        "train_loss": 2 / number,
+        "train_top1": 0.5,
+    }
     row |= {"valid_loss": 2.5 / number, "valid_top1": 0.6, "valid_top5": 0.9, "valid_f1": 0.55}
     return row | {"seconds": 10.0, "data_wait": 1.0, "evaluate_seconds": 2.0} | values
 
 
-def report(classes: list[str], labels: list[int], predictions: list[int], epochs: int = 3, confidences: list[float] | None = None) -> Report:
+def report(
+    classes: list[str],
+    labels: list[int],
+    predictions: list[int],
+    epochs: int = 3,
+    confidences: list[float] | None = None,
+) -> Report:
     """A report whose picture `i` of class labels[i] was taken for predictions[i], with the given confidence or 0.9."""
     confidence = np.array(confidences or [0.9] * len(labels), dtype=np.float32)[:, None]
     chosen = np.eye(len(classes), dtype=bool)[predictions]
@@ -70,7 +90,12 @@ def report(classes: list[str], labels: list[int], predictions: list[int], epochs
         split="test",
         history=[epoch(number) for number in range(1, epochs + 1)],
         best_epoch=epochs,
-        metrics={"loss": 0.5, "top1": float(np.mean(np.equal(labels, predictions))), "top5": 1.0, "f1": 0.5},
+        metrics={
+            "loss": 0.5,
+            "top1": float(np.mean(np.equal(labels, predictions))),
+            "top5": 1.0,
+            "f1": 0.5,
+        },
         classes=classes,
         labels=np.array(labels),
         probabilities=np.where(chosen, confidence, (1 - confidence) / (len(classes) - 1)),
@@ -85,7 +110,9 @@ def report(classes: list[str], labels: list[int], predictions: list[int], epochs
 def random_report(classes: list[str], pictures: int, epochs: int = 3) -> Report:
     generator = np.random.default_rng(0)
     labels = generator.integers(len(classes), size=pictures)
-    predictions = np.where(generator.random(pictures) < 0.5, labels, generator.integers(len(classes), size=pictures))
+    predictions = np.where(
+        generator.random(pictures) < 0.5, labels, generator.integers(len(classes), size=pictures)
+    )
     predictions[0] = (labels[0] + 1) % len(classes)  # one mistake at least
     return report(classes, labels.tolist(), predictions.tolist(), epochs)
 
@@ -106,10 +133,21 @@ def written(subject: Report, directory: Path, **arguments: Any) -> Page:
 
 
 @pytest.mark.parametrize(
-    ("classes", "pictures", "epochs"), [(2, 2, 1), (10, 200, 12), (37, 1000, 20), (133, 50_000, 500), (1000, 5000, 3)], ids=lambda size: str(size)
+    ("classes", "pictures", "epochs"),
+    [(2, 2, 1), (10, 200, 12), (37, 1000, 20), (133, 50_000, 500), (1000, 5000, 3)],
+    ids=lambda size: str(size),
 )
-def test_page_holds_everything_and_needs_nothing_else(tmp_path: Path, classes: int, pictures: int, epochs: int) -> None:
-    page = written(random_report([f"{index:03d}.Some_long_breed_name_{index}" for index in range(classes)], pictures, epochs), tmp_path)
+def test_page_holds_everything_and_needs_nothing_else(
+    tmp_path: Path, classes: int, pictures: int, epochs: int
+) -> None:
+    page = written(
+        random_report(
+            [f"{index:03d}.Some_long_breed_name_{index}" for index in range(classes)],
+            pictures,
+            epochs,
+        ),
+        tmp_path,
+    )
     assert (tmp_path / "report.html").stat().st_size < 3e6
     for tag, attributes in page.tags:
         for name, value in attributes.items():
@@ -121,9 +159,24 @@ def test_page_holds_everything_and_needs_nothing_else(tmp_path: Path, classes: i
     style = "".join(data for tag, data in page.texts if tag == "style")
     assert "url(" not in style
     assert "@import" not in style
-    for heading in ("Loss", "Accuracy", "Learning rate", "Time per epoch", "Most confused pairs", "Worst mistakes", "Confusion matrix"):
+    for heading in (
+        "Loss",
+        "Accuracy",
+        "Learning rate",
+        "Time per epoch",
+        "Most confused pairs",
+        "Worst mistakes",
+        "Confusion matrix",
+    ):
         assert ("h3", heading) in page.texts
-    for said in ("Class by class", "optim.lr", "torch", "torn.jpg", "python -m trainer --help", f"{pictures:,} pictures right"):
+    for said in (
+        "Class by class",
+        "optim.lr",
+        "torch",
+        "torn.jpg",
+        "python -m trainer --help",
+        f"{pictures:,} pictures right",
+    ):
         assert said in page.text
 
 
@@ -134,18 +187,35 @@ def test_page_is_accessible(tmp_path: Path) -> None:
     assert all(below - above <= 1 for above, below in itertools.pairwise(levels))
     assert all(attributes["alt"] for attributes in page.attributes("img"))
     assert all(attributes["scope"] in ("row", "col") for attributes in page.attributes("th"))
-    assert all(attributes["aria-label"] for attributes in page.attributes("svg") if attributes.get("role") == "img")
-    assert sum(attributes.get("role") == "img" for attributes in page.attributes("svg")) == 7  # four charts, the score, the time, the matrix
+    assert all(
+        attributes["aria-label"]
+        for attributes in page.attributes("svg")
+        if attributes.get("role") == "img"
+    )
+    assert (
+        sum(attributes.get("role") == "img" for attributes in page.attributes("svg")) == 7
+    )  # four charts, the score, the time, the matrix
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_shown_as_text(tmp_path: Path, name: str) -> None:
-    subject = dataclasses.replace(report([name, "b"], [0, 1, 0], [1, 0, 0]), title=name, paths=[name] * 3, facts={name: name}, config={name: name})
+    subject = dataclasses.replace(
+        report([name, "b"], [0, 1, 0], [1, 0, 0]),
+        title=name,
+        paths=[name] * 3,
+        facts={name: name},
+        config={name: name},
+    )
     page = written(dataclasses.replace(subject, broken=[(name, name)], next_steps=[name]), tmp_path)
     assert "script" not in {tag for tag, _ in page.tags}
-    assert not any(attribute.startswith("on") for _, attributes in page.tags for attribute in attributes)
+    assert not any(
+        attribute.startswith("on") for _, attributes in page.tags for attribute in attributes
+    )
     assert name in "".join(data for _, data in page.texts)
-    assert any((name if len(name) <= 80 else name[:79] + "…") in attributes["alt"] for attributes in page.attributes("img"))
+    assert any(
+        (name if len(name) <= 80 else name[:79] + "…") in attributes["alt"]
+        for attributes in page.attributes("img")
+    )
 
 
 def test_file_name_that_is_no_utf8_is_shown_escaped(tmp_path: Path) -> None:
@@ -155,9 +225,17 @@ def test_file_name_that_is_no_utf8_is_shown_escaped(tmp_path: Path) -> None:
 
 # R. G. Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17 (1998), table I, method 3.
 @pytest.mark.parametrize(
-    ("hits", "total", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
+    ("hits", "total", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
-def test_wilson_interval_equals_published_ones(hits: int, total: int, low: float, high: float) -> None:
+def test_wilson_interval_equals_published_ones(
+    hits: int, total: int, low: float, high: float
+) -> None:
     assert wilson_interval(hits, total) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -169,26 +247,55 @@ def test_headline_is_the_accuracy_with_its_interval(tmp_path: Path) -> None:
 
 
 def test_valid_split_is_said_to_flatter(tmp_path: Path) -> None:
-    assert "no test split" in written(dataclasses.replace(report(["a", "b"], [0], [0]), split="valid"), tmp_path).text
+    assert (
+        "no test split"
+        in written(dataclasses.replace(report(["a", "b"], [0], [0]), split="valid"), tmp_path).text
+    )
 
 
 def test_most_confused_pairs_come_first_and_among_equals_the_larger_share(tmp_path: Path) -> None:
-    labels, predictions = [0] * 10 + [1] * 4 + [2] * 4, [1, 1, 1] + [0] * 7 + [2, 1, 1, 1] + [0, 2, 2, 2]
+    labels, predictions = (
+        [0] * 10 + [1] * 4 + [2] * 4,
+        [1, 1, 1] + [0] * 7 + [2, 1, 1, 1] + [0, 2, 2, 2],
+    )
     page = written(report(["ant", "bee", "cat"], [*labels, 0], [*predictions, 2]), tmp_path)
     pairs = re.findall(r"(\w+) taken for (\w+) (\d+) of (\d+) pictures", page.text)
-    assert pairs == [("ant", "bee", "3", "11"), ("bee", "cat", "1", "4"), ("cat", "ant", "1", "4"), ("ant", "cat", "1", "11")]
+    assert pairs == [
+        ("ant", "bee", "3", "11"),
+        ("bee", "cat", "1", "4"),
+        ("cat", "ant", "1", "4"),
+        ("ant", "cat", "1", "11"),
+    ]
 
 
 def test_worst_mistakes_are_the_surest_ones(tmp_path: Path) -> None:
     count = 20
-    page = written(report(["a", "b"], [0] * count, [1] * (count - 1) + [0], confidences=[0.6 + index / 100 for index in range(count)]), tmp_path)
-    files = [attributes["title"] for tag, attributes in page.tags if tag == "div" and "title" in attributes]
+    page = written(
+        report(
+            ["a", "b"],
+            [0] * count,
+            [1] * (count - 1) + [0],
+            confidences=[0.6 + index / 100 for index in range(count)],
+        ),
+        tmp_path,
+    )
+    files = [
+        attributes["title"]
+        for tag, attributes in page.tags
+        if tag == "div" and "title" in attributes
+    ]
     assert files == [f"test/{index}.jpg" for index in range(count - 2, count - 14, -1)]
 
 
 def test_classes_are_listed_with_their_counts_least_accurate_first(tmp_path: Path) -> None:
-    page = written(report(["ant", "bee", "cat", "dog"], [0, 0, 1, 1, 2, 2], [0, 0, 1, 2, 1, 1]), tmp_path)
-    table = page.text[page.text.index("Class by class") : page.text.index("Details", page.text.index("Class by class"))]
+    page = written(
+        report(["ant", "bee", "cat", "dog"], [0, 0, 1, 1, 2, 2], [0, 0, 1, 2, 1, 1]), tmp_path
+    )
+    table = page.text[
+        page.text.index("Class by class") : page.text.index(
+            "Details", page.text.index("Class by class")
+        )
+    ]
     rows = re.findall(r"(ant|bee|cat|dog) (\d of \d) ([\d.]+%|n/a) ([\d.]+%|n/a)", table)
     assert rows == [
         ("cat", "0 of 2", "0%", "0%"),
@@ -212,7 +319,10 @@ def test_picture_that_has_vanished_is_left_out(tmp_path: Path, error: type[Excep
         return thumbnail(path)
 
     page = written(report(["a", "b"], [0, 0, 0], [1, 1, 1]), tmp_path, thumbnail=partly)
-    assert {attributes["title"] for attributes in page.attributes("img")} == {"test/1.jpg", "test/2.jpg"}
+    assert {attributes["title"] for attributes in page.attributes("img")} == {
+        "test/1.jpg",
+        "test/2.jpg",
+    }
     assert "3 of 3 pictures" in page.text  # counted all the same
 
 
@@ -225,13 +335,29 @@ def test_all_pictures_vanished_is_said(tmp_path: Path) -> None:
 def broken_history() -> list[dict[str, float]]:
     """A run that diverges, with values that are NaN, infinite, huge or missing."""
     nothing: dict[str, float] = {"epoch": 6, "step": 60}
-    bad = [{"train_loss": math.nan}, {"valid_loss": math.inf, "lr": 0.0}, {"train_loss": 1.7e308}, {"valid_top1": -math.inf, "seconds": math.nan}]
-    return [epoch(1)] + [epoch(number, **values) for number, values in enumerate(bad, start=2)] + [nothing]
+    bad = [
+        {"train_loss": math.nan},
+        {"valid_loss": math.inf, "lr": 0.0},
+        {"train_loss": 1.7e308},
+        {"valid_top1": -math.inf, "seconds": math.nan},
+    ]
+    return (
+        [epoch(1)]
+        + [epoch(number, **values) for number, values in enumerate(bad, start=2)]
+        + [nothing]
+    )
 
 
-@pytest.mark.parametrize("history", [broken_history(), [{"epoch": 1.0}], []], ids=["diverged", "no values", "no epoch"])
-def test_history_with_missing_values_is_drawn_where_it_is_known(tmp_path: Path, history: list[dict[str, float]]) -> None:
-    page = written(dataclasses.replace(report(["a", "b"], [0, 1], [1, 0]), history=history, best_epoch=1), tmp_path)
+@pytest.mark.parametrize(
+    "history", [broken_history(), [{"epoch": 1.0}], []], ids=["diverged", "no values", "no epoch"]
+)
+def test_history_with_missing_values_is_drawn_where_it_is_known(
+    tmp_path: Path, history: list[dict[str, float]]
+) -> None:
+    page = written(
+        dataclasses.replace(report(["a", "b"], [0, 1], [1, 0]), history=history, best_epoch=1),
+        tmp_path,
+    )
     for tag, attributes in page.tags:
         for name in ("d", "x", "y", "x1", "y1", "cx", "cy", "width"):
             assert not re.search("nan|inf", attributes.get(name, ""), re.IGNORECASE), (tag, name)
@@ -240,9 +366,15 @@ def test_history_with_missing_values_is_drawn_where_it_is_known(tmp_path: Path, 
 
 def test_curves_stay_inside_their_plots(tmp_path: Path) -> None:
     page = written(random_report(["a", "b"], 10, epochs=40), tmp_path)
-    curves = [attributes["d"] for attributes in page.attributes("path") if "curve" in attributes.get("class", "")]
+    curves = [
+        attributes["d"]
+        for attributes in page.attributes("path")
+        if "curve" in attributes.get("class", "")
+    ]
     assert len(curves) == 7
-    assert all(0 <= float(number) <= 1 for curve in curves for number in re.findall(r"[-\d.]+", curve))
+    assert all(
+        0 <= float(number) <= 1 for curve in curves for number in re.findall(r"[-\d.]+", curve)
+    )
 
 
 def test_loss_and_learning_rate_are_drawn_from_zero(tmp_path: Path) -> None:
@@ -252,9 +384,14 @@ def test_loss_and_learning_rate_are_drawn_from_zero(tmp_path: Path) -> None:
 
 def test_long_runs_and_lists_are_thinned(tmp_path: Path) -> None:
     classes = [f"{index:02d}" for index in range(60)]
-    subject = dataclasses.replace(random_report(classes, 20_000, epochs=1200), broken=[(f"{index}.jpg", "torn") for index in range(1200)])
+    subject = dataclasses.replace(
+        random_report(classes, 20_000, epochs=1200),
+        broken=[(f"{index}.jpg", "torn") for index in range(1200)],
+    )
     page = written(subject, tmp_path)
-    assert sum(attributes.get("class") == "readout" for attributes in page.attributes("g")) == 4 * 120
+    assert (
+        sum(attributes.get("class") == "readout" for attributes in page.attributes("g")) == 4 * 120
+    )
     assert sum(attributes.get("class") == "cell" for attributes in page.attributes("rect")) == 1500
     assert "1200, 200 of them shown" in page.text
     assert "and 200 more" in page.text
@@ -264,7 +401,9 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     write(report(["a", "b"], [0], [0]), tmp_path / "report.html", thumbnail)
     before = (tmp_path / "report.html").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as on a full disk: the write fails midway
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000, hard)
+    )  # as on a full disk: the write fails midway
     try:
         with pytest.raises(OSError):
             write(report(["c", "d"], [0], [0]), tmp_path / "report.html", thumbnail)
@@ -306,14 +445,33 @@ FLAGS = [
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize(
     "classes",
-    [HOSTILE, ["a", "b"], [f"{'long_' * 10}{index}" for index in range(40)], [f"{index:03d}" for index in range(133)]],
+    [
+        HOSTILE,
+        ["a", "b"],
+        [f"{'long_' * 10}{index}" for index in range(40)],
+        [f"{index:03d}" for index in range(133)],
+    ],
     ids=["hostile", "2", "40 long", "133"],
 )
-def test_browser_shows_the_page_without_complaint_or_sideways_scrolling(tmp_path: Path, classes: list[str]) -> None:
-    subject = dataclasses.replace(random_report(classes, 300), history=broken_history(), best_epoch=1, title="t" * 200, facts={"k" * 99: "v" * 999})
+def test_browser_shows_the_page_without_complaint_or_sideways_scrolling(
+    tmp_path: Path, classes: list[str]
+) -> None:
+    subject = dataclasses.replace(
+        random_report(classes, 300),
+        history=broken_history(),
+        best_epoch=1,
+        title="t" * 200,
+        facts={"k" * 99: "v" * 999},
+    )
     write(subject, tmp_path / "report.html", thumbnail)
     (tmp_path / "measure.html").write_text(MEASURE)
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "measure.html").as_uri()]
+    command = [
+        str(CHROMIUM),
+        *FLAGS,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        (tmp_path / "measure.html").as_uri(),
+    ]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert re.findall("<title>(.*?)</title>", shown.stdout) == ["0 0"]
     assert not [line for line in shown.stderr.splitlines() if "CONSOLE" in line]

@@ -5,7 +5,14 @@ import pytest
 from tests.conftest import PROJECT, run_trainer
 from trainer.common.errors import MISTAKE
 from trainer.settings import config as settings
-from trainer.settings.config import METRICS, Config, ignored, metric_definitions, metric_line, run_name
+from trainer.settings.config import (
+    METRICS,
+    Config,
+    ignored,
+    metric_definitions,
+    metric_line,
+    run_name,
+)
 
 YAML = sorted((PROJECT / "conf").rglob("*.yaml"))
 
@@ -70,7 +77,10 @@ MISTAKES = {
     "optim.lr=inf": ["optim.lr=inf", "finite"],
     "seed=18446744073709551616": ["seed=18446744073709551616", "at most 18446744073709551615"],
     "data.root=${oc.env:NO_SUCH_NAME}": ["data.root", "NO_SUCH_NAME"],
-    "model=small_cnn model.name=resnet18": ["model=small_cnn with model.name=resnet18", "give model=torchvision model.name=resnet18"],
+    "model=small_cnn model.name=resnet18": [
+        "model=small_cnn with model.name=resnet18",
+        "give model=torchvision model.name=resnet18",
+    ],
     "train.batch_size=[": ["train.batch_size=["],
     "train.batch_size": ["train.batch_size", "="],
 }
@@ -91,7 +101,10 @@ def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(override
 
 def test_ignored_settings_are_named(configure):
     assert "optim.momentum" in ignored(configure("optim.momentum=0.8"), ["optim.momentum=0.8"])[0]
-    assert ignored(configure("optim=sgd", "optim.momentum=0.8"), ["optim=sgd", "optim.momentum=0.8"]) == []
+    assert (
+        ignored(configure("optim=sgd", "optim.momentum=0.8"), ["optim=sgd", "optim.momentum=0.8"])
+        == []
+    )
     assert ignored(configure(), []) == []
 
 
@@ -115,7 +128,9 @@ def test_every_metric_of_the_line_is_found_by_its_own_regex_alone():
 @pytest.mark.parametrize("value", [1e-7, 123456.0, float("nan"), float("inf")])
 def test_the_regex_takes_any_number_that_the_line_prints(value):
     line = metric_line({"valid_loss": value})
-    regex = {definition["Name"]: definition["Regex"] for definition in metric_definitions()}["valid_loss"]
+    regex = {definition["Name"]: definition["Regex"] for definition in metric_definitions()}[
+        "valid_loss"
+    ]
     assert str(float(re.findall(regex, line)[0])) == str(value)
 
 

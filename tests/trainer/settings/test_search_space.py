@@ -23,7 +23,9 @@ RANGES = {
     "seed=range(0,3)": Categorical("seed", (0, 1, 2)),
     "data.augment.flip=true,false": Categorical("data.augment.flip", (True, False)),
     "model.head_hidden=null,128": Categorical("model.head_hidden", (None, 128)),
-    "data.augment.scale=[0.5,1],[0.25,1]": Categorical("data.augment.scale", ([0.5, 1.0], [0.25, 1.0])),
+    "data.augment.scale=[0.5,1],[0.25,1]": Categorical(
+        "data.augment.scale", ([0.5, 1.0], [0.25, 1.0])
+    ),
     "model.weights='a b',choice.pth": Categorical("model.weights", ("a b", "choice.pth")),
     "model=resnet50,mobilenet_v2": Categorical("model", ("resnet50", "mobilenet_v2")),
 }
@@ -63,10 +65,17 @@ def test_a_wrong_range_is_one_line_that_says_why(override: str, configure: Confi
     key, text = override.split("=", 1)
     with pytest.raises(UserError) as raised:
         space.parameter(key, text, configure())
-    assert MISTAKES[override] in str(raised.value) and key in str(raised.value) and "\n" not in str(raised.value)
+    assert (
+        MISTAKES[override] in str(raised.value)
+        and key in str(raised.value)
+        and "\n" not in str(raised.value)
+    )
 
 
-@pytest.mark.parametrize("option", sorted(path.stem for path in (PROJECT / "conf/sweep").glob("*.yaml") if path.stem != "lists"))
+@pytest.mark.parametrize(
+    "option",
+    sorted(path.stem for path in (PROJECT / "conf/sweep").glob("*.yaml") if path.stem != "lists"),
+)
 def test_every_space_in_conf_loads(option: str, configure: Configure) -> None:
     assert space.load(configure(f"sweep={option}")).space
 
@@ -74,9 +83,14 @@ def test_every_space_in_conf_loads(option: str, configure: Configure) -> None:
 def test_ranges_of_the_command_line_go_before_those_of_the_space(configure: Configure) -> None:
     fixed, swept = space.split(["sweep=lr_batch", "optim.lr=0.1,0.2", "train.epochs=3"])
     assert fixed == ["sweep=lr_batch", "train.epochs=3"]
-    assert space.load(configure(*fixed), swept).space == (Categorical("optim.lr", (0.1, 0.2)), Categorical("train.batch_size", (16, 32, 64)))
+    assert space.load(configure(*fixed), swept).space == (
+        Categorical("optim.lr", (0.1, 0.2)),
+        Categorical("train.batch_size", (16, 32, 64)),
+    )
     fixed, swept = space.split(["sweep=lr_batch", "train.batch_size=16"])
-    assert [parameter.key for parameter in space.load(configure(*fixed), swept, fixed).space] == ["optim.lr"]  # one value is no range
+    assert [parameter.key for parameter in space.load(configure(*fixed), swept, fixed).space] == [
+        "optim.lr"
+    ]  # one value is no range
     with pytest.raises(UserError, match="nothing to try"):
         space.load(configure())
 
@@ -88,14 +102,24 @@ def test_a_grid_holds_both_bounds_and_is_even_on_its_scale() -> None:
     assert space.grid(Integer("x", 1, 2, log=False), 4) == (1, 2)  # no value twice
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=["C"]))
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["C"]))
+)
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=5))
 def test_what_hydra_reads_is_the_value_of_the_same_type(value: space.Value) -> None:
     def plain(read):
-        return [plain(each) for each in read] if isinstance(read, list) else getattr(read, "text", read)
+        return (
+            [plain(each) for each in read]
+            if isinstance(read, list)
+            else getattr(read, "text", read)
+        )
 
     (read,) = OverridesParser.create().parse_overrides([space.override("key", value)])
     assert repr(plain(read.value())) == repr(value)

@@ -128,7 +128,12 @@ def test_a_run_with_every_setting_at_another_value(tmp_path, pictures, configure
 
 
 def test_splits_may_lie_anywhere(tmp_path, pictures):
-    roots = ("data=folder", "data.root=.", f"data.train={pictures}/train", f"data.test={pictures}/valid")
+    roots = (
+        "data=folder",
+        "data.root=.",
+        f"data.train={pictures}/train",
+        f"data.test={pictures}/valid",
+    )
     code, said = run_trainer(
         tmp_path, *roots, "data.valid_fraction=0.5", "data.size=16", "data.resize=16",
         "train.epochs=1", "train.batch_size=4", "platform=local", "platform.cache=cache",

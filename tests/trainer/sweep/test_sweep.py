@@ -34,7 +34,14 @@ NAN = "1e30"  # a learning rate whose loss is NaN or infinite at the end of the 
 
 
 def command(pictures: Path, *overrides: str) -> list[str]:
-    return ["data=folder", f"data.root={pictures}", "model=small_cnn", *QUICK, "data.augment.scale=[0.9,1]", *overrides]
+    return [
+        "data=folder",
+        f"data.root={pictures}",
+        "model=small_cnn",
+        *QUICK,
+        "data.augment.scale=[0.9,1]",
+        *overrides,
+    ]
 
 
 def ledger(sweep: Path) -> dict[int, tuple[str, float | None]]:
@@ -49,7 +56,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def sweep_killed(kills: int, rng: random.Random, cwd: Path, *arguments: str, **environment: str) -> str:
+def sweep_killed(
+    kills: int, rng: random.Random, cwd: Path, *arguments: str, **environment: str
+) -> str:
     """Kills the driver (-9) at random moments and starts it again; then lets it end. What it said last."""
     for _ in range(kills):
         process = start_trainer(cwd, "-m", *arguments, **environment)
@@ -64,13 +73,21 @@ def sweep_killed(kills: int, rng: random.Random, cwd: Path, *arguments: str, **e
 
 @pytest.mark.parametrize("hidden", [None, 5])
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_heads_trained_together_get_the_weights_that_each_gets_alone(tmp_path, configure, name, hidden):
+def test_heads_trained_together_get_the_weights_that_each_gets_alone(
+    tmp_path, configure, name, hidden
+):
     def classifier() -> model.Classifier:
         torch.manual_seed(0)
-        return model.Classifier(nn.Identity(), head(7, hidden, 4), (0.5,) * 3, (0.5,) * 3, frozen=True).double()
+        return model.Classifier(
+            nn.Identity(), head(7, hidden, 4), (0.5,) * 3, (0.5,) * 3, frozen=True
+        ).double()
 
     def head(inputs: int, width: int | None, outputs: int) -> nn.Module:
-        return nn.Linear(inputs, outputs) if width is None else nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
+        return (
+            nn.Linear(inputs, outputs)
+            if width is None
+            else nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
+        )
 
     choices = [
         ("optim.lr=1e-2", "optim.weight_decay=0"),
@@ -78,13 +95,22 @@ def test_heads_trained_together_get_the_weights_that_each_gets_alone(tmp_path, c
         (f"optim.lr={NAN}",),
         ("optim.schedule=constant",),
     ]
-    configs = {number: configure(f"optim={name}", "train.epochs=16", "train.clip_norm=0.5", *choice) for number, choice in enumerate(choices)}
+    configs = {
+        number: configure(f"optim={name}", "train.epochs=16", "train.clip_norm=0.5", *choice)
+        for number, choice in enumerate(choices)
+    }
     for number in configs:
         (tmp_path / f"{number:04d}").mkdir()
     machine = device.Machine(torch.device("cpu"), torch.float32)
     group = heads.Group(configs, tmp_path, classifier(), machine)
     rng = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(6, 7, generator=rng, dtype=torch.double), torch.randint(0, 4, (6,), generator=rng)) for _ in range(20)]
+    batches = [
+        (
+            torch.randn(6, 7, generator=rng, dtype=torch.double),
+            torch.randint(0, 4, (6,), generator=rng),
+        )
+        for _ in range(20)
+    ]
     for step, (features, labels) in enumerate(batches):
         if step == 13:  # killed here, and started again
             checkpoint.save(tmp_path, "step", group.state())
@@ -94,65 +120,139 @@ def test_heads_trained_together_get_the_weights_that_each_gets_alone(tmp_path, c
     for number in (0, 1, 3):
         config = configs[number]
         alone, choice = classifier(), config.optim
-        optimizer = optim.build(alone, choice.name, lr=choice.lr, head_lr=choice.head_lr, weight_decay=choice.weight_decay, momentum=choice.momentum)
-        learner = loop.Learner(alone.head, optimizer, machine.device, machine.precision, config.train.ema_decay)
+        optimizer = optim.build(
+            alone,
+            choice.name,
+            lr=choice.lr,
+            head_lr=choice.head_lr,
+            weight_decay=choice.weight_decay,
+            momentum=choice.momentum,
+        )
+        learner = loop.Learner(
+            alone.head, optimizer, machine.device, machine.precision, config.train.ema_decay
+        )
         for step, (features, labels) in enumerate(batches):
             optim.set_lr(optimizer, loop.lr_factor(config, step, 5))
-            loop.train_step(learner, features, labels, accumulate=1, label_smoothing=0.1, clip_norm=0.5)
+            loop.train_step(
+                learner, features, labels, accumulate=1, label_smoothing=0.1, clip_norm=0.5
+            )
             learner.average.update(step + 1)
         # In float64 but for the logits, which the loop makes float32.
-        for mine, its in zip(group.heads.one(classifier(), number).head.parameters(), alone.head.parameters(), strict=True):
+        for mine, its in zip(
+            group.heads.one(classifier(), number).head.parameters(),
+            alone.head.parameters(),
+            strict=True,
+        ):
             torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-7)
-        assert group.loss_sum[number].item() == pytest.approx(learner.sums()[0], rel=1e-6) and group.right[number] == learner.sums()[1]
+        assert (
+            group.loss_sum[number].item() == pytest.approx(learner.sums()[0], rel=1e-6)
+            and group.right[number] == learner.sums()[1]
+        )
         averages = heads.Heads.one(group.average.network, classifier(), number).head.parameters()
         for mine, its in zip(averages, learner.average.network.parameters(), strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-7)
 
 
 def test_heads_trained_together_measure_what_each_measures_alone(tmp_path, pictures):
-    arguments = command(pictures, "model.freeze=backbone", "optim=sgd", "optim.warmup_epochs=0", "name=heads", "platform.cache=cache")
+    arguments = command(
+        pictures,
+        "model.freeze=backbone",
+        "optim=sgd",
+        "optim.warmup_epochs=0",
+        "name=heads",
+        "platform.cache=cache",
+    )
     code, output = run_trainer(tmp_path, "-m", *arguments, "seed=0,1", f"optim.lr=1e-2,1e-3,{NAN}")
     sweep = tmp_path / "runs/heads"
     assert code == OK, output
     states = ledger(sweep)
-    assert [states[number][0] for number in range(6)] == ["complete", "complete", "failed"] * 2, output
+    assert [states[number][0] for number in range(6)] == ["complete", "complete", "failed"] * 2, (
+        output
+    )
     assert re.search(r"trial 2 failed: the loss is (nan|inf) in epoch 1", output)
     (result,) = sweep.glob("*/result.json")  # of the best, which was trained once more, alone
     best = result.parent
     assert (best / "model.tar.gz").exists() and str(best.relative_to(tmp_path)) in output
-    assert states[int(best.name)][1] == max(value for _, value in states.values() if value is not None)
+    assert states[int(best.name)][1] == max(
+        value for _, value in states.values() if value is not None
+    )
     said = (sweep / "0000/output.txt").read_text()
     assert said.count("training 3 heads together") == 2  # by seed: another one has other views
     together = re.findall(rf"^trial {int(best.name)} metrics: (.*)$", said, re.MULTILINE)
-    alone = re.findall(r"^metrics: (.*valid_loss.*)$", (best / "output.txt").read_text(), re.MULTILINE)
-    values = [[float(pair.split("=")[1]) for line in lines for pair in line.split()] for lines in (together, alone)]
+    alone = re.findall(
+        r"^metrics: (.*valid_loss.*)$", (best / "output.txt").read_text(), re.MULTILINE
+    )
+    values = [
+        [float(pair.split("=")[1]) for line in lines for pair in line.split()]
+        for lines in (together, alone)
+    ]
     assert len(values[0]) == 16 and values[0] == pytest.approx(values[1], rel=1e-5)
     page = (sweep / "sweep.html").read_text()
-    assert "//" not in page.replace("</", "") and "<script" not in page and page.count("<circle") == 4 * 3  # complete trials, by lr, seed and number
+    assert (
+        "//" not in page.replace("</", "")
+        and "<script" not in page
+        and page.count("<circle") == 4 * 3
+    )  # complete trials, by lr, seed and number
 
 
-def test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_is_edited(tmp_path, pictures):
+def test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_is_edited(
+    tmp_path, pictures
+):
     project = tmp_path / "project"
     for name in ("trainer", "serving", "conf"):
-        shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    arguments = command(pictures, "name=processes", "platform.cache=cache", "sweep.parallel=2", f"optim.lr=1e-3,{NAN}", "model.weights=null,no_such.pth")
+        shutil.copytree(
+            PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    arguments = command(
+        pictures,
+        "name=processes",
+        "platform.cache=cache",
+        "sweep.parallel=2",
+        f"optim.lr=1e-3,{NAN}",
+        "model.weights=null,no_such.pth",
+    )
     sweep = tmp_path / "runs/processes"
     first = start_trainer(tmp_path, "-m", *arguments, PYTHONPATH=str(project))
     assert wait_for(lambda: (sweep / "0000/metrics.jsonl").exists() and rows(sweep / "0000"))
     first.kill()
     first.communicate()
     settings = project / "conf/optim/adamw.yaml"
-    settings.write_text(settings.read_text().replace("momentum: 0.9", "momentum: 0.8"))  # what is frozen stays as it was
+    settings.write_text(
+        settings.read_text().replace("momentum: 0.9", "momentum: 0.8")
+    )  # what is frozen stays as it was
 
     output = sweep_killed(1, random.Random(0), tmp_path, *arguments, PYTHONPATH=str(project))
     states = ledger(sweep)
-    assert {number: state for number, (state, _) in states.items()} == {0: "complete", 1: "failed", 2: "failed", 3: "failed"}, output
-    reasons = {entry["number"]: entry["reason"] for entry in map(json.loads, (sweep / "trials.jsonl").read_text().splitlines())}
-    assert "training diverged" in reasons[2] and "no_such.pth: there is no such file" in reasons[1] and "no_such.pth" in reasons[3]
-    assert {yaml.safe_load(path.read_text())["optim"]["momentum"] for path in sweep.glob("*/config.yaml")} == {0.9}
+    assert {number: state for number, (state, _) in states.items()} == {
+        0: "complete",
+        1: "failed",
+        2: "failed",
+        3: "failed",
+    }, output
+    reasons = {
+        entry["number"]: entry["reason"]
+        for entry in map(json.loads, (sweep / "trials.jsonl").read_text().splitlines())
+    }
+    assert (
+        "training diverged" in reasons[2]
+        and "no_such.pth: there is no such file" in reasons[1]
+        and "no_such.pth" in reasons[3]
+    )
+    assert {
+        yaml.safe_load(path.read_text())["optim"]["momentum"]
+        for path in sweep.glob("*/config.yaml")
+    } == {0.9}
     again = re.search(r"next:\n\s+\S+ -m trainer (.+)", output)
-    kept = [word for word in arguments if not word.startswith(("name", "sweep", "optim.lr", "model.weights"))]
-    assert again is not None and shlex.split(again[1]) == [*kept, "optim.lr=0.001", "model.weights=null"]
+    kept = [
+        word
+        for word in arguments
+        if not word.startswith(("name", "sweep", "optim.lr", "model.weights"))
+    ]
+    assert again is not None and shlex.split(again[1]) == [
+        *kept,
+        "optim.lr=0.001",
+        "model.weights=null",
+    ]
 
 
 def trials_of(sweep: Path) -> list[Any]:
@@ -160,7 +260,10 @@ def trials_of(sweep: Path) -> list[Any]:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    study = optuna.load_study(study_name="sweep", storage=JournalStorage(JournalFileBackend(str(sweep / "optuna.journal"))))
+    study = optuna.load_study(
+        study_name="sweep",
+        storage=JournalStorage(JournalFileBackend(str(sweep / "optuna.journal"))),
+    )
     return study.get_trials()
 
 
@@ -179,7 +282,9 @@ def test_a_sampled_sweep_killed_at_random_is_the_undisturbed_one(tmp_path):
     undisturbed.communicate(timeout=600)
     trials, expected = trials_of(killed / "runs/sampled"), trials_of(whole / "runs/sampled")
     assert [trial.number for trial in trials] == list(range(6)), output
-    assert [(trial.params, trial.state, trial.value) for trial in trials] == [(trial.params, trial.state, trial.value) for trial in expected]
+    assert [(trial.params, trial.state, trial.value) for trial in trials] == [
+        (trial.params, trial.state, trial.value) for trial in expected
+    ]
 
 
 def test_three_engines_hold_the_same_space(tmp_path, configure):
@@ -190,32 +295,54 @@ def test_three_engines_hold_the_same_space(tmp_path, configure):
     fixed, swept = space.split(SAMPLED)
     sweep = space.load(configure(*fixed), swept, fixed)
     expected: dict[str, Any] = {
-        "optim.lr": (float, FloatDistribution(1e-4, 1e-1, log=True), ("Continuous", "0.0001", "0.1", "Logarithmic")),
-        "train.label_smoothing": (float, FloatDistribution(0.0, 0.2), ("Continuous", "0.0", "0.2", "Linear")),
+        "optim.lr": (
+            float,
+            FloatDistribution(1e-4, 1e-1, log=True),
+            ("Continuous", "0.0001", "0.1", "Logarithmic"),
+        ),
+        "train.label_smoothing": (
+            float,
+            FloatDistribution(0.0, 0.2),
+            ("Continuous", "0.0", "0.2", "Linear"),
+        ),
         "train.batch_size": (int, IntDistribution(4, 8), ("Integer", "4", "8", "Linear")),
-        "optim.name": (str, CategoricalDistribution(["adamw", "sgd"]), ("Categorical", "adamw", "sgd")),
+        "optim.name": (
+            str,
+            CategoricalDistribution(["adamw", "sgd"]),
+            ("Categorical", "adamw", "sgd"),
+        ),
     }
     grid = Grid(tmp_path / "trials.jsonl", sweep).points
     assert len(grid) == 4 * 4 * 4 * 2
     sampled = Optuna(tmp_path / "optuna.journal", sweep)
     trials = [sampled.ask().params for _ in range(6)]
     for params in grid + trials:
-        assert {key: type(value) for key, value in params.items()} == {key: kind for key, (kind, _, _) in expected.items()}
+        assert {key: type(value) for key, value in params.items()} == {
+            key: kind for key, (kind, _, _) in expected.items()
+        }
     for trial in sampled.study.get_trials():
-        assert trial.distributions == {key: distribution for key, (_, distribution, _) in expected.items()}
+        assert trial.distributions == {
+            key: distribution for key, (_, distribution, _) in expected.items()
+        }
 
     ranges = sagemaker.parameter_ranges(sweep)
     theirs = {
         each["Name"]: (
             kind.removesuffix("ParameterRanges"),
-            *each.get("Values", [each.get("MinValue"), each.get("MaxValue"), each.get("ScalingType")]),
+            *each.get(
+                "Values", [each.get("MinValue"), each.get("MaxValue"), each.get("ScalingType")]
+            ),
         )
         for kind, several in ranges.items()
         for each in several
     }
-    assert {key: tuple(codec.decode_value(part) for part in parts) for key, parts in theirs.items()} == {key: parts for key, (_, _, parts) in expected.items()}
+    assert {
+        key: tuple(codec.decode_value(part) for part in parts) for key, parts in theirs.items()
+    } == {key: parts for key, (_, _, parts) in expected.items()}
     for params in trials:  # a value travels to SageMaker's container as text, and is the same there
-        carried = codec.decode({key: codec.encode_value(space.text(value)) for key, value in params.items()})
+        carried = codec.decode(
+            {key: codec.encode_value(space.text(value)) for key, value in params.items()}
+        )
         composed = {key: value for key, value, _ in walk(configure(*fixed, *carried))}
         assert {key: composed[key] for key in params} == params
 
@@ -223,7 +350,18 @@ def test_three_engines_hold_the_same_space(tmp_path, configure):
 def test_pruning_ends_poor_trials_early(tmp_path):
     from trainer.sweep.optuna_ledger import Optuna
 
-    sweep = Sweep("optuna", "valid_top1", 8, 1, 1, "random", "halving", 4, 0, (Categorical("seed", ([1], [2])),))
+    sweep = Sweep(
+        "optuna",
+        "valid_top1",
+        8,
+        1,
+        1,
+        "random",
+        "halving",
+        4,
+        0,
+        (Categorical("seed", ([1], [2])),),
+    )
     book = Optuna(tmp_path / "journal", sweep)
     ended = []
     while trial := book.ask():
@@ -234,7 +372,9 @@ def test_pruning_ends_poor_trials_early(tmp_path):
         book = Optuna(tmp_path / "journal", sweep)  # as after a kill
         ended.append(stopped)
     assert not ended[0] and any(ended[1:])
-    assert [trial.state for trial in book.trials()] == ["pruned" if stopped else "complete" for stopped in ended]
+    assert [trial.state for trial in book.trials()] == [
+        "pruned" if stopped else "complete" for stopped in ended
+    ]
 
 
 def test_a_wrong_sweep_is_one_line_before_anything_is_made(tmp_path, pictures):
@@ -262,7 +402,9 @@ def test_a_setting_that_must_be_given_may_be_the_one_that_is_swept(tmp_path):
 
 
 def test_asked_to_stop_it_saves_and_goes_on(tmp_path, pictures):
-    arguments = command(pictures, "name=stopped", "train.epochs=400", "platform.cache=cache", "optim.lr=1e-3,1e-2")
+    arguments = command(
+        pictures, "name=stopped", "train.epochs=400", "platform.cache=cache", "optim.lr=1e-3,1e-2"
+    )
     process = start_trainer(tmp_path, "-m", *arguments)
     trial = tmp_path / "runs/stopped/0000"
     assert wait_for(lambda: (trial / "metrics.jsonl").exists() and len(rows(trial)) > 2)

@@ -19,32 +19,58 @@ def state(step: int = 1) -> dict:
     """After an evaluation."""
     weights = {"weight": torch.arange(6.0).view(2, 3) * step, "count": torch.tensor(step)}
     progress = {"epoch": step, "step": step, "best": {"epoch": 1, "value": 0.5}}
-    return {"network": weights, "progress": progress, "best": {"network": {name: each + 1 for name, each in weights.items()}}}
+    return {
+        "network": weights,
+        "progress": progress,
+        "best": {"network": {name: each + 1 for name, each in weights.items()}},
+    }
 
 
 FILES = ("tensors.safetensors", "state.json", "best.safetensors", "best.json", "manifest.json")
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
-    before = state() | {"values": [1, 2.5, float("inf"), None, True, "text", {"nested": torch.tensor([1, 2], dtype=torch.int64)}]}
-    before["network"]["channels_last"] = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    before = state() | {
+        "values": [
+            1,
+            2.5,
+            float("inf"),
+            None,
+            True,
+            "text",
+            {"nested": torch.tensor([1, 2], dtype=torch.int64)},
+        ]
+    }
+    before["network"]["channels_last"] = torch.randn(2, 3, 4, 4).to(
+        memory_format=torch.channels_last
+    )
     after = checkpoint.load(checkpoint.save(tmp_path, "step-00000001", before))
     assert after["values"][:6] == before["values"][:6]
     assert torch.equal(after["values"][6]["nested"], before["values"][6]["nested"])
     for name, tensor in before["network"].items():
-        assert torch.equal(after["network"][name], tensor) and after["network"][name].dtype == tensor.dtype
+        assert (
+            torch.equal(after["network"][name], tensor)
+            and after["network"][name].dtype == tensor.dtype
+        )
         assert after["network"][name].stride() == tensor.stride()
     assert torch.equal(after["best"]["network"]["weight"], before["best"]["network"]["weight"])
 
 
 def test_before_the_first_evaluation_there_are_no_best_weights(tmp_path):
-    assert checkpoint.load(checkpoint.save(tmp_path, "step-00000001", state() | {"best": None}))["best"] is None
+    assert (
+        checkpoint.load(checkpoint.save(tmp_path, "step-00000001", state() | {"best": None}))[
+            "best"
+        ]
+        is None
+    )
 
 
 def test_floats_keep_every_bit(tmp_path):
     numbers = [0.1 + 0.2, 1e-310, -0.0, 2.0**60 + 1]
     path = checkpoint.save(tmp_path, "step-00000001", state() | {"numbers": numbers})
-    assert [number.hex() for number in checkpoint.load(path)["numbers"]] == [number.hex() for number in numbers]
+    assert [number.hex() for number in checkpoint.load(path)["numbers"]] == [
+        number.hex() for number in numbers
+    ]
 
 
 def truncate(path: Path) -> None:
@@ -73,7 +99,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, file, 
     newest = checkpoint.save(tmp_path, "step-00000002", state(2))
     harm(newest / file)
     # A changed bit in the manifest may make another file look wrong.
-    with pytest.raises(checkpoint.Damaged, match="step-00000002" if (harm, file) == (flip_a_bit, "manifest.json") else file):
+    with pytest.raises(
+        checkpoint.Damaged,
+        match="step-00000002" if (harm, file) == (flip_a_bit, "manifest.json") else file,
+    ):
         checkpoint.verify(newest)
     found = checkpoint.newest(tmp_path)
     assert found is not None and found[0].name == "step-00000001"
@@ -128,7 +157,9 @@ def test_cut_off_and_damaged_is_still_damage(tmp_path):
 def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
     path = checkpoint.save(tmp_path, "step-00000001", state()) / "manifest.json"
     path.write_text(path.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
-    with pytest.raises(UserError, match=r"another version of Packhorse wrote this checkpoint.*another name="):
+    with pytest.raises(
+        UserError, match=r"another version of Packhorse wrote this checkpoint.*another name="
+    ):
         checkpoint.newest(tmp_path)
 
 
@@ -137,7 +168,11 @@ def test_what_is_there_already_is_left_alone_and_anything_else_of_its_name_is_re
     written = (path / "manifest.json").stat().st_ino
     checkpoint.save(tmp_path, "step-00000001", state())
     assert (path / "manifest.json").stat().st_ino == written
-    for other in (state() | {"facts": "another run's"}, state() | {"best": state(2)["best"]}, state() | {"best": None}):
+    for other in (
+        state() | {"facts": "another run's"},
+        state() | {"best": state(2)["best"]},
+        state() | {"best": None},
+    ):
         checkpoint.save(tmp_path, "step-00000001", other)
         assert difference(checkpoint.load(path), other) is None
         assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"]
@@ -187,7 +222,11 @@ def test_prune_leaves_everything_while_good_ones_are_few(tmp_path):
 
 
 def test_the_state_before_and_after_an_evaluation_have_names_in_order():
-    names = [checkpoint.step_name(9, False), checkpoint.step_name(9, True), checkpoint.step_name(10, False)]
+    names = [
+        checkpoint.step_name(9, False),
+        checkpoint.step_name(9, True),
+        checkpoint.step_name(10, False),
+    ]
     assert names == sorted(names) and len(set(names)) == 3
 
 
@@ -200,14 +239,19 @@ def test_a_crafted_pickle_runs_nothing(tmp_path):
     for file in ("tensors.safetensors", "state.json"):
         (path / file).write_bytes(pickle.dumps(Bomb()))
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"] = {file: checkpoint._describe((path / file).read_bytes()) for file in manifest["files"]}
+    manifest["files"] = {
+        file: checkpoint._describe((path / file).read_bytes()) for file in manifest["files"]
+    }
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(checkpoint.Damaged):
         checkpoint.load(path)
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a small file system must be mounted, as root on Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0,
+    reason="a small file system must be mounted, as root on Linux",
+)
 @pytest.mark.parametrize("room", [0, 4, 12, 40, 400])
 def test_a_full_disk_keeps_what_was_there(tmp_path, room):
     disk = tmp_path / "disk"
@@ -228,7 +272,12 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, room):
 
 
 def command(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, "-m", "trainer.checkpoint", *arguments], capture_output=True, text=True, cwd=PROJECT)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.checkpoint", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+    )
     return done.returncode, done.stdout + done.stderr
 
 

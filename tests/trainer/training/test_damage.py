@@ -152,12 +152,16 @@ def fail_to_read(monkeypatch, which: Callable[[Path], bool]) -> None:
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
 
 
-def test_where_no_checkpoint_can_be_read_one_line_says_so_and_all_stays(tmp_path, train, monkeypatch):
+def test_where_no_checkpoint_can_be_read_one_line_says_so_and_all_stays(
+    tmp_path, train, monkeypatch
+):
     train(tmp_path)
     forget_the_end(tmp_path)
     before = sorted((tmp_path / ROOT).rglob("*"))
     fail_to_read(monkeypatch, lambda path: path.name == "tensors.safetensors")
-    with pytest.raises(UserError, match=r"none of its 2 checkpoints is whole .*tensors.safetensors can't be read"):
+    with pytest.raises(
+        UserError, match=r"none of its 2 checkpoints is whole .*tensors.safetensors can't be read"
+    ):
         train(tmp_path)
     assert sorted((tmp_path / ROOT).rglob("*")) == before
 
@@ -201,7 +205,9 @@ def test_checkpoints_of_an_earlier_life_that_were_cut_off_are_replaced(tmp_path,
     assert {state["facts"]["identity"]["optim.lr"] for state in states} == {1e-4}
 
 
-def test_a_whole_checkpoint_of_other_settings_is_replaced_and_not_believed(tmp_path, train, monkeypatch):
+def test_a_whole_checkpoint_of_other_settings_is_replaced_and_not_believed(
+    tmp_path, train, monkeypatch
+):
     whole = train(tmp_path / "whole", OTHER)
     train(tmp_path / "other")
     write = checkpoint.write
@@ -239,7 +245,7 @@ def the_last(state: dict[str, Any]) -> None:
 
 def elsewhere(state: dict[str, Any]) -> None:
     other_head(state)
-    state["best"]["surroundings"]["cpu"] = "another"
+    state["best"]["environment"]["cpu"] = "another"
 
 
 @pytest.mark.parametrize("change", [other_head, the_last, elsewhere])
@@ -248,7 +254,10 @@ def test_weights_that_do_not_give_what_was_noted_stop_the_run(tmp_path, train, c
     forget_the_end(tmp_path)
     torch.manual_seed(0)
     replace_best(tmp_path, change)
-    with pytest.raises(UserError, match=r"best weights, of epoch ., give valid_loss=.*was noted for them: .*another name="):
+    with pytest.raises(
+        UserError,
+        match=r"best weights, of epoch ., give valid_loss=.*was noted for them: .*another name=",
+    ):
         train(tmp_path)
     assert not (tmp_path / "runs/run/result.json").exists()
 
@@ -258,7 +267,7 @@ def test_what_another_machine_computes_may_lie_a_little_off(tmp_path, train):
     forget_the_end(tmp_path)
 
     def move(state: dict[str, Any]) -> None:
-        state["best"]["surroundings"]["precision"] = "bfloat16"
+        state["best"]["environment"]["precision"] = "bfloat16"
         for tensor in state["best"]["network"].values():
             tensor.copy_(tensor.bfloat16())
 
@@ -266,7 +275,9 @@ def test_what_another_machine_computes_may_lie_a_little_off(tmp_path, train):
     train(tmp_path)
 
 
-def test_a_real_run_in_the_place_of_an_earlier_one_packages_its_own_weights(tmp_path, train, pictures):
+def test_a_real_run_in_the_place_of_an_earlier_one_packages_its_own_weights(
+    tmp_path, train, pictures
+):
     settings = ("train.epochs=1", OTHER)
     whole = train(tmp_path / "whole", *settings)
     train(tmp_path / "again", "train.epochs=1")
@@ -279,7 +290,9 @@ def test_a_real_run_in_the_place_of_an_earlier_one_packages_its_own_weights(tmp_
 
 def test_a_real_run_packages_its_best_weights_and_not_its_last(tmp_path, train, pictures):
     whole = train(tmp_path / "whole")
-    code, output = run_trainer(tmp_path, *SETTINGS, f"data.root={pictures}", "checkpoint.max_cost=1")
+    code, output = run_trainer(
+        tmp_path, *SETTINGS, f"data.root={pictures}", "checkpoint.max_cost=1"
+    )
     assert code == OK, output
     last = checkpoint.load(checkpoint.steps(tmp_path / ROOT)[-1])
     assert last["progress"]["best"]["epoch"] < 6  # else it would prove nothing
@@ -295,7 +308,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("change", ["settings", "pictures"])
-def test_a_checkpoint_of_heads_trained_together_is_not_believed_of_others(tmp_path, monkeypatch, configure, pictures, change):
+def test_a_checkpoint_of_heads_trained_together_is_not_believed_of_others(
+    tmp_path, monkeypatch, configure, pictures, change
+):
     shutil.copytree(pictures, tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoint.Cadence, "due", lambda self, epoch_ends: True)
@@ -323,5 +338,8 @@ def test_a_checkpoint_of_heads_trained_together_is_not_believed_of_others(tmp_pa
         write(1, 1e-1)
     else:
         shutil.copy("pictures/train/circle/000.png", "pictures/train/circle/another.png")
-    with pytest.raises(UserError, match={"settings": "optim.lr: 0.01 then, 0.1 now"}.get(change, "the pictures have")):
+    with pytest.raises(
+        UserError,
+        match={"settings": "optim.lr: 0.01 then, 0.1 now"}.get(change, "the pictures have"),
+    ):
         heads.train(tmp_path, [0, 1])

@@ -26,7 +26,9 @@ def test_whatever_kills_a_run_it_ends_with_the_same_bits(tmp_path):
 def test_ctrl_c_while_pytorch_is_loaded_ends_the_run_in_order(tmp_path, delay):
     # A KeyboardInterrupt inside an import left NumPy half imported, and the run failed much later.
     process = start_trainer(tmp_path)
-    assert process.stdout is not None and process.stdout.readline().startswith("run ")  # what follows is the import
+    assert process.stdout is not None and process.stdout.readline().startswith(
+        "run "
+    )  # what follows is the import
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(delay)
     process.send_signal(signal.SIGINT)
@@ -37,10 +39,23 @@ def test_ctrl_c_while_pytorch_is_loaded_ends_the_run_in_order(tmp_path, delay):
 
 # --- asked to stop, politely: at a moment that is seen from outside ---
 
-COMMAND = ("name=run", "platform.runs=runs", "platform.cache=cache", "train.epochs=2", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1")
+COMMAND = (
+    "name=run",
+    "platform.runs=runs",
+    "platform.cache=cache",
+    "train.epochs=2",
+    "checkpoint.minutes=1e-4",
+    "checkpoint.max_cost=1",
+)
 
 
-def stopped_when(cwd: Path, seen: Callable[[], bool], ask: Callable[[subprocess.Popen[str]], None], *command: str, **environment: str) -> str:
+def stopped_when(
+    cwd: Path,
+    seen: Callable[[], bool],
+    ask: Callable[[subprocess.Popen[str]], None],
+    *command: str,
+    **environment: str,
+) -> str:
     """Starts the trainer, asks it to stop as soon as `seen`, and returns what it printed. It must end within seconds, and say that it can go on."""
     process = start_trainer(cwd, *command, **environment)
     assert wait_for(lambda: seen() or process.poll() is not None)
@@ -62,7 +77,10 @@ def goes_on_to_the_end(cwd: Path, *command: str, **environment: str) -> str:
 
 
 def test_a_spot_notice_saves_and_the_next_start_goes_on(tmp_path, metadata):
-    checkpoints, command = tmp_path / "runs/run/checkpoints", (*COMMAND, "platform=ec2", "train.epochs=4")
+    checkpoints, command = (
+        tmp_path / "runs/run/checkpoints",
+        (*COMMAND, "platform=ec2", "train.epochs=4"),
+    )
 
     def reclaim(process):
         metadata.notices = frozenset({"spot/instance-action"})
@@ -76,7 +94,13 @@ def test_a_spot_notice_saves_and_the_next_start_goes_on(tmp_path, metadata):
 
 def test_sigterm_while_pictures_are_packed(tmp_path):
     pixels = tmp_path / "cache/pixels"
-    output = stopped_when(tmp_path, lambda: any(path.stat().st_size for path in pixels.glob("*/*.pixels")), terminate, *COMMAND, "data.workers=0")
+    output = stopped_when(
+        tmp_path,
+        lambda: any(path.stat().st_size for path in pixels.glob("*/*.pixels")),
+        terminate,
+        *COMMAND,
+        "data.workers=0",
+    )
     assert "model:" in output and "metrics:" not in output
     goes_on_to_the_end(tmp_path, *COMMAND)
 
@@ -88,5 +112,8 @@ def test_sigterm_during_an_evaluation(tmp_path):
     checkpoints = tmp_path / "runs/run/checkpoints"
     stopped_when(tmp_path, (checkpoints / "step-00000007").exists, terminate, *command)
     newest = checkpoint.newest(checkpoints)
-    assert newest is not None and (newest[1]["progress"]["epoch"], newest[1]["progress"]["batch"]) == (0, 7)
+    assert newest is not None and (
+        newest[1]["progress"]["epoch"],
+        newest[1]["progress"]["batch"],
+    ) == (0, 7)
     goes_on_to_the_end(tmp_path, *command)
