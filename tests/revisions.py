@@ -7,6 +7,7 @@ seconds, the source's digest, the paths of modules) is left out. Prints a line f
 """
 
 import argparse
+import base64
 import contextlib
 import hashlib
 import json
@@ -156,8 +157,10 @@ def plan(checkout: Path, place: Path, target: str, words: list[str]) -> str:
 
 
 def strip(node: Any) -> Any:
-    """Without the code's revision, which differs by itself, and with the scripts' digests left out."""
+    """Leave out the code's revision, which differs by itself, and read the notebook's scripts."""
     if isinstance(node, dict):
+        if "Content" in node:
+            return base64.b64decode(node["Content"]).decode()
         return {
             key: strip(value)
             for key, value in node.items()

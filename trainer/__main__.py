@@ -25,9 +25,8 @@ from trainer.common.errors import (
     machine_fault,
 )
 from trainer.common.interrupt import on_signals, on_spot_notice
-from trainer.distributed.job import Ended, Lost, World, world
+from trainer.distributed.world import Ended, Lost, World, current_world
 from trainer.images.datasets import find_images
-from trainer.network import weights
 from trainer.settings import config as settings
 from trainer.settings.compose import CONF, resolve
 from trainer.settings.config import Config
@@ -39,11 +38,11 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_main(composed: DictConfig) -> None:
-    sys.exit(guarded(lambda: train(settings.load(composed), world())))
+    sys.exit(guarded(lambda: train(settings.load(composed), current_world())))
 
 
 def train(config: Config | None, world: World) -> None:
-    """One run, or this process's part of it. config: None where rank 0 has it."""
+    """Train one run, or this process's part of it. config: None where rank 0 has it."""
     config = world.share_config(config)
     world.check(config.train.processes, config.train.hosts)
     for line in settings.ignored(config, sys.argv[1:]):
@@ -53,43 +52,32 @@ def train(config: Config | None, world: World) -> None:
     spot = on_spot_notice if config.platform.name == "ec2" else nullcontext
     with (
         on_signals() as stop,
-        open_run(config, world) as run,
+        open_run(config, world, stop) as run,
         world.connected(config.train.timeout_seconds, stop),
         spot(stop),
     ):
-        found = find_images(config)
-        world.check_same({"the pictures": found.fingerprint}, stop)
-        config = world.broadcast_from_main(partial(weights.resolve, config, found))
-        if world.is_main_process:
-            run.write_settings(config)
-        if result := world.broadcast_from_main(run.result):
-            check_identity(result["identity"], config, found.fingerprint, run.directory)
+        images = find_images(config)
+        world.check_same({"the pictures": images.fingerprint}, stop)
+        run = run.resolved(images)
+        result = world.broadcast_from_main(run.result)
+        if result:
+            check_identity(result["identity"], run.identity(images), run.directory)
             log.info("this run is complete; to train once more, give another name=... or seed=...")
             run.summarize(result)
             return
         # Imported here: a wrong setting or folder is answered before PyTorch is loaded.
-        from trainer.training import stages
+        from trainer.results import outcome
         from trainer.training.loop import fit
+        from trainer.training.training import build_training
 
-        machine = stages.prepare_machine(config, world)
-        world.check_same(machine.facts(), stop)
-        network = stages.make_network(
-            config, found, machine, world
-        )  # before the pictures are read: a missing weights file costs no time
-        found, read = stages.read_pictures(config, found, run, stop, world)
-        feed = stages.make_loader(config, found, read, machine, world)
-        batches = stages.cache_features(config, network, feed, machine, stop, world)
-        learner = stages.make_learner(config, network, batches, machine, world)
-        ledger = stages.make_ledger(config, run, world)
-        checkpoints, progress = stages.resume(config, run, learner, ledger, found, machine, world)
-        fit(learner, batches, config, progress, ledger, checkpoints, stop)
-        stages.load_best(learner, batches, progress, checkpoints, stop, world)
-        tested = stages.test(network, learner, feed, progress, ledger, stop, world)
+        training = build_training(run, images)
+        fit(training)
+        tested = outcome.test(training)
         if not world.is_main_process:
             return
-        stages.build_package(config, run, network, feed, tested, progress)
-        stages.write_report(config, run, feed, tested, progress, machine)
-        result = stages.result(config, found, tested, progress, seconds=time.monotonic() - started)
+        outcome.build_package(training, tested)
+        outcome.write_report(training, tested)
+        result = outcome.result(training, tested, seconds=time.monotonic() - started)
         run.finish(result)
         run.summarize(result)
 
@@ -102,11 +90,11 @@ def guarded(work: Callable[[], None]) -> int:
     except Exception as error:
         code, line = verdict(error)
         if code == FAULT or (code == MISTAKE and WANTS_TRACEBACK):
-            if world().size == 1:
+            if current_world().size == 1:
                 raise
             traceback.print_exc()
         level = logging.WARNING if isinstance(error, Interrupted) else logging.ERROR
-        world().tell(error, code, line, partial(log.log, level, line))
+        current_world().tell(error, code, line, partial(log.log, level, line))
         return code
 
 
@@ -118,16 +106,16 @@ def verdict(error: Exception) -> tuple[int, str]:
             f"stopped by {error}; everything is saved: the same command goes on from here",
         )
     if isinstance(error, Ended):
-        return error.word.code, str(error)
+        return error.notice.code, str(error)
     if isinstance(error, Lost):
-        return RESUME, world().signed(
+        return RESUME, current_world().signed(
             f"{error}; the same command goes on from the newest checkpoint"
         )
     line = one_line(error)
     return (
-        (FAULT, world().signed(f"{type(error).__name__}: {error}"))
+        (FAULT, current_world().signed(f"{type(error).__name__}: {error}"))
         if line is None
-        else (MISTAKE, world().signed(line))
+        else (MISTAKE, current_world().signed(line))
     )
 
 
@@ -158,20 +146,24 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     to_terminal(expendable=True)  # the run has a log of its own
     settings.register()
-    if not world().is_main_process:
+    if not current_world().is_main_process:
         log.setLevel(logging.ERROR)
     try:
         code = guarded(work(words, multirun))
     except SystemExit as end:  # of Hydra's function
         code = int(end.code or OK)
-    world().leave(code)
+    current_world().leave(code)
     return code
 
 
 def work(words: list[str], multirun: bool) -> Callable[[], None]:
     if multirun:
         return partial(sweep, words)
-    return partial(run, words) if world().is_main_process else partial(train, None, world())
+    return (
+        partial(run, words)
+        if current_world().is_main_process
+        else partial(train, None, current_world())
+    )
 
 
 def run(words: list[str]) -> None:
@@ -191,7 +183,7 @@ def run(words: list[str]) -> None:
 
 
 def sweep(words: list[str]) -> None:
-    if world().size > 1:
+    if current_world().size > 1:
         raise UserError(
             "-m, a sweep, starts processes of its own: give python -m trainer -m ..., without torchrun"
         )

@@ -5,7 +5,6 @@ It runs the real loop for some seconds on a sample of the real pictures, in a ca
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -25,21 +24,34 @@ import torch
 from trainer.__main__ import guarded
 from trainer.common import files
 from trainer.common.console import log, to_terminal
+from trainer.common.cpu import cores
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop, metadata
+from trainer.distributed.world import World
 from trainer.images import cache
 from trainer.images.datasets import find_images
 from trainer.images.folder import ImageFolder, Split
-from trainer.images.loader import Batch, Batches, ImageLoader
+from trainer.images.loader import Batch, ImageLoader, Loader
+from trainer.images.usable import preprocessing, reads_more_than_once, workers
 from trainer.network import features, weights
 from trainer.network.build import Classifier
-from trainer.network.device import Machine, cores
+from trainer.network.device import Machine
 from trainer.network.features import FeatureLoader
 from trainer.settings import config as settings
 from trainer.settings.compose import resolve
-from trainer.settings.config import Config
-from trainer.training import checkpoint, metrics, stages
-from trainer.training.loop import Checkpoints, Learner, Progress, evaluate, train_epoch
+from trainer.settings.config import CheckpointConfig, Config
+from trainer.training import loop
+from trainer.training.loop import train_one_epoch
+from trainer.training.metrics import classification
+from trainer.training.run import Run
+from trainer.training.training import (
+    Progress,
+    Training,
+    build_network,
+    build_training,
+    make_loader,
+    prepare_machine,
+)
 
 PICTURES = 512  # of each split, at most
 SLOW = 4.0  # seconds: where a step would take longer, it is measured on fewer pictures
@@ -96,6 +108,7 @@ def main() -> int:
 
 
 def examine(overrides: list[str], seconds: float) -> None:
+    """Measure, predict and propose; print each."""
     resolved = resolve(overrides)
     config = settings.load(resolved.composed)
     for line in resolved.notes:
@@ -103,188 +116,163 @@ def examine(overrides: list[str], seconds: float) -> None:
     for line in settings.ignored(config, overrides):
         log.warning(line)
     instance = instance_type()
-    machine = stages.prepare_machine(config)
+    machine = prepare_machine(config, World())
     log.info("this machine\n%s\n", _table(machine_facts(config, machine, instance)))
-    found = find_images(config)
-    config = weights.resolve(config, found)
-    network = stages.make_network(config, found, machine)
+    images = find_images(config)
+    config = weights.resolve(config, images)
+    network = build_network(_run(config, Path()), images, machine)
     log.info("measuring, for less than a minute ...")
-    measured = measure(config, found, network, machine, seconds)
-    prediction = predict(config, found, measured)
+    measured = measure(config, images, network, machine, seconds)
+    prediction = predict(config, images, measured)
     log.info("\nmeasured\n%s", _table(measured_facts(measured, machine)))
-    log.info(
-        "\nthis run, about\n%s", _table(run_facts(config, found, network, measured, prediction))
-    )
-    log.info(
-        "\nproposed\n%s",
-        "\n".join(f"  {line}" for line in propose(config, found, measured, machine, instance))
-        or "  nothing: it fits",
-    )
-    remember(config, measured, prediction, instance)
+    facts = run_facts(config, images, network, measured, prediction)
+    log.info("\nthis run, about\n%s", _table(facts))
+    lines = propose(config, images, measured, machine, instance) or ["nothing: it fits"]
+    log.info("\nproposed\n%s", "\n".join(f"  {line}" for line in lines))
 
 
 # --- measuring ---
 
 
 def measure(
-    config: Config, found: ImageFolder, network: Classifier, machine: Machine, seconds: float
+    config: Config, images: ImageFolder, network: Classifier, machine: Machine, seconds: float
 ) -> Measured:
-    """Takes about four times `seconds`; longer only where a single step does."""
+    """Measure each part of the run on a sample. Takes about four times `seconds`; longer only where a single step does."""
     Path(config.platform.cache).mkdir(parents=True, exist_ok=True)
     # On the disk of the real cache, and gone afterwards.
-    with tempfile.TemporaryDirectory(
-        prefix=files.TEMPORARY + "doctor-", dir=config.platform.cache
-    ) as scratch:
-        directory = Path(scratch)
-        sample = _sampled(found)
-        paths = [path for split in sample.splits.values() for path in split.paths]
+    prefix = f"{files.TEMPORARY}doctor-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=config.platform.cache) as scratch:
+        run = _run(config, Path(scratch))
+        sample = _sampled(images)
         started = time.monotonic()
-        wanted = stages.preprocessing(config)
-        packed = cache.pack(
-            paths,
-            directory,
-            wanted.resize,
-            wanted.interpolation,
-            stages.workers(config),
-            None,
-            lambda done, total: None,
-        )
+        packed = _pack(config, sample, run.directory)
+        paths = [path for split in sample.splits.values() for path in split.paths]
         decode = len(paths) / (time.monotonic() - started)
         sample = _without(sample, packed.broken)
-        picture_bytes = float(
-            np.mean([packed(path).size for split in sample.splits.values() for path in split.paths])
-        )
+        usable = [path for split in sample.splits.values() for path in split.paths]
 
-        feed = stages.make_loader(
-            config,
-            _as_many(sample, found),
-            packed if stages.reads_more_than_once(config) else None,
-            machine,
-        )
-        load = _rate(feed.train_batches(0), seconds / 2)
-        batches: Batches = feed
+        reader = packed if reads_more_than_once(config) else None
+        loader = make_loader(run, _as_many(sample, images), reader, machine)
+        data: Loader = loader
         extract = None
-        if feed.views is not None:
-            extract = _extract_rate(network, feed, machine, seconds)
-            batches = _some_features(feed, network.features_width)
-        learner = stages.make_learner(config, network, batches, machine)
-        ledger = metrics.Ledger(directory / "metrics.jsonl")
-        checkpoints = Checkpoints(directory, checkpoint.Cadence(1e9, 1e-9), 2, ledger, {})
-        few = _fewer(
-            config,
-            batches,
-            _trained(
-                config,
-                learner,
-                _resized(batches, min(8, config.train.batch_size)),
-                checkpoints,
-                seconds / 4,
-            ),
-            machine,
-        )
-        _trained(
-            config, learner, few, checkpoints, seconds / 4
-        )  # what is slow at first (kernels chosen, memory taken) does not count
-        trained = _trained(config, learner, few, checkpoints, seconds)
-        evaluated = _evaluate_rate(learner, few, machine, seconds / 2)
+        if loader.views is not None:
+            extract = _extract_rate(network, loader, machine, seconds)
+            data = _some_features(loader, network.features_width)
+
+        def training_on(data: Loader) -> Training:
+            return build_training(run, images, network=network, loader=loader, data=data)
+
+        small = _resized(data, min(8, config.train.batch_size))
+        data = _fewer(config, data, _trained(training_on(small), seconds / 4), machine)
+        training = training_on(data)
+        # What is slow at first (kernels chosen, memory taken) does not count.
+        _trained(training, seconds / 4)
+        trained = _trained(training, seconds)
         return Measured(
             decode=decode,
-            picture_bytes=picture_bytes,
-            load=load,
+            picture_bytes=float(np.mean([packed(path).size for path in usable])),
+            load=_rate(loader.train_batches(0), seconds / 2),
             extract=extract,
             train=trained.count / trained.seconds,
             wait=trained.data_wait / trained.seconds,
-            evaluate=evaluated,
-            write=_write_rate(directory),
+            evaluate=_evaluate_rate(training, seconds / 2),
+            write=_write_rate(run.directory),
             copy=_copy_rate(torch.device("cpu")),
             link=_copy_rate(machine.device) if machine.device.type == "cuda" else None,
         )
 
 
+def _run(config: Config, directory: Path) -> Run:
+    """A run that saves nothing, in `directory`."""
+    never = CheckpointConfig(minutes=1e9, max_cost=1e-9, keep=2)
+    config = dataclasses.replace(config, checkpoint=never)
+    places = (directory, directory / "checkpoints", directory / "model.tar.gz")
+    return Run(config, World(), Stop(), "doctor", *places)
+
+
+def _pack(config: Config, sample: ImageFolder, directory: Path) -> cache.Packed:
+    paths = [path for split in sample.splits.values() for path in split.paths]
+    pixels, threads = preprocessing(config), workers(config, World())
+    return cache.pack(
+        paths, directory, pixels.resize, pixels.interpolation, threads, None, lambda *_: None
+    )
+
+
 @dataclass
 class Trained:
-    count: float = 0.0  # pictures
+    count: float = 0.0  # images
     seconds: float = 0.0
     data_wait: float = 0.0
 
 
-def _trained(
-    config: Config, learner: Learner, batches: Batches, checkpoints: Checkpoints, seconds: float
-) -> Trained:
-    """The loop itself, stopped after the step in which `seconds` are over, or after the epoch if that comes first."""
+def _trained(training: Training, seconds: float) -> Trained:
+    """Run the loop itself, up to the step in which `seconds` are over, or to the end of the epoch that comes first."""
     trained, deadline = Trained(), time.monotonic() + seconds
-    with _stopped_at(deadline) as stop:
-        while stop.reason is None and time.monotonic() < deadline:
-            progress = Progress()
+    with _stopped_at(deadline) as training.stop:
+        while training.stop.reason is None and time.monotonic() < deadline:
+            training.progress = Progress()
             with suppress(Interrupted):
-                train_epoch(learner, batches, config, progress, checkpoints, stop)
-            trained.count += progress.sums[2]
-            trained.seconds += progress.seconds
-            trained.data_wait += progress.data_wait
+                train_one_epoch(training)
+            trained.count += training.progress.sums[2]
+            trained.seconds += training.progress.seconds
+            trained.data_wait += training.progress.data_wait
     return trained
 
 
-def _fewer(config: Config, batches: Batches, warm: Trained, machine: Machine) -> Batches:
-    """The batches as they are; smaller where a step of them would take longer than SLOW. On a CPU the time is in proportion to the pictures."""
-    at_once = int(SLOW * warm.count / warm.seconds)
-    if machine.device.type == "cuda" or at_once >= config.train.batch_size:
-        return batches
-    return _resized(batches, max(at_once, min(8, config.train.batch_size), config.train.accumulate))
+def _fewer(config: Config, data: Loader, warm: Trained, machine: Machine) -> Loader:
+    """The data in batches so small that a step of them takes at most SLOW. On a CPU time is in proportion to the images."""
+    fit_in = int(SLOW * warm.count / warm.seconds)
+    if machine.device.type == "cuda" or fit_in >= config.train.batch_size:
+        return data
+    return _resized(data, max(fit_in, min(8, config.train.batch_size), config.train.accumulate))
 
 
-def _resized(batches: Batches, batch_size: int) -> Batches:
-    if isinstance(batches, FeatureLoader):
-        return dataclasses.replace(
-            batches, feed=dataclasses.replace(batches.feed, batch_size=batch_size)
-        )
-    assert isinstance(batches, ImageLoader)
-    return dataclasses.replace(batches, batch_size=batch_size)
+def _resized(data: Loader, batch_size: int) -> Loader:
+    if isinstance(data, FeatureLoader):
+        loader = dataclasses.replace(data.loader, batch_size=batch_size)
+        return dataclasses.replace(data, loader=loader)
+    assert isinstance(data, ImageLoader)
+    return dataclasses.replace(data, batch_size=batch_size)
 
 
-def _evaluate_rate(learner: Learner, batches: Batches, machine: Machine, seconds: float) -> float:
+def _evaluate_rate(training: Training, seconds: float) -> float:
+    training.stop = Stop()
     rate = 0.0
     for limit in (0.0, seconds):  # the first batch, and the import of torchmetrics, do not count
         started = time.monotonic()
-        logits, labels = evaluate(
-            learner.eval_model(),
-            _until(batches.eval_batches("valid"), limit),
-            machine.device,
-            machine.precision,
-            Stop(),
-        )
-        metrics.classification(logits, labels, "valid")
+        batches = _until(training.data.eval_batches("valid"), limit)
+        logits, targets = loop.predict(training, training.eval_model, batches, training.machine)
+        classification(logits, targets, "valid")
         rate = len(logits) / (time.monotonic() - started)
     return rate
 
 
 def _extract_rate(
-    network: Classifier, feed: ImageLoader, machine: Machine, seconds: float
+    network: Classifier, loader: ImageLoader, machine: Machine, seconds: float
 ) -> float:
     count, started = 0, time.monotonic()
-    for batch in _until(feed.ordered_batches(0, features.BATCH), seconds):
-        features.compute(network, batch, machine.device, machine.precision)
-        count += len(batch.labels)
+    for batch in _until(loader.ordered_batches(0, features.BATCH), seconds):
+        features.compute(network, batch, machine)
+        count += len(batch.target)
     return count / (time.monotonic() - started)
 
 
-def _some_features(feed: ImageLoader, width: int) -> FeatureLoader:
+def _some_features(loader: ImageLoader, width: int) -> FeatureLoader:
     """As many features as the run will have, of no meaning: only how long the head takes is asked for."""
-    splits = feed.folder.splits
-    train, valid = (
-        np.zeros((len(splits[name].paths), width), np.float32) for name in ("train", "valid")
-    )
-    return FeatureLoader(feed, (train,), valid)
+    train = np.zeros((loader.folder.count("train"), width), np.float32)
+    valid = np.zeros((loader.folder.count("valid"), width), np.float32)
+    return FeatureLoader(loader, (train,), valid)
 
 
 def _rate(batches: Generator[Batch, None, None], seconds: float) -> float:
     count, started = 0, time.monotonic()
     for batch in _until(batches, seconds):
-        count += len(batch.labels)
+        count += len(batch.target)
     return count / (time.monotonic() - started)
 
 
 def _until(batches: Generator[Batch, None, None], seconds: float) -> Iterator[Batch]:
-    """The batches up to the one in which the time is over: at least one."""
+    """Yield the batches up to the one in which the time is over: at least one."""
     deadline = time.monotonic() + seconds
     for batch in batches:
         yield batch
@@ -398,7 +386,7 @@ def propose(
         lines.append(
             "model.cached_views=4: the frozen backbone would run once for each of 4 views, and not in every epoch"
         )
-    if measured.wait > 0.1 and not stages.reads_more_than_once(config):
+    if measured.wait > 0.1 and not reads_more_than_once(config):
         lines.append(
             f"data.cache=packed: {measured.wait:.0%} of the time goes by waiting for pictures to be decoded"
         )
@@ -423,7 +411,7 @@ def propose(
             f"another instance than {instance}: it may only compute in bursts; see python -m launch instances"
         )
     free = shutil.disk_usage(config.platform.cache).free
-    if stages.reads_more_than_once(config) and packed_bytes(found, measured) > free:
+    if reads_more_than_once(config) and packed_bytes(found, measured) > free:
         lines.append(
             f"platform.cache=DIR on a larger disk: {amount(packed_bytes(found, measured))} of packed pixels do not fit into {amount(free)}"
         )
@@ -490,26 +478,10 @@ def run_facts(
         "once, before": f"{duration(prediction.once)}, limited by {once_limit}; nothing where it is in the cache already",
         "all epochs": f"{duration(prediction.once + config.train.epochs * prediction.epoch)} for {config.train.epochs}",
         "packed pixels": amount(packed_bytes(found, measured))
-        if stages.reads_more_than_once(config)
+        if reads_more_than_once(config)
         else "none",
         "a checkpoint": f"at least {amount(size)}, written in {duration(size / measured.write)}",
     }
-
-
-def remember(
-    config: Config, measured: Measured, prediction: Prediction, instance: str | None
-) -> None:
-    """For `python -m launch instances`, which compares it with what other machines cost."""
-    facts = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": instance or platform.node(),
-        "model": config.model.name,
-        "freeze": config.model.freeze,
-        "images_per_second": measured.train,
-        "epoch_seconds": prediction.epoch,
-        "once_seconds": prediction.once,
-    }
-    files.write(Path(config.platform.cache) / "doctor.json", json.dumps(facts, indent=1) + "\n")
 
 
 # --- facts of the machine ---

@@ -144,8 +144,8 @@ def report(failure: Path, text: str) -> None:
 
 def leave(code: int | str | None) -> None:
     """Ends this process's part in a job of several, as the trainer does by itself. Without a trainer there is none."""
-    if "trainer.distributed.job" in sys.modules:
-        sys.modules["trainer.distributed.job"].world().leave(code)
+    if "trainer.distributed.world" in sys.modules:
+        sys.modules["trainer.distributed.world"].current_world().leave(code)
 
 
 class LastError(logging.Handler):

@@ -76,24 +76,37 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
+def try_lock(directory: Path, name: str = ".lock") -> Iterator[bool]:
+    """Give whether this process got the lock, which it then has while the context lasts.
+
+    The kernel frees the lock of a process that dies.
+    """
+    with (directory / name).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except BlockingIOError:
+            ours = False
+        yield ours
+
+
+@contextmanager
 def locked(directory: Path, waiting: Callable[[], None], name: str = ".lock") -> Iterator[None]:
     """While the context lasts, no other process that asks for the same lock has it. The kernel frees the lock of a process that dies.
 
     waiting: called again and again while another process has it; it may raise, to give up.
     """
-    with (directory / name).open("w") as lock:
-        told = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    log.info("%s: waiting for another process that is writing there", directory)
-                    told = True
-                waiting()
-                time.sleep(0.1)
-        yield
+    told = False
+    while True:
+        with try_lock(directory, name) as ours:
+            if ours:
+                yield
+                return
+        if not told:
+            log.info("%s: waiting for another process that is writing there", directory)
+            told = True
+        waiting()
+        time.sleep(0.1)
 
 
 def flush(path: Path, *parts: bytes | memoryview) -> None:

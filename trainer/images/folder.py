@@ -57,6 +57,10 @@ class ImageFolder:
     broken: tuple[tuple[str, str], ...]
     fingerprint: str
 
+    def count(self, split: str) -> int:
+        """Return how many images a split has."""
+        return len(self.splits[split].paths)
+
 
 def find_splits(root: str, given: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
     """Returns the folder of each split, and the names of root's other folders that hold pictures, which nobody uses.

@@ -20,57 +20,53 @@ from trainer.images.sampler import Share, epoch_batches, plain_batches
 
 AHEAD = 3  # batches in the making besides the one in use
 
-
-Reader = Callable[
-    [str], NDArray[np.uint8]
-]  # a picture's path to its shrunk pixels [H, W, 3]; raises ImageError
+# Takes an image's path and gives its shrunk pixels [H, W, 3]; raises ImageError.
+Reader = Callable[[str], NDArray[np.uint8]]
 
 
 class Batch(NamedTuple):
-    pixels: Tensor  # uint8 [N, size, size, 3]
-    labels: Tensor  # int64 [N]
+    image: Tensor  # uint8 [N, size, size, 3], or features, float32 [N, width]
+    target: Tensor  # classes, int64 [N]
 
 
 def load(
     view: Callable[[int], NDArray[np.uint8]],
-    labels: NDArray[np.int64],
+    target: NDArray[np.int64],
     batches: Sequence[NDArray[np.int64]],
     size: int,
     workers: int,
     pin: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Yields the batches in order, whatever the number of threads.
+    """Yield the batches in order, whatever the number of threads.
 
-    view: a sample's number to its pixels [size, size, 3]; called from several threads. workers: how many; 0: none, in the caller's own.
-    pin: in page-locked memory, from which a GPU copies on its own.
+    view: a sample's number to its pixels [size, size, 3]; called from several threads. target: the class of
+    each sample. workers: how many threads; 0: none, in the caller's own. pin: in page-locked memory, from
+    which a GPU copies on its own.
     """
 
-    def start(
-        samples: NDArray[np.int64], submit: Callable[..., Future[None]] | None
-    ) -> tuple[Batch, list[Future[None]]]:
-        pixels = torch.empty(len(samples), size, size, 3, dtype=torch.uint8, pin_memory=pin)
-        rows = pixels.numpy()
+    def start(samples: NDArray[np.int64]) -> tuple[Batch, Callable[[int, int], None]]:
+        image = torch.empty(len(samples), size, size, 3, dtype=torch.uint8, pin_memory=pin)
+        rows = image.numpy()
 
         def fill(first: int, step: int) -> None:
             for row in range(first, len(samples), step):
                 rows[row] = view(int(samples[row]))
 
-        batch = Batch(pixels, torch.from_numpy(labels[samples]))
-        if submit is None:
-            fill(0, 1)
-            return batch, []
-        return batch, [submit(fill, first, workers) for first in range(workers)]
+        return Batch(image, torch.from_numpy(target[samples])), fill
 
     if workers == 0:
         for samples in batches:
-            yield start(samples, None)[0]
+            batch, fill = start(samples)
+            fill(0, 1)
+            yield batch
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="pictures")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
     try:
         pending: deque[tuple[Batch, list[Future[None]]]] = deque()
         for number in range(len(batches) + AHEAD):
             if number < len(batches):
-                pending.append(start(batches[number], pool.submit))
+                batch, fill = start(batches[number])
+                pending.append((batch, [pool.submit(fill, n, workers) for n in range(workers)]))
             if number >= AHEAD and pending:
                 batch, parts = pending.popleft()
                 for part in parts:
@@ -80,8 +76,12 @@ def load(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Batches(Protocol):
-    """What the loop needs of its pictures, whether they come as pixels (`ImageLoader`) or as features (`features.FeatureLoader`)."""
+class Loader(Protocol):
+    """What the loop needs of its data: pixels (`ImageLoader`) or features (`network.features.FeatureLoader`)."""
+
+    @property
+    def holds_features(self) -> bool:
+        """Whether the batches are features of a frozen backbone, and not pixels."""
 
     @property
     def classes(self) -> int: ...
@@ -95,18 +95,18 @@ class Batches(Protocol):
 
     @property
     def global_batch_size(self) -> int:
-        """Pictures of a training batch, over all processes."""
+        """Images of a training batch, over all processes."""
 
     def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
-        """This process's share of an epoch's (0-based) batches, from number `first` on."""
+        """Yield this process's share of an epoch's (0-based) batches, from number `first` on."""
 
     def eval_batches(self, name: str) -> Generator[Batch, None, None]:
-        """This process's share of a split's batches, which hold every picture once, in order, as serving sees it."""
+        """Yield this process's share of a split's batches: every image once, in order, as serving sees it."""
 
 
 @dataclass(frozen=True)
 class ImageLoader:
-    """The pictures of a run as batches: random views for training, plain ones for evaluation."""
+    """The images of a run as batches: random views for training, plain ones for evaluation."""
 
     folder: ImageFolder
     preprocessing: Preprocessing
@@ -116,10 +116,13 @@ class ImageLoader:
     workers: int
     pin: bool = False
     read: Reader | None = None  # None: decodes
-    views: int | None = (
-        None  # random views of each picture, which the epochs take in turn; None: a new one each epoch
-    )
+    # Random views of each image, which the epochs take in turn; None: a new one each epoch.
+    views: int | None = None
     share: Share = Share()  # noqa: RUF009 - frozen
+
+    @property
+    def holds_features(self) -> bool:
+        return False
 
     @property
     def classes(self) -> int:
@@ -127,73 +130,57 @@ class ImageLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(
-            epoch_batches(len(self.folder.splits["train"].paths), self.batch_size, self.seed, 0)
-        )
+        return len(self._epoch(0))
 
     @property
     def global_batch_size(self) -> int:
-        return min(self.batch_size, len(self.folder.splits["train"].paths))
+        return min(self.batch_size, self.folder.count("train"))
 
     def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
-        batches = epoch_batches(
-            len(self.folder.splits["train"].paths), self.batch_size, self.seed, epoch
-        )
-        return self._load(
-            "train",
-            epoch % self.views if self.views else epoch,
-            self.share.of_training(batches[first:]),
-        )
+        view = epoch % self.views if self.views else epoch
+        return self._load("train", view, self.share.of_training(self._epoch(epoch)[first:]))
 
     def eval_batches(self, name: str) -> Generator[Batch, None, None]:
-        return self._load(
-            name,
-            None,
-            self.share.of_evaluation(
-                plain_batches(len(self.folder.splits[name].paths), self.batch_size)
-            ),
-        )
+        batches = plain_batches(self.folder.count(name), self.batch_size)
+        return self._load(name, None, self.share.of_evaluation(batches))
 
     def ordered_batches(
         self, view: int | None, batch_size: int, first: int = 0
     ) -> Generator[Batch, None, None]:
-        """Every picture of train in one of its random views, or (None) of valid in its plain one, once and in order, from batch `first` on."""
+        """Yield every image of train in one of its random views, or (None) of valid in its plain one.
+
+        Once and in order, from batch `first` on.
+        """
         name = "valid" if view is None else "train"
-        return self._load(
-            name, view, plain_batches(len(self.folder.splits[name].paths), batch_size)[first:]
-        )
+        batches = plain_batches(self.folder.count(name), batch_size)
+        return self._load(name, view, batches[first:])
+
+    def _epoch(self, epoch: int) -> list[NDArray[np.int64]]:
+        return epoch_batches(self.folder.count("train"), self.batch_size, self.seed, epoch)
 
     def _load(
         self, name: str, view: int | None, batches: list[NDArray[np.int64]]
     ) -> Generator[Batch, None, None]:
-        split, size, interpolation = (
-            self.folder.splits[name],
-            self.preprocessing.size,
-            self.preprocessing.interpolation,
-        )
+        split, size = self.folder.splits[name], self.preprocessing.size
 
         def see(sample: int) -> NDArray[np.uint8]:
             pixels = self._shrunk(split.paths[sample])
             if view is None:
                 return center_crop(pixels, size)
+            rng = generator(Purpose.VIEW, self.seed, view, sample)
             return random_view(
-                pixels,
-                size,
-                interpolation,
-                self.augmentation,
-                generator(Purpose.VIEW, self.seed, view, sample),
+                pixels, size, self.preprocessing.interpolation, self.augmentation, rng
             )
 
         return load(see, split.labels, batches, size, self.workers, self.pin)
 
     def _shrunk(self, path: str) -> NDArray[np.uint8]:
         try:
-            return (
-                self.read(path)
-                if self.read
-                else read_shrunk(path, self.preprocessing.resize, self.preprocessing.interpolation)
-            )
+            if self.read:
+                return self.read(path)
+            return read_shrunk(path, self.preprocessing.resize, self.preprocessing.interpolation)
         except ImageError as error:  # it was readable when the run began
             raise UserError(
-                f"{path}: the picture can no longer be read ({error}); was it moved or changed? start the same command again"
+                f"{path}: the picture can no longer be read ({error}); was it moved or changed? "
+                "start the same command again"
             ) from error

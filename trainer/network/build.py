@@ -64,6 +64,13 @@ class Classifier(nn.Module):
         return self
 
 
+def trained_part(network: nn.Module) -> nn.Module:
+    """Return what training changes of a network: all, or the head alone."""
+    if isinstance(network, Classifier) and network.frozen:
+        return network.head
+    return network
+
+
 def build(
     name: str,
     classes: int,

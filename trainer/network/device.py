@@ -3,7 +3,8 @@
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,16 @@ class Machine:
             "the device": self.device.type,
             "the precision": str(self),
         }
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which operations run in this machine's precision."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+    def in_float32(self) -> "Machine":
+        """Return the same machine, computing in float32."""
+        return replace(self, precision=torch.float32)
 
     def environment(self) -> dict[str, Any]:
         """What must be equal for a resumed run to give the same bits as one that was never interrupted."""
@@ -162,11 +173,6 @@ def compiled(network: nn.Module) -> nn.Module:
     came before, and a run that goes on after a stop sees them in another order.
     """
     return cast(nn.Module, torch.compile(network, dynamic=False))
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _name(device: torch.device) -> str:

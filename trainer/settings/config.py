@@ -128,7 +128,6 @@ class TrainConfig:
     threads: int | None = setting(at_least=1, identity=False)
     tensorboard: bool = setting(identity=False)
     exact_shards: int | None = setting(at_least=1)
-    compression: str = setting("none", "fp16", only_if="train.exact_shards=None")
     processes: int | None = setting(at_least=1, identity=False)
     hosts: int | None = setting(at_least=1, identity=False)
     timeout_seconds: float = setting(above=0, identity=False)

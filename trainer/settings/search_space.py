@@ -84,7 +84,7 @@ class Sweep:
     objective: str  # the metric to improve
     trials: int  # at most; a grid has as many as it has points
     parallel: int  # trials at once
-    together: int  # heads trained in one pass
+    together: int  # trials of one process, where only heads are trained
     sampler: str  # tpe or random
     pruner: str  # none, median or halving
     points: int  # values that a grid takes of an interval

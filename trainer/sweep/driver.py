@@ -6,7 +6,6 @@ its ledger, `sweep.html`, and a directory for each trial, which is an ordinary r
 
 import ctypes
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -27,6 +26,7 @@ from omegaconf import OmegaConf
 
 from trainer.common import files
 from trainer.common.console import ProgressBar, also_to_file, log, python
+from trainer.common.cpu import cores
 from trainer.common.errors import OK, RESUME, UserError, install_command
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
 from trainer.images.datasets import find_images
@@ -44,6 +44,7 @@ PROJECT = Path(__file__).parents[2]
 SOURCE = ("trainer", "serving", "conf")  # what a run is made by
 FREE = ("sweep.trials", "sweep.parallel")  # may change when a sweep goes on
 POLL = 0.05  # seconds between two looks at the trials
+BATCH_LOCK = ".lock-batch"  # that a batch holds in the directory of each of its trials
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -81,7 +82,7 @@ def opened(
     if not known.exists():
         check(config, fixed, swept)
     directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory) as mine, also_to_file(directory / "log.txt"):
+    with files.try_lock(directory) as mine, also_to_file(directory / "log.txt"):
         if not mine:
             raise UserError(
                 f"{directory}: another process runs this sweep; wait for it, or give this one another name=..."
@@ -136,24 +137,12 @@ def freeze(directory: Path, asked: dict[str, Any]) -> None:
     )
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[bool]:
-    """Whether this process got the lock of a run or a sweep, which it then has while the context lasts."""
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
-
-
 # --- driving it ---
 
 
 @dataclass
-class Job:
-    """One process: a trial, or several whose heads are trained together."""
+class TrialProcess:
+    """One process: a trial, or several heads that it trains one after the other."""
 
     trials: list[Trial]
     slot: int  # which of the processes that run at once; chooses the GPU
@@ -180,7 +169,7 @@ class Driver:
         self.alone: set[int] = (
             set()
         )  # trials not to be trained together: the process that tried it failed
-        self.jobs: list[Job] = []
+        self.jobs: list[TrialProcess] = []
 
     def run(self) -> None:
         total = len(self.ledger.points) if isinstance(self.ledger, Grid) else self.sweep.trials
@@ -217,7 +206,7 @@ class Driver:
             self.write_page()
         for slot in sorted(set(range(self.sweep.parallel)) - {job.slot for job in self.jobs}):
             if trials := self.next_trials():
-                self.jobs.append(Job(trials, slot))
+                self.jobs.append(TrialProcess(trials, slot))
         if self.jobs and not ended:
             time.sleep(POLL)
         return bool(self.jobs)
@@ -235,12 +224,12 @@ class Driver:
         """The next trial, with those after it whose heads can be trained in the same process."""
         trials: list[Trial] = []
         while taken := self.take():
-            trial, together = taken
-            if trials and not together:
+            trial, batched = taken
+            if trials and not batched:
                 self.waiting.insert(0, trial)
                 break
             trials.append(trial)
-            if not together or len(trials) == self.sweep.together:
+            if not batched or len(trials) == self.sweep.together:
                 break
         return trials
 
@@ -269,7 +258,7 @@ class Driver:
             )
         return None
 
-    def look_after(self, job: Job) -> bool:
+    def look_after(self, job: TrialProcess) -> bool:
         """Starts the job's process when it can start, follows it, and notes its outcome. Whether it has ended."""
         if job.process is None:
             if any(in_use(self.place(trial)) for trial in job.trials):
@@ -286,7 +275,7 @@ class Driver:
             self.waiting = job.trials + self.waiting  # somebody stopped this process alone
         elif len(job.trials) > 1:
             log.warning(
-                "training %d heads together failed (%s); each is trained alone",
+                "a batch of %d trials failed (%s); each is trained in a process of its own",
                 len(job.trials),
                 self.reason(job, code),
             )
@@ -301,13 +290,13 @@ class Driver:
             self.tell(job.trials[0], FAILED, reason=self.reason(job, code))
         return True
 
-    def start(self, job: Job) -> subprocess.Popen[bytes]:
+    def start(self, job: TrialProcess) -> subprocess.Popen[bytes]:
         first = job.trials[0]
         program = [sys.executable, "-P", "-m"]  # -P: not the code in the current directory
         if len(job.trials) > 1:
             command = [
                 *program,
-                "trainer.sweep.heads",
+                "trainer.sweep.batch",
                 str(self.directory.absolute()),
                 *(str(trial.number) for trial in job.trials),
             ]
@@ -363,7 +352,7 @@ class Driver:
 
     # --- outcomes ---
 
-    def follow(self, job: Job) -> None:
+    def follow(self, job: TrialProcess) -> None:
         """Reports the epochs that the trial has ended since, and ends the trial where its ledger says so."""
         trial = job.trials[0]
         for row in evaluations(self.place(trial)):
@@ -376,7 +365,7 @@ class Driver:
             job.process.terminate()
             job.process.wait()
 
-    def outcomes_of(self, job: Job) -> Path:
+    def outcomes_of(self, job: TrialProcess) -> Path:
         return self.directory / f"outcomes-{job.trials[0].number:04d}.json"
 
     def settle_outcomes(self) -> None:
@@ -416,7 +405,7 @@ class Driver:
             else "",
         )
 
-    def reason(self, job: Job, code: int) -> str:
+    def reason(self, job: TrialProcess, code: int) -> str:
         """Why a process failed, in one line: its last word."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}" + (
@@ -436,7 +425,7 @@ class Driver:
             "trial %d is the best: it is trained once more, alone, for its model package and report",
             trial.number,
         )
-        job = Job([trial], 0)
+        job = TrialProcess([trial], 0)
         self.jobs = [job]
         while job.process is None or job.process.poll() is None:
             if self.stop.reason:
@@ -550,8 +539,9 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def in_use(run: Path) -> bool:
-    with locked(run) as mine:
-        return not mine
+    """Whether a process trains this trial, or is about to."""
+    with files.try_lock(run) as free, files.try_lock(run, BATCH_LOCK) as unclaimed:
+        return not (free and unclaimed)
 
 
 def gpus() -> list[str]:
@@ -560,10 +550,6 @@ def gpus() -> list[str]:
         return [name for name in visible.split(",") if name]
     driver = Path("/proc/driver/nvidia/gpus")
     return [str(number) for number, _ in enumerate(driver.iterdir())] if driver.is_dir() else []
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _libc = (

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,7 +34,7 @@ def better(value: float, best: float | None, monitor: str) -> bool:
     return best is None or (value < best if monitor.endswith("loss") else value > best)
 
 
-class Ledger:
+class MetricsFile:
     """`metrics.jsonl`: one JSON object a row, in step with the checkpoints.
 
     path: None where another process writes it.
@@ -68,3 +69,42 @@ class Ledger:
             for name, value in row.items():
                 self._board.add_scalar(name, value, row["step"])
             self._board.flush()
+
+
+class TrainSums:
+    """Of the images trained on since the epoch began: the loss, how many were correct, and how many there were.
+
+    What a step leaves is looked at FETCH_EVERY microbatches later: a GPU is not waited for in each, and a small
+    network's steps are not held up by arithmetic that they don't need. It is added up one by one, so that the
+    sums don't depend on where a run was interrupted.
+    """
+
+    FETCH_EVERY = 64
+
+    def __init__(self, sums: list[float]) -> None:
+        self._loss, self._correct, self._count = sums
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, loss: Tensor, output: Tensor, target: Tensor) -> None:
+        """Take in a microbatch.
+
+        loss: summed over its images; output: logits [N, classes]; target: classes int64 [N], or
+        probabilities [N, classes], of which none is counted as correct.
+        """
+        self._pending.append((loss.detach(), output.detach(), target))
+        if len(self._pending) == self.FETCH_EVERY:
+            self.fetch()
+
+    def fetch(self) -> list[float]:
+        """Return the sums so far. Waits for a GPU."""
+        if self._pending:
+            losses, outputs, targets = zip(*self._pending, strict=True)
+            self._pending = []
+            # One by one, and not by `sum`, which since Python 3.12 rounds at its end alone.
+            for value in torch.stack(losses).tolist():
+                self._loss += value
+            self._count += sum(map(len, targets))
+            if targets[0].ndim == 1:
+                hits = torch.cat(outputs).argmax(1) == torch.cat(targets)
+                self._correct += hits.sum().item()
+        return [self._loss, self._correct, self._count]

@@ -1,7 +1,6 @@
 """A run's directory: one process at a time, the settings, the log, and the result that says that it is complete."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import shlex
@@ -9,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,36 @@ from omegaconf import OmegaConf
 from trainer.common import files
 from trainer.common.console import also_to_file, log, python
 from trainer.common.errors import UserError
-from trainer.distributed.job import ALONE, World
+from trainer.common.interrupt import Stop
+from trainer.distributed.world import World
+from trainer.images.folder import ImageFolder
+from trainer.network import weights
 from trainer.settings.config import Config, identity, run_name
 
 
 @dataclass(frozen=True)
 class Run:
+    """One run: its settings, where it lies, the processes that it consists of, and the wish to stop it."""
+
+    config: Config
+    world: World
+    stop: Stop
     name: str
     directory: Path
     checkpoints: Path
     package: Path  # the archive, or on SageMaker the directory that it archives itself
+
+    def resolved(self, images: ImageFolder) -> "Run":
+        """Return the run with a value for each setting that isn't given, written to config.yaml."""
+        resolve = partial(weights.resolve, self.config, images)
+        run = dataclasses.replace(self, config=self.world.broadcast_from_main(resolve))
+        if self.world.is_main_process:
+            run.write_settings()
+        return run
+
+    def identity(self, images: ImageFolder) -> dict[str, Any]:
+        """Return what a result of this run is a function of."""
+        return identity(self.config) | {"pictures": images.fingerprint}
 
     def result(self) -> dict[str, Any] | None:
         """What the complete run wrote last, or None."""
@@ -35,7 +55,8 @@ class Run:
         result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return result
 
-    def write_settings(self, config: Config) -> None:
+    def write_settings(self) -> None:
+        config = self.config
         files.write(
             self.directory / "config.yaml",
             OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))),
@@ -73,52 +94,52 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, world: World = ALONE) -> Iterator[Run]:
-    """The run of these settings: its directory made, locked for this process, and its log begun, by rank 0 alone. Raises UserError where another
-    run has it.
+def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
+    """Open the run of these settings: its directory made, locked for this process, and its log begun, by rank 0 alone.
+
+    Raises UserError where another run has it.
     """
     name = run_name(config)
     directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
     checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
     package = Path(config.platform.package or directory / "model.tar.gz")
-    run = Run(name, directory, checkpoints, package)
+    run = Run(config, world, stop, name, directory, checkpoints, package)
     if not world.is_main_process:
         yield run
         return
     for needed in (directory, checkpoints, package.parent):
         needed.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with files.try_lock(directory) as ours:
+        if not ours:
             raise UserError(
-                f"{directory}: another process trains in this run; wait for it, or give this one another name=..."
-            ) from error
+                f"{directory}: another process trains in this run; wait for it, or give this one "
+                "another name=..."
+            )
         for written in (directory, checkpoints, package.parent, package):
             if written.is_dir():
                 files.sweep(written)
         with also_to_file(directory / "log.txt"):
             log.info("run %s in %s", name, directory)
-            run.write_settings(config)
+            run.write_settings()
             yield run
 
 
-def check_identity(then: dict[str, Any], config: Config, fingerprint: str, where: Path) -> None:
-    """Raises UserError where a run goes on with other settings or other pictures than it began with: what came out would be neither's."""
-    now = identity(config) | {"pictures": fingerprint}
+def check_identity(then: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    """Raise UserError where a run goes on with other settings or images than it began with: what came out would be neither's."""
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if changed == ["pictures"]:
         raise UserError(
-            f"{where}: the pictures have changed since this run began; start a new run with another name=..., or bring them back"
+            f"{where}: the pictures have changed since this run began; start a new run with another "
+            "name=..., or bring them back"
         )
     if changed:
+        settings = [key for key in changed[:5] if key != "pictures"]
         differences = ", ".join(
-            f"{key}: {then.get(key)} then, {now.get(key)} now"
-            for key in changed[:5]
-            if key != "pictures"
+            f"{key}: {then.get(key)} then, {now.get(key)} now" for key in settings
         )
         raise UserError(
-            f"{where}: this run began with other settings ({differences}); give the same again, or start a new run with another name=..."
+            f"{where}: this run began with other settings ({differences}); give the same again, or "
+            "start a new run with another name=..."
         )
 
 

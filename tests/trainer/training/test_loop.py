@@ -8,18 +8,20 @@ import torch
 from torch import nn
 
 from tests.soak import difference
+from tests.trainer.trainings import (
+    SAVED_OFTEN,
+    make_loader,
+    make_network,
+    open_training,
+    outcome,
+)
 from trainer.common.errors import Interrupted, UserError
-from trainer.common.interrupt import Stop
-from trainer.images.augment import Augmentation
-from trainer.images.decode import Preprocessing
-from trainer.images.folder import scan
 from trainer.images.loader import ImageLoader
-from trainer.network import optim
-from trainer.network.build import Classifier, build
-from trainer.training import checkpoint, metrics
-from trainer.training.loop import Checkpoints, Learner, Progress, evaluate, fit, train_step
-
-CPU = torch.device("cpu")
+from trainer.network.build import Classifier
+from trainer.network.ema import ModelEma
+from trainer.training import checkpoint
+from trainer.training.loop import fit, predict, train_one_step
+from trainer.training.training import Training
 
 
 @pytest.fixture(autouse=True)
@@ -30,110 +32,36 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def make_loader(pictures: Path, workers: int = 0, trivial: bool = True) -> ImageLoader:
-    folder = scan({split: str(pictures / split) for split in ("train", "valid", "test")}, 0.2)
-    return ImageLoader(
-        folder,
-        Preprocessing(18, 16, "bilinear"),
-        Augmentation((0.3, 1.0), (0.75, 1.33), True, trivial),
-        batch_size=8,
-        seed=7,
-        workers=workers,
-    )
-
-
-def make_network(dropout: float = 0.0) -> Classifier:
-    torch.manual_seed(0)
-    network = build("small_cnn", 3)
-    network.head = nn.Sequential(nn.Dropout(dropout), network.head) if dropout else network.head
-    return network
-
-
-@dataclasses.dataclass
-class Session:
-    """A small training as `trainer.__main__` builds it, in this process."""
-
-    learner: Learner
-    progress: Progress
-    ledger: metrics.Ledger
-    checkpoints: Checkpoints
-    stop: Stop
-
-    def outcome(self) -> dict:
-        state = self.learner.state()
-        rows = [
-            {
-                key: value
-                for key, value in row.items()
-                if key not in ("seconds", "data_wait", "evaluate_seconds")
-            }
-            for row in self.ledger.rows
-        ]
-        progress = dataclasses.asdict(self.progress)
-        return copy.deepcopy(state) | {
-            "rows": rows,
-            "progress": {key: progress[key] for key in ("epoch", "batch", "step", "best")},
-        }
-
-
-def open_session(
-    root: Path, precision: torch.dtype = torch.float32, dropout: float = 0.0
-) -> Session:
-    network = make_network(dropout)
-    optimizer = optim.build(
-        network, "adamw", lr=3e-3, head_lr=1e-2, weight_decay=0.05, momentum=0.9
-    )
-    learner = Learner(network, optimizer, CPU, precision, ema_decay=0.9)
-    root.mkdir(exist_ok=True)
-    ledger = metrics.Ledger(root / "metrics.jsonl")
-    checkpoints = Checkpoints(root / "checkpoints", checkpoint.Cadence(1e-9, 1.0), 2, ledger, {})
-    progress = Progress()
-    if found := checkpoint.newest(root / "checkpoints"):
-        learner.restore(found[1])
-        progress = Progress(**found[1]["progress"])
-    ledger.restore(progress.rows)
-    return Session(learner, progress, ledger, checkpoints, Stop())
-
-
-def train(session: Session, feed: ImageLoader, config) -> None:
-    fit(
-        session.learner,
-        feed,
-        config,
-        session.progress,
-        session.ledger,
-        session.checkpoints,
-        session.stop,
-    )
+RECIPE = (
+    "model=small_cnn", "data.size=16", "data.resize=18", "train.epochs=2", "train.batch_size=8",
+    "train.accumulate=2", "train.ema_decay=0.9", "optim.lr=3e-3", "optim.head_lr=1e-2",
+    "optim.weight_decay=0.05", "train.monitor=valid_top1", "train.threads=1", "seed=7", *SAVED_OFTEN,
+)  # fmt: skip
 
 
 @pytest.fixture
 def config(configure):
     return configure(
-        "train.epochs=2",
-        "train.batch_size=8",
-        "train.accumulate=2",
-        "train.clip_norm=1",
-        "data.augment.mixup=0.4",
-        "data.augment.cutmix=1",
-        "seed=7",
+        *RECIPE, "train.clip_norm=1", "data.augment.mixup=0.4", "data.augment.cutmix=1"
     )
 
 
 @pytest.fixture
 def whole_fp32(tmp_path, pictures, config) -> dict:
     """What the undisturbed run with dropout comes to."""
-    session = open_session(tmp_path / "whole", dropout=0.3)
-    train(session, make_loader(pictures), config)
-    return session.outcome()
+    training = open_training(
+        tmp_path / "whole", config, make_loader(pictures), make_network(dropout=0.3)
+    )
+    fit(training)
+    return outcome(training)
 
 
 class StopAt(ImageLoader):
-    """A feed that asks to stop when a certain batch is read, of training or of evaluation."""
+    """A loader that asks to stop when a certain batch is read, of training or of evaluation."""
 
-    def asked(self, stop: Stop, at: int) -> "StopAt":
+    def asked(self, at: int) -> "StopAt":
         object.__setattr__(self, "left", at)
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", None)
         return self
 
     def _counted(self, batches):
@@ -150,15 +78,23 @@ class StopAt(ImageLoader):
         return self._counted(super().eval_batches(name))
 
 
-def interrupted_training(
-    root: Path, pictures: Path, config, at: int, change_state=None, **settings
-) -> Session:
-    """Trains, is stopped when batch number `at` is read, and goes on in a fresh session from what is on disk."""
-    feed = make_loader(pictures)
-    first = open_session(root, **settings)
-    stopping = StopAt(**vars(feed)).asked(first.stop, at)
+def stopped_training(
+    root: Path, pictures: Path, config, at: int, precision=torch.float32
+) -> Training:
+    """A training with dropout that was stopped when batch number `at` was read."""
+    loader = StopAt(**vars(make_loader(pictures))).asked(at)
+    training = open_training(root, config, loader, make_network(0.3), precision=precision)
+    object.__setattr__(loader, "stop", training.stop)
     with pytest.raises(Interrupted, match="the test"):
-        train(first, stopping, config)
+        fit(training)
+    return training
+
+
+def interrupted_training(
+    root: Path, pictures: Path, config, at: int, change_state=None, precision=torch.float32
+) -> Training:
+    """A training that was stopped when batch number `at` was read, and went on from what is on disk."""
+    stopped_training(root, pictures, config, at, precision)
     if change_state:
         (path,) = checkpoint.steps(root / "checkpoints")[-1:]
         state = checkpoint.load(path)
@@ -166,9 +102,10 @@ def interrupted_training(
         for old in checkpoint.steps(root / "checkpoints"):
             old.rename(root / f"was-{old.name}")
         checkpoint.save(root / "checkpoints", path.name, state)
-    second = open_session(root, **settings)
-    train(second, feed, config)
-    return second
+    loader = make_loader(pictures)
+    training = open_training(root, config, loader, make_network(0.3), precision=precision)
+    fit(training)
+    return training
 
 
 # An epoch reads 3 batches for training and 2 for evaluation.
@@ -176,8 +113,8 @@ def interrupted_training(
 def test_a_stop_at_any_batch_and_a_new_start_give_the_undisturbed_run(
     tmp_path, pictures, config, whole_fp32, at
 ):
-    resumed = interrupted_training(tmp_path / "resumed", pictures, config, at, dropout=0.3)
-    assert difference(whole_fp32, resumed.outcome()) is None
+    resumed = interrupted_training(tmp_path / "resumed", pictures, config, at)
+    assert difference(whole_fp32, outcome(resumed)) is None
 
 
 def flip_a_bit(path: Path) -> None:
@@ -199,15 +136,13 @@ def flip_a_bit(path: Path) -> None:
 def test_a_damaged_newest_checkpoint_costs_a_few_steps_and_no_bit(
     tmp_path, pictures, config, whole_fp32, file, harm
 ):
-    feed, root = make_loader(pictures), tmp_path / "damaged"
-    first = open_session(root, dropout=0.3)
-    with pytest.raises(Interrupted):
-        train(first, StopAt(**vars(feed)).asked(first.stop, 6), config)
+    root = tmp_path / "damaged"
+    first = stopped_training(root, pictures, config, 6)
     harm(checkpoint.steps(root / "checkpoints")[-1] / file)
-    second = open_session(root, dropout=0.3)
+    second = open_training(root, config, make_loader(pictures), make_network(0.3))
     assert 0 < second.progress.step < first.progress.step
-    train(second, feed, config)
-    assert difference(whole_fp32, second.outcome()) is None
+    fit(second)
+    assert difference(whole_fp32, outcome(second)) is None
 
 
 def forget_buffers(state):
@@ -256,27 +191,22 @@ def whole_fp16(tmp_path_factory, pictures):
 
     settings.register()
     # By valid_top1, the first epoch stays the best: a run that forgets it is noticed.
-    config = compose(
-        [
-            "train.epochs=2",
-            "train.batch_size=8",
-            "train.accumulate=2",
-            "train.monitor=valid_top1",
-            "seed=7",
-        ]
+    config = compose(list(RECIPE))
+    root = tmp_path_factory.mktemp("whole")
+    training = open_training(
+        root, config, make_loader(pictures), make_network(0.3), precision=torch.float16
     )
-    session = open_session(tmp_path_factory.mktemp("whole"), torch.float16, dropout=0.3)
     torch.set_num_threads(1)
-    train(session, make_loader(pictures), config)
-    return session, config
+    fit(training)
+    return training, config
 
 
 def test_float16_resumes_exactly_too(tmp_path, pictures, whole_fp16):
     whole, config = whole_fp16
     resumed = interrupted_training(
-        tmp_path / "resumed", pictures, config, 6, precision=torch.float16, dropout=0.3
+        tmp_path / "resumed", pictures, config, 6, precision=torch.float16
     )
-    assert difference(whole.outcome(), resumed.outcome()) is None
+    assert difference(outcome(whole), outcome(resumed)) is None
 
 
 @pytest.mark.parametrize("item", LEFT_OUT)
@@ -289,22 +219,22 @@ def test_leaving_out_any_saved_item_is_noticed(tmp_path, pictures, whole_fp16, i
         6,
         LEFT_OUT[item],
         precision=torch.float16,
-        dropout=0.3,
     )
-    assert difference(whole.outcome(), resumed.outcome()) is not None
+    assert difference(outcome(whole), outcome(resumed)) is not None
 
 
 def test_the_number_of_threads_that_read_changes_nothing(tmp_path, pictures, config):
     outcomes = []
     for workers in (0, 1, 2, 3):
-        session = open_session(tmp_path / str(workers), dropout=0.3)
-        train(session, make_loader(pictures, workers), config)
-        outcomes.append(session.outcome())
+        loader = make_loader(pictures, workers)
+        training = open_training(tmp_path / str(workers), config, loader, make_network(0.3))
+        fit(training)
+        outcomes.append(outcome(training))
     for other in outcomes[1:]:
         assert difference(outcomes[0], other) is None
 
 
-def test_four_parts_of_eight_give_the_gradient_of_one_batch_of_32():
+def test_four_parts_of_eight_give_the_gradient_of_one_batch_of_32(tmp_path, pictures, configure):
     class Plain(nn.Module):  # no BatchNorm, whose statistics are those of a part
         def __init__(self):
             super().__init__()
@@ -325,116 +255,111 @@ def test_four_parts_of_eight_give_the_gradient_of_one_batch_of_32():
     after = []
     for accumulate in (1, 4):
         copied = copy.deepcopy(network)
-        optimizer = torch.optim.SGD(copied.parameters(), lr=1.0)
-        learner = Learner(copied, optimizer, CPU, torch.float32)
-        train_step(
-            learner, pixels, labels, accumulate=accumulate, label_smoothing=0.1, clip_norm=None
-        )
-        after.append((copied.state_dict(), learner.sums()))
+        training = one_step(tmp_path / str(accumulate), pictures, configure, copied, accumulate)
+        training.optimizer = torch.optim.SGD(copied.parameters(), lr=1.0)
+        train_one_step(training, pixels, labels)
+        after.append((copied.state_dict(), training.sums.fetch()))
     for name, tensor in after[0][0].items():
         torch.testing.assert_close(tensor, after[1][0][name], rtol=1e-5, atol=1e-6)
     assert after[0][1] == pytest.approx(after[1][1], rel=1e-6)
     assert not torch.equal(network.head.weight, after[0][0]["head.weight"])
 
 
-def test_a_step_reports_loss_and_hits():
+def one_step(
+    root: Path, pictures, configure, network: Classifier, accumulate: int = 1, *overrides: str
+) -> Training:
+    """A training in train mode, of which a test takes a single step by itself."""
+    words = (f"train.accumulate={accumulate}", "train.label_smoothing=0", "train.ema_decay=null")
+    config = configure(*RECIPE, *words, *overrides)
+    training = open_training(root, config, make_loader(pictures), network)
+    training.begin_epoch()
+    return training
+
+
+def test_a_step_reports_loss_and_hits(tmp_path, pictures, configure):
     network = make_network()
     pixels, labels = (
         torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8),
         torch.tensor([0, 1, 2, 0, 1, 2]),
     )
-    learner = Learner(network, torch.optim.SGD(network.parameters(), lr=0.0), CPU, torch.float32)
     with torch.no_grad():
         logits = copy.deepcopy(network).train()(pixels)
-    train_step(learner, pixels, labels, accumulate=1, label_smoothing=0.0, clip_norm=None)
-    loss, right, count = learner.sums()
-    assert loss == pytest.approx(
-        nn.functional.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-6
-    )
-    assert (right, count) == ((logits.argmax(1) == labels).sum().item(), 6)
+    training = one_step(tmp_path, pictures, configure, network)
+    train_one_step(training, pixels, labels)
+    loss, correct, count = training.sums.fetch()
+    expected = nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert (correct, count) == ((logits.argmax(1) == labels).sum().item(), 6)
 
 
-def test_clipping_bounds_the_update():
+def test_clipping_bounds_the_update(tmp_path, pictures, configure):
     network = make_network()
     before = copy.deepcopy(network.state_dict())
-    learner = Learner(network, torch.optim.SGD(network.parameters(), lr=1.0), CPU, torch.float32)
+    training = one_step(tmp_path, pictures, configure, network, 2, "train.clip_norm=0.01")
+    training.optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     pixels, labels = (
         torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8),
         torch.randint(0, 3, (8,)),
     )
-    train_step(learner, pixels, labels, accumulate=2, label_smoothing=0.0, clip_norm=0.01)
+    train_one_step(training, pixels, labels)
     moved = [parameter - before[name] for name, parameter in network.named_parameters()]
-    assert torch.cat([change.flatten() for change in moved]).norm().item() == pytest.approx(
-        0.01, rel=1e-3
-    )
+    norm = torch.cat([change.flatten() for change in moved]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-3)
 
 
-def test_evaluation_sees_every_picture_once_in_order(pictures):
-    feed = make_loader(pictures, workers=2)
-    logits, labels = evaluate(make_network(), feed.eval_batches("test"), CPU, torch.float32, Stop())
-    assert len(logits) == 9 and labels.tolist() == feed.folder.splits["test"].labels.tolist()
+def test_evaluation_sees_every_picture_once_in_order(tmp_path, pictures, config):
+    loader = make_loader(pictures, workers=2)
+    training = open_training(tmp_path, config, loader)
+    batches = loader.eval_batches("test")
+    logits, labels = predict(training, training.network, batches, training.machine)
+    assert len(logits) == 9 and labels.tolist() == loader.folder.splits["test"].labels.tolist()
 
 
-def test_the_average_is_a_weighted_sum_of_all_weights(config):
-    learner = Learner(
-        make_network(),
-        torch.optim.SGD([nn.Parameter(torch.zeros(1))]),
-        CPU,
-        torch.float32,
-        ema_decay=0.5,
-    )
-    start = learner.network.head.bias.detach().clone()
+def test_the_average_is_a_weighted_sum_of_all_weights():
+    network = make_network()
+    ema = ModelEma(network, decay=0.5)
+    start = network.head.bias.detach().clone()
     with torch.no_grad():
-        learner.network.head.bias.add_(1.0)
-    assert learner.average is not None
-    learner.average.update(step=1)  # decay 2/11 while young
-    torch.testing.assert_close(
-        learner.average.network.head.bias, start * 2 / 11 + (start + 1) * 9 / 11
-    )
-    learner.average.update(step=1000)
-    torch.testing.assert_close(
-        learner.average.network.head.bias, start * 1 / 11 + (start + 1) * 10 / 11
-    )
-    assert not any(parameter.requires_grad for parameter in learner.average.network.parameters())
+        network.head.bias.add_(1.0)
+    ema.update(step=1)  # decay 2/11 while young
+    torch.testing.assert_close(ema.network.head.bias, start * 2 / 11 + (start + 1) * 9 / 11)
+    ema.update(step=1000)
+    torch.testing.assert_close(ema.network.head.bias, start * 1 / 11 + (start + 1) * 10 / 11)
+    assert not any(parameter.requires_grad for parameter in ema.network.parameters())
 
 
 def test_a_diverging_run_ends_with_a_remedy(tmp_path, pictures, config):
-    session = open_session(tmp_path)
+    training = open_training(tmp_path, config, make_loader(pictures))
     with torch.no_grad():
-        session.learner.network.head.bias.fill_(float("nan"))
+        training.network.head.bias.fill_(float("nan"))
     with pytest.raises(UserError, match=r"training diverged; lower optim.lr"):
-        train(session, make_loader(pictures), config)
+        fit(training)
     assert checkpoint.steps(tmp_path / "checkpoints") == []  # a broken state is not worth keeping
 
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path, pictures, configure):
-    config = configure(
-        "train.epochs=50",
-        "train.batch_size=8",
-        "train.patience=2",
-        "optim.lr=1e-9",
-        "optim.schedule=constant",
-    )
-    session = open_session(tmp_path)
-    for group in session.learner.optimizer.param_groups:
+    words = ("train.epochs=50", "train.patience=2", "optim.schedule=constant")
+    config = configure(*RECIPE, *words, "train.ema_decay=null")
+    training = open_training(tmp_path, config, make_loader(pictures))
+    for group in training.optimizer.param_groups:
         group["peak_lr"] = 1e-12
-    session.learner.average = None
-    train(session, make_loader(pictures), config)
-    assert session.progress.epoch < 50 and session.progress.stale_epochs() == 2
+    fit(training)
+    assert training.progress.best is not None
+    assert training.progress.epoch == training.progress.best["epoch"] + 2 < 50
 
 
 def test_an_epoch_without_a_hit_says_so(tmp_path, pictures, configure):
-    session = open_session(tmp_path / "run")
-    linear = session.learner.network.head
+    network = make_network()
     with torch.no_grad():
-        linear.weight.zero_()
-        linear.bias.copy_(torch.tensor([-1e6, -1e6, 1e6]))  # always the third class
-    feed = make_loader(pictures)
-    two = [label for label in feed.folder.splits["train"].labels if label < 2]
-    paths = feed.folder.splits["train"].paths[: len(two)]
-    splits = feed.folder.splits | {
-        "train": dataclasses.replace(feed.folder.splits["train"], paths=paths, labels=np.array(two))
-    }
-    feed = dataclasses.replace(feed, folder=dataclasses.replace(feed.folder, splits=splits))
-    train(session, feed, configure("train.epochs=1", "train.batch_size=8", "optim.lr=1e-9"))
-    assert session.ledger.rows[0]["train_top1"] == 0
+        network.head.weight.zero_()
+        network.head.bias.copy_(torch.tensor([-1e6, -1e6, 1e6]))  # always the third class
+    loader = make_loader(pictures)
+    train = loader.folder.splits["train"]
+    two = [label for label in train.labels if label < 2]
+    few = dataclasses.replace(train, paths=train.paths[: len(two)], labels=np.array(two))
+    folder = dataclasses.replace(loader.folder, splits=loader.folder.splits | {"train": few})
+    loader = dataclasses.replace(loader, folder=folder)
+    config = configure(*RECIPE, "train.epochs=1", "optim.lr=1e-9", "optim.head_lr=1e-9")
+    training = open_training(tmp_path / "run", config, loader, network)
+    fit(training)
+    assert training.metrics_file.rows[0]["train_top1"] == 0

@@ -1,0 +1,69 @@
+"""Trials in one process, one after the other: `python -m trainer.sweep.batch SWEEP NUMBER...`, as the driver starts it.
+
+A head on cached features trains in seconds, so a process of its own for each trial would spend most of its
+time on its start. Each trial is the run that it is alone, through the same loop, up to its last epoch: the
+best one alone is tested and packaged, by a process of its own.
+"""
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainer.__main__ import guarded
+from trainer.common import files
+from trainer.common.console import log, to_terminal
+from trainer.common.interrupt import Stop, on_signals
+from trainer.distributed.world import World
+from trainer.images.datasets import find_images
+from trainer.settings import config as settings
+from trainer.settings.config import Config
+from trainer.sweep.driver import BATCH_LOCK
+from trainer.training.loop import fit
+from trainer.training.run import open_run
+from trainer.training.training import Diverged, build_training
+
+
+def train(directory: Path, numbers: list[int]) -> None:
+    """Train the trials of a sweep, and write what became of them, all at once. Raises Interrupted when asked to stop."""
+    outcomes: dict[int, dict[str, Any]] = {}
+    places = {number: directory / f"{number:04d}" for number in numbers}
+    with on_signals() as stop, ExitStack() as locks:
+        for place in places.values():
+            assert locks.enter_context(files.try_lock(place, BATCH_LOCK)), place
+        for number, place in places.items():
+            log.info("trial %d", number)
+            outcomes[number] = train_trial(load(place / "config.yaml"), stop)
+    files.write(directory / f"outcomes-{numbers[0]:04d}.json", json.dumps(outcomes))
+
+
+def train_trial(config: Config, stop: Stop) -> dict[str, Any]:
+    """Train one trial to its end, and return its outcome. A loss that is not finite is the trial's failure, not the batch's."""
+    with open_run(config, World(), stop) as run:
+        images = find_images(config)
+        training = build_training(run.resolved(images), images)
+        try:
+            fit(training)
+        except Diverged as error:
+            return {"failed": str(error)}
+        assert training.progress.best is not None
+        return {"best_epoch": training.progress.best["epoch"]}
+
+
+def load(path: Path) -> Config:
+    """Return the settings that a run's config.yaml holds."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return settings.from_dict(values)
+
+
+def main() -> int:
+    directory, *numbers = sys.argv[1:]
+    to_terminal(expendable=True)  # each trial has a log of its own
+    return guarded(lambda: train(Path(directory), [int(number) for number in numbers]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The checkpoints of one training: what goes in, when, and how many stay."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.settings.config import CheckpointConfig
+from trainer.training import checkpoint
+
+
+class Checkpoints:
+    """Written in the background, one at a time, by rank 0 alone.
+
+    take: returns the state to save, with references to the live tensors. writes: False in the other
+    processes, where nothing here does anything.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        take: Callable[[], dict[str, Any]],
+        writes: bool,
+    ) -> None:
+        self.root, self.keep, self.writes = root, config.keep, writes
+        self.cadence = checkpoint.Cadence(config.minutes, config.max_cost)
+        self.good: set[str] = set()  # names known to be whole: written or verified by this process
+        # The best weights so far, and where they were evaluated: they lie in each checkpoint.
+        self.best: checkpoint.Snapshot | None = None
+        self._take = take
+        self._memory: Tensor | None = None  # of the last snapshot, for the next one
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def keep_best(self, weights: dict[str, Tensor], environment: dict[str, Any]) -> None:
+        """Copy the weights that the next checkpoints hold as the best."""
+        if self.writes:
+            self.best = checkpoint.snapshot({"network": weights, "environment": environment})
+
+    def go_on_from(self, path: Path, state: dict[str, Any]) -> None:
+        """Take the best weights from a checkpoint that was found whole."""
+        self.good.add(path.name)
+        if self.writes and state["best"] is not None:
+            self.best = checkpoint.snapshot(state["best"])
+
+    def due(self, epoch_ends: bool = False) -> bool:
+        """Whether to save now."""
+        busy = self._writing is not None and not self._writing.done()
+        return self.writes and not busy and self.cadence.due(epoch_ends)
+
+    def save_if_due(self, epoch_ends: bool = False) -> None:
+        if self.due(epoch_ends):
+            self.save()
+
+    def save(self) -> None:
+        """Copy the state and have it written. Waits for the write before it, and raises what that raised."""
+        if not self.writes:
+            return
+        self.wait()
+        state = self._take()
+        snapshot = checkpoint.snapshot(state, self._memory)
+        self._memory = snapshot.data
+        progress = state["progress"]
+        name = checkpoint.step_name(progress["step"], evaluated=progress["batch"] == 0)
+        self._writing = self._writer.submit(self._write, name, snapshot, self.best)
+
+    def wait(self) -> None:
+        """Return when the last snapshot is on disk. Raises OSError where it could not be written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(
+        self, name: str, snapshot: checkpoint.Snapshot, best: checkpoint.Snapshot | None
+    ) -> None:
+        started = time.monotonic()
+        checkpoint.write(self.root, name, snapshot, best)
+        self.good.add(name)
+        checkpoint.prune(self.root, self.keep, self.good)
+        self.cadence.saved(time.monotonic() - started)

@@ -1,0 +1,551 @@
+"""A training: one object that is all of it, and the one function that builds and resumes it."""
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.common import files
+from trainer.common.console import ProgressBar, log
+from trainer.common.errors import Interrupted, Unreadable, UserError
+from trainer.common.randomness import Purpose, generator
+from trainer.distributed.exact import Ordered
+from trainer.distributed.gradients import Gradients, Replicated
+from trainer.distributed.job import Job
+from trainer.distributed.world import Action, World
+from trainer.images.augment import Augmentation
+from trainer.images.folder import ImageFolder
+from trainer.images.loader import Batch, ImageLoader, Loader, Reader
+from trainer.images.mixup import mix
+from trainer.images.sampler import Share
+from trainer.images.usable import preprocessing, usable_images, workers
+from trainer.network import build, device, optim
+from trainer.network.build import Classifier, trained_part
+from trainer.network.device import Machine
+from trainer.network.ema import ModelEma
+from trainer.network.features import FeatureCache
+from trainer.settings.config import Config, metric_line
+from trainer.training import checkpoint
+from trainer.training.checkpoints import Checkpoints
+from trainer.training.metrics import MetricsFile, TrainSums, better
+from trainer.training.run import Run, check_identity
+
+
+class Diverged(UserError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass
+class Progress:
+    """Where a training stands.
+
+    Together with the tensors of `Training`, all that a checkpoint needs: everything else is a function of it
+    and the seed.
+    """
+
+    epoch: int = 0  # epochs that are complete, with their evaluation
+    batch: int = 0  # batches done of the epoch that runs
+    step: int = 0  # optimizer steps done
+    # Of the running epoch, as `TrainSums` has them: loss, correct, images.
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    seconds: float = 0.0  # of the running epoch
+    data_wait: float = 0.0  # of these, waiting for images
+    best: dict[str, Any] | None = None  # epoch and value of the best weights
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
+
+
+def build_training(
+    run: Run,
+    images: ImageFolder,
+    *,
+    network: Classifier | None = None,
+    loader: ImageLoader | None = None,
+    data: Loader | None = None,
+) -> "Training":
+    """Build the training of a run, at its newest good checkpoint or at the beginning.
+
+    images: as they were found; those that can't be used are left out. network, loader, data: in the place
+    of those that the settings ask for (the doctor's sample, a benchmark's). Raises UserError where this
+    machine, the images or the checkpoint don't fit the settings; Interrupted when asked to stop.
+    """
+    machine = prepare_machine(run.config, run.world)
+    run.world.check_same(machine.facts(), run.stop)
+    if network is None:
+        # Before the images are read: a missing weights file costs no time.
+        network = build_network(run, images, machine)
+    if loader is None:
+        images, reader = usable_images(run.config, images, run.stop, run.world)
+        _note_broken(run, images)
+        loader = make_loader(run, images, reader, machine)
+    if data is None:
+        data = loader
+        if loader.views is not None:
+            cache = FeatureCache(network, loader, machine, Path(run.config.platform.cache))
+            data = cache.extract(run.stop, run.world)
+    training = Training(run, machine, network, loader, data)
+    training.resume()
+    return training
+
+
+class Training:
+    """All that a training is; `loop.fit` trains it.
+
+    network: the whole network, as it is packaged. model: what is trained of it: the head alone, where the
+    features of a frozen backbone are computed once, else all. loader: the images as pixels; data: what the
+    model is trained on, these or their features.
+    """
+
+    def __init__(
+        self, run: Run, machine: Machine, network: Classifier, loader: ImageLoader, data: Loader
+    ) -> None:
+        self.run, self.config, self.world, self.stop = run, run.config, run.world, run.stop
+        self.machine, self.device = machine, machine.device
+        self.network, self.loader, self.data = network.to(machine.device), loader, data
+        self.model: nn.Module = network.head if data.holds_features else network
+        self.forward = self.model
+        if run.config.train.compile:
+            self.forward = device.compiled(self.model)
+        choice = run.config.optim
+        assert choice.lr is not None  # settings.config.fill_recipe
+        self.optimizer = optim.build(
+            network,
+            choice.name,
+            lr=choice.lr,
+            head_lr=choice.head_lr,
+            weight_decay=choice.weight_decay,
+            momentum=choice.momentum,
+        )
+        # Gradients of float16 underflow without it; bfloat16 has float32's range and needs none.
+        half = machine.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
+        self.ema: ModelEma | None = None
+        if run.config.train.ema_decay is not None:
+            self.ema = ModelEma(self.model, run.config.train.ema_decay)
+        self.gradients = self._gradients()
+        self.facts: dict[str, Any] = {
+            "identity": run.identity(loader.folder),
+            "classes": list(loader.folder.classes),
+            "environment": machine.environment(),
+        }
+        self.progress = Progress()
+        self.sums = TrainSums(self.progress.sums)
+        self.metrics_file = _metrics_file(run)
+        self.checkpoints = Checkpoints(
+            run.checkpoints, run.config.checkpoint, self.state, run.world.is_main_process
+        )
+
+    def _gradients(self) -> Gradients:
+        config, world, data = self.config, self.world, self.data
+        if config.train.exact_shards is not None:
+            trained = trained_part(self.model)
+            return Ordered(self.forward, world, data.share, data.global_batch_size, trained)
+        if isinstance(world, Job):
+            return Replicated(self.forward, world, data.share, data.global_batch_size, self.device)
+        return Gradients(self.forward)
+
+    # --- an epoch, as loop.fit drives it ---
+
+    @property
+    def epochs(self) -> int:
+        """How often the training images are passed."""
+        assert self.config.train.epochs is not None  # network.weights.resolve
+        return self.config.train.epochs
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """What is evaluated and packaged: the average where there is one."""
+        return self.ema.network if self.ema else self.forward
+
+    def out_of_patience(self) -> bool:
+        """Whether train.patience epochs have gone by without a better one."""
+        best_epoch = self.progress.best["epoch"] if self.progress.best else 0
+        patience = self.config.train.patience
+        return patience is not None and self.progress.epoch - best_epoch >= patience
+
+    def begin_epoch(self) -> None:
+        self.gradients.forward.train()
+        sums = self.progress.sums if self.world.is_main_process else [0.0, 0.0, 0.0]
+        self.sums = TrainSums(sums)
+        self._began = time.monotonic() - self.progress.seconds
+
+    def train_batches(self) -> Generator[Batch, None, None]:
+        """Yield the rest of the epoch's batches, on the device."""
+        epoch, first, steps = self.progress.epoch, self.progress.batch, self.data.steps_per_epoch
+        bar = ProgressBar(f"epoch {epoch + 1}/{self.epochs}", steps, first)
+        with bar, closing(self.data.train_batches(epoch, first)) as batches:
+            for _ in range(first, steps):
+                image, target = self._next(batches)
+                yield Batch(self._to_device(image), self._to_device(target))
+                bar.advance()
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        asked = time.monotonic()
+        try:
+            batch = next(batches)
+        except Unreadable:
+            if self.world.size == 1:  # with several, the others are in the next step by now
+                self.note_progress()
+            raise
+        self.progress.data_wait += time.monotonic() - asked
+        return batch
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer changes."""
+        return [each for group in self.optimizer.param_groups for each in group["params"]]
+
+    def lr_factor(self) -> float:
+        """Return the share of the peak learning rate for the next step."""
+        choice = self.config.optim
+        return optim.lr_factor(
+            self.progress.step,
+            self.data.steps_per_epoch,
+            self.epochs,
+            schedule=choice.schedule,
+            warmup_epochs=choice.warmup_epochs,
+            step_epochs=choice.step_epochs,
+            step_factor=choice.step_factor,
+        )
+
+    def mix(self, image: Tensor, target: Tensor, shard: int) -> tuple[Tensor, Tensor]:
+        """Mix the images of a shard with each other, where the settings say so."""
+        augment = self.config.data.augment
+        if not self.mixes:
+            return image, target
+        rng = generator(Purpose.MIX, self.config.seed, epoch=shard, sample=self.progress.step)
+        return mix(
+            image, target, self.data.classes, mixup=augment.mixup, cutmix=augment.cutmix, rng=rng
+        )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the images of a batch are mixed: then none has one correct class."""
+        augment = self.config.data.augment
+        return augment.mixup > 0 or augment.cutmix > 0
+
+    def end_step(self) -> None:
+        """Count the step; save, or stop in all processes, where it is time to. Raises Interrupted."""
+        self.progress.batch += 1
+        self.progress.step += 1
+        if self.ema:
+            self.ema.update(self.progress.step)
+        action = self.world.all_reduce_max(self._wish())
+        if action == Action.GO:
+            return
+        self.note_progress()
+        if action == Action.STOP:
+            self.world.interrupt(self.stop)
+        self.checkpoints.save()
+
+    def _wish(self) -> Action:
+        if self.stop.reason:
+            return Action.STOP
+        return Action.SAVE if self.checkpoints.due() else Action.GO
+
+    def note_progress(self) -> None:
+        """Bring the epoch's sums and seconds up to date, with those of all processes.
+
+        Raises Diverged.
+        """
+        self._noted = time.monotonic()
+        self.progress.seconds = self._noted - self._began
+        self.progress.sums = self.world.all_reduce_sum(self.sums.fetch())
+        self.check_loss()
+
+    def check_loss(self) -> None:
+        loss = self.progress.sums[0]
+        if loss - loss != 0:  # infinite, or not a number
+            raise Diverged(
+                f"the loss is {loss} in epoch {self.progress.epoch + 1}: training diverged; lower "
+                f"optim.lr (now {self.config.optim.lr}), or set train.clip_norm=1"
+            )
+
+    def end_epoch(self, metrics: dict[str, float]) -> None:
+        """Write the epoch's row, and begin the next one. metrics: of valid."""
+        progress = self.progress
+        loss, correct, count = progress.sums
+        row: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "lr": self.optimizer.param_groups[-1]["lr"],
+            "train_loss": loss / count,
+        }
+        if not self.mixes:
+            row["train_top1"] = correct / count
+        evaluated = time.monotonic() - self._noted
+        row |= {"data_wait": progress.data_wait, **metrics}
+        row |= {"evaluate_seconds": evaluated, "seconds": progress.seconds + evaluated}
+        self.metrics_file.append(row)
+        progress.epoch += 1
+        progress.batch, progress.sums = 0, [0.0, 0.0, 0.0]
+        progress.seconds, progress.data_wait = 0.0, 0.0
+        log.info(metric_line(row))
+
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether an epoch's metrics are better than those of all before it."""
+        best = self.progress.best["value"] if self.progress.best else None
+        monitor = self.config.train.monitor
+        return better(metrics[monitor], best, monitor)
+
+    def keep_best(self, metrics: dict[str, float]) -> None:
+        """Take the weights as they are for the best."""
+        value = metrics[self.config.train.monitor]
+        self.progress.best = {"epoch": self.progress.epoch, "value": value}
+        model = self.ema.network if self.ema else self.model
+        self.checkpoints.keep_best(model.state_dict(), self.facts["environment"])
+
+    def load_eval_weights(self, weights: dict[str, Tensor]) -> None:
+        """Make `weights` those that are evaluated and packaged."""
+        self.model.load_state_dict(weights)
+        if self.ema:
+            self.ema.network.load_state_dict(weights)
+
+    @contextmanager
+    def saved_at_the_end(self) -> Iterator[None]:
+        """Save whatever ends the training in this context: its end, a wish to stop, an image that can't be read."""
+        try:
+            yield
+            self.checkpoints.save()
+        except Interrupted:
+            self.checkpoints.save()
+            self.checkpoints.wait()
+            self.world.farewell()  # torchrun ends all processes soon after the first has ended
+            raise
+        except Unreadable:
+            if self.world.size == 1:  # what was trained until now is not lost by it
+                self.checkpoints.save()
+            raise
+        finally:
+            self.checkpoints.wait()
+
+    # --- its state ---
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: references to the live tensors, with string keys only."""
+        self.progress.rows = self.metrics_file.rows
+        optimizer = self.optimizer.state_dict()
+        return {
+            "facts": self.facts,
+            "progress": asdict(self.progress),
+            "network": self.model.state_dict(),
+            "average": self.ema.network.state_dict() if self.ema else None,
+            "optimizer": {
+                "state": {str(key): value for key, value in optimizer["state"].items()},
+                "groups": optimizer["param_groups"],
+            },
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Bring back what `state` returned."""
+        self.model.load_state_dict(state["network"])
+        if self.ema:
+            self.ema.network.load_state_dict(state["average"])
+        _restore_optimizer(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+
+    def resume(self) -> None:
+        """Go on from the newest good checkpoint, where there is one. Raises UserError where it is another run's."""
+        run, world = self.run, self.world
+        newest = world.broadcast_from_main(lambda: checkpoint.newest(run.checkpoints))
+        if world.size > 1:
+            _check_strays(run, newest[0] if newest else None)
+        if newest:
+            path, state = newest
+            check_identity(state["facts"]["identity"], self.facts["identity"], run.checkpoints)
+            for key, then in state["facts"]["environment"].items():
+                now = self.facts["environment"][key]
+                if then != now:
+                    log.warning(
+                        "resumed, but no longer bit for bit: %s was %s, is %s", key, then, now
+                    )
+            self.restore(state)
+            self.checkpoints.go_on_from(path, state)
+            progress = self.progress
+            log.info(
+                "resumed from %s: %d of %d epochs complete, %d steps done",
+                path,
+                progress.epoch,
+                self.epochs,
+                progress.step,
+            )
+        elif world.size > 1:
+            # The same beginning, also where hosts of different kinds made their own.
+            self.restore(world.broadcast_from_main(self.state))
+        self.metrics_file.restore(self.progress.rows)
+
+
+# --- its parts ---
+
+
+def prepare_machine(config: Config, world: World) -> Machine:
+    """Set PyTorch up for these settings. Raises UserError for what this machine hasn't."""
+    processes = world.size if config.train.exact_shards is None else "any"
+    machine = device.prepare(
+        config.train.device,
+        config.train.precision,
+        deterministic=config.train.deterministic,
+        threads=config.train.threads,
+        processes=processes,
+        local_rank=world.local_rank,
+        local_size=world.local_size,
+    )
+    if config.train.compile:
+        device.check_compiler(machine.device)
+    if world.size == 1 and machine.device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus > 1:
+            log.warning(
+                "one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer (make train GPUS=%d) uses all",
+                gpus,
+                gpus,
+                gpus,
+            )
+    return machine
+
+
+def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier:
+    """Build the network on its device, with weights that depend on nothing but the seed and the settings."""
+    config, world = run.config, run.world
+    torch.manual_seed(config.seed)
+    # What one process of a host downloads, the others find.
+    downloads = config.model.weights is not None
+    with world.local_main_process_first() if downloads else nullcontext():
+        network = _build(config, len(images.classes))
+    share = _share(run, images)
+    microbatch = _batch_size(config, images) // share.shards // config.train.accumulate
+    build.check(network, config.model.name, preprocessing(config).size, max(microbatch, 1))
+    network = network.to(machine.device)
+    log.info(
+        "model: %s, %s, %s parameters, %s trained, on %s in %s",
+        config.model.name,
+        build.origin(config.model.name, config.model.weights),
+        f"{sum(parameter.numel() for parameter in network.parameters()):,}",
+        f"{sum(part.numel() for part in network.parameters() if part.requires_grad):,}",
+        machine.device,
+        machine,
+    )
+    if world.size > 1:
+        mode = "fast" if config.train.exact_shards is None else f"exact, in {share.shards} shards"
+        hosts = "host" if world.hosts == 1 else "hosts"
+        log.info("processes: %d on %d %s; %s", world.size, world.hosts, hosts, mode)
+    return network
+
+
+def _build(config: Config, classes: int) -> Classifier:
+    model = config.model
+    assert model.mean is not None and model.std is not None  # network.weights.resolve
+    return build.build(
+        model.name,
+        classes,
+        weights=model.weights,
+        freeze=model.freeze,
+        head_hidden=model.head_hidden,
+        mean=model.mean,
+        std=model.std,
+        channels_last=config.train.channels_last,
+    )
+
+
+def make_loader(
+    run: Run, images: ImageFolder, reader: Reader | None, machine: Machine
+) -> ImageLoader:
+    """Make what gives the images as batches. reader: of packed pixels; None decodes."""
+    config = run.config
+    augment = config.data.augment
+    return ImageLoader(
+        images,
+        preprocessing(config),
+        Augmentation(
+            scale=(augment.scale[0], augment.scale[1]),
+            ratio=(augment.ratio[0], augment.ratio[1]),
+            flip=augment.flip,
+            trivial=augment.trivial,
+        ),
+        config.train.batch_size,
+        config.seed,
+        workers(config, run.world),
+        pin=machine.device.type == "cuda",
+        read=reader,
+        views=config.model.cached_views if config.model.freeze == "backbone" else None,
+        share=_share(run, images),
+    )
+
+
+def _batch_size(config: Config, images: ImageFolder) -> int:
+    """Images of a training batch, over all processes."""
+    return min(config.train.batch_size, len(images.splits["train"].paths))
+
+
+def _share(run: Run, images: ImageFolder) -> Share:
+    """What this process computes of each batch.
+
+    Raises UserError where there are more processes than a batch can be divided among.
+    """
+    config, world = run.config.train, run.world
+    shards = config.exact_shards or world.size
+    if shards < world.size:
+        raise UserError(
+            f"train.exact_shards={shards}, but {world.size} processes run: each needs a shard at least; "
+            "start fewer, or give more shards"
+        )
+    batch_size = _batch_size(run.config, images)
+    if shards * config.accumulate > batch_size:
+        raise UserError(
+            f"a batch of {batch_size} pictures is divided among {world.size} processes, and "
+            f"train.accumulate={config.accumulate} splits each part further: that is less than a picture "
+            "each; give a larger train.batch_size, or start fewer processes"
+        )
+    return Share(world.rank, world.size, shards)
+
+
+def _metrics_file(run: Run) -> MetricsFile:
+    if not run.world.is_main_process:
+        return MetricsFile(None)
+    board = run.directory / "tensorboard" if run.config.train.tensorboard else None
+    return MetricsFile(run.directory / "metrics.jsonl", board)
+
+
+def _note_broken(run: Run, images: ImageFolder) -> None:
+    """Write quarantine.txt: the images that are left out, with the reason for each."""
+    if not run.world.is_main_process:
+        return
+    place = run.directory / "quarantine.txt"
+    files.write(place, "".join(f"{path}\t{reason}\n" for path, reason in images.broken))
+    for path, reason in images.broken[:10]:
+        log.warning("left out: %s (%s)", path, reason)
+    if len(images.broken) > 10:
+        log.warning("left out %d pictures in all; see %s", len(images.broken), place)
+
+
+def _check_strays(run: Run, newest: Path | None) -> None:
+    """Raise UserError where this host has a newer checkpoint than rank 0's: to go on would throw work away."""
+    known = run.world.broadcast_from_main(
+        lambda: [path.name for path in checkpoint.steps(run.checkpoints)]
+    )
+    strays = [path for path in checkpoint.steps(run.checkpoints) if path.name not in known]
+    if strays and (newest is None or strays[-1].name > newest.name):
+        raise UserError(
+            f"{strays[-1]}: this host's checkpoint is newer than those of rank 0's host "
+            f"({newest.name if newest else 'it has none'}); start this host as the first "
+            "(torchrun --node_rank=0), or copy the checkpoint there, or delete it here"
+        )
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    state = {int(key): value for key, value in saved["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": saved["groups"]})
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if value.shape == parameter.shape:
+                # In the parameter's memory order (channels_last, say): the fused kernels pair the two
+                # element by element as they lie in memory.
+                entries[key] = torch.empty_like(parameter).copy_(value)
