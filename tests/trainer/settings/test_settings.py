@@ -92,7 +92,6 @@ ELSEWHERE = {
     "model.weights": "test_model.py",
     "train.compile": "test_compile.py",
     "train.tensorboard": "test_main.py",
-    "train.compression": "test_distributed.py",
     "platform.name": "every run",
     "platform.cache": "every run",
 }

@@ -1,6 +1,7 @@
 """What a run packages in the end, when its checkpoints are damaged, cut off, unreadable, or another run's."""
 
 import errno
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,10 +17,11 @@ from tests.conftest import run_trainer
 from tests.soak import difference, packaged
 from trainer import __main__ as trainer
 from trainer.common.errors import OK, UserError
-from trainer.distributed.job import ALONE
-from trainer.sweep import heads
-from trainer.training import checkpoint, stages
-from trainer.training.loop import Checkpoints
+from trainer.distributed.world import World
+from trainer.results import outcome
+from trainer.sweep import batch
+from trainer.training import checkpoint
+from trainer.training.checkpoints import Checkpoints
 
 SETTINGS = (
     "name=run", "platform=local", "platform.runs=runs", "platform.cache=cache",
@@ -73,16 +75,16 @@ def train(monkeypatch, configure, pictures) -> Callable[..., Packaged]:
     came: list[Packaged] = []
     monkeypatch.setattr(Checkpoints, "due", lambda self, epoch_ends=False: epoch_ends)
 
-    def build_package(config, run, network, *rest):
-        came.append(network.state_dict())
+    def build_package(training, tested):
+        came.append(training.network.state_dict())
 
-    monkeypatch.setattr(stages, "build_package", build_package)
-    monkeypatch.setattr(stages, "write_report", lambda *arguments: None)
+    monkeypatch.setattr(outcome, "build_package", build_package)
+    monkeypatch.setattr(outcome, "write_report", lambda *arguments: None)
 
     def train(directory: Path, *overrides: str) -> Packaged:
         directory.mkdir(exist_ok=True)
         monkeypatch.chdir(directory)
-        trainer.train(configure(*SETTINGS, f"data.root={pictures}", *overrides), ALONE)
+        trainer.train(configure(*SETTINGS, f"data.root={pictures}", *overrides), World())
         return came[-1]
 
     return train
@@ -100,7 +102,7 @@ def delete_checkpoints(directory: Path) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_best_weights_are_packaged_and_not_the_last(tmp_path, train, variant, monkeypatch):
-    monkeypatch.setattr(stages, "SAME_LOSS_HERE", (0, 0))
+    monkeypatch.setattr(outcome, "SAME_LOSS_HERE", (0, 0))
     result = train(tmp_path, *VARIANTS[variant])
     (last, previous) = [checkpoint.load(path) for path in checkpoint.steps(tmp_path / ROOT)][::-1]
     assert last["progress"]["best"]["epoch"] < 6  # else it would prove nothing
@@ -114,7 +116,7 @@ def test_the_best_weights_are_packaged_and_not_the_last(tmp_path, train, variant
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_killed_at_its_end_packages_the_same(tmp_path, train, variant, monkeypatch):
-    monkeypatch.setattr(stages, "SAME_LOSS_HERE", (0, 0))
+    monkeypatch.setattr(outcome, "SAME_LOSS_HERE", (0, 0))
     result = train(tmp_path, *VARIANTS[variant])
     forget_the_end(tmp_path)
     assert difference(result, train(tmp_path, *VARIANTS[variant])) is None
@@ -302,15 +304,11 @@ def test_a_real_run_packages_its_best_weights_and_not_its_last(tmp_path, train, 
     assert difference(last["best"]["network"], packaged(tmp_path / "runs/run")) is None
 
 
-# --- heads that are trained together ---
-
-
-class Killed(BaseException):
-    pass
+# --- trials that share a process ---
 
 
 @pytest.mark.parametrize("change", ["settings", "pictures"])
-def test_a_checkpoint_of_heads_trained_together_is_not_believed_of_others(
+def test_a_checkpoint_of_a_batched_trial_is_not_believed_of_others(
     tmp_path, monkeypatch, configure, pictures, change
 ):
     shutil.copytree(pictures, tmp_path / "pictures")
@@ -321,21 +319,14 @@ def test_a_checkpoint_of_heads_trained_together_is_not_believed_of_others(
     def write(number: int, lr: float) -> None:
         place = tmp_path / f"{number:04d}"
         place.mkdir(exist_ok=True)
-        config = OmegaConf.create(asdict(configure(*overrides, f"optim.lr={lr}")))
+        words = (f"name='{number:04d}'", f"platform.runs={tmp_path}", f"optim.lr={lr}")
+        config = OmegaConf.create(asdict(configure(*overrides, *words)))
         (place / "config.yaml").write_text(OmegaConf.to_yaml(config))
 
     for number, lr in enumerate((1e-3, 1e-2)):
         write(number, lr)
-    save = checkpoint.save
-
-    def save_and_die(*arguments):
-        save(*arguments)
-        raise Killed
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(Killed):
-        heads.train(tmp_path, [0, 1])
-    monkeypatch.setattr(checkpoint, "save", save)
+    batch.train(tmp_path, [0, 1])
+    assert json.loads((tmp_path / "outcomes-0000.json").read_text()).keys() == {"0", "1"}
     if change == "settings":
         write(1, 1e-1)
     else:
@@ -344,4 +335,4 @@ def test_a_checkpoint_of_heads_trained_together_is_not_believed_of_others(
         UserError,
         match={"settings": "optim.lr: 0.01 then, 0.1 now"}.get(change, "the pictures have"),
     ):
-        heads.train(tmp_path, [0, 1])
+        batch.train(tmp_path, [0, 1])
