@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from launch.cloud.session import Aws
-from launch.targets.runs import NOT_FOUND
+
+# In what SageMaker answers about something that is not there.
+NOT_FOUND = (
+    r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"
+)
 
 # SageMaker's lists, by the kind of what is in them.
 LISTS = {
@@ -22,7 +26,7 @@ LISTS = {
 
 def listed(aws: Aws, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
     """SageMaker's things of a kind that may be ours, by their names. kind: one of LISTS. Raises AwsError."""
-    if kind != "Endpoint":  # the names of all others are made in launch/targets/spec.py
+    if kind != "Endpoint":  # the names of all others are made in launch/targets/base.py
         filters["NameContains"] = f"{aws.project}-"
     for found in aws.pages("sagemaker", f"List{kind}s", LISTS[kind], **filters):
         if kind == "Endpoint" or found[f"{kind}Name"].startswith(f"{aws.project}-"):

@@ -9,7 +9,8 @@ import pytest
 
 from launch.cloud import request
 from launch.targets import ec2
-from launch.targets.spec import Spec, load_config, load_target, run_id
+from launch.targets.base import Spec
+from launch.targets.spec import load_config, load_target, run_id
 from trainer.common.errors import UserError
 
 IMAGE = "ami-0123456789abcdef0"
@@ -34,7 +35,8 @@ def make_spec(*overrides: str, **settings: object) -> Spec:
 
 
 def run_instances(spec: Spec) -> dict[str, object]:
-    made = ec2.run_instances(spec, IMAGE, ec2.user_data(spec))
+    pinned = replace(spec, target=replace(spec.target, image=IMAGE))
+    [made] = spec.kind.requests(pinned)
     request.check(made)
     assert (made.service, made.operation) == ("ec2", "RunInstances")
     return made.parameters

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from launch import __main__ as launch
+from launch.estimate import estimate
+from launch.targets.instance_types import OFFERED
 from launch.targets.spec import load_config, load_target
-from launch.verbs.instances import MACHINES, estimate
 from tests.conftest import PROJECT
 from tests.launch.documents import instances_output
 from trainer.common.errors import MISTAKE, OK
@@ -40,7 +41,7 @@ def test_the_estimate_is_the_arithmetic_that_the_page_explains():
     target = load_target([])
     config, _ = load_config(target, FULL)
     by_name = {
-        (machine.name, machine.count): estimate(machine, config, 1000) for machine in MACHINES
+        (machine.name, machine.count): estimate(machine, config, 1000) for machine in OFFERED
     }
     assert by_name["ml.m5.2xlarge", 1].epoch == pytest.approx(1000 * 0.359 / 8)
     assert by_name["ml.m5.2xlarge", 4].epoch == pytest.approx(1000 * 0.359 / 8 / (4 * 0.93))

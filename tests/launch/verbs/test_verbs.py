@@ -14,7 +14,7 @@ import botocore.session
 import pytest
 from botocore.serialize import create_serializer
 
-from launch.targets.spec import KINDS
+from launch.targets.base import NAMES
 from tests.conftest import make_pictures, wait_for
 from tests.launch.conftest import REGION, Cloud, founded
 from tests.packages import make_contents, make_network
@@ -57,7 +57,7 @@ def as_sent(request: dict) -> dict:
     return {key: str(value) for key, value in body.items() if key not in ("Action", "Version")}
 
 
-@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("target", NAMES)
 def test_submit_sends_what_plan_shows_and_plan_changes_nothing(account, target):
     before = len(account.calls())
     code, printed = account.run("plan", *arguments(target), "--json")
@@ -451,7 +451,7 @@ def test_down_leaves_nothing(cloud, tmp_path):
     """After a submit of every target. What is stopped at AWS keeps its record for a while: an instance is listed as terminated."""
     for arguments_ in (
         ["up", "--yes", "--every", "0.05"],
-        *(["submit", *arguments(target)] for target in KINDS),
+        *(["submit", *arguments(target)] for target in NAMES),
     ):
         code, printed = cloud.launch(*arguments_)
         assert code == OK, printed
