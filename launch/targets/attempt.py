@@ -17,7 +17,8 @@ from launch.cloud.request import Request
 from launch.cloud.session import Aws
 
 # AWS is eventually consistent: for a while it may not list what it has just made. What was sent
-# less than so long ago and is not seen is on its way. EC2 forgets an instance an hour after its end.
+# less than so long ago and is not seen is on its way. EC2 forgets an instance an hour after it
+# has ended.
 YOUNG = timedelta(hours=1)
 UNSEEN = "sent, and not listed by AWS yet"
 GONE = "AWS no longer lists it: it was deleted"

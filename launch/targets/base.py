@@ -1,4 +1,6 @@
-"""What a target is: a kind of place at AWS where a run trains, and all that differs from one to another.
+"""What a target is: a kind of place at AWS where a run trains.
+
+All that differs from one to another stands in its class.
 
 To add one: a module in this folder whose TARGETS holds an object of its class, and a file
 conf/target/NAME.yaml. Nothing else knows a target's name.
@@ -165,7 +167,7 @@ class Target(ABC):
         return spec
 
     def pinned(self, spec: Spec, attempt: Attempt) -> Spec:
-        """Return the spec with what was looked up for an earlier attempt, which is not to change."""
+        """Return the spec with what was looked up for an earlier attempt: it must not change."""
         return spec
 
     @abstractmethod
@@ -212,7 +214,8 @@ class Target(ABC):
             and self.stop_early(aws, attempt)
         ):
             log.info(
-                "attempt %d at %s may be on its way: it is asked to stop, and looks when it has started",
+                "attempt %d at %s may be on its way: it is asked to stop, "
+                "and looks when it has started",
                 attempt.number,
                 attempt.run,
             )

@@ -1,4 +1,4 @@
-"""One EC2 instance: its script runs at each boot; everything makes it end by itself and stay closed.
+"""One EC2 instance: everything makes it end by itself and stay closed.
 
 What the instance reads from and writes to the bucket (user_data.sh), below runs/RUN/:
 `checkpoints/` and `log.txt` once a minute, `output/` (model package, report, metrics, result),

@@ -80,7 +80,7 @@ TARGETS = (Notebook("notebook"),)
 
 
 def lifecycle_config(spec: Spec) -> Request:
-    """Return the scripts that SageMaker runs as root when the notebook is made, and at each start."""
+    """Return the scripts that SageMaker runs as root: when it is made, and at each start."""
     scripts = {"OnCreate": on_create(spec), "OnStart": on_start(spec)}
     contents = {
         when: [{"Content": base64.b64encode(script.encode()).decode()}]

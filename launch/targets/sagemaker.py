@@ -25,7 +25,8 @@ from trainer.settings.config import Config, setting
 PYTORCH = "2.13"  # the newest supported image of AWS (2026-11)
 CUDA = "cu133"
 
-# Whose registry holds AWS's images in a region (aws/deep-learning-containers, 2026-11); no API tells.
+# Whose registry holds AWS's images in a region (aws/deep-learning-containers, 2026-11); no API
+# tells.
 _SHARED = (
     "us-east-1 us-east-2 us-west-1 us-west-2 ca-central-1 eu-central-1 eu-west-1 eu-west-2 "
     "eu-west-3 eu-north-1 ap-south-1 ap-northeast-1 ap-northeast-2 ap-southeast-1 "
@@ -58,7 +59,7 @@ REGISTRIES = dict.fromkeys(_SHARED.split(), "763104351884") | {
 
 # AWS's image runs the toolkit's `train` under a shell that keeps SIGTERM for itself. This one
 # hands it to the whole process group: the toolkit ignores it, the trainer saves, and the container
-# lives until the toolkit has seen the trainer end. One line of at most 256 characters: AWS's limits.
+# lives until the toolkit has seen the trainer end. AWS's limits: one line, 256 characters.
 ENTRYPOINT = ["bash", "-c"]
 ON_STOP = (
     "set -m; (trap '' TERM; exec train) & job=$!; set +m; "
@@ -182,15 +183,13 @@ class SageMaker(OnSageMaker):
     def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
         started, ended = described.get("TrainingStartTime"), described.get("TrainingEndTime")
         billed = described.get("BillableTimeInSeconds")
-        seconds = billed
-        if billed is None:
-            seconds = seconds_between(started, ended or now())
+        seconds = seconds_between(started, ended or now()) if billed is None else float(billed)
         return State(
             job_phase(described["TrainingJobStatus"]),
             described.get("FailureReason") or described.get("SecondaryStatus", ""),
             started,
             ended,
-            float(seconds) * attempt.instances,
+            seconds * attempt.instances,
             discounted=billed is not None,
             id=described["TrainingJobArn"],
         )
@@ -288,7 +287,7 @@ def checked(spec: Spec) -> SageMakerConfig:
 
 
 def check_settings(config: Config, target: SageMakerConfig) -> None:
-    """Raise UserError for settings that are right by themselves but not for a job on this target."""
+    """Raise UserError for settings that are right by themselves but not for such a job."""
     if config.train.device == "cuda" and not has_gpu(target.instance_type):
         raise UserError(
             f"train.device=cuda: {target.instance_type} has no GPU; "

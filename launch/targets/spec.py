@@ -73,7 +73,7 @@ def aws_of(overrides: Sequence[str]) -> Aws:
 def load_config(
     target: TargetConfig, overrides: Sequence[str], data: Path | None = None
 ) -> tuple[Config, str | None]:
-    """Return the trainer's settings as the job will have them, and the pictures' name in the bucket.
+    """Return the trainer's settings as the job has them, and the pictures' name in the bucket.
 
     The name is None where the job writes them itself. data: the folder to upload, where one is
     given. Raise UserError.

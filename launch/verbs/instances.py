@@ -92,7 +92,7 @@ class Job:
 def table(job: Job, chosen: TargetConfig) -> list[str]:
     """Return a row for each machine. chosen: the target whose machine is marked."""
     default = chosen.instance_type, getattr(chosen, "instances", 1)
-    rows = [HEAD]
+    rows: list[tuple[str, ...]] = [HEAD]
     for machine in OFFERED:
         rows.append(job.row(machine, "*" if (machine.name, machine.count) == default else ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
