@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from launch.targets.base import Spec, TargetConfig
 from launch.targets.instance_types import processes
 from launch.targets.spec import NO_ACCOUNT, load_config, resolved, run_id
 from trainer.common.errors import UserError
+from trainer.common.git import revision
 from trainer.settings import config as settings
 
 
@@ -156,16 +156,6 @@ def check_same(before: Attempt, spec: Spec) -> None:
             f"{spec.run}: this run began with other settings ({'; '.join(changed[:5])}); "
             "give the same again, or another name=..."
         )
-
-
-def revision() -> str | None:
-    """Return the commit of this project, None where it is no Git repository."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:

@@ -278,6 +278,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         every=upload_every,
         processes=processes(spec.config),
         arguments=arguments(spec),
+        revision=spec.revision or "",
     )
     size = len(script.encode())
     if size > USER_DATA_BYTES:
