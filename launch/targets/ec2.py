@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from launch.cloud import s3, source
+from launch.cloud.ownership import instances
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
 from launch.targets.attempt import (
@@ -325,24 +326,14 @@ def _with_image(spec: Spec, image: str) -> Spec:
 # --- the instance ---
 
 
-def instances(aws: Aws, *filters: tuple[str, str]) -> list[dict[str, Any]]:
-    """Return this project's EC2 instances, as EC2 describes them, newest first."""
-    described = _described(aws, ("tag:project", aws.project), *filters)
-    return sorted(described, key=lambda each: each["LaunchTime"], reverse=True)
-
-
-def _described(aws: Aws, *filters: tuple[str, str]) -> list[dict[str, Any]]:
-    named = [{"Name": name, "Values": [value]} for name, value in filters]
-    groups = aws.pages("ec2", "DescribeInstances", "Reservations", Filters=named)
-    return [each for group in groups for each in group["Instances"]]
-
-
 def _instance_of(aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
     """Return the attempt's machine: by its id if known, since its tags may be seen later."""
     if attempt.id is None:
         tags = ("tag:run", attempt.run), ("tag:attempt", str(attempt.number))
         return next(iter(instances(aws, *tags)), None)
-    return next(iter(_described(aws, ("instance-id", attempt.id))), None)
+    named = [{"Name": "instance-id", "Values": [attempt.id]}]
+    groups = aws.pages("ec2", "DescribeInstances", "Reservations", Filters=named)
+    return next((each for group in groups for each in group["Instances"]), None)
 
 
 def _asked_to_stop(aws: Aws, attempt: Attempt) -> bool:

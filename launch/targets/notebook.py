@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.cloud import ownership
+from launch.cloud.logs import NOTEBOOK_GROUP
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
 from launch.targets.attempt import Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.rented import Machines, Rented, rented
-from launch.targets.sagemaker import NOTEBOOK_GROUP, OnSageMaker
+from launch.targets.sagemaker import OnSageMaker
 from launch.targets.script import FOLDER, fill
 from trainer.common.errors import UserError
 from trainer.settings.config import Config, setting

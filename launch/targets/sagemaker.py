@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from launch.cloud import hyperparameters as codec
 from launch.cloud import ownership, source
+from launch.cloud.logs import TRAINING_GROUP, LogReader
 from launch.cloud.ownership import NOT_FOUND
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
@@ -70,14 +71,6 @@ ON_STOP = (
 CHECKPOINTS = "/opt/ml/checkpoints"  # as in conf/platform/sagemaker.yaml
 CHANNEL = "training"  # holds the folders train, valid and test
 
-# Of the whole account, with every team's logs: no project makes, changes or deletes them.
-TRAINING_GROUP = "/aws/sagemaker/TrainingJobs"
-NOTEBOOK_GROUP = "/aws/sagemaker/NotebookInstances"
-SHARED_GROUPS = (TRAINING_GROUP, NOTEBOOK_GROUP)
-# A log arrives at CloudWatch with some delay, so each look goes back a little and leaves out what
-# was shown.
-LOOK_BACK = 60_000  # milliseconds
-
 _NOT_FOR_A_JOB = re.compile(r"[+~]*(data\.(root|train|valid|test)|platform|sweep(\..*)?)(=.*)?")
 
 
@@ -124,28 +117,15 @@ class OnSageMaker(Target):
 
     def log_reader(self, aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
         prefix = self.log_streams.format(job=attempt.job)
-        where = {"logGroupName": self.log_group, "logStreamNamePrefix": prefix}
         several = attempt.instances > 1 or not prefix.endswith("/")
-        shown: set[str] = set()
-        since = 0
+        reader = LogReader(aws, self.log_group, prefix)
 
         def text(event: dict[str, Any]) -> str:
             if not several:
                 return str(event["message"])
             return f"{event['logStreamName'].removeprefix(prefix)}: {event['message']}"
 
-        def read() -> list[str]:
-            nonlocal since
-            # The group is made by the first job that writes to it.
-            if aws.find("logs", "FilterLogEvents", "ResourceNotFound", **where, limit=1) is None:
-                return []
-            events = aws.pages("logs", "FilterLogEvents", "events", **where, startTime=since)
-            fresh = [event for event in events if event["eventId"] not in shown]
-            shown.update(event["eventId"] for event in fresh)
-            since = max([since, *(event["timestamp"] - LOOK_BACK for event in fresh)])
-            return [text(event) for event in sorted(fresh, key=lambda each: each["timestamp"])]
-
-        return read
+        return lambda: [text(event) for event in reader.read()]
 
     def console(self, attempt: Attempt, region: str) -> str:
         return f"sagemaker/home?region={region}#/{self.page}/{attempt.job}"

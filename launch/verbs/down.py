@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from launch.cloud import foundation, ownership, s3
-from launch.cloud.ownership import NOT_FOUND
+from launch.cloud.logs import SHARED_GROUPS
+from launch.cloud.ownership import NOT_FOUND, instances
 from launch.cloud.session import Aws
-from launch.targets.ec2 import instances
-from launch.targets.sagemaker import SHARED_GROUPS
 from launch.targets.spec import aws_of, split_overrides
 from launch.verbs.up import confirmed, delete_stack, describe, is_ours, settled, stack_resources
 from trainer.common.console import log
