@@ -1,16 +1,8 @@
-"""How long a job takes on a machine.
+"""How long a job takes on a machine, by the network's arithmetic: docs/instances.md explains it."""
 
-Times are estimates from the network's arithmetic; where `python -m trainer.doctor` has run on such
-a machine, its measurement takes their place. docs/instances.md explains both.
-"""
-
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from launch.targets.instance_types import InstanceType
-from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings.config import Config
 
@@ -55,7 +47,6 @@ class Estimate:
 
     before: float  # the first epoch: computing the features of a frozen backbone
     epoch: float
-    measured: str | None = None  # by doctor: its date
 
     def run(self, config: Config, images: int) -> float:
         """Return the seconds of all epochs and what comes before. images: of training."""
@@ -85,33 +76,6 @@ def estimate(machine: InstanceType, config: Config, images: int) -> Estimate | N
         return Estimate(0.0, images * forward / speed)
     views = min(config.model.cached_views, settings.epochs_for(config.train, images))
     return Estimate(images * views * forward / speed, images * CORE_HEAD / machine.vcpus)
-
-
-def measured(
-    machine: InstanceType, config: Config, images: int, doctor: dict[str, Any] | None
-) -> Estimate | None:
-    """Return what doctor measured on such a machine with this network; None where it did not."""
-    if doctor is None or machine.count > 1:
-        return None
-    job = doctor["machine"], doctor["model"], doctor["freeze"]
-    if job != (machine.name, config.model.name, config.model.freeze):
-        return None
-    epoch = images / float(doctor["images_per_second"])
-    return Estimate(float(doctor["once_seconds"]), epoch, str(doctor["date"]))
-
-
-def read_doctor(cache: Path) -> dict[str, Any] | None:
-    """Return what doctor noted in platform.cache, None where there is nothing. Raise UserError."""
-    path = cache / "doctor.json"
-    if not path.exists():
-        return None
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{path}: can't be read ({error}); run python -m trainer.doctor again, or delete it"
-        ) from error
-    return facts
 
 
 def pixels(config: Config) -> int:

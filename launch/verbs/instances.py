@@ -7,11 +7,9 @@ import argparse
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from launch.cloud.prices import FALLBACK, price
-from launch.estimate import GMACS, estimate, measured, pixels, read_doctor
+from launch.estimate import GMACS, estimate, pixels
 from launch.targets.base import TargetConfig
 from launch.targets.instance_types import OFFERED, InstanceType
 from launch.targets.spec import load_config, load_target, split_overrides
@@ -46,7 +44,6 @@ class Job:
     config: Config
     images: int  # of training
     region: str
-    doctor: dict[str, Any] | None = None  # what it measured
 
     def hour(self, machine: InstanceType) -> float | None:
         """Return the dollars an hour of all machines of a job, None where they are unknown."""
@@ -57,12 +54,9 @@ class Job:
         """Return the machine's row of the table, as HEAD names its columns."""
         hour = self.hour(machine)
         before = epoch = epoch_dollars = run_dollars = "-"
-        took = measured(machine, self.config, self.images, self.doctor)
-        took = took or estimate(machine, self.config, self.images)
+        took = estimate(machine, self.config, self.images)
         if took and machine.trains:
             before, epoch = _time(took.before), _time(took.epoch)
-            if took.measured:
-                epoch += "!"
             if hour:
                 epoch_dollars = _dollars(took.epoch * hour / 3600)
                 run_dollars = _dollars(took.run(self.config, self.images) * hour / 3600)
@@ -151,8 +145,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(rest)
     target = load_target(targets)
     config, _ = load_config(target, options.overrides or REFERENCE)
-    doctor = read_doctor(Path.home() / ".cache" / "packhorse")
-    job = Job(config, options.pictures, target.region or FALLBACK, doctor)
+    job = Job(config, options.pictures, target.region or FALLBACK)
     print(
         f"{config.model.name}, freeze={config.model.freeze}, {pixels(config)} px, "
         f"{job.images:,} pictures, {settings.epochs_for(config.train, job.images)} epochs; "
@@ -173,8 +166,6 @@ def main(arguments: Sequence[str]) -> int:
             f"before: the backbone's features are computed once, {config.model.cached_views} views "
             "each; the epochs train the head on them."
         )
-    if any(measured(machine, config, job.images, doctor) for machine in OFFERED):
-        print("!: measured there by python -m trainer.doctor.")
     print(
         "Times are estimates (docs/instances.md says how); a machine's start costs minutes more. "
         f"Prices: {price('g4dn.xlarge', job.region).basis}."
