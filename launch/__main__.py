@@ -1,38 +1,46 @@
-"""`python -m launch VERB target=ec2|sagemaker|sagemaker_multi|tuner|notebook [target.KEY=VALUE] [the trainer's own settings]`."""
+"""`python -m launch VERB target=NAME [target.KEY=VALUE] [the trainer's own settings]`."""
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from trainer.common.console import log, to_terminal
 from trainer.common.errors import MISTAKE, OK, UserError, machine_fault
 
-# The module launch.verbs.VERB has the verb's main(arguments) -> exit code. Each is imported when it is asked for.
+# launch.verbs.VERB has the verb's main(arguments) -> exit code; it is imported when asked for.
 VERBS = {
     "up": "make or change the account's foundation: bucket and roles; shows the changes and asks",
     "plan": "show what submit will send, what it costs, what it may touch and what is missing",
-    "submit": "upload the code, and --data DIR where it isn't there, and start the job; --wait follows it to its end",
-    "status": "list the runs, and everything that costs money now; --end ends what is past its limit",
+    "submit": "upload the code, and --data DIR where it isn't there, and start the job; "
+    "--wait follows it to its end",
+    "status": "list the runs, and everything that costs money now; "
+    "--end ends what is past its limit",
     "logs": "show what a run prints; --follow until it ends",
     "stop": "stop a run after a checkpoint",
     "fetch": "bring a run's model package, report and metrics to this machine, verified",
     "cost": "dollars spent, dollars lost to work done twice, dollars per point of accuracy",
     "rehearse": "run a SageMaker job on this machine, with AWS's own toolkit",
     "prices": "the prices that plans are reckoned with; --refresh asks AWS",
-    "instances": "the machines for this job, what an epoch costs on each, and why the default is the default",
+    "instances": "the machines for this job, what an epoch costs on each, "
+    "and why the default is the default",
     "policy": "print the policy of a part, with the reason for each statement",
     "audit": "look for what is dangerous or wasteful in the account's ML resources",
     "down": "stop everything of this project, empty the bucket and delete all; lists it and asks",
 }
 
-USAGE = "python -m launch VERB [target=ec2|sagemaker|sagemaker_multi|tuner|notebook] [target.KEY=VALUE ...] [KEY=VALUE ...]"
+TARGETS = Path(__file__).parents[1] / "conf" / "target"
 
 
 def usage() -> str:
+    """Return the page of --help."""
+    names = "|".join(sorted(path.stem for path in TARGETS.glob("*.yaml")))
     verbs = "\n".join(f"  {verb:<10} {does}" for verb, does in VERBS.items())
     return (
-        f"usage: {USAGE}\n\nRuns the trainer on rented machines.\n\n{verbs}\n\n"
-        "Settings of the machine are explained in conf/target/, those of the trainer in conf/. python -m launch VERB --help says more."
+        f"usage: python -m launch VERB [target={names}] [target.KEY=VALUE ...] [KEY=VALUE ...]\n\n"
+        f"Runs the trainer on rented machines.\n\n{verbs}\n\n"
+        "Settings of the machine are explained in conf/target/, those of the trainer in conf/. "
+        "python -m launch VERB --help says more."
     )
 
 
@@ -51,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         log.error(str(error))
     except OSError as error:
-        if (line := machine_fault(error)) is None:
+        line = machine_fault(error)
+        if line is None:
             raise
         log.error(line)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from launch.targets import spec
+from launch.targets.base import targets
 from trainer.settings import config as settings
 
 PROJECT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def page() -> str:
         f"# Targets\n\nOf `python -m launch VERB target=NAME`: {', '.join(f'`{name}`' for name in TARGETS)}.\n"
     )
     for name in TARGETS:
-        entries = dict(walk(spec.KINDS[name], "target."))
+        entries = dict(walk(targets()[name].config, "target."))
         above = (
             explained(PROJECT / "conf/target/sagemaker.yaml", "target.")
             if name in ("sagemaker_multi", "tuner")

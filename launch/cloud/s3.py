@@ -2,7 +2,7 @@
 
 source/SHA256.tar.gz    the trainer's code
 data/NAME-DIGEST/       pictures, as class folders; DIGEST is of their names and contents, so what lies there never changes
-runs/RUN/attempts/      what was sent for each attempt (launch/targets/runs.py), and how it ended (launch/targets/ec2.py)
+runs/RUN/attempts/      what was sent for each attempt (launch/targets/attempt.py), and how it ended (launch/targets/ec2.py)
 runs/RUN/checkpoints/   kept in step with the job's own directory
 runs/RUN/output/        model package, report, metrics
 runs/RUN/log.txt        the log of a run on EC2

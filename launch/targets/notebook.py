@@ -1,16 +1,87 @@
-"""A small SageMaker notebook to start jobs from, as requests: first its scripts, which set the project up and stop the notebook when idle."""
+"""A small SageMaker notebook to start jobs from.
+
+As requests: first its scripts, which set the project up and stop the notebook when idle.
+"""
 
 import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from launch.cloud import ownership
+from launch.cloud.logs import NOTEBOOK_GROUP
 from launch.cloud.request import Request
+from launch.cloud.session import Aws
+from launch.targets.attempt import Attempt, Phase, State, now, seconds_between
+from launch.targets.base import Spec, TargetConfig
+from launch.targets.rented import Machines, Rented, rented
+from launch.targets.sagemaker import OnSageMaker
 from launch.targets.script import FOLDER, fill
-from launch.targets.spec import NotebookTarget, Spec
+from trainer.common.errors import UserError
+from trainer.settings.config import Config, setting
 
-PLATFORM = "notebook-al2023-v1"  # Amazon Linux 2023
+AL2023 = "notebook-al2023-v1"  # Amazon Linux 2023
+
+
+@dataclass
+class NotebookConfig(TargetConfig):
+    disk_gb: int = setting(at_least=5, at_most=16384)
+    idle_minutes: int = setting(at_least=5, at_most=1440)
+    repository: str | None = setting()
+
+
+class Notebook(OnSageMaker):
+    config = NotebookConfig
+    role = "notebook"
+    thing = "NotebookInstance"
+    page = "notebook-instances"
+    log_group = NOTEBOOK_GROUP
+    trains = False
+
+    def run_id(self, config: Config, placed: Config, overrides: Sequence[str]) -> str:
+        """Return the same for all: an account has one notebook."""
+        return "notebook"
+
+    def requests(self, spec: Spec) -> list[Request]:
+        return [lifecycle_config(spec), notebook_instance(spec)]
+
+    def restart(self, attempt: Attempt, state: State) -> list[Request]:
+        if state.phase is Phase.ABSENT:
+            return []
+        name = {"NotebookInstanceName": attempt.job}
+        return [Request("sagemaker", "StartNotebookInstance", name)]
+
+    def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
+        status = described["NotebookInstanceStatus"]
+        ends = {"Stopped": Phase.STOPPED, "Stopping": Phase.STOPPED, "Failed": Phase.FAILED}
+        phase = ends.get(status, Phase.RUNNING)
+        started = described.get("LastModifiedTime")  # it changes with each start and stop
+        seconds = seconds_between(started, now()) if phase is Phase.RUNNING else 0.0
+        detail = described.get("FailureReason") or status
+        id = described["NotebookInstanceArn"]
+        return State(phase, detail, started, machine_seconds=seconds, id=id)
+
+    def results(self, aws: Aws, attempt: Attempt) -> str:
+        raise UserError(
+            f"{attempt.run}: a notebook leaves no model; name a run: python -m launch status"
+        )
+
+    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
+        return None
+
+    @classmethod
+    def rented(cls, aws: Aws) -> Iterator[Rented]:
+        for notebook in ownership.owned(aws, cls.thing):
+            if notebook["NotebookInstanceStatus"] in ("Pending", "InService", "Updating"):
+                machines = Machines(notebook["InstanceType"], notebook["LastModifiedTime"])
+                yield rented(aws, "notebook", notebook["NotebookInstanceName"], machines)
+
+
+TARGETS = (Notebook("notebook"),)
 
 
 def lifecycle_config(spec: Spec) -> Request:
-    """The scripts that SageMaker runs as root when the notebook is made, and whenever it starts."""
+    """Return the scripts that SageMaker runs as root: when it is made, and at each start."""
     scripts = {"OnCreate": on_create(spec), "OnStart": on_start(spec)}
     contents = {
         when: [{"Content": base64.b64encode(script.encode()).decode()}]
@@ -19,56 +90,51 @@ def lifecycle_config(spec: Spec) -> Request:
     return Request(
         "sagemaker",
         "CreateNotebookInstanceLifecycleConfig",
-        {"NotebookInstanceLifecycleConfigName": spec.job_name, **contents, "Tags": _tags(spec)},
+        {"NotebookInstanceLifecycleConfigName": spec.job_name, **contents, "Tags": spec.tag_list},
     )
 
 
 def notebook_instance(spec: Spec) -> Request:
-    """The notebook; it refers to `lifecycle_config`, which must be there."""
-    target = _target(spec)
+    """Return the notebook; it refers to `lifecycle_config`, which must be there."""
+    target = _config(spec)
     parameters = {
         "NotebookInstanceName": spec.job_name,
         "InstanceType": target.instance_type,
         "RoleArn": spec.role("notebook"),
         "LifecycleConfigName": spec.job_name,
         "VolumeSizeInGB": target.disk_gb,
-        "PlatformIdentifier": PLATFORM,
+        "PlatformIdentifier": AL2023,
         "DirectInternetAccess": "Enabled",
         "RootAccess": "Disabled",
         "InstanceMetadataServiceConfiguration": {"MinimumInstanceMetadataServiceVersion": "2"},
-        "Tags": _tags(spec),
+        "Tags": spec.tag_list,
     }
     return Request("sagemaker", "CreateNotebookInstance", parameters)
 
 
 def on_create(spec: Spec) -> str:
-    """Clones target.repository, or unpacks the source tarball from the bucket."""
+    """Return the script that clones target.repository, or unpacks the tarball of the bucket."""
     return fill(
         "notebook_create.sh",
         directory=spec.project,
-        repository=_target(spec).repository or "",
+        repository=_config(spec).repository or "",
         source_uri=spec.uri("source", f"{spec.source}.tar.gz"),
         source_sha256=spec.source,
     )
 
 
 def on_start(spec: Spec) -> str:
-    """Arms the auto-stop and sets the project up."""
-    idle_minutes = _target(spec).idle_minutes
+    """Return the script that arms the auto-stop and sets the project up."""
     script = fill(
         "notebook_start.sh",
         directory=spec.project,
         region=spec.region,
         name=spec.job_name,
-        idle_minutes=idle_minutes,
+        idle_minutes=_config(spec).idle_minutes,
     )
     return script.replace("@IDLE@\n", (FOLDER / "notebook_idle.py").read_text(encoding="utf-8"))
 
 
-def _target(spec: Spec) -> NotebookTarget:
-    assert isinstance(spec.target, NotebookTarget)
+def _config(spec: Spec) -> NotebookConfig:
+    assert isinstance(spec.target, NotebookConfig)
     return spec.target
-
-
-def _tags(spec: Spec) -> list[dict[str, str]]:
-    return [{"Key": key, "Value": value} for key, value in spec.tags.items()]

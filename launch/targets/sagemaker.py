@@ -1,27 +1,37 @@
-"""Training and tuning jobs as requests: pure functions of a Spec, plain data, the same for `plan`, `submit` and `rehearse`."""
+"""What SageMaker runs for us, and a training job of it, on one machine or on several.
 
-import math
+Requests are pure functions of a Spec: plain data, the same for `plan`, `submit` and `rehearse`.
+"""
+
 import re
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from launch.cloud import hyperparameters as codec
-from launch.cloud import source
+from launch.cloud import ownership, source
+from launch.cloud.logs import TRAINING_GROUP, LogReader
+from launch.cloud.ownership import NOT_FOUND
 from launch.cloud.request import Request
-from launch.targets.spec import SageMakerTarget, Spec, explained
-from launch.verbs.instances import GPUS, has_gpu, processes
+from launch.cloud.session import Aws
+from launch.targets.attempt import Attempt, Phase, State, now, seconds_between
+from launch.targets.base import Spec, Target, TargetConfig
+from launch.targets.instance_types import GPUS, has_gpu, processes
+from launch.targets.rented import Machines, Rented, rented
+from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.settings import config as settings
-from trainer.settings import search_space as space
-from trainer.settings.compose import check_options
-from trainer.settings.config import Config
+from trainer.settings.config import Config, setting
 
 PYTORCH = "2.13"  # the newest supported image of AWS (2026-11)
 CUDA = "cu133"
 
-# Whose registry holds AWS's images in a region (aws/deep-learning-containers, 2026-11); no API tells.
+# Whose registry holds AWS's images in a region (aws/deep-learning-containers, 2026-11); no API
+# tells.
 _SHARED = (
-    "us-east-1 us-east-2 us-west-1 us-west-2 ca-central-1 eu-central-1 eu-west-1 eu-west-2 eu-west-3 eu-north-1 "
-    "ap-south-1 ap-northeast-1 ap-northeast-2 ap-southeast-1 ap-southeast-2 sa-east-1"
+    "us-east-1 us-east-2 us-west-1 us-west-2 ca-central-1 eu-central-1 eu-west-1 eu-west-2 "
+    "eu-west-3 eu-north-1 ap-south-1 ap-northeast-1 ap-northeast-2 ap-southeast-1 "
+    "ap-southeast-2 sa-east-1"
 )
 REGISTRIES = dict.fromkeys(_SHARED.split(), "763104351884") | {
     "af-south-1": "626614931356",
@@ -48,11 +58,13 @@ REGISTRIES = dict.fromkeys(_SHARED.split(), "763104351884") | {
     "us-gov-east-1": "446045086412",
 }
 
-# AWS's image runs the toolkit's `train` under a shell that keeps SIGTERM for itself. This one hands it to the whole process group: the toolkit
-# ignores it, the trainer saves, and the container lives until the toolkit has seen the trainer end. One line of at most 256 characters: AWS's limits.
+# AWS's image runs the toolkit's `train` under a shell that keeps SIGTERM for itself. This one
+# hands it to the whole process group: the toolkit ignores it, the trainer saves, and the container
+# lives until the toolkit has seen the trainer end. AWS's limits: one line, 256 characters.
 ENTRYPOINT = ["bash", "-c"]
 ON_STOP = (
-    "set -m; (trap '' TERM; exec train) & job=$!; set +m; trap 'kill -TERM -- -$job' TERM; wait $job; code=$?; "
+    "set -m; (trap '' TERM; exec train) & job=$!; set +m; "
+    "trap 'kill -TERM -- -$job' TERM; wait $job; code=$?; "
     "while [ $code -eq 143 ] && kill -0 $job 2>&-; do wait $job; code=$?; done; exit $code"
 )
 
@@ -62,14 +74,161 @@ CHANNEL = "training"  # holds the folders train, valid and test
 _NOT_FOR_A_JOB = re.compile(r"[+~]*(data\.(root|train|valid|test)|platform|sweep(\..*)?)(=.*)?")
 
 
+class OnSageMaker(Target):
+    """What runs at SageMaker has in common, whatever it is there."""
+
+    platform = "sagemaker"
+    thing: ClassVar[str]  # its name in SageMaker's operations: Describe..., Stop...
+    page: ClassVar[str]  # of the console
+    log_group: ClassVar[str] = TRAINING_GROUP
+    log_streams: ClassVar[str] = "{job}/"  # how their names begin; then the host's follows
+
+    def data_root(self, data: str) -> str:
+        return f"/opt/ml/input/data/{CHANNEL}"
+
+    def described(self, aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
+        """Return what SageMaker says of it; None where it doesn't list it."""
+        name = {f"{self.thing}Name": attempt.job}
+        return aws.find("sagemaker", f"Describe{self.thing}", NOT_FOUND, **name)
+
+    def observe(self, aws: Aws, attempt: Attempt) -> State:
+        described = self.described(aws, attempt)
+        if described is None:
+            return attempt.unseen()
+        return self.state(aws, attempt, described)
+
+    def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
+        """Return how an attempt is by what SageMaker says of it."""
+        raise NotImplementedError
+
+    def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
+        if state.detail in ("Stopping", "Pending"):
+            log.info("%s is %s already", attempt.job, state.detail.lower())
+            return
+        name = {f"{self.thing}Name": attempt.job}
+        if aws.find("sagemaker", f"Stop{self.thing}", NOT_FOUND, **name) is None:
+            raise UserError(
+                f"{attempt.job}: SageMaker does not list it yet; "
+                "start the same command again in a minute"
+            )
+        log.info(
+            "asked SageMaker to stop %s: a training saves and ends within two minutes", attempt.job
+        )
+
+    def log_reader(self, aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
+        prefix = self.log_streams.format(job=attempt.job)
+        several = attempt.instances > 1 or not prefix.endswith("/")
+        reader = LogReader(aws, self.log_group, prefix)
+
+        def text(event: dict[str, Any]) -> str:
+            if not several:
+                return str(event["message"])
+            return f"{event['logStreamName'].removeprefix(prefix)}: {event['message']}"
+
+        return lambda: [text(event) for event in reader.read()]
+
+    def console(self, attempt: Attempt, region: str) -> str:
+        return f"sagemaker/home?region={region}#/{self.page}/{attempt.job}"
+
+
+@dataclass
+class SageMakerConfig(TargetConfig):
+    instances: int = setting(at_least=1, at_most=20)
+    spot: bool = setting()
+    wait_hours: float = setting(above=0, at_most=240)
+    image: str | None = setting()
+    disk_gb: int = setting(at_least=1, at_most=16384)
+    retries: int = setting(at_least=1, at_most=30)
+
+
+class SageMaker(OnSageMaker):
+    """A training job."""
+
+    config = SageMakerConfig
+    role = "training"
+    thing = "TrainingJob"
+    page = "jobs"
+
+    def check(self, target: SageMakerConfig) -> None:
+        if target.spot and target.wait_hours < target.hours:
+            raise UserError(
+                f"target.wait_hours={target.wait_hours:g} is less than target.hours="
+                f"{target.hours:g}: it counts training and waiting together; "
+                "allowed: target.wait_hours >= target.hours"
+            )
+
+    def requests(self, spec: Spec) -> list[Request]:
+        return [training_job(spec)]
+
+    def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
+        started, ended = described.get("TrainingStartTime"), described.get("TrainingEndTime")
+        billed = described.get("BillableTimeInSeconds")
+        seconds = seconds_between(started, ended or now()) if billed is None else float(billed)
+        return State(
+            job_phase(described["TrainingJobStatus"]),
+            described.get("FailureReason") or described.get("SecondaryStatus", ""),
+            started,
+            ended,
+            seconds * attempt.instances,
+            discounted=billed is not None,
+            id=described["TrainingJobArn"],
+        )
+
+    def results(self, aws: Aws, attempt: Attempt) -> str:
+        return job_results(attempt, attempt.job)
+
+    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
+        metrics = (self.described(aws, attempt) or {}).get("FinalMetricDataList", [])
+        values = {metric["MetricName"]: float(metric["Value"]) for metric in metrics}
+        return values.get("test_top1", values.get("valid_top1"))
+
+    @classmethod
+    def rented(cls, aws: Aws) -> Iterator[Rented]:
+        """Yield the training jobs that run, the trials of tuning jobs too."""
+        for summary in ownership.owned(aws, "TrainingJob", StatusEquals="InProgress"):
+            name = summary["TrainingJobName"]
+            job = aws.find("sagemaker", "DescribeTrainingJob", NOT_FOUND, TrainingJobName=name)
+            if job is None:
+                continue  # listed, and not yet described
+            machines = Machines(
+                job["ResourceConfig"]["InstanceType"],
+                job.get("TrainingStartTime"),
+                job["ResourceConfig"]["InstanceCount"],
+                job.get("EnableManagedSpotTraining", False),
+            )
+            place = job.get("OutputDataConfig", {}).get("S3OutputPath", "")
+            run = place.partition("/runs/")[2].partition("/")[0]
+            yield rented(aws, "training", name, machines, run or None)
+
+
+TARGETS = (SageMaker("sagemaker"), SageMaker("sagemaker_multi"))
+
+
+def job_phase(status: str) -> Phase:
+    """Return the phase of a SageMaker job by its status."""
+    phases = {"Completed": Phase.COMPLETE, "Stopped": Phase.STOPPED, "Failed": Phase.FAILED}
+    return phases.get(status, Phase.RUNNING)
+
+
+def job_results(attempt: Attempt, job: str) -> str:
+    """Return where SageMaker puts model.tar.gz and output.tar.gz of a training job."""
+    return f"runs/{attempt.run}/output/{job}/output/"
+
+
+# --- the request ---
+
+
 def training_job(spec: Spec) -> Request:
-    """CreateTrainingJob, on one or several machines. Raises UserError for settings that such a job can't carry or do."""
-    target = _target(spec)
+    """Return CreateTrainingJob, on one or several machines.
+
+    Raise UserError for settings that such a job can't carry or do.
+    """
+    target = checked(spec)
     parameters: dict[str, Any] = {
         "TrainingJobName": spec.job_name,
-        "HyperParameters": codec.encode(_settings(spec.overrides)) | _start(spec, target),
-        **_definition(spec, target),
-        "Tags": _tags(spec),
+        "HyperParameters": codec.encode(for_job(spec.overrides)) | start(spec, target),
+        **definition(spec, target),
+        "Tags": spec.tag_list,
     }
     parameters["AlgorithmSpecification"] |= {
         "ContainerEntrypoint": ENTRYPOINT,
@@ -78,157 +237,94 @@ def training_job(spec: Spec) -> Request:
     return Request("sagemaker", "CreateTrainingJob", parameters)
 
 
-def tuning_job(spec: Spec) -> Request:
-    """CreateHyperParameterTuningJob: the same job, with the ranges of the trainer's sweep=NAME; a grid's are lists of the points that it tries here.
+def image(target: SageMakerConfig, region: str) -> str:
+    """Return the URI of the container: the target's own, or AWS's for the region and machine.
 
-    Such jobs can't choose their entrypoint, so a stopped trial is left with the checkpoints that it saves as it goes. Raises UserError as
-    `training_job` does, and for a sweep that SageMaker can't do.
+    Raise UserError where AWS has none.
     """
-    target = _target(spec)
-    if target.instances > 1:
-        raise UserError(
-            f"target.instances={target.instances}: a trial of the tuner trains on one machine; allowed: target.instances=1"
-        )
-    fixed, swept = space.split(spec.overrides)
-    sweep = space.load(spec.config, swept, fixed)
-    places = ["platform=sagemaker", *([f"data.root={spec.data_root}"] if spec.data_root else [])]
-    with explained(settings.keys()):
-        check_options(sweep, [*fixed, *places], swept)
-    tuned = {parameter.key for parameter in sweep.space}
-    static = codec.encode(
-        override
-        for override in _settings(fixed)
-        if override.partition("=")[0].lstrip("+") not in tuned
-    )
-    grid = sweep.engine == "grid"
-    ranges = parameter_ranges(sweep)
-    # A grid has as many trials as it has points, and AWS takes no other number.
-    points = math.prod(
-        len(entry["Values"]) for entry in ranges.get("CategoricalParameterRanges", [])
-    )
-    trials = points if grid else sweep.trials
-    parameters: dict[str, Any] = {
-        "HyperParameterTuningJobName": spec.job_name,
-        "HyperParameterTuningJobConfig": {
-            "Strategy": "Grid" if grid else {"tpe": "Bayesian", "random": "Random"}[sweep.sampler],
-            "HyperParameterTuningJobObjective": {
-                "Type": "Minimize" if sweep.minimize else "Maximize",
-                "MetricName": sweep.objective,
-            },
-            "ResourceLimits": {
-                "MaxNumberOfTrainingJobs": trials,
-                "MaxParallelTrainingJobs": min(sweep.parallel, trials),
-            },
-            "ParameterRanges": ranges,
-            "TrainingJobEarlyStoppingType": "Off" if grid or sweep.pruner == "none" else "Auto",
-            "RandomSeed": sweep.seed,
-        },
-        "TrainingJobDefinition": {
-            "StaticHyperParameters": static | _start(spec, target),
-            **_definition(spec, target),
-        },
-        "Tags": _tags(spec),
-    }
-    return Request("sagemaker", "CreateHyperParameterTuningJob", parameters)
-
-
-def parameter_ranges(sweep: space.Sweep) -> dict[str, Any]:
-    """The space as AWS writes it: bounds and choices as strings, each choice as the codec carries it."""
-    ranges: dict[str, list[dict[str, Any]]] = {}
-    for parameter in sweep.space:
-        if isinstance(parameter, space.Categorical) or sweep.engine == "grid":
-            texts = [
-                space.override(parameter.key, choice).partition("=")[2]
-                for choice in space.grid(parameter, sweep.points)
-            ]
-            ranges.setdefault("CategoricalParameterRanges", []).append(
-                {"Name": parameter.key, "Values": [codec.encode_value(text) for text in texts]}
-            )
-        else:
-            kind = (
-                "ContinuousParameterRanges"
-                if isinstance(parameter, space.Continuous)
-                else "IntegerParameterRanges"
-            )
-            bounds = {"MinValue": str(parameter.low), "MaxValue": str(parameter.high)}
-            ranges.setdefault(kind, []).append(
-                {
-                    "Name": parameter.key,
-                    **bounds,
-                    "ScalingType": "Logarithmic" if parameter.log else "Linear",
-                }
-            )
-    return ranges
-
-
-def image(target: SageMakerTarget, region: str) -> str:
-    """The URI of the container: the target's own, or AWS's for the region and machine. Raises UserError where AWS has none."""
     if target.image is not None:
         return target.image
     if region not in REGISTRIES:
         raise UserError(
-            f"region {region}: the registry of AWS's PyTorch images is not known there; give one of them as target.image=URI"
+            f"region {region}: the registry of AWS's PyTorch images is not known there; "
+            "give one of them as target.image=URI"
         )
-    suffix = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
-    return f"{REGISTRIES[region]}.dkr.ecr.{region}.{suffix}/pytorch:{PYTORCH}-{CUDA if has_gpu(target.instance_type) else 'cpu'}-amzn2023-sagemaker"
+    domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
+    device = CUDA if has_gpu(target.instance_type) else "cpu"
+    registry = f"{REGISTRIES[region]}.dkr.ecr.{region}.{domain}"
+    return f"{registry}/pytorch:{PYTORCH}-{device}-amzn2023-sagemaker"
 
 
-def check_settings(config: Config, target: SageMakerTarget) -> None:
-    """Raises UserError for settings that are right by themselves but not for a job on this target."""
+def checked(spec: Spec) -> SageMakerConfig:
+    """Return the target's settings.
+
+    Raise UserError for settings of the trainer that are right by themselves but not for a job.
+    """
+    target = spec.target
+    assert isinstance(target, SageMakerConfig)
+    check_settings(spec.config, target)
+    return target
+
+
+def check_settings(config: Config, target: SageMakerConfig) -> None:
+    """Raise UserError for settings that are right by themselves but not for such a job."""
     if config.train.device == "cuda" and not has_gpu(target.instance_type):
         raise UserError(
-            f"train.device=cuda: {target.instance_type} has no GPU; give target.instance_type=ml.g4dn.xlarge, or train.device=auto"
+            f"train.device=cuda: {target.instance_type} has no GPU; "
+            "give target.instance_type=ml.g4dn.xlarge, or train.device=auto"
         )
     alone = config.train.processes == 1 and target.instances == 1
     started = target.instances * GPUS.get(target.instance_type.removeprefix("ml."), 1)
     if config.train.processes not in (None, started) and not alone:
         raise UserError(
-            f"train.processes={config.train.processes}: on {target.instances} x {target.instance_type} {started} would run, "
-            "one for each GPU; leave train.processes out"
+            f"train.processes={config.train.processes}: on {target.instances} x "
+            f"{target.instance_type} {started} would run, one for each GPU; "
+            "leave train.processes out"
         )
     for key in ("run_dir", "runs", "checkpoints", "package"):
         place = getattr(config.platform, key)
         if place is not None and not place.startswith("/opt/ml/"):
             raise UserError(
-                f"platform.{key}={place}: what lies outside /opt/ml is lost when the job ends; leave platform.* to platform=sagemaker"
+                f"platform.{key}={place}: what lies outside /opt/ml is lost when the job ends; "
+                "leave platform.* to platform=sagemaker"
             )
     if config.platform.checkpoints != CHECKPOINTS:
         raise UserError(
-            f"platform.checkpoints={config.platform.checkpoints}: SageMaker keeps {CHECKPOINTS} only; leave platform.* to platform=sagemaker"
+            f"platform.checkpoints={config.platform.checkpoints}: SageMaker keeps {CHECKPOINTS} "
+            "only; leave platform.* to platform=sagemaker"
         )
 
 
-def _target(spec: Spec) -> SageMakerTarget:
-    assert isinstance(spec.target, SageMakerTarget)
-    check_settings(spec.config, spec.target)
-    return spec.target
+def for_job(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides that a job takes.
 
-
-def _settings(overrides: tuple[str, ...] | list[str]) -> list[str]:
-    """The overrides that the job takes: where things lie is the container's to say, and which search space the tuner's."""
+    Where things lie is the container's to say, and which search space the tuner's.
+    """
     return [override for override in overrides if not _NOT_FOR_A_JOB.fullmatch(override)]
 
 
-def _start(spec: Spec, target: SageMakerTarget) -> dict[str, str]:
-    """The toolkit's own hyperparameters, JSON like all others: what to run, and by torchrun where there are several machines or GPUs."""
-    start = {
+def start(spec: Spec, target: SageMakerConfig) -> dict[str, str]:
+    """Return the toolkit's own hyperparameters, JSON like all others.
+
+    They say what to run, and by torchrun where there are several machines or GPUs.
+    """
+    values = {
         "sagemaker_program": source.ENTRY_POINT,
         "sagemaker_submit_directory": spec.uri("source", f"{spec.source}.tar.gz"),
+        "sagemaker_region": spec.region,
     }
-    start |= {"sagemaker_region": spec.region}
-    texts = {key: codec.encode_value(text) for key, text in start.items()}
+    texts = {key: codec.encode_value(text) for key, text in values.items()}
     if target.instances > 1 or processes(target.instance_type, spec.config) > 1:
         texts |= {
             "sagemaker_torch_distributed_enabled": "true",
             "sagemaker_instance_type": codec.encode_value(target.instance_type),
+            "sagemaker_distribution_instance_groups": '["homogeneousCluster"]',
         }
-        texts |= {"sagemaker_distribution_instance_groups": '["homogeneousCluster"]'}
     return texts
 
 
-def _definition(spec: Spec, target: SageMakerTarget) -> dict[str, Any]:
-    """What a training job and a trial of a tuning job have in common."""
-    seconds = round(3600 * target.hours)
+def definition(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
+    """Return what a training job and a trial of a tuning job have in common."""
     channel = {
         "ChannelName": CHANNEL,
         "DataSource": {
@@ -240,6 +336,13 @@ def _definition(spec: Spec, target: SageMakerTarget) -> dict[str, Any]:
         },
         "InputMode": "File",
     }
+    channels = {} if spec.data is None else {"InputDataConfig": [channel]}
+    limits = {"MaxRuntimeInSeconds": round(3600 * target.hours)}
+    if target.spot:
+        limits["MaxWaitTimeInSeconds"] = round(3600 * target.wait_hours)
+    environment = {"PYTHONUNBUFFERED": "1"}
+    if spec.revision:
+        environment["PACKHORSE_REVISION"] = spec.revision
     return {
         "AlgorithmSpecification": {
             "TrainingImage": image(target, spec.region),
@@ -247,29 +350,19 @@ def _definition(spec: Spec, target: SageMakerTarget) -> dict[str, Any]:
             "MetricDefinitions": settings.metric_definitions(),
         },
         "RoleArn": spec.role("training"),
-        **({"InputDataConfig": [channel]} if spec.data is not None else {}),
+        **channels,
         "OutputDataConfig": {"S3OutputPath": spec.uri("runs", spec.run, "output")},
         "ResourceConfig": {
             "InstanceType": target.instance_type,
             "InstanceCount": target.instances,
             "VolumeSizeInGB": target.disk_gb,
         },
-        "StoppingCondition": {
-            "MaxRuntimeInSeconds": seconds,
-            **({"MaxWaitTimeInSeconds": round(3600 * target.wait_hours)} if target.spot else {}),
-        },
+        "StoppingCondition": limits,
         "EnableManagedSpotTraining": target.spot,
         "CheckpointConfig": {
             "S3Uri": spec.uri("runs", spec.run, "checkpoints"),
             "LocalPath": CHECKPOINTS,
         },
         "RetryStrategy": {"MaximumRetryAttempts": target.retries},
-        "Environment": {
-            "PYTHONUNBUFFERED": "1",
-            **({"PACKHORSE_REVISION": spec.revision} if spec.revision else {}),
-        },
+        "Environment": environment,
     }
-
-
-def _tags(spec: Spec) -> list[dict[str, str]]:
-    return [{"Key": key, "Value": value} for key, value in spec.tags.items()]

@@ -1,4 +1,7 @@
-"""Shell scripts for a machine: a template of this folder whose line @SETTINGS@ becomes quoted assignments, so that no value can be read as code."""
+"""Shell scripts for a machine, from the templates of this folder.
+
+The line @SETTINGS@ becomes quoted assignments, so that no value can be read as code.
+"""
 
 import shlex
 from collections.abc import Sequence
@@ -8,12 +11,9 @@ FOLDER = Path(__file__).parent
 
 
 def fill(template: str, **settings: str | int | Sequence[str]) -> str:
-    """The script `template` with `settings` as variables of bash; a sequence becomes an array."""
-    return (
-        (FOLDER / template)
-        .read_text(encoding="utf-8")
-        .replace("@SETTINGS@", "\n".join(_assign(*item) for item in settings.items()))
-    )
+    """Return the script `template` with `settings` as bash's variables; sequences are arrays."""
+    text = (FOLDER / template).read_text(encoding="utf-8")
+    return text.replace("@SETTINGS@", "\n".join(_assign(*item) for item in settings.items()))
 
 
 def _assign(name: str, value: str | int | Sequence[str]) -> str:

@@ -1,56 +1,62 @@
-"""`python -m launch cost`: dollars spent on each run, how many of them on work done twice, and what a point of accuracy costs."""
+"""`python -m launch cost`: dollars spent on each run, and what a point of accuracy costs.
 
-import argparse
+Also how many of the dollars went into work done twice.
+"""
+
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from launch.cloud import s3
 from launch.cloud.session import Aws
-from launch.targets import overdue, runs
-from launch.targets.runs import Attempt, Phase, State, dollars
-from launch.targets.spec import aws_of, split_overrides
+from launch.targets import attempt as notes
+from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.base import of
+from launch.targets.spec import choose, names_target, split_overrides
+from launch.verbs.arguments import account_of, run_parser
 from trainer.common.console import log
 from trainer.common.errors import OK
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run, over all its attempts. Dollars are estimates by the prices noted when each attempt was sent."""
+    """Of one run, over all its attempts.
+
+    Dollars are estimates by the prices noted when each attempt was sent.
+    """
 
     run: str
     attempts: int
     hours: float  # of machines
     dollars: float
-    lost: (
-        float  # dollars for work that an interrupted attempt had not saved, and the next did again
-    )
+    # Dollars for work that an interrupted attempt had not saved, and the next did again.
+    lost: float
     accuracy: float | None  # top-1 on the test pictures, or for a tuning job its best objective
     per_point: float | None  # dollars per percent of accuracy
 
 
 def of_run(aws: Aws, tried: Sequence[tuple[Attempt, State]]) -> Cost:
-    """What a run cost. tried: its attempts in order. Raises AwsError."""
-    run = tried[0][0].run
-    saves = _saves(aws, run)
-    spent = sum(dollars(attempt, state) or 0.0 for attempt, state in tried)
-    lost = sum(_lost(attempt, state, saves) for attempt, state in tried)
-    accuracy = _accuracy(aws, *tried[-1])
-    hours = sum(state.machine_seconds for _, state in tried) / 3600
+    """Return what a run cost. tried: its attempts in order. Raise AwsError."""
+    last = tried[-1][0]
+    saves = _saves(aws, last.run)
+    spent = sum(attempt.dollars(state) or 0.0 for attempt, state in tried)
+    accuracy = of(last).accuracy(aws, last)
     return Cost(
-        run,
-        len(tried),
-        hours,
-        spent,
-        lost,
-        accuracy,
-        spent / (100 * accuracy) if accuracy else None,
+        run=last.run,
+        attempts=len(tried),
+        hours=sum(state.machine_seconds for _, state in tried) / 3600,
+        dollars=spent,
+        lost=sum(_lost(attempt, state, saves) for attempt, state in tried),
+        accuracy=accuracy,
+        per_point=spent / (100 * accuracy) if accuracy else None,
     )
 
 
 def _saves(aws: Aws, run: str) -> list[datetime]:
-    """When checkpoints were saved (their manifests come last), also those deleted since, as long as the bucket keeps old versions: 30 days."""
+    """Return when checkpoints were saved: when their manifests were written, which come last.
+
+    Also those deleted since, as long as the bucket keeps old versions: 30 days.
+    """
     prefix = f"runs/{run}/checkpoints/"
     versions = aws.pages("s3", "ListObjectVersions", "Versions", Bucket=aws.bucket, Prefix=prefix)
     return sorted(
@@ -59,88 +65,35 @@ def _saves(aws: Aws, run: str) -> list[datetime]:
 
 
 def _lost(attempt: Attempt, state: State, saves: Sequence[datetime]) -> float:
-    """Dollars from the last save to the end of an attempt that was cut short."""
-    if (
-        state.phase not in (Phase.LOST, Phase.FAILED, Phase.STOPPED)
-        or state.started is None
-        or state.ended is None
-    ):
+    """Return the dollars from the last save to the end of an attempt that was cut short."""
+    started, ended = state.started, state.ended
+    if state.phase not in (Phase.LOST, Phase.FAILED, Phase.STOPPED):
         return 0.0
-    saved = max(
-        (save for save in saves if state.started <= save <= state.ended), default=state.started
-    )
-    share = (
-        (state.ended - saved) / (state.ended - state.started)
-        if state.ended > state.started
-        else 0.0
-    )
-    return share * (dollars(attempt, state) or 0.0)
-
-
-def _accuracy(aws: Aws, attempt: Attempt, state: State) -> float | None:
-    if attempt.target == "ec2":
-        found = s3.read(aws, f"runs/{attempt.run}/output/result.json")
-        return float(json.loads(found[0])["top1"]) if found else None
-    if attempt.target == "notebook" or state.phase is Phase.ABSENT:
-        return None
-    if attempt.target == "tuner":
-        job = (
-            aws.find(
-                "sagemaker",
-                "DescribeHyperParameterTuningJob",
-                runs.NOT_FOUND,
-                HyperParameterTuningJobName=attempt.job,
-            )
-            or {}
-        )
-        best = job.get("BestTrainingJob", {})
-        metric = best.get("FinalHyperParameterTuningJobObjectiveMetric", {})
-        return float(metric["Value"]) if metric.get("MetricName", "").endswith("top1") else None
-    job = (
-        aws.find("sagemaker", "DescribeTrainingJob", runs.NOT_FOUND, TrainingJobName=attempt.job)
-        or {}
-    )
-    values = {
-        metric["MetricName"]: float(metric["Value"])
-        for metric in job.get("FinalMetricDataList", [])
-    }
-    return values.get("test_top1", values.get("valid_top1"))
+    if started is None or ended is None or ended <= started:
+        return 0.0
+    saved = max((save for save in saves if started <= save <= ended), default=started)
+    return (ended - saved) / (ended - started) * (attempt.dollars(state) or 0.0)
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch cost", description=__doc__)
-    parser.add_argument(
-        "run",
-        nargs="*",
-        help="the run's id, or the overrides it was submitted with; none: all runs",
-    )
+    parser = run_parser("cost", __doc__, "all runs")
     parser.add_argument("--json", action="store_true", help="as one JSON document")
     options = parser.parse_intermixed_args(arguments)
+    aws = account_of(options.run)
     targets, overrides = split_overrides(options.run)
-    aws = aws_of(targets)
-    overdue.warn(aws, targets)
-    only = (
-        runs.choose(aws, options.run).run
-        if overrides or any(override.startswith("target=") for override in targets)
-        else None
-    )
-    tried = runs.attempts(aws, only)
-    names = dict.fromkeys(attempt.run for attempt in tried)
-    costs = [
-        of_run(
-            aws, [(attempt, runs.observe(aws, attempt)) for attempt in tried if attempt.run == name]
-        )
-        for name in names
-    ]
+    only = None
+    if overrides or names_target(targets):
+        only = choose(aws, options.run).run
+    tried: dict[str, list[tuple[Attempt, State]]] = {}
+    for attempt in notes.attempts(aws, only):
+        tried.setdefault(attempt.run, []).append((attempt, of(attempt).observe(aws, attempt)))
+    costs = [of_run(aws, attempts) for attempts in tried.values()]
     if options.json:
         print(json.dumps([asdict(cost) for cost in costs], indent=2))
         return OK
+    basis = "none"
     for cost in costs:
-        point = (
-            ""
-            if cost.per_point is None
-            else f"  {100 * (cost.accuracy or 0):.1f} % accuracy, ${cost.per_point:.4f} a point"
-        )
+        basis = tried[cost.run][-1][0].price.basis
         log.info(
             "%-48s %d attempts %7.2f h  $%.2f, of it $%.2f lost to work done twice%s",
             cost.run,
@@ -148,11 +101,18 @@ def main(arguments: Sequence[str]) -> int:
             cost.hours,
             cost.dollars,
             cost.lost,
-            point,
+            _point(cost),
         )
     log.info(
         "$%.2f in all; machines only, by the prices noted at each submit (%s)",
         sum(cost.dollars for cost in costs),
-        tried[-1].price.basis if tried else "none",
+        basis,
     )
     return OK
+
+
+def _point(cost: Cost) -> str:
+    """Return what a point of accuracy cost, empty where that is not known."""
+    if cost.per_point is None:
+        return ""
+    return f"  {100 * (cost.accuracy or 0):.1f} % accuracy, ${cost.per_point:.4f} a point"

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from launch.cloud import foundation, ownership, s3
+from launch.cloud.logs import SHARED_GROUPS
+from launch.cloud.ownership import NOT_FOUND, instances
 from launch.cloud.session import Aws
-from launch.targets import runs
-from launch.targets.runs import NOT_FOUND
 from launch.targets.spec import aws_of, split_overrides
-from launch.verbs.logs import SHARED_GROUPS
 from launch.verbs.up import confirmed, delete_stack, describe, is_ours, settled, stack_resources
 from trainer.common.console import log
 from trainer.common.errors import FAULT, OK
@@ -131,7 +130,7 @@ def _end_jobs(aws: Aws, kind: str, every: float) -> None:
 
 
 def _machines(aws: Aws) -> list[dict[str, Any]]:
-    return [each for each in runs.instances(aws) if each["State"]["Name"] != "terminated"]
+    return [each for each in instances(aws) if each["State"]["Name"] != "terminated"]
 
 
 def _volumes(aws: Aws) -> list[dict[str, Any]]:

@@ -21,10 +21,10 @@ from launch.cloud.request import Request, check
 from launch.local import opt_ml
 from launch.local.container_entry import CHANNELS
 from launch.local.opt_ml import Job, Machine, Outcome
+from launch.planning import Plan
+from launch.planning import prepare as planned
 from launch.targets import sagemaker
-from launch.targets.spec import SageMakerTarget, load_target, split_overrides
-from launch.verbs.plan import Plan
-from launch.verbs.plan import prepare as planned
+from launch.targets.spec import load_target, split_overrides
 from trainer.common.console import log, python
 from trainer.common.errors import MISTAKE, OK, RESUME, UserError, install_command
 from trainer.common.interrupt import heeded
@@ -106,7 +106,7 @@ def prepare(arguments: Sequence[str], data: Path | None) -> tuple[Plan, Path | N
         if any(override.startswith("target=") for override in ours)
         else ["target=sagemaker", *ours]
     )
-    if not isinstance(target, SageMakerTarget):
+    if not isinstance(target, sagemaker.SageMakerConfig):
         raise UserError(
             f"target={target.name}: only SageMaker's containers are rehearsed; allowed: sagemaker, sagemaker_multi, tuner"
         )

@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from launch.cloud import foundation
+from launch.cloud.logs import SHARED_GROUPS
 from launch.cloud.session import Aws, AwsError
 from launch.targets.spec import aws_of, split_overrides
-from launch.verbs.logs import SHARED_GROUPS
 from trainer.common.console import log, python
 from trainer.common.errors import FAULT, OK, UserError
 

@@ -19,6 +19,7 @@ import boto3
 import pytest
 
 from launch import __main__ as command_line
+from launch.targets.base import targets
 from tests.conftest import PROJECT
 from trainer.common.errors import OK
 
@@ -32,8 +33,8 @@ CREDENTIALS = {
 
 # For `Cloud.launch`: imported here once, and not by each process.
 for verb in command_line.VERBS:
-    import_module(f"launch.{verb}")
-import_module("launch.targets.sagemaker")
+    import_module(f"launch.verbs.{verb}")
+targets()
 
 
 @dataclass

@@ -18,7 +18,7 @@ from botocore.exceptions import (
 from launch.__main__ import VERBS
 from launch.cloud.prices import price
 from launch.cloud.session import explained
-from launch.targets.spec import KINDS
+from launch.targets.base import NAMES
 from tests.conftest import PROJECT
 from tests.launch.conftest import CREDENTIALS
 from trainer.common.errors import MISTAKE, OK
@@ -64,7 +64,7 @@ def test_help_is_answered_at_once_and_names_every_verb():
     assert code == OK and all(f"\n  {verb} " in printed for verb in VERBS)
 
 
-@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("target", NAMES)
 def test_plan_works_without_credentials(target):
     more = ["sweep=head"] if target == "tuner" else []
     code, printed = launch("plan", f"target={target}", *more)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch.cloud.foundation import TEMPLATE
-from launch.verbs.logs import NOTEBOOK_GROUP, TRAINING_GROUP
+from launch.cloud.logs import NOTEBOOK_GROUP, TRAINING_GROUP
 from tests.launch.conftest import REGION, Cloud
 from trainer.common.errors import MISTAKE, OK
 

@@ -9,7 +9,8 @@ import pytest
 
 from launch.cloud import request
 from launch.targets import ec2
-from launch.targets.spec import Spec, load_config, load_target, run_id
+from launch.targets.base import Spec
+from launch.targets.spec import load_config, load_target, run_id
 from trainer.common.errors import UserError
 
 IMAGE = "ami-0123456789abcdef0"
@@ -34,7 +35,8 @@ def make_spec(*overrides: str, **settings: object) -> Spec:
 
 
 def run_instances(spec: Spec) -> dict[str, object]:
-    made = ec2.run_instances(spec, IMAGE, ec2.user_data(spec))
+    pinned = replace(spec, target=replace(spec.target, image=IMAGE))
+    [made] = spec.kind.requests(pinned)
     request.check(made)
     assert (made.service, made.operation) == ("ec2", "RunInstances")
     return made.parameters
@@ -198,3 +200,9 @@ def test_a_script_that_is_too_long() -> None:
     spec = replace(make_spec(), overrides=("name=" + "x" * 16384,))
     with pytest.raises(UserError, match="EC2 allows 16384; put settings into a file"):
         ec2.user_data(spec)
+
+
+def test_the_instance_knows_the_revision_of_its_code() -> None:
+    script = ec2.user_data(replace(make_spec(), revision="0123abc-dirty"))
+    assert "revision=0123abc-dirty\n" in script and "PACKHORSE_REVISION=$revision" in script
+    assert "revision=''\n" in ec2.user_data(make_spec())

@@ -15,7 +15,8 @@ import pytest
 
 from launch.cloud import request
 from launch.targets import notebook
-from launch.targets.spec import Spec, load_config, load_target, run_id
+from launch.targets.base import Spec
+from launch.targets.spec import load_config, load_target, run_id
 
 BIN = Path(sys.executable).parent
 IDLE = Path(notebook.__file__).with_name("notebook_idle.py")

@@ -11,8 +11,9 @@ import pytest
 
 from launch.cloud import hyperparameters as codec
 from launch.cloud.request import check
-from launch.targets import sagemaker
-from launch.targets.spec import Spec, load_config, load_target, run_id
+from launch.targets import sagemaker, tuner
+from launch.targets.base import Spec
+from launch.targets.spec import load_config, load_target, run_id
 from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
@@ -104,7 +105,7 @@ def test_every_target_passes_awss_own_model(target):
     sweep = ["sweep=lr_batch"] if target == "tuner" else []
     for attempt in (1, 99):
         spec = make_spec(*sweep, "name=" + "n" * 60, target=[f"target={target}"], attempt=attempt)
-        check(sagemaker.tuning_job(spec) if target == "tuner" else sagemaker.training_job(spec))
+        check(tuner.tuning_job(spec) if target == "tuner" else sagemaker.training_job(spec))
 
 
 def test_a_tuning_job_has_the_sweeps_own_ranges():
@@ -116,7 +117,7 @@ def test_a_tuning_job_has_the_sweeps_own_ranges():
         "optim=sgd",
         target=["target=tuner"],
     )
-    request = sagemaker.tuning_job(spec)
+    request = tuner.tuning_job(spec)
     check(request)
     tuning, job = (
         request.parameters["HyperParameterTuningJobConfig"],
@@ -153,7 +154,7 @@ def test_a_tuning_job_has_the_sweeps_own_ranges():
 
 
 def test_a_single_value_takes_its_setting_out_of_the_space_as_it_does_here():
-    request = sagemaker.tuning_job(
+    request = tuner.tuning_job(
         make_spec(
             "sweep=lr_batch", "sweep.engine=optuna", "train.batch_size=8", target=["target=tuner"]
         )
@@ -170,7 +171,7 @@ def test_a_single_value_takes_its_setting_out_of_the_space_as_it_does_here():
 
 def test_a_grid_has_the_points_that_it_has_here():
     spec = make_spec("sweep=lr_batch", "sweep.objective=valid_loss", target=["target=tuner"])
-    tuning = sagemaker.tuning_job(spec).parameters["HyperParameterTuningJobConfig"]
+    tuning = tuner.tuning_job(spec).parameters["HyperParameterTuningJobConfig"]
     assert (
         tuning["Strategy"] == "Grid" and tuning["ResourceLimits"]["MaxNumberOfTrainingJobs"] == 12
     )
@@ -194,7 +195,7 @@ def test_a_grid_has_the_points_that_it_has_here():
 def test_choices_come_out_as_the_types_that_went_in(configure, key, text, values):
     spec = make_spec("sweep=lr_batch", target=["target=tuner"])
     sweep = replace(space.load(spec.config), space=(space.parameter(key, text, spec.config),))
-    (entry,) = sagemaker.parameter_ranges(sweep)["CategoricalParameterRanges"]
+    (entry,) = tuner.parameter_ranges(sweep)["CategoricalParameterRanges"]
     for carried, value in zip(entry["Values"], values, strict=True):
         found = {
             name: found
@@ -209,7 +210,7 @@ def test_integers_are_sampled_as_integers():
         space.load(spec.config),
         space=(space.parameter("train.epochs", "interval(2,9)", spec.config),),
     )
-    assert sagemaker.parameter_ranges(sweep) == {
+    assert tuner.parameter_ranges(sweep) == {
         "IntegerParameterRanges": [
             {"Name": "train.epochs", "MinValue": "2", "MaxValue": "9", "ScalingType": "Linear"}
         ]
@@ -245,7 +246,7 @@ def test_integers_are_sampled_as_integers():
 def test_what_such_a_job_cannot_do(overrides, target, message):
     with pytest.raises(UserError, match=re.escape(message)):
         spec = make_spec(*overrides, target=target)
-        sagemaker.tuning_job(spec) if "tuner" in target[0] else sagemaker.training_job(spec)
+        tuner.tuning_job(spec) if "tuner" in target[0] else sagemaker.training_job(spec)
 
 
 def test_images_by_region():

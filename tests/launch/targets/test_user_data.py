@@ -15,7 +15,9 @@ import pytest
 
 from launch.cloud import source
 from launch.targets import ec2
-from launch.targets.spec import Spec, load_config, load_target
+from launch.targets.attempt import attempt_key
+from launch.targets.base import Spec
+from launch.targets.spec import load_config, load_target
 from tests.conftest import wait_for
 from tests.launch.conftest import REGION, Cloud, running
 from trainer.common.errors import MISTAKE, OK, RESUME
@@ -224,7 +226,7 @@ def broken(
     for run in ("missing", "wrong"):
         bucket.put(f"runs/{run}/checkpoints/step-00000001/manifest.json", b"{}")
         bucket.put(f"runs/{run}/log.txt", b"the first attempt\n")
-    bucket.put(ec2.stop_key(make_spec(run="unwanted")), b"")
+    bucket.put(attempt_key("unwanted", 1, "stop"), b"")
     unreachable = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
     for run, attempts in {
         "twin": {"1.machine": b"another"},

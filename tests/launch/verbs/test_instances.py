@@ -1,24 +1,23 @@
-"""The machines for a job: estimates that follow the settings, doctor's measurements, and the page that explains them."""
+"""The machines for a job: estimates that follow the settings, and the page that explains them."""
 
-import json
 import re
 
 import pytest
 
 from launch import __main__ as launch
+from launch.estimate import estimate
+from launch.targets.instance_types import OFFERED
 from launch.targets.spec import load_config, load_target
-from launch.verbs.instances import MACHINES, estimate
 from tests.conftest import PROJECT
 from tests.launch.documents import instances_output
-from trainer.common.errors import MISTAKE, OK
+from trainer.common.errors import OK
 
 FULL = ("experiment=dog_breeds", "data.root=x", "model.freeze=none")
 
 
 @pytest.fixture
-def shown(capsys, monkeypatch, tmp_path):
-    """The rows by machine, for a user without measurements of their own."""
-    monkeypatch.setenv("HOME", str(tmp_path))
+def shown(capsys):
+    """The rows by machine."""
 
     def shown(*arguments: str) -> dict[str, list[str]]:
         assert launch.main(["instances", *arguments]) == OK
@@ -40,7 +39,7 @@ def test_the_estimate_is_the_arithmetic_that_the_page_explains():
     target = load_target([])
     config, _ = load_config(target, FULL)
     by_name = {
-        (machine.name, machine.count): estimate(machine, config, 1000) for machine in MACHINES
+        (machine.name, machine.count): estimate(machine, config, 1000) for machine in OFFERED
     }
     assert by_name["ml.m5.2xlarge", 1].epoch == pytest.approx(1000 * 0.359 / 8)
     assert by_name["ml.m5.2xlarge", 4].epoch == pytest.approx(1000 * 0.359 / 8 / (4 * 0.93))
@@ -56,30 +55,6 @@ def test_frozen_backbones_pay_once(shown):
 def test_dollars_are_time_by_price(shown):
     row = shown(*FULL, "--pictures", "100000")["ml.m5.2xlarge"]
     assert row[4] == "0.461" and row[7] == f"${100000 * 0.359 / 8 / 3600 * 0.461:.2f}"
-
-
-def test_a_measurement_of_doctor_takes_the_estimates_place(shown, tmp_path):
-    estimated = shown(*FULL)["g4dn.xlarge"]
-    facts = {
-        "date": "2026-11-23",
-        "machine": "g4dn.xlarge",
-        "model": "resnet50",
-        "freeze": "none",
-        "once_seconds": 60,
-        "images_per_second": 6680 / 33,
-    }
-    path = tmp_path / ".cache" / "packhorse" / "doctor.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(facts))
-    rows = shown(*FULL)
-    assert (
-        rows["g4dn.xlarge"][6] == "33 s!"
-        and estimated[6] != "33 s!"
-        and "!" not in rows["ml.g4dn.xlarge"][6]
-    )
-    assert "!" not in shown(*FULL, "model.freeze=backbone")["g4dn.xlarge"][6], "another job"
-    path.write_text("{")
-    assert launch.main(["instances"]) == MISTAKE
 
 
 def test_an_unknown_network_has_no_estimate(capsys):

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from launch.cloud import hyperparameters as codec
-from launch.targets import sagemaker
+from launch.targets import tuner
 from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer, start_trainer, wait_for
 from tests.soak import difference
 from trainer.common.errors import MISTAKE, OK, RESUME
@@ -235,7 +235,7 @@ def test_three_engines_hold_the_same_space(tmp_path, configure):
             key: distribution for key, (_, distribution, _) in expected.items()
         }
 
-    ranges = sagemaker.parameter_ranges(sweep)
+    ranges = tuner.parameter_ranges(sweep)
     theirs = {
         each["Name"]: (
             kind.removesuffix("ParameterRanges"),

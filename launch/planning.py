@@ -1,0 +1,261 @@
+"""What `submit` is going to do: worked out, reckoned and checked, without changing anything."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from launch.cloud import foundation, s3, source
+from launch.cloud.prices import FALLBACK, Price, price
+from launch.cloud.request import Request, check
+from launch.cloud.session import Aws
+from launch.targets import attempt as notes
+from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.base import Spec, TargetConfig
+from launch.targets.instance_types import processes
+from launch.targets.spec import NO_ACCOUNT, load_config, resolved, run_id
+from trainer.common.errors import UserError
+from trainer.common.git import revision
+from trainer.settings import config as settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `submit` is going to do. The same object is printed by `plan` and carried out."""
+
+    spec: Spec
+    source: bytes  # the source tarball
+    account_stack: bool  # whether the account has a bucket for it
+    requests: list[Request]  # in order; empty where there is nothing to send
+    before: Attempt | None = None  # the newest attempt that there was
+    state: State | None = None  # how it is
+
+    @cached_property
+    def attempt(self) -> Attempt:
+        """This attempt, to be noted before it is sent."""
+        spec = self.spec
+        return Attempt(
+            run=spec.run,
+            number=spec.attempt,
+            target=spec.target.name,
+            instance_type=spec.target.instance_type,
+            instances=spec.instances,
+            spot=spec.spot,
+            hours=spec.target.hours,
+            job=spec.job_name,
+            price=self.price,
+            requests=self.requests,
+            identity=spec.identity,
+            noted=notes.now().isoformat(),
+        )
+
+    @property
+    def price(self) -> Price:
+        return price(self.spec.target.instance_type, self.spec.region)
+
+    @property
+    def trials(self) -> tuple[int, int]:
+        """The jobs that the requests may become, and how many of them at the same time."""
+        return self.spec.kind.trials(self.requests[0]) if self.requests else (1, 1)
+
+
+def prepare(
+    aws: Aws | None,
+    target: TargetConfig,
+    overrides: Sequence[str],
+    data: Path | None = None,
+    again: bool = False,
+) -> Plan:
+    """Plan the next attempt at a run.
+
+    aws: None without credentials. data: the folder to upload. again: also where the run is
+    complete. Raise UserError, AwsError.
+    """
+    config, name = load_config(target, overrides, data)
+    tarball = source.build(source.extras(config))
+    if aws is None:
+        account = NO_ACCOUNT
+        region = Aws(target.project, target.region).configured_region or FALLBACK
+    else:
+        account, region = aws.account, aws.region
+    spec = Spec(
+        target=target,
+        config=config,
+        overrides=tuple(overrides),
+        run=run_id(target, config, name, overrides),
+        account=account,
+        region=region,
+        data=name,
+        source=hashlib.sha256(tarball).hexdigest(),
+        revision=revision(),
+    )
+    return next_attempt(aws, spec, tarball, again)
+
+
+def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = False) -> Plan:
+    """Plan the next attempt at the run of a spec, whose number doesn't matter.
+
+    Raise UserError, AwsError.
+    """
+    stack = aws is not None and has_bucket(aws)
+    before = notes.latest(aws, spec.run) if aws is not None and stack else None
+    if aws is None or before is None:
+        spec = dataclasses.replace(spec, attempt=1)
+        return Plan(spec, tarball, stack, requests(aws, spec))
+    check_same(before, spec)
+    state = spec.kind.observe(aws, before)
+    spec = dataclasses.replace(spec, attempt=before.number)
+
+    def send(spec: Spec, requests: list[Request]) -> Plan:
+        return Plan(spec, tarball, stack, requests, before, state)
+
+    if state.phase is Phase.RUNNING or (state.phase is Phase.COMPLETE and not again):
+        return send(spec, [])
+    restart = spec.kind.restart(before, state)
+    if restart:
+        return send(spec, restart)
+    # It was noted, and refused, never sent, or not yet seen by AWS: the very same is safe to send
+    # again, and while it may be on its way nothing else is.
+    never_seen = state.phase is Phase.ABSENT and not s3.exists(aws, before.key_of("stop"))
+    if never_seen and (before.may_be_on_its_way or requests(aws, spec) == before.requests):
+        return send(spec, before.requests)
+    spec = dataclasses.replace(spec, attempt=before.number + 1)
+    return send(spec, requests(aws, spec))
+
+
+def has_bucket(aws: Aws) -> bool:
+    """Return whether the account has the project's bucket. Raise AwsError."""
+    absent = r"404|NoSuchBucket|NotFound"
+    return aws.find("s3", "HeadBucket", absent, Bucket=aws.bucket) is not None
+
+
+def requests(aws: Aws | None, spec: Spec) -> list[Request]:
+    """Return what is sent for a spec, in order, checked. Raise UserError, AwsError."""
+    built = spec.kind.requests(spec.kind.looked_up(aws, spec))
+    for request in built:
+        check(request)
+    return built
+
+
+def check_same(before: Attempt, spec: Spec) -> None:
+    """Raise UserError where a run would go on as another.
+
+    That is on another kind of machine, or with other settings.
+    """
+    then, now = before.identity, spec.identity
+    changed = [
+        f"{key}: {then.get(key)} then, {now.get(key)} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+    if changed and spec.kind.trains:
+        raise UserError(
+            f"{spec.run}: this run began with other settings ({'; '.join(changed[:5])}); "
+            "give the same again, or another name=..."
+        )
+
+
+def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
+    """Return what `submit` would stop at, each with its remedy. Raise AwsError."""
+    lines = []
+    spec, weights = plan.spec, plan.spec.config.model.weights
+    if weights and Path(weights).is_file() and not weights.startswith("/opt/"):
+        folder = spec.data_root or "/opt/ml/input/data/training"
+        lines.append(
+            f"model.weights={weights} is a file of this machine: put it into the folder of "
+            f"pictures, and give model.weights={folder}/{Path(weights).name}"
+        )
+    if plan.price.on_demand is None:
+        lines.append(
+            f"the price of {spec.target.instance_type} is not in the table, so no costs are "
+            "shown: look it up at AWS"
+        )
+    if aws is None:
+        return lines
+    if not plan.account_stack:
+        lines.append(f"the foundation (bucket {aws.bucket}, roles): python -m launch up")
+    elif spec.data and data is None and not s3.listing(aws, f"data/{spec.data}/"):
+        line = f"the pictures (s3://{aws.bucket}/data/{spec.data}/ is empty): "
+        line += "add --data DIR to upload them"
+        uploaded = s3.folders(aws, f"data/{spec.data}-")
+        if uploaded:
+            line += f", or give one that is there as data.root=NAME: {', '.join(uploaded)}"
+        lines.append(line)
+    return lines
+
+
+def cost(plan: Plan, spot_price: float | None) -> dict[str, Any]:
+    """Return dollars, estimated. spot_price: today's of one hour, where AWS tells it."""
+    per_hour, (trials, parallel) = plan.price, plan.trials
+    hours, basis = plan.spec.target.hours, per_hour.basis
+    spot = per_hour.spot
+    if spot_price is not None:
+        spot = spot_price
+        basis += "; spot: what AWS asks now"
+    if not plan.spec.kind.trains:
+        spot = None
+
+    def rounded(hour: float | None, times: float) -> float | None:
+        return None if hour is None else round(hour * plan.spec.instances * times, 4)
+
+    return {
+        "machines": ", ".join(machines_of(plan)),
+        "per_hour": rounded(per_hour.on_demand, parallel),
+        "per_hour_spot": rounded(spot, parallel),
+        "at_time_limit": rounded(per_hour.on_demand, hours * trials),
+        "at_time_limit_spot": rounded(spot, hours * trials),
+        "time_limit_hours": hours,
+        "uses_spot": plan.spec.spot,
+        "basis": basis,
+    }
+
+
+def machines_of(plan: Plan) -> list[str]:
+    """Return what is rented, and how it is used."""
+    spec, (trials, parallel) = plan.spec, plan.trials
+    parts = [f"{spec.instances} x {spec.target.instance_type}"]
+    several = processes(spec.target.instance_type, spec.config, spec.instances)
+    if several > 1 and spec.kind.trains:
+        parts.append(f"{several} processes")
+    if trials > 1:
+        parts.append(f"{trials} trials, {parallel} at a time")
+    return parts
+
+
+def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> dict[str, Any]:
+    """Return the plan as data. offline: why AWS can't be asked. Raise AwsError."""
+    spec = plan.spec
+    role = spec.kind.role
+    statements = foundation.permissions(role, spec.project, spec.account, spec.region)
+    state = None
+    if plan.before is not None and plan.state is not None:
+        state = f"attempt {plan.before.number}: {plan.state.phase} ({plan.state.detail})"
+    return {
+        "run": spec.run,
+        "attempt": spec.attempt,
+        "state": state,
+        "account": spec.account,
+        "region": spec.region,
+        "means": resolved(spec.target, spec.overrides, data).notes,
+        "settings": {key: value for key, value, _ in settings.walk(spec.config)},
+        "uploads": {
+            "source": f"{spec.uri('source', spec.source)}.tar.gz",
+            "data": spec.uri("data", spec.data) if spec.data and data else None,
+        },
+        "requests": [dataclasses.asdict(request) for request in plan.requests],
+        "cost": cost(plan, spec.kind.spot_price(aws, spec) if aws else None),
+        "may_touch": {
+            spec.role(role): [
+                {
+                    "why": statement.reason,
+                    "actions": statement.actions,
+                    "resources": statement.resources,
+                }
+                for statement in statements
+            ]
+        },
+        "missing": [*filter(None, [offline]), *missing(aws, plan, data)],
+    }

@@ -1,0 +1,169 @@
+"""Attempts at runs: as noted in the bucket before they were sent, and how they can be.
+
+How an attempt is now, its target says (launch/targets/base.py).
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from launch.cloud import s3
+from launch.cloud.prices import Price
+from launch.cloud.request import Request
+from launch.cloud.session import Aws
+
+# AWS is eventually consistent: for a while it may not list what it has just made. What was sent
+# less than so long ago and is not seen is on its way. EC2 forgets an instance an hour after it
+# has ended.
+YOUNG = timedelta(hours=1)
+UNSEEN = "sent, and not listed by AWS yet"
+GONE = "AWS no longer lists it: it was deleted"
+
+
+class Phase(StrEnum):
+    ABSENT = "never started"
+    RUNNING = "running"
+    COMPLETE = "complete"
+    STOPPED = "stopped"  # by a person or its time limit, with what it saved
+    LOST = "reclaimed"  # AWS took a spot machine back
+    NO_CAPACITY = "no capacity"  # AWS had no such machine after all: it never ran
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class State:
+    """How an attempt is."""
+
+    phase: Phase
+    detail: str = ""  # in AWS's words
+    started: datetime | None = None
+    ended: datetime | None = None
+    # So far, over all its machines; for SageMaker's ended jobs what it bills.
+    machine_seconds: float = 0.0
+    discounted: bool = False  # whether a spot discount is in machine_seconds already
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run, noted in the bucket before it is sent.
+
+    So a crash leaves no doubt about what was to be sent.
+    """
+
+    run: str
+    number: int
+    target: str  # its name, one of launch.targets.base.NAMES
+    instance_type: str
+    instances: int  # of one job
+    spot: bool
+    hours: float  # time limit
+    job: str  # its name in AWS
+    price: Price  # when it was sent
+    requests: list[Request]
+    identity: dict[str, Any]  # what all attempts at the run have in common
+    noted: str  # when, ISO 8601
+    id: str | None = None  # AWS's own, noted after it was sent
+    sent: str | None = None  # when, ISO 8601
+    refused: str | None = None  # AWS's code, where it answered that it makes nothing of it
+
+    @property
+    def since(self) -> datetime:
+        """When it was sent, as far as that is known."""
+        return datetime.fromisoformat(self.sent or self.noted)
+
+    @property
+    def may_be_on_its_way(self) -> bool:
+        """Whether AWS may have it, or get it yet, although it doesn't list it."""
+        return self.refused is None and now() - self.since < YOUNG
+
+    @property
+    def key(self) -> str:
+        return self.key_of("request.json")
+
+    def key_of(self, what: str) -> str:
+        return attempt_key(self.run, self.number, what)
+
+    def dumps(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=1).encode()
+
+    def dollars(self, state: State) -> float | None:
+        """Return what it has cost so far, an estimate by the prices noted when it was sent.
+
+        None where they are unknown.
+        """
+        hour = self.price.on_demand
+        if self.spot and not state.discounted:
+            hour = self.price.spot
+        return None if hour is None else hour * state.machine_seconds / 3600
+
+    def told(self, state: State) -> str:
+        """Return how it is, as every verb says it."""
+        return f"attempt {self.number} at {self.run} is {state.phase} ({state.detail})"
+
+    def unseen(self, alive: datetime | None = None) -> State:
+        """Return the state of an attempt that AWS doesn't list.
+
+        alive: the last time that something was known of it, if not when it was sent.
+        """
+        if self.id is None:
+            return State(Phase.ABSENT)
+        if now() - (alive or self.since) < YOUNG:
+            seconds = seconds_between(self.since, now())
+            return State(Phase.RUNNING, UNSEEN, self.since, None, seconds, id=self.id)
+        return State(Phase.STOPPED, GONE, self.since, id=self.id)
+
+
+def attempt_key(run: str, number: int, what: str) -> str:
+    """Return the key in the bucket of something of an attempt, like "request.json"."""
+    return f"runs/{run}/attempts/{number}.{what}"
+
+
+def loads(data: bytes) -> Attempt:
+    """Return the attempt that was noted as `data`."""
+    fields = json.loads(data)
+    fields["price"] = Price(**fields["price"])
+    fields["requests"] = [Request(**request) for request in fields["requests"]]
+    return Attempt(**fields)
+
+
+def read(aws: Aws, key: str) -> Attempt | None:
+    """Return the attempt noted under `key`, None where there is none. Raise AwsError."""
+    entry = s3.read(aws, key)
+    return None if entry is None else loads(entry[0])
+
+
+def attempts(aws: Aws, run: str | None = None) -> list[Attempt]:
+    """Return the attempts at a run in order, or at every run of the project. Raise AwsError."""
+    noted = s3.listing(aws, f"runs/{run}/attempts/" if run else "runs/").values()
+    pattern = r"runs/[^/]+/attempts/\d+\.request\.json"
+    entries = [read(aws, item.key) for item in noted if re.fullmatch(pattern, item.key)]
+    return sorted(filter(None, entries), key=lambda attempt: (attempt.run, attempt.number))
+
+
+def latest(aws: Aws, run: str) -> Attempt | None:
+    """Return the newest attempt at a run, None where there was none. Raise AwsError."""
+    names = s3.listing(aws, f"runs/{run}/attempts/")
+    matches = (re.fullmatch(r"(\d+)\.request\.json", name) for name in names)
+    number = max((int(match[1]) for match in matches if match), default=None)
+    return None if number is None else read(aws, attempt_key(run, number, "request.json"))
+
+
+def newest_step(aws: Aws, run: str) -> int:
+    """Return the training step of the newest whole checkpoint in the bucket, -1 without one."""
+    names = s3.listing(aws, f"runs/{run}/checkpoints/")
+    steps = (re.fullmatch(r"step-(\d+)[^/]*/manifest\.json", name) for name in names)
+    return max((int(step[1]) for step in steps if step), default=-1)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def seconds_between(start: datetime | None, end: datetime | None) -> float:
+    """Return the seconds from start to end, 0 where one is not known."""
+    return (end - start).total_seconds() if start and end else 0.0

@@ -1,0 +1,322 @@
+"""What a target is: a kind of place at AWS where a run trains.
+
+All that differs from one to another stands in its class.
+
+To add one: a module in this folder whose TARGETS holds an object of its class, and a file
+conf/target/NAME.yaml. Nothing else knows a target's name.
+"""
+
+import hashlib
+import pkgutil
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+from launch.cloud.request import Request
+from launch.cloud.session import Aws, bucket_name, partition
+from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.rented import Rented
+from trainer.common.console import log
+from trainer.settings import config as settings
+from trainer.settings.compose import CONF, options
+from trainer.settings.config import Config, setting
+
+NAMES = options(CONF, "target")
+RUN = 48  # characters of a run's id: leaves room in a job's name for the attempt
+
+
+@dataclass
+class TargetConfig:
+    """conf/target/*.yaml; every target has these, its own class adds others."""
+
+    name: str = setting(*NAMES)
+    project: str = setting()
+    region: str | None = setting()
+    instance_type: str = setting()
+    hours: float = setting(above=0, at_most=120)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that a request is a function of."""
+
+    target: TargetConfig
+    config: Config  # the trainer's settings as the job will have them
+    overrides: tuple[str, ...]  # the user's overrides of the trainer, as typed
+    run: str  # the run's id: RUN characters of [a-zA-Z0-9-] at most
+    account: str
+    region: str
+    # The pictures are data/THIS/ in the bucket; None: those that the trainer writes itself.
+    data: str | None
+    source: str  # SHA-256 (hex) of the source tarball
+    revision: str | None  # of git
+    attempt: int = 1
+
+    @property
+    def kind(self) -> "Target":
+        return targets()[self.target.name]
+
+    @property
+    def project(self) -> str:
+        return self.target.project
+
+    @property
+    def bucket(self) -> str:
+        return bucket_name(self.project, self.account, self.region)
+
+    @property
+    def job_name(self) -> str:
+        """The name in AWS of this attempt at the run.
+
+        A name is used once in an account, for ever, so each attempt has its own.
+        """
+        number = f"-{self.attempt}"
+        return fit(f"{self.project}-{self.run}", self.kind.job_name_limit - len(number)) + number
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return {"project": self.project, "run": self.run}
+
+    @property
+    def tag_list(self) -> list[dict[str, str]]:
+        """The tags as most of AWS's requests write them."""
+        return tag_list(self.tags)
+
+    @property
+    def data_root(self) -> str | None:
+        """The directory where the job finds its pictures; None: it writes them itself."""
+        return None if self.data is None else self.kind.data_root(self.data)
+
+    @property
+    def instances(self) -> int:
+        """How many machines one job takes: `instances` of its settings, where it has that."""
+        return int(getattr(self.target, "instances", 1))
+
+    @property
+    def spot(self) -> bool:
+        """Whether it takes spare capacity: `spot` of its settings, where it has that."""
+        return bool(getattr(self.target, "spot", False))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What stays the same over all attempts at a run."""
+        return settings.identity(self.config) | {"target": self.target.name, "data": self.data}
+
+    def uri(self, *parts: str) -> str:
+        return "/".join((f"s3://{self.bucket}", *parts))
+
+    def role(self, part: str) -> str:
+        """Return the ARN of a role of the account stack: training, ec2, notebook or launcher."""
+        return f"arn:{partition(self.region)}:iam::{self.account}:role/{self.project}-{part}"
+
+
+class Target(ABC):
+    """A kind of place at AWS where runs train.
+
+    It holds nothing but its name: what is chosen is in a Spec, what was sent in an Attempt. The
+    methods that take an `Aws` raise AwsError where AWS refuses a call; the others call nothing.
+    """
+
+    config: ClassVar[type[TargetConfig]]  # of conf/target/NAME.yaml
+    role: ClassVar[str]  # the part of the account stack that its machines act as
+    platform: ClassVar[str]  # the trainer's conf/platform/PLATFORM.yaml
+    job_name_limit: ClassVar[int] = 63  # characters
+    trains: ClassVar[bool] = True  # False: it leaves no model, and only starts jobs elsewhere
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    # --- what is asked for ---
+
+    def check(self, target: Any) -> None:  # noqa: B027 (most have nothing to check)
+        """Raise UserError for settings of conf/target that don't go together.
+
+        target: of the class `config`, each value within its own limits.
+        """
+
+    @abstractmethod
+    def data_root(self, data: str) -> str:
+        """Return the directory in which a job finds the pictures data/`data`/ of the bucket."""
+
+    def fixed(self, overrides: Sequence[str]) -> list[str]:
+        """Return the trainer's overrides of the run's (first) training."""
+        return list(overrides)
+
+    def run_id(self, config: Config, placed: Config, overrides: Sequence[str]) -> str:
+        """Return the run's id, so that the same command finds its run again.
+
+        It is the run's `name`, or one derived from `placed`: the settings with a path of no
+        machine in the place of data.root, so that it says nothing of where a folder lies here.
+        """
+        if config.name is not None:
+            return fit(config.name, RUN)
+        readable, digest = self.run_name(placed, overrides).rsplit("-", 1)
+        return f"{re.sub(r'[^a-zA-Z0-9]+', '-', readable)[: RUN - 9].strip('-')}-{digest}"
+
+    def run_name(self, config: Config, overrides: Sequence[str]) -> str:
+        """Return a name for these settings that ends in eight digits."""
+        return settings.run_name(config)
+
+    def looked_up(self, aws: Aws | None, spec: Spec) -> Spec:
+        """Return the spec with what only AWS can tell. aws: None without credentials."""
+        return spec
+
+    def pinned(self, spec: Spec, attempt: Attempt) -> Spec:
+        """Return the spec with what was looked up for an earlier attempt: it must not change."""
+        return spec
+
+    @abstractmethod
+    def requests(self, spec: Spec) -> list[Request]:
+        """Return what is sent for a spec, in order: a pure function.
+
+        Equal ones must not start twice, whoever sends them again. Raise UserError for settings of
+        the trainer that it can't carry or do.
+        """
+
+    def restart(self, attempt: Attempt, state: State) -> list[Request]:
+        """Return what sets an ended attempt going again as itself; [] where the next is another."""
+        return []
+
+    def trials(self, request: Request) -> tuple[int, int]:
+        """Return how many jobs a request may become, and how many of them at the same time."""
+        return 1, 1
+
+    def spot_price(self, aws: Aws, spec: Spec) -> float | None:
+        """Return today's dollars an hour of one spot machine; None where AWS doesn't tell."""
+        return None
+
+    # --- what became of it ---
+
+    @abstractmethod
+    def observe(self, aws: Aws, attempt: Attempt) -> State:
+        """Return how an attempt is now.
+
+        Must not raise where AWS doesn't list it: `attempt.unseen()` tells what that means.
+        """
+
+    def stop(self, aws: Aws, attempt: Attempt, at_once: bool) -> None:
+        """Ask for the end of an attempt, if it runs.
+
+        at_once: without a checkpoint, where there is a choice. Must not raise where it has ended
+        meanwhile; raise UserError where it can't be asked yet.
+        """
+        state = self.observe(aws, attempt)
+        if state.phase is Phase.RUNNING:
+            self.stop_running(aws, attempt, state, at_once)
+        elif (
+            state.phase is Phase.ABSENT
+            and attempt.may_be_on_its_way
+            and self.stop_early(aws, attempt)
+        ):
+            log.info(
+                "attempt %d at %s may be on its way: it is asked to stop, "
+                "and looks when it has started",
+                attempt.number,
+                attempt.run,
+            )
+        else:
+            log.info("%s: there is nothing to stop", attempt.told(state))
+
+    @abstractmethod
+    def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
+        """Ask an attempt to end that runs, and say so."""
+
+    def stop_early(self, aws: Aws, attempt: Attempt) -> bool:
+        """Ask an attempt to end that AWS may start yet; return whether that can be asked here."""
+        return False
+
+    @abstractmethod
+    def log_reader(self, aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
+        """Return a function that returns the lines logged since its last call.
+
+        Must not raise where there is no log yet.
+        """
+
+    @abstractmethod
+    def results(self, aws: Aws, attempt: Attempt) -> str:
+        """Return below which key in the bucket the run's results lie, or will.
+
+        Raise UserError where nothing says that yet, or there never are any.
+        """
+
+    @abstractmethod
+    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
+        """Return the share of test pictures that the run names correctly, None if not known."""
+
+    @abstractmethod
+    def console(self, attempt: Attempt, region: str) -> str:
+        """Return the page of AWS's console that shows it, below https://REGION.console.aws..."""
+
+    def past_limit(self, attempt: Attempt, state: State) -> float:
+        """Return the hours that a machine runs past the limit at which it ends itself; 0: none."""
+        return 0.0
+
+    def end(self, aws: Aws, attempt: Attempt, state: State) -> None:
+        """End what is past its limit."""
+        raise NotImplementedError(f"{self.name}: AWS ends it itself")
+
+    # --- of every run, whatever its name: once for each class ---
+
+    @classmethod
+    def overdue(cls, aws: Aws) -> Iterator[tuple[Attempt, State]]:
+        """Yield the attempts whose machines run past their limits."""
+        yield from ()
+
+    @classmethod
+    def rented(cls, aws: Aws) -> Iterator[Rented]:
+        """Yield what of this project's costs money now, whoever started it and however."""
+        yield from ()
+
+
+@cache
+def targets() -> dict[str, Target]:
+    """Return each target by its name: those of all modules of this folder that have TARGETS."""
+    folder = Path(__file__).parent
+    modules = [
+        import_module(f"launch.targets.{module.name}")
+        for module in pkgutil.iter_modules([str(folder)])
+    ]
+    made = {target.name: target for module in modules for target in getattr(module, "TARGETS", ())}
+    return {name: made[name] for name in NAMES}
+
+
+def kinds() -> list[type[Target]]:
+    """Return the classes of all targets, each once."""
+    return list(dict.fromkeys(type(target) for target in targets().values()))
+
+
+def of(attempt: Attempt) -> Target:
+    """Return the target that an attempt was sent to."""
+    return targets()[attempt.target]
+
+
+def console_url(attempt: Attempt, region: str) -> str:
+    """Return the address of the page of AWS's console that shows the attempt."""
+    suffix = "amazonaws.cn" if region.startswith("cn-") else "aws.amazon.com"
+    return f"https://{region}.console.{suffix}/{of(attempt).console(attempt, region)}"
+
+
+def fit(name: str, limit: int) -> str:
+    """Return `name` as [a-zA-Z0-9-] in at most `limit` characters.
+
+    Whatever had to be changed is kept apart by eight digits of its SHA-256.
+    """
+    plain = re.sub(r"[^a-zA-Z0-9]+", "-", name).strip("-")
+    if plain == name and len(plain) <= limit:
+        return plain
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{plain[: limit - 9].strip('-')}-{digest}".strip("-")
+
+
+def tag_list(tags: dict[str, str]) -> list[dict[str, str]]:
+    return [{"Key": key, "Value": value} for key, value in tags.items()]
+
+
+def tag_values(tags: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Return AWS's list of tags as a dict."""
+    return {tag["Key"]: tag["Value"] for tag in tags}

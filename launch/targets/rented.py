@@ -1,0 +1,44 @@
+"""What costs money by the hour: machines, whoever rented them."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from launch.cloud.prices import price
+from launch.cloud.session import Aws
+from launch.targets.attempt import now, seconds_between
+
+
+@dataclass(frozen=True)
+class Rented:
+    """Something that costs money by the hour, as long as it is there."""
+
+    kind: str
+    name: str
+    machines: str
+    hours: float  # of all its machines
+    dollars: float | None  # so far; None: no price known
+    per_hour: float | None
+    run: str | None
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Machines of one type, rented since a time."""
+
+    instance_type: str
+    since: datetime | None  # None: they have not begun
+    count: int = 1
+    spot: bool = False
+
+
+def rented(aws: Aws, kind: str, name: str, machines: Machines, run: str | None = None) -> Rented:
+    """Return what machines cost by the price table."""
+    hours = machines.count * seconds_between(machines.since, now()) / 3600
+    text = f"{machines.count} x {machines.instance_type}"
+    hour = price(machines.instance_type, aws.region).on_demand
+    if machines.spot:
+        text += " spot"
+        hour = price(machines.instance_type, aws.region).spot
+    if hour is None:
+        return Rented(kind, name, text, hours, None, None, run)
+    return Rented(kind, name, text, hours, hour * hours, hour * machines.count, run)

@@ -1,0 +1,200 @@
+"""A SageMaker tuning job: each trial is a training job, the search space is the trainer's own."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from typing import Any
+
+from launch.cloud import hyperparameters as codec
+from launch.cloud.ownership import NOT_FOUND
+from launch.cloud.request import Request
+from launch.cloud.session import Aws, AwsError
+from launch.targets.attempt import Attempt, State, now, seconds_between
+from launch.targets.base import Spec
+from launch.targets.rented import Rented
+from launch.targets.sagemaker import (
+    SageMaker,
+    checked,
+    definition,
+    for_job,
+    job_phase,
+    job_results,
+    start,
+)
+from launch.targets.spec import explained
+from trainer.common.errors import UserError
+from trainer.settings import config as settings
+from trainer.settings import search_space as space
+from trainer.settings.compose import check_options
+from trainer.settings.config import Config
+
+
+class Tuner(SageMaker):
+    thing = "HyperParameterTuningJob"
+    page = "hyper-tuning-jobs"
+    job_name_limit = 32
+    log_streams = "{job}-"  # its trials are named JOB-NUMBER-HASH
+
+    def fixed(self, overrides: Sequence[str]) -> list[str]:
+        """Return the overrides of the first trial: a tuning job's ranges are its search space."""
+        fixed, swept = space.split(overrides)
+        return [*fixed, *space.firsts(swept)]
+
+    def run_name(self, config: Config, overrides: Sequence[str]) -> str:
+        """Return a name that the search space decides too."""
+        digest = sha256(repr(sorted(overrides)).encode()).hexdigest()[:8]
+        return f"{super().run_name(config, overrides)}-{digest}"
+
+    def requests(self, spec: Spec) -> list[Request]:
+        return [tuning_job(spec)]
+
+    def trials(self, request: Request) -> tuple[int, int]:
+        limits = request.parameters["HyperParameterTuningJobConfig"]["ResourceLimits"]
+        return limits["MaxNumberOfTrainingJobs"], limits["MaxParallelTrainingJobs"]
+
+    def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
+        seconds = sum(
+            seconds_between(trial.get("TrainingStartTime"), trial.get("TrainingEndTime") or now())
+            for trial in trial_jobs(aws, attempt)
+        )
+        counts = described.get("TrainingJobStatusCounters", {})
+        counted = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return State(
+            job_phase(described["HyperParameterTuningJobStatus"]),
+            described.get("FailureReason") or counted,
+            described.get("CreationTime"),
+            described.get("HyperParameterTuningEndTime"),
+            seconds * attempt.instances,
+            id=described["HyperParameterTuningJobArn"],
+        )
+
+    def best(self, aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
+        """Return the trial with the best result so far, None where there is none."""
+        return (self.described(aws, attempt) or {}).get("BestTrainingJob")
+
+    def results(self, aws: Aws, attempt: Attempt) -> str:
+        """Return where those of the best trial lie."""
+        best = self.best(aws, attempt)
+        if best is None:
+            raise UserError(
+                f"{attempt.job}: no trial has ended with a result yet; python -m launch status"
+            )
+        return job_results(attempt, best["TrainingJobName"])
+
+    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
+        """Return the best objective, where that is an accuracy."""
+        best = self.best(aws, attempt) or {}
+        metric = best.get("FinalHyperParameterTuningJobObjectiveMetric", {})
+        return float(metric["Value"]) if metric.get("MetricName", "").endswith("top1") else None
+
+    @classmethod
+    def rented(cls, aws: Aws) -> Iterator[Rented]:
+        """Yield nothing: the trials are training jobs, listed as such."""
+        yield from ()
+
+
+TARGETS = (Tuner("tuner"),)
+
+
+def trial_jobs(aws: Aws, attempt: Attempt) -> list[dict[str, Any]]:
+    """Return the trials of a tuning job: none where SageMaker doesn't know the job yet."""
+    operation, key = "ListTrainingJobsForHyperParameterTuningJob", "TrainingJobSummaries"
+    try:
+        return list(aws.pages("sagemaker", operation, key, HyperParameterTuningJobName=attempt.job))
+    except AwsError as error:
+        if re.search(NOT_FOUND, f"{error.code}: {error.message}"):
+            return []
+        raise
+
+
+def tuning_job(spec: Spec) -> Request:
+    """Return CreateHyperParameterTuningJob, with the ranges of the trainer's sweep=NAME.
+
+    A grid's are lists of the points that it tries here. Such jobs can't choose their entrypoint,
+    so a stopped trial is left with the checkpoints that it saves as it goes. Raise UserError as
+    `training_job` does, and for a sweep that SageMaker can't do.
+    """
+    target = checked(spec)
+    if target.instances > 1:
+        raise UserError(
+            f"target.instances={target.instances}: a trial of the tuner trains on one machine; "
+            "allowed: target.instances=1"
+        )
+    fixed, swept = space.split(spec.overrides)
+    sweep = space.load(spec.config, swept, fixed)
+    places = ["platform=sagemaker"]
+    if spec.data_root:
+        places.append(f"data.root={spec.data_root}")
+    with explained(settings.keys()):
+        check_options(sweep, [*fixed, *places], swept)
+    tuned = {parameter.key for parameter in sweep.space}
+    static = codec.encode(
+        override
+        for override in for_job(fixed)
+        if override.partition("=")[0].lstrip("+") not in tuned
+    )
+    return Request(
+        "sagemaker",
+        "CreateHyperParameterTuningJob",
+        {
+            "HyperParameterTuningJobName": spec.job_name,
+            "HyperParameterTuningJobConfig": search(sweep),
+            "TrainingJobDefinition": {
+                "StaticHyperParameters": static | start(spec, target),
+                **definition(spec, target),
+            },
+            "Tags": spec.tag_list,
+        },
+    )
+
+
+def search(sweep: space.Sweep) -> dict[str, Any]:
+    """Return a sweep as AWS writes it."""
+    ranges = parameter_ranges(sweep)
+    strategy = {"tpe": "Bayesian", "random": "Random"}.get(sweep.sampler)
+    trials, stops_early = sweep.trials, sweep.pruner != "none"
+    if sweep.engine == "grid":
+        strategy, stops_early = "Grid", False
+        # A grid has as many trials as it has points, and AWS takes no other number.
+        points = ranges.get("CategoricalParameterRanges", [])
+        trials = math.prod(len(entry["Values"]) for entry in points)
+    return {
+        "Strategy": strategy,
+        "HyperParameterTuningJobObjective": {
+            "Type": "Minimize" if sweep.minimize else "Maximize",
+            "MetricName": sweep.objective,
+        },
+        "ResourceLimits": {
+            "MaxNumberOfTrainingJobs": trials,
+            "MaxParallelTrainingJobs": min(sweep.parallel, trials),
+        },
+        "ParameterRanges": ranges,
+        "TrainingJobEarlyStoppingType": "Auto" if stops_early else "Off",
+        "RandomSeed": sweep.seed,
+    }
+
+
+def parameter_ranges(sweep: space.Sweep) -> dict[str, Any]:
+    """Return the space as AWS writes it.
+
+    Bounds and choices are strings, each choice as the codec carries it.
+    """
+    ranges: dict[str, list[dict[str, Any]]] = {}
+    for parameter in sweep.space:
+        entry: dict[str, Any] = {"Name": parameter.key}
+        if isinstance(parameter, space.Categorical) or sweep.engine == "grid":
+            kind = "CategoricalParameterRanges"
+            words = [
+                space.override(parameter.key, choice)
+                for choice in space.grid(parameter, sweep.points)
+            ]
+            entry["Values"] = [codec.encode_value(word.partition("=")[2]) for word in words]
+        else:
+            kind = "IntegerParameterRanges"
+            if isinstance(parameter, space.Continuous):
+                kind = "ContinuousParameterRanges"
+            entry["MinValue"], entry["MaxValue"] = str(parameter.low), str(parameter.high)
+            entry["ScalingType"] = "Logarithmic" if parameter.log else "Linear"
+        ranges.setdefault(kind, []).append(entry)
+    return ranges
