@@ -1,7 +1,7 @@
 """`python -m launch audit`: what is too powerful or idle in the account's machine-learning work.
 
-Each finding comes with the change that mends it. It reads settings and changes nothing; the policy that it needs
-is printed by --policy.
+Each finding comes with the change that mends it. It reads settings and changes nothing; the
+policy that it needs is printed by --policy.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The audit, against a moto server: an account with the write-up's faults and more, and a tidy one."""
+"""The audit, against a moto server: an account with the write-up's faults, and a tidy one."""
 
 import json
 import os
