@@ -102,7 +102,7 @@ def test_pip_takes_an_extra_from_where_the_project_lies(tmp_path):
         ),
         ("boto3", "aws", "from launch.cloud.session import Aws; Aws('packhorse').account"),
         ("yaml", "aws", "from serving.deploy.release import template; template()"),
-        ("parliament", "audit", "from launch.audit.identities import load_rule_sets as l; l()"),
+        ("cloudsplaining", "audit", "from launch.audit.policies import load_rule_sets as l; l()"),
     ],
 )
 def test_a_missing_package_is_said_with_the_command_that_brings_it(tmp_path, missing, extra, use):

@@ -1,10 +1,9 @@
-"""What the audit reads of an account: plain descriptions, as AWS gives them, of what belongs to machine learning."""
+"""What the audit reads of an account: identities with their policies, and what may idle.
 
-import base64
-import gzip
-import json
+Descriptions are plain data, as AWS gives them.
+"""
+
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -14,41 +13,23 @@ from launch.cloud.session import Aws, AwsError, partition
 
 Description = dict[str, Any]  # what a Describe... call of botocore answers
 
-# Every call that the audit makes, with the IAM action behind it and what it is for. All of them read, and none reads data: no object, no log line.
+# Every call that the audit makes, with the IAM action behind it and what it is for.
+# All of them read, and none reads data: no object, no log line.
 CALLS = {
     ("sts", "GetCallerIdentity"): (None, "which account this is; needs no permission"),
     ("iam", "GetAccountAuthorizationDetails"): (
         "iam:GetAccountAuthorizationDetails",
         "roles, users and groups with all their policies, in one call",
     ),
-    ("iam", "ListAccessKeys"): ("iam:ListAccessKeys", "the age of users' keys"),
-    ("s3", "ListBuckets"): ("s3:ListAllMyBuckets", "which buckets there are"),
+    ("accessanalyzer", "ValidatePolicy"): (
+        "access-analyzer:ValidatePolicy",
+        "what AWS's own check says of a policy; without it a change is checked here alone",
+    ),
+    ("s3", "ListBuckets"): ("s3:ListAllMyBuckets", "which buckets a policy could name"),
     ("s3", "GetBucketTagging"): ("s3:GetBucketTagging", "which of them belong to a project"),
-    ("s3", "GetBucketPolicy"): ("s3:GetBucketPolicy", "who may read a bucket"),
-    ("s3", "GetBucketAcl"): ("s3:GetBucketAcl", "who may read a bucket by the older way"),
-    ("s3", "GetPublicAccessBlock"): (
-        "s3:GetBucketPublicAccessBlock",
-        "whether a bucket can be made public at all",
-    ),
-    ("s3", "GetBucketVersioning"): (
-        "s3:GetBucketVersioning",
-        "whether an overwritten model is lost",
-    ),
-    ("s3", "GetBucketLifecycleConfiguration"): (
-        "s3:GetLifecycleConfiguration",
-        "whether broken uploads are paid for ever",
-    ),
-    ("s3control", "GetPublicAccessBlock"): (
-        "s3:GetAccountPublicAccessBlock",
-        "whether any bucket of the account can be made public",
-    ),
     ("sagemaker", "ListNotebookInstances"): (
         "sagemaker:ListNotebookInstances",
-        "which notebooks there are",
-    ),
-    ("sagemaker", "DescribeNotebookInstance"): (
-        "sagemaker:DescribeNotebookInstance",
-        "root access, network, metadata service, idle time",
+        "which notebooks there are, and since when they run",
     ),
     ("sagemaker", "ListEndpoints"): ("sagemaker:ListEndpoints", "which endpoints there are"),
     ("sagemaker", "DescribeEndpoint"): (
@@ -57,46 +38,19 @@ CALLS = {
     ),
     ("sagemaker", "DescribeEndpointConfig"): (
         "sagemaker:DescribeEndpointConfig",
-        "which machines and models",
-    ),
-    ("sagemaker", "DescribeModel"): ("sagemaker:DescribeModel", "a model's role and network"),
-    ("sagemaker", "ListTrainingJobs"): (
-        "sagemaker:ListTrainingJobs",
-        "the jobs of the last 30 days",
-    ),
-    ("sagemaker", "DescribeTrainingJob"): (
-        "sagemaker:DescribeTrainingJob",
-        "their role, time limit and settings",
-    ),
-    ("sagemaker", "ListDomains"): ("sagemaker:ListDomains", "Studio domains"),
-    ("sagemaker", "DescribeDomain"): (
-        "sagemaker:DescribeDomain",
-        "how Studio reaches the internet",
+        "which machines these are",
     ),
     ("lambda", "ListFunctions"): (
         "lambda:ListFunctions",
-        "which functions there are, their role, runtime and environment",
+        "which functions there are, and their role",
     ),
     ("lambda", "ListTags"): ("lambda:ListTags", "which of them belong to a project"),
-    ("lambda", "GetPolicy"): ("lambda:GetPolicy", "who may call a function"),
-    ("lambda", "ListFunctionUrlConfigs"): (
-        "lambda:ListFunctionUrlConfigs",
-        "whether a function has a public URL",
-    ),
     ("lambda", "ListProvisionedConcurrencyConfigs"): (
         "lambda:ListProvisionedConcurrencyConfigs",
         "environments that are kept warm and paid",
     ),
-    ("ec2", "DescribeInstances"): (
-        "ec2:DescribeInstances",
-        "which instances there are and how they are set up",
-    ),
-    ("ec2", "DescribeInstanceAttribute"): ("ec2:DescribeInstanceAttribute", "secrets in user data"),
-    ("ec2", "DescribeVolumes"): (
-        "ec2:DescribeVolumes",
-        "encryption, and volumes that nothing uses",
-    ),
-    ("ec2", "DescribeSecurityGroups"): ("ec2:DescribeSecurityGroups", "ports open to the world"),
+    ("ec2", "DescribeInstances"): ("ec2:DescribeInstances", "which instances there are"),
+    ("ec2", "DescribeVolumes"): ("ec2:DescribeVolumes", "volumes that nothing uses"),
     ("ec2", "DescribeAddresses"): ("ec2:DescribeAddresses", "addresses that are paid and unused"),
     ("logs", "DescribeLogGroups"): (
         "logs:DescribeLogGroups",
@@ -108,13 +62,16 @@ CALLS = {
 ABSENT = re.compile(r"NoSuch|NotFound|ResourceNotFoundException|does not exist", re.IGNORECASE)
 DENIED = re.compile(r"AccessDenied|Unauthorized|AuthorizationError", re.IGNORECASE)
 ACCELERATED = re.compile(r"(p|g|gr|inf|trn|dl|vt)\d")  # families of instances with accelerators
-JOB_DAYS = 30  # training jobs older than this say little about how the account is used
+METRICS_A_CALL = 500  # GetMetricData takes no more at once
+HOUR = 3600  # seconds
 
 
 @dataclass(frozen=True)
 class Policy:
+    """A policy of an identity. arn: None where it is written into the identity itself."""
+
     name: str
-    arn: str | None  # None: written into the identity itself
+    arn: str | None
     document: Description
 
     @property
@@ -133,95 +90,54 @@ class Identity:
     created: datetime | None = None
     used: datetime | None = None  # of a role: when it was last used
     groups: tuple[str, ...] = ()  # of a user
-    keys: tuple[Description, ...] = ()  # of a user: access keys
 
     @property
     def services(self) -> list[str]:
         """The services that may assume this role, like sagemaker."""
-        found = []
+        names: list[str] = []
         for statement in listed(self.trust.get("Statement", [])):
             principal = statement.get("Principal", {})
             if statement.get("Effect") == "Allow" and isinstance(principal, dict):
-                found += [name.split(".")[0] for name in listed(principal.get("Service", []))]
-        return found
+                names += [name.split(".")[0] for name in listed(principal.get("Service", []))]
+        return names
 
-
-@dataclass
-class Account:
-    id: str
-    region: str
-    now: datetime
-    idle_days: float  # how long something must have done nothing to be called idle
-    identities: list[Identity] = field(default_factory=list)
-    public_access_block: Description | None = None  # of the whole account
-    buckets: list[Description] = field(default_factory=list)
-    notebooks: list[Description] = field(default_factory=list)
-    domains: list[Description] = field(default_factory=list)
-    endpoints: list[Description] = field(default_factory=list)
-    models: list[Description] = field(default_factory=list)
-    jobs: list[Description] = field(default_factory=list)
-    functions: list[Description] = field(default_factory=list)
-    instances: list[Description] = field(default_factory=list)
-    volumes: list[Description] = field(default_factory=list)
-    security_groups: dict[str, Description] = field(default_factory=dict)
-    addresses: list[Description] = field(default_factory=list)
-    log_groups: list[Description] = field(default_factory=list)
-    unread: list[str] = field(
-        default_factory=list
-    )  # what the caller was not allowed to see: an action and why it is needed
-
-    @property
-    def partition(self) -> str:
-        return partition(self.region)
-
-    def arn(self, service: str, resource: str) -> str:
-        return f"arn:{self.partition}:{service}:{self.region}:{self.id}:{resource}"
-
-    def days_since(self, moment: datetime) -> float:
-        return (self.now - moment) / timedelta(days=1)
-
-
-def listed(value: Any) -> list[Any]:
-    """IAM writes one value where a list of one is meant."""
-    return value if isinstance(value, list) else [value]
-
-
-def needed_policy() -> Description:
-    """The policy that a caller of the audit needs: to read, and nothing else."""
-    actions = sorted({action for action, _ in CALLS.values() if action})
-    return {
-        "Version": "2012-10-17",
-        "Statement": [
-            {"Sid": "ReadSettings", "Effect": "Allow", "Action": actions, "Resource": "*"}
-        ],
-    }
+    def allows(self, *beginnings: str) -> bool:
+        """Return whether a policy allows an action that begins so, or is AWS's for SageMaker."""
+        if any(policy.by_aws and "SageMaker" in policy.name for policy in self.policies):
+            return True
+        return any(
+            action.lower().startswith(beginnings)
+            for policy in self.policies
+            for statement in listed(policy.document.get("Statement", []))
+            if statement.get("Effect") == "Allow"
+            for action in listed(statement.get("Action", []))
+        )
 
 
 class Reader:
-    """Calls AWS. What the caller may not see is noted and left out, so that the rest can still be judged."""
+    """Calls AWS. What the caller may not see is noted and left out; the rest is still judged."""
 
     def __init__(self, aws: Aws) -> None:
         self.aws = aws
         self.unread: dict[str, str] = {}  # action: purpose
 
-    def call(self, service: str, operation: str, **parameters: Any) -> Description | None:
-        """The answer, or None where there is no such thing or the caller may not see it."""
-        return next(
-            self._answers(
-                service, operation, lambda: iter([self.aws.call(service, operation, **parameters)])
-            ),
-            None,
-        )
+    def call(self, service: str, operation: str, **parameters: Any) -> Description:
+        """Return the answer; {} where there is no such thing or the caller may not see it."""
+
+        def answers() -> Iterator[Description]:
+            yield self.aws.call(service, operation, **parameters)
+
+        return next(self._allowed(service, operation, answers), {})
 
     def all(self, service: str, operation: str, key: str, **parameters: Any) -> list[Description]:
-        """What all pages of an answer list under `key`."""
-        return list(
-            self._answers(
-                service, operation, lambda: self.aws.pages(service, operation, key, **parameters)
-            )
-        )
+        """Return what all pages of an answer list under `key`."""
 
-    def _answers(
+        def answers() -> Iterator[Description]:
+            return self.aws.pages(service, operation, key, **parameters)
+
+        return list(self._allowed(service, operation, answers))
+
+    def _allowed(
         self, service: str, operation: str, answers: Callable[[], Iterator[Description]]
     ) -> Iterator[Description]:
         action, purpose = CALLS[service, operation]
@@ -234,395 +150,267 @@ class Reader:
                 raise
 
 
-def read(aws: Aws, idle_days: float, everything: bool) -> Account:
-    """Reads the account of the caller in one region.
+@dataclass
+class Account:
+    """One region of an account. idle_days: who did nothing for so long is called idle."""
 
-    idle_days: how long something must have done nothing to be called idle. everything: also what does not belong to machine learning.
+    id: str
+    region: str
+    now: datetime
+    idle_days: float
+    reader: Reader
+    identities: list[Identity] = field(default_factory=list)
+    buckets: list[Description] = field(default_factory=list)
+    notebooks: list[Description] = field(default_factory=list)
+    endpoints: list[Description] = field(default_factory=list)
+    functions: list[Description] = field(default_factory=list)
+    instances: list[Description] = field(default_factory=list)
+    volumes: list[Description] = field(default_factory=list)
+    addresses: list[Description] = field(default_factory=list)
+    log_groups: list[Description] = field(default_factory=list)
+
+    @property
+    def unread(self) -> list[str]:
+        """What the caller was not allowed to see: an action, and why it is needed."""
+        return [f"{action}: {why}" for action, why in sorted(self.reader.unread.items())]
+
+    @property
+    def partition(self) -> str:
+        return partition(self.region)
+
+    def arn(self, service: str, resource: str) -> str:
+        return f"arn:{self.partition}:{service}:{self.region}:{self.id}:{resource}"
+
+    def days_since(self, moment: datetime) -> float:
+        return (self.now - moment) / timedelta(days=1)
+
+    def aws_validates(self, document: str) -> list[Description] | None:
+        """Return what AWS finds in an identity's policy (JSON); None where it may not be asked."""
+        action, _ = CALLS["accessanalyzer", "ValidatePolicy"]
+        if action in self.reader.unread:
+            return None
+        findings = self.reader.all(
+            "accessanalyzer",
+            "ValidatePolicy",
+            "findings",
+            policyDocument=document,
+            policyType="IDENTITY_POLICY",
+        )
+        return None if action in self.reader.unread else findings
+
+
+def listed(value: Any) -> list[Any]:
+    """Return a list: IAM writes one value where a list of one is meant."""
+    return value if isinstance(value, list) else [value]
+
+
+def needed_policy() -> Description:
+    """Return the policy that a caller of the audit needs: to read, and nothing else."""
+    actions = sorted({action for action, _ in CALLS.values() if action})
+    statement = {"Sid": "ReadSettings", "Effect": "Allow", "Action": actions, "Resource": "*"}
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def read(aws: Aws, idle_days: float, everything: bool) -> Account:
+    """Return the account of the caller in one region.
+
+    everything: also what does not belong to machine learning.
     Raises AwsError, except where the caller may not see something.
     """
     reader = Reader(aws)
-    account = Account(aws.account, aws.region, datetime.now(UTC), idle_days)
+    account = Account(aws.account, aws.region, datetime.now(UTC), idle_days, reader)
     account.identities = list(_identities(reader))
-    answer = reader.call("s3control", "GetPublicAccessBlock", AccountId=account.id)
-    account.public_access_block = answer and answer["PublicAccessBlockConfiguration"]
-    account.buckets = _buckets(reader)
-    _read_sagemaker(reader, account)
+    account.buckets = reader.all("s3", "ListBuckets", "Buckets")
+    account.notebooks = reader.all("sagemaker", "ListNotebookInstances", "NotebookInstances")
+    account.endpoints = list(_endpoints(reader))
     account.functions = _functions(reader)
     account.instances = _instances(reader)
     account.volumes = reader.all("ec2", "DescribeVolumes", "Volumes")
-    account.security_groups = {
-        group["GroupId"]: group
-        for group in reader.all("ec2", "DescribeSecurityGroups", "SecurityGroups")
-    }
-    account.addresses = (reader.call("ec2", "DescribeAddresses") or {}).get(
-        "Addresses", []
-    )  # in one page
+    # This one does not come in pages.
+    account.addresses = reader.call("ec2", "DescribeAddresses").get("Addresses", [])
     account.log_groups = reader.all("logs", "DescribeLogGroups", "logGroups")
     if not everything:
         _keep_machine_learning(account)
-    _read_activity(reader, account)
-    account.unread = [f"{action}: {purpose}" for action, purpose in sorted(reader.unread.items())]
+    _read_activity(account)
     return account
 
 
 def _identities(reader: Reader) -> Iterator[Identity]:
-    def details(key: str, *kinds: str) -> list[Description]:
-        return reader.all("iam", "GetAccountAuthorizationDetails", key, Filter=list(kinds))
+    def details(key: str, kind: str) -> list[Description]:
+        return reader.all("iam", "GetAccountAuthorizationDetails", key, Filter=[kind])
 
-    documents = {
-        policy["Arn"]: next(
-            version["Document"]
-            for version in policy["PolicyVersionList"]
-            if version["IsDefaultVersion"]
-        )
-        for policy in details(
-            "Policies", "LocalManagedPolicy"
-        )  # AWS's own are known by their names
-    }
+    documents = {}
+    for policy in details("Policies", "LocalManagedPolicy"):  # AWS's own are known by their names
+        for version in policy["PolicyVersionList"]:
+            if version["IsDefaultVersion"]:
+                documents[policy["Arn"]] = version["Document"]
 
-    def policies(detail: Description, inline: str) -> tuple[Policy, ...]:
-        attached = [
-            Policy(entry["PolicyName"], entry["PolicyArn"], documents.get(entry["PolicyArn"], {}))
-            for entry in detail["AttachedManagedPolicies"]
-        ]
-        return (
-            *attached,
-            *(
+    for kind in ("Role", "User", "Group"):
+        for detail in details(f"{kind}DetailList", kind):
+            if detail["Path"].startswith("/aws-service-role/"):
+                continue  # AWS's own, which nobody else may change
+            attached = [
+                Policy(
+                    entry["PolicyName"], entry["PolicyArn"], documents.get(entry["PolicyArn"], {})
+                )
+                for entry in detail["AttachedManagedPolicies"]
+            ]
+            inline = [
                 Policy(entry["PolicyName"], None, entry["PolicyDocument"])
-                for entry in detail.get(inline, [])
-            ),
-        )
-
-    for role in details("RoleDetailList", "Role"):
-        if not role["Path"].startswith(
-            "/aws-service-role/"
-        ):  # AWS's own, which nobody else may change
+                for entry in detail.get(f"{kind}PolicyList", [])
+            ]
             yield Identity(
-                "role",
-                role["RoleName"],
-                role["Arn"],
-                policies(role, "RolePolicyList"),
-                trust=role["AssumeRolePolicyDocument"],
-                tags=_tags(role.get("Tags", [])),
-                created=role["CreateDate"],
-                used=role.get("RoleLastUsed", {}).get("LastUsedDate"),
+                kind.lower(),
+                detail[f"{kind}Name"],
+                detail["Arn"],
+                (*attached, *inline),
+                trust=detail.get("AssumeRolePolicyDocument", {}),
+                tags=_tags(detail),
+                created=detail["CreateDate"],
+                used=detail.get("RoleLastUsed", {}).get("LastUsedDate"),
+                groups=tuple(detail.get("GroupList", [])),
             )
-    for user in details("UserDetailList", "User"):
-        yield Identity(
-            "user",
-            user["UserName"],
-            user["Arn"],
-            policies(user, "UserPolicyList"),
-            tags=_tags(user.get("Tags", [])),
-            created=user["CreateDate"],
-            groups=tuple(user.get("GroupList", [])),
-            keys=tuple(
-                reader.all("iam", "ListAccessKeys", "AccessKeyMetadata", UserName=user["UserName"])
-            ),
-        )
-    for group in details("GroupDetailList", "Group"):
-        yield Identity(
-            "group", group["GroupName"], group["Arn"], policies(group, "GroupPolicyList")
-        )
 
 
-def _buckets(reader: Reader) -> list[Description]:
-    buckets = []
-    for entry in reader.all("s3", "ListBuckets", "Buckets"):
-        name = entry["Name"]
-        policy = reader.call("s3", "GetBucketPolicy", Bucket=name)
-        block = reader.call("s3", "GetPublicAccessBlock", Bucket=name)
-        buckets.append(
-            {
-                "Name": name,
-                "Tags": _tags(
-                    (reader.call("s3", "GetBucketTagging", Bucket=name) or {}).get("TagSet", [])
-                ),
-                "Policy": _document((policy or {}).get("Policy")),
-                "Grants": (reader.call("s3", "GetBucketAcl", Bucket=name) or {}).get("Grants", []),
-                "PublicAccessBlock": block and block["PublicAccessBlockConfiguration"],
-                "Versioning": (reader.call("s3", "GetBucketVersioning", Bucket=name) or {}).get(
-                    "Status"
-                ),
-                "Lifecycle": (
-                    reader.call("s3", "GetBucketLifecycleConfiguration", Bucket=name) or {}
-                ).get("Rules", []),
-            }
-        )
-    return buckets
-
-
-def _read_sagemaker(reader: Reader, account: Account) -> None:
-    def described(
-        listing: str, key: str, describe: str, name: str, **parameters: Any
-    ) -> list[Description]:
-        found = (
-            reader.call("sagemaker", describe, **{name: entry[name]})
-            for entry in reader.all("sagemaker", listing, key, **parameters)
-        )
-        return [entry for entry in found if entry]
-
-    account.notebooks = described(
-        "ListNotebookInstances",
-        "NotebookInstances",
-        "DescribeNotebookInstance",
-        "NotebookInstanceName",
-    )
-    account.domains = described("ListDomains", "Domains", "DescribeDomain", "DomainId")
-    account.endpoints = described("ListEndpoints", "Endpoints", "DescribeEndpoint", "EndpointName")
-    since = account.now - timedelta(days=JOB_DAYS)
-    account.jobs = described(
-        "ListTrainingJobs",
-        "TrainingJobSummaries",
-        "DescribeTrainingJob",
-        "TrainingJobName",
-        CreationTimeAfter=since,
-    )
-    models = set()
-    for endpoint in account.endpoints:
-        config = (
-            reader.call(
-                "sagemaker",
-                "DescribeEndpointConfig",
-                EndpointConfigName=endpoint["EndpointConfigName"],
-            )
-            or {}
-        )
-        endpoint["Config"] = config
-        models |= {
-            variant["ModelName"]
-            for variant in config.get("ProductionVariants", [])
-            if "ModelName" in variant
-        }
-    account.models = [
-        model
-        for name in sorted(models)
-        if (model := reader.call("sagemaker", "DescribeModel", ModelName=name))
-    ]
+def _endpoints(reader: Reader) -> Iterator[Description]:
+    for entry in reader.all("sagemaker", "ListEndpoints", "Endpoints"):
+        endpoint = reader.call("sagemaker", "DescribeEndpoint", EndpointName=entry["EndpointName"])
+        if endpoint:
+            name = endpoint["EndpointConfigName"]
+            config = reader.call("sagemaker", "DescribeEndpointConfig", EndpointConfigName=name)
+            yield endpoint | {"Config": config}
 
 
 def _functions(reader: Reader) -> list[Description]:
     functions = reader.all("lambda", "ListFunctions", "Functions")
     for function in functions:
-        name = function["FunctionName"]
-        policy = reader.call("lambda", "GetPolicy", FunctionName=name)
-        function["Policy"] = _document((policy or {}).get("Policy"))
-        function["Tags"] = (
-            reader.call("lambda", "ListTags", Resource=function["FunctionArn"]) or {}
-        ).get("Tags", {})
-        function["Urls"] = reader.all(
-            "lambda", "ListFunctionUrlConfigs", "FunctionUrlConfigs", FunctionName=name
-        )
+        tags = reader.call("lambda", "ListTags", Resource=function["FunctionArn"])
+        function["Tags"] = tags.get("Tags", {})
         function["Provisioned"] = reader.all(
             "lambda",
             "ListProvisionedConcurrencyConfigs",
             "ProvisionedConcurrencyConfigs",
-            FunctionName=name,
+            FunctionName=function["FunctionName"],
         )
     return functions
 
 
 def _instances(reader: Reader) -> list[Description]:
-    alive = [
-        {"Name": "instance-state-name", "Values": ["pending", "running", "stopping", "stopped"]}
-    ]
-    instances = [
-        entry
-        for group in reader.all("ec2", "DescribeInstances", "Reservations", Filters=alive)
-        for entry in group["Instances"]
-    ]
-    for instance in instances:
-        answer = (
-            reader.call(
-                "ec2",
-                "DescribeInstanceAttribute",
-                InstanceId=instance["InstanceId"],
-                Attribute="userData",
-            )
-            or {}
-        )
-        instance["UserData"] = _user_data(answer.get("UserData", {}).get("Value", ""))
-    return instances
+    states = ["pending", "running", "stopping", "stopped"]
+    alive = [{"Name": "instance-state-name", "Values": states}]
+    reservations = reader.all("ec2", "DescribeInstances", "Reservations", Filters=alive)
+    return [instance for group in reservations for instance in group["Instances"]]
 
 
-def _user_data(encoded: str) -> str:
-    data = base64.b64decode(encoded)
-    if data.startswith(b"\x1f\x8b"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error):  # it only began like gzip
-            return ""
-    return data.decode(errors="replace")
+def _read_activity(account: Account) -> None:
+    """Set "Activity" of endpoints, functions and instances that CloudWatch has measured.
 
+    It is the largest value of an hour in the last idle_days: calls, or percent of the CPU.
+    """
+    watched: list[tuple[Description, Description]] = []  # a resource, and a metric of it
 
-def _read_activity(reader: Reader, account: Account) -> None:
-    """Adds "Activity" to endpoints, functions and instances: the metric's value over the last idle_days, None where CloudWatch has none."""
-    watched: list[tuple[Description, str, str, str, dict[str, str]]] = [
-        *(
-            (
-                endpoint,
-                "AWS/SageMaker",
-                "Invocations",
-                "Sum",
-                {"EndpointName": endpoint["EndpointName"], "VariantName": variant["VariantName"]},
-            )
-            for endpoint in account.endpoints
-            for variant in endpoint.get("ProductionVariants", [])
-        ),
-        *(
-            (
-                function,
-                "AWS/Lambda",
-                "Invocations",
-                "Sum",
-                {"FunctionName": function["FunctionName"]},
-            )
-            for function in account.functions
-        ),
-        *(
-            (
-                instance,
-                "AWS/EC2",
-                "CPUUtilization",
-                "Maximum",
-                {"InstanceId": instance["InstanceId"]},
-            )
-            for instance in account.instances
-        ),
-    ]
-    period = 3600
-    start = account.now - timedelta(days=account.idle_days)
-    for first in range(0, len(watched), 500):  # GetMetricData takes 500 metrics at once
-        queries = []
-        for number, (_, namespace, metric, statistic, dimensions) in enumerate(
-            watched[first : first + 500]
-        ):
-            names = [{"Name": name, "Value": value} for name, value in dimensions.items()]
-            stat = {
-                "Metric": {"Namespace": namespace, "MetricName": metric, "Dimensions": names},
-                "Period": period,
-                "Stat": statistic,
-            }
-            queries.append({"Id": f"m{number}", "MetricStat": stat})
-        for result in reader.all(
+    def watch(resource: Description, metric: str, statistic: str, *names: str, **more: str) -> None:
+        namespace, name = metric.rsplit("/", 1)
+        dimensions = {name: resource[name] for name in names} | more
+        entries = [{"Name": key, "Value": value} for key, value in dimensions.items()]
+        measured = {"Namespace": namespace, "MetricName": name, "Dimensions": entries}
+        watched.append((resource, {"Metric": measured, "Period": HOUR, "Stat": statistic}))
+
+    for endpoint in account.endpoints:
+        for variant in endpoint.get("ProductionVariants", []):
+            name = variant["VariantName"]
+            calls = "AWS/SageMaker/Invocations"
+            watch(endpoint, calls, "Sum", "EndpointName", VariantName=name)
+    for function in account.functions:
+        watch(function, "AWS/Lambda/Invocations", "Sum", "FunctionName")
+    for instance in account.instances:
+        watch(instance, "AWS/EC2/CPUUtilization", "Maximum", "InstanceId")
+
+    for first in range(0, len(watched), METRICS_A_CALL):
+        part = watched[first : first + METRICS_A_CALL]
+        results = account.reader.all(
             "cloudwatch",
             "GetMetricData",
             "MetricDataResults",
-            MetricDataQueries=queries,
-            StartTime=start,
+            MetricDataQueries=[
+                {"Id": f"m{number}", "MetricStat": metric}
+                for number, (_, metric) in enumerate(part)
+            ],
+            StartTime=account.now - timedelta(days=account.idle_days),
             EndTime=account.now,
-        ):
+        )
+        for result in results:
+            resource, _ = part[int(result["Id"].removeprefix("m"))]
             if result["Values"]:
-                what = watched[first + int(result["Id"][1:])][0]
-                what["Activity"] = max(what.get("Activity", 0.0), *result["Values"])
+                resource["Activity"] = max(resource.get("Activity", 0.0), *result["Values"])
 
 
 # --- what belongs to machine learning ---
 
 
 def _keep_machine_learning(account: Account) -> None:
-    """Leaves SageMaker's own things, those tagged with a project, accelerated instances, and whatever shares a role or a bucket with them."""
-    callers = {entry.arn for entry in account.identities if _mentions(entry, "sagemaker:", "*")}
+    """Leave SageMaker's own things, those tagged with a project, accelerated instances, and
+    whatever shares a role with them.
+    """
+    callers = {entry.arn for entry in account.identities if entry.allows("sagemaker:", "*")}
     account.functions = [
         entry
         for entry in account.functions
         if "project" in entry["Tags"] or entry["Role"] in callers
     ]
-    profiles = {
+    roles = {
         entry.arn
         for entry in account.identities
-        if "project" in entry.tags or _mentions(entry, "sagemaker:")
+        if "project" in entry.tags or entry.allows("sagemaker:")
     }
     account.instances = [
         entry
         for entry in account.instances
-        if "project" in _tags(entry.get("Tags", []))
+        if "project" in _tags(entry)
         or ACCELERATED.match(entry["InstanceType"])
-        or entry.get("IamInstanceProfile", {})
-        .get("Arn", "")
-        .replace(":instance-profile/", ":role/")
-        in profiles
+        or _role_of(entry) in roles
     ]
-    used = {entry.get("RoleArn") for entry in (*account.notebooks, *account.jobs)} | {
-        entry.get("ExecutionRoleArn") for entry in account.models
-    }
-    used |= {
-        entry.get("DefaultUserSettings", {}).get("ExecutionRole") for entry in account.domains
-    } | {entry["Role"] for entry in account.functions}
-    used |= {
-        entry.get("IamInstanceProfile", {}).get("Arn", "").replace(":instance-profile/", ":role/")
-        for entry in account.instances
-    }
-    groups = {
-        entry.name
-        for entry in account.identities
-        if entry.kind == "group" and _mentions(entry, "sagemaker:")
-    }
+    # What SageMaker's notebooks, jobs and models use trusts SageMaker.
+    used = {entry["Role"] for entry in account.functions} | set(map(_role_of, account.instances))
+    groups = {entry.name for entry in account.identities if entry.kind == "group"}
+    groups &= {entry.name for entry in account.identities if entry.allows("sagemaker:")}
     account.identities = [
         entry
         for entry in account.identities
-        if entry.arn in used
-        or "project" in entry.tags
-        or "sagemaker" in entry.services
-        or _mentions(entry, "sagemaker:")
-        or groups & set(entry.groups)
+        if entry.arn in roles | used or "sagemaker" in entry.services or groups & set(entry.groups)
     ]
-    texts = [
-        str(policy.document)
-        for entry in account.identities
-        for policy in entry.policies
-        if not policy.by_aws
-    ]
-    texts += [
-        str((entry.get("InputDataConfig"), entry.get("OutputDataConfig"))) for entry in account.jobs
-    ] + [str(entry) for entry in account.models]
     account.buckets = [
         entry
         for entry in account.buckets
-        if "project" in entry["Tags"]
-        or "sagemaker" in entry["Name"]
-        or any(re.search(rf"[:/]{re.escape(entry['Name'])}\b(?!-)", text) for text in texts)
+        if "sagemaker" in entry["Name"] or "project" in _bucket_tags(account, entry["Name"])
     ]
-    instances = {entry["InstanceId"] for entry in account.instances}
+    kept = {entry["InstanceId"] for entry in account.instances}
     account.volumes = [
         entry
         for entry in account.volumes
-        if "project" in _tags(entry.get("Tags", []))
-        or any(attachment["InstanceId"] in instances for attachment in entry["Attachments"])
+        if "project" in _tags(entry)
+        or any(attachment["InstanceId"] in kept for attachment in entry["Attachments"])
     ]
-    attached = {
-        group["GroupId"] for entry in account.instances for group in entry.get("SecurityGroups", [])
-    }
-    attached |= {group for entry in account.notebooks for group in entry.get("SecurityGroups", [])}
-    account.security_groups = {
-        name: group for name, group in account.security_groups.items() if name in attached
-    }
-    account.addresses = [
-        entry for entry in account.addresses if "project" in _tags(entry.get("Tags", []))
-    ]
-    names = {f"/aws/lambda/{entry['FunctionName']}" for entry in account.functions}
+    account.addresses = [entry for entry in account.addresses if "project" in _tags(entry)]
+    logs = {f"/aws/lambda/{entry['FunctionName']}" for entry in account.functions}
     account.log_groups = [
         entry
         for entry in account.log_groups
-        if entry["logGroupName"].startswith("/aws/sagemaker/") or entry["logGroupName"] in names
+        if entry["logGroupName"].startswith("/aws/sagemaker/") or entry["logGroupName"] in logs
     ]
 
 
-def _mentions(identity: Identity, *beginnings: str) -> bool:
-    """Whether a policy allows an action that begins so, or is one of AWS's for SageMaker."""
-    return any(policy.by_aws and "SageMaker" in policy.name for policy in identity.policies) or any(
-        action.lower().startswith(beginnings)
-        for policy in identity.policies
-        for statement in listed(policy.document.get("Statement", []))
-        if statement.get("Effect") == "Allow"
-        for action in listed(statement.get("Action", []))
-    )
+def _role_of(instance: Description) -> str:
+    """Return the ARN of an instance's role, as far as its profile has the role's name."""
+    profile: str = instance.get("IamInstanceProfile", {}).get("Arn", "")
+    return profile.replace(":instance-profile/", ":role/")
 
 
-def _tags(tags: Iterable[Description]) -> dict[str, str]:
+def _bucket_tags(account: Account, name: str) -> dict[str, str]:
+    answer = account.reader.call("s3", "GetBucketTagging", Bucket=name)
+    return _tags({"Tags": answer.get("TagSet", [])})
+
+
+def _tags(description: Description) -> dict[str, str]:
+    tags: Iterable[Description] = description.get("Tags", [])
     return {tag["Key"]: tag["Value"] for tag in tags}
-
-
-def _document(text: str | None) -> Description:
-    document: Description = json.loads(text) if text else {}
-    return document

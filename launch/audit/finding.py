@@ -8,7 +8,11 @@ from launch.audit.account import Account
 
 
 class Severity(IntEnum):
-    """As AWS Security Hub grades its controls: critical is open to anyone now, high one mistake away, medium weak or wasteful, low good practice."""
+    """How bad a finding is, graded as by AWS Security Hub.
+
+    critical is open to anyone now, high one mistake away, medium weak or wasteful, low good
+    practice.
+    """
 
     LOW = 1
     MEDIUM = 2
@@ -20,13 +24,16 @@ class Severity(IntEnum):
 
 
 @dataclass(frozen=True)
-class Found:
+class Finding:
     """One resource that breaks a rule."""
 
-    resource: str  # an ARN, or "bucket NAME" where people know it by name
+    resource: str  # an ARN
     what: str  # what is wrong with this one
     change: str  # the command, or the settings, that mend it
     dollars: float | None = None  # what it costs a month, where it costs
+
+
+Check = Callable[[Account], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
@@ -34,42 +41,29 @@ class Rule:
     name: str
     severity: Severity
     why: str  # why it matters
-    look: Callable[[Account], Iterator[Found]]
+    check: Check
 
 
-@dataclass(frozen=True)
-class Finding:
-    rule: str
-    severity: Severity
-    why: str
-    found: Found
-
-
+Groups = list[tuple[Rule, list[Finding]]]
 RULES: dict[str, Rule] = {}
 
 
-def rule(
-    name: str, severity: Severity, why: str
-) -> Callable[[Callable[[Account], Iterator[Found]]], Callable[[Account], Iterator[Found]]]:
-    """Registers a function that looks for one kind of fault."""
+def rule(name: str, severity: Severity, why: str) -> Callable[[Check], Check]:
+    """Register a function that looks for one kind of fault."""
 
-    def register(
-        look: Callable[[Account], Iterator[Found]],
-    ) -> Callable[[Account], Iterator[Found]]:
+    def register(check: Check) -> Check:
         assert name not in RULES
-        RULES[name] = Rule(name, severity, why, look)
-        return look
+        RULES[name] = Rule(name, severity, why, check)
+        return check
 
     return register
 
 
-def judge(account: Account) -> list[Finding]:
-    """Everything that the rules find, the worst first."""
-    findings = [
-        Finding(entry.name, entry.severity, entry.why, found)
-        for entry in RULES.values()
-        for found in entry.look(account)
-    ]
-    return sorted(
-        findings, key=lambda finding: (-finding.severity, finding.rule, finding.found.resource)
-    )
+def judge(account: Account) -> Groups:
+    """Return each rule that is broken with its findings, the worst rule first."""
+    groups = []
+    for each in sorted(RULES.values(), key=lambda each: (-each.severity, each.name)):
+        findings = sorted(each.check(account), key=lambda finding: finding.resource)
+        if findings:
+            groups.append((each, findings))
+    return groups

@@ -2,33 +2,29 @@
 
 import shutil
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.audit.account import Account
-from launch.audit.finding import RULES, Finding, Severity
+from launch.audit.finding import RULES, Finding, Groups, Severity
 
 
-def as_text(account: Account, findings: Sequence[Finding]) -> str:
-    """Each rule once, with why it matters; below it what breaks it, and the change."""
+def as_text(account: Account, groups: Groups) -> str:
+    """Return each rule once, with why it matters; below it what breaks it, and the change."""
     width = min(shutil.get_terminal_size((120, 40)).columns, 150)
-    lines = [headline(account, findings), ""]
-    for group in _by_rule(findings):
-        lines += textwrap.wrap(
-            f"{str(group[0].severity).upper():8}  {group[0].rule}: {group[0].why}",
-            width,
-            subsequent_indent=" " * 10,
-        )
-        for finding in group:
+    lines = [headline(account, groups), ""]
+    for rule, findings in groups:
+        title = f"{str(rule.severity).upper():8}  {rule.name}: {rule.why}"
+        lines += textwrap.wrap(title, width, subsequent_indent=" " * 10)
+        for finding in findings:
             lines += textwrap.wrap(
-                finding.found.what + _cost(finding),
+                finding.what + _cost(finding),
                 width,
                 initial_indent=" " * 10 + "- ",
                 subsequent_indent=" " * 12,
             )
             # A command is not wrapped: it is there to be copied.
-            lines.append(" " * 12 + finding.found.change)
+            lines.append(" " * 12 + finding.change)
         lines.append("")
     lines += [f"not seen, since this caller may not: {entry}" for entry in account.unread]
     if account.unread:
@@ -36,33 +32,34 @@ def as_text(account: Account, findings: Sequence[Finding]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def as_json(account: Account, findings: Sequence[Finding]) -> dict[str, Any]:
+def as_json(account: Account, groups: Groups) -> dict[str, Any]:
+    """Return the findings as plain data, with what was not seen and how many there are."""
     return {
         "account": account.id,
         "region": account.region,
         "time": account.now.isoformat(timespec="seconds"),
-        "counts": {
-            str(level): sum(finding.severity == level for finding in findings)
-            for level in reversed(Severity)
-        },
-        "idle_dollars_a_month": round(sum(finding.found.dollars or 0 for finding in findings), 2),
+        "counts": _counts(groups),
+        "idle_dollars_a_month": round(_dollars(groups), 2),
         "unread": account.unread,
         "findings": [
             {
-                "rule": finding.rule,
-                "severity": str(finding.severity),
-                "resource": finding.found.resource,
-                "what": finding.found.what,
-                "why": finding.why,
-                "change": finding.found.change,
-                "dollars_a_month": finding.found.dollars,
+                "rule": rule.name,
+                "severity": str(rule.severity),
+                "resource": finding.resource,
+                "what": finding.what,
+                "why": rule.why,
+                "change": finding.change,
+                "dollars_a_month": finding.dollars,
             }
+            for rule, findings in groups
             for finding in findings
         ],
     }
 
 
-def as_html(account: Account, findings: Sequence[Finding]) -> str:
+def as_html(account: Account, groups: Groups) -> str:
+    """Return the findings as one page, with every value escaped."""
+    # imported here: slow, and only the page needs it
     import jinja2
 
     environment = jinja2.Environment(
@@ -72,52 +69,47 @@ def as_html(account: Account, findings: Sequence[Finding]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("page.html.j2")
-    return page.render(
+    return environment.get_template("page.html.j2").render(
         account=account,
-        headline=headline(account, findings),
-        groups=_by_rule(findings),
+        headline=headline(account, groups),
+        groups=groups,
         looked=looked(account),
-        rules=RULES.values(),
+        rules=RULES,
     )
 
 
-def headline(account: Account, findings: Sequence[Finding]) -> str:
-    """The account, what was looked at, and how much was found."""
-    counts = [
-        f"{count} {level}"
-        for level in reversed(Severity)
-        if (count := sum(finding.severity == level for finding in findings))
-    ]
-    dollars = sum(finding.found.dollars or 0 for finding in findings)
-    found = ", ".join(counts) or "nothing found"
+def headline(account: Account, groups: Groups) -> str:
+    """Return the account, what was looked at, and how much was found."""
+    counts = [f"{count} {level}" for level, count in _counts(groups).items() if count]
+    dollars = _dollars(groups)
     idle = f"; ${dollars:,.0f} a month for what is idle" if dollars else ""
-    return f"account {account.id} in {account.region}: {found}{idle} ({looked(account)})"
+    summary = ", ".join(counts) or "nothing found"
+    return f"account {account.id} in {account.region}: {summary}{idle} ({looked(account)})"
 
 
 def looked(account: Account) -> str:
-    seen: dict[str, Sequence[Any]] = {
-        "identity": account.identities,
-        "bucket": account.buckets,
-        "notebook": account.notebooks,
-        "endpoint": account.endpoints,
-        "function": account.functions,
-        "instance": account.instances,
-        "recent job": account.jobs,
+    """Return how much of each kind was looked at."""
+    numbers = {
+        ("identity", "identities"): len(account.identities),
+        ("notebook", "notebooks"): len(account.notebooks),
+        ("endpoint", "endpoints"): len(account.endpoints),
+        ("function", "functions"): len(account.functions),
+        ("instance", "instances"): len(account.instances),
     }
-    plural = {"identity": "identities"}
-    return "looked at " + ", ".join(
-        f"{len(found)} {kind if len(found) == 1 else plural.get(kind, f'{kind}s')}"
-        for kind, found in seen.items()
-    )
+    parts = [f"{number} {names[number != 1]}" for names, number in numbers.items()]
+    return "looked at " + ", ".join(parts)
 
 
-def _by_rule(findings: Sequence[Finding]) -> list[list[Finding]]:
-    groups: dict[str, list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault(finding.rule, []).append(finding)
-    return list(groups.values())
+def _counts(groups: Groups) -> dict[str, int]:
+    counts = {str(level): 0 for level in reversed(Severity)}
+    for rule, findings in groups:
+        counts[str(rule.severity)] += len(findings)
+    return counts
+
+
+def _dollars(groups: Groups) -> float:
+    return sum(finding.dollars or 0.0 for _, findings in groups for finding in findings)
 
 
 def _cost(finding: Finding) -> str:
-    return "" if finding.found.dollars is None else f": ${finding.found.dollars:,.2f} a month"
+    return "" if finding.dollars is None else f": ${finding.dollars:,.2f} a month"

@@ -1,6 +1,8 @@
-"""What SageMaker's toolkit runs in its container: the trainer, with the job's hyperparameters and channels as its overrides.
+"""What SageMaker's toolkit runs in its container: the trainer.
 
-Standard library only until the trainer starts. On several hosts the toolkit runs it by torchrun, whose environment the trainer reads itself.
+The job's hyperparameters and channels are its overrides. Standard library only until the trainer
+starts. On several hosts the toolkit runs it by torchrun, whose environment the trainer reads
+itself.
 """
 
 import json
@@ -15,14 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[0] = str(
-        ROOT
-    )  # Python put this file's folder there, whose modules are no top-level ones
+    # Python put this file's folder there, whose modules are no top-level ones.
+    sys.path[0] = str(ROOT)
 
 from launch.cloud import hyperparameters as codec  # noqa: E402
 from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, UserError  # noqa: E402
 
-# Channel -> the setting that says where its pictures lie. `training` holds the folders train, valid and test.
+# Channel -> the setting that says where its images lie. `training` holds the folders train,
+# valid and test.
 CHANNELS = {
     "training": "data.root",
     "train": "data.train",
@@ -33,21 +35,33 @@ CHANNELS = {
 }
 FAILURE_CHARACTERS = 1024  # as many of the failure file become the job's FailureReason
 
-# What helps, for what the trainer's own words don't say since they know nothing of jobs. The first that matches; \1 is what its group found.
+# What helps, for what the trainer's own words don't say since they know nothing of jobs.
+# The first that matches; \1 is what its group holds.
 REMEDIES = {
-    r"ModuleNotFoundError: No module named '((?:trainer|serving|launch|conf)\b[\w.]*)'": r"\1 is not in the tarball: name it in launch/cloud/source.py",
-    r"ModuleNotFoundError: No module named '([\w.]+)'": r"add the package that holds \1 to the dependencies in pyproject.toml",
+    r"ModuleNotFoundError: No module named '((?:trainer|serving|launch|conf)\b[\w.]*)'": (
+        r"\1 is not in the tarball: name it in launch/cloud/source.py"
+    ),
+    r"ModuleNotFoundError: No module named '([\w.]+)'": (
+        r"add the package that holds \1 to the dependencies in pyproject.toml"
+    ),
     r"no space is left": "give the job a larger disk: target.disk_gb=N",
-    r"no GPU|no CUDA|CUDA driver": "rent a machine with a GPU (target.instance_type=ml.g4dn.xlarge), or give train.device=cpu",
-    r"URLError|Temporary failure in name resolution|HTTPError": "the job has no network: give weights that lie with the data",
-    r"no longer answers|exchange between the processes": "see in the other hosts' logs (python -m launch logs) what ended first",
+    r"no GPU|no CUDA|CUDA driver": (
+        "rent a machine with a GPU (target.instance_type=ml.g4dn.xlarge), or give train.device=cpu"
+    ),
+    r"URLError|Temporary failure in name resolution|HTTPError": (
+        "the job has no network: give weights that lie with the data"
+    ),
+    r"no longer answers|exchange between the processes": (
+        "see in the other hosts' logs (python -m launch logs) what ended first"
+    ),
 }
 
 
 def main() -> int:
-    signal.signal(
-        signal.SIGTERM, signal.SIG_DFL
-    )  # the toolkit was started with SIGTERM ignored (launch/targets/sagemaker.py): until there is something to save, end
+    """Train as the job says; return the exit code."""
+    # The toolkit was started with SIGTERM ignored (launch/targets/sagemaker.py): until there is
+    # something to save, end.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     failure = Path(os.environ.get("SM_OUTPUT_DIR", "/opt/ml/output")) / "failure"
     reasons = LastError()
     logging.getLogger("packhorse").addHandler(reasons)
@@ -62,6 +76,7 @@ def main() -> int:
     sys.argv = ["trainer", *arguments]
     code: int | str | None = FAULT
     try:
+        # imported here: slow, and its failure is a reason to report
         from trainer.__main__ import main as train
 
         code = train()
@@ -82,7 +97,10 @@ def main() -> int:
 
 
 def overrides(environment: Mapping[str, str]) -> list[str]:
-    """The trainer's command line: the hyperparameters, then where the job's data lie, whatever they say. Raises UserError."""
+    """Return the trainer's command line: the hyperparameters, then where the job's data lie.
+
+    Raise UserError for channels that the trainer can't use.
+    """
     config = Path(environment.get("SM_INPUT_CONFIG_DIR", "/opt/ml/input/config"))
     hyperparameters = json.loads((config / "hyperparameters.json").read_text(encoding="utf-8"))
     arguments = codec.decode(hyperparameters)
@@ -91,49 +109,58 @@ def overrides(environment: Mapping[str, str]) -> list[str]:
         directory = Path(environment[f"SM_CHANNEL_{name.upper()}"])
         if name not in CHANNELS:
             raise UserError(
-                f"channel {name}: the trainer has no use for it; allowed: training (holds train, valid, test), or {', '.join(list(CHANNELS)[1:])}"
+                f"channel {name}: the trainer has no use for it; allowed: training (holds "
+                f"train, valid, test), or {', '.join(list(CHANNELS)[1:])}"
             )
         if not directory.is_dir() or not any(directory.iterdir()):
             raise UserError(
-                f"channel {name}: {directory} holds nothing; upload the pictures with --data DIR, and look at the channel's S3Uri"
+                f"channel {name}: {directory} holds nothing; upload the pictures with "
+                "--data DIR, and look at the channel's S3Uri"
             )
-        if twice := [
-            other for other in channels if other != name and CHANNELS.get(other) == CHANNELS[name]
-        ]:
-            raise UserError(
-                f"channels {name} and {twice[0]}: both would be {CHANNELS[name]}; leave one of them out"
-            )
+        for other in channels:
+            if other != name and CHANNELS.get(other) == CHANNELS[name]:
+                raise UserError(
+                    f"channels {name} and {other}: both would be {CHANNELS[name]}; "
+                    "leave one of them out"
+                )
         arguments.append(f"{CHANNELS[name]}='{directory}'")
     if "data=folder" in arguments and not channels:
         raise UserError(
-            "data=folder: the job has no channel with pictures; give --data DIR, which makes the channel training"
+            "data=folder: the job has no channel with pictures; give --data DIR, "
+            "which makes the channel training"
         )
     if "_tuning_objective_metric" in hyperparameters:
-        # Trials may share one S3 prefix: each needs a folder of its own in it, or it would go on from another's checkpoint.
+        # Trials may share one S3 prefix: each needs a folder of its own in it, or it would go on
+        # from another's checkpoint.
         shared = Path(environment.get("PACKHORSE_CHECKPOINTS", "/opt/ml/checkpoints"))
         os.environ["PACKHORSE_CHECKPOINTS"] = str(shared / environment["TRAINING_JOB_NAME"])
     return arguments
 
 
 def essence(error: Exception) -> str:
-    """The error, what helps, and the innermost frames that lead to it, in as many characters as FailureReason has."""
+    """Return the error, what helps, and the innermost frames that lead to it.
+
+    That is in as many characters as FailureReason has.
+    """
     what = "".join(traceback.format_exception_only(error)).strip()
-    frames = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)[-4:])).replace(
-        f"{ROOT}/", ""
-    )
-    return f"{what[:400]}{remedy(what)}\n{frames[-(FAILURE_CHARACTERS - 600) :]}"
+    frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-4:])
+    place = "".join(frames).replace(f"{ROOT}/", "")
+    return f"{what[:400]}{remedy(what)}\n{place[-(FAILURE_CHARACTERS - 600) :]}"
 
 
 def remedy(text: str) -> str:
-    """`; ` and what helps, or nothing where the text itself says it."""
-    for pattern, help in REMEDIES.items():
-        if found := re.search(pattern, text):
-            return f"; {found.expand(help)}"
+    """Return `; ` and what helps, or nothing where the text itself says it."""
+    for pattern, advice in REMEDIES.items():
+        if match := re.search(pattern, text):
+            return f"; {match.expand(advice)}"
     return ""
 
 
 def report(failure: Path, text: str) -> None:
-    """Writes the failure file, unless another process of this host has; the toolkit leaves it as it is."""
+    """Write the failure file, unless another process of this host has.
+
+    The toolkit leaves it as it is.
+    """
     failure.parent.mkdir(parents=True, exist_ok=True)
     try:
         with failure.open("x", encoding="utf-8", errors="backslashreplace") as file:
@@ -143,7 +170,10 @@ def report(failure: Path, text: str) -> None:
 
 
 def leave(code: int | str | None) -> None:
-    """Ends this process's part in a job of several, as the trainer does by itself. Without a trainer there is none."""
+    """End this process's part in a job of several, as the trainer does by itself.
+
+    Without a trainer there is none.
+    """
     if "trainer.distributed.world" in sys.modules:
         sys.modules["trainer.distributed.world"].current_world().leave(code)
 

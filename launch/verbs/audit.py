@@ -1,6 +1,7 @@
-"""`python -m launch audit`: what in this account's machine-learning work is open, too powerful or idle, and the exact change for each.
+"""`python -m launch audit`: what is too powerful or idle in the account's machine-learning work.
 
-It reads settings and changes nothing. The policy that it needs is printed by --policy.
+Each finding comes with the change that mends it. It reads settings and changes nothing; the
+policy that it needs is printed by --policy.
 """
 
 import argparse
@@ -8,7 +9,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.audit import identities, money, resources, show  # noqa: F401 (identities, money and resources register their rules)
+# identities and money register their rules
+from launch.audit import identities, money, policies, show  # noqa: F401
 from launch.audit.account import needed_policy, read
 from launch.audit.finding import Severity, judge
 from launch.targets.spec import aws_of, split_overrides
@@ -20,9 +22,10 @@ FOUND = 3  # exit code: there are findings at or above --fail-on, or something c
 
 
 def main(argv: Sequence[str]) -> int:
+    """Audit the account; return OK, or FOUND."""
     parser = argparse.ArgumentParser(
         prog="python -m launch audit",
-        description="Finds what is open, too powerful or idle. Reads settings; changes nothing.",
+        description="Finds what is too powerful or idle. Reads settings; changes nothing.",
     )
     parser.add_argument(
         "overrides",
@@ -66,20 +69,22 @@ def main(argv: Sequence[str]) -> int:
     ours, others = split_overrides(options.overrides)
     if others:
         raise UserError(
-            f"audit {others[0]}: a job's settings have no meaning here; allowed: target.region=REGION and the options that --help lists"
+            f"audit {others[0]}: a job's settings have no meaning here; "
+            "allowed: target.region=REGION and the options that --help lists"
         )
-    identities.load_rule_sets()
+    policies.load_rule_sets()
     account = read(aws_of(ours), options.idle_days, options.all)
-    findings = judge(account)
+    groups = judge(account)
     if options.json:
-        print(json.dumps(show.as_json(account, findings), indent=2))
+        print(json.dumps(show.as_json(account, groups), indent=2))
     else:
-        print(show.as_text(account, findings))
+        print(show.as_text(account, groups))
     if options.html:
-        files.write(options.html, show.as_html(account, findings))
+        files.write(options.html, show.as_html(account, groups))
         if not options.json:
             log.info("report %s", options.html)
     failing = Severity[options.fail_on.upper()]
-    return (
-        FOUND if account.unread or any(finding.severity >= failing for finding in findings) else OK
-    )
+    fails = any(rule.severity >= failing for rule, _ in groups)
+    if account.unread or fails:
+        return FOUND
+    return OK

@@ -1,4 +1,7 @@
-"""`python -m launch policy --for PART`: what a part of Packhorse may do in the account, and why, as the templates say it."""
+"""`python -m launch policy --for PART`: what a part of Packhorse may do in the account, and why.
+
+The templates say it.
+"""
 
 import argparse
 import json
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.audit.account import needed_policy
 from launch.cloud import foundation
 from launch.cloud.foundation import Statement
 from launch.cloud.session import bucket_name, partition
@@ -18,7 +22,9 @@ SERVING = Path(__file__).parents[2] / "serving" / "stack.yaml"
 SERVING_PARTS = {"endpoint": ("EndpointRole",), "lambda": ("FunctionRole",)}
 
 PARTS = {
-    "launcher": "whoever starts and watches jobs: plan, submit, status, logs, stop, fetch, cost, prices",
+    "launcher": (
+        "whoever starts and watches jobs: plan, submit, status, logs, stop, fetch, cost, prices"
+    ),
     "training": "a SageMaker training job, and SageMaker for it",
     "ec2": "an EC2 machine that trains",
     "notebook": "the notebook: the launcher's, and its own log",
@@ -29,42 +35,48 @@ PARTS = {
 
 
 def permissions(part: str, project: str, account: str, region: str) -> list[Statement]:
-    """What a part may do, as IAM will read it. part: one of PARTS."""
+    """Return what a part may do, as IAM will read it. part: one of PARTS."""
     if part in SERVING_PARTS:
-        return foundation.statements(
-            SERVING, SERVING_PARTS[part], _serving_names(project, account, region), account, region
-        )
+        names = _serving_names(project, account, region)
+        return foundation.statements(SERVING, SERVING_PARTS[part], names, account, region)
     if part == "audit":
-        from launch.audit.account import needed_policy
-
-        reason = "The audit reads settings, of the whole account, since what is dangerous may lie anywhere. No action reads data, logs or code."
+        reason = (
+            "The audit reads settings, of the whole account, since what is dangerous may lie "
+            "anywhere. No action reads data, logs or code."
+        )
         return [Statement(each["Sid"], reason, each) for each in needed_policy()["Statement"]]
     return foundation.permissions(part, project, account, region)
 
 
 def document(statements: Sequence[Statement]) -> dict[str, Any]:
-    """The policy as IAM takes it."""
+    """Return the policy as IAM takes it."""
     return {"Version": "2012-10-17", "Statement": [statement.document for statement in statements]}
 
 
 def _serving_names(project: str, account: str, region: str) -> dict[str, Any]:
-    """What serving/stack.yaml's parameters and resources stand for, with `python -m serving deploy`'s defaults."""
+    """Return what serving/stack.yaml's parameters and resources stand for.
+
+    With the defaults of `python -m serving deploy`.
+    """
     name, arn = f"{project}-serving", f"arn:{partition(region)}"
+    bucket, logs = bucket_name(project, account, region), f"{arn}:logs:{region}:{account}:log-group"
     return {
         "AWS::StackName": name,
-        "ModelArn": f"{arn}:s3:::{bucket_name(project, account, region)}/serving/{name}/model.tar.gz",
+        "ModelArn": f"{arn}:s3:::{bucket}/serving/{name}/model.tar.gz",
         "ImageArn": f"{arn}:ecr:{region}:{account}:repository/{name}",
-        "EndpointLogs.Arn": f"{arn}:logs:{region}:{account}:log-group:/aws/sagemaker/Endpoints/{name}:*",
-        "FunctionLogs.Arn": f"{arn}:logs:{region}:{account}:log-group:/aws/lambda/{name}:*",
+        "EndpointLogs.Arn": f"{logs}:/aws/sagemaker/Endpoints/{name}:*",
+        "FunctionLogs.Arn": f"{logs}:/aws/lambda/{name}:*",
     }
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Print a part's policy; return the exit code."""
     targets, rest = split_overrides(arguments)
     parts = "\n".join(f"  {part:<9} {who}" for part, who in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m launch policy",
-        description=f"Prints the policy of a part, with the reason for each statement. The parts:\n{parts}",
+        description="Prints the policy of a part, with the reason for each statement. "
+        f"The parts:\n{parts}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -81,14 +93,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(rest)
     aws = aws_of(targets)
-    account = options.account or (
-        aws.account if aws.configured_region and aws.has_credentials() else NO_ACCOUNT
-    )
-    found = permissions(options.part, aws.project, account, aws.configured_region or "us-east-1")
+    region = aws.configured_region
+    account = options.account
+    if not account:
+        account = aws.account if region and aws.has_credentials() else NO_ACCOUNT
+    statements = permissions(options.part, aws.project, account, region or "us-east-1")
     if options.json:
-        print(json.dumps(document(found), indent=2))
+        print(json.dumps(document(statements), indent=2))
         return OK
     print(f"{options.part}: {PARTS[options.part]}")
-    for statement in found:
+    for statement in statements:
         print(f"\n# {statement.reason}\n{json.dumps(statement.document, indent=2)}")
     return OK

@@ -757,7 +757,8 @@ def _rest_operations(
     service: str, method: str
 ) -> list[tuple[OperationModel, re.Pattern[str], dict[str, str]]]:
     session = botocore.session.get_session()
-    model = session.get_service_model({"monitoring": "cloudwatch"}.get(service, service))
+    names = {"monitoring": "cloudwatch", "access-analyzer": "accessanalyzer"}  # as they sign
+    model = session.get_service_model(names.get(service, service))
     found = []
     for name in model.operation_names:
         operation = model.operation_model(name)

@@ -298,14 +298,8 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
 
 def audit_asks(call: Mapping[str, Any]) -> list[Ask]:
     """A recorded call of the audit: its actions are granted on everything, since it looks for what should not be there."""
-    service = {"monitoring": "cloudwatch"}.get(call["service"], call["service"])
-    name = {"GetBucketLifecycle": "GetBucketLifecycleConfiguration"}.get(
-        call["operation"], call["operation"]
-    )  # two names of one request
-    if (
-        call["parameters"].get("Bucket") == "v20180820"
-    ):  # S3 Control, which is signed as S3: a version in the bucket's place
-        service, name = "s3control", "GetPublicAccessBlock"
+    names = {"monitoring": "cloudwatch", "access-analyzer": "accessanalyzer"}  # as they sign
+    service, name = names.get(call["service"], call["service"]), call["operation"]
     action, _ = CALLS[service, name]
     return [Ask(action, "*", {}, f"audit: {name}")] if action else []
 
@@ -451,7 +445,7 @@ NOT_LISTED = {"ec2:RunInstances": (_arn("ec2", "spot-instances-request/*"),)}
 
 def _fits(action: str, resource: str) -> bool:
     """Whether the action can be held to such a resource at all; a statement may name several kinds for several actions."""
-    from launch.audit.identities import resource_forms
+    from launch.audit.policies import resource_forms
 
     patterns = [
         re.sub(r"\\\$\\\{\w+\\\}", "[^:]*", re.escape(form)) for form in resource_forms(action)

@@ -1,4 +1,4 @@
-"""AWS with all that `up`, `deploy` and `audit` need: tests/serving/aws.py, and the two lists of Lambda that only the audit reads.
+"""AWS with all that `up`, `deploy` and `audit` need: tests/serving/aws.py, and the two calls that only the audit makes.
 
 python -c "from tests.launch.whole import main; main()" RECORD
 """
@@ -10,8 +10,6 @@ WHOLE = ("-c", "from tests.launch.whole import main; main()")
 
 
 def main() -> None:
-    from moto.backends import get_backend
-
     from tests.launch.aws import ACCOUNT, Strict, _answer
     from tests.serving import aws
 
@@ -26,19 +24,10 @@ def main() -> None:
             )  # `deploy` names them by ARN, `up` by name
             return kind._ExecuteChangeSet(self, parameters, region, forward, start)
 
-        def _ListFunctionUrlConfigs(
+        def _ValidatePolicy(
             self, parameters: dict[str, Any], region: str, forward: Any, start: Any
         ) -> list[bytes]:
-            function = get_backend("lambda")[ACCOUNT][region].get_function(
-                parameters["FunctionName"]
-            )
-            found = [function.url_config.to_dict()] if function.url_config else []
-            return _answer(
-                start,
-                "200 OK",
-                json.dumps({"FunctionUrlConfigs": found}).encode(),
-                "application/json",
-            )
+            return _answer(start, "200 OK", b'{"findings": []}', "application/json")
 
         def _ListProvisionedConcurrencyConfigs(
             self, parameters: dict[str, Any], region: str, forward: Any, start: Any

@@ -1,4 +1,8 @@
-"""Jobs rehearsed by AWS's own toolkit: the weights are those made here, on one host, on several, stopped and resumed; and how failures are told."""
+"""Jobs rehearsed by AWS's own toolkit.
+
+The weights are those made here, on one host, on several, stopped and resumed; and how failures
+are told.
+"""
 
 import importlib.util
 import io
@@ -20,8 +24,9 @@ import pytest
 
 from launch.cloud import hyperparameters as codec
 from launch.cloud.request import Request
-from launch.local import container_entry, opt_ml
-from launch.local.opt_ml import Machine, Outcome
+from launch.local import container_entry
+from launch.local.rehearse import expected_metrics, faults_of, jobs_of, preflight, remedy
+from launch.local.sagemaker import LocalSageMaker, Outcome, namespaces, scrape
 from launch.verbs import rehearse
 from tests.conftest import PROJECT, QUICK, run_trainer, wait_for
 from trainer.common.errors import MISTAKE, OK, RESUME, UserError
@@ -190,12 +195,12 @@ def tuned(pictures):
     return rehearse.prepare([*SETTINGS, "target=tuner", "sweep=lr_batch"], pictures)
 
 
-def preflight(
+def check(
     plan, folder, request: Request | None = None, tarball: bytes | None = None, config=None
 ) -> None:
     request = request or plan.requests[0]
-    jobs = rehearse.jobs_of(request, 1, plan.spec.region)
-    rehearse.preflight(
+    jobs = jobs_of(request, 1, plan.spec.region)
+    preflight(
         request, jobs, tarball or plan.source, {"training": folder}, config or plan.spec.config
     )
 
@@ -215,8 +220,8 @@ def changed(plan, where: str, value) -> Request:
 
 
 def test_nothing_is_wrong_with_what_is_planned(planned, tuned):
-    preflight(*planned)
-    preflight(*tuned)
+    check(*planned)
+    check(*tuned)
 
 
 REGEX = "AlgorithmSpecification/MetricDefinitions/5/Regex"
@@ -310,7 +315,7 @@ FAULTS = {
 def test_a_request_that_would_fail_says_what_to_change(planned, fault):
     where, value, line = FAULTS[fault]
     with pytest.raises(UserError, match=line) as raised:
-        preflight(*planned, request=changed(planned[0], where, value))
+        check(*planned, request=changed(planned[0], where, value))
     assert "\n" not in str(raised.value)
 
 
@@ -324,7 +329,7 @@ def test_an_objective_that_nothing_scrapes(tuned):
         UserError,
         match="objective accuracy: no metric of that name is scraped, so every trial would fail",
     ):
-        preflight(*tuned, request=changed(tuned[0], where, "accuracy"))
+        check(*tuned, request=changed(tuned[0], where, "accuracy"))
 
 
 def test_weights_of_this_machine(planned, tmp_path):
@@ -334,9 +339,10 @@ def test_weights_of_this_machine(planned, tmp_path):
     config = replace(plan.spec.config, model=replace(plan.spec.config.model, weights=str(weights)))
     with pytest.raises(
         UserError,
-        match=r"a job doesn't see this machine's files; .* give /opt/ml/input/data/training/resnet.pth",
+        match=r"a job doesn't see this machine's files; .* "
+        "give /opt/ml/input/data/training/resnet.pth",
     ):
-        preflight(plan, folder, config=config)
+        check(plan, folder, config=config)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +350,8 @@ def test_weights_of_this_machine(planned, tmp_path):
     [
         (
             ["target=ec2"],
-            "target=ec2: only SageMaker's containers are rehearsed; allowed: sagemaker, sagemaker_multi, tuner",
+            "target=ec2: only SageMaker's containers are rehearsed; "
+            "allowed: sagemaker, sagemaker_multi, tuner",
         ),
         (["target=sagemaker_multi", "train.device=cuda"], "ml.m5.2xlarge has no GPU"),
         (
@@ -384,30 +391,32 @@ def repacked(tarball: bytes, change: dict[str, str | None]) -> bytes:
 
 
 def run_plain(tmp_path: Path, planned, tarball: bytes) -> list[str]:
-    """What is said of the plan's job with another tarball, run without namespaces in this process."""
+    """Return what is said of the plan's job with another tarball, run without namespaces."""
     plan, folder = planned
     uri = plan.spec.uri("source", f"{sha256(tarball).hexdigest()}.tar.gz")
-    (job,) = rehearse.jobs_of(plan.requests[0], 1, plan.spec.region)
+    (job,) = jobs_of(plan.requests[0], 1, plan.spec.region)
     job = replace(
         job,
         hyperparameters=job.hyperparameters
         | {"sagemaker_submit_directory": codec.encode_value(uri)},
     )
-    machine = Machine(tmp_path, isolated=False)
-    machine.upload(uri, tarball)
-    return rehearse.show(job, machine.run(job, {"training": folder}), None, tmp_path)
+    local = LocalSageMaker(tmp_path, isolated=False)
+    local.upload(uri, tarball)
+    channels = {"training": folder}
+    return faults_of(job, local.run(job, channels), channels)
 
 
 def test_a_requirement_that_cannot_be_had(tmp_path, planned):
     tarball = repacked(planned[0].source, {"requirements.txt": "hydra-core>=99\n"})
     (line,) = run_plain(tmp_path, planned, tarball)
     assert line.endswith(
-        "requirements.txt: hydra-core>=99 is not installed here; correct it in pyproject.toml, or install it"
+        "requirements.txt: hydra-core>=99 is not installed here; "
+        "correct it in pyproject.toml, or install it"
     )
 
 
 @pytest.mark.skipif(
-    opt_ml.namespaces() is None,
+    namespaces() is None,
     reason="without namespaces an editable install fills in for what the tarball lacks",
 )
 def test_a_module_that_is_missing_in_the_tarball(tmp_path, pictures):
@@ -423,7 +432,8 @@ def test_a_module_that_is_missing_in_the_tarball(tmp_path, pictures):
     code, output = run(tmp_path, *SETTINGS, "--data", str(pictures), project=project)
     assert code == MISTAKE
     assert (
-        "No module named 'trainer.images.folder'; trainer.images.folder is not in the tarball: name it in launch/cloud/source.py"
+        "No module named 'trainer.images.folder'; "
+        "trainer.images.folder is not in the tarball: name it in launch/cloud/source.py"
         in output.splitlines()[-1]
     )
     (failure,) = (tmp_path / "rehearsed").glob("*/*/output/failure")
@@ -512,11 +522,12 @@ def test_a_script_that_writes_outside_and_prints_no_metrics(tmp_path, planned):
         tmp_path, planned, repacked(planned[0].source, {"launch/local/container_entry.py": NOISY})
     )
     assert (
-        "code/results.txt lies outside /opt/ml's model, output/data and checkpoints: lost when the job ends"
-        in lines[0]
+        "code/results.txt lies outside /opt/ml's model, output/data and checkpoints: "
+        "lost when the job ends" in lines[0]
     )
     assert re.search(
-        "the log has no line for the metrics epoch, lr, .* print them with trainer.settings.config.metric_line",
+        "the log has no line for the metrics epoch, lr, .* "
+        "print them with trainer.settings.config.metric_line",
         lines[1],
     )
     assert "model.tar.gz is empty" in lines[2]
@@ -531,7 +542,8 @@ def test_a_script_that_writes_outside_and_prints_no_metrics(tmp_path, planned):
         ),
         ("ExecuteUserScriptError:\nExitCode -11", "crashed in native code"),
         (
-            "Framework Error: \nbotocore.exceptions.ClientError: An error occurred (404) when calling the HeadObject operation",
+            "Framework Error: \nbotocore.exceptions.ClientError: "
+            "An error occurred (404) when calling the HeadObject operation",
             "upload it before",
         ),
         (
@@ -543,14 +555,26 @@ def test_a_script_that_writes_outside_and_prints_no_metrics(tmp_path, planned):
     ],
 )
 def test_remedies_for_what_the_toolkit_says(failure, line):
-    assert line in rehearse.remedy(Outcome([1], False, False, 1.0, failure, [], {}))
+    assert line in remedy(Outcome([1], False, False, 1.0, failure, [], {}))
+
+
+def test_the_metrics_that_a_run_prints_follow_from_its_settings_and_folder(planned, tmp_path):
+    def missing(folder: Path, *overrides: str) -> set[str]:
+        plan, _ = rehearse.prepare([*SETTINGS, "target=sagemaker", *overrides], folder)
+        (job,) = jobs_of(plan.requests[0], 1, plan.spec.region)
+        return set(settings.METRICS) - set(expected_metrics(job, {"training": folder}))
+
+    _, folder = planned
+    assert missing(folder) == set()
+    assert missing(folder, "data.augment.mixup=0.2") == {"train_top1"}
+    shutil.copytree(folder, tmp_path / "images", ignore=shutil.ignore_patterns("test"))
+    untested = {f"test_{name}" for name in ("loss", "top1", "top5", "f1")}
+    assert missing(tmp_path / "images") == untested
 
 
 def test_metrics_are_scraped_from_lines_of_several_hosts():
     printed = settings.metric_line({"epoch": 2, "lr": 1e-5, "valid_top1": 0.5})
-    scraped = opt_ml.scrape(
-        [f"algo-1 | {printed}", "algo-2 | nothing"], settings.metric_definitions()
-    )
+    scraped = scrape([f"algo-1 | {printed}", "algo-2 | nothing"], settings.metric_definitions())
     assert scraped == {"epoch": [2.0], "lr": [1e-5], "valid_top1": [0.5]}
 
 
