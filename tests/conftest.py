@@ -20,28 +20,6 @@ from trainer.settings.config import Config
 
 PROJECT = Path(__file__).parents[1]
 
-# Minutes each, so `make test` leaves them out and `make long` runs them.
-LONG = (
-    "launch/verbs/test_rehearse.py",
-    "launch/targets/test_user_data.py",
-    "trainer/distributed/test_failures.py",
-    "trainer/sweep/test_sweep.py::test_a_sampled_sweep_killed_at_random_is_the_undisturbed_one",
-    "trainer/sweep/test_sweep.py::test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_is_edited",
-    "trainer/distributed/test_two_hosts.py",
-    "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[average]",
-    "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[head]",
-    "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[shards]",
-    "serving/test_doors.py",
-    "test_docs.py::test_a_training_command_trains",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(LONG):
-            item.add_marker("long")
-
-
 # One thread: the promise of equal bits is for an equal number of threads, and small tests run faster so.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -117,6 +117,7 @@ def here(command: str, place: Path) -> list[str]:
     return shlex.split(command)[3:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command", [line for line in commands("python -m trainer") if "--help" not in line]
 )
@@ -240,7 +241,7 @@ def test_the_launch_commands_of_a_page_succeed(place, server, name):
 
 
 @pytest.fixture
-def eval_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def served(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """`python -m serving serve` as it is shown, with the newest run's package."""
     monkeypatch.chdir(place)
     server = Server(tmp_path / "log.txt")

@@ -20,6 +20,8 @@ from tests.conftest import wait_for
 from tests.launch.conftest import REGION, Cloud, running
 from trainer.common.errors import MISTAKE, OK, RESUME
 
+pytestmark = pytest.mark.long  # the machine's script, many times
+
 BIN = Path(sys.executable).parent
 ACCOUNT, RUN = "123456789012", "a-run"
 MISSING, WRONG = (
