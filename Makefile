@@ -60,3 +60,5 @@ clean:  ## remove the virtual environment and caches; runs and data stay
 # What is installed depends on these files alone, so a second make sets nothing up.
 .venv/%: pyproject.toml constraints.txt .ci/setup
 	.ci/setup $*
+
+.venv/dev: tests/launch/npm/package-lock.json

@@ -5,7 +5,6 @@ The evaluator is @cloud-copilot/iam-simulate (npm, AGPL-3.0), a process of the t
 
 import copy
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,11 +17,11 @@ import yaml
 
 from launch.audit.account import CALLS
 from launch.verbs.policy import PARTS, document, permissions
+from tests.conftest import PROJECT
 
 ACCOUNT, REGION, PROJECT_NAME = "123456789012", "us-east-1", "packhorse"
 BUCKET = f"{PROJECT_NAME}-{ACCOUNT}-{REGION}"
-SIMULATOR = "@cloud-copilot/iam-simulate"
-VERSION = "0.1.173"
+SIMULATOR = "@cloud-copilot/iam-simulate"  # its version: tests/launch/npm
 OURS = {"aws:ResourceTag/project": PROJECT_NAME}
 SERVICE_CALLS = Path(__file__).with_name("service_calls.yaml")
 
@@ -361,30 +360,12 @@ class Evaluator:
 
 
 def find_evaluator() -> Evaluator | str:
-    """The evaluator, installed once into a cache by npm; or why there is none."""
-    if not shutil.which("node") or not shutil.which("npm"):
-        return f"{SIMULATOR} needs node and npm"
-    root = (
-        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        / "packhorse-tests"
-        / f"iam-simulate-{VERSION}"
-    )
-    package = root / "node_modules" / SIMULATOR
-    if not (package / "package.json").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        command = [
-            "npm",
-            "install",
-            "--prefix",
-            str(root),
-            "--no-audit",
-            "--no-fund",
-            "--ignore-scripts",
-            f"{SIMULATOR}@{VERSION}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode != 0:
-            return f"{SIMULATOR} could not be installed: {done.stderr.strip().splitlines()[-1]}"
+    """Return the evaluator that `.ci/setup dev` installed; or why there is none."""
+    package = PROJECT / ".venv/npm/node_modules" / SIMULATOR
+    if not (package / "package.json").exists() or not shutil.which("node"):
+        return (
+            f"{SIMULATOR} is not installed: .ci/setup dev installs it where there are node and npm"
+        )
     return Evaluator(package)
 
 

@@ -15,11 +15,12 @@ from trainer.images.datasets import materialize
 from trainer.training import checkpoint
 
 
-def test_whatever_kills_a_run_it_ends_with_the_same_bits(tmp_path):
-    print("replay with: make soak KILLS=20 SEED=0")
-    tally = soak(20, 0, tmp_path)
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_whatever_kills_a_run_it_ends_with_the_same_bits(tmp_path, kills):
+    print(f"replay with: make soak KILLS={kills} SEED=0")
+    tally = soak(kills, 0, tmp_path)
     assert not tally.failures, tally
-    assert sum(tally.kills.values()) >= 20 and set(tally.kills) <= set(KILLS)
+    assert sum(tally.kills.values()) >= kills and set(tally.kills) <= set(KILLS)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.4, 0.8, 1.2])
@@ -107,8 +108,10 @@ def test_sigterm_while_pictures_are_packed(tmp_path):
 
 def test_sigterm_during_an_evaluation(tmp_path):
     materialize("fashion_mnist", tmp_path / "data")
-    # Little to train on and much to evaluate. An epoch has 7 steps, and what is saved after the last of them is saved during the evaluation.
-    command = (*COMMAND, "data.root=data", "data.train=data/valid", "data.valid=data/train")
+    # Little to train on and much to evaluate. An epoch has 7 steps, and what is saved after the
+    # last of them is saved during the evaluation.
+    splits = ("data.root=data", "data.train=data/valid", "data.valid=data/train")
+    command = (*COMMAND, *splits, "model=small_cnn")
     checkpoints = tmp_path / "runs/run/checkpoints"
     stopped_when(tmp_path, (checkpoints / "step-00000007").exists, terminate, *command)
     newest = checkpoint.newest(checkpoints)
