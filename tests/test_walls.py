@@ -1,7 +1,7 @@
 """What imports what: the design's walls.
 
-Read from the syntax of every module, so that a new one is held to them too; and, since imports are also made by name
-and by other packages, seen in a few fresh processes.
+Read from the syntax of every module, so that a new one is held to them too; and, since imports are
+also made by name and by other packages, seen in a few fresh processes.
 """
 
 import ast
@@ -20,7 +20,8 @@ PROGRAMS = ("trainer", "launch", "serving")
 # From below to above: a room imports only from those before it.
 LAYERS = {
     "trainer": (
-        "common", "settings", "images", "distributed", "network", "training", "results", "sweep", "__main__",
+        "common", "settings", "images", "distributed",
+        "network", "training", "results", "sweep", "__main__",
     ),
     "launch": ("cloud", "targets", "audit", "local", "verbs", "__main__"),
 }  # fmt: skip
@@ -67,7 +68,7 @@ def named(node: ast.AST) -> Iterator[str]:
 
 
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs when a module is imported: not what lies in functions, nor what is for types alone."""
+    """What runs when a module is imported: not functions, nor what is for types alone."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -86,7 +87,7 @@ def imports(module: str, everywhere: bool = False) -> frozenset[str]:
 
 
 def loaded_with(module: str) -> set[str]:
-    """All that is loaded with a module: other packages by their first name, our own modules in full."""
+    """All that is loaded with a module: other packages by their first name, ours in full."""
     loaded: set[str] = set()
     waiting = [module]
     while waiting:
@@ -175,7 +176,7 @@ def test_launch_never_loads_torch():
 
 
 def test_what_answers_requests_loads_neither_torch_nor_hydra_nor_launch():
-    """Only what runs on the user's machine (deploy, and bench with its prices) takes launch's way to AWS."""
+    """Only what runs on the user's machine (deploy, bench) takes launch's way to AWS."""
     names = [
         name
         for name in modules()
