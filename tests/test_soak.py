@@ -16,8 +16,8 @@ from trainer.common.errors import OK
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     directory = tmp_path_factory.mktemp("soak")
-    own = ("name=run", "platform.cache=cache", "data=folder", f"data.root={pictures}")
-    code, said = run_trainer(directory, *QUICK, *own)
+    own = ("data=folder", f"data.root={pictures}", "model=small_cnn")
+    code, said = run_trainer(directory, *QUICK, "name=run", "platform.cache=cache", *own)
     assert code == OK, said
     return directory
 

@@ -44,7 +44,7 @@ RUNS = {
         "train.label_smoothing=0",
         "train.clip_norm=1",
         "train.ema_decay=null",
-        "train.monitor=valid_loss",
+        "train.monitor=valid_top1",
         "train.patience=2",
         "train.device=cpu",
         "train.precision=fp32",
@@ -114,7 +114,10 @@ def flat(config: settings.Config) -> dict[str, object]:
 
 @pytest.mark.parametrize("values", RUNS.values(), ids=RUNS)
 def test_a_run_with_every_setting_at_another_value(tmp_path, pictures, configure, values):
-    base = ("data=folder", f"data.root={pictures}", "platform=local", "platform.cache=cache")
+    base = (
+        "data=folder", f"data.root={pictures}", "model=small_cnn",
+        "platform=local", "platform.cache=cache",
+    )  # fmt: skip
     chosen, default = (flat(configure(*base, *more)) for more in (values, ()))
     for setting in values:
         key = setting.split("=")[0]
@@ -133,6 +136,7 @@ def test_splits_may_lie_anywhere(tmp_path, pictures):
         "data.root=.",
         f"data.train={pictures}/train",
         f"data.test={pictures}/valid",
+        "model=small_cnn",
     )
     code, said = run_trainer(
         tmp_path, *roots, "data.valid_fraction=0.5", "data.size=16", "data.resize=16",

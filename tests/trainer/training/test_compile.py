@@ -11,7 +11,10 @@ from tests.soak import difference, outcome
 from trainer.common.errors import MISTAKE, OK
 from trainer.training import checkpoint
 
-COMPILED = (*QUICK, "name=run", "platform.cache=cache", "data=folder", "train.compile=true")
+COMPILED = (
+    *QUICK, "name=run", "platform.cache=cache", "data=folder", "model=small_cnn",
+    "train.compile=true",
+)  # fmt: skip
 EVERY_STEP = ("checkpoint.minutes=1e-4", "checkpoint.max_cost=1", "checkpoint.keep=99")
 
 

@@ -22,9 +22,10 @@ from trainer.training import checkpoint, stages
 from trainer.training.loop import Checkpoints
 
 SETTINGS = (
-    "name=run", "platform=local", "platform.runs=runs", "platform.cache=cache", "data=folder",
-    "model=small_cnn", "data.size=16", "data.resize=16", "data.workers=0", "train.epochs=6",
-    "train.batch_size=8", "train.threads=1", "train.monitor=valid_top1", "optim.lr=3e-3",
+    "name=run", "platform=local", "platform.runs=runs", "platform.cache=cache",
+    "data=folder", "model=small_cnn", "data.size=16", "data.resize=16", "data.workers=0",
+    "train.epochs=6", "train.batch_size=8", "train.threads=1", "train.monitor=valid_top1",
+    "optim.lr=3e-3",
 )  # fmt: skip
 VARIANTS = {
     "whole network": (),
