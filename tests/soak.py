@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -105,22 +105,17 @@ def difference(one: object, other: object, name: str = "") -> str | None:
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return f"{name}: {sorted(one.keys() ^ other.keys())}"
-        return next(
-            (found for key in one if (found := difference(one[key], other[key], f"{name}/{key}"))),
-            None,
-        )
+        return _first(difference(one[key], other[key], f"{name}/{key}") for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
             return f"{name}: {len(one)} and {len(other)} entries"
-        return next(
-            (
-                found
-                for key, pair in enumerate(zip(one, other, strict=True))
-                if (found := difference(*pair, f"{name}/{key}"))
-            ),
-            None,
-        )
+        pairs = enumerate(zip(one, other, strict=True))
+        return _first(difference(*pair, f"{name}/{key}") for key, pair in pairs)
     return None if one == other else f"{name}: {one} and {other}"
+
+
+def _first(differences: Iterable[str | None]) -> str | None:
+    return next(filter(None, differences), None)
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -139,12 +134,9 @@ def phase(run: Path) -> str:
     log = (run / "log.txt").read_text().rsplit("resumed from", 1)[-1]
     if "test_loss" in log:
         return "after training (test, package, report)"
-    evaluated = steps[-1].name.endswith("-evaluated")
-    return (
-        "between steps"
-        if evaluated or not _epoch_is_over(steps[-1])
-        else "while an epoch was evaluated"
-    )
+    if _epoch_is_over(steps[-1]) and not steps[-1].name.endswith("-evaluated"):
+        return "while an epoch was evaluated"
+    return "between steps"
 
 
 def _epoch_is_over(path: Path) -> bool:
@@ -194,9 +186,7 @@ class Trainer:
     def __init__(self, directory: Path, settings: Sequence[str]) -> None:
         self.process = start_trainer(directory, *settings)
         self.lines: list[str] = []
-        self.started = (
-            threading.Event()
-        )  # the model is there: reading pictures and training come next
+        self.started = threading.Event()  # the model is built: reading pictures comes next
         self.trained = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -212,7 +202,7 @@ class Trainer:
         self.trained.set()
 
     def end(self) -> int | None:
-        """Waits for its end: the exit code, or None where it hung."""
+        """Wait for its end, and return the exit code, or None where it hung."""
         try:
             self.process.wait(HANG)
         except subprocess.TimeoutExpired:
@@ -220,6 +210,8 @@ class Trainer:
             return None
         finally:
             self._reader.join()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
         return self.process.returncode
 
 
