@@ -24,9 +24,9 @@ deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="
 	$(BIN)/python -m serving deploy $(ARGS)
 
 test: .venv/dev  ## set up once, then run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-long: .venv/dev  ## the tests that take minutes: rehearsals, the EC2 script, kills at every AWS call, lost processes, every command of the docs
+long: .venv/dev  ## the tests that take minutes: rehearsals, the EC2 script, kills at every AWS call, lost processes, every training command of the docs, a wheel
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 check: .venv/dev  ## lint, format and types
@@ -60,3 +60,5 @@ clean:  ## remove the virtual environment and caches; runs and data stay
 # What is installed depends on these files alone, so a second make sets nothing up.
 .venv/%: pyproject.toml constraints.txt .ci/setup
 	.ci/setup $*
+
+.venv/dev: tests/launch/npm/package-lock.json

@@ -1,4 +1,4 @@
-"""What the tests share: real pictures on disk, composed settings, and the trainer as a real process."""
+"""What the tests share: pictures on disk, composed settings, and the trainer as a real process."""
 
 import os
 import signal
@@ -20,32 +20,12 @@ from trainer.settings.config import Config
 
 PROJECT = Path(__file__).parents[1]
 
-# Minutes each, so `make test` leaves them out and `make long` runs them.
-LONG = (
-    "launch/verbs/test_rehearse.py",
-    "launch/targets/test_user_data.py",
-    "trainer/distributed/test_failures.py",
-    "trainer/sweep/test_sweep.py::test_a_sampled_sweep_killed_at_random_is_the_undisturbed_one",
-    "trainer/sweep/test_sweep.py::test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_is_edited",
-    "trainer/distributed/test_two_hosts.py",
-    "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[average]",
-    "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[head]",
-    "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[shards]",
-    "serving/test_doors.py",
-    "test_docs.py::test_a_training_command_trains",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(LONG):
-            item.add_marker("long")
-
-
-# One thread: the promise of equal bits is for an equal number of threads, and small tests run faster so.
+# One thread: the promise of equal bits is for an equal number of threads, and small tests run
+# faster so.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A shell ignores SIGINT in what it starts in the background, and every process started from there inherits that; here Ctrl-C is tested.
+# A shell ignores SIGINT in what it starts in the background, and every process started from there
+# inherits that; here Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The real configuration, shrunk to seconds.
@@ -69,7 +49,10 @@ def make_pictures(
     classes: tuple[str, ...] = ("circle", "square", "stripe"),
     size: int = 16,
 ) -> Path:
-    """Writes PNG class folders whose classes a small network can tell apart. per_class: pictures of each class, by split."""
+    """Write PNG class folders whose classes a small network can tell apart.
+
+    per_class: pictures of each class, by split.
+    """
     for split, count in per_class.items():
         for label, name in enumerate(classes):
             folder = root / split / name
@@ -85,18 +68,23 @@ def make_pictures(
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder of 3 classes: 24 training, 9 validation and 9 test pictures. Read it, don't change it."""
+    """An image folder of 3 classes: 24 training, 9 validation and 9 test pictures.
+
+    Read it, don't change it.
+    """
     return make_pictures(tmp_path_factory.mktemp("pictures"), {"train": 8, "valid": 3, "test": 3})
 
 
 def start_trainer(cwd: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
-    """The trainer as a user starts it, in a process group of its own, standard output and error together."""
+    """Start the trainer as a user does, in a process group of its own.
+
+    Standard output and error come together. HOME lies in `cwd`: the cache is not the user's.
+    """
+    own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
     return subprocess.Popen(
         [sys.executable, "-m", "trainer", *overrides],
         cwd=cwd,
-        env=os.environ
-        | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
-        | environment,  # HOME: the cache is not the user's
+        env=os.environ | own | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -159,7 +147,10 @@ def metadata(monkeypatch):
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 600.0) -> bool:
-    """Whether the condition became true. seconds: it never does, if not by then; as long as a busy machine may take."""
+    """Return whether the condition became true.
+
+    seconds: it never does, if not by then; as long as a busy machine may take.
+    """
     for _ in range(int(seconds * 100)):
         if condition():
             return True

@@ -16,13 +16,12 @@ SIZE = 32
 
 
 def make_network(name: str = "small_cnn") -> nn.Module:
-    """A random network whose BatchNorm has seen pictures, in train mode, as a training leaves it."""
+    """Return a random network whose BatchNorm has seen pictures, in train mode."""
     torch.manual_seed(0)
     network = model.build(name, len(CLASSES), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25)).train()
     with torch.no_grad():
-        for _ in range(
-            30
-        ):  # BatchNorm's running statistics are a moving average: after 30 steps, 4 % of their start are left
+        # BatchNorm's running statistics are a moving average: 30 steps leave 4 % of their start.
+        for _ in range(30):
             network(torch.randint(0, 256, (8, SIZE, SIZE, 3), dtype=torch.uint8))
     return network
 

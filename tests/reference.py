@@ -1,4 +1,7 @@
-"""`python -m tests.reference` writes docs/configuration.md: each setting, its default and meaning (conf/), its type and limits (dataclasses)."""
+"""`python -m tests.reference` writes docs/configuration.md.
+
+Each setting, its default and meaning (conf/), its type and limits (dataclasses).
+"""
 
 import dataclasses
 import re
@@ -14,9 +17,10 @@ PROJECT = Path(__file__).parents[1]
 PAGE = PROJECT / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-Written by `make docs` from `conf/` and the dataclasses beside the code; not edited by hand. Settings of the trainer are given as `key=value`:
-`python -m trainer optim.lr=1e-3`; options of a group by its name: `model=resnet50`. "Same run" says whether a run that was interrupted may go on with
-another value: where it may not, another value is another run.
+Written by `make docs` from `conf/` and the dataclasses beside the code; not edited by hand.
+Settings of the trainer are given as `key=value`: `python -m trainer optim.lr=1e-3`; options of a
+group by its name: `model=resnet50`. "Same run" says whether a run that was interrupted may go on
+with another value: where it may not, another value is another run.
 """
 # A group's settings are explained in its most general option; the others say what they change.
 GENERAL = {
@@ -46,7 +50,8 @@ def page() -> str:
     for name, rows in sections.items():
         options = sorted(path.stem for path in (PROJECT / "conf" / name).glob("*.yaml"))
         choice = (
-            f"\n`{name}=` one of: {', '.join(f'`{option}`' for option in options)}. Defaults below are those of `{GENERAL[name]}`.\n"
+            f"\n`{name}=` one of: {', '.join(f'`{option}`' for option in options)}. "
+            f"Defaults below are those of `{GENERAL[name]}`.\n"
             if options
             else ""
         )
@@ -56,7 +61,8 @@ def page() -> str:
             + "\n"
         )
     parts.append(
-        f"# Targets\n\nOf `python -m launch VERB target=NAME`: {', '.join(f'`{name}`' for name in TARGETS)}.\n"
+        "# Targets\n\nOf `python -m launch VERB target=NAME`: "
+        f"{', '.join(f'`{name}`' for name in TARGETS)}.\n"
     )
     for name in TARGETS:
         entries = dict(walk(targets()[name].config, "target."))

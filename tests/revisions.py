@@ -1,9 +1,10 @@
-"""`python -m tests.revisions BEFORE AFTER`: whether two checkouts of Packhorse give the same, byte for byte.
+"""`python -m tests.revisions BEFORE AFTER --to DIR`: whether two checkouts give the same bytes.
 
-For a change of structure: runs the same commands in both folders and compares what comes out: the final weights and
-metrics, the model package (weights, ONNX, golden pictures, their pixels and logits), what a sweep notes, the requests
-that `launch plan` shows for each target, and a server's answers. What tells of the code itself (the revision, dates,
-seconds, the source's digest, the paths of modules) is left out. Prints a line for each comparison; 1 where any differs.
+For a change of structure: runs the same commands in both folders and compares what comes out: the
+final weights and metrics, the model package (weights, ONNX, golden pictures, their pixels and
+logits), what a sweep notes, the requests that `launch plan` shows for each target, and a server's
+answers. What tells of the code itself (the revision, dates, seconds, the source's digest, the paths
+of modules) is left out. Prints a line for each comparison; 1 where any differs.
 """
 
 import argparse
@@ -29,11 +30,18 @@ TRAININGS = {
     "demo": [BIG],
     "mixed": [
         BIG, "data.augment.mixup=0.2", "data.augment.cutmix=0.5", "data.augment.trivial=true",
-        "train.accumulate=2", "train.clip_norm=1", "optim=sgd", "optim.schedule=step", "optim.step_epochs=1",
+        "train.accumulate=2", "train.clip_norm=1",
+        "optim=sgd", "optim.schedule=step", "optim.step_epochs=1",
     ],
     "exact": [BIG, "train.exact_shards=4", "train.ema_decay=null", "data.cache=none"],
-    "frozen": [BIG, "model.freeze=backbone", "model.weights={weights}", "model.head_hidden=32", "optim.lr=1e-3"],
-    "bf16": [BIG, "train.precision=bf16", "model.head_hidden=16", "train.monitor=valid_loss", "train.patience=1"],
+    "frozen": [
+        BIG, "model.freeze=backbone", "model.weights={weights}", "model.head_hidden=32",
+        "optim.lr=1e-3",
+    ],
+    "bf16": [
+        BIG, "train.precision=bf16", "model.head_hidden=16",
+        "train.monitor=valid_loss", "train.patience=1",
+    ],
 }  # fmt: skip
 TARGETS = {
     "ec2": [],
@@ -191,9 +199,8 @@ def python(checkout: Path, place: Path, *words: str) -> str:
         text=True,
     )
     if done.returncode:
-        sys.exit(
-            f"{checkout}: {' '.join(words)} ended with {done.returncode}\n{done.stdout}{done.stderr}"
-        )
+        command = " ".join(words)
+        sys.exit(f"{checkout}: {command}: {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
 
 

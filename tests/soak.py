@@ -1,7 +1,7 @@
-"""Kills real runs at random instants, starts each again until it is complete, and compares it with one that was never disturbed.
+"""Real runs, killed at random instants and started again, against one that was never disturbed.
 
-`make soak` (KILLS=200 SEED=0) runs python -m tests.soak --kills 200 --seed 0. The seed decides where and how each kill falls, as far as the
-machine's pace allows.
+`make soak` (KILLS=200 SEED=0) runs python -m tests.soak --kills 200 --seed 0. The seed decides
+where and how each kill falls, as far as the machine's pace allows.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,11 +30,13 @@ from trainer.training import checkpoint
 
 # Everything that has state is on, and saving happens all the time, so that many kills fall into it.
 SETTINGS = (
-    "name=run", "platform=local", "platform.cache=cache", "data=folder", "model=small_cnn", "data.root=pictures", "data.size=16", "data.resize=18",
-    "data.augment.trivial=true", "data.workers=2", "train.epochs=24", "train.batch_size=8", "train.accumulate=2", "train.ema_decay=0.9",
-    "train.clip_norm=1", "train.threads=1", "optim.head_lr=3e-3", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
+    "name=run", "platform=local", "platform.cache=cache", "data=folder", "model=small_cnn",
+    "data.root=pictures", "data.size=16", "data.resize=18", "data.augment.trivial=true",
+    "data.workers=2", "train.epochs=24", "train.batch_size=8", "train.accumulate=2",
+    "train.ema_decay=0.9", "train.clip_norm=1", "train.threads=1", "optim.head_lr=3e-3",
+    "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
 )  # fmt: skip
-# What is trained: all of the network, from pixels; or the head, on features that are computed first.
+# What is trained: all of the network, from pixels; or the head, on features computed first.
 VARIANTS = {
     "whole network": (*SETTINGS, "data.augment.mixup=0.4", "data.augment.cutmix=1.0"),
     "frozen backbone": (
@@ -71,16 +73,17 @@ class Tally:
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """All that a run has made of itself: tensors and ledger of its last checkpoint, its best weights, and its package's weights."""
-    found = checkpoint.newest(run / "checkpoints")
-    assert found is not None
-    state = found[1]
+    """Return what a run has made of itself: of its last checkpoint, and of its package."""
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    _, state = newest
     progress = state["progress"]
     rows = [
         {key: value for key, value in row.items() if key not in TIMES} for row in progress["rows"]
     ]
     kept = {key: progress[key] for key in ("epoch", "batch", "step", "best")}
-    return {"network": state["network"], "average": state["average"], "optimizer": state["optimizer"], "scaler": state["scaler"]} | {
+    tensors = {name: state[name] for name in ("network", "average", "optimizer", "scaler")}
+    return tensors | {
         "best": state["best"], "package": packaged(run), "rows": rows, "progress": kept,
     }  # fmt: skip
 
@@ -102,22 +105,17 @@ def difference(one: object, other: object, name: str = "") -> str | None:
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return f"{name}: {sorted(one.keys() ^ other.keys())}"
-        return next(
-            (found for key in one if (found := difference(one[key], other[key], f"{name}/{key}"))),
-            None,
-        )
+        return _first(difference(one[key], other[key], f"{name}/{key}") for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
             return f"{name}: {len(one)} and {len(other)} entries"
-        return next(
-            (
-                found
-                for key, pair in enumerate(zip(one, other, strict=True))
-                if (found := difference(*pair, f"{name}/{key}"))
-            ),
-            None,
-        )
+        pairs = enumerate(zip(one, other, strict=True))
+        return _first(difference(*pair, f"{name}/{key}") for key, pair in pairs)
     return None if one == other else f"{name}: {one} and {other}"
+
+
+def _first(differences: Iterable[str | None]) -> str | None:
+    return next(filter(None, differences), None)
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -136,12 +134,9 @@ def phase(run: Path) -> str:
     log = (run / "log.txt").read_text().rsplit("resumed from", 1)[-1]
     if "test_loss" in log:
         return "after training (test, package, report)"
-    evaluated = steps[-1].name.endswith("-evaluated")
-    return (
-        "between steps"
-        if evaluated or not _epoch_is_over(steps[-1])
-        else "while an epoch was evaluated"
-    )
+    if _epoch_is_over(steps[-1]) and not steps[-1].name.endswith("-evaluated"):
+        return "while an epoch was evaluated"
+    return "between steps"
 
 
 def _epoch_is_over(path: Path) -> bool:
@@ -159,14 +154,17 @@ def kill(process: subprocess.Popen[str], how: str) -> None:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of the undisturbed run: until the pictures are read, for the training, and for what follows."""
+    """Seconds of the undisturbed run: until the pictures are read, for training, and after it."""
 
     start: float
     training: float
     rest: float
 
     def instant(self, rng: random.Random, run: Path) -> tuple[bool, float]:
-        """When to kill: mostly in what is left of the training, so many seconds after the start-up (True); else anywhere, after the start (False)."""
+        """Return when to kill: (whether after the start-up, seconds after that or the start).
+
+        Mostly in what is left of the training; else anywhere.
+        """
         done = (
             max(
                 (int(path.name.split("-")[1]) for path in checkpoint.steps(run / "checkpoints")),
@@ -188,9 +186,7 @@ class Trainer:
     def __init__(self, directory: Path, settings: Sequence[str]) -> None:
         self.process = start_trainer(directory, *settings)
         self.lines: list[str] = []
-        self.started = (
-            threading.Event()
-        )  # the model is there: reading pictures and training come next
+        self.started = threading.Event()  # the model is built: reading pictures comes next
         self.trained = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -206,7 +202,7 @@ class Trainer:
         self.trained.set()
 
     def end(self) -> int | None:
-        """Waits for its end: the exit code, or None where it hung."""
+        """Wait for its end, and return the exit code, or None where it hung."""
         try:
             self.process.wait(HANG)
         except subprocess.TimeoutExpired:
@@ -214,6 +210,8 @@ class Trainer:
             return None
         finally:
             self._reader.join()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
         return self.process.returncode
 
 
@@ -240,7 +238,7 @@ def disturbed_run(
     tally: Tally,
     lock: threading.Lock,
 ) -> None:
-    """One run, killed `kills` times on its way. Its process is started again until it is complete."""
+    """Kill one run `kills` times on its way, starting it again until it is complete."""
     for _ in range(kills):
         how, (after_start, delay) = rng.choice(KILLS), pace.instant(rng, directory / "runs/run")
         trainer = Trainer(directory, settings)
@@ -268,7 +266,7 @@ def disturbed_run(
 
 
 def compare(expected: object, directory: Path) -> list[str]:
-    """Return what is wrong with the complete run in `directory`: nothing, if it is equal to the undisturbed one."""
+    """Return what is wrong with a complete run: nothing, if it equals the undisturbed one."""
     faults = []
     if where := difference(expected, outcome(directory / "runs/run")):
         faults.append(f"differs from the undisturbed run in {where}")

@@ -37,19 +37,19 @@ def texts() -> dict[str, str]:
 
 def test_no_text_installs_the_project_by_its_name():
     by_name = re.compile(rf"(?:pip3?|uv|pipx) (?:add|install)\b[^\n]*\b{PROJECT_TABLE['name']}\b")
-    found = {path: by_name.findall(text) for path, text in texts().items()}
-    assert not {path: lines for path, lines in found.items() if lines}
+    named_by = {path: by_name.findall(text) for path, text in texts().items()}
+    assert not {path: lines for path, lines in named_by.items() if lines}
 
 
 def test_every_extra_that_a_text_names_is_there():
     named = re.compile(
         r"""setup EXTRA=["']?([\w ]+)|install_command\(["'](\w+)|-e ["']?\.\[(\w+)\]"""
     )
-    found = set()
+    extras = set()
     for text in texts().values():
-        found |= {name for groups in named.findall(text) for name in " ".join(groups).split()}
-    assert len(found) > 5
-    assert found <= EXTRAS | {"train"}
+        extras |= {name for groups in named.findall(text) for name in " ".join(groups).split()}
+    assert len(extras) > 5
+    assert extras <= EXTRAS | {"train"}
 
 
 # --- the two ways that the texts show ---
@@ -98,7 +98,8 @@ def test_pip_takes_an_extra_from_where_the_project_lies(tmp_path):
         (
             "torch.utils.tensorboard",
             "tensorboard",
-            "from pathlib import Path; from trainer.training.metrics import Ledger; Ledger(None, Path('x'))",
+            "from pathlib import Path as P; from trainer.training.metrics import Ledger as L; "
+            "L(None, P('x'))",
         ),
         ("boto3", "aws", "from launch.cloud.session import Aws; Aws('packhorse').account"),
         ("yaml", "aws", "from serving.deploy.release import template; template()"),
@@ -117,7 +118,10 @@ except UserError as error:
 """
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=PROJECT, env={"PYTHONPATH": str(PROJECT), "HOME": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=PROJECT,
+        env={"PYTHONPATH": str(PROJECT), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(": " + install_command(extra)), done.stdout

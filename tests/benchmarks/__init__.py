@@ -1,1 +1,1 @@
-"""Packhorse and its peers side by side: see __main__.py. Nothing here is a test that times anything."""
+"""Packhorse and its peers side by side: see __main__.py. No test here times anything."""

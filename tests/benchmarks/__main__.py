@@ -1,4 +1,7 @@
-"""`python -m tests.benchmarks [input loop frozen start stall ...]`: measures, prints the tables, and puts them into docs/benchmarks.md."""
+"""`python -m tests.benchmarks [input loop frozen start stall ...]`: measure, and write the tables.
+
+They are printed, and put into docs/benchmarks.md.
+"""
 
 import argparse
 import importlib

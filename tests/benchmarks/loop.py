@@ -1,4 +1,4 @@
-"""What the training loop costs over a bare one: the same network, optimizer and loss, on pixels that are in memory already."""
+"""What the training loop costs over a bare one: the same network, optimizer, loss and pixels."""
 
 import sys
 import tempfile
@@ -32,10 +32,12 @@ SETTINGS = {
     "nesterov": True,
     "fused": True,
 }  # of SGD
-NOTE = """Images per second of one epoch of the training loop, without evaluation, against a bare hand-written loop, each in processes of its
-own, which take turns: the same network with the normalisation of pixels in it, the same fused SGD (biases and BatchNorm don't decay),
-the same loss with label smoothing, the same batches, which are in memory. No moving average and no clipping. The bare loop keeps no
-statistics, has no schedule, and can't be stopped, saved or repeated; ours sets PyTorch up as it does for a run."""
+NOTE = """Images per second of one epoch of the training loop, without evaluation, against a bare
+hand-written loop, each in processes of its own, which take turns: the same network with the
+normalisation of pixels in it, the same fused SGD (biases and BatchNorm don't decay), the same loss
+with label smoothing, the same batches, which are in memory. No moving average and no clipping. The
+bare loop keeps no statistics, has no schedule, and can't be stopped, saved or repeated; ours sets
+PyTorch up as it does for a run."""
 
 SIZES = {
     "tiny": ("tiny net, 32 px, batch 8", 32, 8, 300, 0.99),
@@ -52,7 +54,8 @@ def measure(scratch: Path, rounds: int) -> Table:
     for network, (title, size, batch_size, steps, target) in SIZES.items():
         costs: dict[str, list[float]] = {contender: [] for contender in contenders}
         for number in range(3 * rounds):
-            # In turn forwards and backwards: what the machine does meanwhile should not fall on the same one each time.
+            # In turn forwards and backwards: what the machine does meanwhile should not fall on the
+            # same one each time.
             for contender, make in list(contenders.items())[:: 1 if number % 2 else -1]:
                 costs[contender].append(
                     apart(prepared, make, network, size, batch_size, steps).wall

@@ -1,4 +1,7 @@
-"""Costs in paired rounds: the contenders take turns in one process, so that what else the machine does falls on all of them."""
+"""Costs in paired rounds: the contenders take turns in one process.
+
+So what else the machine does falls on all of them.
+"""
 
 import resource
 import statistics
@@ -35,7 +38,10 @@ def cost(work: Work) -> Cost:
 def paired(
     contenders: Mapping[str, Work], rounds: int, warm_up: bool = True
 ) -> dict[str, list[Cost]]:
-    """Each contender's cost in every round. warm_up: one more round before, which does not count."""
+    """Return each contender's cost in every round.
+
+    warm_up: one more round before, which does not count.
+    """
     costs: dict[str, list[Cost]] = {name: [] for name in contenders}
     for number in range(-warm_up, rounds):
         print(
@@ -53,8 +59,8 @@ def paired(
 
 
 def apart(make: Callable[..., Work], *arguments: Any) -> Cost:
-    """The cost of a second call of make(*arguments), in a process of its own: what one contender does to the heap, and where its tensors happen to
-    lie, is not the other's luck.
+    """The cost of a second call of make(*arguments), in a process of its own: what one contender
+    does to the heap, and where its tensors happen to lie, is not the other's luck.
     """
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(_second, (make, *arguments))
@@ -77,7 +83,8 @@ class Ratio:
         return statistics.median(self.values)
 
     def __str__(self) -> str:
-        return f"{short(self.median)} (n={len(self.values)}, {short(min(self.values))} to {short(max(self.values))})"
+        least, most = short(min(self.values)), short(max(self.values))
+        return f"{short(self.median)} (n={len(self.values)}, {least} to {most})"
 
 
 def ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:

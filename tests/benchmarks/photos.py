@@ -1,4 +1,4 @@
-"""JPEGs of realistic entropy: random crops of the real photos that come with scikit-image or scikit-learn."""
+"""JPEGs of realistic entropy: random crops of the photos of scikit-image or scikit-learn."""
 
 import importlib.util
 from pathlib import Path
@@ -24,12 +24,13 @@ CLASSES = 10
 
 
 def write(root: Path, count: int, width: int, height: int) -> Path:
-    """Class folders root/train/CLASS/*.jpg of pictures of about width x height pixels, up to 5 % smaller."""
+    """Write root/train/CLASS/*.jpg: pictures of about width x height pixels, up to 5 % smaller."""
     photos, rng = originals(), np.random.default_rng(0)
     for number in range(count):
         photo = photos[rng.integers(len(photos))]
         target = [round(side * rng.uniform(0.95, 1)) for side in (width, height)]
-        # Where the photo is too small it is enlarged; most of what a camera's 12 megapixels hold is smooth as well.
+        # Where the photo is too small it is enlarged; most of what a camera's 12 megapixels hold is
+        # smooth as well.
         scale = max(1.0, *(1.05 * side / own for side, own in zip(target, photo.size, strict=True)))
         part = [side / scale for side in target]
         left, upper = (
@@ -45,11 +46,11 @@ def write(root: Path, count: int, width: int, height: int) -> Path:
 
 
 def originals() -> list[Image.Image]:
-    found = []
+    photos = []
     for package, names in SOURCES.items():
         spec = importlib.util.find_spec(package)
         if spec and spec.origin:
-            found += [Image.open(Path(spec.origin).parent / name).convert("RGB") for name in names]
-    if not found:
+            photos += [Image.open(Path(spec.origin).parent / name).convert("RGB") for name in names]
+    if not photos:
         raise UserError("the benchmarks need real photos: make setup EXTRA=bench")
-    return found
+    return photos

@@ -1,4 +1,4 @@
-"""What a second process brings, what a step sends, and what that comes to on machines that are not here."""
+"""What a second process brings, what a step sends, and what that comes to on other machines."""
 
 import os
 import socket
@@ -27,14 +27,17 @@ from trainer.training.loop import Checkpoints, Learner, Progress, train_epoch, t
 TITLE = "Scaling"
 PROJECT = Path(__file__).parents[2]
 SIZE, BATCH, STEPS = 96, 16, 3  # pixels; pictures of each process in a step; steps of a turn
-NOTE = f"""Two processes of one thread each, as one job in fast mode over gloo on this machine: against two that know nothing of each other and do the
-same work, which is what the machine itself makes of two processes (the target is for this), and against one alone. ResNet-50, {SIZE} px, {BATCH}
-pictures a process and step, {STEPS} steps a turn, from memory, SGD.
+NOTE = f"""Two processes of one thread each, as one job in fast mode over gloo on this machine:
+against two that know nothing of each other and do the same work, which is what the machine itself
+makes of two processes (the target is for this), and against one alone. ResNet-50, {SIZE} px,
+{BATCH} pictures a process and step, {STEPS} steps a turn, from memory, SGD.
 
-Each process sends 2 (n - 1) / n times the gradients in a step (ring all-reduce), n: processes. The estimates are computed, not measured:
-efficiency = step / (step + sent / bandwidth), without any overlap of computing and sending, of which DDP has some. A step of 32 pictures of 224 px
-takes an m5.2xlarge about 2.9 s; 10 Gbit/s is the most that it sends, 5 the limit of one flow, 2.5 its baseline. 8 x T4: 64 pictures a step and GPU,
-250 pictures/s and 6 GB/s between GPUs (both assumed)."""
+Each process sends 2 (n - 1) / n times the gradients in a step (ring all-reduce), n: processes. The
+estimates are computed, not measured: efficiency = step / (step + sent / bandwidth), without any
+overlap of computing and sending, of which DDP has some. A step of 32 pictures of 224 px takes an
+m5.2xlarge about 2.9 s; 10 Gbit/s is the most that it sends, 5 the limit of one flow, 2.5 its
+baseline. 8 x T4: 64 pictures a step and GPU, 250 pictures/s and 6 GB/s between GPUs (both
+assumed)."""
 
 
 def measure(scratch: Path, rounds: int) -> Table:
@@ -79,7 +82,7 @@ def measure(scratch: Path, rounds: int) -> Table:
 
 @contextmanager
 def workers(scratch: Path, freeze: str, jobs: int, size: int) -> Iterator[Work]:
-    """A piece of work for `paired`: `jobs` jobs of `size` processes each take their steps at the same time."""
+    """Return work for `paired`: `jobs` jobs of `size` processes each take their steps at once."""
     started = [
         start(scratch, freeze, rank, size, port)
         for port in (free_port() for _ in range(jobs))

@@ -1,4 +1,4 @@
-"""Servers of one ResNet-18 side by side: how soon each is ready, what memory it takes, and how it answers 1 and 8 clients."""
+"""Servers of one ResNet-18 side by side: time to ready, memory, answers to 1 and 8 clients."""
 
 import base64
 import json
@@ -37,10 +37,12 @@ CLASSES = 133
 Start = Callable[[int], subprocess.Popen[bytes]]  # starts a server on a port
 SECONDS = 2.0  # of load at a time
 TURNS = 4  # of each server in a round, with each number of clients
-NOTE = """ResNet-18 at 224 px, 133 classes; a JPEG of 500 x 375 px posted to `/invocations` by 1 and by 8 clients on the same machine. All servers
-run; they take turns of 2 s, so that what else the machine does falls on all of them. Eager torch is what tutorials do: Pillow, torchvision's
-transforms, `model(x)`. TorchServe runs AWS's own toolkit with that code as its four functions. Ready: from the process's start to its first answer.
-Memory (resident) and CPU time are of all its processes together. Throughput, p50 and p99 are so many times better than FastAPI's."""
+NOTE = """ResNet-18 at 224 px, 133 classes; a JPEG of 500 x 375 px posted to `/invocations` by 1 and
+by 8 clients on the same machine. All servers run; they take turns of 2 s, so that what else the
+machine does falls on all of them. Eager torch is what tutorials do: Pillow, torchvision's
+transforms, `model(x)`. TorchServe runs AWS's own toolkit with that code as its four functions.
+Ready: from the process's start to its first answer. Memory (resident) and CPU time are of all its
+processes together. Throughput, p50 and p99 are so many times better than FastAPI's."""
 
 NETWORK = """
 import io
@@ -54,7 +56,10 @@ def make_model(path={weights!r}):
     return network.eval()
 
 to_tensor = transforms.Compose([
-    transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    transforms.Resize(256),
+    transforms.CenterCrop(224),
+    transforms.ToTensor(),
+    transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
 ])
 
 def decode(body):
@@ -104,7 +109,8 @@ class Api(litserve.LitAPI):
         return output.tolist()
 
 if __name__ == "__main__":
-    litserve.LitServer(Api(max_batch_size=8, batch_timeout=0.005, api_path="/invocations"), accelerator="cpu").run(
+    api = Api(max_batch_size=8, batch_timeout=0.005, api_path="/invocations")
+    litserve.LitServer(api, accelerator="cpu").run(
         host="127.0.0.1", port={port}, generate_client_file=False, log_level="warning")
 """
 TOOLKIT = """
@@ -261,7 +267,10 @@ def make_contenders(scratch: Path) -> dict[str, Start]:
 
 
 def make_packages(scratch: Path) -> tuple[Path, Path]:
-    """A float32 and an int8 package of the same network, whose weights weights.pt holds by torchvision's names. Random weights are as fast as any."""
+    """Make a float32 and an int8 package of one network, and weights.pt by torchvision's names.
+
+    Random weights are as fast as any.
+    """
     torch.manual_seed(0)
     network = model.build(
         "resnet18", CLASSES, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
@@ -364,7 +373,7 @@ class Server:
         )
 
     def _processes(self) -> Iterator[tuple[dict[str, str], list[str]]]:
-        """/proc's status and stat (from the third field on: proc(5)) of each process of the group."""
+        """Return status and stat (from the third field on: proc(5)) of the group's processes."""
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if os.getpgid(int(folder.name)) == self._process.pid:
@@ -447,7 +456,7 @@ def make_table(found: dict[str, list[Measured]]) -> Table:
 def target(
     name: str, values: Sequence[Measured], better: Sequence[float]
 ) -> tuple[str, bool | None]:
-    """better: throughput, p50 and p99 with 1 client, and the same with 8, as ratios to FastAPI's."""
+    """better: throughput, p50, p99 with 1 client, and the same with 8, as ratios to FastAPI's."""
     if name == "ours":
         light = (
             median(value.ready for value in values) <= 1.2

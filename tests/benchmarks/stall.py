@@ -14,9 +14,11 @@ from trainer.training import checkpoint, metrics
 from trainer.training.loop import Checkpoints, Learner, Progress
 
 TITLE = "Checkpoint stall"
-NOTE = """How long a checkpoint of ResNet-50 trained by SGD with momentum (its weights and as many momenta) holds the training loop.
-`torch.save` writes in place, with no fsync. Ours copies into memory that it keeps, then hashes, writes, fsyncs and renames in the
-background, verified again before it is believed: that time is in a column of its own, and the next snapshot is taken after it."""
+NOTE = """How long a checkpoint of ResNet-50 trained by SGD with momentum (its weights and as many
+momenta) holds the training loop. `torch.save` writes in place, with no fsync. Ours copies into
+memory that it keeps, then hashes, writes, fsyncs and renames in the background, verified again
+before it is believed: that time is in a column of its own, and the next snapshot is taken after
+it."""
 
 
 def measure(scratch: Path, rounds: int) -> Table:

@@ -14,19 +14,24 @@ from tests.benchmarks.table import Row, Table
 
 TITLE = "Start"
 PROJECT = Path(__file__).parents[2]
-NOTE = """CPU time of a process from its start to the end of its first optimizer step, on 8 pictures of 28 px. The bare script imports torch
-and torchvision, builds the network and steps once, on random numbers. Ours is `python -m trainer` with everything that it does
-before: settings, the scan of the class folders, the packed pixels (built before), a trial of the network, the run's directory and
-its log."""
+NOTE = """CPU time of a process from its start to the end of its first optimizer step, on 8 pictures
+of 28 px. The bare script imports torch and torchvision, builds the network and steps once, on
+random numbers. Ours is `python -m trainer` with everything that it does before: settings, the scan
+of the class folders, the packed pixels (built before), a trial of the network, the run's directory
+and its log."""
 
 BARE = """
 import torch, torchvision
 network = {network}
 optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-torch.nn.functional.cross_entropy(network(torch.randn(8, 3, 28, 28)), torch.zeros(8, dtype=torch.long)).backward()
+logits = network(torch.randn(8, 3, 28, 28))
+torch.nn.functional.cross_entropy(logits, torch.zeros(8, dtype=torch.long)).backward()
 optimizer.step()
 """
-SMALL = "torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32 * 26 * 26, 10))"
+SMALL = (
+    "torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), "
+    "torch.nn.Flatten(), torch.nn.Linear(32 * 26 * 26, 10))"
+)
 
 OURS = """
 import os, runpy, sys

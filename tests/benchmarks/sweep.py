@@ -1,4 +1,4 @@
-"""What a sweep of heads costs: 16 trials against one, against the naive way, and heads trained together against one after the other."""
+"""What a sweep of heads costs: 16 trials against one, against the naive way, and in batches."""
 
 import dataclasses
 import os
@@ -31,16 +31,19 @@ TITLE = "Sweep"
 PROJECT = Path(__file__).parents[2]
 TRIALS, EPOCHS = 16, 10
 PHOTOS = 185  # as many as pets37 has
-# An image folder in the place of the benchmarks' own photos, and a state dict in the place of random weights.
+# An image folder in the place of the benchmarks' own photos, and a state dict in the place of
+# random weights.
 DATA, WEIGHTS = (
     os.environ.get("PACKHORSE_BENCH_DATA"),
     os.environ.get("PACKHORSE_BENCH_WEIGHTS", "null"),
 )
-NOTE = f"""{TRIALS} trials (4 learning rates x 4 weight decays, {EPOCHS} epochs) of a head on a frozen MobileNetV2 at 224 px: whole processes as a
-user starts them, each with empty caches. The sweep, with the model package and report of its best trial, is held against one run of one trial
-with cached features; the naive way is {TRIALS} runs without caches, taken as one such run times {TRIALS}. Below them the epochs alone, in one
-process: {TRIALS} heads, 2048 features, 133 classes, 1,000 pictures, batch 64, AdamW with a moving average; the trainer's own loop taking one head
-after the other against one pass for all of them, in CPU time."""
+NOTE = f"""{TRIALS} trials (4 learning rates x 4 weight decays, {EPOCHS} epochs) of a head on a
+frozen MobileNetV2 at 224 px: whole processes as a user starts them, each with empty caches. The
+sweep, with the model package and report of its best trial, is held against one run of one trial
+with cached features; the naive way is {TRIALS} runs without caches, taken as one such run times
+{TRIALS}. Below them the epochs alone, in one process: {TRIALS} heads, 2048 features, 133 classes,
+1,000 pictures, batch 64, AdamW with a moving average; the trainer's own loop taking one head after
+the other against one pass for all of them, in CPU time."""
 
 
 def measure(scratch: Path, rounds: int) -> Table:

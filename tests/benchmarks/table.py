@@ -1,4 +1,7 @@
-"""The tables: rows to Markdown, and Markdown into docs/benchmarks.md, where sections that were not run stay as they are."""
+"""The tables: rows to Markdown, and Markdown into docs/benchmarks.md.
+
+Sections that were not run stay as they are.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -15,8 +18,9 @@ import torch
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
-Written by `make bench` (`python -m tests.benchmarks`); not edited by hand. The contenders of a table took turns in one run. A ratio is the median
-over the rounds, with their number, the smallest and the largest; above 1 is better. CPU time is of all processes and threads together.
+Written by `make bench` (`python -m tests.benchmarks`); not edited by hand. The contenders of a
+table took turns in one run. A ratio is the median over the rounds, with their number, the smallest
+and the largest; above 1 is better. CPU time is of all processes and threads together.
 """
 
 
@@ -67,19 +71,21 @@ def environment(packages: Sequence[str]) -> str:
     ]
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
-        f"{time.strftime('%Y-%m-%d')}; {_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}; load {load}; "
-        f"Python {platform.python_version()}, {', '.join(versions)}; torch threads: {torch.get_num_threads()}."
+        f"{time.strftime('%Y-%m-%d')}; {_processor()}, {os.cpu_count()} cores, "
+        f"{torch.backends.cpu.get_cpu_capability()}; load {load}; "
+        f"Python {platform.python_version()}, {', '.join(versions)}; "
+        f"torch threads: {torch.get_num_threads()}."
     )
 
 
 def _processor() -> str:
     information = Path("/proc/cpuinfo")
-    found = (
+    model = (
         re.search(r"model name\s*:\s*(.+)", information.read_text())
         if information.exists()
         else None
     )
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def installed(package: str) -> bool:
@@ -91,7 +97,10 @@ def installed(package: str) -> bool:
 
 
 def merge(page: str, tables: Mapping[str, str], order: Sequence[str]) -> str:
-    """`page` with the given sections (title to Markdown) put in place of those of the same title. order: of all titles."""
+    """Return `page` with the given sections (title to Markdown) in place of those of their titles.
+
+    order: of all titles.
+    """
     parts = re.split(r"^## (.+)\n", page, flags=re.MULTILINE)[1:]
     sections = {
         title: f"## {title}\n{body}" for title, body in zip(parts[::2], parts[1::2], strict=True)

@@ -1,4 +1,4 @@
-"""The benchmarks themselves take minutes and are `make bench`; here only that their tables come out."""
+"""That the benchmarks' tables come out. They themselves take minutes and are `make bench`."""
 
 import importlib
 

@@ -132,7 +132,7 @@ def running(record: Path, program: Sequence[str] = ("-m", "tests.launch.aws")) -
         yield Cloud(process.stdout.readline().strip(), record)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
-"""What each part asks of AWS: recorded calls as IAM sees them (action, resource, context), and an evaluator that decides them offline.
+"""What each part asks of AWS: recorded calls as IAM sees them (action, resource, context), and an
+evaluator that decides them offline.
 
-The evaluator is @cloud-copilot/iam-simulate (npm, AGPL-3.0), a process of the tests and no part of Packhorse.
+The evaluator is @cloud-copilot/iam-simulate (npm, AGPL-3.0), a process of the tests and no part of
+Packhorse.
 """
 
 import copy
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,11 +19,11 @@ import yaml
 
 from launch.audit.account import CALLS
 from launch.verbs.policy import PARTS, document, permissions
+from tests.conftest import PROJECT
 
 ACCOUNT, REGION, PROJECT_NAME = "123456789012", "us-east-1", "packhorse"
 BUCKET = f"{PROJECT_NAME}-{ACCOUNT}-{REGION}"
-SIMULATOR = "@cloud-copilot/iam-simulate"
-VERSION = "0.1.173"
+SIMULATOR = "@cloud-copilot/iam-simulate"  # its version: tests/launch/npm
 OURS = {"aws:ResourceTag/project": PROJECT_NAME}
 SERVICE_CALLS = Path(__file__).with_name("service_calls.yaml")
 
@@ -91,9 +92,11 @@ def unique(asks: Iterable[Ask]) -> list[Ask]:
 
 
 def asks_of(call: Mapping[str, Any], by: str) -> list[Ask]:
-    """A recorded call (tests/launch/aws.py says in which form). Raises KeyError for an operation that is not known here.
+    """A recorded call (tests/launch/aws.py says in which form). Raises KeyError for an operation
+    that is not known here.
 
-    Which actions, resources and condition keys a call is decided by: AWS's Service Authorization Reference.
+    Which actions, resources and condition keys a call is decided by: AWS's Service Authorization
+    Reference.
     """
     name, given = _named(call)
     ours = (
@@ -110,7 +113,8 @@ def asks_of(call: Mapping[str, Any], by: str) -> list[Ask]:
     ]
 
 
-# Calls that are signed for one service and described in the model of another, where the record has no name for them: by their paths.
+# Calls that are signed for one service and described in the model of another, where the record has
+# no name for them: by their paths.
 BY_PATH = {r"/endpoints/(?P<EndpointName>[^/]+)/invocations": "InvokeEndpoint"}
 
 
@@ -160,7 +164,10 @@ def _sagemaker(
 
 
 def _creates(action: str, kind: str, key: str) -> Callable[[Mapping[str, Any]], list[Ask]]:
-    """A call that makes something of SageMaker's: with a role, machines and tags it takes the right to pass and to tag too."""
+    """A call that makes something of SageMaker's.
+
+    With a role, machines and tags it takes the right to pass and to tag too.
+    """
 
     def asks(given: Mapping[str, Any]) -> list[Ask]:
         definition = given.get("TrainingJobDefinition", given)
@@ -176,14 +183,14 @@ def _creates(action: str, kind: str, key: str) -> Callable[[Mapping[str, Any]], 
                 "MinimumInstanceMetadataServiceVersion", "1"
             )
         arn = _arn("sagemaker", f"{kind}/{given[key]}")
-        found = [Ask(f"sagemaker:{action}", arn, context)]
+        asks = [Ask(f"sagemaker:{action}", arn, context)]
         if tags:
-            found.append(Ask("sagemaker:AddTags", arn, tags | {"sagemaker:TaggingAction": action}))
+            asks.append(Ask("sagemaker:AddTags", arn, tags | {"sagemaker:TaggingAction": action}))
         if role := definition.get("RoleArn"):
-            found.append(
+            asks.append(
                 Ask("iam:PassRole", role, {"iam:PassedToService": "sagemaker.amazonaws.com"})
             )
-        return found
+        return asks
 
     return asks
 
@@ -194,7 +201,10 @@ def _everything(action: str) -> Callable[[Mapping[str, Any]], list[Ask]]:
 
 
 def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
-    """RunInstances is decided once for each thing that it makes or uses; the parameters are flat, as on the wire."""
+    """RunInstances is decided once for each thing that it makes or uses.
+
+    The parameters are flat, as on the wire.
+    """
     tags: dict[str, dict[str, str]] = {}
     for name, value in given.items():
         if match := re.fullmatch(r"TagSpecification\.(\d+)\.Tag\.(\d+)\.Key", name):
@@ -215,8 +225,8 @@ def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
     }
     if given.get("InstanceMarketOptions.MarketType") == "spot":
         made["spot-instances-request"] = ("sir-01234567", {})
-    found = [Ask("ec2:RunInstances", f"arn:aws:ec2:{REGION}::image/{given['ImageId']}")]
-    found += [
+    asks = [Ask("ec2:RunInstances", f"arn:aws:ec2:{REGION}::image/{given['ImageId']}")]
+    asks += [
         Ask("ec2:RunInstances", _arn("ec2", used))
         for used in (
             f"subnet/{given.get('SubnetId', 'subnet-01234567')}",
@@ -225,19 +235,19 @@ def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
     ]
     for kind, (identifier, context) in made.items():
         arn = _arn("ec2", f"{kind}/{identifier}")
-        found.append(Ask("ec2:RunInstances", arn, context | tags.get(kind, {})))
+        asks.append(Ask("ec2:RunInstances", arn, context | tags.get(kind, {})))
         if kind in tags:
-            found.append(
+            asks.append(
                 Ask("ec2:CreateTags", arn, tags[kind] | {"ec2:CreateAction": "RunInstances"})
             )
-    found.append(
+    asks.append(
         Ask(
             "iam:PassRole",
             f"arn:aws:iam::{ACCOUNT}:role/{given['IamInstanceProfile.Name']}",
             {"iam:PassedToService": "ec2.amazonaws.com"},
         )
     )
-    return found
+    return asks
 
 
 def _terminate(given: Mapping[str, Any]) -> list[Ask]:
@@ -274,30 +284,66 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
     ("s3", "DeleteObject"): _s3("DeleteObject"),
     ("s3", "DeleteObjects"): _s3("DeleteObject"),
     ("sagemaker", "CreateTrainingJob"): _creates("CreateTrainingJob", *TRAINING),
-    ("sagemaker", "CreateHyperParameterTuningJob"): _creates("CreateHyperParameterTuningJob", *TUNING),
+    ("sagemaker", "CreateHyperParameterTuningJob"): _creates(
+        "CreateHyperParameterTuningJob", *TUNING
+    ),
     ("sagemaker", "CreateNotebookInstance"): _creates("CreateNotebookInstance", *NOTEBOOK),
-    ("sagemaker", "CreateNotebookInstanceLifecycleConfig"): _creates("CreateNotebookInstanceLifecycleConfig", *SCRIPT),
-    **{("sagemaker", f"{verb}TrainingJob"): _sagemaker(f"{verb}TrainingJob", *TRAINING) for verb in ("Describe", "Stop")},
-    **{("sagemaker", f"{verb}HyperParameterTuningJob"): _sagemaker(f"{verb}HyperParameterTuningJob", *TUNING) for verb in ("Describe", "Stop")},
-    ("sagemaker", "ListTrainingJobsForHyperParameterTuningJob"): _sagemaker("ListTrainingJobsForHyperParameterTuningJob", *TUNING),
-    **{("sagemaker", f"{verb}NotebookInstance"): _sagemaker(f"{verb}NotebookInstance", *NOTEBOOK) for verb in ("Describe", "Start", "Stop")},
-    ("sagemaker", "DescribeNotebookInstanceLifecycleConfig"): _sagemaker("DescribeNotebookInstanceLifecycleConfig", *SCRIPT),
+    ("sagemaker", "CreateNotebookInstanceLifecycleConfig"): _creates(
+        "CreateNotebookInstanceLifecycleConfig", *SCRIPT
+    ),
+    **{
+        ("sagemaker", f"{verb}TrainingJob"): _sagemaker(f"{verb}TrainingJob", *TRAINING)
+        for verb in ("Describe", "Stop")
+    },
+    **{
+        ("sagemaker", f"{verb}HyperParameterTuningJob"): _sagemaker(
+            f"{verb}HyperParameterTuningJob", *TUNING
+        )
+        for verb in ("Describe", "Stop")
+    },
+    ("sagemaker", "ListTrainingJobsForHyperParameterTuningJob"): _sagemaker(
+        "ListTrainingJobsForHyperParameterTuningJob", *TUNING
+    ),
+    **{
+        ("sagemaker", f"{verb}NotebookInstance"): _sagemaker(f"{verb}NotebookInstance", *NOTEBOOK)
+        for verb in ("Describe", "Start", "Stop")
+    },
+    ("sagemaker", "DescribeNotebookInstanceLifecycleConfig"): _sagemaker(
+        "DescribeNotebookInstanceLifecycleConfig", *SCRIPT
+    ),
     ("sagemaker", "DescribeEndpoint"): _sagemaker("DescribeEndpoint", "endpoint", "EndpointName"),
-    ("sagemaker", "DescribeEndpointConfig"): _sagemaker("DescribeEndpointConfig", "endpoint-config", "EndpointConfigName"),
+    ("sagemaker", "DescribeEndpointConfig"): _sagemaker(
+        "DescribeEndpointConfig", "endpoint-config", "EndpointConfigName"
+    ),
     ("sagemaker", "InvokeEndpoint"): _sagemaker("InvokeEndpoint", "endpoint", "EndpointName"),
-    **{("sagemaker", name): _sagemaker(name) for name in ("ListTrainingJobs", "ListNotebookInstances", "ListEndpoints")},
-    ("sagemaker", "ListTags"): lambda given: [Ask("sagemaker:ListTags", given["ResourceArn"], on_what_is_there=True)],
+    **{
+        ("sagemaker", name): _sagemaker(name)
+        for name in ("ListTrainingJobs", "ListNotebookInstances", "ListEndpoints")
+    },
+    ("sagemaker", "ListTags"): lambda given: [
+        Ask("sagemaker:ListTags", given["ResourceArn"], on_what_is_there=True)
+    ],
     ("ec2", "RunInstances"): _run_instances,
     ("ec2", "TerminateInstances"): _terminate,
-    **{("ec2", name): _everything(f"ec2:{name}") for name in ("DescribeInstances", "DescribeVolumes", "DescribeSpotPriceHistory")},
-    ("ssm", "GetParameter"): lambda given: [Ask("ssm:GetParameter", f"arn:aws:ssm:{REGION}::parameter{given['Name']}")],
-    ("logs", "FilterLogEvents"): lambda given: [Ask("logs:FilterLogEvents", _arn("logs", f"log-group:{given['logGroupName']}:*"))],
+    **{
+        ("ec2", name): _everything(f"ec2:{name}")
+        for name in ("DescribeInstances", "DescribeVolumes", "DescribeSpotPriceHistory")
+    },
+    ("ssm", "GetParameter"): lambda given: [
+        Ask("ssm:GetParameter", f"arn:aws:ssm:{REGION}::parameter{given['Name']}")
+    ],
+    ("logs", "FilterLogEvents"): lambda given: [
+        Ask("logs:FilterLogEvents", _arn("logs", f"log-group:{given['logGroupName']}:*"))
+    ],
     ("pricing", "GetProducts"): _everything("pricing:GetProducts"),
-}  # fmt: skip
+}
 
 
 def audit_asks(call: Mapping[str, Any]) -> list[Ask]:
-    """A recorded call of the audit: its actions are granted on everything, since it looks for what should not be there."""
+    """A recorded call of the audit.
+
+    Its actions are granted on everything, since it looks for what should not be there.
+    """
     names = {"monitoring": "cloudwatch", "access-analyzer": "accessanalyzer"}  # as they sign
     service, name = names.get(call["service"], call["service"]), call["operation"]
     action, _ = CALLS[service, name]
@@ -312,7 +358,10 @@ class Evaluator:
     package: Path
 
     def decide(self, questions: Sequence[tuple[dict[str, Any], Ask]]) -> list[bool]:
-        """Whether each policy allows what is asked. AssertionError where the evaluator refuses the question itself."""
+        """Return whether each policy allows what is asked.
+
+        Raise AssertionError where the evaluator refuses the question itself.
+        """
         policies = {
             json.dumps(each, sort_keys=True): f"p{number}"
             for number, each in enumerate(each for each, _ in questions)
@@ -333,7 +382,8 @@ class Evaluator:
                 "asks": asked,
             }
         )
-        # The ARN of a parameter of AWS's own has no account, which the evaluator takes for no parameter's ARN.
+        # The ARN of a parameter of AWS's own has no account, which the evaluator takes for no
+        # parameter's ARN.
         given = given.replace(f":ssm:{REGION}::parameter/", f":ssm:{REGION}:aws:parameter/")
         script = Path(__file__).with_name("evaluate.mjs")
         done = subprocess.run(
@@ -355,30 +405,12 @@ class Evaluator:
 
 
 def find_evaluator() -> Evaluator | str:
-    """The evaluator, installed once into a cache by npm; or why there is none."""
-    if not shutil.which("node") or not shutil.which("npm"):
-        return f"{SIMULATOR} needs node and npm"
-    root = (
-        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        / "packhorse-tests"
-        / f"iam-simulate-{VERSION}"
-    )
-    package = root / "node_modules" / SIMULATOR
-    if not (package / "package.json").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        command = [
-            "npm",
-            "install",
-            "--prefix",
-            str(root),
-            "--no-audit",
-            "--no-fund",
-            "--ignore-scripts",
-            f"{SIMULATOR}@{VERSION}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode != 0:
-            return f"{SIMULATOR} could not be installed: {done.stderr.strip().splitlines()[-1]}"
+    """Return the evaluator that `.ci/setup dev` installed; or why there is none."""
+    package = PROJECT / ".venv/npm/node_modules" / SIMULATOR
+    if not (package / "package.json").exists() or not shutil.which("node"):
+        return (
+            f"{SIMULATOR} is not installed: .ci/setup dev installs it where there are node and npm"
+        )
     return Evaluator(package)
 
 
@@ -423,7 +455,10 @@ def without(policy: dict[str, Any], grant: Grant) -> dict[str, Any]:
 
 
 def narrowed(policy: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The policy with one value less in a condition that lists several, each in turn; not the lists of machines, which the owner chooses."""
+    """The policy with one value less in a condition that lists several, each in turn.
+
+    Not the lists of machines, which the owner chooses.
+    """
     for number, statement in enumerate(policy["Statement"]):
         for test, keys in statement.get("Condition", {}).items():
             for key, values in keys.items():
@@ -439,12 +474,16 @@ def narrowed(policy: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                         yield f"{statement['Sid']}: {key} {value}", less
 
 
-# Resources of an action that the Service Authorization Reference leaves out, and the user guide asks for: "Spot Instance permissions".
+# Resources of an action that the Service Authorization Reference leaves out, and the user guide
+# asks for: "Spot Instance permissions".
 NOT_LISTED = {"ec2:RunInstances": (_arn("ec2", "spot-instances-request/*"),)}
 
 
 def _fits(action: str, resource: str) -> bool:
-    """Whether the action can be held to such a resource at all; a statement may name several kinds for several actions."""
+    """Return whether the action can be held to such a resource at all.
+
+    A statement may name several kinds for several actions.
+    """
     from launch.audit.policies import resource_forms
 
     patterns = [

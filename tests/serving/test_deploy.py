@@ -315,7 +315,7 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
         assert process.wait(600) == 0
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 # --- mistakes, each one line ---

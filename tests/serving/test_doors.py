@@ -23,6 +23,8 @@ import pytest
 from serving import inference, lambda_direct
 from tests.conftest import PROJECT, wait_for
 
+pytestmark = pytest.mark.long  # TorchServe, Ray and Java start
+
 DOORS = Path(os.environ.get("DOORS", PROJECT / ".venv-doors")) / "bin"
 installed = pytest.mark.skipif(
     not (DOORS / "python").exists(), reason="TorchServe and Ray are not installed: make doors"

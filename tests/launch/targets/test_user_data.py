@@ -22,6 +22,8 @@ from tests.conftest import wait_for
 from tests.launch.conftest import REGION, Cloud, running
 from trainer.common.errors import MISTAKE, OK, RESUME
 
+pytestmark = pytest.mark.long  # the machine's script, many times
+
 BIN = Path(sys.executable).parent
 ACCOUNT, RUN = "123456789012", "a-run"
 MISSING, WRONG = (
@@ -91,13 +93,14 @@ class Machine:
         (self.root / "bin" / name).chmod(0o755)
 
     def boot(self, script: Path) -> None:
-        self.process = subprocess.Popen(
-            [*UNSHARE, "bash", "-euc", MACHINE, "machine", str(self.root), str(script)],
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self.console.open("w"),
-            stderr=subprocess.STDOUT,
-        )
+        with self.console.open("w") as console:
+            self.process = subprocess.Popen(
+                [*UNSHARE, "bash", "-euc", MACHINE, "machine", str(self.root), str(script)],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+            )
 
     def boot_again(self, **environment: str) -> "Machine":
         """As cloud-init does it, whatever that machine was told to run at each boot."""

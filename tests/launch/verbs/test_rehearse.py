@@ -33,9 +33,12 @@ from trainer.common.errors import MISTAKE, OK, RESUME, UserError
 from trainer.settings import config as settings
 from trainer.training import checkpoint
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("sagemaker_training") is None, reason="make setup EXTRA=rehearse"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        importlib.util.find_spec("sagemaker_training") is None, reason="make setup EXTRA=rehearse"
+    ),
+]
 SETTINGS = (
     *(setting for setting in QUICK if not setting.startswith("platform")),
     "data=folder",

@@ -17,6 +17,8 @@ from tests.trainer.distributed.together import ended, together
 from trainer.common.errors import MISTAKE, OK, RESUME
 from trainer.training import checkpoint
 
+pytestmark = pytest.mark.long  # processes are lost, and waited for
+
 LIMIT = 6  # train.timeout_seconds
 RUN = (
     "name=run", "data=folder", "data.root=pictures", "model=small_cnn",

@@ -15,6 +15,8 @@ from tests.conftest import PROJECT, make_pictures, wait_for
 from trainer.common.errors import OK
 from trainer.training import checkpoint
 
+pytestmark = pytest.mark.long  # network namespaces, and two hosts that wait for each other
+
 LIMIT = 6  # train.timeout_seconds
 RUN = (
     "name=run", "data=folder", "data.root=pictures", "model=small_cnn",

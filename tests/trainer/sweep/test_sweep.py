@@ -105,6 +105,7 @@ def test_batched_trials_measure_what_each_measures_alone(tmp_path, pictures):
     )  # complete trials, by lr, seed and number
 
 
+@pytest.mark.long
 def test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_is_edited(
     tmp_path, pictures
 ):
@@ -183,6 +184,7 @@ SAMPLED = command(
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_sampled_sweep_killed_at_random_is_the_undisturbed_one(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for cwd in (killed, whole):

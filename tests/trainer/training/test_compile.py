@@ -39,11 +39,16 @@ def forget_the_second_half(run: Path) -> None:
     "settings",
     [
         pytest.param(["train.ema_decay=null"], id="network"),
-        pytest.param(["train.ema_decay=0.9", "train.accumulate=2"], id="average"),
-        pytest.param(["model.freeze=backbone", "model.head_hidden=8"], id="head"),
+        pytest.param(
+            ["train.ema_decay=0.9", "train.accumulate=2"], id="average", marks=pytest.mark.long
+        ),
+        pytest.param(
+            ["model.freeze=backbone", "model.head_hidden=8"], id="head", marks=pytest.mark.long
+        ),
         pytest.param(
             ["model.freeze=backbone", "model.cached_views=null", "train.exact_shards=2"],
             id="shards",
+            marks=pytest.mark.long,
         ),
     ],
 )
