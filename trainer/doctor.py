@@ -25,6 +25,7 @@ import torch
 from trainer.__main__ import guarded
 from trainer.common import files
 from trainer.common.console import log, to_terminal
+from trainer.common.cpu import cores
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop, metadata
 from trainer.images import cache
@@ -33,7 +34,7 @@ from trainer.images.folder import ImageFolder, Split
 from trainer.images.loader import Batch, Batches, ImageLoader
 from trainer.network import features, weights
 from trainer.network.build import Classifier
-from trainer.network.device import Machine, cores
+from trainer.network.device import Machine
 from trainer.network.features import FeatureLoader
 from trainer.settings import config as settings
 from trainer.settings.compose import resolve

@@ -164,10 +164,5 @@ def compiled(network: nn.Module) -> nn.Module:
     return cast(nn.Module, torch.compile(network, dynamic=False))
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer.common import files
 from trainer.common.console import ProgressBar, log
+from trainer.common.cpu import cores
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.job import ALONE, Gradients, Job, Ordered, Replicated, World
@@ -533,7 +534,7 @@ def workers(config: Config, world: World = ALONE) -> int:
     """Threads that read pictures: data.workers, or one a core that this process may use, of which the processes of a host have equal shares."""
     if config.data.workers is not None:
         return config.data.workers
-    return max(device.cores() // world.local_size, 1)
+    return max(cores() // world.local_size, 1)
 
 
 def preprocessing(config: Config) -> Preprocessing:
