@@ -28,10 +28,12 @@ from trainer.common.console import log, to_terminal
 from trainer.common.cpu import cores
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop, metadata
+from trainer.distributed.job import ALONE
 from trainer.images import cache
 from trainer.images.datasets import find_images
 from trainer.images.folder import ImageFolder, Split
 from trainer.images.loader import Batch, Batches, ImageLoader
+from trainer.images.usable import preprocessing, reads_more_than_once, workers
 from trainer.network import features, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
@@ -140,16 +142,9 @@ def measure(
         sample = _sampled(found)
         paths = [path for split in sample.splits.values() for path in split.paths]
         started = time.monotonic()
-        wanted = stages.preprocessing(config)
-        packed = cache.pack(
-            paths,
-            directory,
-            wanted.resize,
-            wanted.interpolation,
-            stages.workers(config),
-            None,
-            lambda done, total: None,
-        )
+        wanted = preprocessing(config)
+        store = cache.PixelCache(directory, wanted.resize, wanted.interpolation)
+        packed = store.pack(paths, workers(config, ALONE), lambda done, total: None)
         decode = len(paths) / (time.monotonic() - started)
         sample = _without(sample, packed.broken)
         picture_bytes = float(
@@ -159,7 +154,7 @@ def measure(
         feed = stages.make_loader(
             config,
             _as_many(sample, found),
-            packed if stages.reads_more_than_once(config) else None,
+            packed if reads_more_than_once(config) else None,
             machine,
         )
         load = _rate(feed.train_batches(0), seconds / 2)
@@ -399,7 +394,7 @@ def propose(
         lines.append(
             "model.cached_views=4: the frozen backbone would run once for each of 4 views, and not in every epoch"
         )
-    if measured.wait > 0.1 and not stages.reads_more_than_once(config):
+    if measured.wait > 0.1 and not reads_more_than_once(config):
         lines.append(
             f"data.cache=packed: {measured.wait:.0%} of the time goes by waiting for pictures to be decoded"
         )
@@ -424,7 +419,7 @@ def propose(
             f"another instance than {instance}: it may only compute in bursts; see python -m launch instances"
         )
     free = shutil.disk_usage(config.platform.cache).free
-    if stages.reads_more_than_once(config) and packed_bytes(found, measured) > free:
+    if reads_more_than_once(config) and packed_bytes(found, measured) > free:
         lines.append(
             f"platform.cache=DIR on a larger disk: {amount(packed_bytes(found, measured))} of packed pixels do not fit into {amount(free)}"
         )
@@ -491,7 +486,7 @@ def run_facts(
         "once, before": f"{duration(prediction.once)}, limited by {once_limit}; nothing where it is in the cache already",
         "all epochs": f"{duration(prediction.once + config.train.epochs * prediction.epoch)} for {config.train.epochs}",
         "packed pixels": amount(packed_bytes(found, measured))
-        if stages.reads_more_than_once(config)
+        if reads_more_than_once(config)
         else "none",
         "a checkpoint": f"at least {amount(size)}, written in {duration(size / measured.write)}",
     }

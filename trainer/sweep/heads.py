@@ -32,11 +32,12 @@ from trainer.images.datasets import find_images
 from trainer.images.loader import Batches
 from trainer.network import optim, weights
 from trainer.network.build import Classifier
+from trainer.network.ema import ModelEma
 from trainer.settings import config as settings
 from trainer.settings.config import Config, identity, metric_line
 from trainer.sweep.driver import locked
 from trainer.training import checkpoint, metrics, stages
-from trainer.training.loop import ModelEma, autocast, lr_factor
+from trainer.training.loop import autocast, lr_factor
 from trainer.training.run import Run, check_identity
 
 

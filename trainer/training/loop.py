@@ -1,6 +1,5 @@
 """The training loop: one step, one evaluation, and `fit`, which reads top to bottom."""
 
-import copy
 import hashlib
 import math
 import time
@@ -22,9 +21,9 @@ from trainer.common.interrupt import Stop
 from trainer.common.randomness import Purpose, generator
 from trainer.distributed.job import ALONE, GO, SAVE, STOP, Gradients, World
 from trainer.images.loader import Batch, Batches
-from trainer.images.mixup import mix
+from trainer.images.mixup import Mixing, mix
 from trainer.network import optim
-from trainer.network.build import Classifier
+from trainer.network.ema import ModelEma
 from trainer.settings.config import Config, metric_line
 from trainer.training import checkpoint, metrics
 
@@ -155,33 +154,6 @@ class Sums:
             if targets[0].ndim == 1:
                 self._right += (torch.cat(logits).argmax(1) == torch.cat(targets)).sum().item()
         return [self._loss, self._right, self._count]
-
-
-class ModelEma:
-    """An exponential moving average of what training changes: weights, and floating buffers such as BatchNorm's statistics."""
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.network = copy.deepcopy(network).requires_grad_(False).eval()
-        self.decay = decay
-        mine, its = trained_part(self.network), trained_part(network)
-        pairs = list(zip(mine.state_dict().values(), its.state_dict().values(), strict=True))
-        self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        # While there are few steps, a long average would mostly hold the random start: (1 + n) / (10 + n), as TensorFlow's moving averages do.
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(
-            [mine for mine, _ in self._floating], [its for _, its in self._floating], 1 - decay
-        )
-        for mine, its in self._counters:
-            mine.copy_(its)
-
-
-def trained_part(network: nn.Module) -> nn.Module:
-    """What training changes of it: all, or the head alone."""
-    return network.head if isinstance(network, Classifier) and network.frozen else network
 
 
 def train_step(
@@ -352,9 +324,7 @@ def train_epoch(
         if not mixed(config):
             return pixels, targets
         rng = generator(Purpose.MIX, config.seed, epoch=shard, sample=progress.step)
-        return mix(
-            pixels, targets, feed.classes, mixup=augment.mixup, cutmix=augment.cutmix, rng=rng
-        )
+        return mix(pixels, targets, feed.classes, Mixing(augment.mixup, augment.cutmix), rng)
 
     bar = ProgressBar(
         f"epoch {progress.epoch + 1}/{train.epochs}", feed.steps_per_epoch, progress.batch
@@ -395,17 +365,12 @@ def train_epoch(
 
 
 def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:
-    settings = config.optim
+    choice = config.optim
     assert config.train.epochs is not None
-    return optim.lr_factor(
-        step,
-        steps_per_epoch,
-        config.train.epochs,
-        schedule=settings.schedule,
-        warmup_epochs=settings.warmup_epochs,
-        step_epochs=settings.step_epochs,
-        step_factor=settings.step_factor,
+    schedule = optim.Schedule(
+        choice.schedule, choice.warmup_epochs, choice.step_epochs, choice.step_factor
     )
+    return schedule.factor(step, steps_per_epoch, config.train.epochs)
 
 
 def seed_dropout(device: torch.device, seed: int, step: int, shard: int) -> None:

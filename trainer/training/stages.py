@@ -3,8 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.common import files
-from trainer.common.console import ProgressBar, log
-from trainer.common.cpu import cores
+from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.job import ALONE, Gradients, Job, Ordered, Replicated, World
-from trainer.images import cache, folder
+from trainer.images import folder
 from trainer.images.augment import Augmentation
-from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import ImageFolder
 from trainer.images.loader import Batches, ImageLoader, Reader
 from trainer.images.sampler import Share
+from trainer.images.usable import preprocessing, report_broken, usable_images, workers
 from trainer.network import build as model
 from trainer.network import device, features, optim
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
+from trainer.network.ema import trained_part
 from trainer.results import package, quantize, report
 from trainer.settings.config import Config, identity, metric_line
 from trainer.training import checkpoint, metrics
-from trainer.training.loop import Checkpoints, Learner, Progress, evaluate, trained_part
+from trainer.training.loop import Checkpoints, Learner, Progress, evaluate
 from trainer.training.run import Run, check_identity, revision
 
 # How far the loss of the best weights on valid may lie from what was noted for them: relative, absolute.
@@ -46,99 +44,22 @@ SAME_LOSS_ELSEWHERE = (0.05, 0.01)  # another machine or precision
 def read_pictures(
     config: Config, found: ImageFolder, run: Run, stop: Stop, world: World = ALONE
 ) -> tuple[ImageFolder, Reader | None]:
-    """Decodes every picture once; those that fail are listed by name and left out. The reader gives the packed pixels; None: they weren't kept.
-
-    The processes of a host share its cache: the first one packs, the others wait.
-    """
-    packed, wanted = None, preprocessing(config)
-    if reads_more_than_once(config):
-        try:
-            packed = pack_pictures(config, found, stop, world)
-        except cache.TooLarge as error:
-            if config.data.cache == "packed":
-                raise
-            log.info("pictures are decoded in each epoch: %s", error)
-
-    def check(path: str) -> None:
-        if packed is None:
-            folder.read_shrunk(path, wanted.resize, wanted.interpolation)
-        elif path in packed.broken:
-            raise ImageError(packed.broken[path])
-
-    with counted("checking pictures", stop) as step:
-        found = folder.quarantine(
-            found, check, 0 if packed else workers(config, world), config.data.max_broken, step
-        )
-    broken = sorted(Path(path).name for path, _ in found.broken)
-    world.check_same(
-        {
-            "pictures that can't be used": ", ".join(broken[:5]) or "none",
-            "their number": str(len(broken)),
-        },
-        stop,
-    )
-    if not world.is_main_process:
-        return found, packed
-    files.write(
-        run.directory / "quarantine.txt",
-        "".join(f"{path}\t{reason}\n" for path, reason in found.broken),
-    )
-    for path, reason in found.broken[:10]:
-        log.warning("left out: %s (%s)", path, reason)
-    if len(found.broken) > 10:
-        log.warning(
-            "left out %d pictures in all; see %s",
-            len(found.broken),
-            run.directory / "quarantine.txt",
-        )
+    """Decode every image once, and leave out those that fail, by name."""
+    found, packed = usable_images(config, found, stop, world)
+    if world.is_main_process:
+        report_broken(found, run.directory / "quarantine.txt")
     return found, packed
-
-
-def reads_more_than_once(config: Config) -> bool:
-    """Whether packed pixels are worth their disk."""
-    assert config.train.epochs is not None  # weights.resolve
-    return config.data.cache == "packed" or (
-        config.data.cache == "auto" and (config.model.cached_views or config.train.epochs) > 1
-    )
-
-
-def pack_pictures(
-    config: Config, found: ImageFolder, stop: Stop, world: World = ALONE
-) -> cache.Packed:
-    paths = [path for split in found.splits.values() for path in split.paths]
-    limit = None if config.data.cache_gb is None else round(config.data.cache_gb * 1e9)
-    root, wanted = Path(config.platform.cache) / "pixels", preprocessing(config)
-    with counted("packing pictures", stop) as step:
-        return cache.pack(
-            paths, root, wanted.resize, wanted.interpolation, workers(config, world), limit, step
-        )
-
-
-@contextmanager
-def counted(what: str, stop: Stop) -> Iterator[Callable[[int, int], None]]:
-    """A progress callback(done, total) that raises Interrupted when asked to stop."""
-    bar: ProgressBar | None = None
-
-    def step(done: int, total: int) -> None:
-        nonlocal bar
-        bar = bar or ProgressBar(what, total)
-        bar.advance(done - bar.done)
-        stop.check()
-
-    try:
-        yield step
-    finally:
-        if bar:
-            bar.close()
 
 
 def prepare_machine(config: Config, world: World = ALONE) -> Machine:
     settings = config.train
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.deterministic:
+        device.make_deterministic()
     machine = device.prepare(
         settings.device,
         settings.precision,
-        deterministic=settings.deterministic,
-        threads=settings.threads,
         processes=world.size if settings.exact_shards is None else "any",
         local_rank=world.local_rank,
         local_size=world.local_size,
@@ -528,21 +449,6 @@ def result(
         "seconds": round(seconds, 1),
         "identity": identity(config) | {"pictures": found.fingerprint},
     }
-
-
-def workers(config: Config, world: World = ALONE) -> int:
-    """Threads that read pictures: data.workers, or one a core that this process may use, of which the processes of a host have equal shares."""
-    if config.data.workers is not None:
-        return config.data.workers
-    return max(cores() // world.local_size, 1)
-
-
-def preprocessing(config: Config) -> Preprocessing:
-    data = config.data
-    assert (
-        data.resize is not None and data.size is not None and data.interpolation is not None
-    )  # weights.resolve
-    return Preprocessing(resize=data.resize, size=data.size, interpolation=data.interpolation)
 
 
 def probabilities(logits: Tensor) -> NDArray[np.float32]:

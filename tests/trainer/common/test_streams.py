@@ -21,7 +21,7 @@ from trainer.common.errors import OK, RESUME
 from trainer.training import checkpoint
 
 RUN = (
-    "name=run", "platform=local", "platform.cache=cache", "data=folder", "data.root=pictures",
+    "name=run", "model=small_cnn", "platform=local", "platform.cache=cache", "data=folder", "data.root=pictures",
     "data.size=16", "data.resize=16", "data.workers=0", "train.epochs=4", "train.batch_size=8",
     "train.threads=1", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
 )  # fmt: skip
