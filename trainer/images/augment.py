@@ -59,7 +59,8 @@ def random_view(
 def resize(pixels: NDArray[np.uint8], size: int, interpolation: str) -> NDArray[np.uint8]:
     """Return pixels uint8 [H, W, 3] as [size, size, 3], antialiased.
 
-    Bilinear and bicubic by PyTorch: five times as fast as Pillow, and within 1 of each of its values (bicubic: 2).
+    Bilinear and bicubic by PyTorch: five times as fast as Pillow, and within 1 of each of its
+    values (bicubic: 2).
     """
     if interpolation not in ("bilinear", "bicubic"):
         return np.array(Image.fromarray(pixels).resize((size, size), FILTERS[interpolation]))
