@@ -31,7 +31,7 @@ LONG = (
     "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[average]",
     "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[head]",
     "trainer/training/test_compile.py::test_a_compiled_run_trains_and_resumes_to_the_same_bits[shards]",
-    "serving/test_doors.py",
+    "serving/test_adapters.py",
     "test_docs.py::test_a_training_command_trains",
 )
 

@@ -43,22 +43,26 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 # What travels as code/. The copies keep their package names, so the code that serves a picture is the code that prepared it for training.
 CODE = {
-    "inference.py": "serving/inference.py",
-    "serving/__init__.py": "serving/__init__.py",
+    "inference.py": "serving/adapters/toolkit.py",
+    "serving/ray_app.py": "serving/adapters/ray.py",
     **{
-        name: name
+        f"{name}.py": f"{name}.py"
         for name in (
-            f"serving/{module}.py"
-            for module in ("batching", "fetch", "handler", "package", "ray_app", "s3")
+            "serving/__init__",
+            "serving/backends",
+            "serving/engine",
+            "serving/fetch",
+            "serving/handler",
+            "serving/package",
+            "serving/s3",
+            "trainer/__init__",
+            "trainer/common/__init__",
+            "trainer/common/errors",
+            "trainer/images/__init__",
+            "trainer/images/bounds",
+            "trainer/images/decode",
         )
     },
-    **{
-        name: name
-        for name in (f"trainer/{folder}__init__.py" for folder in ("", "common/", "images/"))
-    },
-    "trainer/images/bounds.py": "trainer/images/bounds.py",
-    "trainer/common/errors.py": "trainer/common/errors.py",
-    "trainer/images/decode.py": "trainer/images/decode.py",
 }
 REQUIREMENTS = "numpy>=1.26\npillow>=11\nonnxruntime>=1.19\n"  # as in pyproject.toml
 
