@@ -45,23 +45,24 @@ PROJECT = Path(__file__).resolve().parents[2]
 # What travels as code/, and where it lies here. The copies keep their package names, so the code
 # that serves an image is the code that prepared it for training.
 CODE = {
-    "inference.py": "serving/inference.py",
+    "inference.py": "serving/adapters/toolkit.py",
+    "serving/ray_app.py": "serving/adapters/ray.py",
     **{
-        name: name
+        f"{name}.py": f"{name}.py"
         for name in (
-            "serving/__init__.py",
-            "serving/batching.py",
-            "serving/fetch.py",
-            "serving/handler.py",
-            "serving/package.py",
-            "serving/ray_app.py",
-            "serving/s3.py",
-            "trainer/__init__.py",
-            "trainer/common/__init__.py",
-            "trainer/common/errors.py",
-            "trainer/images/__init__.py",
-            "trainer/images/bounds.py",
-            "trainer/images/decode.py",
+            "serving/__init__",
+            "serving/backends",
+            "serving/engine",
+            "serving/fetch",
+            "serving/handler",
+            "serving/package",
+            "serving/s3",
+            "trainer/__init__",
+            "trainer/common/__init__",
+            "trainer/common/errors",
+            "trainer/images/__init__",
+            "trainer/images/bounds",
+            "trainer/images/decode",
         )
     },
 }
