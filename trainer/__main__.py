@@ -13,24 +13,15 @@ from functools import partial
 import hydra
 from omegaconf import DictConfig
 
+from trainer.common import command
 from trainer.common.console import log, to_terminal
-from trainer.common.errors import (
-    FAULT,
-    MEMORY_FULL,
-    MISTAKE,
-    OK,
-    RESUME,
-    Interrupted,
-    UserError,
-    machine_fault,
-)
+from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, Interrupted, UserError
 from trainer.common.interrupt import on_signals, on_spot_notice
 from trainer.distributed.world import Ended, Lost, World, current_world
 from trainer.images.datasets import find_images
 from trainer.settings import config as settings
-from trainer.settings.compose import CONF, resolve
+from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
-from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
 from trainer.training.run import check_identity, open_run
 
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -83,87 +74,64 @@ def train(config: Config | None, world: World) -> None:
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Runs, and turns what went wrong into one line and an exit code (trainer/common/errors.py). HYDRA_FULL_ERROR=1 shows a mistake's traceback too."""
+    """Do the work; turn what went wrong into one line and an exit code, and tell the other processes.
+
+    HYDRA_FULL_ERROR=1 shows a mistake's traceback too.
+    """
     try:
         work()
         return OK
     except Exception as error:
-        code, line = verdict(error)
+        world = current_world()
+        code, line = verdict(error, world)
         if code == FAULT or (code == MISTAKE and WANTS_TRACEBACK):
-            if current_world().size == 1:
+            if world.size == 1:
                 raise
             traceback.print_exc()
-        level = logging.WARNING if isinstance(error, Interrupted) else logging.ERROR
-        current_world().tell(error, code, line, partial(log.log, level, line))
+        level = logging.ERROR
+        if isinstance(error, Interrupted):
+            level = logging.WARNING
+        world.tell(error, code, line, partial(log.log, level, line))
         return code
 
 
-def verdict(error: Exception) -> tuple[int, str]:
-    """The exit code for what went wrong, and the line that the user sees."""
-    if isinstance(error, Interrupted):
-        return (
-            RESUME,
-            f"stopped by {error}; everything is saved: the same command goes on from here",
-        )
+def verdict(error: Exception, world: World) -> tuple[int, str]:
+    """Return the exit code for what went wrong, and the line that the user sees."""
     if isinstance(error, Ended):
         return error.notice.code, str(error)
     if isinstance(error, Lost):
-        return RESUME, current_world().signed(
-            f"{error}; the same command goes on from the newest checkpoint"
-        )
-    line = one_line(error)
-    return (
-        (FAULT, current_world().signed(f"{type(error).__name__}: {error}"))
-        if line is None
-        else (MISTAKE, current_world().signed(line))
-    )
-
-
-def one_line(error: Exception) -> str | None:
-    """What the user can mend, in one line; None for a fault of ours."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, CONFIG_ERRORS):
-        return explain(error, settings.keys())
-    if (
-        type(error).__name__ == "OutOfMemoryError"
-    ):  # torch's; it is not imported for the sake of its name
-        return f"the GPU's memory is full ({str(error).split('. ')[0]}); lower train.batch_size, or split the batches with train.accumulate=2 or more"
-    if isinstance(error, MemoryError):
-        return MEMORY_FULL
-    return machine_fault(error) if isinstance(error, OSError) else None
+        return RESUME, world.signed(f"{error}; the same command goes on from the newest checkpoint")
+    code, line = command.verdict(error, explain_settings)
+    if isinstance(error, Interrupted):
+        return code, line
+    return code, world.signed(line)
 
 
 def main() -> int:
+    """Run the command line's training, or its sweep; return the exit code."""
     words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
-    multirun = len(words) < len(sys.argv) - 1 and not any(
-        word.startswith("-") for word in words
-    )  # Hydra's other flags, --help say, are its own
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises its errors, instead of printing them and exiting
-    )
-    # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an import is swallowed by some C extensions.
+    flags = any(word.startswith("-") for word in words)  # Hydra's own, --help say
+    multirun = len(words) < len(sys.argv) - 1 and not flags
+    # Hydra then raises its errors, instead of printing them and exiting.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an import is
+    # swallowed by some C extensions.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     to_terminal(expendable=True)  # the run has a log of its own
     settings.register()
-    if not current_world().is_main_process:
+    world = current_world()
+    work = partial(run, words)
+    if not world.is_main_process:
         log.setLevel(logging.ERROR)
+        work = partial(train, None, world)
+    if multirun:
+        work = partial(sweep, words)
     try:
-        code = guarded(work(words, multirun))
+        code = guarded(work)
     except SystemExit as end:  # of Hydra's function
         code = int(end.code or OK)
-    current_world().leave(code)
+    world.leave(code)
     return code
-
-
-def work(words: list[str], multirun: bool) -> Callable[[], None]:
-    if multirun:
-        return partial(sweep, words)
-    return (
-        partial(run, words)
-        if current_world().is_main_process
-        else partial(train, None, current_world())
-    )
 
 
 def run(words: list[str]) -> None:
@@ -187,9 +155,8 @@ def sweep(words: list[str]) -> None:
         raise UserError(
             "-m, a sweep, starts processes of its own: give python -m trainer -m ..., without torchrun"
         )
-    from trainer.sweep import (
-        driver,  # imports the sweep's page and its templates, which one run doesn't need
-    )
+    # Imported here: it brings the sweep's page and its templates, which one run doesn't need.
+    from trainer.sweep import driver
 
     driver.run(words)
 

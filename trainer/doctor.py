@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.__main__ import guarded
 from trainer.common import files
+from trainer.common.command import guarded
 from trainer.common.console import log, to_terminal
 from trainer.common.cpu import cores
 from trainer.common.errors import Interrupted, UserError
@@ -38,7 +38,7 @@ from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.features import FeatureLoader
 from trainer.settings import config as settings
-from trainer.settings.compose import resolve
+from trainer.settings.compose import explain_settings, resolve
 from trainer.settings.config import CheckpointConfig, Config
 from trainer.training import loop
 from trainer.training.loop import train_one_epoch
@@ -104,7 +104,7 @@ def main() -> int:
     )
     options = parser.parse_intermixed_args()
     settings.register()
-    return guarded(lambda: examine(options.overrides, options.seconds))
+    return guarded(lambda: examine(options.overrides, options.seconds), explain_settings)
 
 
 def examine(overrides: list[str], seconds: float) -> None:

@@ -11,7 +11,7 @@ from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings.config import DEMO, TOY, Config
-from trainer.settings.hydra_errors import unknown_key, unknown_option
+from trainer.settings.hydra_errors import CONFIG_ERRORS, explain, unknown_key, unknown_option
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
@@ -170,3 +170,10 @@ def _check_option(word: str, group: str, value: str, allowed: list[str]) -> None
         return  # none (null) and several ([a,b]) are fine
     if value in ("", "null") or value.startswith("["):
         raise UserError(unknown_option(group, value, allowed))
+
+
+def explain_settings(error: Exception) -> str | None:
+    """Return the line for one of Hydra's errors; None for any other (`common.command.Explain`)."""
+    if isinstance(error, CONFIG_ERRORS):
+        return explain(error, settings.keys())
+    return None

@@ -13,13 +13,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer.__main__ import guarded
 from trainer.common import files
+from trainer.common.command import guarded
 from trainer.common.console import log, to_terminal
 from trainer.common.interrupt import Stop, on_signals
 from trainer.distributed.world import World
 from trainer.images.datasets import find_images
 from trainer.settings import config as settings
+from trainer.settings.compose import explain_settings
 from trainer.settings.config import Config
 from trainer.sweep.driver import BATCH_LOCK
 from trainer.training.loop import fit
@@ -62,7 +63,9 @@ def load(path: Path) -> Config:
 def main() -> int:
     directory, *numbers = sys.argv[1:]
     to_terminal(expendable=True)  # each trial has a log of its own
-    return guarded(lambda: train(Path(directory), [int(number) for number in numbers]))
+    return guarded(
+        lambda: train(Path(directory), [int(number) for number in numbers]), explain_settings
+    )
 
 
 if __name__ == "__main__":
