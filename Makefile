@@ -52,7 +52,7 @@ hosts: .venv/dev  ## install iproute2 (apt-get) and train on two hosts, as netwo
 doors: .venv/dev  ## install TorchServe, AWS's toolkit, Ray Serve and Java (apt-get), and ask the same model through each; in .venv-doors
 	command -v java >/dev/null || { apt-get update -qq && apt-get install -y -qq default-jre-headless; }
 	test -x .venv-doors/bin/ray || { $(BIN)/python -m venv .venv-doors && .venv-doors/bin/pip install -q -c .venv/constraints.txt -e '.[doors]'; }
-	$(BIN)/python -m pytest -m '' tests/serving/test_doors.py
+	$(BIN)/python -m pytest -m '' tests/serving/test_adapters.py
 
 clean:  ## remove the virtual environment and caches; runs and data stay
 	rm -rf .venv .venv-doors build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""`python -m serving bench URL`: how fast a server answers, and what to deploy for a load that follows from it."""
+"""`python -m serving bench URL`: how fast a server answers, and what to deploy for a load."""
 
 import argparse
 import http.client
@@ -25,7 +25,7 @@ PROVISIONED = 3  # the fewest warm Lambda environments, as in stack.yaml
 
 @dataclass(frozen=True)
 class Load:
-    """What so many clients, each waiting for one answer before it asks again, got."""
+    """What clients got that each wait for one answer before they ask again."""
 
     clients: int
     seconds: float
@@ -34,16 +34,18 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Answers a second."""
+        """Return the answers a second."""
         return len(self.latencies) / self.seconds
 
     def quantile(self, share: float) -> float:
-        """Seconds: the nearest rank."""
+        """Return the seconds within which that share was answered (nearest rank)."""
         return self.latencies[max(0, math.ceil(share * len(self.latencies)) - 1)]
 
 
 @dataclass(frozen=True)
 class Advice:
+    """What to deploy for a load."""
+
     target: int  # SageMakerVariantInvocationsPerInstance: requests a minute and instance
     instances: int
     concurrency: int  # Lambda environments busy at once
@@ -51,6 +53,53 @@ class Advice:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Measure a server and print what follows. arguments: the verb and its own.
+
+    Raises UserError where nothing is answered.
+    """
+    options = _parser().parse_args(arguments[1:])
+    rented = price(options.instance, FALLBACK)
+    if rented.on_demand is None:
+        raise UserError(
+            f"--instance {options.instance}: its price is not known; "
+            "python -m launch prices lists those that are"
+        )
+    image = example()
+    if options.picture:
+        image = options.picture.read_bytes()
+    loads = []
+    print(f"{len(image):,} bytes a picture\n\nclients  answers/s  p50 ms  p95 ms  p99 ms  failed")
+    for clients in counts(options.clients):
+        load = measure(options.url, image, clients, options.seconds)
+        p50, p95, p99 = (1000 * load.quantile(share) for share in (0.5, 0.95, 0.99))
+        print(
+            f"{clients:7}  {load.rate:9.1f}  {p50:6.1f}  {p95:6.1f}  {p99:6.1f}  {load.failed:6}",
+            flush=True,
+        )
+        loads.append(load)
+    advice = advise(loads, options.rate, options.limit, rented.on_demand)
+    if advice is None:
+        print(
+            f"\nNo load had 95 % of its answers within {options.limit:g} s: take a faster "
+            "instance, int8 (package.int8=true) or a smaller network."
+        )
+        return OK
+    warm = max(PROVISIONED, advice.concurrency)
+    print(
+        f"\nFor {options.rate:g} requests a minute, "
+        f"if {options.instance} is as fast as this machine:\n"
+        f"  autoscaling target   {advice.target} invocations a minute and instance "
+        f"({HEADROOM:.0%} of what it can do)\n"
+        f"  instances            {advice.instances} at the busiest time\n"
+        f"  Lambda concurrency   {advice.concurrency} at the busiest time; "
+        f"provisioned {warm} leaves no cold start\n"
+        f"  instances' price     ${advice.month:,.0f} a month "
+        f"(${rented.on_demand} an hour, {rented.basis})"
+    )
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serving bench",
         description="Measure a server, and say what to deploy for a load.",
@@ -87,51 +136,22 @@ def main(arguments: Sequence[str]) -> int:
         default="ml.m5.large",
         help="what this machine stands for (default %(default)s)",
     )
-    options = parser.parse_args(arguments)
-    rented = price(options.instance, FALLBACK)
-    if rented.on_demand is None:
-        raise UserError(
-            f"--instance {options.instance}: its price is not known; python -m launch prices lists those that are"
-        )
-    picture = options.picture.read_bytes() if options.picture else example()
-    loads = []
-    print(f"{len(picture):,} bytes a picture\n\nclients  answers/s  p50 ms  p95 ms  p99 ms  failed")
-    for clients in counts(options.clients):
-        load = measure(options.url, picture, clients, options.seconds)
-        p50, p95, p99 = (1000 * load.quantile(share) for share in (0.5, 0.95, 0.99))
-        print(
-            f"{clients:7}  {load.rate:9.1f}  {p50:6.1f}  {p95:6.1f}  {p99:6.1f}  {load.failed:6}",
-            flush=True,
-        )
-        loads.append(load)
-    found = advise(loads, options.rate, options.limit, rented.on_demand)
-    if found is None:
-        print(
-            f"\nNo load had 95 % of its answers within {options.limit:g} s: take a faster instance, int8 (package.int8=true) or a smaller network."
-        )
-        return OK
-    print(
-        f"\nFor {options.rate:g} requests a minute, if {options.instance} is as fast as this machine:\n"
-        f"  autoscaling target   {found.target} invocations a minute and instance ({HEADROOM:.0%} of what it can do)\n"
-        f"  instances            {found.instances} at the busiest time\n"
-        f"  Lambda concurrency   {found.concurrency} at the busiest time; provisioned {max(PROVISIONED, found.concurrency)} leaves no cold start\n"
-        f"  instances' price     ${found.month:,.0f} a month (${rented.on_demand} an hour, {rented.basis})"
-    )
-    return OK
+    return parser
 
 
 def counts(text: str) -> list[int]:
+    """Return the numbers of clients in a text like "1,2,4". Raises UserError."""
     try:
-        found = [int(count) for count in text.split(",")]
+        numbers = [int(number) for number in text.split(",")]
     except ValueError as error:
         raise UserError(f"--clients {text}: not numbers; give some like 1,2,4") from error
-    if min(found) < 1:
+    if min(numbers) < 1:
         raise UserError(f"--clients {text}: at least 1 is needed")
-    return found
+    return numbers
 
 
 def example() -> bytes:
-    """A JPEG of a photo's size and detail."""
+    """Return a JPEG of a photo's size and detail."""
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (25, 33, 3), dtype=np.uint8)).resize(
         (500, 375), Image.Resampling.BICUBIC
@@ -149,7 +169,10 @@ def measure(
     seconds: float,
     content_type: str = "application/octet-stream",
 ) -> Load:
-    """Posts `body` to /invocations again and again. Raises UserError where nothing is answered."""
+    """Post `body` to /invocations again and again, by so many clients for so many seconds.
+
+    Raises UserError where nothing is answered.
+    """
     connections = [_connect(url) for _ in range(clients)]
     latencies: list[float] = []
     failures: list[str] = []
@@ -180,9 +203,10 @@ def measure(
     for thread in threads:
         thread.join()
     if not latencies:
-        raise UserError(
-            f"{url}: no request was answered ({failures[0] if failures else 'nothing came in time'}); see that the server runs"
-        )
+        reason = "nothing came in time"
+        if failures:
+            reason = failures[0]
+        raise UserError(f"{url}: no request was answered ({reason}); see that the server runs")
     return Load(clients, time.monotonic() - began, sorted(latencies), len(failures))
 
 
@@ -190,8 +214,8 @@ def _connect(url: str) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{url}: not a server's URL; give one like http://127.0.0.1:8080")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return kind(parts.hostname, parts.port, timeout=60)
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    return kinds[parts.scheme](parts.hostname, parts.port, timeout=60)
 
 
 def _error(body: bytes) -> str:
@@ -202,7 +226,10 @@ def _error(body: bytes) -> str:
 
 
 def advise(loads: Sequence[Load], per_minute: float, limit: float, price: float) -> Advice | None:
-    """What to deploy for `per_minute` requests, 95 % of them answered within `limit` seconds. price: US dollars an instance and hour."""
+    """Return what to deploy for `per_minute` requests, 95 % of them answered within `limit` s.
+
+    price: US dollars an instance and hour. None where no load was answered so fast.
+    """
     good = [load for load in loads if load.quantile(0.95) <= limit and not load.failed]
     if not good:
         return None

@@ -1,8 +1,9 @@
-"""Fetches a URL that a stranger gave us, without letting it reach anything that the stranger could not reach alone.
+"""Fetches a URL that a stranger gave us, without reaching what the stranger could not reach alone.
 
-Server-side request forgery is a caller making our machine ask a machine that only ours can reach: its metadata service, its neighbours, itself.
-So each address is checked just before the connection is made to that very address; names, redirects and URL spellings decide nothing.
-The standard library only: the Lambda function's zip holds a copy of this file.
+Server-side request forgery is a caller making our machine ask a machine that only ours can reach:
+its metadata service, its neighbours, itself. So each address is checked just before the connection
+is made to that very address; names, redirects and URL spellings decide nothing. The standard
+library only: the Lambda function's zip holds a copy of this file.
 """
 
 import contextlib
@@ -24,10 +25,12 @@ MAX_URL = 4096  # characters: S3's presigned URLs take about 2,000
 MAX_REDIRECTS = 3
 CHUNK = 64 << 10  # bytes read at a time
 PORTS = {"http": 80, "https": 443}
+SAFE = "/%:@!$&'()*+,;=~"  # characters of a path that are sent as they stand
 REDIRECTS = {301, 302, 303, 307, 308}
 
-# What no picture on the public internet has for an address. The two IANA special-purpose address registries (RFC 6890) and what clouds add to them.
-# `ipaddress.is_global` is no such table: it lets multicast, NAT64, 6to4 and IPv4-compatible addresses pass, and each of them leads inside.
+# What no image on the public internet has for an address: the two IANA special-purpose address
+# registries (RFC 6890), and what clouds add to them. `ipaddress.is_global` is no such table: it lets
+# multicast, NAT64, 6to4 and IPv4-compatible addresses pass, and each of them leads inside.
 FORBIDDEN = tuple(
     ipaddress.ip_network(network)
     for network in (
@@ -36,7 +39,9 @@ FORBIDDEN = tuple(
         "100.64.0.0/10",  # carrier-grade NAT (RFC 6598); Alibaba's metadata service
         "127.0.0.0/8",  # loopback
         "168.63.129.16/32",  # Azure's platform services, on a public address
-        "169.254.0.0/16",  # link-local: the metadata service (169.254.169.254), ECS credentials (169.254.170.2), Lambda's own
+        # Link-local: the metadata service (169.254.169.254), ECS credentials (169.254.170.2),
+        # Lambda's own.
+        "169.254.0.0/16",
         "172.16.0.0/12",  # private (RFC 1918)
         "192.0.0.0/24",  # IETF protocols (RFC 6890); Oracle's metadata service
         "192.0.2.0/24",  # documentation
@@ -50,8 +55,9 @@ FORBIDDEN = tuple(
         "203.0.113.0/24",  # documentation
         "224.0.0.0/4",  # multicast
         "240.0.0.0/4",  # reserved, and broadcast
-        # Of IPv6, what lies outside GLOBAL_IPV6 is forbidden without being named: loopback, IPv4-mapped (::ffff:0:0/96) and IPv4-compatible (::/96),
-        # NAT64 (64:ff9b::/96, 64:ff9b:1::/48), unique local with AWS's fd00:ec2::254, link-local, site-local, multicast.
+        # Of IPv6, what lies outside GLOBAL_IPV6 is forbidden without being named: loopback,
+        # IPv4-mapped (::ffff:0:0/96) and IPv4-compatible (::/96), NAT64 (64:ff9b::/96,
+        # 64:ff9b:1::/48), unique local with AWS's fd00:ec2::254, link-local, site-local, multicast.
         "2001::/23",  # IETF protocols; Teredo (2001::/32) holds IPv4 addresses
         "2001:db8::/32",  # documentation
         "2002::/16",  # 6to4: holds IPv4 addresses
@@ -63,28 +69,57 @@ FORBIDDEN = tuple(
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all that IANA has given out as global unicast
 
 
-class FetchError(Exception):
-    """The URL was tried and gave nothing usable. The message is for the caller."""
+class RequestError(Exception):
+    """A request gets no prediction. status: of HTTP; the message is for the caller."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class FetchError(RequestError):
+    """The URL was tried and gave nothing usable."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(400, message)
 
 
 class Refused(FetchError):
-    """The URL may not be tried. The caller always sees the same words, so that refusals can't map a network; `reason` is for our own log."""
+    """The URL may not be tried. `reason` is for our own log.
+
+    The caller always sees the same words, so that refusals can't map a network.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            "the URL is not allowed: it must be http or https, on port 80 or 443, of a host with public addresses only"
+            "the URL is not allowed: it must be http or https, on port 80 or 443, "
+            "of a host with public addresses only"
         )
         self.reason = reason
+
+
+class ByteLimit:
+    """Counts the bytes of one request's images; called with the size of each piece."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.taken = limit, 0
+
+    def __call__(self, size: int) -> None:
+        """Raise RequestError where the request would have more bytes than its limit."""
+        if self.taken + size > self.limit:
+            raise RequestError(413, f"the pictures have together more than {self.limit:,} bytes")
+        self.taken += size
 
 
 def fetch(
     url: str, *, max_bytes: int, deadline: float, reserve: Callable[[int], None] = lambda size: None
 ) -> bytes:
-    """The body of the answer to a GET of `url`, whatever it holds: what it claims to be is not looked at.
+    """Return the body of the answer to a GET of `url`, whatever it claims to be.
 
-    deadline: seconds for everything together (names, connections, redirects, body). max_bytes: of the body.
-    reserve: called with the number of bytes that came, piece by piece; what it raises ends the fetch.
-    Proxies, cookies and credentials of the environment are not used. Raises Refused or FetchError.
+    deadline: seconds for everything together (names, connections, redirects, body).
+    max_bytes: of the body. reserve: called with the number of bytes that came, piece by piece; what
+    it raises ends the fetch. Proxies, cookies and credentials of the environment are not used.
+    Raises Refused or FetchError.
     """
     end = time.monotonic() + deadline
     try:
@@ -99,17 +134,14 @@ def fetch(
             url = urljoin(url, location)
     except TimeoutError as error:
         raise FetchError(f"the URL gave no whole answer within {deadline:g} s") from error
-    except (
-        OSError,
-        http.client.HTTPException,
-        ValueError,
-    ) as error:  # ValueError: what http.client makes of forged lengths
+    # ValueError: what http.client makes of forged lengths
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise FetchError("the URL's server could not be reached, or broke off") from error
     raise FetchError(f"the URL redirects more than {MAX_REDIRECTS} times")
 
 
 def public(address: str) -> bool:
-    """Whether an IP address, as getaddrinfo writes it, belongs to the public internet."""
+    """Return whether an IP address, as getaddrinfo writes it, is of the public internet."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -122,7 +154,8 @@ def public(address: str) -> bool:
 def _parse(url: str) -> SplitResult:
     if len(url) > MAX_URL:
         raise Refused(f"{len(url)} characters")
-    # urlsplit drops tabs and line ends, and some parsers take a backslash for a slash: nothing that two parsers could read in two ways.
+    # urlsplit drops tabs and line ends, and some parsers take a backslash for a slash: nothing that
+    # two parsers could read in two ways.
     if any(character <= " " or character in "\\\x7f" for character in url):
         raise Refused("white space, a control character or a backslash")
     try:
@@ -139,13 +172,19 @@ def _parse(url: str) -> SplitResult:
         raise Refused(f"host {host!r}")
     if port not in (None, *PORTS.values()):
         raise Refused(f"port {port}")
-    shown = f"[{host}]" if ":" in host else host
-    return parts._replace(netloc=shown if port is None else f"{shown}:{port}")
+    if ":" in host:
+        host = f"[{host}]"
+    if port is not None:
+        host = f"{host}:{port}"
+    return parts._replace(netloc=host)
 
 
 @contextlib.contextmanager
 def _connected(parts: SplitResult, end: float) -> Iterator["_Stream"]:
-    """A connection to an address of the URL's host that was checked, with TLS and the host's certificate proven where the scheme asks for it."""
+    """Connect to an address of the URL's host that was checked.
+
+    Where the scheme asks for it, with TLS and the host's certificate proven.
+    """
     host = parts.hostname
     assert host
     addresses = _resolve(host, parts.port or PORTS[parts.scheme], end)
@@ -160,21 +199,24 @@ def _connected(parts: SplitResult, end: float) -> Iterator["_Stream"]:
 
 
 def _resolve(host: str, port: int, end: float) -> list[tuple[str, int]]:
-    """The host's addresses, all of them public. Raises Refused, for a name that does not exist too: which names do is nobody's concern."""
-    found: list[list[tuple[str, int]]] = []
+    """Return the host's addresses, all of them public.
+
+    Raises Refused, for a name that does not exist too: which names do is nobody's concern.
+    """
+    addresses: list[tuple[str, int]] = []
 
     def look_up() -> None:
         with contextlib.suppress(OSError, UnicodeError):
             answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            found.append([(str(address[0]), int(address[1])) for *_, address in answers])
+            addresses.extend((str(address[0]), int(address[1])) for *_, address in answers)
 
-    # The system's resolver knows no deadline, so it is left behind where it takes too long; it ends by itself.
+    # The system's resolver knows no deadline, so it is left behind where it takes too long; it ends
+    # by itself.
     thread = threading.Thread(target=look_up, daemon=True)
     thread.start()
     thread.join(_left(end))
     if thread.is_alive():
         raise TimeoutError
-    addresses = found[0] if found else []
     if not addresses:
         raise Refused(f"{host} has no address")
     for address, _ in addresses:
@@ -195,10 +237,10 @@ def _connect(addresses: list[tuple[str, int]], end: float) -> socket.socket:
 def _get(
     parts: SplitResult, stream: "_Stream", max_bytes: int, reserve: Callable[[int], None]
 ) -> tuple[int, str | None, bytes]:
-    """Status, Location header, and the body of a 200."""
-    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
-        "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?") if parts.query else ""
-    )
+    """Return the status, the Location header, and the body of a 200."""
+    target = quote(parts.path or "/", safe=SAFE)
+    if parts.query:
+        target += "?" + quote(parts.query, safe=f"{SAFE}?")
     connection = http.client.HTTPConnection(parts.netloc)
     connection.sock = stream  # connected already: http.client makes no connection of its own
     headers = {
@@ -215,6 +257,7 @@ def _get(
     if (response.length or 0) > max_bytes:
         raise FetchError(f"the URL's file has {response.length:,} bytes; allowed: {max_bytes:,}")
     body = io.BytesIO()
+    # One byte more than allowed is asked for, to tell a longer body.
     while chunk := response.read(min(CHUNK, max_bytes + 1 - body.tell())):
         reserve(len(chunk))
         body.write(chunk)
@@ -226,7 +269,10 @@ def _get(
 
 
 class _Stream(io.RawIOBase):
-    """As much of a socket as http.client uses, each call ending at the common deadline: a timeout of the socket would begin anew with every byte."""
+    """As much of a socket as http.client uses, each call ending at the common deadline.
+
+    A timeout of the socket would begin anew with every byte.
+    """
 
     def __init__(self, connection: socket.socket, end: float) -> None:
         self._connection, self._end = connection, end
@@ -237,7 +283,8 @@ class _Stream(io.RawIOBase):
 
     def makefile(self, mode: str) -> io.BufferedReader:
         assert mode == "rb"
-        # A second one, because http.client closes what it calls the socket as soon as it has the answer's head, and then reads the body.
+        # A second one, because http.client closes what it calls the socket as soon as it has the
+        # answer's head, and then reads the body.
         return io.BufferedReader(_Stream(self._connection, self._end))
 
     def readable(self) -> bool:
@@ -249,7 +296,7 @@ class _Stream(io.RawIOBase):
 
 
 def _left(end: float) -> float:
-    """Seconds until `end`. Raises TimeoutError where there are none."""
+    """Return the seconds until `end`. Raises TimeoutError where there are none."""
     left = end - time.monotonic()
     if left <= 0:
         raise TimeoutError

@@ -1,24 +1,28 @@
-"""One request, from its body to its answer, the same behind every door.
+"""One request, from its body to its answer, the same behind every adapter.
 
-The body is a picture's file (JPEG, PNG, WebP, BMP, GIF, TIFF: its first bytes tell, not its content type), or JSON:
+The body is an image's file (JPEG, PNG, WebP, BMP, GIF, TIFF: its first bytes tell, not its content
+type), or JSON:
 
-    {"url": "https://..."}  or  {"base64": "..."}  or  {"s3": "s3://bucket/key"}      one picture
+    {"url": "https://..."}  or  {"base64": "..."}  or  {"s3": "s3://bucket/key"}      one image
     {"instances": [{"url": "https://..."}, {"base64": "..."}, ...]}                   several
 
-The answer is JSON with one row a picture: its logits in the order of the package's classes, `[[0.31, -0.45, ...]]`. Asked with the field
-`"output": "labels"` or `Accept: application/json; output=labels`, it is the most probable classes, `[[{"label": "dog", "probability": 0.93}, ...]]`,
-5 of them or as many as the field `"top"` says. What went wrong is `{"error": "...", "request_id": "..."}`.
+The answer is JSON with one row an image: its logits in the order of the package's classes,
+`[[0.31, -0.45, ...]]`. Asked with the field `"output": "labels"` or
+`Accept: application/json; output=labels`, it is the most probable classes,
+`[[{"label": "dog", "probability": 0.93}, ...]]`, 5 of them or as many as the field `"top"` says.
+What went wrong is `{"error": "...", "request_id": "..."}`.
 """
 
 import base64
 import binascii
 import json
 import logging
+import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from email.message import Message
 from typing import Any
@@ -27,26 +31,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving import fetch, s3
-from serving.batching import Engine
+from serving.engine import Engine
+from serving.fetch import ByteLimit, Refused, RequestError
 from trainer.common.errors import UserError
 from trainer.images.decode import ImageError
 
 log = logging.getLogger("packhorse.serving")
 
-FETCH_SECONDS = 10.0  # for one picture from a URL or from S3
+FETCH_SECONDS = 10.0  # for one image from a URL or from S3
 RETRY_SECONDS = 1
 TOP = 5
 KINDS = ("url", "base64", "s3")
 FILE_TYPES = (
     "application/octet-stream",
     "application/x-image",
-    "application/x-www-form-urlencoded",
-)  # the last is what curl says of any file
+    "application/x-www-form-urlencoded",  # what curl says of any file
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How requests are answered. Each is a flag of `python -m serving serve`, and behind every door a variable: SERVING_MAX_BODY=1000000."""
+    """How requests are answered.
+
+    Each is a flag of `python -m serving serve`, and behind every adapter a variable, such as
+    SERVING_MAX_BODY=1000000.
+    """
 
     max_body: int = field(
         default=16 << 20,
@@ -86,7 +95,10 @@ class Settings:
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:
-    """Raises UserError for a variable whose value does not fit."""
+    """Return the settings of the variables SERVING_...
+
+    Raises UserError for a variable whose value does not fit.
+    """
     given: dict[str, Any] = {}
     for setting in fields(Settings):
         name = f"SERVING_{setting.name.upper()}"
@@ -96,26 +108,29 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
 
 
 def convert(name: str, text: str, kind: type) -> bool | int | float:
-    """A setting's value, from a flag or a variable. Raises UserError."""
+    """Return a setting's value, from the text of a flag or a variable. Raises UserError."""
+    allowed = "a number"
+    if kind is bool:
+        allowed = "on or off"
     try:
         if kind is bool:
             return {"on": True, "off": False}[text.lower()]
         value: float = kind(text)
     except (KeyError, ValueError) as error:
-        raise UserError(
-            f"{name}={text} is not allowed; allowed: {'on or off' if kind is bool else 'a number'}"
-        ) from error
+        raise UserError(f"{name}={text} is not allowed; allowed: {allowed}") from error
     if not 0 <= value < float("inf"):
         raise UserError(f"{name}={text} is not allowed; allowed: a number from 0")
     return value
 
 
-class Problem(Exception):
-    """A request that can't be answered as asked. The message is for the caller."""
+@dataclass(frozen=True)
+class Request:
+    """What came. content_type, accept: the headers, "" where there is none. id: for the log."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    body: bytes | bytearray | str
+    content_type: str
+    accept: str
+    id: str
 
 
 @dataclass(frozen=True)
@@ -129,75 +144,74 @@ class Answer:
 class Query:
     """What a request's body asks for."""
 
-    sources: Sequence[
-        tuple[str, Any]
-    ]  # ("file", bytes), or one of KINDS with what the body holds for it
+    # ("file", bytes), or one of KINDS with what the body holds for it
+    sources: Sequence[tuple[str, Any]]
     output: str | None = None  # "logits" or "labels"
     top: int = TOP
 
 
-def answer(
-    engine: Engine,
-    settings: Settings,
-    body: bytes | bytearray,
-    content_type: str,
-    accept: str,
-    request_id: str,
-) -> Answer:
-    """Never raises. content_type, accept: the headers, "" where there is none. request_id: repeated in an error."""
+def answer(engine: Engine, settings: Settings, request: Request) -> Answer:
+    """Return the answer to a request, whatever goes wrong."""
     began = time.monotonic()
+    end = began + settings.seconds
     try:
-        query = read(body, content_type, settings)
-        output = choose(query, accept)
-        with collect(query, settings, request_id, began + settings.seconds) as pictures:
+        query = read(request.body, request.content_type, settings)
+        output = choose(query, request.accept)
+        with collect(query, settings, end) as images:
             collected = time.monotonic()
-            logits = engine.logits(pictures, began + settings.seconds)
-        timing = f"collect;dur={1000 * (collected - began):.1f}, predict;dur={1000 * (time.monotonic() - collected):.1f}"
-        return Answer(
-            200, write(logits, engine.package.classes, output, query.top), {"Server-Timing": timing}
+            logits = engine.logits(images, end)
+        predicted = time.monotonic()
+        timing = (
+            f"collect;dur={1000 * (collected - began):.1f}, "
+            f"predict;dur={1000 * (predicted - collected):.1f}"
         )
+        body = write(logits, engine.package.classes, output, query.top)
+        return Answer(200, body, {"Server-Timing": timing})
     except Exception as error:
-        return failure(error, request_id)
+        return failure(error, request.id)
 
 
 def failure(error: Exception, request_id: str) -> Answer:
-    """The answer to a request that failed, with the caller's faults told and ours logged."""
-    if isinstance(error, ImageError):
-        error = Problem(400, f"the picture can't be read: {error}")
+    """Return the answer to a request that failed, with its faults told and ours logged."""
+    status, message, headers = 400, str(error), {}
+    if isinstance(error, RequestError):
+        status = error.status
+    elif isinstance(error, ImageError):
+        message = f"the picture can't be read: {error}"
     elif isinstance(error, TimeoutError):
-        error = Problem(503, "too busy to answer in time; try again")
-    elif not isinstance(error, Problem):
+        status, message = 503, "too busy to answer in time; try again"
+    else:
         log.error("%s: a fault of ours", request_id, exc_info=error)
-        error = Problem(500, "a fault of this server; its log has more under this request_id")
-    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
-    return Answer(
-        error.status, json.dumps({"error": str(error), "request_id": request_id}).encode(), headers
-    )
+        status = 500
+        message = "a fault of this server; its log has more under this request_id"
+    if isinstance(error, Refused):
+        log.warning("%s: refused to fetch: %s", request_id, error.reason)
+    if status == 503:
+        headers["Retry-After"] = str(RETRY_SECONDS)
+    body = json.dumps({"error": message, "request_id": request_id})
+    return Answer(status, body.encode(), headers)
 
 
 def new_id(given: str = "") -> str:
-    """A request's id: the caller's own, where it is harmless in a log."""
-    return (
-        given
-        if 0 < len(given) <= 64
-        and given.isascii()
-        and given.replace("-", "").replace("_", "").isalnum()
-        else uuid.uuid4().hex
-    )
+    """Return a request's id: the caller's own, where it is harmless in a log."""
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", given) and given.strip("-_"):
+        return given
+    return uuid.uuid4().hex
 
 
 def read(body: bytes | bytearray | str, content_type: str, settings: Settings) -> Query:
-    """Raises Problem."""
+    """Return what a body asks for. Raises RequestError."""
     kind = _media_type(content_type).get_content_type()
     if len(body) > settings.max_body:
-        raise Problem(413, f"the body has {len(body):,} bytes; allowed: {settings.max_body:,}")
+        raise RequestError(413, f"the body has {len(body):,} bytes; allowed: {settings.max_body:,}")
     if kind == "application/json" or kind.endswith("+json"):
         return _read_json(body, settings)
     if not content_type or kind.startswith("image/") or kind in FILE_TYPES:
         return Query([("file", body)])
-    raise Problem(
+    raise RequestError(
         415,
-        f"the content type {kind!r} is not supported; allowed: application/json, or image/* with the bytes of one picture",
+        f"the content type {kind!r} is not supported; allowed: application/json, "
+        "or image/* with the bytes of one picture",
     )
 
 
@@ -205,17 +219,21 @@ def _read_json(body: bytes | bytearray | str, settings: Settings) -> Query:
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Problem(400, "the body is not JSON, though its content type says so") from error
+        raise RequestError(400, "the body is not JSON, though its content type says so") from error
     if not isinstance(asked, dict):
-        raise Problem(400, 'the JSON must be an object like {"url": "https://..."}')
+        raise RequestError(400, 'the JSON must be an object like {"url": "https://..."}')
     output, top = asked.pop("output", None), asked.pop("top", TOP)
     if output not in (None, "logits", "labels"):
-        raise Problem(400, '"output" must be "logits" or "labels"')
+        raise RequestError(400, '"output" must be "logits" or "labels"')
     if type(top) is not int or top < 1:
-        raise Problem(400, '"top" must be a whole number from 1')
-    instances = asked["instances"] if asked.keys() == {"instances"} else [asked]
+        raise RequestError(400, '"top" must be a whole number from 1')
+    instances = [asked]
+    if asked.keys() == {"instances"}:
+        instances = asked["instances"]
     if not isinstance(instances, list) or not 1 <= len(instances) <= settings.max_pictures:
-        raise Problem(400, f'"instances" must be a list of 1 to {settings.max_pictures} objects')
+        raise RequestError(
+            400, f'"instances" must be a list of 1 to {settings.max_pictures} objects'
+        )
     return Query([_source(instance) for instance in instances], output, top)
 
 
@@ -224,110 +242,86 @@ def _source(instance: Any) -> tuple[str, Any]:
         [(kind, value)] = instance.items()
         if kind in KINDS and isinstance(value, str):
             return kind, value
-    raise Problem(400, f"a picture is an object with one text of: {', '.join(KINDS)}")
+    raise RequestError(400, f"a picture is an object with one text of: {', '.join(KINDS)}")
 
 
 def choose(query: Query, accept: str) -> str:
-    """The output's kind: "logits" or "labels". Raises Problem."""
+    """Return the output's kind, "logits" or "labels". Raises RequestError."""
     for offer in filter(None, map(str.strip, accept.split(","))):
-        wanted = _media_type(offer)
-        if wanted.get_content_type() in ("application/json", "application/*", "*/*"):
-            output = query.output or wanted.get_param("output", "logits")
+        media_type = _media_type(offer)
+        if media_type.get_content_type() in ("application/json", "application/*", "*/*"):
+            output = query.output or media_type.get_param("output", "logits")
             if output in ("logits", "labels"):
                 return str(output)
     if accept.strip():
-        raise Problem(
+        raise RequestError(
             406, "only application/json can be given, with output=logits or output=labels"
         )
     return query.output or "logits"
 
 
 def _media_type(text: str) -> Message:
-    """A header like `application/json; output=labels`, taken apart."""
+    """Return a header like `application/json; output=labels`, taken apart."""
     message = Message()
     message["Content-Type"] = text
     return message
 
 
-class _Fetched:
-    """Counts the bytes of fetched pictures that this process holds, over all requests."""
+class _Reservation(ByteLimit):
+    """The bytes of one request's fetched images, held by this process until it is closed.
 
-    def __init__(self) -> None:
-        self._held = 0
-        self._lock = threading.Lock()
+    All requests together may hold twice the limit of one.
+    """
 
-    @contextmanager
-    def request(self, limit: int) -> Iterator[Callable[[int], None]]:
-        """Give what counts a request's bytes until it ends. It raises Problem above `limit`."""
-        taken = 0
+    _lock = threading.Lock()
+    _held = 0  # bytes, by all requests
 
-        def reserve(size: int) -> None:
-            nonlocal taken
-            if taken + size > limit:
-                raise Problem(413, f"the pictures have together more than {limit:,} bytes")
-            with self._lock:
-                if self._held + size > 2 * limit:
-                    raise Problem(503, "too many pictures are being fetched; try again")
-                self._held += size
-            taken += size
+    def __call__(self, size: int) -> None:
+        super().__call__(size)
+        with self._lock:
+            if self._held + size > 2 * self.limit:
+                self.taken -= size
+                raise RequestError(503, "too many pictures are being fetched; try again")
+            _Reservation._held += size
 
-        try:
-            yield reserve
-        finally:
-            with self._lock:
-                self._held -= taken
-
-
-FETCHED = _Fetched()
+    def close(self) -> None:
+        with self._lock:
+            _Reservation._held -= self.taken
 
 
 @contextmanager
-def collect(query: Query, settings: Settings, request_id: str, end: float) -> Iterator[list[bytes]]:
-    """The pictures' files, which count as held until the block ends.
+def collect(query: Query, settings: Settings, end: float) -> Iterator[list[bytes]]:
+    """Give the images' files, which count as held until the block ends.
 
-    Raises Problem, and TimeoutError after `end` (on time.monotonic()).
+    Raises RequestError, and TimeoutError after `end` (on time.monotonic()).
     """
-    with FETCHED.request(settings.max_fetched) as reserve:
-        yield [
-            _collect(kind, value, settings, request_id, end, reserve)
-            for kind, value in query.sources
-        ]
+    with closing(_Reservation(settings.max_fetched)) as reservation:
+        yield [_collect(source, settings, end, reservation) for source in query.sources]
 
 
-def _collect(
-    kind: str,
-    value: Any,
-    settings: Settings,
-    request_id: str,
-    end: float,
-    reserve: Callable[[int], None],
-) -> bytes:
+def _collect(source: tuple[str, Any], settings: Settings, end: float, reserve: ByteLimit) -> bytes:
+    kind, value = source
     if kind == "file":
         return bytes(value)
     if kind == "base64":
         try:
             return base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise Problem(400, '"base64" does not hold base64') from error
-    if not (settings.urls if kind == "url" else settings.s3):
-        raise Problem(
+            raise RequestError(400, '"base64" does not hold base64') from error
+    if not {"url": settings.urls, "s3": settings.s3}[kind]:
+        raise RequestError(
             400, f'this server does not fetch pictures by "{kind}"; send the picture\'s bytes'
         )
-    try:
-        if kind == "s3":
-            return s3.fetch(value, max_bytes=settings.max_body, reserve=reserve)
-        seconds = min(FETCH_SECONDS, end - time.monotonic())
-        return fetch.fetch(value, max_bytes=settings.max_body, deadline=seconds, reserve=reserve)
-    except fetch.FetchError as error:
-        if isinstance(error, fetch.Refused):
-            log.warning("%s: refused to fetch: %s", request_id, error.reason)
-        raise Problem(400, str(error)) from error
+    if kind == "s3":
+        return s3.fetch(value, max_bytes=settings.max_body, reserve=reserve)
+    seconds = min(FETCH_SECONDS, end - time.monotonic())
+    return fetch.fetch(value, max_bytes=settings.max_body, deadline=seconds, reserve=reserve)
 
 
 def write(
     logits: NDArray[np.float32], classes: Sequence[str], output: str, top: int = TOP
 ) -> bytes:
-    """Logits [N, classes] as JSON."""
+    """Return logits [N, classes] as JSON: themselves, or as the `top` labels of each image."""
     if output == "logits":
         return json.dumps(logits.tolist(), allow_nan=False).encode()
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))

@@ -1,22 +1,19 @@
-"""Our own HTTP server: /invocations and /ping as SageMaker asks for them, /metrics for Prometheus, and a page to try the model.
+"""Our own HTTP server: /invocations and /ping as SageMaker asks for them, /metrics, and a page.
 
-It listens only after the package has proven itself, so a server that answers at all is healthy.
+/metrics is for Prometheus, and the page to try the model. It listens only after the package has
+proven itself, so a server that answers at all is healthy.
 """
 
 import asyncio
 import base64
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import signal
-import socket
-import struct
-import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,9 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_late
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.batching import Engine
-from serving.handler import Answer, Problem, Settings, answer, failure, new_id
+from serving.engine import Engine
+from serving.fetch import RequestError
+from serving.handler import Answer, Request, Settings, answer, failure, new_id
 from serving.package import Package
 
 log = logging.getLogger("packhorse.serving")
@@ -36,9 +34,11 @@ log = logging.getLogger("packhorse.serving")
 HEAD_SECONDS = 10.0  # for a request's head, or a connection is closed
 BODY_SECONDS = 20.0  # for its body
 BODIES = 128 << 20  # bytes of all bodies together: what the queue may hold in memory
-LAME_SECONDS = 1.0  # after SIGTERM, new requests are still answered for so long: whoever sends them has yet to notice
-LATE_SECONDS = 0.2  # after that, for requests on their way in connections that are there
+# After SIGTERM, new requests are still answered for so long: whoever sends them has yet to notice.
+LAME_SECONDS = 1.0
 DRAIN_SECONDS = 25  # for the answers under way; SageMaker kills 30 s after SIGTERM
+
+NO_HEADERS: Mapping[str, str] = {}
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -66,7 +66,10 @@ class App:
         # A thread for every request in the queue: while some wait for a slow URL, the others go on.
         self._threads = ThreadPoolExecutor(max(1, settings.queue), "request")
         self._page = Path(__file__).with_name("page.html").read_bytes()
-        self._policy = policy(self._page)
+        self._page_headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": policy(self._page),
+        }
         self._card = json.dumps(card(package)).encode()
         engine.observe = BATCHES.observe
 
@@ -78,30 +81,17 @@ class App:
             case "GET" | "HEAD", "/ping":
                 await self._ping(send)
             case "GET", "/metrics":
-                await self._send(
-                    send, 200, generate_latest(REGISTRY), {"Content-Type": CONTENT_TYPE_LATEST}
-                )
+                kind = {"Content-Type": CONTENT_TYPE_LATEST}
+                await self._send(send, 200, generate_latest(REGISTRY), kind)
             case "GET", "/card":
                 await self._send(send, 200, self._card)
             case "GET", "/":
-                await self._send(
-                    send,
-                    200,
-                    self._page,
-                    {
-                        "Content-Type": "text/html; charset=utf-8",
-                        "Content-Security-Policy": self._policy,
-                    },
-                )
-            case _, path:
-                known = path in ("/", "/card", "/invocations", "/metrics", "/ping")
-                problem = (
-                    Problem(405, "POST is for /invocations, GET for what else there is")
-                    if known
-                    else Problem(404, "there is no such page")
-                )
-                request_id = new_id()
-                await self._answer(send, failure(problem, request_id), request_id)
+                await self._send(send, 200, self._page, self._page_headers)
+            case _, "/" | "/card" | "/invocations" | "/metrics" | "/ping":
+                message = "POST is for /invocations, GET for what else there is"
+                await self._fail(send, RequestError(405, message))
+            case _:
+                await self._fail(send, RequestError(404, "there is no such page"))
 
     async def _ping(self, send: Send) -> None:
         if self.draining:
@@ -116,50 +106,41 @@ class App:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        request_id = new_id(headers.get("x-request-id", ""))
         body = bytearray()
+        content_type, accept = headers.get("content-type", ""), headers.get("accept", "")
+        request = Request(body, content_type, accept, new_id(headers.get("x-request-id", "")))
         self._accepted += 1
         IN_PROGRESS.inc()
         try:
             if self._accepted > self._settings.queue:
-                raise Problem(503, "too many requests are waiting; try again")
+                raise RequestError(503, "too many requests are waiting; try again")
             await self._read(receive, headers, body)
             result = await asyncio.get_running_loop().run_in_executor(
-                self._threads,
-                answer,
-                self._engine,
-                self._settings,
-                body,
-                headers.get("content-type", ""),
-                headers.get("accept", ""),
-                request_id,
+                self._threads, answer, self._engine, self._settings, request
             )
         except _Gone:
             return
-        except Problem as problem:
-            result = failure(problem, request_id)
+        except RequestError as error:
+            result = failure(error, request.id)
         finally:
             self._accepted -= 1
             self._held -= len(body)
             IN_PROGRESS.dec()
+        seconds = time.monotonic() - began
         REQUESTS.labels(result.status).inc()
-        SECONDS.observe(time.monotonic() - began)
-        log.info(
-            "%s %d %.0f ms %d bytes",
-            request_id,
-            result.status,
-            1000 * (time.monotonic() - began),
-            len(body),
-        )
-        await self._answer(send, result, request_id)
+        SECONDS.observe(seconds)
+        log.info("%s %d %.0f ms %d bytes", request.id, result.status, 1000 * seconds, len(body))
+        await self._answer(send, result, request.id)
 
     async def _read(self, receive: Receive, headers: dict[str, str], body: bytearray) -> None:
-        """Fills `body`. Raises Problem for one that is too large, too slow or too much for now, and _Gone."""
+        """Fill `body`.
+
+        Raises RequestError for one that is too large, too slow or too much for now, and _Gone.
+        """
+        allowed = self._settings.max_body
         length = int(headers.get("content-length", "0"))
-        if length > self._settings.max_body:
-            raise Problem(
-                413, f"the body has {length:,} bytes; allowed: {self._settings.max_body:,}"
-            )
+        if length > allowed:
+            raise RequestError(413, f"the body has {length:,} bytes; allowed: {allowed:,}")
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 more = True
@@ -170,29 +151,32 @@ class App:
                     chunk, more = message.get("body", b""), message.get("more_body", False)
                     body += chunk
                     self._held += len(chunk)
-                    if len(body) > self._settings.max_body:
-                        raise Problem(
-                            413,
-                            f"the body has more than the allowed {self._settings.max_body:,} bytes",
+                    if len(body) > allowed:
+                        raise RequestError(
+                            413, f"the body has more than the allowed {allowed:,} bytes"
                         )
                     if self._held > BODIES:
-                        raise Problem(503, "too many large requests are waiting; try again")
+                        raise RequestError(503, "too many large requests are waiting; try again")
         except TimeoutError as error:
-            raise Problem(408, f"the body did not arrive within {BODY_SECONDS:g} s") from error
+            raise RequestError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from error
+
+    async def _fail(self, send: Send, error: RequestError) -> None:
+        request_id = new_id()
+        await self._answer(send, failure(error, request_id), request_id)
 
     async def _answer(self, send: Send, result: Answer, request_id: str) -> None:
-        await self._send(
-            send, result.status, result.body, {"X-Request-Id": request_id} | dict(result.headers)
-        )
+        headers = {"X-Request-Id": request_id, **result.headers}
+        await self._send(send, result.status, result.body, headers)
 
     async def _send(
-        self, send: Send, status: int, body: bytes, headers: dict[str, str] | None = None
+        self, send: Send, status: int, body: bytes, headers: Mapping[str, str] = NO_HEADERS
     ) -> None:
-        sent = (
-            {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
-            | (headers or {})
-            | {"Content-Length": str(len(body))}
-        )
+        sent = {
+            "Content-Type": "application/json",
+            "X-Content-Type-Options": "nosniff",
+            **headers,
+            "Content-Length": str(len(body)),
+        }
         if self.draining:
             sent["Connection"] = "close"
         pairs = [(name.lower().encode(), value.encode()) for name, value in sent.items()]
@@ -205,7 +189,7 @@ class _Gone(Exception):
 
 
 def card(package: Package) -> dict[str, Any]:
-    """What the page says of the model."""
+    """Return what the page says of the model."""
     return {
         "classes": list(package.classes),
         "metrics": package.metrics,
@@ -217,7 +201,10 @@ def card(package: Package) -> dict[str, Any]:
 
 
 def policy(page: bytes) -> str:
-    """The page's Content-Security-Policy: its own script and style, by their hashes, and nothing else that runs."""
+    """Return the page's Content-Security-Policy.
+
+    Its own script and style, by their hashes, and nothing else that runs.
+    """
 
     def hashes(tag: str) -> str:
         texts = re.findall(f"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
@@ -226,13 +213,17 @@ def policy(page: bytes) -> str:
         )
 
     return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src blob: data: https: http:; "
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "connect-src 'self'; img-src blob: data: https: http:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection whose request's head does not come (uvicorn waits for ever where it trickles), and says in JSON what is no HTTP."""
+    """Closes a connection whose request's head does not come, and refuses in JSON what is no HTTP.
+
+    uvicorn waits for ever where a head trickles.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -248,7 +239,8 @@ class _Protocol(H11Protocol):
 
     def _check(self) -> None:
         waiting = self.cycle is None or self.cycle.response_complete
-        # uvicorn's own timer runs while a connection that has served a request is silent, and ends with the first byte of the next.
+        # uvicorn's own timer runs while a connection that has served a request is silent, and ends
+        # with the first byte of the next.
         if waiting and self.cycle is self._last and self.timeout_keep_alive_task is None:
             self.transport.close()
         else:
@@ -256,56 +248,42 @@ class _Protocol(H11Protocol):
             self._check_later()
 
     def send_400_response(self, msg: str) -> None:
+        """Answer in JSON, where uvicorn answers in plain text."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            result = failure(Problem(400, msg), new_id())
+            result = failure(RequestError(400, msg), new_id())
             headers = [
                 ("Content-Type", "application/json"),
                 ("Content-Length", str(len(result.body))),
                 ("Connection", "close"),
             ]
-            for event in (
-                h11.Response(status_code=400, headers=headers),
-                h11.Data(data=result.body),
-                h11.EndOfMessage(),
-            ):
+            head = h11.Response(status_code=400, headers=headers)
+            for event in (head, h11.Data(data=result.body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
 
 class _Server(uvicorn.Server):
-    """Leaves no accepted request without its answer. uvicorn alone drops those that had not arrived in full."""
+    """Goes on answering for LAME_SECONDS after it was told to end, and says so on /ping.
+
+    uvicorn alone stops at once, and drops requests that had not arrived in full.
+    """
 
     def __init__(self, config: uvicorn.Config, app: App) -> None:
         super().__init__(config)
         self._app = app
 
     async def shutdown(self, sockets: Any = None) -> None:
+        """Drain, then end as uvicorn does."""
         self._app.draining = True
         await asyncio.sleep(LAME_SECONDS)
-        for server in self.servers:
-            for listener in server.sockets:
-                _take_no_more(listener)
-        await asyncio.sleep(LATE_SECONDS)
         await super().shutdown(sockets)
 
 
-def _take_no_more(listener: socket.socket) -> None:
-    """Closing a listening socket resets the connections that wait to be accepted. So first the kernel is told to drop what comes for it (a packet
-    filter that keeps 0 bytes): those that wait are accepted meanwhile, and a new client's repeated attempt finds the socket closed."""
-    if sys.platform == "linux":
-        import ctypes
-
-        instruction = ctypes.create_string_buffer(
-            struct.pack("HBBI", 0x06, 0, 0, 0)
-        )  # linux/filter.h: BPF_RET | BPF_K, 0
-        with contextlib.suppress(OSError):  # not allowed in some sandboxes
-            listener.setsockopt(
-                socket.SOL_SOCKET, 26, struct.pack("HL", 1, ctypes.addressof(instruction))
-            )  # SO_ATTACH_FILTER, struct sock_fprog
-
-
 def serve(package: Package, engine: Engine, settings: Settings, host: str, port: int) -> None:
-    """Answers until SIGTERM, SIGHUP or Ctrl-C, and then ends the process. Raises SystemExit where the port is taken."""
+    """Answer until SIGTERM, SIGHUP or Ctrl-C, then end the process.
+
+    Raises SystemExit where the port is taken.
+    """
     # uvicorn raises the signal once more when it has drained: by then it has done its work.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
@@ -321,6 +299,7 @@ def serve(package: Package, engine: Engine, settings: Settings, host: str, port:
 def make(
     package: Package, engine: Engine, settings: Settings, host: str, port: int
 ) -> uvicorn.Server:
+    """Return the server, not yet listening. port: 0 for any that is free."""
     app = App(package, engine, settings)
     config = uvicorn.Config(
         app,

@@ -192,10 +192,9 @@ def _run(config: Config, directory: Path) -> Run:
 
 def _pack(config: Config, sample: ImageFolder, directory: Path) -> cache.Packed:
     paths = [path for split in sample.splits.values() for path in split.paths]
-    pixels, threads = preprocessing(config), workers(config, World())
-    return cache.pack(
-        paths, directory, pixels.resize, pixels.interpolation, threads, None, lambda *_: None
-    )
+    pixels = preprocessing(config)
+    store = cache.PixelCache(directory, pixels.resize, pixels.interpolation)
+    return store.pack(paths, workers(config, World()), lambda *_: None)
 
 
 @dataclass

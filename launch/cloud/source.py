@@ -19,6 +19,7 @@ PATTERNS = (
     "trainer/**/*",
     "conf/**/*.yaml",
     "serving/*",
+    "serving/adapters/*",
     "launch/**/*",
     ".ci/setup",
     "pyproject.toml",

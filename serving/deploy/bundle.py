@@ -16,33 +16,32 @@ from serving.package import MANIFEST
 from trainer.common.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
-PROXY = {"lambda_function.py": "serving/lambda_function.py", "fetch.py": "serving/fetch.py"}
-DIRECT = (
-    *(
-        f"serving/{name}.py"
+PROXY = {"lambda_function.py": "serving/adapters/lambda_proxy.py", "fetch.py": "serving/fetch.py"}
+# Names in the zip of the function that holds the model, and what lies there. stack.yaml names the
+# first one as the function's handler.
+DIRECT = {
+    "serving/lambda_direct.py": "serving/adapters/lambda_inside.py",
+    **{
+        f"{name}.py": f"{name}.py"
         for name in (
-            "__init__",
-            "batching",
-            "fetch",
-            "handler",
-            "lambda_direct",
-            "lambda_function",
-            "package",
-            "s3",
+            "serving/__init__",
+            "serving/adapters/__init__",
+            "serving/adapters/lambda_proxy",
+            "serving/backends",
+            "serving/engine",
+            "serving/fetch",
+            "serving/handler",
+            "serving/package",
+            "serving/s3",
+            "trainer/__init__",
+            "trainer/common/__init__",
+            "trainer/common/errors",
+            "trainer/images/__init__",
+            "trainer/images/bounds",
+            "trainer/images/decode",
         )
-    ),
-    *(
-        f"trainer/{name}.py"
-        for name in (
-            "__init__",
-            "common/__init__",
-            "common/errors",
-            "images/__init__",
-            "images/bounds",
-            "images/decode",
-        )
-    ),
-)
+    },
+}
 PACKAGE = "package"  # where the direct zip holds the model package, unpacked
 
 RUNTIME = "3.13"  # Python of stack.yaml's Runtime
@@ -74,7 +73,7 @@ def proxy() -> bytes:
 
 def direct(package: Path) -> bytes:
     """The zip of the function that holds the model. package: a model.tar.gz that loads. Raises UserError."""
-    contents = {name: (PROJECT / name).read_bytes() for name in DIRECT}
+    contents = {name: (PROJECT / source).read_bytes() for name, source in DIRECT.items()}
     contents |= {f"{PACKAGE}/{name}": data for name, data in slim(package).items()}
     contents |= libraries()
     size = sum(map(len, contents.values()))

@@ -183,15 +183,8 @@ def pictures(root: Path, passes: int = 1) -> ImageFolder:
 
 def packed(root: Path, scratch: Path) -> cache.Packed:
     paths = pictures(root).splits["train"].paths
-    return cache.pack(
-        paths,
-        scratch / "pixels",
-        PREPROCESSING.resize,
-        PREPROCESSING.interpolation,
-        WORKERS,
-        None,
-        lambda done, total: None,
-    )
+    store = cache.PixelCache(scratch / "pixels", PREPROCESSING.resize, PREPROCESSING.interpolation)
+    return store.pack(paths, WORKERS, lambda done, total: None)
 
 
 def building_epoch(root: Path, scratch: Path) -> Work:

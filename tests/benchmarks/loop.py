@@ -205,9 +205,9 @@ def ours(network: model.Classifier, batches: list[Batch]) -> Work:
         weight_decay=weight_decay,
         momentum=SETTINGS["momentum"],
     )
-    machine = device.prepare(
-        "cpu", "fp32", deterministic=settings.train.deterministic, threads=None
-    )
+    if settings.train.deterministic:
+        device.make_deterministic()
+    machine = device.prepare("cpu", "fp32")
     learner = Learner(network, optimizer, machine.device, machine.precision)
     checkpoints = Checkpoints(
         scratch, checkpoint.Cadence(10, 0.02), 2, metrics.Ledger(scratch / "metrics.jsonl"), {}

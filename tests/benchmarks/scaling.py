@@ -20,9 +20,10 @@ from trainer.distributed.job import Gradients, Job, Replicated, World, world
 from trainer.images.sampler import Share
 from trainer.network import build as model
 from trainer.network import optim
+from trainer.network.ema import trained_part
 from trainer.settings import config
 from trainer.training import checkpoint, metrics
-from trainer.training.loop import Checkpoints, Learner, Progress, train_epoch, trained_part
+from trainer.training.loop import Checkpoints, Learner, Progress, train_epoch
 
 TITLE = "Scaling"
 PROJECT = Path(__file__).parents[2]

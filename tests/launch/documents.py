@@ -210,14 +210,14 @@ def _leave_results(cloud: Cloud) -> None:
 
 def _invoke(cloud: Cloud, patch: pytest.MonkeyPatch) -> list[Ask]:
     """What the function asks of AWS, when it is called with a picture."""
-    from serving import lambda_function
+    from serving.adapters import lambda_proxy
 
     patch.setenv("ENDPOINT_NAME", SERVING)
     before = len(cloud.calls())
     picture = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
-    lambda_function.client.cache_clear()  # of another test's AWS
-    lambda_function.handler({"image": picture}, SimpleNamespace(aws_request_id="1"))
-    lambda_function.client.cache_clear()
+    lambda_proxy.client.cache_clear()  # of another test's AWS
+    lambda_proxy.handler({"image": picture}, SimpleNamespace(aws_request_id="1"))
+    lambda_proxy.client.cache_clear()
     return [ask for call in cloud.calls()[before:] for ask in asks_of(call, "the function")]
 
 

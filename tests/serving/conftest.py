@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.batching import Engine
+from serving.engine import Engine
 from serving.package import load
 from tests.conftest import PROJECT, wait_for
 from tests.packages import make_contents, make_network

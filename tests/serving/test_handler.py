@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from serving.handler import Answer, Settings, answer, new_id, settings_from
+from serving.handler import Answer, Request, Settings, answer, new_id, settings_from
 from tests.packages import CLASSES
 from trainer.common.errors import UserError
 
@@ -19,7 +19,8 @@ def ask(engine):
     def ask(body, content_type="", accept="", **settings) -> Answer:
         if not isinstance(body, bytes):
             body, content_type = json.dumps(body).encode(), content_type or JSON
-        return answer(engine, Settings(**settings), body, content_type, accept, "some-id")
+        request = Request(body, content_type, accept, "some-id")
+        return answer(engine, Settings(**settings), request)
 
     return ask
 
@@ -194,7 +195,7 @@ def test_a_fault_of_ours_is_500_and_tells_the_log_alone(engine, picture, caplog)
         def logits(self, pictures, end):
             raise RuntimeError("a secret")
 
-    result = answer(Broken(), Settings(), picture, "image/jpeg", "", "some-id")  # type: ignore[arg-type]
+    result = answer(Broken(), Settings(), Request(picture, "image/jpeg", "", "some-id"))  # type: ignore[arg-type]
     assert result.status == 500 and b"secret" not in result.body and b"some-id" in result.body
     assert "some-id" in caplog.text and "a secret" in caplog.text
 

@@ -425,7 +425,7 @@ def test_a_cold_start_takes_at_most_a_fifth_more_than_boto3_itself(proxy_zip, en
 def test_the_model_inside_the_function_gives_the_trained_networks_logits(
     original, expected, picture, web, tmp_path
 ):
-    contents = {name: (PROJECT / name).read_bytes() for name in bundle.DIRECT}
+    contents = {name: (PROJECT / source).read_bytes() for name, source in bundle.DIRECT.items()}
     contents |= {
         f"{bundle.PACKAGE}/{name}": data
         for name, data in bundle.slim(original / "model.tar.gz").items()

@@ -200,8 +200,8 @@ def replace_picture(package: Path) -> None:
         ),
         (lambda package: flip_a_bit(package / "model.onnx"), "model.onnx was changed"),
         (
-            lambda package: flip_a_bit(package / "code/trainer/preprocess.py"),
-            "code/trainer/preprocess.py was changed",
+            lambda package: flip_a_bit(package / "code/trainer/images/decode.py"),
+            "code/trainer/images/decode.py was changed",
         ),
         (replace_picture, "golden/1.png was changed"),
         (lambda package: (package / "golden/2.webp").unlink(), "golden/2.webp is missing"),
@@ -436,7 +436,7 @@ def test_the_packages_own_code_answers_as_the_network_did(original, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     answer, modules = result.stdout.splitlines()
-    assert modules == f"{code}/serving/package.py {code}/trainer/preprocess.py"
+    assert modules == f"{code}/serving/package.py {code}/trainer/images/decode.py"
     np.testing.assert_allclose(
         json.loads(answer), recorded(original / "package")[1][1:2], rtol=0, atol=1e-5
     )

@@ -10,7 +10,7 @@ import pytest
 from cloudsplaining.scan.policy_document import PolicyDocument
 from parliament import analyze_policy_string
 
-from serving import lambda_function
+from serving.adapters import lambda_proxy
 from serving.deploy.release import NO_ACCOUNT, TEMPLATE, references, resources, template
 
 NAME = "packhorse-serving"
@@ -184,7 +184,7 @@ def test_the_endpoint_has_a_network_only_where_it_fetches():
 
 
 def test_the_function_answers_before_its_time_is_up():
-    proxy = lambda_function
+    proxy = lambda_proxy
     longest = (
         proxy.FETCH_SECONDS + proxy.ATTEMPTS * (proxy.CONNECT_SECONDS + proxy.ENDPOINT_SECONDS) + 1
     )

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the log, on the terminal and in a file, and the progress of long work."""
+"""What a person sees of a run: the log, on the terminal and in a file, and progress."""
 
 import io
 import logging
@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from tqdm import tqdm
 
@@ -30,9 +29,11 @@ class _Terminal(logging.Handler):
 
 
 def to_terminal(expendable: bool = False) -> None:
-    """Sends the log to standard output, once however often it is called. A terminal or a pipe that goes away ends nothing.
+    """Send the log to standard output, once however often it is called.
 
-    expendable: whether what a full disk doesn't take may be lost too.
+    A terminal or a pipe that goes away ends nothing.
+
+    expendable: whether what a full disk does not take may be lost too.
     """
     streams.outlive(expendable)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -46,14 +47,16 @@ def to_terminal(expendable: bool = False) -> None:
 
 
 class _File(logging.Handler):
-    """Appends to a file. Unlike logging's own handler it raises what goes wrong (a full disk, say), where that one prints a traceback and goes on."""
+    """Appends to a file, and raises what goes wrong (a full disk, say).
+
+    logging's own handler prints a traceback and goes on.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        self._file = path.open(
-            "ab", buffering=0
-        )  # a buffer would try again to write, and fail again, when it is closed
+        # Unbuffered: a buffer would try again to write, and fail again, when it is closed.
+        self._file = path.open("ab", buffering=0)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -72,27 +75,23 @@ class _Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
-        return (
-            message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
-        )
+        if record.levelno <= logging.INFO:
+            return message
+        return f"{record.levelname.lower()}: {message}"
 
 
 @contextmanager
 def also_to_file(path: Path) -> Iterator[None]:
-    """Appends the log to `path` too, each line with its time, while the context lasts."""
+    """Append the log to `path` too, each line with its time, while the context lasts."""
     handler = _File(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
-    except (
-        Exception
-    ) as error:  # it is shown on the terminal by whoever catches it, after this file is closed
-        handler.handle(
-            log.makeRecord(
-                log.name, logging.ERROR, __file__, 0, f"{type(error).__name__}: {error}", (), None
-            )
-        )
+    except Exception as error:
+        # Whoever catches it shows it on the terminal, when this file is closed.
+        text = f"{type(error).__name__}: {error}"
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None))
         raise
     finally:
         log.removeHandler(handler)
@@ -100,26 +99,27 @@ def also_to_file(path: Path) -> Iterator[None]:
 
 
 def python() -> str:
-    """This Python as a person types it: a command that is shown must run as it stands."""
+    """Return this Python as a person types it: a shown command must run as it stands."""
     if shutil.which("python") == sys.executable:
         return "python"
     relative = os.path.relpath(sys.executable)
-    return sys.executable if relative.startswith("..") else relative
+    if relative.startswith(".."):
+        return sys.executable
+    return relative
 
 
 class ProgressBar:
-    """Counts long work: a tqdm bar on a terminal, a plain line every LINE_EVERY seconds elsewhere."""
+    """Counts long work: a tqdm bar on a terminal, elsewhere a line every LINE_EVERY seconds."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total, self.done = what, total, done
-        self._bar = (
-            tqdm(total=total, initial=done, desc=what, leave=False, dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
+        self._bar: tqdm[NoReturn] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=what, leave=False, dynamic_ncols=True)
         self._line_at = time.monotonic() + LINE_EVERY
 
     def advance(self, count: int = 1) -> None:
+        """Count that much more work as done, and show it."""
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -130,14 +130,10 @@ class ProgressBar:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()

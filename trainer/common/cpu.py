@@ -1,4 +1,4 @@
-"""The processors of this machine."""
+"""The processor, as this process may use it."""
 
 import os
 

@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all, also after a power cut: written temporary, flushed to the disk, renamed."""
+"""Files that are there whole or not at all, also after a power cut.
+
+They are written under a temporary name, flushed to the disk, and renamed.
+"""
 
 import fcntl
 import os
@@ -7,26 +10,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from trainer.common.console import log
-from trainer.common.errors import MEMORY_FULL, Unreadable, machine_fault
+from trainer.common.errors import AGAIN, MEMORY_FULL, Unreadable, machine_fault
 
 T = TypeVar("T")
 
 TEMPORARY = ".writing-"  # begins the name of whatever is not complete yet
-PAUSES = (
-    0.1,
-    0.3,
-    1.0,
-)  # seconds before another try to read what could not be read: a network's file system often recovers
+# Seconds before another try to read what could not be read: a network's file system often recovers.
+PAUSES = (0.1, 0.3, 1.0)
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Replaces `path` by `data`; text as UTF-8. Raises OSError with `path` as its file name, and then leaves what was there."""
+    """Replace `path` by `data`, text as UTF-8.
+
+    Raise OSError with `path` as its file name; what was there stays.
+    """
+    if isinstance(data, str):
+        data = data.encode(errors="backslashreplace")
     temporary = path.with_name(TEMPORARY + path.name)
     try:
-        flush(temporary, data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+        flush(temporary, data)
         temporary.replace(path)
         flush_directory(path.parent)
     except OSError as error:
@@ -37,9 +42,10 @@ def write(path: Path, data: bytes | str) -> None:
 
 
 def patiently(path: str | Path, read: Callable[[], T]) -> T:
-    """What `read` returns, which reads `path` or asks for it. Where it fails it is tried again after each of PAUSES.
+    """Return what `read` returns, which reads `path` or asks for it.
 
-    Raises Unreadable, which names the file and the reason.
+    Where it fails it is tried again after each of PAUSES. Raise Unreadable, which names the file
+    and the reason.
     """
     for pause in PAUSES:
         with suppress(OSError, MemoryError):
@@ -55,20 +61,18 @@ def _reason(path: str | Path, error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return f"{path}: {MEMORY_FULL}"
     error.filename = str(path)
-    return (
-        machine_fault(error)
-        or f"{path}: it can't be read ({error.strerror or error}): mend that, then start the same command again"
-    )
+    reason = f"{path}: it can't be read ({error.strerror or error}): mend that, {AGAIN}"
+    return machine_fault(error) or reason
 
 
 def sweep(directory: Path) -> None:
-    """Removes what killed writers left in `directory`, which no other process may be writing to."""
+    """Remove what killed writers left in `directory`, which no other process may be writing to."""
     for path in directory.glob(f"{TEMPORARY}*"):
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, or a directory with all that it holds, if it is there."""
+    """Delete a file, or a directory with all that it holds, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -76,41 +80,36 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def try_lock(directory: Path, name: str = ".lock") -> Iterator[bool]:
-    """Give whether this process got the lock, which it then has while the context lasts.
+def locked(
+    directory: Path, waiting: Callable[[], None] | None = None, name: str = ".lock"
+) -> Iterator[bool]:
+    """Hold a lock of `directory` while the context lasts; the kernel frees that of a dead process.
 
-    The kernel frees the lock of a process that dies.
+    Give whether this process has it: always, where it waits for another one to leave it.
+
+    waiting: called again and again meanwhile; it may raise, to give up. None: don't wait.
     """
     with (directory / name).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except BlockingIOError:
-            ours = False
-        yield ours
-
-
-@contextmanager
-def locked(directory: Path, waiting: Callable[[], None], name: str = ".lock") -> Iterator[None]:
-    """While the context lasts, no other process that asks for the same lock has it. The kernel frees the lock of a process that dies.
-
-    waiting: called again and again while another process has it; it may raise, to give up.
-    """
-    told = False
-    while True:
-        with try_lock(directory, name) as ours:
-            if ours:
-                yield
-                return
-        if not told:
+        mine = _try_lock(lock)
+        if not mine and waiting is not None:
             log.info("%s: waiting for another process that is writing there", directory)
-            told = True
-        waiting()
-        time.sleep(0.1)
+            while not mine:
+                waiting()
+                time.sleep(0.1)
+                mine = _try_lock(lock)
+        yield mine
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def flush(path: Path, *parts: bytes | memoryview) -> None:
-    """Writes a new file down to the disk itself."""
+    """Write a new file down to the disk itself."""
     with path.open("wb") as file:
         file.writelines(parts)
         file.flush()
@@ -118,7 +117,7 @@ def flush(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def flush_directory(path: Path) -> None:
-    """Makes the names in a directory durable: a rename is only safe on disk after this (fsync(2))."""
+    """Make the names in a directory durable: only then is a rename safe on disk (fsync(2))."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

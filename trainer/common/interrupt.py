@@ -1,4 +1,4 @@
-"""Asked to stop: signals and the notice of a spot reclaim raise a flag that every long loop looks at."""
+"""Asked to stop: signals and a spot instance's notice raise a flag that long loops look at."""
 
 import contextlib
 import os
@@ -27,24 +27,32 @@ class Stop:
         self.reason: str | None = None
 
     def ask(self, reason: str) -> None:
-        """Raises the flag; the first reason stays."""
+        """Raise the flag; the first reason stays."""
         self.reason = self.reason or reason
 
     def check(self) -> None:
-        """Raises Interrupted once somebody has asked."""
+        """Raise Interrupted once somebody has asked."""
         if self.reason is not None:
             raise Interrupted(self.reason)
 
 
 def heeded() -> list[signal.Signals]:
-    """The signals that ask a process to stop. A closed terminal's SIGHUP is one, unless nohup has it ignored."""
-    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-    return [signal.SIGTERM, signal.SIGINT, *hangup]
+    """Return the signals that ask a process to stop.
+
+    A closed terminal's SIGHUP is one, unless nohup has it ignored.
+    """
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signals.remove(signal.SIGHUP)
+    return signals
 
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[Stop]:
-    """While the context lasts, SIGTERM, SIGINT and SIGHUP only raise the flag; a second SIGINT ends the process at once."""
+    """Let SIGTERM, SIGINT and SIGHUP only raise the flag, while the context lasts.
+
+    A second SIGINT ends the process at once.
+    """
     stop = Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -63,9 +71,11 @@ def on_signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def on_spot_notice(stop: Stop, every: float = POLL_EVERY) -> Iterator[None]:
-    """While the context lasts, a thread asks EC2's metadata service (IMDSv2) whether the instance is about to be reclaimed, and raises the flag.
+    """Raise the flag when EC2 is about to reclaim the instance, while the context lasts.
 
-    The address follows AWS_EC2_METADATA_SERVICE_ENDPOINT, as in the AWS SDKs. An unreachable service is logged once and asked again.
+    A thread asks the metadata service (IMDSv2). The address follows
+    AWS_EC2_METADATA_SERVICE_ENDPOINT, as in the AWS SDKs. An unreachable service is logged once
+    and asked again.
     """
     ended = threading.Event()
 
@@ -73,13 +83,15 @@ def on_spot_notice(stop: Stop, every: float = POLL_EVERY) -> Iterator[None]:
         warned = False
         while not ended.is_set() and stop.reason is None:
             try:
-                if notice := _notice():
+                notice = _notice()
+                if notice is not None:
                     log.warning("%s has come: saving", notice)
                     stop.ask(notice)
             except OSError as error:
                 if not warned:
                     log.warning(
-                        "the spot notice can't be read from EC2's metadata service (%s); asking on every %g s",
+                        "the spot notice can't be read from EC2's metadata service (%s); "
+                        "asking on every %g s",
                         error,
                         every,
                     )
@@ -96,15 +108,17 @@ def on_spot_notice(stop: Stop, every: float = POLL_EVERY) -> Iterator[None]:
 
 
 def _notice() -> str | None:
-    """Who asks for the instance back, if anybody does. Raises OSError where the service can't be asked."""
+    """Return who asks for the instance back, if anybody does. Raise OSError as `metadata` does."""
     return next((notice for path, notice in NOTICES.items() if metadata(path) is not None), None)
 
 
 def metadata(path: str) -> str | None:
-    """What EC2's metadata service (IMDSv2) says under /latest/meta-data/`path`; None: nothing. Raises OSError where it can't be asked."""
-    address = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip(
-        "/"
-    )
+    """Return what EC2's metadata service (IMDSv2) says under /latest/meta-data/`path`.
+
+    None: nothing. Raise OSError where it can't be asked.
+    """
+    address = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
+    address = address.rstrip("/")
     # No proxy of the environment may stand between an instance and its own metadata.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     ask = urllib.request.Request(

@@ -1,4 +1,7 @@
-"""Standard output and standard error that may go away: a closed terminal, a pipe that nobody reads any more. Standard library only."""
+"""Standard output and standard error that may go away with a closed terminal or an unread pipe.
+
+Standard library only.
+"""
 
 import errno
 import io
@@ -39,8 +42,10 @@ class _Raw(io.FileIO):
 
     def write(self, data: "ReadableBuffer") -> int:
         try:
-            while (written := super().write(data)) is None:  # someone has made it non-blocking
+            written = super().write(data)
+            while written is None:  # someone has made it non-blocking
                 select.select([], [self], [])
+                written = super().write(data)
             return written
         except OSError as error:
             if error.errno not in self._dropped:
@@ -52,24 +57,26 @@ class _Raw(io.FileIO):
 
 
 def outlive(expendable: bool = False) -> None:
-    """Lets this process outlive its standard output and standard error, each by itself.
+    """Let this process outlive its standard output and standard error, each by itself.
 
     expendable: whether the output may also be lost to a full disk, as that of a run that has a log
-    of its own. Does nothing to streams that were put in their place, nor when called again.
+    of its own. Streams that were put in their place stay, also when this is called again.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # started with it closed: the next file to be opened would take its number
             _lead_nowhere(number)
-    dropped = GONE | FULL if expendable else GONE
+    dropped = GONE
+    if expendable:
+        dropped |= FULL
     sys.stdin = sys.stdin or io.StringIO()
     sys.stdout = _lasting(sys.stdout, sys.__stdout__, dropped)
     sys.stderr = _lasting(sys.stderr, sys.__stderr__, dropped)
 
 
 def gone(stream: TextIO) -> bool:
-    """Whether writing has shown that what is printed reaches nobody any more."""
+    """Return whether writing has shown that what is printed reaches nobody any more."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return isinstance(raw, _Raw) and raw.gone
 

@@ -1,4 +1,7 @@
-"""Random views of a picture: pure functions of the picture and a generator, which trainer/common/randomness.py makes from (seed, epoch, sample)."""
+"""Random views of an image: pure functions of it and a generator.
+
+trainer/common/randomness.py makes the generator from (seed, epoch, sample).
+"""
 
 import math
 from collections.abc import Callable
@@ -12,13 +15,18 @@ from torch.nn import functional
 
 from trainer.images.decode import FILTERS
 
-GRAIN = 32768  # elements from which PyTorch shares an operation out among threads (at::internal::GRAIN_SIZE)
+# Elements from which PyTorch shares an operation out among threads (at::internal::GRAIN_SIZE).
+GRAIN = 32768
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """scale: bounds of the view's share of the picture's area. ratio: bounds of its width to its height, before it becomes a square.
-    flip: mirror half of the views. trivial: TrivialAugmentWide, see `trivial_augment`."""
+    """How random views differ.
+
+    scale: bounds of the view's share of the image's area. ratio: bounds of its width to its
+    height, before it becomes a square. flip: mirror half of the views. trivial: TrivialAugmentWide,
+    see `trivial_augment`.
+    """
 
     scale: tuple[float, float]
     ratio: tuple[float, float]
@@ -33,12 +41,14 @@ def random_view(
     augmentation: Augmentation,
     rng: np.random.Generator,
 ) -> NDArray[np.uint8]:
-    """A random part of pixels [H, W, 3], resized to [size, size, 3], perhaps mirrored, perhaps changed by one random operation."""
-    height, width = pixels.shape[:2]
-    top, left, box_height, box_width = random_box(
-        height, width, augmentation.scale, augmentation.ratio, rng
+    """Return a random part of pixels uint8 [H, W, 3], resized to [size, size, 3].
+
+    It is perhaps mirrored, perhaps changed by one random operation.
+    """
+    top, left, height, width = random_box(
+        *pixels.shape[:2], augmentation.scale, augmentation.ratio, rng
     )
-    view = resize(pixels[top : top + box_height, left : left + box_width], size, interpolation)
+    view = resize(pixels[top : top + height, left : left + width], size, interpolation)
     if augmentation.flip and rng.random() < 0.5:
         view = mirror(view)
     if augmentation.trivial:
@@ -47,16 +57,18 @@ def random_view(
 
 
 def resize(pixels: NDArray[np.uint8], size: int, interpolation: str) -> NDArray[np.uint8]:
-    """pixels [H, W, 3] as [size, size, 3], antialiased.
+    """Return pixels uint8 [H, W, 3] as [size, size, 3], antialiased.
 
-    Bilinear and bicubic by PyTorch: five times as fast as Pillow, and within 1 of each of its values (bicubic: 2).
+    Bilinear and bicubic by PyTorch: five times as fast as Pillow, and within 1 of each of its
+    values (bicubic: 2).
     """
     if interpolation not in ("bilinear", "bicubic"):
         return np.array(Image.fromarray(pixels).resize((size, size), FILTERS[interpolation]))
-    # The kernel for bytes, which takes one thread only, wants them close together: it would make this copy itself.
-    picture = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
+    # The kernel for bytes, which takes one thread only, wants them close together: it would make
+    # this copy itself.
+    image = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
     resized: NDArray[np.uint8] = (
-        functional.interpolate(picture, (size, size), mode=interpolation, antialias=True)[0]
+        functional.interpolate(image, (size, size), mode=interpolation, antialias=True)[0]
         .permute(1, 2, 0)
         .numpy()
     )
@@ -64,8 +76,9 @@ def resize(pixels: NDArray[np.uint8], size: int, interpolation: str) -> NDArray[
 
 
 def mirror(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """pixels [H, W, 3] with left and right exchanged, which NumPy would do pixel by pixel."""
-    # In strips so small that PyTorch does each in this thread: one that loads pictures should start no others.
+    """Return pixels uint8 [H, W, 3] mirrored, which NumPy would do pixel by pixel."""
+    # In strips so small that PyTorch does each in this thread: one that loads images should start
+    # no others.
     rows = max(1, (GRAIN - 1) // pixels[0].size)
     return torch.cat(
         [strip.flip(1) for strip in torch.split(torch.from_numpy(pixels), rows)]
@@ -79,31 +92,35 @@ def random_box(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random box, as torchvision.transforms.RandomResizedCrop.get_params samples it: area and log ratio are
-    uniform; after ten boxes that do not fit, the largest centred one with an allowed ratio."""
+    """Return (top, left, height, width) of a random box in an image of height x width.
+
+    It is sampled as torchvision.transforms.RandomResizedCrop.get_params does: area and log ratio
+    are uniform; after ten boxes that do not fit, the largest centred one with an allowed ratio.
+    """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            return (
-                int(rng.integers(height - box_height + 1)),
-                int(rng.integers(width - box_width + 1)),
-                box_height,
-                box_width,
-            )
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return top, left, box_height, box_width
     box_height = min(height, max(1, round(width / ratio[0])))
     box_width = min(width, max(1, round(height * ratio[1])))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-# --- TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158), operation by operation as torchvision.transforms.TrivialAugmentWide has it ---
+# --- TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158) ---
+# Operation by operation as torchvision.transforms.TrivialAugmentWide has it.
 
 STRENGTHS = 31  # equal steps from none to the operation's largest strength
 
 
 def trivial_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """One operation out of fourteen, at one of 31 strengths, of random sign where it has one. The area that it leaves empty becomes black."""
+    """Return the image after one operation out of fourteen, at one of 31 strengths.
+
+    Its sign is random where it has one. The area that it leaves empty becomes black.
+    """
     operation, strongest, signed = OPERATIONS[rng.integers(len(OPERATIONS))]
     strength = strongest * rng.integers(STRENGTHS) / (STRENGTHS - 1)
     if signed and rng.random() < 0.5:
@@ -111,86 +128,29 @@ def trivial_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image
     return operation(image, float(strength))
 
 
-def _affine(
-    image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float
-) -> Image.Image:
-    """The output's pixel (x, y) comes from (a x + b y + c, d x + e y + f) of the input."""
-    return image.transform(
-        image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=(0, 0, 0)
-    )
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    """Return the image whose pixel (x, y) comes from (a x + b y + c, d x + e y + f).
+
+    matrix: a, b, c, d, e, f.
+    """
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=(0, 0, 0))
 
 
-def _identity(image: Image.Image, _: float) -> Image.Image:
-    return image
-
-
-def _shear_x(image: Image.Image, slope: float) -> Image.Image:
-    return _affine(image, 1, slope, 0, 0, 1, 0)
-
-
-def _shear_y(image: Image.Image, slope: float) -> Image.Image:
-    return _affine(image, 1, 0, 0, slope, 1, 0)
-
-
-def _translate_x(image: Image.Image, distance: float) -> Image.Image:
-    return _affine(image, 1, 0, -int(distance), 0, 1, 0)
-
-
-def _translate_y(image: Image.Image, distance: float) -> Image.Image:
-    return _affine(image, 1, 0, 0, 0, 1, -int(distance))
-
-
-def _rotate(image: Image.Image, degrees: float) -> Image.Image:
-    return image.rotate(degrees, fillcolor=(0, 0, 0))
-
-
-def _brightness(image: Image.Image, change: float) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(1 + change)
-
-
-def _color(image: Image.Image, change: float) -> Image.Image:
-    return ImageEnhance.Color(image).enhance(1 + change)
-
-
-def _contrast(image: Image.Image, change: float) -> Image.Image:
-    return ImageEnhance.Contrast(image).enhance(1 + change)
-
-
-def _sharpness(image: Image.Image, change: float) -> Image.Image:
-    return ImageEnhance.Sharpness(image).enhance(1 + change)
-
-
-def _posterize(image: Image.Image, bits_lost: float) -> Image.Image:
-    return ImageOps.posterize(image, 8 - round(bits_lost))
-
-
-def _solarize(image: Image.Image, below_white: float) -> Image.Image:
-    """Inverts the values from 255 - below_white on."""
-    return ImageOps.solarize(image, math.ceil(255 - below_white))
-
-
-def _autocontrast(image: Image.Image, _: float) -> Image.Image:
-    return ImageOps.autocontrast(image)
-
-
-def _equalize(image: Image.Image, _: float) -> Image.Image:
-    return ImageOps.equalize(image)
-
-
-# (operation, largest strength, whether it also has a negative side)
+# (operation on an image with a strength, largest strength, whether it also has a negative side)
 OPERATIONS: tuple[tuple[Callable[[Image.Image, float], Image.Image], float, bool], ...] = (
-    (_identity, 0.0, False),
-    (_shear_x, 0.99, True),
-    (_shear_y, 0.99, True),
-    (_translate_x, 32.0, True),
-    (_translate_y, 32.0, True),
-    (_rotate, 135.0, True),
-    (_brightness, 0.99, True),
-    (_color, 0.99, True),
-    (_contrast, 0.99, True),
-    (_sharpness, 0.99, True),
-    (_posterize, 6.0, False),
-    (_solarize, 255.0, False),
-    (_autocontrast, 0.0, False),
-    (_equalize, 0.0, False),
+    (lambda image, _: image, 0.0, False),  # identity
+    (lambda image, slope: _affine(image, (1, slope, 0, 0, 1, 0)), 0.99, True),  # shear
+    (lambda image, slope: _affine(image, (1, 0, 0, slope, 1, 0)), 0.99, True),
+    (lambda image, far: _affine(image, (1, 0, -int(far), 0, 1, 0)), 32.0, True),  # translate
+    (lambda image, far: _affine(image, (1, 0, 0, 0, 1, -int(far))), 32.0, True),
+    (lambda image, degrees: image.rotate(degrees, fillcolor=(0, 0, 0)), 135.0, True),
+    (lambda image, change: ImageEnhance.Brightness(image).enhance(1 + change), 0.99, True),
+    (lambda image, change: ImageEnhance.Color(image).enhance(1 + change), 0.99, True),
+    (lambda image, change: ImageEnhance.Contrast(image).enhance(1 + change), 0.99, True),
+    (lambda image, change: ImageEnhance.Sharpness(image).enhance(1 + change), 0.99, True),
+    (lambda image, bits: ImageOps.posterize(image, 8 - round(bits)), 6.0, False),
+    # Inverts the values from 255 - strength on.
+    (lambda image, span: ImageOps.solarize(image, math.ceil(255 - span)), 255.0, False),
+    (lambda image, _: ImageOps.autocontrast(image), 0.0, False),
+    (lambda image, _: ImageOps.equalize(image), 0.0, False),
 )

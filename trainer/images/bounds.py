@@ -1,4 +1,4 @@
-"""Looks at a picture's file, undecoded, for what would keep a decoder busy for ever.
+"""Looks at an image's file, undecoded, for what would keep a decoder busy for ever.
 
 A few kilobytes can cost minutes: each scan of a progressive JPEG goes through the whole picture
 again and takes 10 bytes. A deadline does not help, since Python can't stop a decoder. So what a
@@ -39,7 +39,7 @@ MAX_RLE_PIXELS = 16_777_216
 # TIFF. As many tags as libtiff allows. A tile or strip takes 5 us.
 MAX_TAGS = 4_096
 MAX_TILES = 131_072
-MAX_TILED = 64 << 20  # pixels of all tiles, or of 4 pictures: a small one does not fill its tiles
+MAX_TILED = 64 << 20  # pixels of all tiles, or of 4 images: a small one does not fill its tiles
 MAX_VALUES = 64 << 20  # bytes of all tags' values, or of 2 files: beyond it, they lie on each other
 
 MARKER = re.compile(rb"\xff[^\x00\xff]")
@@ -57,12 +57,18 @@ LAYOUT = {WIDTH, HEIGHT, STRIPS, SAMPLES, STRIP_ROWS, PLANAR, TILE_WIDTH, TILE_H
 
 
 def jpeg(data: bytes) -> str | None:
+    """Return why a JPEG of these bytes must not be decoded, or None."""
     scans = segments = filler = pixels = 0
     exif: list[bytes] = []
     position = 2
-    while found := (MARKER_AFTER_SCAN if scans else MARKER).search(data, position):
-        filler += 0 if scans else found.start() - position
-        position = found.end()
+    while True:
+        marker_pattern = (MARKER, MARKER_AFTER_SCAN)[scans > 0]
+        match = marker_pattern.search(data, position)
+        if match is None:
+            break
+        if not scans:
+            filler += match.start() - position
+        position = match.end()
         marker = data[position - 1]
         if marker == END_OF_IMAGE:  # behind it, phones keep videos and second pictures
             break
@@ -92,6 +98,7 @@ def jpeg(data: bytes) -> str | None:
 
 
 def png(data: bytes) -> str | None:
+    """Return why a PNG of these bytes must not be decoded, or None."""
     allowed = MAX_CHUNKS + len(data) // 1024
     chunks = profiles = 0
     position = 8
@@ -105,13 +112,17 @@ def png(data: bytes) -> str | None:
             return _more_than(MAX_PROFILES, "colour profiles")
         if kind == b"IEND":
             break
-        if kind == b"eXIf" and (reason := _exif(data[position + 8 : position + 8 + length])):
+        reason = None
+        if kind == b"eXIf":
+            reason = _exif(data[position + 8 : position + 8 + length])
+        if reason:
             return reason
         position += 12 + length
     return None
 
 
 def webp(data: bytes) -> str | None:
+    """Return why a WebP of these bytes must not be decoded, or None."""
     allowed = MAX_CHUNKS + len(data) // 1024
     chunks = 0
     position = 12
@@ -120,17 +131,23 @@ def webp(data: bytes) -> str | None:
         chunks += 1
         if chunks > allowed:
             return _more_than(allowed, "chunks")
-        if kind == b"EXIF" and (reason := _exif(data[position + 8 : position + 8 + length])):
+        reason = None
+        if kind == b"EXIF":
+            reason = _exif(data[position + 8 : position + 8 + length])
+        if reason:
             return reason
         position += 8 + length + length % 2
     return None
 
 
 def gif(data: bytes) -> str | None:
+    """Return why a GIF of these bytes must not be decoded, or None."""
     allowed = MAX_BLOCKS + len(data) // 64
     blocks = comments = 0
-    flags = data[10] if len(data) > 10 else 0
-    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    position = 13
+    flags = int.from_bytes(data[10:11])
+    if flags & 0x80:
+        position += 3 << (flags & 7) + 1
     while position < len(data) and data[position] not in b",;":
         blocks += 1
         if data[position] != ord("!"):  # Pillow goes on to the next byte
@@ -140,7 +157,9 @@ def gif(data: bytes) -> str | None:
             continue
         comment = data[position + 1 : position + 2] == b"\xfe"
         netscape = data[position + 1 : position + 14] == b"\xff\x0bNETSCAPE2.0"
-        unasked = 0 if comment else 1 + netscape  # blocks that Pillow takes, empty or not
+        unasked = 0  # blocks that Pillow takes, empty or not
+        if not comment:
+            unasked = 1 + netscape
         position += 2
         size = -1
         while position < len(data) and (size != 0 or unasked >= 0):
@@ -157,6 +176,7 @@ def gif(data: bytes) -> str | None:
 
 
 def bmp(data: bytes) -> str | None:
+    """Return why a BMP of these bytes must not be decoded, or None."""
     if len(data) < 34:
         return None
     header, width, height, compression = struct.unpack_from("<Iii4xI", data, 14)
@@ -166,7 +186,10 @@ def bmp(data: bytes) -> str | None:
 
 
 def tiff(data: bytes) -> str | None:
-    order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
+    """Return why a TIFF of these bytes must not be decoded, or None."""
+    order: Literal["little", "big"] = "big"
+    if data[:1] == b"I":
+        order = "little"
     layout: dict[int, int] = {}
     for number, (tag, kind, count, value) in enumerate(_entries(data)):
         if number == MAX_TAGS:
@@ -178,7 +201,9 @@ def tiff(data: bytes) -> str | None:
         elif tag in LAYOUT and count == 1 and VALUE_BYTES.get(kind, 9) <= len(value):
             layout[tag] = int.from_bytes(value[: VALUE_BYTES[kind]], order)
     width, height = layout.get(WIDTH, 0), layout.get(HEIGHT, 0)
-    planes = layout.get(SAMPLES, 1) if layout.get(PLANAR) == 2 else 1
+    planes = 1
+    if layout.get(PLANAR) == 2:
+        planes = layout.get(SAMPLES, 1)
     strip = layout.get(STRIPS, 0), width, min(layout.get(STRIP_ROWS, height), height)
     tile = layout.get(TILES, 0), layout.get(TILE_WIDTH, 0), layout.get(TILE_HEIGHT, 0)
     for given, across, down in (strip, tile):
@@ -210,15 +235,20 @@ def _exif(block: bytes) -> str | None:
 
 def _entries(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
     """Yield the (tag, type, count, value or its offset) of a TIFF's first directory."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = 43 in data[2:4]
-    entry = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
+    order = ">"
+    if data[:2] == b"II":
+        order = "<"
+    # Where the directory's offset lies, its format, that of the count of entries, and of an entry.
+    at, offset, counter, layout = 4, "I", "H", "HHI4s"
+    if 43 in data[2:4]:  # BigTIFF
+        at, offset, counter, layout = 8, "Q", "Q", "HHQ8s"
+    entry = struct.Struct(order + layout)
     try:
-        (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-        (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
+        (start,) = struct.unpack_from(order + offset, data, at)
+        (count,) = struct.unpack_from(order + counter, data, start)
     except (struct.error, OverflowError):
         return
-    start += 8 if big else 2
+    start += struct.calcsize(order + counter)
     for number in range(min(count, (len(data) - start) // entry.size)):
         yield entry.unpack_from(data, start + number * entry.size)
 

@@ -1,4 +1,7 @@
-"""Data sets known by name, written once as class folders, so that they take the very path of a user's own pictures."""
+"""Data sets known by name, written once as class folders.
+
+So they take the very path of a user's own images.
+"""
 
 import contextlib
 import errno
@@ -17,45 +20,52 @@ from PIL import Image
 
 from trainer.common.console import log
 from trainer.common.errors import UserError, install_command
-from trainer.images.folder import SPLIT_NAMES, ImageFolder, few, find_splits, scan
+from trainer.common.text import listed
+from trainer.images.folder import SPLIT_NAMES, ImageFolder, find_splits, scan
 from trainer.settings.config import Config
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist_mini.npz"
 
 
 def find_images(config: Config) -> ImageFolder:
-    """Lists the pictures; a named data set is first written as class folders."""
+    """List the images; a named data set is first written as class folders."""
     materialize(config.data.source, Path(config.data.root))
     root, given = config.data.root, {split: getattr(config.data, split) for split in SPLIT_NAMES}
     if given["train"] is None and not Path(root).exists():
         raise UserError(
-            f"data.root={root}: there is no such folder; give the one that holds train, valid and test (the last two may be missing)"
+            f"data.root={root}: there is no such folder; "
+            "give the one that holds train, valid and test (the last two may be missing)"
         )
     for split in ("valid", "test"):
         if given[split] is not None and not Path(given[split]).exists():
             raise UserError(
-                f"data.{split}={given[split]}: there is no such folder; give another, or null for the one in data.root"
+                f"data.{split}={given[split]}: there is no such folder; "
+                "give another, or null for the one in data.root"
             )
     directories, unused = find_splits(root, given)
-    found = scan(directories, config.data.valid_fraction)
+    images = scan(directories, config.data.valid_fraction)
     if unused:
         log.warning(
-            "not used: %s in %s; pictures are taken from train, valid (or val) and test, and from where data.valid=DIR and data.test=DIR say",
-            few(unused), root,
-        )  # fmt: skip
-    sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in found.splits.items())
-    log.info("pictures: %s; %d classes", sizes, len(found.classes))
-    if "test" not in found.splits:
-        log.warning(
-            "there is no test folder: the final figures are of valid, which also chose the best epoch, so they flatter"
+            "not used: %s in %s; pictures are taken from train, valid (or val) and test, "
+            "and from where data.valid=DIR and data.test=DIR say",
+            listed(unused),
+            root,
         )
-    return found
+    sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in images.splits.items())
+    log.info("pictures: %s; %d classes", sizes, len(images.classes))
+    if "test" not in images.splits:
+        log.warning(
+            "there is no test folder: the final figures are of valid, "
+            "which also chose the best epoch, so they flatter"
+        )
+    return images
 
 
 def materialize(source: str, root: Path) -> None:
-    """Writes the data set `source` to root/{train,valid,test}/CLASS/ unless root exists; "folder" is the user's own and written by nobody.
+    """Write the data set `source` to root/{train,valid,test}/CLASS/ unless root exists.
 
-    root is there whole or not at all, also when the process is killed or when two write at once. Raises UserError where a download fails.
+    "folder" is the user's own and written by nobody. root is there whole or not at all, also when
+    the process is killed or when two write at once. Raise UserError where a download fails.
     """
     if source == "folder" or root.exists():
         return
@@ -68,7 +78,8 @@ def materialize(source: str, root: Path) -> None:
         root.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(
-            f"{error.filename}: not a folder, so data.root={root} can't be made; give another data.root=DIR"
+            f"{error.filename}: not a folder, so data.root={root} can't be made; "
+            "give another data.root=DIR"
         ) from error
     _sweep(root)
     partial = root.with_name(f".{root.name}.{socket.gethostname()}.{os.getpid()}.partial")
@@ -84,7 +95,7 @@ def materialize(source: str, root: Path) -> None:
 
 
 def _write_fashion_mnist(root: Path) -> None:
-    """3,000 pictures of Fashion-MNIST, which come with this package: see data/LICENSE."""
+    """Write 3,000 images of Fashion-MNIST, which come with this package: see data/LICENSE."""
     with np.load(EMBEDDED, allow_pickle=False) as arrays:
         classes = arrays["classes"].tolist()
         for split in ("train", "valid", "test"):
@@ -99,9 +110,10 @@ def _write_fashion_mnist(root: Path) -> None:
 def _write_flowers102(root: Path) -> None:
     if importlib.util.find_spec("scipy") is None:  # torchvision would find out after the download
         raise UserError(
-            f"data=flowers102 needs scipy, which reads its list of labels: {install_command('flowers102')}"
+            "data=flowers102 needs scipy, which reads its list of labels: "
+            f"{install_command('flowers102')}"
         )
-    from torchvision.datasets import Flowers102
+    from torchvision.datasets import Flowers102  # imported here: slow, and needed by few
 
     with _download("flowers102", root) as downloads:
         for split, theirs in {"train": "train", "valid": "val", "test": "test"}.items():
@@ -112,7 +124,7 @@ def _write_flowers102(root: Path) -> None:
 
 
 def _write_pets(root: Path) -> None:
-    from torchvision.datasets import OxfordIIITPet
+    from torchvision.datasets import OxfordIIITPet  # imported here: slow, and needed by few
 
     with _download("pets", root) as downloads:
         for split, theirs in {"train": "trainval", "test": "test"}.items():
@@ -122,7 +134,7 @@ def _write_pets(root: Path) -> None:
 
 @contextlib.contextmanager
 def _download(source: str, root: Path) -> Iterator[Path]:
-    """A folder for torchvision to download to; it is removed at the end."""
+    """Give a folder for torchvision to download to; it is removed at the end."""
     downloads = root / ".downloads"
     try:
         yield downloads
@@ -135,14 +147,15 @@ def _download(source: str, root: Path) -> Iterator[Path]:
     ) as error:  # RuntimeError: a wrong checksum
         reason = " ".join(str(error).split())
         raise UserError(
-            f"data={source}: the download failed ({reason}); try again, or, where there is no network, get the pictures elsewhere as "
-            "train/CLASS/*.jpg and give data=folder data.root=DIR"
+            f"data={source}: the download failed ({reason}); try again, or, where there is no "
+            "network, get the pictures elsewhere as train/CLASS/*.jpg "
+            "and give data=folder data.root=DIR"
         ) from error
     shutil.rmtree(downloads)
 
 
 def _move(pictures: Iterable[Path], classes: Iterable[str], split: Path) -> None:
-    """Moves the picture files themselves: saving them again would change their pixels."""
+    """Move the image files themselves: saving them again would change their pixels."""
     for path, name in zip(pictures, classes, strict=True):
         (split / name).mkdir(parents=True, exist_ok=True)
         path.rename(split / name / path.name)
@@ -158,7 +171,7 @@ def _rename(partial: Path, root: Path) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Removes what killed processes of this machine left behind."""
+    """Remove what killed processes of this machine left behind."""
     for partial in root.parent.glob(f".{glob.escape(root.name)}.{socket.gethostname()}.*.partial"):
         process = int(partial.name.split(".")[-2])
         if process == os.getpid() or not _is_running(process):

@@ -1,7 +1,8 @@
-"""The one decode-resize-crop: training, evaluation, the packed cache and serving all take pictures through it.
+"""The one decode-resize-crop: training, evaluation, the packed cache and serving all use it.
 
-In two steps: `shrink` decodes a picture and makes it small, once; `center_crop` cuts the square that the network sees.
-It needs Pillow, NumPy and the standard library only, because a copy of this file travels in the model package.
+In two steps: `shrink` decodes an image and makes it small, once; `center_crop` cuts the square
+that the network sees. It needs Pillow, NumPy and the standard library only, because a copy of this
+file travels in the model package.
 """
 
 import os
@@ -26,10 +27,17 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from trainer.common.errors import PackhorseError
 from trainer.images import bounds
 
-MAX_PIXELS = 89_478_485  # Pillow's Image.MAX_IMAGE_PIXELS (256 MB of RGB): above it, a small file may be made to fill the memory
-MAX_ASPECT = 4  # longer to shorter side: what sticks out is cut off, or a 1 x 50,000 strip would become a picture of 256 x 12,800,000
+Source = str | os.PathLike[str] | bytes | BinaryIO  # a path, a file's bytes, or an open binary file
+
+# Pillow's Image.MAX_IMAGE_PIXELS (256 MB of RGB): above it, a small file may be made to fill the
+# memory.
+MAX_PIXELS = 89_478_485
+# Longer to shorter side: what sticks out is cut off, or a 1 x 50,000 strip would become an image of
+# 256 x 12,800,000.
+MAX_ASPECT = 4
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -38,9 +46,10 @@ FILTERS = {
     "box": Image.Resampling.BOX,
 }
 
-# The decoders are called directly, and never through Image.open, because that warns of large pictures, and Python's warning filters are one
-# for the whole process: no thread may change them. The first bytes of a file tell its format; its name does not matter.
-# Beside each stands what looks for files that would keep it busy for ever.
+# The decoders are called directly, never through Image.open, because that warns of large images,
+# and Python's warning filters are one for the whole process: no thread may change them. The first
+# bytes of a file tell its format; its name does not matter. Beside each stands what looks for files
+# that would keep it busy for ever.
 DECODERS: dict[bytes, tuple[type[ImageFile.ImageFile], Callable[[bytes], str | None]]] = {
     b"\xff\xd8\xff": (JpegImagePlugin.JpegImageFile, bounds.jpeg),
     b"\x89PNG\r\n\x1a\n": (PngImagePlugin.PngImageFile, bounds.png),
@@ -53,7 +62,7 @@ DECODERS: dict[bytes, tuple[type[ImageFile.ImageFile], Callable[[bytes], str | N
     b"MM\x00\x2b": (TiffImagePlugin.TiffImageFile, bounds.tiff),
 }
 
-# EXIF's orientation tag (TIFF 6.0, tag 274): what turns the stored picture upright.
+# EXIF's orientation tag (TIFF 6.0, tag 274): what turns the stored image upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,15 +74,16 @@ UPRIGHT = {
 }
 
 
-class ImageError(ValueError):
-    """A picture can't be used. The message is the reason, in a few words, without the file's name."""
+class ImageError(PackhorseError, ValueError):
+    """An image can't be used. The message is the reason, in a few words, without the file."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What becomes of a picture before the network sees it.
+    """What becomes of an image before the network sees it.
 
-    resize: its shorter side after shrinking, in pixels. size: the centre square cut from that, in pixels.
+    resize: its shorter side after shrinking, in pixels. size: the centre square cut from that, in
+    pixels.
     interpolation: "bilinear", "bicubic", "lanczos" or "box".
     """
 
@@ -83,28 +93,25 @@ class Preprocessing:
 
 
 def prepare(
-    source: str | os.PathLike[str] | bytes | BinaryIO,
-    preprocessing: Preprocessing,
-    max_pixels: int = MAX_PIXELS,
+    source: Source, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """The picture as evaluation and serving see it: RGB, [size, size, 3]. Raises ImageError."""
-    return center_crop(
-        shrink(source, preprocessing.resize, preprocessing.interpolation, max_pixels),
-        preprocessing.size,
-    )
+    """Return the image as evaluation and serving see it: RGB, uint8 [size, size, 3].
+
+    Raise what `shrink` raises.
+    """
+    small = shrink(source, preprocessing.resize, preprocessing.interpolation, max_pixels)
+    return center_crop(small, preprocessing.size)
 
 
 def shrink(
-    source: str | os.PathLike[str] | bytes | BinaryIO,
-    resize: int,
-    interpolation: str,
-    max_pixels: int = MAX_PIXELS,
+    source: Source, resize: int, interpolation: str, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Decodes a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF picture, upright, and resizes its shorter side to `resize` pixels.
+    """Decode a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF image, upright, and shrink it.
 
-    source: a path, the file's bytes, or an open binary file. Transparency is laid on white, 16-bit values are scaled to 8 bits,
-    and the longer side is cut to MAX_ASPECT times the shorter one. Returns RGB, [H, W, 3], min(H, W) == resize.
-    Raises ImageError, whatever is wrong with its bytes; OSError or MemoryError where the machine can't read them or has no room for them.
+    Its shorter side gets `resize` pixels: return RGB, uint8 [H, W, 3], min(H, W) == resize.
+    Transparency is laid on white, 16-bit values are scaled to 8 bits, and the longer side is cut
+    to MAX_ASPECT times the shorter one. Raise ImageError, whatever is wrong with its bytes; OSError
+    or MemoryError where the machine can't read them or has no room for them.
     """
     resample = FILTERS[interpolation]
     try:
@@ -112,29 +119,31 @@ def shrink(
             image = _decoder(file)
             if image.width * image.height > max_pixels:
                 raise ImageError(
-                    f"{image.width} x {image.height} pixels are too many (a decompression bomb?); allowed: {max_pixels:,}"
+                    f"{image.width} x {image.height} pixels are too many (a decompression bomb?); "
+                    f"allowed: {max_pixels:,}"
                 )
-            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice what is asked for: several times as
-            # fast, and hardly different from the full picture resized (Pillow's reducing_gap=2).
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice what
+            # is asked for: several times as fast, and hardly different from the full image resized
+            # (Pillow's reducing_gap=2).
             draft = image.draft(None, (2 * resize, 2 * resize))
             image.load()
-            # A draft's size is rounded up: the picture itself ends at a fraction of a pixel.
-            width, height = draft[1][2:] if draft else image.size
+            width, height = image.size
+            if draft:  # its size is rounded up: the image itself ends at a fraction of a pixel
+                width, height = draft[1][2:]
             size, box = _target(width, height, resize)
             small = _rgb(image).resize(size, resample, box)
             return np.array(_upright(small, image))
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # the system's; Pillow's own have no number
+    except Exception as error:
+        # On broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
             raise
         raise ImageError(_reason(error)) from error
 
 
 def center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """A copy of the centre square of pixels [H, W, 3]: [size, size, 3], contiguous."""
+    """Return a copy of the centre square of pixels [H, W, 3]: [size, size, 3], contiguous."""
     height, width = pixels.shape[:2]
     assert size <= min(height, width), (
         f"a square of {size} pixels does not fit into {height} x {width}"
@@ -143,7 +152,7 @@ def center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return pixels[top : top + size, left : left + size].copy()
 
 
-def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> AbstractContextManager[BinaryIO]:
+def _opened(source: Source) -> AbstractContextManager[BinaryIO]:
     if isinstance(source, bytes):
         return BytesIO(source)
     if isinstance(source, str | os.PathLike):
@@ -152,14 +161,15 @@ def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> AbstractContex
 
 
 def _decoder(file: BinaryIO) -> ImageFile.ImageFile:
-    """The picture in `file`: its header is read, its pixels are not."""
+    """Return the image in `file`: its header is read, its pixels are not."""
     start = file.read(8)
     if not start:
         raise ImageError("the file is empty")
     for signature, (decoder, too_slow) in DECODERS.items():
         if start.startswith(signature):
             file.seek(0)
-            if reason := too_slow(file.read()):
+            reason = too_slow(file.read())
+            if reason:
                 raise ImageError(reason)
             file.seek(0)
             return decoder(file)
@@ -169,7 +179,10 @@ def _decoder(file: BinaryIO) -> ImageFile.ImageFile:
 def _target(
     width: float, height: float, resize: int
 ) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
-    """The (width, height) after resizing, and the part (left, upper, right, lower) of the picture that it shows."""
+    """Return the (width, height) after resizing, and the box of the image that it shows.
+
+    The box is (left, upper, right, lower).
+    """
     shown_width, shown_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
     left, upper = (width - shown_width) // 2, (height - shown_height) // 2
     # The longer side is rounded down, as torchvision.transforms.Resize does.
@@ -194,7 +207,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(values: NDArray[np.integer]) -> Image.Image:
-    """Scaled, so that 65535 becomes 255. (Pillow's own conversion clips everything above 255.)"""
+    """Return it scaled: 65535 becomes 255. (Pillow's own conversion clips what is above 255.)"""
     if values.min() < 0 or values.max() > 65535:
         raise ImageError("integer pixels outside 0..65535; allowed: 8 or 16 bits a channel")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
@@ -203,9 +216,13 @@ def _from_16_bits(values: NDArray[np.integer]) -> Image.Image:
 def _upright(small: Image.Image, original: Image.Image) -> Image.Image:
     try:
         orientation = original.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a broken EXIF block fails in as many ways as broken pixels do, and is no reason to lose the picture
+    except Exception:
+        # A broken EXIF block fails in as many ways as broken pixels do, and is no reason to lose
+        # the image.
         return small
-    return small.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else small
+    if orientation not in UPRIGHT:
+        return small
+    return small.transpose(UPRIGHT[orientation])
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""An image folder: train/ valid/ test/, in each a folder for every class; which pictures they hold, and which of them can't be used."""
+"""An image folder: train/ valid/ test/, in each a folder for every class.
+
+Which images they hold, and which of them can't be used.
+"""
 
 import errno
 import hashlib
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 
 from trainer.common import files
 from trainer.common.errors import UserError
+from trainer.common.text import listed
 from trainer.images.decode import MAX_PIXELS, ImageError, Preprocessing, center_crop, shrink
 
 # What the folder of a split may be called, in any case.
@@ -29,17 +33,19 @@ SUFFIXES = frozenset(
 )
 
 _SPLITS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
-MAX_FILE = (
-    8 * MAX_PIXELS + 2**20
-)  # bytes: the largest uncompressed picture (RGBA of 16 bits) and its header; no longer file is read
-NOWHERE = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
-)  # where a link may lead
+# Bytes: the largest uncompressed image (RGBA of 16 bits) and its header; no longer file is read.
+MAX_FILE = 8 * MAX_PIXELS + 2**20
+# Where a link may lead.
+NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+LAYOUT = "expected: a folder for each class, with its pictures in it, as in train/beagle/1.jpg"
 
 
 @dataclass(frozen=True)
 class Split:
-    """paths: of the pictures, by class, then by name. labels: int64 [N], each one's place in `ImageFolder.classes`."""
+    """Some images and their classes.
+
+    paths: by class, then by name. labels: int64 [N], each one's place in `ImageFolder.classes`.
+    """
 
     paths: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -47,9 +53,12 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """classes: train's folder names, sorted as text ("0", "1", "10", "2"). splits: "train", "valid" and, where there is one, "test".
-    broken: (path, reason) of each file that is left out. fingerprint: SHA-256 of the classes and of each split's file names and sizes: it
-    changes with the pictures, not with the place where they lie.
+    """A data set of images.
+
+    classes: train's folder names, sorted as text ("0", "1", "10", "2"). splits: "train", "valid"
+    and, where there is one, "test". broken: (path, reason) of each file that is left out.
+    fingerprint: SHA-256 of the classes and of each split's file names and sizes: it changes with
+    the images, not with the place where they lie.
     """
 
     classes: tuple[str, ...]
@@ -63,52 +72,55 @@ class ImageFolder:
 
 
 def find_splits(root: str, given: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
-    """Returns the folder of each split, and the names of root's other folders that hold pictures, which nobody uses.
+    """Return the folder of each split, and root's other folders that hold images, used by nobody.
 
-    given: the folder of a split that is not to be looked for. A split that root has not gets root/NAME all the same. Raises UserError where root
-    has two folders for one split.
+    given: the folder of a split that is not to be looked for. A split that root has not gets
+    root/NAME all the same. Raise UserError where root has two folders for one split.
     """
     with _readable():
-        folders = _class_folders(root) if Path(root).is_dir() else []
-        found = {}
+        folders: list[str] = []
+        if Path(root).is_dir():
+            folders = _class_folders(root)
+        directories = {}
         for split, names in SPLIT_NAMES.items():
             named = [name for name in folders if name.casefold() in names]
             if len(named) > 1 and not given[split]:
                 raise UserError(
-                    f"{root} has two folders for {split}, {' and '.join(named)}: remove one, or give data.{split}={root}/{named[0]}"
+                    f"{root} has two folders for {split}, {' and '.join(named)}: "
+                    f"remove one, or give data.{split}={root}/{named[0]}"
                 )
-            found[split] = given[split] or str(Path(root) / (named[0] if named else split))
-        used = {os.path.realpath(path) for path in found.values()}
+            directories[split] = given[split] or str(Path(root, *(named or [split])))
+        used = {os.path.realpath(path) for path in directories.values()}
         if given["train"]:  # root's other folders may be its classes
-            return found, []
+            return directories, []
         others = [
             name
             for name in folders
             if os.path.realpath(Path(root) / name) not in used and name.casefold() not in _SPLITS
         ]
-        return found, [name for name in others if any(_walk(0, Path(root), name))]
+        return directories, [name for name in others if any(_walk(0, Path(root), name))]
 
 
 def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
-    """Lists the pictures, without decoding them. Hidden files and folders are no part of it, nor are files not named like pictures.
+    """List the images, without decoding them.
 
-    directories: the folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the share of each class that
-    becomes valid, where there is no such folder. Raises UserError for a folder that can't be trained on, and Unreadable.
+    Hidden files and folders are no part of it, nor are files not named like images. directories:
+    the folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the
+    share of each class that becomes valid, where there is no such folder. Raise UserError for a
+    folder that can't be trained on, and Unreadable.
     """
     with _readable():
         classes = _classes(directories["train"])
-        listed = {
+        held = {
             name: _files(name, path, classes)
             for name, path in directories.items()
             if name == "train" or _exists(path)
         }
-        if "valid" not in listed:
-            listed["train"], listed["valid"] = _split(listed["train"], valid_fraction)
-    listed = {name: listed[name] for name in ("train", "valid", "test") if name in listed}
-    broken = tuple(
-        (file.path, file.reason) for name in listed for file in listed[name] if file.reason
-    )
-    usable = {name: [file for file in listed[name] if not file.reason] for name in listed}
+        if "valid" not in held:
+            held["train"], held["valid"] = _split(held["train"], valid_fraction)
+    held = {name: held[name] for name in ("train", "valid", "test") if name in held}
+    broken = tuple((file.path, file.reason) for name in held for file in held[name] if file.reason)
+    usable = {name: [file for file in held[name] if not file.reason] for name in held}
     _check_filled(directories, classes, usable)
     names = {name: [(file.name, file.size) for file in usable[name]] for name in usable}
     fingerprint = hashlib.sha256(json.dumps([classes, names]).encode()).hexdigest()
@@ -123,7 +135,10 @@ def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
 
 
 def read(path: str) -> tuple[bytes, os.stat_result]:
-    """The bytes of a picture's file, all from one read, and its status before that. Raises ImageError for one that is too long, and OSError."""
+    """Return the bytes of an image's file, all from one read, and its status before that.
+
+    Raise ImageError for one that is too long, and OSError.
+    """
     with Path(path).open("rb") as file:
         status = os.fstat(file.fileno())
         if status.st_size > MAX_FILE:
@@ -132,15 +147,14 @@ def read(path: str) -> tuple[bytes, os.stat_result]:
 
 
 def read_shrunk(path: str, resize: int, interpolation: str) -> NDArray[np.uint8]:
-    """The picture as `preprocess.shrink` makes it of its bytes. Raises ImageError and Unreadable."""
+    """Return the image as `decode.shrink` makes it. Raise ImageError and Unreadable."""
     return files.patiently(path, lambda: shrink(read(path)[0], resize, interpolation))
 
 
 def read_prepared(path: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """The picture as `preprocess.prepare` makes it of its bytes. Raises ImageError and Unreadable."""
-    return center_crop(
-        read_shrunk(path, preprocessing.resize, preprocessing.interpolation), preprocessing.size
-    )
+    """Return the image as `decode.prepare` makes it. Raise ImageError and Unreadable."""
+    small = read_shrunk(path, preprocessing.resize, preprocessing.interpolation)
+    return center_crop(small, preprocessing.size)
 
 
 def quarantine(
@@ -150,11 +164,12 @@ def quarantine(
     max_broken: float,
     on_progress: Callable[[int, int], None],
 ) -> ImageFolder:
-    """The folder without the pictures that `check(path)` refuses by a ImageError: they move to `broken`.
+    """Return the folder without the images that `check(path)` refuses by an ImageError.
 
-    workers: threads that call `check`; 0: the caller's own does. max_broken: the largest share of all files that may be broken.
-    on_progress(done, total): called in the caller's own thread; it may raise, to end the work early.
-    Raises UserError where more are broken, or where a class has no picture left to train on.
+    They move to `broken`. workers: threads that call `check`; 0: the caller's own does. max_broken:
+    the largest share of all files that may be broken. on_progress(done, total): called in the
+    caller's own thread; it may raise, to end the work early. Raise UserError where more are broken,
+    or where a class has no image left to train on.
     """
     paths = list(dict.fromkeys(path for split in folder.splits.values() for path in split.paths))
 
@@ -166,20 +181,23 @@ def quarantine(
         return None
 
     reasons: list[str | None] = []
-    window = (
-        16 * max(workers, 1)
-    )  # pictures between two calls of on_progress: so many that threads seldom wait for a window's last one
-    with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="check") as pool:
+    threads = max(workers, 1)
+    # Images between two calls of on_progress: so many that threads seldom wait for the last one.
+    window = 16 * threads
+    with ThreadPoolExecutor(threads, thread_name_prefix="check") as pool:
+        apply: Callable[..., Iterator[str | None]] = pool.map
+        if workers == 0:
+            apply = map
         for start in range(0, len(paths), window):
-            part = paths[start : start + window]
-            reasons += pool.map(reason, part) if workers else map(reason, part)
+            reasons += apply(reason, paths[start : start + window])
             on_progress(len(reasons), len(paths))
     refused = {path: why for path, why in zip(paths, reasons, strict=True) if why is not None}
     broken = folder.broken + tuple(refused.items())
     total = len(paths) + len(folder.broken)
     if len(broken) > max_broken * total:
         raise UserError(
-            f"{len(broken)} of {total} pictures can't be used, more than data.max_broken={max_broken:g} allows: {_listed(broken)}; "
+            f"{len(broken)} of {total} pictures can't be used, "
+            f"more than data.max_broken={max_broken:g} allows: {_listed(broken)}; "
             "mend or remove them, or allow more"
         )
     splits = {name: _without(split, refused) for name, split in folder.splits.items()}
@@ -192,12 +210,14 @@ def quarantine(
                 if other == label
             ]
             raise UserError(
-                f"class {name}: none of its training pictures can be used: {_listed(lost)}; mend them or add others"
+                f"class {name}: none of its training pictures can be used: {_listed(lost)}; "
+                "mend them or add others"
             )
     for name, split in splits.items():
         if not split.paths:
             raise UserError(
-                f"data.{name}: none of its pictures can be used: {_listed(broken)}; mend them or add others"
+                f"data.{name}: none of its pictures can be used: {_listed(broken)}; "
+                "mend them or add others"
             )
     return replace(folder, splits=splits, broken=broken)
 
@@ -208,8 +228,7 @@ def _without(split: Split, refused: Mapping[str, str]) -> Split:
 
 
 def _listed(broken: Iterable[tuple[str, str]]) -> str:
-    named = [f"{path} ({reason})" for path, reason in broken]
-    return ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+    return listed(f"{path} ({reason})" for path, reason in broken)
 
 
 # --- finding the files ---
@@ -230,47 +249,55 @@ def _readable() -> Iterator[None]:
         yield
     except PermissionError as error:
         raise UserError(
-            f"{error.filename}: permission denied; let this user read the folder, or run as one who may"
+            f"{error.filename}: permission denied; "
+            "let this user read the folder, or run as one who may"
         ) from error
 
 
 def _classes(train: str) -> tuple[str, ...]:
-    """The class list: train's folders."""
-    layout = "expected: a folder for each class, with its pictures in it, as in train/beagle/1.jpg"
+    """Return the class list: train's folders."""
     path = Path(train)
     if not _exists(path):
-        beside = _class_folders(str(path.parent)) if path.parent.is_dir() else []
-        if beside := [
-            name
-            for name in beside
-            if name.casefold() not in _SPLITS and any(_walk(0, path.parent, name))
-        ]:
+        beside: list[str] = []
+        if path.parent.is_dir():
+            beside = [
+                name
+                for name in _class_folders(str(path.parent))
+                if name.casefold() not in _SPLITS and any(_walk(0, path.parent, name))
+            ]
+        if beside:
             raise UserError(
-                f"{train}: there is no such folder, but {path.parent} itself has class folders ({few(beside)}): "
-                f"give data.train={path.parent}, or move them into {train}"
+                f"{train}: there is no such folder, but {path.parent} itself has class folders "
+                f"({listed(beside)}): give data.train={path.parent}, or move them into {train}"
             )
         raise UserError(
-            f"{train}: there is no such folder; data.root must hold train, valid and test (the last two may be missing); {layout}"
+            f"{train}: there is no such folder; data.root must hold train, valid and test "
+            f"(the last two may be missing); {LAYOUT}"
         )
     if not path.is_dir():
-        raise UserError(f"{train}: not a folder; {layout}")
+        raise UserError(f"{train}: not a folder; {LAYOUT}")
     classes = _class_folders(train)
     if len(classes) < 2:
-        found = f"only one class folder, {classes[0]}" if classes else "no class folder"
-        raise UserError(f"{train}: there is {found}; training needs at least two; {layout}")
+        what = "no class folder"
+        if classes:
+            what = f"only one class folder, {classes[0]}"
+        raise UserError(f"{train}: there is {what}; training needs at least two; {LAYOUT}")
     return tuple(classes)
 
 
 def _files(split: str, directory: str, classes: tuple[str, ...]) -> list[_File]:
-    """The files of a split named like pictures, by class, then by name."""
+    """Return the files of a split named like images, by class, then by name."""
     if not Path(directory).is_dir():
         raise UserError(
-            f"{directory}: data.{split} is not a folder; expected: a folder for each class, with its pictures in it"
+            f"{directory}: data.{split} is not a folder; "
+            "expected: a folder for each class, with its pictures in it"
         )
     folders = _class_folders(directory)
-    if foreign := [name for name in folders if name not in classes]:
+    foreign = [name for name in folders if name not in classes]
+    if foreign:
         raise UserError(
-            f"{directory}: train has no class {few(foreign)}; add such pictures to train too, or remove them here"
+            f"{directory}: train has no class {listed(foreign)}; "
+            "add such pictures to train too, or remove them here"
         )
     root = Path(directory).resolve()
     above = frozenset(map(_identity, (root, *root.parents)))
@@ -289,7 +316,10 @@ def _class_folders(directory: str) -> list[str]:
 def _walk(
     label: int, root: Path, name: str, above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[_File]:
-    """The files below root/name that are named like pictures. Links are followed, but not to a folder that they lie in: one of `above`."""
+    """Yield the files below root/name that are named like images.
+
+    Links are followed, but not to a folder that they lie in: one of `above`.
+    """
     here = _identity(root / name)
     if here in above:
         return
@@ -313,19 +343,16 @@ def _file(label: int, name: str, entry: os.DirEntry[str]) -> _File:
             return _File(label, name, entry.path, 0, (error.strerror or str(error)).lower())
         status = files.patiently(entry.path, entry.stat)
     # Opening a FIFO would wait for ever, and a device may do anything: neither is ever opened.
-    return _File(
-        label,
-        name,
-        entry.path,
-        status.st_size,
-        None if stat.S_ISREG(status.st_mode) else "not a regular file",
-    )
+    reason = None
+    if not stat.S_ISREG(status.st_mode):
+        reason = "not a regular file"
+    return _File(label, name, entry.path, status.st_size, reason)
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, without what is hidden, and without the folder that macOS adds to zip archives."""
+    """Return what a folder holds, but for what is hidden and what macOS adds to zip archives."""
 
-    def listed() -> list[os.DirEntry[str]]:
+    def visible() -> list[os.DirEntry[str]]:
         with os.scandir(directory) as entries:
             return [
                 entry
@@ -333,7 +360,7 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
                 if not entry.name.startswith(".") and entry.name != "__MACOSX"
             ]
 
-    return files.patiently(directory, listed)
+    return files.patiently(directory, visible)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -362,8 +389,12 @@ def _exists(path: str | Path) -> bool:
 
 
 def _split(files: list[_File], valid_fraction: float) -> tuple[list[_File], list[_File]]:
-    """(train, valid): of each class, the pictures with the smallest SHA-256 of their bytes become valid, so the choice is the same on every
-    machine and under any file name, and equal pictures stay together. A class of two or more different pictures is on both sides."""
+    """Return (train, valid).
+
+    Of each class, the images with the smallest SHA-256 of their bytes become valid, so the choice
+    is the same on every machine and under any file name, and equal images stay together. A class of
+    two or more different images is on both sides.
+    """
     read = [_digested(file) for file in files]
     contents: dict[int, set[str]] = {}
     for file, digest in read:
@@ -397,9 +428,11 @@ def _check_filled(
     directories: Mapping[str, str], classes: tuple[str, ...], usable: Mapping[str, list[_File]]
 ) -> None:
     trained = {file.label for file in usable["train"]}
-    if empty := [name for label, name in enumerate(classes) if label not in trained]:
+    empty = [name for label, name in enumerate(classes) if label not in trained]
+    if empty:
         raise UserError(
-            f"{directories['train']}: no picture in the class folder {few(empty)}; add some ({', '.join(sorted(SUFFIXES))}), or remove it"
+            f"{directories['train']}: no picture in the class folder {listed(empty)}; "
+            f"add some ({', '.join(sorted(SUFFIXES))}), or remove it"
         )
     for name, pictures in usable.items():
         if not pictures and Path(directories[name]).exists():
@@ -408,9 +441,6 @@ def _check_filled(
             )
         if not pictures:
             raise UserError(
-                f"{directories['train']}: no class has two different pictures, so none can become valid; add pictures, or give data.valid"
+                f"{directories['train']}: no class has two different pictures, "
+                "so none can become valid; add pictures, or give data.valid"
             )
-
-
-def few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

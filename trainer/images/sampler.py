@@ -1,4 +1,4 @@
-"""The order of the training pictures: a pure function of (seed, epoch), so that nothing about it needs saving."""
+"""The order of the training images: a pure function of (seed, epoch), so it needs no saving."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +11,11 @@ from trainer.common.randomness import Purpose, generator
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """The batches of one epoch: sample numbers, each array [batch_size].
+    """Return the batches of one epoch: sample numbers, each array int64 [batch_size].
 
-    A rest that fills no batch is left out (another one each epoch, since the order changes): BatchNorm would take noisy statistics
-    from it. Where there are fewer pictures than one batch, they are the batch.
+    A rest that fills no batch is left out (another one each epoch, since the order changes):
+    BatchNorm would take noisy statistics from it. Where there are fewer images than one batch,
+    they are the batch.
     """
     order = generator(Purpose.ORDER, seed, epoch).permutation(count).astype(np.int64)
     full = max(count // batch_size, 1)
@@ -22,16 +23,18 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[ND
 
 
 def plain_batches(count: int, batch_size: int) -> list[NDArray[np.int64]]:
-    """Every sample once, in order, for evaluation; the last batch may be smaller."""
+    """Return every sample once, in order, for evaluation; the last batch may be smaller."""
     order = np.arange(count, dtype=np.int64)
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
 @dataclass(frozen=True)
 class Share:
-    """What process `rank` of `size` computes: some of the shards that each training batch is divided into, and every size-th batch of an evaluation.
+    """What process `rank` of `size` computes.
 
-    Shards are contiguous, and their lengths differ by one at most; so are the processes' parts, and the numbers of their shards.
+    That is some of the shards that each training batch is divided into, and every size-th batch of
+    an evaluation. Shards are contiguous, and their lengths differ by one at most; so are the
+    processes' parts, and the numbers of their shards.
     """
 
     rank: int = 0
@@ -46,22 +49,23 @@ class Share:
         return range(first, first + each + (self.rank < rest))
 
     def everybody(self) -> list[Self]:
+        """Return the shares of all processes, by rank."""
         return [replace(self, rank=rank) for rank in range(self.size)]
 
     def lengths(self, count: int) -> list[int]:
-        """How many of a batch's `count` pictures each of this process's shards has."""
+        """Return how many of a batch's `count` images each of this process's shards has."""
         each, rest = divmod(count, self.shards)
         return [each + (shard < rest) for shard in self.mine]
 
     def of_training(self, batches: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-        return (
-            [
-                np.concatenate([np.array_split(batch, self.shards)[shard] for shard in self.mine])
-                for batch in batches
-            ]
-            if self.size > 1
-            else [*batches]
-        )
+        """Return this process's part of each training batch."""
+        if self.size == 1:
+            return [*batches]
+        return [
+            np.concatenate([np.array_split(batch, self.shards)[shard] for shard in self.mine])
+            for batch in batches
+        ]
 
     def of_evaluation(self, batches: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """Return the batches of an evaluation that this process computes."""
         return list(batches[self.rank :: self.size])

@@ -1,85 +1,112 @@
-"""Which images of a folder can be used, and the pixels of those, packed where it pays."""
+"""The images that can be used: every one is decoded once, and what fails is left out by name."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
+from trainer.common import files
 from trainer.common.console import ProgressBar, log
 from trainer.common.cpu import cores
 from trainer.common.interrupt import Stop
-from trainer.distributed.world import World
-from trainer.images import cache, folder
+from trainer.images import folder
+from trainer.images.cache import Packed, PixelCache, TooLarge
 from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import ImageFolder
 from trainer.images.loader import Reader
 from trainer.settings.config import Config
 
+WARNINGS = 10  # broken images that the log names
+
+
+class Processes(Protocol):
+    """What is needed of the processes of a run."""
+
+    @property
+    def local_size(self) -> int:
+        """How many of them this host has."""
+
+    def check_same(self, facts: dict[str, str], stop: Stop) -> None:
+        """Raise UserError where the processes have different facts."""
+
 
 def usable_images(
-    config: Config, images: ImageFolder, stop: Stop, world: World
+    config: Config, images: ImageFolder, stop: Stop, world: Processes
 ) -> tuple[ImageFolder, Reader | None]:
-    """Decode every image once; return the folder without those that fail, and what reads the packed pixels.
+    """Return the folder without the images that can't be used, and a reader of packed pixels.
 
-    The reader is None where they were not kept. The processes of a host share its cache: the first one
-    packs, the others wait. Raises UserError where too many images fail, or other ones than at rank 0;
-    Interrupted when asked to stop.
+    Without a reader they weren't kept. The processes of a host share its cache: the first one
+    packs, the others wait. Raise UserError where too many are broken, or differ between processes.
     """
-    packed = None
+    packed, spec = None, preprocessing(config)
     if reads_more_than_once(config):
         try:
             packed = _pack(config, images, stop, world)
-        except cache.TooLarge as error:
+        except TooLarge as error:
             if config.data.cache == "packed":
                 raise
             log.info("pictures are decoded in each epoch: %s", error)
-    pixels = preprocessing(config)
 
     def check(path: str) -> None:
         if packed is None:
-            folder.read_shrunk(path, pixels.resize, pixels.interpolation)
+            folder.read_shrunk(path, spec.resize, spec.interpolation)
         elif path in packed.broken:
             raise ImageError(packed.broken[path])
 
-    threads = 0 if packed else workers(config, world)
+    threads = 0
+    if packed is None:
+        threads = workers(config, world)
     with _counted("checking pictures", stop) as step:
         images = folder.quarantine(images, check, threads, config.data.max_broken, step)
     broken = sorted(Path(path).name for path, _ in images.broken)
-    names = ", ".join(broken[:5]) or "none"
-    world.check_same({"pictures that can't be used": names, "their number": str(len(broken))}, stop)
+    facts = {
+        "pictures that can't be used": ", ".join(broken[:5]) or "none",
+        "their number": str(len(broken)),
+    }
+    world.check_same(facts, stop)
     return images, packed
 
 
-def reads_more_than_once(config: Config) -> bool:
-    """Whether packed pixels are worth their disk."""
-    if config.data.cache == "auto":
-        assert config.train.epochs is not None  # network.weights.resolve
-        return (config.model.cached_views or config.train.epochs) > 1
-    return config.data.cache == "packed"
+def report_broken(images: ImageFolder, path: Path) -> None:
+    """Write the images that are left out, and why, to `path`; name the first of them in the log."""
+    files.write(path, "".join(f"{name}\t{reason}\n" for name, reason in images.broken))
+    for name, reason in images.broken[:WARNINGS]:
+        log.warning("left out: %s (%s)", name, reason)
+    if len(images.broken) > WARNINGS:
+        log.warning("left out %d pictures in all; see %s", len(images.broken), path)
 
 
 def preprocessing(config: Config) -> Preprocessing:
-    """Return how an image becomes the pixels that the network sees."""
+    """Return what becomes of an image, once `weights.resolve` has filled in what isn't given."""
     data = config.data
-    # network.weights.resolve has filled them in
-    assert data.resize is not None and data.size is not None and data.interpolation is not None
+    assert data.resize and data.size and data.interpolation
     return Preprocessing(resize=data.resize, size=data.size, interpolation=data.interpolation)
 
 
-def workers(config: Config, world: World) -> int:
-    """Return how many threads read images: data.workers, or this process's share of the host's cores."""
+def workers(config: Config, world: Processes) -> int:
+    """Return how many threads read images: data.workers, or this process's share of the cores."""
     if config.data.workers is not None:
         return config.data.workers
     return max(cores() // world.local_size, 1)
 
 
-def _pack(config: Config, images: ImageFolder, stop: Stop, world: World) -> cache.Packed:
+def reads_more_than_once(config: Config) -> bool:
+    """Return whether packed pixels are worth their disk: each is read more than once."""
+    assert config.train.epochs is not None  # weights.resolve
+    views = config.model.cached_views or config.train.epochs
+    return config.data.cache == "packed" or (config.data.cache == "auto" and views > 1)
+
+
+def _pack(config: Config, images: ImageFolder, stop: Stop, world: Processes) -> Packed:
+    limit = None
+    if config.data.cache_gb is not None:
+        limit = round(config.data.cache_gb * 1e9)
+    spec = preprocessing(config)
+    root = Path(config.platform.cache) / "pixels"
+    store = PixelCache(root, spec.resize, spec.interpolation, limit)
     paths = [path for split in images.splits.values() for path in split.paths]
-    limit = None if config.data.cache_gb is None else round(config.data.cache_gb * 1e9)
-    root, pixels = Path(config.platform.cache) / "pixels", preprocessing(config)
     with _counted("packing pictures", stop) as step:
-        return cache.pack(
-            paths, root, pixels.resize, pixels.interpolation, workers(config, world), limit, step
-        )
+        return store.pack(paths, workers(config, world), step)
 
 
 @contextmanager
@@ -89,13 +116,12 @@ def _counted(what: str, stop: Stop) -> Iterator[Callable[[int, int], None]]:
 
     def step(done: int, total: int) -> None:
         nonlocal bar
-        if bar is None:
-            bar = ProgressBar(what, total)
+        bar = bar or ProgressBar(what, total)
         bar.advance(done - bar.done)
         stop.check()
 
     try:
         yield step
     finally:
-        if bar is not None:
+        if bar:
             bar.close()

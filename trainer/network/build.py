@@ -1,22 +1,25 @@
-"""Networks by name: a backbone, a new head, and the normalisation of pixels inside, so that no caller can forget it."""
+"""Networks by name: a backbone, a new head, and the normalisation of pixels.
+
+It lies inside the network, so that no caller can forget it.
+"""
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.common.errors import UserError
-from trainer.network.weights import import_timm, is_file, torchvision_weights
+from trainer.network.weights import fill, import_timm, is_file, state_dict, torchvision_weights
 
 
 class Classifier(nn.Module):
     """Pixels to logits.
 
-    Takes pixels [N, height, width, 3] in 0..255, uint8 or floating (RGB), and gives float logits [N, classes]. The order of
-    dimensions is that of a decoded picture; seen as [N, 3, height, width] the same memory is PyTorch's channels_last.
+    Takes pixels [N, height, width, 3] in 0..255, uint8 or floating (RGB), and gives float logits
+    [N, classes]. The order of dimensions is that of a decoded image; seen as [N, 3, height, width]
+    the same memory is PyTorch's channels_last.
     """
 
     mean: Tensor
@@ -41,34 +44,30 @@ class Classifier(nn.Module):
 
     @property
     def features_width(self) -> int:
-        """How many features the head takes."""
-        return next(
-            layer.in_features for layer in self.head.modules() if isinstance(layer, nn.Linear)
-        )
+        """Return how many features the head takes."""
+        linear = (layer for layer in self.head.modules() if isinstance(layer, nn.Linear))
+        return next(linear).in_features
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the head sees: [N, features]."""
-        pictures = (pixels.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
-        features: Tensor = self.backbone(pictures)
+        """Return what the head sees of pixels [N, height, width, 3]: [N, features]."""
+        images = (pixels.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
+        features: Tensor = self.backbone(images)
         return features
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits [N, classes] of pixels [N, height, width, 3]."""
         logits: Tensor = self.head(self.features(pixels))
         return logits
 
     def train(self, mode: bool = True) -> "Classifier":
-        """As nn.Module's, but a frozen backbone stays in eval mode: in train mode its BatchNorm statistics would drift."""
+        """Set the mode, as nn.Module does, but of a frozen backbone to eval.
+
+        In train mode its BatchNorm statistics would drift.
+        """
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
         return self
-
-
-def trained_part(network: nn.Module) -> nn.Module:
-    """Return what training changes of a network: all, or the head alone."""
-    if isinstance(network, Classifier) and network.frozen:
-        return network.head
-    return network
 
 
 def build(
@@ -82,10 +81,11 @@ def build(
     std: Sequence[float] = (0.5, 0.5, 0.5),
     channels_last: bool = True,
 ) -> Classifier:
-    """The classifier of that name: `small_cnn`, `timm/NAME`, or a classification model of torchvision.
+    """Return the classifier `small_cnn`, `timm/NAME`, or that of a name of torchvision's.
 
-    weights: a name of torchvision's, a file with a state dict, or None for random ones. The head is always new and random; the
-    caller seeds torch. Raises UserError for a name or weights that don't exist or don't fit.
+    weights: a name of torchvision's, a file with a state dict, or None for random ones. mean, std:
+    of the channels, in 0..1. The head is always new and random; the caller seeds torch. Raise
+    UserError for a name or weights that don't exist or don't fit.
     """
     builder = BUILDERS.get(name.split("/")[0], _torchvision)
     backbone, features = builder(name, weights)
@@ -95,42 +95,45 @@ def build(
             nn.Linear(features, head_hidden), nn.ReLU(), nn.Linear(head_hidden, classes)
         )
     network = Classifier(backbone, head, mean, std, frozen=freeze == "backbone")
-    return network.to(memory_format=torch.channels_last) if channels_last else network
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    return network
 
 
 def origin(name: str, weights: str | None) -> str:
-    """Where the weights come from, in a word or two for the log."""
+    """Return where the weights come from, in a word or two for the log."""
     if weights is None:
         return "from scratch"
     if is_file(weights):
         return f"weights from {weights}"
     if name.startswith("timm/"):
         return "timm's weights"
-    import torchvision
+    import torchvision  # imported here: see `_torchvision`
 
     return f"torchvision's weights {torchvision.models.get_model_weights(name)[weights].name}"
 
 
 def check(network: Classifier, name: str, size: int, count: int) -> None:
-    """Raises UserError where the network can't train on `count` pictures of `size` px at once: many need a least size, some just one size, and
-    BatchNorm needs two values.
+    """Raise UserError where the network can't train on `count` images of `size` px at once.
+
+    Many need a least size, some just one size, and BatchNorm needs two values.
     """
-    pixels = torch.zeros(
-        min(count, 2), size, size, 3, dtype=torch.uint8
-    )  # two, since more fail no differently
+    # Two at most, since more fail no differently.
+    pixels = torch.zeros(min(count, 2), size, size, 3, dtype=torch.uint8)
     try:
         with torch.no_grad():
             copy.deepcopy(network).train()(pixels)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model.name={name} can't train on pictures of data.size={size}, {count} at a time ({reason}); give another data.size and data.resize, "
+            f"model.name={name} can't train on pictures of data.size={size}, {count} at a time "
+            f"({reason}); give another data.size and data.resize, "
             "or more at a time by train.batch_size and train.accumulate"
         ) from error
 
 
 def _small_cnn(name: str, weights: str | None) -> tuple[nn.Module, int]:
-    """Four 3 x 3 convolutions for pictures of 12 px and more; 0.2 million parameters."""
+    """Four 3 x 3 convolutions for images of 12 px and more; 0.2 million parameters."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         return [
@@ -150,7 +153,7 @@ def _small_cnn(name: str, weights: str | None) -> tuple[nn.Module, int]:
         nn.Flatten(),
     )
     if weights is not None:
-        _fill(backbone, _state_dict(name, weights), weights, head=None)
+        fill(backbone, state_dict(name, weights), weights, head=None)
     return backbone, 128 * 9
 
 
@@ -159,7 +162,8 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
     local = weights is not None and is_file(weights)
     if weights is not None and not local and weights != "DEFAULT":
         raise UserError(
-            f"model.weights={weights}: timm names its weights with the model (model.name={name.split('.')[0]}.TAG); "
+            f"model.weights={weights}: timm names its weights with the model "
+            f"(model.name={name.split('.')[0]}.TAG); "
             "allowed: DEFAULT, null, or a file with a state dict"
         )
     try:
@@ -170,34 +174,34 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
         raise _offline(name, weights, error) from error
     if local:
         assert weights is not None
-        _fill(
-            backbone, _state_dict(name, weights), weights, head=backbone.default_cfg["classifier"]
-        )
+        fill(backbone, state_dict(name, weights), weights, backbone.default_cfg["classifier"])
     return backbone, backbone.num_features
 
 
 def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, int]:
     published = torchvision_weights(name, weights)
-    import torchvision  # here: it doubles the start-up time of a run that doesn't need it
+    import torchvision  # imported here: it doubles the start-up time of a run that needs none
 
-    # Their auxiliary classifiers only matter when they are trained from scratch on ImageNet.
-    extra: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    if published is None:
-        network = torchvision.models.get_model(
-            name, weights=None, **extra, **({"init_weights": True} if extra else {})
-        )
-    else:
-        try:
-            network = torchvision.models.get_model(name, weights=published, **extra)
-        except OSError as error:  # urllib's URLError is one
-            raise _offline(name, weights, error) from error
-        except Exception as error:  # unpickling damage raises whatever the bytes happen to say
-            raise UserError(
-                f"model.weights={weights}: the copy of the weights in {torch.hub.get_dir()}/checkpoints is damaged; delete it and start again"
-            ) from error
+    extra: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary classifiers only matter when they are trained from scratch on ImageNet.
+        extra["aux_logits"] = False
+        if published is None:
+            extra["init_weights"] = True
+    try:
+        network = torchvision.models.get_model(name, weights=published, **extra)
+    except OSError as error:  # urllib's URLError is one
+        raise _offline(name, weights, error) from error
+    except Exception as error:  # unpickling damage raises whatever the bytes happen to say
+        if published is None:
+            raise
+        raise UserError(
+            f"model.weights={weights}: the copy of the weights in {torch.hub.get_dir()}/checkpoints "
+            "is damaged; delete it and start again"
+        ) from error
     head, features = _find_head(network)
     if weights is not None and published is None:
-        _fill(network, _state_dict(name, weights), weights, head)
+        fill(network, state_dict(name, weights), weights, head)
     network.set_submodule(head, nn.Identity())
     return network, features
 
@@ -206,83 +210,21 @@ BUILDERS = {"small_cnn": _small_cnn, "timm": _timm}
 
 
 def _find_head(network: nn.Module) -> tuple[str, int]:
-    """The name of the layer that gives the 1,000 logits of ImageNet, and how many features it takes.
+    """Return the layer that gives ImageNet's 1,000 logits, and how many features it takes.
 
-    It is the last linear layer or, in SqueezeNet, the last 1 x 1 convolution, whose place in front of the pooling an identity may take.
+    It is the last linear layer or, in SqueezeNet, the last 1 x 1 convolution, whose place in front
+    of the pooling an identity may take.
     """
-    name, layer = [
-        (name, layer)
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    ][-1]
-    if isinstance(layer, nn.Linear):
-        assert layer.out_features == 1000, name
-        return name, layer.in_features
-    assert isinstance(layer, nn.Conv2d) and layer.out_channels == 1000, name
-    return name, layer.in_channels
-
-
-# --- weights from a file ---
-
-
-def _state_dict(name: str, weights: str) -> dict[str, Tensor]:
-    """The tensors of a state-dict file. No code in it is run."""
-    path = Path(weights)
-    if not path.is_file():
-        raise UserError(f"model.weights={weights}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise UserError(f"model.weights={weights}: permission denied") from error
-    except Exception as error:  # each format, and each kind of damage, has its own exception class
-        raise UserError(
-            f"model.weights={weights} is damaged, or holds more than tensors, which is not loaded for safety; allowed: a state dict for {name}, "
-            "saved by torch.save(model.state_dict(), FILE) or as safetensors"
-        ) from error
-    for key in ("state_dict", "model"):  # the wrappings of common training scripts
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
-        raise UserError(
-            f"model.weights={weights} holds no state dict; allowed: names with tensors, as model.state_dict() gives them"
-        )
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _fill(network: nn.Module, state: dict[str, Tensor], weights: str, head: str | None) -> None:
-    """Loads all of a state dict but the head, which has other classes. Our own packages' weights (`backbone.*`, `head.*`) fit too."""
-    if any(key.startswith("backbone.") for key in state):
-        state = {
-            key.removeprefix("backbone."): value
-            for key, value in state.items()
-            if key.startswith("backbone.")
-        }
-    of_head = {f"{head}.weight", f"{head}.bias"} if head else set()
-    wanted = {key: value for key, value in network.state_dict().items() if key not in of_head}
-    missing = [key for key in wanted if key not in state]
-    extra = [key for key in state if key not in wanted and key not in of_head]
-    misshapen = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    for what, names in (
-        ("lacks", missing),
-        ("has, and the model has not,", extra),
-        ("has in another shape", misshapen),
-    ):
-        if names:
-            raise UserError(
-                f"model.weights={weights} doesn't fit the model: it {what} {', '.join(names[:3])} ({len(names)} in all); check model.name"
-            )
-    network.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    layers = dict(network.named_modules())
+    name = [name for name in layers if isinstance(layers[name], nn.Linear | nn.Conv2d)][-1]
+    outputs, features = layers[name].weight.shape[:2]
+    assert outputs == 1000, name
+    return name, features
 
 
 def _offline(name: str, weights: str | None, error: Exception) -> UserError:
     return UserError(
-        f"model.weights={weights}: the weights of {name} could not be downloaded ({error}); where there is no network, download "
-        "them elsewhere and give model.weights=FILE, or train from scratch with model=small_cnn, or this model with model.weights=null"
+        f"model.weights={weights}: the weights of {name} could not be downloaded ({error}); "
+        "where there is no network, download them elsewhere and give model.weights=FILE, "
+        "or train from scratch with model=small_cnn, or this model with model.weights=null"
     )

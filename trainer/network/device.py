@@ -1,4 +1,7 @@
-"""The machine that a run computes on: which device, which precision, and what must stay the same for the same bits."""
+"""The machine that a run computes on.
+
+Which device, which precision, and what must stay the same for the same bits.
+"""
 
 import ctypes
 import os
@@ -12,14 +15,15 @@ from torch import nn
 
 from trainer.common.errors import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = (
-    -1,
-    -3,
-)  # of glibc's malloc.h; beyond them, in bytes, memory goes back to the system
+# Of glibc's malloc.h; beyond them, in bytes, memory goes back to the system.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Machine:
+    """What a run computes on, and how exactly."""
+
     device: torch.device
     precision: torch.dtype  # of matrix products
     processes: int | str = 1  # where their number makes a difference
@@ -28,7 +32,7 @@ class Machine:
         return str(self.precision).removeprefix("torch.")
 
     def facts(self) -> dict[str, str]:
-        """What all processes of a run must have in common."""
+        """Return what all processes of a run must have in common."""
         return {
             "PyTorch": torch.__version__,
             "the device": self.device.type,
@@ -46,7 +50,7 @@ class Machine:
         return replace(self, precision=torch.float32)
 
     def environment(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to give the same bits as one that was never interrupted."""
+        """Return what must be equal for a resumed run to give an uninterrupted one's bits."""
         return {
             "torch": torch.__version__,
             "device": _name(self.device),
@@ -60,89 +64,96 @@ class Machine:
 def prepare(
     device: str,
     precision: str,
-    *,
-    deterministic: bool,
-    threads: int | None,
     processes: int | str = 1,
     local_rank: int = 0,
     local_size: int = 1,
 ) -> Machine:
-    """Sets PyTorch up. device: auto, cpu or cuda; precision: auto, fp32, bf16 or fp16. local_rank: this process's number among the local_size ones
-    of this host, each of which has a GPU of its own. Raises UserError for what this machine hasn't.
+    """Set the device up: auto, cpu or cuda, in precision auto, fp32, bf16 or fp16.
+
+    local_rank: this process's number among the local_size ones of this host, each of which has a
+    GPU of its own. Raise UserError for what this machine hasn't.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if deterministic:
-        make_deterministic()
     where = choose(device, local_rank, local_size)
     if where.type == "cpu":
         keep_freed_memory()
     return Machine(where, choose_precision(precision, where), processes)
 
 
-def choose(wanted: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The device for `auto`, `cpu` or `cuda`. Raises UserError where a GPU is asked for and there is none: a silent CPU would cost days; and where
-    the processes of this host are more than its GPUs: to share one is slower than to have fewer.
+def choose(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`.
+
+    Raise UserError where a GPU is asked for and there is none: a silent CPU would cost days; and
+    where the processes of this host are more than its GPUs: to share one is slower than to have
+    fewer.
     """
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"train.device=cuda: PyTorch {torch.__version__} sees no GPU here; check nvidia-smi and the driver, or use train.device=cpu"
+            f"train.device=cuda: PyTorch {torch.__version__} sees no GPU here; "
+            "check nvidia-smi and the driver, or use train.device=cpu"
         )
-    if wanted == "cpu" or not torch.cuda.is_available():
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_size > 1:
-        if (there := torch.cuda.device_count()) < local_size:
+        gpus = torch.cuda.device_count()
+        if gpus < local_size:
             raise UserError(
-                f"{local_size} processes run on this host, but PyTorch sees {there} GPU{'s' * (there > 1)}; start one a GPU "
-                f"(torchrun --nproc_per_node={there}), or use train.device=cpu"
+                f"{local_size} processes run on this host, but PyTorch sees {gpus} "
+                f"GPU{'s' * (gpus > 1)}; start one a GPU "
+                f"(torchrun --nproc_per_node={gpus}), or use train.device=cpu"
             )
         torch.cuda.set_device(local_rank)
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for `auto`, `fp32`, `bf16` or `fp16` on `device`.
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products for `auto`, `fp32`, `bf16` or `fp16` on `device`.
 
-    A T4 claims bfloat16 by emulation, many times slower than float16, so only native support counts. Raises UserError for what the
-    device can't do well.
+    A T4 claims bfloat16 by emulation, many times slower than float16, so only native support
+    counts. Raise UserError for what the device can't do well.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if wanted == "auto":
-        return (
-            torch.float32 if device.type == "cpu" else torch.bfloat16 if native else torch.float16
-        )
-    if wanted == "bf16" and not native:
+    if name == "bf16" and not native:
         raise UserError(
-            f"train.precision=bf16: this {_name(device)} has no native bfloat16; allowed: auto, fp32{', fp16' * (device.type == 'cuda')}"
+            f"train.precision=bf16: this {_name(device)} has no native bfloat16; "
+            f"allowed: auto, fp32{', fp16' * (device.type == 'cuda')}"
         )
-    if wanted == "fp16" and device.type == "cpu":
+    if name == "fp16" and device.type == "cpu":
         raise UserError(
-            "train.precision=fp16 is for GPUs: on a CPU it is slower and less exact than fp32; allowed: auto, fp32, bf16 where it is native"
+            "train.precision=fp16 is for GPUs: on a CPU it is slower and less exact than fp32; "
+            "allowed: auto, fp32, bf16 where it is native"
         )
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    if native:
+        return torch.bfloat16
+    return torch.float16
 
 
 def make_deterministic() -> None:
-    """The same command gives the same bits on the same machine. Call before the first CUDA operation."""
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # without it cuBLAS refuses to be deterministic
-    os.environ.setdefault(
-        "TORCHINDUCTOR_DETERMINISTIC", "1"
-    )  # or the compiler chooses by what was fastest when it looked
+    """Have the same command give the same bits on the same machine.
+
+    Call it before the first CUDA operation.
+    """
+    # Without it cuBLAS refuses to be deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Or the compiler chooses by what was fastest when it looked.
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.backends.cudnn.benchmark = False
-    # What torch.use_deterministic_algorithms(True, warn_only=True) does, less its import of the whole compiler, which doubles a small run's start.
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     # Nothing of ours reads memory before it is written, so it need not be filled with NaN each time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for the next step, as PyTorch does on a GPU. By itself it gives large blocks back to the system, which then
-    clears every page anew: 8 % of a ResNet-18's step (`make bench ARGS=loop`). Does nothing elsewhere.
+    """Have glibc keep what is freed for the next step, as PyTorch does on a GPU.
+
+    By itself it gives large blocks back to the system, which then clears every page anew: 8 % of a
+    ResNet-18's step (`make bench ARGS=loop`). Do nothing elsewhere.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -153,16 +164,18 @@ def keep_freed_memory() -> None:
 
 
 def check_compiler(where: torch.device) -> None:
-    """Compile one operation. Raises UserError where torch.compile doesn't work on this machine:
-    it needs a C++ compiler on a CPU, a C compiler on a GPU, and for both Python's headers.
+    """Compile one operation. Raise UserError where torch.compile doesn't work on this machine.
+
+    It needs a C++ compiler on a CPU, a C compiler on a GPU, and for both Python's headers.
     """
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(1, device=where))
     except RuntimeError as error:  # all that PyTorch's compiler raises is one
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"train.compile=true: PyTorch can't compile on this machine ({reason}); install a "
-            "compiler and Python's headers (apt-get install g++ python3-dev), or set train.compile=false"
+            f"train.compile=true: PyTorch can't compile on this machine ({reason}); "
+            "install a compiler and Python's headers (apt-get install g++ python3-dev), "
+            "or set train.compile=false"
         ) from error
 
 
@@ -176,4 +189,6 @@ def compiled(network: nn.Module) -> nn.Module:
 
 
 def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "CPU"

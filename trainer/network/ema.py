@@ -1,34 +1,42 @@
-"""An exponential moving average of a network, evaluated and packaged in its place."""
+"""The moving average of a network's weights, which is evaluated in the network's place."""
 
 import copy
 
 import torch
 from torch import nn
 
-from trainer.network.build import trained_part
+from trainer.network.build import Classifier
 
 
 class ModelEma:
-    """The average of what training changes: weights, and floating buffers such as BatchNorm's statistics."""
+    """An exponential moving average of what training changes.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.network = copy.deepcopy(model).requires_grad_(False).eval()
+    That is the weights, and floating buffers such as BatchNorm's statistics. network: the average.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
         self.decay = decay
-        averages = trained_part(self.network).state_dict().values()
-        values = trained_part(model).state_dict().values()
-        pairs = list(zip(averages, values, strict=True))
+        mine, its = trained_part(self.network), trained_part(network)
+        pairs = list(zip(mine.state_dict().values(), its.state_dict().values(), strict=True))
         self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after `step` steps.
-
-        While there are few, a long average would mostly hold the random start: (1 + n) / (10 + n), as
-        TensorFlow's moving averages do.
-        """
+        """Move the average towards the network, after `step` steps of training."""
+        # While there are few steps, a long average would mostly hold the random start:
+        # (1 + n) / (10 + n), as TensorFlow's moving averages do.
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = [average for average, _ in self._floating]
-        torch._foreach_lerp_(averages, [value for _, value in self._floating], 1 - decay)
-        for average, value in self._counters:
-            average.copy_(value)
+        torch._foreach_lerp_(
+            [mine for mine, _ in self._floating], [its for _, its in self._floating], 1 - decay
+        )
+        for mine, its in self._counters:
+            mine.copy_(its)
+
+
+def trained_part(network: nn.Module) -> nn.Module:
+    """Return what training changes of it: all, or the head alone."""
+    if isinstance(network, Classifier) and network.frozen:
+        return network.head
+    return network

@@ -1,8 +1,7 @@
-"""Optimizers by name, their parameter groups, and learning-rate schedules as pure functions of the step."""
+"""Optimizers by name, their parameter groups, and schedules: pure functions of the step."""
 
-import inspect
 import math
-from types import MethodType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,45 +19,22 @@ def build(
     weight_decay: float,
     momentum: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters. Each group keeps its peak learning rate as `peak_lr`; see `set_lr`."""
-    groups = parameter_groups(network, lr, head_lr if head_lr is not None else lr, weight_decay)
-    _spare_dynamo()
-    optimizer = OPTIMIZERS[name](groups, lr, momentum)
-    # The method itself, without the wrappers that import torch._dynamo: see `_spare_dynamo`.
-    optimizer.step = MethodType(torch.no_grad()(inspect.unwrap(type(optimizer).step)), optimizer)  # type: ignore[method-assign]
-    return optimizer
+    """Return the optimizer over the trainable parameters, `adamw` or `sgd`.
 
-
-def _spare_dynamo() -> None:
-    """Keeps torch.optim from importing torch._dynamo, SymPy and all, which takes longer than the rest of a small run's start.
-
-    Its methods wrap themselves, at their first call, in what keeps torch.compile out of them, and remember the result in an attribute. Ours are
-    never compiled, so each may remember itself. Where a later PyTorch has other wrappers, they do as they like: only time is lost.
+    lr: peak learning rate of the backbone, and of the head unless head_lr is given. Each group
+    keeps its own as `peak_lr`; see `set_lr`.
     """
-    for method in (
-        torch.optim.Optimizer.add_param_group,
-        torch.optim.Optimizer.zero_grad,
-        torch.optim.Optimizer.state_dict,
-    ):
-        function = inspect.unwrap(method)
-        function.__dict__.setdefault("__dynamo_disable", function)
-
-
-def _adamw(groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
-def _sgd(groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:
+    groups = parameter_groups(network, lr, head_lr or lr, weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    assert name == "sgd", name
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
-
-
-OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd}
 
 
 def parameter_groups(
     network: Classifier, lr: float, head_lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Backbone and head, each with and without decay.
+    """Return the groups of backbone and head, each with and without decay.
 
     Biases and norms (fewer than 2 dimensions) are not decayed: shrinking them regularises nothing.
     """
@@ -73,7 +49,7 @@ def parameter_groups(
             "params": parameters,
             "lr": part_lr,
             "peak_lr": part_lr,
-            "weight_decay": weight_decay if decayed else 0.0,
+            "weight_decay": weight_decay * decayed,
         }
 
     groups = [
@@ -84,32 +60,36 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def lr_factor(
-    step: int,
-    steps_per_epoch: int,
-    epochs: int,
-    *,
-    schedule: str,
-    warmup_epochs: float,
-    step_epochs: float = 1.0,
-    step_factor: float = 1.0,
-) -> float:
-    """The share of the peak learning rate at `step` (0-based): linear warm-up, then cosine (Loshchilov and Hutter 2017), step or constant."""
-    total = steps_per_epoch * epochs
-    # A warm-up that is as long as the run would leave nothing to fall from.
-    warmup = min(warmup_epochs * steps_per_epoch, total / 2)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-    if schedule == "step":
-        return step_factor ** math.floor(step / steps_per_epoch / step_epochs)
-    assert schedule == "constant", schedule
-    return 1.0
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate changes: `cosine` (Loshchilov and Hutter 2017), `step` or `constant`.
+
+    warmup_epochs: of linear warm-up. step_epochs, step_factor: every so many epochs, the rate is
+    multiplied by so much; of `step` alone.
+    """
+
+    name: str
+    warmup_epochs: float
+    step_epochs: float = 1.0
+    step_factor: float = 1.0
+
+    def factor(self, step: int, steps_per_epoch: int, epochs: int) -> float:
+        """Return the share of the peak learning rate at `step` (0-based) of a run of `epochs`."""
+        total = steps_per_epoch * epochs
+        # A warm-up that is as long as the run would leave nothing to fall from.
+        warmup = min(self.warmup_epochs * steps_per_epoch, total / 2)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.name == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+        if self.name == "step":
+            return self.step_factor ** math.floor(step / steps_per_epoch / self.step_epochs)
+        assert self.name == "constant", self.name
+        return 1.0
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Sets every group's learning rate to its share of the peak and returns the last group's, the head's."""
+    """Set each group's learning rate to its share of the peak; return the last, the head's."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return float(optimizer.param_groups[-1]["lr"])

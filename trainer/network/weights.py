@@ -1,13 +1,14 @@
-"""What pretrained weights expect of pixels, by torchvision's and timm's own word, and the settings that follow.
+"""Pretrained weights: what they expect of pixels, the settings that follow, and files of them.
 
-Nothing is downloaded for it. torchvision and timm are imported only where a setting names weights of theirs.
+Nothing is downloaded for it. torchvision, timm and torch are imported only where they are needed.
 """
 
 import copy
+import difflib
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.common.console import log
 from trainer.common.errors import UserError, install_command
@@ -15,29 +16,38 @@ from trainer.images.decode import FILTERS
 from trainer.images.folder import ImageFolder
 from trainer.settings.config import PLAIN, RUINOUS_LR, Config, PixelSpec, epochs_for, fill_pixels
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-def resolve(config: Config, found: ImageFolder) -> Config:
-    """Give the settings with a value for each that isn't given; say what is assumed, and what goes against the weights."""
+
+def resolve(config: Config, images: ImageFolder) -> Config:
+    """Return the settings with a value for each that isn't given.
+
+    Say in the log what is assumed, and what goes against the weights.
+    """
     config = copy.deepcopy(config)
-    config.train.epochs = epochs_for(config.train, len(found.splits["train"].paths))
+    config.train.epochs = epochs_for(config.train, len(images.splits["train"].paths))
     name, weights = config.model.name, config.model.weights
     if weights is None:
         return config  # `config.load` knew the rest
     spec, notes = expected(name, weights)
     if not is_file(weights):
         notes = departures(config, spec) + notes
-    elif assumed := _not_given(config, spec):
-        log.warning(
-            "model.weights=%s: a file doesn't say what its network expects; assumed: %s",
-            weights,
-            ", ".join(assumed),
-        )
+    else:
+        assumed = ", ".join(_not_given(config, spec))
+        if assumed:
+            log.warning(
+                "model.weights=%s: a file doesn't say what its network expects; assumed: %s",
+                weights,
+                assumed,
+            )
     if notes:
         log.warning("the weights of %s: %s", name, "; ".join(notes))
     lr = config.optim.lr
     if config.model.freeze == "none" and lr is not None and lr >= RUINOUS_LR[config.optim.name]:
         log.warning(
-            "optim.lr=%g on all layers makes pretrained weights forget most of what they know; leave it out, or give model.freeze=backbone",
+            "optim.lr=%g on all layers makes pretrained weights forget most of what they know; "
+            "leave it out, or give model.freeze=backbone",
             lr,
         )
     fill_pixels(config, spec)
@@ -45,35 +55,37 @@ def resolve(config: Config, found: ImageFolder) -> Config:
 
 
 def expected(name: str, weights: str) -> tuple[PixelSpec, list[str]]:
-    """What these weights expect, and what of it we do otherwise, a phrase each. For a file: what the library's own weights of that network do.
+    """Return what these weights expect, and what of it we do otherwise, a phrase each.
 
-    Raises UserError for a name or weights that don't exist.
+    For a file: what the library's own weights of that network expect. Raise UserError for a name
+    or weights that don't exist.
     """
     if name == "small_cnn":
         return PLAIN, []
-    return _of_timm(name) if name.startswith("timm/") else _of_torchvision(name, weights)
+    if name.startswith("timm/"):
+        return _of_timm(name)
+    return _of_torchvision(name, weights)
 
 
 def departures(config: Config, spec: PixelSpec) -> list[str]:
-    """A phrase for each setting that isn't what the weights expect."""
+    """Return a phrase for each setting that isn't what the weights expect."""
     data, model, lines = config.data, config.model, []
-    if data.size not in (None, spec.size):
-        lines.append(f"data.size={data.size}, they were trained for {spec.size}")
-    resize = spec.resize_for(data.size or spec.size)
+    size = data.size or spec.size
+    resize = spec.resize_for(size)
+    if size != spec.size:
+        lines.append(f"data.size={size}, they were trained for {spec.size}")
     if data.resize not in (None, resize):
-        lines.append(
-            f"data.resize={data.resize}, they expect {resize} with data.size={data.size or spec.size}"
-        )
+        lines.append(f"data.resize={data.resize}, they expect {resize} with data.size={size}")
     if data.interpolation not in (None, spec.interpolation):
         lines.append(f"data.interpolation={data.interpolation}, they expect {spec.interpolation}")
-    for key, given, wanted in (("mean", model.mean, spec.mean), ("std", model.std, spec.std)):
-        if given is not None and not all(map(_close, given, wanted)):
-            lines.append(f"model.{key}={_shown(given)}, they expect {_shown(wanted)}")
+    for key, given, expects in (("mean", model.mean, spec.mean), ("std", model.std, spec.std)):
+        if given is not None and not all(map(_close, given, expects)):
+            lines.append(f"model.{key}={_shown(given)}, they expect {_shown(expects)}")
     return lines
 
 
 def _not_given(config: Config, spec: PixelSpec) -> list[str]:
-    """The settings that are taken from `spec`, as key=value."""
+    """Return the settings that are taken from `spec`, as key=value."""
     size = config.data.size or spec.size
     values = {
         "data.size": (config.data.size, spec.size),
@@ -85,8 +97,8 @@ def _not_given(config: Config, spec: PixelSpec) -> list[str]:
     return [f"{key}={value}" for key, (given, value) in values.items() if given is None]
 
 
-def _close(given: float, wanted: float) -> bool:
-    return math.isclose(given, wanted, abs_tol=1e-3)
+def _close(given: float, expects: float) -> bool:
+    return math.isclose(given, expects, abs_tol=1e-3)
 
 
 def _shown(values: Any) -> str:
@@ -97,34 +109,36 @@ def _shown(values: Any) -> str:
 
 
 def torchvision_weights(name: str, weights: str | None) -> Any:
-    """The member of torchvision's enumeration, None for a file or none. Raises UserError for a name or weights that don't exist."""
-    import torchvision
+    """Return the member of torchvision's enumeration, None for a file or none.
+
+    Raise UserError for a name or weights that don't exist.
+    """
+    import torchvision  # imported here: it is slow, and many runs need none of it
 
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
-        import difflib
-
-        near = difflib.get_close_matches(name, names, n=3) or [
-            "resnet50",
-            "mobilenet_v2",
-            "convnext_tiny",
-        ]
+        near = difflib.get_close_matches(name, names, n=3)
+        examples = ", ".join(near or ["resnet50", "mobilenet_v2", "convnext_tiny"])
         raise UserError(
-            f"model.name={name} is not allowed; allowed: small_cnn, timm/NAME, or torchvision's own names, such as {', '.join(near)}"
+            f"model.name={name} is not allowed; allowed: small_cnn, timm/NAME, "
+            f"or torchvision's own names, such as {examples}"
         )
     if weights is None or is_file(weights):
         return None
     allowed = torchvision.models.get_model_weights(name)
     if weights not in allowed.__members__:  # DEFAULT is one of them
         raise UserError(
-            f"model.weights={weights}: there is no such file, and {name} has no weights of that name; "
+            f"model.weights={weights}: there is no such file, "
+            f"and {name} has no weights of that name; "
             f"allowed: {', '.join(allowed.__members__)}, null, or a file with a state dict"
         )
     return allowed[weights]
 
 
 def _of_torchvision(name: str, weights: str) -> tuple[PixelSpec, list[str]]:
-    member = torchvision_weights(name, "DEFAULT" if is_file(weights) else weights)
+    if is_file(weights):
+        weights = "DEFAULT"
+    member = torchvision_weights(name, weights)
     transform = member.transforms()
     spec = PixelSpec(
         mean=tuple(transform.mean),
@@ -140,9 +154,9 @@ def _of_torchvision(name: str, weights: str) -> tuple[PixelSpec, list[str]]:
 
 
 def import_timm(name: str) -> Any:
-    """The package. Raises UserError where it isn't installed, or has no model of that name."""
+    """Return the package. Raise UserError where it isn't there, or has no model of that name."""
     try:
-        import timm
+        import timm  # imported here: optional, and slow
     except ImportError as error:
         raise UserError(
             f"model.name={name} needs the package timm: {install_command('timm')}"
@@ -150,10 +164,10 @@ def import_timm(name: str) -> Any:
     short = name.removeprefix("timm/")
     if not timm.is_model(short):
         near = ", ".join(timm.list_models(f"*{short.split('.')[0][:8]}*")[:5])
-        raise UserError(
-            f"model.name={name}: timm has no such model"
-            + (f"; allowed, for example: {near}" if near else "")
-        )
+        hint = ""
+        if near:
+            hint = f"; allowed, for example: {near}"
+        raise UserError(f"model.name={name}: timm has no such model{hint}")
     return timm
 
 
@@ -169,26 +183,24 @@ def _of_timm(name: str) -> tuple[PixelSpec, list[str]]:
         ) from error
     if pretrained is None:
         return PLAIN, []
-    wanted = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict())
-    _, height, width = wanted["input_size"]
+    expects = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict())
+    _, height, width = expects["input_size"]
     size, notes = min(height, width), []
     if height != width:
         notes.append(f"they were trained on {width} x {height} px, here squares of {size} are cut")
-    resize = math.floor(size / wanted["crop_pct"])  # as timm's own transform rounds
+    resize = math.floor(size / expects["crop_pct"])  # as timm's own transform rounds
     if resize < size:
         notes.append(f"timm pads pictures of {resize} px to {size}, here they are shrunk to {size}")
-    interpolation = wanted["interpolation"]
+    interpolation = expects["interpolation"]
     if interpolation not in FILTERS:
         notes.append(f"they expect {interpolation}, here bilinear is taken")
         interpolation = "bilinear"
-    if wanted["crop_mode"] == "squash":
-        notes.append(
-            "timm squeezes a picture into the square, here the square is cut from its centre"
-        )
-    if wanted["crop_mode"] == "border":
-        notes.append("timm pads a picture to the square, here the square is cut from its centre")
+    other = {"squash": "squeezes a picture into", "border": "pads a picture to"}
+    if expects["crop_mode"] in other:
+        does = other[expects["crop_mode"]]
+        notes.append(f"timm {does} the square, here the square is cut from its centre")
     spec = PixelSpec(
-        tuple(wanted["mean"]), tuple(wanted["std"]), max(resize, size), size, interpolation
+        tuple(expects["mean"]), tuple(expects["std"]), max(resize, size), size, interpolation
     )
     return spec, notes
 
@@ -197,9 +209,76 @@ def _of_timm(name: str) -> tuple[PixelSpec, list[str]]:
 
 
 def is_file(weights: str) -> bool:
-    """Whether model.weights names a file, and not weights that a library downloads."""
+    """Return whether model.weights names a file, and not weights that a library downloads."""
     return (
         os.sep in weights
         or Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin")
         or Path(weights).is_file()
     )
+
+
+def state_dict(name: str, weights: str) -> "dict[str, Tensor]":
+    """Return the tensors of a state-dict file of the model `name`. No code in it is run.
+
+    Raise UserError for a file that can't be read or holds something else.
+    """
+    # Imported here: settings are checked, and departures told, before PyTorch is loaded.
+    import torch
+    from safetensors.torch import load_file
+
+    path = Path(weights)
+    if not path.is_file():
+        raise UserError(f"model.weights={weights}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"model.weights={weights}: permission denied") from error
+    except Exception as error:  # each format, and each kind of damage, has its own exception class
+        raise UserError(
+            f"model.weights={weights} is damaged, or holds more than tensors, "
+            f"which is not loaded for safety; allowed: a state dict for {name}, "
+            "saved by torch.save(model.state_dict(), FILE) or as safetensors"
+        ) from error
+    for key in ("state_dict", "model"):  # the wrappings of common training scripts
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = isinstance(state, dict) and all(map(torch.is_tensor, state.values()))
+    if not tensors:
+        raise UserError(
+            f"model.weights={weights} holds no state dict; "
+            "allowed: names with tensors, as model.state_dict() gives them"
+        )
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def fill(network: "nn.Module", state: "dict[str, Tensor]", weights: str, head: str | None) -> None:
+    """Load all of a state dict but the head, which has other classes.
+
+    Our own packages' weights (`backbone.*`, `head.*`) fit too. Raise UserError where it does not.
+    """
+    if any(key.startswith("backbone.") for key in state):
+        state = {
+            key.removeprefix("backbone."): value
+            for key, value in state.items()
+            if key.startswith("backbone.")
+        }
+    of_head = {f"{head}.weight", f"{head}.bias"}
+    needed = {key: value for key, value in network.state_dict().items() if key not in of_head}
+    common = needed.keys() & state.keys()
+    differences = {
+        "lacks": [key for key in needed if key not in state],
+        "has, and the model has not,": [key for key in state if key not in {*needed, *of_head}],
+        "has in another shape": [
+            key for key in needed if key in common and state[key].shape != needed[key].shape
+        ],
+    }
+    for what, names in differences.items():
+        if names:
+            raise UserError(
+                f"model.weights={weights} doesn't fit the model: it {what} "
+                f"{', '.join(names[:3])} ({len(names)} in all); check model.name"
+            )
+    network.load_state_dict({key: state[key] for key in needed}, strict=False)

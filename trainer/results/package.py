@@ -1,6 +1,7 @@
-"""Builds the model package: all that serving needs, in one archive, checked by a process of its own before it gets its name.
+"""Builds the model package: all that serving needs, in one archive.
 
-It holds the weights, the same network as ONNX, class names, preprocessing, metrics, golden pictures and the code that serves them.
+A process of its own checks it before it gets its name. It holds the weights, the same network as
+ONNX, class names, preprocessing, metrics, golden images and the code that serves them.
 `serving/package.py` is the reader; the two share no code, only this layout.
 """
 
@@ -41,38 +42,45 @@ FORMAT = 1
 MANIFEST = "package.json"
 PROJECT = Path(__file__).resolve().parents[2]
 
-# What travels as code/. The copies keep their package names, so the code that serves a picture is the code that prepared it for training.
+# What travels as code/, and where it lies here. The copies keep their package names, so the code
+# that serves an image is the code that prepared it for training.
 CODE = {
-    "inference.py": "serving/inference.py",
-    "serving/__init__.py": "serving/__init__.py",
+    "inference.py": "serving/adapters/toolkit.py",
+    "serving/ray_app.py": "serving/adapters/ray.py",
     **{
-        name: name
+        f"{name}.py": f"{name}.py"
         for name in (
-            f"serving/{module}.py"
-            for module in ("batching", "fetch", "handler", "package", "ray_app", "s3")
+            "serving/__init__",
+            "serving/backends",
+            "serving/engine",
+            "serving/fetch",
+            "serving/handler",
+            "serving/package",
+            "serving/s3",
+            "trainer/__init__",
+            "trainer/common/__init__",
+            "trainer/common/errors",
+            "trainer/images/__init__",
+            "trainer/images/bounds",
+            "trainer/images/decode",
         )
     },
-    **{
-        name: name
-        for name in (f"trainer/{folder}__init__.py" for folder in ("", "common/", "images/"))
-    },
-    "trainer/images/bounds.py": "trainer/images/bounds.py",
-    "trainer/common/errors.py": "trainer/common/errors.py",
-    "trainer/images/decode.py": "trainer/images/decode.py",
 }
 REQUIREMENTS = "numpy>=1.26\npillow>=11\nonnxruntime>=1.19\n"  # as in pyproject.toml
 
 # ONNX Runtime 1.17 and later read it, so REQUIREMENTS hold whatever PyTorch's default becomes.
 OPSET = 20
 
-# How far serving's logits may lie from the trained network's: absolute + relative * the largest logit of the golden pictures. Measured on
-# ResNet-18 and MobileNetV2, as parts of that largest logit: PyTorch (AVX-512, AVX2 and plain kernels) against ONNX Runtime 1.32 at each of its
-# optimisation levels, at most 9e-6. So 1e-3 leaves a hundredfold for other processors and is still far below what a wrong picture or network does.
-# The absolute part is for networks whose logits are all about 0.
+# How far serving's logits may lie from the trained network's: absolute + relative * the largest
+# logit of the golden images. Measured on ResNet-18 and MobileNetV2, as parts of that largest logit:
+# PyTorch (AVX-512, AVX2 and plain kernels) against ONNX Runtime 1.32 at each of its optimisation
+# levels, at most 9e-6. So 1e-3 leaves a hundredfold for other processors and is still far below
+# what a wrong image or network does. The absolute part is for networks whose logits are all about 0.
 TOLERANCE = {"absolute": 1e-5, "relative": 1e-3}
 
-# The same for int8, against the int8 network on the machine that built it: where a sum of products ends near the border between two steps, another
-# processor's order of adding may round it to the other.
+# The same for int8, against the int8 network on the machine that built it: where a sum of products
+# ends near the border between two steps, another processor's order of adding may round it to the
+# other.
 INT8_TOLERANCE = {"absolute": 1e-5, "relative": 5e-2}
 
 
@@ -85,10 +93,9 @@ class Contents:
     metrics: dict[str, float]
     config: dict[str, Any]  # resolved settings by dotted key
     revision: str | None  # of git
-    golden: Sequence[str]  # paths of a few pictures; their bytes travel along
-    int8: quantize.Pictures | None = (
-        None  # to calibrate with and to compare accuracy on; None: the network stays in float32
-    )
+    golden: Sequence[str]  # paths of a few images; their bytes travel along
+    # To calibrate with and to compare accuracy on; None: the network stays in float32.
+    int8: quantize.Pictures | None = None
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
 
 
@@ -100,26 +107,27 @@ def build(
     archive: bool = True,
     created: datetime | None = None,
 ) -> None:
-    """Writes `target`: an archive (model.tar.gz), or with archive=False a directory that may exist already, as SageMaker's does.
+    """Write `target`: an archive (model.tar.gz), or with archive=False a directory.
 
-    network: takes pixels [N, size, size, 3] uint8 and gives logits [N, classes]; it stays as it is. created: now, if not given; equal inputs give
-    equal bytes. The package is there checked and whole, or not at all. Raises UserError for pictures or a network that it can't hold,
-    OSError (a full disk, say), and RuntimeError where the self-test fails.
+    The directory may exist already, as SageMaker's does. network: takes pixels uint8
+    [N, size, size, 3] and gives logits [N, classes]; it stays as it is. created: now, if not given;
+    equal inputs give equal bytes. The package is there checked and whole, or not at all. Raise
+    UserError for images or a network that it can't hold, OSError (a full disk, say), and
+    RuntimeError where the self-test fails.
     """
-    place = target.parent if archive else target
+    place = target
+    if archive:
+        place = target.parent
     place.mkdir(parents=True, exist_ok=True)
     try:
-        # Below `place`, since a rename stays within a file system, and SageMaker's model directory may be one of its own.
+        # Below `place`, since a rename stays within a file system, and SageMaker's model directory
+        # may be one of its own.
         with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=place) as scratch:
             staged = Path(scratch) / "package"
-            measured = _write_contents(
-                copy.deepcopy(network).cpu().float().eval(), contents, staged
-            )
-            _write_manifest(
-                replace(contents, metrics=contents.metrics | measured),
-                created or datetime.now(UTC),
-                staged,
-            )
+            trained = copy.deepcopy(network).cpu().float().eval()
+            measured = _write_contents(trained, contents, staged)
+            contents = replace(contents, metrics=contents.metrics | measured)
+            _write_manifest(contents, created or datetime.now(UTC), staged)
             _self_test(staged)
             if archive:
                 _archive(staged, Path(scratch) / target.name)
@@ -133,15 +141,12 @@ def build(
 
 
 def _write_contents(network: nn.Module, contents: Contents, package: Path) -> dict[str, float]:
-    """Returns what was measured of an int8 network."""
+    """Write all but the manifest; return what was measured of an int8 network."""
     assert contents.golden, "without a golden picture the package can't be checked"
-    pictures = [_read_picture(path, contents.preprocessing) for path in contents.golden]
-    pixels = np.stack([pixels for _, pixels in pictures])
+    golden = [_read_image(path, contents.preprocessing) for path in contents.golden]
+    pixels = np.stack([pixels for _, pixels in golden])
     logits = _logits(network, pixels)
-    assert logits.shape == (len(pictures), len(contents.classes)), (
-        logits.shape,
-        len(contents.classes),
-    )
+    assert logits.shape == (len(golden), len(contents.classes)), logits.shape
     model, measured = _onnx(network, pixels), dict[str, float]()
     if contents.int8:
         model, measured = quantize.int8(model, contents.int8, contents.max_drop)
@@ -150,14 +155,10 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> di
     expected = io.BytesIO()
     np.savez(expected, pixels=pixels, logits=logits)
     _write(package / "golden/expected.npz", expected.getvalue())
-    for name, (data, _) in zip(_golden_names(contents), pictures, strict=True):
+    for name, (data, _) in zip(_golden_names(contents), golden, strict=True):
         _write(package / name, data)
-    _write(
-        package / "model.safetensors",
-        safetensors.save(
-            {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-        ),
-    )
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    _write(package / "model.safetensors", safetensors.save(weights))
     _write(package / "model.onnx", model)
     _write(package / "code/requirements.txt", REQUIREMENTS.encode())
     for name, source in CODE.items():
@@ -166,6 +167,9 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> di
 
 
 def _write_manifest(contents: Contents, created: datetime, package: Path) -> None:
+    tolerance = TOLERANCE
+    if contents.int8:
+        tolerance = INT8_TOLERANCE
     manifest = {
         "format": FORMAT,
         "created": created.astimezone(UTC).isoformat(timespec="seconds"),
@@ -174,7 +178,7 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
         "metrics": contents.metrics,
         "config": contents.config,
         "revision": contents.revision,
-        "tolerance": INT8_TOLERANCE if contents.int8 else TOLERANCE,
+        "tolerance": tolerance,
         "golden": _golden_names(contents),
         "versions": {
             name: version(name)
@@ -185,18 +189,20 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
             for path in _files(package)
         },
     }
-    # Over the rest of the manifest as canonical JSON: a class renamed by hand is noticed. It proves integrity, not who wrote it.
+    # Over the rest of the manifest as canonical JSON: a class renamed by hand is noticed. It proves
+    # integrity, not who wrote it.
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     _write(package / MANIFEST, json.dumps(manifest | {"sha256": digest}, indent=1).encode())
 
 
-def _read_picture(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray[np.uint8]]:
-    """The file's bytes, and the pixels that the network sees of it."""
+def _read_image(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray[np.uint8]]:
+    """Return the file's bytes, and the pixels that the network sees of it."""
     try:
         pixels = read_prepared(path, preprocessing)
     except ImageError as error:
         raise UserError(
-            f"{path}: this picture was to go into the model package, but: {error}; put it right and run again"
+            f"{path}: this picture was to go into the model package, but: {error}; "
+            "put it right and run again"
         ) from error
     return files.patiently(path, Path(path).read_bytes), pixels
 
@@ -212,16 +218,19 @@ def _logits(network: nn.Module, pixels: NDArray[np.uint8]) -> NDArray[np.float32
         logits: NDArray[np.float32] = network(torch.from_numpy(pixels)).numpy()
     if not np.isfinite(logits).all():
         raise UserError(
-            "the network's logits are not finite numbers: the training diverged; lower optim.lr or set train.clip_norm"
+            "the network's logits are not finite numbers: the training diverged; "
+            "lower optim.lr or set train.clip_norm"
         )
     return logits
 
 
 def _onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
-    """The network as an ONNX model: `pixels` uint8 [batch, size, size, 3] to `logits` float32 [batch, classes], for any batch."""
-    example = torch.from_numpy(pixels[:1]).repeat(
-        2, 1, 1, 1
-    )  # of two: the exporter takes a dimension of 1 for a constant
+    """Return the network as an ONNX model, for any batch.
+
+    It takes `pixels`, uint8 [batch, size, size, 3], to `logits`, float32 [batch, classes].
+    """
+    # Of two: the exporter takes a dimension of 1 for a constant.
+    example = torch.from_numpy(pixels[:1]).repeat(2, 1, 1, 1)
     try:
         with _silence():
             program = torch.onnx.export(
@@ -236,11 +245,13 @@ def _onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
             )
     except torch.onnx.OnnxExporterError as error:
         raise UserError(
-            f"PyTorch can't export this network as ONNX ({str(error).strip().splitlines()[0]}); choose another model.name"
+            "PyTorch can't export this network as ONNX "
+            f"({str(error).strip().splitlines()[0]}); choose another model.name"
         ) from error
     assert program is not None
     model = program.model_proto
-    # The exporter notes for each part from which line of which file it came. That is half of a small model, and this machine's paths.
+    # The exporter notes for each part from which line of which file it came. That is half of a
+    # small model, and this machine's paths.
     for part in (
         *model.graph.node,
         *model.graph.initializer,
@@ -254,7 +265,7 @@ def _onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Hides what the exporter and its libraries log and warn of: nothing there is for the user to act on."""
+    """Hide what the exporter and its libraries log and warn of: the user can't act on it."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -265,11 +276,12 @@ def _silence() -> Iterator[None]:
 
 
 def _self_test(package: Path) -> None:
-    """Has serving load the package in a process without torch. Raises RuntimeError."""
+    """Have serving load the package in a process without torch. Raise RuntimeError."""
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     # -P: a folder named `serving` in the user's current directory must not be taken for ours.
     command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
-    # In a session of its own: what a terminal sends to all of its processes (Ctrl-C, SIGHUP) is for the run itself, which saves or goes on.
+    # In a session of its own: what a terminal sends to all of its processes (Ctrl-C, SIGHUP) is for
+    # the run itself, which saves or goes on.
     result = subprocess.run(
         command,
         env=os.environ | {"PYTHONPATH": path},
@@ -282,7 +294,10 @@ def _self_test(package: Path) -> None:
 
 
 def _archive(package: Path, archive: Path) -> None:
-    """Packs the files so that equal files give equal bytes: sorted, and without names, owners and times of this machine."""
+    """Pack the files so that equal files give equal bytes.
+
+    They are sorted, and without names, owners and times of this machine.
+    """
     with archive.open("wb") as file:
         # Level 1, because weights hardly compress at any level.
         with (
@@ -299,7 +314,7 @@ def _archive(package: Path, archive: Path) -> None:
 
 
 def _move(package: Path, target: Path) -> None:
-    """Moves the files into `target`, the manifest last: without it, what lies there is no package."""
+    """Move the files into `target`, the manifest last: without it, it is no package."""
     (target / MANIFEST).unlink(missing_ok=True)
     for path in sorted(package.iterdir(), key=lambda path: path.name == MANIFEST):
         old = target / path.name

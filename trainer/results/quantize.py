@@ -1,4 +1,7 @@
-"""int8 for CPU endpoints: the ONNX network in 8 bits, calibrated on validation pictures, and refused where that costs accuracy."""
+"""int8 for CPU endpoints: the ONNX network in 8 bits, calibrated on validation images.
+
+It is refused where that costs accuracy.
+"""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,14 +15,14 @@ from trainer.common.errors import UserError
 from trainer.images.decode import Preprocessing
 from trainer.images.folder import read_prepared
 
-CALIBRATION = 200  # pictures whose activations give the ranges
-CHECKED = 500  # pictures that accuracy is compared on, others than those where there are enough
+CALIBRATION = 200  # images whose activations give the ranges
+CHECKED = 500  # images that accuracy is compared on, others than those where there are enough
 BATCH = 8
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Validation pictures as the network takes them."""
+    """Validation images as the network takes them."""
 
     pixels: NDArray[np.uint8]  # [N, size, size, 3]
     labels: NDArray[np.int64]  # [N]
@@ -28,7 +31,7 @@ class Pictures:
 def choose(
     paths: Sequence[str], labels: NDArray[np.int64], preprocessing: Preprocessing
 ) -> Pictures:
-    """As many of a split's pictures as are needed, evenly spread, since a split is sorted by class."""
+    """Return as many of a split's images as are needed, evenly spread: it is sorted by class."""
     chosen = np.linspace(0, len(paths) - 1, min(len(paths), CALIBRATION + CHECKED)).astype(np.int64)
     return Pictures(
         np.stack([read_prepared(paths[index], preprocessing) for index in chosen]), labels[chosen]
@@ -36,9 +39,9 @@ def choose(
 
 
 def int8(model: bytes, pictures: Pictures, max_drop: float) -> tuple[bytes, dict[str, float]]:
-    """The quantized model, and its top-1 accuracy beside the float network's on the same pictures.
+    """Return the quantized model, and its top-1 accuracy beside the float network's.
 
-    model: ONNX. max_drop: of top-1 accuracy, 0 to 1. Raises UserError where more than that is lost.
+    model: ONNX. max_drop: of top-1 accuracy, 0 to 1. Raise UserError where more than that is lost.
     """
     order = np.random.default_rng(0).permutation(len(pictures.labels))
     calibration, checked = order[:CALIBRATION], order[CALIBRATION:]
@@ -51,13 +54,15 @@ def int8(model: bytes, pictures: Pictures, max_drop: float) -> tuple[bytes, dict
     )
     if before - after > max_drop:
         raise UserError(
-            f"package.int8=true: int8 has a top-1 accuracy of {after:.4f} on {len(checked)} validation pictures, float32 {before:.4f}; "
-            f"package.max_drop allows {max_drop:g} less; set package.int8=false, or allow more"
+            f"package.int8=true: int8 has a top-1 accuracy of {after:.4f} on {len(checked)} "
+            f"validation pictures, float32 {before:.4f}; package.max_drop allows "
+            f"{max_drop:g} less; set package.int8=false, or allow more"
         )
     return quantized, {"int8_top1": after, "float_top1": before}
 
 
 def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
+    # Imported here: slow, and needed by few.
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -72,7 +77,9 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
 
         def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
             batch = next(self._batches, None)
-            return None if batch is None else {"pixels": batch}
+            if batch is None:
+                return None
+            return {"pixels": batch}
 
     with tempfile.TemporaryDirectory(prefix="int8-") as directory:
         source, prepared, target = (
@@ -80,7 +87,8 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
         )
         source.write_bytes(model)
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        # Unsigned activations with signed weights, a scale for each output channel: what ONNX Runtime is fastest with on x86 with VNNI.
+        # Unsigned activations with signed weights, a scale for each output channel: what ONNX
+        # Runtime is fastest with on x86 with VNNI.
         quantize_static(
             prepared,
             target,
@@ -94,8 +102,8 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
 
 
 def logits(model: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Of pixels [N, size, size, 3], as ONNX Runtime computes them on this machine: [N, classes]."""
-    import onnxruntime
+    """Return those of pixels uint8 [N, size, size, 3], by ONNX Runtime here: [N, classes]."""
+    import onnxruntime  # imported here: slow, and needed by few
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     return np.concatenate(

@@ -33,7 +33,7 @@ def train(directory: Path, numbers: list[int]) -> None:
     places = {number: directory / f"{number:04d}" for number in numbers}
     with on_signals() as stop, ExitStack() as locks:
         for place in places.values():
-            assert locks.enter_context(files.try_lock(place, BATCH_LOCK)), place
+            assert locks.enter_context(files.locked(place, name=BATCH_LOCK)), place
         for number, place in places.items():
             log.info("trial %d", number)
             outcomes[number] = train_trial(load(place / "config.yaml"), stop)

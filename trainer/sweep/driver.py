@@ -82,7 +82,7 @@ def opened(
     if not known.exists():
         check(config, fixed, swept)
     directory.mkdir(parents=True, exist_ok=True)
-    with files.try_lock(directory) as mine, also_to_file(directory / "log.txt"):
+    with files.locked(directory) as mine, also_to_file(directory / "log.txt"):
         if not mine:
             raise UserError(
                 f"{directory}: another process runs this sweep; wait for it, or give this one another name=..."
@@ -540,7 +540,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 def in_use(run: Path) -> bool:
     """Whether a process trains this trial, or is about to."""
-    with files.try_lock(run) as free, files.try_lock(run, BATCH_LOCK) as unclaimed:
+    with files.locked(run) as free, files.locked(run, name=BATCH_LOCK) as unclaimed:
         return not (free and unclaimed)
 
 

@@ -1,19 +1,19 @@
 """The sweep to look at: one HTML page that needs no network, no script and no other file.
 
-This module computes what the page shows; `page.html.j2` beside it says how it looks. Coordinates are shares of a plot: x from the left, y from
-the top.
+This module computes what the page shows; `page.html.j2` beside it says how it looks, and
+`trainer/results/charts.py` where a value lies in a plot.
 """
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from trainer.common import files
+from trainer.common.templates import render
+from trainer.results.charts import Axis, choice_axis, measured_axis, scale
+from trainer.results.text import share, shortened
 from trainer.settings import search_space as space
 from trainer.settings.search_space import Categorical, Parameter, Sweep, Value
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Trial
@@ -32,28 +32,6 @@ class Page:
     rows: Mapping[int, Sequence[Mapping[str, Any]]]  # the evaluated epochs of each trial
     again: str  # the command that trains the best trial once more
     facts: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """low, high: the values at its ends, as they are or (log) on a logarithmic scale; of choices their numbers, with half a step around."""
-
-    name: str
-    low: float
-    high: float
-    log: bool
-    ticks: Sequence[tuple[float, str]]  # where, from 0 at `low` to 1, and what it says
-    choices: Sequence[Value] = ()
-
-    def __call__(self, value: Value) -> float:
-        """Where a value lies, from 0 to 1."""
-        number = float(self.choices.index(value)) if self.choices else _number(value)
-        low, high, number = (
-            (math.log(each) for each in (self.low, self.high, number))
-            if self.log
-            else (self.low, self.high, number)
-        )
-        return (number - low) / (high - low)
 
 
 @dataclass(frozen=True)
@@ -79,7 +57,7 @@ class Plot:
 
 
 def write(page: Page, path: Path) -> None:
-    """Writes the page to `path`, whole or not at all. Raises OSError where it can't be written."""
+    """Write the page to `path`, whole or not at all. Raise OSError where it can't be written."""
     known = [
         trial
         for trial in page.trials
@@ -87,19 +65,14 @@ def write(page: Page, path: Path) -> None:
     ]
     parameters = [_axis(parameter) for parameter in page.sweep.space]
     objective = (
-        _span(page.sweep.objective, [_number(trial.value) for trial in known]) if known else None
+        measured_axis(page.sweep.objective, [_number(trial.value) for trial in known])
+        if known
+        else None
     )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        share=lambda share: f"{share * 100:.4g}%", value=space.text, number="{:.6g}".format
-    )
-    html = environment.get_template("page.html.j2").render(
+    filters = {"share": share, "value": space.text, "number": "{:.6g}".format}
+    html = render(
+        Path(__file__).with_name("page.html.j2"),
+        filters,
         page=page,
         best=known[0] if known and known[0].state == COMPLETE else None,
         epoch={trial.number: _best_epoch(page, trial) for trial in page.trials},
@@ -143,15 +116,18 @@ def _plots(
 
     plots = [against(axis, of(axis.name)) for axis in parameters]
     plots.append(
-        against(_span("trial", [trial.number for trial in page.trials]), lambda trial: trial.number)
+        against(
+            measured_axis("trial", [trial.number for trial in page.trials]),
+            lambda trial: trial.number,
+        )
     )
     curves = {
         trial.number: page.rows[trial.number] for trial in known[:CURVES] if page.rows[trial.number]
     }
     if curves:
         rows = list(itertools.chain(*curves.values()))
-        epochs = _span("epoch", [row["epoch"] for row in rows])
-        heights = _span(page.sweep.objective, [row[page.sweep.objective] for row in rows])
+        epochs = measured_axis("epoch", [row["epoch"] for row in rows])
+        heights = measured_axis(page.sweep.objective, [row[page.sweep.objective] for row in rows])
 
         def curve(trial: Trial) -> list[tuple[float, float]]:
             return [
@@ -196,52 +172,9 @@ def _best_epoch(page: Page, trial: Trial) -> int | None:
 
 def _axis(parameter: Parameter) -> Axis:
     if isinstance(parameter, Categorical):
-        count = len(parameter.choices)
-        names = [space.text(choice) for choice in parameter.choices]
-        ticks = [
-            (
-                (number + 0.5) / count,
-                name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…",
-            )
-            for number, name in enumerate(names)
-        ]
-        return Axis(parameter.key, -0.5, count - 0.5, False, ticks, parameter.choices)
-    return _scale(parameter.key, parameter.low, parameter.high, parameter.log)
-
-
-def _span(name: str, values: Iterable[float]) -> Axis:
-    """The axis of what was measured, with some room around."""
-    finite = [value for value in values if math.isfinite(value)]
-    low, high = min(finite, default=0.0), max(finite, default=1.0)
-    room = 0.06 * (high - low) or 0.5
-    return _scale(name, low - room, high + room, False)
-
-
-def _scale(name: str, low: float, high: float, log: bool) -> Axis:
-    """With ticks at powers of ten, or at about five round numbers."""
-    if log and high / low >= 100:
-        ticks = [
-            10.0**power
-            for power in range(
-                math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1
-            )
-        ]
-        ticks = ticks[:: math.ceil(len(ticks) / 7)]
-    elif log:
-        ticks = [low * (high / low) ** (number / 3) for number in range(4)]
-    else:
-        rough = (high - low) / 4
-        step = next(
-            factor * 10 ** math.floor(math.log10(rough))
-            for factor in (1, 2, 5, 10)
-            if factor * 10 ** math.floor(math.log10(rough)) >= rough
-        )
-        ticks = [
-            number * step
-            for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-        ]
-    axis = Axis(name, low, high, log, ())
-    return Axis(name, low, high, log, [(axis(tick), f"{tick:.3g}") for tick in ticks])
+        labels = [shortened(space.text(choice), LABEL_LENGTH) for choice in parameter.choices]
+        return choice_axis(parameter.key, parameter.choices, labels)
+    return scale(parameter.key, parameter.low, parameter.high, parameter.log)
 
 
 def _number(value: Value) -> float:

@@ -107,7 +107,7 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
         return
     for needed in (directory, checkpoints, package.parent):
         needed.mkdir(parents=True, exist_ok=True)
-    with files.try_lock(directory) as ours:
+    with files.locked(directory) as ours:
         if not ours:
             raise UserError(
                 f"{directory}: another process trains in this run; wait for it, or give this one "

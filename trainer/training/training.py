@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.common import files
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import Interrupted, Unreadable, UserError
 from trainer.common.randomness import Purpose, generator
@@ -21,13 +20,13 @@ from trainer.distributed.world import Action, World
 from trainer.images.augment import Augmentation
 from trainer.images.folder import ImageFolder
 from trainer.images.loader import Batch, ImageLoader, Loader, Reader
-from trainer.images.mixup import mix
+from trainer.images.mixup import Mixing, mix
 from trainer.images.sampler import Share
-from trainer.images.usable import preprocessing, usable_images, workers
+from trainer.images.usable import preprocessing, report_broken, usable_images, workers
 from trainer.network import build, device, optim
-from trainer.network.build import Classifier, trained_part
+from trainer.network.build import Classifier
 from trainer.network.device import Machine
-from trainer.network.ema import ModelEma
+from trainer.network.ema import ModelEma, trained_part
 from trainer.network.features import FeatureCache
 from trainer.settings.config import Config, metric_line
 from trainer.training import checkpoint
@@ -80,7 +79,8 @@ def build_training(
         network = build_network(run, images, machine)
     if loader is None:
         images, reader = usable_images(run.config, images, run.stop, run.world)
-        _note_broken(run, images)
+        if run.world.is_main_process:
+            report_broken(images, run.directory / "quarantine.txt")
         loader = make_loader(run, images, reader, machine)
     if data is None:
         data = loader
@@ -204,15 +204,10 @@ class Training:
     def lr_factor(self) -> float:
         """Return the share of the peak learning rate for the next step."""
         choice = self.config.optim
-        return optim.lr_factor(
-            self.progress.step,
-            self.data.steps_per_epoch,
-            self.epochs,
-            schedule=choice.schedule,
-            warmup_epochs=choice.warmup_epochs,
-            step_epochs=choice.step_epochs,
-            step_factor=choice.step_factor,
+        schedule = optim.Schedule(
+            choice.schedule, choice.warmup_epochs, choice.step_epochs, choice.step_factor
         )
+        return schedule.factor(self.progress.step, self.data.steps_per_epoch, self.epochs)
 
     def mix(self, image: Tensor, target: Tensor, shard: int) -> tuple[Tensor, Tensor]:
         """Mix the images of a shard with each other, where the settings say so."""
@@ -220,9 +215,8 @@ class Training:
         if not self.mixes:
             return image, target
         rng = generator(Purpose.MIX, self.config.seed, epoch=shard, sample=self.progress.step)
-        return mix(
-            image, target, self.data.classes, mixup=augment.mixup, cutmix=augment.cutmix, rng=rng
-        )
+        mixing = Mixing(augment.mixup, augment.cutmix)
+        return mix(image, target, self.data.classes, mixing, rng)
 
     @property
     def mixes(self) -> bool:
@@ -388,12 +382,14 @@ class Training:
 
 def prepare_machine(config: Config, world: World) -> Machine:
     """Set PyTorch up for these settings. Raises UserError for what this machine hasn't."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    if config.train.deterministic:
+        device.make_deterministic()
     processes = world.size if config.train.exact_shards is None else "any"
     machine = device.prepare(
         config.train.device,
         config.train.precision,
-        deterministic=config.train.deterministic,
-        threads=config.train.threads,
         processes=processes,
         local_rank=world.local_rank,
         local_size=world.local_size,
@@ -512,18 +508,6 @@ def _metrics_file(run: Run) -> MetricsFile:
         return MetricsFile(None)
     board = run.directory / "tensorboard" if run.config.train.tensorboard else None
     return MetricsFile(run.directory / "metrics.jsonl", board)
-
-
-def _note_broken(run: Run, images: ImageFolder) -> None:
-    """Write quarantine.txt: the images that are left out, with the reason for each."""
-    if not run.world.is_main_process:
-        return
-    place = run.directory / "quarantine.txt"
-    files.write(place, "".join(f"{path}\t{reason}\n" for path, reason in images.broken))
-    for path, reason in images.broken[:10]:
-        log.warning("left out: %s (%s)", path, reason)
-    if len(images.broken) > 10:
-        log.warning("left out %d pictures in all; see %s", len(images.broken), place)
 
 
 def _check_strays(run: Run, newest: Path | None) -> None:

@@ -54,7 +54,7 @@ def test_it_holds_what_a_job_needs_and_no_more():
         "trainer/__main__.py",
         "trainer/data/fashion_mnist_mini.npz",
         "conf/config.yaml",
-        "serving/inference.py",
+        "serving/adapters/toolkit.py",
         "launch/cloud/hyperparameters.py",
     } <= found.keys()
     assert (

@@ -16,7 +16,7 @@ from trainer.common.interrupt import Stop
 from trainer.distributed.world import World, current_world
 from trainer.images.datasets import find_images
 from trainer.images.loader import Batch, Loader
-from trainer.network.build import trained_part
+from trainer.network.ema import trained_part
 from trainer.results import outcome
 from trainer.settings import config as settings
 from trainer.settings.compose import compose

@@ -20,7 +20,7 @@ from tests.conftest import PROJECT
 from trainer.common import files
 from trainer.common.errors import Interrupted, Unreadable
 from trainer.images import cache
-from trainer.images.cache import TICK, TooLarge, pack, store_directory
+from trainer.images.cache import TICK, PixelCache, TooLarge
 from trainer.images.decode import ImageError, shrink
 
 RESIZE = 24
@@ -96,7 +96,7 @@ def packed(
     max_bytes=None,
     on_progress=quiet,
 ):
-    return pack(paths, root, resize, interpolation, workers, max_bytes, on_progress)
+    return PixelCache(root, resize, interpolation, max_bytes).pack(paths, workers, on_progress)
 
 
 def check(result, paths, resize=RESIZE, interpolation="bilinear"):
@@ -238,15 +238,15 @@ def test_other_settings_have_pixels_of_their_own(tmp_path, shared_pictures, deco
 
 
 def test_other_code_and_another_pillow_are_another_store(tmp_path, monkeypatch):
-    before = store_directory(tmp_path, 24, "box")
-    assert store_directory(tmp_path, 24, "box") == before
+    before = PixelCache(tmp_path, 24, "box").directory
+    assert PixelCache(tmp_path, 24, "box").directory == before
     with monkeypatch.context() as patch:
         patch.setattr(PIL, "__version__", "0.0")
-        assert store_directory(tmp_path, 24, "box") != before
-    edited = tmp_path / "preprocess.py"
-    edited.write_text(Path(cache.preprocess.__file__).read_text() + "\n")
-    monkeypatch.setattr(cache.preprocess, "__file__", str(edited))
-    assert store_directory(tmp_path, 24, "box") != before
+        assert PixelCache(tmp_path, 24, "box").directory != before
+    edited = tmp_path / "decode.py"
+    edited.write_text(Path(cache.decode.__file__).read_text() + "\n")
+    monkeypatch.setattr(cache.decode, "__file__", str(edited))
+    assert PixelCache(tmp_path, 24, "box").directory != before
 
 
 def test_other_runs_and_data_sets_add_to_the_same_store(
@@ -357,7 +357,7 @@ def on_progress(done, total):
             pass
     elif point.isdigit() and done >= int(point):
         os.kill(os.getpid(), signal.SIGKILL)
-result = cache.pack(paths, Path(root), 24, "bilinear", 2, None, on_progress)
+result = cache.PixelCache(Path(root), 24, "bilinear").pack(paths, 2, on_progress)
 print(count, hashlib.sha256(b"".join(result(path).tobytes() for path in paths)).hexdigest())
 """
 

@@ -158,9 +158,8 @@ def decoded(pictures: Path, tmp_path: Path) -> object:
 
 def packed(pictures: Path, tmp_path: Path) -> object:
     path = str(pictures / "train/circle/001.png")
-    result = cache.pack(
-        [path], tmp_path / "cache", 16, "bilinear", 2, None, lambda done, total: None
-    )
+    store = cache.PixelCache(tmp_path / "cache", 16, "bilinear")
+    result = store.pack([path], 2, lambda done, total: None)
     return result(path).tobytes(), dict(result.broken)
 
 

@@ -7,8 +7,9 @@ from trainer.network import build as model
 from trainer.network import optim
 
 
-def factors(**settings):
-    return [optim.lr_factor(step, 10, 5, **settings) for step in range(50)]
+def factors(schedule, **settings):
+    schedule = optim.Schedule(schedule, **settings)
+    return [schedule.factor(step, 10, 5) for step in range(50)]
 
 
 def test_cosine_rises_linearly_and_falls_to_zero():

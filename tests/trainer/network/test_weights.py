@@ -267,6 +267,7 @@ def test_evaluation_and_package_and_run_see_the_resolved_numbers(tmp_path):
     code, output = run_trainer(
         tmp_path,
         "data=folder",
+        "model=small_cnn",
         "data.root=pictures",
         "model=small_cnn",
         "data.size=14",

@@ -42,15 +42,15 @@ def manifest(directory: Path) -> dict:
 def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built):
     with tarfile.open(built / "model.tar.gz") as tar:
         names = tar.getnames()
-    serving = [
-        f"serving/{name}.py"
-        for name in ("__init__", "batching", "fetch", "handler", "package", "ray_app", "s3")
-    ]
+    serving = ("__init__", "backends", "engine", "fetch", "handler", "package", "ray_app", "s3")
+    common, images = ("__init__", "errors"), ("__init__", "bounds", "decode")
     code = [
         "inference.py",
         "requirements.txt",
-        *serving,
-        *(f"trainer/{name}.py" for name in ("__init__", "bounds", "errors", "preprocess")),
+        *(f"serving/{name}.py" for name in serving),
+        "trainer/__init__.py",
+        *(f"trainer/common/{name}.py" for name in common),
+        *(f"trainer/images/{name}.py" for name in images),
     ]
     golden = ["0.jpg", "1.png", "2.webp", "expected.npz"]
     assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + [
@@ -113,7 +113,7 @@ def test_the_code_is_a_copy(built):
     for name in ("serving/package.py", "trainer/images/decode.py"):
         assert (built / "unpacked/code" / name).read_bytes() == (PROJECT / name).read_bytes()
     assert (built / "unpacked/code/inference.py").read_bytes() == (
-        PROJECT / "serving/inference.py"
+        PROJECT / "serving/adapters/toolkit.py"
     ).read_bytes()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving import inference, lambda_direct
+from serving.adapters import lambda_inside, toolkit
 from tests.conftest import PROJECT, wait_for
 
 pytestmark = pytest.mark.long  # TorchServe, Ray and Java start
@@ -64,14 +64,14 @@ def through_toolkit(
     engine, body: bytes | str, content_type: str, accept: str = "application/json"
 ) -> tuple[int, Any]:
     context = Context()
-    prediction = inference.predict_fn(inference.input_fn(body, content_type), engine)
+    prediction = toolkit.predict_fn(toolkit.input_fn(body, content_type), engine)
     return context.status, json.loads(
-        inference.output_fn(prediction, accept, context)
+        toolkit.output_fn(prediction, accept, context)
     ) if context.status == 200 else None
 
 
 def test_the_four_functions_answer_as_our_server(original, golden, ours):
-    engine = inference.model_fn(str(original / "package"))
+    engine = toolkit.model_fn(str(original / "package"))
     for name, file in golden.items():
         assert through_toolkit(engine, bytearray(file), "image/png") == (200, ours[name])
     asked = json.dumps(
@@ -98,10 +98,10 @@ def test_the_four_functions_set_an_errors_status_and_raise_nothing(
     engine, picture, body, content_type, accept, status
 ):
     context = Context()
-    prediction = inference.predict_fn(
-        inference.input_fn(picture if body is None else body, content_type), engine
+    prediction = toolkit.predict_fn(
+        toolkit.input_fn(picture if body is None else body, content_type), engine
     )
-    assert json.loads(inference.output_fn(prediction, accept, context)).keys() == {
+    assert json.loads(toolkit.output_fn(prediction, accept, context)).keys() == {
         "error",
         "request_id",
     }
@@ -249,9 +249,9 @@ def test_ray_serve_answers_as_our_server(run, original, golden, ours, tmp_path):
 @pytest.fixture
 def direct(original, monkeypatch) -> Callable[[Any], dict[str, Any]]:
     monkeypatch.setenv("MODEL_DIR", str(original / "package"))
-    lambda_direct.engine.cache_clear()
-    yield lambda event: lambda_direct.handler(event, SimpleNamespace(aws_request_id="request-1"))
-    lambda_direct.engine.cache_clear()
+    lambda_inside.engine.cache_clear()
+    yield lambda event: lambda_inside.handler(event, SimpleNamespace(aws_request_id="request-1"))
+    lambda_inside.engine.cache_clear()
 
 
 def http_event(body: bytes, **headers: str) -> dict[str, Any]:
@@ -298,7 +298,10 @@ def test_lambdas_bad_events_get_400(direct, event):
 
 
 def test_no_door_needs_its_framework_to_be_imported():
-    script = "import sys, serving.ray_app, serving.lambda_direct, serving.inference; print(not {'ray', 'boto3', 'torch', 'starlette'} & {*sys.modules})"
+    script = (
+        "import sys; from serving.adapters import lambda_inside, ray, toolkit; "
+        "print(not {'ray', 'boto3', 'torch', 'starlette'} & {*sys.modules})"
+    )
     done = subprocess.run(
         [sys.executable, "-P", "-c", script],
         env={"PYTHONPATH": str(PROJECT)},

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from serving.batching import Engine
+from serving.engine import Engine
 from serving.package import load
 from trainer.images.decode import ImageError
 

@@ -1,0 +1,46 @@
+"""The model inside an AWS Lambda function, without an endpoint: cheapest for a few images a day.
+
+It takes the events that `lambda_proxy.py` takes, and gives the same answers. The package lies
+unpacked in the folder that MODEL_DIR names (default: `package`, beside the code); the variables
+SERVING_... are the settings. In the function's zip this file is `serving/lambda_direct.py`.
+"""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from serving import handler as core
+from serving.adapters import lambda_proxy as proxy
+from serving.engine import Engine
+from serving.fetch import RequestError
+from serving.package import load
+
+
+@functools.cache
+def engine() -> tuple[Engine, core.Settings]:
+    """Return the one engine of this environment, and its settings."""
+    settings = core.settings_from(os.environ)
+    root = Path(os.environ.get("LAMBDA_TASK_ROOT", "."))
+    package = load(root / os.environ.get("MODEL_DIR", "package"))
+    return Engine(package, max_pixels=settings.max_pixels), settings
+
+
+def handler(event: Any, context: Any) -> dict[str, Any]:
+    """Return the answer to an event of Lambda, whatever goes wrong with a request."""
+    request_id = str(context.aws_request_id)
+    try:
+        body, accept = proxy.read(event)
+    except RequestError as error:
+        result = core.failure(error, request_id)
+    else:
+        content_type = "application/octet-stream"
+        if proxy.is_json(body):
+            content_type = "application/json"
+        result = core.answer(*engine(), core.Request(body, content_type, accept, request_id))
+    return proxy.answer(event, request_id, result.status, result.body.decode())
+
+
+if "AWS_LAMBDA_RUNTIME_API" in os.environ:
+    # Before the first request: Lambda gives a function's start more processor than its calls.
+    engine()

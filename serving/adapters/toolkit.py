@@ -1,0 +1,79 @@
+"""The four functions that AWS's PyTorch inference toolkit calls; `code/inference.py` in the package.
+
+An exception would reach the caller as 500 with its traceback, so a request that fails is passed on
+as the answer that it gets.
+"""
+
+import functools
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving import handler
+from serving.engine import Engine
+from serving.handler import Answer, Query, Settings
+from serving.package import load
+
+
+class Context(Protocol):
+    """What is used of the toolkit's context of a request."""
+
+    def set_response_status(self, code: int, phrase: str) -> object: ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A query with its logits [images, classes], and the names of the classes."""
+
+    query: Query
+    logits: NDArray[np.float32]
+    classes: tuple[str, ...]
+
+
+@functools.cache
+def settings() -> Settings:
+    """Return the settings of this process's environment."""
+    return handler.settings_from(os.environ)
+
+
+def model_fn(model_dir: str) -> Engine:
+    """Return the engine of the package in a directory. Raises PackageError."""
+    return Engine(load(Path(model_dir)), max_pixels=settings().max_pixels)
+
+
+def input_fn(body: bytes | bytearray | str, content_type: str) -> Query | Answer:
+    """Return what a body asks for, or the answer that refuses it."""
+    try:
+        return handler.read(body, content_type, settings())
+    except Exception as error:
+        return handler.failure(error, handler.new_id())
+
+
+def predict_fn(query: Query | Answer, engine: Engine) -> Prediction | Answer:
+    """Return the logits of the query's images, or the answer that says what went wrong."""
+    if isinstance(query, Answer):
+        return query
+    end = time.monotonic() + settings().seconds
+    try:
+        with handler.collect(query, settings(), end) as images:
+            return Prediction(query, engine.logits(images, end), engine.package.classes)
+    except Exception as error:
+        return handler.failure(error, handler.new_id())
+
+
+def output_fn(prediction: Prediction | Answer, accept: str, context: Context) -> str:
+    """Return the answer's body, and set its status where something went wrong."""
+    if isinstance(prediction, Prediction):
+        query = prediction.query
+        try:
+            output = handler.choose(query, accept)
+            return handler.write(prediction.logits, prediction.classes, output, query.top).decode()
+        except Exception as error:
+            prediction = handler.failure(error, handler.new_id())
+    context.set_response_status(prediction.status, "")
+    return prediction.body.decode()

@@ -1,0 +1,112 @@
+"""What runs a package's network, by name: ONNX Runtime, or PyTorch for GPU endpoints."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.common.errors import UserError, install_command
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+class NetworkError(ValueError):
+    """The package's network can't be opened, or does not fit its manifest."""
+
+
+class Network(Protocol):
+    """Pixels [N, size, size, 3] to logits [N, classes], from any thread."""
+
+    def __call__(self, pixels: NDArray[np.uint8], /) -> NDArray[np.float32]: ...
+
+
+def open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) -> Network:
+    """Return the network of a package's directory in ONNX Runtime, on the CPU.
+
+    threads: of one run of the network, one a core if not given. Raises NetworkError.
+    """
+    # imported here: it is half of the start-up time of a command that needs no network
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0  # 0: one a core
+    # Threads that spin while they wait take the cores from those that decode and answer: half
+    # the throughput on a machine that is shared.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # fatal: it would print, besides raising them, its errors
+    model = directory / "model.onnx"
+    try:
+        session = onnxruntime.InferenceSession(
+            str(model), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # the classes of its exceptions have nothing else in common
+        reason = " ".join(str(error).split())
+        raise NetworkError(
+            f"{model.name} can't be opened by ONNX Runtime {onnxruntime.__version__} ({reason})"
+        ) from error
+    _check_shapes(session, manifest["preprocessing"]["size"], len(manifest["classes"]))
+
+    def network(pixels: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = session.run(["logits"], {"pixels": pixels})[0]
+        return logits
+
+    return network
+
+
+def _check_shapes(session: "onnxruntime.InferenceSession", size: int, classes: int) -> None:
+    """Compare the one input and output: name, type, and shape behind the free batch dimension."""
+    shapes = [
+        (value.name, value.type, value.shape[1:])
+        for value in (*session.get_inputs(), *session.get_outputs())
+        if isinstance(value.shape[0], str)
+    ]
+    needed = [("pixels", "tensor(uint8)", [size, size, 3]), ("logits", "tensor(float)", [classes])]
+    if shapes != needed:
+        raise NetworkError(
+            f"model.onnx does not fit package.json: it has {shapes}; "
+            f"its size and classes need {needed}"
+        )
+
+
+def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -> Network:
+    """Return the network with the package's weights in PyTorch, on the GPU where there is one.
+
+    It needs all of Packhorse installed. threads: of a CPU. Raises UserError without PyTorch.
+    """
+    # imported here: serving needs PyTorch only where it is asked for
+    try:
+        import torch
+        from safetensors.torch import load_file
+
+        from trainer.network import build as model
+    except ImportError as error:
+        raise UserError(
+            f"--backend=torch needs {error.name}: {install_command('serve')}"
+        ) from error
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # TF32's 10 bits of mantissa would not reproduce the golden images' logits.
+    torch.backends.cudnn.allow_tf32 = False
+    config = manifest["config"]
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+    # The images' mean and standard deviation are among the weights.
+    module = model.build(
+        config["model.name"], len(manifest["classes"]), head_hidden=config.get("model.head_hidden")
+    )
+    module.load_state_dict(load_file(directory / "model.safetensors"))
+    module.eval().to(device)
+
+    def network(pixels: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = module(torch.from_numpy(pixels).to(device)).cpu().numpy()
+            return logits
+
+    return network
+
+
+BACKENDS = {"onnx": open_onnx, "torch": open_torch}

@@ -1,0 +1,111 @@
+"""`python -m serving serve [PACKAGE]`: the settings of a server, from flags and variables."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from serving.backends import BACKENDS
+from serving.engine import Engine
+from serving.handler import Settings, convert, settings_from
+from serving.package import load_for_command
+from trainer.common.cpu import cores
+from trainer.common.errors import OK, UserError, install_command
+
+MODEL = Path("/opt/ml/model")  # where SageMaker puts the package
+RUNS = Path("runs")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer on HTTP until told to end. arguments: the verb and its own. Raises UserError."""
+    defaults = settings_from(os.environ)
+    options = _parser(defaults).parse_args(arguments[1:])
+    changes: dict[str, Any] = {}
+    for name, default in vars(defaults).items():
+        text = getattr(options, name)
+        if text is not None:
+            changes[name] = convert(_flag(name), text, type(default))
+    settings = replace(defaults, **changes)
+    package = load_for_command(options.package or _newest(), cores(), options.backend)
+    engine = Engine(
+        package,
+        max_pixels=settings.max_pixels,
+        workers=settings.workers or cores(),
+        batch=settings.batch,
+        delay=settings.batch_delay,
+    )
+    try:
+        # imported here: its libraries are those of the extra `serve`
+        from serving import server
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is missing: the server needs it; {install_command('serve')}"
+        ) from error
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
+    )
+    server.serve(package, engine, settings, options.host, options.port)
+    return OK
+
+
+def _parser(defaults: Settings) -> argparse.ArgumentParser:
+    """Return the parser of the verb's flags. defaults: as the variables SERVING_... say."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serving serve",
+        description="Answer on HTTP: /invocations, /ping, /metrics, and a page at /.",
+    )
+    parser.add_argument(
+        "package",
+        type=Path,
+        nargs="?",
+        help=f"a model.tar.gz or a directory (default: {MODEL}, or the newest of {RUNS}/*/)",
+    )
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("SERVING_HOST", "127.0.0.1"),
+        help="the address to listen on (default %(default)s)",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=int(os.environ.get("SERVING_PORT", "8080")),
+        help="(default %(default)s)",
+    )
+    parser.add_argument(
+        "--backend",
+        default=os.environ.get("SERVING_BACKEND", "onnx"),
+        choices=[*BACKENDS],
+        help="what runs the network; torch is for GPUs (default %(default)s)",
+    )
+    for setting in fields(Settings):
+        shown = getattr(defaults, setting.name)
+        if isinstance(shown, bool):
+            shown = {True: "on", False: "off"}[shown]
+        parser.add_argument(
+            _flag(setting.name),
+            metavar="VALUE",
+            help=f"{setting.metadata['help']} (default {shown})",
+        )
+    return parser
+
+
+def _flag(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
+
+
+def _newest() -> Path:
+    """Return the package that SageMaker brought, or that of the newest run. Raises UserError."""
+    if (MODEL / "package.json").exists():
+        return MODEL
+    packages = RUNS.glob("*/model.tar.gz")
+    newest = max(packages, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise UserError(
+            f"{RUNS}/: there is no model package; train one (make train), "
+            "or name one: python -m serving serve PACKAGE"
+        )
+    return newest

@@ -1,0 +1,73 @@
+"""The edge of every command: whatever goes wrong becomes one line and an exit code.
+
+Neither torch nor Hydra is imported: what explains Hydra's errors is handed in.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+
+from trainer.common.console import log
+from trainer.common.errors import (
+    FAULT,
+    MEMORY_FULL,
+    MISTAKE,
+    OK,
+    RESUME,
+    Interrupted,
+    UserError,
+    machine_fault,
+)
+
+Explain = Callable[[Exception], str | None]
+
+
+def guarded(work: Callable[[], int | None], explain: Explain | None = None) -> int:
+    """Do the work and return its exit code, or that of what it raised, after one line in the log.
+
+    A fault of ours is raised on, for its traceback; so is a mistake with HYDRA_FULL_ERROR=1.
+    """
+    shows_mistakes = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        return work() or OK
+    except Exception as error:
+        code, line = verdict(error, explain)
+        if code == FAULT or (code == MISTAKE and shows_mistakes):
+            raise
+        level = logging.ERROR
+        if code == RESUME:
+            level = logging.WARNING
+        log.log(level, line)
+        return code
+
+
+def verdict(error: Exception, explain: Explain | None = None) -> tuple[int, str]:
+    """Return the exit code for what went wrong, and the line that the user sees."""
+    if isinstance(error, Interrupted):
+        saved = "everything is saved: the same command goes on from here"
+        return RESUME, f"stopped by {error}; {saved}"
+    line = one_line(error, explain)
+    if line is None:
+        return FAULT, f"{type(error).__name__}: {error}"
+    return MISTAKE, line
+
+
+def one_line(error: Exception, explain: Explain | None = None) -> str | None:
+    """Return what the user can mend, in one line; None for a fault of ours.
+
+    explain: gives the line for errors of a library, such as Hydra's; None: it knows none.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported for its name
+        reason = str(error).split(". ")[0]
+        remedy = "lower train.batch_size, or split the batches with train.accumulate=2 or more"
+        return f"the GPU's memory is full ({reason}); {remedy}"
+    if isinstance(error, MemoryError):
+        return MEMORY_FULL
+    line = None
+    if explain is not None:
+        line = explain(error)
+    if line is None and isinstance(error, OSError):
+        line = machine_fault(error)
+    return line
