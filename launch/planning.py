@@ -54,6 +54,7 @@ class Plan:
 
     @property
     def price(self) -> Price:
+        """Return what an hour of the target's machine costs."""
         return price(self.spec.target.instance_type, self.spec.region)
 
     @property

@@ -349,7 +349,9 @@ def _read_activity(account: Account) -> None:
 
 
 def _keep_machine_learning(account: Account) -> None:
-    """Leave SageMaker's own things, those tagged with a project, accelerated instances, and
+    """Leave what belongs to machine learning.
+
+    That is SageMaker's own things, those tagged with a project, accelerated instances, and
     whatever shares a role with them.
     """
     callers = {entry.arn for entry in account.identities if entry.allows("sagemaker:", "*")}

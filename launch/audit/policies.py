@@ -206,8 +206,9 @@ def with_resources(account: Account, document: Description) -> Description:
 
 
 def _arns(account: Account, action: str) -> list[str]:
-    """Return what an action can be held to: the account's own resources of that kind, or their
-    ARN with a place for the name.
+    """Return what an action can be held to.
+
+    The account's own resources of that kind, or their ARN with a place for the name.
     """
     filled = {"Partition": account.partition, "Region": account.region, "Account": account.id}
 

@@ -167,8 +167,9 @@ def _check_channels(definition: dict[str, Any], channels: dict[str, Path]) -> No
 
 
 def _check_metrics(job: TrainingJob, objective: str | None) -> None:
-    """Raise UserError unless each metric's regex takes its own value out of the trainer's line,
-    and the objective is one of them.
+    """Raise UserError unless the metrics' regexes fit the trainer's line.
+
+    Each takes its own value out of it, and the objective is one of them.
     """
     values = {name: float(number) for number, name in enumerate(settings.METRICS, 1)}
     instead = "take trainer.settings.config.metric_definitions()"

@@ -195,8 +195,9 @@ class LocalSageMaker:
         return outcome
 
     def stop(self, *_: object) -> None:
-        """Do what StopTrainingJob does: SIGTERM to each container's first process, and SIGKILL
-        when the time of grace is over.
+        """Do what StopTrainingJob does.
+
+        SIGTERM to each container's first process, and SIGKILL when the time of grace is over.
         """
         self._stop_at = self._stop_at or time.monotonic()
         for container in self._containers:
