@@ -52,6 +52,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         every=upload_every,
         processes=processes(spec.config),
         arguments=arguments(spec),
+        revision=spec.revision or "",
     )
     if (size := len(script.encode())) > USER_DATA_BYTES:
         raise UserError(

@@ -24,7 +24,7 @@ s3_run=$bucket/runs/$run
 not_output=(--exclude 'checkpoints/*' --exclude '.*' --exclude '*/.*') # hidden files are locks, and what is not complete yet
 
 job='' code=1 reason='' kill_at='' uploaded='' notes='' other=''
-export AWS_DEFAULT_REGION=$region PYTHONUNBUFFERED=1
+export AWS_DEFAULT_REGION=$region PYTHONUNBUFFERED=1 PACKHORSE_REVISION=$revision
 
 say() { echo "$(date -u +%FT%TZ) $*" >>"$log"; }
 

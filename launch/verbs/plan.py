@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +35,7 @@ from launch.targets.spec import (
 from launch.verbs.instances import processes
 from trainer.common.console import log, python
 from trainer.common.errors import OK, UserError
+from trainer.common.git import revision
 from trainer.settings import config as settings
 
 NO_IMAGE = "ami-00000000000000000"  # stands in a plan where AWS can't be asked
@@ -204,16 +204,6 @@ def image_id(aws: Aws | None, spec: Spec) -> str:
         if aws
         else NO_IMAGE
     )
-
-
-def revision() -> str | None:
-    """The commit of this project, None where it is no Git repository."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 # --- for people ---

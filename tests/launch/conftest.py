@@ -32,7 +32,7 @@ CREDENTIALS = {
 
 # For `Cloud.launch`: imported here once, and not by each process.
 for verb in command_line.VERBS:
-    import_module(f"launch.{verb}")
+    import_module(f"launch.verbs.{verb}")
 import_module("launch.targets.sagemaker")
 
 

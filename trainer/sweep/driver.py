@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from trainer.common import files
 from trainer.common.console import ProgressBar, also_to_file, log, python
 from trainer.common.errors import OK, RESUME, UserError, install_command
+from trainer.common.git import revision
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
 from trainer.images.datasets import find_images
 from trainer.settings import config as settings
@@ -38,7 +39,6 @@ from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
 from trainer.settings.search_space import Sweep
 from trainer.sweep import page
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Grid, Ledger, Trial, best_first
-from trainer.training.run import revision
 
 PROJECT = Path(__file__).parents[2]
 SOURCE = ("trainer", "serving", "conf")  # what a run is made by

@@ -3,9 +3,7 @@
 import dataclasses
 import fcntl
 import json
-import os
 import shlex
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,26 +118,3 @@ def check_identity(then: dict[str, Any], config: Config, fingerprint: str, where
         raise UserError(
             f"{where}: this run began with other settings ({differences}); give the same again, or start a new run with another name=..."
         )
-
-
-def revision() -> str | None:
-    """The git revision of this code, with `-dirty` where files were changed; None outside a checkout."""
-    if known := os.environ.get("PACKHORSE_REVISION"):
-        return known
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        # In a session of its own, as the package's self-test: a closing terminal must not end it.
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10, start_new_session=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

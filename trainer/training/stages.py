@@ -17,6 +17,7 @@ from torch import Tensor
 from trainer.common import files
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
+from trainer.common.git import revision
 from trainer.common.interrupt import Stop
 from trainer.distributed.job import ALONE, Gradients, Job, Ordered, Replicated, World
 from trainer.images import cache, folder
@@ -33,7 +34,7 @@ from trainer.results import package, quantize, report
 from trainer.settings.config import Config, identity, metric_line
 from trainer.training import checkpoint, metrics
 from trainer.training.loop import Checkpoints, Learner, Progress, evaluate, trained_part
-from trainer.training.run import Run, check_identity, revision
+from trainer.training.run import Run, check_identity
 
 # How far the loss of the best weights on valid may lie from what was noted for them: relative, absolute.
 # Where nothing that the bits depend on has changed it is equal (metrics keep 6 digits); the rest is for

@@ -198,3 +198,9 @@ def test_a_script_that_is_too_long() -> None:
     spec = replace(make_spec(), overrides=("name=" + "x" * 16384,))
     with pytest.raises(UserError, match="EC2 allows 16384; put settings into a file"):
         ec2.user_data(spec)
+
+
+def test_the_instance_knows_the_revision_of_its_code() -> None:
+    script = ec2.user_data(replace(make_spec(), revision="0123abc-dirty"))
+    assert "revision=0123abc-dirty\n" in script and "PACKHORSE_REVISION=$revision" in script
+    assert "revision=''\n" in ec2.user_data(make_spec())

@@ -1,0 +1,27 @@
+"""Which revision of this code runs."""
+
+import os
+import subprocess
+
+from trainer.common.errors import PROJECT
+
+
+def revision() -> str | None:
+    """Return the code's git commit, with `-dirty` where files were changed; None if unknown.
+
+    A rented machine has no checkout: whoever sent its code says it in PACKHORSE_REVISION.
+    """
+    if known := os.environ.get("PACKHORSE_REVISION"):
+        return known
+    if not (PROJECT / "pyproject.toml").is_file():
+        return None  # an installed package, whose folder may lie in somebody else's repository
+    command = ["git", "-C", str(PROJECT), "describe"]
+    command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        # In a session of its own: a terminal that closes must not end it.
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10, start_new_session=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
