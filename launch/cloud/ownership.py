@@ -1,14 +1,17 @@
 """What is this project's: what carries its tag `project`.
 
-A name never decides: a job of the project `packhorse-dev` begins like one of `packhorse`, and whoever deploys names an
-endpoint as they like. Where all names of a kind begin alike, that narrows what is asked about.
+A name never decides: a job of the project `packhorse-dev` begins like one of `packhorse`, and
+whoever deploys names an endpoint as they like. Where all names of a kind begin alike, that narrows
+what is asked about.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from launch.cloud.session import Aws
-from launch.targets.runs import NOT_FOUND
+
+# In what SageMaker answers about something that is not there.
+NOT_FOUND = r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"
 
 # SageMaker's lists, by the kind of what is in them.
 LISTS = {
@@ -21,26 +24,55 @@ LISTS = {
 
 
 def listed(aws: Aws, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
-    """SageMaker's things of a kind that may be ours, by their names. kind: one of LISTS. Raises AwsError."""
-    if kind != "Endpoint":  # the names of all others are made in launch/targets/spec.py
+    """Yield SageMaker's things of a kind that may be ours, by their names. Raise AwsError.
+
+    kind: one of LISTS.
+    """
+    if kind != "Endpoint":  # the names of all others are made by this project's targets
         filters["NameContains"] = f"{aws.project}-"
-    for found in aws.pages("sagemaker", f"List{kind}s", LISTS[kind], **filters):
-        if kind == "Endpoint" or found[f"{kind}Name"].startswith(f"{aws.project}-"):
-            yield found
+    for thing in aws.pages("sagemaker", f"List{kind}s", LISTS[kind], **filters):
+        if kind == "Endpoint" or thing[f"{kind}Name"].startswith(f"{aws.project}-"):
+            yield thing
 
 
 def owned(aws: Aws, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
-    """SageMaker's things of a kind that are ours, as SageMaker lists them. Raises AwsError."""
-    for found in listed(aws, kind, **filters):
-        arn = found[f"{kind}Arn"]
+    """Yield SageMaker's things of a kind that are ours, as SageMaker lists them. Raise AwsError."""
+    for thing in listed(aws, kind, **filters):
+        arn = thing[f"{kind}Arn"]
         # All tags come in one answer; there is none where the thing is gone by now.
         answer = aws.find("sagemaker", "ListTags", NOT_FOUND, ResourceArn=arn, MaxResults=100)
         if answer is not None and aws.owns(answer["Tags"]):
-            yield found
+            yield thing
+
+
+def instances(aws: Aws, *filters: tuple[str, str]) -> list[dict[str, Any]]:
+    """Return our EC2 instances, as EC2 describes them, newest first. Raise AwsError.
+
+    filters: EC2's, each a name and a value.
+    """
+    all_filters = [
+        {"Name": name, "Values": [value]}
+        for name, value in (("tag:project", aws.project), *filters)
+    ]
+    reservations = aws.pages("ec2", "DescribeInstances", "Reservations", Filters=all_filters)
+    machines = [each for group in reservations for each in group["Instances"]]
+    return sorted(machines, key=lambda each: each["LaunchTime"], reverse=True)
+
+
+def stacks(aws: Aws) -> list[str]:
+    """Return the names of our CloudFormation stacks. Raise AwsError."""
+    return [
+        stack["StackName"]
+        for stack in aws.pages("cloudformation", "DescribeStacks", "Stacks")
+        if aws.owns(stack.get("Tags", [])) and stack["StackStatus"] != "DELETE_COMPLETE"
+    ]
 
 
 def owns_bucket(aws: Aws) -> bool | None:
-    """Whether the bucket of the project's name is the project's; None where there is no such bucket. Raises AwsError."""
+    """Return whether the bucket of the project's name is ours; None where there is none.
+
+    Raise AwsError.
+    """
     if aws.find("s3", "HeadBucket", r"404|NoSuchBucket|NotFound", Bucket=aws.bucket) is None:
         return None
     tags = aws.find("s3", "GetBucketTagging", "NoSuchTagSet", Bucket=aws.bucket)

@@ -10,14 +10,13 @@ from enum import StrEnum
 from typing import Any
 
 from launch.cloud import s3
+from launch.cloud.ownership import NOT_FOUND, instances
 from launch.cloud.prices import Price
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, AwsError
 from launch.targets.spec import load_config, load_target, run_id, split_overrides
 from trainer.common.console import log
 from trainer.common.errors import OK, RESUME, UserError
-
-NOT_FOUND = r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"  # in what SageMaker answers about a job that is not there
 
 # AWS is eventually consistent: for a while it may not list what it has just made. What was sent
 # less than so long ago and is not seen is on its way. EC2 forgets an instance an hour after its end.
@@ -176,20 +175,6 @@ def observe(aws: Aws, attempt: Attempt) -> State:
 
 def now() -> datetime:
     return datetime.now(UTC)
-
-
-def instances(aws: Aws, *filters: tuple[str, str]) -> list[dict[str, Any]]:
-    """This project's EC2 instances, as EC2 describes them, newest first."""
-    wanted = [
-        {"Name": name, "Values": [value]}
-        for name, value in (("tag:project", aws.project), *filters)
-    ]
-    found = [
-        each
-        for group in aws.pages("ec2", "DescribeInstances", "Reservations", Filters=wanted)
-        for each in group["Instances"]
-    ]
-    return sorted(found, key=lambda each: each["LaunchTime"], reverse=True)
 
 
 def _unseen(attempt: Attempt, alive: datetime) -> State:

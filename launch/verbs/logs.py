@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from launch.cloud import s3
+from launch.cloud.logs import NOTEBOOK_GROUP, TRAINING_GROUP, LogReader
 from launch.cloud.session import Aws
 from launch.targets import overdue, runs
 from launch.targets.runs import Attempt, Phase, State
@@ -13,13 +14,6 @@ from launch.targets.spec import aws_of, split_overrides
 from trainer.common import streams
 from trainer.common.console import log
 from trainer.common.errors import OK
-
-# Of the whole account, with every team's logs: no project makes, changes or deletes them.
-TRAINING_GROUP = "/aws/sagemaker/TrainingJobs"
-NOTEBOOK_GROUP = "/aws/sagemaker/NotebookInstances"
-SHARED_GROUPS = (TRAINING_GROUP, NOTEBOOK_GROUP)
-# A log arrives at CloudWatch with some delay, so each look goes back a little and leaves out what was shown.
-LOOK_BACK = 60_000  # milliseconds
 
 
 def reader(aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
@@ -49,41 +43,15 @@ def _cloudwatch_reader(aws: Aws, attempt: Attempt) -> Callable[[], list[str]]:
     group = NOTEBOOK_GROUP if attempt.target == "notebook" else TRAINING_GROUP
     # Streams are JOB/HOST; the trials of a tuning job are named JOB-NUMBER-HASH.
     prefix = f"{attempt.job}-" if attempt.target == "tuner" else f"{attempt.job}/"
-    seen: set[str] = set()
-    since = 0
+    several = attempt.target == "tuner" or attempt.instances > 1
+    log_reader = LogReader(aws, group, prefix)
 
     def read() -> list[str]:
-        nonlocal since
-        if (
-            aws.find(
-                "logs",
-                "FilterLogEvents",
-                "ResourceNotFound",
-                logGroupName=group,
-                logStreamNamePrefix=prefix,
-                limit=1,
-            )
-            is None
-        ):
-            return []  # the group is made by the first job that writes to it
-        events = aws.pages(
-            "logs",
-            "FilterLogEvents",
-            "events",
-            logGroupName=group,
-            logStreamNamePrefix=prefix,
-            startTime=since,
-        )
-        fresh = [event for event in events if event["eventId"] not in seen]
-        seen.update(event["eventId"] for event in fresh)
-        since = max([since, *(event["timestamp"] - LOOK_BACK for event in fresh)])
-        fresh.sort(key=lambda event: event["timestamp"])
-        several = attempt.target == "tuner" or attempt.instances > 1
+        if not several:
+            return [event["message"] for event in log_reader.read()]
         return [
             f"{event['logStreamName'].removeprefix(prefix)}: {event['message']}"
-            if several
-            else event["message"]
-            for event in fresh
+            for event in log_reader.read()
         ]
 
     return read

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launch.cloud import foundation, s3
+from launch.cloud import account_stack, s3
 from launch.cloud.prices import FALLBACK, Price, price
 from launch.cloud.request import Request, check
 from launch.cloud.session import Aws
@@ -303,7 +303,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, why_offline: str) 
                 "actions": statement.actions,
                 "resources": statement.resources,
             }
-            for statement in foundation.permissions(part, spec.project, spec.account, spec.region)
+            for statement in account_stack.permissions(part, spec.project, spec.account, spec.region)
         ]
     }
     return {

@@ -1,0 +1,42 @@
+"""What CloudWatch holds of a log."""
+
+from typing import Any
+
+from launch.cloud.session import Aws, AwsError
+
+# Of the whole account, with every team's logs: no project makes, changes or deletes them.
+TRAINING_GROUP = "/aws/sagemaker/TrainingJobs"
+NOTEBOOK_GROUP = "/aws/sagemaker/NotebookInstances"
+SHARED_GROUPS = (TRAINING_GROUP, NOTEBOOK_GROUP)
+
+# Milliseconds. An event arrives with some delay, so each look goes back a little.
+LOOK_BACK = 60_000
+
+
+class LogReader:
+    """The events of a log group, each read once."""
+
+    def __init__(self, aws: Aws, group: str, streams: str | None = None, since: int = 0) -> None:
+        """Take what the names of the streams begin with, and from when: milliseconds, Unix."""
+        self._aws, self._since = aws, since
+        self._where = {"logGroupName": group}
+        if streams is not None:
+            self._where["logStreamNamePrefix"] = streams
+        self._shown: set[str] = set()
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the events that came since the last call, by their time. Raise AwsError.
+
+        A group is made by the first that writes to it; until then there are none.
+        """
+        request = {**self._where, "startTime": self._since}
+        try:
+            events = list(self._aws.pages("logs", "FilterLogEvents", "events", **request))
+        except AwsError as error:
+            if "ResourceNotFound" not in error.code:
+                raise
+            return []
+        fresh = [event for event in events if event["eventId"] not in self._shown]
+        self._shown.update(event["eventId"] for event in fresh)
+        self._since = max([self._since, *(event["timestamp"] - LOOK_BACK for event in fresh)])
+        return sorted(fresh, key=lambda event: int(event["timestamp"]))
