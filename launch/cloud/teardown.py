@@ -31,17 +31,20 @@ def end_jobs(aws: Aws, every: float) -> None:
 
     every: seconds between two looks.
     """
-    # Tuning jobs first: stopped ones start no more training jobs.
-    for kind in ("HyperParameterTuningJob", "TrainingJob"):
-        statuses = _statuses(aws, kind)
-        for name, status in statuses().items():
-            if status == "InProgress":
-                log.info("stopping %s", name)
-                ended_meanwhile = f"{NOT_FOUND}|ValidationException"
-                aws.find("sagemaker", f"Stop{kind}", ended_meanwhile, **{f"{kind}Name": name})
-        _until(every, lambda now=statuses: not {"InProgress", "Stopping"} & set(now().values()))
-        for name in statuses():
-            aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
+    _end_jobs(aws, "HyperParameterTuningJob", every)  # first: stopped ones start no more jobs
+    _end_jobs(aws, "TrainingJob", every)
+
+
+def _end_jobs(aws: Aws, kind: str, every: float) -> None:
+    statuses = _statuses(aws, kind)
+    for name, status in statuses().items():
+        if status == "InProgress":
+            log.info("stopping %s", name)
+            ended_meanwhile = f"{NOT_FOUND}|ValidationException"
+            aws.find("sagemaker", f"Stop{kind}", ended_meanwhile, **{f"{kind}Name": name})
+    _until(every, lambda: not {"InProgress", "Stopping"} & set(statuses().values()))
+    for name in statuses():
+        aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
 
 
 def end_machines(aws: Aws, every: float) -> None:

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from launch.cloud import ownership
 from launch.cloud.session import Aws, AwsError
 from launch.targets import runs
 from launch.targets.runs import Attempt, Phase, State, dollars
@@ -14,7 +15,7 @@ DENIED = "AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403"
 
 def machines(aws: Aws) -> Iterator[tuple[Attempt, State]]:
     """The attempts whose machines run past their limits. Raises AwsError."""
-    for found in runs.instances(aws, ("instance-state-name", "running")):
+    for found in ownership.instances(aws, ("instance-state-name", "running")):
         running = (runs.now() - found["LaunchTime"]).total_seconds()
         tags = {tag["Key"]: tag["Value"] for tag in found.get("Tags", [])}
         if running < runs.PATIENCE.total_seconds() or not {"run", "attempt"} <= tags.keys():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from launch.cloud import s3
+from launch.cloud import ownership, s3
 from launch.cloud.session import Aws
 from launch.targets import overdue, runs
 from launch.targets.runs import Attempt, Phase, State, dollars
@@ -88,7 +88,7 @@ def _accuracy(aws: Aws, attempt: Attempt, state: State) -> float | None:
             aws.find(
                 "sagemaker",
                 "DescribeHyperParameterTuningJob",
-                runs.NOT_FOUND,
+                ownership.NOT_FOUND,
                 HyperParameterTuningJobName=attempt.job,
             )
             or {}
@@ -97,7 +97,7 @@ def _accuracy(aws: Aws, attempt: Attempt, state: State) -> float | None:
         metric = best.get("FinalHyperParameterTuningJobObjectiveMetric", {})
         return float(metric["Value"]) if metric.get("MetricName", "").endswith("top1") else None
     job = (
-        aws.find("sagemaker", "DescribeTrainingJob", runs.NOT_FOUND, TrainingJobName=attempt.job)
+        aws.find("sagemaker", "DescribeTrainingJob", ownership.NOT_FOUND, TrainingJobName=attempt.job)
         or {}
     )
     values = {

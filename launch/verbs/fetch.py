@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.cloud import s3
+from launch.cloud import ownership, s3
 from launch.cloud.session import Aws
 from launch.targets import overdue, runs
 from launch.targets.runs import Attempt, Phase
@@ -44,7 +44,7 @@ def _job(aws: Aws, attempt: Attempt) -> str:
         aws.find(
             "sagemaker",
             "DescribeHyperParameterTuningJob",
-            runs.NOT_FOUND,
+            ownership.NOT_FOUND,
             HyperParameterTuningJobName=attempt.job,
         )
         or {}

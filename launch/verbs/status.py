@@ -54,7 +54,7 @@ def rented(aws: Aws) -> Iterator[Rented]:
 
 
 def _instances(aws: Aws) -> Iterator[Rented]:
-    for found in runs.instances(aws):
+    for found in ownership.instances(aws):
         if found["State"]["Name"] in ("pending", "running"):
             spot = found.get("InstanceLifecycle") == "spot"
             tags = {tag["Key"]: tag["Value"] for tag in found.get("Tags", [])}
@@ -74,7 +74,7 @@ def _training(aws: Aws) -> Iterator[Rented]:
     """Training jobs and trials that run."""
     for summary in ownership.owned(aws, "TrainingJob", StatusEquals="InProgress"):
         name = summary["TrainingJobName"]
-        found = aws.find("sagemaker", "DescribeTrainingJob", runs.NOT_FOUND, TrainingJobName=name)
+        found = aws.find("sagemaker", "DescribeTrainingJob", ownership.NOT_FOUND, TrainingJobName=name)
         if found is None:
             continue  # listed, and not yet described
         machines = found["ResourceConfig"]

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from launch.cloud import s3
+from launch.cloud import ownership, s3
 from launch.cloud.session import Aws
 from launch.targets import overdue, runs
 from launch.targets.runs import Attempt, Phase, attempt_key
@@ -49,7 +49,7 @@ def stop(aws: Aws, attempt: Attempt, at_once: bool) -> None:
             "tuner": ("StopHyperParameterTuningJob", "HyperParameterTuningJobName"),
             "notebook": ("StopNotebookInstance", "NotebookInstanceName"),
         }.get(attempt.target, ("StopTrainingJob", "TrainingJobName"))
-        if aws.find("sagemaker", operation, runs.NOT_FOUND, **{key: attempt.job}) is None:
+        if aws.find("sagemaker", operation, ownership.NOT_FOUND, **{key: attempt.job}) is None:
             raise UserError(
                 f"{attempt.job}: SageMaker does not list it yet; start the same command again in a minute"
             )
