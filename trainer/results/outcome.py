@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from trainer.common.console import log
 from trainer.common.errors import UserError
+from trainer.common.git import revision
 from trainer.images import folder
 from trainer.results import package, quantize, report
 from trainer.settings.config import identity, metric_line
 from trainer.training.loop import predict
 from trainer.training.metrics import classification
-from trainer.training.run import revision
 from trainer.training.training import Training
 
 # How far the loss of the best weights on valid may lie from what was noted for them: relative, absolute.
