@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launch.cloud import foundation, s3, source
+from launch.cloud import account_stack, s3, source
 from launch.cloud.prices import FALLBACK, Price, price
 from launch.cloud.request import Request, check
 from launch.cloud.session import Aws
@@ -230,7 +230,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
     """Return the plan as data. offline: why AWS can't be asked. Raise AwsError."""
     spec = plan.spec
     role = spec.kind.role
-    statements = foundation.permissions(role, spec.project, spec.account, spec.region)
+    statements = account_stack.permissions(role, spec.project, spec.account, spec.region)
     state = None
     if plan.before is not None and plan.state is not None:
         state = f"attempt {plan.before.number}: {plan.state.phase} ({plan.state.detail})"

@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from launch.cloud.prices import FALLBACK, price
-from serving.deploy.prices import HOURS
+from launch.cloud.prices import FALLBACK, HOURS_A_MONTH, price
 from trainer.common.errors import OK, UserError
 
 HEADROOM = 0.7  # of what an instance can do: autoscaling reacts after minutes
@@ -238,4 +237,4 @@ def advise(loads: Sequence[Load], per_minute: float, limit: float, price: float)
     instances = max(1, math.ceil(per_minute / target))
     # Little's law: what is in progress is the arrival rate times the time that each takes.
     concurrency = math.ceil(per_minute / 60 * best.quantile(0.95))
-    return Advice(target, instances, concurrency, instances * price * HOURS)
+    return Advice(target, instances, concurrency, instances * price * HOURS_A_MONTH)

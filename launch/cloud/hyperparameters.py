@@ -1,8 +1,11 @@
-"""Hyperparameters: the trainer's overrides as SageMaker carries them, and back. Standard library only, since the container decodes with it too.
+"""Hyperparameters: the trainer's overrides as SageMaker carries them, and back.
 
-SageMaker carries a map of strings in no particular order. Each override `key=value` becomes one entry: its key as typed, its value as JSON: a number,
-`true`, `false` and `null` as they are (as the tuner writes those it samples), everything else as a JSON string of the very text that was typed.
-So Hydra reads in the container what it would have read on the user's own command line, whatever that text holds.
+Standard library only, since the container decodes with it too.
+
+SageMaker carries a map of strings in no particular order. Each override `key=value` becomes one
+entry: its key as typed, its value as JSON: a number, `true`, `false` and `null` as they are (as the
+tuner writes those it samples), everything else as a JSON string of the very text that was typed.
+So Hydra reads in the container what it would have read on the user's own command line.
 """
 
 import json
@@ -11,7 +14,8 @@ from collections.abc import Iterable, Mapping
 
 from trainer.common.errors import UserError
 
-LIMIT = 256  # characters of a key or value, as the API's text says; its service model says 2,500 of a value
+# Characters of a key or value, as the API's text says; its service model says 2,500 of a value.
+LIMIT = 256
 ENTRIES = 100
 _INSTEAD = "write it into conf/experiment/NAME.yaml and give experiment=NAME"
 
@@ -21,7 +25,10 @@ _LITERAL = re.compile(r"true|false|null|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0
 
 
 def encode(overrides: Iterable[str]) -> dict[str, str]:
-    """The hyperparameters of `overrides`, each "key=value" or "~key" as on the trainer's command line. Raises UserError for what can't be carried."""
+    """Return the hyperparameters of `overrides`. Raise UserError for what can't be carried.
+
+    overrides: each "key=value" or "~key", as on the trainer's command line.
+    """
     texts: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -49,7 +56,7 @@ def encode(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def decode(hyperparameters: Mapping[str, str]) -> list[str]:
-    """The overrides that `hyperparameters` carry, in one fixed order."""
+    """Return the overrides that `hyperparameters` carry, in one fixed order."""
     keys = sorted((key for key in hyperparameters if not RESERVED.fullmatch(key)), key=_place)
     return [
         f"{key}={decode_value(hyperparameters[key])}" if hyperparameters[key] else key
@@ -58,21 +65,18 @@ def decode(hyperparameters: Mapping[str, str]) -> list[str]:
 
 
 def encode_value(text: str) -> str:
-    """The text of one value, as JSON without line breaks or other characters that don't print."""
+    """Return one value as JSON without line breaks or other characters that don't print."""
     if _LITERAL.fullmatch(text):
         return text
-    return (
-        '"'
-        + "".join(
-            json.dumps(character, ensure_ascii=not character.isprintable())[1:-1]
-            for character in text
-        )
-        + '"'
-    )
+    characters = (json.dumps(each, ensure_ascii=not each.isprintable())[1:-1] for each in text)
+    return f'"{"".join(characters)}"'
 
 
 def decode_value(value: str) -> str:
-    """The text that `encode_value` was given. What is no JSON string stands for itself: the tuner's samples, and what others wrote by hand."""
+    """Return the text that `encode_value` was given.
+
+    What is no JSON string stands for itself: the tuner's samples, and what was written by hand.
+    """
     try:
         text = json.loads(value)
     except ValueError:
@@ -81,28 +85,29 @@ def decode_value(value: str) -> str:
 
 
 def _length(text: str) -> int:
-    """As AWS counts: in UTF-16 units."""
+    """Return the length as AWS counts: in UTF-16 units."""
     return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def _place(key: str) -> tuple[list[str], str]:
-    """Sorts a group of settings before the settings in it, so that the narrower override comes last."""
+    """Return a sort key: a group of settings comes before those in it, the narrower ones last."""
     return key.lstrip("+~").split("."), key
 
 
 def _check_order(texts: dict[str, str]) -> None:
-    """Overrides of the same setting, or of a setting and of one in it, act in their order, of which only _place's survives.
+    """Raise UserError for overrides whose order counts and isn't that of `_place`.
 
-    A group's option (data=folder) is no such override: Hydra takes it before all values (data.size=64), wherever it stands.
+    Those of the same setting, or of a setting and of one in it, act in their order. A group's
+    option (data=folder) is no such override: Hydra takes it before all values (data.size=64).
     """
     for number, later in enumerate(texts):
         for earlier in list(texts)[:number]:
             first, second = _place(earlier), _place(later)
             outer, inner = sorted((first[0], second[0]), key=len)
-            option = len(outer) < len(inner) and not decode_value(
-                texts[earlier if outer == first[0] else later]
-            ).startswith("{")
-            if inner[: len(outer)] == outer and not option and second < first:
+            group = earlier if outer == first[0] else later
+            is_option = len(outer) < len(inner) and not decode_value(texts[group]).startswith("{")
+            if inner[: len(outer)] == outer and not is_option and second < first:
                 raise UserError(
-                    f"{earlier} and {later}: SageMaker doesn't keep this order; give {later} first, or one of them"
+                    f"{earlier} and {later}: SageMaker doesn't keep this order; "
+                    f"give {later} first, or one of them"
                 )

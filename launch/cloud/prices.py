@@ -1,7 +1,11 @@
-"""What an hour costs: a dated table in this project (prices.json), and AWS's Price List API to renew it. Every figure is an estimate and says so."""
+"""What an hour costs: a dated table that ships (prices.json), and what AWS has answered since.
+
+Every figure is an estimate and says its date, region and source. AWS's bill is what counts.
+"""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -9,11 +13,21 @@ from typing import Any
 
 from launch.cloud.session import Aws
 from trainer.common import files
+from trainer.common.console import log
 from trainer.common.errors import UserError
 
 TABLE = Path(__file__).with_name("prices.json")
+REFRESHED = Path.home() / ".cache" / "packhorse" / "prices.json"
 FALLBACK = "us-east-1"  # the region that stands for those not in the table
 PRICE_LIST_REGION = "us-east-1"  # where the Price List API answers for all regions
+
+# US dollars in us-east-1, from AWS's pages of November 2026 (/lambda, /cloudwatch, /ebs and /vpc
+# pricing): what is no machine.
+PROVISIONED_GB_SECOND = 0.0000041667  # Lambda's provisioned concurrency, x86
+ALARM_MONTH = 0.10  # CloudWatch, one metric
+GP3_GB_MONTH = 0.08
+ADDRESS_HOUR = 0.005
+HOURS_A_MONTH = 730  # as AWS counts
 
 # The Price List's filters for Linux by the hour, without anything on top.
 EC2_FILTERS = {
@@ -27,7 +41,7 @@ EC2_FILTERS = {
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars an hour of one machine. It is what the machine costs: disk, S3 and traffic come on top (cents)."""
+    """Dollars an hour of one machine. Disk, S3 and traffic come on top (cents)."""
 
     instance_type: str
     on_demand: float | None  # None: not in the table
@@ -35,60 +49,110 @@ class Price:
     basis: str  # date, region and source of the figures
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What machines cost in a region: dollars an hour by instance type."""
+
+    date: str
+    source: str
+    hours: dict[str, float] = field(default_factory=dict)
+
+
 @cache
 def table() -> dict[str, Any]:
+    """Return the table that ships."""
     loaded: dict[str, Any] = json.loads(TABLE.read_text())
     return loaded
 
 
+def shipped() -> dict[str, Rates]:
+    """Return the rates that ship, by region."""
+    date, source = table()["date"], table()["source"]
+    return {region: Rates(date, source, hours) for region, hours in table()["regions"].items()}
+
+
+def refreshed() -> dict[str, Rates]:
+    """Return AWS's own answers that `refresh` has kept, by region. A damaged file holds none."""
+    try:
+        regions = json.loads(REFRESHED.read_text())["regions"]
+        return {region: Rates(**rates) for region, rates in regions.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s: can't be read (%s); python -m launch prices --refresh", REFRESHED, error)
+        return {}
+
+
+def rates(region: str) -> list[Rates]:
+    """Return the rates that count for a region, the first first; none where it isn't listed."""
+    return [each[region] for each in (refreshed(), shipped()) if region in each]
+
+
+def newest(region: str) -> Rates:
+    """Return the newest rates for a region, or for the one that stands for it."""
+    return (rates(region) or rates(FALLBACK))[0]
+
+
 def price(instance_type: str, region: str) -> Price:
-    regions: dict[str, dict[str, float]] = table()["regions"]
-    listed = region if instance_type in regions.get(region, {}) else FALLBACK
-    hour = regions[listed].get(instance_type)
-    basis = f"estimate of {table()['date']} for {listed}" + (
-        "" if listed == region else f" ({region} is not in the table)"
-    )
-    return Price(
-        instance_type,
-        hour,
-        None if hour is None else hour * float(table()["spot_share"]),
-        f"{basis}; {table()['source']}",
-    )
+    """Return what an instance type costs in a region, else in the one that stands for it."""
+    listed, each = next(_listing(instance_type, region), (FALLBACK, shipped()[FALLBACK]))
+    hour = each.hours.get(instance_type)
+    basis = f"estimate of {each.date} for {listed}"
+    if listed != region:
+        basis += f" ({region} is not in the table)"
+    spot = None if hour is None else hour * float(table()["spot_share"])
+    return Price(instance_type, hour, spot, f"{basis}; {each.source}")
 
 
-def refresh(aws: Aws) -> dict[str, float]:
-    """Asks AWS for the region's prices of every machine in the table and writes them into it. Raises UserError, AwsError."""
-    wanted = {name for prices in table()["regions"].values() for name in prices}
-    found = {name: hour for name in sorted(wanted) if (hour := _ask(aws, name)) is not None}
-    if not found:
+def _listing(instance_type: str, region: str) -> Iterator[tuple[str, Rates]]:
+    for name in dict.fromkeys((region, FALLBACK)):
+        for each in rates(name):
+            if instance_type in each.hours:
+                yield name, each
+
+
+def instance_types() -> list[str]:
+    """Return the instance types that have a price somewhere."""
+    every = [*shipped().values(), *refreshed().values()]
+    return sorted({name for each in every for name in each.hours})
+
+
+def dollars(amount: float | None) -> str:
+    """Return an amount as it is shown."""
+    return "unknown" if amount is None else f"${amount:,.2f}"
+
+
+def refresh(aws: Aws) -> None:
+    """Ask AWS for the region's price of every machine, and keep the answers in REFRESHED.
+
+    Those of other regions stay as they are. Raise UserError, AwsError.
+    """
+    names = instance_types()
+    asked = {name: _ask(aws, name) for name in names}
+    hours = {name: hour for name, hour in asked.items() if hour is not None}
+    if not hours:
         raise UserError(
-            f"the Price List knows none of {', '.join(sorted(wanted))} in {aws.region}; check target.region"
+            f"the Price List knows none of {', '.join(names)} in {aws.region}; check target.region"
         )
     today = datetime.now(UTC).date().isoformat()
-    renewed = table() | {
-        "date": today,
-        "source": "AWS Price List API",
-        "regions": {aws.region: found},
-    }
-    files.write(TABLE, json.dumps(renewed, indent=2) + "\n")
-    table.cache_clear()
-    return found
+    regions = refreshed() | {aws.region: Rates(today, "AWS Price List API", hours)}
+    text = json.dumps({"regions": {name: asdict(each) for name, each in regions.items()}}, indent=2)
+    REFRESHED.parent.mkdir(parents=True, exist_ok=True)
+    files.write(REFRESHED, text + "\n")
 
 
 def _ask(aws: Aws, instance_type: str) -> float | None:
-    """Dollars an hour on demand by the Price List; None where it has none."""
-    wanted = {"regionCode": aws.region}
+    """Return dollars an hour on demand by the Price List; None where it has none."""
+    terms = {"regionCode": aws.region}
     if instance_type.startswith("ml."):
         service = "AmazonSageMaker"
-        wanted |= {
-            "instanceName": instance_type,
-            "component": "Notebook" if instance_type.startswith("ml.t") else "Training",
-        }
+        component = "Notebook" if instance_type.startswith("ml.t") else "Training"
+        terms |= {"instanceName": instance_type, "component": component}
     else:
         service = "AmazonEC2"
-        wanted |= {"instanceType": instance_type} | EC2_FILTERS
+        terms |= {"instanceType": instance_type} | EC2_FILTERS
     filters = [
-        {"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in wanted.items()
+        {"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in terms.items()
     ]
     answer = aws.call(
         "pricing", "GetProducts", region=PRICE_LIST_REGION, ServiceCode=service, Filters=filters

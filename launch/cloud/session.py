@@ -1,6 +1,7 @@
-"""The one place that talks to AWS: sessions, retries, timeouts, and AWS's errors in one line with what to do.
+"""The one place that talks to AWS: sessions, retries, timeouts, errors in one line with a remedy.
 
-Plain boto3 below: profiles, regions and AWS_ENDPOINT_URL work as in every AWS tool. `serving/deploy` goes through it too.
+Plain boto3 below: profiles, regions and AWS_ENDPOINT_URL work as in every AWS tool. Both `launch`
+and `serving/deploy` go through it.
 """
 
 import re
@@ -13,60 +14,73 @@ from trainer.common.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from boto3.session import Session
+    from botocore.exceptions import ClientError
 
 CONNECT_TIMEOUT = 5  # seconds
 READ_TIMEOUT = 60  # seconds
 ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
-ONCE = (
-    "lambda",
-    "sagemaker-runtime",
-)  # asking a model again because the answer was slow would pay for it twice
+# Asking a model again because the answer was slow would pay for it twice.
+ONCE = ("lambda", "sagemaker-runtime")
 
 NO_CAPACITY = (
     "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|MaxSpotInstanceCountExceeded"
 )
-PERMISSION = "ask who administers the account for it; what this project needs: python -m launch policy --for launcher"
+PERMISSION = (
+    "ask who administers the account for it; "
+    "what this project needs: python -m launch policy --for launcher"
+)
 CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
-NO_REGION = "no AWS region is set: set AWS_REGION, or give target.region=us-east-1 (python -m serving: --region us-east-1), say"
+NO_REGION = (
+    "no AWS region is set: set AWS_REGION, "
+    "or give target.region=us-east-1 (python -m serving: --region us-east-1), say"
+)
 WAIT = "AWS asks for fewer calls: wait a minute and start the same command again"
 
 # What to do about an error, by AWS's code (a regular expression over the whole of it).
 REMEDIES = {
-    r"ExpiredToken(Exception)?|RequestExpired|TokenRefreshRequired": f"the credentials have expired: {CREDENTIALS}",
-    r"InvalidClientTokenId|UnrecognizedClient(Exception)?|AuthFailure|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidSignature(Exception)?": (
+    r"ExpiredToken(Exception)?|RequestExpired|TokenRefreshRequired": (
+        f"the credentials have expired: {CREDENTIALS}"
+    ),
+    r"InvalidClientTokenId|UnrecognizedClient(Exception)?|AuthFailure|InvalidAccessKeyId"
+    r"|SignatureDoesNotMatch|InvalidSignature(Exception)?": (
         f"AWS does not know these credentials: {CREDENTIALS}; also check this machine's clock"
     ),
     r"AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403": PERMISSION,
     r"InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|Unsupported": (
-        "AWS has no such machine free there now: start the same command again later, or take another instance type or region"
+        "AWS has no such machine free there now: start the same command again later, "
+        "or take another instance type or region"
     ),
-    r"VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded|MaxSpotInstanceCountExceeded|LimitExceeded(Exception)?": (
-        "the account's quota is too small: ask for more at https://console.aws.amazon.com/servicequotas (new accounts start with 0 GPUs), "
+    r"VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded"
+    r"|MaxSpotInstanceCountExceeded|LimitExceeded(Exception)?": (
+        "the account's quota is too small: ask for more at "
+        "https://console.aws.amazon.com/servicequotas (new accounts start with 0 GPUs), "
         "or take another instance type"
     ),
-    r"Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException|SlowDown|RequestThrottled": WAIT,
-    r"OptInRequired|InvalidRegion|AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraintException": (
-        "this belongs to another region, or the region is not enabled: give the right one, in AWS_REGION say"
+    r"Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException"
+    r"|SlowDown|RequestThrottled": WAIT,
+    r"OptInRequired|InvalidRegion|AuthorizationHeaderMalformed|PermanentRedirect"
+    r"|IllegalLocationConstraintException": (
+        "this belongs to another region, or the region is not enabled: "
+        "give the right one, in AWS_REGION say"
     ),
     r"NoSuchBucket": "there is no foundation here, which has the bucket: python -m launch up",
-    r"ServiceUnavailable(Exception)?|ServiceException|InternalError|InternalFailure|InternalServerError|500|503": (
-        "a fault at AWS: start the same command again later"
-    ),
+    r"ServiceUnavailable(Exception)?|ServiceException|InternalError|InternalFailure"
+    r"|InternalServerError|500|503": "a fault at AWS: start the same command again later",
 }
 
 
 def bucket_name(project: str, account: str, region: str) -> str:
+    """Return the name of the project's bucket."""
     return f"{project}-{account}-{region}"
 
 
 def partition(region: str) -> str:
-    return (
-        "aws-cn"
-        if region.startswith("cn-")
-        else "aws-us-gov"
-        if region.startswith("us-gov-")
-        else "aws"
-    )
+    """Return which of AWS's worlds a region belongs to, as ARNs begin with it."""
+    if region.startswith("cn-"):
+        return "aws-cn"
+    if region.startswith("us-gov-"):
+        return "aws-us-gov"
+    return "aws"
 
 
 class AwsError(UserError):
@@ -91,7 +105,7 @@ class Aws:
     @cached_property
     def _session(self) -> "Session":
         try:
-            import boto3
+            import boto3  # imported here: an optional dependency
         except ImportError as error:
             raise UserError(
                 f"boto3 is not installed, which talks to AWS: {install_command('aws')}"
@@ -103,7 +117,7 @@ class Aws:
 
     @property
     def configured_region(self) -> str | None:
-        """The region that is set anywhere an AWS tool looks; None where there is none."""
+        """Return the region that is set anywhere an AWS tool looks; None where there is none."""
         region: str | None = self._session.region_name
         return region
 
@@ -118,7 +132,10 @@ class Aws:
         return partition(self.region)
 
     def has_credentials(self) -> bool:
-        """Whether there are any; whether AWS accepts them, only a call can tell. Raises AwsError for a profile that is not there, say."""
+        """Return whether there are any; whether AWS accepts them, only a call can tell.
+
+        Raise AwsError for a profile that is not there, say.
+        """
         try:
             return self._session.get_credentials() is not None
         except Exception as error:
@@ -126,7 +143,7 @@ class Aws:
 
     @cached_property
     def account(self) -> str:
-        """The account's id, which AWS tells."""
+        """Return the account's id, which AWS tells."""
         return str(self.call("sts", "GetCallerIdentity")["Account"])
 
     @property
@@ -134,11 +151,12 @@ class Aws:
         return bucket_name(self.project, self.account, self.region)
 
     def owns(self, tags: Iterable[Mapping[str, str]]) -> bool:
-        """Whether what has these tags is this project's: only the tag says so, never a name (launch/cloud/ownership.py)."""
+        """Return whether what has these tags is this project's (launch/cloud/ownership.py)."""
         return any(tag["Key"] == "project" and tag["Value"] == self.project for tag in tags)
 
     def client(self, service: str, region: str | None = None) -> Any:
-        """boto3's client, made once. Its methods may be called from several threads."""
+        """Return boto3's client, made once. Its methods may be called from several threads."""
+        # Imported here, as all of botocore below: it is optional, and takes half a second.
         from botocore.config import Config
 
         key = (service, region or self.region)
@@ -161,7 +179,7 @@ class Aws:
     def call(
         self, service: str, operation: str, *, region: str | None = None, **parameters: Any
     ) -> dict[str, Any]:
-        """One call. Raises AwsError."""
+        """Make one call. Raise AwsError."""
         from botocore import xform_name
 
         client = self.client(service, region)
@@ -174,7 +192,10 @@ class Aws:
     def find(
         self, service: str, operation: str, absent: str, **parameters: Any
     ) -> dict[str, Any] | None:
-        """One call that asks for something; None where AWS answers that it is not there. absent: a regular expression over the code and message."""
+        """Make one call that asks for something; return None where that is not there.
+
+        Raise AwsError for anything else. absent: a regular expression over "CODE: MESSAGE".
+        """
         try:
             return self.call(service, operation, **parameters)
         except AwsError as error:
@@ -183,14 +204,20 @@ class Aws:
             raise
 
     def send(self, request: Request) -> dict[str, Any]:
-        """Sends a request after the offline check. Raises UserError where the check refuses it, AwsError where AWS does."""
+        """Send a request after the offline check.
+
+        Raise UserError where the check refuses it, AwsError where AWS does.
+        """
         check(request)
         return self.call(request.service, request.operation, **request.parameters)
 
     def pages(
         self, service: str, operation: str, key: str, **parameters: Any
     ) -> Iterator[dict[str, Any]]:
-        """All items of the list `key` in the answers to an operation that AWS answers in pages. Raises AwsError."""
+        """Yield the items of the list `key` of an operation that AWS answers in pages.
+
+        Raise AwsError.
+        """
         from botocore import xform_name
 
         paginator = self.client(service).get_paginator(xform_name(operation))
@@ -202,44 +229,59 @@ class Aws:
 
 
 def explained(error: Exception, action: str) -> Exception:
-    """An exception of boto3's as AwsError; any other as it is."""
+    """Return an exception of boto3's as AwsError; any other as it is."""
     from boto3.exceptions import Boto3Error
     from botocore import exceptions
     from botocore.parsers import ResponseParserError
 
     if isinstance(error, exceptions.ClientError):
-        code, message = (
-            str(error.response["Error"].get("Code", "")),
-            str(error.response["Error"].get("Message", "")),
-        )
-        if denied := re.search(r"not authorized to perform:? (\S+)", message):
-            action = denied[1].rstrip(".,")
-        remedy = next(
-            (remedy for pattern, remedy in REMEDIES.items() if re.fullmatch(pattern, code)), ""
-        )
-        what = f"{action}: {code}" + (
-            f" ({' '.join(message.split())})" if message and message != code else ""
-        )
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-        refused = 400 <= status < 500 or re.fullmatch(NO_CAPACITY, code) is not None
-        return AwsError(what + (f"; {remedy}" if remedy else ""), code, message, refused)
-    kind = type(error).__name__
-    lines: dict[type[Exception] | tuple[type[Exception], ...], str] = {
+        return _refusal(error, action)
+    expired = f"the AWS session has expired ({error}): {CREDENTIALS}"
+    unreachable = (
+        f"{action}: AWS can't be reached ({error}): "
+        "check the network, the region and AWS_ENDPOINT_URL, then start again"
+    )
+    # The first that fits counts.
+    lines: dict[type[Exception], str] = {
         exceptions.NoCredentialsError: f"no AWS credentials: {CREDENTIALS}",
-        exceptions.PartialCredentialsError: f"the AWS credentials are incomplete ({error}): {CREDENTIALS}",
-        exceptions.ProfileNotFound: f"{error}: name one that is in ~/.aws/config in AWS_PROFILE",
-        exceptions.SSOError: f"the AWS session has expired ({error}): {CREDENTIALS}",
+        exceptions.PartialCredentialsError: (
+            f"the AWS credentials are incomplete ({error}): {CREDENTIALS}"
+        ),
+        exceptions.ProfileNotFound: (f"{error}: name one that is in ~/.aws/config in AWS_PROFILE"),
+        exceptions.SSOError: expired,
         exceptions.CredentialRetrievalError: f"no AWS credentials ({error}): {CREDENTIALS}",
-        exceptions.TokenRetrievalError: f"the AWS session has expired ({error}): {CREDENTIALS}",
+        exceptions.TokenRetrievalError: expired,
         exceptions.NoRegionError: NO_REGION,
         exceptions.InvalidRegionError: f"{error}: give another region",
-        (
-            exceptions.HTTPClientError,
-            exceptions.ConnectionError,
-        ): f"{action}: AWS can't be reached ({error}): check the network, the region and AWS_ENDPOINT_URL, then start again",
-        ResponseParserError: f"{action}: the answer can't be read, so it is not AWS's: check AWS_ENDPOINT_URL and proxies",
+        exceptions.HTTPClientError: unreachable,
+        exceptions.ConnectionError: unreachable,
+        ResponseParserError: (
+            f"{action}: the answer can't be read, so it is not AWS's: "
+            "check AWS_ENDPOINT_URL and proxies"
+        ),
         exceptions.BotoCoreError: f"{action}: {error}",
         Boto3Error: f"{action}: {error}",
     }
-    line = next((line for kinds, line in lines.items() if isinstance(error, kinds)), None)
-    return error if line is None else AwsError(" ".join(line.split()), kind, str(error))
+    for kind, line in lines.items():
+        if isinstance(error, kind):
+            return AwsError(" ".join(line.split()), type(error).__name__, str(error))
+    return error
+
+
+def _refusal(error: "ClientError", action: str) -> AwsError:
+    """Return what AWS itself has answered, with the remedy for its code."""
+    code = str(error.response["Error"].get("Code", ""))
+    message = str(error.response["Error"].get("Message", ""))
+    denied = re.search(r"not authorized to perform:? (\S+)", message)
+    if denied:
+        action = denied[1].rstrip(".,")
+    line = f"{action}: {code}"
+    if message and message != code:
+        line += f" ({' '.join(message.split())})"
+    for pattern, remedy in REMEDIES.items():
+        if re.fullmatch(pattern, code):
+            line += f"; {remedy}"
+            break
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    refused = 400 <= status < 500 or re.fullmatch(NO_CAPACITY, code) is not None
+    return AwsError(line, code, message, refused)

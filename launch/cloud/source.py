@@ -1,4 +1,8 @@
-"""The source tarball: the code that a job runs, the same bytes for the same files, and nothing that its container would stumble over."""
+"""The source tarball: the code that a job runs.
+
+It is the same bytes for the same files, from a checkout as from an installed package, and holds
+nothing that a container would stumble over.
+"""
 
 import gzip
 import io
@@ -6,27 +10,20 @@ import re
 import tarfile
 import tomllib
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from trainer.common.errors import UserError
+from trainer.common.errors import PROJECT, UserError
 from trainer.settings.config import Config
 
-PROJECT = Path(__file__).parents[2]
 ENTRY_POINT = "launch/local/container_entry.py"
 
-# What a job needs, what `.ci/setup` reads on an EC2 box, and what a notebook launches jobs with.
-PATTERNS = (
-    "trainer/**/*",
-    "conf/**/*.yaml",
-    "serving/*",
-    "serving/adapters/*",
-    "launch/**/*",
-    ".ci/setup",
-    "pyproject.toml",
-    "constraints.txt",
-    "README.md",
-    "LICENSE",
-)
+# What a job needs, and what a notebook launches jobs with.
+CODE = ("trainer/**/*", "conf/**/*.yaml", "serving/*", "serving/adapters/*", "launch/**/*")
+# What lies beside it in a checkout: what `.ci/setup` reads on an EC2 box. An installed package has
+# these as data files (pyproject.toml, [tool.setuptools.data-files]).
+BESIDE = (".ci/setup", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+EXECUTABLE = (".ci/setup",)
 NEEDED = (
     "trainer/__main__.py",
     "conf/config.yaml",
@@ -35,136 +32,184 @@ NEEDED = (
     "requirements.txt",
 )
 
-# They come with the image, built for its GPU: pip must find them there, and never bring others. The first two are not even named to it.
+# They come with the image, built for its GPU: pip must find them there, and never bring others.
 LEFT_TO_THE_IMAGE = ("torch", "torchvision", "numpy", "pillow")
+UNNAMED = LEFT_TO_THE_IMAGE[:2]  # not even named to pip
 MAX_MB = 50  # every job downloads it; code and the pictures that ship take 2
 
 
 def build(extras: Sequence[str] = (), project: Path = PROJECT) -> bytes:
-    """The tarball (.tar.gz) of the project with the requirements of `extras`. Raises UserError for what the container would refuse."""
-    contents = {path.relative_to(project).as_posix(): path for path in _files(project)}
+    """Return the tarball (.tar.gz) of the project with the requirements of `extras`.
+
+    Raise UserError for what the container would refuse.
+    """
+    contents = {name: path.read_bytes() for name, path in files(project).items()}
+    contents["requirements.txt"] = requirements(extras, project).encode()
     archive = io.BytesIO()
     # Neither time nor owner nor name goes into the bytes.
     with (
         gzip.GzipFile(fileobj=archive, mode="wb", filename="", mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w") as tar,
     ):
-        for name, path in sorted(contents.items()):
-            _add(tar, name, path.read_bytes(), executable=path.stat().st_mode & 0o100 != 0)
-        _add(tar, "requirements.txt", requirements(extras, project).encode(), executable=False)
+        # The requirements come last, as what is made for the container.
+        for name in sorted(contents, key=lambda name: (name == "requirements.txt", name)):
+            member = tarfile.TarInfo(name)
+            member.size = len(contents[name])
+            member.mode = 0o755 if name in EXECUTABLE else 0o644
+            tar.addfile(member, io.BytesIO(contents[name]))
     data = archive.getvalue()
     check(data)
     return data
 
 
+def files(project: Path = PROJECT) -> dict[str, Path]:
+    """Return the files of the tarball by their names in it. Raise UserError for a link."""
+    paths = {
+        path.relative_to(project).as_posix(): path
+        for pattern in CODE
+        for path in project.glob(pattern)
+        if "__pycache__" not in path.parts
+    }
+    paths |= {name: beside(name, project) for name in BESIDE}
+    for path in paths.values():
+        if path.is_symlink():
+            raise UserError(
+                f"{path}: a link, which a job's container leaves out; "
+                "put a copy of the file itself there"
+            )
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def beside(name: str, project: Path = PROJECT) -> Path:
+    """Return where a file of BESIDE lies. Raise UserError where it is not installed."""
+    if (project / "pyproject.toml").is_file():
+        return project / name
+    try:
+        installed = distribution("packhorse").files or []
+    except PackageNotFoundError:
+        installed = []
+    for file in installed:
+        if file.as_posix().endswith(f"share/packhorse/{name}"):
+            return Path(str(file.locate()))
+    raise UserError(
+        f"{name}: it lies neither beside {project}/trainer nor in the installed package; "
+        "install Packhorse anew from its checkout"
+    )
+
+
 def extras(config: Config) -> list[str]:
-    """The extras of pyproject.toml that a run of these settings needs."""
+    """Return the extras of pyproject.toml that a run of these settings needs."""
     needed = {
         "timm": config.model.name.startswith("timm/"),
         "tensorboard": config.train.tensorboard,
         "flowers102": config.data.source == "flowers102",
     }
-    return [name for name, wanted in needed.items() if wanted]
+    return [name for name, is_needed in needed.items() if is_needed]
 
 
 def requirements(extras: Sequence[str], project: Path = PROJECT) -> str:
-    """requirements.txt for the container: what pyproject.toml asks for, in the versions that the tests passed with, but for what its image brings."""
-    about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
-    asked = about["dependencies"] + [
-        line for extra in extras for line in about["optional-dependencies"][extra]
-    ]
-    pins = dict(
-        re.findall(
-            r"^([\w.-]+)==(\S+)$", (project / "constraints.txt").read_text().lower(), re.MULTILINE
-        )
-    )
+    """Return requirements.txt for the container.
+
+    It is what pyproject.toml asks for, in the versions that the tests passed with, but for what
+    the image brings.
+    """
+    about = tomllib.loads(beside("pyproject.toml", project).read_text())["project"]
+    asked = list(about["dependencies"])
+    for extra in extras:
+        asked += about["optional-dependencies"][extra]
+    constraints = beside("constraints.txt", project).read_text().lower()
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", constraints, re.MULTILINE))
     lines = []
     for line in asked:
         name = _name(line)
-        if name not in LEFT_TO_THE_IMAGE[:2]:
-            lines.append(
-                f"{name}=={pins[name]}" if name in pins and name not in LEFT_TO_THE_IMAGE else line
-            )
-    return "".join(f"{line}\n" for line in lines)
+        if name in UNNAMED:
+            continue
+        if name in pins and name not in LEFT_TO_THE_IMAGE:
+            line = f"{name}=={pins[name]}"
+        lines.append(f"{line}\n")
+    return "".join(lines)
 
 
 def check(tarball: bytes) -> None:
-    """Raises UserError for a tarball with which a job could not start."""
-    try:
-        with tarfile.open(fileobj=io.BytesIO(tarball), mode="r:gz") as tar:
-            members = tar.getmembers()
-            listed = ""
-            if "requirements.txt" in tar.getnames():
-                file = tar.extractfile("requirements.txt")
-                assert file is not None
-                listed = file.read().decode()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(
-            f"source tarball: not a .tar.gz ({error}); build it with launch/cloud/source.py"
-        ) from error
+    """Raise UserError for a tarball with which a job could not start."""
+    members, listed = _opened(tarball)
     names = {member.name for member in members}
-    if missing := [name for name in NEEDED if name not in names]:
+    missing = ", ".join(name for name in NEEDED if name not in names)
+    if missing:
         raise UserError(
-            f"source tarball: {', '.join(missing)} is missing; bring it back into the project, or name it in launch/cloud/source.py"
+            f"source tarball: {missing} is missing; bring it back into the project, "
+            "or name it in launch/cloud/source.py"
         )
     if "setup.py" in names:
         raise UserError(
-            "source tarball: with a setup.py SageMaker's toolkit starts a package instead of the trainer; leave setup.py out"
+            "source tarball: with a setup.py SageMaker's toolkit starts a package instead of the "
+            "trainer; leave setup.py out"
         )
     for member in members:
-        if (
-            not (member.isfile() or member.isdir())
-            or member.name.startswith("/")
-            or ".." in member.name.split("/")
-        ):
+        is_inside = not member.name.startswith("/") and ".." not in member.name.split("/")
+        if not is_inside or not (member.isfile() or member.isdir()):
             raise UserError(
-                f"source tarball: {member.name} is a link, no file, or lies outside; put a copy of the file itself into the project"
+                f"source tarball: {member.name} is a link, no file, or lies outside; "
+                "put a copy of the file itself into the project"
             )
-    if (size := sum(member.size for member in members) / 2**20) > MAX_MB:
+    size = sum(member.size for member in members) / 2**20
+    if size > MAX_MB:
         largest = max(members, key=lambda member: member.size)
         raise UserError(
-            f"source tarball: {size:.0f} MB, of which {largest.name} has {largest.size / 2**20:.0f}; "
-            f"allowed: {MAX_MB}; move data out of the project's code, and upload it with --data DIR"
+            f"source tarball: {size:.0f} MB, of which {largest.name} has "
+            f"{largest.size / 2**20:.0f}; allowed: {MAX_MB}; "
+            "move data out of the project's code, and upload it with --data DIR"
         )
     check_requirements(listed)
 
 
+def _opened(tarball: bytes) -> tuple[list[tarfile.TarInfo], str]:
+    """Return the members, and the text of requirements.txt. Raise UserError for no tarball."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(tarball), mode="r:gz") as tar:
+            members = tar.getmembers()
+            if "requirements.txt" not in tar.getnames():
+                return members, ""
+            file = tar.extractfile("requirements.txt")
+            assert file is not None
+            return members, file.read().decode()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(
+            f"source tarball: not a .tar.gz ({error}); build it with launch/cloud/source.py"
+        ) from error
+
+
 def check_requirements(text: str) -> None:
-    """Raises UserError for a line of requirements.txt that pip would not take, or that would replace the image's own PyTorch."""
+    """Raise UserError for a line of requirements.txt that pip would not take.
+
+    Also for one that would replace the image's own PyTorch.
+    """
+    # Imported here: pip brings it everywhere but into a bare environment.
     from packaging.requirements import InvalidRequirement, Requirement
 
-    for line in filter(None, (line.split(" #")[0].strip() for line in text.splitlines())):
+    for line in _lines(text):
         try:
             requirement = Requirement(line)
         except InvalidRequirement as error:
             raise UserError(
-                f"requirements.txt: {line}: no requirement that pip reads; write it as NAME==VERSION"
+                f"requirements.txt: {line}: no requirement that pip reads; "
+                "write it as NAME==VERSION"
             ) from error
-        if _name(requirement.name) in LEFT_TO_THE_IMAGE[:2] or requirement.name.startswith(
-            "nvidia-"
-        ):
+        if _name(requirement.name) in UNNAMED or requirement.name.startswith("nvidia-"):
             raise UserError(
-                f"requirements.txt: {line} would replace what the image brings, built for its GPU; leave it out"
+                f"requirements.txt: {line} would replace what the image brings, "
+                "built for its GPU; leave it out"
             )
 
 
-def _files(project: Path) -> Iterator[Path]:
-    for pattern in PATTERNS:
-        for path in project.glob(pattern):
-            if path.is_symlink():
-                raise UserError(
-                    f"{path}: a link, which a job's container leaves out; put a copy of the file itself there"
-                )
-            if path.is_file() and "__pycache__" not in path.parts:
-                yield path
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes, executable: bool) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), 0o755 if executable else 0o644
-    tar.addfile(member, io.BytesIO(data))
+def _lines(text: str) -> Iterator[str]:
+    """Yield the lines that are more than a comment, without it."""
+    for line in text.splitlines():
+        requirement = line.split(" #")[0].strip()
+        if requirement:
+            yield requirement
 
 
 def _name(requirement: str) -> str:
-    """The project's name in its normal form (PEP 503)."""
+    """Return the project's name in its normal form (PEP 503)."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.audit.account import needed_policy
-from launch.cloud import foundation
-from launch.cloud.foundation import Statement
+from launch.cloud import account_stack
+from launch.cloud.account_stack import Statement
 from launch.cloud.session import bucket_name, partition
 from launch.targets.spec import NO_ACCOUNT, aws_of, split_overrides
 from trainer.common.errors import OK
@@ -38,14 +38,14 @@ def permissions(part: str, project: str, account: str, region: str) -> list[Stat
     """Return what a part may do, as IAM will read it. part: one of PARTS."""
     if part in SERVING_PARTS:
         names = _serving_names(project, account, region)
-        return foundation.statements(SERVING, SERVING_PARTS[part], names, account, region)
+        return account_stack.statements(SERVING, SERVING_PARTS[part], names)
     if part == "audit":
         reason = (
             "The audit reads settings, of the whole account, since what is dangerous may lie "
             "anywhere. No action reads data, logs or code."
         )
         return [Statement(each["Sid"], reason, each) for each in needed_policy()["Statement"]]
-    return foundation.permissions(part, project, account, region)
+    return account_stack.permissions(part, project, account, region)
 
 
 def document(statements: Sequence[Statement]) -> dict[str, Any]:
@@ -62,6 +62,8 @@ def _serving_names(project: str, account: str, region: str) -> dict[str, Any]:
     bucket, logs = bucket_name(project, account, region), f"{arn}:logs:{region}:{account}:log-group"
     return {
         "AWS::StackName": name,
+        "AWS::AccountId": account,
+        "AWS::Region": region,
         "ModelArn": f"{arn}:s3:::{bucket}/serving/{name}/model.tar.gz",
         "ImageArn": f"{arn}:ecr:{region}:{account}:repository/{name}",
         "EndpointLogs.Arn": f"{logs}:/aws/sagemaker/Endpoints/{name}:*",

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from launch.cloud.prices import refresh, table
+from launch.cloud import prices
 from launch.targets.spec import aws_of, split_overrides
 from trainer.common.console import log
 from trainer.common.errors import OK
@@ -17,19 +17,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--refresh",
         action="store_true",
-        help="ask AWS's Price List API, and write launch/cloud/prices.json",
+        help="ask AWS's Price List API for the region, and keep its answers in ~/.cache/packhorse",
     )
     options = parser.parse_intermixed_args(rest)
     if options.refresh:
-        refresh(aws_of(targets))
-    log.info(
-        "%s, %s\nspot: %.0f %% of it, %s",
-        table()["date"],
-        table()["source"],
-        100 * table()["spot_share"],
-        table()["spot_source"],
-    )
-    for region, hours in table()["regions"].items():
-        for name, hour in hours.items():
-            log.info("%-12s %-16s $%.4f an hour", region, name, hour)
+        prices.refresh(aws_of(targets))
+    table = prices.table()
+    log.info("spot: %.0f %% of it, %s", 100 * table["spot_share"], table["spot_source"])
+    for region in dict.fromkeys([*prices.shipped(), *prices.refreshed()]):
+        for rates in prices.rates(region):
+            log.info("%s, %s, %s", region, rates.date, rates.source)
+            for name, hour in rates.hours.items():
+                log.info("%-12s %-16s $%.4f an hour", region, name, hour)
     return OK

@@ -1,21 +1,28 @@
-"""`python -m serving plan | deploy | status | invoke | logs | destroy`: the model in the user's AWS account, as `serving/stack.yaml` says."""
+"""`python -m serving plan | deploy | status | invoke | logs | destroy`: the model in AWS.
+
+What is made there is `serving/stack.yaml`.
+"""
 
 import argparse
 import hashlib
 import io
 import re
+import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cloud.prices import FALLBACK, table
-from launch.cloud.session import Aws, explained
-from serving.deploy import operate, prices
-from serving.deploy import stack as stacks
+from launch.cloud import s3
+from launch.cloud.cloudformation import IN_SERVICE, STUCK, parameters_of
+from launch.cloud.confirm import confirmed
+from launch.cloud.prices import dollars, instance_types, newest
+from launch.cloud.session import Aws, bucket_name, explained
+from serving.deploy import operate
 from serving.deploy.release import (
     NAME,
     TEMPLATE,
+    Item,
     Place,
     Release,
     Remote,
@@ -24,41 +31,65 @@ from serving.deploy.release import (
     idle_price,
     resources,
 )
+from serving.deploy.stack import ServingStack
 from trainer.common.console import python
 from trainer.common.errors import OK, RESUME, UserError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """arguments: the verb and what belongs to it. Raises UserError."""
+    """Carry a verb out, and return the exit code. Raise UserError.
+
+    arguments: the verb and what belongs to it.
+    """
     verb, *rest = arguments
-    describe, run = VERBS[verb]
-    parser = argparse.ArgumentParser(prog=f"python -m serving {verb}", description=describe)
-    parser.add_argument(
+    options = _parser(verb).parse_args(rest)
+    options.name = options.name or f"{options.project}-serving"
+    if not re.fullmatch(NAME, options.name):
+        raise UserError(
+            f"--name {options.name}: allowed: lower-case letters, digits and hyphens, "
+            "a letter first, at most 40"
+        )
+    _, run = VERBS[verb]
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; what AWS has begun goes on: "
+            f"python -m serving status --name {options.name}",
+            file=sys.stderr,
+        )
+        return RESUME
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    description, _ = VERBS[verb]
+    parser = argparse.ArgumentParser(prog=f"python -m serving {verb}", description=description)
+    add = parser.add_argument
+    add(
         "--project",
         default="packhorse",
         help="begins the bucket's name, and is a tag of everything (default: %(default)s)",
     )
-    parser.add_argument(
-        "--name", help="of the stack, the endpoint and the function (default: PROJECT-serving)"
-    )
-    parser.add_argument("--region", help="(default: as in every AWS tool)")
+    add("--name", help="of the stack, the endpoint and the function (default: PROJECT-serving)")
+    add("--region", help="(default: as in every AWS tool)")
     if verb in ("plan", "deploy", "destroy"):
-        parser.add_argument("--bucket", help="of the uploads (default: PROJECT-ACCOUNT-REGION)")
+        add("--bucket", help="of the uploads (default: PROJECT-ACCOUNT-REGION)")
     if verb in ("plan", "deploy"):
-        parser.add_argument(
+        add(
             "package",
             nargs="?",
             help="a model.tar.gz, here or at s3://BUCKET/KEY (default: keep the deployed one)",
         )
-        parser.add_argument(
-            "--door",
-            help="endpoint: SageMaker, with a Lambda function in front; lambda: the model inside the function, no endpoint",
+        add(
+            "--mode",
+            help="endpoint: SageMaker, with a Lambda function in front; "
+            "lambda: the model inside the function, no endpoint",
         )
-        parser.add_argument(
+        add(
             "--image",
             help="the endpoint's container in ECR: of serving/Dockerfile, or AWS's Ray Serve image",
         )
-        parser.add_argument(
+        add(
             "--set",
             action="append",
             default=[],
@@ -66,61 +97,56 @@ def main(arguments: Sequence[str]) -> int:
             help="a parameter of stack.yaml; plan lists them",
         )
     if verb in ("deploy", "destroy"):
-        parser.add_argument("--yes", action="store_true", help="don't ask")
+        add("--yes", action="store_true", help="don't ask")
     if verb == "invoke":
-        parser.add_argument("source", help="a picture's file, or the URL of one")
-        parser.add_argument(
+        add("source", help="a picture's file, or the URL of one")
+        add(
             "--endpoint",
             action="store_true",
             help="ask the endpoint itself, not the function in front of it",
         )
-        parser.add_argument(
-            "--labels", action="store_true", help="the most probable classes instead of logits"
-        )
+        add("--labels", action="store_true", help="the most probable classes instead of logits")
     if verb == "logs":
-        parser.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
-        parser.add_argument(
-            "--minutes", type=float, default=60, help="how far back (default: %(default)s)"
-        )
-    options = parser.parse_args(rest)
-    options.name = options.name or f"{options.project}-serving"
-    if not re.fullmatch(NAME, options.name):
-        raise UserError(
-            f"--name {options.name}: allowed: lower-case letters, digits and hyphens, a letter first, at most 40"
-        )
-    try:
-        return run(options)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; what AWS has begun goes on: python -m serving status --name {options.name}",
-            file=sys.stderr,
-        )
-        return RESUME
+        add("--follow", action="store_true", help="go on until Ctrl-C")
+        add("--minutes", type=float, default=60, help="how far back (default: %(default)s)")
+    return parser
 
 
 # ---- plan and deploy
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A release, and what it would change. change_set: of the stack that is there; None where there is no stack, or nothing to change."""
+class DeploymentPlan:
+    """A release, and what it would change.
+
+    change_set: its name, for the stack that is there; None where there is no stack, or nothing
+    to change.
+    """
 
     release: Release
+    stack: ServingStack
     exists: bool
     change_set: str | None
 
+    def discard(self) -> None:
+        """Delete the change set, which is of no use any more."""
+        if self.change_set:
+            self.stack.discard(self.change_set)
+
 
 def plan(options: argparse.Namespace) -> int:
-    aws = Aws(options.project, options.region)
-    _discard(aws, _prepare(aws, options))  # the change set was made only to be shown
+    """Show what `deploy` would do."""
+    _prepare(Aws(options.project, options.region), options).discard()
     return OK
 
 
 def deploy(options: argparse.Namespace) -> int:
+    """Show the same, ask, and do it."""
     aws = Aws(options.project, options.region)
-    if not (aws.configured_region and aws.has_credentials()):
+    if not _is_online(aws):
         raise UserError(
-            "no AWS credentials or no region: aws configure, or aws sso login, and --region; `plan` works without"
+            "no AWS credentials or no region: aws configure, or aws sso login, and --region; "
+            "`plan` works without"
         )
     prepared = _prepare(aws, options)
     release, name = prepared.release, prepared.release.place.name
@@ -128,133 +154,148 @@ def deploy(options: argparse.Namespace) -> int:
         print("nothing to change")
         return OK
     try:
-        if not _confirmed(options, "deploy this?"):
+        if not confirmed("deploy this?", options.yes):
             print("nothing was changed")
-            _discard(aws, prepared)
+            prepared.discard()
             return OK
         for upload in release.uploads:
             _upload(aws, release.place.bucket, upload)
     except BaseException:
-        _discard(aws, prepared)
+        prepared.discard()
         raise
-    before: Set[str] = set()
-    if prepared.change_set:
-        before = {event["EventId"] for event in stacks.events(aws, name)}
-        aws.call("cloudformation", "ExecuteChangeSet", ChangeSetName=prepared.change_set)
-        stack = stacks.follow(aws, name, before)
-    else:
-        # Rolled back and left there, it would be in the way of the next try.
-        arn = aws.call("cloudformation", "CreateStack", **release.stack(), OnFailure="DELETE")[
-            "StackId"
-        ]
-        stack = stacks.follow(aws, arn, before)
-    if stack["StackStatus"] not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
-        left = (
-            "what was deployed before stays in service"
-            if prepared.exists
-            else "nothing of it is left but the uploads"
-        )
-        raise UserError(
-            f"stack {name}: {stack['StackStatus']}; {stacks.reason(aws, stack['StackId'], before)}; {left}"
-        )
-    for output in stack.get("Outputs", []):
+    stack = _begin(prepared)
+    described = stack.follow()
+    if described["StackStatus"] not in IN_SERVICE:
+        left = "nothing of it is left but the uploads"
+        if prepared.exists:
+            left = "what was deployed before stays in service"
+        raise UserError(f"stack {name}: {described['StackStatus']}; {_reason(stack)}; {left}")
+    for output in described.get("Outputs", []):
         print(f"{output['OutputKey']:16}{output['OutputValue']}")
-    print(
-        f"next: {python()} -m serving invoke PICTURE{'' if name == 'packhorse-serving' else f' --name {name}'}"
-    )
+    which = "" if name == "packhorse-serving" else f" --name {name}"
+    print(f"next: {python()} -m serving invoke PICTURE{which}")
     return OK
 
 
-def _prepare(aws: Aws, options: argparse.Namespace) -> Plan:
-    """Builds the release, and prints it with what it changes and costs."""
+def _begin(prepared: DeploymentPlan) -> ServingStack:
+    """Begin the change, and return the stack by what it can be followed with."""
+    stack = prepared.stack
+    if not prepared.change_set:
+        return ServingStack(stack.aws, stack.create(prepared.release.content()))
+    stack.mark_events()
+    stack.execute(prepared.change_set)
+    return stack
+
+
+def _reason(stack: ServingStack) -> str:
+    """Return what CloudFormation says of the first resource that failed."""
+    return next(iter(stack.failures()), "no reason given")
+
+
+def _is_online(aws: Aws) -> bool:
+    return aws.configured_region is not None and aws.has_credentials()
+
+
+def _prepare(aws: Aws, options: argparse.Namespace) -> DeploymentPlan:
+    """Build the release, and print it with what it changes and costs."""
     given = _given(options)
+    is_online = _is_online(aws)
     if "InstanceType" in given:
         _check_instance(given["InstanceType"])
-    online = aws.configured_region is not None and aws.has_credentials()
-    stack = stacks.find_ours(aws, options.name) if online else None
-    if stack and (
-        stack["StackStatus"] in stacks.STUCK or stack["StackStatus"].endswith("IN_PROGRESS")
-    ):
-        remedy = (
-            "python -m serving destroy, then deploy again"
-            if stack["StackStatus"] in stacks.STUCK
-            else "wait until it is done"
-        )
-        raise UserError(f"stack {options.name} is in {stack['StackStatus']}; {remedy}")
-    deployed = stacks.parameters(stack) if stack else {}
-    package = _package(aws if online else None, options.package)
-    release = build(
-        _place(aws, options, deployed) if online else _place_offline(options),
-        package,
-        given,
-        deployed,
-    )
+    stack = ServingStack(aws, options.name)
+    described, asked = None, None
+    place = _place_offline(options)
+    if is_online:
+        asked = aws
+        described = stack.find_ours()
+        place = _place(aws, options, parameters_of(described))
+    if described:
+        _check_status(options.name, described["StackStatus"])
+    deployed = parameters_of(described)
+    release = build(place, _package(asked, options.package), given, deployed)
     _check_scaling(deployed, release.parameters)
 
-    place = release.place
-    if not online:
+    if not asked:
         print(
-            f"no AWS credentials or no region: shown for account {place.account} in {place.region}, and as if nothing were deployed"
+            f"no AWS credentials or no region: shown for account {place.account} in "
+            f"{place.region}, and as if nothing were deployed"
         )
-    print(
-        f"stack {place.name} in account {place.account}, {place.region}: {stack['StackStatus'] if stack else 'new'}"
-    )
-    print(
-        f"template: serving/{TEMPLATE.name}, SHA-256 {hashlib.sha256(TEMPLATE.read_bytes()).hexdigest()}"
-    )
+    status = described["StackStatus"] if described else "new"
+    print(f"stack {place.name} in account {place.account}, {place.region}: {status}")
+    digest = hashlib.sha256(TEMPLATE.read_bytes()).hexdigest()
+    print(f"template: serving/{TEMPLATE.name}, SHA-256 {digest}")
+    _print_release(release, deployed)
+    change_set = None
+    if described:
+        change_set = f"release-{release.parameters['FunctionRelease']}-{secrets.token_hex(4)}"
+        changes = stack.propose(change_set, release.content(), first=False)
+        if changes is None:
+            change_set = None
+        lines = [_line(change) for change in changes or []]
+    else:
+        made = resources(release.parameters)
+        lines = [f"add      {kind:44}{name}" for name, kind in made.items()]
+    print("changes:")
+    for line in lines or ["none"]:
+        print(f"  {line}")
+    _print_price(release)
+    return DeploymentPlan(release, stack, described is not None, change_set)
+
+
+def _check_status(name: str, status: str) -> None:
+    if status in STUCK:
+        remedy = "python -m serving destroy, then deploy again"
+    elif status.endswith("IN_PROGRESS"):
+        remedy = "wait until it is done"
+    else:
+        return
+    raise UserError(f"stack {name} is in {status}; {remedy}")
+
+
+def _print_release(release: Release, deployed: Mapping[str, str]) -> None:
     print("parameters:")
     for name, value in release.parameters.items():
-        was = f"  (was {deployed[name] or 'empty'})" if deployed.get(name, value) != value else ""
+        was = ""
+        if deployed.get(name, value) != value:
+            was = f"  (was {deployed[name] or 'empty'})"
         print(f"  {name:24}{value}{was}")
     print("uploads:")
     for upload in release.uploads:
-        print(f"  {upload.size:>12,} bytes  {upload.what}: s3://{place.bucket}/{upload.key}")
-    print("changes:")
-    if stack:
-        change_set, changes = stacks.change(aws, release)
-    else:
-        change_set, changes = (
-            None,
-            [f"add      {kind:44}{name}" for name, kind in resources(release.parameters).items()],
-        )
-    for change in changes or ["none"]:
-        print(f"  {change}")
-    _print_price(release)
-    return Plan(release, stack is not None, change_set)
+        where = f"s3://{release.place.bucket}/{upload.key}"
+        print(f"  {upload.size:>12,} bytes  {upload.what}: {where}")
 
 
-def _discard(aws: Aws, prepared: Plan) -> None:
-    if prepared.change_set:
-        aws.call("cloudformation", "DeleteChangeSet", ChangeSetName=prepared.change_set)
+def _line(change: Mapping[str, str]) -> str:
+    action = change["Action"].lower()
+    if change.get("Replacement") == "True":
+        action = "replace"
+    return f"{action:9}{change['ResourceType']:44}{change['LogicalResourceId']}"
 
 
 def _given(options: argparse.Namespace) -> dict[str, str]:
+    """Return the template's parameters that the user has set."""
     given = {}
     for setting in options.set:
         name, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: write NAME=VALUE")
         given[name] = value
-    flags = {"Door": options.door, "Image": options.image}
+    # The template's name for the mode stays: under another one every endpoint would be replaced.
+    flags = {"Door": options.mode, "Image": options.image}
     return given | {name: value for name, value in flags.items() if value is not None}
 
 
 def _check_instance(kind: str) -> None:
-    """By botocore's model, which lists what an endpoint may run on."""
-    try:
-        from botocore.session import get_session
-    except ImportError:
-        return
-    allowed = (
-        get_session()
-        .get_service_model("sagemaker")
-        .shape_for("ProductionVariantInstanceType")
-        .metadata["enum"]
-    )
+    """Raise UserError by botocore's model, which lists what an endpoint may run on."""
+    # Imported here: an optional dependency, whose absence `Aws` explains.
+    from botocore.session import get_session
+
+    model = get_session().get_service_model("sagemaker")
+    allowed = model.shape_for("ProductionVariantInstanceType").metadata["enum"]
     if kind not in allowed:
-        priced = [name for name in table()["regions"][FALLBACK] if name in allowed]
+        priced = ", ".join(name for name in instance_types() if name in allowed)
         raise UserError(
-            f"--set InstanceType={kind}: endpoints don't run on it; try one of {', '.join(priced)}"
+            f"--set InstanceType={kind}: endpoints don't run on it; try one of {priced}"
         )
 
 
@@ -262,26 +303,29 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
     if package is None:
         return None
     if package.startswith("s3://"):
-        bucket, _, key = package.removeprefix("s3://").partition("/")
-        if aws is None:
-            return Remote(package, "unknown")
-        head = aws.find("s3", "HeadObject", "404|NoSuch", Bucket=bucket, Key=key)
-        if head is None:
-            raise UserError(
-                f"{package}: there is no such object; look with: aws s3 ls s3://{bucket}/"
-            )
-        return Remote(package, head["ETag"].strip('"'))
+        return _remote(aws, package)
 
+    # Imported here: only a package on this machine needs NumPy and Pillow.
     from serving.package import PackageError, load
 
     path = Path(package)
+    if path.is_dir():
+        raise UserError(f"{path}: a directory can't be deployed; give the model.tar.gz")
     try:
-        if path.is_dir():
-            raise UserError(f"{path}: a directory can't be deployed; give the model.tar.gz")
         load(path)
     except (PackageError, OSError) as error:
         raise UserError(f"{path}: {error}") from error
     return path
+
+
+def _remote(aws: Aws | None, uri: str) -> Remote:
+    if aws is None:
+        return Remote(uri, "unknown")
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    head = aws.find("s3", "HeadObject", "404|NoSuch", Bucket=bucket, Key=key)
+    if head is None:
+        raise UserError(f"{uri}: there is no such object; look with: aws s3 ls s3://{bucket}/")
+    return Remote(uri, head["ETag"].strip('"'))
 
 
 def _place(aws: Aws, options: argparse.Namespace, deployed: Mapping[str, str]) -> Place:
@@ -290,139 +334,103 @@ def _place(aws: Aws, options: argparse.Namespace, deployed: Mapping[str, str]) -
 
 
 def _place_offline(options: argparse.Namespace) -> Place:
-    place = Place(
-        options.name, options.project, options.bucket or "", region=options.region or Place.region
-    )
-    return (
-        place
-        if place.bucket
-        else Place(
-            place.name,
-            place.project,
-            f"{place.project}-{place.account}-{place.region}",
-            region=place.region,
-        )
-    )
+    region = options.region or Place.region
+    bucket = options.bucket or bucket_name(options.project, Place.account, region)
+    return Place(options.name, options.project, bucket, region=region)
 
 
-def _check_scaling(deployed: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    """SageMaker refuses another instance type for a variant that autoscaling looks after ("Update endpoints that use auto scaling" in its guide)."""
-    if not deployed or deployed["InstanceType"] == wanted["InstanceType"]:
+def _check_scaling(deployed: Mapping[str, str], target: Mapping[str, str]) -> None:
+    """Raise UserError for another instance type of a variant that autoscaling looks after.
+
+    SageMaker refuses it ("Update endpoints that use auto scaling" in its guide).
+    """
+    if not deployed or deployed["InstanceType"] == target["InstanceType"]:
         return
-    if "ScalableTarget" in resources(deployed) and "ScalableTarget" in resources(wanted):
-        fixed = f"--set MaxInstances={deployed['MinInstances']}"
+    if "ScalableTarget" in resources(deployed) and "ScalableTarget" in resources(target):
+        least = deployed["MinInstances"]
         raise UserError(
-            f"InstanceType can't change while autoscaling is on: deploy with {fixed} --set MinInstances={deployed['MinInstances']} first, "
-            f"then with --set InstanceType={wanted['InstanceType']}, then with --set MaxInstances={wanted['MaxInstances']}"
+            "InstanceType can't change while autoscaling is on: deploy with "
+            f"--set MaxInstances={least} --set MinInstances={least} first, "
+            f"then with --set InstanceType={target['InstanceType']}, "
+            f"then with --set MaxInstances={target['MaxInstances']}"
         )
 
 
 def _print_price(release: Release) -> None:
     parameters, region = release.parameters, release.place.region
-    print(f"price of a month at idle (an estimate of {table()['date']}; {table()['source']}):")
+    rates = newest(region)
+    print(f"price of a month at idle (an estimate of {rates.date}; {rates.source}):")
     items = idle_price(parameters, region)
     for item in items:
-        print(f"  {prices.dollars(item.month):>12}  {item.what}")
+        print(f"  {dollars(item.month):>12}  {item.what}")
     print(f"  {_total(items):>12}  together")
     if "ScalingPolicy" in resources(parameters):
         most = idle_price(parameters, region, int(parameters["MaxInstances"]))
         print(f"  {_total(most):>12}  with all {parameters['MaxInstances']} instances at work")
 
 
-def _total(items: Sequence[prices.Item]) -> str:
+def _total(items: Sequence[Item]) -> str:
     known = [item.month for item in items if item.month is not None]
-    return prices.dollars(sum(known)) + ("" if len(known) == len(items) else " and what is unknown")
+    rest = "" if len(known) == len(items) else " and what is unknown"
+    return dollars(sum(known)) + rest
 
 
 def _upload(aws: Aws, bucket: str, upload: Upload) -> None:
     if aws.find("s3", "HeadObject", "404|NoSuchKey", Bucket=bucket, Key=upload.key):
         return
     print(f"uploading {upload.what}: {upload.size:,} bytes")
-    with (
-        upload.content.open("rb")
-        if isinstance(upload.content, Path)
-        else io.BytesIO(upload.content) as file
-    ):
+    content = upload.content
+    with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
         try:
             aws.client("s3").upload_fileobj(file, bucket, upload.key)
         except Exception as error:
             raise explained(error, f"s3:PutObject {upload.key}") from error
 
 
-def _confirmed(options: argparse.Namespace, question: str) -> bool:
-    if options.yes:
-        return True
-    if not sys.stdin.isatty():
-        raise UserError("nobody is here to ask: give --yes")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-
-
 # ---- destroy
 
 
 def destroy(options: argparse.Namespace) -> int:
-    """The stack holds all but the uploads: endpoint, configuration, model, scaling, alarms, function with its versions, log groups, roles."""
+    """Remove the stack, which holds all but the uploads, and those."""
     aws = Aws(options.project, options.region)
-    stack = stacks.find_ours(aws, options.name)
-    place = _place(aws, options, stacks.parameters(stack) if stack else {})
-    print(
-        f"stack {place.name} in account {place.account}, {place.region}: {stack['StackStatus'] if stack else 'none'}"
-    )
-    if stack:
-        for resource in aws.pages(
-            "cloudformation", "ListStackResources", "StackResourceSummaries", StackName=place.name
-        ):
+    stack = ServingStack(aws, options.name)
+    described = stack.find_ours()
+    place = _place(aws, options, parameters_of(described))
+    status = described["StackStatus"] if described else "none"
+    print(f"stack {place.name} in account {place.account}, {place.region}: {status}")
+    if described:
+        for resource in stack.resources():
             print(f"  remove {resource['ResourceType']:44}{resource.get('PhysicalResourceId', '')}")
     print(f"  remove all below s3://{place.bucket}/{place.folder}")
-    if not _confirmed(options, "remove all of this?"):
+    if not confirmed("remove all of this?", options.yes):
         print("nothing was removed")
         return OK
-    if stack:
-        before = {event["EventId"] for event in stacks.events(aws, stack["StackId"])}
-        aws.call("cloudformation", "DeleteStack", StackName=place.name)
-        gone = stacks.follow(aws, stack["StackId"], before)
-        if gone["StackStatus"] != "DELETE_COMPLETE":
-            raise UserError(
-                f"stack {place.name}: {gone['StackStatus']}; {stacks.reason(aws, stack['StackId'], before)}; start the same command again"
-            )
-    count = _delete_objects(
-        aws, place.bucket, place.folder
-    )  # after the stack: an endpoint that scales out reads its model again
-    print(
-        f"removed: {'the stack, and ' if stack else ''}{count} objects in s3://{place.bucket}/{place.folder}"
-    )
+    if described:
+        _delete(ServingStack(aws, described["StackId"]), place.name)
+    # After the stack: an endpoint that scales out reads its model again.
+    count = s3.delete_versions(aws, place.bucket, place.folder)
+    also = "the stack, and " if described else ""
+    print(f"removed: {also}{count} objects in s3://{place.bucket}/{place.folder}")
     return OK
 
 
-def _delete_objects(aws: Aws, bucket: str, prefix: str) -> int:
-    """Deletes all versions. How many there were."""
-    objects: list[dict[str, str]] = []
-    for key in ("Versions", "DeleteMarkers"):
-        objects += [
-            {"Key": item["Key"], "VersionId": item["VersionId"]}
-            for item in aws.pages("s3", "ListObjectVersions", key, Bucket=bucket, Prefix=prefix)
-        ]
-    for start in range(0, len(objects), 1000):  # as many as one call takes
-        answer = aws.call(
-            "s3",
-            "DeleteObjects",
-            Bucket=bucket,
-            Delete={"Objects": objects[start : start + 1000], "Quiet": True},
-        )
-        if answer.get("Errors"):
-            raise UserError(
-                f"s3://{bucket}/{answer['Errors'][0]['Key']}: {answer['Errors'][0]['Message']}; delete it by hand, or start again"
-            )
-    return len(objects)
+def _delete(stack: ServingStack, name: str) -> None:
+    stack.mark_events()
+    stack.delete()
+    status = stack.follow()["StackStatus"]
+    if status != "DELETE_COMPLETE":
+        raise UserError(f"stack {name}: {status}; {_reason(stack)}; start the same command again")
 
 
 VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "plan": (
-        "Show what deploying would make, change and cost. Changes nothing, and works without credentials.",
+        "Show what deploying would make, change and cost. "
+        "Changes nothing, and works without credentials.",
         plan,
     ),
     "deploy": (
-        "Show the same, ask, and do it. A new model takes over from the old one only when the alarms stay silent.",
+        "Show the same, ask, and do it. "
+        "A new model takes over from the old one only when the alarms stay silent.",
         deploy,
     ),
     "status": ("Show what is deployed, its state, and what it costs.", operate.status),

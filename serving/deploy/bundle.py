@@ -1,4 +1,4 @@
-"""The zips that Lambda runs: the function in front of an endpoint, and the one that holds the model itself."""
+"""The zips that Lambda runs: the function before an endpoint, and the one that holds the model."""
 
 import hashlib
 import io
@@ -13,9 +13,8 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from serving.package import MANIFEST
-from trainer.common.errors import UserError
+from trainer.common.errors import PROJECT, UserError
 
-PROJECT = Path(__file__).resolve().parents[2]
 PROXY = {"lambda_function.py": "serving/adapters/lambda_proxy.py", "fetch.py": "serving/fetch.py"}
 # Names in the zip of the function that holds the model, and what lies there. stack.yaml names the
 # first one as the function's handler.
@@ -45,10 +44,8 @@ DIRECT = {
 PACKAGE = "package"  # where the direct zip holds the model package, unpacked
 
 RUNTIME = "3.13"  # Python of stack.yaml's Runtime
-PLATFORMS = (
-    "manylinux_2_28_x86_64",
-    "manylinux2014_x86_64",
-)  # that Lambda's Amazon Linux 2023 (glibc 2.34) runs
+# What Lambda's Amazon Linux 2023 (glibc 2.34) runs.
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64")
 LIBRARIES = ("numpy", "pillow", "onnxruntime")
 UNUSED = (
     "onnxruntime/quantization/",
@@ -64,7 +61,7 @@ MAX_UNPACKED = 262_144_000  # bytes, of a function's code: Lambda's quota of 250
 
 
 def proxy() -> bytes:
-    """The zip of the function in front of an endpoint."""
+    """Return the zip of the function in front of an endpoint."""
     return archive(
         {name: (PROJECT / source).read_bytes() for name, source in PROXY.items()},
         zipfile.ZIP_STORED,
@@ -72,27 +69,31 @@ def proxy() -> bytes:
 
 
 def direct(package: Path) -> bytes:
-    """The zip of the function that holds the model. package: a model.tar.gz that loads. Raises UserError."""
+    """Return the zip of the function that holds the model. Raise UserError where it is too large.
+
+    package: a model.tar.gz that loads.
+    """
     contents = {name: (PROJECT / source).read_bytes() for name, source in DIRECT.items()}
     contents |= {f"{PACKAGE}/{name}": data for name, data in slim(package).items()}
     contents |= libraries()
     size = sum(map(len, contents.values()))
     if size > MAX_UNPACKED:
         raise UserError(
-            f"{package}: with its libraries it has {size:,} bytes, and Lambda takes {MAX_UNPACKED:,}; deploy it with --door endpoint"
+            f"{package}: with its libraries it has {size:,} bytes, "
+            f"and Lambda takes {MAX_UNPACKED:,}; deploy it with --mode endpoint"
         )
     return archive(contents, zipfile.ZIP_DEFLATED)
 
 
 def slim(package: Path) -> dict[str, bytes]:
-    """A package's files without the second copy of the weights and the code, which Lambda does not use, and its manifest for what is left."""
+    """Return what Lambda uses of a package's files, by name, and the manifest of that.
+
+    It leaves out the second copy of the weights, and the code.
+    """
     with tarfile.open(package) as tar:
         members = {str(PurePosixPath(member.name)): member for member in tar if member.isreg()}
-        contents = {
-            name: file.read()
-            for name, member in members.items()
-            if _served(name) and (file := tar.extractfile(member))
-        }
+        files = {name: tar.extractfile(each) for name, each in members.items() if _served(name)}
+        contents = {name: file.read() for name, file in files.items() if file}
     manifest = json.loads(contents[MANIFEST])
     manifest["files"] = {
         name: digest for name, digest in manifest["files"].items() if _served(name)
@@ -107,32 +108,22 @@ def _served(name: str) -> bool:
 
 
 def libraries() -> dict[str, bytes]:
-    """The runtime's libraries for Lambda's Python and processor, in the versions that are installed here. Raises UserError."""
-    wanted = [f"{name}=={version(name)}" for name in LIBRARIES]
+    """Return the runtime's libraries for Lambda's Python, by path, in the versions installed here.
+
+    Raise UserError where pip can't get them.
+    """
+    pinned = [f"{name}=={version(name)}" for name in LIBRARIES]
     with tempfile.TemporaryDirectory(prefix="libraries-") as directory:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--no-compile",
-            "--target",
-            directory,
-        ]
-        command += [
-            "--python-version",
-            RUNTIME,
-            *(f"--platform={platform}" for platform in PLATFORMS),
-            *wanted,
-        ]
+        command = [sys.executable, "-P", "-m", "pip", "install", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:", "--no-compile", f"--python-version={RUNTIME}"]
+        command += [f"--platform={platform}" for platform in PLATFORMS]
+        command += [f"--target={directory}", *pinned]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or "no output").splitlines()[-1]
             raise UserError(
-                f"pip: can't get {', '.join(wanted)} for Lambda's Python {RUNTIME} ({reason}); see that pip reaches its package index"
+                f"pip: can't get {', '.join(pinned)} for Lambda's Python {RUNTIME} ({reason}); "
+                "see that pip reaches its package index"
             )
         paths = {
             path.relative_to(directory).as_posix(): path
@@ -147,14 +138,13 @@ def libraries() -> dict[str, bytes]:
 
 
 def archive(contents: Mapping[str, bytes], compression: int) -> bytes:
-    """Equal contents give equal bytes (compressed: with the same zlib)."""
+    """Return a zip: equal contents give equal bytes (compressed: with the same zlib)."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         for name in sorted(contents):
             entry = zipfile.ZipInfo(name)  # of 1980
-            entry.external_attr = (
-                0o644 << 16
-            )  # Lambda runs as another user, who must be able to read
+            # Lambda runs as another user, who must be able to read.
+            entry.external_attr = 0o644 << 16
             entry.compress_type = compression
             file.writestr(entry, contents[name])
     return buffer.getvalue()

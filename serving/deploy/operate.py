@@ -1,4 +1,4 @@
-"""`python -m serving status | invoke | logs`: what is deployed, asked how it is and what it says."""
+"""`python -m serving status | invoke | logs`: what is deployed, asked how it is."""
 
 import argparse
 import base64
@@ -7,16 +7,17 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.cloud.prices import table
+from launch.cloud.cloudformation import parameters_of
+from launch.cloud.logs import LogReader
+from launch.cloud.prices import HOURS_A_MONTH, dollars, newest
 from launch.cloud.session import Aws
-from serving.deploy import prices
-from serving.deploy import stack as stacks
 from serving.deploy.release import idle_price
+from serving.deploy.stack import ServingStack
 from trainer.common import streams
 from trainer.common.errors import FAULT, OK, UserError
 
@@ -25,11 +26,13 @@ MAX_CALL = 6_291_456  # bytes of a call to Lambda or to an endpoint
 
 
 def status(options: argparse.Namespace) -> int:
+    """Print what is deployed, its state and its cost."""
     aws = Aws(options.project, options.region)
-    stack = stacks.deployed(aws, options.name)
-    parameters = stacks.parameters(stack)
+    stack = ServingStack(aws, options.name).deployed()
+    parameters = parameters_of(stack)
     print(
-        f"stack {options.name} in account {aws.account}, {aws.region}: {stack['StackStatus']}, since {_day(stack['CreationTime'])}"
+        f"stack {options.name} in account {aws.account}, {aws.region}: "
+        f"{stack['StackStatus']}, since {_day(stack['CreationTime'])}"
     )
     instances = None
     if parameters["Door"] == "endpoint":
@@ -37,35 +40,39 @@ def status(options: argparse.Namespace) -> int:
     _function_status(aws, options.name, parameters)
     items = idle_price(parameters, aws.region, instances)
     days = (datetime.now(UTC) - stack["CreationTime"]).total_seconds() / 86400
-    month = sum(item.month or 0 for item in items)
-    unknown = (
-        ", without what has no known price" if any(item.month is None for item in items) else ""
-    )
-    day = month / prices.HOURS * 24
+    day = sum(item.month or 0 for item in items) / HOURS_A_MONTH * 24
+    unknown = ""
+    if any(item.month is None for item in items):
+        unknown = ", without what has no known price"
     print(
-        f"cost         {prices.dollars(day)} a day as it stands, about {prices.dollars(day * days)} in {days:.1f} days so far"
+        f"cost         {dollars(day)} a day as it stands, "
+        f"about {dollars(day * days)} in {days:.1f} days so far"
     )
-    print(f"             (an estimate of {table()['date']}; requests are extra{unknown})")
+    date = newest(aws.region).date
+    print(f"             (an estimate of {date}; requests are extra{unknown})")
     return OK
 
 
 def _endpoint_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> int:
-    """How many instances there are."""
-    endpoint = aws.find(
-        "sagemaker", "DescribeEndpoint", "Could not find|not exist", EndpointName=name
-    )
+    """Print how the endpoint is, and return how many instances it has."""
+    absent = "Could not find|not exist"
+    endpoint = aws.find("sagemaker", "DescribeEndpoint", absent, EndpointName=name)
     if endpoint is None:
         print("endpoint     none")
         return 0
     variant = endpoint.get("ProductionVariants", [{}])[0]
     instances = int(variant.get("CurrentInstanceCount", 0))
     desired = variant.get("DesiredInstanceCount", instances)
-    why = f": {endpoint['FailureReason']}" if endpoint.get("FailureReason") else ""
+    status = endpoint["EndpointStatus"]
+    if endpoint.get("FailureReason"):
+        status += f": {endpoint['FailureReason']}"
     print(
-        f"endpoint     {endpoint['EndpointStatus']}{why}, changed {_day(endpoint['LastModifiedTime'])}, model {parameters['ModelUrl']}"
+        f"endpoint     {status}, changed {_day(endpoint['LastModifiedTime'])}, "
+        f"model {parameters['ModelUrl']}"
     )
     print(
-        f"instances    {instances} of {parameters['InstanceType']}, {desired} wanted, {parameters['MinInstances']} to {parameters['MaxInstances']}"
+        f"instances    {instances} of {parameters['InstanceType']}, {desired} wanted, "
+        f"{parameters['MinInstances']} to {parameters['MaxInstances']}"
     )
     alarms = aws.call("cloudwatch", "DescribeAlarms", AlarmNamePrefix=f"{name}-")["MetricAlarms"]
     for alarm in alarms:
@@ -75,20 +82,16 @@ def _endpoint_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> int:
 
 def _function_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> None:
     alias = aws.find("lambda", "GetAlias", "NotFound", FunctionName=name, Name="live")
-    shown = f"version {alias['FunctionVersion']}" if alias else "none"
-    if alias and parameters["ProvisionedConcurrency"] != "0":
-        warm = (
-            aws.find(
-                "lambda",
-                "GetProvisionedConcurrencyConfig",
-                "NotFound",
-                FunctionName=name,
-                Qualifier="live",
-            )
-            or {}
-        )
-        shown += f", {warm.get('AvailableProvisionedConcurrentExecutions', 0)} of {parameters['ProvisionedConcurrency']} environments warm"
-    print(f"function     {shown}")
+    if alias is None:
+        print("function     none")
+        return
+    warm = ""
+    if parameters["ProvisionedConcurrency"] != "0":
+        operation, which = "GetProvisionedConcurrencyConfig", {"Qualifier": "live"}
+        config = aws.find("lambda", operation, "NotFound", FunctionName=name, **which) or {}
+        available = config.get("AvailableProvisionedConcurrentExecutions", 0)
+        warm = f", {available} of {parameters['ProvisionedConcurrency']} environments warm"
+    print(f"function     version {alias['FunctionVersion']}{warm}")
 
 
 def _day(moment: datetime) -> str:
@@ -96,36 +99,33 @@ def _day(moment: datetime) -> str:
 
 
 def invoke(options: argparse.Namespace) -> int:
+    """Print the answer of the function, or of the endpoint itself, to an image or its URL."""
     aws = Aws(options.project, options.region)
     source: str = options.source
     is_url = re.match(r"https?://", source) is not None
-    picture = b"" if is_url else _read(source)
-    output = {"output": "labels"} if options.labels else {}
+    image = b"" if is_url else _read(source)
     if options.endpoint and not is_url:
-        accept = "application/json" + ("; output=labels" if options.labels else "")
-        request = {"Body": picture, "ContentType": "application/octet-stream", "Accept": accept}
+        accept = "application/json; output=labels" if options.labels else "application/json"
+        request = {"Body": image, "ContentType": "application/octet-stream", "Accept": accept}
         return _invoke_endpoint(aws, options.name, request)
-    asked = {"url": source} if is_url else {"base64": base64.b64encode(picture).decode()}
-    body = json.dumps(asked | output).encode()
+    question = {"url": source} if is_url else {"base64": base64.b64encode(image).decode()}
+    if options.labels:
+        question["output"] = "labels"
+    body = json.dumps(question).encode()
     if len(body) > MAX_CALL:
         raise UserError(
-            f"{source}: {len(body):,} bytes as JSON, and a call takes {MAX_CALL:,}; give a smaller picture, or its URL"
+            f"{source}: {len(body):,} bytes as JSON, and a call takes {MAX_CALL:,}; "
+            "give a smaller picture, or its URL"
         )
     if options.endpoint:
-        return _invoke_endpoint(
-            aws,
-            options.name,
-            {"Body": body, "ContentType": "application/json", "Accept": "application/json"},
-        )
-    response = aws.call(
-        "lambda", "Invoke", FunctionName=options.name, Qualifier="live", Payload=body
-    )
+        kinds = dict.fromkeys(("ContentType", "Accept"), "application/json")
+        return _invoke_endpoint(aws, options.name, {"Body": body, **kinds})
+    which = {"FunctionName": options.name, "Qualifier": "live"}
+    response = aws.call("lambda", "Invoke", **which, Payload=body)
     answer = json.loads(response["Payload"].read())
     if "FunctionError" in response:
-        print(
-            f"the function failed: {answer.get('errorMessage', answer)}; python -m serving logs has more",
-            file=sys.stderr,
-        )
+        message = answer.get("errorMessage", answer)
+        print(f"the function failed: {message}; python -m serving logs has more", file=sys.stderr)
         return FAULT
     if answer["statusCode"] != 200:
         raise UserError(f"{answer['statusCode']}: {answer['body']}")
@@ -138,7 +138,8 @@ def _read(source: str) -> bytes:
         return Path(source).read_bytes()
     except OSError as error:
         raise UserError(
-            f"{source}: {error.strerror}; give a picture's file, or a URL that begins with http:// or https://"
+            f"{source}: {error.strerror}; give a picture's file, "
+            "or a URL that begins with http:// or https://"
         ) from error
 
 
@@ -149,33 +150,21 @@ def _invoke_endpoint(aws: Aws, name: str, request: dict[str, Any]) -> int:
 
 
 def logs(options: argparse.Namespace) -> int:
+    """Print what the function and the endpoint logged, in order; with --follow until Ctrl-C."""
     aws = Aws(options.project, options.region)
-    stack = stacks.deployed(aws, options.name)
+    stack = ServingStack(aws, options.name).deployed()
     groups = {"function": f"/aws/lambda/{options.name}"}
-    if stacks.parameters(stack)["Door"] == "endpoint":
+    if parameters_of(stack)["Door"] == "endpoint":
         groups["endpoint"] = f"/aws/sagemaker/Endpoints/{options.name}"
     since = int((time.time() - 60 * options.minutes) * 1000)
-    shown: set[str] = set()
+    readers = {who: LogReader(aws, group, since=since) for who, group in groups.items()}
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            events = [
-                (event, who)
-                for who, group in groups.items()
-                for event in _log_events(aws, group, since)
-                if event["eventId"] not in shown
-            ]
+            events = [(event, who) for who, reader in readers.items() for event in reader.read()]
             for event, who in sorted(events, key=lambda pair: int(pair[0]["timestamp"])):
-                shown.add(event["eventId"])
-                since = max(
-                    since, event["timestamp"] - 60_000
-                )  # events may arrive late, and out of order
                 moment = datetime.fromtimestamp(event["timestamp"] / 1000, UTC)
                 print(f"{moment:%Y-%m-%dT%H:%M:%S}Z {who} {event['message'].rstrip()}", flush=True)
             if not options.follow or streams.gone(sys.stdout):
                 break
             time.sleep(FOLLOW)
     return OK
-
-
-def _log_events(aws: Aws, group: str, since: int) -> Iterator[dict[str, Any]]:
-    return aws.pages("logs", "FilterLogEvents", "events", logGroupName=group, startTime=since)

@@ -1,27 +1,32 @@
-"""A release: everything that `deploy` sends, computed from the package, the settings and the stack's template. No AWS here."""
+"""A release: everything that `deploy` sends, computed from the package, the settings and the
+stack's template. No AWS here.
+"""
 
 import difflib
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from serving.deploy import bundle, prices
-from trainer.common.errors import UserError, install_command
+from launch.cloud.cloudformation import Content, load, resolve
+from launch.cloud.prices import ALARM_MONTH, HOURS_A_MONTH, PROVISIONED_GB_SECOND, price
+from serving.deploy import bundle
+from trainer.common.errors import UserError
 
 TEMPLATE = Path(__file__).parents[1] / "stack.yaml"
-NAME = r"[a-z][a-z0-9-]{0,39}"  # lower case, as IAM writes the endpoint's ARN; role names add 9 characters to it, and end at 64
+# Lower case, as IAM writes the endpoint's ARN; role names add 9 characters to it, and end at 64.
+NAME = r"[a-z][a-z0-9-]{0,39}"
 NO_ACCOUNT = "000000000000"  # stands in a plan where there are no credentials
 ECR = re.compile(
-    r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/(?P<repository>[^:@]+)([:@].+)"
+    r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?"
+    r"/(?P<repository>[^:@]+)([:@].+)"
 )
 
-# Parameters of the template that are computed here, and those that begin otherwise where the model runs inside Lambda: ten pictures a day
-# should not pay for a warm environment, and the network wants a whole processor (1,769 MB buy one).
+# Parameters of the template that are computed here.
 COMPUTED = {
     "Bucket",
     "CodeKey",
@@ -32,6 +37,8 @@ COMPUTED = {
     "EndpointRelease",
     "FunctionRelease",
 }
+# Those that begin otherwise where the model runs inside Lambda: ten pictures a day should not pay
+# for a warm environment, and the network wants a whole processor (1,769 MB buy one).
 IN_LAMBDA = {"Memory": "2048", "ProvisionedConcurrency": "0"}
 
 
@@ -75,22 +82,20 @@ class Remote:
 
 @dataclass(frozen=True)
 class Release:
+    """What is deployed where. parameters: the template's, by name."""
+
     place: Place
     parameters: Mapping[str, str]
     uploads: Sequence[Upload]
 
-    def stack(self) -> dict[str, Any]:
-        """What CreateStack and CreateChangeSet have in common."""
-        return {
-            "StackName": self.place.name,
-            "TemplateBody": TEMPLATE.read_text(),
-            "Parameters": [
-                {"ParameterKey": name, "ParameterValue": value}
-                for name, value in self.parameters.items()
-            ],
-            "Capabilities": ["CAPABILITY_NAMED_IAM"],
-            "Tags": [{"Key": "project", "Value": self.place.project}],
-        }
+    def content(self) -> Content:
+        """Return what the stack is made from."""
+        return Content(TEMPLATE.read_text(), self.parameters)
+
+
+def template() -> dict[str, Any]:
+    """Return the stack's template, its short forms (!Ref x) written out ({"Ref": x})."""
+    return load(TEMPLATE)
 
 
 def build(
@@ -99,83 +104,105 @@ def build(
     given: Mapping[str, str],
     deployed: Mapping[str, str],
 ) -> Release:
-    """package: None to keep the deployed one. given: template parameters by name, as the user set them. deployed: those of the stack that is there.
+    """Return the release. Raise UserError.
 
-    A parameter is what the user gave, else what is deployed, else the template's default. Raises UserError.
+    package: None to keep the deployed one. given: template parameters by name, as the user set
+    them. deployed: those of the stack that is there. A parameter is what the user gave, else what
+    is deployed, else the template's default.
     """
     _check(given)
     declared = template()["Parameters"]
-    values = {name: str(declared[name].get("Default", "")) for name in declared}
-    door = given.get("Door", deployed.get("Door", values["Door"]))
-    if door == "lambda":
+    values = {name: str(body.get("Default", "")) for name, body in declared.items()}
+    mode = given.get("Door", deployed.get("Door", values["Door"]))
+    if mode == "lambda":
         values |= IN_LAMBDA
-    same_door = door == deployed.get("Door", door)
+    same_mode = mode == deployed.get("Door", mode)
     values |= {
         name: value
         for name, value in deployed.items()
-        if name in declared and (same_door or name not in IN_LAMBDA)
+        if name in declared and (same_mode or name not in IN_LAMBDA)
     }
     values |= {**given, "Bucket": place.bucket}
     if int(values["MaxInstances"]) < int(values["MinInstances"]):
         raise UserError(
-            f"MaxInstances={values['MaxInstances']} is below MinInstances={values['MinInstances']}; set both with --set"
+            f"MaxInstances={values['MaxInstances']} is below "
+            f"MinInstances={values['MinInstances']}; set both with --set"
         )
-    if package is None and (not deployed or not same_door):
+    if package is None and (not deployed or not same_mode):
         raise UserError(
-            "which model? give a model.tar.gz, or its s3:// address: python -m serving deploy runs/NAME/model.tar.gz ..."
+            "which model? give a model.tar.gz, or its s3:// address: "
+            "python -m serving deploy runs/NAME/model.tar.gz ..."
         )
-
-    uploads: list[Upload] = []
-    if door == "endpoint":
-        values["ImageArn"] = _image_arn(values["Image"], place)
-        uploads.append(_named("the function", bundle.proxy(), ".zip", place))
-        if package is not None:
-            url, arn, digest, upload = _model(package, place)
-            values |= {"ModelUrl": url, "ModelArn": arn, "ModelDigest": digest}
-            uploads += upload
-    elif isinstance(package, Remote):
-        raise UserError(
-            f"{package.uri}: the door inside Lambda is built here and needs the file: aws s3 cp {package.uri} . and give model.tar.gz"
-        )
-    elif package is not None:
-        uploads.append(_named("the function with the model", bundle.direct(package), ".zip", place))
+    if mode == "endpoint":
+        computed, uploads = _for_endpoint(place, package, values["Image"])
+    else:
+        computed, uploads = {}, _for_lambda(place, package)
+    values |= computed
     if uploads:
         values["CodeKey"] = uploads[0].key
-    values["EndpointRelease"] = (
-        fingerprint(("Model", "EndpointConfig"), values) if door == "endpoint" else "none"
-    )
+    values["EndpointRelease"] = "none"
+    if mode == "endpoint":
+        values["EndpointRelease"] = fingerprint(("Model", "EndpointConfig"), values)
     values["FunctionRelease"] = fingerprint(("Function",), values)
     return Release(place, values, uploads)
 
 
+def _for_endpoint(
+    place: Place, package: Path | Remote | None, image: str
+) -> tuple[dict[str, str], list[Upload]]:
+    """Return the parameters that follow from package and image, and the uploads: code first."""
+    values = {"ImageArn": _image_arn(image, place)}
+    uploads = [_named("the function", bundle.proxy(), ".zip", place)]
+    if package is None:
+        return values, uploads
+    if isinstance(package, Remote):
+        uri, digest = package.uri, package.digest
+    else:
+        model = _named("the model package", package, ".tar.gz", place)
+        uploads.append(model)
+        uri = f"s3://{place.bucket}/{model.key}"
+        digest = Path(model.key).name.removesuffix(".tar.gz")
+    arn = f"arn:{place.partition}:s3:::{uri.removeprefix('s3://')}"
+    return values | {"ModelUrl": uri, "ModelArn": arn, "ModelDigest": digest}, uploads
+
+
+def _for_lambda(place: Place, package: Path | Remote | None) -> list[Upload]:
+    if package is None:
+        return []
+    if isinstance(package, Remote):
+        raise UserError(
+            f"{package.uri}: the function with the model inside is built here and needs the file: "
+            f"aws s3 cp {package.uri} . and give model.tar.gz"
+        )
+    return [_named("the function with the model", bundle.direct(package), ".zip", place)]
+
+
 def _check(given: Mapping[str, str]) -> None:
+    """Raise UserError for a setting that there is none of, or that may not have this value."""
     declared = template()["Parameters"]
     for name, value in given.items():
         if name not in declared or name in COMPUTED:
             close = difflib.get_close_matches(name, declared.keys() - COMPUTED, n=1, cutoff=0)
             raise UserError(
-                f"--set {name}: there is no such setting; did you mean {close[0]}? python -m serving plan shows them all"
+                f"--set {name}: there is no such setting; did you mean {close[0]}? "
+                "python -m serving plan shows them all"
             )
-        allowed = _allowed(declared[name], value)
+        allowed = _not_allowed(declared[name], value)
         if allowed:
-            raise UserError(f"--set {name}={value}: allowed: {allowed}")
+            flag = "--mode " if name == "Door" else f"--set {name}="
+            raise UserError(f"{flag}{value}: allowed: {allowed}")
 
 
-def _allowed(parameter: Mapping[str, Any], value: str) -> str | None:
-    """What the parameter allows, where `value` is something else."""
+def _not_allowed(parameter: Mapping[str, Any], value: str) -> str | None:
+    """Return what the parameter allows, where `value` is something else."""
     if "AllowedValues" in parameter:
-        return (
-            None
-            if value in map(str, parameter["AllowedValues"])
-            else ", ".join(map(str, parameter["AllowedValues"]))
-        )
+        values = [str(each) for each in parameter["AllowedValues"]]
+        return None if value in values else ", ".join(values)
     if parameter["Type"] == "Number":
         low, high = parameter.get("MinValue", 0), parameter.get("MaxValue", float("inf"))
-        return (
-            None
-            if value.isdecimal() and low <= int(value) <= high
-            else f"a whole number, {low} to {high}"
-        )
+        if value.isdecimal() and low <= int(value) <= high:
+            return None
+        return f"a whole number, {low} to {high}"
     pattern = parameter.get("AllowedPattern", ".*")
     return None if re.fullmatch(pattern, value) else f"what matches {pattern}"
 
@@ -183,62 +210,39 @@ def _allowed(parameter: Mapping[str, Any], value: str) -> str | None:
 def _image_arn(image: str, place: Place) -> str:
     parts = ECR.fullmatch(image)
     if not parts:
-        what = (
-            "an endpoint needs a container"
-            if image == "none"
-            else f"--image {image}: this is no image in ECR with a tag or a digest"
-        )
+        what = f"--image {image}: this is no image in ECR with a tag or a digest"
+        if image == "none":
+            what = "an endpoint needs a container"
         raise UserError(
-            f"{what}; build serving/Dockerfile, push it and give ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG, or deploy with --door lambda"
+            f"{what}; build serving/Dockerfile, push it and give "
+            "ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG, or deploy with --mode lambda"
         )
-    return f"arn:{place.partition}:ecr:{parts['region']}:{parts['account']}:repository/{parts['repository']}"
-
-
-def _model(package: Path | Remote, place: Place) -> tuple[str, str, str, list[Upload]]:
-    """URL, ARN and digest of the model package, and what to upload for it."""
-    if isinstance(package, Remote):
-        return (
-            package.uri,
-            f"arn:{place.partition}:s3:::{package.uri.removeprefix('s3://')}",
-            package.digest,
-            [],
-        )
-    upload = _named("the model package", package, ".tar.gz", place)
-    where = f"{place.bucket}/{upload.key}"
-    return (
-        f"s3://{where}",
-        f"arn:{place.partition}:s3:::{where}",
-        Path(upload.key).name.removesuffix(".tar.gz"),
-        [upload],
-    )
+    where = f"{parts['region']}:{parts['account']}"
+    return f"arn:{place.partition}:ecr:{where}:repository/{parts['repository']}"
 
 
 def _named(what: str, content: bytes | Path, suffix: str, place: Place) -> Upload:
-    if isinstance(content, Path):
-        with content.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    else:
-        digest = hashlib.sha256(content).hexdigest()
+    """Return the upload of a content, under a key that it gives."""
+    opened = content.open("rb") if isinstance(content, Path) else io.BytesIO(content)
+    with opened as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Upload(what, f"{place.folder}{digest[:32]}{suffix}", content)
 
 
 def fingerprint(resources: Sequence[str], values: Mapping[str, str]) -> str:
-    """12 hexadecimal digits over these resources of the template and all parameters that they use.
+    """Return 12 hexadecimal digits over resources of the template and what they use of `values`.
 
-    CloudFormation can't replace a resource under the same name, so the name has to follow from the content.
+    CloudFormation can't replace a resource under the same name, so the name has to follow from
+    the content.
     """
     bodies = [template()["Resources"][name] for name in resources]
-    used = sorted(
-        {name for body in bodies for name in references(body)}
-        - {"EndpointRelease", "FunctionRelease"}
-    )
-    return hashlib.sha256(
-        json.dumps([bodies, [(name, values[name]) for name in used]], sort_keys=True).encode()
-    ).hexdigest()[:12]
+    used = set(references(bodies)) - {"EndpointRelease", "FunctionRelease"}
+    content = [bodies, [(name, values[name]) for name in sorted(used)]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def references(node: Any) -> Iterator[str]:
-    """Names of the parameters that a part of the template uses, also by its conditions."""
+    """Yield the parameters that a part of the template uses, also by its conditions."""
     names: list[str] = []
     if isinstance(node, dict):
         for key, value in node.items():
@@ -259,36 +263,8 @@ def references(node: Any) -> Iterator[str]:
     yield from (name for name in names if name in template()["Parameters"])
 
 
-@cache
-def template() -> dict[str, Any]:
-    """The stack's template, its short forms (!Ref x) written out ({"Ref": x})."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise UserError(
-            f"PyYAML is not installed, which reads the stack's template: {install_command('aws')}"
-        ) from error
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def short_form(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> dict[str, Any]:
-        if isinstance(node, yaml.ScalarNode):
-            value: Any = node.value
-        else:
-            assert isinstance(node, yaml.SequenceNode)
-            value = loader.construct_sequence(node, deep=True)
-        if name == "GetAtt":
-            value = value.split(".", 1)
-        return {name if name in ("Ref", "Condition") else f"Fn::{name}": value}
-
-    Loader.add_multi_constructor("!", short_form)
-    loaded: dict[str, Any] = yaml.load(TEMPLATE.read_text(), Loader)
-    return loaded
-
-
 def resources(parameters: Mapping[str, str]) -> dict[str, str]:
-    """Type of each resource that the template makes with these parameters, by name."""
+    """Return by name the type of each resource that the template makes with these parameters."""
     return {
         name: body["Type"]
         for name, body in template()["Resources"].items()
@@ -301,9 +277,7 @@ def _holds(condition: Any, parameters: Mapping[str, str]) -> bool:
     if kind == "Condition":
         return _holds(template()["Conditions"][value], parameters)
     if kind == "Fn::Equals":
-        left, right = (
-            parameters[side["Ref"]] if isinstance(side, dict) else side for side in value
-        )
+        left, right = resolve(value, parameters)
         return bool(left == right)
     if kind == "Fn::Not":
         return not _holds(value[0], parameters)
@@ -311,21 +285,42 @@ def _holds(condition: Any, parameters: Mapping[str, str]) -> bool:
     return all(_holds(inner, parameters) for inner in value)
 
 
+@dataclass(frozen=True)
+class Item:
+    """One line of the bill. month: US dollars, or None where the price is not known."""
+
+    what: str
+    month: float | None
+
+
 def idle_price(
     parameters: Mapping[str, str], region: str, instances: int | None = None
-) -> list[prices.Item]:
-    """The bill of a month in which nobody asks anything. instances: of the endpoint; MinInstances, if not given."""
+) -> list[Item]:
+    """Return the bill of a month in which nobody asks anything.
+
+    instances: of the endpoint; MinInstances, if not given.
+    """
     made = resources(parameters)
     items = []
     if "Endpoint" in made:
         count = int(parameters["MinInstances"]) if instances is None else instances
-        items.append(prices.instances(parameters["InstanceType"], count, region))
-    if parameters["ProvisionedConcurrency"] != "0":
-        items.append(
-            prices.warm(int(parameters["ProvisionedConcurrency"]), int(parameters["Memory"]))
-        )
-    # Target tracking makes two more of its own.
-    alarms = sum(kind == "AWS::CloudWatch::Alarm" for kind in made.values()) + 2 * (
-        "ScalingPolicy" in made
-    )
-    return [*items, *([prices.alarms(alarms)] if alarms else [])]
+        items.append(_instances(parameters["InstanceType"], count, region))
+    warm, megabytes = int(parameters["ProvisionedConcurrency"]), int(parameters["Memory"])
+    if warm:
+        what = f"{warm} x {megabytes} MB of Lambda kept warm"
+        seconds = HOURS_A_MONTH * 3600
+        items.append(Item(what, warm * megabytes / 1024 * seconds * PROVISIONED_GB_SECOND))
+    alarms = sum(kind == "AWS::CloudWatch::Alarm" for kind in made.values())
+    if "ScalingPolicy" in made:
+        alarms += 2  # target tracking makes two more of its own
+    if alarms:
+        items.append(Item(f"{alarms} alarms", alarms * ALARM_MONTH))
+    return items
+
+
+def _instances(kind: str, count: int, region: str) -> Item:
+    """Return the instances' line; AWS asks the same of an endpoint as for training on them."""
+    hour = price(kind, region).on_demand
+    if hour is None:
+        return Item(f"{count} x {kind}", None)
+    return Item(f"{count} x {kind} at ${hour:g} an hour", count * hour * HOURS_A_MONTH)

@@ -14,11 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 
 from launch import __main__ as launch
 from launch.audit.finding import RULES
-from launch.cloud import foundation, prices
+from launch.cloud import account_stack, cloudformation, prices
 from launch.verbs.audit import FOUND
 from launch.verbs.policy import PARTS
 from tests.conftest import PROJECT, make_pictures
@@ -108,13 +107,9 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
         run("stop", name)
     run("stop", "ec2", "--now")
     run("submit", "target=notebook")
-    table = directory / "prices.json"
-    table.write_text(prices.TABLE.read_text())
-    patch.setattr(
-        prices, "TABLE", table
-    )  # the refreshed table is this account's, not the project's
+    # The refreshed prices are this account's, not the user's.
+    patch.setattr(prices, "REFRESHED", directory / "prices.json")
     run("prices", "--refresh")
-    prices.table.cache_clear()
     found["lambda"] += _invoke(cloud, patch)
     return found
 
@@ -163,9 +158,7 @@ def finish_bucket(cloud: Cloud) -> None:
     """Gives the bucket what the template says and moto's CloudFormation leaves out."""
     s3, properties = (
         cloud.client("s3"),
-        yaml.load(foundation.TEMPLATE.read_text(), foundation._Loader)["Resources"]["Bucket"][
-            "Properties"
-        ],
+        cloudformation.load(account_stack.TEMPLATE)["Resources"]["Bucket"]["Properties"],
     )
     s3.put_public_access_block(
         Bucket=BUCKET, PublicAccessBlockConfiguration=properties["PublicAccessBlockConfiguration"]

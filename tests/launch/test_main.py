@@ -2,7 +2,6 @@
 
 import os
 import resource
-import shutil
 import subprocess
 import sys
 
@@ -16,11 +15,9 @@ from botocore.exceptions import (
 )
 
 from launch.__main__ import VERBS
-from launch.cloud.prices import price
 from launch.cloud.session import explained
 from launch.targets.base import NAMES
 from tests.conftest import PROJECT
-from tests.launch.conftest import CREDENTIALS
 from trainer.common.errors import MISTAKE, OK
 
 
@@ -145,26 +142,3 @@ ERRORS = {
 def test_an_error_of_aws_is_one_line_with_a_remedy(remedy):
     line = str(explained(ERRORS[remedy], "ec2:RunInstances"))
     assert remedy in line and "\n" not in line
-
-
-def test_a_price_says_its_date_region_and_source():
-    assert price("g4dn.xlarge", "us-east-1").on_demand == 0.526
-    assert (
-        "2026-" in price("g4dn.xlarge", "us-east-1").basis
-        and "estimate" in price("g4dn.xlarge", "us-east-1").basis
-    )
-    assert "ap-south-1 is not in the table" in price("g4dn.xlarge", "ap-south-1").basis
-    assert price("x9.huge", "us-east-1").on_demand is None
-
-
-def test_prices_are_renewed_from_aws(cloud, tmp_path):
-    for folder in ("launch", "conf", "trainer"):
-        shutil.copytree(
-            PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    environment = CREDENTIALS | {"AWS_ENDPOINT_URL": cloud.url, "PYTHONPATH": str(tmp_path)}
-    code, printed = launch("prices", "--refresh", cwd=tmp_path, **environment)
-    assert code == OK, printed
-    assert "AWS Price List API" in printed and "$0.6000" in printed and "$0.9000" in printed
-    assert {call["operation"] for call in cloud.calls()} == {"GetProducts"}
-    assert printed == launch("prices", cwd=tmp_path, PYTHONPATH=str(tmp_path))[1]

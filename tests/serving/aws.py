@@ -307,9 +307,11 @@ class Serving(Strict):
     def _ExecuteChangeSet(
         self, parameters: dict[str, Any], region: str, forward: Any, start: Any
     ) -> list[bytes]:
-        found = get_backend("cloudformation")[ACCOUNT][region].change_sets.get(
-            parameters["ChangeSetName"]
-        )  # by its ARN
+        change_sets = get_backend("cloudformation")[ACCOUNT][region].change_sets.values()
+        found = next(
+            (each for each in change_sets if each.change_set_name == parameters["ChangeSetName"]),
+            None,
+        )
         if found is None or found.execution_status != "AVAILABLE":
             raise Refused(
                 "InvalidChangeSetStatus",

@@ -332,7 +332,7 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
         (["--set", "FunctionUrl=maybe"], "allowed: on, off"),
         (["--set", "CodeKey=x"], "there is no such setting"),
         (["--set", "MaxInstances"], "write NAME=VALUE"),
-        (["--door", "window"], "allowed: endpoint, lambda"),
+        (["--mode", "window"], "allowed: endpoint, lambda"),
         (["--image", "dogs:latest"], "no image in ECR"),
         (["--name", "Dogs"], "lower-case"),
     ],
@@ -477,7 +477,7 @@ def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest
     with pytest.raises(UserError, match="which model"):
         build(PLACE, None, {"Door": "endpoint", "Image": IMAGE}, release.parameters)
     monkeypatch.setattr(bundle, "libraries", lambda: {"large": bytes(bundle.MAX_UNPACKED)})
-    with pytest.raises(UserError, match="--door endpoint"):
+    with pytest.raises(UserError, match="--mode endpoint"):
         build(PLACE, package, {"Door": "lambda"}, {})
 
 

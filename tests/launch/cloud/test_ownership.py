@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.cloud.foundation import TEMPLATE
+from launch.cloud.account_stack import TEMPLATE
 from launch.cloud.logs import NOTEBOOK_GROUP, TRAINING_GROUP
 from tests.launch.conftest import REGION, Cloud
 from trainer.common.errors import MISTAKE, OK

@@ -20,8 +20,8 @@ from trainer.common.errors import UserError
 def project(tmp_path):
     """A copy of what the tarball is made of."""
     copy = tmp_path / "project"
-    for path in source._files(PROJECT):
-        target = copy / path.relative_to(PROJECT)
+    for name, path in source.files().items():
+        target = copy / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     return copy

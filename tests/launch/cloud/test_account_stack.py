@@ -1,4 +1,4 @@
-"""The foundation's template and policies, by the linters that others wrote and by what AWS documents."""
+"""The account stack's template and policies, by the linters that others wrote and by what AWS documents."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import yaml
 from cloudsplaining.scan.policy_document import PolicyDocument
 from policy_sentry.querying.actions import get_actions_that_support_wildcard_arns_only
 
-from launch.cloud.foundation import PARTS, TEMPLATE, Statement, permissions
+from launch.cloud.account_stack import PARTS, TEMPLATE, Statement, permissions
 
 MANAGED_POLICY = 6144  # characters that IAM allows
 ROLE_POLICIES = 10240

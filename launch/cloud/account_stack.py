@@ -1,0 +1,204 @@
+"""The account stack: the bucket, the roles and the policies that every run of a project needs.
+
+It is stacks/foundation.yaml, in which each statement of a policy has its reason beside it.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.cloud.cloudformation import Content, Stack, load, parameters_of, parse, resolve
+from launch.cloud.logs import SHARED_GROUPS
+from launch.cloud.session import Aws, bucket_name, partition
+from trainer.common.errors import UserError
+
+TEMPLATE = Path(__file__).parent / "stacks" / "foundation.yaml"
+
+# The resources of the template that hold each part's permissions.
+PARTS = {
+    "launcher": ("LauncherPolicy", "LauncherEc2Policy"),
+    "training": ("TrainingRole",),
+    "ec2": ("Ec2Role",),
+    "notebook": ("NotebookRole",),
+}
+
+
+class AccountStack(Stack):
+    """The stack of a project in an account and region."""
+
+    def __init__(self, aws: Aws, every: float) -> None:
+        """Take the seconds between two looks while CloudFormation works."""
+        super().__init__(aws, f"{aws.project}-foundation", every)
+
+    def is_ours(self, stack: Mapping[str, Any]) -> bool:
+        """Return whether a stack of this name is this project's.
+
+        One that no change set was carried out on has nothing yet, no tags either.
+        """
+        under_review = stack["StackStatus"] == "REVIEW_IN_PROGRESS"
+        return under_review or self.aws.owns(stack.get("Tags", []))
+
+    def content(self, given: Mapping[str, str], before: Mapping[str, Any] | None) -> Content:
+        """Return what `up` makes: parameters as given, else as before, else the template's own.
+
+        Raise UserError for a parameter that there is none of.
+        """
+        declared = load(TEMPLATE)["Parameters"]
+        unknown = ", ".join(sorted(given.keys() - declared.keys()))
+        if unknown:
+            raise UserError(
+                f"{unknown}: there is no such parameter; allowed: {', '.join(declared)}"
+            )
+        defaults = {name: each["Default"] for name, each in declared.items()}
+        values = defaults | parameters_of(before) | {"Project": self.aws.project} | {**given}
+        return Content(TEMPLATE.read_text(), {name: values[name] for name in declared})
+
+    # ---- log groups of the whole account, which the first edition put into the stack
+
+    def shared_logs(self) -> dict[str, str]:
+        """Return the names of those groups by their names in the stack's template."""
+        names = {
+            each["LogicalResourceId"]: each.get("PhysicalResourceId", "")
+            for each in self.resources()
+        }
+        return {logical: name for logical, name in names.items() if name in SHARED_GROUPS}
+
+    def outlived_by(self, logs: Iterable[str]) -> bool:
+        """Return whether these groups stay already where they leave the stack."""
+        return not logs or outliving(self.body(), logs) == self.body()
+
+    def keep_shared_logs(self) -> None:
+        """Let those groups stay where they leave the stack. Raise UserError where they can't."""
+        logs = self.shared_logs()
+        if self.outlived_by(logs):
+            return
+        self.update(Content(outliving(self.body(), logs), parameters_of(self.describe())))
+        after = self.settle()
+        if after is None or after["StackStatus"] != "UPDATE_COMPLETE":
+            raise UserError(
+                f"{self.name}: it would delete log groups of the whole account, and can't be "
+                "changed; its events in the console say why"
+            )
+
+    def delete_ours(self, stack: Mapping[str, Any]) -> None:
+        """Begin to delete the stack but for those groups. stack: as it was described."""
+        if stack["StackStatus"] == "DELETE_FAILED":
+            # It can't be changed any more, but takes a list of what stays.
+            self.delete(RetainResources=list(self.shared_logs()))
+            return
+        if stack["StackStatus"] != "REVIEW_IN_PROGRESS":
+            self.keep_shared_logs()
+        self.delete()
+
+
+def outliving(body: str, names: Iterable[str]) -> str:
+    """Return a template in which these resources stay where they leave the stack, or it goes.
+
+    Raise UserError where the template isn't written as ours are.
+    """
+    resources = parse(body)["Resources"]
+    for name in names:
+        if resources[name].get("DeletionPolicy") == "Retain":
+            continue
+        # CloudFormation takes no change of a policy alone: the metadata changes with it.
+        policy = (
+            r"\1    DeletionPolicy: Retain\n"
+            r"    Metadata: {Stays: it is shared by the whole account}\n"
+        )
+        block = rf"^(  {name}:\n(?:    .*\n)*?)    DeletionPolicy: \w+.*\n"
+        body, count = re.subn(block, policy, body, count=1, flags=re.MULTILINE)
+        if not count:
+            raise UserError(
+                f"{name}: this stack would delete a log group of the whole account; give it "
+                "DeletionPolicy: Retain in the CloudFormation console, then start again"
+            )
+    return body
+
+
+# ---- what each part may do
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A statement of a policy. document: as IAM reads it."""
+
+    sid: str
+    reason: str  # the comment above it in the template
+    document: dict[str, Any]
+
+    @property
+    def actions(self) -> list[str]:
+        return _listed(self.document["Action"])
+
+    @property
+    def resources(self) -> list[str]:
+        return _listed(self.document["Resource"])
+
+
+def permissions(part: str, project: str, account: str, region: str) -> list[Statement]:
+    """Return what a part may do, as IAM will read it. part: one of PARTS."""
+    names = {}
+    for name, each in load(TEMPLATE)["Parameters"].items():
+        is_list = each["Type"] == "CommaDelimitedList"
+        names[name] = each["Default"].split(",") if is_list else each["Default"]
+    iam = f"arn:{partition(region)}:iam::{account}"
+    names |= {
+        "Project": project,
+        "Bucket.Arn": f"arn:{partition(region)}:s3:::{bucket_name(project, account, region)}",
+        "TrainingRole.Arn": f"{iam}:role/{project}-training",
+        "Ec2Role.Arn": f"{iam}:role/{project}-ec2",
+        "Ec2InstanceProfile.Arn": f"{iam}:instance-profile/{project}-ec2",
+        "AWS::AccountId": account,
+        "AWS::Region": region,
+    }
+    return statements(TEMPLATE, PARTS[part], names)
+
+
+def statements(path: Path, resources: Iterable[str], names: Mapping[str, Any]) -> list[Statement]:
+    """Return the statements of these resources of a template.
+
+    names: what its parameters, its own resources, AWS::AccountId and AWS::Region stand for.
+    """
+    text = path.read_text()
+    names = {**names, "AWS::Partition": partition(names["AWS::Region"])}
+    listed = []
+    for name in resources:
+        reasons = _reasons(text.split(f"\n  {name}:\n")[1].split("PolicyDocument:", 1)[1])
+        for document in _documents(load(path)["Resources"][name]["Properties"]):
+            listed += [
+                Statement(each["Sid"], reasons[each["Sid"]], resolve(each, names))
+                for each in document["Statement"]
+            ]
+    return listed
+
+
+def _documents(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield the policy documents of a resource, but for that of who may assume a role."""
+    if isinstance(node, list):
+        for value in node:
+            yield from _documents(value)
+    elif isinstance(node, dict):
+        if "PolicyDocument" in node:
+            yield node["PolicyDocument"]
+            return
+        for key, value in node.items():
+            if key != "AssumeRolePolicyDocument":
+                yield from _documents(value)
+
+
+def _reasons(text: str) -> dict[str, str]:
+    """Return by Sid the comment right above each statement.
+
+    Where other resources follow with statements of the same name, the first counts.
+    """
+    reasons: dict[str, str] = {}
+    for comment, sid in re.findall(r"^((?: *# .*\n)+) *- Sid: (\w+)", text, re.MULTILINE):
+        lines = [line.strip().removeprefix("# ") for line in comment.splitlines()]
+        reasons.setdefault(sid, " ".join(lines))
+    return reasons
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,19 @@
+"""The question before something is changed or deleted."""
+
+import sys
+
+from trainer.common.errors import UserError
+
+
+def confirmed(question: str, yes: bool) -> bool:
+    """Return the user's word. yes: it is given on the command line already.
+
+    Raise UserError where nobody can be asked.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError(
+            f"{question}: nobody can be asked here; look at what is shown above, then add --yes"
+        )
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

@@ -1,0 +1,97 @@
+"""Ends and deletes what is this project's, but for its stacks. All of it may be done already.
+
+Every function may raise AwsError.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from launch.cloud.ownership import NOT_FOUND, instances, listed, owned
+from launch.cloud.session import Aws
+from trainer.common.console import log
+
+GONE_BY = 3600  # seconds after which waiting for something to end is given up
+
+
+def machines(aws: Aws) -> list[dict[str, Any]]:
+    """Return our EC2 instances that are not terminated."""
+    return [each for each in instances(aws) if each["State"]["Name"] != "terminated"]
+
+
+def volumes(aws: Aws) -> list[dict[str, Any]]:
+    """Return our disks that are attached to nothing."""
+    tagged = [{"Name": "tag:project", "Values": [aws.project]}]
+    every = aws.pages("ec2", "DescribeVolumes", "Volumes", Filters=tagged)
+    return [each for each in every if each["State"] == "available"]
+
+
+def end_jobs(aws: Aws, every: float) -> None:
+    """Stop jobs, wait for their end, and delete their records, which carry the tag.
+
+    every: seconds between two looks.
+    """
+    _end_jobs(aws, "HyperParameterTuningJob", every)  # first: stopped ones start no more jobs
+    _end_jobs(aws, "TrainingJob", every)
+
+
+def _end_jobs(aws: Aws, kind: str, every: float) -> None:
+    statuses = _statuses(aws, kind)
+    for name, status in statuses().items():
+        if status == "InProgress":
+            log.info("stopping %s", name)
+            ended_meanwhile = f"{NOT_FOUND}|ValidationException"
+            aws.find("sagemaker", f"Stop{kind}", ended_meanwhile, **{f"{kind}Name": name})
+    _until(every, lambda: not {"InProgress", "Stopping"} & set(statuses().values()))
+    for name in statuses():
+        aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
+
+
+def end_machines(aws: Aws, every: float) -> None:
+    """Terminate instances, wait for their end, and delete disks that are attached to nothing."""
+    ids = [each["InstanceId"] for each in machines(aws)]
+    if ids:
+        log.info("terminating %s", ", ".join(ids))
+        aws.call("ec2", "TerminateInstances", InstanceIds=ids)
+        _until(every, lambda: not machines(aws))
+    for volume in volumes(aws):
+        log.info("deleting the disk %s", volume["VolumeId"])
+        aws.find("ec2", "DeleteVolume", r"InvalidVolume\.NotFound", VolumeId=volume["VolumeId"])
+
+
+def end_notebooks(aws: Aws, every: float) -> None:
+    """Stop notebooks, wait for their end, and delete them, then their scripts."""
+    statuses = _statuses(aws, "NotebookInstance")
+    for name, status in statuses().items():
+        if status in ("InService", "Pending", "Updating"):
+            log.info("stopping %s", name)
+            aws.call("sagemaker", "StopNotebookInstance", NotebookInstanceName=name)
+    _until(every, lambda: set(statuses().values()) <= {"Stopped", "Failed", "Deleting"})
+    for name, status in statuses().items():
+        if status != "Deleting":
+            log.info("deleting %s", name)
+            aws.call("sagemaker", "DeleteNotebookInstance", NotebookInstanceName=name)
+    _until(every, lambda: not statuses())
+    kind = "NotebookInstanceLifecycleConfig"
+    for script in owned(aws, kind):
+        aws.call("sagemaker", f"Delete{kind}", **{f"{kind}Name": script[f"{kind}Name"]})
+
+
+def _statuses(aws: Aws, kind: str) -> Callable[[], dict[str, str]]:
+    """Return what asks for the status, by name, of those things that are ours now."""
+    ours = {thing[f"{kind}Name"] for thing in owned(aws, kind)}
+
+    def ask() -> dict[str, str]:
+        return {
+            thing[f"{kind}Name"]: thing[f"{kind}Status"]
+            for thing in listed(aws, kind)
+            if thing[f"{kind}Name"] in ours
+        }
+
+    return ask
+
+
+def _until(every: float, is_done: Callable[[], bool]) -> None:
+    end = time.monotonic() + GONE_BY
+    while not is_done() and time.monotonic() < end:
+        time.sleep(every)
