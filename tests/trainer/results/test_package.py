@@ -50,7 +50,8 @@ def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built)
         "inference.py",
         "requirements.txt",
         *serving,
-        *(f"trainer/{name}.py" for name in ("__init__", "bounds", "errors", "preprocess")),
+        *(f"trainer/{name}.py" for name in ("__init__", "common/__init__", "common/errors")),
+        *(f"trainer/images/{name}.py" for name in ("__init__", "bounds", "decode")),
     ]
     golden = ["0.jpg", "1.png", "2.webp", "expected.npz"]
     assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + [
