@@ -1,4 +1,7 @@
-"""The one way from the words of a command line to the settings of a run: every command composes here, so the same words mean the same everywhere."""
+"""The one way from the words of a command line to the settings of a run.
+
+Every command composes here, so the same words mean the same everywhere.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +24,8 @@ GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
 class Resolved:
     """What a command line means.
 
-    words: the overrides that Hydra gets: those that were typed, after those that they imply. notes: one line for each thing that was not said.
-    composed: what Hydra makes of the words.
+    words: the overrides that Hydra gets: those that were typed, after those that they imply. notes:
+    one line for each thing that was not said. composed: what Hydra makes of the words.
     """
 
     words: list[str]
@@ -31,35 +34,45 @@ class Resolved:
 
 
 def compose(words: Sequence[str], conf: Path = CONF) -> Config:
-    """Returns the settings that overrides mean. Raises UserError, and Hydra's own errors (trainer/settings/hydra_errors.py)."""
+    """Return the settings that overrides mean.
+
+    Raise UserError, and Hydra's own errors (trainer/settings/hydra_errors.py).
+    """
     return settings.load(resolve(words, conf).composed)
 
 
 def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
-    """Finds what overrides mean and don't say. Its words mean the same when they are resolved once more.
+    """Return what overrides mean and don't say; its words mean the same when resolved once more.
 
-    Raises UserError for an override that has no effect or another one than it says, and Hydra's own errors.
+    Raise UserError for an override that has no effect or another one than it says, and Hydra's own
+    errors.
     """
     check(words, settings.keys(), {group: options(conf, group) for group in GROUPS})
     given = {space.key_of(word) for word in words}
     words, notes = list(words), []
     composed, choices = _compose(words, conf)
     for rule in (_own_pictures, _root_of_train, _model_by_name):
-        if implied := rule(given, composed, choices):
+        implied = rule(given, composed, choices)
+        if implied:
             word, reason = implied
             words.insert(0, word)
             notes.append(f"{word}: {reason}")
             composed, choices = _compose(words, conf)
     if choices["data"] != DEMO and not given & {"model", "model.name", "experiment"}:
-        others = (
-            f"model=mobilenet_v2 is quicker on a CPU, model={TOY} is small and learns from nothing"
+        notes.append(
+            f"model={choices['model']}: no model was given; "
+            "model=mobilenet_v2 is quicker on a CPU, "
+            f"model={TOY} is small and learns from nothing"
         )
-        notes.append(f"model={choices['model']}: no model was given; {others}")
     return Resolved(words, notes, composed)
 
 
 def check_options(sweep: space.Sweep, fixed: Sequence[str], swept: Mapping[str, str]) -> None:
-    """Raises UserError, or an error of Hydra's, for an option in a sweep's space that there is not, or that doesn't fit its other settings."""
+    """Check the options in a sweep's space.
+
+    Raise UserError, or an error of Hydra's, for one that there is not, or that doesn't fit the
+    sweep's other settings.
+    """
     for parameter in sweep.space:
         if parameter.key in space.GROUPS:
             assert isinstance(parameter, space.Categorical)
@@ -68,12 +81,12 @@ def check_options(sweep: space.Sweep, fixed: Sequence[str], swept: Mapping[str, 
 
 
 def options(conf: Path, group: str) -> list[str]:
-    """Lists the options of a config group."""
+    """List the options of a config group."""
     return sorted(path.stem for path in (conf / group).glob("*.yaml"))
 
 
 def _compose(words: Sequence[str], conf: Path) -> tuple[DictConfig, dict[str, str]]:
-    """Returns what Hydra composes, and the option that it took of each group."""
+    """Return what Hydra composes, and the option that it took of each group."""
     with hydra.initialize_config_dir(str(conf.absolute()), version_base="1.3"):
         composed = hydra.compose("config", list(words), return_hydra_config=True)
     choices = dict(composed.hydra.runtime.choices)
@@ -109,32 +122,33 @@ def _root_of_train(
 def _model_by_name(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """A model's name brings the settings that go with it: a pretrained network must not get the toy's, and random weights with them."""
+    """A model's name brings the settings that go with it.
+
+    A pretrained network must not get the toy's, and random weights with them.
+    """
     if OmegaConf.is_missing(composed.model, "name"):
         return None
     name, choice = composed.model.name, choices["model"]
     if (name == TOY) == (choice == TOY):
         return None
-    option = TOY if name == TOY else "torchvision"
+    option, instead = "torchvision", f"model=torchvision model.name={name}"
+    reason = f"model.name={name} is not {choice}"
+    if name == TOY:
+        option, instead = TOY, f"model={TOY} alone"
+    else:
+        reason += "; it comes with its pretrained weights unless model.weights says otherwise"
     if "model" in given:
-        instead = f"model={TOY} alone" if option == TOY else f"model={option} model.name={name}"
         raise UserError(
             f"model={choice} with model.name={name}: these are two models; give {instead}"
         )
-    reason = f"model.name={name} is not {choice}"
-    return (
-        f"model={option}",
-        reason
-        if option == TOY
-        else f"{reason}; it comes with its pretrained weights unless model.weights says otherwise",
-    )
+    return f"model={option}", reason
 
 
 # --- overrides that Hydra takes, though nothing good comes of them ---
 
 
 def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -> None:
-    """Raises UserError for an override that takes a setting away, or puts something in the place of several.
+    """Raise UserError for an override that takes a setting away, or replaces several at once.
 
     keys: every dotted key that there is. groups: the options of each config group.
     """
@@ -148,7 +162,8 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
         elif key in sections and not value.startswith("{"):
             inside = [name for name in keys if name.startswith(f"{key}.")]
             raise UserError(
-                f"{word}: {key} is no setting, but holds some; give one of them, such as {inside[0]}=..."
+                f"{word}: {key} is no setting, but holds some; "
+                f"give one of them, such as {inside[0]}=..."
             )
 
 
@@ -157,7 +172,9 @@ def _check_deletion(word: str, key: str, keys: list[str], several: Collection[st
         return
     if key not in keys and key not in several:
         raise UserError(unknown_key(key, keys))
-    instead = f", or give {key}=VALUE" if key in keys else ""
+    instead = ""
+    if key in keys:
+        instead = f", or give {key}=VALUE"
     raise UserError(
         f"{word}: a setting can't be taken away; leave this out for its default{instead}"
     )

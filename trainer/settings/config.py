@@ -1,7 +1,8 @@
 """The settings of a run: typed, checked once at the edge, torch-free.
 
-Hydra composes `conf/`; `load` turns what it composed into the dataclasses below. The YAML files hold each setting's value and what it means;
-this file holds its type and what is allowed. Only the stages of a run and its loop see these dataclasses; what they call takes plain arguments.
+Hydra composes `conf/`; `load` turns what it composed into the dataclasses below. The YAML files hold
+each setting's value and what it means; this file holds its type and what is allowed. Only a run and
+its loop see these dataclasses; what they call takes plain arguments.
 """
 
 import dataclasses
@@ -37,11 +38,12 @@ def setting(
     identity: bool = True,
     only_if: str | None = None,
 ) -> Any:
-    """A dataclass field whose value comes from `conf/`, with what is allowed.
+    """Return a dataclass field whose value comes from `conf/`, with what is allowed.
 
-    choices: the only strings allowed. above, at_least, below, at_most: limits of a number, or of each number of a list.
-    length: how many values a list must hold. identity: False where the setting says where, how fast or how safely to
-    run, not what comes out: a run may go on with another value. only_if: "key=value[|value]" of the setting without which this one is ignored.
+    choices: the only strings allowed. above, at_least, below, at_most: limits of a number, or of
+    each number of a list. length: how many values a list must hold. identity: False where the
+    setting says where, how fast or how safely to run, not what comes out: a run may go on with
+    another value. only_if: "key=value[|value]" of the setting without which this one is ignored.
     """
     return field(
         default=MISSING,
@@ -166,9 +168,8 @@ class SweepConfig:
     sampler: str = setting("tpe", "random", identity=False)
     pruner: str = setting("none", "median", "halving", identity=False)
     points: int = setting(at_least=1, identity=False)
-    seed: int = setting(
-        at_least=0, at_most=2**32 - 1, identity=False
-    )  # NumPy's RandomState, which Optuna's samplers use, takes no more
+    # NumPy's RandomState, which Optuna's samplers use, takes no more.
+    seed: int = setting(at_least=0, at_most=2**32 - 1, identity=False)
     space: dict[str, str] = setting(identity=False)
 
 
@@ -187,8 +188,9 @@ class Config:
 
 
 def register() -> None:
-    """Gives Hydra the schema, the platform that the environment names and the model that goes with the pictures; call before `hydra.main` or
-    `compose`.
+    """Give Hydra the schema, the environment's platform and the model that goes with the images.
+
+    Call it before `hydra.main` or `compose`.
     """
     ConfigStore.instance().store("schema", Config)
     OmegaConf.register_new_resolver("detect_platform", detect_platform, replace=True)
@@ -196,22 +198,32 @@ def register() -> None:
 
 
 def detect_platform() -> str:
-    """`sagemaker` inside a SageMaker container (its toolkit sets SM_MODEL_DIR), else `local`. `ec2` is always asked for by name."""
-    return "sagemaker" if "SM_MODEL_DIR" in os.environ else "local"
+    """Return `sagemaker` inside a SageMaker container, whose toolkit sets SM_MODEL_DIR, else `local`.
+
+    `ec2` is always asked for by name.
+    """
+    if "SM_MODEL_DIR" in os.environ:
+        return "sagemaker"
+    return "local"
 
 
 def default_model(data: str) -> str:
-    """The option of `model` where none is given: only the demo's small pictures are for the network that learns from nothing."""
-    return TOY if data == DEMO else PRETRAINED
+    """Return the option of `model` where none is given.
+
+    Only the demo's small images are for the network that learns from nothing.
+    """
+    if data == DEMO:
+        return TOY
+    return PRETRAINED
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The settings that `dataclasses.asdict` gave."""
+    """Return the settings that `dataclasses.asdict` gave."""
     return load(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[arg-type]
 
 
 def load(composed: DictConfig) -> Config:
-    """Give the typed settings of what Hydra composed. Raise UserError for a value that is missing or not allowed.
+    """Return the typed settings of what Hydra composed; raise UserError for one not allowed.
 
     What isn't given and doesn't depend on weights is filled in; `trainer.network.weights.resolve` fills in the rest.
     """
@@ -224,54 +236,59 @@ def load(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     for key, value, limits in walk(config):
         check(key, value, limits)
-    if config.name is not None and (
-        Path(config.name).name != config.name or config.name in ("", "..")
-    ):
+    if config.name in ("", "..") or Path(config.name or "").name != (config.name or ""):
         raise UserError(
-            f"name={config.name} is not allowed; allowed: the name of one directory, made in platform.runs={config.platform.runs}"
+            f"name={config.name} is not allowed; "
+            f"allowed: the name of one directory, made in platform.runs={config.platform.runs}"
         )
     fill_recipe(config)
     if config.model.weights is None:
         fill_pixels(config, PLAIN)
     check_sizes(config.data)
-    if config.train.accumulate > config.train.batch_size:
+    check_batch(config.train)
+    augment = config.data.augment
+    mixes = augment.mixup + augment.cutmix > 0
+    if config.model.freeze == "backbone" and config.model.cached_views and mixes:
         raise UserError(
-            f"train.accumulate={config.train.accumulate} splits a batch of train.batch_size={config.train.batch_size} into more parts "
-            "than it has pictures; allowed: train.accumulate <= train.batch_size"
-        )
-    if (
-        config.train.exact_shards is not None
-        and config.train.exact_shards > config.train.batch_size
-    ):
-        raise UserError(
-            f"train.exact_shards={config.train.exact_shards} divides a batch of train.batch_size={config.train.batch_size} into more shards than it "
-            "has pictures; allowed: train.exact_shards <= train.batch_size"
-        )
-    if config.train.exact_shards is not None and config.train.accumulate > 1:
-        raise UserError(
-            f"train.accumulate={config.train.accumulate} with train.exact_shards={config.train.exact_shards}: shards are computed one after the "
-            "other already; allowed: train.accumulate=1"
-        )
-    if (
-        config.model.freeze == "backbone"
-        and config.model.cached_views
-        and config.data.augment.mixup + config.data.augment.cutmix > 0
-    ):
-        raise UserError(
-            f"model.cached_views={config.model.cached_views}: mixed pictures (data.augment.mixup, data.augment.cutmix) have no cached features; "
+            f"model.cached_views={config.model.cached_views}: mixed pictures "
+            "(data.augment.mixup, data.augment.cutmix) have no cached features; "
             "allowed: model.cached_views=null, or no mixing"
         )
     for key in ("scale", "ratio"):
-        low, high = getattr(config.data.augment, key)
+        low, high = getattr(augment, key)
         if low > high:
             raise UserError(
-                f"data.augment.{key}=[{low},{high}]: the first number is the lower bound; allowed: [low,high]"
+                f"data.augment.{key}=[{low},{high}]: the first number is the lower bound; "
+                "allowed: [low,high]"
             )
     return config
 
 
+def check_batch(train: TrainConfig) -> None:
+    """Raise UserError where a batch can't be split as `accumulate` and `exact_shards` say."""
+    size, parts, shards = train.batch_size, train.accumulate, train.exact_shards
+    if parts > size:
+        raise UserError(
+            f"train.accumulate={parts} splits a batch of train.batch_size={size} into more parts "
+            "than it has pictures; allowed: train.accumulate <= train.batch_size"
+        )
+    if shards is not None and shards > size:
+        raise UserError(
+            f"train.exact_shards={shards} divides a batch of train.batch_size={size} into more "
+            "shards than it has pictures; allowed: train.exact_shards <= train.batch_size"
+        )
+    if shards is not None and parts > 1:
+        raise UserError(
+            f"train.accumulate={parts} with train.exact_shards={shards}: shards are computed one "
+            "after the other already; allowed: train.accumulate=1"
+        )
+
+
 def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
-    """One line for each setting that the user gave (`overrides`, as "key=value") although another setting makes it without effect."""
+    """Return one line for each setting that the user gave although another one undoes it.
+
+    overrides: what was given, as "key=value".
+    """
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
     values = {key: value for key, value, _ in walk(config)}
     lines = []
@@ -280,12 +297,14 @@ def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
             other, allowed = limits["only_if"].split("=")
             if str(values[other]) not in allowed.split("|"):
                 lines.append(
-                    f"{key}={value} has no effect with {other}={values[other]}: it is used with {limits['only_if']}"
+                    f"{key}={value} has no effect with {other}={values[other]}: "
+                    f"it is used with {limits['only_if']}"
                 )
     views = next((word for word in overrides if word.startswith("model.cached_views=")), "")
     if views and config.model.cached_views is None and not views.endswith("=null"):
         lines.append(
-            f"{views} has no effect with mixed pictures (data.augment.mixup, data.augment.cutmix): they have no cached features"
+            f"{views} has no effect with mixed pictures "
+            "(data.augment.mixup, data.augment.cutmix): they have no cached features"
         )
     if (
         "model.weights" not in given
@@ -299,12 +318,18 @@ def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The settings that decide what comes out of a run, by key. Two runs with equal ones, on equal data, give equal results."""
+    """Return the settings that decide what comes out of a run, by key.
+
+    Two runs with equal ones, on equal data, give equal results.
+    """
     return {key: value for key, value, limits in walk(config) if limits["identity"]}
 
 
 def run_name(config: Config) -> str:
-    """The name of the run's directory: `name`, or one derived from the settings, so that the same command finds its own run again."""
+    """Return the name of the run's directory: `name`, or one derived from the settings.
+
+    So the same command finds its own run again.
+    """
     if config.name is not None:
         return config.name
     what = identity(config) | {"root": places(config.data)}
@@ -314,7 +339,10 @@ def run_name(config: Config) -> str:
 
 
 def places(data: DataConfig) -> list[str]:
-    """Where the pictures lie, by the settings alone: what the splits' folders in data.root are called is seen when they are read."""
+    """Return where the images lie, by the settings alone.
+
+    What the splits' folders in data.root are called is seen when they are read.
+    """
     return [
         os.path.realpath(getattr(data, split) or Path(data.root) / split)
         for split in ("train", "valid", "test")
@@ -335,11 +363,15 @@ class PixelSpec:
     interpolation: str
 
     def resize_for(self, size: int) -> int:
-        """The shorter side from which a square of `size` is cut, so that it shows the share of the picture that the weights expect."""
+        """Return the shorter side from which a square of `size` is cut.
+
+        It shows the share of the image that the weights expect.
+        """
         return max(size, round(size * self.resize / self.size))
 
 
-# Where there are no weights, or nothing is known of them: ImageNet's mean and standard deviation, and the crop of He et al. 2016.
+# Where there are no weights, or nothing is known of them: ImageNet's mean and standard deviation, and
+# the crop of He et al. 2016.
 PLAIN = PixelSpec(
     (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256, size=224, interpolation="bilinear"
 )
@@ -351,32 +383,28 @@ LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
     "adamw": {"scratch": (2e-3, None), "head": (2e-3, None), "pretrained": (2e-4, 2e-3)},
     "sgd": {"scratch": (0.05, None), "head": (0.05, None), "pretrained": (5e-3, 0.05)},
 }
-RUINOUS_LR = {
-    "adamw": 1e-3,
-    "sgd": 0.05,
-}  # from here on, on all layers, pretrained weights are mostly forgotten
+# From here on, on all layers, pretrained weights are mostly forgotten.
+RUINOUS_LR = {"adamw": 1e-3, "sgd": 0.05}
 
-EPOCHS, STEPS = (
-    16,
-    200,
-)  # passes over the pictures, and optimizer steps at least: few pictures need more passes
+# Passes over the images, and optimizer steps at least: few images need more passes.
+EPOCHS, STEPS = 16, 200
 
 
 def fill_recipe(config: Config) -> None:
     """Decide what is trained and at which learning rate, where that isn't given."""
     model, choice, augment = config.model, config.optim, config.data.augment
     if model.freeze == "auto":
-        model.freeze = "none" if model.weights is None else "backbone"
-        if model.freeze == "backbone" and augment.mixup + augment.cutmix > 0:
-            model.cached_views = None  # mixed pictures have no cached features
+        model.freeze = "backbone"
+        if model.weights is None:
+            model.freeze = "none"
+        elif augment.mixup + augment.cutmix > 0:
+            model.cached_views = None  # mixed images have no cached features
     if choice.lr is None:
-        trained = (
-            "head"
-            if model.freeze == "backbone"
-            else "scratch"
-            if model.weights is None
-            else "pretrained"
-        )
+        trained = "pretrained"
+        if model.freeze == "backbone":
+            trained = "head"
+        elif model.weights is None:
+            trained = "scratch"
         choice.lr, head_lr = LEARNING_RATES[choice.name][trained]
         if choice.head_lr is None:
             choice.head_lr = head_lr
@@ -399,13 +427,17 @@ def check_sizes(data: DataConfig) -> None:
     """Raise UserError where the square is larger than the picture that it is cut from."""
     if data.size is not None and data.resize is not None and data.size > data.resize:
         raise UserError(
-            f"data.size={data.size} is larger than data.resize={data.resize}: the picture's shorter side after shrinking is data.resize, "
-            "and the square of data.size is cut out of it; allowed: data.size <= data.resize, or data.resize=null, which follows data.size"
+            f"data.size={data.size} is larger than data.resize={data.resize}: the picture's shorter "
+            "side after shrinking is data.resize, and the square of data.size is cut out of it; "
+            "allowed: data.size <= data.resize, or data.resize=null, which follows data.size"
         )
 
 
 def epochs_for(train: TrainConfig, pictures: int) -> int:
-    """How often the training pictures are passed: `train.epochs`, or EPOCHS, and more where these make fewer than STEPS steps."""
+    """Return how often the training images are passed.
+
+    `train.epochs`, or EPOCHS, and more where these make fewer than STEPS steps.
+    """
     if train.epochs is not None:
         return train.epochs
     steps_per_epoch = pictures // min(train.batch_size, pictures)
@@ -431,14 +463,17 @@ METRICS = (
 
 
 def metric_line(values: Mapping[str, float]) -> str:
-    """The line of the log that carries metrics, for example `metrics: epoch=3 valid_top1=0.812`."""
+    """Return the line of the log that carries metrics, for example `metrics: epoch=3 valid_top1=0.812`."""
     return "metrics: " + " ".join(
         f"{name}={values[name]:.6g}" for name in METRICS if name in values
     )
 
 
 def metric_definitions() -> list[dict[str, str]]:
-    """SageMaker's MetricDefinitions: a name and the regex whose one group takes the value from `metric_line`."""
+    """Return SageMaker's MetricDefinitions.
+
+    Each is a name and the regex whose one group takes the value from `metric_line`.
+    """
     return [{"Name": name, "Regex": rf"metrics: (?:.* )?{name}=(\S+)"} for name in METRICS]
 
 
@@ -446,7 +481,7 @@ def metric_definitions() -> list[dict[str, str]]:
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Every setting below a dataclass instance, as (dotted key, value, limits)."""
+    """Yield every setting below a dataclass instance, as (dotted key, value, limits)."""
     for entry in dataclasses.fields(node):
         value = getattr(node, entry.name)
         if dataclasses.is_dataclass(value):
@@ -456,7 +491,7 @@ def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, A
 
 
 def keys(node: type = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema."""
+    """Return every dotted key of the schema."""
     names = []
     for entry in dataclasses.fields(node):
         if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
@@ -467,7 +502,10 @@ def keys(node: type = Config, prefix: str = "") -> list[str]:
 
 
 def _unknown(node: DictConfig, schema: type, prefix: str = "") -> Iterator[str]:
-    """The keys of what Hydra composed that the schema has not: +key=value adds them, and nothing reads them."""
+    """Yield the keys of what Hydra composed that the schema has not.
+
+    +key=value adds them, and nothing reads them.
+    """
     fields = {entry.name: entry.type for entry in dataclasses.fields(schema)}
     for name in map(str, node):
         kind = fields.get(name)
@@ -478,12 +516,14 @@ def _unknown(node: DictConfig, schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
-    """Raises UserError where a setting's value is outside its limits (`setting`)."""
+    """Raise UserError where a setting's value is outside its limits (`setting`)."""
     if value is None:
         return
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{key}={value} is not allowed; allowed: {', '.join(limits['choices'])}")
-    values = value if isinstance(value, list) else [value]
+    values = value
+    if not isinstance(value, list):
+        values = [value]
     if limits["length"] is not None and len(values) != limits["length"]:
         raise UserError(
             f"{key}={value} holds {len(values)} values; allowed: exactly {limits['length']}"

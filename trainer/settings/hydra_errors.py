@@ -11,42 +11,54 @@ CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 def explain(error: Exception, keys: list[str]) -> str:
-    """The line for `error`. keys: every dotted key that there is, for what a misspelt one may have meant."""
+    """Return the line for `error`.
+
+    keys: every dotted key of the schema, for what a misspelt one may have meant.
+    """
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: can't be read as key=value ({str(error).splitlines()[-2]}); quote what is special to Hydra: 'key=\"a, b\"'"
+        return (
+            f"{error.override}: can't be read as key=value ({str(error).splitlines()[-2]}); "
+            "quote what is special to Hydra: 'key=\"a, b\"'"
+        )
     text = f"{error}\n{error.__cause__ or ''}"
-    if option := re.search(r"Could not find '(\w+)/([^']*)'", text):
+    option = re.search(r"Could not find '(\w+)/([^']*)'", text)
+    if option:
         options = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
         return unknown_option(option[1], option[2], options)
-    if group := re.search(r"In '[^']*': Could not find '([^']+)'", text):
+    group = re.search(r"In '[^']*': Could not find '([^']+)'", text)
+    if group:
         return f"{group[1]}: there is no such config file or group"
     full_key = re.search(r"full_key: (\S+)", text)
-    if unknown := re.search(r"Could not override '([^']+)'", text) or (
-        re.search(r"Key '.*' (is )?not in", text) and full_key
-    ):
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if not unknown and re.search(r"Key '.*' (is )?not in", text):
+        unknown = full_key
+    if unknown:
         return unknown_key(unknown[1], keys)
-    if full_key:
-        typed = re.search(r"^Error merging override (.*)$", text, re.MULTILINE)
-        return _wrong_value(full_key[1], typed[1].lstrip("+") if typed else full_key[1], text)
-    return " ".join(str(error).split())
+    if not full_key:
+        return " ".join(str(error).split())
+    typed = re.search(r"^Error merging override \+*(.*)$", text, re.MULTILINE) or full_key
+    return _wrong_value(full_key[1], typed[1], text)
 
 
 def unknown_option(group: str, name: str, options: list[str]) -> str:
+    """Return the line for an option that a config group has not."""
     near = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
-    hint = (
-        f"; for another torchvision model: model=torchvision model.name={name}"
-        if group == "model" and name.isidentifier()
-        else ""
-    )
+    meant, hint = "", ""
+    if near:
+        meant = f"did you mean {' or '.join(near)}? "
+    if group == "model" and name.isidentifier():
+        hint = f"; for another torchvision model: model=torchvision model.name={name}"
     return f"{group}={name}: there is no such option; {meant}allowed: {', '.join(options)}{hint}"
 
 
 def unknown_key(key: str, keys: list[str]) -> str:
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.6) or [
-        name for name in keys if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]
-    ]
-    hint = f"did you mean {' or '.join(near)}?" if near else "see python -m trainer --help"
+    """Return the line for a setting that the schema has not."""
+    last = key.rsplit(".", 1)[-1]
+    namesakes = [name for name in keys if name.rsplit(".", 1)[-1] == last]
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.6) or namesakes
+    hint = "see python -m trainer --help"
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
     return f"{key}: there is no such setting; {hint}"
 
 
@@ -54,11 +66,11 @@ def _wrong_value(key: str, typed: str, text: str) -> str:
     """typed: the override as it was given, where that is known, else the key."""
     if "missing mandatory value" in text:
         return f"{key} has no value: give {key}=..."
-    if value := re.search(
-        r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", text
-    ):
+    value = re.search(r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", text)
+    if value:
         return f"{key}={value[1]} is of the wrong type; allowed: {value[2].lower()}"
-    if value := re.search(r"Value '(.*)' is not a valid bool", text):
+    value = re.search(r"Value '(.*)' is not a valid bool", text)
+    if value:
         return f"{key}={value[1]} is of the wrong type; allowed: boolean, true or false"
     if "not Optional" in text:
         return f"{key}=null is not allowed; allowed: a value"

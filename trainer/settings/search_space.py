@@ -1,11 +1,14 @@
-"""The search space of a sweep, typed and torch-free: one description for the grid, for Optuna and for SageMaker's tuner.
+"""The search space of a sweep, typed and torch-free.
+
+One description serves the grid, Optuna and SageMaker's tuner.
 
 A range is written as Hydra writes it, in `conf/sweep/*.yaml` and on the command line alike:
 
     optim.lr: interval(1e-4, 1e-1)              any number between the bounds, both included
     optim.lr: tag(log, interval(1e-4, 1e-1))    the same, evenly on a logarithmic scale
     train.batch_size: interval(8, 64)           of a setting that holds integers: integers
-    train.batch_size: 16,32,64                  these values; choice(16,32,64) and range(16,65,16) say the same
+    train.batch_size: 16,32,64                  these values; choice(16,32,64) and range(16,65,16)
+                                                say the same
     model: resnet50,mobilenet_v2                options of a config group
 """
 
@@ -22,7 +25,6 @@ from hydra.core.override_parser.types import (
     ChoiceSweep,
     IntervalSweep,
     Override,
-    QuotedString,
     RangeSweep,
     Transformer,
 )
@@ -37,12 +39,8 @@ from trainer.settings.hydra_errors import explain
 
 Value = bool | int | float | str | list[Any] | None
 GROUPS = ("data", "model", "optim", "experiment")  # whose options a sweep may try
-FIXED = (
-    "name",
-    "platform",
-    "checkpoint",
-    "sweep",
-)  # say where and how safely a trial runs, not what it is
+# These say where and how safely a trial runs, not what it is.
+FIXED = ("name", "platform", "checkpoint", "sweep")
 
 
 @dataclass(frozen=True)
@@ -93,32 +91,37 @@ class Sweep:
 
     @property
     def minimize(self) -> bool:
+        """Whether less is better."""
         return self.objective.endswith("loss")
 
 
 def load(
     config: Config, swept: Mapping[str, str] | None = None, fixed: Iterable[str] = ()
 ) -> Sweep:
-    """The sweep of `config.sweep` and of the command line (`split`): its ranges go before those of the space, its single values take theirs out.
+    """Return the sweep of `config.sweep` and of the command line (`split`).
 
-    Raises UserError for a key that there is not or that can't be swept, and for a range that does not fit its setting.
+    The command line's ranges go before those of the space, its single values take theirs out. Raise
+    UserError for a key that there is not or that can't be swept, and for a range that does not fit
+    its setting.
     """
     chosen = {name: value for name, value in vars(config.sweep).items() if name != "space"}
     settled = {key_of(override) for override in fixed}
-    ranges = {key: text for key, text in config.sweep.space.items() if key not in settled} | dict(
-        swept or {}
-    )
+    ranges = {key: text for key, text in config.sweep.space.items() if key not in settled}
+    ranges |= swept or {}
     if not ranges:
         raise UserError(
-            "the sweep has nothing to try: give a space (sweep=lr_batch) or ranges (optim.lr=1e-3,1e-2)"
+            "the sweep has nothing to try: "
+            "give a space (sweep=lr_batch) or ranges (optim.lr=1e-3,1e-2)"
         )
-    return Sweep(
-        **chosen, space=tuple(parameter(key, text, config) for key, text in ranges.items())
-    )
+    parameters = [parameter(key, text, config) for key, text in ranges.items()]
+    return Sweep(**chosen, space=tuple(parameters))
 
 
 def split(overrides: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    """Separates a command line's overrides into those with one value and those with a range, by key. Raises OverrideParseException."""
+    """Split a command line's overrides into those with one value, and the ranges by key.
+
+    Raise OverrideParseException.
+    """
     fixed, swept = [], {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         assert override.input_line is not None
@@ -130,27 +133,31 @@ def split(overrides: Iterable[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def firsts(swept: Mapping[str, str]) -> list[str]:
-    """An override for the first value of each list; an interval has none. So a setting that must be given may be one that is swept."""
-    found = []
+    """Return an override for the first value of each list; an interval has none.
+
+    So a setting that must be given may be one that is swept.
+    """
+    overrides = []
     for key, text in swept.items():
         (parsed,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
         if not parsed.is_sweep_override():
-            found.append(f"{key}={text}")
+            overrides.append(f"{key}={text}")
         elif not isinstance(parsed.value(), IntervalSweep):
-            found.append(override(key, _listed(parsed, key, text)[0]))
-    return found
+            overrides.append(override(key, _listed(parsed, key, text)[0]))
+    return overrides
 
 
 def key_of(override: str) -> str:
-    """The key of an override: `optim.lr` of `optim.lr=1e-3`."""
+    """Return the key of an override: `optim.lr` of `optim.lr=1e-3`."""
     return override.split("=", 1)[0].lstrip("+~")
 
 
 def parameter(key: str, text: str, config: Config) -> Parameter:
-    """The parameter of one range. Raises UserError where it is none, or does not fit the setting `key`."""
+    """Return the parameter of a range. Raise UserError where it does not fit the setting `key`."""
     if key.split(".")[0] in FIXED:
         raise UserError(
-            f"{key}={text}: a sweep can't try this setting: it says where or how a trial runs, not what it is"
+            f"{key}={text}: a sweep can't try this setting: "
+            "it says where or how a trial runs, not what it is"
         )
     try:
         (override,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
@@ -173,12 +180,13 @@ def parameter(key: str, text: str, config: Config) -> Parameter:
             f"{key}={text}: this setting is no number; allowed: a list of values, such as {key}=a,b"
         )
     assert value.start is not None and value.end is not None
-    whole = float not in kinds and value.start % 1 == value.end % 1 == 0
-    low, high = (
-        _typed(key, int(bound) if whole else bound, config) for bound in (value.start, value.end)
-    )  # Hydra's bounds are floats
+    bounds: list[int | float] = [value.start, value.end]
+    if float not in kinds and value.start % 1 == value.end % 1 == 0:
+        bounds = [int(bound) for bound in bounds]  # Hydra's are floats
+    low, high = (_typed(key, bound, config) for bound in bounds)
     assert isinstance(low, int | float) and isinstance(high, int | float)
-    if unknown := value.tags - {"log"}:
+    unknown = value.tags - {"log"}
+    if unknown:
         raise UserError(
             f"{key}={text}: the tag {', '.join(sorted(unknown))} is not known; allowed: log"
         )
@@ -187,87 +195,84 @@ def parameter(key: str, text: str, config: Config) -> Parameter:
         raise UserError(f"{key}={text}: allowed: interval(low, high) with low below high")
     if log and low <= 0:
         raise UserError(
-            f"{key}={text}: a logarithmic scale has no {low}; allowed: bounds above 0, or no tag(log, ...)"
+            f"{key}={text}: a logarithmic scale has no {low}; "
+            "allowed: bounds above 0, or no tag(log, ...)"
         )
-    return (
-        Continuous(key, float(low), float(high), log)
-        if float in kinds
-        else Integer(key, int(low), int(high), log)
-    )
+    if float in kinds:
+        return Continuous(key, float(low), float(high), log)
+    return Integer(key, int(low), int(high), log)
 
 
 def grid(parameter: Parameter, points: int) -> tuple[Value, ...]:
-    """The values that a grid takes: every choice, or `points` evenly spaced ones of an interval, to six digits, with both its bounds."""
+    """Return the values that a grid takes.
+
+    Every choice, or `points` evenly spaced ones of an interval, to six digits, with both bounds.
+    """
     if isinstance(parameter, Categorical):
         return parameter.choices
-    low, high = (
-        math.log(bound) if parameter.log else bound for bound in (parameter.low, parameter.high)
-    )
-    spaced = [low + (high - low) * number / max(points - 1, 1) for number in range(points)]
-    values = [math.exp(value) if parameter.log else value for value in spaced]
+    low: float
+    high: float
+    low, high = parameter.low, parameter.high
+    if parameter.log:
+        low, high = math.log(low), math.log(high)
+    values = [low + (high - low) * number / max(points - 1, 1) for number in range(points)]
+    if parameter.log:
+        values = [math.exp(value) for value in values]
     if isinstance(parameter, Integer):
         return tuple(dict.fromkeys(round(value) for value in values))
     return tuple(min(max(float(f"{value:.6g}"), parameter.low), parameter.high) for value in values)
 
 
 def override(key: str, value: Value) -> str:
-    """`key=value` as Hydra's command line takes it, so that it gives back the same value of the same type."""
+    """Return `key=value` as Hydra takes it, so that it gives back the same value and type."""
     return f"{key}={text(value)}"
 
 
 def text(value: Value) -> str:
+    """Return a value as Hydra's command line takes it."""
     if isinstance(value, list):
         return f"[{','.join(text(element) for element in value)}]"
     if isinstance(value, str):
         # What could be read as something else, or holds what is special to Hydra, is quoted.
-        plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) and value.lower() not in (
-            "null",
-            "true",
-            "false",
-            "nan",
-            "inf",
-        )
-        return (
-            value
-            if plain
-            else "'"
-            + re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value)
-            + "'"
-        )
+        reserved = value.lower() in ("null", "true", "false", "nan", "inf")
+        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) and not reserved:
+            return value
+        # Backslashes are doubled before a quote, which gets one more, and at the end.
+        quoted = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + end[2].replace("'", "\\'"), value)
+        return f"'{quoted}'"
     return json.dumps(value)
 
 
 def _listed(override: Override, key: str, text: str) -> list[Any]:
-    """The values of a list or range, in the order given."""
+    """Return the values of a list or range, in the order given."""
     value = override.value()
     if not isinstance(value, ChoiceSweep | RangeSweep):
         raise UserError(
-            f"{key}={text} is no range; allowed: a,b,c, range(start,stop,step), interval(low,high) or tag(log,interval(low,high))"
+            f"{key}={text} is no range; allowed: a,b,c, range(start,stop,step), "
+            "interval(low,high) or tag(log,interval(low,high))"
         )
     return [
-        plain.text if isinstance(plain, QuotedString) else plain
-        for plain in override.sweep_iterator(Transformer.identity)
+        getattr(element, "text", element)  # of a quoted string
+        for element in override.sweep_iterator(Transformer.identity)
     ]
 
 
 def _typed(key: str, value: Any, config: Config) -> Value:
-    """The value as the setting's own type, checked against what the setting allows."""
+    """Return the value as the setting's own type, checked against what the setting allows."""
     node = OmegaConf.structured(config)
     try:
         OmegaConf.update(node, key, value)
         typed = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise UserError(explain(error, settings.keys())) from error
-    found, limits = next(
-        (found, limits) for name, found, limits in settings.walk(typed) if name == key
-    )
-    settings.check(key, found, limits)
-    result: Value = found
-    return result
+    (match,) = (entry for entry in settings.walk(typed) if entry[0] == key)
+    settings.check(*match)
+    checked: Value = match[1]
+    return checked
 
 
 def _kinds(key: str) -> set[Any]:
-    """The types that a setting may have: {float} for `float`, {int, NoneType} for `int | None`."""
+    """Return the types that a setting may have: {float} for `float`, {int, NoneType} for `int | None`."""
     node: Any = Config
     for part in key.split("."):
         node = next(entry.type for entry in dataclasses.fields(node) if entry.name == part)
