@@ -109,9 +109,8 @@ def test_sigterm_while_pictures_are_packed(tmp_path):
 def test_sigterm_during_an_evaluation(tmp_path):
     materialize("fashion_mnist", tmp_path / "data")
     # Little to train on and much to evaluate. An epoch has 7 steps, and what is saved after the last of them is saved during the evaluation.
-    # The demo's own settings, with its splits exchanged.
-    own = ("data=fashion_mnist", "data.train=data/valid", "data.valid=data/train")
-    command = (*COMMAND, *own)
+    swapped = ("data.train=data/valid", "data.valid=data/train")
+    command = (*COMMAND, "data=fashion_mnist", "data.root=data", *swapped)
     checkpoints = tmp_path / "runs/run/checkpoints"
     stopped_when(tmp_path, (checkpoints / "step-00000007").exists, terminate, *command)
     newest = checkpoint.newest(checkpoints)
