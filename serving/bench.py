@@ -213,8 +213,10 @@ def _connect(url: str) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{url}: not a server's URL; give one like http://127.0.0.1:8080")
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-    return kinds[parts.scheme](parts.hostname, parts.port, timeout=60)
+    kind = http.client.HTTPConnection
+    if parts.scheme == "https":
+        kind = http.client.HTTPSConnection
+    return kind(parts.hostname, parts.port, timeout=60)
 
 
 def _error(body: bytes) -> str:

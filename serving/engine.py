@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +71,9 @@ class Engine:
                     raise ImageError(f"picture {number} of {len(images)}: {error}") from error
             return np.stack([future.result(end - time.monotonic()) for future in running])
         finally:
-            for unfinished in (*decoding, *running):
-                unfinished.cancel()
+            unfinished: list[Future[Any]] = [*decoding, *running]
+            for each in unfinished:
+                each.cancel()
 
     def hangs(self, seconds: float) -> bool:
         """Return whether each decoder has been busy with one image for more than `seconds`."""

@@ -29,8 +29,8 @@ SAFE = "/%:@!$&'()*+,;=~"  # characters of a path that are sent as they stand
 REDIRECTS = {301, 302, 303, 307, 308}
 
 # What no image on the public internet has for an address: the two IANA special-purpose address
-# registries (RFC 6890), and what clouds add to them. `ipaddress.is_global` is no such table: it lets
-# multicast, NAT64, 6to4 and IPv4-compatible addresses pass, and each of them leads inside.
+# registries (RFC 6890), and what clouds add to them. `ipaddress.is_global` is no such table: it
+# lets multicast, NAT64, 6to4 and IPv4-compatible addresses pass, and each of them leads inside.
 FORBIDDEN = tuple(
     ipaddress.ip_network(network)
     for network in (

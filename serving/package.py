@@ -31,7 +31,7 @@ MAX_BYTES = 8 << 30
 
 
 class PackageError(ValueError):
-    """The package is damaged, incomplete, or does not reproduce: in one line, which file and why."""
+    """The package is damaged, incomplete, or does not reproduce: one line says which file."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ proven itself, so a server that answers at all is healthy.
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import signal
+import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ BODY_SECONDS = 20.0  # for its body
 BODIES = 128 << 20  # bytes of all bodies together: what the queue may hold in memory
 # After SIGTERM, new requests are still answered for so long: whoever sends them has yet to notice.
 LAME_SECONDS = 1.0
+LATE_SECONDS = 0.2  # after that, for requests on their way in open connections
 DRAIN_SECONDS = 25  # for the answers under way; SageMaker kills 30 s after SIGTERM
 
 NO_HEADERS: Mapping[str, str] = {}
@@ -265,7 +268,8 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """Goes on answering for LAME_SECONDS after it was told to end, and says so on /ping.
 
-    uvicorn alone stops at once, and drops requests that had not arrived in full.
+    uvicorn alone stops at once. That resets connections that wait to be accepted, and drops
+    requests that had not arrived in full.
     """
 
     def __init__(self, config: uvicorn.Config, app: App) -> None:
@@ -276,7 +280,24 @@ class _Server(uvicorn.Server):
         """Drain, then end as uvicorn does."""
         self._app.draining = True
         await asyncio.sleep(LAME_SECONDS)
+        for server in self.servers:
+            waiting = [each for listener in server.sockets for each in _accept_waiting(listener)]
+            server.close()
+            for connection in waiting:
+                await server.get_loop().connect_accepted_socket(self._protocol, connection)
+        await asyncio.sleep(LATE_SECONDS)
         await super().shutdown(sockets)
+
+    def _protocol(self) -> _Protocol:
+        return _Protocol(self.config, self.server_state, self.lifespan.state)
+
+
+def _accept_waiting(listener: socket.socket) -> Iterator[socket.socket]:
+    """Accept what waits: closing a listener resets the connections that it has not accepted."""
+    with listener.dup() as accepting, contextlib.suppress(BlockingIOError):
+        while True:
+            connection, _ = accepting.accept()
+            yield connection
 
 
 def serve(package: Package, engine: Engine, settings: Settings, host: str, port: int) -> None:

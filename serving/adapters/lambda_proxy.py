@@ -2,8 +2,8 @@
 
 It runs on the standard library and boto3; its zip holds this file, as `lambda_function.py`, and
 `fetch.py`, nothing else. Events: a direct call with the JSON that `serving/handler.py` describes,
-such as {"url": "https://..."}, and the HTTP events of function URLs and API Gateway (REST and HTTP),
-whose body is that JSON or an image's file. Answers: {"statusCode", "headers", "type-result",
+such as {"url": "https://..."}, and the HTTP events of function URLs and API Gateway (REST and
+HTTP), whose body is that JSON or an image's file. Answers: {"statusCode", "headers", "type-result",
 "body"}, the body being the endpoint's JSON, or an error's.
 
 Environment: ENDPOINT_NAME; FETCH_URLS, who fetches a URL: "lambda" (this function, so that the
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("packhorse.lambda")
 
-# Together at most 29 s: FETCH_SECONDS + ATTEMPTS * (CONNECT_SECONDS + ENDPOINT_SECONDS) + botocore's
-# pause of up to 1 s before a second attempt. The function's own time limit is 30 s (stack.yaml) and
-# API Gateway's 29 s, so a caller gets this function's answer and not its platform's.
+# Together at most 29 s: FETCH_SECONDS + ATTEMPTS * (CONNECT_SECONDS + ENDPOINT_SECONDS), and
+# botocore's pause of up to 1 s before a second attempt. The function's own time limit is 30 s
+# (stack.yaml) and API Gateway's 29 s, so a caller gets this function's answer and not its
+# platform's.
 FETCH_SECONDS = 6.0
 CONNECT_SECONDS = 1.0
 ENDPOINT_SECONDS = 9.0
@@ -45,7 +46,7 @@ BUSY = {"ThrottlingException", "Throttling", "TooManyRequestsException", "ModelN
 
 
 def handler(event: Any, context: Any) -> dict[str, Any]:
-    """Return the answer to an event of Lambda, whatever goes wrong; details are in the log alone."""
+    """Return the answer to an event, whatever goes wrong; its details are in the log alone."""
     request_id = str(context.aws_request_id)
     try:
         data, accept = read(event)

@@ -1,4 +1,4 @@
-"""The four functions that AWS's PyTorch inference toolkit calls; `code/inference.py` in the package.
+"""The four functions that AWS's PyTorch inference toolkit calls, as `code/inference.py`.
 
 An exception would reach the caller as 500 with its traceback, so a request that fails is passed on
 as the answer that it gets.
