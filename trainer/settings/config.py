@@ -1,8 +1,8 @@
 """The settings of a run: typed, checked once at the edge, torch-free.
 
-Hydra composes `conf/`; `load` turns what it composed into the dataclasses below. The YAML files hold
-each setting's value and what it means; this file holds its type and what is allowed. Only a run and
-its loop see these dataclasses; what they call takes plain arguments.
+Hydra composes `conf/`; `load` turns what it composed into the dataclasses below. The YAML files
+hold each setting's value and what it means; this file holds its type and what is allowed. Only a
+run and its loop see these dataclasses; what they call takes plain arguments.
 """
 
 import dataclasses
@@ -225,7 +225,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 def load(composed: DictConfig) -> Config:
     """Return the typed settings of what Hydra composed; raise UserError for one not allowed.
 
-    What isn't given and doesn't depend on weights is filled in; `trainer.network.weights.resolve` fills in the rest.
+    What isn't given and doesn't depend on weights is filled in; `trainer.network.weights.resolve`
+    fills in the rest.
     """
     for key in _unknown(composed, Config):
         raise UserError(unknown_key(key, keys()))
@@ -370,15 +371,15 @@ class PixelSpec:
         return max(size, round(size * self.resize / self.size))
 
 
-# Where there are no weights, or nothing is known of them: ImageNet's mean and standard deviation, and
-# the crop of He et al. 2016.
+# Where there are no weights, or nothing is known of them: ImageNet's mean and standard deviation,
+# and the crop of He et al. 2016.
 PLAIN = PixelSpec(
     (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256, size=224, interpolation="bilinear"
 )
 
-# Peak learning rates (all layers but the head, the head) by optimizer and by what is trained; None: the same.
-# MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers gives a test accuracy of 33 %,
-# 2e-4 with 2e-3 for the head 55 %, a frozen backbone 76 %.
+# Peak learning rates (all layers but the head, the head) by optimizer and by what is trained; None:
+# the same. MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers
+# gives a test accuracy of 33 %, 2e-4 with 2e-3 for the head 55 %, a frozen backbone 76 %.
 LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
     "adamw": {"scratch": (2e-3, None), "head": (2e-3, None), "pretrained": (2e-4, 2e-3)},
     "sgd": {"scratch": (0.05, None), "head": (0.05, None), "pretrained": (5e-3, 0.05)},

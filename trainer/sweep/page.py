@@ -150,7 +150,10 @@ def _plots(
 def _marks(
     trials: Sequence[Trial], points: Callable[[Trial], Sequence[tuple[float, float]]]
 ) -> list[Mark]:
-    """Trials, the best first, as marks in the order in which they are drawn. Equal values have equal colours."""
+    """Trials, the best first, as marks in the order in which they are drawn.
+
+    Equal values have equal colours.
+    """
     values = list(dict.fromkeys(trial.value for trial in trials))
     worst = max(len(values) - 1, 1)
     return [
