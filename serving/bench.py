@@ -214,7 +214,7 @@ def _connect(url: str) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{url}: not a server's URL; give one like http://127.0.0.1:8080")
-    kind = http.client.HTTPConnection
+    kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
     if parts.scheme == "https":
         kind = http.client.HTTPSConnection
     return kind(parts.hostname, parts.port, timeout=60)
