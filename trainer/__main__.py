@@ -1,4 +1,7 @@
-"""`python -m trainer [key=value ...]`: the stages of a run, in order. Hydra's own flags (--help, -m, --cfg job) work as everywhere."""
+"""`python -m trainer [key=value ...]`: the stages of a run, in order.
+
+Hydra's own flags (--help, -m, --cfg job) work as everywhere.
+"""
 
 import logging
 import os
@@ -114,8 +117,8 @@ def main() -> int:
     multirun = len(words) < len(sys.argv) - 1 and not flags
     # Hydra then raises its errors, instead of printing them and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an import is
-    # swallowed by some C extensions.
+    # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an
+    # import is swallowed by some C extensions.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     to_terminal(expendable=True)  # the run has a log of its own
     settings.register()

@@ -1,6 +1,7 @@
 """`python -m trainer.doctor [key=value ...]`: what this machine can do with these settings, before hours are paid for.
 
-It runs the real loop for some seconds on a sample of the real pictures, in a cache of its own, and predicts from that. No run is begun.
+It runs the real loop for some seconds on a sample of the real pictures, in a cache of its own, and
+predicts from that. No run is begun.
 """
 
 import argparse
@@ -137,7 +138,10 @@ def examine(overrides: list[str], seconds: float) -> None:
 def measure(
     config: Config, images: ImageFolder, network: Classifier, machine: Machine, seconds: float
 ) -> Measured:
-    """Measure each part of the run on a sample. Takes about four times `seconds`; longer only where a single step does."""
+    """Measure each part of the run on a sample.
+
+    Takes about four times `seconds`; longer only where a single step does.
+    """
     Path(config.platform.cache).mkdir(parents=True, exist_ok=True)
     # On the disk of the real cache, and gone afterwards.
     prefix = f"{files.TEMPORARY}doctor-"
@@ -219,7 +223,10 @@ def _trained(training: Training, seconds: float) -> Trained:
 
 
 def _fewer(config: Config, data: Loader, warm: Trained, machine: Machine) -> Loader:
-    """The data in batches so small that a step of them takes at most SLOW. On a CPU time is in proportion to the images."""
+    """The data in batches so small that a step of them takes at most SLOW.
+
+    On a CPU time is in proportion to the images.
+    """
     fit_in = int(SLOW * warm.count / warm.seconds)
     if machine.device.type == "cuda" or fit_in >= config.train.batch_size:
         return data
@@ -487,7 +494,10 @@ def run_facts(
 
 
 def instance_type() -> str | None:
-    """EC2's or SageMaker's name of this machine; None elsewhere. Only a machine that says it is EC2's is asked over its network."""
+    """EC2's or SageMaker's name of this machine; None elsewhere.
+
+    Only a machine that says it is EC2's is asked over its network.
+    """
     if name := os.environ.get("SM_CURRENT_INSTANCE_TYPE"):
         return name
     vendor = Path("/sys/class/dmi/id/sys_vendor")

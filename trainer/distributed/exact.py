@@ -16,9 +16,9 @@ from trainer.images.sampler import Share
 class Ordered(Gradients):
     """The shards of a batch are the same whatever the number of processes, and what they give is added in their order.
 
-    Each shard starts from the same buffers; BatchNorm's statistics then move by the mean of what they moved in
-    the shards. With several processes each adds up one slice of all gradients, so a step sends and receives what
-    2 * shards / processes gradients take.
+    Each shard starts from the same buffers; BatchNorm's statistics then move by the mean of what
+    they moved in the shards. With several processes each adds up one slice of all gradients, so a
+    step sends and receives what 2 * shards / processes gradients take.
     """
 
     def __init__(

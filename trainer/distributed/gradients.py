@@ -61,7 +61,8 @@ class Replicated(Gradients):
                 forward,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 process_group=world.group,
-                # Training reads no running statistics, so they need not be equal in each step: rank 0's count.
+                # Training reads no running statistics, so they need not be equal in each step: rank
+                # 0's count.
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )

@@ -17,7 +17,8 @@ SILENT = 3 * BEAT  # without one for so long, a process is the likely cause of a
 class Heartbeat(threading.Thread):
     """Tells the others that this process lives, how often it has come to a barrier, and why it ends.
 
-    Whatever may block on a broken network happens in this thread. The main one only reads what was heard last.
+    Whatever may block on a broken network happens in this thread. The main one only reads what was
+    heard last.
     """
 
     def __init__(self, store: Any, rank: int, size: int, who: str) -> None:

@@ -37,7 +37,10 @@ SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 class Job(World):
-    """One of several processes. Numbers and flags go by gloo, on the CPU, gradients on GPUs by NCCL."""
+    """One of several processes.
+
+    Numbers and flags go by gloo, on the CPU, gradients on GPUs by NCCL.
+    """
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -245,7 +248,10 @@ class Job(World):
             os._exit(code)  # an orderly end would wait for processes that are no more
 
     def _look(self) -> None:
-        """Raise what this waiting comes to: Interrupted or Ended where one has ended, Lost where one is silent too long."""
+        """Raise what this waiting comes to:
+
+        Interrupted or Ended where one has ended, Lost where one is silent too long.
+        """
         for notice in self._heartbeat.notices():
             if notice.asked:
                 raise Interrupted(notice.text)

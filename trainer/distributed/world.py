@@ -1,7 +1,10 @@
-"""Where this process stands among those of its run, and what they do together. One alone needs no PyTorch for it.
+"""Where this process stands among those of its run, and what they do together.
 
-A run of one process has a `World`, whose methods do nothing; one of several, started by torchrun, has a
-`distributed.job.Job`. How the gradients of a batch come together is a matter of its own: `gradients`, `exact`.
+One alone needs no PyTorch for it.
+
+A run of one process has a `World`, whose methods do nothing; one of several, started by torchrun,
+has a `distributed.job.Job`. How the gradients of a batch come together is a matter of its own:
+`gradients`, `exact`.
 """
 
 import functools
@@ -87,7 +90,8 @@ class World:
     def connected(self, timeout: float, stop: Stop) -> Iterator[None]:
         """Let the processes talk while the context lasts. timeout: seconds that one may keep the others waiting.
 
-        Raises Lost, Ended or Interrupted in the place of an error that comes from another process's end.
+        Raises Lost, Ended or Interrupted in the place of an error that comes from another process's
+        end.
         """
         yield
 
@@ -121,7 +125,10 @@ class World:
         stop.check()
 
     def rounds(self, batches: Iterable[T], stop: Stop) -> Iterator[T]:
-        """Yield the batches of this process. Raises Interrupted in all processes at the same round."""
+        """Yield the batches of this process.
+
+        Raises Interrupted in all processes at the same round.
+        """
         for batch in batches:
             stop.check()
             yield batch

@@ -39,9 +39,9 @@ def load(
 ) -> Generator[Batch, None, None]:
     """Yield the batches in order, whatever the number of threads.
 
-    view: a sample's number to its pixels [size, size, 3]; called from several threads. target: the class of
-    each sample. workers: how many threads; 0: none, in the caller's own. pin: in page-locked memory, from
-    which a GPU copies on its own.
+    view: a sample's number to its pixels [size, size, 3]; called from several threads. target: the
+    class of each sample. workers: how many threads; 0: none, in the caller's own. pin: in
+    page-locked memory, from which a GPU copies on its own.
     """
 
     def start(samples: NDArray[np.int64]) -> tuple[Batch, Callable[[int, int], None]]:

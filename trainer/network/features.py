@@ -1,8 +1,8 @@
 """The features of a frozen backbone, computed once: the epochs train the head on what is on disk.
 
-Each training image is seen in a fixed number of random views, which the epochs take in turn; valid in its
-plain view. The features of one split in one view are one file of float32 [images, width]. While it is being
-written, a second file says how many of its rows are safe on the disk.
+Each training image is seen in a fixed number of random views, which the epochs take in turn; valid
+in its plain view. The features of one split in one view are one file of float32 [images, width].
+While it is being written, a second file says how many of its rows are safe on the disk.
 """
 
 import hashlib
@@ -91,8 +91,9 @@ class FeatureCache:
     def extract(self, stop: Stop, world: World) -> FeatureLoader:
         """Return the features of every training view and of valid; those that are there are not computed again.
 
-        The processes of a host begin at different views; what one of them computes, the others find or wait
-        for. Raises Interrupted when asked to stop: what is done is kept, and the next call goes on from there.
+        The processes of a host begin at different views; what one of them computes, the others find
+        or wait for. Raises Interrupted when asked to stop: what is done is kept, and the next call
+        goes on from there.
         """
         views = self.loader.views
         assert views is not None

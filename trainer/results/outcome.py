@@ -19,9 +19,9 @@ from trainer.training.loop import predict
 from trainer.training.metrics import classification
 from trainer.training.training import Training
 
-# How far the loss of the best weights on valid may lie from what was noted for them: relative, absolute.
-# Where nothing that the bits depend on has changed it is equal (metrics keep 6 digits); the rest is for
-# kernels that a GPU or a compiler chooses anew.
+# How far the loss of the best weights on valid may lie from what was noted for them: relative,
+# absolute. Where nothing that the bits depend on has changed it is equal (metrics keep 6 digits);
+# the rest is for kernels that a GPU or a compiler chooses anew.
 SAME_LOSS_HERE = (1e-3, 1e-5)
 SAME_LOSS_ELSEWHERE = (0.05, 0.01)  # another machine or precision
 

@@ -75,7 +75,8 @@ OPSET = 20
 # logit of the golden images. Measured on ResNet-18 and MobileNetV2, as parts of that largest logit:
 # PyTorch (AVX-512, AVX2 and plain kernels) against ONNX Runtime 1.32 at each of its optimisation
 # levels, at most 9e-6. So 1e-3 leaves a hundredfold for other processors and is still far below
-# what a wrong image or network does. The absolute part is for networks whose logits are all about 0.
+# what a wrong image or network does. The absolute part is for networks whose logits are all about
+# 0.
 TOLERANCE = {"absolute": 1e-5, "relative": 1e-3}
 
 # The same for int8, against the int8 network on the machine that built it: where a sum of products

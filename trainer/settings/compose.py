@@ -101,7 +101,7 @@ def _compose(words: Sequence[str], conf: Path) -> tuple[DictConfig, dict[str, st
 def _own_pictures(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """A folder of pictures without data=... means these pictures, and not a place for the demo's."""
+    """A folder of images without data=... means these, and not a place for the demo's."""
     if "data" in given or choices["data"] != DEMO or not given & {"data.root", "data.train"}:
         return None
     return (
@@ -113,7 +113,10 @@ def _own_pictures(
 def _root_of_train(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """A folder of training pictures needs no data.root: valid is split off it, unless data.valid says where it is."""
+    """A folder of training images needs no data.root.
+
+    valid is split off it, unless data.valid says where it is.
+    """
     if not OmegaConf.is_missing(composed.data, "root") or composed.data.train is None:
         return None
     return space.override("data.root", composed.data.train), "only data.train was given"

@@ -1,8 +1,8 @@
 """The settings of a run: typed, checked once at the edge, torch-free.
 
-Hydra composes `conf/`; `load` turns what it composed into the dataclasses below. The YAML files hold
-each setting's value and what it means; this file holds its type and what is allowed. Only a run and
-its loop see these dataclasses; what they call takes plain arguments.
+Hydra composes `conf/`; `load` turns what it composed into the dataclasses below. The YAML files
+hold each setting's value and what it means; this file holds its type and what is allowed. Only a
+run and its loop see these dataclasses; what they call takes plain arguments.
 """
 
 import dataclasses
@@ -198,7 +198,7 @@ def register() -> None:
 
 
 def detect_platform() -> str:
-    """Return `sagemaker` inside a SageMaker container, whose toolkit sets SM_MODEL_DIR, else `local`.
+    """Return `sagemaker` inside its container, whose toolkit sets SM_MODEL_DIR, else `local`.
 
     `ec2` is always asked for by name.
     """
@@ -225,7 +225,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 def load(composed: DictConfig) -> Config:
     """Return the typed settings of what Hydra composed; raise UserError for one not allowed.
 
-    What isn't given and doesn't depend on weights is filled in; `trainer.network.weights.resolve` fills in the rest.
+    What isn't given and doesn't depend on weights is filled in; `trainer.network.weights.resolve`
+    fills in the rest.
     """
     for key in _unknown(composed, Config):
         raise UserError(unknown_key(key, keys()))
@@ -312,7 +313,8 @@ def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
         and config.model.weights is None
     ):
         lines.append(
-            "model.freeze=backbone with model.weights=null trains a head on random features: give model.weights"
+            "model.freeze=backbone with model.weights=null trains a head on random features: "
+            "give model.weights"
         )
     return lines
 
@@ -354,7 +356,7 @@ def places(data: DataConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class PixelSpec:
-    """What weights expect of pixels. mean, std: of the channels, in 0..1; the rest as in `DataConfig`."""
+    """What weights expect of pixels. mean, std: of channels, in 0..1; the rest: `DataConfig`."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -370,15 +372,15 @@ class PixelSpec:
         return max(size, round(size * self.resize / self.size))
 
 
-# Where there are no weights, or nothing is known of them: ImageNet's mean and standard deviation, and
-# the crop of He et al. 2016.
+# Where there are no weights, or nothing is known of them: ImageNet's mean and standard deviation,
+# and the crop of He et al. 2016.
 PLAIN = PixelSpec(
     (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256, size=224, interpolation="bilinear"
 )
 
-# Peak learning rates (all layers but the head, the head) by optimizer and by what is trained; None: the same.
-# MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers gives a test accuracy of 33 %,
-# 2e-4 with 2e-3 for the head 55 %, a frozen backbone 76 %.
+# Peak learning rates (all layers but the head, the head) by optimizer and by what is trained; None:
+# the same. MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers
+# gives a test accuracy of 33 %, 2e-4 with 2e-3 for the head 55 %, a frozen backbone 76 %.
 LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
     "adamw": {"scratch": (2e-3, None), "head": (2e-3, None), "pretrained": (2e-4, 2e-3)},
     "sgd": {"scratch": (0.05, None), "head": (0.05, None), "pretrained": (5e-3, 0.05)},
@@ -427,8 +429,8 @@ def check_sizes(data: DataConfig) -> None:
     """Raise UserError where the square is larger than the picture that it is cut from."""
     if data.size is not None and data.resize is not None and data.size > data.resize:
         raise UserError(
-            f"data.size={data.size} is larger than data.resize={data.resize}: the picture's shorter "
-            "side after shrinking is data.resize, and the square of data.size is cut out of it; "
+            f"data.size={data.size} is larger than data.resize={data.resize}: "
+            "the picture's shorter side after shrinking is data.resize, and the square of data.size is cut out of it; "
             "allowed: data.size <= data.resize, or data.resize=null, which follows data.size"
         )
 
@@ -463,7 +465,7 @@ METRICS = (
 
 
 def metric_line(values: Mapping[str, float]) -> str:
-    """Return the line of the log that carries metrics, for example `metrics: epoch=3 valid_top1=0.812`."""
+    """Return the log's line of metrics, for example `metrics: epoch=3 valid_top1=0.812`."""
     return "metrics: " + " ".join(
         f"{name}={values[name]:.6g}" for name in METRICS if name in values
     )

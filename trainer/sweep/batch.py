@@ -1,8 +1,10 @@
-"""Trials in one process, one after the other: `python -m trainer.sweep.batch SWEEP NUMBER...`, as the driver starts it.
+"""Trials in one process, one after the other:
 
-A head on cached features trains in seconds, so a process of its own for each trial would spend most of its
-time on its start. Each trial is the run that it is alone, through the same loop, up to its last epoch: the
-best one alone is tested and packaged, by a process of its own.
+`python -m trainer.sweep.batch SWEEP NUMBER...`, as the driver starts it.
+
+A head on cached features trains in seconds, so a process of its own for each trial would spend most
+of its time on its start. Each trial is the run that it is alone, through the same loop, up to its
+last epoch: the best one alone is tested and packaged, by a process of its own.
 """
 
 import json
@@ -29,7 +31,10 @@ from trainer.training.training import Diverged, build_training
 
 
 def train(directory: Path, numbers: list[int]) -> None:
-    """Train the trials of a sweep, and write what became of them, all at once. Raises Interrupted when asked to stop."""
+    """Train the trials of a sweep, and write what became of them, all at once.
+
+    Raises Interrupted when asked to stop.
+    """
     outcomes: dict[int, dict[str, Any]] = {}
     places = {number: directory / f"{number:04d}" for number in numbers}
     with on_signals() as stop, ExitStack() as locks:
@@ -42,7 +47,10 @@ def train(directory: Path, numbers: list[int]) -> None:
 
 
 def train_trial(config: Config, stop: Stop) -> dict[str, Any]:
-    """Train one trial to its end, and return its outcome. A loss that is not finite is the trial's failure, not the batch's."""
+    """Train one trial to its end, and return its outcome.
+
+    A loss that is not finite is the trial's failure, not the batch's.
+    """
     with open_run(config, World(), stop) as run:
         images = find_images(config)
         training = build_training(run.resolved(images), images)

@@ -1,7 +1,10 @@
-"""`python -m trainer -m ...`: the driver of a sweep. It trains nothing itself: it starts trials as processes and notes what becomes of them.
+"""`python -m trainer -m ...`: the driver of a sweep.
 
-A sweep lies in platform.runs/NAME: `sweep.json` (what was asked for), `source/` (the code and conf/ as they were then, which every trial uses),
-its ledger, `sweep.html`, and a directory for each trial, which is an ordinary run. It can be killed at any moment and started again.
+It trains nothing itself: it starts trials as processes and notes what becomes of them.
+
+A sweep lies in platform.runs/NAME: `sweep.json` (what was asked for), `source/` (the code and conf/
+as they were then, which every trial uses), its ledger, `sweep.html`, and a directory for each
+trial, which is an ordinary run. It can be killed at any moment and started again.
 """
 
 import ctypes
@@ -49,7 +52,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(arguments: list[str]) -> None:
-    """The sweep of a command line's overrides, from where it is to its end. Raises Interrupted when asked to stop."""
+    """The sweep of a command line's overrides, from where it is to its end.
+
+    Raises Interrupted when asked to stop.
+    """
     fixed, swept = space.split(arguments)
     config, notes = base(CONF, fixed, swept)
     for line in notes:
@@ -158,7 +164,8 @@ class Driver:
         self, directory: Path, fixed: list[str], frozen: dict[str, Any], stop: Stop
     ) -> None:
         self.directory, self.frozen, self.stop = directory, frozen, stop
-        # Neither the sweep's own settings nor the places that its trials would share are for the trials.
+        # Neither the sweep's own settings nor the places that its trials would share are for the
+        # trials.
         self.fixed = [
             word for word in fixed if space.key_of(word).split(".")[0] not in ("sweep", "name")
         ]
@@ -197,7 +204,10 @@ class Driver:
         self.summarize(ranked)
 
     def step(self) -> bool:
-        """Looks after the jobs once, and starts others in the place of those that ended. False: nothing is left to do."""
+        """Looks after the jobs once, and starts others in the place of those that ended.
+
+        False: nothing is left to do.
+        """
         if self.stop.reason:
             self.halt()
         ended = [job for job in self.jobs if self.look_after(job)]
@@ -234,7 +244,10 @@ class Driver:
         return trials
 
     def take(self) -> tuple[Trial, bool] | None:
-        """A trial to start, with its config.yaml in its directory, and whether it may share a process. None: there is none."""
+        """A trial to start, with its config.yaml in its directory, and whether it may share a process.
+
+        None: there is none.
+        """
         while trial := self.waiting.pop(0) if self.waiting else self.ledger.ask():
             try:
                 config = compose(self.overrides(trial), self.directory / "source" / "conf")
@@ -259,7 +272,10 @@ class Driver:
         return None
 
     def look_after(self, job: TrialProcess) -> bool:
-        """Starts the job's process when it can start, follows it, and notes its outcome. Whether it has ended."""
+        """Starts the job's process when it can start, follows it, and notes its outcome.
+
+        Whether it has ended.
+        """
         if job.process is None:
             if any(in_use(self.place(trial)) for trial in job.trials):
                 return False
@@ -558,6 +574,9 @@ _libc = (
 
 
 def end_with_parent() -> None:
-    """Has Linux send this process SIGTERM when the driver dies, so that it saves and the machine is free. Elsewhere it trains on to its end."""
+    """Has Linux send this process SIGTERM when the driver dies, so that it saves and the machine is free.
+
+    Elsewhere it trains on to its end.
+    """
     if _libc is not None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,7 +1,8 @@
 """What a sweep has tried: every trial with its number, values and outcome, on the disk before anything is done about it.
 
-`Grid` and `optuna_ledger.Optuna` are the two ways to choose the next trial. A trial that was begun stays begun: after a kill it is found
-again under its number with its values, so that nothing is lost, repeated or renumbered.
+`Grid` and `optuna_ledger.Optuna` are the two ways to choose the next trial. A trial that was begun
+stays begun: after a kill it is found again under its number with its values, so that nothing is
+lost, repeated or renumbered.
 """
 
 import itertools
@@ -41,7 +42,10 @@ class Ledger(Protocol):
 
 
 class Grid:
-    """Every combination, the last key fastest. Its journal has one JSON object a line, the last one of a trial counts."""
+    """Every combination, the last key fastest.
+
+    Its journal has one JSON object a line, the last one of a trial counts.
+    """
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
         keys = [parameter.key for parameter in sweep.space]

@@ -31,7 +31,10 @@ PRUNERS: dict[str, Any] = {
 
 
 class _Held(JournalFileOpenLock):
-    """The driver has locked the sweep's directory. Optuna's own lock outlives a killed process for 30 s."""
+    """The driver has locked the sweep's directory.
+
+    Optuna's own lock outlives a killed process for 30 s.
+    """
 
     def acquire(self) -> bool:
         return True
@@ -41,7 +44,11 @@ class _Held(JournalFileOpenLock):
 
 
 class Optuna:
-    """A `ledger.Ledger`. With one trial at a time the trials are a function of the sweep's seed alone, however often it is killed."""
+    """A `ledger.Ledger`.
+
+    With one trial at a time the trials are a function of the sweep's seed alone, however often it
+    is killed.
+    """
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -84,7 +91,10 @@ class Optuna:
         self.study.tell(trial, value if state == COMPLETE else None, state=outcome)
 
     def _choose(self, trial: optuna.trial.Trial) -> optuna.trial.Trial:
-        """Values for those parameters that have none yet. Each is drawn from a stream of its own, so that a kill in between changes none."""
+        """Values for those parameters that have none yet.
+
+        Each is drawn from a stream of its own, so that a kill in between changes none.
+        """
         for parameter in self.sweep.space:
             seed = hashlib.sha256(
                 f"{self.sweep.seed}/{trial.number}/{parameter.key}".encode()

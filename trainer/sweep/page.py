@@ -101,7 +101,7 @@ def _parallel(known: Sequence[Trial], parameters: Sequence[Axis], objective: Axi
 def _plots(
     page: Page, known: Sequence[Trial], parameters: Sequence[Axis], objective: Axis
 ) -> list[Plot]:
-    """The objective against each parameter, against the trial's number, and each trial's by epoch."""
+    """Plot the objective against each parameter, the trial's number, and by epoch."""
 
     def against(axis: Axis, value: Callable[[Trial], Value]) -> Plot:
         return Plot(
@@ -150,7 +150,10 @@ def _plots(
 def _marks(
     trials: Sequence[Trial], points: Callable[[Trial], Sequence[tuple[float, float]]]
 ) -> list[Mark]:
-    """Trials, the best first, as marks in the order in which they are drawn. Equal values have equal colours."""
+    """Return trials, the best first, as marks in the order in which they are drawn.
+
+    Equal values have equal colours.
+    """
     values = list(dict.fromkeys(trial.value for trial in trials))
     worst = max(len(values) - 1, 1)
     return [

@@ -1,10 +1,10 @@
 """Checkpoints: a directory per step, complete or absent, verified before it is believed.
 
-A directory holds `tensors.safetensors`, `state.json` (everything that is no tensor), the same of the
-best weights so far (`best.safetensors`, `best.json`) and `manifest.json` (size and SHA-256 of each),
-written last. It needs no other directory: what damages one checkpoint leaves the others whole. It is
-made temporary, flushed to the disk and renamed, so a kill or a power cut at any moment leaves the
-checkpoints before it untouched. Nothing in it is a pickle: loading runs no code.
+A directory holds `tensors.safetensors`, `state.json` (everything that is no tensor), the same of
+the best weights so far (`best.safetensors`, `best.json`) and `manifest.json` (size and SHA-256 of
+each), written last. It needs no other directory: what damages one checkpoint leaves the others
+whole. It is made temporary, flushed to the disk and renamed, so a kill or a power cut at any moment
+leaves the checkpoints before it untouched. Nothing in it is a pickle: loading runs no code.
 """
 
 import hashlib
@@ -37,7 +37,10 @@ DTYPES = {
 
 
 class Damaged(UserError):
-    """A checkpoint whose files are not what was written. The message names the file and what is wrong."""
+    """A checkpoint whose files are not what was written.
+
+    The message names the file and what is wrong.
+    """
 
 
 class CutOff(Damaged):
@@ -64,7 +67,8 @@ class Snapshot:
 def snapshot(state: dict[str, Any], memory: torch.Tensor | None = None) -> Snapshot:
     """Copies `state`: nested dicts and lists of tensors, numbers, strings, booleans and None.
 
-    memory: uint8 to copy into, where it is large enough (`Snapshot.data` of an earlier one, say): fresh memory costs several times the copy.
+    memory: uint8 to copy into, where it is large enough (`Snapshot.data` of an earlier one, say):
+    fresh memory costs several times the copy.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = json.dumps(_split(state, "", tensors)).encode()
@@ -87,7 +91,8 @@ def snapshot(state: dict[str, Any], memory: torch.Tensor | None = None) -> Snaps
 def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header of a safetensors file (its length, then JSON) and where each tensor's bytes lie behind it.
 
-    Written here and not by the library, which copies everything once more and holds the interpreter's lock meanwhile.
+    Written here and not by the library, which copies everything once more and holds the
+    interpreter's lock meanwhile.
     """
     places, entries, end = {}, {}, 0
     # The largest elements first, so that each tensor starts at a multiple of its element's size.
@@ -114,9 +119,9 @@ def save(root: Path, name: str, state: dict[str, Any]) -> Path:
 def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = None) -> Path:
     """Write a snapshot, and that of the best weights, as root/name.
 
-    Hashing and writing leave the interpreter free for other threads. Where the same is there already,
-    it is left alone; anything else of that name, another run's checkpoint say, is replaced. Raises
-    OSError (a full disk, say) and then leaves nothing behind.
+    Hashing and writing leave the interpreter free for other threads. Where the same is there
+    already, it is left alone; anything else of that name, another run's checkpoint say, is
+    replaced. Raises OSError (a full disk, say) and then leaves nothing behind.
     """
     target = root / name
     temporary = root / f"{files.TEMPORARY}{name}"
@@ -172,16 +177,19 @@ def steps(root: Path) -> list[Path]:
 
 
 def step_name(step: int, evaluated: bool) -> str:
-    """The name of the state after `step` steps; where an epoch ends there, before or after its evaluation. Sorts by time."""
+    """The name of the state after `step` steps; where an epoch ends there, before or after its evaluation.
+
+    Sorts by time.
+    """
     return f"step-{step:08d}" + ("-evaluated" if evaluated else "")
 
 
 def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest good checkpoint and its state; None where there never was one.
 
-    One that is damaged or can't be read is passed over with a warning. Raises UserError where all are:
-    to start from zero would throw work away that a person may still be able to save. Where all lack
-    files (the first one, whose copy was cut off), there is nothing to save.
+    One that is damaged or can't be read is passed over with a warning. Raises UserError where all
+    are: to start from zero would throw work away that a person may still be able to save. Where all
+    lack files (the first one, whose copy was cut off), there is nothing to save.
     """
     found = steps(root)
     passed_over: list[Damaged] = []
@@ -245,7 +253,8 @@ def prune(root: Path, keep: int, good: set[str]) -> list[Path]:
     for path in steps(root):
         if path in kept:
             continue
-        # Renamed first, so that a kill half way leaves no half checkpoint under a complete one's name.
+        # Renamed first, so that a kill half way leaves no half checkpoint under a complete one's
+        # name.
         temporary = root / f"{files.TEMPORARY}{path.name}"
         try:
             path.rename(temporary)

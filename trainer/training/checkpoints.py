@@ -57,7 +57,10 @@ class Checkpoints:
             self.save()
 
     def save(self) -> None:
-        """Copy the state and have it written. Waits for the write before it, and raises what that raised."""
+        """Copy the state and have it written.
+
+        Waits for the write before it, and raises what that raised.
+        """
         if not self.writes:
             return
         self.wait()
@@ -69,7 +72,10 @@ class Checkpoints:
         self._writing = self._writer.submit(self._write, name, snapshot, self.best)
 
     def wait(self) -> None:
-        """Return when the last snapshot is on disk. Raises OSError where it could not be written."""
+        """Return when the last snapshot is on disk.
+
+        Raises OSError where it could not be written.
+        """
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()

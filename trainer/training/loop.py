@@ -32,7 +32,10 @@ def fit(run: Training) -> None:
 
 
 def train_one_epoch(run: Training) -> None:
-    """Train the rest of the epoch that runs. Looks at the clock, and at the wish to stop, after each step."""
+    """Train the rest of the epoch that runs.
+
+    Looks at the clock, and at the wish to stop, after each step.
+    """
     run.begin_epoch()
     with closing(run.train_batches()) as batches:
         for image, target in batches:
@@ -45,8 +48,9 @@ def train_one_epoch(run: Training) -> None:
 def train_one_step(run: Training, image: Tensor, target: Tensor) -> None:
     """Take one optimizer step on one batch, or on this process's part of it.
 
-    image: uint8 [N, height, width, 3], or features [N, width]; target: classes, int64 [N]. Each shard of the
-    batch is computed in train.accumulate microbatches. What is seen is added to the epoch's sums, unfetched.
+    image: uint8 [N, height, width, 3], or features [N, width]; target: classes, int64 [N]. Each
+    shard of the batch is computed in train.accumulate microbatches. What is seen is added to the
+    epoch's sums, unfetched.
     """
     config = run.config.train
     divisor = run.gradients.global_batch_size(len(image))
@@ -85,8 +89,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Return logits float32 [N, classes] and classes int64 [N] of every image, in order, on the CPU of rank 0.
 
-    batches: this process's share of a split's. They, and so the logits, are the same for any number of
-    processes. machine: in whose precision. Raises Interrupted when asked to stop.
+    batches: this process's share of a split's. They, and so the logits, are the same for any number
+    of processes. machine: in whose precision. Raises Interrupted when asked to stop.
     """
     model.eval()
     logits, targets = [], []

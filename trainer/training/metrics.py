@@ -14,7 +14,8 @@ from trainer.common.errors import UserError, install_command
 
 def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
     """Cross-entropy, top-1, top-5 and macro F1 of logits [N, classes] and labels [N], by names like `valid_top1`."""
-    # Imported here: torchmetrics pulls in torchvision, which a run doesn't need before its first step.
+    # Imported here: torchmetrics pulls in torchvision, which a run doesn't need before its first
+    # step.
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
     classes = logits.shape[1]
@@ -39,7 +40,8 @@ class MetricsFile:
 
     path: None where another process writes it.
 
-    The rows belong to the checkpoint too: a run that resumes goes on from the rows that its checkpoint holds, so no row is lost or written twice.
+    The rows belong to the checkpoint too: a run that resumes goes on from the rows that its
+    checkpoint holds, so no row is lost or written twice.
     """
 
     def __init__(self, path: Path | None, tensorboard: Path | None = None) -> None:
@@ -74,9 +76,9 @@ class MetricsFile:
 class TrainSums:
     """Of the images trained on since the epoch began: the loss, how many were correct, and how many there were.
 
-    What a step leaves is looked at FETCH_EVERY microbatches later: a GPU is not waited for in each, and a small
-    network's steps are not held up by arithmetic that they don't need. It is added up one by one, so that the
-    sums don't depend on where a run was interrupted.
+    What a step leaves is looked at FETCH_EVERY microbatches later: a GPU is not waited for in each,
+    and a small network's steps are not held up by arithmetic that they don't need. It is added up
+    one by one, so that the sums don't depend on where a run was interrupted.
     """
 
     FETCH_EVERY = 64

@@ -64,7 +64,10 @@ class Run:
         files.write(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
 
     def next_steps(self) -> list[str]:
-        """Commands that a person may want after it: the model on a page, and the same run as a SageMaker job on this machine. In a job: none."""
+        """Commands that a person may want after it: the model on a page, and the same run as a SageMaker job on this machine.
+
+        In a job: none.
+        """
         if not self.package.name.endswith(".tar.gz"):
             return []
         task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []

@@ -43,8 +43,8 @@ class Diverged(UserError):
 class Progress:
     """Where a training stands.
 
-    Together with the tensors of `Training`, all that a checkpoint needs: everything else is a function of it
-    and the seed.
+    Together with the tensors of `Training`, all that a checkpoint needs: everything else is a
+    function of it and the seed.
     """
 
     epoch: int = 0  # epochs that are complete, with their evaluation
@@ -68,9 +68,10 @@ def build_training(
 ) -> "Training":
     """Build the training of a run, at its newest good checkpoint or at the beginning.
 
-    images: as they were found; those that can't be used are left out. network, loader, data: in the place
-    of those that the settings ask for (the doctor's sample, a benchmark's). Raises UserError where this
-    machine, the images or the checkpoint don't fit the settings; Interrupted when asked to stop.
+    images: as they were found; those that can't be used are left out. network, loader, data: in the
+    place of those that the settings ask for (the doctor's sample, a benchmark's). Raises UserError
+    where this machine, the images or the checkpoint don't fit the settings; Interrupted when asked
+    to stop.
     """
     machine = prepare_machine(run.config, run.world)
     run.world.check_same(machine.facts(), run.stop)
@@ -95,9 +96,9 @@ def build_training(
 class Training:
     """All that a training is; `loop.fit` trains it.
 
-    network: the whole network, as it is packaged. model: what is trained of it: the head alone, where the
-    features of a frozen backbone are computed once, else all. loader: the images as pixels; data: what the
-    model is trained on, these or their features.
+    network: the whole network, as it is packaged. model: what is trained of it: the head alone,
+    where the features of a frozen backbone are computed once, else all. loader: the images as
+    pixels; data: what the model is trained on, these or their features.
     """
 
     def __init__(
@@ -225,7 +226,10 @@ class Training:
         return augment.mixup > 0 or augment.cutmix > 0
 
     def end_step(self) -> None:
-        """Count the step; save, or stop in all processes, where it is time to. Raises Interrupted."""
+        """Count the step; save, or stop in all processes, where it is time to.
+
+        Raises Interrupted.
+        """
         self.progress.batch += 1
         self.progress.step += 1
         if self.ema:
@@ -347,7 +351,10 @@ class Training:
         self.progress = Progress(**state["progress"])
 
     def resume(self) -> None:
-        """Go on from the newest good checkpoint, where there is one. Raises UserError where it is another run's."""
+        """Go on from the newest good checkpoint, where there is one.
+
+        Raises UserError where it is another run's.
+        """
         run, world = self.run, self.world
         newest = world.broadcast_from_main(lambda: checkpoint.newest(run.checkpoints))
         if world.size > 1:
@@ -530,6 +537,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             if value.shape == parameter.shape:
-                # In the parameter's memory order (channels_last, say): the fused kernels pair the two
-                # element by element as they lie in memory.
+                # In the parameter's memory order (channels_last, say): the fused kernels pair the
+                # two element by element as they lie in memory.
                 entries[key] = torch.empty_like(parameter).copy_(value)
