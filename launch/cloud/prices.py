@@ -4,8 +4,7 @@ Every figure is an estimate and says its date, region and source. AWS's bill is 
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -50,12 +49,12 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What machines cost in a region: dollars an hour by instance type."""
+class Rate:
+    """Dollars an hour, and since when and by whom that is known."""
 
+    hour: float | None
     date: str
     source: str
-    hours: dict[str, float] = field(default_factory=dict)
 
 
 @cache
@@ -65,17 +64,26 @@ def table() -> dict[str, Any]:
     return loaded
 
 
-def shipped() -> dict[str, Rates]:
-    """Return the rates that ship, by region."""
-    date, source = table()["date"], table()["source"]
-    return {region: Rates(date, source, hours) for region, hours in table()["regions"].items()}
+def rates() -> dict[str, dict[str, Rate]]:
+    """Return by region and instance type what is known: what was refreshed, else what ships."""
+    merged: dict[str, dict[str, Rate]] = {}
+    for regions in (table()["regions"], _refreshed()):
+        for region, each in regions.items():
+            listed = {
+                name: Rate(hour, each["date"], each["source"])
+                for name, hour in each["hours"].items()
+            }
+            merged.setdefault(region, {}).update(listed)
+    return merged
 
 
-def refreshed() -> dict[str, Rates]:
-    """Return AWS's own answers that `refresh` has kept, by region. A damaged file holds none."""
+def _refreshed() -> dict[str, Any]:
+    """Return the regions of REFRESHED; none of a damaged file."""
     try:
-        regions = json.loads(REFRESHED.read_text())["regions"]
-        return {region: Rates(**rates) for region, rates in regions.items()}
+        regions: dict[str, Any] = json.loads(REFRESHED.read_text())["regions"]
+        for each in regions.values():
+            dict(each["hours"], date=each["date"], source=each["source"])
+        return regions
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -83,38 +91,23 @@ def refreshed() -> dict[str, Rates]:
         return {}
 
 
-def rates(region: str) -> list[Rates]:
-    """Return the rates that count for a region, the first first; none where it isn't listed."""
-    return [each[region] for each in (refreshed(), shipped()) if region in each]
-
-
-def newest(region: str) -> Rates:
-    """Return the newest rates for a region, or for the one that stands for it."""
-    return (rates(region) or rates(FALLBACK))[0]
-
-
 def price(instance_type: str, region: str) -> Price:
     """Return what an instance type costs in a region, else in the one that stands for it."""
-    listed, each = next(_listing(instance_type, region), (FALLBACK, shipped()[FALLBACK]))
-    hour = each.hours.get(instance_type)
-    basis = f"estimate of {each.date} for {listed}"
+    known = rates()
+    listed = region if instance_type in known.get(region, {}) else FALLBACK
+    ships = table()["regions"][FALLBACK]
+    unknown = Rate(None, ships["date"], ships["source"])
+    rate = known[listed].get(instance_type, unknown)
+    basis = f"estimate of {rate.date} for {listed}"
     if listed != region:
         basis += f" ({region} is not in the table)"
-    spot = None if hour is None else hour * float(table()["spot_share"])
-    return Price(instance_type, hour, spot, f"{basis}; {each.source}")
-
-
-def _listing(instance_type: str, region: str) -> Iterator[tuple[str, Rates]]:
-    for name in dict.fromkeys((region, FALLBACK)):
-        for each in rates(name):
-            if instance_type in each.hours:
-                yield name, each
+    spot = None if rate.hour is None else rate.hour * float(table()["spot_share"])
+    return Price(instance_type, rate.hour, spot, f"{basis}; {rate.source}")
 
 
 def instance_types() -> list[str]:
     """Return the instance types that have a price somewhere."""
-    every = [*shipped().values(), *refreshed().values()]
-    return sorted({name for each in every for name in each.hours})
+    return sorted({name for listed in rates().values() for name in listed})
 
 
 def dollars(amount: float | None) -> str:
@@ -135,10 +128,10 @@ def refresh(aws: Aws) -> None:
             f"the Price List knows none of {', '.join(names)} in {aws.region}; check target.region"
         )
     today = datetime.now(UTC).date().isoformat()
-    regions = refreshed() | {aws.region: Rates(today, "AWS Price List API", hours)}
-    text = json.dumps({"regions": {name: asdict(each) for name, each in regions.items()}}, indent=2)
+    answer = {"date": today, "source": "AWS Price List API", "hours": hours}
+    regions = _refreshed() | {aws.region: answer}
     REFRESHED.parent.mkdir(parents=True, exist_ok=True)
-    files.write(REFRESHED, text + "\n")
+    files.write(REFRESHED, json.dumps({"regions": regions}, indent=2) + "\n")
 
 
 def _ask(aws: Aws, instance_type: str) -> float | None:

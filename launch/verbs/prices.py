@@ -23,10 +23,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.refresh:
         prices.refresh(aws_of(targets))
     table = prices.table()
+    sources: dict[tuple[str, str], None] = {}
+    for region, listed in prices.rates().items():
+        for name, rate in listed.items():
+            log.info("%-12s %-16s $%.4f an hour, %s", region, name, rate.hour, rate.date)
+            sources[rate.date, rate.source] = None
+    for date, source in sources:
+        log.info("%s: %s", date, source)
     log.info("spot: %.0f %% of it, %s", 100 * table["spot_share"], table["spot_source"])
-    for region in dict.fromkeys([*prices.shipped(), *prices.refreshed()]):
-        for rates in prices.rates(region):
-            log.info("%s, %s, %s", region, rates.date, rates.source)
-            for name, hour in rates.hours.items():
-                log.info("%-12s %-16s $%.4f an hour", region, name, hour)
     return OK

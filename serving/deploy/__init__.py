@@ -16,7 +16,7 @@ from pathlib import Path
 from launch.cloud import s3
 from launch.cloud.cloudformation import IN_SERVICE, STUCK, parameters_of
 from launch.cloud.confirm import confirmed
-from launch.cloud.prices import dollars, instance_types, newest
+from launch.cloud.prices import dollars, instance_types, price
 from launch.cloud.session import Aws, bucket_name, explained
 from serving.deploy import operate
 from serving.deploy.release import (
@@ -358,8 +358,7 @@ def _check_scaling(deployed: Mapping[str, str], target: Mapping[str, str]) -> No
 
 def _print_price(release: Release) -> None:
     parameters, region = release.parameters, release.place.region
-    rates = newest(region)
-    print(f"price of a month at idle (an estimate of {rates.date}; {rates.source}):")
+    print(f"price of a month at idle ({price(parameters['InstanceType'], region).basis}):")
     items = idle_price(parameters, region)
     for item in items:
         print(f"  {dollars(item.month):>12}  {item.what}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.cloud.cloudformation import parameters_of
 from launch.cloud.logs import LogReader
-from launch.cloud.prices import HOURS_A_MONTH, dollars, newest
+from launch.cloud.prices import HOURS_A_MONTH, dollars, price
 from launch.cloud.session import Aws
 from serving.deploy.release import idle_price
 from serving.deploy.stack import ServingStack
@@ -48,8 +48,8 @@ def status(options: argparse.Namespace) -> int:
         f"cost         {dollars(day)} a day as it stands, "
         f"about {dollars(day * days)} in {days:.1f} days so far"
     )
-    date = newest(aws.region).date
-    print(f"             (an estimate of {date}; requests are extra{unknown})")
+    basis = price(parameters["InstanceType"], aws.region).basis
+    print(f"             ({basis}; requests are extra{unknown})")
     return OK
 
 

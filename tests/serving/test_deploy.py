@@ -200,7 +200,7 @@ def _check_account(cloud):
 
 @contextlib.contextmanager
 def endpoint_and_function(archive, tmp_path):
-    """The endpoint, and the environment in which Lambda's Invoke and SageMaker's InvokeEndpoint lead to real ones here."""
+    """An endpoint, and an environment in which Invoke and InvokeEndpoint lead to real ones here."""
     with Endpoint() as endpoint:
         settings = {
             "ENDPOINT_NAME": NAME,
@@ -278,11 +278,16 @@ def test_nothing_is_left_of_a_deploy_that_nobody_confirms(cloud, serving, packag
 
 def test_logs_of_both_parts_come_in_order(cloud, serving):
     given = {"Door": "endpoint", "FunctionRelease": "1"}
+    body = {
+        "Resources": {"A": {"Type": "AWS::SQS::Queue"}},
+        "Parameters": {name: {"Type": "String"} for name in given},
+    }
     cloud.client("cloudformation").create_stack(
-        StackName=NAME, Tags=[{"Key": "project", "Value": "packhorse"}],
-        TemplateBody=json.dumps({"Resources": {"A": {"Type": "AWS::SQS::Queue"}}, "Parameters": {key: {"Type": "String"} for key in given}}),
-        Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in given.items()],
-    )  # fmt: skip
+        StackName=NAME,
+        Tags=[{"Key": "project", "Value": "packhorse"}],
+        TemplateBody=json.dumps(body),
+        Parameters=[{"ParameterKey": key, "ParameterValue": each} for key, each in given.items()],
+    )
     now = int(time.time() * 1000)
     logs = cloud.client("logs")
     for group, texts in {

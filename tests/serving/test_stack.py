@@ -14,9 +14,10 @@ from serving import lambda_function
 from serving.deploy.release import NO_ACCOUNT, TEMPLATE, references, resources, template
 
 NAME = "packhorse-serving"
+GROUP = f"arn:aws:logs:us-east-1:{NO_ACCOUNT}:log-group"
 ARN = {
-    "EndpointLogs": f"arn:aws:logs:us-east-1:{NO_ACCOUNT}:log-group:/aws/sagemaker/Endpoints/{NAME}:*",
-    "FunctionLogs": f"arn:aws:logs:us-east-1:{NO_ACCOUNT}:log-group:/aws/lambda/{NAME}:*",
+    "EndpointLogs": f"{GROUP}:/aws/sagemaker/Endpoints/{NAME}:*",
+    "FunctionLogs": f"{GROUP}:/aws/lambda/{NAME}:*",
 }
 PSEUDO = {
     "AWS::StackName": NAME,
@@ -98,8 +99,8 @@ def test_a_star_stands_only_where_the_action_has_no_resource_level(policy):
 def test_the_function_may_call_one_endpoint_and_nothing_can_make_a_log_group():
     text = json.dumps(resolve(properties("FunctionRole")["Policies"]))
     assert (
-        f'"sagemaker:InvokeEndpoint", "Resource": "arn:aws:sagemaker:us-east-1:{NO_ACCOUNT}:endpoint/{NAME}"'
-        in text
+        '"sagemaker:InvokeEndpoint", '
+        f'"Resource": "arn:aws:sagemaker:us-east-1:{NO_ACCOUNT}:endpoint/{NAME}"' in text
     )
     assert "CreateLogGroup" not in TEMPLATE.read_text()
 

@@ -1,4 +1,4 @@
-"""The account stack's template and policies, by the linters that others wrote and by what AWS documents."""
+"""The account stack's template and policies, by others' linters and by what AWS documents."""
 
 import json
 import subprocess
@@ -15,7 +15,8 @@ from launch.cloud.account_stack import PARTS, TEMPLATE, Statement, permissions
 
 MANAGED_POLICY = 6144  # characters that IAM allows
 ROLE_POLICIES = 10240
-# parliament wants all kinds of resources of RunInstances in one statement, and an account in the ARN of AWS's own SSM parameters, which has none.
+# parliament wants all kinds of resources of RunInstances in one statement, and an account in the
+# ARN of AWS's own SSM parameters, which has none.
 MISJUDGED = {"RESOURCE_MISMATCH": ("'ec2:RunInstances'", "'ssm:GetParameter'")}
 CASES = [("packhorse", "us-east-1"), ("a-project-of-twentyy", "ap-southeast-1")]
 

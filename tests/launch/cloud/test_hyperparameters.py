@@ -144,7 +144,8 @@ def test_order_is_kept_where_it_matters():
     [
         (
             "name=" + "x" * 255,
-            "name: 257 characters, and SageMaker carries 256; write it into conf/experiment/NAME.yaml",
+            "name: 257 characters, and SageMaker carries 256; "
+            "write it into conf/experiment/NAME.yaml",
         ),
         ("name=" + "🐕" * 128, "258 characters"),
         ("--multirun", "a job takes settings only"),

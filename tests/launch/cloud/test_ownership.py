@@ -1,4 +1,7 @@
-"""What is a project's: by its tag, whatever begins like its name; and the log groups of the whole account are nobody's."""
+"""What is a project's: by its tag, whatever begins like its name.
+
+The log groups of the whole account are nobody's.
+"""
 
 import json
 
@@ -105,7 +108,7 @@ def launch(cloud: Cloud, *arguments: str) -> str:
 
 @pytest.fixture
 def neighbours(cloud: Cloud) -> Cloud:
-    """Another team's things, and all that project `packhorse-dev` can have: both begin like ours."""
+    """Another team's things, all that project `packhorse-dev` can have: they begin like ours."""
     make_things_of_another_team(cloud)
     dev = "target.project=packhorse-dev"
     launch(cloud, "up", dev, *FAST)
@@ -184,7 +187,8 @@ def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
         "deletes   stack packhorse-foundation",
         "AWS::IAM::Role             packhorse-training",
         f"AWS::S3::Bucket            {bucket}",
-        f"deletes   every object of s3://{bucket}, all models and pictures in it: {count} versions, 0.01 GB",
+        f"deletes   every object of s3://{bucket}, all models and pictures in it: "
+        f"{count} versions, 0.01 GB",
     ]
     assert [line for line in expected if line not in printed] == [], printed
 
@@ -223,8 +227,9 @@ def first_edition() -> str:
         )
         conditions += f"  Make{name}Logs: !Equals [!Ref {name}Logs, make]\n"
         resources += (
-            f"  {name}LogGroup:\n    Type: AWS::Logs::LogGroup\n    Condition: Make{name}Logs\n    DeletionPolicy: Delete\n"
-            f"    UpdateReplacePolicy: Retain\n    Properties:\n      LogGroupName: {group}\n      RetentionInDays: 30\n"
+            f"  {name}LogGroup:\n    Type: AWS::Logs::LogGroup\n    Condition: Make{name}Logs\n"
+            "    DeletionPolicy: Delete\n    UpdateReplacePolicy: Retain\n"
+            f"    Properties:\n      LogGroupName: {group}\n      RetentionInDays: 30\n"
             "      Tags: [{Key: project, Value: !Ref Project}]\n\n"
         )
     head, body = TEMPLATE.read_text().split("\nResources:\n")
@@ -232,7 +237,7 @@ def first_edition() -> str:
 
 
 def make_first_edition(cloud: Cloud, *made: str) -> None:
-    """A stack as the first edition's `up` made it. made: the log groups that were not there before."""
+    """A stack as the first edition's `up` made it, with the log groups that were not there."""
     given = {"Project": "packhorse"} | {f"{name}Logs": "make" for name in made}
     cloud.client("cloudformation").create_stack(
         StackName="packhorse-foundation",

@@ -1,5 +1,7 @@
-"""Least privilege, proven: every call is allowed by its part's policy, nothing can be taken from a policy without a call failing, and dangerous
-calls are denied to every part.
+"""Least privilege, proven.
+
+Every call is allowed by its part's policy, nothing can be taken from a policy without a call
+failing, and dangerous calls are denied to every part.
 """
 
 import json
@@ -395,7 +397,7 @@ def test_the_list_by_hand_has_each_aws_command_of_the_machines_script():
 
 
 def test_what_iam_gets_is_what_is_proven(tmp_path, evaluator):
-    """The template as CloudFormation carries it out (moto's), against the policies that are read from it here."""
+    """The template as moto's CloudFormation carries it out, against the policies read from it."""
     with running(tmp_path / "calls.jsonl", WHOLE) as cloud:
         assert cloud.launch("up", "--yes", "--every", "0.05")[0] == OK
         iam = cloud.client("iam")

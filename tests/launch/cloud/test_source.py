@@ -1,4 +1,4 @@
-"""The source tarball: the same bytes for the same files, enough to train with, and nothing that a container stumbles over."""
+"""The source tarball: the same bytes for the same files, enough to train with, and no more."""
 
 import io
 import json
@@ -73,7 +73,10 @@ def test_it_holds_what_a_job_needs_and_no_more():
 def test_it_trains_where_nothing_else_of_the_project_is(tmp_path):
     with tarfile.open(fileobj=io.BytesIO(source.build()), mode="r:gz") as tar:
         tar.extractall(tmp_path, filter="data")
-    code = "import trainer, sys; from trainer.__main__ import main; print('from', trainer.__file__); sys.argv[1:] = ['--help']; main()"
+    code = (
+        "import trainer, sys; from trainer.__main__ import main; "
+        "print('from', trainer.__file__); sys.argv[1:] = ['--help']; main()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -169,7 +172,10 @@ def test_a_link_in_the_project_is_named(project):
 
 
 def test_the_entry_needs_the_standard_library_only():
-    code = "import sys, json; before = set(sys.modules); import launch.local.container_entry; print(json.dumps(list(sys.modules.keys() - before)))"
+    code = (
+        "import sys, json; before = set(sys.modules); import launch.local.container_entry; "
+        "print(json.dumps(list(sys.modules.keys() - before)))"
+    )
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],
         env={"PYTHONPATH": str(PROJECT)},
