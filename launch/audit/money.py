@@ -8,12 +8,12 @@ from datetime import datetime
 
 from launch.audit.account import Account, Description
 from launch.audit.finding import Finding, Severity, rule
-from launch.cloud import prices
 from launch.cloud.prices import (
     ADDRESS_HOUR,
     GP3_GB_MONTH,
     HOURS_A_MONTH,
     PROVISIONED_GB_SECOND,
+    price,
 )
 
 IDLE_CPU = 5.0  # percent; a machine whose processor never did more in any hour did no work
@@ -199,7 +199,7 @@ def _a_month(account: Account, machines: list[tuple[str, int]]) -> float | None:
     """Return what machines cost in dollars; None where a price is not known."""
     total = 0.0
     for kind, count in machines:
-        hourly = prices.price(kind, account.region).on_demand
+        hourly = price(kind, account.region).on_demand
         if hourly is None:
             return None
         total += hourly * count
