@@ -196,8 +196,8 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, int]:
         if published is None:
             raise
         raise UserError(
-            f"model.weights={weights}: the copy of the weights in {torch.hub.get_dir()}/checkpoints "
-            "is damaged; delete it and start again"
+            f"model.weights={weights}: the copy of the weights in "
+            f"{torch.hub.get_dir()}/checkpoints is damaged; delete it and start again"
         ) from error
     head, features = _find_head(network)
     if weights is not None and published is None:
