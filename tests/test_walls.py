@@ -294,6 +294,21 @@ def test_a_small_network_needs_no_torchvision_to_start():
     assert "torchvision" not in loaded_by(f"{import_all('trainer')}\n{code}")
 
 
+def test_the_first_step_needs_no_compiler():
+    code = """
+import torch
+from trainer.network import build, device, optim
+device.make_deterministic()
+network = build.build("small_cnn", 3)
+optimizer = optim.build(network, "adamw", lr=0.1, head_lr=None, weight_decay=0.1, momentum=0.9)
+network(torch.zeros(2, 16, 16, 3)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.state_dict()
+"""
+    assert loaded_by(code).isdisjoint({"torchvision", "sympy"})  # torch._dynamo brings SymPy
+
+
 # --- tests ---
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from trainer.common.errors import UserError
+from trainer.network import startup
 
 # Of glibc's malloc.h; beyond them, in bytes, memory goes back to the system.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -144,7 +145,7 @@ def make_deterministic() -> None:
     # Or the compiler chooses by what was fastest when it looked.
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    startup.set_deterministic()
     # Nothing of ours reads memory before it is written: it need not be filled with NaN each time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.network import startup
 from trainer.network.build import Classifier
 
 
@@ -25,10 +26,15 @@ def build(
     keeps its own as `peak_lr`; see `set_lr`.
     """
     groups = parameter_groups(network, lr, head_lr or lr, weight_decay)
+    startup.spare_optimizer_methods()
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
-    assert name == "sgd", name
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    else:
+        assert name == "sgd", name
+        nesterov = momentum > 0
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+    startup.spare_step(optimizer)
+    return optimizer
 
 
 def parameter_groups(

@@ -1,4 +1,4 @@
-"""Trials in one process, one after the other:
+"""Trials in one process, one after the other.
 
 `python -m trainer.sweep.batch SWEEP NUMBER...`, as the driver starts it.
 
