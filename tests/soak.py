@@ -24,6 +24,7 @@ import torch
 from safetensors import torch as safetensors
 
 from tests.conftest import make_pictures, start_trainer
+from tests.trainer.trainings import TIMES
 from trainer.common import files
 from trainer.common.errors import OK, RESUME
 from trainer.training import checkpoint
@@ -48,7 +49,6 @@ VARIANTS = {
 }
 STEPS_PER_EPOCH = 6  # 48 pictures in batches of 8
 STEPS = 24 * STEPS_PER_EPOCH
-TIMES = ("seconds", "data_wait", "evaluate_seconds")  # of a ledger row: not part of the result
 KILLS = ("kill -9 of the process group", "kill -9 of the main process", "SIGTERM", "SIGINT")
 HANG = 240.0  # seconds after which a run counts as hanging
 

@@ -32,6 +32,7 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_main(composed: DictConfig) -> None:
+    """Train with what Hydra has composed, and exit with the code that says how it went."""
     sys.exit(guarded(lambda: train(settings.load(composed), current_world())))
 
 
@@ -77,8 +78,9 @@ def train(config: Config | None, world: World) -> None:
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Do the work; turn what went wrong into one line and an exit code, and tell the other processes.
+    """Do the work; turn what went wrong into one line and an exit code.
 
+    The other processes are told.
     HYDRA_FULL_ERROR=1 shows a mistake's traceback too.
     """
     try:
@@ -138,7 +140,7 @@ def main() -> int:
 
 
 def run(words: list[str]) -> None:
-    """One run, by Hydra: it gets what was typed and what that implies."""
+    """Train one run, by Hydra: it gets what was typed and what that implies."""
     flags = any(word.startswith("-") for word in words)  # Hydra's own, some with a value of theirs
     typed = [word for word in words if "=" in word and not word.startswith("-")] if flags else words
     resolved = resolve(typed)
@@ -154,9 +156,11 @@ def run(words: list[str]) -> None:
 
 
 def sweep(words: list[str]) -> None:
+    """Run the sweep that was typed. Raises UserError under torchrun."""
     if current_world().size > 1:
         raise UserError(
-            "-m, a sweep, starts processes of its own: give python -m trainer -m ..., without torchrun"
+            "-m, a sweep, starts processes of its own: give python -m trainer -m ..., "
+            "without torchrun"
         )
     # Imported here: it brings the sweep's page and its templates, which one run doesn't need.
     from trainer.sweep import driver

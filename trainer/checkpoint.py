@@ -1,4 +1,4 @@
-"""`python -m trainer.checkpoint ls|verify|prune RUN`: for a person who wants to look at a run's checkpoints."""
+"""`python -m trainer.checkpoint ls|verify|prune RUN`: a run's checkpoints, for a person to see."""
 
 import argparse
 import json

@@ -41,9 +41,9 @@ SERVING = "packhorse-serving"
 
 
 def instances_output() -> str:
-    """What `python -m launch instances` prints for a user without measurements."""
+    """What `python -m launch instances` prints by the prices that ship."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as home:
-        patch.setenv("HOME", home)
+        patch.setattr(prices, "REFRESHED", Path(home) / "prices.json")
         return printed("instances")
 
 

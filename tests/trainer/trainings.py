@@ -23,6 +23,7 @@ from trainer.training.training import Training, build_training
 
 # Saved whenever it may be.
 SAVED_OFTEN = ("checkpoint.minutes=1e-9", "checkpoint.max_cost=1.0")
+# Of a row of metrics.jsonl: not part of the result.
 TIMES = ("seconds", "data_wait", "evaluate_seconds")
 
 

@@ -14,7 +14,7 @@ from trainer.images.sampler import Share
 
 
 class Ordered(Gradients):
-    """The shards of a batch are the same whatever the number of processes, and what they give is added in their order.
+    """The same shards of a batch whatever the number of processes, added up in their order.
 
     Each shard starts from the same buffers; BatchNorm's statistics then move by the mean of what
     they moved in the shards. With several processes each adds up one slice of all gradients, so a
@@ -86,7 +86,10 @@ class Ordered(Gradients):
                     buffer.copy_(before + mean_move)
 
     def _sum_in_order(self) -> Tensor:
-        """Return the sum of all processes' rows [shards here, size * slice] in the order of the shards: [size * slice]."""
+        """Return the sum of all processes' rows, in the order of the shards.
+
+        rows: [shards here, size * slice]; the sum: [size * slice].
+        """
         world, rows, width = self._world, self._rows, self._slice
         if not isinstance(world, Job):
             return _sum(rows)

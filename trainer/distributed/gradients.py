@@ -1,4 +1,7 @@
-"""How the gradients of a batch come together: in one process, or by DistributedDataParallel in several."""
+"""How the gradients of a batch come together.
+
+In one process, or by DistributedDataParallel in several.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -20,7 +23,9 @@ class Gradients:
         self.forward = forward  # what training calls: the network, compiled or wrapped
 
     def global_batch_size(self, count: int) -> float:
-        """Return what a summed loss is divided by, so that the gradients that come together are of the batch's mean.
+        """Return what a summed loss is divided by.
+
+        So that the gradients that come together are those of the batch's mean.
 
         count: images of the batch in this process.
         """

@@ -1,4 +1,7 @@
-"""The thread in which a process of a job says that it lives, and listens to the others, through torchrun's store."""
+"""The thread in which a process of a job says that it lives, and listens to the others.
+
+They talk through torchrun's store.
+"""
 
 import json
 import os
@@ -15,7 +18,7 @@ SILENT = 3 * BEAT  # without one for so long, a process is the likely cause of a
 
 
 class Heartbeat(threading.Thread):
-    """Tells the others that this process lives, how often it has come to a barrier, and why it ends.
+    """Says that this process lives, how often it has come to a barrier, and why it ends.
 
     Whatever may block on a broken network happens in this thread. The main one only reads what was
     heard last.
@@ -27,9 +30,8 @@ class Heartbeat(threading.Thread):
         self._others = [other for other in range(size) if other != rank]
         self._heard: dict[int, dict[str, Any]] = {}
         self._raw: dict[int, bytes] = {}
-        self._at = dict.fromkeys(
-            self._others, time.monotonic()
-        )  # when something new was heard last
+        # When something new was heard last.
+        self._at = dict.fromkeys(self._others, time.monotonic())
         self._contact = time.monotonic()  # when the store answered last
         self._mine: dict[str, Any] = {
             "who": who,
@@ -48,12 +50,16 @@ class Heartbeat(threading.Thread):
             self.start()
 
     def end(self) -> None:
-        """Say that all is done and stop: a thread that is in PyTorch's C++ when Python ends would abort the process."""
+        """Say that all is done, and stop.
+
+        A thread that is in PyTorch's C++ when Python ends would abort the process.
+        """
         self._mine["done"] = True
         self._wake.set()
         self.join(SILENT)
 
     def run(self) -> None:
+        """Say and listen once a second, until `end`."""
         done = False
         while not done:
             self._mine["beat"] += 1
@@ -86,11 +92,13 @@ class Heartbeat(threading.Thread):
         self._mine["heard"] = [other for other in known if self._heard[other]["notice"]]
 
     def enter_barrier(self) -> None:
+        """Say that this process has come to the next barrier."""
         self._mine["barriers"] += 1
         self._quick = True
         self._wake.set()
 
     def barrier_is_full(self) -> bool:
+        """Return whether all others have come to the barrier too."""
         everybody = all(
             other in self._heard and self._heard[other]["barriers"] >= self._mine["barriers"]
             for other in self._others
@@ -99,7 +107,7 @@ class Heartbeat(threading.Thread):
         return everybody
 
     def say(self, notice: ExitNotice) -> None:
-        """Return when all others have heard it, or seem to be deaf."""
+        """Say why this process ends. Return when all others have heard it, or seem to be deaf."""
         self._mine["notice"] = vars(notice)
         self._quick = True
         self._wake.set()
@@ -117,7 +125,7 @@ class Heartbeat(threading.Thread):
         return [ExitNotice(**notice) for notice in notices if notice]
 
     def missing(self, seconds: float) -> str | None:
-        """Say who has given no sign for so long, if anybody."""
+        """Return who has given no sign for so long; None where nobody is missing."""
         now = time.monotonic()
         if now - self._contact > seconds:
             return "the host of rank 0 no longer answers: it is gone, or the network to it"
@@ -128,7 +136,8 @@ class Heartbeat(threading.Thread):
         ]
         if not silent:
             return None
-        return f"{listed(map(self._name, silent), 4)} no longer answers: killed, hanging, or its network is gone"
+        names = listed(map(self._name, silent), 4)
+        return f"{names} no longer answers: killed, hanging, or its network is gone"
 
     def _is_done(self, other: int) -> bool:
         return other in self._heard and self._heard[other]["done"]

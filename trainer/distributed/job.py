@@ -44,16 +44,13 @@ class Job(World):
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.local_rank, self.local_size = (
-            int(os.environ["LOCAL_RANK"]),
-            int(os.environ["LOCAL_WORLD_SIZE"]),
-        )
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
         self.node = int(os.environ.get("GROUP_RANK", 0))
         self.hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         self.who = f"rank {self.rank} on {socket.gethostname()}"
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # what goes wrong is said in our own words
+        # What goes wrong is said in our own words.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         self.timeout = START_SECONDS
         self.group: Any = None  # for gradients; None: gloo's
         self._configured = False
@@ -116,7 +113,8 @@ class Job(World):
         for key, expected in self.broadcast_from_main(lambda: facts).items():
             if facts[key] != expected:
                 raise UserError(
-                    f"{key}: {facts[key]} here, {expected} at rank 0; all processes must have the same"
+                    f"{key}: {facts[key]} here, {expected} at rank 0; "
+                    "all processes must have the same"
                 )
 
     def barrier(self, stop: Stop | None = None) -> None:
@@ -192,7 +190,7 @@ class Job(World):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Where an exchange fails because another process has ended or is lost, raise that instead."""
+        """Raise, in the place of a failed exchange, the end or loss of a process that caused it."""
         try:
             yield
         except RuntimeError as error:
@@ -234,13 +232,11 @@ class Job(World):
         return text if self.is_main_process else f"{self.who}: {text}"
 
     def leave(self, code: int) -> None:
-        if (
-            self.is_main_process and not self._configured and code == OK
-        ):  # --help, say: the others wait for settings
+        # After --help, say, the others wait for settings.
+        if self.is_main_process and not self._configured and code == OK:
+            notice = ExitNotice(self.who, self.node, OK, "there is nothing to train", asked=False)
             self._heartbeat.watch()
-            self._heartbeat.say(
-                ExitNotice(self.who, self.node, OK, "there is nothing to train", asked=False)
-            )
+            self._heartbeat.say(notice)
             self._heartbeat.end()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -248,7 +244,7 @@ class Job(World):
             os._exit(code)  # an orderly end would wait for processes that are no more
 
     def _look(self) -> None:
-        """Raise what this waiting comes to:
+        """Raise what this waiting comes to.
 
         Interrupted or Ended where one has ended, Lost where one is silent too long.
         """
@@ -262,7 +258,10 @@ class Job(World):
 
 
 def _of_exchange(error: RuntimeError) -> bool:
-    """Whether an error of PyTorch says that the processes could not talk. gloo's have no type of their own."""
+    """Return whether an error of PyTorch says that the processes could not talk.
+
+    gloo's have no type of their own.
+    """
     if isinstance(error, dist.DistError):
         return True
     return re.search("gloo|nccl|connect|timed out", str(error), re.IGNORECASE) is not None
@@ -273,7 +272,7 @@ def _choose_interface() -> None:
 
     By themselves they take that of the host's own name, often the loopback.
     """
-    import fcntl  # not on Windows, where a job has one host
+    import fcntl  # imported here: not on Windows, where a job has one host
 
     target = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     family, _, _, _, address = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-START = "torchrun --nproc_per_node=N -m trainer (make train GPUS=N) starts N on this host, --nnodes=M on each of M hosts"
+START = (
+    "torchrun --nproc_per_node=N -m trainer (make train GPUS=N) starts N on this host, "
+    "--nnodes=M on each of M hosts"
+)
 
 
 class Action(IntEnum):
@@ -70,7 +73,7 @@ class World:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0, which logs and writes the run's directory."""
+        """Return whether this is rank 0, which logs and writes the run's directory."""
         return self.rank == 0
 
     def check(self, processes: int | None, hosts: int | None) -> None:
@@ -88,7 +91,9 @@ class World:
 
     @contextmanager
     def connected(self, timeout: float, stop: Stop) -> Iterator[None]:
-        """Let the processes talk while the context lasts. timeout: seconds that one may keep the others waiting.
+        """Let the processes talk while the context lasts.
+
+        timeout: seconds that one may keep the others waiting.
 
         Raises Lost, Ended or Interrupted in the place of an error that comes from another process's
         end.
@@ -138,11 +143,17 @@ class World:
         return values
 
     def gather(self, mine: "list[Tensor]") -> "list[Tensor]":
-        """Return on rank 0 the tensors of all processes, each of which has every size-th one; elsewhere its own."""
+        """Return on rank 0 the tensors of all processes, elsewhere its own.
+
+        Each process has every size-th one.
+        """
         return mine
 
     def tell(self, error: Exception, code: int, line: str, show: Callable[[], None]) -> None:
-        """Tell the other processes why this one ends; and the user, by `show`, unless another one does."""
+        """Tell the other processes why this one ends.
+
+        The user is told, by `show`, unless another process does that.
+        """
         show()
 
     def signed(self, text: str) -> str:
@@ -159,7 +170,7 @@ def current_world() -> World:
     started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if not started <= os.environ.keys() or int(os.environ["WORLD_SIZE"]) == 1:
         return World()
-    # Only a job of several needs PyTorch to say where it stands.
+    # Imported here: only a job of several needs PyTorch to say where it stands.
     from trainer.distributed.job import Job
 
     return Job()

@@ -1,4 +1,7 @@
-"""Batches of pixels, read ahead by threads: decoding and resizing release the GIL, so worker processes would only copy."""
+"""Batches of pixels, read ahead by threads.
+
+Decoding and resizing release the GIL, so worker processes would only copy.
+"""
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -25,6 +28,8 @@ Reader = Callable[[str], NDArray[np.uint8]]
 
 
 class Batch(NamedTuple):
+    """What a step is taken on, or an evaluation computes at a time."""
+
     image: Tensor  # uint8 [N, size, size, 3], or features, float32 [N, width]
     target: Tensor  # classes, int64 [N]
 
@@ -77,31 +82,39 @@ def load(
 
 
 class Loader(Protocol):
-    """What the loop needs of its data: pixels (`ImageLoader`) or features (`network.features.FeatureLoader`)."""
+    """What the loop needs of its data.
+
+    Pixels (`ImageLoader`), or features (`network.features.FeatureLoader`).
+    """
 
     @property
     def holds_features(self) -> bool:
-        """Whether the batches are features of a frozen backbone, and not pixels."""
+        """Return whether the batches are features of a frozen backbone, and not pixels."""
 
     @property
-    def classes(self) -> int: ...
+    def classes(self) -> int:
+        """Return how many classes there are."""
 
     @property
-    def steps_per_epoch(self) -> int: ...
+    def steps_per_epoch(self) -> int:
+        """Return how many batches an epoch has."""
 
     @property
     def share(self) -> Share:
-        """What this process computes of each batch."""
+        """Return what this process computes of each batch."""
 
     @property
     def global_batch_size(self) -> int:
-        """Images of a training batch, over all processes."""
+        """Return the images of a training batch, over all processes."""
 
     def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         """Yield this process's share of an epoch's (0-based) batches, from number `first` on."""
 
     def eval_batches(self, name: str) -> Generator[Batch, None, None]:
-        """Yield this process's share of a split's batches: every image once, in order, as serving sees it."""
+        """Yield this process's share of a split's batches.
+
+        Over all processes: every image once, in order, as serving sees it.
+        """
 
 
 @dataclass(frozen=True)
@@ -147,9 +160,9 @@ class ImageLoader:
     def ordered_batches(
         self, view: int | None, batch_size: int, first: int = 0
     ) -> Generator[Batch, None, None]:
-        """Yield every image of train in one of its random views, or (None) of valid in its plain one.
+        """Yield every image of train in one of its random views, or of valid in its plain one.
 
-        Once and in order, from batch `first` on.
+        view: None for valid. Each once and in order, from batch `first` on.
         """
         name = "valid" if view is None else "train"
         batches = plain_batches(self.folder.count(name), batch_size)

@@ -27,7 +27,9 @@ from trainer.images.sampler import Share, epoch_batches, plain_batches
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 
-BATCH = 64  # images at a time, whatever the training's batch: features differ by about 1e-6 from one size to another
+# Images at a time, whatever the training's batch: features differ by about 1e-6 from one size to
+# another.
+BATCH = 64
 SAVE_EVERY = 10.0  # seconds of work that a kill may cost
 
 
@@ -80,7 +82,10 @@ def _batches(
 
 
 class FeatureCache:
-    """The features of one frozen backbone for the images of one loader, in a directory of their own below `cache`."""
+    """The features of one frozen backbone for the images of one loader.
+
+    They lie in a directory of their own below `cache`.
+    """
 
     def __init__(
         self, network: Classifier, loader: ImageLoader, machine: Machine, cache: Path
@@ -89,8 +94,9 @@ class FeatureCache:
         self.directory = cache / "features" / _key(network, loader, machine.precision)
 
     def extract(self, stop: Stop, world: World) -> FeatureLoader:
-        """Return the features of every training view and of valid; those that are there are not computed again.
+        """Return the features of every training view and of valid.
 
+        Those that are on the disk already are not computed again.
         The processes of a host begin at different views; what one of them computes, the others find
         or wait for. Raises Interrupted when asked to stop: what is done is kept, and the next call
         goes on from there.
@@ -156,7 +162,10 @@ def compute(network: Classifier, batch: Batch, machine: Machine) -> NDArray[np.f
 
 
 def _key(network: Classifier, loader: ImageLoader, precision: torch.dtype) -> str:
-    """Name what the features are a function of: weights, images, their views, and how they are computed."""
+    """Return a name for what the features are a function of.
+
+    Weights, images, their views, and how they are computed.
+    """
     digest = hashlib.sha256()
     for name, tensor in network.backbone.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -59,16 +59,20 @@ def load_best(run: Training) -> None:
         relative, absolute = SAME_LOSS_HERE if same_place else SAME_LOSS_ELSEWHERE
         if not np.isclose(given, losses[epoch], relative, absolute, equal_nan=True):
             raise UserError(
-                f"{checkpoints.root}: the best weights, of epoch {epoch}, give valid_loss={given}, but "
-                f"{losses[epoch]} was noted for them: the pictures, the pretrained weights or the files "
-                "there have changed since; start a new run with another name=..."
+                f"{checkpoints.root}: the best weights, of epoch {epoch}, give "
+                f"valid_loss={given}, but {losses[epoch]} was noted for them: the pictures, the "
+                "pretrained weights or the files there have changed since; start a new run with "
+                "another name=..."
             )
 
     run.world.broadcast_from_main(check)
 
 
 def test(run: Training) -> Tested:
-    """Evaluate the whole network with its best weights, from pixels, in float32: as it is packaged."""
+    """Evaluate the whole network with its best weights, as it is packaged.
+
+    From pixels, in float32.
+    """
     load_best(run)
     assert run.progress.best is not None
     split = "test" if "test" in run.loader.folder.splits else "valid"

@@ -101,7 +101,10 @@ def _compose(words: Sequence[str], conf: Path) -> tuple[DictConfig, dict[str, st
 def _own_pictures(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """A folder of images without data=... means these, and not a place for the demo's."""
+    """Choose data=folder where a folder of images is given without data=...
+
+    It means these images, and is not a place for the demo's.
+    """
     if "data" in given or choices["data"] != DEMO or not given & {"data.root", "data.train"}:
         return None
     return (
@@ -113,7 +116,7 @@ def _own_pictures(
 def _root_of_train(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """A folder of training images needs no data.root.
+    """Fill in data.root where only a folder of training images is given.
 
     valid is split off it, unless data.valid says where it is.
     """
@@ -125,7 +128,7 @@ def _root_of_train(
 def _model_by_name(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """A model's name brings the settings that go with it.
+    """Choose the settings that go with a model's name.
 
     A pretrained network must not get the toy's, and random weights with them.
     """

@@ -198,9 +198,9 @@ def register() -> None:
 
 
 def detect_platform() -> str:
-    """Return `sagemaker` inside its container, whose toolkit sets SM_MODEL_DIR, else `local`.
+    """Return `sagemaker` inside a SageMaker container, else `local`.
 
-    `ec2` is always asked for by name.
+    The container's toolkit sets SM_MODEL_DIR. `ec2` is always asked for by name.
     """
     if "SM_MODEL_DIR" in os.environ:
         return "sagemaker"
@@ -356,7 +356,10 @@ def places(data: DataConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class PixelSpec:
-    """What weights expect of pixels. mean, std: of channels, in 0..1; the rest: `DataConfig`."""
+    """What weights expect of pixels.
+
+    mean, std: of the channels, in 0..1; the rest as in `DataConfig`.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -429,9 +432,9 @@ def check_sizes(data: DataConfig) -> None:
     """Raise UserError where the square is larger than the picture that it is cut from."""
     if data.size is not None and data.resize is not None and data.size > data.resize:
         raise UserError(
-            f"data.size={data.size} is larger than data.resize={data.resize}: "
-            "the picture's shorter side after shrinking is data.resize, and the square of data.size is cut out of it; "
-            "allowed: data.size <= data.resize, or data.resize=null, which follows data.size"
+            f"data.size={data.size} is larger than data.resize={data.resize}: the picture's "
+            "shorter side after shrinking is data.resize, and the square of data.size is cut out "
+            "of it; allowed: data.size <= data.resize, or data.resize=null, which follows data.size"
         )
 
 
@@ -465,7 +468,7 @@ METRICS = (
 
 
 def metric_line(values: Mapping[str, float]) -> str:
-    """Return the log's line of metrics, for example `metrics: epoch=3 valid_top1=0.812`."""
+    """Return the line of the log that carries metrics: `metrics: epoch=3 valid_top1=0.812`, say."""
     return "metrics: " + " ".join(
         f"{name}={values[name]:.6g}" for name in METRICS if name in values
     )

@@ -76,7 +76,10 @@ Parameter = Continuous | Integer | Categorical
 
 @dataclass(frozen=True)
 class Sweep:
-    """A search space and how it is searched; `conf/sweep/lists.yaml` explains each setting."""
+    """A search space and how it is searched.
+
+    See `conf/sweep/lists.yaml` for what each setting means.
+    """
 
     engine: str  # grid or optuna
     objective: str  # the metric to improve
@@ -272,7 +275,10 @@ def _typed(key: str, value: Any, config: Config) -> Value:
 
 
 def _kinds(key: str) -> set[Any]:
-    """Return the types of a setting: {float} for `float`, {int, NoneType} for `int | None`."""
+    """Return the types that a setting may have.
+
+    {float} for `float`, {int, NoneType} for `int | None`.
+    """
     node: Any = Config
     for part in key.split("."):
         node = next(entry.type for entry in dataclasses.fields(node) if entry.name == part)
