@@ -1,4 +1,4 @@
-"""Trials in one process, one after the other:
+"""Trials in one process, one after the other.
 
 `python -m trainer.sweep.batch SWEEP NUMBER...`, as the driver starts it.
 
@@ -69,6 +69,7 @@ def load(path: Path) -> Config:
 
 
 def main() -> int:
+    """Train the trials that the command line names; return the exit code."""
     directory, *numbers = sys.argv[1:]
     to_terminal(expendable=True)  # each trial has a log of its own
     return guarded(
