@@ -9,21 +9,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.cloud import s3
+from launch.cloud import ownership, s3
 from launch.cloud.request import Request
 from launch.cloud.session import NO_CAPACITY, Aws, AwsError
 from launch.following import follow
 from launch.planning import Plan, missing, next_attempt
 from launch.targets import attempt as notes
 from launch.targets import base
-from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.attempt import TAKEN, Attempt, Phase, State
 from launch.targets.base import Spec
 from launch.targets.spec import resolved
 from trainer.common.console import log
 from trainer.common.errors import FAULT, OK, RESUME, UserError
 
 # AWS's ways to say that something of this name was made already. Ours follow from run and attempt,
-# so it is the very thing.
+# so it is the very thing, if it is this project's.
 ALREADY = r"ResourceInUse|already exists|must be unique|duplicate"
 CAPACITY_PAUSE = 30  # times --every, between two requests for a machine that AWS does not have
 REPLACEMENTS = 3  # in a row for machines that were taken back, none of which got further
@@ -111,8 +111,24 @@ def _send(aws: Aws, request: Request) -> dict[str, Any]:
     except AwsError as error:
         if not re.search(ALREADY, f"{error.code}: {error.message}"):
             raise
+        _check_owner(aws, request)
         log.info("%s: found what an earlier submit has made", request.operation)
         return {}
+
+
+def _check_owner(aws: Aws, request: Request) -> None:
+    """Raise AwsError where what has the name of a request is not this project's.
+
+    The run dev-x of packhorse and the run x of packhorse-dev give their jobs one name.
+    """
+    kind = request.operation.removeprefix("Create")
+    if kind not in ownership.JOBS:
+        return
+    name = request.parameters[f"{kind}Name"]
+    whose = ownership.anothers(aws, kind, name)
+    if whose is not None:
+        line = f"{name}: what has this name at AWS belongs to {whose}; give another name=..."
+        raise AwsError(line, TAKEN, line, refused=True)
 
 
 def _id(answer: dict[str, Any]) -> str | None:

@@ -4,9 +4,9 @@ import argparse
 import http.client
 import json
 import math
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 def counts(text: str) -> list[int]:
     """Return the numbers of clients in a text like "1,2,4". Raises UserError."""
     try:
-        numbers = [int(number) for number in text.split(",")]
+        numbers = [*map(int, text.split(","))]
     except ValueError as error:
         raise UserError(f"--clients {text}: not numbers; give some like 1,2,4") from error
     if min(numbers) < 1:
@@ -196,15 +196,10 @@ def measure(
                 time.sleep(float(answer.headers.get("Retry-After") or 0.1))
         connection.close()
 
-    threads = [threading.Thread(target=ask, args=(connection,)) for connection in connections]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as threads:
+        list(threads.map(ask, connections))
     if not latencies:
-        reason = "nothing came in time"
-        if failures:
-            reason = failures[0]
+        reason = (*failures, "nothing came in time")[0]
         raise UserError(f"{url}: no request was answered ({reason}); see that the server runs")
     return Load(clients, time.monotonic() - began, sorted(latencies), len(failures))
 
@@ -213,7 +208,7 @@ def _connect(url: str) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{url}: not a server's URL; give one like http://127.0.0.1:8080")
-    kind = http.client.HTTPConnection
+    kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
     if parts.scheme == "https":
         kind = http.client.HTTPSConnection
     return kind(parts.hostname, parts.port, timeout=60)

@@ -17,6 +17,7 @@ import base64
 import binascii
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -49,6 +50,10 @@ FILE_TYPES = (
 )
 
 
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class Settings:
     """How requests are answered.
@@ -57,41 +62,25 @@ class Settings:
     SERVING_MAX_BODY=1000000.
     """
 
-    max_body: int = field(
-        default=16 << 20,
-        metadata={"help": "bytes of a request's body, or of a picture that a URL leads to"},
+    max_body: int = _setting(
+        16 << 20, "bytes of a request's body, or of a picture that a URL leads to"
     )
-    max_fetched: int = field(
-        default=64 << 20,
-        metadata={"help": "bytes of all pictures that a request fetches; all requests: twice that"},
+    max_fetched: int = _setting(
+        64 << 20, "bytes of all pictures that a request fetches; all requests: twice that"
     )
-    max_pixels: int = field(
-        default=25_000_000,
-        metadata={"help": "of a picture; decoding takes up to 11 bytes a pixel and worker"},
+    max_pixels: int = _setting(
+        25_000_000, "of a picture; decoding takes up to 11 bytes a pixel and worker"
     )
-    max_pictures: int = field(default=16, metadata={"help": "in one request"})
-    seconds: float = field(
-        default=30.0, metadata={"help": "for one request; what is not answered by then gets 503"}
+    max_pictures: int = _setting(16, "in one request")
+    seconds: float = _setting(30.0, "for one request; what is not answered by then gets 503")
+    urls: bool = _setting(True, "fetch pictures from public URLs")
+    s3: bool = _setting(False, "fetch pictures from S3, where this machine's role may read them")
+    queue: int = _setting(
+        64, "requests in progress or waiting; those beyond it get 503 and Retry-After"
     )
-    urls: bool = field(default=True, metadata={"help": "fetch pictures from public URLs"})
-    s3: bool = field(
-        default=False,
-        metadata={"help": "fetch pictures from S3, where this machine's role may read them"},
-    )
-    queue: int = field(
-        default=64,
-        metadata={
-            "help": "requests in progress or waiting; those beyond it get 503 and Retry-After"
-        },
-    )
-    workers: int = field(default=0, metadata={"help": "pictures worked on at once; 0: one a core"})
-    batch: int = field(
-        default=1,
-        metadata={"help": "most pictures in one run of the network; more than 1 pays on GPUs"},
-    )
-    batch_delay: float = field(
-        default=0.005, metadata={"help": "seconds that a run may wait for its batch to fill"}
-    )
+    workers: int = _setting(0, "pictures worked on at once; 0: one a core")
+    batch: int = _setting(1, "most pictures in one run of the network; more than 1 pays on GPUs")
+    batch_delay: float = _setting(0.005, "seconds that a run may wait for its batch to fill")
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:
@@ -109,16 +98,15 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
 
 def convert(name: str, text: str, kind: type) -> bool | int | float:
     """Return a setting's value, from the text of a flag or a variable. Raises UserError."""
-    allowed = "a number"
     if kind is bool:
-        allowed = "on or off"
+        if text.lower() not in ("on", "off"):
+            raise UserError(f"{name}={text} is not allowed; allowed: on or off")
+        return text.lower() == "on"
     try:
-        if kind is bool:
-            return {"on": True, "off": False}[text.lower()]
         value: float = kind(text)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{name}={text} is not allowed; allowed: {allowed}") from error
-    if not 0 <= value < float("inf"):
+    except ValueError as error:
+        raise UserError(f"{name}={text} is not allowed; allowed: a number") from error
+    if not 0 <= value < math.inf:
         raise UserError(f"{name}={text} is not allowed; allowed: a number from 0")
     return value
 

@@ -47,7 +47,8 @@ class Package:
     golden: int  # how many golden images reproduced
     difference: float  # the largest of their logits from the recorded ones
     allowed: float  # the largest difference that would have passed
-    network: Network
+    # Pixels [N, size, size, 3], as `prepare` gives them, to logits [N, classes], from any thread.
+    predict: Network
 
     def prepare(
         self, source: str | os.PathLike[str] | bytes | BinaryIO, max_pixels: int = MAX_PIXELS
@@ -57,13 +58,6 @@ class Package:
         That is RGB, [size, size, 3]. Raises ImageError.
         """
         return prepare(source, self.preprocessing, max_pixels)
-
-    def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the logits [N, classes] of pixels [N, size, size, 3], as `prepare` gives them.
-
-        Safe to call from several threads at once.
-        """
-        return self.network(pixels)
 
 
 def load_for_command(path: Path, threads: int | None = None, backend: str = "onnx") -> Package:
@@ -141,7 +135,7 @@ def _prove(directory: Path, threads: int | None, backend: str) -> Package:
         golden=len(manifest["golden"]),
         difference=difference,
         allowed=allowed,
-        network=network,
+        predict=network,
     )
 
 

@@ -87,7 +87,7 @@ def page() -> str:
 
 def explained(path: Path, prefix: str) -> dict[str, tuple[str, str]]:
     """The default and the comment of each key in a YAML file of two levels."""
-    found, section = {}, ""
+    explanations, section = {}, ""
     for line in path.read_text().splitlines():
         if match := re.fullmatch(r"( *)(\w+):(?: +(.*?))?(?: +# (.*))?", line):
             indent, key, value, comment = match.groups()
@@ -95,8 +95,8 @@ def explained(path: Path, prefix: str) -> dict[str, tuple[str, str]]:
             if value is None:
                 section = f"{key}."
             elif comment:
-                found[f"{prefix}{section if indent else ''}{key}"] = (value, comment)
-    return found
+                explanations[f"{prefix}{section if indent else ''}{key}"] = (value, comment)
+    return explanations
 
 
 def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

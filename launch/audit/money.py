@@ -8,15 +8,15 @@ from datetime import datetime
 
 from launch.audit.account import Account, Description
 from launch.audit.finding import Finding, Severity, rule
-from launch.cloud import prices
+from launch.cloud.prices import (
+    ADDRESS_HOUR,
+    GP3_GB_MONTH,
+    HOURS_A_MONTH,
+    PROVISIONED_GB_SECOND,
+    price,
+)
 
-HOURS_A_MONTH = 730
 IDLE_CPU = 5.0  # percent; a machine whose processor never did more in any hour did no work
-# Estimates, as all of launch/cloud/prices.json: us-east-1,
-# https://aws.amazon.com/ebs/pricing, /vpc/pricing, /lambda/pricing
-GP3_GB_MONTH = 0.08  # $
-ADDRESS_HOUR = 0.005  # $
-PROVISIONED_GB_SECOND = 0.0000041667  # $
 
 
 @rule(
@@ -199,7 +199,7 @@ def _a_month(account: Account, machines: list[tuple[str, int]]) -> float | None:
     """Return what machines cost in dollars; None where a price is not known."""
     total = 0.0
     for kind, count in machines:
-        hourly = prices.price(kind, account.region).on_demand
+        hourly = price(kind, account.region).on_demand
         if hourly is None:
             return None
         total += hourly * count

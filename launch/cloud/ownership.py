@@ -5,10 +5,11 @@ whoever deploys names an endpoint as they like. Where all names of a kind begin 
 what is asked about.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from launch.cloud.session import Aws
+from launch.cloud.session import DENIED, Aws, AwsError
 
 # In what SageMaker answers about something that is not there.
 NOT_FOUND = r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"
@@ -21,6 +22,7 @@ LISTS = {
     "NotebookInstanceLifecycleConfig": "NotebookInstanceLifecycleConfigs",
     "Endpoint": "Endpoints",
 }
+JOBS = ("TrainingJob", "HyperParameterTuningJob")  # their names follow from name=...
 
 
 def listed(aws: Aws, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
@@ -43,6 +45,28 @@ def owned(aws: Aws, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
         answer = aws.find("sagemaker", "ListTags", NOT_FOUND, ResourceArn=arn, MaxResults=100)
         if answer is not None and aws.owns(answer["Tags"]):
             yield thing
+
+
+def anothers(aws: Aws, kind: str, name: str) -> str | None:
+    """Return, in words, to whom belongs what SageMaker has of a kind under a name.
+
+    None: to this project, or SageMaker doesn't show it yet, since it is young. kind: one of
+    JOBS. Raise AwsError.
+    """
+    try:
+        thing = aws.find("sagemaker", f"Describe{kind}", NOT_FOUND, **{f"{kind}Name": name})
+        if thing is None:
+            return None
+        arn = thing[f"{kind}Arn"]
+        tags = aws.call("sagemaker", "ListTags", ResourceArn=arn, MaxResults=100)["Tags"]
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return "another project, since this user may not look at it"
+    if aws.owns(tags):
+        return None
+    projects = [f"the project {tag['Value']}" for tag in tags if tag["Key"] == "project"]
+    return " ".join(projects) or "no project: it has no tag of one"
 
 
 def instances(aws: Aws, *filters: tuple[str, str]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
 # Asking a model again because the answer was slow would pay for it twice.
 ONCE = ("lambda", "sagemaker-runtime")
 
+DENIED = "AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403"
 NO_CAPACITY = (
     "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|MaxSpotInstanceCountExceeded"
 )
@@ -45,7 +46,7 @@ REMEDIES = {
     r"|SignatureDoesNotMatch|InvalidSignature(Exception)?": (
         f"AWS does not know these credentials: {CREDENTIALS}; also check this machine's clock"
     ),
-    r"AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403": PERMISSION,
+    DENIED: PERMISSION,
     r"InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|Unsupported": (
         "AWS has no such machine free there now: start the same command again later, "
         "or take another instance type or region"

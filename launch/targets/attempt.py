@@ -21,6 +21,7 @@ from launch.cloud.session import Aws
 # has ended.
 YOUNG = timedelta(hours=1)
 UNSEEN = "sent, and not listed by AWS yet"
+TAKEN = "NameTaken"  # refused, since what has the job's name is another project's
 GONE = "AWS no longer lists it: it was deleted"
 
 
@@ -69,7 +70,8 @@ class Attempt:
     noted: str  # when, ISO 8601
     id: str | None = None  # AWS's own, noted after it was sent
     sent: str | None = None  # when, ISO 8601
-    refused: str | None = None  # AWS's code, where it answered that it makes nothing of it
+    # AWS's code, where it answered that it makes nothing of it, or TAKEN.
+    refused: str | None = None
 
     @property
     def since(self) -> datetime:

@@ -4,12 +4,10 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from launch.cloud.session import Aws, AwsError
+from launch.cloud.session import DENIED, Aws, AwsError
 from launch.targets import base
 from launch.targets.attempt import Attempt, State
 from trainer.common.console import python
-
-DENIED = "AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403"
 
 
 def machines(aws: Aws) -> Iterator[tuple[Attempt, State]]:

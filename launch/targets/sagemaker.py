@@ -14,7 +14,7 @@ from launch.cloud.logs import TRAINING_GROUP, LogReader
 from launch.cloud.ownership import NOT_FOUND
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
-from launch.targets.attempt import Attempt, Phase, State, now, seconds_between
+from launch.targets.attempt import TAKEN, Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, Target, TargetConfig
 from launch.targets.instance_types import GPUS, has_gpu, processes
 from launch.targets.rented import Machines, Rented, rented
@@ -92,6 +92,8 @@ class OnSageMaker(Target):
         return aws.find("sagemaker", f"Describe{self.thing}", NOT_FOUND, **name)
 
     def observe(self, aws: Aws, attempt: Attempt) -> State:
+        if attempt.refused == TAKEN:  # what SageMaker has under this name is not ours
+            return attempt.unseen()
         described = self.described(aws, attempt)
         if described is None:
             return attempt.unseen()

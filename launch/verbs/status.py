@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from launch.cloud import ownership
+from launch.cloud import ownership, teardown
 from launch.cloud.prices import price
 from launch.cloud.session import Aws
 from launch.targets import attempt as notes
@@ -25,12 +25,10 @@ def all_rented(aws: Aws) -> Iterator[Rented]:
     for kind in base.kinds():
         yield from kind.rented(aws)
     yield from _endpoints(aws)
-    tagged = [{"Name": "tag:project", "Values": [aws.project]}]
-    for volume in aws.pages("ec2", "DescribeVolumes", "Volumes", Filters=tagged):
-        if volume["State"] == "available":  # attached to nothing
-            hours = seconds_between(volume["CreateTime"], now()) / 3600
-            size = f"{volume['Size']} GB"
-            yield Rented("disk", volume["VolumeId"], size, hours, None, None, None)
+    for volume in teardown.volumes(aws):
+        hours = seconds_between(volume["CreateTime"], now()) / 3600
+        size = f"{volume['Size']} GB"
+        yield Rented("disk", volume["VolumeId"], size, hours, None, None, None)
 
 
 def _endpoints(aws: Aws) -> Iterator[Rented]:

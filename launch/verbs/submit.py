@@ -10,7 +10,7 @@ from launch.planning import prepare
 from launch.submission import submit, wait
 from launch.targets import overdue
 from launch.targets.base import console_url, of
-from launch.targets.spec import load_target, split_overrides
+from launch.targets.spec import load_target, resolved, split_overrides
 from launch.verbs.plan import job_parser
 from trainer.common.console import log, python
 from trainer.common.errors import OK
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)
+    resolved(target, options.overrides, options.data)  # a mistake is named before AWS is asked
     aws = Aws(target.project, target.region)
     overdue.warn(aws, targets)
     plan = prepare(aws, target, options.overrides, options.data, options.again)

@@ -1,5 +1,6 @@
-"""A release: everything that `deploy` sends, computed from the package, the settings and the
-stack's template. No AWS here.
+"""A release: everything that `deploy` sends. No AWS here.
+
+It is computed from the package, the settings and the stack's template.
 """
 
 import difflib

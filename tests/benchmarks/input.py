@@ -49,9 +49,9 @@ def measure(scratch: Path, rounds: int) -> Table:
     contenders = {
         "torchvision + PIL + DataLoader": epochs(torchvision_loader(small, PASSES)),
         **peers,
-        "ours, not cached": epochs(feed(small, PASSES)),
+        "ours, not cached": epochs(make_loader(small, PASSES)),
         "ours, the epoch that builds the cache": building_epoch(small, scratch / "fresh"),
-        "ours, packed": epochs(feed(small, PASSES, packed(small, scratch)), 4),
+        "ours, packed": epochs(make_loader(small, PASSES, packed(small, scratch)), 4),
     }
     targets = {"ours, not cached": 2.0, "ours, packed": 7.0}
     costs = paired(contenders, rounds)
@@ -61,8 +61,8 @@ def measure(scratch: Path, rounds: int) -> Table:
         first_batches(
             {"torchvision + PIL + DataLoader": torchvision_loader(small, PASSES)}
             | {
-                "ours, not cached": feed(small, PASSES),
-                "ours, packed": feed(small, PASSES, packed(small, scratch)),
+                "ours, not cached": make_loader(small, PASSES),
+                "ours, packed": make_loader(small, PASSES, packed(small, scratch)),
             },
             rounds,
         ),
@@ -84,8 +84,8 @@ def measure(scratch: Path, rounds: int) -> Table:
     costs = paired(
         {
             "torchvision + PIL + DataLoader": epochs(torchvision_loader(large)),
-            "ours, not cached": epochs(feed(large)),
-            "ours, packed": epochs(feed(large, 20, packed(large, scratch))),
+            "ours, not cached": epochs(make_loader(large)),
+            "ours, packed": epochs(make_loader(large, 20, packed(large, scratch))),
         },
         rounds,
     )
@@ -151,7 +151,7 @@ def first_batches(loaders: dict[str, Iterable[Any]], rounds: int) -> dict[str, f
 # --- ours ---
 
 
-def feed(root: Path, passes: int = 1, read: Reader | None = None) -> ImageLoader:
+def make_loader(root: Path, passes: int = 1, read: Reader | None = None) -> ImageLoader:
     folder = pictures(root, passes)
     return ImageLoader(
         folder,
@@ -190,7 +190,7 @@ def packed(root: Path, scratch: Path) -> cache.Packed:
 def building_epoch(root: Path, scratch: Path) -> Work:
     def work() -> int:
         shutil.rmtree(scratch, ignore_errors=True)
-        return epochs(feed(root, 1, packed(root, scratch)))()
+        return epochs(make_loader(root, 1, packed(root, scratch)))()
 
     return work
 

@@ -8,22 +8,27 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.benchmarks.measure import Work, apart, ratio, short
 from tests.benchmarks.table import Row, Table, installed
-from trainer.common.interrupt import Stop
-from trainer.images.loader import Batch
+from tests.trainer.trainings import make_run
+from trainer.images.augment import Augmentation
+from trainer.images.decode import Preprocessing
+from trainer.images.folder import ImageFolder
+from trainer.images.loader import Batch, ImageLoader
+from trainer.images.sampler import Share
 from trainer.network import build as model
-from trainer.network import device, optim
+from trainer.network import optim
 from trainer.settings import config
-from trainer.training import checkpoint, metrics
-from trainer.training.loop import Checkpoints, Learner, Progress, train_epoch
+from trainer.settings.compose import compose
+from trainer.settings.config import Config
+from trainer.training.loop import train_one_epoch
+from trainer.training.run import Run
+from trainer.training.training import Training, build_training
 
 TITLE = "Loop"
-CONF = Path(__file__).parents[2] / "conf"
 CLASSES = 10
 SETTINGS = {
     "lr": 0.01,
@@ -137,7 +142,7 @@ def make_batches(size: int, batch_size: int, count: int) -> list[Batch]:
 
 
 def images(batches: list[Batch]) -> int:
-    return sum(len(batch.labels) for batch in batches)
+    return sum(len(batch.target) for batch in batches)
 
 
 def sgd(network: model.Classifier) -> torch.optim.Optimizer:
@@ -165,14 +170,20 @@ def bare(network: model.Classifier, batches: list[Batch]) -> Work:
 
 @dataclass(frozen=True)
 class InMemory:
-    """As `loader.ImageLoader`."""
+    """As `loader.ImageLoader`: this process's batches, which are there already."""
 
     batches: list[Batch]
+    share: Share
+    holds_features: bool = False
     classes: int = CLASSES
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.batches)
+
+    @property
+    def global_batch_size(self) -> int:
+        return len(self.batches[0].target) * self.share.size
 
     def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         yield from self.batches[first:]
@@ -181,42 +192,44 @@ class InMemory:
         yield from self.batches
 
 
-def ours(network: model.Classifier, batches: list[Batch]) -> Work:
+def compose_settings(*overrides: str) -> Config:
+    """Return the settings of a training whose epochs are timed: all alike, and without an end."""
     config.register()
-    scratch = Path(tempfile.mkdtemp(prefix="packhorse-loop-"))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = config.load(
-            compose(
-                "config",
-                [
-                    "optim=sgd",
-                    "train.ema_decay=null",
-                    "train.epochs=1000000",
-                    "optim.schedule=constant",
-                ],
-            )
-        )
-    weight_decay = SETTINGS["weight_decay"]
-    optimizer = optim.build(
-        network,
-        "sgd",
-        lr=SETTINGS["lr"],
-        head_lr=None,
-        weight_decay=weight_decay,
-        momentum=SETTINGS["momentum"],
+    fixed = ["optim=sgd", "optim.lr=0.01", "optim.weight_decay=1e-4", "optim.momentum=0.9"]
+    fixed += ["optim.schedule=constant", "train.epochs=1000000", "train.ema_decay=null"]
+    fixed += ["train.device=cpu", "train.precision=fp32"]
+    return compose([*fixed, *overrides])
+
+
+def open_in_memory(run: Run, network: model.Classifier, data: InMemory) -> Training:
+    """Build a training on batches from memory, by the function that builds every training."""
+    folder = ImageFolder(tuple(map(str, range(data.classes))), {}, (), "in memory")
+    size = data.batches[0].image.shape[1]
+    loader = ImageLoader(
+        folder,
+        Preprocessing(size, size, "bilinear"),
+        Augmentation((1.0, 1.0), (1.0, 1.0), False, False),
+        batch_size=data.global_batch_size,
+        seed=run.config.seed,
+        workers=0,
     )
-    if settings.train.deterministic:
-        device.make_deterministic()
-    machine = device.prepare("cpu", "fp32")
-    learner = Learner(network, optimizer, machine.device, machine.precision)
-    checkpoints = Checkpoints(
-        scratch, checkpoint.Cadence(10, 0.02), 2, metrics.Ledger(scratch / "metrics.jsonl"), {}
+    return build_training(run, folder, network=network, loader=loader, data=data)
+
+
+def train_epoch_again(training: Training) -> None:
+    """Train the epoch in which the training stands, from its beginning."""
+    training.progress.batch, training.progress.sums = 0, [0.0, 0.0, 0.0]
+    train_one_epoch(training)
+
+
+def ours(network: model.Classifier, batches: list[Batch]) -> Work:
+    root = Path(tempfile.mkdtemp(prefix="packhorse-loop-"))
+    training = open_in_memory(
+        make_run(root, compose_settings()), network, InMemory(batches, Share())
     )
-    feed, progress, stop = InMemory(batches), Progress(), Stop()
 
     def epoch() -> int:
-        progress.batch, progress.sums = 0, [0.0, 0.0, 0.0]
-        train_epoch(learner, feed, settings, progress, checkpoints, stop)
+        train_epoch_again(training)
         return images(batches)
 
     return epoch

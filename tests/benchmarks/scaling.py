@@ -6,24 +6,27 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from tests.benchmarks.loop import CLASSES, CONF, InMemory, make_batches
+from tests.benchmarks.loop import (
+    CLASSES,
+    InMemory,
+    compose_settings,
+    make_batches,
+    open_in_memory,
+    train_epoch_again,
+)
 from tests.benchmarks.measure import Work, paired, ratio, short
 from tests.benchmarks.table import Row, Table
-from trainer.common.interrupt import Stop
-from trainer.distributed.job import Gradients, Job, Replicated, World, world
+from tests.trainer.trainings import make_run
+from trainer.distributed.world import World, current_world
 from trainer.images.sampler import Share
 from trainer.network import build as model
-from trainer.network import optim
 from trainer.network.ema import trained_part
-from trainer.settings import config
-from trainer.training import checkpoint, metrics
-from trainer.training.loop import Checkpoints, Learner, Progress, train_epoch
 
 TITLE = "Scaling"
 PROJECT = Path(__file__).parents[2]
@@ -137,40 +140,19 @@ def start(scratch: Path, freeze: str, rank: int, size: int, port: int) -> subpro
     )
 
 
-def work(here: World, scratch: Path, freeze: str) -> None:
+def work(world: World, scratch: Path, freeze: str) -> None:
     """A turn for each line of the standard input."""
-    overrides = [
-        "optim=sgd",
-        "optim.schedule=constant",
-        "train.ema_decay=null",
-        "train.epochs=1000000",
-    ]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = config.load(compose("config", overrides))
-    settings = here.share_config(settings if here.is_main_process else None)
-    stop = Stop()
-    with here.connected(600, stop):
-        torch.set_num_threads(1)
+    # Nothing is saved meanwhile: two jobs use one directory.
+    config = compose_settings("train.threads=1", "checkpoint.minutes=1000000")
+    run = replace(make_run(scratch, config), world=world)
+    with world.connected(600, run.stop):
         torch.manual_seed(0)
-        network, device = model.build("resnet50", CLASSES, freeze=freeze), torch.device("cpu")
-        feed = InMemory(make_batches(SIZE, BATCH, STEPS))
-        share = Share(here.rank, here.size, here.size)
-        gradients = (
-            Replicated(network, here, share, BATCH * here.size, device, "none")
-            if isinstance(here, Job)
-            else Gradients(network)
-        )
-        optimizer = optim.build(
-            network, "sgd", lr=0.01, head_lr=None, weight_decay=1e-4, momentum=0.9
-        )
-        learner = Learner(network, optimizer, device, torch.float32, gradients=gradients)
-        checkpoints = Checkpoints(
-            scratch, checkpoint.Cadence(1e9, 1e-9), 2, metrics.Ledger(None), {}, writes=False
-        )
-        progress = Progress()
+        network = model.build("resnet50", CLASSES, freeze=freeze)
+        share = Share(world.rank, world.size, world.size)
+        data = InMemory(make_batches(SIZE, BATCH, STEPS), share)
+        training = open_in_memory(run, network, data)
         for _ in sys.stdin:
-            progress.batch, progress.sums = 0, [0.0, 0.0, 0.0]
-            train_epoch(learner, feed, settings, progress, checkpoints, stop)  # type: ignore[arg-type]
+            train_epoch_again(training)
             print("done", flush=True)
 
 
@@ -229,5 +211,4 @@ def estimates() -> list[Row]:
 
 
 if __name__ == "__main__":
-    config.register()
-    work(world(), Path(sys.argv[1]), sys.argv[2])
+    work(current_world(), Path(sys.argv[1]), sys.argv[2])

@@ -6,12 +6,13 @@ from statistics import median
 
 import torch
 
+from tests.benchmarks.loop import InMemory, compose_settings, make_batches, open_in_memory
 from tests.benchmarks.measure import cost, ratio, short
 from tests.benchmarks.table import Row, Table
+from tests.trainer.trainings import make_run
+from trainer.images.sampler import Share
 from trainer.network import build as model
-from trainer.network import optim
-from trainer.training import checkpoint, metrics
-from trainer.training.loop import Checkpoints, Learner, Progress
+from trainer.training import checkpoint
 
 TITLE = "Checkpoint stall"
 NOTE = """How long a checkpoint of ResNet-50 trained by SGD with momentum (its weights and as many
@@ -23,24 +24,21 @@ it."""
 
 def measure(scratch: Path, rounds: int) -> Table:
     network = model.build("resnet50", 1000, channels_last=False)
-    optimizer = optim.build(network, "sgd", lr=0.1, head_lr=None, weight_decay=1e-4, momentum=0.9)
-    learner = Learner(network, optimizer, torch.device("cpu"), torch.float32)
+    run = make_run(scratch / "run", compose_settings())
+    data = InMemory(make_batches(8, 1, 1), Share(), classes=1000)
+    training = open_in_memory(run, network, data)
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    ledger = metrics.Ledger(scratch / "metrics.jsonl")
-    checkpoints = Checkpoints(scratch / "checkpoints", checkpoint.Cadence(10, 1), 2, ledger, {})
-    progress = Progress()
+    training.optimizer.step()
+    checkpoints = training.checkpoints
 
     def torch_save() -> None:
-        torch.save(
-            {"network": network.state_dict(), "optimizer": optimizer.state_dict()},
-            scratch / "checkpoint.pt",
-        )
+        state = {"network": network.state_dict(), "optimizer": training.optimizer.state_dict()}
+        torch.save(state, scratch / "checkpoint.pt")
 
     def save() -> None:
-        progress.step += 1
-        checkpoints.save(learner, progress)
+        training.progress.step += 1
+        checkpoints.save()
 
     def seconds(work: Callable[[], None]) -> float:
         return cost(lambda: work() or 1).wall
@@ -51,10 +49,8 @@ def measure(scratch: Path, rounds: int) -> Table:
         if number > 0:  # the first one also asks the system for its memory
             theirs, ours, background = [*theirs, one], [*ours, two], [*background, three]
     shorter = ratio(theirs, ours)
-    size = (
-        sum(path.stat().st_size for path in checkpoint.steps(scratch / "checkpoints")[-1].iterdir())
-        / 1e6
-    )
+    newest = checkpoint.steps(run.checkpoints)[-1]
+    size = sum(path.stat().st_size for path in newest.iterdir()) / 1e6
     rows = [
         Row("torch.save in place", ("1", short(1000 * median(theirs)), "")),
         Row(

@@ -41,9 +41,9 @@ SERVING = "packhorse-serving"
 
 
 def instances_output() -> str:
-    """What `python -m launch instances` prints for a user without measurements."""
+    """What `python -m launch instances` prints by the prices that ship."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as home:
-        patch.setenv("HOME", home)
+        patch.setattr(prices, "REFRESHED", Path(home) / "prices.json")
         return printed("instances")
 
 
@@ -89,6 +89,11 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     ):
         run("plan", *target, "name=first")
         run("submit", *target, f"name={target[0].split('=')[1]}")
+    for name, more in (("sagemaker", ()), ("tuner", ("sweep=head",))):
+        # A name is taken, and nothing is noted that would say by what.
+        note = f"runs/{name}/attempts/1.request.json"
+        cloud.client("s3").delete_object(Bucket=BUCKET, Key=note)
+        run("submit", f"target={name}", *more, f"name={name}")
     run("submit", "target=sagemaker", "name=data", "data=folder", "--data", str(pictures))
     (pictures / "train/circle/000.png").unlink()
     run("submit", "target=sagemaker", "name=data2", "data=folder", "--data", str(pictures))

@@ -1,4 +1,7 @@
-"""Headless Chromium, driven through its DevTools protocol over a pair of pipes (--remote-debugging-pipe)."""
+"""Headless Chromium, driven through its DevTools protocol over a pair of pipes.
+
+These are what --remote-debugging-pipe names.
+"""
 
 import json
 import os

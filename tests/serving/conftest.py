@@ -24,7 +24,10 @@ from trainer.results.package import build
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package's directory, `package`, its archive, `model.tar.gz`, and its `pictures`. Read them, don't change them."""
+    """A package's directory, `package`, its archive, `model.tar.gz`, and its `pictures`.
+
+    Read them, don't change them.
+    """
     root = tmp_path_factory.mktemp("package")
     build(make_network(), make_contents(root / "pictures"), root / "model.tar.gz")
     with tarfile.open(root / "model.tar.gz") as tar:
@@ -79,8 +82,8 @@ class Server:
         self.port = int(self._port())
 
     def _port(self) -> str:
-        found = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log.read_text())
-        return found[1] if found else ""
+        running = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log.read_text())
+        return running[1] if running else ""
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)

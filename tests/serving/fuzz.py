@@ -1,6 +1,7 @@
-"""`python -m tests.serving.fuzz --requests 10000 --seed 0`: hostile requests against a real server, each kind made from (seed, number).
+"""`python -m tests.serving.fuzz --requests 10000 --seed 0`: hostile requests to a real server.
 
-None may get a 5xx, make the server connect anywhere, grow its memory without end, or keep the next good request from its answer.
+Each is made from (seed, number). None may get a 5xx, make the server connect anywhere, grow its
+memory without end, or keep the next good request from its answer.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from trainer.results.package import build
 # Runs in the server's process: writes down every connection that its Python opens.
 RECORDER = """
 import os, sys
-def record(event, arguments, log=os.open(os.environ["CONNECTIONS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
+log = os.open(os.environ["CONNECTIONS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def record(event, arguments):
     if event == "socket.connect":
         os.write(log, f"{arguments[1]}\\n".encode())
 sys.addaudithook(record)

@@ -1,4 +1,7 @@
-"""AWS's Lambda runtime client, run on a function's unpacked zip, and the neighbours that a function has: Runtime API, endpoint, a web server."""
+"""AWS's Lambda runtime client, run on a function's unpacked zip, and a function's neighbours.
+
+These are the Runtime API, the endpoint, and a web server.
+"""
 
 import io
 import json
@@ -20,16 +23,20 @@ from tests.conftest import wait_for
 
 PUBLIC = "93.184.216.34"  # the function's connections to this address end at a web server here
 
-# Runs awslambdaric with nothing to import but the zip and installed packages (-S: not this project either, which is installed as editable).
+# Runs awslambdaric with nothing to import but the zip and installed packages (-S: not this project
+# either, which is installed as editable).
 BOOT = f"""
 import importlib, os, runpy, socket, sys
 connect = socket.create_connection
 def redirect(address, *arguments, **options):
-    return connect(("127.0.0.1", int(os.environ["WEB_PORT"])) if address[0] == {PUBLIC!r} else address, *arguments, **options)
+    if address[0] == {PUBLIC!r}:
+        address = ("127.0.0.1", int(os.environ["WEB_PORT"]))
+    return connect(address, *arguments, **options)
 socket.create_connection = redirect
 sys.path.insert(0, os.environ["LAMBDA_TASK_ROOT"])
 if "ENDPOINT_SECONDS" in os.environ:  # the real ones would take too long here
-    importlib.import_module("lambda_function").ENDPOINT_SECONDS = float(os.environ["ENDPOINT_SECONDS"])
+    function = importlib.import_module("lambda_function")
+    function.ENDPOINT_SECONDS = float(os.environ["ENDPOINT_SECONDS"])
 sys.argv = ["awslambdaric", sys.argv[1]]
 runpy.run_module("awslambdaric", run_name="__main__")
 """
@@ -124,7 +131,10 @@ class Web(Neighbour):
 
 
 class Function:
-    """A function's environment. The Runtime API: https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html."""
+    """A function's environment.
+
+    The Runtime API: https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html.
+    """
 
     def __init__(self, code: Path, handler: str, log: Path, **environment: str) -> None:
         events: queue.Queue[tuple[str, bytes]] = queue.Queue()
@@ -138,7 +148,9 @@ class Function:
                     "Content_Type": "application/json",
                     "Lambda_Runtime_Aws_Request_Id": request_id,
                     "Lambda_Runtime_Deadline_Ms": str(int(time.time() * 1000) + 30_000),
-                    "Lambda_Runtime_Invoked_Function_Arn": "arn:aws:lambda:us-east-1:123456789012:function:function",
+                    "Lambda_Runtime_Invoked_Function_Arn": (
+                        "arn:aws:lambda:us-east-1:123456789012:function:function"
+                    ),
                 }
                 self.reply(200, event, **headers)
 

@@ -1,7 +1,7 @@
-"""The same package behind every door: our server, AWS's PyTorch toolkit under TorchServe, Ray Serve, and Lambda.
+"""The same package in every adapter: our server, AWS's PyTorch toolkit, Ray Serve, and Lambda.
 
-TorchServe, the toolkit and Ray are the real ones, in an environment of their own that `make doors` makes; without it those tests are skipped. The
-variable DOORS names another one.
+TorchServe, the toolkit and Ray are the real ones, in an environment of their own that `make doors`
+makes; without it those tests are skipped. The variable DOORS names another one.
 """
 
 import json
@@ -46,7 +46,10 @@ def ours(server, golden) -> dict[str, Any]:
 
 
 def test_our_server_gives_what_the_trainers_evaluation_gave(ours, expected):
-    """The recorded logits are PyTorch's, of the pixels that `prepare` gives; loading the package has compared the pixels, exactly."""
+    """The recorded logits are PyTorch's, of the pixels that `prepare` gives.
+
+    Loading the package has compared the pixels, exactly.
+    """
     np.testing.assert_allclose(np.concatenate([*ours.values()]), expected, rtol=0, atol=1e-5)
 
 
@@ -113,7 +116,7 @@ def test_the_four_functions_set_an_errors_status_and_raise_nothing(
 
 @pytest.fixture
 def run(tmp_path) -> Iterator[Callable[..., Path]]:
-    """Starts a command of the doors' environment, and gives its log. All of it is ended after the test."""
+    """Starts a command of the servers' environment, and gives its log. The test's end ends it."""
     started: list[subprocess.Popen[bytes]] = []
 
     def run(*command: str, **environment: str) -> Path:
@@ -166,7 +169,7 @@ def ask(
         connection.close()
 
 
-def check_door(
+def check_server(
     port: int, path: str, golden: dict[str, bytes], ours: dict[str, Any], log: Path
 ) -> None:
     assert wait_for(lambda: ask(port, path, golden["0.jpg"], "image/jpeg")[0] == 200), (
@@ -192,7 +195,11 @@ def test_torchserve_with_awss_toolkit_answers_as_our_server(run, original, golde
     model = shutil.copytree(original / "package", tmp_path / "ml/model")
     (tmp_path / "store").mkdir()
     ports = [free_port() for _ in range(3)]
-    script = "from importlib.resources import files; print((files('sagemaker_pytorch_serving_container') / 'etc/default-ts.properties').read_text())"
+    script = (
+        "from importlib.resources import files; "
+        "package = files('sagemaker_pytorch_serving_container'); "
+        "print((package / 'etc/default-ts.properties').read_text())"
+    )
     defaults = subprocess.run(
         [DOORS / "python", "-c", script], capture_output=True, text=True, check=True
     ).stdout
@@ -200,8 +207,12 @@ def test_torchserve_with_awss_toolkit_answers_as_our_server(run, original, golde
         f"{kind}_address=http://127.0.0.1:{port}"
         for kind, port in zip(("inference", "management", "metrics"), ports, strict=True)
     )
-    handler = "default_workers_per_model=1\ndefault_service_handler=sagemaker_pytorch_serving_container.handler_service:handle"
-    # As the toolkit's own start_torchserve writes and starts it, but for the ports and the place of the file.
+    handler = (
+        "default_workers_per_model=1\n"
+        "default_service_handler=sagemaker_pytorch_serving_container.handler_service:handle"
+    )
+    # As the toolkit's own start_torchserve writes and starts it, but for the ports and the place of
+    # the file.
     (tmp_path / "ts.properties").write_text(f"{defaults}\n{addresses}\n{handler}\n")
     command = (
         "torchserve",
@@ -220,12 +231,15 @@ def test_torchserve_with_awss_toolkit_answers_as_our_server(run, original, golde
         SAGEMAKER_PROGRAM="inference.py",
         PYTHONPATH=str(model / "code"),
     )
-    check_door(ports[0], "/invocations", golden, ours, log)
+    check_server(ports[0], "/invocations", golden, ours, log)
 
 
 @installed
 def test_ray_serve_answers_as_our_server(run, original, golden, ours, tmp_path):
-    """The image's adapter sends /invocations on to the application's root (deep-learning-containers, scripts/ray/sagemaker_serve.py)."""
+    """The image's adapter sends /invocations on to the application's root.
+
+    See deep-learning-containers, scripts/ray/sagemaker_serve.py.
+    """
     port = free_port()
     (tmp_path / "start.py").write_text(
         "import threading\nfrom ray import serve\n"
@@ -240,7 +254,7 @@ def test_ray_serve_answers_as_our_server(run, original, golden, ours, tmp_path):
         "RAY_DISABLE_DASHBOARD": "1",
     }
     log = run("python", "start.py", **environment)
-    check_door(port, "/", golden, ours, log)
+    check_server(port, "/", golden, ours, log)
 
 
 # --- inside Lambda ---
@@ -297,7 +311,7 @@ def test_lambdas_bad_events_get_400(direct, event):
     assert answer["statusCode"] == 400 and json.loads(answer["body"])["request_id"] == "request-1"
 
 
-def test_no_door_needs_its_framework_to_be_imported():
+def test_no_adapter_needs_its_framework_to_be_imported():
     script = (
         "import sys; from serving.adapters import lambda_inside, ray, toolkit; "
         "print(not {'ray', 'boto3', 'torch', 'starlette'} & {*sys.modules})"

@@ -1,4 +1,7 @@
-"""The network is real, on loopback, but for two things: what a name resolves to, and that public addresses lead to our own servers."""
+"""The network is real, on loopback, but for two things.
+
+These are what a name resolves to, and that public addresses lead to our own servers.
+"""
 
 import gzip
 import shutil
@@ -21,7 +24,10 @@ PUBLIC, OTHER = "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"
 
 
 class Network:
-    """What the machine sees: `names` resolve to addresses, and connections to an address and port of `servers` reach a port on loopback."""
+    """What the machine sees: `names` resolve to addresses.
+
+    Connections to an address and port of `servers` reach a port on loopback.
+    """
 
     def __init__(self) -> None:
         self.names: dict[str, list[str]] = {}
@@ -79,7 +85,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web(network) -> Handler:
-    """A server of `pictures.example` on ports 80 of both its addresses; `replies` maps paths to answers."""
+    """A server of `pictures.example` on ports 80 of both its addresses.
+
+    `replies` maps paths to answers.
+    """
     handler = type("Site", (Handler,), {"replies": {"/a.jpg": (200, {}, b"picture")}, "seen": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -590,7 +599,10 @@ def test_the_certificate_must_be_the_names_own_and_trusted(
 
 
 def test_the_module_needs_the_standard_library_only():
-    script = "import sys; before = set(sys.modules); import fetch; print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    script = (
+        "import sys; before = set(sys.modules); import fetch; "
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
     done = subprocess.run(
         [sys.executable, "-S", "-c", script],
         cwd=PROJECT / "serving",

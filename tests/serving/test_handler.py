@@ -195,7 +195,8 @@ def test_a_fault_of_ours_is_500_and_tells_the_log_alone(engine, picture, caplog)
         def logits(self, pictures, end):
             raise RuntimeError("a secret")
 
-    result = answer(Broken(), Settings(), Request(picture, "image/jpeg", "", "some-id"))  # type: ignore[arg-type]
+    request = Request(picture, "image/jpeg", "", "some-id")
+    result = answer(Broken(), Settings(), request)  # type: ignore[arg-type]
     assert result.status == 500 and b"secret" not in result.body and b"some-id" in result.body
     assert "some-id" in caplog.text and "a secret" in caplog.text
 

@@ -18,7 +18,10 @@ def float_model(original) -> bytes:
 
 @pytest.fixture(scope="module")
 def pictures(original, float_model) -> Pictures:
-    """The golden pictures with some noise, labelled as the float network sees them: it is right about all of them."""
+    """The golden pictures with some noise, labelled as the float network sees them.
+
+    So it is correct about all of them.
+    """
     with np.load(original / "package/golden/expected.npz") as recorded:
         golden = np.repeat(recorded["pixels"], 20, axis=0).astype(int)
     pixels = np.clip(
@@ -40,7 +43,7 @@ def test_an_int8_package_holds_8_bit_weights_and_answers_nearly_as_the_float_net
     }
     assert onnx.TensorProto.INT8 in kinds and onnx.TensorProto.FLOAT not in kinds
     assert package.metrics["float_top1"] == 1 and package.metrics["int8_top1"] >= 0.8
-    found = package.predict(
+    logits_int8 = package.predict(
         np.stack(
             [
                 package.prepare(tmp_path / "package/golden" / name)
@@ -48,11 +51,14 @@ def test_an_int8_package_holds_8_bit_weights_and_answers_nearly_as_the_float_net
             ]
         )
     )
-    assert 0 < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    assert 0 < np.abs(logits_int8 - expected).max() < 0.1 * np.abs(expected).max()
 
 
 def test_int8_that_costs_too_much_accuracy_is_refused(float_model, pictures):
-    message = r"int8 has a top-1 accuracy of [\d.]+ on 60 validation pictures, float32 1\.0000; package\.max_drop allows -0\.01 less; set package\.int8"
+    message = (
+        r"int8 has a top-1 accuracy of [\d.]+ on 60 validation pictures, float32 1\.0000; "
+        r"package\.max_drop allows -0\.01 less; set package\.int8"
+    )
     with pytest.raises(UserError, match=message):
         int8(float_model, pictures, max_drop=-0.01)  # not even an equal accuracy is enough
 

@@ -233,7 +233,8 @@ def test_no_url_leads_inside_and_all_refusals_read_alike(function, endpoint, add
     status, message = error(function.invoke({"url": f"http://{address}/latest/meta-data"}))
     assert (status, message) == (
         400,
-        "the URL is not allowed: it must be http or https, on port 80 or 443, of a host with public addresses only",
+        "the URL is not allowed: it must be http or https, on port 80 or 443, "
+        "of a host with public addresses only",
     )
     assert endpoint.calls == []
 
@@ -401,7 +402,10 @@ def test_a_cold_start_takes_at_most_a_fifth_more_than_boto3_itself(proxy_zip, en
     (tmp_path / "plain.py").write_text(PLAIN)
 
     def cost(directory, module):
-        code = f"from {module} import handler\nclass Context: aws_request_id = 'x'\nassert '0.25' in str(handler({{'base64': ''}}, Context))"
+        code = (
+            f"from {module} import handler\nclass Context: aws_request_id = 'x'\n"
+            "assert '0.25' in str(handler({'base64': ''}, Context))"
+        )
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
         loaded(

@@ -109,7 +109,8 @@ def test_a_picture_gets_the_same_logits_in_a_batch_of_any_size(original):
 def test_check_needs_neither_torch_nor_hydra_and_tells_a_person_what_it_found(original, tmp_path):
     script = (
         "import sys; from serving.__main__ import main; code = main(sys.argv[1:]);"
-        "print('imported:', *sorted({'torch', 'hydra', 'omegaconf', 'onnx', 'trainer.results.package', 'launch'} & set(sys.modules))); sys.exit(code)"
+        "heavy = {'torch', 'hydra', 'omegaconf', 'onnx', 'trainer.results.package', 'launch'};"
+        "print('imported:', *sorted(heavy & set(sys.modules))); sys.exit(code)"
     )
     result = run(
         "-c", script, "check", str(original / "model.tar.gz"), cwd=tmp_path, PYTHONPATH=str(PROJECT)
@@ -210,7 +211,10 @@ def replace_picture(package: Path) -> None:
             lambda package: (package / "code/numpy.py").write_text(""),
             "code/numpy.py does not belong to the package",
         ),
-        (lambda package: edit(package, classes=["dog", "café", "hen"]), "package.json was changed"),
+        (
+            lambda package: edit(package, classes=["dog", "café", "hen"]),
+            "package.json was changed",
+        ),
         (
             lambda package: edit_preprocessing(package, interpolation="bicubic"),
             "package.json was changed",
@@ -423,13 +427,16 @@ def test_one_changed_byte_of_an_archive_is_noticed(original, tmp_path, where, ca
 def test_the_packages_own_code_answers_as_the_network_did(original, tmp_path):
     code = original / "package/code"
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import inference, serving.package, trainer.images.decode;"
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "import inference, serving.package, trainer.images.decode;"
         "package = inference.model_fn(sys.argv[2]);"
         "picture = inference.input_fn(bytearray(open(sys.argv[3], 'rb').read()), 'image/png');"
-        "print(inference.output_fn(inference.predict_fn(picture, package), 'application/json', None));"
+        "prediction = inference.predict_fn(picture, package);"
+        "print(inference.output_fn(prediction, 'application/json', None));"
         "print(serving.package.__file__, trainer.images.decode.__file__)"
     )
-    # -I: without our PYTHONPATH and the current directory, so that only the package's own code can be found.
+    # -I: without our PYTHONPATH and the current directory, so that only the package's own code can
+    # be found.
     picture = original / "package/golden/1.png"
     result = run(
         "-I", "-B", "-c", script, str(code), str(original / "package"), str(picture), cwd=tmp_path

@@ -15,8 +15,9 @@ GIVE = """
   const bytes = Uint8Array.from(atob("%s"), character => character.charCodeAt(0));
   const files = new DataTransfer();
   files.items.add(new File([bytes], "picture.jpg", { type: "image/jpeg" }));
-  const event = "%s" === "drop" ? new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true })
-                                : new ClipboardEvent("paste", { clipboardData: files, bubbles: true });
+  const event = "%s" === "drop"
+    ? new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true })
+    : new ClipboardEvent("paste", { clipboardData: files, bubbles: true });
   document.getElementById("drop").dispatchEvent(event);
 })()
 """
@@ -54,10 +55,11 @@ def browser(tmp_path, server):
 
 def bars(browser: Browser) -> dict[str, float]:
     assert wait_for(lambda: browser.run("document.querySelectorAll('#bars li').length") == 3)
-    found = browser.run(
-        "[...document.querySelectorAll('#bars progress')].map(bar => [bar.getAttribute('aria-label'), bar.value])"
+    rows = browser.run(
+        "[...document.querySelectorAll('#bars progress')]"
+        ".map(bar => [bar.getAttribute('aria-label'), bar.value])"
     )
-    return dict(found)
+    return dict(rows)
 
 
 def check_answer(browser, server, picture) -> None:

@@ -72,11 +72,11 @@ def test_what_else_there_is(server):
 
 def test_metrics_count_requests(server, picture):
     def count(status: int) -> float:
-        found = re.search(
+        line = re.search(
             rf'packhorse_requests_total{{status="{status}"}} ([\d.]+)',
             server.ask("GET", "/metrics").body.decode(),
         )
-        return float(found[1]) if found else 0
+        return float(line[1]) if line else 0
 
     before = count(200), count(400)
     server.invoke(picture)
@@ -210,7 +210,9 @@ def test_one_slow_url_does_not_hold_up_the_others(start, original, picture, tmp_
     """The resolver of this server hangs for one name, as a slow name server would make it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import socket, time\nask = socket.getaddrinfo\n"
-        "def getaddrinfo(host, *rest, **more):\n    time.sleep(8 if host == 'slow.example' else 0)\n    return ask(host, *rest, **more)\n"
+        "def getaddrinfo(host, *rest, **more):\n"
+        "    time.sleep(8 if host == 'slow.example' else 0)\n"
+        "    return ask(host, *rest, **more)\n"
         "socket.getaddrinfo = getaddrinfo\n"
     )
     server = start(
@@ -239,7 +241,7 @@ def test_one_slow_url_does_not_hold_up_the_others(start, original, picture, tmp_
 
 @pytest.fixture
 def impatient(engine, monkeypatch):
-    """The port of a server in this process that waits a quarter of a second for a head, and half a second for a body."""
+    """The port of a server in this process that waits 0.25 s for a head and 0.5 s for a body."""
     monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.25)
     monkeypatch.setattr(server_module, "BODY_SECONDS", 0.5)
     made = server_module.make(engine.package, engine, Settings(), "127.0.0.1", 0)
@@ -366,7 +368,10 @@ def test_mistakes_end_with_one_line(tmp_path, arguments, message):
 
 
 def test_sigterm_under_load_answers_every_accepted_request(start, original, picture):
-    """Clients go on until they are told that the connection ends, or none is to be had. None of them may lose an answer."""
+    """None of the clients may lose an answer.
+
+    They go on until they are told that the connection ends, or none is to be had.
+    """
     server = start(str(original / "package"))
     statuses: list[int] = []
     lost: list[str] = []
@@ -430,7 +435,8 @@ def test_a_decoder_that_hangs_is_told_by_ping_and_does_not_outlive_the_drain(
 ):
     """No file is known that does this; here the decoder of GIF hangs for an hour."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import time\nfrom PIL import GifImagePlugin\nGifImagePlugin.GifImageFile.load_prepare = lambda self: time.sleep(3600)\n"
+        "import time\nfrom PIL import GifImagePlugin\n"
+        "GifImagePlugin.GifImageFile.load_prepare = lambda self: time.sleep(3600)\n"
     )
     options = ("--seconds", "0.5", "--workers", "2")
     server = start(str(original / "package"), *options, PYTHONPATH=f"{tmp_path}:{PROJECT}")

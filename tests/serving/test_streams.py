@@ -1,4 +1,7 @@
-"""The server in a terminal that goes away: it goes on, and a hang-up lets it drain as SIGTERM does."""
+"""The server in a terminal that goes away.
+
+It goes on, and a hang-up lets it drain as SIGTERM does.
+"""
 
 import os
 import pty
@@ -32,9 +35,9 @@ class Shown(Server):
         )
         os.close(written)
         text = b""
-        while not (found := re.search(rb"running on http://127\.0\.0\.1:(\d+)\D", text)):
+        while not (running := re.search(rb"running on http://127\.0\.0\.1:(\d+)\D", text)):
             text += os.read(looking, 4096)
-        self.port = int(found[1])
+        self.port = int(running[1])
         os.close(looking)
 
 

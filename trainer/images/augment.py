@@ -45,8 +45,9 @@ def random_view(
 
     It is perhaps mirrored, perhaps changed by one random operation.
     """
+    height, width = pixels.shape[:2]
     top, left, height, width = random_box(
-        *pixels.shape[:2], augmentation.scale, augmentation.ratio, rng
+        height, width, augmentation.scale, augmentation.ratio, rng
     )
     view = resize(pixels[top : top + height, left : left + width], size, interpolation)
     if augmentation.flip and rng.random() < 0.5:

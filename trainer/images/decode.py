@@ -127,6 +127,8 @@ def shrink(
             # (Pillow's reducing_gap=2).
             draft = image.draft(None, (2 * resize, 2 * resize))
             image.load()
+            width: float
+            height: float
             width, height = image.size
             if draft:  # its size is rounded up: the image itself ends at a fraction of a pixel
                 width, height = draft[1][2:]

@@ -145,8 +145,7 @@ def make_deterministic() -> None:
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Nothing of ours reads memory before it is written, so it need not be filled with NaN each
-    # time.
+    # Nothing of ours reads memory before it is written: it need not be filled with NaN each time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

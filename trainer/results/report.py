@@ -81,7 +81,7 @@ def write(report: Report, path: Path, thumbnail: Thumbnail) -> None:
     charts: list[Chart] = []
     if report.history:
         charts = _charts(report)
-    filters = {
+    filters: dict[str, Callable[..., Any]] = {
         "percent": percent,
         "number": number,
         "duration": duration,

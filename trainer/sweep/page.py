@@ -104,10 +104,7 @@ def _parallel(known: Sequence[Trial], parameters: Sequence[Axis], objective: Axi
 def _plots(
     page: Page, known: Sequence[Trial], parameters: Sequence[Axis], objective: Axis
 ) -> list[Plot]:
-    """Return the plots of the objective.
-
-    Against each parameter, against the trial's number, and each trial's by epoch.
-    """
+    """Plot the objective against each parameter, the trial's number, and by epoch."""
 
     def against(axis: Axis, value: Callable[[Trial], Value]) -> Plot:
         return Plot(

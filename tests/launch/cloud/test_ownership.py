@@ -139,6 +139,26 @@ def test_down_leaves_whatever_only_begins_like_ours(neighbours):
     assert things(neighbours) == before
 
 
+@pytest.mark.parametrize(
+    "target", [("target=sagemaker",), ("target=tuner", "sweep=head")], ids=" ".join
+)
+def test_a_name_that_another_projects_job_has_is_not_taken_for_ours(cloud, target):
+    """The run dev-x of packhorse and the run x of packhorse-dev give their jobs one name."""
+    dev = "target.project=packhorse-dev"
+    launch(cloud, "up", *FAST)
+    launch(cloud, "up", dev, *FAST)
+    launch(cloud, "submit", *target, "name=x", dev)
+    for _ in range(2):  # nor the second time, when it is known that the first was refused
+        code, printed = cloud.launch("submit", *target, "name=dev-x")
+        assert code == MISTAKE, printed
+        last = printed.splitlines()[-1]
+        assert "packhorse-dev-x-1: what has this name at AWS belongs to the project" in last
+        assert "the project packhorse-dev; give another name=" in last
+    [row] = json.loads(launch(cloud, "status", "--json"))["runs"]
+    assert row["state"] == "never started"
+    launch(cloud, "submit", *target, "name=other")
+
+
 def test_status_counts_what_has_our_tag_whatever_its_name(neighbours):
     launch(neighbours, "up", *FAST)
     make_endpoint(neighbours, "dogs", OURS)

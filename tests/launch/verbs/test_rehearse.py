@@ -428,15 +428,15 @@ def test_a_module_that_is_missing_in_the_tarball(tmp_path, pictures):
         shutil.copytree(
             PROJECT / name,
             project / name,
-            ignore=shutil.ignore_patterns("__pycache__", "folder.py"),
+            ignore=shutil.ignore_patterns("__pycache__", "loader.py"),
         )
     for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(PROJECT / name, project)
     code, output = run(tmp_path, *SETTINGS, "--data", str(pictures), project=project)
     assert code == MISTAKE
     assert (
-        "No module named 'trainer.images.folder'; "
-        "trainer.images.folder is not in the tarball: name it in launch/cloud/source.py"
+        "No module named 'trainer.images.loader'; "
+        "trainer.images.loader is not in the tarball: name it in launch/cloud/source.py"
         in output.splitlines()[-1]
     )
     (failure,) = (tmp_path / "rehearsed").glob("*/*/output/failure")
@@ -475,7 +475,7 @@ def test_a_mistake_that_the_trainer_sees_is_the_failure(tmp_path):
     code, output, failure = enter(tmp_path, {"model": '"resnet51"'})
     assert (
         code == MISTAKE
-        and failure.startswith("model=resnet51: there is no such option; allowed: ")
+        and failure.startswith("model=resnet51: there is no such option; did you mean resnet50?")
         and f"error: {failure}" in output
     )
 
