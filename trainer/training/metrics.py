@@ -17,7 +17,7 @@ def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, flo
 
     logits: float32 [N, classes]; labels: int64 [N]. Top-1, top-5 and F1 lie in 0..1.
     """
-    # Imported here: torchmetrics pulls in torchvision, which a run doesn't need before its first
+    # imported here: torchmetrics pulls in torchvision, which a run doesn't need before its first
     # step.
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
