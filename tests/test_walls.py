@@ -40,12 +40,6 @@ WRONG_YET = {
 SILENT_YET: set[str] = {
     "launch.cloud",
     "serving.deploy",
-    "trainer.__main__",
-    "trainer.distributed",
-    "trainer.network",
-    "trainer.results",
-    "trainer.sweep",
-    "trainer.training",
 }
 
 

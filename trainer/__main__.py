@@ -60,7 +60,7 @@ def train(config: Config | None, world: World) -> None:
             log.info("this run is complete; to train once more, give another name=... or seed=...")
             run.summarize(result)
             return
-        # Imported here: a wrong setting or folder is answered before PyTorch is loaded.
+        # imported here: a wrong setting or folder is answered before PyTorch is loaded.
         from trainer.results import outcome
         from trainer.training.loop import fit
         from trainer.training.training import build_training
@@ -162,7 +162,7 @@ def sweep(words: list[str]) -> None:
             "-m, a sweep, starts processes of its own: give python -m trainer -m ..., "
             "without torchrun"
         )
-    # Imported here: it brings the sweep's page and its templates, which one run doesn't need.
+    # imported here: it brings the sweep's page and its templates, which one run doesn't need.
     from trainer.sweep import driver
 
     driver.run(words)

@@ -1,7 +1,7 @@
-"""`python -m trainer.doctor [key=value ...]`: what this machine can do with these settings, before hours are paid for.
+"""`python -m trainer.doctor [key=value ...]`: what this machine can do with these settings.
 
-It runs the real loop for some seconds on a sample of the real pictures, in a cache of its own, and
-predicts from that. No run is begun.
+To be known before hours are paid for. It runs the real loop for some seconds on a sample of the
+real images, in a cache of its own, and predicts from that. No run is begun.
 """
 
 import argparse
@@ -55,20 +55,21 @@ from trainer.training.training import (
 )
 
 PICTURES = 512  # of each split, at most
-SLOW = 4.0  # seconds: where a step would take longer, it is measured on fewer pictures
+SLOW = 4.0  # seconds: where a step would take longer, it is measured on fewer images
+WAITING = 0.1  # share of the loop's time above which waiting for images is what limits it
 NVME = Path("/opt/dlami/nvme")  # the scratch disk of AWS's Deep Learning AMI
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Rates in pictures or bytes a second. None: this run has no such work."""
+    """Rates in images or bytes a second. None: this run has no such work."""
 
-    decode: float  # decoding and shrinking, all threads together: what packing costs
-    picture_bytes: float  # of a packed picture, on average
+    decode: float  # decoding and shrinking, by all threads: what packing costs
+    picture_bytes: float  # of a packed image, on average
     load: float  # random views, with nobody training
     extract: float | None  # the frozen backbone, one view
     train: float  # the loop as it runs: views, steps and moving average
-    wait: float  # share of the loop's time that it waited for pictures
+    wait: float  # share of the loop's time that it waited for images
     evaluate: float  # valid, as after each epoch
     write: float  # bytes, flushed to the disk of the runs
     copy: float  # bytes, within the memory
@@ -77,7 +78,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Prediction:
-    """In seconds. once: before the first epoch (packing, features). training, evaluation: of one epoch."""
+    """How long a run takes, in seconds.
+
+    once: before the first epoch (packing, features). training, evaluation: of one epoch.
+    """
 
     once: float
     training: float
@@ -85,10 +89,12 @@ class Prediction:
 
     @property
     def epoch(self) -> float:
+        """Return the seconds of one epoch."""
         return self.training + self.evaluation
 
 
 def main() -> int:
+    """Examine what the command line asks for; return the exit code."""
     to_terminal()
     parser = argparse.ArgumentParser(
         prog="python -m trainer.doctor",
@@ -187,7 +193,7 @@ def measure(
 
 
 def _run(config: Config, directory: Path) -> Run:
-    """A run that saves nothing, in `directory`."""
+    """Return a run that saves nothing, in `directory`."""
     never = CheckpointConfig(minutes=1e9, max_cost=1e-9, keep=2)
     config = dataclasses.replace(config, checkpoint=never)
     places = (directory, directory / "checkpoints", directory / "model.tar.gz")
@@ -203,13 +209,18 @@ def _pack(config: Config, sample: ImageFolder, directory: Path) -> cache.Packed:
 
 @dataclass
 class Trained:
+    """What the loop has done, and how long it took."""
+
     count: float = 0.0  # images
     seconds: float = 0.0
     data_wait: float = 0.0
 
 
 def _trained(training: Training, seconds: float) -> Trained:
-    """Run the loop itself, up to the step in which `seconds` are over, or to the end of the epoch that comes first."""
+    """Run the loop itself, up to the step in which `seconds` are over.
+
+    It begins an epoch anew as often as one ends before.
+    """
     trained, deadline = Trained(), time.monotonic() + seconds
     with _stopped_at(deadline) as training.stop:
         while training.stop.reason is None and time.monotonic() < deadline:
@@ -223,7 +234,7 @@ def _trained(training: Training, seconds: float) -> Trained:
 
 
 def _fewer(config: Config, data: Loader, warm: Trained, machine: Machine) -> Loader:
-    """The data in batches so small that a step of them takes at most SLOW.
+    """Return the data in batches so small that a step of them takes at most SLOW.
 
     On a CPU time is in proportion to the images.
     """
@@ -264,7 +275,10 @@ def _extract_rate(
 
 
 def _some_features(loader: ImageLoader, width: int) -> FeatureLoader:
-    """As many features as the run will have, of no meaning: only how long the head takes is asked for."""
+    """Return as many features as the run will have, of no meaning.
+
+    Only how long the head takes is asked for.
+    """
     train = np.zeros((loader.folder.count("train"), width), np.float32)
     valid = np.zeros((loader.folder.count("valid"), width), np.float32)
     return FeatureLoader(loader, (train,), valid)
@@ -319,14 +333,17 @@ def _copy_rate(to: torch.device, size: int = 256 << 20) -> float:
 # --- the sample ---
 
 
-def _sampled(found: ImageFolder) -> ImageFolder:
-    """Some pictures of train and valid, chosen at random, so that they are as large and as hard as all of them."""
+def _sampled(images: ImageFolder) -> ImageFolder:
+    """Return some images of train and valid.
+
+    Chosen at random, so that they are as large and as hard as all of them.
+    """
     splits = {}
     for name in ("train", "valid"):
-        split = found.splits[name]
+        split = images.splits[name]
         chosen = np.random.default_rng(0).permutation(len(split.paths))[:PICTURES]
         splits[name] = Split(tuple(split.paths[number] for number in chosen), split.labels[chosen])
-    return dataclasses.replace(found, splits=splits)
+    return dataclasses.replace(images, splits=splits)
 
 
 def _without(sample: ImageFolder, broken: Mapping[str, str]) -> ImageFolder:
@@ -334,18 +351,20 @@ def _without(sample: ImageFolder, broken: Mapping[str, str]) -> ImageFolder:
     for name, split in sample.splits.items():
         good = [number for number, path in enumerate(split.paths) if path not in broken]
         if not good:
+            first = split.paths[0]
             raise UserError(
-                f"{split.paths[0]}: none of {len(split.paths)} pictures of {name} can be read ({broken[split.paths[0]]})"
+                f"{first}: none of {len(split.paths)} pictures of {name} can be read "
+                f"({broken[first]})"
             )
         splits[name] = Split(tuple(split.paths[number] for number in good), split.labels[good])
     return dataclasses.replace(sample, splits=splits)
 
 
-def _as_many(sample: ImageFolder, found: ImageFolder) -> ImageFolder:
-    """The sample, each picture as often as it takes to have as many as there really are."""
+def _as_many(sample: ImageFolder, images: ImageFolder) -> ImageFolder:
+    """Return the sample, repeated until it has as many images as `images` has."""
     splits = {}
     for name, split in sample.splits.items():
-        chosen = np.resize(np.arange(len(split.paths)), len(found.splits[name].paths))
+        chosen = np.resize(np.arange(len(split.paths)), len(images.splits[name].paths))
         splits[name] = Split(tuple(split.paths[number] for number in chosen), split.labels[chosen])
     return dataclasses.replace(sample, splits=splits)
 
@@ -353,57 +372,35 @@ def _as_many(sample: ImageFolder, found: ImageFolder) -> ImageFolder:
 # --- predicting and proposing ---
 
 
-def predict(config: Config, found: ImageFolder, measured: Measured) -> Prediction:
-    train, valid = (len(found.splits[name].paths) for name in ("train", "valid"))
-    once = (
-        sum(len(split.paths) for split in found.splits.values()) / measured.decode
-    )  # packed, or looked at for broken ones
+def predict(config: Config, images: ImageFolder, measured: Measured) -> Prediction:
+    """Return how long the run takes at the measured rates."""
+    train, valid = (len(images.splits[name].paths) for name in ("train", "valid"))
+    # Every image is packed, or looked at for whether it is broken.
+    once = sum(len(split.paths) for split in images.splits.values()) / measured.decode
     if measured.extract is not None:
         assert config.model.cached_views is not None and config.train.epochs is not None
-        once += (
-            train * min(config.model.cached_views, config.train.epochs) + valid
-        ) / measured.extract
+        views = min(config.model.cached_views, config.train.epochs)
+        once += (train * views + valid) / measured.extract
     batch = min(config.train.batch_size, train)
     return Prediction(once, train // batch * batch / measured.train, valid / measured.evaluate)
 
 
 def propose(
-    config: Config, found: ImageFolder, measured: Measured, machine: Machine, instance: str | None
+    config: Config, images: ImageFolder, measured: Measured, machine: Machine, instance: str | None
 ) -> list[str]:
-    """One line for each setting that would be better otherwise, with the reason."""
-    lines = []
-    driver = nvidia_driver()
-    if driver and not torch.cuda.is_available():
-        build = (
-            "is built without CUDA"
-            if torch.version.cuda is None
-            else f"is built for CUDA {torch.version.cuda}, and the driver may be too old for it"
-        )
-        lines.append(
-            f"a GPU that works: there is one ({driver}), but PyTorch {torch.__version__} {build}; see pytorch.org/get-started"
-        )
-    if machine.device.type == "cpu" and torch.cuda.is_available():
-        lines.append("train.device=cuda: there is a GPU, and it is not used")
+    """Return one line for each setting that would be better otherwise, with the reason."""
+    lines = _used_gpu(machine)
     if (
         config.model.freeze == "backbone"
         and config.model.cached_views is None
         and not config.data.augment.mixup + config.data.augment.cutmix
     ):
         lines.append(
-            "model.cached_views=4: the frozen backbone would run once for each of 4 views, and not in every epoch"
+            "model.cached_views=4: the frozen backbone would run once for each of 4 views, "
+            "and not in every epoch"
         )
-    if measured.wait > 0.1 and not reads_more_than_once(config):
-        lines.append(
-            f"data.cache=packed: {measured.wait:.0%} of the time goes by waiting for pictures to be decoded"
-        )
-    elif measured.wait > 0.1 and config.data.workers is not None and config.data.workers < cores():
-        lines.append(
-            f"data.workers=null: {measured.wait:.0%} of the time goes by waiting for pictures, read by {config.data.workers} of {cores()} cores"
-        )
-    elif measured.wait > 0.1:
-        lines.append(
-            f"data.augment.trivial=false, or a machine with more cores: {measured.wait:.0%} of the time goes by waiting for random views"
-        )
+    if measured.wait > WAITING:
+        lines.append(_faster_reading(config, measured))
     if not config.train.channels_last and measured.extract is None:
         lines.append("train.channels_last=true: convolutions are faster so on most machines")
     if machine.device.type == "cuda" and machine.precision == torch.float32:
@@ -414,45 +411,88 @@ def propose(
         )
     if instance and instance.startswith("t") and machine.device.type == "cpu":
         lines.append(
-            f"another instance than {instance}: it may only compute in bursts; see python -m launch instances"
+            f"another instance than {instance}: it may only compute in bursts; "
+            "see python -m launch instances"
         )
     free = shutil.disk_usage(config.platform.cache).free
-    if reads_more_than_once(config) and packed_bytes(found, measured) > free:
+    packed = packed_bytes(images, measured)
+    if reads_more_than_once(config) and packed > free:
         lines.append(
-            f"platform.cache=DIR on a larger disk: {amount(packed_bytes(found, measured))} of packed pixels do not fit into {amount(free)}"
+            f"platform.cache=DIR on a larger disk: {amount(packed)} of packed pixels do not fit "
+            f"into {amount(free)}"
         )
     return lines
 
 
-def packed_bytes(found: ImageFolder, measured: Measured) -> float:
-    return measured.picture_bytes * sum(len(split.paths) for split in found.splits.values())
+def _used_gpu(machine: Machine) -> list[str]:
+    lines = []
+    driver = nvidia_driver()
+    if driver and not torch.cuda.is_available():
+        build = "is built without CUDA"
+        if torch.version.cuda is not None:
+            build = f"is built for CUDA {torch.version.cuda}, and the driver may be too old for it"
+        lines.append(
+            f"a GPU that works: there is one ({driver}), but PyTorch {torch.__version__} {build}; "
+            "see pytorch.org/get-started"
+        )
+    if machine.device.type == "cpu" and torch.cuda.is_available():
+        lines.append("train.device=cuda: there is a GPU, and it is not used")
+    return lines
+
+
+def _faster_reading(config: Config, measured: Measured) -> str:
+    waited = f"{measured.wait:.0%} of the time goes by waiting for"
+    if not reads_more_than_once(config):
+        return f"data.cache=packed: {waited} pictures to be decoded"
+    threads = config.data.workers
+    if threads is not None and threads < cores():
+        return f"data.workers=null: {waited} pictures, read by {threads} of {cores()} cores"
+    return f"data.augment.trivial=false, or a machine with more cores: {waited} random views"
+
+
+def packed_bytes(images: ImageFolder, measured: Measured) -> float:
+    """Return the bytes of all images as packed pixels."""
+    return measured.picture_bytes * sum(len(split.paths) for split in images.splits.values())
 
 
 # --- what is shown ---
 
 
 def machine_facts(config: Config, machine: Machine, instance: str | None) -> dict[str, str]:
+    """Return what the machine is, as a table's names and values."""
     runs = _existing(Path(config.platform.run_dir or config.platform.runs))
     kept = _existing(Path(config.platform.cache))
+    free_for_runs = amount(shutil.disk_usage(runs).free)
+    free_for_cache = amount(shutil.disk_usage(kept).free)
+    capability = torch.backends.cpu.get_cpu_capability()
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    held = credentials(instance) or "none found"
     return {
         "instance": instance or "not on EC2, as far as can be seen",
-        "processor": f"{platform.machine()}, {cores()} of {os.cpu_count()} cores may be used, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": (
+            f"{platform.machine()}, {cores()} of {os.cpu_count()} cores may be used, {capability}"
+        ),
         "memory": amount(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         "GPU": gpu(machine) or "none",
         "driver": nvidia_driver() or "none",
-        "PyTorch": f"{torch.__version__} ({build}), Python {platform.python_version()}, computes on {machine.device} in {machine}",
-        "free disk": f"{amount(shutil.disk_usage(runs).free)} for runs ({runs}), {amount(shutil.disk_usage(kept).free)} for the cache ({kept})",
-        "AWS credentials": f"{credentials(instance) or 'none found'} (training needs none, python -m launch does)",
+        "PyTorch": (
+            f"{torch.__version__} ({build}), Python {platform.python_version()}, "
+            f"computes on {machine.device} in {machine}"
+        ),
+        "free disk": f"{free_for_runs} for runs ({runs}), {free_for_cache} for the cache ({kept})",
+        "AWS credentials": f"{held} (training needs none, python -m launch does)",
     }
 
 
 def measured_facts(measured: Measured, machine: Machine) -> dict[str, str]:
+    """Return the measured rates, as a table's names and values."""
     facts = {
         "decoding": f"{measured.decode:,.0f} pictures/s",
         "random views": f"{measured.load:,.0f} pictures/s, with nobody training",
         "frozen backbone": f"{measured.extract:,.1f} pictures/s" if measured.extract else "",
-        "training": f"{measured.train:,.1f} pictures/s, {measured.wait:.0%} of the time waiting for them",
+        "training": (
+            f"{measured.train:,.1f} pictures/s, {measured.wait:.0%} of the time waiting for them"
+        ),
         "evaluation": f"{measured.evaluate:,.1f} pictures/s",
         "disk": f"{measured.write / 1e6:,.0f} MB/s written and flushed",
         "memory": f"{measured.copy / 1e9:.1f} GB/s copied",
@@ -463,29 +503,39 @@ def measured_facts(measured: Measured, machine: Machine) -> dict[str, str]:
 
 def limited_by(measured: Measured) -> str:
     """Return what an epoch's time goes by with."""
-    if measured.wait > 0.1:
+    if measured.wait > WAITING:
         return "reading pictures"
     return "the network's steps" if measured.extract is None else "the head's steps"
 
 
 def run_facts(
     config: Config,
-    found: ImageFolder,
+    images: ImageFolder,
     network: Classifier,
     measured: Measured,
     prediction: Prediction,
 ) -> dict[str, str]:
+    """Return what the run takes, as a table's names and values."""
     once_limit = "the frozen backbone" if measured.extract is not None else "decoding"
-    assert config.train.epochs is not None
+    epochs = config.train.epochs
+    assert epochs is not None
+    total = prediction.once + epochs * prediction.epoch
+    packed = "none"
+    if reads_more_than_once(config):
+        packed = amount(packed_bytes(images, measured))
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     return {
-        "an epoch": f"{duration(prediction.epoch)}: {duration(prediction.training)} training, {duration(prediction.evaluation)} evaluation",
+        "an epoch": (
+            f"{duration(prediction.epoch)}: {duration(prediction.training)} training, "
+            f"{duration(prediction.evaluation)} evaluation"
+        ),
         "limited by": limited_by(measured),
-        "once, before": f"{duration(prediction.once)}, limited by {once_limit}; nothing where it is in the cache already",
-        "all epochs": f"{duration(prediction.once + config.train.epochs * prediction.epoch)} for {config.train.epochs}",
-        "packed pixels": amount(packed_bytes(found, measured))
-        if reads_more_than_once(config)
-        else "none",
+        "once, before": (
+            f"{duration(prediction.once)}, limited by {once_limit}; "
+            "nothing where it is in the cache already"
+        ),
+        "all epochs": f"{duration(total)} for {epochs}",
+        "packed pixels": packed,
         "a checkpoint": f"at least {amount(size)}, written in {duration(size / measured.write)}",
     }
 
@@ -494,16 +544,16 @@ def run_facts(
 
 
 def instance_type() -> str | None:
-    """EC2's or SageMaker's name of this machine; None elsewhere.
+    """Return EC2's or SageMaker's name of this machine; None elsewhere.
 
     Only a machine that says it is EC2's is asked over its network.
     """
-    if name := os.environ.get("SM_CURRENT_INSTANCE_TYPE"):
+    name = os.environ.get("SM_CURRENT_INSTANCE_TYPE")
+    if name:
         return name
     vendor = Path("/sys/class/dmi/id/sys_vendor")
-    if "AWS_EC2_METADATA_SERVICE_ENDPOINT" not in os.environ and not (
-        vendor.exists() and "Amazon" in vendor.read_text()
-    ):
+    told = "AWS_EC2_METADATA_SERVICE_ENDPOINT" in os.environ
+    if not told and not (vendor.exists() and "Amazon" in vendor.read_text()):
         return None
     try:
         return metadata("instance-type")
@@ -512,59 +562,57 @@ def instance_type() -> str | None:
 
 
 def credentials(instance: str | None) -> str | None:
-    """Where AWS credentials would come from. Their values are not looked at."""
-    if found := [
-        name
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE")
-        if name in os.environ
-    ]:
-        return f"in the environment ({found[0]})"
+    """Return where AWS credentials would come from. Their values are not looked at."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"):
+        if name in os.environ:
+            return f"in the environment ({name})"
     if any(name.startswith("AWS_CONTAINER_CREDENTIALS_") for name in os.environ):
         return "of the container's role"
     for path in (Path.home() / ".aws/credentials", Path.home() / ".aws/config"):
         if path.exists():
             return f"in {path}"
-    try:
-        return (
-            "of the instance's role" if instance and metadata("iam/security-credentials/") else None
-        )
-    except OSError:
-        return None
+    with suppress(OSError):
+        if instance and metadata("iam/security-credentials/"):
+            return "of the instance's role"
+    return None
 
 
 def nvidia_driver() -> str | None:
-    """The GPUs and the driver's version as nvidia-smi has them; None where there is no driver."""
+    """Return the GPUs and the driver's version as nvidia-smi has them; None without a driver."""
     if not shutil.which("nvidia-smi"):
         return None
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(
-            query, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.split("\n")
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi fails ({error})"
-    return "; ".join(line.strip() for line in lines if line.strip())
+    return "; ".join(line.strip() for line in answer.stdout.split("\n") if line.strip())
 
 
 def gpu(machine: Machine) -> str | None:
+    """Return the GPUs that the run computes on, as PyTorch has them; None where there is none."""
     if machine.device.type != "cuda":
         return "one, not used" if torch.cuda.is_available() else None
-    found = torch.cuda.get_device_properties(machine.device)
+    device = torch.cuda.get_device_properties(machine.device)
     native = "with" if torch.cuda.is_bf16_supported(including_emulation=False) else "without"
-    kind = f"{found.name}, {amount(found.total_memory)}, compute capability {found.major}.{found.minor}, {native} native bf16"
-    return f"{torch.cuda.device_count()} x {kind}"
+    return (
+        f"{torch.cuda.device_count()} x {device.name}, {amount(device.total_memory)}, "
+        f"compute capability {device.major}.{device.minor}, {native} native bf16"
+    )
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that there is."""
+    """Return the path, or the nearest directory above it that exists."""
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
 def amount(size: float) -> str:
+    """Return bytes as text, in GB or MB (powers of 1000)."""
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def duration(seconds: float) -> str:
+    """Return seconds as text, in s, min or h."""
     if seconds < 100:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -170,7 +170,7 @@ def current_world() -> World:
     started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if not started <= os.environ.keys() or int(os.environ["WORLD_SIZE"]) == 1:
         return World()
-    # Imported here: only a job of several needs PyTorch to say where it stands.
+    # imported here: only a job of several needs PyTorch to say where it stands.
     from trainer.distributed.job import Job
 
     return Job()

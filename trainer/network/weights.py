@@ -222,7 +222,7 @@ def state_dict(name: str, weights: str) -> "dict[str, Tensor]":
 
     Raise UserError for a file that can't be read or holds something else.
     """
-    # Imported here: settings are checked, and departures told, before PyTorch is loaded.
+    # imported here: settings are checked, and departures told, before PyTorch is loaded.
     import torch
     from safetensors.torch import load_file
 

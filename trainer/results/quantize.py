@@ -62,14 +62,14 @@ def int8(model: bytes, pictures: Pictures, max_drop: float) -> tuple[bytes, dict
 
 
 def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
-    # Imported here: slow, and needed by few.
+    # imported here: slow, and needed by few.
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
         QuantType,
         quantize_static,
     )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # imported here: too
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:

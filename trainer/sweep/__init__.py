@@ -1,1 +1,4 @@
-"""Sweeps: many runs over one search space (`trainer.settings.search_space`), numbered, durable, and sharing what they can."""
+"""Sweeps: many runs over one search space (`trainer.settings.search_space`).
+
+They are numbered and durable, and share what they can.
+"""

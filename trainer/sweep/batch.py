@@ -69,6 +69,7 @@ def load(path: Path) -> Config:
 
 
 def main() -> int:
+    """Train the trials that the command line names; return the exit code."""
     directory, *numbers = sys.argv[1:]
     to_terminal(expendable=True)  # each trial has a log of its own
     return guarded(

@@ -52,7 +52,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(arguments: list[str]) -> None:
-    """The sweep of a command line's overrides, from where it is to its end.
+    """Run the sweep of a command line's overrides, from where it is to its end.
 
     Raises Interrupted when asked to stop.
     """
@@ -66,7 +66,10 @@ def run(arguments: list[str]) -> None:
 
 
 def base(conf: Path, fixed: list[str], swept: dict[str, str]) -> tuple[Config, list[str]]:
-    """The settings that a sweep begins with, its lists at their first values, and the notes on what was not said (`resolve`)."""
+    """Return the settings that a sweep begins with, and the notes on what was not said (`resolve`).
+
+    Its lists stand at their first values.
+    """
     resolved = resolve([*fixed, *space.firsts(swept)], conf)
     return settings.load(resolved.composed), resolved.notes
 
@@ -78,7 +81,11 @@ def base(conf: Path, fixed: list[str], swept: dict[str, str]) -> tuple[Config, l
 def opened(
     config: Config, fixed: list[str], swept: dict[str, str]
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The sweep's directory, locked for this process, and what its sweep.json holds; both made and checked if it is new."""
+    """Give the sweep's directory, locked for this process, and what its sweep.json holds.
+
+    Both are made, and the sweep is checked, if it is new. Raises UserError where another process
+    runs it, or where it began with other settings.
+    """
     asked: dict[str, Any] = {
         "settings": sorted(word for word in fixed if space.key_of(word) not in (*FREE, "name")),
         "ranges": swept,
@@ -91,33 +98,42 @@ def opened(
     with files.locked(directory) as mine, also_to_file(directory / "log.txt"):
         if not mine:
             raise UserError(
-                f"{directory}: another process runs this sweep; wait for it, or give this one another name=..."
+                f"{directory}: another process runs this sweep; wait for it, or give this one "
+                "another name=..."
             )
         if not known.exists():
             freeze(directory, asked)
         frozen = json.loads(known.read_text())
         if changed := words_of(asked) ^ words_of(frozen):
             raise UserError(
-                f"{directory}: this sweep began with other settings ({', '.join(sorted(changed))}); give the same, or another name=..."
+                f"{directory}: this sweep began with other settings "
+                f"({', '.join(sorted(changed))}); give the same, or another name=..."
             )
         log.info("sweep %s in %s", directory.name, directory)
         yield directory, frozen
 
 
 def sweep_name(config: Config, asked: dict[str, Any]) -> str:
-    """Derived from the command line, not from what conf/ makes of it, so that the same command finds its own sweep after conf/ was edited."""
-    digest = hashlib.sha256(
-        json.dumps([asked, settings.places(config.data)], sort_keys=True).encode()
-    ).hexdigest()
+    """Return the name of a sweep that was given none.
+
+    It is derived from the command line, not from what conf/ makes of it, so that the same command
+    finds its own sweep after conf/ was edited.
+    """
+    text = json.dumps([asked, settings.places(config.data)], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return f"sweep-{config.data.source}-{digest[:8]}"
 
 
 def words_of(asked: dict[str, Any]) -> set[str]:
+    """Return what was asked for as the words of a command line."""
     return {*asked["settings"], *(f"{key}={text}" for key, text in asked["ranges"].items())}
 
 
 def check(config: Config, fixed: list[str], swept: dict[str, str]) -> None:
-    """Raises UserError for what would fail every trial: ranges that don't fit, options that there are not, a folder without pictures."""
+    """Raise UserError for what would fail every trial.
+
+    Ranges that don't fit, options that don't exist, a folder without images.
+    """
     sweep = space.load(config, swept, fixed)
     check_options(sweep, fixed, swept)
     if not any(parameter.key.split(".")[0] in ("data", "experiment") for parameter in sweep.space):
@@ -125,22 +141,20 @@ def check(config: Config, fixed: list[str], swept: dict[str, str]) -> None:
 
 
 def freeze(directory: Path, asked: dict[str, Any]) -> None:
-    """Copies the code and conf/ as they are now; sweep.json, written last, says that they are complete."""
+    """Copy the code and conf/ as they are now.
+
+    sweep.json, written last, says that they are complete.
+    """
     files.sweep(directory)
     shutil.rmtree(directory / "source", ignore_errors=True)
     temporary = directory / f"{files.TEMPORARY}source"
     for name in SOURCE:
-        shutil.copytree(
-            PROJECT / name, temporary / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PROJECT / name, temporary / name, ignore=ignored)
     temporary.rename(directory / "source")
-    files.write(
-        directory / "sweep.json",
-        json.dumps(
-            asked
-            | {"revision": revision(), "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-        ),
-    )
+    began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    frozen = asked | {"revision": revision(), "began": began}
+    files.write(directory / "sweep.json", json.dumps(frozen))
 
 
 # --- driving it ---
@@ -152,14 +166,15 @@ class TrialProcess:
 
     trials: list[Trial]
     slot: int  # which of the processes that run at once; chooses the GPU
-    process: subprocess.Popen[bytes] | None = (
-        None  # None: it waits for one that a killed driver left behind
-    )
+    # None: it waits for one that a killed driver left behind.
+    process: subprocess.Popen[bytes] | None = None
     epoch: int = 0  # the last one reported
     pruned: bool = False
 
 
 class Driver:
+    """Starts a sweep's trials as processes, and notes what becomes of them."""
+
     def __init__(
         self, directory: Path, fixed: list[str], frozen: dict[str, Any], stop: Stop
     ) -> None:
@@ -173,40 +188,44 @@ class Driver:
         self.sweep = space.load(self.config, frozen["ranges"], fixed)
         self.ledger = make_ledger(directory, self.sweep)
         self.waiting: list[Trial] = []  # begun, but not running now
-        self.alone: set[int] = (
-            set()
-        )  # trials not to be trained together: the process that tried it failed
+        # Trials not to be batched with others: the process that tried it failed.
+        self.alone: set[int] = set()
         self.jobs: list[TrialProcess] = []
 
     def run(self) -> None:
-        total = len(self.ledger.points) if isinstance(self.ledger, Grid) else self.sweep.trials
+        """Run the sweep to its end.
+
+        Raises UserError where no trial was completed, Interrupted when asked to stop.
+        """
+        total = self.sweep.trials
+        if isinstance(self.ledger, Grid):
+            total = len(self.ledger.points)
         self.settle_outcomes()
         self.waiting = [trial for trial in self.ledger.trials() if trial.state == RUNNING]
         done = len(self.ledger.trials()) - len(self.waiting)
-        log.info(
-            "%d trials over %s", total, ", ".join(parameter.key for parameter in self.sweep.space)
-        )
+        keys = ", ".join(parameter.key for parameter in self.sweep.space)
+        log.info("%d trials over %s", total, keys)
         if self.ledger.trials():
             log.info("%d of them are done already; %d go on", done, len(self.waiting))
         with ProgressBar("trials", total, done) as bar:
             while self.step():
-                bar.advance(
-                    sum(trial.state != RUNNING for trial in self.ledger.trials()) - bar.done
-                )
+                done = sum(trial.state != RUNNING for trial in self.ledger.trials())
+                bar.advance(done - bar.done)
         ranked = best_first(self.ledger.trials(), self.sweep)
         if ranked[0].state != COMPLETE:
             failed = next(trial for trial in ranked if trial.state == FAILED)
             raise UserError(
-                f"{self.directory}: none of {len(ranked)} trials was completed; trial {failed.number} failed: {failed.reason}"
+                f"{self.directory}: none of {len(ranked)} trials was completed; "
+                f"trial {failed.number} failed: {failed.reason}"
             )
         self.finish_best(ranked[0])
         self.write_page()
         self.summarize(ranked)
 
     def step(self) -> bool:
-        """Looks after the jobs once, and starts others in the place of those that ended.
+        """Look after the jobs once, and start others in the place of those that ended.
 
-        False: nothing is left to do.
+        Return False where nothing is left to do.
         """
         if self.stop.reason:
             self.halt()
@@ -222,7 +241,7 @@ class Driver:
         return bool(self.jobs)
 
     def halt(self) -> None:
-        """Has every trial save its state, and raises Interrupted."""
+        """Have every trial save its state, and raise Interrupted."""
         running = [job.process for job in self.jobs if job.process is not None]
         for process in running:
             process.terminate()
@@ -231,7 +250,7 @@ class Driver:
         self.stop.check()
 
     def next_trials(self) -> list[Trial]:
-        """The next trial, with those after it whose heads can be trained in the same process."""
+        """Return the next trial, with those after it that can be batched with it."""
         trials: list[Trial] = []
         while taken := self.take():
             trial, batched = taken
@@ -244,37 +263,31 @@ class Driver:
         return trials
 
     def take(self) -> tuple[Trial, bool] | None:
-        """A trial to start, with its config.yaml in its directory, and whether it may share a process.
+        """Return a trial to start, and whether it may share a process; None: no trial is left.
 
-        None: there is none.
+        Its config.yaml is written to its directory.
         """
         while trial := self.waiting.pop(0) if self.waiting else self.ledger.ask():
             try:
                 config = compose(self.overrides(trial), self.directory / "source" / "conf")
             except (UserError, *CONFIG_ERRORS) as error:
-                self.tell(
-                    trial,
-                    FAILED,
-                    reason=str(error)
-                    if isinstance(error, UserError)
-                    else explain(error, settings.keys()),
-                )
+                reason = str(error)
+                if not isinstance(error, UserError):
+                    reason = explain(error, settings.keys())
+                self.tell(trial, FAILED, reason=reason)
                 continue
             where = self.place(trial)
             where.mkdir(exist_ok=True)
-            files.write(
-                where / "config.yaml",
-                OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))),
-            )
-            return trial, self.sweep.together > 1 and trial.number not in self.alone and head_only(
-                config
-            )
+            text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+            files.write(where / "config.yaml", text)
+            may_batch = self.sweep.together > 1 and trial.number not in self.alone
+            return trial, may_batch and head_only(config)
         return None
 
     def look_after(self, job: TrialProcess) -> bool:
-        """Starts the job's process when it can start, follows it, and notes its outcome.
+        """Start the job's process when it can start, follow it, and note its outcome.
 
-        Whether it has ended.
+        Return whether it has ended.
         """
         if job.process is None:
             if any(in_use(self.place(trial)) for trial in job.trials):
@@ -307,22 +320,18 @@ class Driver:
         return True
 
     def start(self, job: TrialProcess) -> subprocess.Popen[bytes]:
+        """Start the process of a trial, or of several batched ones, by the sweep's own code."""
         first = job.trials[0]
         program = [sys.executable, "-P", "-m"]  # -P: not the code in the current directory
         if len(job.trials) > 1:
-            command = [
-                *program,
-                "trainer.sweep.batch",
-                str(self.directory.absolute()),
-                *(str(trial.number) for trial in job.trials),
-            ]
+            numbers = [str(trial.number) for trial in job.trials]
+            command = [*program, "trainer.sweep.batch", str(self.directory.absolute()), *numbers]
         else:
             command = [*program, "trainer", *self.overrides(first)]
         environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-        search = [
-            str((self.directory / "source").absolute()),
-            *filter(None, [os.environ.get("PYTHONPATH")]),
-        ]
+        search = [str((self.directory / "source").absolute())]
+        if os.environ.get("PYTHONPATH"):
+            search.append(os.environ["PYTHONPATH"])
         environment |= {
             "PYTHONPATH": os.pathsep.join(search),
             "PACKHORSE_REVISION": self.frozen["revision"] or "unknown",
@@ -343,90 +352,84 @@ class Driver:
             )
 
     def overrides(self, trial: Trial) -> list[str]:
-        """The command line of a trial's own process."""
+        """Return the command line of a trial's own process."""
+        share = []
+        if self.config.train.threads is None and self.sweep.parallel > 1:
+            share = [f"train.threads={max(cores() // self.sweep.parallel, 1)}"]
         places = [
-            f"{key}=null"
-            for key in ("platform.run_dir", "platform.checkpoints", "platform.package")
-        ]
-        runs = space.override("platform.runs", str(self.directory.absolute()))
-        threads = self.config.train.threads is None and self.sweep.parallel > 1
-        share = [f"train.threads={max(cores() // self.sweep.parallel, 1)}"] if threads else []
-        return [
-            *self.fixed,
-            *share,
-            *self.chosen(trial),
             f"name='{trial.number:04d}'",
-            runs,
-            *places,
+            space.override("platform.runs", str(self.directory.absolute())),
+            "platform.run_dir=null",
+            "platform.checkpoints=null",
+            "platform.package=null",
         ]
+        return [*self.fixed, *share, *self.chosen(trial), *places]
 
     def chosen(self, trial: Trial) -> list[str]:
+        """Return the overrides of the trial's own values."""
         return [space.override(key, value) for key, value in trial.params.items()]
 
     def place(self, trial: Trial) -> Path:
+        """Return the directory of the trial's run."""
         return self.directory / f"{trial.number:04d}"
 
     # --- outcomes ---
 
     def follow(self, job: TrialProcess) -> None:
-        """Reports the epochs that the trial has ended since, and ends the trial where its ledger says so."""
-        trial = job.trials[0]
-        for row in evaluations(self.place(trial)):
+        """Report the epochs that the trial has ended since; end it where its ledger says so."""
+        number = job.trials[0].number
+        for row in evaluations(self.place(job.trials[0])):
             if row["epoch"] > job.epoch and not job.pruned:
                 job.epoch = row["epoch"]
-                job.pruned = self.ledger.report(
-                    trial.number, row["epoch"], row[self.sweep.objective]
-                )
+                job.pruned = self.ledger.report(number, job.epoch, row[self.sweep.objective])
         if job.pruned and job.process is not None and job.process.poll() is None:
             job.process.terminate()
             job.process.wait()
 
     def outcomes_of(self, job: TrialProcess) -> Path:
+        """Return where a process of batched trials writes what became of them."""
         return self.directory / f"outcomes-{job.trials[0].number:04d}.json"
 
     def settle_outcomes(self) -> None:
-        """Tells the ledger what came of heads trained together; a group's outcomes are on the disk all at once."""
+        """Tell the ledger what came of batched trials.
+
+        A batch's outcomes are on the disk all at once.
+        """
         running = {trial.number: trial for trial in self.ledger.trials() if trial.state == RUNNING}
         for path in sorted(self.directory.glob("outcomes-*.json")):
             for number, outcome in json.loads(path.read_text()).items():
-                if trial := running.pop(int(number), None):
-                    if reason := outcome.get("failed"):
-                        self.tell(trial, FAILED, reason=reason)
-                    else:
-                        self.complete(trial, outcome["best_epoch"])
+                trial = running.pop(int(number), None)
+                if trial is None:
+                    continue
+                if reason := outcome.get("failed"):
+                    self.tell(trial, FAILED, reason=reason)
+                else:
+                    self.complete(trial, outcome["best_epoch"])
 
     def complete(self, trial: Trial, epoch: int) -> None:
-        value = next(row for row in evaluations(self.place(trial)) if row["epoch"] == epoch)[
-            self.sweep.objective
-        ]
+        """Tell the ledger the objective at the trial's best epoch. One not finite is a failure."""
+        objective = self.sweep.objective
+        rows = evaluations(self.place(trial))
+        value = next(row[objective] for row in rows if row["epoch"] == epoch)
         if math.isfinite(value):
             self.tell(trial, COMPLETE, value)
         else:
-            self.tell(
-                trial,
-                FAILED,
-                reason=f"{self.sweep.objective} is {value} at its best epoch, {epoch}",
-            )
+            reason = f"{objective} is {value} at its best epoch, {epoch}"
+            self.tell(trial, FAILED, reason=reason)
 
     def tell(self, trial: Trial, state: str, value: float | None = None, reason: str = "") -> None:
+        """Tell the ledger and the user a trial's outcome."""
         self.ledger.tell(trial.number, state, value, reason)
-        log.info(
-            "trial %d %s%s",
-            trial.number,
-            state,
-            f": {self.sweep.objective}={value:g}"
-            if value is not None
-            else f": {reason}"
-            if reason
-            else "",
-        )
+        if value is not None:
+            reason = f"{self.sweep.objective}={value:g}"
+        log.info("trial %d %s%s", trial.number, state, f": {reason}" if reason else "")
 
     def reason(self, job: TrialProcess, code: int) -> str:
-        """Why a process failed, in one line: its last word."""
+        """Return why a process failed, in one line: its last word."""
+        if code == -signal.SIGKILL:
+            return "killed by SIGKILL: was the memory full?"
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}" + (
-                ": was the memory full?" if code == -signal.SIGKILL else ""
-            )
+            return f"killed by {signal.Signals(-code).name}"
         lines = (self.place(job.trials[0]) / "output.txt").read_text(errors="replace").split("\n")
         said = [line.removeprefix("error: ") for line in lines if line.strip()]
         return said[-1] if said else f"exit code {code}"
@@ -434,11 +437,15 @@ class Driver:
     # --- what is shown ---
 
     def finish_best(self, trial: Trial) -> None:
-        """Makes the best trial a whole run, with its model package and report, where its head was trained together with others."""
+        """Make the best trial a whole run, with its model package and report.
+
+        It is one already unless it was batched with others.
+        """
         if (self.place(trial) / "result.json").exists():
             return
         log.info(
-            "trial %d is the best: it is trained once more, alone, for its model package and report",
+            "trial %d is the best: it is trained once more, alone, for its model package "
+            "and report",
             trial.number,
         )
         job = TrialProcess([trial], 0)
@@ -460,6 +467,7 @@ class Driver:
             )
 
     def write_page(self) -> None:
+        """Write sweep.html."""
         trials = best_first(self.ledger.trials(), self.sweep)
         rows = {trial.number: evaluations(self.place(trial)) for trial in trials}
         facts = {
@@ -467,53 +475,40 @@ class Driver:
             "git revision": self.frozen["revision"] or "unknown",
             "engine": self.sweep.engine,
         }
-        page.write(
-            page.Page(
-                self.directory.name,
-                self.sweep,
-                trials,
-                rows,
-                self.again(trials[0]),
-                facts | dict(self.words()),
-            ),
-            self.directory / "sweep.html",
-        )
+        again = self.again(trials[0])
+        facts |= dict(self.words())
+        shown = page.Page(self.directory.name, self.sweep, trials, rows, again, facts)
+        page.write(shown, self.directory / "sweep.html")
 
     def words(self) -> Iterator[tuple[str, str]]:
+        """Yield the settings that all trials have, as (key, value)."""
         for word in self.fixed:
             yield space.key_of(word), word.split("=", 1)[-1]
 
     def again(self, trial: Trial) -> str:
-        """The command that trains this trial once more, as a run of its own."""
+        """Return the command that trains this trial once more, as a run of its own."""
         return f"{python()} -m trainer {shlex.join([*self.fixed, *self.chosen(trial)])}"
 
     def summarize(self, ranked: list[Trial]) -> None:
+        """Show all trials, the best first; where the best lies; and what to do next."""
         keys = [parameter.key for parameter in self.sweep.space]
         table = [["trial", self.sweep.objective, *keys, ""]]
         for trial in ranked:
-            value = "" if trial.value is None else f"{trial.value:.6g}"
-            note = (
-                ""
-                if trial.state == COMPLETE
-                else f"{trial.state}{': ' if trial.reason else ''}{trial.reason}"
-            )
-            table.append(
-                [
-                    str(trial.number),
-                    value,
-                    *(space.text(trial.params[key]) if key in trial.params else "" for key in keys),
-                    note,
-                ]
-            )
+            objective = "" if trial.value is None else f"{trial.value:.6g}"
+            note = ""
+            if trial.state != COMPLETE:
+                note = f"{trial.state}{': ' if trial.reason else ''}{trial.reason}"
+            texts = {key: space.text(value) for key, value in trial.params.items()}
+            params = [texts.get(key, "") for key in keys]
+            table.append([str(trial.number), objective, *params, note])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for line in table:
-            log.info(
-                "  ".join(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False))
-                + f"  {line[-1]}".rstrip()
-            )
+        for *cells, note in table:
+            aligned = map(str.rjust, cells, widths)
+            log.info("  ".join(aligned) + f"  {note}".rstrip())
         where = self.place(ranked[0])
         log.info("\n%-15s %s, trial %d", "best", where, ranked[0].number)
-        if (result := where / "result.json").exists():
+        result = where / "result.json"
+        if result.exists():
             tested = json.loads(result.read_text())
             log.info(
                 "%-15s %.1f %% (%d pictures)",
@@ -527,10 +522,11 @@ class Driver:
 
 
 def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
+    """Make what chooses the trials. Raises UserError where Optuna is wanted and not installed."""
     if sweep.engine == "grid":
         return Grid(directory / "trials.jsonl", sweep)
     try:
-        from trainer.sweep.optuna_ledger import Optuna
+        from trainer.sweep.optuna_ledger import Optuna  # imported here: optional
     except ImportError as error:
         raise UserError(
             f"sweep.engine=optuna needs the package optuna: {install_command('sweep')}"
@@ -539,7 +535,7 @@ def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
 
 
 def head_only(config: Config) -> bool:
-    """Whether all that such a trial trains is a head on cached features."""
+    """Return whether all that such a trial trains is a head on cached features."""
     return (
         config.model.freeze == "backbone"
         and config.model.cached_views is not None
@@ -548,35 +544,38 @@ def head_only(config: Config) -> bool:
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's epochs: those of metrics.jsonl that are complete and hold valid's metrics."""
+    """Return the rows of a run's epochs.
+
+    Those of metrics.jsonl that are complete and hold valid's metrics.
+    """
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [row for row in map(json.loads, lines) if "valid_loss" in row]
 
 
 def in_use(run: Path) -> bool:
-    """Whether a process trains this trial, or is about to."""
+    """Return whether a process trains this trial, or is about to."""
     with files.locked(run) as free, files.locked(run, name=BATCH_LOCK) as unclaimed:
         return not (free and unclaimed)
 
 
 def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
         return [name for name in visible.split(",") if name]
     driver = Path("/proc/driver/nvidia/gpus")
     return [str(number) for number, _ in enumerate(driver.iterdir())] if driver.is_dir() else []
 
 
-_libc = (
-    ctypes.CDLL(None) if sys.platform == "linux" else None
-)  # loaded here: between fork and exec is no place for it
+# Loaded here: between fork and exec is no place for it.
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
-    """Has Linux send this process SIGTERM when the driver dies, so that it saves and the machine is free.
+    """Have Linux send this process SIGTERM when the driver dies.
 
-    Elsewhere it trains on to its end.
+    So it saves, and the machine is free. Elsewhere it trains on to its end.
     """
     if _libc is not None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

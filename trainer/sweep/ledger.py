@@ -1,4 +1,6 @@
-"""What a sweep has tried: every trial with its number, values and outcome, on the disk before anything is done about it.
+"""What a sweep has tried: every trial with its number, values and outcome.
+
+It is on the disk before anything is done about it.
 
 `Grid` and `optuna_ledger.Optuna` are the two ways to choose the next trial. A trial that was begun
 stays begun: after a kill it is found again under its number with its values, so that nothing is
@@ -20,6 +22,8 @@ RUNNING, COMPLETE, PRUNED, FAILED = "running", "complete", "pruned", "failed"
 
 @dataclass(frozen=True)
 class Trial:
+    """One point of the search space, and what has come of it."""
+
     number: int  # from 0
     params: dict[str, Value]  # of each swept key
     state: str = RUNNING
@@ -28,17 +32,19 @@ class Trial:
 
 
 class Ledger(Protocol):
+    """Chooses the trials and remembers them, on the disk."""
+
     def trials(self) -> list[Trial]:
-        """Every trial begun, by number."""
+        """Return every trial begun, by number."""
 
     def ask(self) -> Trial | None:
-        """Begins the next trial; None: there is none."""
+        """Begin the next trial and return it; None: no trial is left."""
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Notes the objective after an epoch (from 1). Whether the trial should end here."""
+        """Note the objective after an epoch (from 1); return whether the trial should end here."""
 
     def tell(self, number: int, state: str, value: float | None = None, reason: str = "") -> None:
-        """Notes a trial's outcome."""
+        """Note a trial's outcome."""
 
 
 class Grid:
@@ -91,7 +97,10 @@ class Grid:
 
 
 def mend(path: Path) -> None:
-    """Makes the journal, or cuts off the line that a power cut has torn: nothing was done about it yet."""
+    """Make the journal, or cut off the line that a power cut has torn.
+
+    Nothing was done about that line yet.
+    """
     with path.open("ab+") as file:
         file.seek(0)
         data = file.read()
@@ -99,7 +108,7 @@ def mend(path: Path) -> None:
 
 
 def best_first(trials: list[Trial], sweep: Sweep) -> list[Trial]:
-    """The trials, the best first; those that ended early or failed last."""
+    """Return the trials, the best first; those that ended early or failed last."""
     sign = 1 if sweep.minimize else -1
     order = {COMPLETE: 0, PRUNED: 1, RUNNING: 2, FAILED: 3}
     return sorted(

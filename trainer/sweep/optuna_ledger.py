@@ -1,4 +1,7 @@
-"""Trials chosen by Optuna, asked and told one by one, in its own journal (which optuna-dashboard opens as it is)."""
+"""Trials chosen by Optuna, asked and told one by one.
+
+They are kept in its own journal, which optuna-dashboard opens as it is.
+"""
 
 import hashlib
 import json
@@ -91,7 +94,7 @@ class Optuna:
         self.study.tell(trial, value if state == COMPLETE else None, state=outcome)
 
     def _choose(self, trial: optuna.trial.Trial) -> optuna.trial.Trial:
-        """Values for those parameters that have none yet.
+        """Choose values for those parameters that have none yet.
 
         Each is drawn from a stream of its own, so that a kill in between changes none.
         """
@@ -126,12 +129,12 @@ class Optuna:
 
 
 def stored(choice: Value) -> bool | int | float | str | None:
-    """A choice as Optuna keeps it: its storage takes scalars only, so a list is JSON."""
+    """Return a choice as Optuna keeps it: its storage takes scalars only, so a list is JSON."""
     return json.dumps(choice) if isinstance(choice, list) else choice
 
 
 def value(parameter: Parameter, theirs: Any) -> Value:
-    """The value that Optuna chose, as the setting has it."""
+    """Return the value that Optuna chose, as the setting has it."""
     if isinstance(parameter, Continuous | Integer):
         chosen: Value = theirs
         return chosen

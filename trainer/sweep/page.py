@@ -44,11 +44,14 @@ class Mark:
 
     @property
     def path(self) -> str:
+        """Return the line as SVG's path data."""
         return "M" + "L".join(f"{x:.4f} {y:.4f}" for x, y in self.points)
 
 
 @dataclass(frozen=True)
 class Plot:
+    """A plot: its axes, and a mark for each trial."""
+
     title: str
     x: Axis
     y: Axis
@@ -89,7 +92,7 @@ def write(page: Page, path: Path) -> None:
 
 
 def _parallel(known: Sequence[Trial], parameters: Sequence[Axis], objective: Axis) -> list[Mark]:
-    """The lines of the parallel coordinates: one a trial, through its value on each axis."""
+    """Return the lines of the parallel coordinates: one a trial, through its value on each axis."""
 
     def points(trial: Trial) -> list[tuple[float, float]]:
         heights = [axis(trial.params[axis.name]) for axis in parameters] + [objective(trial.value)]
@@ -162,7 +165,7 @@ def _marks(
 
 
 def _best_epoch(page: Page, trial: Trial) -> int | None:
-    """The epoch at which the trial had its value."""
+    """Return the epoch at which the trial had its value."""
     return next(
         (
             row["epoch"]

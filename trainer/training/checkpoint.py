@@ -28,12 +28,22 @@ FORMAT = 2  # 1 kept the best weights in a directory of their own, to which all 
 STATE = ("state.json", "tensors.safetensors")
 BEST = ("best.json", "best.safetensors")  # absent before the first evaluation
 TENSOR = "tensor:"  # begins a JSON string that stands for a tensor
-CHANNELS_LAST = "channels_last:"  # the same for one kept as [N, H, W, C], as it lies in memory: reordering costs several times the copy
+# The same for one kept as [N, H, W, C], as it lies in memory: reordering costs several times the
+# copy.
+CHANNELS_LAST = "channels_last:"
 # The names that safetensors has for the types of tensors.
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class Damaged(UserError):
@@ -53,19 +63,22 @@ class OtherFormat(Damaged):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state as the bytes of its files, in memory of its own: training may go on while it is written."""
+    """A state as the bytes of its files.
+
+    In memory of its own: training may go on while it is written.
+    """
 
     tree: bytes  # its JSON file
     header: bytes  # of its safetensors file
     data: torch.Tensor  # the rest of it, uint8 on the CPU
 
     def state(self) -> dict[str, Any]:
-        """A copy of what it was taken of, tensors on the CPU."""
+        """Return a copy of what it was taken of, tensors on the CPU."""
         return _state(self.tree, self.header + self.data.numpy().tobytes())
 
 
 def snapshot(state: dict[str, Any], memory: torch.Tensor | None = None) -> Snapshot:
-    """Copies `state`: nested dicts and lists of tensors, numbers, strings, booleans and None.
+    """Copy `state`: nested dicts and lists of tensors, numbers, strings, booleans and None.
 
     memory: uint8 to copy into, where it is large enough (`Snapshot.data` of an earlier one, say):
     fresh memory costs several times the copy.
@@ -74,25 +87,23 @@ def snapshot(state: dict[str, Any], memory: torch.Tensor | None = None) -> Snaps
     tree = json.dumps(_split(state, "", tensors)).encode()
     header, places = _layout(tensors)
     size = max((end for _, end in places.values()), default=0)
-    data = (
-        memory[:size]
-        if memory is not None and len(memory) >= size
-        else torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    )
+    if memory is not None and len(memory) >= size:
+        data = memory[:size]
+    else:
+        data = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     for name, (start, end) in places.items():
-        data[start:end].view(tensors[name].dtype).view(tensors[name].shape).copy_(
-            tensors[name], non_blocking=True
-        )
+        tensor = tensors[name]
+        data[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return Snapshot(tree, header, data)
 
 
 def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The header of a safetensors file (its length, then JSON) and where each tensor's bytes lie behind it.
+    """Return a safetensors file's header, and where each tensor's bytes lie behind it.
 
-    Written here and not by the library, which copies everything once more and holds the
-    interpreter's lock meanwhile.
+    The header is its length, then JSON. Written here and not by the library, which copies
+    everything once more and holds the interpreter's lock meanwhile.
     """
     places, entries, end = {}, {}, 0
     # The largest elements first, so that each tensor starts at a multiple of its element's size.
@@ -110,7 +121,10 @@ def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[in
 
 
 def save(root: Path, name: str, state: dict[str, Any]) -> Path:
-    """Write a state as root/name, its entry `best` as the best weights; see `snapshot` and `write`."""
+    """Write a state as root/name, its entry `best` as the best weights.
+
+    See `snapshot` and `write`.
+    """
     rest = {key: value for key, value in state.items() if key != "best"}
     best = state.get("best")
     return write(root, name, snapshot(rest), snapshot(best) if best else None)
@@ -167,33 +181,33 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """Raises Damaged unless every file of the checkpoint is as it was written."""
+    """Raise Damaged unless every file of the checkpoint is as it was written."""
     _verified(path)
 
 
 def steps(root: Path) -> list[Path]:
-    """The resumable checkpoints below root, oldest first."""
+    """Return the resumable checkpoints below root, oldest first."""
     return sorted(root.glob("step-*"))
 
 
 def step_name(step: int, evaluated: bool) -> str:
-    """The name of the state after `step` steps; where an epoch ends there, before or after its evaluation.
+    """Return the name of the state after `step` steps. Names sort by time.
 
-    Sorts by time.
+    evaluated: where an epoch ends there, whether its evaluation is done.
     """
     return f"step-{step:08d}" + ("-evaluated" if evaluated else "")
 
 
 def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest good checkpoint and its state; None where there never was one.
+    """Return the newest good checkpoint and its state; None where there never was one.
 
     One that is damaged or can't be read is passed over with a warning. Raises UserError where all
     are: to start from zero would throw work away that a person may still be able to save. Where all
     lack files (the first one, whose copy was cut off), there is nothing to save.
     """
-    found = steps(root)
+    checkpoints = steps(root)
     passed_over: list[Damaged] = []
-    for path in reversed(found):
+    for path in reversed(checkpoints):
         try:
             state = load(path)
         except Damaged as error:
@@ -210,29 +224,36 @@ def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
         if isinstance(reason, OtherFormat):
             raise reason
     raise UserError(
-        f"{root}: none of its {len(found)} checkpoints is whole ({passed_over[0]}); bring back a copy of "
-        "one, or delete the directory to start from the beginning"
+        f"{root}: none of its {len(checkpoints)} checkpoints is whole ({passed_over[0]}); "
+        "bring back a copy of one, or delete the directory to start from the beginning"
     )
 
 
 class Cadence:
-    """When to save: every so many minutes and at each epoch's end, but never so often that saving takes more than its share of the time."""
+    """When to save: every so many minutes, and at each epoch's end.
+
+    But never so often that saving takes more than its share of the time.
+    """
 
     def __init__(self, minutes: float, max_cost: float) -> None:
         self._interval, self._max_cost = 60 * minutes, max_cost
         self._saved_at, self._cost = time.monotonic(), 0.0
 
     def due(self, epoch_ends: bool) -> bool:
-        """Whether to save now. What the last save took is what the next one is expected to take."""
+        """Return whether to save now.
+
+        What the last save took is what the next one is expected to take.
+        """
         elapsed = time.monotonic() - self._saved_at
         return elapsed >= self._cost / self._max_cost and (epoch_ends or elapsed >= self._interval)
 
     def saved(self, seconds: float) -> None:
+        """Note that a state has just been saved. seconds: what that took."""
         self._saved_at, self._cost = time.monotonic(), seconds
 
 
 def prune(root: Path, keep: int, good: set[str]) -> list[Path]:
-    """Deletes all but the newest `keep` good checkpoints. Returns what went.
+    """Delete all but the newest `keep` good checkpoints. Return what went.
 
     good: names known to be whole, which are not read again; those found whole are added.
     """
@@ -274,7 +295,7 @@ def _describe(*parts: bytes | memoryview) -> dict[str, Any]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says of its files, by their names. Raises Damaged."""
+    """Return what a checkpoint's manifest says of its files, by their names. Raises Damaged."""
     data = _bytes(path, "manifest.json")
     try:
         manifest = json.loads(data)
@@ -284,8 +305,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path}: manifest.json is damaged") from error
     if written != FORMAT:
         raise OtherFormat(
-            f"{path}: another version of Packhorse wrote this checkpoint (format {written}, this version "
-            f"reads {FORMAT}); go on with that version, or start a new run with another name=..."
+            f"{path}: another version of Packhorse wrote this checkpoint (format {written}, "
+            f"this version reads {FORMAT}); go on with that version, or start a new run with "
+            "another name=..."
         )
     named = set(listed) in (set(STATE), {*STATE, *BEST})
     if not named or not all(isinstance(size, int) for size in sizes):
@@ -294,13 +316,13 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _verified(path: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint, as bytes, held against the manifest. Raises Damaged."""
+    """Return every file of a checkpoint, as bytes, held against the manifest. Raises Damaged."""
     contents = {}
-    for file, wanted in _manifest(path).items():
+    for file, written in _manifest(path).items():
         data = _bytes(path, file)
-        if _describe(data) != wanted:
+        if _describe(data) != written:
             raise Damaged(
-                f"{path}: {file} is damaged ({len(data)} bytes, {wanted['size']} were written)"
+                f"{path}: {file} is damaged ({len(data)} bytes, {written['size']} were written)"
             )
         contents[file] = data
     return contents
@@ -317,7 +339,7 @@ def _bytes(path: Path, file: str) -> bytes:
 
 
 def _holds(path: Path, listed: dict[str, Any]) -> bool:
-    """Whether a checkpoint has these files, and they are whole."""
+    """Return whether a checkpoint has these files, and they are whole."""
     try:
         if _manifest(path) != listed:
             return False
@@ -328,14 +350,14 @@ def _holds(path: Path, listed: dict[str, Any]) -> bool:
 
 
 def _state(tree: bytes, tensors: bytes) -> dict[str, Any]:
-    """What a snapshot was taken of."""
+    """Return what a snapshot was taken of."""
     state = _join(json.loads(tree), safetensors.load(tensors))
     assert isinstance(state, dict)
     return state
 
 
 def _split(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Moves the tensors of a nested state into `tensors`; what is left is JSON that names them."""
+    """Move the tensors of a nested state into `tensors`; return the rest, JSON that names them."""
     if isinstance(node, torch.Tensor):
         if (
             node.ndim == 4

@@ -48,11 +48,12 @@ class Checkpoints:
             self.best = checkpoint.snapshot(state["best"])
 
     def due(self, epoch_ends: bool = False) -> bool:
-        """Whether to save now."""
+        """Return whether to save now."""
         busy = self._writing is not None and not self._writing.done()
         return self.writes and not busy and self.cadence.due(epoch_ends)
 
     def save_if_due(self, epoch_ends: bool = False) -> None:
+        """Save, where it is time to."""
         if self.due(epoch_ends):
             self.save()
 

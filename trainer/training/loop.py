@@ -87,10 +87,11 @@ def evaluate(run: Training) -> dict[str, float]:
 def predict(
     run: Training, model: nn.Module, batches: Iterable[Batch], machine: Machine
 ) -> tuple[Tensor, Tensor]:
-    """Return logits float32 [N, classes] and classes int64 [N] of every image, in order, on the CPU of rank 0.
+    """Return logits float32 [N, classes] and classes int64 [N] of every image, in order.
 
-    batches: this process's share of a split's. They, and so the logits, are the same for any number
-    of processes. machine: in whose precision. Raises Interrupted when asked to stop.
+    On the CPU of rank 0. batches: this process's share of a split's. They, and so the logits, are
+    the same for any number of processes. machine: in whose precision. Raises Interrupted when asked
+    to stop.
     """
     model.eval()
     logits, targets = [], []

@@ -13,8 +13,11 @@ from trainer.common.errors import UserError, install_command
 
 
 def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
-    """Cross-entropy, top-1, top-5 and macro F1 of logits [N, classes] and labels [N], by names like `valid_top1`."""
-    # Imported here: torchmetrics pulls in torchvision, which a run doesn't need before its first
+    """Return cross-entropy, top-1, top-5 and macro F1, by names like `valid_top1`.
+
+    logits: float32 [N, classes]; labels: int64 [N]. Top-1, top-5 and F1 lie in 0..1.
+    """
+    # imported here: torchmetrics pulls in torchvision, which a run doesn't need before its first
     # step.
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
@@ -31,8 +34,15 @@ def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, flo
 
 
 def better(value: float, best: float | None, monitor: str) -> bool:
-    """Whether `value` of the monitored metric beats the best so far: losses fall, everything else rises."""
-    return best is None or (value < best if monitor.endswith("loss") else value > best)
+    """Return whether `value` of the monitored metric beats the best so far.
+
+    Losses fall, everything else rises.
+    """
+    if best is None:
+        return True
+    if monitor.endswith("loss"):
+        return value < best
+    return value > best
 
 
 class MetricsFile:
@@ -50,19 +60,22 @@ class MetricsFile:
         self._board: Any = None
         if tensorboard is not None:
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                from torch.utils.tensorboard import SummaryWriter  # imported here: optional
             except ImportError as error:
                 raise UserError(
-                    f"train.tensorboard=true needs the package tensorboard: {install_command('tensorboard')}"
+                    "train.tensorboard=true needs the package tensorboard: "
+                    f"{install_command('tensorboard')}"
                 ) from error
             self._board = SummaryWriter(tensorboard)
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
+        """Make the file hold these rows, and no others."""
         self.rows = list(rows)
         if self.path is not None:
             files.write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, row: dict[str, Any]) -> None:
+        """Add a row, to the file and to TensorBoard."""
         self.rows.append(row)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -74,7 +87,7 @@ class MetricsFile:
 
 
 class TrainSums:
-    """Of the images trained on since the epoch began: the loss, how many were correct, and how many there were.
+    """Sums over the images trained on since the epoch began: loss, correct ones, images.
 
     What a step leaves is looked at FETCH_EVERY microbatches later: a GPU is not waited for in each,
     and a small network's steps are not held up by arithmetic that they don't need. It is added up

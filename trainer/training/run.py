@@ -1,4 +1,7 @@
-"""A run's directory: one process at a time, the settings, the log, and the result that says that it is complete."""
+"""A run's directory, which one process at a time has.
+
+It holds the settings, the log, and the result that says that the run is complete.
+"""
 
 import dataclasses
 import json
@@ -25,7 +28,7 @@ from trainer.settings.config import Config, identity, run_name
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its settings, where it lies, the processes that it consists of, and the wish to stop it."""
+    """One run: its settings, where it lies, its processes, and the wish to stop it."""
 
     config: Config
     world: World
@@ -48,25 +51,24 @@ class Run:
         return identity(self.config) | {"pictures": images.fingerprint}
 
     def result(self) -> dict[str, Any] | None:
-        """What the complete run wrote last, or None."""
+        """Return what the complete run wrote last, or None."""
         path = self.directory / "result.json"
         result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return result
 
     def write_settings(self) -> None:
-        config = self.config
-        files.write(
-            self.directory / "config.yaml",
-            OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))),
-        )
+        """Write config.yaml."""
+        text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self.config)))
+        files.write(self.directory / "config.yaml", text)
 
     def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, with which the run is complete."""
         files.write(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
 
     def next_steps(self) -> list[str]:
-        """Commands that a person may want after it: the model on a page, and the same run as a SageMaker job on this machine.
+        """Return commands that a person may want after it; in a job none.
 
-        In a job: none.
+        The model on a page, and the same run as a SageMaker job on this machine.
         """
         if not self.package.name.endswith(".tar.gz"):
             return []
@@ -80,11 +82,18 @@ class Run:
         return [f"{python()} -m serving serve {self.package}", rehearse]
 
     def summarize(self, result: dict[str, Any]) -> None:
-        """The last thing on the terminal: how good it is, where it lies, what to do next."""
+        """Show how good it is, where it lies, what to do next: the last thing on the terminal."""
         log.info(
-            "\n%s accuracy  %.1f %%  (top-5 %.1f %%, macro F1 %.3f, %d pictures; best epoch %d of %d)",
-            result["split"], 100 * result["top1"], 100 * result["top5"], result["f1"], result["pictures"], result["best_epoch"], result["epochs"],
-        )  # fmt: skip
+            "\n%s accuracy  %.1f %%  (top-5 %.1f %%, macro F1 %.3f, %d pictures; "
+            "best epoch %d of %d)",
+            result["split"],
+            100 * result["top1"],
+            100 * result["top5"],
+            result["f1"],
+            result["pictures"],
+            result["best_epoch"],
+            result["epochs"],
+        )
         places = {"report": "report.html", "log": "log.txt", "metrics": "metrics.jsonl"}
         log.info("%-15s %s", "model package", self.package)
         log.info("%-15s %s", "checkpoints", self.checkpoints)
@@ -96,9 +105,10 @@ class Run:
 
 @contextmanager
 def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
-    """Open the run of these settings: its directory made, locked for this process, and its log begun, by rank 0 alone.
+    """Open the run of these settings.
 
-    Raises UserError where another run has it.
+    Rank 0 alone makes its directory, locks it for this process and begins its log. Raises UserError
+    where another process has it.
     """
     name = run_name(config)
     directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
@@ -126,12 +136,15 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
 
 
 def check_identity(then: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Raise UserError where a run goes on with other settings or images than it began with: what came out would be neither's."""
+    """Raise UserError where a run goes on with other settings or images than it began with.
+
+    What came out would be neither's.
+    """
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if changed == ["pictures"]:
         raise UserError(
-            f"{where}: the pictures have changed since this run began; start a new run with another "
-            "name=..., or bring them back"
+            f"{where}: the pictures have changed since this run began; start a new run with "
+            "another name=..., or bring them back"
         )
     if changed:
         settings = [key for key in changed[:5] if key != "pictures"]

@@ -153,22 +153,23 @@ class Training:
 
     @property
     def epochs(self) -> int:
-        """How often the training images are passed."""
+        """Return how often the training images are passed."""
         assert self.config.train.epochs is not None  # network.weights.resolve
         return self.config.train.epochs
 
     @property
     def eval_model(self) -> nn.Module:
-        """What is evaluated and packaged: the average where there is one."""
+        """Return what is evaluated and packaged: the average where there is one."""
         return self.ema.network if self.ema else self.forward
 
     def out_of_patience(self) -> bool:
-        """Whether train.patience epochs have gone by without a better one."""
+        """Return whether train.patience epochs have gone by without a better one."""
         best_epoch = self.progress.best["epoch"] if self.progress.best else 0
         patience = self.config.train.patience
         return patience is not None and self.progress.epoch - best_epoch >= patience
 
     def begin_epoch(self) -> None:
+        """Begin an epoch, or go on in one, with its sums and its clock."""
         self.gradients.forward.train()
         sums = self.progress.sums if self.world.is_main_process else [0.0, 0.0, 0.0]
         self.sums = TrainSums(sums)
@@ -221,7 +222,7 @@ class Training:
 
     @property
     def mixes(self) -> bool:
-        """Whether the images of a batch are mixed: then none has one correct class."""
+        """Return whether the images of a batch are mixed: then none has one correct class."""
         augment = self.config.data.augment
         return augment.mixup > 0 or augment.cutmix > 0
 
@@ -258,6 +259,7 @@ class Training:
         self.check_loss()
 
     def check_loss(self) -> None:
+        """Raise Diverged where the epoch's loss is no finite number."""
         loss = self.progress.sums[0]
         if loss - loss != 0:  # infinite, or not a number
             raise Diverged(
@@ -287,7 +289,7 @@ class Training:
         log.info(metric_line(row))
 
     def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether an epoch's metrics are better than those of all before it."""
+        """Return whether an epoch's metrics are better than those of all before it."""
         best = self.progress.best["value"] if self.progress.best else None
         monitor = self.config.train.monitor
         return better(metrics[monitor], best, monitor)
@@ -307,7 +309,10 @@ class Training:
 
     @contextmanager
     def saved_at_the_end(self) -> Iterator[None]:
-        """Save whatever ends the training in this context: its end, a wish to stop, an image that can't be read."""
+        """Save whatever ends the training in this context.
+
+        Its end, a wish to stop, or an image that can't be read.
+        """
         try:
             yield
             self.checkpoints.save()
@@ -407,7 +412,8 @@ def prepare_machine(config: Config, world: World) -> Machine:
         gpus = torch.cuda.device_count()
         if gpus > 1:
             log.warning(
-                "one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer (make train GPUS=%d) uses all",
+                "one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer "
+                "(make train GPUS=%d) uses all",
                 gpus,
                 gpus,
                 gpus,
@@ -416,7 +422,10 @@ def prepare_machine(config: Config, world: World) -> Machine:
 
 
 def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier:
-    """Build the network on its device, with weights that depend on nothing but the seed and the settings."""
+    """Build the network on its device.
+
+    Its weights depend on nothing but the seed and the settings.
+    """
     config, world = run.config, run.world
     torch.manual_seed(config.seed)
     # What one process of a host downloads, the others find.
@@ -484,12 +493,12 @@ def make_loader(
 
 
 def _batch_size(config: Config, images: ImageFolder) -> int:
-    """Images of a training batch, over all processes."""
+    """Return the images of a training batch, over all processes."""
     return min(config.train.batch_size, len(images.splits["train"].paths))
 
 
 def _share(run: Run, images: ImageFolder) -> Share:
-    """What this process computes of each batch.
+    """Return what this process computes of each batch.
 
     Raises UserError where there are more processes than a batch can be divided among.
     """
@@ -497,15 +506,15 @@ def _share(run: Run, images: ImageFolder) -> Share:
     shards = config.exact_shards or world.size
     if shards < world.size:
         raise UserError(
-            f"train.exact_shards={shards}, but {world.size} processes run: each needs a shard at least; "
-            "start fewer, or give more shards"
+            f"train.exact_shards={shards}, but {world.size} processes run: each needs a shard "
+            "at least; start fewer, or give more shards"
         )
     batch_size = _batch_size(run.config, images)
     if shards * config.accumulate > batch_size:
         raise UserError(
             f"a batch of {batch_size} pictures is divided among {world.size} processes, and "
-            f"train.accumulate={config.accumulate} splits each part further: that is less than a picture "
-            "each; give a larger train.batch_size, or start fewer processes"
+            f"train.accumulate={config.accumulate} splits each part further: that is less than "
+            "a picture each; give a larger train.batch_size, or start fewer processes"
         )
     return Share(world.rank, world.size, shards)
 
@@ -518,7 +527,10 @@ def _metrics_file(run: Run) -> MetricsFile:
 
 
 def _check_strays(run: Run, newest: Path | None) -> None:
-    """Raise UserError where this host has a newer checkpoint than rank 0's: to go on would throw work away."""
+    """Raise UserError where this host has a newer checkpoint than rank 0's.
+
+    To go on would throw work away.
+    """
     known = run.world.broadcast_from_main(
         lambda: [path.name for path in checkpoint.steps(run.checkpoints)]
     )
