@@ -1,5 +1,6 @@
 """A training: one object that is all of it, and the one function that builds and resumes it."""
 
+import math
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -261,7 +262,7 @@ class Training:
     def check_loss(self) -> None:
         """Raise Diverged where the epoch's loss is no finite number."""
         loss = self.progress.sums[0]
-        if loss - loss != 0:  # infinite, or not a number
+        if not math.isfinite(loss):
             raise Diverged(
                 f"the loss is {loss} in epoch {self.progress.epoch + 1}: training diverged; lower "
                 f"optim.lr (now {self.config.optim.lr}), or set train.clip_norm=1"
