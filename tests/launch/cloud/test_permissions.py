@@ -378,7 +378,7 @@ def test_the_evaluator_would_allow_them(evaluator):
 
 
 def test_the_list_by_hand_has_each_aws_command_of_the_machines_script():
-    script = (PROJECT / "launch" / "user_data.sh").read_text().replace("\\\n", " ")
+    script = (PROJECT / "launch/targets/user_data.sh").read_text().replace("\\\n", " ")
     commands = {
         " ".join(found.split())
         for found in re.findall(r"(?<=[^#\w])(aws [a-z0-9-]+ [^;|&>)\n]+)", script)
