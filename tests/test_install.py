@@ -98,11 +98,10 @@ def test_pip_takes_an_extra_from_where_the_project_lies(tmp_path):
         (
             "torch.utils.tensorboard",
             "tensorboard",
-            "from pathlib import Path as P; from trainer.training.metrics import Ledger as L; "
-            "L(None, P('x'))",
+            "from pathlib import Path as P; from trainer.training.metrics import MetricsFile as M; "
+            "M(None, P('x'))",
         ),
         ("boto3", "aws", "from launch.cloud.session import Aws; Aws('packhorse').account"),
-        ("yaml", "aws", "from serving.deploy.release import template; template()"),
         ("cloudsplaining", "audit", "from launch.audit.policies import load_rule_sets as l; l()"),
     ],
 )
