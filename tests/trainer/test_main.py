@@ -1,8 +1,9 @@
 import torch
 
 from tests.conftest import make_pictures, run_trainer
-from trainer.__main__ import one_line
+from trainer.common.command import one_line
 from trainer.common.errors import OK
+from trainer.settings.compose import explain_settings
 
 RUN = (
     "name=run",
@@ -63,7 +64,7 @@ def test_a_full_gpu_is_a_mistake_with_a_remedy():
 
 def test_a_fault_of_ours_keeps_its_traceback():
     assert (
-        one_line(RuntimeError("shapes")) is None
-        and one_line(KeyError("x")) is None
-        and one_line(OSError("no number")) is None
+        one_line(RuntimeError("shapes"), explain_settings) is None
+        and one_line(KeyError("x"), explain_settings) is None
+        and one_line(OSError("no number"), explain_settings) is None
     )

@@ -145,7 +145,7 @@ def test_a_run_started_without_output_trains(cwd, undisturbed, how):
 # Commands that print more than a pipe holds, or print and end: what is left in a buffer is flushed at the very end.
 COMMANDS = [
     ("trainer", "--help"),
-    ("trainer.training.checkpoint", "ls", "nowhere"),
+    ("trainer.checkpoint", "ls", "nowhere"),
     ("launch", "plan", "--json"),
     ("launch", "fly"),
     ("launch", "prices"),
@@ -171,7 +171,7 @@ def test_a_command_whose_reader_has_gone_ends_in_order(tmp_path, command):
 
 def test_what_is_not_lost_but_late_is_waited_for():
     """A pipe that somebody has made non-blocking and that is full for a while."""
-    script = "from trainer import streams; streams.outlive(); print('x' * 300_000)"
+    script = "from trainer.common import streams; streams.outlive(); print('x' * 300_000)"
     looking, written = pipe()
     os.set_blocking(written, False)
     process = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=written)
