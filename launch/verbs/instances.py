@@ -38,7 +38,7 @@ HEAD = (
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is to be trained, and where the prices are asked."""
 
     config: Config
@@ -83,7 +83,7 @@ class Job:
         return seconds, seconds / 3600 * hour
 
 
-def table(job: Job, chosen: TargetConfig) -> list[str]:
+def table(job: Workload, chosen: TargetConfig) -> list[str]:
     """Return a row for each machine. chosen: the target whose machine is marked."""
     default = chosen.instance_type, getattr(chosen, "instances", 1)
     rows: list[tuple[str, ...]] = [HEAD]
@@ -96,7 +96,7 @@ def table(job: Job, chosen: TargetConfig) -> list[str]:
     ]
 
 
-def reasons(job: Job) -> list[str]:
+def reasons(job: Workload) -> list[str]:
     """Return why each target's default is what it is, with this job's figures."""
     ec2, training, plain, four = (job.run(machine) for machine in OFFERED if machine.trains)
     first = (
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(rest)
     target = load_target(targets)
     config, _ = load_config(target, options.overrides or REFERENCE)
-    job = Job(config, options.pictures, target.region or FALLBACK)
+    job = Workload(config, options.pictures, target.region or FALLBACK)
     print(
         f"{config.model.name}, freeze={config.model.freeze}, {pixels(config)} px, "
         f"{job.images:,} pictures, {settings.epochs_for(config.train, job.images)} epochs; "
