@@ -58,7 +58,7 @@ def test_every_extra_that_a_text_names_is_there():
 def test_make_setup_takes_one_extra_or_several():
     for extras in ("sweep", "timm audit"):
         made = subprocess.run(
-            ["make", "-n", "-B", "setup", f"EXTRA={extras}"],
+            ["make", "--no-print-directory", "-n", "-B", "setup", f"EXTRA={extras}"],
             cwd=PROJECT, capture_output=True, text=True,
         )  # fmt: skip
         assert made.stdout.splitlines() == [f".ci/setup {extra}" for extra in extras.split()]

@@ -20,6 +20,7 @@ from trainer.images.loader import ImageLoader
 from trainer.network.build import Classifier
 from trainer.network.ema import ModelEma
 from trainer.training import checkpoint
+from trainer.training import training as training_module
 from trainer.training.loop import fit, predict, train_one_step
 from trainer.training.training import Training
 
@@ -363,3 +364,23 @@ def test_an_epoch_without_a_hit_says_so(tmp_path, pictures, configure):
     training = open_training(tmp_path / "run", config, loader, network)
     fit(training)
     assert training.metrics_file.rows[0]["train_top1"] == 0
+
+
+def test_the_network_normalises_by_the_settings_mean_and_std(configure):
+    config = configure("model=small_cnn", "model.mean=[0.2,0.4,0.6]", "model.std=[0.1,0.2,0.3]")
+    network = training_module._build(config, 3)
+    assert torch.allclose(network.mean.flatten() / 255, torch.tensor([0.2, 0.4, 0.6]))
+    assert torch.allclose(network.std.flatten() / 255, torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_each_step_mixes_in_its_own_way_and_always_in_the_same(tmp_path, pictures, config):
+    training = open_training(tmp_path / "run", config, make_loader(pictures), make_network(0.3))
+    pixels = torch.rand(8, 16, 16, 3)
+    labels = torch.arange(8) % training.data.classes
+
+    def mixed(step: int) -> torch.Tensor:
+        training.progress.step = step
+        return training.mix(pixels.clone(), labels, 0)[0]
+
+    assert torch.equal(mixed(3), mixed(3))
+    assert not torch.equal(mixed(3), mixed(4))
