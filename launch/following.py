@@ -31,7 +31,7 @@ def follow(
             return state
         if end_overdue and kind.past_limit(attempt, state):
             log.warning("OVERDUE: %s: it is ended", overdue.line(attempt, state))
-            kind.end(aws, attempt, state)
+            kind.stop_running(aws, attempt, state, at_once=True)
         if state.detail != told:
             told = state.detail
             log.info("[%s: %s]", attempt.job, told)

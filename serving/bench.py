@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from launch.cloud.prices import FALLBACK, HOURS_A_MONTH, price
+from trainer.common.arguments import positive
 from trainer.common.errors import OK, UserError
 
 HEADROOM = 0.7  # of what an instance can do: autoscaling reacts after minutes
@@ -115,17 +116,17 @@ def _parser() -> argparse.ArgumentParser:
         help="how many ask at once, one after the other (default %(default)s)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="for each of them (default %(default)s)"
+        "--seconds", type=positive, default=5.0, help="for each of them (default %(default)s)"
     )
     parser.add_argument(
         "--rate",
-        type=float,
+        type=positive,
         default=50.0,
         help="requests a minute to plan for, at the busiest time (default %(default)s)",
     )
     parser.add_argument(
         "--limit",
-        type=float,
+        type=positive,
         default=1.0,
         help="seconds that 95 %% of the answers may take (default %(default)s)",
     )

@@ -13,6 +13,7 @@ from serving.backends import BACKENDS
 from serving.engine import Engine
 from serving.handler import Settings, convert, settings_from
 from serving.package import load_for_command
+from trainer.common.arguments import whole
 from trainer.common.cpu import cores
 from trainer.common.errors import OK, UserError, install_command
 
@@ -71,8 +72,8 @@ def _parser(defaults: Settings) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--port",
-        type=int,
-        default=int(os.environ.get("SERVING_PORT", "8080")),
+        type=whole(0, 65535),  # 0: a free one
+        default=os.environ.get("SERVING_PORT", "8080"),
         help="(default %(default)s)",
     )
     parser.add_argument(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.common import streams
+from trainer.common.arguments import whole
 from trainer.common.errors import MISTAKE, OK
 from trainer.training import checkpoint
 
@@ -22,16 +23,13 @@ def _main(arguments: Iterable[str]) -> int:
         help="ls: list them; verify: read every byte; prune: delete all but the newest",
     )
     parser.add_argument("run", type=Path, help="a run's directory, or its checkpoint directory")
-    parser.add_argument("--keep", type=int, default=2, help="prune: how many to keep (default 2)")
+    parser.add_argument("--keep", type=whole(), default=2, help="prune: how many to keep (2)")
     options = parser.parse_args(list(arguments))
     root = options.run / "checkpoints" if (options.run / "checkpoints").is_dir() else options.run
     if not any(root.glob("step-*")):
         print(f"{root}: no checkpoints here; give a run's directory", file=sys.stderr)
         return MISTAKE
     if options.verb == "prune":
-        if options.keep < 1:
-            print(f"--keep {options.keep}: allowed: at least 1", file=sys.stderr)
-            return MISTAKE
         for path in checkpoint.prune(root, options.keep, set()):
             print(f"deleted {path}")
     damaged = False

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from trainer.common import files
+from trainer.common.arguments import positive
 from trainer.common.command import guarded
 from trainer.common.console import log, to_terminal
 from trainer.common.cpu import cores
@@ -105,7 +106,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=positive,
         default=8.0,
         help="for measuring the loop, and half of it for each other part (default 8)",
     )

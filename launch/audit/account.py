@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from launch.cloud.account_stack import as_list
 from launch.cloud.session import Aws, AwsError, partition
 
 Description = dict[str, Any]  # what a Describe... call of botocore answers
@@ -95,10 +96,10 @@ class Identity:
     def services(self) -> list[str]:
         """The services that may assume this role, like sagemaker."""
         names: list[str] = []
-        for statement in listed(self.trust.get("Statement", [])):
+        for statement in as_list(self.trust.get("Statement", [])):
             principal = statement.get("Principal", {})
             if statement.get("Effect") == "Allow" and isinstance(principal, dict):
-                names += [name.split(".")[0] for name in listed(principal.get("Service", []))]
+                names += [name.split(".")[0] for name in as_list(principal.get("Service", []))]
         return names
 
     def allows(self, *beginnings: str) -> bool:
@@ -108,9 +109,9 @@ class Identity:
         return any(
             action.lower().startswith(beginnings)
             for policy in self.policies
-            for statement in listed(policy.document.get("Statement", []))
+            for statement in as_list(policy.document.get("Statement", []))
             if statement.get("Effect") == "Allow"
-            for action in listed(statement.get("Action", []))
+            for action in as_list(statement.get("Action", []))
         )
 
 
@@ -197,11 +198,6 @@ class Account:
             policyType="IDENTITY_POLICY",
         )
         return None if action in self.reader.unread else findings
-
-
-def listed(value: Any) -> list[Any]:
-    """Return a list: IAM writes one value where a list of one is meant."""
-    return value if isinstance(value, list) else [value]
 
 
 def needed_policy() -> Description:

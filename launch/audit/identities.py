@@ -16,9 +16,9 @@ from launch.audit.policies import (
     put_narrowed,
     reads_settings,
     refused,
-    some,
     whole_services,
 )
+from trainer.common.text import listed
 
 EVERYTHING = ("AdministratorAccess", "PowerUserAccess", "IAMFullAccess")  # AWS's policies
 UNUSED_DAYS = 90
@@ -102,7 +102,9 @@ def wildcard_resource(account: Account) -> Iterator[Finding]:
             if action != "iam:PassRole" and not reads_settings(action)
         ]
         if actions:
-            what = f"{_policy(identity, policy)} allows {some(actions)} on every resource"
+            what = (
+                f"{_policy(identity, policy)} allows {listed(sorted(actions), 6)} on every resource"
+            )
             yield Finding(identity.arn, what, put_narrowed(account, identity, policy))
 
 

@@ -5,11 +5,12 @@ cloudsplaining and policy_sentry know AWS's actions, and which of them can be he
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from launch.audit.account import Account, Description, Identity, Policy, listed
+from launch.audit.account import Account, Description, Identity, Policy
+from launch.cloud.account_stack import as_list
 from trainer.common.errors import UserError, install_command
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def allowing(account: Account) -> Iterator[tuple[Identity, Policy, "StatementDet
 
 def details(document: Description) -> list["StatementDetail"]:
     """Return a policy's statements with what cloudsplaining knows of them."""
-    statements = listed(document.get("Statement", []))
+    statements = as_list(document.get("Statement", []))
     return [_detail(json.dumps(statement, default=str)) for statement in statements]
 
 
@@ -167,7 +168,7 @@ def refused(account: Account, document: Description, longest: int = LONGEST) -> 
         for key in ("Action", "Resource"):
             if (key in statement) == (f"Not{key}" in statement):
                 return f"a statement needs either {key} or Not{key}"
-        if not listed(statement.get("Action", "*")) or not listed(statement.get("Resource", "*")):
+        if not as_list(statement.get("Action", "*")) or not as_list(statement.get("Resource", "*")):
             return "a statement's list is empty"
     names = [statement["Sid"] for statement in statements if "Sid" in statement]
     if len(set(names)) < len(names):
@@ -238,15 +239,6 @@ def _known(account: Account) -> Iterator[str]:
         yield function["FunctionArn"]
     for identity in account.identities:
         yield identity.arn
-
-
-def some(actions: Iterable[str], most: int = 6) -> str:
-    """Return a few of the actions, and how many more there are."""
-    names = sorted(actions)
-    text = ", ".join(names[:most])
-    if len(names) > most:
-        text += f" and {len(names) - most} more"
-    return text
 
 
 def _ours(identity: Identity) -> str:

@@ -130,11 +130,11 @@ class Statement:
 
     @property
     def actions(self) -> list[str]:
-        return _listed(self.document["Action"])
+        return as_list(self.document["Action"])
 
     @property
     def resources(self) -> list[str]:
-        return _listed(self.document["Resource"])
+        return as_list(self.document["Resource"])
 
 
 def permissions(part: str, project: str, account: str, region: str) -> list[Statement]:
@@ -200,5 +200,6 @@ def _reasons(text: str) -> dict[str, str]:
     return reasons
 
 
-def _listed(value: str | list[str]) -> list[str]:
+def as_list(value: Any) -> list[Any]:
+    """Return a list: IAM writes one value where a list of one is meant."""
     return value if isinstance(value, list) else [value]

@@ -256,10 +256,6 @@ class Target(ABC):
         """Return the hours that a machine runs past the limit at which it ends itself; 0: none."""
         return 0.0
 
-    def end(self, aws: Aws, attempt: Attempt, state: State) -> None:
-        """End what is past its limit."""
-        raise NotImplementedError(f"{self.name}: AWS ends it itself")
-
     # --- of every run, whatever its name: once for each class ---
 
     @classmethod

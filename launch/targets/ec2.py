@@ -114,15 +114,19 @@ class Ec2(Target):
         return State(Phase.RUNNING, name, started, None, seconds, id=instance["InstanceId"])
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
-        if at_once:
-            self.end(aws, attempt, state)
-            return
+        # Noted as any other stop, so that nobody takes a machine that is terminated for reclaimed.
         self.stop_early(aws, attempt)
-        log.info(
-            "asked %s to stop: it looks once a minute, saves, uploads and terminates; "
-            "--now does not wait for it",
-            state.id,
-        )
+        unseen = r"InvalidInstanceID\.NotFound"
+        if not at_once:
+            text = (
+                "asked %s to stop: it looks once a minute, saves, uploads and terminates; "
+                "--now does not wait for it"
+            )
+        elif aws.find("ec2", "TerminateInstances", unseen, InstanceIds=[str(state.id)]) is None:
+            text = "EC2 does not list %s yet: it is asked to stop, and ends when it has started"
+        else:
+            text = "terminating %s; what it did since its last checkpoint is lost"
+        log.info(text, state.id)
 
     def stop_early(self, aws: Aws, attempt: Attempt) -> bool:
         s3.write(aws, attempt.key_of("stop"), b"")
@@ -158,16 +162,6 @@ class Ec2(Target):
             return 0.0
         past = now() - state.started - timedelta(hours=attempt.hours)
         return past.total_seconds() / 3600 if past > PATIENCE else 0.0
-
-    def end(self, aws: Aws, attempt: Attempt, state: State) -> None:
-        """Terminate a machine, noted as any other stop, so that nobody takes it for reclaimed."""
-        self.stop_early(aws, attempt)
-        unseen = r"InvalidInstanceID\.NotFound"
-        if aws.find("ec2", "TerminateInstances", unseen, InstanceIds=[str(state.id)]) is None:
-            text = "EC2 does not list %s yet: it is asked to stop, and ends when it has started"
-        else:
-            text = "terminating %s; what it did since its last checkpoint is lost"
-        log.info(text, state.id)
 
     @classmethod
     def overdue(cls, aws: Aws) -> Iterator[tuple[Attempt, State]]:

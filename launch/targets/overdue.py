@@ -47,7 +47,7 @@ def end(aws: Aws) -> None:
     """End what is past its limit. Raise AwsError."""
     for attempt, state in list(machines(aws)):
         _say(f"OVERDUE: {line(attempt, state)}: it is ended")
-        base.of(attempt).end(aws, attempt, state)
+        base.of(attempt).stop_running(aws, attempt, state, at_once=True)
 
 
 def _say(text: str) -> None:

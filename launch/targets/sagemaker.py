@@ -4,6 +4,7 @@ Requests are pure functions of a Spec: plain data, the same for `plan`, `submit`
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -99,9 +100,9 @@ class OnSageMaker(Target):
             return attempt.unseen()
         return self.state(aws, attempt, described)
 
+    @abstractmethod
     def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
         """Return how an attempt is by what SageMaker says of it."""
-        raise NotImplementedError
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
         if state.detail in ("Stopping", "Pending"):

@@ -7,6 +7,7 @@ from launch.cloud.session import Aws
 from launch.targets import overdue
 from launch.targets.attempt import Attempt
 from launch.targets.spec import aws_of, choose, split_overrides
+from trainer.common.arguments import positive
 
 
 def run_parser(verb: str, description: str | None, none: str) -> argparse.ArgumentParser:
@@ -18,6 +19,17 @@ def run_parser(verb: str, description: str | None, none: str) -> argparse.Argume
         help=f"the run's id, or the overrides it was submitted with; none: {none}",
     )
     return parser
+
+
+def add_every(parser: argparse.ArgumentParser, default: float, what: str) -> None:
+    """Add --every, the seconds between two looks at AWS. what: what is looked at."""
+    parser.add_argument(
+        "--every",
+        type=positive,
+        default=default,
+        metavar="SECONDS",
+        help=f"{what} (default {default:g})",
+    )
 
 
 def account_of(words: Sequence[str]) -> Aws:

@@ -15,6 +15,7 @@ from launch.audit.account import needed_policy, read
 from launch.audit.finding import Severity, judge
 from launch.targets.spec import aws_of, split_overrides
 from trainer.common import files
+from trainer.common.arguments import positive
 from trainer.common.console import log
 from trainer.common.errors import OK, UserError
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--idle-days",
-        type=float,
+        type=positive,
         default=3,
         metavar="N",
         help="idle is what did nothing for so many days (default: 3)",

@@ -13,6 +13,7 @@ from launch.cloud.confirm import confirmed
 from launch.cloud.logs import SHARED_GROUPS
 from launch.cloud.session import Aws
 from launch.targets.spec import aws_of, split_overrides
+from launch.verbs.arguments import add_every
 from trainer.common.console import log
 from trainer.common.errors import FAULT, OK
 
@@ -105,13 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
     parser = argparse.ArgumentParser(prog="python -m launch down", description=__doc__)
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument(
-        "--every",
-        type=float,
-        default=5,
-        metavar="SECONDS",
-        help="how often to look whether things have ended (default 5)",
-    )
+    add_every(parser, 5, "how often to look whether things have ended")
     options = parser.parse_intermixed_args(rest)
     aws = aws_of(targets)
     show(aws)

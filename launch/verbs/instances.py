@@ -13,6 +13,7 @@ from launch.estimate import GMACS, estimate, pixels
 from launch.targets.base import TargetConfig
 from launch.targets.instance_types import OFFERED, InstanceType
 from launch.targets.spec import load_config, load_target, split_overrides
+from trainer.common.arguments import whole
 from trainer.common.errors import OK
 from trainer.settings import config as settings
 from trainer.settings.config import Config
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--pictures",
-        type=int,
+        type=whole(),
         default=PICTURES,
         metavar="N",
         help=f"training pictures (default: {PICTURES:,}, the reference job's)",

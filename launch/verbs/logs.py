@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from launch.following import follow
 from launch.targets.base import of
-from launch.verbs.arguments import chosen, run_parser
+from launch.verbs.arguments import add_every, chosen, run_parser
 from trainer.common.console import log
 from trainer.common.errors import OK
 
@@ -15,13 +15,7 @@ from trainer.common.errors import OK
 def main(arguments: Sequence[str]) -> int:
     parser = run_parser("logs", __doc__, "the newest")
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
-    parser.add_argument(
-        "--every",
-        type=float,
-        default=10,
-        metavar="SECONDS",
-        help="with --follow: how often to look (default 10)",
-    )
+    add_every(parser, 10, "with --follow: how often to look")
     options = parser.parse_intermixed_args(arguments)
     aws, attempt = chosen(options.run)
     if options.follow:

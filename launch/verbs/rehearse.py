@@ -20,6 +20,7 @@ from launch.planning import Plan
 from launch.planning import prepare as planned
 from launch.targets import sagemaker
 from launch.targets.spec import load_target, split_overrides
+from trainer.common.arguments import whole
 from trainer.common.console import log, python
 from trainer.common.errors import MISTAKE, OK, RESUME, UserError
 from trainer.common.interrupt import heeded
@@ -48,8 +49,8 @@ def main(arguments: Sequence[str]) -> int:
             "with SAGEMAKER_BASE_DIR in the place of /opt/ml"
         )
     local.upload(spec.uri("source", f"{spec.source}.tar.gz"), plan.source)
-    for number in heeded():
-        signal.signal(number, local.stop)
+    for signum in heeded():
+        signal.signal(signum, local.stop)
     code = OK
     for job in jobs:
         log.info("rehearsing %s: %s", job.name, " ".join(codec.decode(job.hyperparameters)))
@@ -150,7 +151,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="where S3 and /opt/ml lie (runs/rehearsed/RUN); kept, so that a stopped run goes on",
     )
     parser.add_argument(
-        "--trials", type=int, default=3, metavar="N", help="target=tuner: how many trials (3)"
+        "--trials",
+        type=whole(),
+        default=3,
+        metavar="N",
+        help="target=tuner: how many trials (3)",
     )
     parser.add_argument(
         "--plain", action="store_true", help="without namespaces, as on machines that give none"

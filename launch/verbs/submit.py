@@ -11,6 +11,7 @@ from launch.submission import submit, wait
 from launch.targets import overdue
 from launch.targets.base import console_url, of
 from launch.targets.spec import load_target, resolved, split_overrides
+from launch.verbs.arguments import add_every
 from launch.verbs.plan import job_parser
 from trainer.common.console import log, python
 from trainer.common.errors import OK
@@ -24,13 +25,7 @@ def main(arguments: Sequence[str]) -> int:
         action="store_true",
         help="follow the log to the end, and ask again for a spot machine that AWS took back",
     )
-    parser.add_argument(
-        "--every",
-        type=float,
-        default=10,
-        metavar="SECONDS",
-        help="with --wait: how often AWS is asked (default 10)",
-    )
+    add_every(parser, 10, "with --wait: how often AWS is asked")
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)
     resolved(target, options.overrides, options.data)  # a mistake is named before AWS is asked

@@ -11,6 +11,7 @@ from launch.cloud.cloudformation import IN_SERVICE, STUCK, Content
 from launch.cloud.confirm import confirmed
 from launch.cloud.session import Aws
 from launch.targets.spec import aws_of, split_overrides
+from launch.verbs.arguments import add_every
 from trainer.common.console import log, python
 from trainer.common.errors import FAULT, OK, UserError
 
@@ -122,13 +123,7 @@ def main(arguments: Sequence[str]) -> int:
         help="parameters of the template, like InstanceTypes=g4dn.xlarge,g5.2xlarge",
     )
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument(
-        "--every",
-        type=float,
-        default=3,
-        metavar="SECONDS",
-        help="how often CloudFormation is asked how far it is (default 3)",
-    )
+    add_every(parser, 3, "how often CloudFormation is asked how far it is")
     options = parser.parse_intermixed_args(rest)
     if any("=" not in each for each in options.parameters):
         parser.error("parameters are NAME=VALUE")

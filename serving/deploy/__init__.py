@@ -32,6 +32,7 @@ from serving.deploy.release import (
     resources,
 )
 from serving.deploy.stack import ServingStack
+from trainer.common.arguments import positive
 from trainer.common.console import python
 from trainer.common.errors import OK, RESUME, UserError
 
@@ -108,7 +109,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         add("--labels", action="store_true", help="the most probable classes instead of logits")
     if verb == "logs":
         add("--follow", action="store_true", help="go on until Ctrl-C")
-        add("--minutes", type=float, default=60, help="how far back (default: %(default)s)")
+        add("--minutes", type=positive, default=60, help="how far back (default: %(default)s)")
     return parser
 
 

@@ -14,32 +14,16 @@ from pathlib import Path, PurePosixPath
 
 from serving.package import MANIFEST
 from trainer.common.errors import PROJECT, UserError
+from trainer.common.serving_code import SERVING_CODE
 
 PROXY = {"lambda_function.py": "serving/adapters/lambda_proxy.py", "fetch.py": "serving/fetch.py"}
 # Names in the zip of the function that holds the model, and what lies there. stack.yaml names the
 # first one as the function's handler.
 DIRECT = {
     "serving/lambda_direct.py": "serving/adapters/lambda_inside.py",
-    **{
-        f"{name}.py": f"{name}.py"
-        for name in (
-            "serving/__init__",
-            "serving/adapters/__init__",
-            "serving/adapters/lambda_proxy",
-            "serving/backends",
-            "serving/engine",
-            "serving/fetch",
-            "serving/handler",
-            "serving/package",
-            "serving/s3",
-            "trainer/__init__",
-            "trainer/common/__init__",
-            "trainer/common/errors",
-            "trainer/images/__init__",
-            "trainer/images/bounds",
-            "trainer/images/decode",
-        )
-    },
+    "serving/adapters/__init__.py": "serving/adapters/__init__.py",
+    "serving/adapters/lambda_proxy.py": "serving/adapters/lambda_proxy.py",
+    **{name: name for name in SERVING_CODE},
 }
 PACKAGE = "package"  # where the direct zip holds the model package, unpacked
 

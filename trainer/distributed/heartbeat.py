@@ -50,10 +50,7 @@ class Heartbeat(threading.Thread):
             self.start()
 
     def end(self) -> None:
-        """Say that all is done, and stop.
-
-        A thread that is in PyTorch's C++ when Python ends would abort the process.
-        """
+        """Say that all is done, and stop."""
         self._mine["done"] = True
         self._wake.set()
         self.join(SILENT)

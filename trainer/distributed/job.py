@@ -240,8 +240,9 @@ class Job(World):
             self._heartbeat.end()
         sys.stdout.flush()
         sys.stderr.flush()
-        if code != OK:
-            os._exit(code)  # an orderly end would wait for processes that are no more
+        # Python's own end would wait for processes that are no more, and abort the process where a
+        # thread is in PyTorch's C++, though all is saved.
+        os._exit(code)
 
     def _look(self) -> None:
         """Raise what this waiting comes to.

@@ -161,7 +161,7 @@ class World:
         return text
 
     def leave(self, code: int) -> None:
-        """End this process's part: the last thing that it does."""
+        """End this process's part: the last thing that it does. May not return."""
 
 
 @functools.cache

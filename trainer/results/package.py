@@ -34,6 +34,7 @@ from torch import nn
 
 from trainer.common import files
 from trainer.common.errors import UserError
+from trainer.common.serving_code import SERVING_CODE
 from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import read_prepared
 from trainer.results import quantize
@@ -42,29 +43,11 @@ FORMAT = 1
 MANIFEST = "package.json"
 PROJECT = Path(__file__).resolve().parents[2]
 
-# What travels as code/, and where it lies here. The copies keep their package names, so the code
-# that serves an image is the code that prepared it for training.
+# What travels as code/, and where it lies here.
 CODE = {
     "inference.py": "serving/adapters/toolkit.py",
     "serving/ray_app.py": "serving/adapters/ray.py",
-    **{
-        f"{name}.py": f"{name}.py"
-        for name in (
-            "serving/__init__",
-            "serving/backends",
-            "serving/engine",
-            "serving/fetch",
-            "serving/handler",
-            "serving/package",
-            "serving/s3",
-            "trainer/__init__",
-            "trainer/common/__init__",
-            "trainer/common/errors",
-            "trainer/images/__init__",
-            "trainer/images/bounds",
-            "trainer/images/decode",
-        )
-    },
+    **{name: name for name in SERVING_CODE},
 }
 REQUIREMENTS = "numpy>=1.26\npillow>=11\nonnxruntime>=1.19\n"  # as in pyproject.toml
 

@@ -1,4 +1,4 @@
-"""Several processes: what they compute, whatever their number. How they end is in test_distributed_failures.py."""
+"""Several processes: what they compute, whatever their number. How they end is in test_failures.py."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import make_pictures
 from tests.soak import difference, outcome
-from tests.trainer.distributed.together import run_together
+from tests.trainer.distributed.together import ended, run_together, together
 from trainer.images.sampler import Share, epoch_batches
 from trainer.training import checkpoint
 
@@ -140,3 +140,9 @@ def test_the_shares_of_all_processes_are_the_batches(size, shards):
     assert sorted(map(tuple, batches)) == sorted(
         tuple(batch) for share in everybody for batch in share.of_evaluation(batches)
     )
+
+
+def test_threads_inside_pytorch_do_not_abort_a_process_at_its_end(tmp_path):
+    with together([tmp_path] * 2, "tests.trainer.distributed.busy_end") as processes:
+        codes, outputs = ended(processes)
+    assert codes == [0, 0], outputs
