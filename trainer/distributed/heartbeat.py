@@ -133,13 +133,13 @@ class Heartbeat(threading.Thread):
         ]
         if not silent:
             return None
-        names = listed(map(self._name, silent), 4)
+        names = listed(map(self._called, silent), 4)
         return f"{names} no longer answers: killed, hanging, or its network is gone"
 
     def _is_done(self, other: int) -> bool:
         return other in self._heard and self._heard[other]["done"]
 
-    def _name(self, other: int) -> str:
+    def _called(self, other: int) -> str:
         if other in self._heard:
             return str(self._heard[other]["who"])
         return f"rank {other}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from tests.conftest import make_pictures
 from tests.soak import difference, outcome
 from tests.trainer.distributed.together import ended, run_together, together
+from trainer.distributed.heartbeat import Heartbeat
 from trainer.images.sampler import Share, epoch_batches
 from trainer.training import checkpoint
 
@@ -146,3 +148,20 @@ def test_threads_inside_pytorch_do_not_abort_a_process_at_its_end(tmp_path):
     with together([tmp_path] * 2, "tests.trainer.distributed.busy_end") as processes:
         codes, outputs = ended(processes)
     assert codes == [0, 0], outputs
+
+
+def test_a_silent_process_is_named(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 3)
+    me, other = (Heartbeat(store, rank, 3, f"rank {rank} on here") for rank in (0, 1))
+    other.watch()
+    other.end()  # said who it is
+    me._mine["done"] = True
+    me.watch()
+    me.join()
+    me._heard[1]["done"] = False  # as if it had not ended in order
+    me._contact = time.monotonic()
+    me._at = dict.fromkeys(me._at, time.monotonic() - 60)
+    assert me.missing(30) == (
+        "rank 1 on here, rank 2 no longer answers: killed, hanging, or its network is gone"
+    )
+    assert me.missing(90) is None
