@@ -24,7 +24,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from email.message import Message
 from typing import Any
 
@@ -50,8 +50,8 @@ FILE_TYPES = (
 )
 
 
-def _setting(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
+def _setting(default: Any, meaning: str, least: float = 1) -> Any:
+    return field(default=default, metadata={"help": meaning, "least": least})
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,19 @@ class Settings:
         25_000_000, "of a picture; decoding takes up to 11 bytes a pixel and worker"
     )
     max_pictures: int = _setting(16, "in one request")
-    seconds: float = _setting(30.0, "for one request; what is not answered by then gets 503")
+    seconds: float = _setting(
+        30.0, "for one request; what is not answered by then gets 503", least=0.1
+    )
     urls: bool = _setting(True, "fetch pictures from public URLs")
     s3: bool = _setting(False, "fetch pictures from S3, where this machine's role may read them")
     queue: int = _setting(
         64, "requests in progress or waiting; those beyond it get 503 and Retry-After"
     )
-    workers: int = _setting(0, "pictures worked on at once; 0: one a core")
+    workers: int = _setting(0, "pictures worked on at once; 0: one a core", least=0)
     batch: int = _setting(1, "most pictures in one run of the network; more than 1 pays on GPUs")
-    batch_delay: float = _setting(0.005, "seconds that a run may wait for its batch to fill")
+    batch_delay: float = _setting(
+        0.005, "seconds that a run may wait for its batch to fill", least=0
+    )
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:
@@ -92,12 +96,16 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
     for setting in fields(Settings):
         name = f"SERVING_{setting.name.upper()}"
         if name in environment:
-            given[setting.name] = convert(name, environment[name], type(setting.default))
+            given[setting.name] = convert(name, environment[name], setting)
     return Settings(**given)
 
 
-def convert(name: str, text: str, kind: type) -> bool | int | float:
-    """Return a setting's value, from the text of a flag or a variable. Raises UserError."""
+def convert(name: str, text: str, setting: "Field[Any]") -> bool | int | float:
+    """Return a setting's value, from the text of a flag or a variable. Raises UserError.
+
+    name: what the user calls the setting. setting: its field of Settings.
+    """
+    kind = type(getattr(Settings, setting.name))
     if kind is bool:
         if text.lower() not in ("on", "off"):
             raise UserError(f"{name}={text} is not allowed; allowed: on or off")
@@ -106,8 +114,9 @@ def convert(name: str, text: str, kind: type) -> bool | int | float:
         value: float = kind(text)
     except ValueError as error:
         raise UserError(f"{name}={text} is not allowed; allowed: a number") from error
-    if not 0 <= value < math.inf:
-        raise UserError(f"{name}={text} is not allowed; allowed: a number from 0")
+    least = setting.metadata["least"]
+    if not least <= value < math.inf:
+        raise UserError(f"{name}={text} is not allowed; allowed: a number from {least:g}")
     return value
 
 

@@ -26,10 +26,10 @@ def main(arguments: Sequence[str]) -> int:
     defaults = settings_from(os.environ)
     options = _parser(defaults).parse_args(arguments[1:])
     changes: dict[str, Any] = {}
-    for name, default in vars(defaults).items():
-        text = getattr(options, name)
+    for setting in fields(Settings):
+        text = getattr(options, setting.name)
         if text is not None:
-            changes[name] = convert(_flag(name), text, type(default))
+            changes[setting.name] = convert(_flag(setting.name), text, setting)
     settings = replace(defaults, **changes)
     package = load_for_command(options.package or _newest(), cores(), options.backend)
     engine = Engine(
