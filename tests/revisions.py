@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tarfile
@@ -23,6 +22,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 SHORT = ("train.epochs=3", "train.threads=1", "platform=local")
 BIG = "train.batch_size=64"
@@ -206,9 +207,7 @@ def python(checkout: Path, place: Path, *words: str) -> str:
 
 @contextlib.contextmanager
 def served(checkout: Path, place: Path, package: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-P", "-m", "serving", "serve", str(package), "--port", str(port)]
     server = subprocess.Popen(
         command,

@@ -1,7 +1,5 @@
 """What a second process brings, what a step sends, and what that comes to on other machines."""
 
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +20,8 @@ from tests.benchmarks.loop import (
 )
 from tests.benchmarks.measure import Work, paired, ratio, short
 from tests.benchmarks.table import Row, Table
+from tests.ports import free_port
+from tests.trainer.distributed.together import environment
 from tests.trainer.trainings import make_run
 from trainer.distributed.world import World, current_world
 from trainer.images.sampler import Share
@@ -109,31 +109,12 @@ def workers(scratch: Path, freeze: str, jobs: int, size: int) -> Iterator[Work]:
             process.communicate()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def start(scratch: Path, freeze: str, rank: int, size: int, port: int) -> subprocess.Popen[str]:
-    names = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    environment = (
-        os.environ
-        | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        | {name: str(value) for name, value in names.items()}
-    )
     command = [sys.executable, "-m", "tests.benchmarks.scaling", str(scratch), freeze]
     return subprocess.Popen(
         command,
         cwd=PROJECT,
-        env=environment,
+        env=environment(rank, size, port) | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

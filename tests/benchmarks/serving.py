@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from serving import bench
 from serving.bench import Load, example
 from tests.benchmarks.measure import ratio, short
 from tests.benchmarks.table import Row, Table, installed
+from tests.ports import free_port
 from trainer.images.decode import Preprocessing
 from trainer.network import build as model
 from trainer.results.package import Contents, build
@@ -229,7 +229,11 @@ def make_contenders(scratch: Path) -> dict[str, Start]:
         (scratch / "store").mkdir(exist_ok=True)
         addresses = [
             f"{kind}_address=http://127.0.0.1:{number}"
-            for kind, number in (("inference", port), ("management", free()), ("metrics", free()))
+            for kind, number in (
+                ("inference", port),
+                ("management", free_port()),
+                ("metrics", free_port()),
+            )
         ]
         (scratch / "ts.properties").write_text(TS_PROPERTIES + "\n".join(addresses))
         command = [
@@ -327,7 +331,7 @@ class Server:
     """A process group that has answered once."""
 
     def __init__(self, start: Start, scratch: Path, body: bytes, content_type: str) -> None:
-        self._port, self._body, self._content_type = free(), body, content_type
+        self._port, self._body, self._content_type = free_port(), body, content_type
         began = time.monotonic()
         self._process = start(self._port)
         while not self._answers():
@@ -394,12 +398,6 @@ class Server:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-
-
-def free() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_table(found: dict[str, list[Measured]]) -> Table:

@@ -7,7 +7,6 @@ makes; without it those tests are skipped. The variable DOORS names another one.
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from base64 import b64encode
@@ -22,6 +21,7 @@ import pytest
 
 from serving.adapters import lambda_inside, toolkit
 from tests.conftest import PROJECT, wait_for
+from tests.ports import free_port
 
 pytestmark = pytest.mark.long  # TorchServe, Ray and Java start
 
@@ -147,12 +147,6 @@ def run(tmp_path) -> Iterator[Callable[..., Path]]:
             process.wait(600)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ask(

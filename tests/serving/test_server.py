@@ -18,6 +18,7 @@ from serving.handler import Settings
 from tests import hostile
 from tests.conftest import PROJECT, wait_for
 from tests.packages import CLASSES
+from tests.ports import free_port
 from tests.serving.runtime import PUBLIC, Web
 from tests.serving.test_package import change_weights, edit, edit_preprocessing, seal
 
@@ -335,9 +336,7 @@ def order(package: Path) -> None:
 def test_a_changed_package_never_becomes_healthy(original, tmp_path, harm, message):
     package = Path(shutil.copytree(original / "package", tmp_path / "package"))
     harm(package)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "serving", "serve", str(package), "--port", str(port)]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

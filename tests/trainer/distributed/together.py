@@ -1,7 +1,6 @@
 """Several processes as one job, started as torchrun starts them, without what torchrun does when one ends."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,36 +8,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conftest import PROJECT
+from tests.ports import free_port
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun gives to a process of a job on one host."""
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    return os.environ | own | {name: str(value) for name, value in names.items()}
 
 
 @contextmanager
 def together(directories: Sequence[Path], *command: str) -> Iterator[list[subprocess.Popen[str]]]:
     """A process in each of the directories: rank 0 in the first. None outlives the context."""
     port, size = free_port(), len(directories)
-
-    def environment(rank: int) -> dict[str, str]:
-        names = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": size,
-            "LOCAL_WORLD_SIZE": size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(directories[rank])}
-        return os.environ | own | {name: str(value) for name, value in names.items()}
-
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=cwd,
-            env=environment(rank),
+            env=environment(rank, size, port) | {"HOME": str(cwd)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
