@@ -462,10 +462,11 @@ def _served(directory: Path) -> Iterator[str]:
 
 def _read(container: "subprocess.Popen[bytes]", prefix: str, lines: list[str]) -> None:
     assert container.stdout is not None
-    for raw in container.stdout:
-        line = prefix + raw.decode(errors="replace").rstrip("\n")
-        lines.append(line)
-        print(line, flush=True)
+    with container.stdout as output:
+        for raw in output:
+            line = prefix + raw.decode(errors="replace").rstrip("\n")
+            lines.append(line)
+            print(line, flush=True)
 
 
 def _kill(container: "subprocess.Popen[bytes]") -> None:

@@ -484,10 +484,8 @@ def test_every_gpu_trains(
     """The code is the trainer's own, which torchrun does not keep."""
     fails = run == "two-gpus-failing"
     bucket.put("data/no-classes/readme.txt", b"nothing to see")
-    settings = {"data": Path("no-classes")} if fails else {}
-    spec = make_spec(
-        *TINY, *(["data=folder"] if fails else ["train.epochs=1"]), run=run, code=code, **settings
-    )
+    settings = ["data=folder", "data.root=no-classes"] if fails else ["train.epochs=1"]
+    spec = make_spec(*TINY, *settings, run=run, code=code)
     path = tmp_path / "machine"
     smi = tmp_path / "smi"
     smi.mkdir()
