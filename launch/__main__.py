@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from trainer.common.command import guarded
 from trainer.common.console import log, to_terminal
-from trainer.common.errors import MISTAKE, OK, UserError, machine_fault
+from trainer.common.errors import MISTAKE, OK, needed_by
 
 # launch.verbs.VERB has the verb's main(arguments) -> exit code; it is imported when asked for.
 VERBS = {
@@ -54,18 +55,18 @@ def main(arguments: Sequence[str]) -> int:
         log.error("%s: there is no such verb; allowed: %s", verb, ", ".join(VERBS))
         return MISTAKE
     try:
-        code: int = import_module(f"launch.verbs.{verb}").main(rest)
-        return code
-    except UserError as error:
-        log.error(str(error))
-    except OSError as error:
-        line = machine_fault(error)
-        if line is None:
-            raise
-        log.error(line)
+        return guarded(lambda: run(verb, rest))
     except KeyboardInterrupt:
         log.warning("interrupted; what runs at AWS goes on: python -m launch status")
-    return MISTAKE
+        return MISTAKE
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Do what the verb says; return the exit code."""
+    with needed_by("python -m launch", "aws"):
+        module = import_module(f"launch.verbs.{verb}")
+    code: int = module.main(arguments)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """`python -m serving`: a model package checked, served, measured and deployed."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from trainer.common import streams
-from trainer.common.errors import MISTAKE, OK, UserError, machine_fault
+from trainer.common.command import guarded
+from trainer.common.errors import MISTAKE, OK, needed_by
 
 USAGE = """usage: python -m serving VERB ...
 
@@ -27,6 +29,8 @@ VERBS = {
     "bench": "bench",
     **dict.fromkeys(("plan", "deploy", "status", "invoke", "logs", "destroy"), "deploy"),
 }
+# Which extra of pyproject.toml a module needs, where that isn't `serve`.
+EXTRAS = {"deploy": "aws"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,18 +46,24 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE, file=sys.stderr)
         return MISTAKE
     try:
-        code: int = import_module(f"serving.{VERBS[arguments[0]]}").main(arguments)
-        return code
-    except UserError as error:
-        line = str(error)
-    except OSError as error:
-        line = machine_fault(error) or ""
-        if not line:
-            raise
+        return guarded(lambda: run(arguments), say=to_stderr)
     except KeyboardInterrupt:
-        line = "interrupted"
+        to_stderr(logging.WARNING, "interrupted")
+        return MISTAKE
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what the verb says; return the exit code. arguments: the verb and what belongs to it."""
+    name = VERBS[arguments[0]]
+    with needed_by(f"python -m serving {arguments[0]}", EXTRAS.get(name, "serve")):
+        module = import_module(f"serving.{name}")
+    code: int = module.main(arguments)
+    return code
+
+
+def to_stderr(level: int, line: str) -> None:
+    """Print what ended a command. level: logging's; standard output is a verb's own."""
     print(line, file=sys.stderr)
-    return MISTAKE
 
 
 if __name__ == "__main__":

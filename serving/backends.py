@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.common.errors import UserError, install_command
+from trainer.common.errors import needed_by
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -75,16 +75,12 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
 
     It needs all of Packhorse installed. threads: of a CPU. Raises UserError without PyTorch.
     """
-    # imported here: serving needs PyTorch only where it is asked for
-    try:
+    with needed_by("--backend=torch", "serve"):
+        # imported here: serving needs PyTorch only where it is asked for
         import torch
         from safetensors.torch import load_file
 
         from trainer.network import build as model
-    except ImportError as error:
-        raise UserError(
-            f"--backend=torch needs {error.name}: {install_command('serve')}"
-        ) from error
 
     if threads is not None:
         torch.set_num_threads(threads)

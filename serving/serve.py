@@ -15,7 +15,7 @@ from serving.handler import Settings, convert, settings_from
 from serving.package import load_for_command
 from trainer.common.arguments import whole
 from trainer.common.cpu import cores
-from trainer.common.errors import OK, UserError, install_command
+from trainer.common.errors import OK, UserError, needed_by
 
 MODEL = Path("/opt/ml/model")  # where SageMaker puts the package
 RUNS = Path("runs")
@@ -39,13 +39,9 @@ def main(arguments: Sequence[str]) -> int:
         batch=settings.batch,
         delay=settings.batch_delay,
     )
-    try:
+    with needed_by("serve", "serve"):
         # imported here: its libraries are those of the extra `serve`
         from serving import server
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is missing: the server needs it; {install_command('serve')}"
-        ) from error
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
     )

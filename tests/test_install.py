@@ -101,7 +101,14 @@ def test_pip_takes_an_extra_from_where_the_project_lies(tmp_path):
             "from pathlib import Path as P; from trainer.training.metrics import MetricsFile as M; "
             "M(None, P('x'))",
         ),
-        ("boto3", "aws", "from launch.cloud.session import Aws; Aws('packhorse').account"),
+        ("boto3", "aws", "from launch.__main__ import run; run('status', [])"),
+        ("boto3", "aws", "from serving.__main__ import run; run(['plan'])"),
+        (
+            "optuna",
+            "sweep",
+            "from types import SimpleNamespace as S; from pathlib import Path as P; "
+            "from trainer.sweep.driver import make_ledger; make_ledger(P(), S(engine='optuna'))",
+        ),
         ("cloudsplaining", "audit", "from launch.audit.policies import load_rule_sets as l; l()"),
     ],
 )

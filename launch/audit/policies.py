@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.audit.account import Account, Description, Identity, Policy
 from launch.cloud.account_stack import as_list
-from trainer.common.errors import UserError, install_command
+from trainer.common.errors import needed_by
 
 if TYPE_CHECKING:
     from cloudsplaining.scan.statement_detail import StatementDetail
@@ -26,12 +26,10 @@ LONGEST_INLINE = {"user": 2048, "group": 5120}
 
 def load_rule_sets() -> None:
     """Raise UserError where what knows AWS's actions is not installed."""
-    try:
+    with needed_by("audit", "audit"):
         # imported here: optional, and slow, as in each function below
         import cloudsplaining.scan.statement_detail  # noqa: F401
         import policy_sentry.querying.actions  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"audit needs {error.name}: {install_command('audit')}") from error
 
 
 # --- what a policy allows ---

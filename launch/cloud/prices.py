@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launch.cloud.session import Aws
 from trainer.common import files
 from trainer.common.console import log
 from trainer.common.errors import UserError
+
+if TYPE_CHECKING:  # whoever only reckons needs no boto3
+    from launch.cloud.session import Aws
 
 TABLE = Path(__file__).with_name("prices.json")
 REFRESHED = Path.home() / ".cache" / "packhorse" / "prices.json"
@@ -115,7 +117,7 @@ def dollars(amount: float | None) -> str:
     return "unknown" if amount is None else f"${amount:,.2f}"
 
 
-def refresh(aws: Aws) -> None:
+def refresh(aws: "Aws") -> None:
     """Ask AWS for the region's price of every machine, and keep the answers in REFRESHED.
 
     Those of other regions stay as they are. Raise UserError, AwsError.
@@ -134,7 +136,7 @@ def refresh(aws: Aws) -> None:
     files.write(REFRESHED, json.dumps({"regions": regions}, indent=2) + "\n")
 
 
-def _ask(aws: Aws, instance_type: str) -> float | None:
+def _ask(aws: "Aws", instance_type: str) -> float | None:
     """Return dollars an hour on demand by the Price List; None where it has none."""
     terms = {"regionCode": aws.region}
     if instance_type.startswith("ml."):

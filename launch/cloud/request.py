@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from botocore.model import Shape
+from botocore.session import get_session
+from botocore.validate import ParamValidator
 
 from trainer.common.errors import UserError
-
-if TYPE_CHECKING:
-    from botocore.model import Shape
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,6 @@ def check(request: Request) -> None:
     botocore checks required members, types and minima before it sends; maxima, patterns and enums
     it leaves to the service.
     """
-    # Imported here: an optional dependency, which `plan` asks for only when there is a request.
-    from botocore.validate import ParamValidator
-
     shape = _input_shape(request.service, request.operation)
     report = ParamValidator().validate(request.parameters, shape)
     faults = report.generate_report().splitlines()
@@ -57,13 +55,11 @@ def check(request: Request) -> None:
 
 
 @functools.cache
-def _input_shape(service: str, operation: str) -> "Shape":
-    from botocore.session import get_session  # imported here: as in `check`
-
+def _input_shape(service: str, operation: str) -> Shape:
     return get_session().get_service_model(service).operation_model(operation).input_shape
 
 
-def _faults(shape: "Shape", value: Any, path: str) -> Iterator[str]:
+def _faults(shape: Shape, value: Any, path: str) -> Iterator[str]:
     """Yield breaches of max, pattern and enum, below a value whose types are right."""
     where = path.lstrip(".")
     if shape.type_name == "structure":

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from boto3.s3.transfer import TransferConfig
+
 from launch.cloud.session import Aws, AwsError, explained
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
@@ -256,9 +258,6 @@ def _equal(path: Path, item: Object) -> bool:
 
 def _transfer(aws: Aws, direction: str, pairs: list[tuple[str, str]]) -> None:
     """Move (file, key) pairs, several at a time. direction: upload or download."""
-    # Imported here: an optional dependency, whose absence `Aws` explains.
-    from boto3.s3.transfer import TransferConfig
-
     config = TransferConfig(multipart_threshold=CHUNK, multipart_chunksize=CHUNK, use_threads=False)
     client = aws.client("s3")
 

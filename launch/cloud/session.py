@@ -7,14 +7,17 @@ and `serving/deploy` go through it.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.session import Session
+from botocore import exceptions, xform_name
+from botocore.config import Config
+from botocore.parsers import ResponseParserError
 
 from launch.cloud.request import Request, check
-from trainer.common.errors import UserError, install_command
-
-if TYPE_CHECKING:
-    from boto3.session import Session
-    from botocore.exceptions import ClientError
+from trainer.common.errors import UserError
 
 CONNECT_TIMEOUT = 5  # seconds
 READ_TIMEOUT = 60  # seconds
@@ -104,13 +107,7 @@ class Aws:
         self._clients: dict[tuple[str, str], Any] = {}
 
     @cached_property
-    def _session(self) -> "Session":
-        try:
-            import boto3  # imported here: an optional dependency
-        except ImportError as error:
-            raise UserError(
-                f"boto3 is not installed, which talks to AWS: {install_command('aws')}"
-            ) from error
+    def _session(self) -> Session:
         try:
             return boto3.session.Session(region_name=self._given_region)
         except Exception as error:
@@ -157,9 +154,6 @@ class Aws:
 
     def client(self, service: str, region: str | None = None) -> Any:
         """Return boto3's client, made once. Its methods may be called from several threads."""
-        # Imported here, as all of botocore below: it is optional, and takes half a second.
-        from botocore.config import Config
-
         key = (service, region or self.region)
         if key not in self._clients:
             retries = {"mode": "standard", "total_max_attempts": 1 if service in ONCE else ATTEMPTS}
@@ -181,8 +175,6 @@ class Aws:
         self, service: str, operation: str, *, region: str | None = None, **parameters: Any
     ) -> dict[str, Any]:
         """Make one call. Raise AwsError."""
-        from botocore import xform_name
-
         client = self.client(service, region)
         try:
             answer: dict[str, Any] = getattr(client, xform_name(operation))(**parameters)
@@ -219,8 +211,6 @@ class Aws:
 
         Raise AwsError.
         """
-        from botocore import xform_name
-
         paginator = self.client(service).get_paginator(xform_name(operation))
         try:
             for page in paginator.paginate(**parameters):
@@ -231,10 +221,6 @@ class Aws:
 
 def explained(error: Exception, action: str) -> Exception:
     """Return an exception of boto3's as AwsError; any other as it is."""
-    from boto3.exceptions import Boto3Error
-    from botocore import exceptions
-    from botocore.parsers import ResponseParserError
-
     if isinstance(error, exceptions.ClientError):
         return _refusal(error, action)
     expired = f"the AWS session has expired ({error}): {CREDENTIALS}"
@@ -269,7 +255,7 @@ def explained(error: Exception, action: str) -> Exception:
     return error
 
 
-def _refusal(error: "ClientError", action: str) -> AwsError:
+def _refusal(error: exceptions.ClientError, action: str) -> AwsError:
     """Return what AWS itself has answered, with the remedy for its code."""
     code = str(error.response["Error"].get("Code", ""))
     message = str(error.response["Error"].get("Message", ""))

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from packaging.requirements import InvalidRequirement, Requirement
+
 from trainer.common.errors import PROJECT, UserError
 from trainer.settings.config import Config
 
@@ -184,9 +186,6 @@ def check_requirements(text: str) -> None:
 
     Also for one that would replace the image's own PyTorch.
     """
-    # Imported here: pip brings it everywhere but into a bare environment.
-    from packaging.requirements import InvalidRequirement, Requirement
-
     for line in _lines(text):
         try:
             requirement = Requirement(line)

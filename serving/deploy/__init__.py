@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from botocore.session import get_session
+
 from launch.cloud import s3
 from launch.cloud.cloudformation import IN_SERVICE, STUCK, parameters_of
 from launch.cloud.confirm import confirmed
@@ -288,9 +290,6 @@ def _given(options: argparse.Namespace) -> dict[str, str]:
 
 def _check_instance(kind: str) -> None:
     """Raise UserError by botocore's model, which lists what an endpoint may run on."""
-    # Imported here: an optional dependency, whose absence `Aws` explains.
-    from botocore.session import get_session
-
     model = get_session().get_service_model("sagemaker")
     allowed = model.shape_for("ProductionVariantInstanceType").metadata["enum"]
     if kind not in allowed:
@@ -306,7 +305,7 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
     if package.startswith("s3://"):
         return _remote(aws, package)
 
-    # Imported here: only a package on this machine needs NumPy and Pillow.
+    # imported here: only a package on this machine needs NumPy and Pillow
     from serving.package import PackageError, load
 
     path = Path(package)

@@ -20,12 +20,16 @@ from trainer.common.errors import (
 )
 
 Explain = Callable[[Exception], str | None]
+Say = Callable[[int, str], None]
 
 
-def guarded(work: Callable[[], int | None], explain: Explain | None = None) -> int:
-    """Do the work and return its exit code, or that of what it raised, after one line in the log.
+def guarded(
+    work: Callable[[], int | None], explain: Explain | None = None, say: Say = log.log
+) -> int:
+    """Do the work and return its exit code, or that of what it raised, after one line.
 
     A fault of ours is raised on, for its traceback; so is a mistake with HYDRA_FULL_ERROR=1.
+    say(level, line): shows the line.
     """
     shows_mistakes = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
@@ -37,7 +41,7 @@ def guarded(work: Callable[[], int | None], explain: Explain | None = None) -> i
         level = logging.ERROR
         if code == RESUME:
             level = logging.WARNING
-        log.log(level, line)
+        say(level, line)
         return code
 
 

@@ -6,6 +6,8 @@ Standard library only: a copy of this file travels in the model package.
 import errno
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
@@ -95,6 +97,18 @@ def install_command(extra: str) -> str:
     if Path.cwd() == PROJECT:
         return f"make setup EXTRA={extra}"
     return f"make -C {shlex.quote(str(PROJECT))} setup EXTRA={extra}"
+
+
+@contextmanager
+def needed_by(what: str, extra: str) -> Iterator[None]:
+    """Import optional packages inside. Raise UserError where one is not installed.
+
+    what: needs them, as the user wrote it. extra: brings them.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{what} needs {error.name}: {install_command(extra)}") from error
 
 
 def machine_fault(error: OSError) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer.common.errors import UserError
+from trainer.common.errors import PackhorseError, UserError
 from trainer.common.interrupt import Stop
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ class Action(IntEnum):
     STOP = 2
 
 
-class Lost(Exception):
+class Lost(PackhorseError):
     """A process of the job no longer answers. The message names it."""
 
 
-class Ended(Exception):
+class Ended(PackhorseError):
     """Another process has ended the job, for a reason of its own."""
 
     def __init__(self, notice: "ExitNotice") -> None:

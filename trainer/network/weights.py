@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.common.console import log
-from trainer.common.errors import UserError, install_command
+from trainer.common.errors import UserError, needed_by
 from trainer.images.decode import FILTERS
 from trainer.images.folder import ImageFolder
 from trainer.settings.config import PLAIN, RUINOUS_LR, Config, PixelSpec, epochs_for, fill_pixels
@@ -155,12 +155,8 @@ def _of_torchvision(name: str, weights: str) -> tuple[PixelSpec, list[str]]:
 
 def import_timm(name: str) -> Any:
     """Return the package. Raise UserError where it isn't there, or has no model of that name."""
-    try:
+    with needed_by(f"model.name={name}", "timm"):
         import timm  # imported here: optional, and slow
-    except ImportError as error:
-        raise UserError(
-            f"model.name={name} needs the package timm: {install_command('timm')}"
-        ) from error
     short = name.removeprefix("timm/")
     if not timm.is_model(short):
         near = ", ".join(timm.list_models(f"*{short.split('.')[0][:8]}*")[:5])

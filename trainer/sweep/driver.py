@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 from trainer.common import files
 from trainer.common.console import ProgressBar, also_to_file, log, python
 from trainer.common.cpu import cores
-from trainer.common.errors import OK, RESUME, UserError, install_command
+from trainer.common.errors import OK, RESUME, UserError, needed_by
 from trainer.common.git import revision
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
 from trainer.images.datasets import find_images
@@ -525,12 +525,8 @@ def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
     """Make what chooses the trials. Raises UserError where Optuna is wanted and not installed."""
     if sweep.engine == "grid":
         return Grid(directory / "trials.jsonl", sweep)
-    try:
+    with needed_by("sweep.engine=optuna", "sweep"):
         from trainer.sweep.optuna_ledger import Optuna  # imported here: optional
-    except ImportError as error:
-        raise UserError(
-            f"sweep.engine=optuna needs the package optuna: {install_command('sweep')}"
-        ) from error
     return Optuna(directory / "optuna.journal", sweep)
 
 

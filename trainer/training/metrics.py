@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.common import files
-from trainer.common.errors import UserError, install_command
+from trainer.common.errors import needed_by
 
 
 def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
@@ -59,13 +59,8 @@ class MetricsFile:
         self.rows: list[dict[str, Any]] = []
         self._board: Any = None
         if tensorboard is not None:
-            try:
+            with needed_by("train.tensorboard=true", "tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter  # imported here: optional
-            except ImportError as error:
-                raise UserError(
-                    "train.tensorboard=true needs the package tensorboard: "
-                    f"{install_command('tensorboard')}"
-                ) from error
             self._board = SummaryWriter(tensorboard)
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
