@@ -75,16 +75,21 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"), {"train": 8, "valid": 3, "test": 3})
 
 
-def start_trainer(cwd: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+def environment(cwd: Path) -> dict[str, str]:
+    """This process's, for one that runs the project's own code in `cwd`, which is its HOME too."""
+    own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
+    return os.environ | own
+
+
+def start_trainer(cwd: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
     """Start the trainer as a user does, in a process group of its own.
 
     Standard output and error come together. HOME lies in `cwd`: the cache is not the user's.
     """
-    own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
     return subprocess.Popen(
         [sys.executable, "-m", "trainer", *overrides],
         cwd=cwd,
-        env=os.environ | own | environment,
+        env=environment(cwd) | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -92,9 +97,9 @@ def start_trainer(cwd: Path, *overrides: str, **environment: str) -> subprocess.
     )
 
 
-def run_trainer(cwd: Path, *overrides: str, **environment: str) -> tuple[int, str]:
+def run_trainer(cwd: Path, *overrides: str, **variables: str) -> tuple[int, str]:
     """Its exit code and everything it printed."""
-    process = start_trainer(cwd, *overrides, **environment)
+    process = start_trainer(cwd, *overrides, **variables)
     output, _ = process.communicate(timeout=600)
     return process.returncode, output
 

@@ -21,7 +21,7 @@ from tests.benchmarks.loop import (
 from tests.benchmarks.measure import Work, paired, ratio, short
 from tests.benchmarks.table import Row, Table
 from tests.ports import free_port
-from tests.trainer.distributed.together import environment
+from tests.trainer.distributed.together import rank_environment
 from tests.trainer.trainings import make_run
 from trainer.distributed.world import World, current_world
 from trainer.images.sampler import Share
@@ -114,7 +114,7 @@ def start(scratch: Path, freeze: str, rank: int, size: int, port: int) -> subpro
     return subprocess.Popen(
         command,
         cwd=PROJECT,
-        env=environment(rank, size, port) | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
+        env=rank_environment(scratch, rank, size, port) | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,4 +1,6 @@
-"""What a sweep of heads costs: 16 trials in one process, against one, a process each, none cached."""
+"""What a sweep of heads costs: 16 trials in one process, against one, a process each, none
+cached.
+"""
 
 import os
 import subprocess

@@ -1,27 +1,37 @@
-"""AWS for the tests: the moto server as a process of its own, behind a layer that is as strict as AWS where moto is not.
+"""AWS for the tests: the moto server as a process of its own, behind a layer that is as strict as
+AWS where moto is not.
 
     python -m tests.launch.aws RECORD        # listens on 127.0.0.1, says its URL on standard output
 
 What the layer adds to moto 5.2:
-- a second training job, tuning job or notebook of a name is refused; so are jobs whose role, bucket or code is not there;
-- RunInstances honours ClientToken, and refuses user data over 16 KB, a missing instance profile, and what a test asked it to refuse;
-- SageMaker's jobs run until a test ends them (`/strict/end`) or they are stopped; the calls that moto lacks: StopTrainingJob, DeleteTrainingJob,
-  StopHyperParameterTuningJob, ListTrainingJobsForHyperParameterTuningJob, ListNotebookInstanceLifecycleConfigs, and the Price List's GetProducts;
-- CloudFormation refuses a stack or a change set that is there already, and a change set is executed once;
-- a resource that outlives its stack (DeletionPolicy: Retain) stays where an update drops it; an update can change a log group;
+- a second training job, tuning job or notebook of a name is refused; so are jobs whose role, bucket
+  or code is not there;
+- RunInstances honours ClientToken, and refuses user data over 16 KB, a missing instance profile,
+  and what a test asked it to refuse;
+- SageMaker's jobs run until a test ends them (`/strict/end`) or they are stopped; the calls that
+  moto lacks: StopTrainingJob, DeleteTrainingJob, StopHyperParameterTuningJob,
+  ListTrainingJobsForHyperParameterTuningJob, ListNotebookInstanceLifecycleConfigs, and the Price
+  List's GetProducts;
+- CloudFormation refuses a stack or a change set that is there already, and a change set is executed
+  once;
+- a resource that outlives its stack (DeletionPolicy: Retain) stays where an update drops it; an
+  update can change a log group;
 - the tags of a notebook's scripts, which moto forgets;
 - AWS's public parameter of the Deep Learning AMI;
-- on request (`/strict/late`) what was just made is not there yet for as many answers as a test says, each time that one asks for it; a client
-  without a name (below) sees it at once;
-- instances end as a test says, with AWS's reasons (`/strict/end_instance`), and are as old as it says (`/strict/age`);
-- on request it kills the client at its Nth call, before the call reaches AWS or after AWS has carried it out (`/strict/kill`). A client says who it
-  is by AWS_SDK_UA_APP_ID=pid-PID.
+- on request (`/strict/late`) what was just made is not there yet for as many answers as a test
+  says, each time that one asks for it; a client without a name (below) sees it at once;
+- instances end as a test says, with AWS's reasons (`/strict/end_instance`), and are as old as it
+  says (`/strict/age`);
+- on request it kills the client at its Nth call, before the call reaches AWS or after AWS has
+  carried it out (`/strict/kill`). A client says who it is by AWS_SDK_UA_APP_ID=pid-PID.
 
 RECORD gets a line of JSON for each call that arrives, in the order of arrival:
-    {"number": 1, "service": "sagemaker", "operation": "CreateTrainingJob", "parameters": {...}, "region": "us-east-1", "client": 4711, "status": 200}
-service: the one that the request is signed for. parameters: by their names in botocore's model; for the query protocols (EC2, IAM, STS,
-CloudFormation) flat, as on the wire ("Filter.1.Name"); bodies that are no JSON are left out. status: HTTP's; null where the client was killed
-before the call was carried out.
+    {"number": 1, "service": "sagemaker", "operation": "CreateTrainingJob",
+     "parameters": {...}, "region": "us-east-1", "client": 4711, "status": 200}
+service: the one that the request is signed for. parameters: by their names in botocore's model; for
+the query protocols (EC2, IAM, STS, CloudFormation) flat, as on the wire ("Filter.1.Name"); bodies
+that are no JSON are left out. status: HTTP's; null where the client was killed before the call was
+carried out.
 """
 
 import base64
@@ -112,7 +122,8 @@ class Strict:
         self._number += 1
         client = re.search(r"app/pid-(\d+)", environ.get("HTTP_USER_AGENT", ""))
         entry = {
-            "number": self._number, "service": service, "operation": operation, "parameters": parameters, "region": region,
+            "number": self._number, "service": service, "operation": operation,
+            "parameters": parameters, "region": region,
             "client": int(client[1]) if client else None, "status": None,
         }  # fmt: skip
         self._named = client is not None
@@ -159,7 +170,9 @@ class Strict:
         self._reset()
 
     def forget(self) -> None:
-        """Removes all jobs, notebooks and instances, and what was remembered of them; what a stack has made stays."""
+        """Removes all jobs, notebooks and instances, and what was remembered of them; what a stack
+        has made stays.
+        """
         jobs = get_backend("sagemaker")[ACCOUNT][REGION]
         for things in (
             jobs.training_jobs,
@@ -172,7 +185,9 @@ class Strict:
         self._tokens.clear()
 
     def kill(self, call: int, when: str) -> None:
-        """Kills the client at the Nth call from now. when: before or after the call is carried out."""
+        """Kills the client at the Nth call from now. when: before or after the call is
+        carried out.
+        """
         self._kill = {"call": self._number + call, "when": when}
 
     def refuse(self, operation: str, code: str, message: str = "") -> None:
@@ -184,11 +199,14 @@ class Strict:
         self._late = answers
 
     def end_instance(self, instance: str, code: str, message: str = "", hours: float = 0.0) -> None:
-        """Terminates an instance so many hours ago, for a reason of AWS's: the code of its StateReason."""
+        """Terminates an instance so many hours ago, for a reason of AWS's: the code of its
+        StateReason.
+        """
         found = get_backend("ec2")[ACCOUNT][REGION].get_instance(instance)
         found.terminate()
         found.state_reason.code, found.state_reason.message = code, message or code
-        found._reason = f"Server or user ({(utcnow() - timedelta(hours=hours)).strftime('%Y-%m-%d %H:%M:%S GMT')})"
+        ended = utcnow() - timedelta(hours=hours)
+        found._reason = f"Server or user ({ended:%Y-%m-%d %H:%M:%S GMT})"
 
     def age(self, instance: str, hours: float) -> None:
         """Lets an instance have started so many hours ago."""
@@ -270,7 +288,8 @@ class Strict:
         if parameters["TrainingJobName"] in backend.training_jobs:
             raise Refused(
                 "ResourceInUse",
-                f"Training job names must be unique within an AWS account and region, and one of {parameters['TrainingJobName']} exists",
+                "Training job names must be unique within an AWS account and region, and one of "
+                f"{parameters['TrainingJobName']} exists",
             )
         _needs(
             parameters["RoleArn"],
@@ -301,9 +320,13 @@ class Strict:
             return answer
         self._made(name)
         backend.create_training_job(  # its first trial
-            f"{name}-001-0123abcd", definition["StaticHyperParameters"], definition["AlgorithmSpecification"], definition["RoleArn"],
-            definition.get("InputDataConfig", []), definition["OutputDataConfig"], definition["ResourceConfig"], {}, definition["StoppingCondition"],
-            parameters["Tags"], False, False, definition.get("EnableManagedSpotTraining", False), {}, {}, [], {}, {},
+            f"{name}-001-0123abcd", definition["StaticHyperParameters"],
+            definition["AlgorithmSpecification"],
+            definition["RoleArn"],
+            definition.get("InputDataConfig", []), definition["OutputDataConfig"],
+            definition["ResourceConfig"], {}, definition["StoppingCondition"],
+            parameters["Tags"], False, False, definition.get("EnableManagedSpotTraining", False),
+            {}, {}, [], {}, {},
         )  # fmt: skip
         _set_status(tuning, RUNNING)
         tuning.hyper_parameter_tuning_end_time = None
@@ -366,7 +389,8 @@ class Strict:
         if job.training_job_status != RUNNING:
             raise Refused(
                 "ValidationException",
-                f"The request was rejected because the training job is in status {job.training_job_status}.",
+                "The request was rejected because the training job is in status "
+                f"{job.training_job_status}.",
             )
         _set_status(job, "Stopping")
         return _answer(start, "200 OK", b"{}")
@@ -473,7 +497,8 @@ class Strict:
         if parameters["ChangeSetType"] == "CREATE" and stack in stacks:
             raise Refused(
                 "ValidationError",
-                f"Stack [{stack}] already exists and cannot be created again with the changeSet [{name}].",
+                f"Stack [{stack}] already exists and cannot be created again with the "
+                f"changeSet [{name}].",
             )
         if any(
             each.change_set_name == name and each.stack.name == stack
@@ -531,7 +556,8 @@ class Strict:
             if before != content:
                 raise Refused(
                     "IdempotentParameterMismatch",
-                    f"The request uses the same client token as a previous, but non-identical request: {token}",
+                    "The request uses the same client token as a previous, but non-identical "
+                    f"request: {token}",
                 )
             return _answer(start, "200 OK", b"".join(answer), "text/xml")
         if len(base64.b64decode(parameters.get("UserData", ""))) > 16384:
@@ -541,7 +567,8 @@ class Strict:
         }:
             raise Refused(
                 "InvalidParameterValue",
-                f"Value ({parameters['IamInstanceProfile.Name']}) for parameter iamInstanceProfile.name is invalid",
+                f"Value ({parameters['IamInstanceProfile.Name']}) for parameter "
+                "iamInstanceProfile.name is invalid",
             )
         answer = forward()
         self._tokens[token] = (content, answer)
@@ -668,7 +695,8 @@ def _refusal(service: str, refusal: Refused, start: Any) -> list[bytes]:
     """An error in the form of the service's protocol."""
     code, message = refusal.code, refusal.message or refusal.code
     if service == "ec2":
-        text = f"<Response><Errors><Error><Code>{code}</Code><Message>{message}</Message></Error></Errors><RequestID>1</RequestID></Response>"
+        error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+        text = f"<Response><Errors>{error}</Errors><RequestID>1</RequestID></Response>"
     elif service in ("s3", "sts", "iam", "cloudformation"):
         inner = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
         text = (
@@ -707,7 +735,9 @@ def understand(environ: WSGIEnvironment, body: bytes) -> tuple[str, str, str, di
 
 
 def _rest(service: str, environ: WSGIEnvironment, body: bytes) -> tuple[str, dict[str, Any]]:
-    """Operation and parameters of a REST call: the operation of botocore's model that needs most of what is there."""
+    """Operation and parameters of a REST call: the operation of botocore's model that needs most of
+    what is there.
+    """
     path, query = (
         environ["PATH_INFO"],
         dict(parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)),
@@ -776,7 +806,9 @@ def _rest_operations(
 
 
 def outlive_stacks() -> None:
-    """Lets what a stack's template retains stay when an update drops it, as CloudFormation does and moto when it deletes the whole stack."""
+    """Lets what a stack's template retains stay when an update drops it, as CloudFormation does and
+    moto when it deletes the whole stack.
+    """
     delete = ResourceMap._delete_resource
 
     def delete_unless_retained(self: ResourceMap, resource: Any, template: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""What the launch tests share: AWS as a process (tests/launch/aws.py), and the command line as a user starts it."""
+"""What the launch tests share: AWS as a process (tests/launch/aws.py), and the command line as a
+user starts it.
+"""
 
 import contextlib
 import io
@@ -91,7 +93,9 @@ class Cloud:
         return process.returncode, output
 
     def launch(self, *arguments: str, cwd: Path = PROJECT) -> tuple[int, str]:
-        """As `run`, in a process forked from this one, which has imported everything already: half the time. A signal's code is negative."""
+        """As `run`, in a process forked from this one, which has imported everything already: half
+        the time. A signal's code is negative.
+        """
         with tempfile.TemporaryFile("w+") as output:
             child = os.fork()
             if child == 0:

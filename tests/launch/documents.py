@@ -1,4 +1,6 @@
-"""The generated parts of docs/instances.md and docs/security.md: `python -m tests.launch.documents` writes them, tests hold them to it."""
+"""The generated parts of docs/instances.md and docs/security.md: `python -m tests.launch.documents`
+writes them, tests hold them to it.
+"""
 
 import ast
 import base64
@@ -60,7 +62,9 @@ def printed(*arguments: str, codes: Iterable[int] = (OK,)) -> str:
 
 
 def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str, list[Ask]]:
-    """Every call of every command, as IAM sees it, by the part that makes it. The environment leads to `cloud` already."""
+    """Every call of every command, as IAM sees it, by the part that makes it. The environment leads
+    to `cloud` already.
+    """
     patch.setenv("HOME", str(directory))
     patch.setenv("HYDRA_FULL_ERROR", "1")
     printed("up", "--yes", "--every", "0.05")  # by an administrator, so not of the record
@@ -144,7 +148,9 @@ def _seed_endpoint(cloud: Cloud) -> None:
 
 
 def rewrite_role_policies(cloud: Cloud) -> None:
-    """moto can't list the policies of roles that its CloudFormation made, as they are; the same policies from the wire it can."""
+    """moto can't list the policies of roles that its CloudFormation made, as they are; the same
+    policies from the wire it can.
+    """
     iam = cloud.client("iam")
     for role in iam.list_roles()["Roles"]:
         for name in iam.list_role_policies(RoleName=role["RoleName"])["PolicyNames"]:

@@ -1,7 +1,9 @@
-"""`submit` and `up`, killed with SIGKILL at their calls to AWS, then started again: the same end, nothing twice, nothing orphaned.
+"""`submit` and `up`, killed with SIGKILL at their calls to AWS, then started again: the same end,
+nothing twice, nothing orphaned.
 
-A call that only reads leaves the same, whether AWS has carried it out or not. So all that a kill can leave is covered by: before the first call, and
-after each call that changes something. EC2 is killed before each such call too, `up` before and after every call; KILLS=all does it for all.
+A call that only reads leaves the same, whether AWS has carried it out or not. So all that a kill
+can leave is covered by: before the first call, and after each call that changes something. EC2 is
+killed before each such call too, `up` before and after every call; KILLS=all does it for all.
 """
 
 import json
@@ -26,7 +28,9 @@ KILLED = -signal.SIGKILL
 
 
 def moments(calls: list[str], kind: str) -> list[tuple[int, str]]:
-    """When to kill: (number of the call, before or after AWS carries it out). kind: all, changes, or states (each that a kill can leave once)."""
+    """When to kill: (number of the call, before or after AWS carries it out). kind: all, changes,
+    or states (each that a kill can leave once).
+    """
     kind = os.environ.get("KILLS", kind)
     chosen = []
     for number, call in enumerate(calls, 1):

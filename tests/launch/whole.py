@@ -1,4 +1,5 @@
-"""AWS with all that `up`, `deploy` and `audit` need: tests/serving/aws.py, and the two calls that only the audit makes.
+"""AWS with all that `up`, `deploy` and `audit` need: tests/serving/aws.py, and the two calls that
+only the audit makes.
 
 python -c "from tests.launch.whole import main; main()" RECORD
 """

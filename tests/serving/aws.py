@@ -1,10 +1,14 @@
-"""AWS for the deploy tests: tests/launch/aws.py with the parts of CloudFormation and Lambda that serving needs and moto 5.2 lacks.
+"""AWS for the deploy tests: tests/launch/aws.py with the parts of CloudFormation and Lambda that
+serving needs and moto 5.2 lacks.
 
-    python -c "from tests.serving.aws import main; main()" RECORD        # moto wants its models in a named module
+    python -c "from tests.serving.aws import main; main()" RECORD
 
-Added: the CloudFormation resources of alarms, aliases with provisioned concurrency and autoscaling, which act on moto's own back ends where it has
-them; GetProvisionedConcurrencyConfig; a stack that fails, where a test asks for it (`/strict/fail`); what changes with a parameter; and a resource
-with a name of its own can't be replaced under that name, as in CloudFormation.
+(moto wants its models in a named module.)
+
+Added: the CloudFormation resources of alarms, aliases with provisioned concurrency and autoscaling,
+which act on moto's own back ends where it has them; GetProvisionedConcurrencyConfig; a stack that
+fails, where a test asks for it (`/strict/fail`); what changes with a parameter; and a resource with
+a name of its own can't be replaced under that name, as in CloudFormation.
 """
 
 import contextlib
@@ -195,7 +199,9 @@ REPLACED = ("Model", "EndpointConfig", "Version")
 
 
 def follow_parameters() -> None:
-    """Lets change sets and updates see what a parameter changes, as CloudFormation does: within !Sub too, and through a resource that is replaced."""
+    """Lets change sets and updates see what a parameter changes, as CloudFormation does: within
+    !Sub too, and through a resource that is replaced.
+    """
     template_alone = ResourceMap.build_resource_diff
 
     def build_resource_diff(
@@ -253,7 +259,9 @@ def publish(
 
 
 def keep_names(kind: type[Any], name: str) -> None:
-    """Makes an update that must replace a resource fail where the new one would have the old one's name."""
+    """Makes an update that must replace a resource fail where the new one would have the old one's
+    name.
+    """
     update = kind.update_from_cloudformation_json
 
     def strict(
@@ -266,7 +274,8 @@ def keep_names(kind: type[Any], name: str) -> None:
         if getattr(original_resource, name) == new_resource_name:
             raise Refused(
                 "ValidationError",
-                f"CloudFormation cannot update a stack when a custom-named resource requires replacing: {new_resource_name}",
+                "CloudFormation cannot update a stack when a custom-named resource requires "
+                f"replacing: {new_resource_name}",
             )
         return update(
             original_resource, new_resource_name, cloudformation_json, account_id, region_name

@@ -1,4 +1,6 @@
-"""Bad input as the user meets it: one line says what is wrong, where, and what to do, or a picture is left out by name. Never a traceback."""
+"""Bad input as the user meets it: one line says what is wrong, where, and what to do, or a picture
+is left out by name. Never a traceback.
+"""
 
 import fcntl
 import os
@@ -338,7 +340,9 @@ NOT_TEXT = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """A run, `mine`, over all kinds of broken pictures: its working directory, exit code and output."""
+    """A run, `mine`, over all kinds of broken pictures: its working directory, exit code and
+    output.
+    """
     cwd = tmp_path_factory.mktemp("finished")
     folder = make_pictures(cwd / "pictures", {"train": 8, "valid": 3, "test": 3}) / "train/circle"
     for name, data in BROKEN.items():
@@ -422,7 +426,8 @@ def test_going_on_with_something_else_is_one_line(cwd, finished, change):
 # --- no permission ---
 
 
-# Root may do everything; without these two capabilities it is bound by the files' modes like any owner (capabilities(7)).
+# Root may do everything; without these two capabilities it is bound by the files' modes like any
+# owner (capabilities(7)).
 BOUND = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if IS_ROOT else []
 
 # What may not be touched: its mode, overrides, what the line must say.
@@ -517,7 +522,8 @@ def test_a_disk_too_small_for_the_pictures_is_one_line(cwd):
 def test_a_full_disk_is_one_line_at_every_stage_and_with_room_the_run_goes_on(cwd):
     command = (*FOLDER, "name=mine", "platform.package=models/model.tar.gz")
     with disk(cwd / "runs") as runs, disk(cwd / "models") as models:
-        # One checkpoint has 4 MB, the best weights 1 MB, the package with all that it is made of 4 MB, the report some 30 KB.
+        # One checkpoint has 4 MB, the best weights 1 MB, the package with all that it is made of 4
+        # MB, the report some 30 KB.
         stages = [
             (0, 0, "runs/mine/log.txt"),
             (7_000, 0, "runs/mine/checkpoints/step-00000006-evaluated"),

@@ -62,7 +62,9 @@ def open_training(
     data: Loader | None = None,
     precision: torch.dtype = torch.float32,
 ) -> Training:
-    """Build the training that lies in `root`, or resume it. precision: float16 too, as no setting allows on a CPU."""
+    """Build the training that lies in `root`, or resume it. precision: float16 too, as no setting
+    allows on a CPU.
+    """
     run = make_run(root, config)
     with mock.patch.object(device, "choose_precision", return_value=precision):
         return build_training(

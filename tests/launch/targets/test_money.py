@@ -1,4 +1,6 @@
-"""What costs money when AWS is late, ends a machine for a reason of its own, or a machine doesn't end by itself."""
+"""What costs money when AWS is late, ends a machine for a reason of its own, or a machine doesn't
+end by itself.
+"""
 
 import base64
 import json
@@ -272,7 +274,9 @@ def test_an_end_that_ec2_has_forgotten_is_no_reclaim(account):
 
 
 def test_replacements_that_get_no_further_have_an_end(account):
-    """Every new checkpoint starts the count again; a machine that AWS never had is no replacement."""
+    """Every new checkpoint starts the count again; a machine that AWS never had is no
+    replacement.
+    """
     process = account.start(
         "submit", "target=ec2", "target.spot=true", "name=vain", "--wait", "--every", "0.1"
     )

@@ -1,4 +1,6 @@
-"""The notebook's requests as data, and its scripts: linted, and the auto-stop run against moto and a Jupyter of canned answers."""
+"""The notebook's requests as data, and its scripts: linted, and the auto-stop run against moto and
+a Jupyter of canned answers.
+"""
 
 import base64
 import json

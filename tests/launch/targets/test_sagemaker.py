@@ -49,7 +49,9 @@ def test_a_training_job_as_a_whole():
         "optim.lr": "1e-3",
         "name": "\"'my run'\"",
         "sagemaker_program": '"launch/local/container_entry.py"',
-        "sagemaker_submit_directory": f'"s3://packhorse-123456789012-us-east-1/source/{"ab" * 32}.tar.gz"',
+        "sagemaker_submit_directory": (
+            f'"s3://packhorse-123456789012-us-east-1/source/{"ab" * 32}.tar.gz"'
+        ),
         "sagemaker_region": '"us-east-1"',
     }
     assert (
@@ -260,7 +262,8 @@ def test_images_by_region():
         sagemaker.image(target, "moon-1")
 
 
-# os.write: the signal may come while the first line is still being written, and print must not be entered twice.
+# os.write: the signal may come while the first line is still being written, and print must not be
+# entered twice.
 TRAINER = """
 import os, signal, sys, time
 def stop(*_):
@@ -277,7 +280,8 @@ def test_sigterm_reaches_the_trainer_and_the_container_waits_for_it(tmp_path):
     toolkit = tmp_path / "train"  # as the real one: no handler, a child, its exit code
     child = shlex.quote(TRAINER)
     toolkit.write_text(
-        f"#!/bin/bash\n{shlex.quote(sys.executable)} -c {child}; code=$?\necho toolkit saw $code\nexit 1\n"
+        f"#!/bin/bash\n{shlex.quote(sys.executable)} -c {child}; code=$?\n"
+        "echo toolkit saw $code\nexit 1\n"
     )
     toolkit.chmod(0o755)
     command = [*sagemaker.ENTRYPOINT, sagemaker.ON_STOP]

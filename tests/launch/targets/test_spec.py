@@ -1,4 +1,6 @@
-"""What the command line means: the kind of machine, the trainer's settings for the job, and the names that follow from them."""
+"""What the command line means: the kind of machine, the trainer's settings for the job, and the
+names that follow from them.
+"""
 
 import dataclasses
 import re

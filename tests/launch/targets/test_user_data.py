@@ -1,4 +1,6 @@
-"""The script of an instance, run for real: in namespaces, with AWS's own command line, against moto's S3. Only `shutdown` is a stub."""
+"""The script of an instance, run for real: in namespaces, with AWS's own command line, against
+moto's S3. Only `shutdown` is a stub.
+"""
 
 import hashlib
 import importlib.util
@@ -33,7 +35,8 @@ MISSING, WRONG = (
 AS_ROOT = [] if os.geteuid() == 0 else ["--map-root-user"]
 UNSHARE = ["unshare", *AS_ROOT, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
-# The machine's disks are directories below $1. The script becomes process 1, so that nothing outlives it, as on a machine that shuts down.
+# The machine's disks are directories below $1. The script becomes process 1, so that nothing
+# outlives it, as on a machine that shuts down.
 MACHINE = """
 mount -t tmpfs tmpfs "$1/ram"
 mkdir "$1/ram/upper" "$1/ram/work"
@@ -57,7 +60,9 @@ class Machine:
         prepared: Path | None = None,
         **environment: str,
     ) -> None:
-        """prepared: the disk of an earlier machine, whose Python environment this one finds ready."""
+        """prepared: the disk of an earlier machine, whose Python environment this one
+        finds ready.
+        """
         self.root, self.nvme = root, root / "nvme"
         self.log, self.console = root / "log" / "packhorse.log", root / "console"
         self.lib = root / "lib"
@@ -79,7 +84,8 @@ class Machine:
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9",
-            # The set-up goes on top of the Python of the tests, and downloads nothing. (pip reads "0" here as: no isolation.)
+            # The set-up goes on top of the Python of the tests, and downloads nothing. (pip reads
+            # "0" here as: no isolation.)
             "PYTHON": sys.executable,
             "PYTHONPATH": str(Path(setuptools.origin).parents[1]),
             "PIP_NO_INDEX": "1",
@@ -273,7 +279,8 @@ def terminated(
     assert wait_for(
         lambda: machine.log.exists() and "metrics: epoch=2 " in machine.log.read_text()
     ), machine.log.read_text()
-    # Held, so that it is not done before all this is. Saved while it runs: a machine that is lost without a word loses little.
+    # Held, so that it is not done before all this is. Saved while it runs: a machine that is lost
+    # without a word loses little.
     trainer = machine.trainer()
     os.kill(trainer, signal.SIGSTOP)
     assert wait_for(lambda: "manifest.json" in str(bucket.keys(f"runs/{RUN}/checkpoints/step-"))), (
@@ -331,7 +338,9 @@ def test_the_next_attempt_goes_on_and_completes(
 def test_a_failing_trainer(
     terminated: Machine, tmp_path: Path, cloud: Cloud, bucket: Bucket, code: str
 ) -> None:
-    """Pictures that are no class folders, with every character in an override that a shell could stumble over."""
+    """Pictures that are no class folders, with every character in an override that a shell could
+    stumble over.
+    """
     bucket.put("data/no-classes/readme.txt", b"nothing to see")
     spec = make_spec(
         "data=folder",

@@ -28,7 +28,7 @@ from launch.local import container_entry
 from launch.local.rehearse import expected_metrics, faults_of, jobs_of, preflight, remedy
 from launch.local.sagemaker import LocalSageMaker, Outcome, namespaces, scrape
 from launch.verbs import rehearse
-from tests.conftest import PROJECT, QUICK, run_trainer, wait_for
+from tests.conftest import PROJECT, QUICK, environment, run_trainer, wait_for
 from trainer.common.errors import MISTAKE, OK, RESUME, UserError
 from trainer.settings import config as settings
 from trainer.training import checkpoint
@@ -157,8 +157,7 @@ def test_two_hosts_give_the_bits_of_two_processes_here(tmp_path, pictures):
     done = subprocess.run(
         [*torchrun, *SETTINGS, *exact, f"data.root={pictures}", "platform=local"],
         cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        env=environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,4 +1,6 @@
-"""Every verb for every target, as a user types it, against AWS as a process: what is sent, what is printed, what is left."""
+"""Every verb for every target, as a user types it, against AWS as a process: what is sent, what is
+printed, what is left.
+"""
 
 import base64
 import contextlib
@@ -28,7 +30,9 @@ MORE = {"tuner": ["sweep=head"]}
 
 @pytest.fixture(scope="module")
 def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    """An account with the foundation, which the tests of this module share: each has its own runs."""
+    """An account with the foundation, which the tests of this module share: each has its own
+    runs.
+    """
     with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
         yield cloud
 
@@ -44,7 +48,9 @@ def run_of(printed: str) -> str:
 
 
 def as_sent(request: dict) -> dict:
-    """A request in the form in which the record has it: by name, or flat where the protocol is a form."""
+    """A request in the form in which the record has it: by name, or flat where the protocol is a
+    form.
+    """
     if request["service"] != "ec2":
         return request["parameters"]
     model = botocore.session.get_session().get_service_model("ec2")
@@ -231,7 +237,9 @@ def instance_of(cloud: Cloud, run: str) -> list[dict]:
 
 
 def test_a_reclaimed_spot_machine_is_asked_for_again(account):
-    """Its first attempt loses its machine, AWS has no other at first, and the second attempt comes to the end."""
+    """Its first attempt loses its machine, AWS has no other at first, and the second attempt comes
+    to the end.
+    """
     process = account.start(
         "submit", "target=ec2", "target.spot=true", "name=spot", "--wait", "--every", "0.1"
     )
@@ -327,7 +335,8 @@ def test_pictures_lie_under_their_content_and_none_are_ever_removed(account, tmp
     assert {key.removeprefix(first) for key in uploaded(account, first)} == visible
     before = uploaded(account, first)
 
-    # The copy of a colleague shares them; an upload that was cut short is completed; another name lies beside it.
+    # The copy of a colleague shares them; an upload that was cut short is completed; another name
+    # lies beside it.
     shutil.copytree(pictures, tmp_path / "colleague/dogs")
     account.client("s3").delete_object(Bucket=BUCKET, Key=f"{first}large.bin")
     code, printed = account.launch(*command[:4], str(tmp_path / "colleague/dogs"), "name=second")
@@ -448,7 +457,9 @@ def test_a_stopped_notebook_is_started_again(account):
 
 
 def test_down_leaves_nothing(cloud, tmp_path):
-    """After a submit of every target. What is stopped at AWS keeps its record for a while: an instance is listed as terminated."""
+    """After a submit of every target. What is stopped at AWS keeps its record for a while: an
+    instance is listed as terminated.
+    """
     for arguments_ in (
         ["up", "--yes", "--every", "0.05"],
         *(["submit", *arguments(target)] for target in NAMES),

@@ -1,4 +1,6 @@
-"""A terminal that is closed and a pipe that nobody reads: real runs go on, or save, and give the model of an undisturbed one."""
+"""A terminal that is closed and a pipe that nobody reads: real runs go on, or save, and give the
+model of an undisturbed one.
+"""
 
 import os
 import pty
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT, make_pictures, run_trainer, start_trainer, wait_for
+from tests.conftest import PROJECT, environment, make_pictures, run_trainer, start_trainer, wait_for
 from tests.soak import difference, outcome
 from tests.trainer.distributed.together import ended, together
 from trainer.common.errors import OK, RESUME
@@ -63,11 +65,10 @@ def start(
     cwd: Path, *command: str, before: Callable[[], None] | None = None, **streams: int
 ) -> subprocess.Popen[bytes]:
     """The command in a session of its own. streams: stdout and stderr."""
-    own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
     return subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=cwd,
-        env=os.environ | own,
+        env=environment(cwd),
         start_new_session=True,
         preexec_fn=before,
         **streams,
@@ -133,16 +134,16 @@ CLOSED = {"stdout": ">&-", "all": "<&- >&- 2>&-", "a full disk": ">/dev/full 2>&
 @pytest.mark.parametrize("how", CLOSED)
 def test_a_run_started_without_output_trains(cwd, undisturbed, how):
     command = f'exec "{sys.executable}" -m trainer {" ".join(RUN)} {CLOSED[how]}'
-    own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
     done = subprocess.run(
-        ["sh", "-c", command], cwd=cwd, env=os.environ | own, capture_output=True, text=True
+        ["sh", "-c", command], cwd=cwd, env=environment(cwd), capture_output=True, text=True
     )
     assert done.returncode == OK, done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     check_equal(cwd, undisturbed)
 
 
-# Commands that print more than a pipe holds, or print and end: what is left in a buffer is flushed at the very end.
+# Commands that print more than a pipe holds, or print and end: what is left in a buffer is flushed
+# at the very end.
 COMMANDS = [
     ("trainer", "--help"),
     ("trainer.checkpoint", "ls", "nowhere"),
@@ -202,7 +203,9 @@ def test_a_full_disk_is_told_where_the_output_is_the_result(tmp_path):
 
 
 def in_front_of(written: int) -> Callable[[], None]:
-    """Has a new session take this terminal for its own: the kernel tells it when the terminal is closed."""
+    """Has a new session take this terminal for its own: the kernel tells it when the terminal is
+    closed.
+    """
     return lambda: ioctl(written, termios.TIOCSCTTY, 0)
 
 
@@ -307,13 +310,12 @@ def test_a_sweep_hangs_up_and_goes_on_unseen(cwd):
 
 
 def test_what_nohup_ignores_stays_ignored(cwd, undisturbed):
-    own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
     command = ["nohup", sys.executable, "-m", "trainer", *RUN]
     with (cwd / "nohup.out").open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            env=os.environ | own,
+            env=environment(cwd),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -1,5 +1,6 @@
-"""One process of several, as the tests start it: `python -m tests.trainer.distributed.one_of_many ROOT SCENARIO...`. It trains as `trainer.__main__` does, from
-the settings to the best weights, each scenario in turn, and writes what came out beside the run.
+"""One process of several, as the tests start it: `python -m tests.trainer.distributed.one_of_many
+ROOT SCENARIO...`. It trains as `trainer.__main__` does, from the settings to the best weights, each
+scenario in turn, and writes what came out beside the run.
 """
 
 import json
@@ -25,9 +26,11 @@ from trainer.training.run import open_run
 from trainer.training.training import build_network, build_training, prepare_machine
 
 BASE = (
-    "data=folder", "data.root=pictures", "data.size=16", "data.resize=18", "data.cache=none", "data.workers=0", "train.threads=1",
+    "data=folder", "data.root=pictures", "data.size=16", "data.resize=18", "data.cache=none",
+    "data.workers=0", "train.threads=1",
     "model=small_cnn",
-    "train.batch_size=11", "train.epochs=3", "train.ema_decay=0.9", "train.clip_norm=1", "optim.head_lr=3e-3",
+    "train.batch_size=11", "train.epochs=3", "train.ema_decay=0.9", "train.clip_norm=1",
+    "optim.head_lr=3e-3",
     "platform=local", "platform.cache=cache", "train.timeout_seconds=60",
 )  # fmt: skip
 EXACT = ("train.exact_shards=4", "data.augment.mixup=0.4", "data.augment.cutmix=1")

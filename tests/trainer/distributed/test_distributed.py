@@ -1,4 +1,6 @@
-"""Several processes: what they compute, whatever their number. How they end is in test_failures.py."""
+"""Several processes: what they compute, whatever their number. How they end is in
+test_failures.py.
+"""
 
 import json
 import re
@@ -20,7 +22,9 @@ from trainer.training import checkpoint
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """Runs of 1, 2, 3 and 4 processes. 23 test pictures in batches of 11: 3 batches, the last one short, which neither 2 nor 4 processes divide."""
+    """Runs of 1, 2, 3 and 4 processes. 23 test pictures in batches of 11: 3 batches, the last one
+    short, which neither 2 nor 4 processes divide.
+    """
     root = tmp_path_factory.mktemp("distributed")
     make_pictures(root / "pictures", {"train": 16, "valid": 9, "test": 8})
     (root / "pictures/test/circle/000.png").unlink()

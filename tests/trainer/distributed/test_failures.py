@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT, make_pictures, run_trainer, wait_for
+from tests.conftest import environment, make_pictures, run_trainer, wait_for
 from tests.trainer.distributed.together import ended, together
 from trainer.common.errors import MISTAKE, OK, RESUME
 from trainer.training import checkpoint
@@ -23,7 +23,8 @@ LIMIT = 6  # train.timeout_seconds
 RUN = (
     "name=run", "data=folder", "data.root=pictures", "model=small_cnn",
     "data.size=16", "data.resize=16", "data.workers=0", "train.batch_size=8", "train.threads=1",
-    "platform=local", "platform.cache=cache", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1", f"train.timeout_seconds={LIMIT}",
+    "platform=local", "platform.cache=cache", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
+    f"train.timeout_seconds={LIMIT}",
 )  # fmt: skip
 LONG = (*RUN, "train.epochs=3000")
 
@@ -111,8 +112,10 @@ def workers(torchrun: int) -> list[int]:
 @contextmanager
 def torchrun(directory: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *command],
-        cwd=directory, env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(directory)},
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+         "--standalone", *command],
+        cwd=directory,
+        env=environment(directory),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:

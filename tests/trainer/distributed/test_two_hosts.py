@@ -1,4 +1,6 @@
-"""Two hosts: network namespaces, joined by a cable that can be cut. Needs root and iproute2 (make hosts installs it)."""
+"""Two hosts: network namespaces, joined by a cable that can be cut. Needs root and iproute2 (make
+hosts installs it).
+"""
 
 import os
 import re
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT, make_pictures, wait_for
+from tests.conftest import environment, make_pictures, wait_for
 from trainer.common.errors import OK
 from trainer.training import checkpoint
 
@@ -21,7 +23,8 @@ LIMIT = 6  # train.timeout_seconds
 RUN = (
     "name=run", "data=folder", "data.root=pictures", "model=small_cnn",
     "data.size=16", "data.resize=16", "data.workers=0", "train.batch_size=8", "train.epochs=3000",
-    "train.threads=1", "train.hosts=2", "platform=local", "platform.cache=cache", "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
+    "train.threads=1", "train.hosts=2", "platform=local", "platform.cache=cache",
+    "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
     f"train.timeout_seconds={LIMIT}",
 )  # fmt: skip
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
@@ -84,8 +87,10 @@ def start(host: str, number: int, cwd: Path) -> subprocess.Popen[str]:
         "--master_port=29511",
     ]
     return subprocess.Popen(
-        ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "trainer", *RUN],
-        cwd=cwd, env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)},
+        ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run",
+         *torchrun, "-m", "trainer", *RUN],
+        cwd=cwd,
+        env=environment(cwd),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

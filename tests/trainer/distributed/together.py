@@ -1,17 +1,18 @@
-"""Several processes as one job, started as torchrun starts them, without what torchrun does when one ends."""
+"""Several processes as one job, started as torchrun starts them, without what torchrun does when
+one ends.
+"""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.conftest import PROJECT
+from tests.conftest import environment
 from tests.ports import free_port
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
+def rank_environment(cwd: Path, rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun gives to a process of a job on one host."""
     names = {
         "RANK": rank,
@@ -21,8 +22,7 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    own = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    return os.environ | own | {name: str(value) for name, value in names.items()}
+    return environment(cwd) | {name: str(value) for name, value in names.items()}
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def together(directories: Sequence[Path], *command: str) -> Iterator[list[subpro
         subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=cwd,
-            env=environment(rank, size, port) | {"HOME": str(cwd)},
+            env=rank_environment(cwd, rank, size, port),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,4 +1,6 @@
-"""Packed pixels: always those of `shrink`, decoded once, whatever happens in between. Kills, races and full disks are real ones."""
+"""Packed pixels: always those of `shrink`, decoded once, whatever happens in between. Kills, races
+and full disks are real ones.
+"""
 
 import errno
 import hashlib
@@ -363,8 +365,9 @@ print(count, hashlib.sha256(b"".join(result(path).tobytes() for path in paths)).
 
 
 def start_packer(root, point, paths):
-    """Packs in a process of its own. point: number of pictures after which it kills itself, or "hold" and a file: it is made after the first
-    picture, and the process goes on when it is gone."""
+    """Packs in a process of its own. point: number of pictures after which it kills itself, or
+    "hold" and a file: it is made after the first picture, and the process goes on when it is gone.
+    """
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     return subprocess.Popen(
         [sys.executable, "-c", PACKER, str(root), point, *paths],
@@ -585,7 +588,8 @@ def test_the_limit_is_held_by_an_estimate_from_a_sample(tmp_path, shared_picture
     size = sum(shrink(path, RESIZE, "bilinear").nbytes for path in shared_pictures)
     with pytest.raises(
         TooLarge,
-        match=r"20 pictures need about .* GB, and 0 GB of the .* GB allowed are used; give data.cache=none",
+        match=r"20 pictures need about .* GB, and 0 GB of the .* GB allowed are used; "
+        "give data.cache=none",
     ):
         packed(shared_pictures, tmp_path, max_bytes=size)
     assert contents(tmp_path) == {"1.index": b"", "1.pixels": b""}

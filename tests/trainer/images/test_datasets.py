@@ -74,7 +74,10 @@ def test_a_folder_of_the_users_own_is_never_touched(tmp_path):
 
 
 def test_two_at_once_both_succeed(tmp_path):
-    command = "import sys; from pathlib import Path; from trainer.images.datasets import materialize; materialize('fashion_mnist', Path(sys.argv[1]))"
+    command = (
+        "import sys; from pathlib import Path; from trainer.images.datasets import materialize; "
+        "materialize('fashion_mnist', Path(sys.argv[1]))"
+    )
     root = tmp_path / "data" / "fashion_mnist"
     both = [subprocess.Popen([sys.executable, "-c", command, root]) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]

@@ -46,7 +46,9 @@ def flat(mode, value):
 
 
 def tiff(order, values, sample_format=1):
-    """An uncompressed grey TIFF; order: "<" (II) or ">" (MM). Pillow itself writes the machine's order only."""
+    """An uncompressed grey TIFF; order: "<" (II) or ">" (MM). Pillow itself writes the machine's
+    order only.
+    """
     height, width = values.shape
     pixels = (
         8 + 2 + 10 * 12 + 4
@@ -140,7 +142,9 @@ def test_format_is_told_by_content_not_by_name(tmp_path):
 
 @pytest.mark.parametrize(("width", "height", "resize"), [(1003, 667, 32), (65, 73, 4), (41, 33, 2)])
 def test_a_jpeg_decoded_at_a_fraction_of_its_size_hardly_differs(width, height, resize):
-    """33 pixels at a quarter are 8.25, which Pillow rounds up to 9: a shift unless the fraction is kept."""
+    """33 pixels at a quarter are 8.25, which Pillow rounds up to 9: a shift unless the fraction is
+    kept.
+    """
     image = scene(width, height)
     size = (resize * width // min(width, height), resize * height // min(width, height))
     difference = shrink(encoded(image, "JPEG", quality=95), resize, "bilinear") - np.asarray(

@@ -14,7 +14,9 @@ SPLITS = ("train", "valid", "test")
 
 
 def lay_out(root, **files):
-    """Writes `files`, named by split: {path below it: bytes}. Scanning decodes nothing, so any bytes will do for a picture."""
+    """Writes `files`, named by split: {path below it: bytes}. Scanning decodes nothing, so any
+    bytes will do for a picture.
+    """
     for split, contents in files.items():
         for name, data in contents.items():
             path = root / split / name

@@ -1,4 +1,6 @@
-"""What can't be read now is no broken picture: it is tried again, then the run stops by name, and loses nothing."""
+"""What can't be read now is no broken picture: it is tried again, then the run stops by name, and
+loses nothing.
+"""
 
 import errno
 import io
@@ -21,8 +23,9 @@ from trainer.images import cache
 from trainer.images.folder import read_shrunk, scan
 from trainer.training import checkpoint
 
-# Lets calls fail in the trainer's process as on a broken disk or network. A line of FAULTS is the end of a path, the error,
-# and the first and the last of the times that it is opened at which it fails.
+# Lets calls fail in the trainer's process as on a broken disk or network. A line of FAULTS is the
+# end of a path, the error, and the first and the last of the times that it is opened at which it
+# fails.
 SITE = """
 import builtins, errno, io, os
 faults = [[*line.split(), 0] for line in os.environ["FAULTS"].splitlines()]
@@ -45,7 +48,9 @@ ALWAYS = 1_000_000
 
 @pytest.fixture
 def failing(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """The environment of a trainer in which opening a file fails: failing("003.png EIO 1 1", ...)."""
+    """The environment of a trainer in which opening a file fails: failing("003.png EIO 1 1",
+    ...).
+    """
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(SITE)
 

@@ -39,7 +39,8 @@ def frozen_network(seed: int = 0) -> model.Classifier:
 
 def test_training_on_features_is_training_on_the_same_views(tmp_path, feed, configure):
     config = configure(
-        "model=small_cnn", "optim=sgd", "optim.lr=0.02", "optim.weight_decay=1e-4", "train.epochs=5",
+        "model=small_cnn", "optim=sgd", "optim.lr=0.02", "optim.weight_decay=1e-4",
+        "train.epochs=5",
         "train.batch_size=8", "train.ema_decay=0.9", "model.freeze=backbone", "data.size=16",
     )  # fmt: skip
     whole, cached = frozen_network(), frozen_network()
@@ -112,7 +113,8 @@ def test_rows_that_were_not_safe_on_disk_are_computed_again(tmp_path, feed):
     whole = extract(frozen_network(), feed, tmp_path)
     (complete,) = tmp_path.rglob("train-1.f32")
     expected = complete.read_bytes()
-    # As after a power cut: the file has its length, but only its beginning was ever said to be safe.
+    # As after a power cut: the file has its length, but only its beginning was ever said to be
+    # safe.
     complete.with_suffix(".partial").write_bytes(expected[: len(expected) // 2] + b"\0" * 4096)
     complete.with_suffix(".rows").write_text("0")
     complete.unlink()

@@ -1,4 +1,6 @@
-"""What isn't given follows from the weights and the pictures: by the libraries' own word, and so that a pretrained network keeps what it knows."""
+"""What isn't given follows from the weights and the pictures: by the libraries' own word, and so
+that a pretrained network keeps what it knows.
+"""
 
 import json
 import tarfile
@@ -59,7 +61,9 @@ def with_weights(configure, pictures):
 
 @cache
 def scene() -> Image.Image:
-    """A smooth square picture, larger than any network's: its pixels tell the crop, the channels' order and the normalisation."""
+    """A smooth square picture, larger than any network's: its pixels tell the crop, the channels'
+    order and the normalisation.
+    """
     rows, columns = np.mgrid[0:700, 0:700] / 700
     channels = (np.sin(5 * rows) * 0.5 + 0.5, np.cos(4 * columns) * 0.5 + 0.5, rows * columns)
     return Image.fromarray((255 * np.stack(channels, 2)).astype(np.uint8))
@@ -74,7 +78,9 @@ def ours(resize: int, size: int, interpolation: str) -> torch.Tensor:
 
 
 def check_as_theirs(config: Config, theirs: torch.Tensor) -> None:
-    """Our pixels, normalised, are those of the library's own transform; a pixel's shift, by rounding, hardly shows in the scene."""
+    """Our pixels, normalised, are those of the library's own transform; a pixel's shift, by
+    rounding, hardly shows in the scene.
+    """
     data = config.data
     mean, std = (
         torch.tensor(values).view(3, 1, 1) for values in (config.model.mean, config.model.std)

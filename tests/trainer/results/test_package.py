@@ -25,7 +25,9 @@ CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of an archive, what was unpacked from it, and the golden pictures. Read it, don't change it."""
+    """The directory of an archive, what was unpacked from it, and the golden pictures. Read it,
+    don't change it.
+    """
     root = tmp_path_factory.mktemp("package")
     package.build(
         make_network(), make_contents(root / "pictures"), root / "model.tar.gz", created=CREATED

@@ -1,4 +1,6 @@
-"""The run report: what the page says, that it needs nothing else, and that a browser shows it without complaint."""
+"""The run report: what the page says, that it needs nothing else, and that a browser shows it
+without complaint.
+"""
 
 import dataclasses
 import itertools
@@ -82,7 +84,9 @@ def report(
     epochs: int = 3,
     confidences: list[float] | None = None,
 ) -> Report:
-    """A report whose picture `i` of class labels[i] was taken for predictions[i], with the given confidence or 0.9."""
+    """A report whose picture `i` of class labels[i] was taken for predictions[i], with the given
+    confidence or 0.9.
+    """
     confidence = np.array(confidences or [0.9] * len(labels), dtype=np.float32)[:, None]
     chosen = np.eye(len(classes), dtype=bool)[predictions]
     return Report(
@@ -223,7 +227,8 @@ def test_file_name_that_is_no_utf8_is_shown_escaped(tmp_path: Path) -> None:
     assert r"\udcff.jpg" in written(subject, tmp_path).text
 
 
-# R. G. Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17 (1998), table I, method 3.
+# R. G. Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine
+# 17 (1998), table I, method 3.
 @pytest.mark.parametrize(
     ("hits", "total", "low", "high"),
     [
@@ -421,8 +426,10 @@ def test_target_that_is_a_directory_leaves_nothing_behind(tmp_path: Path) -> Non
 
 
 MEASURE = """<!doctype html><title>wait</title>
-<iframe src="report.html" style="width: 390px"></iframe><iframe src="report.html" style="width: 1280px"></iframe>
-<script>onload = () => document.title = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => {
+<iframe src="report.html" style="width: 390px"></iframe>
+<iframe src="report.html" style="width: 1280px"></iframe>
+<script>onload = () => document.title = [...document.querySelectorAll("iframe")].map((frame) => {
+  const page = frame.contentDocument
   page.querySelectorAll("details").forEach(details => details.open = true);
   return page.documentElement.scrollWidth - page.documentElement.clientWidth;
 }).join(" ");</script>"""

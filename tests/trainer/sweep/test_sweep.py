@@ -41,7 +41,9 @@ def command(pictures: Path, *overrides: str) -> list[str]:
 
 
 def ledger(sweep: Path) -> dict[int, tuple[str, float | None]]:
-    """The last word of a grid's journal on each trial; asserts that no trial was ever complete twice."""
+    """The last word of a grid's journal on each trial; asserts that no trial was ever complete
+    twice.
+    """
     entries = [json.loads(line) for line in (sweep / "trials.jsonl").read_text().splitlines()]
     ended = [entry["number"] for entry in entries if entry["state"] != "running"]
     assert len(ended) == len(set(ended))
@@ -55,7 +57,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def sweep_killed(
     kills: int, rng: random.Random, cwd: Path, *arguments: str, **environment: str
 ) -> str:
-    """Kills the driver (-9) at random moments and starts it again; then lets it end. What it said last."""
+    """Kills the driver (-9) at random moments and starts it again; then lets it end. What it said
+    last.
+    """
     for _ in range(kills):
         process = start_trainer(cwd, "-m", *arguments, **environment)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -180,8 +184,10 @@ def trials_of(sweep: Path) -> list[Any]:
 
 
 SAMPLED = command(
-    Path("pictures"), "model.freeze=backbone", "sweep.engine=optuna", "sweep.trials=6", "sweep.together=3", "name=sampled", "platform.cache=cache",
-    "optim.lr=tag(log,interval(1e-4,1e-1))", "train.label_smoothing=interval(0,0.2)", "train.batch_size=interval(4,8)", "optim.name=adamw,sgd",
+    Path("pictures"), "model.freeze=backbone", "sweep.engine=optuna", "sweep.trials=6",
+    "sweep.together=3", "name=sampled", "platform.cache=cache",
+    "optim.lr=tag(log,interval(1e-4,1e-1))", "train.label_smoothing=interval(0,0.2)",
+    "train.batch_size=interval(4,8)", "optim.name=adamw,sgd",
 )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""What a run packages in the end, when its checkpoints are damaged, cut off, unreadable, or another run's."""
+"""What a run packages in the end, when its checkpoints are damaged, cut off, unreadable, or another
+run's.
+"""
 
 import errno
 import json

@@ -57,7 +57,9 @@ def stopped_when(
     *command: str,
     **environment: str,
 ) -> str:
-    """Starts the trainer, asks it to stop as soon as `seen`, and returns what it printed. It must end within seconds, and say that it can go on."""
+    """Starts the trainer, asks it to stop as soon as `seen`, and returns what it printed. It must
+    end within seconds, and say that it can go on.
+    """
     process = start_trainer(cwd, *command, **environment)
     assert wait_for(lambda: seen() or process.poll() is not None)
     ask(process)
@@ -108,7 +110,8 @@ def test_sigterm_while_pictures_are_packed(tmp_path):
 
 def test_sigterm_during_an_evaluation(tmp_path):
     materialize("fashion_mnist", tmp_path / "data")
-    # Little to train on and much to evaluate. An epoch has 7 steps, and what is saved after the last of them is saved during the evaluation.
+    # Little to train on and much to evaluate. An epoch has 7 steps, and what is saved after the
+    # last of them is saved during the evaluation.
     swapped = ("data.train=data/valid", "data.valid=data/train")
     command = (*COMMAND, "data=fashion_mnist", "data.root=data", *swapped)
     checkpoints = tmp_path / "runs/run/checkpoints"

@@ -36,7 +36,8 @@ def one_thread():
 RECIPE = (
     "model=small_cnn", "data.size=16", "data.resize=18", "train.epochs=2", "train.batch_size=8",
     "train.accumulate=2", "train.ema_decay=0.9", "optim.lr=3e-3", "optim.head_lr=1e-2",
-    "optim.weight_decay=0.05", "train.monitor=valid_top1", "train.threads=1", "seed=7", *SAVED_OFTEN,
+    "optim.weight_decay=0.05", "train.monitor=valid_top1", "train.threads=1", "seed=7",
+    *SAVED_OFTEN,
 )  # fmt: skip
 
 
@@ -94,7 +95,9 @@ def stopped_training(
 def interrupted_training(
     root: Path, pictures: Path, config, at: int, change_state=None, precision=torch.float32
 ) -> Training:
-    """A training that was stopped when batch number `at` was read, and went on from what is on disk."""
+    """A training that was stopped when batch number `at` was read, and went on from what is on
+    disk.
+    """
     stopped_training(root, pictures, config, at, precision)
     if change_state:
         (path,) = checkpoint.steps(root / "checkpoints")[-1:]
