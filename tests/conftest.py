@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.forked import Forked
 from trainer.settings import config as settings
 from trainer.settings.compose import compose
 from trainer.settings.config import Config
@@ -81,15 +82,28 @@ def environment(cwd: Path) -> dict[str, str]:
     return os.environ | own
 
 
-def start_trainer(cwd: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
-    """Start the trainer as a user does, in a process group of its own.
+Process = Forked | subprocess.Popen[str]
 
-    Standard output and error come together. HOME lies in `cwd`: the cache is not the user's.
+
+def start(
+    cwd: Path,
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    forked: bool = True,
+    before: str = "",
+) -> Process:
+    """Start `python -m COMMAND` in `cwd`, in a session of its own.
+
+    Standard output and error come together. variables: all of its environment.
+    forked: from a process that has imported the trainer, which is quicker; not where Python's own
+    start or end is looked at. before: Python that runs in the forked process before all else.
     """
+    if forked:
+        return Forked(cwd, command, variables, before)
     return subprocess.Popen(
-        [sys.executable, "-m", "trainer", *overrides],
+        [sys.executable, "-m", *command],
         cwd=cwd,
-        env=environment(cwd) | variables,
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -97,10 +111,20 @@ def start_trainer(cwd: Path, *overrides: str, **variables: str) -> subprocess.Po
     )
 
 
+def start_trainer(
+    cwd: Path, *overrides: str, forked: bool = True, before: str = "", **variables: str
+) -> Process:
+    """Start the trainer as a user does. HOME lies in `cwd`: the cache is not the user's."""
+    forked = forked and "PYTHONPATH" not in variables  # which Python reads as it starts
+    own = environment(cwd) | variables
+    return start(cwd, ["trainer", *overrides], own, forked, before)
+
+
 def run_trainer(cwd: Path, *overrides: str, **variables: str) -> tuple[int, str]:
     """Its exit code and everything it printed."""
     process = start_trainer(cwd, *overrides, **variables)
     output, _ = process.communicate(timeout=600)
+    assert process.returncode is not None
     return process.returncode, output
 
 

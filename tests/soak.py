@@ -184,7 +184,7 @@ class Trainer:
     """A run's process, and what it prints."""
 
     def __init__(self, directory: Path, settings: Sequence[str]) -> None:
-        self.process = start_trainer(directory, *settings)
+        self.process = start_trainer(directory, *settings, forked=False)
         self.lines: list[str] = []
         self.started = threading.Event()  # the model is built: reading pictures comes next
         self.trained = threading.Event()

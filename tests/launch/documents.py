@@ -66,7 +66,6 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     to `cloud` already.
     """
     patch.setenv("HOME", str(directory))
-    patch.setenv("HYDRA_FULL_ERROR", "1")
     printed("up", "--yes", "--every", "0.05")  # by an administrator, so not of the record
     found: dict[str, list[Ask]] = {"launcher": [], "lambda": [], "audit": []}
 

@@ -3,6 +3,7 @@
 These are the Runtime API, the endpoint, and a web server.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -54,7 +55,8 @@ class Quiet(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody waits any more
+            self.wfile.write(body)
 
     def log_message(self, *arguments: object) -> None:
         pass

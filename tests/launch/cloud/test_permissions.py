@@ -6,7 +6,9 @@ failing, and dangerous calls are denied to every part.
 
 import json
 import os
+import pickle
 import re
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,7 @@ from tests.launch.permissions import (
     without,
 )
 from tests.launch.whole import WHOLE
+from tests.shared import made_once
 from trainer.common.errors import OK
 
 
@@ -46,14 +49,22 @@ def evaluator() -> Evaluator:
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ask]]:
     """What each part asks of AWS: recorded from the running commands, and the services' by hand."""
+    folder = made_once(tmp_path_factory, "recorded-calls", record_calls)
+    recorded = pickle.loads((folder / "asks").read_bytes())
+    return {part: unique([*recorded.get(part, []), *service_side(part)]) for part in PARTS}
+
+
+def record_calls(folder: Path) -> None:
+    home = folder / "home"
+    home.mkdir()
     with (
-        running(tmp_path_factory.mktemp("aws") / "calls.jsonl", WHOLE) as cloud,
+        running(folder / "calls.jsonl", WHOLE) as cloud,
         pytest.MonkeyPatch.context() as patch,
     ):
         for name, value in cloud.environment().items():
             patch.setenv(name, value)
-        recorded = documents.record(cloud, tmp_path_factory.mktemp("home"), patch)
-    return {part: unique([*recorded.get(part, []), *service_side(part)]) for part in PARTS}
+        recorded = documents.record(cloud, home, patch)
+    (folder / "asks").write_bytes(pickle.dumps(recorded))
 
 
 @pytest.mark.parametrize("part", PARTS)

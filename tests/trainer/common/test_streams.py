@@ -254,7 +254,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_sighup_in_every_stage_loses_nothing(cwd, undisturbed, stage):
     reached, more = STAGES[stage]
-    process = start_trainer(cwd, *RUN, *more)
+    process = start_trainer(cwd, *RUN, *more, forked=False)
     assert wait_for(lambda: reached(cwd) or process.poll() is not None, PATIENCE)
     hang_up(process)
     output, _ = process.communicate(timeout=PATIENCE)
@@ -267,7 +267,7 @@ def test_sighup_in_every_stage_loses_nothing(cwd, undisturbed, stage):
 def test_several_processes_hang_up_together_and_go_on_unseen(cwd):
     """As torchrun does: it hands the signal on. Then nobody reads what they print."""
     checkpoints = cwd / "runs/run/checkpoints"
-    with together([cwd] * 2, "trainer", *RUN, "train.epochs=3000") as processes:
+    with together([cwd] * 2, "trainer", *RUN, "train.epochs=3000", forked=False) as processes:
         assert wait_for(lambda: checkpoint.steps(checkpoints), PATIENCE)
         for process in processes:
             process.send_signal(signal.SIGHUP)
@@ -275,7 +275,7 @@ def test_several_processes_hang_up_together_and_go_on_unseen(cwd):
     assert codes == [RESUME] * 2 and "stopped by SIGHUP" in outputs[0], outputs
     saved = checkpoint.steps(checkpoints)[-1]
     checkpoint.verify(saved)
-    with together([cwd] * 2, "trainer", *RUN, "train.epochs=3000") as processes:
+    with together([cwd] * 2, "trainer", *RUN, "train.epochs=3000", forked=False) as processes:
         for process in processes:
             assert process.stdout is not None
             process.stdout.close()
@@ -294,7 +294,7 @@ SWEEP = (
 
 
 def test_a_sweep_hangs_up_and_goes_on_unseen(cwd):
-    process = start_trainer(cwd, *SWEEP, "train.epochs=400")
+    process = start_trainer(cwd, *SWEEP, "train.epochs=400", forked=False)
     trial = cwd / "runs/sweep/0000/checkpoints"
     assert wait_for(lambda: checkpoint.steps(trial) or process.poll() is not None, PATIENCE)
     hang_up(process)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import make_pictures
+from tests.shared import made_once
 from tests.soak import difference, outcome
 from tests.trainer.distributed.together import ended, run_together, together
 from trainer.distributed.heartbeat import Heartbeat
@@ -22,10 +23,15 @@ from trainer.training import checkpoint
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """Runs of 1, 2, 3 and 4 processes. 23 test pictures in batches of 11: 3 batches, the last one
-    short, which neither 2 nor 4 processes divide.
+    return made_once(tmp_path_factory, "distributed", make_runs) / "runs"
+
+
+def make_runs(root: Path) -> None:
+    """Train in 1, 2, 3 and 4 processes.
+
+    23 test pictures in batches of 11: 3 batches, the last one short, which neither 2 nor 4
+    processes divide.
     """
-    root = tmp_path_factory.mktemp("distributed")
     make_pictures(root / "pictures", {"train": 16, "valid": 9, "test": 8})
     (root / "pictures/test/circle/000.png").unlink()
     run_together(root, 1, "exact", "fast", "plain", "frozen", "chain:chain:3", "fast:grown:2")
@@ -43,7 +49,6 @@ def runs(tmp_path_factory) -> Path:
     )
     run_together(root, 3, "exact")
     run_together(root, 4, "exact", "chain:chain")
-    return root / "runs"
 
 
 def said(runs: Path, name: str, size: int) -> dict[str, Any]:
@@ -149,7 +154,7 @@ def test_the_shares_of_all_processes_are_the_batches(size, shards):
 
 
 def test_threads_inside_pytorch_do_not_abort_a_process_at_its_end(tmp_path):
-    with together([tmp_path] * 2, "tests.trainer.distributed.busy_end") as processes:
+    with together([tmp_path] * 2, "tests.trainer.distributed.busy_end", forked=False) as processes:
         codes, outputs = ended(processes)
     assert codes == [0, 0], outputs
 

@@ -2,13 +2,11 @@
 one ends.
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.conftest import environment
+from tests.conftest import Process, environment, start
 from tests.ports import free_port
 
 
@@ -26,19 +24,18 @@ def rank_environment(cwd: Path, rank: int, size: int, port: int) -> dict[str, st
 
 
 @contextmanager
-def together(directories: Sequence[Path], *command: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """A process in each of the directories: rank 0 in the first. None outlives the context."""
+def together(
+    directories: Sequence[Path], *command: str, forked: bool = True
+) -> Iterator[list[Process]]:
+    """A process in each of the directories: rank 0 in the first. None outlives the context.
+
+    forked: as in tests/conftest.py's start_trainer.
+    """
     port, size = free_port(), len(directories)
+    environments = [rank_environment(cwd, rank, size, port) for rank, cwd in enumerate(directories)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=cwd,
-            env=rank_environment(cwd, rank, size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, cwd in enumerate(directories)
+        start(cwd, command, variables, forked)
+        for cwd, variables in zip(directories, environments, strict=True)
     ]
     try:
         yield processes
@@ -48,9 +45,7 @@ def together(directories: Sequence[Path], *command: str) -> Iterator[list[subpro
             process.communicate()
 
 
-def ended(
-    processes: Sequence[subprocess.Popen[str]], seconds: float = 120
-) -> tuple[list[int], list[str]]:
+def ended(processes: Sequence[Process], seconds: float = 120) -> tuple[list[int], list[str]]:
     """The exit codes and what was printed."""
     outputs = [process.communicate(timeout=seconds)[0] for process in processes]
     return [process.returncode for process in processes], outputs

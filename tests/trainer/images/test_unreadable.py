@@ -8,12 +8,11 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT, run_trainer, start_trainer, wait_for
+from tests.conftest import run_trainer, start_trainer, wait_for
 from tests.trainer.common.test_streams import RUN, check_equal, packing
 from tests.trainer.common.test_streams import cwd as cwd
 from tests.trainer.common.test_streams import undisturbed as undisturbed
@@ -26,7 +25,7 @@ from trainer.training import checkpoint
 # Lets calls fail in the trainer's process as on a broken disk or network. A line of FAULTS is the
 # end of a path, the error, and the first and the last of the times that it is opened at which it
 # fails.
-SITE = """
+FAILING = """
 import builtins, errno, io, os
 faults = [[*line.split(), 0] for line in os.environ["FAULTS"].splitlines()]
 opened = io.open
@@ -46,19 +45,9 @@ io.open = builtins.open = faulty
 ALWAYS = 1_000_000
 
 
-@pytest.fixture
-def failing(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """The environment of a trainer in which opening a file fails: failing("003.png EIO 1 1",
-    ...).
-    """
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(SITE)
-
-    def environment(*faults: str) -> dict[str, str]:
-        path = os.pathsep.join([str(tmp_path / "site"), str(PROJECT)])
-        return {"FAULTS": "\n".join(faults), "PYTHONPATH": path}
-
-    return environment
+def failing(*faults: str) -> dict[str, str]:
+    """How to start a trainer in which opening a file fails: failing("003.png EIO 1 1", ...)."""
+    return {"before": FAILING, "FAULTS": "\n".join(faults)}
 
 
 def check_stopped(result: tuple[int, str], *said: str) -> None:
@@ -68,7 +57,7 @@ def check_stopped(result: tuple[int, str], *said: str) -> None:
     assert last.startswith("error: ") and all(part in last for part in said), output
 
 
-def test_one_error_on_one_picture_of_a_resumed_run_changes_nothing(cwd, undisturbed, failing):
+def test_one_error_on_one_picture_of_a_resumed_run_changes_nothing(cwd, undisturbed):
     process = start_trainer(cwd, *RUN)
     checkpoints = cwd / "runs/run/checkpoints"
     assert wait_for(lambda: checkpoint.steps(checkpoints) or process.poll() is not None, 240)
@@ -87,7 +76,7 @@ def test_one_error_on_one_picture_of_a_resumed_run_changes_nothing(cwd, undistur
     check_equal(cwd, undisturbed)
 
 
-def test_an_error_that_stays_ends_the_run_by_name_and_mended_it_goes_on(cwd, undisturbed, failing):
+def test_an_error_that_stays_ends_the_run_by_name_and_mended_it_goes_on(cwd, undisturbed):
     broken = failing(f"valid/square/002.png ESTALE 1 {ALWAYS}")
     check_stopped(
         run_trainer(cwd, *RUN, **broken),
@@ -101,7 +90,7 @@ def test_an_error_that_stays_ends_the_run_by_name_and_mended_it_goes_on(cwd, und
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_an_error_within_an_epoch_costs_nothing_that_was_trained(cwd, undisturbed, failing, split):
+def test_an_error_within_an_epoch_costs_nothing_that_was_trained(cwd, undisturbed, split):
     # Without a cache each picture is read for the check and then once an epoch.
     command = (*RUN, "data.cache=none", "checkpoint.minutes=1000")
     broken = failing(f"{split}/stripe/001.png EIO 3 {ALWAYS}")

@@ -26,7 +26,7 @@ def test_whatever_kills_a_run_it_ends_with_the_same_bits(tmp_path, kills):
 @pytest.mark.parametrize("delay", [0.0, 0.4, 0.8, 1.2])
 def test_ctrl_c_while_pytorch_is_loaded_ends_the_run_in_order(tmp_path, delay):
     # A KeyboardInterrupt inside an import left NumPy half imported, and the run failed much later.
-    process = start_trainer(tmp_path)
+    process = start_trainer(tmp_path, forked=False)
     assert process.stdout is not None and process.stdout.readline().startswith(
         "run "
     )  # what follows is the import
