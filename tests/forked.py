@@ -27,6 +27,7 @@ FORKS.set_forkserver_preload(
         # imported late by these, and slow
         "onnxruntime",
         "onnxscript",
+        "torch._dynamo",
         "torch.onnx._internal.exporter._core",
         "torchmetrics.functional.classification",
         "torchvision",

@@ -20,7 +20,7 @@ from PIL import Image
 
 from serving.adapters import lambda_proxy
 from tests import reference
-from tests.conftest import PROJECT, make_pictures, run_trainer
+from tests.conftest import PROJECT, make_pictures, run_module, run_trainer
 from tests.launch.conftest import Cloud, running
 from tests.launch.verbs.test_verbs import leave_results, run_of
 from tests.packages import make_contents, make_network
@@ -176,14 +176,8 @@ def test_the_doctor_examines_what_is_shown(place, command):
     line = next(line for line in shown.splitlines() if "-m trainer.doctor" in line)
     arguments = [argument for argument in here(line, place) if not argument.startswith("model=")]
     arguments += ["model=small_cnn", *SMALL, "--seconds=0.2", "platform.cache=cache"]
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.doctor", *arguments],
-        cwd=place,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT), "HOME": str(place)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == OK, done.stdout + done.stderr
+    code, said = run_module(place, "trainer.doctor", *arguments)
+    assert code == OK, said
 
 
 # --- launch: each page's commands in their order, in an account of its own ---

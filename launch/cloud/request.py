@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from botocore.loaders import Loader, create_loader
 from botocore.model import Shape
-from botocore.session import get_session
+from botocore.session import Session, get_session
 from botocore.validate import ParamValidator
 
 from trainer.common.errors import UserError
@@ -55,8 +56,20 @@ def check(request: Request) -> None:
 
 
 @functools.cache
+def _loader() -> Loader:
+    return create_loader(get_session().get_config_variable("data_path"))
+
+
+def core_session() -> Session:
+    """Return a new session of botocore's; AWS's service models are parsed once for all of them."""
+    session = get_session()
+    session.register_component("data_loader", _loader())
+    return session
+
+
+@functools.cache
 def _input_shape(service: str, operation: str) -> Shape:
-    return get_session().get_service_model(service).operation_model(operation).input_shape
+    return core_session().get_service_model(service).operation_model(operation).input_shape
 
 
 def _faults(shape: Shape, value: Any, path: str) -> Iterator[str]:

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-import boto3
 from boto3.exceptions import Boto3Error
 from boto3.session import Session
 from botocore import exceptions, xform_name
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
-from launch.cloud.request import Request, check
+from launch.cloud.request import Request, check, core_session
 from trainer.common.errors import UserError
 
 CONNECT_TIMEOUT = 5  # seconds
@@ -109,7 +108,7 @@ class Aws:
     @cached_property
     def _session(self) -> Session:
         try:
-            return boto3.session.Session(region_name=self._given_region)
+            return Session(region_name=self._given_region, botocore_session=core_session())
         except Exception as error:
             raise explained(error, "") from error
 

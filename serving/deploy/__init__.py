@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from botocore.session import get_session
-
 from launch.cloud import s3
 from launch.cloud.cloudformation import IN_SERVICE, STUCK, parameters_of
 from launch.cloud.confirm import confirmed
 from launch.cloud.prices import dollars, instance_types, price
+from launch.cloud.request import core_session
 from launch.cloud.session import Aws, bucket_name, explained
 from serving.deploy import operate
 from serving.deploy.release import (
@@ -290,7 +289,7 @@ def _given(options: argparse.Namespace) -> dict[str, str]:
 
 def _check_instance(kind: str) -> None:
     """Raise UserError by botocore's model, which lists what an endpoint may run on."""
-    model = get_session().get_service_model("sagemaker")
+    model = core_session().get_service_model("sagemaker")
     allowed = model.shape_for("ProductionVariantInstanceType").metadata["enum"]
     if kind not in allowed:
         priced = ", ".join(name for name in instance_types() if name in allowed)

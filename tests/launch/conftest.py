@@ -3,6 +3,7 @@ user starts it.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -21,11 +22,13 @@ import boto3
 import pytest
 
 from launch import __main__ as command_line
+from launch.cloud.request import core_session
 from launch.targets.base import targets
 from tests.conftest import PROJECT
 from trainer.common.errors import OK
 
 REGION = "us-east-1"
+SERVICES = ("cloudformation", "ec2", "iam", "logs", "s3", "sagemaker", "ssm", "sts")
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
@@ -96,6 +99,7 @@ class Cloud:
         """As `run`, in a process forked from this one, which has imported everything already: half
         the time. A signal's code is negative.
         """
+        parse_service_models()
         with tempfile.TemporaryFile("w+") as output:
             child = os.fork()
             if child == 0:
@@ -119,6 +123,16 @@ class Cloud:
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             output.seek(0)
             return code, output.read()
+
+
+@functools.cache
+def parse_service_models() -> None:
+    """Do what every command does once for each of AWS's services, for all that are forked."""
+    session = boto3.session.Session(
+        "testing", "testing", region_name=REGION, botocore_session=core_session()
+    )
+    for service in SERVICES:
+        session.client(service)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import PROJECT
+from tests.conftest import run_module
 from trainer.doctor import Measured, limited_by
 
 TINY = (
@@ -22,23 +20,8 @@ TINY = (
 
 
 def doctor(cwd, *arguments, **environment):
-    """Its exit code and what it printed. Without credentials of the person who runs the tests."""
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.doctor", *arguments, "--seconds=0.4"],
-        cwd=cwd,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(PROJECT),
-            "OMP_NUM_THREADS": "1",
-            "HOME": str(cwd),
-        }
-        | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    return done.returncode, done.stdout
+    """Its exit code and what it printed."""
+    return run_module(cwd, "trainer.doctor", *arguments, "--seconds=0.4", **environment)
 
 
 def facts(said):

@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import PROJECT, environment, make_pictures, run_trainer, start_trainer, wait_for
 from tests.soak import difference, outcome
-from tests.trainer.distributed.together import ended, together
+from tests.trainer.distributed.together import all_ended, together
 from trainer.common.errors import OK, RESUME
 from trainer.training import checkpoint
 
@@ -271,7 +271,7 @@ def test_several_processes_hang_up_together_and_go_on_unseen(cwd):
         assert wait_for(lambda: checkpoint.steps(checkpoints), PATIENCE)
         for process in processes:
             process.send_signal(signal.SIGHUP)
-        codes, outputs = ended(processes, PATIENCE)
+        codes, outputs = all_ended(processes, PATIENCE)
     assert codes == [RESUME] * 2 and "stopped by SIGHUP" in outputs[0], outputs
     saved = checkpoint.steps(checkpoints)[-1]
     checkpoint.verify(saved)

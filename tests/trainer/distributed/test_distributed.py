@@ -15,7 +15,7 @@ import torch
 from tests.conftest import make_pictures
 from tests.shared import made_once
 from tests.soak import difference, outcome
-from tests.trainer.distributed.together import ended, run_together, together
+from tests.trainer.distributed.together import all_ended, run_together, together
 from trainer.distributed.heartbeat import Heartbeat
 from trainer.images.sampler import Share, epoch_batches
 from trainer.training import checkpoint
@@ -155,7 +155,7 @@ def test_the_shares_of_all_processes_are_the_batches(size, shards):
 
 def test_threads_inside_pytorch_do_not_abort_a_process_at_its_end(tmp_path):
     with together([tmp_path] * 2, "tests.trainer.distributed.busy_end", forked=False) as processes:
-        codes, outputs = ended(processes)
+        codes, outputs = all_ended(processes)
     assert codes == [0, 0], outputs
 
 

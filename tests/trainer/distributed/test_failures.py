@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import environment, make_pictures, run_trainer, wait_for
-from tests.trainer.distributed.together import ended, together
+from tests.trainer.distributed.together import all_ended, together
 from trainer.common.errors import MISTAKE, OK, RESUME
 from trainer.training import checkpoint
 
@@ -49,7 +49,7 @@ def test_one_is_asked_to_stop_and_all_do_then_one_hangs_and_the_other_ends_in_ti
     with together([directory] * 2, "trainer", *LONG) as processes:
         assert wait_for(lambda: len(steps(directory)) >= 2)
         processes[1].send_signal(signal.SIGTERM)
-        codes, outputs = ended(processes, 60)
+        codes, outputs = all_ended(processes, 60)
     assert codes == [RESUME] * 2, "\n".join(outputs)
     assert (
         re.search("stopped by SIGTERM .rank 1 on .*the same command goes on", outputs[0])
@@ -75,7 +75,7 @@ def test_the_error_of_the_process_that_fails_is_the_one_that_is_seen(directory):
     other = directory / "other"
     make_pictures(other / "pictures", {"train": 8, "valid": 3, "test": 4})
     with together([directory, other], "trainer", *RUN) as processes:
-        codes, outputs = ended(processes, 60)
+        codes, outputs = all_ended(processes, 60)
     assert codes == [MISTAKE] * 2, "\n".join(outputs)
     assert len(errors(outputs)) == 1 and re.match(
         "error: rank 1 on .*: the pictures: .* here, .* at rank 0", errors(outputs)[0]
@@ -86,7 +86,7 @@ def test_the_error_of_the_process_that_fails_is_the_one_that_is_seen(directory):
 
 def test_a_wrong_setting_is_said_once(directory):
     with together([directory] * 2, "trainer", *RUN, "optim.lr=-1") as processes:
-        codes, outputs = ended(processes, 60)
+        codes, outputs = all_ended(processes, 60)
     assert codes == [MISTAKE] * 2, "\n".join(outputs)
     assert len(errors(outputs)) == 1 and "optim.lr=-1" in errors(outputs)[0]
 
@@ -143,7 +143,7 @@ def test_torchrun_brings_a_killed_process_back(directory):
         one, other = workers(process.pid)
         os.kill(other, signal.SIGKILL)
         assert wait_for(lambda: gone(one), LIMIT + 120), "the other process is still there"
-        (code,), (output,) = ended([process], 180)
+        (code,), (output,) = all_ended([process], 180)
     assert code == OK, output
     assert (
         re.search("error: rank 1 on .* no longer answers", output)

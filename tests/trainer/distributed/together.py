@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.conftest import Process, environment, start
+from tests.conftest import Process, ended, environment, start
 from tests.ports import free_port
 
 
@@ -45,14 +45,14 @@ def together(
             process.communicate()
 
 
-def ended(processes: Sequence[Process], seconds: float = 120) -> tuple[list[int], list[str]]:
+def all_ended(processes: Sequence[Process], seconds: float = 120) -> tuple[list[int], list[str]]:
     """The exit codes and what was printed."""
-    outputs = [process.communicate(timeout=seconds)[0] for process in processes]
-    return [process.returncode for process in processes], outputs
+    codes, outputs = zip(*[ended(process, seconds) for process in processes], strict=True)
+    return list(codes), list(outputs)
 
 
 def run_together(cwd: Path, size: int, *scenarios: str) -> None:
     """Runs tests.trainer.distributed.one_of_many in `size` processes, which must all end well."""
     with together([cwd] * size, "tests.trainer.distributed.one_of_many", *scenarios) as processes:
-        codes, outputs = ended(processes)
+        codes, outputs = all_ended(processes)
     assert codes == [0] * size, "\n".join(outputs)

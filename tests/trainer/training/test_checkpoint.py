@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, run_module
 from tests.soak import difference
 from trainer.common.errors import UserError
 from trainer.training import checkpoint
@@ -272,13 +272,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, room):
 
 
 def command(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.checkpoint", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=PROJECT,
-    )
-    return done.returncode, done.stdout + done.stderr
+    return run_module(PROJECT, "trainer.checkpoint", *arguments)
 
 
 def test_the_command_lists_verifies_and_prunes(tmp_path):

@@ -35,34 +35,44 @@ def forget_the_second_half(run: Path) -> None:
     (run / "model.tar.gz").unlink()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param(["train.ema_decay=null"], id="network"),
-        pytest.param(
-            ["train.ema_decay=0.9", "train.accumulate=2"], id="average", marks=pytest.mark.long
-        ),
-        pytest.param(
-            ["model.freeze=backbone", "model.head_hidden=8"], id="head", marks=pytest.mark.long
-        ),
-        pytest.param(
-            ["model.freeze=backbone", "model.cached_views=null", "train.exact_shards=2"],
-            id="shards",
-            marks=pytest.mark.long,
-        ),
-    ],
-)
+SETTINGS = {
+    "network": ["train.ema_decay=null"],
+    "average": ["train.ema_decay=0.9", "train.accumulate=2"],
+    "head": ["model.freeze=backbone", "model.head_hidden=8"],
+    "shards": ["model.freeze=backbone", "model.cached_views=null", "train.exact_shards=2"],
+}
+# PyTorch's compiler, but for the last step: the traced network is run as it is.
+NO_CODE = """
+import functools, torch
+torch.compile = functools.partial(torch.compile, backend="eager")
+"""
+
+
+@pytest.mark.parametrize("kind", ["network", "shards"])
+def test_a_traced_run_trains_and_resumes_to_the_same_bits(tmp_path, pictures, kind):
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler, and the trainer looks for it")
+    check(tmp_path, pictures, SETTINGS[kind], before=NO_CODE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_compiled_run_trains_and_resumes_to_the_same_bits(tmp_path, pictures, code, settings):
+    check(tmp_path, pictures, settings, TORCHINDUCTOR_CACHE_DIR=code)
+
+
+def check(cwd: Path, pictures: Path, settings: list[str], **how: str) -> None:
+    """Train, forget the second half, and go on. how: as `run_trainer` takes it."""
     command = (*COMPILED, f"data.root={pictures}", *EVERY_STEP, *settings)
-    status, said = run_trainer(tmp_path, *command, TORCHINDUCTOR_CACHE_DIR=code)
+    status, said = run_trainer(cwd, *command, **how)
     assert status == OK, said
     losses = [float(loss) for loss in re.findall(r" train_loss=(\S+)", said)]
     assert len(losses) == 2 and losses[1] < losses[0]
 
-    run = tmp_path / "runs/run"
+    run = cwd / "runs/run"
     expected = outcome(run)
     forget_the_second_half(run)
-    status, said = run_trainer(tmp_path, *command, TORCHINDUCTOR_CACHE_DIR=code)
+    status, said = run_trainer(cwd, *command, **how)
     assert status == OK and "resumed from" in said, said
     assert difference(expected, outcome(run)) is None
 
