@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         log.error("%s: there is no such verb; allowed: %s", verb, ", ".join(VERBS))
         return MISTAKE
     try:
-        return guarded(lambda: run(verb, rest))
+        return guarded(lambda: run(verb, rest), log.log)
     except KeyboardInterrupt:
         log.warning("interrupted; what runs at AWS goes on: python -m launch status")
         return MISTAKE

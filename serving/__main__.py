@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE, file=sys.stderr)
         return MISTAKE
     try:
-        return guarded(lambda: run(arguments), say=to_stderr)
+        return guarded(lambda: run(arguments), to_stderr)
     except KeyboardInterrupt:
         to_stderr(logging.WARNING, "interrupted")
         return MISTAKE

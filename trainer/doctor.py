@@ -112,7 +112,7 @@ def main() -> int:
     )
     options = parser.parse_intermixed_args()
     settings.register()
-    return guarded(lambda: examine(options.overrides, options.seconds), explain_settings)
+    return guarded(lambda: examine(options.overrides, options.seconds), log.log, explain_settings)
 
 
 def examine(overrides: list[str], seconds: float) -> None:

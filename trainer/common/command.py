@@ -1,13 +1,12 @@
 """The edge of every command: whatever goes wrong becomes one line and an exit code.
 
-Neither torch nor Hydra is imported: what explains Hydra's errors is handed in.
+Standard library only: what explains Hydra's errors, and what shows a line, is handed in.
 """
 
 import logging
 import os
 from collections.abc import Callable
 
-from trainer.common.console import log
 from trainer.common.errors import (
     FAULT,
     MEMORY_FULL,
@@ -23,9 +22,7 @@ Explain = Callable[[Exception], str | None]
 Say = Callable[[int, str], None]
 
 
-def guarded(
-    work: Callable[[], int | None], explain: Explain | None = None, say: Say = log.log
-) -> int:
+def guarded(work: Callable[[], int | None], say: Say, explain: Explain | None = None) -> int:
     """Do the work and return its exit code, or that of what it raised, after one line.
 
     A fault of ours is raised on, for its traceback; so is a mistake with HYDRA_FULL_ERROR=1.

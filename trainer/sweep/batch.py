@@ -73,7 +73,9 @@ def main() -> int:
     directory, *numbers = sys.argv[1:]
     to_terminal(expendable=True)  # each trial has a log of its own
     return guarded(
-        lambda: train(Path(directory), [int(number) for number in numbers]), explain_settings
+        lambda: train(Path(directory), [int(number) for number in numbers]),
+        log.log,
+        explain_settings,
     )
 
 
