@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors import torch as safetensors
 
-from tests.conftest import make_pictures, start_trainer
+from tests.conftest import Process, make_pictures, start_trainer
 from tests.trainer.trainings import TIMES
 from trainer.common import files
 from trainer.common.errors import OK, RESUME
@@ -143,7 +143,7 @@ def _epoch_is_over(path: Path) -> bool:
     return int(path.name.split("-")[1]) % STEPS_PER_EPOCH == 0
 
 
-def kill(process: subprocess.Popen[str], how: str) -> None:
+def kill(process: Process, how: str) -> None:
     if how == "kill -9 of the process group":
         os.killpg(process.pid, signal.SIGKILL)
     elif how == "kill -9 of the main process":
@@ -183,8 +183,10 @@ class Pace:
 class Trainer:
     """A run's process, and what it prints."""
 
+    forked = False  # started as a user does
+
     def __init__(self, directory: Path, settings: Sequence[str]) -> None:
-        self.process = start_trainer(directory, *settings, forked=False)
+        self.process = start_trainer(directory, *settings, forked=self.forked)
         self.lines: list[str] = []
         self.started = threading.Event()  # the model is built: reading pictures comes next
         self.trained = threading.Event()

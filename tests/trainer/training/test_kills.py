@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_trainer, start_trainer, wait_for
-from tests.soak import KILLS, soak
+from tests.conftest import Process, run_trainer, start_trainer, wait_for
+from tests.soak import KILLS, Trainer, soak
 from trainer.common.errors import OK, RESUME
 from trainer.images.datasets import materialize
 from trainer.training import checkpoint
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.long)])
-def test_whatever_kills_a_run_it_ends_with_the_same_bits(tmp_path, kills):
+def test_whatever_kills_a_run_it_ends_with_the_same_bits(tmp_path, monkeypatch, kills):
     print(f"replay with: make soak KILLS={kills} SEED=0")
+    monkeypatch.setattr(Trainer, "forked", True)
     tally = soak(kills, 0, tmp_path)
     assert not tally.failures, tally
     assert sum(tally.kills.values()) >= kills and set(tally.kills) <= set(KILLS)
@@ -53,7 +54,7 @@ COMMAND = (
 def stopped_when(
     cwd: Path,
     seen: Callable[[], bool],
-    ask: Callable[[subprocess.Popen[str]], None],
+    ask: Callable[[Process], None],
     *command: str,
     **environment: str,
 ) -> str:
@@ -69,7 +70,7 @@ def stopped_when(
     return output
 
 
-def terminate(process: subprocess.Popen[str]) -> None:
+def terminate(process: Process) -> None:
     process.send_signal(signal.SIGTERM)
 
 
