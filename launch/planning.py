@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,9 +166,10 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
     spec, weights = plan.spec, plan.spec.config.model.weights
     if weights and Path(weights).is_file() and not weights.startswith("/opt/"):
         folder = spec.data_root or "/opt/ml/input/data/training"
+        typed = shlex.quote(f"model.weights={folder}/{Path(weights).name}")
         lines.append(
             f"model.weights={weights} is a file of this machine: put it into the folder of "
-            f"pictures, and give model.weights={folder}/{Path(weights).name}"
+            f"pictures, and give {typed}"
         )
     if plan.price.on_demand is None:
         lines.append(

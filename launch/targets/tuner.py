@@ -26,6 +26,7 @@ from launch.targets.spec import explained
 from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
+from trainer.settings import words
 from trainer.settings.compose import check_options
 from trainer.settings.config import Config
 
@@ -185,11 +186,11 @@ def parameter_ranges(sweep: space.Sweep) -> dict[str, Any]:
         entry: dict[str, Any] = {"Name": parameter.key}
         if isinstance(parameter, space.Categorical) or sweep.engine == "grid":
             kind = "CategoricalParameterRanges"
-            words = [
-                space.override(parameter.key, choice)
+            choices = [
+                words.override(parameter.key, choice)
                 for choice in space.grid(parameter, sweep.points)
             ]
-            entry["Values"] = [codec.encode_value(word.partition("=")[2]) for word in words]
+            entry["Values"] = [codec.encode_value(word.partition("=")[2]) for word in choices]
         else:
             kind = "IntegerParameterRanges"
             if isinstance(parameter, space.Continuous):

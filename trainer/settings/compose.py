@@ -15,6 +15,7 @@ from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings.config import DEMO, TOY, Config
 from trainer.settings.hydra_errors import CONFIG_ERRORS, explain, unknown_key, unknown_option
+from trainer.settings.words import key_of, override, readable, text
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
@@ -24,8 +25,9 @@ GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
 class Resolved:
     """What a command line means.
 
-    words: the overrides that Hydra gets: those that were typed, after those that they imply. notes:
-    one line for each thing that was not said. composed: what Hydra makes of the words.
+    words: the overrides that Hydra gets: those that were typed, as it can read them, after those
+    that they imply. notes: one line for each thing that was not said. composed: what Hydra makes of
+    the words.
     """
 
     words: list[str]
@@ -48,8 +50,8 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
     errors.
     """
     check(words, settings.keys(), {group: options(conf, group) for group in GROUPS})
-    given = {space.key_of(word) for word in words}
-    words, notes = list(words), []
+    given = {key_of(word) for word in words}
+    words, notes = readable(words), []
     composed, choices = _compose(words, conf)
     for rule in (_own_pictures, _root_of_train, _model_by_name):
         implied = rule(given, composed, choices)
@@ -77,7 +79,7 @@ def check_options(sweep: space.Sweep, fixed: Sequence[str], swept: Mapping[str, 
         if parameter.key in space.GROUPS:
             assert isinstance(parameter, space.Categorical)
             for choice in parameter.choices:
-                compose([*fixed, *space.firsts({**swept, parameter.key: space.text(choice)})])
+                compose([*fixed, *space.firsts({**swept, parameter.key: text(choice)})])
 
 
 def options(conf: Path, group: str) -> list[str]:
@@ -122,7 +124,8 @@ def _root_of_train(
     """
     if not OmegaConf.is_missing(composed.data, "root") or composed.data.train is None:
         return None
-    return space.override("data.root", composed.data.train), "only data.train was given"
+    (word,) = readable([override("data.root", composed.data.train)])
+    return word, "only data.train was given"
 
 
 def _model_by_name(
@@ -160,7 +163,7 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
     """
     sections = {key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)}
     for word in words:
-        key, value = space.key_of(word), word.partition("=")[2].strip()
+        key, value = key_of(word), word.partition("=")[2].strip()
         if word.startswith("~"):
             _check_deletion(word, key, keys, {*sections, *groups})
         elif key in groups:
@@ -171,10 +174,24 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
                 f"{word}: {key} is no setting, but holds some; "
                 f"give one of them, such as {inside[0]}=..."
             )
+        elif key.startswith("sweep.space"):
+            raise UserError(
+                f"{word}: ranges are settings with several values, and need -m: "
+                "optim.lr=1e-3,1e-2, or sweep=NAME, a file of conf/sweep"
+            )
+        elif key not in (*keys, *sections) and not _is_hydras(key):
+            raise UserError(unknown_key(key, keys))
+        elif "=" not in word:
+            raise UserError(f"{word} has no value: give {key}=...")
+
+
+def _is_hydras(key: str) -> bool:
+    """Return whether a key is of Hydra's own settings, or says in its way where an option goes."""
+    return key.split(".")[0] == "hydra" or "/" in key or "@" in key
 
 
 def _check_deletion(word: str, key: str, keys: list[str], several: Collection[str]) -> None:
-    if key == "experiment" or key.split(".")[0] == "hydra":
+    if key == "experiment" or _is_hydras(key):
         return
     if key not in keys and key not in several:
         raise UserError(unknown_key(key, keys))
@@ -189,9 +206,9 @@ def _check_deletion(word: str, key: str, keys: list[str], several: Collection[st
 def _check_option(word: str, group: str, value: str, allowed: list[str]) -> None:
     if word.startswith("+"):
         raise UserError(f"{word}: an option is chosen, and not added; give {word.lstrip('+')}")
-    if group == "experiment" and value:
-        return  # none (null) and several ([a,b]) are fine
-    if value in ("", "null") or value.startswith("["):
+    if group == "experiment" and (value == "null" or value.startswith("[")):
+        return  # none and several are fine
+    if value.strip("'\"") not in allowed and not value.startswith("${"):
         raise UserError(unknown_option(group, value, allowed))
 
 
