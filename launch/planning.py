@@ -228,6 +228,12 @@ def machines_of(plan: Plan) -> list[str]:
     return parts
 
 
+def means(spec: Spec, data: Path | None) -> list[str]:
+    """Return a line for what the overrides mean and don't say, and for each without effect."""
+    notes = resolved(spec.target, spec.overrides, data).notes
+    return notes + settings.ignored(spec.config, spec.overrides, spec.kind.sweeps)
+
+
 def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> dict[str, Any]:
     """Return the plan as data. offline: why AWS can't be asked. Raise AwsError."""
     spec = plan.spec
@@ -242,7 +248,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
         "state": state,
         "account": spec.account,
         "region": spec.region,
-        "means": resolved(spec.target, spec.overrides, data).notes,
+        "means": means(spec, data),
         "settings": {key: value for key, value, _ in settings.walk(spec.config)},
         "uploads": {
             "source": f"{spec.uri('source', spec.source)}.tar.gz",

@@ -66,7 +66,32 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
             "model=mobilenet_v2 is quicker on a CPU, "
             f"model={TOY} is small and learns from nothing"
         )
+    if choices["model"] == TOY and choices["data"] != DEMO and composed.data.size is None:
+        notes.append(
+            f"model={TOY}: it learns from nothing, and from pictures of {settings.PLAIN.size} px; "
+            "data.size=64 is many times as quick"
+        )
     return Resolved(words, notes, composed)
+
+
+def first_trial(fixed: Sequence[str], swept: Mapping[str, str], conf: Path = CONF) -> list[str]:
+    """Return the overrides that a sweep begins with: its lists stand at their first values.
+
+    Of the space in conf/, only a setting that has no other value takes its first one. Raise as
+    `resolve`.
+    """
+    words = [*fixed, *space.firsts(swept)]
+    composed = resolve(words, conf).composed
+    needed = {
+        key: ranges for key, ranges in composed.sweep.space.items() if _is_missing(composed, key)
+    }
+    return [*words, *space.firsts(needed)]
+
+
+def _is_missing(composed: DictConfig, key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    node = OmegaConf.select(composed, section)
+    return node is not None and OmegaConf.is_missing(node, name)
 
 
 def check_options(sweep: space.Sweep, fixed: Sequence[str], swept: Mapping[str, str]) -> None:

@@ -164,7 +164,7 @@ class PackageConfig:
 @dataclass
 class PlatformConfig:
     name: str = setting("local", "ec2", "sagemaker", identity=False)
-    runs: str = setting(identity=False, path=True)
+    runs: str = setting(identity=False, path=True, only_if="platform.run_dir=null")
     run_dir: str | None = setting(identity=False, path=True)
     checkpoints: str | None = setting(identity=False, path=True)
     package: str | None = setting(identity=False, path=True)
@@ -175,14 +175,20 @@ class PlatformConfig:
 class SweepConfig:
     engine: str = setting("grid", "optuna", identity=False)
     objective: str = setting("valid_top1", "valid_f1", "valid_loss", identity=False)
-    trials: int = setting(at_least=1, at_most=100_000, identity=False)
+    trials: int = setting(
+        at_least=1, at_most=100_000, identity=False, only_if="sweep.engine=optuna"
+    )
     parallel: int = setting(at_least=1, at_most=1000, identity=False)
     together: int = setting(at_least=1, at_most=1000, identity=False)
-    sampler: str = setting("tpe", "random", identity=False)
-    pruner: str = setting("none", "median", "halving", identity=False)
-    points: int = setting(at_least=1, at_most=1000, identity=False)
+    sampler: str = setting("tpe", "random", identity=False, only_if="sweep.engine=optuna")
+    pruner: str = setting(
+        "none", "median", "halving", identity=False, only_if="sweep.engine=optuna"
+    )
+    points: int = setting(at_least=1, at_most=1000, identity=False, only_if="sweep.engine=grid")
     # NumPy's RandomState, which Optuna's samplers use, takes no more.
-    seed: int = setting(at_least=0, at_most=2**32 - 1, identity=False)
+    seed: int = setting(
+        at_least=0, at_most=2**32 - 1, identity=False, only_if="sweep.engine=optuna"
+    )
     space: dict[str, str] = setting(identity=False)
 
 
@@ -312,20 +318,26 @@ def check_batch(train: TrainConfig) -> None:
         )
 
 
-def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
+def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> list[str]:
     """Return one line for each setting that the user gave although another one undoes it.
 
-    overrides: what was given, as "key=value".
+    overrides: what was given, as "key=value". sweep: whether it is for a sweep.
     """
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
-    values = {key: value for key, value, _ in walk(config)}
     lines = []
+    searching = {key for key in given if key.split(".")[0] == "sweep"}
+    if searching and not sweep:
+        given -= searching
+        keys = ", ".join(sorted(searching))
+        lines.append(f"{keys}: no effect in one run; a sweep is started with -m")
+    values = {key: value for key, value, _ in walk(config)}
     for key, value, limits in walk(config):
         if key in given and limits["only_if"]:
             other, allowed = limits["only_if"].split("=")
-            if str(values[other]) not in allowed.split("|"):
+            now = "null" if values[other] is None else str(values[other])
+            if now not in allowed.split("|"):
                 lines.append(
-                    f"{key}={value} has no effect with {other}={values[other]}: "
+                    f"{key}={value} has no effect with {other}={now}: "
                     f"it is used with {limits['only_if']}"
                 )
     views = next((word for word in overrides if word.startswith("model.cached_views=")), "")
@@ -333,6 +345,11 @@ def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
         lines.append(
             f"{views} has no effect with mixed pictures "
             "(data.augment.mixup, data.augment.cutmix): they have no cached features"
+        )
+    if {"optim.lr", "optim.head_lr"} <= given and config.model.freeze == "backbone":
+        lines.append(
+            f"optim.lr={config.optim.lr} has no effect with model.freeze=backbone: "
+            "the head alone is trained, at optim.head_lr"
         )
     if (
         "model.weights" not in given

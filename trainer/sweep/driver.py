@@ -36,7 +36,7 @@ from trainer.images.datasets import find_images
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings import words
-from trainer.settings.compose import CONF, check_options, compose, resolve
+from trainer.settings.compose import CONF, check_options, compose, first_trial, resolve
 from trainer.settings.config import Config
 from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
 from trainer.settings.search_space import Sweep
@@ -60,6 +60,8 @@ def run(arguments: list[str]) -> None:
     config, notes = base(CONF, fixed, swept)
     for line in notes:
         log.info(line)
+    for line in settings.ignored(config, arguments, sweep=True):
+        log.warning(line)
     notice = on_spot_notice if config.platform.name == "ec2" else lambda stop: nullcontext()
     with on_signals() as stop, opened(config, fixed, swept) as (directory, frozen), notice(stop):
         Driver(directory, fixed, frozen, stop).run()
@@ -70,7 +72,7 @@ def base(conf: Path, fixed: list[str], swept: dict[str, str]) -> tuple[Config, l
 
     Its lists stand at their first values.
     """
-    resolved = resolve([*fixed, *space.firsts(swept)], conf)
+    resolved = resolve(first_trial(fixed, swept, conf), conf)
     return settings.load(resolved.composed), resolved.notes
 
 

@@ -109,6 +109,28 @@ def test_ignored_settings_are_named(configure):
     assert ignored(configure(), []) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("sweep.trials=5", "sweep.trials: no effect in one run; a sweep is started with -m"),
+        ("platform.runs=a platform.run_dir=b", "platform.runs=a has no effect"),
+        ("model.freeze=backbone optim.lr=1 optim.head_lr=2", "optim.lr=1.0 has no effect"),
+    ],
+)
+def test_a_word_without_effect_is_said_before_anything_is_read(configure, words, said):
+    typed = words.split()
+    assert said in "\n".join(ignored(configure(*typed), typed))
+
+
+def test_a_sweep_says_which_of_its_settings_its_engine_ignores(configure):
+    typed = ["sweep.trials=5", "sweep.points=3"]
+    (line,) = ignored(configure(*typed), typed, sweep=True)
+    assert line.startswith("sweep.trials=5 has no effect with sweep.engine=grid")
+    typed = ["sweep.engine=optuna", *typed]
+    (line,) = ignored(configure(*typed), typed, sweep=True)
+    assert line.startswith("sweep.points=3 has no effect with sweep.engine=optuna")
+
+
 def test_the_same_settings_find_the_same_run_and_others_another(configure):
     assert run_name(configure()) == run_name(configure("data.workers=3", "checkpoint.minutes=1"))
     assert run_name(configure()) != run_name(configure("optim.lr=0.1"))

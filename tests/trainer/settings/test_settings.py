@@ -1,6 +1,7 @@
 """Every setting is turned on in a real run or request: here, or in the test that is named."""
 
 import ast
+import dataclasses
 import json
 import shlex
 
@@ -10,6 +11,7 @@ import torch
 from launch.planning import prepare
 from launch.targets.base import targets
 from launch.targets.spec import load_target
+from serving.handler import Settings
 from tests.conftest import PROJECT, run_trainer
 from trainer.common.errors import OK
 from trainer.network.build import build
@@ -254,3 +256,28 @@ def test_each_setting_of_a_target_changes_what_is_sent(name, monkeypatch):
             assert sent("target.wait_hours=20", "target.spot=true") != sent("target.spot=true")
         else:
             assert sent(f"target.{key}={values[key]}") != usual, f"target.{key} has no effect"
+
+
+# --- a server's: that each flag reaches it is in tests/serving/test_server.py ---
+
+AS = {"batch_delay": "delay"}  # what the engine calls it
+
+
+def test_each_setting_of_a_server_is_turned_on_somewhere():
+    """As a flag or variable of a server, or where a handler or engine is made."""
+    used = set()
+    for path in (PROJECT / "tests/serving").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in CALLED:
+                used |= {keyword.arg for keyword in node.keywords}
+                used |= {flag(word.value) for word in node.args if isinstance(word, ast.Constant)}
+    names = {AS.get(entry.name, entry.name) for entry in dataclasses.fields(Settings)}
+    assert names <= used, f"no test of tests/serving sets {sorted(names - used)}"
+
+
+CALLED = {"Settings", "Engine", "ask", "start"}
+
+
+def flag(word: object) -> str:
+    """--max-body and SERVING_MAX_BODY as max_body."""
+    return str(word).removeprefix("--").removeprefix("SERVING_").replace("-", "_").lower()

@@ -2,6 +2,7 @@
 
 import functools
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from trainer.common.errors import UserError
 from trainer.common.paths import expanded
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
-from trainer.settings.compose import CONF, check, explain_settings, resolve
+from trainer.settings.compose import CONF, check, compose, explain_settings, first_trial, resolve
 from trainer.settings.words import parse, readable
 
 SETTINGS = settings.schema()
@@ -149,6 +150,17 @@ def test_a_setting_that_must_be_given_can_be_swept(configure):
     assert space.load(base, swept, fixed).space == (
         space.Categorical("model.name", ("resnet18", "resnet50")),
     )
+
+
+def test_so_can_one_of_the_space_in_conf(tmp_path):
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    (conf / "sweep/names.yaml").write_text(
+        "defaults: [lists]\nspace:\n  model.name: resnet18,resnet50\n  optim.lr: 1,2\n"
+    )
+    words = first_trial(["sweep=names", "model=torchvision"], {}, conf)
+    assert words == ["sweep=names", "model=torchvision", "model.name=resnet18"]
+    sweep = space.load(compose(words, conf))
+    assert sweep.space[0] == space.Categorical("model.name", ("resnet18", "resnet50"))
 
 
 # --- every setting, given everything ---
