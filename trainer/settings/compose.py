@@ -3,6 +3,8 @@
 Every command composes here, so the same words mean the same everywhere.
 """
 
+import shlex
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,13 @@ from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings.config import DEMO, TOY, Config
-from trainer.settings.hydra_errors import CONFIG_ERRORS, explain, unknown_key, unknown_option
+from trainer.settings.hydra_errors import (
+    CONFIG_ERRORS,
+    explain,
+    several_values,
+    unknown_key,
+    unknown_option,
+)
 from trainer.settings.words import key_of, override, readable, text
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -51,7 +59,7 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
     """
     check(words, settings.keys(), {group: options(conf, group) for group in GROUPS})
     given = {key_of(word) for word in words}
-    words, notes = readable(words), []
+    words, notes = readable(words), _given_twice(words)
     composed, choices = _compose(words, conf)
     for rule in (_own_pictures, _root_of_train, _model_by_name):
         implied = rule(given, composed, choices)
@@ -72,6 +80,17 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
             "data.size=64 is many times as quick"
         )
     return Resolved(words, notes, composed)
+
+
+def _given_twice(words: Sequence[str]) -> list[str]:
+    """Return a note for each setting that is given more than once."""
+    last = {key_of(word): word for word in words}
+    counts = Counter(map(key_of, words))
+    return [
+        f"{key} is given {count} times: {last[key]} counts"
+        for key, count in counts.items()
+        if count > 1
+    ]
 
 
 def first_trial(fixed: Sequence[str], swept: Mapping[str, str], conf: Path = CONF) -> list[str]:
@@ -208,6 +227,10 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
             raise UserError(unknown_key(key, keys))
         elif "=" not in word:
             raise UserError(f"{word} has no value: give {key}=...")
+        elif word.startswith("+") and not word.startswith("++"):
+            raise UserError(
+                f"{word}: a setting is given, and not added; give {shlex.quote(word[1:])}"
+            )
 
 
 def _is_hydras(key: str) -> bool:
@@ -231,10 +254,16 @@ def _check_deletion(word: str, key: str, keys: list[str], several: Collection[st
 def _check_option(word: str, group: str, value: str, allowed: list[str]) -> None:
     if word.startswith("+"):
         raise UserError(f"{word}: an option is chosen, and not added; give {word.lstrip('+')}")
-    if group == "experiment" and (value == "null" or value.startswith("[")):
-        return  # none and several are fine
-    if value.strip("'\"") not in allowed and not value.startswith("${"):
-        raise UserError(unknown_option(group, value, allowed))
+    names = [value]
+    if group == "experiment" and value == "null":
+        return
+    if group == "experiment" and value.startswith("["):
+        names = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+    elif "," in value:
+        raise UserError(several_values(word))
+    for name in names:
+        if name.strip("'\"") not in allowed and not name.startswith("${"):
+            raise UserError(unknown_option(group, name, allowed))
 
 
 def explain_settings(error: Exception) -> str | None:

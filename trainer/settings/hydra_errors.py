@@ -21,8 +21,7 @@ def explain(error: Exception, keys: list[str]) -> str:
     text = f"{error}\n{error.__cause__ or ''}"
     several = re.search(r"(?:argument|parameters) '([^'=]+)=(.*)'", text)
     if several:
-        key, values = several.groups()
-        return f"{key}={values} are several values: to try one after the other, add -m"
+        return several_values("=".join(several.groups()))
     option = re.search(r"Could not find '(\w+)/([^']*)'", text)
     if option:
         options = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
@@ -34,6 +33,8 @@ def explain(error: Exception, keys: list[str]) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text)
     if not unknown and re.search(r"Key '.*' (is )?not in", text):
         unknown = full_key
+    if unknown and full_key and full_key[1].startswith(f"{unknown[1]}."):
+        unknown = full_key  # in a dict that was given for a section
     if unknown:
         return unknown_key(unknown[1], keys)
     if not full_key:
@@ -41,6 +42,11 @@ def explain(error: Exception, keys: list[str]) -> str:
     typed = re.search(r"^Error merging override \+*(.*)$", text, re.MULTILINE) or full_key
     # What can't be read otherwise was quoted for it (trainer/settings/words.py).
     return _wrong_value(full_key[1], re.sub(r'="(.*)"$', r"=\1", typed[1]), text)
+
+
+def several_values(word: str) -> str:
+    """Return the line for a list of values where one is wanted."""
+    return f"{word} are several values: to try one after the other, add -m (at AWS: target=tuner)"
 
 
 def character_of(error: Exception) -> str:

@@ -365,7 +365,9 @@ class Driver:
             "platform.checkpoints=null",
             "platform.package=null",
         ]
-        return [*self.fixed, *share, *self.chosen(trial), *places]
+        replaced = {words.key_of(word) for word in places}
+        fixed = [word for word in self.fixed if words.key_of(word) not in replaced]
+        return [*fixed, *share, *self.chosen(trial), *places]
 
     def chosen(self, trial: Trial) -> list[str]:
         """Return the overrides of the trial's own values."""

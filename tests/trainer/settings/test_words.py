@@ -113,6 +113,10 @@ def test_home_and_environment_are_meant_as_a_shell_means_them(configure, monkeyp
         ("seed", ["seed", "seed=..."]),
         ("dögs=3", ["dögs", "no such setting"]),
         ("hydra.job.name=ä", ["hydra.job.name=ä", "ä can't", "'hydra.job.name=\"ä\"'"]),
+        ("model=a,b", ["model=a,b", "add -m"]),
+        ("+data.root=a b", ["+data.root=a b", "'data.root=a b'"]),
+        ("train={epohs: 3}", ["train.epohs", "did you mean train.epochs"]),
+        ("experiment=[dog_bread]", ["experiment=dog_bread", "did you mean dog_breeds?"]),
         ("sweep.space.optim.lr=1", ["sweep.space.optim.lr=1", "-m"]),
     ],
 )
