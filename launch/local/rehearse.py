@@ -231,6 +231,8 @@ def _config(job: TrainingJob) -> Config:
     channels = [f"{CHANNELS[name]}=/opt/ml/input/data/{name}" for name in names]
     try:
         return compose([*codec.decode(job.hyperparameters), "platform=sagemaker", *channels])
+    except UserError as error:
+        raise UserError(f"hyperparameters: {error}") from error
     except CONFIG_ERRORS as error:
         raise UserError(f"hyperparameters: {explain(error, settings.keys())}") from error
 

@@ -334,7 +334,7 @@ def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> li
     for key, value, limits in walk(config):
         if key in given and limits["only_if"]:
             other, allowed = limits["only_if"].split("=")
-            now = "null" if values[other] is None else str(values[other])
+            now = str(values[other]).replace("None", "null")
             if now not in allowed.split("|"):
                 lines.append(
                     f"{key}={value} has no effect with {other}={now}: "

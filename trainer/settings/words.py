@@ -103,7 +103,9 @@ def _readable(word: str, schema: Mapping[str, Field], sweeps: bool) -> str:
         return word
     if isinstance(read, str):
         meant = _own_dollars(read, entry, schema)
-        return word if meant == read else f"{prefixed}={quoted(meant)}"
+        if meant == read:
+            return word
+        return f"{prefixed}={quoted(meant)}"
     if bool in kinds and type(read) is int and read not in (0, 1):
         raise UserError(f"{word} is of the wrong type; allowed: true or false")
     if str in kinds and read is not None:  # a run may be called 007 or true
