@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,9 +166,10 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
     spec, weights = plan.spec, plan.spec.config.model.weights
     if weights and Path(weights).is_file() and not weights.startswith("/opt/"):
         folder = spec.data_root or "/opt/ml/input/data/training"
+        typed = shlex.quote(f"model.weights={folder}/{Path(weights).name}")
         lines.append(
             f"model.weights={weights} is a file of this machine: put it into the folder of "
-            f"pictures, and give model.weights={folder}/{Path(weights).name}"
+            f"pictures, and give {typed}"
         )
     if plan.price.on_demand is None:
         lines.append(
@@ -226,6 +228,12 @@ def machines_of(plan: Plan) -> list[str]:
     return parts
 
 
+def means(spec: Spec, data: Path | None) -> list[str]:
+    """Return a line for what the overrides mean and don't say, and for each without effect."""
+    notes = resolved(spec.target, spec.overrides, data).notes
+    return notes + settings.ignored(spec.config, spec.overrides, spec.kind.sweeps)
+
+
 def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> dict[str, Any]:
     """Return the plan as data. offline: why AWS can't be asked. Raise AwsError."""
     spec = plan.spec
@@ -240,7 +248,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
         "state": state,
         "account": spec.account,
         "region": spec.region,
-        "means": resolved(spec.target, spec.overrides, data).notes,
+        "means": means(spec, data),
         "settings": {key: value for key, value, _ in settings.walk(spec.config)},
         "uploads": {
             "source": f"{spec.uri('source', spec.source)}.tar.gz",

@@ -13,12 +13,11 @@ from launch.cloud import ownership, s3
 from launch.cloud.request import Request
 from launch.cloud.session import NO_CAPACITY, Aws, AwsError
 from launch.following import follow
-from launch.planning import Plan, missing, next_attempt
+from launch.planning import Plan, means, missing, next_attempt
 from launch.targets import attempt as notes
 from launch.targets import base
 from launch.targets.attempt import TAKEN, Attempt, Phase, State
 from launch.targets.base import Spec
-from launch.targets.spec import resolved
 from trainer.common.console import log
 from trainer.common.errors import FAULT, OK, RESUME, UserError
 
@@ -43,7 +42,7 @@ def submit(aws: Aws, plan: Plan, data: Path | None = None) -> Attempt:
         assert plan.before is not None and plan.state is not None
         log.info("%s: nothing is sent", plan.before.told(plan.state))
         return plan.before if plan.before.id else _confirm(aws, plan.before, plan.state.id)
-    for line in resolved(spec.target, spec.overrides, data).notes:
+    for line in means(spec, data):
         log.info(line)
     key = f"source/{spec.source}.tar.gz"
     if not s3.exists(aws, key):

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from launch.cloud.prices import FALLBACK, HOURS_A_MONTH, price
-from trainer.common.arguments import positive
+from trainer.common.arguments import positive, typed_path
 from trainer.common.errors import OK, UserError
 
+MOST_CLIENTS = 1000
 HEADROOM = 0.7  # of what an instance can do: autoscaling reacts after minutes
 PROVISIONED = 3  # the fewest warm Lambda environments, as in stack.yaml
 
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("url", help="of the server, like http://127.0.0.1:8080")
     parser.add_argument(
         "--picture",
-        type=Path,
+        type=typed_path,
         help="the file to send (default: a JPEG of 500 x 375 pixels, made here)",
     )
     parser.add_argument(
@@ -145,8 +145,10 @@ def counts(text: str) -> list[int]:
         numbers = [*map(int, text.split(","))]
     except ValueError as error:
         raise UserError(f"--clients {text}: not numbers; give some like 1,2,4") from error
-    if min(numbers) < 1:
-        raise UserError(f"--clients {text}: at least 1 is needed")
+    if not 1 <= min(numbers) <= max(numbers) <= MOST_CLIENTS:
+        raise UserError(
+            f"--clients {text}: allowed: numbers, at least 1 and at most {MOST_CLIENTS}"
+        )
     return numbers
 
 

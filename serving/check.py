@@ -2,9 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from serving.package import load_for_command
+from trainer.common.arguments import typed_path
 from trainer.common.errors import OK
 
 SHOWN = 5  # classes that are named
@@ -19,7 +19,9 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m serving check", description="Verify a model package."
     )
     parser.add_argument(
-        "package", type=Path, help="a model.tar.gz, or the directory that it was unpacked into"
+        "package",
+        type=typed_path,
+        help="a model.tar.gz, or the directory that it was unpacked into",
     )
     package = load_for_command(parser.parse_args(arguments[1:]).package)
     classes = ", ".join(package.classes[:SHOWN])

@@ -17,7 +17,6 @@ import base64
 import binascii
 import json
 import logging
-import math
 import re
 import threading
 import time
@@ -50,8 +49,8 @@ FILE_TYPES = (
 )
 
 
-def _setting(default: Any, meaning: str, least: float = 1) -> Any:
-    return field(default=default, metadata={"help": meaning, "least": least})
+def _setting(default: Any, meaning: str, least: float = 1, most: float = 1 << 40) -> Any:
+    return field(default=default, metadata={"help": meaning, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
@@ -73,17 +72,19 @@ class Settings:
     )
     max_pictures: int = _setting(16, "in one request")
     seconds: float = _setting(
-        30.0, "for one request; what is not answered by then gets 503", least=0.1
+        30.0, "for one request; what is not answered by then gets 503", least=0.1, most=86_400
     )
     urls: bool = _setting(True, "fetch pictures from public URLs")
     s3: bool = _setting(False, "fetch pictures from S3, where this machine's role may read them")
     queue: int = _setting(
         64, "requests in progress or waiting; those beyond it get 503 and Retry-After"
     )
-    workers: int = _setting(0, "pictures worked on at once; 0: one a core", least=0)
-    batch: int = _setting(1, "most pictures in one run of the network; more than 1 pays on GPUs")
+    workers: int = _setting(0, "pictures worked on at once; 0: one a core", least=0, most=1024)
+    batch: int = _setting(
+        1, "most pictures in one run of the network; more than 1 pays on GPUs", most=65_536
+    )
     batch_delay: float = _setting(
-        0.005, "seconds that a run may wait for its batch to fill", least=0
+        0.005, "seconds that a run may wait for its batch to fill", least=0, most=60
     )
 
 
@@ -110,13 +111,15 @@ def convert(name: str, text: str, setting: "Field[Any]") -> bool | int | float:
         if text.lower() not in ("on", "off"):
             raise UserError(f"{name}={text} is not allowed; allowed: on or off")
         return text.lower() == "on"
+    least, most = setting.metadata["least"], setting.metadata["most"]
+    numbers = {int: "a whole number", float: "a number"}[kind]
+    allowed = f"{numbers} from {least:g} to {most:.15g}"
     try:
         value: float = kind(text)
     except ValueError as error:
-        raise UserError(f"{name}={text} is not allowed; allowed: a number") from error
-    least = setting.metadata["least"]
-    if not least <= value < math.inf:
-        raise UserError(f"{name}={text} is not allowed; allowed: a number from {least:g}")
+        raise UserError(f"{name}={text} is not allowed; allowed: {allowed}") from error
+    if not least <= value <= most:
+        raise UserError(f"{name}={text} is not allowed; allowed: {allowed}")
     return value
 
 

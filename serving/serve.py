@@ -13,7 +13,7 @@ from serving.backends import BACKENDS
 from serving.engine import Engine
 from serving.handler import Settings, convert, settings_from
 from serving.package import load_for_command
-from trainer.common.arguments import whole
+from trainer.common.arguments import typed_path, whole
 from trainer.common.cpu import cores
 from trainer.common.errors import OK, UserError, needed_by
 
@@ -57,7 +57,7 @@ def _parser(defaults: Settings) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "package",
-        type=Path,
+        type=typed_path,
         nargs="?",
         help=f"a model.tar.gz or a directory (default: {MODEL}, or the newest of {RUNS}/*/)",
     )

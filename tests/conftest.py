@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from tests.forked import Forked
+from trainer.common.command import one_line
 from trainer.settings import config as settings
-from trainer.settings.compose import compose
+from trainer.settings.compose import compose, explain_settings
 from trainer.settings.config import Config
 
 PROJECT = Path(__file__).parents[1]
@@ -43,6 +44,16 @@ def configure() -> Callable[..., Config]:
         return compose(overrides)
 
     return configure
+
+
+def refusal(*words: str) -> str | None:
+    """The line with which a command line is refused, None where it is taken."""
+    settings.register()
+    try:
+        compose(words)
+    except Exception as error:
+        return one_line(error, explain_settings)
+    return None
 
 
 def make_pictures(

@@ -123,15 +123,21 @@ def allowed(entry: Any) -> str:
     choices = [f"`{choice}`" for choice in limits["choices"]]
     if choices and "null" in names:
         choices.append("null")
+    if limits["path"]:
+        names[names.index("str")] = "path"
     words = [", ".join(choices) or " or ".join(names)]
     words += [
-        f"{name.replace('_', ' ')} {limits[name]:g}"
+        f"{name.replace('_', ' ')} {written(limits[name])}"
         for name in ("above", "at_least", "below", "at_most")
         if limits[name] is not None
     ]
     words += [f"{limits['length']} values"] if limits["length"] else []
     words += [f"with `{limits['only_if']}`".replace("|", " or ")] if limits["only_if"] else []
     return ", ".join(words)
+
+
+def written(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def head(*names: str) -> str:

@@ -144,10 +144,8 @@ def run(words: list[str]) -> None:
     flags = any(word.startswith("-") for word in words)  # Hydra's own, some with a value of theirs
     typed = [word for word in words if "=" in word and not word.startswith("-")] if flags else words
     resolved = resolve(typed)
-    place = words.index(typed[0]) if typed else len(words)
-    sys.argv[1:] = (
-        words[:place] + resolved.words[: len(resolved.words) - len(typed)] + words[place:]
-    )
+    own = [word for word in words if word not in typed]
+    sys.argv[1:] = own + resolved.words
     if not flags:
         settings.load(resolved.composed)  # a wrong setting is all that is said
         for line in resolved.notes:

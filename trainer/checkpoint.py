@@ -4,10 +4,9 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from trainer.common import streams
-from trainer.common.arguments import whole
+from trainer.common.arguments import typed_path, whole
 from trainer.common.errors import MISTAKE, OK
 from trainer.training import checkpoint
 
@@ -22,7 +21,9 @@ def _main(arguments: Iterable[str]) -> int:
         choices=("ls", "verify", "prune"),
         help="ls: list them; verify: read every byte; prune: delete all but the newest",
     )
-    parser.add_argument("run", type=Path, help="a run's directory, or its checkpoint directory")
+    parser.add_argument(
+        "run", type=typed_path, help="a run's directory, or its checkpoint directory"
+    )
     parser.add_argument("--keep", type=whole(), default=2, help="prune: how many to keep (2)")
     options = parser.parse_args(list(arguments))
     root = options.run / "checkpoints" if (options.run / "checkpoints").is_dir() else options.run

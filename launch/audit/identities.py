@@ -1,6 +1,7 @@
 """Rules for roles, users and groups: full access, `*`, PassRole, and roles shared or unused."""
 
 import json
+import shlex
 from collections.abc import Iterator
 
 from launch.audit.account import Account, Identity, Policy
@@ -183,7 +184,8 @@ def unused(account: Account) -> Iterator[Finding]:
         since = "never used"
         if identity.used is not None:
             since = f"not used for {account.days_since(last):.0f} days"
-        change = f"delete it: aws iam delete-role --role-name {identity.name} (after its policies)"
+        delete = f"aws iam delete-role --role-name {shlex.quote(identity.name)}"
+        change = f"delete it: {delete} (after its policies)"
         yield Finding(identity.arn, f"role {identity.name} was {since}", change)
 
 

@@ -3,6 +3,7 @@
 Idle machines, warm environments without a caller, disks and addresses that nothing uses.
 """
 
+import shlex
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -37,7 +38,7 @@ def idle_endpoint(account: Account) -> Iterator[Finding]:
         yield Finding(
             endpoint["EndpointArn"],
             f"endpoint {name} ({place}) had no call for {_days(account, created)}",
-            f"aws sagemaker delete-endpoint --endpoint-name {name} "
+            f"aws sagemaker delete-endpoint --endpoint-name {shlex.quote(name)} "
             "(it can be deployed again from its model package)",
             _a_month(account, machines),
         )
@@ -58,7 +59,7 @@ def idle_instance(account: Account) -> Iterator[Finding]:
             account.arn("ec2", f"instance/{name}"),
             f"instance {name} ({kind}) has been idle for {_days(account, launched)}: "
             f"CPU below {IDLE_CPU:g} %",
-            f"aws ec2 terminate-instances --instance-ids {name} "
+            f"aws ec2 terminate-instances --instance-ids {shlex.quote(name)} "
             "(or stop-instances, to keep its disk)",
             _a_month(account, [(kind, 1)]),
         )
@@ -79,7 +80,7 @@ def idle_notebook(account: Account) -> Iterator[Finding]:
         yield Finding(
             notebook["NotebookInstanceArn"],
             f"notebook {name} ({kind}) has been in service for {days:.0f} days without a stop",
-            f"aws sagemaker stop-notebook-instance --notebook-instance-name {name}",
+            f"aws sagemaker stop-notebook-instance --notebook-instance-name {shlex.quote(name)}",
             _a_month(account, [(kind, 1)]),
         )
 
@@ -98,7 +99,8 @@ def warm_function(account: Account) -> Iterator[Finding]:
         if not count or not old or function.get("Activity"):
             continue
         name, gigabytes = function["FunctionName"], function["MemorySize"] / 1024
-        delete = f"aws lambda delete-provisioned-concurrency-config --function-name {name}"
+        delete = "aws lambda delete-provisioned-concurrency-config "
+        delete += f"--function-name {shlex.quote(name)}"
         qualifiers = [entry["FunctionArn"].rsplit(":", 1)[1] for entry in warm]
         yield Finding(
             function["FunctionArn"],
@@ -122,8 +124,9 @@ def unattached_volume(account: Account) -> Iterator[Finding]:
         yield Finding(
             account.arn("ec2", f"volume/{name}"),
             f"volume {name} ({volume['Size']} GB) is attached to nothing",
-            f"aws ec2 delete-volume --volume-id {name} "
-            f"(aws ec2 create-snapshot --volume-id {name} first, to keep it at a lower price)",
+            f"aws ec2 delete-volume --volume-id {shlex.quote(name)} "
+            f"(aws ec2 create-snapshot --volume-id {shlex.quote(name)} first, "
+            "to keep it at a lower price)",
             volume["Size"] * GP3_GB_MONTH,
         )
 
@@ -141,7 +144,7 @@ def stopped_instance(account: Account) -> Iterator[Finding]:
             yield Finding(
                 account.arn("ec2", f"instance/{name}"),
                 f"instance {name} is stopped and keeps {sizes[name]} GB of disk",
-                f"aws ec2 terminate-instances --instance-ids {name}",
+                f"aws ec2 terminate-instances --instance-ids {shlex.quote(name)}",
                 sizes[name] * GP3_GB_MONTH,
             )
 
@@ -158,7 +161,7 @@ def unused_address(account: Account) -> Iterator[Finding]:
             yield Finding(
                 account.arn("ec2", f"elastic-ip/{name}"),
                 f"address {address['PublicIp']} is attached to nothing",
-                f"aws ec2 release-address --allocation-id {name}",
+                f"aws ec2 release-address --allocation-id {shlex.quote(name)}",
                 ADDRESS_HOUR * HOURS_A_MONTH,
             )
 
@@ -171,7 +174,8 @@ def endless_logs(account: Account) -> Iterator[Finding]:
             yield Finding(
                 account.arn("logs", f"log-group:{name}"),
                 f"log group {name} keeps its logs for ever",
-                f"aws logs put-retention-policy --log-group-name {name} --retention-in-days 30",
+                f"aws logs put-retention-policy --log-group-name {shlex.quote(name)} "
+                "--retention-in-days 30",
             )
 
 

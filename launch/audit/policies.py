@@ -5,6 +5,7 @@ cloudsplaining and policy_sentry know AWS's actions, and which of them can be he
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -123,9 +124,12 @@ def _name(action: str) -> str:
 def detach(identity: Identity, policy: Policy) -> str:
     """Return the command that takes a policy of AWS's away, and what to give instead."""
     kind = identity.kind
+    named = (f"--{kind}-name", identity.name, "--policy-arn", str(policy.arn))
+    detach = shlex.join(["aws", "iam", f"detach-{kind}-policy", *named])
     return (
-        f"aws iam detach-{kind}-policy --{kind}-name {identity.name} --policy-arn {policy.arn}; "
-        f"give it what it needs instead, as python -m launch policy --for {_ours(identity)} shows"
+        f"{detach}; "
+        "give it what it needs instead, as "
+        f"python -m launch policy --for {shlex.quote(_ours(identity))} shows"
     )
 
 
@@ -133,7 +137,7 @@ def narrow(identity: Identity, policy: Policy) -> str:
     """Return what to do where the exact policy can't be known."""
     return (
         f"name the actions and resources in policy {policy.name}; "
-        f"python -m launch policy --for {_ours(identity)} shows what is needed"
+        f"python -m launch policy --for {shlex.quote(_ours(identity))} shows what is needed"
     )
 
 

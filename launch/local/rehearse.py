@@ -7,6 +7,7 @@ import importlib.util
 import math
 import random
 import re
+import shlex
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,10 @@ def preflight(
     _check_channels(definition, channels)
     weights = config.model.weights
     if weights and Path(weights).is_file():
-        place = f"/opt/ml/input/data/{sagemaker.CHANNEL}/{Path(weights).name}"
+        place = f"model.weights=/opt/ml/input/data/{sagemaker.CHANNEL}/{Path(weights).name}"
         raise UserError(
             f"model.weights={weights}: a job doesn't see this machine's files; "
-            f"put it into the folder of pictures, and give {place}"
+            f"put it into the folder of pictures, and give {shlex.quote(place)}"
         )
     _check_metrics(jobs[0], objective_of(request))
     place = definition["CheckpointConfig"].get("LocalPath")
@@ -230,6 +231,8 @@ def _config(job: TrainingJob) -> Config:
     channels = [f"{CHANNELS[name]}=/opt/ml/input/data/{name}" for name in names]
     try:
         return compose([*codec.decode(job.hyperparameters), "platform=sagemaker", *channels])
+    except UserError as error:
+        raise UserError(f"hyperparameters: {error}") from error
     except CONFIG_ERRORS as error:
         raise UserError(f"hyperparameters: {explain(error, settings.keys())}") from error
 

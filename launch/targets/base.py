@@ -126,6 +126,7 @@ class Target(ABC):
     role: ClassVar[str]  # the part of the account stack that its machines act as
     platform: ClassVar[str]  # the trainer's conf/platform/PLATFORM.yaml
     job_name_limit: ClassVar[int] = 63  # characters
+    sweeps: ClassVar[bool] = False  # whether it tries the values of a search space
     trains: ClassVar[bool] = True  # False: it leaves no model, and only starts jobs elsewhere
 
     def __init__(self, name: str) -> None:

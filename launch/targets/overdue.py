@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from launch.cloud.session import DENIED, Aws, AwsError
 from launch.targets import base
 from launch.targets.attempt import Attempt, State
-from trainer.common.console import python
+from trainer.common.console import command
 
 
 def machines(aws: Aws) -> Iterator[tuple[Attempt, State]]:
@@ -33,10 +33,10 @@ def warn(aws: Aws, targets: Sequence[str]) -> None:
     the target that were given. Raise AwsError, but not for a caller who may not look.
     """
     given = [override for override in targets if not override.startswith("target=")]
-    command = " ".join([python(), "-m launch status --end", *given])
+    end_it = command("launch", "status", "--end", *given)
     try:
         for attempt, state in machines(aws):
-            _say(f"OVERDUE: {line(attempt, state)}; end it with: {command}")
+            _say(f"OVERDUE: {line(attempt, state)}; end it with: {end_it}")
     except AwsError as error:
         if not re.fullmatch(DENIED, error.code):
             raise

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.cloud import s3
@@ -16,11 +16,12 @@ from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt
 from launch.targets.base import NAMES, RUN, TargetConfig, fit, targets
 from trainer.common.errors import UserError
+from trainer.common.paths import expanded
 from trainer.settings import config as settings
-from trainer.settings import search_space as space
 from trainer.settings.compose import CONF, Resolved, check, resolve
 from trainer.settings.config import Config
 from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
+from trainer.settings.words import override, readable
 
 NO_ACCOUNT = "000000000000"  # stands in a plan where there are no credentials
 DIGEST = 16  # hexadecimal digits that tell folders of one name apart
@@ -45,14 +46,27 @@ def load_target(overrides: Sequence[str]) -> TargetConfig:
     names = [each.partition("=")[2] for each in overrides if each.startswith("target=")]
     kind = targets().get((names or ["ec2"])[0])
     schema = kind.config if kind else TargetConfig
-    keys = settings.keys(schema, "target.")
+    entries = settings.schema(schema, "target.")
+    keys = list(entries)
     with explained(keys):
         check(overrides, keys, {"target": NAMES})
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("launch", list(overrides))
-        typed = OmegaConf.merge({"target": OmegaConf.structured(schema)}, composed)
-        target = OmegaConf.to_object(typed.target)
+            composed = compose("launch", readable(overrides, entries))
+        target = typed(composed, schema)
+    check_target(target)
+    return target
+
+
+def typed(composed: DictConfig, schema: type[TargetConfig]) -> TargetConfig:
+    """Return the target of what Hydra composed. Raise UserError, and OmegaConf's own errors."""
+    merged = OmegaConf.merge({"target": OmegaConf.structured(schema)}, composed)
+    target = OmegaConf.to_object(merged.target)
     assert isinstance(target, TargetConfig)
+    return target
+
+
+def check_target(target: TargetConfig) -> None:
+    """Raise UserError for a target's setting that is not allowed, or two that don't go together."""
     for key, value, limits in settings.walk(target, "target."):
         settings.check(key, value, limits)
     if not re.fullmatch(r"[a-z][a-z0-9-]{1,18}[a-z0-9]", target.project):
@@ -61,7 +75,6 @@ def load_target(overrides: Sequence[str]) -> TargetConfig:
             "allowed: 3 to 20 lower-case letters, digits and -, beginning with a letter"
         )
     targets()[target.name].check(target)
-    return target
 
 
 def aws_of(overrides: Sequence[str]) -> Aws:
@@ -97,7 +110,7 @@ def load_config(
                 f"data.{split}={composed.data[split]}: a job finds its pictures in one folder; "
                 "allowed: train, valid and test in --data DIR"
             )
-    name = pictures_name(data) if data else fit(Path(composed.data.root).name, RUN)
+    name = pictures_name(data) if data else fit(Path(expanded(composed.data.root)).name, RUN)
     composed.data.root = targets()[target.name].data_root(name)
     return settings.load(composed), name
 
@@ -112,7 +125,7 @@ def resolved(target: TargetConfig, overrides: Sequence[str], data: Path | None =
         settings.register()
         words = [*kind.fixed(overrides), f"platform={kind.platform}"]
         if data:
-            words.append(space.override("data.root", str(data)))
+            words.append(override("data.root", str(data)))
         return resolve(words)
 
 

@@ -26,20 +26,21 @@ from launch.targets.spec import explained
 from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
-from trainer.settings.compose import check_options
+from trainer.settings import words
+from trainer.settings.compose import check_options, first_trial
 from trainer.settings.config import Config
 
 
 class Tuner(SageMaker):
     thing = "HyperParameterTuningJob"
+    sweeps = True
     page = "hyper-tuning-jobs"
     job_name_limit = 32
     log_streams = "{job}-"  # its trials are named JOB-NUMBER-HASH
 
     def fixed(self, overrides: Sequence[str]) -> list[str]:
         """Return the overrides of the first trial: a tuning job's ranges are its search space."""
-        fixed, swept = space.split(overrides)
-        return [*fixed, *space.firsts(swept)]
+        return first_trial(*space.split(overrides))
 
     def run_name(self, config: Config, overrides: Sequence[str]) -> str:
         """Return a name that the search space decides too."""
@@ -185,11 +186,11 @@ def parameter_ranges(sweep: space.Sweep) -> dict[str, Any]:
         entry: dict[str, Any] = {"Name": parameter.key}
         if isinstance(parameter, space.Categorical) or sweep.engine == "grid":
             kind = "CategoricalParameterRanges"
-            words = [
-                space.override(parameter.key, choice)
+            choices = [
+                words.override(parameter.key, choice)
                 for choice in space.grid(parameter, sweep.points)
             ]
-            entry["Values"] = [codec.encode_value(word.partition("=")[2]) for word in words]
+            entry["Values"] = [codec.encode_value(word.partition("=")[2]) for word in choices]
         else:
             kind = "IntegerParameterRanges"
             if isinstance(parameter, space.Continuous):

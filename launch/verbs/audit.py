@@ -7,7 +7,6 @@ policy that it needs is printed by --policy.
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 # identities and money register their rules
 from launch.audit import identities, money, policies, show  # noqa: F401
@@ -15,7 +14,7 @@ from launch.audit.account import needed_policy, read
 from launch.audit.finding import Severity, judge
 from launch.targets.spec import aws_of, split_overrides
 from trainer.common import files
-from trainer.common.arguments import positive
+from trainer.common.arguments import positive, typed_path
 from trainer.common.console import log
 from trainer.common.errors import OK, UserError
 
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         "--json", action="store_true", help="the findings as JSON on standard output"
     )
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write them as one HTML page"
+        "--html", type=typed_path, metavar="FILE", help="also write them as one HTML page"
     )
     parser.add_argument(
         "--policy",

@@ -12,7 +12,8 @@ from launch.cloud.session import Aws
 from launch.targets.attempt import Phase
 from launch.targets.base import of
 from launch.verbs.arguments import chosen, run_parser
-from trainer.common.console import log
+from trainer.common.arguments import typed_path
+from trainer.common.console import command, log
 from trainer.common.errors import FAULT, OK, UserError
 
 
@@ -25,7 +26,7 @@ def fetch(aws: Aws, run: str, prefix: str, folder: Path) -> list[Path]:
     if not objects:
         raise UserError(
             f"s3://{aws.bucket}/{prefix} is empty: the run has left nothing yet; "
-            f"python -m launch logs {run} says how far it is"
+            f"{command('launch', 'logs', run)} says how far it is"
         )
     s3.download(aws, objects, folder)
     files = [folder / name for name in objects]
@@ -51,7 +52,7 @@ def verify(package: Path) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     parser = run_parser("fetch", __doc__, "the newest")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="where to; default runs/RUN")
+    parser.add_argument("--to", type=typed_path, metavar="DIR", help="where to; default runs/RUN")
     options = parser.parse_intermixed_args(arguments)
     aws, attempt = chosen(options.run)
     prefix = of(attempt).results(aws, attempt)

@@ -6,9 +6,7 @@ Also what it may touch, and what is missing. Changes nothing; needs no credentia
 import argparse
 import json
 import logging
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from launch.cloud.session import Aws
@@ -16,7 +14,8 @@ from launch.planning import described, prepare
 from launch.targets import overdue
 from launch.targets.base import TargetConfig
 from launch.targets.spec import NO_ACCOUNT, load_target, split_overrides
-from trainer.common.console import log, python
+from trainer.common.arguments import typed_path
+from trainer.common.console import command, log
 from trainer.common.errors import OK, UserError
 
 
@@ -100,7 +99,7 @@ def job_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=typed_path,
         metavar="DIR",
         help="the folder of pictures to upload, unless they are in the bucket",
     )
@@ -127,5 +126,5 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(what, indent=2, default=str))
     else:
         show(what)
-        log.info("next:\n  %s -m launch submit %s", python(), shlex.join(arguments))
+        log.info("next:\n  %s", command("launch", "submit", *arguments))
     return OK

@@ -5,13 +5,10 @@ AWS's own toolkit runs it (launch/local/sagemaker.py).
 
 import argparse
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from launch.cloud import hyperparameters as codec
 from launch.local.rehearse import faults_of, jobs_of, objective_of, preflight
@@ -19,11 +16,12 @@ from launch.local.sagemaker import INSIDE, LocalSageMaker, Outcome, namespaces
 from launch.planning import Plan
 from launch.planning import prepare as planned
 from launch.targets import sagemaker
-from launch.targets.spec import load_target, split_overrides
-from trainer.common.arguments import whole
-from trainer.common.console import log, python
+from launch.targets.spec import load_target, resolved, split_overrides
+from trainer.common.arguments import typed_path, whole
+from trainer.common.console import command, log
 from trainer.common.errors import MISTAKE, OK, RESUME, UserError
 from trainer.common.interrupt import heeded
+from trainer.common.paths import expanded
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,8 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         again.insert(0, f"target={spec.target.name}")
         if options.data is not None:
             again += ["--data", str(options.data)]
-        command = f"{python()} -m launch plan {shlex.join(again)}"
-        log.info("\nthe job would complete; next:\n  %s", command)
+        log.info("\nthe job would complete; next:\n  %s", command("launch", "plan", *again))
     return code
 
 
@@ -104,7 +101,7 @@ def prepare(arguments: Sequence[str], data: Path | None) -> tuple[Plan, Path | N
     folder = data or Path(plan.spec.data)
     typed = [override for override in overrides if override.startswith("data.root=")]
     if data is None and typed:
-        folder = Path(str(OverridesParser.create().parse_override(typed[-1]).value()))
+        folder = Path(expanded(resolved(target, overrides).composed.data.root))
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of pictures; give --data DIR")
     return plan, folder
@@ -142,11 +139,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="target=sagemaker, sagemaker_multi or tuner; target.KEY=VALUE; the trainer's settings",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="the folder of pictures that submit would upload"
+        "--data",
+        type=typed_path,
+        metavar="DIR",
+        help="the folder of pictures that submit would upload",
     )
     parser.add_argument(
         "--directory",
-        type=Path,
+        type=typed_path,
         metavar="DIR",
         help="where S3 and /opt/ml lie (runs/rehearsed/RUN); kept, so that a stopped run goes on",
     )

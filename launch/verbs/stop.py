@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from launch.targets.base import of
 from launch.verbs.arguments import chosen, run_parser
-from trainer.common.console import log, python
+from trainer.common.console import command, log
 from trainer.common.errors import OK
 
 
@@ -18,5 +18,5 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     aws, attempt = chosen(options.run)
     of(attempt).stop(aws, attempt, options.now)
-    log.info("next:\n  %s -m launch status", python())
+    log.info("next:\n  %s", command("launch", "status"))
     return OK

@@ -13,7 +13,7 @@ from launch.targets.base import console_url, of
 from launch.targets.spec import load_target, resolved, split_overrides
 from launch.verbs.arguments import add_every
 from launch.verbs.plan import job_parser
-from trainer.common.console import log, python
+from trainer.common.console import command, log
 from trainer.common.errors import OK
 
 
@@ -35,10 +35,10 @@ def main(arguments: Sequence[str]) -> int:
     attempt = submit(aws, plan, options.data)
     log.info("console   %s", console_url(attempt, aws.region))
     trains = of(attempt).trains
-    where = "".join(f" {override}" for override in targets if not override.startswith("target="))
+    where = [override for override in targets if not override.startswith("target=")]
     verbs = ("logs", "stop", "fetch", "cost") if trains else ("logs", "stop", "cost")
-    next_lines = [f"  {python()} -m launch {verb} {attempt.run}{where}" for verb in verbs]
-    log.info("next:\n%s", "\n".join(next_lines))
+    next_lines = [command("launch", verb, attempt.run, *where) for verb in verbs]
+    log.info("next:\n  %s", "\n  ".join(next_lines))
     if options.wait and trains:
         return wait(aws, attempt, plan, options.every)
     return OK

@@ -12,7 +12,7 @@ from launch.cloud.confirm import confirmed
 from launch.cloud.session import Aws
 from launch.targets.spec import aws_of, split_overrides
 from launch.verbs.arguments import add_every
-from trainer.common.console import log, python
+from trainer.common.console import command, log
 from trainer.common.errors import FAULT, OK, UserError
 
 
@@ -69,7 +69,7 @@ def up(aws: Aws, given: Mapping[str, str], yes: bool, every: float) -> int:
         return FAULT
     for output in after.get("Outputs", []):
         log.info("%-20s %s", output["OutputKey"], output["OutputValue"])
-    log.info("next:\n  %s -m launch plan", python())
+    log.info("next:\n  %s", command("launch", "plan"))
     return OK
 
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import re
 import secrets
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ from serving.deploy.release import (
 )
 from serving.deploy.stack import ServingStack
 from trainer.common.arguments import positive
-from trainer.common.console import python
+from trainer.common.console import command
 from trainer.common.errors import OK, RESUME, UserError
+from trainer.common.paths import expanded
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(
             "interrupted; what AWS has begun goes on: "
-            f"python -m serving status --name {options.name}",
+            f"{command('serving', 'status', '--name', options.name)}",
             file=sys.stderr,
         )
         return RESUME
@@ -174,8 +176,8 @@ def deploy(options: argparse.Namespace) -> int:
         raise UserError(f"stack {name}: {described['StackStatus']}; {_reason(stack)}; {left}")
     for output in described.get("Outputs", []):
         print(f"{output['OutputKey']:16}{output['OutputValue']}")
-    which = "" if name == "packhorse-serving" else f" --name {name}"
-    print(f"next: {python()} -m serving invoke PICTURE{which}")
+    which = [] if name == "packhorse-serving" else ["--name", name]
+    print(f"next: {command('serving', 'invoke', 'PICTURE', *which)}")
     return OK
 
 
@@ -307,7 +309,7 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
     # imported here: only a package on this machine needs NumPy and Pillow
     from serving.package import PackageError, load
 
-    path = Path(package)
+    path = Path(expanded(package))
     if path.is_dir():
         raise UserError(f"{path}: a directory can't be deployed; give the model.tar.gz")
     try:
@@ -323,7 +325,8 @@ def _remote(aws: Aws | None, uri: str) -> Remote:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     head = aws.find("s3", "HeadObject", "404|NoSuch", Bucket=bucket, Key=key)
     if head is None:
-        raise UserError(f"{uri}: there is no such object; look with: aws s3 ls s3://{bucket}/")
+        look = f"aws s3 ls {shlex.quote(f's3://{bucket}/')}"
+        raise UserError(f"{uri}: there is no such object; look with: {look}")
     return Remote(uri, head["ETag"].strip('"'))
 
 
@@ -349,9 +352,9 @@ def _check_scaling(deployed: Mapping[str, str], target: Mapping[str, str]) -> No
         least = deployed["MinInstances"]
         raise UserError(
             "InstanceType can't change while autoscaling is on: deploy with "
-            f"--set MaxInstances={least} --set MinInstances={least} first, "
-            f"then with --set InstanceType={target['InstanceType']}, "
-            f"then with --set MaxInstances={target['MaxInstances']}"
+            f"{_flag('MaxInstances', least)} {_flag('MinInstances', least)} first, "
+            f"then with {_flag('InstanceType', target['InstanceType'])}, "
+            f"then with {_flag('MaxInstances', target['MaxInstances'])}"
         )
 
 
@@ -436,3 +439,8 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "logs": ("Show what the function and the endpoint logged.", operate.logs),
     "destroy": ("Remove all that `deploy` made.", destroy),
 }
+
+
+def _flag(parameter: str, value: str) -> str:
+    """Return the flag that sets a parameter, as a person types it."""
+    return f"--set {shlex.quote(f'{parameter}={value}')}"

@@ -20,6 +20,7 @@ from serving.deploy.release import idle_price
 from serving.deploy.stack import ServingStack
 from trainer.common import streams
 from trainer.common.errors import FAULT, OK, UserError
+from trainer.common.paths import expanded
 
 FOLLOW = 2.0  # seconds between two looks at the logs
 MAX_CALL = 6_291_456  # bytes of a call to Lambda or to an endpoint
@@ -135,7 +136,7 @@ def invoke(options: argparse.Namespace) -> int:
 
 def _read(source: str) -> bytes:
     try:
-        return Path(source).read_bytes()
+        return Path(expanded(source)).read_bytes()
     except OSError as error:
         raise UserError(
             f"{source}: {error.strerror}; give a picture's file, "

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def _for_lambda(place: Place, package: Path | Remote | None) -> list[Upload]:
     if isinstance(package, Remote):
         raise UserError(
             f"{package.uri}: the function with the model inside is built here and needs the file: "
-            f"aws s3 cp {package.uri} . and give model.tar.gz"
+            f"aws s3 cp {shlex.quote(package.uri)} . and give model.tar.gz"
         )
     return [_named("the function with the model", bundle.direct(package), ".zip", place)]
 

@@ -1,5 +1,6 @@
 import base64
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -287,3 +288,15 @@ def test_a_request_id_of_the_callers_is_kept_where_it_is_harmless():
     assert new_id("a-1_B") == "a-1_B"
     for given in ("", "a b", "a\nb", "é", "a" * 65, "-"):
         assert len(new_id(given)) == 32 and new_id(given) != new_id(given)
+
+
+@pytest.mark.parametrize("setting", fields(Settings), ids=lambda setting: setting.name)
+def test_every_setting_takes_a_number_as_it_is_or_refuses_it_in_one_line(setting):
+    name = f"SERVING_{setting.name.upper()}"
+    for value in ("nan", "inf", "-1", "0", "18446744073709551616", "1e400", "1.5", "a word", ""):
+        try:
+            taken = getattr(settings_from({name: value}), setting.name)
+        except UserError as error:
+            assert str(error).startswith(f"{name}={value} is not allowed; allowed: ")
+        else:
+            assert taken == float(value) < 1e13

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from PIL import Image
 
 from serving import server as server_module
 from serving.handler import Settings
+from serving.serve import main as serve_main
 from tests import hostile
 from tests.conftest import PROJECT, wait_for
 from tests.packages import CLASSES
 from tests.ports import free_port
 from tests.serving.runtime import PUBLIC, Web
 from tests.serving.test_package import change_weights, edit, edit_preprocessing, seal
+from trainer.common.errors import OK
 
 
 def test_a_picture_gets_its_logits_over_http(server, picture, expected):
@@ -349,10 +352,13 @@ def test_a_changed_package_never_becomes_healthy(original, tmp_path, harm, messa
         (["nowhere.tar.gz"], "nowhere.tar.gz: there is no such file or directory"),
         ([], "runs/: there is no model package; train one (make train)"),
         (["--urls", "maybe", "x"], "--urls=maybe is not allowed; allowed: on or off"),
-        (["--max-body", "1e6", "x"], "--max-body=1e6 is not allowed; allowed: a number"),
-        (["--batch", "0", "x"], "--batch=0 is not allowed; allowed: a number from 1"),
+        (["--max-body", "1e6", "x"], "--max-body=1e6 is not allowed; allowed: a whole number"),
+        (["--batch", "0", "x"], "--batch=0 is not allowed; allowed: a whole number from 1 to"),
         (["--seconds", "nan", "x"], "--seconds=nan is not allowed; allowed: a number from 0.1"),
-        (["--workers", "-1", "x"], "--workers=-1 is not allowed; allowed: a number from 0"),
+        (
+            ["--workers", "-1", "x"],
+            "--workers=-1 is not allowed; allowed: a whole number from 0 to",
+        ),
     ],
 )
 def test_mistakes_end_with_one_line(tmp_path, arguments, message):
@@ -462,3 +468,38 @@ def test_a_port_that_is_taken_ends_the_server(original, server):
     ]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0 and "address already in use" in done.stdout
+
+
+def test_each_flag_and_variable_reaches_what_it_sets(original, monkeypatch):
+    reached = {}
+    monkeypatch.setattr("serving.serve.load_for_command", lambda *arguments: None)
+    monkeypatch.setattr("serving.serve.Engine", lambda package, **made: reached.update(made))
+    monkeypatch.setattr(
+        "serving.server.serve", lambda package, engine, settings, *place: reached.update(s=settings)
+    )
+    others = {entry.name: other(getattr(Settings(), entry.name)) for entry in fields(Settings)}
+    texts = {name: written(value) for name, value in others.items()}
+    flags = [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
+    variables = {f"SERVING_{name.upper()}": text for name, text in texts.items()}
+    for words, given in ((flags, {}), ([], variables)):
+        reached.clear()
+        for name, text in given.items():
+            monkeypatch.setenv(name, text)
+        assert serve_main(["serve", "package", *words]) == OK
+        assert reached["s"] == Settings(**others)
+        assert [reached[name] for name in ("max_pixels", "workers", "batch", "delay")] == [
+            others[name] for name in ("max_pixels", "workers", "batch", "batch_delay")
+        ]
+
+
+def other(default: bool | float) -> bool | float:
+    """A value of the same type that is not the default."""
+    if isinstance(default, bool):
+        return not default
+    return default + 1
+
+
+def written(value: bool | float) -> str:
+    if isinstance(value, bool):
+        return {True: "on", False: "off"}[value]
+    return str(value)

@@ -1,4 +1,4 @@
-"""Numbers on a command line, held to their limits before anything is done with them.
+"""Numbers and paths of a command line, held to their limits before anything is done with them.
 
 Each is what argparse calls a type.
 """
@@ -6,24 +6,30 @@ Each is what argparse calls a type.
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
+
+from trainer.common.errors import UserError
+from trainer.common.paths import expanded
+
+LARGEST = 100_000_000  # what is longer than three years in seconds is a slip of the hand
 
 
 def positive(text: str) -> float:
-    """Return a finite number above 0. Raise ArgumentTypeError."""
+    """Return a number above 0, to LARGEST. Raise ArgumentTypeError."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: a number above 0")
+    if not 0 < value <= LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not allowed; allowed: a number above 0 and at most {LARGEST}"
+        )
     return value
 
 
-def whole(at_least: int = 1, at_most: int | None = None) -> Callable[[str], int]:
+def whole(at_least: int = 1, at_most: int = LARGEST) -> Callable[[str], int]:
     """Return the type of a whole number from `at_least` to `at_most`, both allowed."""
-    allowed = f"a whole number, at least {at_least}"
-    if at_most is not None:
-        allowed = f"a whole number, {at_least} to {at_most}"
+    allowed = f"a whole number, {at_least} to {at_most}"
 
     def read(text: str) -> int:
         mistake = argparse.ArgumentTypeError(f"{text} is not allowed; allowed: {allowed}")
@@ -31,8 +37,18 @@ def whole(at_least: int = 1, at_most: int | None = None) -> Callable[[str], int]
             value = int(text)
         except ValueError as error:
             raise mistake from error
-        if value < at_least or (at_most is not None and value > at_most):
+        if not at_least <= value <= at_most:
             raise mistake
         return value
 
     return read
+
+
+def typed_path(text: str) -> Path:
+    """Return a path with `~` and $NAME replaced. Raise ArgumentTypeError."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; allowed: a path")
+    try:
+        return Path(expanded(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -98,8 +99,15 @@ def also_to_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def python() -> str:
-    """Return this Python as a person types it: a shown command must run as it stands."""
+def command(module: str, *words: object) -> str:
+    """Return `python -m MODULE WORDS` as a person types it: a shown command must run as it stands.
+
+    Python is the one that runs this. What is special to a shell is quoted.
+    """
+    return shlex.join([_python(), "-m", module, *map(str, words)])
+
+
+def _python() -> str:
     if shutil.which("python") == sys.executable:
         return "python"
     relative = os.path.relpath(sys.executable)

@@ -93,10 +93,10 @@ def install_command(extra: str) -> str:
     The project is installed from where it lies, since it is published nowhere.
     """
     if Path(sys.prefix).resolve() != (PROJECT / ".venv").resolve():
-        return f"{sys.executable} -m pip install -e {shlex.quote(f'{PROJECT}[{extra}]')}"
+        return shlex.join([sys.executable, "-m", "pip", "install", "-e", f"{PROJECT}[{extra}]"])
     if Path.cwd() == PROJECT:
-        return f"make setup EXTRA={extra}"
-    return f"make -C {shlex.quote(str(PROJECT))} setup EXTRA={extra}"
+        return f"make setup EXTRA={shlex.quote(extra)}"
+    return f"make -C {shlex.quote(str(PROJECT))} setup EXTRA={shlex.quote(extra)}"
 
 
 @contextmanager

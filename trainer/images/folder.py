@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,7 @@ def find_splits(root: str, given: Mapping[str, str | None]) -> tuple[dict[str, s
             if len(named) > 1 and not given[split]:
                 raise UserError(
                     f"{root} has two folders for {split}, {' and '.join(named)}: "
-                    f"remove one, or give data.{split}={root}/{named[0]}"
+                    f"remove one, or give {shlex.quote(f'data.{split}={root}/{named[0]}')}"
                 )
             directories[split] = given[split] or str(Path(root, *(named or [split])))
         used = {os.path.realpath(path) for path in directories.values()}
@@ -268,7 +269,8 @@ def _classes(train: str) -> tuple[str, ...]:
         if beside:
             raise UserError(
                 f"{train}: there is no such folder, but {path.parent} itself has class folders "
-                f"({listed(beside)}): give data.train={path.parent}, or move them into {train}"
+                f"({listed(beside)}): give {shlex.quote(f'data.train={path.parent}')}, "
+                f"or move them into {train}"
             )
         raise UserError(
             f"{train}: there is no such folder; data.root must hold train, valid and test "

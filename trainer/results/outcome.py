@@ -59,7 +59,7 @@ def load_best(run: Training) -> None:
         relative, absolute = SAME_LOSS_HERE if same_place else SAME_LOSS_ELSEWHERE
         if not np.isclose(given, losses[epoch], relative, absolute, equal_nan=True):
             raise UserError(
-                f"{checkpoints.root}: the best weights, of epoch {epoch}, give "
+                f"{checkpoints.root}: the best weights, of epoch {epoch}, have "
                 f"valid_loss={given}, but {losses[epoch]} was noted for them: the pictures, the "
                 "pretrained weights or the files there have changed since; start a new run with "
                 "another name=..."

@@ -3,6 +3,8 @@
 Every command composes here, so the same words mean the same everywhere.
 """
 
+import shlex
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,14 @@ from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings.config import DEMO, TOY, Config
-from trainer.settings.hydra_errors import CONFIG_ERRORS, explain, unknown_key, unknown_option
+from trainer.settings.hydra_errors import (
+    CONFIG_ERRORS,
+    explain,
+    several_values,
+    unknown_key,
+    unknown_option,
+)
+from trainer.settings.words import key_of, override, readable, text
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
@@ -24,8 +33,9 @@ GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
 class Resolved:
     """What a command line means.
 
-    words: the overrides that Hydra gets: those that were typed, after those that they imply. notes:
-    one line for each thing that was not said. composed: what Hydra makes of the words.
+    words: the overrides that Hydra gets: those that were typed, as it can read them, after those
+    that they imply. notes: one line for each thing that was not said. composed: what Hydra makes of
+    the words.
     """
 
     words: list[str]
@@ -48,8 +58,8 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
     errors.
     """
     check(words, settings.keys(), {group: options(conf, group) for group in GROUPS})
-    given = {space.key_of(word) for word in words}
-    words, notes = list(words), []
+    given = {key_of(word) for word in words}
+    words, notes = readable(words), _given_twice(words)
     composed, choices = _compose(words, conf)
     for rule in (_own_pictures, _root_of_train, _model_by_name):
         implied = rule(given, composed, choices)
@@ -64,7 +74,43 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
             "model=mobilenet_v2 is quicker on a CPU, "
             f"model={TOY} is small and learns from nothing"
         )
+    if choices["model"] == TOY and choices["data"] != DEMO and composed.data.size is None:
+        notes.append(
+            f"model={TOY}: it learns from nothing, and from pictures of {settings.PLAIN.size} px; "
+            "data.size=64 is many times as quick"
+        )
     return Resolved(words, notes, composed)
+
+
+def _given_twice(words: Sequence[str]) -> list[str]:
+    """Return a note for each setting that is given more than once."""
+    last = {key_of(word): word for word in words}
+    counts = Counter(map(key_of, words))
+    return [
+        f"{key} is given {count} times: {last[key]} counts"
+        for key, count in counts.items()
+        if count > 1
+    ]
+
+
+def first_trial(fixed: Sequence[str], swept: Mapping[str, str], conf: Path = CONF) -> list[str]:
+    """Return the overrides that a sweep begins with: its lists stand at their first values.
+
+    Of the space in conf/, only a setting that has no other value takes its first one. Raise as
+    `resolve`.
+    """
+    words = [*fixed, *space.firsts(swept)]
+    composed = resolve(words, conf).composed
+    needed = {
+        key: ranges for key, ranges in composed.sweep.space.items() if _is_missing(composed, key)
+    }
+    return [*words, *space.firsts(needed)]
+
+
+def _is_missing(composed: DictConfig, key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    node = OmegaConf.select(composed, section)
+    return node is not None and OmegaConf.is_missing(node, name)
 
 
 def check_options(sweep: space.Sweep, fixed: Sequence[str], swept: Mapping[str, str]) -> None:
@@ -77,7 +123,7 @@ def check_options(sweep: space.Sweep, fixed: Sequence[str], swept: Mapping[str, 
         if parameter.key in space.GROUPS:
             assert isinstance(parameter, space.Categorical)
             for choice in parameter.choices:
-                compose([*fixed, *space.firsts({**swept, parameter.key: space.text(choice)})])
+                compose([*fixed, *space.firsts({**swept, parameter.key: text(choice)})])
 
 
 def options(conf: Path, group: str) -> list[str]:
@@ -122,7 +168,8 @@ def _root_of_train(
     """
     if not OmegaConf.is_missing(composed.data, "root") or composed.data.train is None:
         return None
-    return space.override("data.root", composed.data.train), "only data.train was given"
+    (word,) = readable([override("data.root", composed.data.train)])
+    return word, "only data.train was given"
 
 
 def _model_by_name(
@@ -160,7 +207,7 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
     """
     sections = {key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)}
     for word in words:
-        key, value = space.key_of(word), word.partition("=")[2].strip()
+        key, value = key_of(word), word.partition("=")[2].strip()
         if word.startswith("~"):
             _check_deletion(word, key, keys, {*sections, *groups})
         elif key in groups:
@@ -171,10 +218,28 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
                 f"{word}: {key} is no setting, but holds some; "
                 f"give one of them, such as {inside[0]}=..."
             )
+        elif key.startswith("sweep.space"):
+            raise UserError(
+                f"{word}: ranges are settings with several values, and need -m: "
+                "optim.lr=1e-3,1e-2, or sweep=NAME, a file of conf/sweep"
+            )
+        elif key not in (*keys, *sections) and not _is_hydras(key):
+            raise UserError(unknown_key(key, keys))
+        elif "=" not in word:
+            raise UserError(f"{word} has no value: give {key}=...")
+        elif word.startswith("+") and not word.startswith("++"):
+            raise UserError(
+                f"{word}: a setting is given, and not added; give {shlex.quote(word[1:])}"
+            )
+
+
+def _is_hydras(key: str) -> bool:
+    """Return whether a key is of Hydra's own settings, or says in its way where an option goes."""
+    return key.split(".")[0] == "hydra" or "/" in key or "@" in key
 
 
 def _check_deletion(word: str, key: str, keys: list[str], several: Collection[str]) -> None:
-    if key == "experiment" or key.split(".")[0] == "hydra":
+    if key == "experiment" or _is_hydras(key):
         return
     if key not in keys and key not in several:
         raise UserError(unknown_key(key, keys))
@@ -189,10 +254,16 @@ def _check_deletion(word: str, key: str, keys: list[str], several: Collection[st
 def _check_option(word: str, group: str, value: str, allowed: list[str]) -> None:
     if word.startswith("+"):
         raise UserError(f"{word}: an option is chosen, and not added; give {word.lstrip('+')}")
-    if group == "experiment" and value:
-        return  # none (null) and several ([a,b]) are fine
-    if value in ("", "null") or value.startswith("["):
-        raise UserError(unknown_option(group, value, allowed))
+    names = [value]
+    if group == "experiment" and value == "null":
+        return
+    if group == "experiment" and value.startswith("["):
+        names = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+    elif "," in value:
+        raise UserError(several_values(word))
+    for name in names:
+        if name.strip("'\"") not in allowed and not name.startswith("${"):
+            raise UserError(unknown_option(group, name, allowed))
 
 
 def explain_settings(error: Exception) -> str | None:

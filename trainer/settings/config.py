@@ -14,18 +14,26 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.common.errors import UserError
+from trainer.common.paths import expanded
 from trainer.settings.hydra_errors import explain, unknown_key
 
 DEMO = "fashion_mnist"  # conf/data: the pictures that ship with this
 TOY = "small_cnn"  # conf/model: trained from scratch in seconds
 PRETRAINED = "resnet50"  # conf/model: for pictures of one's own
+
+# Limits beyond which a number is a slip of the hand, and what computes with it overflows.
+SIDE = 16_384  # pixels
+EPOCHS_MOST = 1_000_000
+BATCH_MOST = 1_000_000
+LARGEST = 1e30
 
 
 def setting(
@@ -37,6 +45,7 @@ def setting(
     length: int | None = None,
     identity: bool = True,
     only_if: str | None = None,
+    path: bool = False,
 ) -> Any:
     """Return a dataclass field whose value comes from `conf/`, with what is allowed.
 
@@ -44,6 +53,7 @@ def setting(
     each number of a list. length: how many values a list must hold. identity: False where the
     setting says where, how fast or how safely to run, not what comes out: a run may go on with
     another value. only_if: "key=value[|value]" of the setting without which this one is ignored.
+    path: whether it is one, in which `~` and $NAME stand for something.
     """
     return field(
         default=MISSING,
@@ -56,6 +66,7 @@ def setting(
             "length": length,
             "identity": identity,
             "only_if": only_if,
+            "path": path,
         },
     )
 
@@ -63,83 +74,85 @@ def setting(
 @dataclass
 class AugmentConfig:
     scale: list[float] = setting(above=0, at_most=1, length=2)
-    ratio: list[float] = setting(above=0, length=2)
+    ratio: list[float] = setting(at_least=0.01, at_most=100, length=2)
     flip: bool = setting()
     trivial: bool = setting()
-    mixup: float = setting(at_least=0)
-    cutmix: float = setting(at_least=0)
+    mixup: float = setting(at_least=0, at_most=1000)
+    cutmix: float = setting(at_least=0, at_most=1000)
 
 
 @dataclass
 class DataConfig:
     source: str = setting("fashion_mnist", "folder", "flowers102", "pets")
-    root: str = setting(identity=False)
-    train: str | None = setting(identity=False)
-    valid: str | None = setting(identity=False)
-    test: str | None = setting(identity=False)
+    root: str = setting(identity=False, path=True)
+    train: str | None = setting(identity=False, path=True)
+    valid: str | None = setting(identity=False, path=True)
+    test: str | None = setting(identity=False, path=True)
     valid_fraction: float = setting(above=0, below=1)
     max_broken: float = setting(at_least=0, at_most=1, identity=False)
-    resize: int | None = setting(at_least=1)
-    size: int | None = setting(at_least=1)
+    resize: int | None = setting(at_least=1, at_most=SIDE)
+    size: int | None = setting(at_least=1, at_most=SIDE)
     interpolation: str | None = setting("bilinear", "bicubic", "lanczos", "box")
-    workers: int | None = setting(at_least=0, identity=False)
+    workers: int | None = setting(at_least=0, at_most=1024, identity=False)
     cache: str = setting("auto", "packed", "none", identity=False)
-    cache_gb: float | None = setting(above=0, identity=False, only_if="data.cache=auto|packed")
+    cache_gb: float | None = setting(
+        above=0, at_most=1e6, identity=False, only_if="data.cache=auto|packed"
+    )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass
 class ModelConfig:
     name: str = setting()
-    weights: str | None = setting()
+    weights: str | None = setting(path=True)
     freeze: str = setting("auto", "none", "backbone")
-    head_hidden: int | None = setting(at_least=1)
-    cached_views: int | None = setting(at_least=1, only_if="model.freeze=backbone")
-    mean: list[float] | None = setting(length=3)
-    std: list[float] | None = setting(above=0, length=3)
+    head_hidden: int | None = setting(at_least=1, at_most=65536)
+    cached_views: int | None = setting(at_least=1, at_most=1000, only_if="model.freeze=backbone")
+    mean: list[float] | None = setting(at_least=0, at_most=1, length=3)
+    std: list[float] | None = setting(at_least=0.001, at_most=1, length=3)
 
 
 @dataclass
 class OptimConfig:
     name: str = setting("adamw", "sgd")
-    lr: float | None = setting(above=0)
-    head_lr: float | None = setting(above=0)
-    weight_decay: float = setting(at_least=0)
+    lr: float | None = setting(above=0, at_most=LARGEST)
+    head_lr: float | None = setting(above=0, at_most=LARGEST)
+    weight_decay: float = setting(at_least=0, at_most=LARGEST)
     momentum: float = setting(at_least=0, below=1, only_if="optim.name=sgd")
     schedule: str = setting("cosine", "step", "constant")
-    warmup_epochs: float = setting(at_least=0)
-    step_epochs: float = setting(above=0, only_if="optim.schedule=step")
+    warmup_epochs: float = setting(at_least=0, at_most=EPOCHS_MOST)
+    step_epochs: float = setting(above=0, at_most=EPOCHS_MOST, only_if="optim.schedule=step")
     step_factor: float = setting(above=0, at_most=1, only_if="optim.schedule=step")
 
 
 @dataclass
 class TrainConfig:
-    epochs: int | None = setting(at_least=1)
-    batch_size: int = setting(at_least=1)
-    accumulate: int = setting(at_least=1)
+    epochs: int | None = setting(at_least=1, at_most=EPOCHS_MOST)
+    batch_size: int = setting(at_least=1, at_most=BATCH_MOST)
+    accumulate: int = setting(at_least=1, at_most=BATCH_MOST)
     label_smoothing: float = setting(at_least=0, below=1)
-    clip_norm: float | None = setting(above=0)
+    clip_norm: float | None = setting(above=0, at_most=LARGEST)
     ema_decay: float | None = setting(above=0, below=1)
     monitor: str = setting("valid_top1", "valid_f1", "valid_loss")
-    patience: int | None = setting(at_least=1)
+    patience: int | None = setting(at_least=1, at_most=EPOCHS_MOST)
     device: str = setting("auto", "cpu", "cuda", identity=False)
     precision: str = setting("auto", "fp32", "bf16", "fp16")
     channels_last: bool = setting()
     compile: bool = setting()
     deterministic: bool = setting()
-    threads: int | None = setting(at_least=1, identity=False)
+    threads: int | None = setting(at_least=1, at_most=1024, identity=False)
     tensorboard: bool = setting(identity=False)
-    exact_shards: int | None = setting(at_least=1)
-    processes: int | None = setting(at_least=1, identity=False)
-    hosts: int | None = setting(at_least=1, identity=False)
-    timeout_seconds: float = setting(above=0, identity=False)
+    exact_shards: int | None = setting(at_least=1, at_most=BATCH_MOST)
+    processes: int | None = setting(at_least=1, at_most=100_000, identity=False)
+    hosts: int | None = setting(at_least=1, at_most=100_000, identity=False)
+    timeout_seconds: float = setting(above=0, at_most=604_800, identity=False)
 
 
 @dataclass
 class CheckpointConfig:
-    minutes: float = setting(above=0, identity=False)
+    minutes: float = setting(above=0, at_most=1e6, identity=False)
     max_cost: float = setting(above=0, at_most=1, identity=False)
-    keep: int = setting(at_least=2, identity=False)
+    keep: int = setting(at_least=2, at_most=10_000, identity=False)
 
 
 @dataclass
@@ -151,25 +164,31 @@ class PackageConfig:
 @dataclass
 class PlatformConfig:
     name: str = setting("local", "ec2", "sagemaker", identity=False)
-    runs: str = setting(identity=False)
-    run_dir: str | None = setting(identity=False)
-    checkpoints: str | None = setting(identity=False)
-    package: str | None = setting(identity=False)
-    cache: str = setting(identity=False)
+    runs: str = setting(identity=False, path=True, only_if="platform.run_dir=null")
+    run_dir: str | None = setting(identity=False, path=True)
+    checkpoints: str | None = setting(identity=False, path=True)
+    package: str | None = setting(identity=False, path=True)
+    cache: str = setting(identity=False, path=True)
 
 
 @dataclass
 class SweepConfig:
     engine: str = setting("grid", "optuna", identity=False)
     objective: str = setting("valid_top1", "valid_f1", "valid_loss", identity=False)
-    trials: int = setting(at_least=1, identity=False)
-    parallel: int = setting(at_least=1, identity=False)
-    together: int = setting(at_least=1, identity=False)
-    sampler: str = setting("tpe", "random", identity=False)
-    pruner: str = setting("none", "median", "halving", identity=False)
-    points: int = setting(at_least=1, identity=False)
+    trials: int = setting(
+        at_least=1, at_most=100_000, identity=False, only_if="sweep.engine=optuna"
+    )
+    parallel: int = setting(at_least=1, at_most=1000, identity=False)
+    together: int = setting(at_least=1, at_most=1000, identity=False)
+    sampler: str = setting("tpe", "random", identity=False, only_if="sweep.engine=optuna")
+    pruner: str = setting(
+        "none", "median", "halving", identity=False, only_if="sweep.engine=optuna"
+    )
+    points: int = setting(at_least=1, at_most=1000, identity=False, only_if="sweep.engine=grid")
     # NumPy's RandomState, which Optuna's samplers use, takes no more.
-    seed: int = setting(at_least=0, at_most=2**32 - 1, identity=False)
+    seed: int = setting(
+        at_least=0, at_most=2**32 - 1, identity=False, only_if="sweep.engine=optuna"
+    )
     space: dict[str, str] = setting(identity=False)
 
 
@@ -237,6 +256,7 @@ def load(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     for key, value, limits in walk(config):
         check(key, value, limits)
+    expand_paths(config)
     if config.name in ("", "..") or Path(config.name or "").name != (config.name or ""):
         raise UserError(
             f"name={config.name} is not allowed; "
@@ -265,6 +285,19 @@ def load(composed: DictConfig) -> Config:
     return config
 
 
+def expand_paths(node: Any, prefix: str = "") -> None:
+    """Replace `~` and $NAME in every path below a dataclass instance. Raise UserError."""
+    for entry in dataclasses.fields(node):
+        key, value = f"{prefix}{entry.name}", getattr(node, entry.name)
+        if dataclasses.is_dataclass(value):
+            expand_paths(value, f"{key}.")
+        elif entry.metadata["path"] and value is not None:
+            try:
+                setattr(node, entry.name, expanded(value))
+            except UserError as error:
+                raise UserError(f"{key}={error}") from error
+
+
 def check_batch(train: TrainConfig) -> None:
     """Raise UserError where a batch can't be split as `accumulate` and `exact_shards` say."""
     size, parts, shards = train.batch_size, train.accumulate, train.exact_shards
@@ -285,20 +318,26 @@ def check_batch(train: TrainConfig) -> None:
         )
 
 
-def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
+def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> list[str]:
     """Return one line for each setting that the user gave although another one undoes it.
 
-    overrides: what was given, as "key=value".
+    overrides: what was given, as "key=value". sweep: whether it is for a sweep.
     """
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
-    values = {key: value for key, value, _ in walk(config)}
     lines = []
+    searching = {key for key in given if key.split(".")[0] == "sweep"}
+    if searching and not sweep:
+        given -= searching
+        keys = ", ".join(sorted(searching))
+        lines.append(f"{keys}: no effect in one run; a sweep is started with -m")
+    values = {key: value for key, value, _ in walk(config)}
     for key, value, limits in walk(config):
         if key in given and limits["only_if"]:
             other, allowed = limits["only_if"].split("=")
-            if str(values[other]) not in allowed.split("|"):
+            now = str(values[other]).replace("None", "null")
+            if now not in allowed.split("|"):
                 lines.append(
-                    f"{key}={value} has no effect with {other}={values[other]}: "
+                    f"{key}={value} has no effect with {other}={now}: "
                     f"it is used with {limits['only_if']}"
                 )
     views = next((word for word in overrides if word.startswith("model.cached_views=")), "")
@@ -306,6 +345,11 @@ def ignored(config: Config, overrides: Iterable[str]) -> list[str]:
         lines.append(
             f"{views} has no effect with mixed pictures "
             "(data.augment.mixup, data.augment.cutmix): they have no cached features"
+        )
+    if {"optim.lr", "optim.head_lr"} <= given and config.model.freeze == "backbone":
+        lines.append(
+            f"optim.lr={config.optim.lr} has no effect with model.freeze=backbone: "
+            "the head alone is trained, at optim.head_lr"
         )
     if (
         "model.weights" not in given
@@ -495,15 +539,30 @@ def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, A
             yield prefix + entry.name, value, entry.metadata
 
 
-def keys(node: type = Config, prefix: str = "") -> list[str]:
-    """Return every dotted key of the schema."""
-    names = []
+def schema(node: type = Config, prefix: str = "") -> dict[str, "dataclasses.Field[Any]"]:
+    """Return the field of every setting of a dataclass, by its dotted key."""
+    entries: dict[str, dataclasses.Field[Any]] = {}
     for entry in dataclasses.fields(node):
         if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
-            names += keys(entry.type, f"{prefix}{entry.name}.")
+            entries |= schema(entry.type, f"{prefix}{entry.name}.")
         else:
-            names.append(prefix + entry.name)
-    return names
+            entries[prefix + entry.name] = entry
+    return entries
+
+
+def keys(node: type = Config, prefix: str = "") -> list[str]:
+    """Return every dotted key of the schema."""
+    return list(schema(node, prefix))
+
+
+def kinds(entry: "dataclasses.Field[Any]") -> set[Any]:
+    """Return the types that a setting may have.
+
+    {float} for `float`, {int, NoneType} for `int | None`.
+    """
+    if isinstance(entry.type, UnionType):
+        return set(get_args(entry.type))
+    return {entry.type}
 
 
 def _unknown(node: DictConfig, schema: type, prefix: str = "") -> Iterator[str]:
@@ -524,6 +583,8 @@ def check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     """Raise UserError where a setting's value is outside its limits (`setting`)."""
     if value is None:
         return
+    if value == "":
+        raise UserError(f"{key}= is empty; allowed: a value")
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{key}={value} is not allowed; allowed: {', '.join(limits['choices'])}")
     values = value
@@ -533,6 +594,8 @@ def check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise UserError(
             f"{key}={value} holds {len(values)} values; allowed: exactly {limits['length']}"
         )
+    if any(isinstance(each, list) for each in values):
+        raise UserError(f"{key}={value} is of the wrong type; allowed: one list of numbers")
     tests: dict[str, tuple[str, Callable[[float, float], bool]]] = {
         "above": ("above", lambda number, limit: number > limit),
         "at_least": ("at least", lambda number, limit: number >= limit),

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -16,11 +17,11 @@ def explain(error: Exception, keys: list[str]) -> str:
     keys: every dotted key of the schema, for what a misspelt one may have meant.
     """
     if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override}: can't be read as key=value ({str(error).splitlines()[-2]}); "
-            "quote what is special to Hydra: 'key=\"a, b\"'"
-        )
+        return _unreadable(error)
     text = f"{error}\n{error.__cause__ or ''}"
+    several = re.search(r"(?:argument|parameters) '([^'=]+)=(.*)'", text)
+    if several:
+        return several_values("=".join(several.groups()))
     option = re.search(r"Could not find '(\w+)/([^']*)'", text)
     if option:
         options = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
@@ -32,12 +33,39 @@ def explain(error: Exception, keys: list[str]) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text)
     if not unknown and re.search(r"Key '.*' (is )?not in", text):
         unknown = full_key
+    if unknown and full_key and full_key[1].startswith(f"{unknown[1]}."):
+        unknown = full_key  # in a dict that was given for a section
     if unknown:
         return unknown_key(unknown[1], keys)
     if not full_key:
         return " ".join(str(error).split())
     typed = re.search(r"^Error merging override \+*(.*)$", text, re.MULTILINE) or full_key
-    return _wrong_value(full_key[1], typed[1], text)
+    # What can't be read otherwise was quoted for it (trainer/settings/words.py).
+    return _wrong_value(full_key[1], re.sub(r'="(.*)"$', r"=\1", typed[1]), text)
+
+
+def several_values(word: str) -> str:
+    """Return the line for a list of values where one is wanted."""
+    return f"{word} are several values: to try one after the other, add -m (at AWS: target=tuner)"
+
+
+def character_of(error: Exception) -> str:
+    """Return what Hydra's grammar stumbled over, to begin a clause; "this" where it doesn't say."""
+    said = str(error).splitlines()
+    if said[0].startswith("LexerNoViableAlt") and len(said) > 1:
+        return said[0][said[1].find("^")]
+    where = re.search(r"(?:input|token) '(.+?)'", said[0])
+    if where:
+        return where[1]
+    return "this"
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    key, equals, value = error.override.partition("=")
+    if not equals:
+        return f"{error.override}: a setting is given as key=value"
+    typed = shlex.quote(f'{key}="{value}"')
+    return f"{error.override}: {character_of(error)} can't be read unquoted; give {typed}"
 
 
 def unknown_option(group: str, name: str, options: list[str]) -> str:
@@ -48,6 +76,8 @@ def unknown_option(group: str, name: str, options: list[str]) -> str:
         meant = f"did you mean {' or '.join(near)}? "
     if group == "model" and name.isidentifier():
         hint = f"; for another torchvision model: model=torchvision model.name={name}"
+    if group == "data" and re.search(r"[/~$]", name):
+        hint = f"; for pictures of your own: {shlex.quote(f'data.root={name}')}"
     return f"{group}={name}: there is no such option; {meant}allowed: {', '.join(options)}{hint}"
 
 
@@ -64,8 +94,11 @@ def unknown_key(key: str, keys: list[str]) -> str:
 
 def _wrong_value(key: str, typed: str, text: str) -> str:
     """typed: the override as it was given, where that is known, else the key."""
-    if "missing mandatory value" in text:
+    if "missing mandatory value" in text.lower():
         return f"{key} has no value: give {key}=..."
+    element = re.fullmatch(r"(.*)\[\d+\]", key)
+    if element:
+        return f"{typed} is of the wrong type; allowed: numbers, such as {element[1]}=[1,2]"
     value = re.search(r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", text)
     if value:
         return f"{key}={value[1]} is of the wrong type; allowed: {value[2].lower()}"

@@ -12,15 +12,11 @@ A range is written as Hydra writes it, in `conf/sweep/*.yaml` and on the command
     model: resnet50,mobilenet_v2                options of a config group
 """
 
-import dataclasses
-import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
     ChoiceSweep,
     IntervalSweep,
@@ -36,11 +32,9 @@ from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings.config import Config
 from trainer.settings.hydra_errors import explain
+from trainer.settings.words import FIXED, RANGES, Value, key_of, override, parse, readable
 
-Value = bool | int | float | str | list[Any] | None
 GROUPS = ("data", "model", "optim", "experiment")  # whose options a sweep may try
-# These say where and how safely a trial runs, not what it is.
-FIXED = ("name", "platform", "checkpoint", "sweep")
 
 
 @dataclass(frozen=True)
@@ -126,12 +120,12 @@ def split(overrides: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     Raise OverrideParseException.
     """
     fixed, swept = [], {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        assert override.input_line is not None
-        if override.is_sweep_override():
-            swept[override.get_key_element().lstrip("+")] = override.get_value_string()
+    for parsed in parse(readable(overrides, sweeps=True)):
+        assert parsed.input_line is not None
+        if parsed.is_sweep_override():
+            swept[parsed.get_key_element().lstrip("+")] = parsed.get_value_string()
         else:
-            fixed.append(override.input_line)
+            fixed.append(parsed.input_line)
     return fixed, swept
 
 
@@ -142,17 +136,12 @@ def firsts(swept: Mapping[str, str]) -> list[str]:
     """
     overrides = []
     for key, text in swept.items():
-        (parsed,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
+        (parsed,) = parse([f"{key}={text}"])
         if not parsed.is_sweep_override():
             overrides.append(f"{key}={text}")
         elif not isinstance(parsed.value(), IntervalSweep):
             overrides.append(override(key, _listed(parsed, key, text)[0]))
     return overrides
-
-
-def key_of(override: str) -> str:
-    """Return the key of an override: `optim.lr` of `optim.lr=1e-3`."""
-    return override.split("=", 1)[0].lstrip("+~")
 
 
 def parameter(key: str, text: str, config: Config) -> Parameter:
@@ -163,21 +152,21 @@ def parameter(key: str, text: str, config: Config) -> Parameter:
             "it says where or how a trial runs, not what it is"
         )
     try:
-        (override,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
+        (parsed,) = parse([f"{key}={text}"])
     except HydraException as error:
         raise UserError(explain(error, settings.keys())) from error
     if key in GROUPS:
-        return Categorical(key, tuple(str(value) for value in _listed(override, key, text)))
+        return Categorical(key, tuple(str(value) for value in _listed(parsed, key, text)))
     known = settings.keys()
     if key not in known:
         raise UserError(explain(HydraException(f"Could not override '{key}'"), known))
-    value = override.value()
+    value = parsed.value()
     if not isinstance(value, IntervalSweep):
-        values = tuple(_typed(key, choice, config) for choice in _listed(override, key, text))
+        values = tuple(_typed(key, choice, config) for choice in _listed(parsed, key, text))
         if any(values.count(one) > 1 for one in values):
             raise UserError(f"{key}={text} names a value twice")
         return Categorical(key, values)
-    kinds = _kinds(key)
+    kinds = settings.kinds(settings.schema()[key])
     if not kinds & {int, float}:
         raise UserError(
             f"{key}={text}: this setting is no number; allowed: a list of values, such as {key}=a,b"
@@ -226,34 +215,11 @@ def grid(parameter: Parameter, points: int) -> tuple[Value, ...]:
     return tuple(min(max(float(f"{value:.6g}"), parameter.low), parameter.high) for value in values)
 
 
-def override(key: str, value: Value) -> str:
-    """Return `key=value` as Hydra takes it, so that it gives back the same value and type."""
-    return f"{key}={text(value)}"
-
-
-def text(value: Value) -> str:
-    """Return a value as Hydra's command line takes it."""
-    if isinstance(value, list):
-        return f"[{','.join(text(element) for element in value)}]"
-    if isinstance(value, str):
-        # What could be read as something else, or holds what is special to Hydra, is quoted.
-        reserved = value.lower() in ("null", "true", "false", "nan", "inf")
-        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) and not reserved:
-            return value
-        # Backslashes are doubled before a quote, which gets one more, and at the end.
-        quoted = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + end[2].replace("'", "\\'"), value)
-        return f"'{quoted}'"
-    return json.dumps(value)
-
-
 def _listed(override: Override, key: str, text: str) -> list[Any]:
     """Return the values of a list or range, in the order given."""
     value = override.value()
     if not isinstance(value, ChoiceSweep | RangeSweep):
-        raise UserError(
-            f"{key}={text} is no range; allowed: a,b,c, range(start,stop,step), "
-            "interval(low,high) or tag(log,interval(low,high))"
-        )
+        raise UserError(f"{key}={text} is no range; allowed: {RANGES}")
     return [
         getattr(element, "text", element)  # of a quoted string
         for element in override.sweep_iterator(Transformer.identity)
@@ -272,14 +238,3 @@ def _typed(key: str, value: Any, config: Config) -> Value:
     settings.check(*match)
     checked: Value = match[1]
     return checked
-
-
-def _kinds(key: str) -> set[Any]:
-    """Return the types that a setting may have.
-
-    {float} for `float`, {int, NoneType} for `int | None`.
-    """
-    node: Any = Config
-    for part in key.split("."):
-        node = next(entry.type for entry in dataclasses.fields(node) if entry.name == part)
-    return set(get_args(node)) or {node}

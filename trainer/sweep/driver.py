@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from trainer.common import files
-from trainer.common.console import ProgressBar, also_to_file, log, python
+from trainer.common.console import ProgressBar, also_to_file, command, log
 from trainer.common.cpu import cores
 from trainer.common.errors import OK, RESUME, UserError, needed_by
 from trainer.common.git import revision
@@ -36,7 +35,8 @@ from trainer.common.interrupt import Stop, on_signals, on_spot_notice
 from trainer.images.datasets import find_images
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
-from trainer.settings.compose import CONF, check_options, compose, resolve
+from trainer.settings import words
+from trainer.settings.compose import CONF, check_options, compose, first_trial, resolve
 from trainer.settings.config import Config
 from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
 from trainer.settings.search_space import Sweep
@@ -60,6 +60,8 @@ def run(arguments: list[str]) -> None:
     config, notes = base(CONF, fixed, swept)
     for line in notes:
         log.info(line)
+    for line in settings.ignored(config, arguments, sweep=True):
+        log.warning(line)
     notice = on_spot_notice if config.platform.name == "ec2" else lambda stop: nullcontext()
     with on_signals() as stop, opened(config, fixed, swept) as (directory, frozen), notice(stop):
         Driver(directory, fixed, frozen, stop).run()
@@ -70,7 +72,7 @@ def base(conf: Path, fixed: list[str], swept: dict[str, str]) -> tuple[Config, l
 
     Its lists stand at their first values.
     """
-    resolved = resolve([*fixed, *space.firsts(swept)], conf)
+    resolved = resolve(first_trial(fixed, swept, conf), conf)
     return settings.load(resolved.composed), resolved.notes
 
 
@@ -87,7 +89,7 @@ def opened(
     runs it, or where it began with other settings.
     """
     asked: dict[str, Any] = {
-        "settings": sorted(word for word in fixed if space.key_of(word) not in (*FREE, "name")),
+        "settings": sorted(word for word in fixed if words.key_of(word) not in (*FREE, "name")),
         "ranges": swept,
     }
     directory = Path(config.platform.runs) / (config.name or sweep_name(config, asked))
@@ -182,7 +184,7 @@ class Driver:
         # Neither the sweep's own settings nor the places that its trials would share are for the
         # trials.
         self.fixed = [
-            word for word in fixed if space.key_of(word).split(".")[0] not in ("sweep", "name")
+            word for word in fixed if words.key_of(word).split(".")[0] not in ("sweep", "name")
         ]
         self.config = base(directory / "source" / "conf", fixed, frozen["ranges"])[0]
         self.sweep = space.load(self.config, frozen["ranges"], fixed)
@@ -358,16 +360,18 @@ class Driver:
             share = [f"train.threads={max(cores() // self.sweep.parallel, 1)}"]
         places = [
             f"name='{trial.number:04d}'",
-            space.override("platform.runs", str(self.directory.absolute())),
+            words.override("platform.runs", str(self.directory.absolute())),
             "platform.run_dir=null",
             "platform.checkpoints=null",
             "platform.package=null",
         ]
-        return [*self.fixed, *share, *self.chosen(trial), *places]
+        replaced = {words.key_of(word) for word in places}
+        fixed = [word for word in self.fixed if words.key_of(word) not in replaced]
+        return [*fixed, *share, *self.chosen(trial), *places]
 
     def chosen(self, trial: Trial) -> list[str]:
         """Return the overrides of the trial's own values."""
-        return [space.override(key, value) for key, value in trial.params.items()]
+        return [words.override(key, value) for key, value in trial.params.items()]
 
     def place(self, trial: Trial) -> Path:
         """Return the directory of the trial's run."""
@@ -483,11 +487,11 @@ class Driver:
     def words(self) -> Iterator[tuple[str, str]]:
         """Yield the settings that all trials have, as (key, value)."""
         for word in self.fixed:
-            yield space.key_of(word), word.split("=", 1)[-1]
+            yield words.key_of(word), word.split("=", 1)[-1]
 
     def again(self, trial: Trial) -> str:
         """Return the command that trains this trial once more, as a run of its own."""
-        return f"{python()} -m trainer {shlex.join([*self.fixed, *self.chosen(trial)])}"
+        return command("trainer", *self.fixed, *self.chosen(trial))
 
     def summarize(self, ranked: list[Trial]) -> None:
         """Show all trials, the best first; where the best lies; and what to do next."""
@@ -498,7 +502,7 @@ class Driver:
             note = ""
             if trial.state != COMPLETE:
                 note = f"{trial.state}{': ' if trial.reason else ''}{trial.reason}"
-            texts = {key: space.text(value) for key, value in trial.params.items()}
+            texts = {key: words.text(value) for key, value in trial.params.items()}
             params = [texts.get(key, "") for key in keys]
             table.append([str(trial.number), objective, *params, note])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.settings import search_space as space
-from trainer.settings.search_space import Sweep, Value
+from trainer.settings.search_space import Sweep
+from trainer.settings.words import Value
 
 RUNNING, COMPLETE, PRUNED, FAILED = "running", "complete", "pruned", "failed"
 

@@ -13,7 +13,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
-from trainer.settings.search_space import Continuous, Integer, Parameter, Sweep, Value
+from trainer.settings.search_space import Continuous, Integer, Parameter, Sweep
+from trainer.settings.words import Value
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Trial, mend
 
 STATES = {

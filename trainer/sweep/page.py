@@ -14,8 +14,9 @@ from trainer.common import files
 from trainer.common.templates import render
 from trainer.results.charts import Axis, choice_axis, measured_axis, scale
 from trainer.results.text import share, shortened
-from trainer.settings import search_space as space
-from trainer.settings.search_space import Categorical, Parameter, Sweep, Value
+from trainer.settings import words
+from trainer.settings.search_space import Categorical, Parameter, Sweep
+from trainer.settings.words import Value
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Trial
 
 LABEL_LENGTH = 16  # characters of a choice along an axis
@@ -72,7 +73,7 @@ def write(page: Page, path: Path) -> None:
         if known
         else None
     )
-    filters = {"share": share, "value": space.text, "number": "{:.6g}".format}
+    filters = {"share": share, "value": words.text, "number": "{:.6g}".format}
     html = render(
         Path(__file__).with_name("page.html.j2"),
         filters,
@@ -178,7 +179,7 @@ def _best_epoch(page: Page, trial: Trial) -> int | None:
 
 def _axis(parameter: Parameter) -> Axis:
     if isinstance(parameter, Categorical):
-        labels = [shortened(space.text(choice), LABEL_LENGTH) for choice in parameter.choices]
+        labels = [shortened(words.text(choice), LABEL_LENGTH) for choice in parameter.choices]
         return choice_axis(parameter.key, parameter.choices, labels)
     return scale(parameter.key, parameter.low, parameter.high, parameter.log)
 

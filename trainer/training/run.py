@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from trainer.common import files
-from trainer.common.console import also_to_file, log, python
+from trainer.common.console import also_to_file, command, log
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
@@ -73,13 +73,13 @@ class Run:
         if not self.package.name.endswith(".tar.gz"):
             return []
         task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-        settings = " ".join(
-            shlex.quote(override) for override in task if not override.startswith("platform")
-        )
-        rehearse = f"{python()} -m launch rehearse {settings}".rstrip()
-        if python().startswith(".venv"):  # in a clone, where make installs what a rehearsal needs
-            rehearse = f"make rehearse{f' ARGS={shlex.quote(settings)}' if settings else ''}"
-        return [f"{python()} -m serving serve {self.package}", rehearse]
+        settings = [override for override in task if not override.startswith("platform")]
+        rehearse = command("launch", "rehearse", *settings)
+        if rehearse.startswith(".venv"):  # in a clone, where make installs what a rehearsal needs
+            rehearse = "make rehearse"
+            if settings:  # of which make itself reads the $ first
+                rehearse += f" ARGS={shlex.quote(shlex.join(settings).replace('$', '$$'))}"
+        return [command("serving", "serve", self.package), rehearse]
 
     def summarize(self, result: dict[str, Any]) -> None:
         """Show how good it is, where it lies, what to do next: the last thing on the terminal."""

@@ -275,9 +275,9 @@ FAULTS = {
         "hyperparameters: model=resnet51: there is no such option",
     ),
     "not Hydra's": (
-        "HyperParameters/name",
-        '"a: [b"',
-        "hyperparameters: name=a: .b: can't be read as key=value",
+        "HyperParameters/train.epochs",
+        '"[b"',
+        "hyperparameters: train.epochs=.b is of the wrong type; allowed: integer",
     ),
     "wrong checkpoints": (
         "CheckpointConfig/LocalPath",

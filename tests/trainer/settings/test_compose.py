@@ -59,6 +59,11 @@ def test_an_experiment_that_chooses_is_not_overruled(configure):
     assert resolved.words == ["experiment=dog_breeds", OWN] and resolved.notes == []
 
 
+def test_a_setting_that_is_given_twice_says_which_counts():
+    (note,) = resolve(["optim.lr=1", "seed=1", "optim.lr=2"]).notes
+    assert note == "optim.lr is given 2 times: optim.lr=2 counts"
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tests.conftest import PROJECT
 from trainer.common.errors import UserError
 from trainer.settings import search_space as space
+from trainer.settings import words
 from trainer.settings.config import Config
 from trainer.settings.search_space import Categorical, Continuous, Integer
 
@@ -113,7 +114,7 @@ SCALARS = (
 
 @settings(max_examples=500, deadline=None)
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=5))
-def test_what_hydra_reads_is_the_value_of_the_same_type(value: space.Value) -> None:
+def test_what_hydra_reads_is_the_value_of_the_same_type(value: words.Value) -> None:
     def plain(read):
         return (
             [plain(each) for each in read]
@@ -121,5 +122,5 @@ def test_what_hydra_reads_is_the_value_of_the_same_type(value: space.Value) -> N
             else getattr(read, "text", read)
         )
 
-    (read,) = OverridesParser.create().parse_overrides([space.override("key", value)])
+    (read,) = OverridesParser.create().parse_overrides([words.override("key", value)])
     assert repr(plain(read.value())) == repr(value)

@@ -1,12 +1,23 @@
-"""Every setting of a run is turned on in a real run: here, or in the test that is named."""
+"""Every setting is turned on in a real run or request: here, or in the test that is named."""
 
+import ast
+import dataclasses
 import json
+import shlex
 
 import pytest
+import torch
 
-from tests.conftest import run_trainer
+from launch.planning import prepare
+from launch.targets.base import targets
+from launch.targets.spec import load_target
+from serving.handler import Settings
+from tests.conftest import PROJECT, run_trainer
 from trainer.common.errors import OK
+from trainer.network.build import build
 from trainer.settings import config as settings
+from trainer.settings import search_space as space
+from trainer.settings.words import readable
 
 # Each run has all of these at values that are not the defaults.
 RUNS = {
@@ -26,6 +37,7 @@ RUNS = {
         "data.augment.mixup=0.2",
         "data.augment.cutmix=1",
         "model.head_hidden=8",
+        "data.valid=pictures/valid",
         "model.mean=[0.4,0.5,0.6]",
         "model.std=[0.2,0.3,0.4]",
         "optim=sgd",
@@ -59,10 +71,9 @@ RUNS = {
         "checkpoint.keep=3",
         "package.int8=true",
         "package.max_drop=1",
-        "platform.runs=elsewhere",
-        "platform.run_dir=elsewhere/this",
-        "platform.checkpoints=saved",
-        "platform.package=made/model.tar.gz",
+        "platform.run_dir=it's/my run",  # a folder's name may hold anything
+        "platform.checkpoints=$HOME/saved",
+        "platform.package=~/made here/model.tar.gz",
     ),
     "frozen backbone": (
         "model.freeze=backbone",
@@ -76,70 +87,197 @@ RUNS = {
         "train.batch_size=8",
         "train.monitor=valid_f1",
         "train.exact_shards=2",
-        "platform.run_dir=frozen",
-        "platform.package=frozen/model.tar.gz",
+        "model.weights=start.pth",
+        "data.root=.",
+        "data.train=pictures/train",
+        "data.test=pictures/valid",
+        "data.valid_fraction=0.5",
+        "platform.runs=#1, ä",
+        "platform.cache=c=c",
+        "name=007",
     ),
 }
-ELSEWHERE = {
-    "name": "test_kills.py",
-    "data.source": "every run",
-    "data.root": "every run",
-    "data.train": "test_kills.py",
-    "data.valid": "test_kills.py",
-    "data.test": "test_splits_may_lie_anywhere, below",
-    "data.valid_fraction": "test_splits_may_lie_anywhere, below",
-    "model.name": "test_model.py",
-    "model.weights": "test_model.py",
-    "train.compile": "test_compile.py",
-    "train.tensorboard": "test_main.py",
-    "platform.name": "every run",
-    "platform.cache": "every run",
+# Two sweeps of two trials.
+SWEEPS = {
+    "grid": (
+        "sweep=head",
+        "sweep.objective=valid_f1",
+        "sweep.points=2",
+        "sweep.together=2",
+        "train.label_smoothing=0",
+        "model.head_hidden=null",
+        "optim.weight_decay=0",
+    ),
+    "optuna": (
+        "sweep.engine=optuna",
+        "sweep.trials=2",
+        "sweep.parallel=2",
+        "sweep.together=1",
+        "sweep.sampler=random",
+        "sweep.pruner=median",
+        "sweep.seed=3",
+        "optim.lr=interval(0.01,0.02)",
+    ),
 }
+# Where a run that ends well has one at another value: a file, and the word that must stand in it.
+ELSEWHERE = {
+    "model.name": ("settings/test_compose.py", "model.name=small_cnn"),
+    "train.compile": ("training/test_compile.py", "train.compile=true"),
+    "train.tensorboard": ("test_main.py", "train.tensorboard=true"),
+    "platform.name": ("training/test_kills.py", "platform=ec2"),
+}
+# data.source and data.root are in each run; a space comes with sweep=NAME.
+ALWAYS = {"data.source", "data.root", "sweep.space"}
 
 
-def test_each_setting_of_a_run_is_turned_on_somewhere():
-    here = {setting.split("=")[0] for run in RUNS.values() for setting in run}
-    known = settings.keys()
-    of_a_run = {key for key in known if not key.startswith("sweep.")}  # these: test_sweep.py
-    untried = of_a_run - here - ELSEWHERE.keys()
-    remedy = "give each a value in RUNS, or name the test that does in ELSEWHERE"
+def test_each_setting_is_turned_on_somewhere():
+    here = {word.split("=")[0] for run in (*RUNS.values(), *SWEEPS.values()) for word in run}
+    untried = set(settings.keys()) - here - ELSEWHERE.keys() - ALWAYS
+    remedy = "give each a value in RUNS or SWEEPS, or name the test that does in ELSEWHERE"
     assert not untried, f"{remedy}: {sorted(untried)}"
-    assert not ELSEWHERE.keys() - of_a_run, "no such settings"
+    assert not ELSEWHERE.keys() & here, "these are turned on here"
+    assert ELSEWHERE.keys() | ALWAYS <= set(settings.keys()), "no such settings"
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_the_test_that_is_named_runs_the_trainer_with_it(key):
+    path, word = ELSEWHERE[key]
+    tree = ast.parse((PROJECT / "tests/trainer" / path).read_text())
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert word in texts and "run_trainer" in {
+        node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
 
 
 def flat(config: settings.Config) -> dict[str, object]:
     return {key: value for key, value, _ in settings.walk(config)}
 
 
-@pytest.mark.parametrize("values", RUNS.values(), ids=RUNS)
-def test_a_run_with_every_setting_at_another_value(tmp_path, pictures, configure, values):
-    base = (
-        "data=folder", f"data.root={pictures}", "model=small_cnn",
-        "platform=local", "platform.cache=cache",
+def base(root: str) -> tuple[str, ...]:
+    return (
+        "data=folder", f"data.root={root}", "model=small_cnn", "platform=local",
+        "platform.cache=cache",
     )  # fmt: skip
-    chosen, default = (flat(configure(*base, *more)) for more in (values, ()))
-    for setting in values:
-        key = setting.split("=")[0]
-        assert key == "optim" or chosen[key] != default[key], f"{setting} is the default"
-    code, said = run_trainer(tmp_path, *base, *values)
+
+
+@pytest.fixture
+def cwd(tmp_path, pictures, monkeypatch):
+    """A working directory, and home, with the pictures and a file of weights."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").symlink_to(pictures)
+    network = build("small_cnn", 3)
+    torch.save(network.backbone.state_dict(), tmp_path / "start.pth")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_with_every_setting_at_another_value(cwd, configure, kind):
+    words = RUNS[kind]
+    chosen, default = flat(configure(*base("pictures"), *words)), flat(configure(*base("x")))
+    for word in words:
+        key = word.split("=")[0]
+        assert key == "optim" or chosen[key] != default[key], f"{word} is the default"
+    code, said = run_trainer(cwd, *base("pictures"), *words)
     assert code == OK, said
     assert "has no effect" not in said
-    run = tmp_path / chosen["platform.run_dir"]
+    run = cwd / str(chosen["platform.run_dir"] or f"{chosen['platform.runs']}/{chosen['name']}")
+    package = cwd / str(chosen["platform.package"] or run / "model.tar.gz")
     assert json.loads((run / "result.json").read_text())["pictures"] == 9
-    assert (tmp_path / chosen["platform.package"]).is_file()
+    assert package.is_file()
+    serve, rehearse = (shlex.split(line) for line in said.split("next:\n")[1].splitlines()[:2])
+    assert serve[1:4] == ["-m", "serving", "serve"] and (cwd / serve[4]).samefile(package)
+    if rehearse[0] == "make":
+        rehearse = shlex.split(rehearse[2].removeprefix("ARGS=").replace("$$", "$"))
+    theirs = [word for word in rehearse if "=" in word]
+    typed = [word for word in (*base("pictures"), *words) if not word.startswith("platform")]
+    assert theirs == readable(typed)
+    if kind == "frozen backbone":
+        assert "pictures: 12 train, 12 valid, 9 test" in said
 
 
-def test_splits_may_lie_anywhere(tmp_path, pictures):
-    roots = (
-        "data=folder",
-        "data.root=.",
-        f"data.train={pictures}/train",
-        f"data.test={pictures}/valid",
-        "model=small_cnn",
-    )
-    code, said = run_trainer(
-        tmp_path, *roots, "data.valid_fraction=0.5", "data.size=16", "data.resize=16",
-        "train.epochs=1", "train.batch_size=4", "platform=local", "platform.cache=cache",
+@pytest.mark.long
+@pytest.mark.parametrize("kind", SWEEPS)
+def test_a_sweep_with_every_setting_at_another_value(cwd, configure, kind):
+    words = (
+        *base("pictures"), "model.weights=start.pth", "data.size=16", "data.resize=16",
+        "train.epochs=1", "train.batch_size=8", "name=it's a sweep", *SWEEPS[kind],
     )  # fmt: skip
+    fixed, swept = space.split(words)
+    sweep = space.load(configure(*fixed), swept, fixed)
+    default = space.load(configure(*base("x")), {"seed": "1,2"})
+    for word in fixed:
+        if word.startswith("sweep."):
+            key = word.split("=")[0].split(".")[1]
+            assert getattr(sweep, key) != getattr(default, key), f"{word} is the default"
+    code, said = run_trainer(cwd, "-m", *words)
     assert code == OK, said
-    assert "pictures: 12 train, 12 valid, 9 test" in said
+    assert "has no effect" not in said
+    assert {path.name for path in (cwd / "runs/it's a sweep").glob("0*")} == {"0000", "0001"}
+    again = shlex.split(said.split("next:\n")[1].splitlines()[0])
+    assert again[1:3] == ["-m", "trainer"] and set(base("pictures")) < set(again)
+
+
+# --- the targets' ---
+
+IMAGE = {"ec2": "ami-0123456789abcdef0", "sagemaker": "763104351884.dkr.ecr.eu-west-1.x/y:1"}
+OTHERS = {
+    "project": "dogs",
+    "region": "us-west-2",
+    "hours": "2",
+    "spot": "true",
+    "subnet": "subnet-0123456789abcdef0",
+    "disk_gb": "200",
+    "instances": "2",
+    "retries": "3",
+    "idle_minutes": "30",
+    "repository": "https://example.org/packhorse.git",
+}
+
+
+@pytest.mark.parametrize("name", ["ec2", "sagemaker", "notebook"])
+def test_each_setting_of_a_target_changes_what_is_sent(name, monkeypatch):
+    monkeypatch.setattr("launch.cloud.source.build", lambda extras: b"")
+
+    def sent(*words: str) -> tuple[object, ...]:
+        plan = prepare(None, load_target([f"target={name}", *words]), ["train.epochs=1"])
+        return plan.spec.region, plan.attempt.hours, plan.requests
+
+    usual = sent()
+    values = OTHERS | {
+        "image": IMAGE.get(name, ""),
+        "instance_type": {"ec2": "g5.xlarge"}.get(name, "ml.g5.xlarge"),
+    }
+    for key in settings.schema(targets()[name].config):
+        if key in ("name", "ssm_parameter"):  # the latter is AWS's to look up: tests/launch
+            continue
+        if key == "wait_hours":
+            assert sent("target.wait_hours=20", "target.spot=true") != sent("target.spot=true")
+        else:
+            assert sent(f"target.{key}={values[key]}") != usual, f"target.{key} has no effect"
+
+
+# --- a server's: that each flag reaches it is in tests/serving/test_server.py ---
+
+AS = {"batch_delay": "delay"}  # what the engine calls it
+
+
+def test_each_setting_of_a_server_is_turned_on_somewhere():
+    """As a flag or variable of a server, or where a handler or engine is made."""
+    used = set()
+    for path in (PROJECT / "tests/serving").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in CALLED:
+                used |= {keyword.arg for keyword in node.keywords}
+                used |= {flag(word.value) for word in node.args if isinstance(word, ast.Constant)}
+    names = {AS.get(entry.name, entry.name) for entry in dataclasses.fields(Settings)}
+    assert names <= used, f"no test of tests/serving sets {sorted(names - used)}"
+
+
+CALLED = {"Settings", "Engine", "ask", "start"}
+
+
+def flag(word: object) -> str:
+    """--max-body and SERVING_MAX_BODY as max_body."""
+    return str(word).removeprefix("--").removeprefix("SERVING_").replace("-", "_").lower()

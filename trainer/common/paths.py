@@ -1,0 +1,31 @@
+"""Paths as people type them."""
+
+import os
+import re
+import shlex
+
+from trainer.common.errors import UserError
+
+
+def expanded(path: str) -> str:
+    """Return the path with `~`, `~user`, `$NAME` and `${NAME}` replaced, as a shell does.
+
+    Where a name is not set, a path that exists as it is written is meant. Raise UserError where
+    there is none either: a directory of such a name must not be made.
+    """
+    home = os.path.expanduser(path)  # noqa: PTH111 (pathlib's raises where there is no such user)
+    if home.startswith("~") and home == path:
+        raise UserError(
+            f"{path}: there is no user {path.split('/')[0][1:]}; "
+            f"a path here that begins with ~ is ./{path}"
+        )
+    unset = [name for name in re.findall(r"\$\{?([A-Za-z_]\w*)", home) if name not in os.environ]
+    if unset and not os.path.lexists(home):
+        raise UserError(
+            f"{path}: the environment has no {unset[0]}; "
+            f"set it (export {shlex.quote(unset[0])}=...), or write out what it stands for"
+        )
+    whole = os.path.expandvars(home)
+    if "${" in whole:
+        raise UserError(f"{path}: a path can't hold ${{; give another name")
+    return whole
