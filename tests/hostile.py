@@ -171,10 +171,6 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         "chunks",
     ),
     "PNG: pixels in chunks of one byte": (lambda: png_in_pieces(160, 1), "chunks"),
-    "PNG: colour profiles": (
-        lambda: png_with(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)) * 200),
-        "more than 8 colour profiles",
-    ),
     "PNG: overlapping Exif values": (
         lambda: png_with(chunk(b"eXIf", overlapping_exif(100, 1_000_000)[6:])),
         "lie on each other",

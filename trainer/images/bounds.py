@@ -11,6 +11,7 @@ is whole, the decoder says. Standard library only: a copy of this file travels i
 
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 from math import ceil
 from typing import Literal
@@ -27,7 +28,14 @@ MAX_FILLER = 1 << 20  # bytes between segments; each is a step in Python
 # PNG and WebP. One more is allowed for 1,024 bytes: programs write 8 KB or more into each.
 # A chunk takes 2 to 10 us.
 MAX_CHUNKS = 65_536
-MAX_PROFILES = 8  # PNG allows one; each may unpack to 1 MB
+MAX_TEXT = 1 << 20  # bytes, unpacked; Pillow refuses a picture for a longer one
+MAX_TEXTS = 8  # that are read; one is usual
+PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+ORIENTATION_TEXTS = {
+    (b"iTXt", b"XML:com.adobe.xmp"),
+    (b"tEXt", b"Raw profile type exif"),
+    (b"zTXt", b"Raw profile type exif"),
+}
 
 # GIF, before its first frame. One more is allowed for 64 bytes.
 MAX_BLOCKS = 65_536
@@ -45,6 +53,7 @@ MAX_VALUES = 64 << 20  # bytes of all tags' values, or of 2 files: beyond it, th
 MARKER = re.compile(rb"\xff[^\x00\xff]")
 MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # restart markers are part of a scan
 START_OF_FRAME = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 START_OF_SCAN, END_OF_IMAGE, APP1 = 0xDA, 0xD9, 0xE1
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 
@@ -97,28 +106,95 @@ def jpeg(data: bytes) -> str | None:
     return _exif(b"".join(exif))
 
 
+def in_several_scans(data: bytes) -> bool:
+    """Return whether a JPEG's decoder holds the whole picture, at its full size.
+
+    That is so where its colours, or the steps of a progressive one, come one after the other.
+    """
+    position, colours = 2, 0
+    while match := MARKER.search(data, position):
+        position = match.end()
+        marker = data[position - 1]
+        if marker in WITHOUT_LENGTH:
+            continue
+        if marker in START_OF_FRAME:
+            colours = int.from_bytes(data[position + 7 : position + 8])
+            if marker in PROGRESSIVE:
+                return True
+        if marker == START_OF_SCAN:
+            return data[position + 2 : position + 3] != bytes([colours])
+        position += int.from_bytes(data[position : position + 2])
+    return True
+
+
 def png(data: bytes) -> str | None:
     """Return why a PNG of these bytes must not be decoded, or None."""
     allowed = MAX_CHUNKS + len(data) // 1024
-    chunks = profiles = 0
-    position = 8
-    while position + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        chunks += 1
-        profiles += kind == b"iCCP"
-        if chunks > allowed:
+    for number, (kind, chunk) in enumerate(_chunks(data)):
+        if number == allowed:
             return _more_than(allowed, "chunks")
-        if profiles > MAX_PROFILES:
-            return _more_than(MAX_PROFILES, "colour profiles")
-        if kind == b"IEND":
-            break
-        reason = None
         if kind == b"eXIf":
-            reason = _exif(data[position + 8 : position + 8 + length])
-        if reason:
-            return reason
-        position += 12 + length
+            reason = _exif(chunk[8:-4])
+            if reason:
+                return reason
     return None
+
+
+def bare_png(data: bytes) -> bytes:
+    """Return a PNG's chunks of pixels and orientation only.
+
+    Pillow gives up a picture for a text that is long or a profile that is broken.
+    """
+    kept = [data[:8]]
+    texts = 0
+    before = b""
+    complete = False  # where the run of chunks of pixels has ended, Pillow reads no other
+    for kind, chunk in _chunks(data):
+        complete |= before == b"IDAT" != kind
+        before = kind
+        if kind in PNG_PIXELS:
+            needed = kind != b"IDAT" or not complete
+        else:
+            needed = texts < MAX_TEXTS and _says_orientation(kind, chunk)
+            texts += needed
+        if needed:
+            kept.append(chunk)
+    return b"".join(kept)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the (kind, bytes) of a PNG's chunks, the last one perhaps cut off."""
+    position, kind = 8, b""
+    while position + 8 <= len(data) and kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, position)
+        yield kind, data[position : position + 12 + length]
+        position += 12 + length
+
+
+def _says_orientation(kind: bytes, chunk: bytes) -> bool:
+    """Return whether an undamaged chunk of a PNG holds Exif or XMP that Pillow reads."""
+    body = chunk[8:-4]
+    if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
+        return False
+    if kind == b"eXIf":
+        return True
+    key, _, text = body.partition(b"\0")
+    if len(text) > MAX_TEXT or (kind, key) not in ORIENTATION_TEXTS:
+        return False
+    if kind == b"zTXt":
+        return _unpacks(text[1:])
+    if kind == b"iTXt" and text[:1] == b"\1":
+        return _unpacks(text[2:].split(b"\0", 2)[-1])
+    return True
+
+
+def _unpacks(packed: bytes) -> bool:
+    decoder = zlib.decompressobj()
+    try:
+        decoder.decompress(packed, MAX_TEXT)
+    except zlib.error:
+        return False
+    return not decoder.unconsumed_tail
 
 
 def webp(data: bytes) -> str | None:

@@ -6,12 +6,11 @@ file travels in the model package.
 """
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +31,8 @@ from trainer.images import bounds
 
 Source = str | os.PathLike[str] | bytes | BinaryIO  # a path, a file's bytes, or an open binary file
 
-# Pillow's Image.MAX_IMAGE_PIXELS (256 MB of RGB): above it, a small file may be made to fill the
-# memory.
+# Pillow's Image.MAX_IMAGE_PIXELS. It limits what is decoded, not what the header says: a JPEG is
+# decoded at a fraction of its size. Decoding takes up to 12 bytes of memory a pixel.
 MAX_PIXELS = 89_478_485
 # Longer to shorter side: what sticks out is cut off, or a 1 x 50,000 strip would become an image of
 # 256 x 12,800,000.
@@ -46,13 +45,43 @@ FILTERS = {
     "box": Image.Resampling.BOX,
 }
 
+# TIFF 6.0: the numbers of tags, and two of their values.
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+WHITE_IS_ZERO, SIGNED = 0, 2
+
+Decoder = Callable[[BinaryIO], ImageFile.ImageFile]
+
+GREY_STEP = {"L;2": 85, "L;4": 17}  # of a PNG's 2 and 4 bits, which Pillow spreads over 0..255
+
+
+class _Png(PngImagePlugin.PngImageFile):
+    """A PNG of the chunks that its pixels need. Its transparent colour is as deep as its pixels.
+
+    low: 16-bit colours are read as their upper bytes; where one is transparent, the lower ones.
+    """
+
+    low: PngImagePlugin.PngImageFile | None = None
+
+    def __init__(self, file: BinaryIO) -> None:
+        data = bounds.bare_png(file.read())
+        super().__init__(BytesIO(data))
+        if "transparency" not in self.info:
+            return
+        for tile in self.tile:
+            if tile.args in GREY_STEP:
+                self.info["transparency"] *= GREY_STEP[tile.args]
+            elif tile.args == "RGB;16B":
+                self.low = PngImagePlugin.PngImageFile(BytesIO(data))
+                self.low.tile = [tile._replace(args="RGB;16L")]
+
+
 # The decoders are called directly, never through Image.open, because that warns of large images,
 # and Python's warning filters are one for the whole process: no thread may change them. The first
 # bytes of a file tell its format; its name does not matter. Beside each stands what looks for files
 # that would keep it busy for ever.
-DECODERS: dict[bytes, tuple[type[ImageFile.ImageFile], Callable[[bytes], str | None]]] = {
+DECODERS: dict[bytes, tuple[Decoder, Callable[[bytes], str | None]]] = {
     b"\xff\xd8\xff": (JpegImagePlugin.JpegImageFile, bounds.jpeg),
-    b"\x89PNG\r\n\x1a\n": (PngImagePlugin.PngImageFile, bounds.png),
+    b"\x89PNG\r\n\x1a\n": (_Png, bounds.png),
     b"RIFF": (WebPImagePlugin.WebPImageFile, bounds.webp),
     b"BM": (BmpImagePlugin.BmpImageFile, bounds.bmp),
     b"GIF8": (GifImagePlugin.GifImageFile, bounds.gif),
@@ -72,6 +101,9 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+UNKNOWN_RANGE = "whose range is unknown; allowed: 8 or 16 bits a channel"
 
 
 class ImageError(PackhorseError, ValueError):
@@ -115,26 +147,29 @@ def shrink(
     """
     resample = FILTERS[interpolation]
     try:
-        with _opened(source) as file:
-            image = _decoder(file)
-            if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"{image.width} x {image.height} pixels are too many (a decompression bomb?); "
-                    f"allowed: {max_pixels:,}"
-                )
-            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice what
-            # is asked for: several times as fast, and hardly different from the full image resized
-            # (Pillow's reducing_gap=2).
-            draft = image.draft(None, (2 * resize, 2 * resize))
-            image.load()
-            width: float
-            height: float
-            width, height = image.size
-            if draft:  # its size is rounded up: the image itself ends at a fraction of a pixel
-                width, height = draft[1][2:]
-            size, box = _target(width, height, resize)
-            small = _rgb(image).resize(size, resample, box)
-            return np.array(_upright(small, image))
+        data = _bytes(source)
+        image = _decoder(data)
+        stored = f"{image.width} x {image.height} pixels"
+        held = image.width * image.height
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice what is
+        # asked for: several times as fast, and hardly different from the full image resized
+        # (Pillow's reducing_gap=2).
+        draft = image.draft(None, (2 * resize, 2 * resize))
+        if draft and not bounds.in_several_scans(data):
+            held = image.width * image.height
+        if held > max_pixels:
+            raise ImageError(
+                f"{stored} are too many (a decompression bomb?); allowed: {max_pixels:,} decoded"
+            )
+        image.load()
+        width: float
+        height: float
+        width, height = image.size
+        if draft:  # its size is rounded up: the image itself ends at a fraction of a pixel
+            width, height = draft[1][2:]
+        size, box = _target(width, height, resize)
+        small = _rgb(image).resize(size, resample, box)
+        return np.array(_upright(small, image))
     except (ImageError, MemoryError):
         raise
     except Exception as error:
@@ -154,27 +189,24 @@ def center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return pixels[top : top + size, left : left + size].copy()
 
 
-def _opened(source: Source) -> AbstractContextManager[BinaryIO]:
+def _bytes(source: Source) -> bytes:
     if isinstance(source, bytes):
-        return BytesIO(source)
+        return source
     if isinstance(source, str | os.PathLike):
-        return Path(source).open("rb")
-    return nullcontext(source)
+        return Path(source).read_bytes()
+    return source.read()
 
 
-def _decoder(file: BinaryIO) -> ImageFile.ImageFile:
-    """Return the image in `file`: its header is read, its pixels are not."""
-    start = file.read(8)
-    if not start:
+def _decoder(data: bytes) -> ImageFile.ImageFile:
+    """Return the image in a file's bytes: its header is read, its pixels are not."""
+    if not data:
         raise ImageError("the file is empty")
     for signature, (decoder, too_slow) in DECODERS.items():
-        if start.startswith(signature):
-            file.seek(0)
-            reason = too_slow(file.read())
+        if data.startswith(signature):
+            reason = too_slow(data)
             if reason:
                 raise ImageError(reason)
-            file.seek(0)
-            return decoder(file)
+            return decoder(BytesIO(data))
     raise ImageError("not a JPEG, PNG, WebP, BMP, GIF or TIFF picture")
 
 
@@ -194,25 +226,44 @@ def _target(
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
     if image.mode == "F":
-        raise ImageError(
-            "floating-point pixels, whose range is unknown; allowed: 8 or 16 bits a channel"
-        )
-    if image.mode.startswith("I"):
-        return _from_16_bits(np.asarray(image)).convert("RGB")
+        raise ImageError(f"floating-point pixels, {UNKNOWN_RANGE}")
+    if image.mode == "I" or SIGNED in tags.get(SAMPLE_FORMAT, ()):
+        raise ImageError(f"32-bit or signed pixels, {UNKNOWN_RANGE}")
+    if image.mode.startswith("I;16"):
+        return _from_16_bits(image, tags).convert("RGB")
+    if image.mode == "La":  # Pillow converts it in two steps only
+        image = image.convert("LA")
     if image.has_transparency_data:
         transparent = image.convert("RGBA")
+        if isinstance(image, _Png) and image.low is not None:
+            transparent.putalpha(_opaque(image, image.low))
         white = Image.new("RGB", image.size, "white")
         white.paste(transparent, mask=transparent)
         return white
     return image.convert("RGB")
 
 
-def _from_16_bits(values: NDArray[np.integer]) -> Image.Image:
+def _from_16_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     """Return it scaled: 65535 becomes 255. (Pillow's own conversion clips what is above 255.)"""
-    if values.min() < 0 or values.max() > 65535:
-        raise ImageError("integer pixels outside 0..65535; allowed: 8 or 16 bits a channel")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    values = np.asarray(image)
+    if tags.get(BITS) == (12,):
+        values = values << 4 | values >> 8
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = ~values
+    scaled = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:
+        scaled[values == image.info["transparency"]] = 255
+    return Image.fromarray(scaled)
+
+
+def _opaque(image: _Png, low: ImageFile.ImageFile) -> Image.Image:
+    """Return where 16-bit colours are not the transparent one: 255 there, else 0."""
+    low.load()
+    key = np.array(image.info["transparency"])
+    same = (np.asarray(image) == key >> 8).all(2) & (np.asarray(low) == key & 255).all(2)
+    return Image.fromarray(np.where(same, 0, 255).astype(np.uint8))
 
 
 def _upright(small: Image.Image, original: Image.Image) -> Image.Image:

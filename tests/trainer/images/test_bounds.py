@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -69,6 +70,9 @@ REAL = {
     "PNG in chunks of 64 bytes": lambda: png_in_pieces(600, 64),
     "PNG with texts": lambda: png_with(
         chunk(b"tEXt", b"a\0b") * 1000, chunk(b"tEXt", b"a\0b") * 1000
+    ),
+    "PNG with many colour profiles, which aren't read": lambda: png_with(
+        chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)) * 200
     ),
     "PNG, interlaced by hand and with Exif": lambda: encoded(photo(), "PNG", exif=camera_exif()),
     "APNG": lambda: frames("PNG", 12),
