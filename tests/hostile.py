@@ -58,9 +58,9 @@ def webp_with(count: int) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
 
 
-def rle_bmp(width: int, height: int) -> bytes:
+def rle_bmp(width: int, height: int, before: bytes = b"") -> bytes:
     """A run-length coded BMP whose rows have one pixel, and then end."""
-    rows = bytes([1, 7, 0, 0]) * height + b"\0\1"
+    rows = before + bytes([1, 7, 0, 0]) * height + b"\0\1"
     header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(rows), 0, 0, 256, 0)
     begin = 14 + 40 + 1024
     start = b"BM" + struct.pack("<IHHI", begin + len(rows), 0, 0, begin)
@@ -137,6 +137,49 @@ def in_segments(block: bytes) -> bytes:
     return b"".join(segment(0xE1, b"Exif\0\0" + part) for part in parts)
 
 
+# Eight deflate blocks in 90 bytes: each brings its own codes, and holds nothing but its end.
+NOTHING = bytes.fromhex(
+    "04c081000000000090ff6b100007020000000040feaf41001c080000000000f9bf06017020000000"
+    "0000e4ff1a04c081000000000090ff6b100007020000000040feaf41001c080000000000f9bf0601"
+    "70200000000000e4ff1a"
+)
+
+
+def png_of_nothing(count: int) -> bytes:
+    """A PNG of 16 x 16 pixels behind 8 * `count` blocks that hold nothing."""
+    header = struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0)
+    packed = b"\x78\x9c" + NOTHING * count + zlib.compress(bytes(16 * 49))[2:]
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND")
+
+
+def shared_strips(count: int, packed: bytes, compression: int = 8) -> bytes:
+    """A TIFF 4 pixels wide whose strips are one row each, all of them the same packed bytes."""
+    begin, size = 8 + len(packed), 4 * count
+    places = struct.pack("<I", 8) * count + struct.pack("<I", len(packed)) * count
+    tags = [(258, 3, 1, 8), (259, 3, 1, compression), (273, 4, count, begin), (278, 4, 1, 1)]
+    tags.append((279, 4, count, begin + size))
+    return tiff(4, count, tags, packed + places)
+
+
+def scans_in_strips(count: int, side: int) -> bytes:
+    """A TIFF of one column of square tiles, all the same JPEG of many scans."""
+    image = Image.new("L", (side, side), 7)
+    packed = encoded(image, "JPEG", progressive=True)
+    packed = packed[:-2] + packed[packed.rindex(b"\xff\xda") : -2] * 80 + packed[-2:]
+    begin = 8 + len(packed)
+    places = struct.pack("<I", 8) * count + struct.pack("<I", len(packed)) * count
+    tags = [(258, 3, 1, 8), (259, 3, 1, 7), (322, 4, 1, side), (323, 4, 1, side)]
+    tags += [(324, 4, count, begin), (325, 4, count, begin + 4 * count)]
+    return tiff(side, side * count, tags, packed + places)
+
+
+def resized(width: int, height: int) -> bytes:
+    """A JPEG whose header alone says that it is large."""
+    data = encoded(Image.new("RGB", (16, 16), "teal"), "JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
 # Each is made when a test asks for it: together they take a second.
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "JPEG: scans": (lambda: scans(12_000), "more than 200 scans"),
@@ -175,6 +218,14 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: png_with(chunk(b"eXIf", overlapping_exif(100, 1_000_000)[6:])),
         "lie on each other",
     ),
+    "JPEG: more pixels than any camera's": (
+        lambda: resized(60_000, 60_000),
+        "60000 x 60000 pixels are too many; allowed: 536,870,912",
+    ),
+    "PNG: blocks of nothing": (
+        lambda: png_of_nothing(50_000),
+        "4,500,028 bytes for 1,600 of pixels",
+    ),
     "GIF: blocks of an extension": (
         lambda: gif_with(b"\x21\x99" + b"\x01a" * 100_000 + b"\0"),
         "blocks before the first frame",
@@ -191,6 +242,18 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "BMP: rows of one pixel": (
         lambda: rle_bmp(5000, 5000),
         "more than 16,777,216 run-length coded pixels",
+    ),
+    "BMP: ends of rows": (
+        lambda: rle_bmp(16, 16, bytes(4_000_000)),
+        "4,001,144 bytes for 544 of pixels",
+    ),
+    "TIFF: strips that share packed bytes": (
+        lambda: shared_strips(20_000, b"\x78\x9c" + NOTHING * 10_000 + zlib.compress(bytes(4))[2:]),
+        "on each other",
+    ),
+    "TIFF: scans of JPEG": (
+        lambda: scans_in_strips(40, 1024),
+        "scans of 40 tiles or strips of 1024 x 1024",
     ),
     "TIFF: strips again and again": (
         lambda: repeated_strips(20_000),

@@ -21,6 +21,7 @@ from typing import Literal
 MAX_SCANS = 200
 MAX_SCANNED = 16 * 89_478_485  # pixels times scans
 # A colour profile takes up to 255 segments, a depth map a hundred.
+MAX_STORED = 512 << 20  # pixels; a photo of 200 megapixels takes 0.7 s where 1/8 of it is decoded
 MAX_SEGMENTS = 2_000
 MAX_EXIF = 64  # of these segments; one is usual, and Pillow's time grows with the square
 MAX_FILLER = 1 << 20  # bytes between segments; each is a step in Python
@@ -30,6 +31,7 @@ MAX_FILLER = 1 << 20  # bytes between segments; each is a step in Python
 MAX_CHUNKS = 65_536
 MAX_TEXT = 1 << 20  # bytes, unpacked; Pillow refuses a picture for a longer one
 MAX_TEXTS = 8  # that are read; one is usual
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 ORIENTATION_TEXTS = {
     (b"iTXt", b"XML:com.adobe.xmp"),
@@ -40,6 +42,10 @@ ORIENTATION_TEXTS = {
 # GIF, before its first frame. One more is allowed for 64 bytes.
 MAX_BLOCKS = 65_536
 MAX_COMMENTS = 8_192  # of them; the time of Pillow 11 grows with their square
+
+# Packed pixels may be larger than unpacked ones, but not by much: blocks of nothing take 0.1 us a
+# byte in a PNG, and 0.2 us in a run-length coded BMP.
+MAX_EXTRA = 1 << 20
 
 # BMP, run-length coded: Pillow decodes it in Python, 0.1 us a pixel.
 MAX_RLE_PIXELS = 16_777_216
@@ -60,9 +66,12 @@ WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 # TIFF 6.0: bytes of a value, by its type; 13 and above are of its supplements and of BigTIFF.
 VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 VALUE_BYTES |= {16: 8, 17: 8, 18: 8}
-WIDTH, HEIGHT, SAMPLES, PLANAR = 256, 257, 277, 284
+WIDTH, HEIGHT, COMPRESSION, SAMPLES, PLANAR = 256, 257, 259, 277, 284
+STRIP_BYTES, TILE_BYTES = 279, 325
+JPEG_IN_TIFF = {6, 7}
 STRIPS, STRIP_ROWS, TILES, TILE_WIDTH, TILE_HEIGHT = 273, 278, 324, 322, 323
-LAYOUT = {WIDTH, HEIGHT, STRIPS, SAMPLES, STRIP_ROWS, PLANAR, TILE_WIDTH, TILE_HEIGHT, TILES}
+LAYOUT = {WIDTH, HEIGHT, COMPRESSION, STRIPS, SAMPLES, STRIP_ROWS, STRIP_BYTES, PLANAR}
+LAYOUT |= {TILE_WIDTH, TILE_HEIGHT, TILES, TILE_BYTES}
 
 
 def jpeg(data: bytes) -> str | None:
@@ -92,6 +101,8 @@ def jpeg(data: bytes) -> str | None:
         if marker in START_OF_FRAME and len(data) >= position + 7:
             height, width = struct.unpack_from(">HH", data, position + 3)
             pixels = max(pixels, height * width)
+            if pixels > MAX_STORED:
+                return f"{width} x {height} pixels are too many; allowed: {MAX_STORED:,}"
         elif marker == APP1 and data.startswith(b"Exif\0\0", position + 2):
             exif.append(data[position + 8 : end])
             if len(exif) > MAX_EXIF:
@@ -130,14 +141,22 @@ def in_several_scans(data: bytes) -> bool:
 def png(data: bytes) -> str | None:
     """Return why a PNG of these bytes must not be decoded, or None."""
     allowed = MAX_CHUNKS + len(data) // 1024
+    packed = 0
     for number, (kind, chunk) in enumerate(_chunks(data)):
         if number == allowed:
             return _more_than(allowed, "chunks")
+        if kind == b"IDAT":
+            packed += len(chunk)
         if kind == b"eXIf":
             reason = _exif(chunk[8:-4])
             if reason:
                 return reason
-    return None
+    if len(data) < 33:
+        return None
+    width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
+    row = 1 + ceil(width * bits * PNG_CHANNELS.get(colours, 4) / 8)
+    # Twice: an interlaced picture has more rows; and the chunks' own bytes
+    return _overlong(packed, 2 * row * height + 16 * number)
 
 
 def bare_png(data: bytes) -> bytes:
@@ -256,9 +275,13 @@ def bmp(data: bytes) -> str | None:
     if len(data) < 34:
         return None
     header, width, height, compression = struct.unpack_from("<Iii4xI", data, 14)
-    if header >= 40 and compression in (1, 2) and abs(width * height) > MAX_RLE_PIXELS:
+    if header < 40 or compression not in (1, 2):
+        return None
+    pixels = abs(width * height)
+    if pixels > MAX_RLE_PIXELS:
         return _more_than(MAX_RLE_PIXELS, "run-length coded pixels")
-    return None
+    # A run takes 2 bytes and shows a pixel at least, but at the end of a row.
+    return _overlong(len(data), 2 * (pixels + abs(height)))
 
 
 def tiff(data: bytes) -> str | None:
@@ -267,6 +290,7 @@ def tiff(data: bytes) -> str | None:
     if data[:1] == b"I":
         order = "little"
     layout: dict[int, int] = {}
+    packed: list[int] = []
     for number, (tag, kind, count, value) in enumerate(_entries(data)):
         if number == MAX_TAGS:
             return _more_than(MAX_TAGS, "tags")
@@ -274,6 +298,8 @@ def tiff(data: bytes) -> str | None:
             return f"tag {tag} is there twice: how long decoding would take can't be told"
         if tag in (STRIPS, TILES):
             layout[tag] = count
+        elif tag in (STRIP_BYTES, TILE_BYTES):
+            packed = _integers(data, order, kind, count, value)
         elif tag in LAYOUT and count == 1 and VALUE_BYTES.get(kind, 9) <= len(value):
             layout[tag] = int.from_bytes(value[: VALUE_BYTES[kind]], order)
     width, height = layout.get(WIDTH, 0), layout.get(HEIGHT, 0)
@@ -283,14 +309,23 @@ def tiff(data: bytes) -> str | None:
     strip = layout.get(STRIPS, 0), width, min(layout.get(STRIP_ROWS, height), height)
     tile = layout.get(TILES, 0), layout.get(TILE_WIDTH, 0), layout.get(TILE_HEIGHT, 0)
     for given, across, down in (strip, tile):
-        if not across or not down:
+        if not given or not across or not down:
             continue
         tiles = max(given, ceil(width / across) * ceil(height / down) * planes)
         if tiles > MAX_TILES:
             return _more_than(MAX_TILES, "tiles or strips")
+        cut = f"{tiles:,} tiles or strips of {across} x {down}"
         if tiles * across * down > max(MAX_TILED, 4 * width * height * planes):
-            cut = f"{tiles:,} tiles or strips of {across} x {down}"
             return f"{cut} for {width} x {height} pixels: decoding it could take minutes"
+        if layout.get(COMPRESSION, 1) == 1:
+            continue
+        size = sum(packed)
+        if size > max(MAX_VALUES, 2 * len(data)):
+            return f"{cut} of {size:,} bytes, on each other: decoding it could take minutes"
+        # Each byte may be read so often, and so each scan of a JPEG
+        scans = data.count(b"\xff\xda") * ceil(size / len(data))
+        if layout[COMPRESSION] in JPEG_IN_TIFF and scans * across * down > MAX_SCANNED:
+            return f"{scans:,} scans of {cut}: decoding it could take minutes"
     return _exif(data)
 
 
@@ -307,6 +342,20 @@ def _exif(block: bytes) -> str | None:
             if size > max(MAX_VALUES, 2 * len(block)):
                 return "values of tags that lie on each other: reading them could take minutes"
     return None
+
+
+def _integers(data: bytes, order: str, kind: int, count: int, value: bytes) -> list[int]:
+    """Return a tag's values, whole numbers; as many of them as lie in the file."""
+    size = VALUE_BYTES.get(kind, 0)
+    letter = {1: "B", 2: "H", 4: "I", 8: "Q"}.get(size)
+    if letter is None:
+        return []
+    sign = {"little": "<", "big": ">"}[order]
+    if size * count > len(value):
+        (start,) = struct.unpack(sign + {4: "I", 8: "Q"}[len(value)], value)
+        value = data[start : start + size * count]
+    count = min(count, len(value) // size)
+    return list(struct.unpack_from(f"{sign}{count}{letter}", value))
 
 
 def _entries(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
@@ -327,6 +376,12 @@ def _entries(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
     start += struct.calcsize(order + counter)
     for number in range(min(count, (len(data) - start) // entry.size)):
         yield entry.unpack_from(data, start + number * entry.size)
+
+
+def _overlong(packed: int, unpacked: int) -> str | None:
+    if packed <= unpacked + MAX_EXTRA:
+        return None
+    return f"{packed:,} bytes for {unpacked:,} of pixels: decoding it could take minutes"
 
 
 def _more_than(allowed: int, what: str) -> str:

@@ -6,7 +6,9 @@ file travels in the model package.
 """
 
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -32,8 +34,9 @@ from trainer.images import bounds
 Source = str | os.PathLike[str] | bytes | BinaryIO  # a path, a file's bytes, or an open binary file
 
 # Pillow's Image.MAX_IMAGE_PIXELS. It limits what is decoded, not what the header says: a JPEG is
-# decoded at a fraction of its size. Decoding takes up to 12 bytes of memory a pixel.
+# decoded at a fraction of its size.
 MAX_PIXELS = 89_478_485
+BYTES_A_PIXEL = 20  # of memory, at most (WebP with transparency), while an image is decoded
 # Longer to shorter side: what sticks out is cut off, or a 1 x 50,000 strip would become an image of
 # 256 x 12,800,000.
 MAX_ASPECT = 4
@@ -110,6 +113,33 @@ class ImageError(PackhorseError, ValueError):
     """An image can't be used. The message is the reason, in a few words, without the file."""
 
 
+class Room:
+    """Room for the pixels that are decoded at once, on all threads that share it."""
+
+    def __init__(self, pixels: int = MAX_PIXELS) -> None:
+        self.pixels = pixels
+        self._left = pixels
+        self._turn = threading.Lock()  # who came first is served first, also for much
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int, image: str) -> Iterator[None]:
+        """Hold so much of it, which may mean to wait. Raise ImageError where it is too small."""
+        if pixels > self.pixels:
+            raise ImageError(
+                f"{image} are too many (a decompression bomb?); allowed: {self.pixels:,} decoded"
+            )
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: pixels <= self._left)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += pixels
+                self._changed.notify_all()
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What becomes of an image before the network sees it.
@@ -125,25 +155,26 @@ class Preprocessing:
 
 
 def prepare(
-    source: Source, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS
+    source: Source, preprocessing: Preprocessing, room: Room | None = None
 ) -> NDArray[np.uint8]:
     """Return the image as evaluation and serving see it: RGB, uint8 [size, size, 3].
 
     Raise what `shrink` raises.
     """
-    small = shrink(source, preprocessing.resize, preprocessing.interpolation, max_pixels)
+    small = shrink(source, preprocessing.resize, preprocessing.interpolation, room)
     return center_crop(small, preprocessing.size)
 
 
 def shrink(
-    source: Source, resize: int, interpolation: str, max_pixels: int = MAX_PIXELS
+    source: Source, resize: int, interpolation: str, room: Room | None = None
 ) -> NDArray[np.uint8]:
     """Decode a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF image, upright, and shrink it.
 
     Its shorter side gets `resize` pixels: return RGB, uint8 [H, W, 3], min(H, W) == resize.
     Transparency is laid on white, 16-bit values are scaled to 8 bits, and the longer side is cut
-    to MAX_ASPECT times the shorter one. Raise ImageError, whatever is wrong with its bytes; OSError
-    or MemoryError where the machine can't read them or has no room for them.
+    to MAX_ASPECT times the shorter one. room: what others decode meanwhile counts too; without it,
+    MAX_PIXELS for this image alone. Raise ImageError, whatever is wrong with its bytes; OSError or
+    MemoryError where the machine can't read them or has no room for them.
     """
     resample = FILTERS[interpolation]
     try:
@@ -157,19 +188,16 @@ def shrink(
         draft = image.draft(None, (2 * resize, 2 * resize))
         if draft and not bounds.in_several_scans(data):
             held = image.width * image.height
-        if held > max_pixels:
-            raise ImageError(
-                f"{stored} are too many (a decompression bomb?); allowed: {max_pixels:,} decoded"
-            )
-        image.load()
-        width: float
-        height: float
-        width, height = image.size
-        if draft:  # its size is rounded up: the image itself ends at a fraction of a pixel
-            width, height = draft[1][2:]
-        size, box = _target(width, height, resize)
-        small = _rgb(image).resize(size, resample, box)
-        return np.array(_upright(small, image))
+        with (room or Room()).taken(held, stored):
+            image.load()
+            width: float
+            height: float
+            width, height = image.size
+            if draft:  # its size is rounded up: the image itself ends at a fraction of a pixel
+                width, height = draft[1][2:]
+            size, box = _target(width, height, resize)
+            small = _rgb(image).resize(size, resample, box)
+            return np.array(_upright(small, image))
     except (ImageError, MemoryError):
         raise
     except Exception as error:
@@ -261,9 +289,12 @@ def _from_16_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 def _opaque(image: _Png, low: ImageFile.ImageFile) -> Image.Image:
     """Return where 16-bit colours are not the transparent one: 255 there, else 0."""
     low.load()
-    key = np.array(image.info["transparency"])
-    same = (np.asarray(image) == key >> 8).all(2) & (np.asarray(low) == key & 255).all(2)
-    return Image.fromarray(np.where(same, 0, 255).astype(np.uint8))
+    opaque = np.zeros((image.height, image.width), np.uint8)
+    for channel, value in enumerate(image.info["transparency"]):
+        for bytes_of, byte in ((image, value >> 8), (low, value & 255)):
+            opaque |= np.asarray(bytes_of.getchannel(channel)) != byte
+    opaque *= 255
+    return Image.fromarray(opaque)
 
 
 def _upright(small: Image.Image, original: Image.Image) -> Image.Image:
