@@ -5,10 +5,12 @@ that the network sees. It needs Pillow, NumPy and the standard library only, bec
 file travels in the model package.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +27,7 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    features,
 )
 
 from trainer.common.errors import PackhorseError
@@ -62,6 +65,11 @@ DECODERS: dict[bytes, tuple[type[ImageFile.ImageFile], Callable[[bytes], str | N
     b"MM\x00\x2b": (TiffImagePlugin.TiffImageFile, bounds.tiff),
 }
 
+# What the first box of an AVIF or HEIC file calls itself (ISO/IEC 23008-12). Both are read by what
+# may be missing: AVIF by Pillow 11.3 and later, HEIC by pillow-heif.
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
+HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
+
 # EXIF's orientation tag (TIFF 6.0, tag 274): what turns the stored image upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -72,6 +80,9 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+UNKNOWN = "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"
 
 
 class ImageError(PackhorseError, ValueError):
@@ -106,12 +117,12 @@ def prepare(
 def shrink(
     source: Source, resize: int, interpolation: str, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF image, upright, and shrink it.
+    """Decode a JPEG, PNG, WebP, BMP, GIF (first frame), TIFF, AVIF or HEIC image, and shrink it.
 
-    Its shorter side gets `resize` pixels: return RGB, uint8 [H, W, 3], min(H, W) == resize.
-    Transparency is laid on white, 16-bit values are scaled to 8 bits, and the longer side is cut
-    to MAX_ASPECT times the shorter one. Raise ImageError, whatever is wrong with its bytes; OSError
-    or MemoryError where the machine can't read them or has no room for them.
+    It is turned upright, and its shorter side gets `resize` pixels: return RGB, uint8 [H, W, 3],
+    min(H, W) == resize. Transparency is laid on white, 16-bit values are scaled to 8 bits, and the
+    longer side is cut to MAX_ASPECT times the shorter one. Raise ImageError, whatever is wrong with
+    its bytes; OSError or MemoryError where the machine can't read them or has no room for them.
     """
     resample = FILTERS[interpolation]
     try:
@@ -175,7 +186,57 @@ def _decoder(file: BinaryIO) -> ImageFile.ImageFile:
                 raise ImageError(reason)
             file.seek(0)
             return decoder(file)
-    raise ImageError("not a JPEG, PNG, WebP, BMP, GIF or TIFF picture")
+    if start[4:8] == b"ftyp":
+        file.seek(0)
+        return _avif_or_heic(file.read())
+    raise ImageError(UNKNOWN)
+
+
+def _avif_or_heic(data: bytes) -> ImageFile.ImageFile:
+    reason = bounds.avif_or_heic(data)
+    if reason:
+        raise ImageError(reason)
+    end = min(int.from_bytes(data[:4]), 1024)
+    brands = {data[8:12], *(data[place : place + 4] for place in range(16, end, 4))}
+    if brands & AVIF_BRANDS:
+        return _avif(data)
+    if brands & HEIC_BRANDS:
+        return _heic(data)
+    raise ImageError(UNKNOWN)  # a film, say
+
+
+def _avif(data: bytes) -> ImageFile.ImageFile:
+    try:
+        # imported here: it may be missing.
+        from PIL import AvifImagePlugin
+    except ImportError as error:
+        raise ImageError("AVIF, which Pillow reads from 11.3 on") from error
+    if not AvifImagePlugin.SUPPORTED:
+        raise ImageError("AVIF, which this Pillow was built without")
+    return AvifImagePlugin.AvifImageFile(BytesIO(data))
+
+
+def _heic(data: bytes) -> ImageFile.ImageFile:
+    try:
+        # imported here: an optional dependency.
+        from pillow_heif import HeifImageFile, options
+    except ImportError as error:
+        raise ImageError("HEIC, which is read where pillow-heif is installed") from error
+    # Else a thumbnail may stand for the image (`draft`), and a file that brings one gives others
+    # pixels than one that does not.
+    options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
+    image: ImageFile.ImageFile = HeifImageFile(BytesIO(data))  # type: ignore[no-untyped-call]
+    return image
+
+
+def optional_decoders() -> dict[str, str | None]:
+    """Return the versions of what reads AVIF and HEIC, as far as it is installed."""
+    versions: dict[str, str | None] = {"avif": None, "heic": None}
+    if importlib.util.find_spec("PIL._avif"):
+        versions["avif"] = features.version("avif")
+    if importlib.util.find_spec("pillow_heif"):
+        versions["heic"] = metadata.version("pillow-heif")
+    return versions
 
 
 def _target(
