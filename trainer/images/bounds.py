@@ -56,6 +56,12 @@ MAX_TILES = 131_072
 MAX_TILED = 64 << 20  # pixels of all tiles, or of 4 images: a small one does not fill its tiles
 MAX_VALUES = 64 << 20  # bytes of all tags' values, or of 2 files: beyond it, they lie on each other
 
+# AVIF and HEIC. A photo of 48 megapixels has 400 items, most of them tiles; decoders look through
+# all of them for each.
+MAX_ITEMS = 4_096
+MAX_EXTENTS = 65_536  # the pieces that items lie in
+MAX_BOXES = 16_384
+
 MARKER = re.compile(rb"\xff[^\x00\xff]")
 MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # restart markers are part of a scan
 START_OF_FRAME = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
@@ -327,6 +333,88 @@ def tiff(data: bytes) -> str | None:
         if layout[COMPRESSION] in JPEG_IN_TIFF and scans * across * down > MAX_SCANNED:
             return f"{scans:,} scans of {cut}: decoding it could take minutes"
     return _exif(data)
+
+
+def avif_or_heic(data: bytes) -> str | None:
+    """Return why an AVIF or HEIC of these bytes must not be decoded, or None."""
+    for number, (kind, start, end) in enumerate(_boxes(data, 0, len(data))):
+        if number == MAX_BOXES:
+            return _more_than(MAX_BOXES, "boxes")
+        items = extents = 0
+        if kind == b"iloc":
+            items, extents = _located(data, start, end)
+        elif kind in (b"ipma", b"iinf") and end - start >= 8:
+            items = _count(data, start, kind == b"ipma" or data[start] > 0)
+        if items > MAX_ITEMS:
+            return _more_than(MAX_ITEMS, "items")
+        if extents > MAX_EXTENTS:
+            return _more_than(MAX_EXTENTS, "pieces of items")
+    return None
+
+
+def stated_pixels(data: bytes) -> int:
+    """Return how many pixels the largest image of an AVIF or HEIC has, by its header; 0: unsaid."""
+    sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", data, re.DOTALL)
+    return max(
+        (int.from_bytes(width) * int.from_bytes(height) for width, height in sizes), default=0
+    )
+
+
+# Boxes that hold others, and after how many bytes of their own (ISO/IEC 14496-12, 23008-12).
+HOLDERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"iinf": 6, b"iref": 4, b"grpl": 0, b"dinf": 0}
+HOLDERS |= dict.fromkeys((b"moov", b"trak", b"mdia", b"minf", b"stbl"), 0)
+
+
+def _boxes(
+    data: bytes, position: int, end: int, depth: int = 0
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the (type, start, end) of each box, also of those in others."""
+    while position + 8 <= end:
+        length, kind = struct.unpack_from(">I4s", data, position)
+        start = position + 8
+        if length == 1 and position + 16 <= end:
+            (length,) = struct.unpack_from(">Q", data, start)
+            start += 8
+        if length == 0:
+            length = end - position
+        position += max(length, 8)
+        inner_end = min(position, end)
+        yield kind, start, inner_end
+        if kind in HOLDERS and depth < 8:
+            inner = start + HOLDERS[kind]
+            if kind == b"iinf" and data[start : start + 1] > b"\0":
+                inner += 2
+            yield from _boxes(data, inner, inner_end, depth + 1)
+
+
+def _count(data: bytes, start: int, is_long: bool) -> int:
+    if is_long:
+        return int.from_bytes(data[start + 4 : start + 8])
+    return int.from_bytes(data[start + 4 : start + 6])
+
+
+def _located(data: bytes, start: int, end: int) -> tuple[int, int]:
+    """Return how many items an iloc box has, and how many pieces these lie in."""
+    if end - start < 8:
+        return 0, 0
+    version, sizes, more = data[start], data[start + 4], data[start + 5]
+    offset_size, length_size, base_size = sizes >> 4, sizes & 15, more >> 4
+    index_size = 0
+    if version in (1, 2):
+        index_size = more & 15
+    id_size = 2
+    if version == 2:
+        id_size = 4
+    items = int.from_bytes(data[start + 6 : start + 6 + id_size])
+    position, extents = start + 6 + id_size, 0
+    before = id_size + 2 * (version in (1, 2)) + 2 + base_size
+    for _ in range(min(items, MAX_ITEMS)):
+        if position + before + 2 > end:
+            break
+        count = int.from_bytes(data[position + before : position + before + 2])
+        extents += count
+        position += before + 2 + count * (offset_size + length_size + index_size)
+    return items, extents
 
 
 def _exif(block: bytes) -> str | None:

@@ -5,11 +5,13 @@ that the network sees. It needs Pillow, NumPy and the standard library only, bec
 file travels in the model package.
 """
 
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +28,7 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    features,
 )
 
 from trainer.common.errors import PackhorseError
@@ -94,6 +97,11 @@ DECODERS: dict[bytes, tuple[Decoder, Callable[[bytes], str | None]]] = {
     b"MM\x00\x2b": (TiffImagePlugin.TiffImageFile, bounds.tiff),
 }
 
+# What the first box of an AVIF or HEIC file calls itself (ISO/IEC 23008-12). Both are read by what
+# may be missing: AVIF by Pillow 11.3 and later, HEIC by pillow-heif.
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
+HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
+
 # EXIF's orientation tag (TIFF 6.0, tag 274): what turns the stored image upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -107,6 +115,7 @@ UPRIGHT = {
 
 
 UNKNOWN_RANGE = "whose range is unknown; allowed: 8 or 16 bits a channel"
+UNKNOWN = "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"
 
 
 class ImageError(PackhorseError, ValueError):
@@ -168,17 +177,35 @@ def prepare(
 def shrink(
     source: Source, resize: int, interpolation: str, room: Room | None = None
 ) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF image, upright, and shrink it.
+    """Decode a JPEG, PNG, WebP, BMP, GIF (first frame), TIFF, AVIF or HEIC image, and shrink it.
 
-    Its shorter side gets `resize` pixels: return RGB, uint8 [H, W, 3], min(H, W) == resize.
-    Transparency is laid on white, 16-bit values are scaled to 8 bits, and the longer side is cut
-    to MAX_ASPECT times the shorter one. room: what others decode meanwhile counts too; without it,
-    MAX_PIXELS for this image alone. Raise ImageError, whatever is wrong with its bytes; OSError or
-    MemoryError where the machine can't read them or has no room for them.
+    It is turned upright, and its shorter side gets `resize` pixels: return RGB, uint8 [H, W, 3],
+    min(H, W) == resize. Transparency is laid on white, 16-bit values are scaled to 8 bits, and the
+    longer side is cut to MAX_ASPECT times the shorter one. room: what others decode meanwhile
+    counts too; without it, MAX_PIXELS for this image alone. Raise ImageError, whatever is wrong
+    with its bytes; OSError or MemoryError where the machine can't read them or has no room for
+    them.
     """
+    data, room = _bytes(source), room or Room()
+    if data[4:8] != b"ftyp":
+        return shrink_here(data, resize, interpolation, room)
+    # AVIF and HEIC are coded as films are: what keeps their decoders busy can't be counted, and
+    # they are ended instead.
+    reason = bounds.avif_or_heic(data)
+    if reason:
+        raise ImageError(reason)
+    # imported here: it imports this module
+    from trainer.images import apart
+
+    pixels = bounds.stated_pixels(data) or room.pixels
+    with room.taken(pixels, f"{pixels:,} pixels"):
+        return apart.shrink(data, resize, interpolation, pixels)
+
+
+def shrink_here(data: bytes, resize: int, interpolation: str, room: Room) -> NDArray[np.uint8]:
+    """Do what `shrink` does, of a file's bytes and of any format, in this process."""
     resample = FILTERS[interpolation]
     try:
-        data = _bytes(source)
         image = _decoder(data)
         stored = f"{image.width} x {image.height} pixels"
         held = image.width * image.height
@@ -188,7 +215,7 @@ def shrink(
         draft = image.draft(None, (2 * resize, 2 * resize))
         if draft and not bounds.in_several_scans(data):
             held = image.width * image.height
-        with (room or Room()).taken(held, stored):
+        with room.taken(held, stored):
             image.load()
             width: float
             height: float
@@ -235,7 +262,56 @@ def _decoder(data: bytes) -> ImageFile.ImageFile:
             if reason:
                 raise ImageError(reason)
             return decoder(BytesIO(data))
-    raise ImageError("not a JPEG, PNG, WebP, BMP, GIF or TIFF picture")
+    if data[4:8] == b"ftyp":
+        return _avif_or_heic(data)
+    raise ImageError(UNKNOWN)
+
+
+def _avif_or_heic(data: bytes) -> ImageFile.ImageFile:
+    reason = bounds.avif_or_heic(data)
+    if reason:
+        raise ImageError(reason)
+    end = min(int.from_bytes(data[:4]), 1024)
+    brands = {data[8:12], *(data[place : place + 4] for place in range(16, end, 4))}
+    if brands & AVIF_BRANDS:
+        return _avif(data)
+    if brands & HEIC_BRANDS:
+        return _heic(data)
+    raise ImageError(UNKNOWN)  # a film, say
+
+
+def _avif(data: bytes) -> ImageFile.ImageFile:
+    try:
+        # imported here: it may be missing.
+        from PIL import AvifImagePlugin
+    except ImportError as error:
+        raise ImageError("AVIF, which Pillow reads from 11.3 on") from error
+    if not AvifImagePlugin.SUPPORTED:
+        raise ImageError("AVIF, which this Pillow was built without")
+    return AvifImagePlugin.AvifImageFile(BytesIO(data))
+
+
+def _heic(data: bytes) -> ImageFile.ImageFile:
+    try:
+        # imported here: an optional dependency.
+        from pillow_heif import HeifImageFile, options
+    except ImportError as error:
+        raise ImageError("HEIC, which is read where pillow-heif is installed") from error
+    # Else a thumbnail may stand for the image (`draft`), and a file that brings one gives others
+    # pixels than one that does not.
+    options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
+    image: ImageFile.ImageFile = HeifImageFile(BytesIO(data))  # type: ignore[no-untyped-call]
+    return image
+
+
+def optional_decoders() -> dict[str, str | None]:
+    """Return the versions of what reads AVIF and HEIC, as far as it is installed."""
+    versions: dict[str, str | None] = {"avif": None, "heic": None}
+    if importlib.util.find_spec("PIL._avif"):
+        versions["avif"] = features.version("avif")
+    if importlib.util.find_spec("pillow_heif"):
+        versions["heic"] = metadata.version("pillow-heif")
+    return versions
 
 
 def _target(
