@@ -1,7 +1,7 @@
 """One request, from its body to its answer, the same behind every adapter.
 
-The body is an image's file (JPEG, PNG, WebP, BMP, GIF, TIFF: its first bytes tell, not its content
-type), or JSON:
+The body is an image's file (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is
+installed: its first bytes tell, not its content type), or JSON:
 
     {"url": "https://..."}  or  {"base64": "..."}  or  {"s3": "s3://bucket/key"}      one image
     {"instances": [{"url": "https://..."}, {"base64": "..."}, ...]}                   several

@@ -470,7 +470,7 @@ def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest
     package, monkeypatch
 ):
     monkeypatch.setattr(
-        bundle, "libraries", lambda: {"numpy/__init__.py": b""}
+        bundle, "libraries", lambda *more: {"numpy/__init__.py": b""}
     )  # pip's index is not for tests
     release = build(PLACE, package, {"Door": "lambda"}, {})
     assert (
@@ -481,7 +481,7 @@ def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest
     assert [upload.what for upload in release.uploads] == ["the function with the model"]
     with pytest.raises(UserError, match="which model"):
         build(PLACE, None, {"Door": "endpoint", "Image": IMAGE}, release.parameters)
-    monkeypatch.setattr(bundle, "libraries", lambda: {"large": bytes(bundle.MAX_UNPACKED)})
+    monkeypatch.setattr(bundle, "libraries", lambda *more: {"large": bytes(bundle.MAX_UNPACKED)})
     with pytest.raises(UserError, match="--mode endpoint"):
         build(PLACE, package, {"Door": "lambda"}, {})
 

@@ -115,8 +115,8 @@ def class_name(name: str, where: str) -> str:
     text = unicodedata.normalize("NFC", name)
     if as_shown(text) != text:
         raise UserError(
-            f"{where}: the class {as_shown(text)} is not named in UTF-8, so no package can hold its name "
-            "(an archive unpacked on another system?); rename it"
+            f"{where}: the class {as_shown(text)} is not named in UTF-8, so no package can hold "
+            "its name (an archive unpacked on another system?); rename it"
         )
     if not text.strip() or any(unicodedata.category(character) == "Cc" for character in text):
         raise UserError(

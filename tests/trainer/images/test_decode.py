@@ -1,15 +1,18 @@
 """Every kind of picture that a user's folder holds, good and bad, made for real."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import struct
+import sys
 import warnings
 import zlib
 
 import numpy as np
+import PIL
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from trainer.images.decode import (
     MAX_ASPECT,
@@ -353,9 +356,12 @@ def test_hostile_bytes_give_pixels_or_a_picture_error(form):
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"these are words, not a picture\n", "not a JPEG, PNG, WebP, BMP, GIF or TIFF picture"),
-        (encoded(scene(), "PPM"), "not a JPEG, PNG, WebP, BMP, GIF or TIFF picture"),
-        (b"<svg/>", "not a JPEG, PNG, WebP, BMP, GIF or TIFF picture"),
+        (
+            b"these are words, not a picture\n",
+            "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture",
+        ),
+        (encoded(scene(), "PPM"), "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"),
+        (b"<svg/>", "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"),
     ],
     ids=["empty", "text", "ppm", "svg"],
 )
@@ -385,3 +391,95 @@ def test_a_file_without_permission_says_so(tmp_path):
     path.chmod(0)
     with pytest.raises(PermissionError):
         shrink(path, 16, "bilinear")
+
+
+# --- AVIF and HEIC ---
+
+needs_heic = pytest.mark.skipif(
+    importlib.util.find_spec("pillow_heif") is None, reason="the extra heic is not installed"
+)
+needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+MODERN = [pytest.param("AVIF", marks=needs_avif), pytest.param("HEIF", marks=needs_heic)]
+
+
+def modern(image, form, **options):
+    if form == "HEIF":
+        from pillow_heif import from_pillow
+
+        buffer = io.BytesIO()
+        from_pillow(image).save(buffer, quality=-1, chroma=444, **options)
+        return buffer.getvalue()
+    return encoded(image, form, quality=100, subsampling="4:4:4", **options)
+
+
+def distance(pixels, expected):
+    return np.abs(pixels.astype(int) - expected.astype(int)).max()
+
+
+@pytest.mark.parametrize("form", MODERN)
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_avif_and_heic_give_the_pixels_of_the_picture_upright(form, orientation):
+    image = scene(96, 64)
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = modern(image, form, exif=exif.tobytes())
+    expected = shrink(encoded(image, "PNG", exif=exif), 32, "bilinear")
+    assert distance(shrink(data, 32, "bilinear"), expected) <= 4
+    assert np.array_equal(shrink(data, 32, "bilinear"), shrink(io.BytesIO(data), 32, "bilinear"))
+
+
+@pytest.mark.parametrize("form", MODERN)
+def test_transparent_avif_and_heic_lie_on_white(form):
+    image = scene(64, 64).convert("RGBA")
+    image.putalpha(Image.fromarray(np.kron([[0, 255]], np.ones((64, 32))).astype(np.uint8)))
+    small = shrink(modern(image, form), 64, "bilinear")
+    assert (small[:, :28] > 250).all()
+    assert distance(small[:, 36:], np.asarray(scene(64, 64))[:, 36:]) <= 6
+
+
+@pytest.mark.parametrize("form", MODERN)
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.98])
+def test_half_an_avif_or_heic_is_a_broken_picture(form, share):
+    data = modern(noise(64, 64), form)
+    with pytest.raises(ImageError):
+        shrink(data[: int(share * len(data))], 16, "bilinear")
+
+
+@pytest.mark.parametrize("form", MODERN)
+def test_an_avif_or_heic_of_too_many_pixels_is_refused_before_they_are_decoded(form):
+    with pytest.raises(ImageError, match="96 x 64 pixels are too many"):
+        shrink(modern(scene(96, 64), form), 16, "bilinear", max_pixels=6000)
+
+
+@needs_heic
+def test_a_thumbnail_in_a_heic_never_stands_for_the_picture():
+    from pillow_heif import from_pillow
+
+    image = noise(640, 480)
+    plain, thumbed = io.BytesIO(), io.BytesIO()
+    from_pillow(image).save(plain, quality=-1, chroma=444)
+    file = from_pillow(image)
+    file[0].info["thumbnails"] = [256]
+    file.save(thumbed, quality=-1, chroma=444)
+    assert len(thumbed.getvalue()) > len(plain.getvalue()) + 1000
+    assert np.array_equal(
+        shrink(plain.getvalue(), 64, "bilinear"), shrink(thumbed.getvalue(), 64, "bilinear")
+    )
+
+
+def test_what_cannot_be_read_here_says_what_would_read_it(monkeypatch):
+    heic = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic")
+    avif = heic.replace(b"heic", b"avif")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match="HEIC, which is read where pillow-heif is installed"):
+        shrink(heic, 16, "bilinear")
+    monkeypatch.setitem(sys.modules, "PIL.AvifImagePlugin", None)
+    monkeypatch.delattr(PIL, "AvifImagePlugin", raising=False)
+    with pytest.raises(ImageError, match=r"AVIF, which Pillow reads from 11.3 on"):
+        shrink(avif, 16, "bilinear")
+
+
+def test_a_film_is_no_picture():
+    film = struct.pack(">I4s4sI4s", 20, b"ftyp", b"isom", 0, b"mp41") + bytes(100)
+    with pytest.raises(ImageError, match="not a JPEG"):
+        shrink(film, 16, "bilinear")
