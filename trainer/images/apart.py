@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from trainer.images import decode
 
 MEMORY = 256 << 20  # bytes for the decoder's own threads and tables
-SECONDS = 10  # of processor time for one image; one of 48 megapixels takes 2
+SECONDS = 8  # of processor time for one image; one of 48 megapixels takes 2
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 
 _of_thread = threading.local()

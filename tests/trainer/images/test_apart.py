@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.hostile import encoded
+from tests.hostile import encoded, grid_of_large_cells
 from tests.trainer.images.test_bounds import photo
 from trainer.images import apart, bounds, decode
 from trainer.images.decode import ImageError, Room, shrink, shrink_here
@@ -52,6 +52,14 @@ def test_what_computes_too_long_is_ended_and_the_next_picture_is_read(faulty, mo
     with pytest.raises(ImageError, match="decoding it takes more than 1 s"):
         shrink(hostile, 16, "bilinear")
     assert shrink(good, 16, "bilinear").shape == (16, 16, 3)
+
+
+def test_a_grid_whose_cells_are_larger_than_they_say_is_ended(monkeypatch):
+    """60 KB that take a minute; nothing in the file's own tables tells."""
+    monkeypatch.setattr(apart, "SECONDS", 1)
+    assert shrink(grid_of_large_cells(64, 2), 16, "bilinear").shape == (16, 16, 3)
+    with pytest.raises(ImageError, match="decoding it takes more than 1 s"):
+        shrink(grid_of_large_cells(4096, 40), 16, "bilinear")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +121,7 @@ def test_pixels_are_limited_by_what_the_header_says():
         shrink(data, 16, "bilinear", Room(1000))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux limits it")
 def test_memory_is_limited_by_what_the_header_says():
     """libavif decodes what is in the file, and scales it to what the header says."""
