@@ -161,11 +161,11 @@ def shared_strips(count: int, packed: bytes, compression: int = 8) -> bytes:
     return tiff(4, count, tags, packed + places)
 
 
-def scans_in_strips(count: int, side: int) -> bytes:
-    """A TIFF of one column of square tiles, all the same JPEG of many scans."""
+def scans_in_tiles(count: int, side: int, more: int = 80) -> bytes:
+    """A TIFF of one column of square tiles, all the same JPEG of 6 scans and `more`."""
     image = Image.new("L", (side, side), 7)
     packed = encoded(image, "JPEG", progressive=True)
-    packed = packed[:-2] + packed[packed.rindex(b"\xff\xda") : -2] * 80 + packed[-2:]
+    packed = packed[:-2] + packed[packed.rindex(b"\xff\xda") : -2] * more + packed[-2:]
     begin = 8 + len(packed)
     places = struct.pack("<I", 8) * count + struct.pack("<I", len(packed)) * count
     tags = [(258, 3, 1, 8), (259, 3, 1, 7), (322, 4, 1, side), (323, 4, 1, side)]
@@ -304,7 +304,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         "on each other",
     ),
     "TIFF: scans of JPEG": (
-        lambda: scans_in_strips(40, 1024),
+        lambda: scans_in_tiles(40, 1024),
         "scans in tiles or strips of 1024 x 1024",
     ),
     "TIFF: strips again and again": (

@@ -160,7 +160,8 @@ def _safe_parts(archive: Path, name: str) -> tuple[str, ...]:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise UserError(f"{name!r} would be unpacked outside of its folder; pack it anew")
-    return path.parts
+    # As this machine's file system takes them: in some locales that is ASCII, and bytes.
+    return tuple(os.fsdecode(part.encode(errors="surrogateescape")) for part in path.parts)
 
 
 def _check_size(archive: Path, total: int, allowed: int, room: int) -> None:
@@ -219,7 +220,7 @@ def _zip_name(entry: zipfile.ZipInfo) -> str:
 
 
 def _tar_members(file: IO[bytes]) -> Iterator[Member]:
-    with tarfile.open(fileobj=file, mode="r:*") as archive:
+    with tarfile.open(fileobj=file, mode="r:*", encoding="utf-8") as archive:
         for entry in archive:
             if entry.isdir():
                 yield Member(entry.name, 0, None)

@@ -313,10 +313,11 @@ def tiff(data: bytes) -> str | None:
     planes = 1
     if layout.get(PLANAR) == 2:
         planes = layout.get(SAMPLES, 1)
-    given = max(layout.get(STRIPS, 0), layout.get(TILES, 0))  # libtiff takes one for the other
+    strips = layout.get(STRIPS, 0)
     strip = width, min(layout.get(STRIP_ROWS, height), height)
     tile = layout.get(TILE_WIDTH, 0), layout.get(TILE_HEIGHT, 0)
-    for across, down in (strip, tile):
+    # libtiff takes the places of strips for those of tiles, too
+    for given, (across, down) in ((strips, strip), (max(strips, layout.get(TILES, 0)), tile)):
         if not across or not down:
             continue
         tiles = max(given, ceil(width / across) * ceil(height / down) * planes)

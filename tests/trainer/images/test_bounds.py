@@ -86,6 +86,7 @@ REAL = {
     "TIFF of pages": lambda: frames("TIFF", 12),
     "TIFF, packed": lambda: encoded(photo(600, 400), "TIFF", compression="tiff_lzw"),
     "TIFF of JPEG strips": lambda: encoded(photo(600, 400), "TIFF", compression="jpeg"),
+    "TIFF of tiles": lambda: hostile.scans_in_tiles(60, 64, 0),
     "TIFF of a strip a row": lambda: hostile.thin_strips(3000),
     "TIFF of tiles far larger than it": lambda: hostile.high_tiles(3, 1024),
     "TIFF of a camera": lambda: encoded(photo(), "TIFF", exif=camera_exif()),

@@ -18,9 +18,11 @@ from trainer.images.decode import (
     MAX_ASPECT,
     ImageError,
     Preprocessing,
+    Room,
     center_crop,
     prepare,
     shrink,
+    shrink_here,
 )
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
@@ -447,8 +449,8 @@ def test_half_an_avif_or_heic_is_a_broken_picture(form, share):
 
 @pytest.mark.parametrize("form", MODERN)
 def test_an_avif_or_heic_of_too_many_pixels_is_refused_before_they_are_decoded(form):
-    with pytest.raises(ImageError, match="96 x 64 pixels are too many"):
-        shrink(modern(scene(96, 64), form), 16, "bilinear", max_pixels=6000)
+    with pytest.raises(ImageError, match="6,144 pixels are too many"):
+        shrink(modern(scene(96, 64), form), 16, "bilinear", Room(6000))
 
 
 @needs_heic
@@ -472,11 +474,11 @@ def test_what_cannot_be_read_here_says_what_would_read_it(monkeypatch):
     avif = heic.replace(b"heic", b"avif")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match="HEIC, which is read where pillow-heif is installed"):
-        shrink(heic, 16, "bilinear")
+        shrink_here(heic, 16, "bilinear", Room())
     monkeypatch.setitem(sys.modules, "PIL.AvifImagePlugin", None)
     monkeypatch.delattr(PIL, "AvifImagePlugin", raising=False)
     with pytest.raises(ImageError, match=r"AVIF, which Pillow reads from 11.3 on"):
-        shrink(avif, 16, "bilinear")
+        shrink_here(avif, 16, "bilinear", Room())
 
 
 def test_a_film_is_no_picture():

@@ -74,7 +74,7 @@ def test_what_is_refused_is_refused_at_once(name):
 SEEDS = {name: make for name, make in REAL.items() if "16 MB" not in name}
 SEEDS |= {name: make for name, (make, _) in hostile.REFUSED.items() if name != "PNG: empty chunks"}
 SEEDS["WebP without loss"] = lambda: encoded(photo(), "WebP", lossless=True)
-SEEDS["TIFF of JPEG tiles"] = lambda: hostile.scans_in_strips(4, 64)
+SEEDS["TIFF of JPEG tiles"] = lambda: hostile.scans_in_tiles(4, 64)
 for compression in ("packbits", "tiff_deflate", "lzma", "zstd", "group3", "group4"):
     SEEDS[f"TIFF: {compression}"] = lambda compression=compression: encoded(
         photo(600, 400).convert("1"), "TIFF", compression=compression
