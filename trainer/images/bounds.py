@@ -22,7 +22,7 @@ from typing import Literal
 MAX_SCANS = 200
 MAX_SCANNED = 16 * 89_478_485  # pixels times scans
 # A colour profile takes up to 255 segments, a depth map a hundred.
-MAX_STORED = 512 << 20  # pixels; a photo of 200 megapixels takes 0.7 s where 1/8 of it is decoded
+MAX_STORED = 512 << 20  # pixels; a photo of 48 megapixels takes 0.2 s where 1/8 is decoded
 MAX_SEGMENTS = 2_000
 MAX_EXIF = 64  # of these segments; one is usual, and Pillow's time grows with the square
 MAX_FILLER = 1 << 20  # bytes between segments; each is a step in Python

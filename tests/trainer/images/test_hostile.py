@@ -2,8 +2,12 @@
 
 import random
 import shutil
+import struct
+import subprocess
+import sys
 import threading
 import time
+import zlib
 from contextlib import suppress
 
 import numpy as np
@@ -11,8 +15,8 @@ import pytest
 from PIL import Image
 
 from tests import hostile
-from tests.conftest import QUICK, run_trainer
-from tests.hostile import encoded, jpeg_with, scans, segment
+from tests.conftest import PROJECT, QUICK, run_trainer
+from tests.hostile import chunk, encoded, jpeg_with, scans, segment
 from tests.trainer.images.test_bounds import REAL, photo
 from trainer.common.errors import OK
 from trainer.images import decode
@@ -168,6 +172,42 @@ def test_no_more_is_decoded_at_once_than_there_is_room_for(monkeypatch):
     for thread in threads:
         thread.join()
     assert len(held) == 8 and min(held) >= 0 and room._left == 9_000
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from trainer.images.decode import Room, shrink_here
+for name, pixels in zip(sys.argv[1::2], sys.argv[2::2]):
+    shrink_here(Path(name).read_bytes(), 16, "bilinear", Room(int(pixels)))
+    print(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere in other units")
+def test_a_pixel_takes_no_more_memory_than_is_said(tmp_path):
+    """Of the kinds that take most: the others lie below them."""
+    side = 1500
+    clear = Image.new("RGBA", (side, side), (9, 9, 9, 9))
+    header = struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(side * (1 + 6 * side)))
+    deep = chunk(b"IHDR", header) + chunk(b"tRNS", bytes(6)) + chunk(b"IDAT", pixels)
+    files = {
+        "small.png": encoded(Image.new("RGBA", (40, 40)), "PNG"),
+        "small.webp": encoded(Image.new("RGBA", (40, 40)), "WebP"),
+        "deep.png": b"\x89PNG\r\n\x1a\n" + deep + chunk(b"IEND"),
+        "clear.webp": encoded(clear, "WebP"),
+    }
+    arguments = []
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        arguments += [str(tmp_path / name), str(side * side)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *arguments], cwd=PROJECT, capture_output=True, text=True
+    )
+    _, before, deep_peak, clear_peak = map(int, done.stdout.split())
+    most = decode.BYTES_A_PIXEL * side * side + (8 << 20)  # and the interpreter's own
+    assert 0 < deep_peak - before < most and clear_peak - before < most, done.stderr
 
 
 def test_who_wants_much_room_is_not_overtaken():
