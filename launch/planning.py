@@ -77,7 +77,8 @@ def prepare(
     complete. Raise UserError, AwsError.
     """
     config, name = load_config(target, overrides, data)
-    tarball = source.build(source.extras(config))
+    extras = source.extras(config, s3.files_of(data) if data else ())
+    tarball = source.build(extras)
     if aws is None:
         account = NO_ACCOUNT
         region = Aws(target.project, target.region).configured_region or FALLBACK
@@ -93,6 +94,7 @@ def prepare(
         data=name,
         source=hashlib.sha256(tarball).hexdigest(),
         revision=revision(),
+        extras=tuple(extras),
     )
     return next_attempt(aws, spec, tarball, again)
 

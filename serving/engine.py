@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.package import Package
-from trainer.images.decode import ImageError
+from trainer.images.decode import ImageError, Room
 
 Logits = Future[NDArray[np.float32]]  # [classes], of one image
 
@@ -35,13 +35,13 @@ class Engine:
     ) -> None:
         """Start the engine's threads.
 
-        max_pixels: of an image as stored. workers: images decoded at once, and, with batch=1,
-        networks run at once. batch: most images in one run of the network. delay: seconds that a
-        run may wait for its batch to fill.
+        max_pixels: decoded at once, of all images together. workers: images decoded at once, and,
+        with batch=1, networks run at once. batch: most images in one run of the network. delay:
+        seconds that a run may wait for its batch to fill.
         """
         self.package = package
         self.observe: Callable[[int], object] = lambda size: None  # called with each batch's size
-        self._max_pixels = max_pixels
+        self._room = Room(max_pixels)
         self._workers = workers
         self._decoders = ThreadPoolExecutor(workers, "decode")
         self._decoding_since: dict[int, float] = {}  # by thread
@@ -84,7 +84,7 @@ class Engine:
         thread = threading.get_ident()
         self._decoding_since[thread] = time.monotonic()
         try:
-            return self.package.prepare(image, self._max_pixels)
+            return self.package.prepare(image, self._room)
         finally:
             del self._decoding_since[thread]
 

@@ -1,7 +1,7 @@
 """One request, from its body to its answer, the same behind every adapter.
 
-The body is an image's file (JPEG, PNG, WebP, BMP, GIF, TIFF: its first bytes tell, not its content
-type), or JSON:
+The body is an image's file (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is
+installed: its first bytes tell, not its content type), or JSON:
 
     {"url": "https://..."}  or  {"base64": "..."}  or  {"s3": "s3://bucket/key"}      one image
     {"instances": [{"url": "https://..."}, {"base64": "..."}, ...]}                   several
@@ -34,7 +34,7 @@ from serving import fetch, s3
 from serving.engine import Engine
 from serving.fetch import ByteLimit, Refused, RequestError
 from trainer.common.errors import UserError
-from trainer.images.decode import ImageError
+from trainer.images.decode import BYTES_A_PIXEL, MAX_PIXELS, ImageError
 
 log = logging.getLogger("packhorse.serving")
 
@@ -68,7 +68,9 @@ class Settings:
         64 << 20, "bytes of all pictures that a request fetches; all requests: twice that"
     )
     max_pixels: int = _setting(
-        25_000_000, "of a picture; decoding takes up to 11 bytes a pixel and worker"
+        MAX_PIXELS,
+        "decoded at once, of all pictures together (a JPEG is decoded at a fraction of its size): "
+        f"a bound on memory, of {BYTES_A_PIXEL} bytes each",
     )
     max_pictures: int = _setting(16, "in one request")
     seconds: float = _setting(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from serving.backends import BACKENDS, Network, NetworkError
 from trainer.common.errors import UserError
-from trainer.images.decode import MAX_PIXELS, ImageError, Preprocessing, prepare
+from trainer.images.decode import ImageError, Preprocessing, Room, prepare
 
 FORMAT = 1
 MANIFEST = "package.json"
@@ -51,13 +51,13 @@ class Package:
     predict: Network
 
     def prepare(
-        self, source: str | os.PathLike[str] | bytes | BinaryIO, max_pixels: int = MAX_PIXELS
+        self, source: str | os.PathLike[str] | bytes | BinaryIO, room: Room | None = None
     ) -> NDArray[np.uint8]:
         """Return an image's path, bytes or open file as the network takes it.
 
-        That is RGB, [size, size, 3]. Raises ImageError.
+        That is RGB, [size, size, 3]. room: of the pixels decoded at once. Raises ImageError.
         """
-        return prepare(source, self.preprocessing, max_pixels)
+        return prepare(source, self.preprocessing, room)
 
 
 def load_for_command(path: Path, threads: int | None = None, backend: str = "onnx") -> Package:

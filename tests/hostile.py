@@ -58,9 +58,9 @@ def webp_with(count: int) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
 
 
-def rle_bmp(width: int, height: int) -> bytes:
+def rle_bmp(width: int, height: int, before: bytes = b"") -> bytes:
     """A run-length coded BMP whose rows have one pixel, and then end."""
-    rows = bytes([1, 7, 0, 0]) * height + b"\0\1"
+    rows = before + bytes([1, 7, 0, 0]) * height + b"\0\1"
     header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(rows), 0, 0, 256, 0)
     begin = 14 + 40 + 1024
     start = b"BM" + struct.pack("<IHHI", begin + len(rows), 0, 0, begin)
@@ -106,13 +106,13 @@ def thin_strips(count: int) -> bytes:
     return tiff(4, count, tags, bytes(4) + struct.pack("<I", 8) * count)
 
 
-def high_tiles(count: int, height: int) -> bytes:
+def high_tiles(count: int, height: int, places_in: int = 324) -> bytes:
     """A picture one pixel high, in packed tiles `height` pixels high."""
     packed = zlib.compress(bytes(16 * height), 9)
     places = struct.pack("<I", 8) * count + struct.pack("<I", len(packed)) * count
     begin = 8 + len(packed)
     tags = [(258, 3, 1, 8), (259, 3, 1, 8), (322, 4, 1, 16), (323, 4, 1, height)]
-    tags += [(324, 4, count, begin), (325, 4, count, begin + 4 * count)]
+    tags += [(places_in, 4, count, begin), (325, 4, count, begin + 4 * count)]
     return tiff(16 * count, 1, tags, packed + places)
 
 
@@ -135,6 +135,101 @@ def in_segments(block: bytes) -> bytes:
     """An Exif block as a JPEG holds it."""
     parts = [block[at : at + 65_000] for at in range(6, len(block), 65_000)]
     return b"".join(segment(0xE1, b"Exif\0\0" + part) for part in parts)
+
+
+# Eight deflate blocks in 90 bytes: each brings its own codes, and holds nothing but its end.
+NOTHING = bytes.fromhex(
+    "04c081000000000090ff6b100007020000000040feaf41001c080000000000f9bf06017020000000"
+    "0000e4ff1a04c081000000000090ff6b100007020000000040feaf41001c080000000000f9bf0601"
+    "70200000000000e4ff1a"
+)
+
+
+def png_of_nothing(count: int) -> bytes:
+    """A PNG of 16 x 16 pixels behind 8 * `count` blocks that hold nothing."""
+    header = struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0)
+    packed = b"\x78\x9c" + NOTHING * count + zlib.compress(bytes(16 * 49))[2:]
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND")
+
+
+def shared_strips(count: int, packed: bytes, compression: int = 8) -> bytes:
+    """A TIFF 4 pixels wide whose strips are one row each, all of them the same packed bytes."""
+    begin, size = 8 + len(packed), 4 * count
+    places = struct.pack("<I", 8) * count + struct.pack("<I", len(packed)) * count
+    tags = [(258, 3, 1, 8), (259, 3, 1, compression), (273, 4, count, begin), (278, 4, 1, 1)]
+    tags.append((279, 4, count, begin + size))
+    return tiff(4, count, tags, packed + places)
+
+
+def scans_in_tiles(count: int, side: int, more: int = 80) -> bytes:
+    """A TIFF of one column of square tiles, all the same JPEG of 6 scans and `more`."""
+    image = Image.new("L", (side, side), 7)
+    packed = encoded(image, "JPEG", progressive=True)
+    packed = packed[:-2] + packed[packed.rindex(b"\xff\xda") : -2] * more + packed[-2:]
+    begin = 8 + len(packed)
+    places = struct.pack("<I", 8) * count + struct.pack("<I", len(packed)) * count
+    tags = [(258, 3, 1, 8), (259, 3, 1, 7), (322, 4, 1, side), (323, 4, 1, side)]
+    tags += [(324, 4, count, begin), (325, 4, count, begin + 4 * count)]
+    return tiff(side, side * count, tags, packed + places)
+
+
+def resized(width: int, height: int) -> bytes:
+    """A JPEG whose header alone says that it is large."""
+    data = encoded(Image.new("RGB", (16, 16), "teal"), "JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+def box(kind: bytes, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def grid_of_large_cells(side: int, rows: int) -> bytes:
+    """An AVIF of rows x rows cells of 64 x 64 pixels, it says; all are one of side x side."""
+    cell = encoded(Image.new("RGB", (side, side), "teal"), "AVIF", speed=10, quality=1)
+    boxes = {}
+    for kind in (b"ftyp", b"hdlr", b"av1C", b"pixi", b"mdat"):
+        at = cell.index(kind) - 4
+        boxes[kind] = cell[at : at + int.from_bytes(cell[at : at + 4])]
+    packed, cells = boxes[b"mdat"][8:], range(2, 2 + rows * rows)
+    grid = struct.pack(">4B2H", 0, 0, rows - 1, rows - 1, 64 * rows, 64 * rows)
+    kinds = [(1, b"grid"), *((item, b"av01") for item in cells)]
+    names = [struct.pack(">I2H4sx", 2 << 24, item, 0, kind) for item, kind in kinds]
+    sizes = [struct.pack(">3I", 0, pixels, pixels) for pixels in (64 * rows, 64)]
+    # Of each item, which of the properties (1: the grid's size ...) it has; its codec must be known.
+    has = [
+        struct.pack(">H3B", 1, 2, 1, 4),
+        *(struct.pack(">H4B", item, 3, 2, 0x83, 4) for item in cells),
+    ]
+    count = struct.pack(">IH", 0, 1 + len(cells))
+
+    def meta(start: int) -> bytes:
+        places = [
+            (1, start, len(grid)),
+            *((item, start + len(grid), len(packed)) for item in cells),
+        ]
+        at = [struct.pack(">3H2I", item, 0, 1, *place) for item, *place in places]
+        properties = box(
+            b"ipco", *(box(b"ispe", size) for size in sizes), boxes[b"av1C"], boxes[b"pixi"]
+        )
+        return box(
+            b"meta",
+            bytes(4),
+            boxes[b"hdlr"],
+            box(b"pitm", struct.pack(">IH", 0, 1)),
+            box(b"iloc", struct.pack(">I2BH", 0, 0x44, 0, 1 + len(cells)), *at),
+            box(b"iinf", count, *(box(b"infe", name) for name in names)),
+            box(
+                b"iref",
+                bytes(4),
+                box(b"dimg", struct.pack(f">{2 + len(cells)}H", 1, len(cells), *cells)),
+            ),
+            box(b"iprp", properties, box(b"ipma", struct.pack(">2I", 0, 1 + len(cells)), *has)),
+        )
+
+    start = len(boxes[b"ftyp"]) + len(meta(0)) + 8
+    return boxes[b"ftyp"] + meta(start) + box(b"mdat", grid, packed)
 
 
 # Each is made when a test asks for it: together they take a second.
@@ -171,13 +266,17 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         "chunks",
     ),
     "PNG: pixels in chunks of one byte": (lambda: png_in_pieces(160, 1), "chunks"),
-    "PNG: colour profiles": (
-        lambda: png_with(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)) * 200),
-        "more than 8 colour profiles",
-    ),
     "PNG: overlapping Exif values": (
         lambda: png_with(chunk(b"eXIf", overlapping_exif(100, 1_000_000)[6:])),
         "lie on each other",
+    ),
+    "JPEG: more pixels than any camera's": (
+        lambda: resized(60_000, 60_000),
+        "60000 x 60000 pixels are too many; allowed: 536,870,912",
+    ),
+    "PNG: blocks of nothing": (
+        lambda: png_of_nothing(50_000),
+        "4,500,028 bytes for 1,600 of pixels",
     ),
     "GIF: blocks of an extension": (
         lambda: gif_with(b"\x21\x99" + b"\x01a" * 100_000 + b"\0"),
@@ -196,6 +295,18 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: rle_bmp(5000, 5000),
         "more than 16,777,216 run-length coded pixels",
     ),
+    "BMP: ends of rows": (
+        lambda: rle_bmp(16, 16, bytes(4_000_000)),
+        "4,001,144 bytes for 544 of pixels",
+    ),
+    "TIFF: strips that share packed bytes": (
+        lambda: shared_strips(20_000, b"\x78\x9c" + NOTHING * 10_000 + zlib.compress(bytes(4))[2:]),
+        "on each other",
+    ),
+    "TIFF: scans of JPEG": (
+        lambda: scans_in_tiles(40, 1024),
+        "scans in tiles or strips of 1024 x 1024",
+    ),
     "TIFF: strips again and again": (
         lambda: repeated_strips(20_000),
         "20,000 tiles or strips of 200 x 199 for 200 x 200 pixels",
@@ -208,6 +319,14 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "TIFF: high tiles": (
         lambda: high_tiles(100, 200_000),
         "100 tiles or strips of 16 x 200000 for 1600 x 1 pixels",
+    ),
+    "TIFF: high tiles, given as strips": (
+        lambda: high_tiles(100, 200_000, places_in=273),
+        "100 tiles or strips of 16 x 200000 for 1600 x 1 pixels",
+    ),
+    "TIFF: lengths of strips twice": (
+        lambda: tiff(8, 8, [(273, 4, 1, 8), (279, 4, 1, 64), (279, 4, 1, 9)], bytes(64)),
+        "tag 279 is there twice",
     ),
     "TIFF: tags": (lambda: many_tags(5000), "more than 4,096 tags"),
     "TIFF: overlapping values": (lambda: many_tags(100, 1_000_000), "lie on each other"),

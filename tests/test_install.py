@@ -64,12 +64,13 @@ def test_make_setup_takes_one_extra_or_several():
         assert made.stdout.splitlines() == [f".ci/setup {extra}" for extra in extras.split()]
 
 
-def test_an_extra_that_is_not_there_is_one_line_and_makes_nothing(tmp_path):
+@pytest.mark.parametrize("asked", ["swep", "heic,swep"])  # several, as a job on EC2 asks for them
+def test_an_extra_that_is_not_there_is_one_line_and_makes_nothing(tmp_path, asked):
     for name in ("pyproject.toml", "constraints.txt", ".ci/setup"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((PROJECT / name).read_bytes())
     done = subprocess.run(
-        ["bash", ".ci/setup", "swep"], cwd=tmp_path, capture_output=True, text=True
+        ["bash", ".ci/setup", asked], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2
     [line] = done.stderr.splitlines()

@@ -51,7 +51,7 @@ def train(config: Config | None, world: World) -> None:
         world.connected(config.train.timeout_seconds, stop),
         spot(stop),
     ):
-        images = find_images(config)
+        images = find_images(config, stop)
         world.check_same({"the pictures": images.fingerprint}, stop)
         run = run.resolved(images)
         result = world.broadcast_from_main(run.result)

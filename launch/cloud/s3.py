@@ -21,6 +21,7 @@ from launch.cloud.session import Aws, AwsError, explained
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
 from trainer.common.files import TEMPORARY
+from trainer.images.names import as_shown, is_system
 
 # Bytes of a part: boto3's own, fixed here because the ETag of a large object depends on it.
 CHUNK = 8 * 2**20
@@ -102,7 +103,15 @@ def _md5(data: bytes) -> bytes:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Return the folder's visible files, by their paths in it. Raise UserError for none."""
+    """Return the folder's files, by their paths in it, but for what is hidden or a system's own.
+
+    Raise UserError for none, and for names that are no UTF-8, which S3 has not.
+    """
+    if folder.is_file():
+        raise UserError(
+            f"{folder}: a job takes a folder of pictures, and no archive; "
+            "unpack it, and give its folder"
+        )
     if not folder.is_dir():
         raise UserError(
             f"{folder}: there is no such folder; give the one that holds train, valid and test"
@@ -111,8 +120,13 @@ def files_of(folder: Path) -> dict[str, Path]:
     files = {
         name.as_posix(): path
         for name, path in paths.items()
-        if path.is_file() and not any(part.startswith(".") for part in name.parts)
+        if not any(map(is_system, name.parts)) and path.is_file()
     }
+    for name in files:
+        if as_shown(name) != name:
+            raise UserError(
+                f"{folder}: {as_shown(name)} is not named in UTF-8, so S3 can't hold it; rename it"
+            )
     if not files:
         raise UserError(
             f"{folder}: it holds no files; give the folder that holds train, valid and test"

@@ -9,13 +9,14 @@ import io
 import re
 import tarfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
 from trainer.common.errors import PROJECT, UserError
+from trainer.images.names import HEIC, suffix_of
 from trainer.settings.config import Config
 
 ENTRY_POINT = "launch/local/container_entry.py"
@@ -99,9 +100,13 @@ def beside(name: str, project: Path = PROJECT) -> Path:
     )
 
 
-def extras(config: Config) -> list[str]:
-    """Return the extras of pyproject.toml that a run of these settings needs."""
+def extras(config: Config, pictures: Iterable[str] = ()) -> list[str]:
+    """Return the extras of pyproject.toml that a run of these settings needs.
+
+    pictures: the names of the files that are uploaded for it.
+    """
     needed = {
+        "heic": not {suffix_of(name) for name in pictures}.isdisjoint(HEIC),
         "timm": config.model.name.startswith("timm/"),
         "tensorboard": config.train.tensorboard,
         "flowers102": config.data.source == "flowers102",

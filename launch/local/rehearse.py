@@ -19,7 +19,8 @@ from launch.local.container_entry import CHANNELS
 from launch.local.sagemaker import Outcome, TrainingJob, scrape
 from launch.targets import sagemaker
 from trainer.common.errors import UserError, install_command
-from trainer.images.folder import SPLIT_NAMES
+from trainer.images import table
+from trainer.images.names import SPLIT_NAMES
 from trainer.settings import config as settings
 from trainer.settings.compose import compose
 from trainer.settings.config import Config
@@ -264,18 +265,25 @@ def faults_of(job: TrainingJob, outcome: Outcome, channels: dict[str, Path]) -> 
 
 def expected_metrics(job: TrainingJob, channels: dict[str, Path]) -> list[str]:
     """Return the metrics that a job's run prints, by its settings and its folder of images."""
-    augment = _config(job).data.augment
+    config = _config(job)
+    augment = config.data.augment
     mixed = augment.mixup > 0 or augment.cutmix > 0  # then no image has one right class
     folder = channels.get(sagemaker.CHANNEL)
-    tested = folder is None or any(
-        path.is_dir() and path.name.casefold() in SPLIT_NAMES["test"] for path in folder.iterdir()
-    )
+    tested = folder is None or _has_test(folder, config.data.labels)
     return [
         entry["Name"]
         for entry in job.metrics
         if not (mixed and entry["Name"] == "train_top1")
         and (tested or not entry["Name"].startswith("test_"))
     ]
+
+
+def _has_test(folder: Path, labels: str | None) -> bool:
+    if labels is not None:
+        return "test" in table.splits(folder / labels)
+    return any(
+        path.is_dir() and path.name.casefold() in SPLIT_NAMES["test"] for path in folder.iterdir()
+    )
 
 
 def remedy(outcome: Outcome) -> str:

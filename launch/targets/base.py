@@ -56,6 +56,7 @@ class Spec:
     source: str  # SHA-256 (hex) of the source tarball
     revision: str | None  # of git
     attempt: int = 1
+    extras: tuple[str, ...] = ()  # of pyproject.toml, that the run needs
 
     @property
     def kind(self) -> "Target":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from launch.cloud import s3, source
+from launch.cloud import s3
 from launch.cloud.ownership import instances
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
@@ -267,7 +267,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         source_sha256=spec.source,
         data=spec.data or "",
         data_root=spec.data_root or "",
-        extras=",".join(source.extras(spec.config)) or "train",
+        extras=",".join(spec.extras) or "train",
         limit=limit,
         grace=min(GRACE, limit // 10),
         every=upload_every,

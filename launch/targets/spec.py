@@ -110,6 +110,8 @@ def load_config(
                 f"data.{split}={composed.data[split]}: a job finds its pictures in one folder; "
                 "allowed: train, valid and test in --data DIR"
             )
+    if composed.data.labels is not None:
+        _check_table(expanded(composed.data.labels), data)
     name = pictures_name(data) if data else fit(Path(expanded(composed.data.root)).name, RUN)
     composed.data.root = targets()[target.name].data_root(name)
     return settings.load(composed), name
@@ -127,6 +129,20 @@ def resolved(target: TargetConfig, overrides: Sequence[str], data: Path | None =
         if data:
             words.append(override("data.root", str(data)))
         return resolve(words)
+
+
+def _check_table(labels: str, data: Path | None) -> None:
+    """Raise UserError unless the table of labels is named by its path in the folder of pictures."""
+    inside = Path(labels)
+    if not inside.is_absolute() and (data is None or (data / inside).is_file()):
+        return
+    path = inside.name
+    if data is not None and inside.resolve().is_relative_to(data.resolve()):
+        path = str(inside.resolve().relative_to(data.resolve()))
+    raise UserError(
+        f"data.labels={labels}: a job finds its table of labels among the pictures; put it into "
+        f"{data or 'their folder'}, and give its path in there: data.labels={path}"
+    )
 
 
 def pictures_name(folder: Path) -> str:

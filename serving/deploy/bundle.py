@@ -31,6 +31,7 @@ RUNTIME = "3.13"  # Python of stack.yaml's Runtime
 # What Lambda's Amazon Linux 2023 (glibc 2.34) runs.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64")
 LIBRARIES = ("numpy", "pillow", "onnxruntime")
+HEIC = "pillow-heif"  # where the network was trained on such pictures
 UNUSED = (
     "onnxruntime/quantization/",
     "onnxruntime/tools/",
@@ -59,7 +60,7 @@ def direct(package: Path) -> bytes:
     """
     contents = {name: (PROJECT / source).read_bytes() for name, source in DIRECT.items()}
     contents |= {f"{PACKAGE}/{name}": data for name, data in slim(package).items()}
-    contents |= libraries()
+    contents |= libraries(*_needed(package))
     size = sum(map(len, contents.values()))
     if size > MAX_UNPACKED:
         raise UserError(
@@ -91,12 +92,22 @@ def _served(name: str) -> bool:
     return name != "model.safetensors" and not name.startswith("code/")
 
 
-def libraries() -> dict[str, bytes]:
+def _needed(package: Path) -> tuple[str, ...]:
+    """Return the libraries that this package needs beside those of all."""
+    with tarfile.open(package) as tar:
+        file = tar.extractfile("code/requirements.txt")
+        assert file is not None
+        if HEIC in file.read().decode():
+            return (HEIC,)
+    return ()
+
+
+def libraries(*more: str) -> dict[str, bytes]:
     """Return the runtime's libraries for Lambda's Python, by path, in the versions installed here.
 
     Raise UserError where pip can't get them.
     """
-    pinned = [f"{name}=={version(name)}" for name in LIBRARIES]
+    pinned = [f"{name}=={version(name)}" for name in (*LIBRARIES, *more)]
     with tempfile.TemporaryDirectory(prefix="libraries-") as directory:
         command = [sys.executable, "-P", "-m", "pip", "install", "--quiet", "--no-deps"]
         command += ["--only-binary=:all:", "--no-compile", f"--python-version={RUNTIME}"]

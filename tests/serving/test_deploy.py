@@ -3,11 +3,13 @@
 import base64
 import contextlib
 import gzip
+import io
 import json
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -470,7 +472,7 @@ def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest
     package, monkeypatch
 ):
     monkeypatch.setattr(
-        bundle, "libraries", lambda: {"numpy/__init__.py": b""}
+        bundle, "libraries", lambda *more: {"numpy/__init__.py": b""}
     )  # pip's index is not for tests
     release = build(PLACE, package, {"Door": "lambda"}, {})
     assert (
@@ -481,9 +483,18 @@ def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest
     assert [upload.what for upload in release.uploads] == ["the function with the model"]
     with pytest.raises(UserError, match="which model"):
         build(PLACE, None, {"Door": "endpoint", "Image": IMAGE}, release.parameters)
-    monkeypatch.setattr(bundle, "libraries", lambda: {"large": bytes(bundle.MAX_UNPACKED)})
+    monkeypatch.setattr(bundle, "libraries", lambda *more: {"large": bytes(bundle.MAX_UNPACKED)})
     with pytest.raises(UserError, match="--mode endpoint"):
         build(PLACE, package, {"Door": "lambda"}, {})
+
+
+def test_the_function_reads_heic_where_its_model_was_trained_on_it(tmp_path):
+    for text, expected in (("pillow>=11\n", ()), ("pillow-heif>=1.1\n", ("pillow-heif",))):
+        with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:
+            entry = tarfile.TarInfo("code/requirements.txt")
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text.encode()))
+        assert bundle._needed(tmp_path / "model.tar.gz") == expected
 
 
 def test_what_an_idle_month_costs():

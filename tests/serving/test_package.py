@@ -22,7 +22,7 @@ from serving.__main__ import main
 from serving.package import PackageError, load
 from tests.conftest import PROJECT
 from tests.packages import SIZE, make_contents, make_network
-from trainer.images.decode import Preprocessing
+from trainer.images.decode import Preprocessing, optional_decoders
 from trainer.results.package import build
 
 
@@ -447,6 +447,20 @@ def test_the_packages_own_code_answers_as_the_network_did(original, tmp_path):
     np.testing.assert_allclose(
         json.loads(answer), recorded(original / "package")[1][1:2], rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.skipif(not optional_decoders()["avif"], reason="this Pillow reads no AVIF")
+def test_the_packages_own_code_decodes_an_avif_in_a_process_of_its_own(original, tmp_path):
+    code = original / "package/code"
+    Image.new("RGB", (60, 40), "teal").save(tmp_path / "picture.avif")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "from trainer.images import apart, decode;"
+        "print(decode.shrink('picture.avif', 16, 'bilinear').shape, apart.__file__)"
+    )
+    result = run("-I", "-B", "-c", script, str(code), cwd=tmp_path)
+    assert result.stdout == f"(16, 24, 3) {code}/trainer/images/apart.py\n", result.stderr
+    assert not [*code.rglob("__pycache__")]  # -B holds for it too
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "lanczos", "box"])

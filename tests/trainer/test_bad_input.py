@@ -353,7 +353,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     (folder / "device.jpg").symlink_to("/dev/zero")
     for name in NOT_TEXT:
         (folder / name).touch()
-    # What is no picture, or hidden, is not even listed.
+    # What is no picture, or hidden, is listed too.
     (folder / "folder.jpg").mkdir()
     (folder / "notes.txt").touch()
     for hidden in ("train/.ipynb_checkpoints", "valid/__MACOSX"):
@@ -367,6 +367,9 @@ def test_broken_pictures_are_left_out_by_name_and_the_run_goes_on(finished):
     assert not any(sign in output for sign in ("Traceback", "Logging error", "error: "))
     lines = (cwd / "runs/mine/quarantine.txt").read_text().splitlines()
     reasons = {Path(path).name: reason for path, reason in (line.split("\t") for line in lines)}
+    others = {"notes.txt": ".txt"}
+    others |= dict.fromkeys([".ipynb_checkpoints", "__MACOSX"], "hidden or a system's own")
+    assert {name: reasons.pop(name) for name in others} == others
     assert reasons.keys() == {*BROKEN, *NEVER_OPENED, *NOT_TEXT.values()}
     assert all(reasons.values())
     assert reasons["bomb.png"].startswith("60000 x 60000 pixels are too many")
@@ -377,7 +380,8 @@ def test_broken_pictures_are_left_out_by_name_and_the_run_goes_on(finished):
     for text in (output, (cwd / "runs/mine/log.txt").read_text()):
         assert "3 classes" in text
         assert text.count("left out: pictures/train/circle/") == 10
-        assert f"left out {len(reasons)} pictures in all; see runs/mine/quarantine.txt" in text
+        counts = f"{len(reasons)} that can't be used, 2 hidden or a system's own, 1 .txt"
+        assert f"left out: {counts}; see runs/mine/quarantine.txt" in text
 
 
 # --- run directories ---

@@ -1,4 +1,10 @@
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
 import torch
+from PIL import Image, features
 
 from tests.conftest import make_pictures, run_trainer
 from trainer.common.command import one_line
@@ -68,3 +74,35 @@ def test_a_fault_of_ours_keeps_its_traceback():
         and one_line(KeyError("x"), explain_settings) is None
         and one_line(OSError("no number"), explain_settings) is None
     )
+
+
+def test_a_folder_as_the_world_has_it_trains_to_the_end_on_a_terminal_without_umlauts(tmp_path):
+    """Zipped, with a system's folders and other files, a class `ä` in two forms, and AVIF."""
+    root = make_pictures(
+        tmp_path / "set", {"train": 6, "val": 3, "Test": 2}, ("a\u0308", "b", "日本")
+    )
+    (root / "val/a\u0308").rename(root / "val/\u00e4")
+    left_out = ["a\u0308/1.jxl", "b/2.jxl", "日本/3", "4.png", "@eaDir/b.png", "b/Thumbs.db"]
+    for name in left_out:
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).touch()
+    if features.check("avif"):
+        for path in sorted((root / "train/b").glob("00*.png")):
+            Image.open(path).save(path.with_suffix(".avif"), quality=100)
+            path.unlink()
+    archive = Path(shutil.make_archive(str(tmp_path / "pictures"), "zip", tmp_path, "set"))
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = [word.replace("data.root=pictures", f"data.root={archive.name}") for word in RUN]
+    code, output = run_trainer(tmp_path, *run, "platform.cache=cache", **ascii_only)
+    assert code == OK, output
+    assert "18 train, 9 valid, 6 test; 3 classes" in output
+    counts = "2 .jxl, 1 loose (in no class folder), 1 without extension"
+    assert f"left out: {counts}; see runs/run/quarantine.txt" in output
+    listed = (tmp_path / "runs/run/quarantine.txt").read_text().splitlines()
+    assert [line.rsplit("\t", 1)[0].rsplit("/", 1)[1] for line in listed] == [
+        "4.png", "1.jxl", "2.jxl", "3",
+    ]  # fmt: skip
+    with tarfile.open(tmp_path / "runs/run/model.tar.gz") as package:
+        manifest, requirements = map(package.extractfile, ("package.json", "code/requirements.txt"))
+        assert json.load(manifest)["classes"] == ["b", "\u00e4", "日本"]
+        assert (b"pillow>=11.3\n" in requirements.read()) == features.check("avif")

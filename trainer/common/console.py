@@ -1,6 +1,5 @@
 """What a person sees of a run: the log, on the terminal and in a file, and progress."""
 
-import io
 import logging
 import os
 import shlex
@@ -37,8 +36,6 @@ def to_terminal(expendable: bool = False) -> None:
     expendable: whether what a full disk does not take may be lost too.
     """
     streams.outlive(expendable)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
     log.setLevel(logging.INFO)
     log.propagate = False
     if not any(isinstance(handler, _Terminal) for handler in log.handlers):

@@ -15,6 +15,7 @@ SERVING_CODE = tuple(
         "trainer/common/__init__",
         "trainer/common/errors",
         "trainer/images/__init__",
+        "trainer/images/apart",
         "trainer/images/bounds",
         "trainer/images/decode",
     )

@@ -90,7 +90,7 @@ def _lasting(stream: TextIO | None, original: TextIO | None, dropped: frozenset[
     return io.TextIOWrapper(
         io.BufferedWriter(_Raw(stream, dropped)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="backslashreplace",  # a name may be no text, or none that this terminal can show
         line_buffering=stream.line_buffering or stream.write_through,
         write_through=stream.write_through,
     )

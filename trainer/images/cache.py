@@ -95,8 +95,8 @@ class PixelCache:
             hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
             for module in (decode, bounds)
         ]
-        decoder = features.version("libjpeg_turbo")
-        facts = [FORMAT, code, PIL.__version__, decoder, self.resize, self.interpolation]
+        decoders = [features.version("libjpeg_turbo"), decode.optional_decoders()]
+        facts = [FORMAT, code, PIL.__version__, decoders, self.resize, self.interpolation]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return self.root / f"{self.resize}-{self.interpolation}-{digest[:16]}"
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import urllib.error
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +20,27 @@ from PIL import Image
 
 from trainer.common.console import log
 from trainer.common.errors import UserError, install_command
+from trainer.common.interrupt import Stop
 from trainer.common.text import listed
-from trainer.images.folder import SPLIT_NAMES, ImageFolder, find_splits, scan
+from trainer.images import archive, table
+from trainer.images.folder import ImageFolder, find_splits, scan
+from trainer.images.names import SPLIT_NAMES
 from trainer.settings.config import Config
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist_mini.npz"
 
 
-def find_images(config: Config) -> ImageFolder:
-    """List the images; a named data set is first written as class folders."""
-    materialize(config.data.source, Path(config.data.root))
-    root, given = config.data.root, {split: getattr(config.data, split) for split in SPLIT_NAMES}
+def find_images(config: Config, stop: Stop | None = None) -> ImageFolder:
+    """List the images; a named data set is first written as class folders.
+
+    An archive in the place of a folder is unpacked into the cache. Raise UserError, Unreadable, and
+    Interrupted where `stop` asks for it.
+    """
+    data = config.data
+    materialize(data.source, Path(data.root))
+    cache, check = Path(config.platform.cache), (stop or Stop()).check
+    root = _folder(data.root, cache, check)
+    given = {name: getattr(data, name) for name in SPLIT_NAMES}
     if given["train"] is None and not Path(root).exists():
         raise UserError(
             f"data.root={root}: there is no such folder; "
@@ -42,21 +52,57 @@ def find_images(config: Config) -> ImageFolder:
                 f"data.{split}={given[split]}: there is no such folder; "
                 "give another, or null for the one in data.root"
             )
-    directories, unused = find_splits(root, given)
-    images = scan(directories, config.data.valid_fraction)
-    if unused:
-        log.warning(
-            "not used: %s in %s; pictures are taken from train, valid (or val) and test, "
-            "and from where data.valid=DIR and data.test=DIR say",
-            listed(unused),
-            root,
-        )
+    if data.labels is not None and data.source == "folder":
+        images = table.scan(table_path(data.labels, root, given), root, data.valid_fraction)
+    else:
+        given = {name: path and _folder(path, cache, check) for name, path in given.items()}
+        images = _of_folders(root, given, data.valid_fraction)
     sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in images.splits.items())
     log.info("pictures: %s; %d classes", sizes, len(images.classes))
     if "test" not in images.splits:
         log.warning(
             "there is no test folder: the final figures are of valid, "
             "which also chose the best epoch, so they flatter"
+        )
+    return images
+
+
+def table_path(labels: str, root: str, given: Mapping[str, str | None]) -> Path:
+    """Return where the table of labels lies: at its path, or at that in root.
+
+    given: the folders of splits, of which there may be none. Raise UserError.
+    """
+    for split, path in given.items():
+        if path is not None:
+            raise UserError(
+                f"data.labels={labels} with data.{split}={path}: the table says which pictures are "
+                "of which split (column split); give one of the two"
+            )
+    for place in (Path(labels), Path(root, labels)):
+        if place.is_file():
+            return place
+    raise UserError(
+        f"data.labels={labels}: there is no such file, nor in {root}; "
+        "give a CSV file with the columns path, label and optionally split"
+    )
+
+
+def _folder(path: str, cache: Path, check: Callable[[], None]) -> str:
+    """Return the folder at a path, or that which the archive there holds."""
+    if not Path(path).is_file():
+        return path
+    return str(archive.unpacked(Path(path), cache, check))
+
+
+def _of_folders(root: str, given: Mapping[str, str | None], valid_fraction: float) -> ImageFolder:
+    directories, unused = find_splits(root, given)
+    images = scan(directories, valid_fraction)
+    if unused:
+        log.warning(
+            "not used: %s in %s; pictures are taken from train, valid (or val) and test, "
+            "and from where data.valid=DIR and data.test=DIR say",
+            listed(unused),
+            root,
         )
     return images
 

@@ -5,13 +5,16 @@ that the network sees. It needs Pillow, NumPy and the standard library only, bec
 file travels in the model package.
 """
 
+import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +28,7 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    features,
 )
 
 from trainer.common.errors import PackhorseError
@@ -32,9 +36,10 @@ from trainer.images import bounds
 
 Source = str | os.PathLike[str] | bytes | BinaryIO  # a path, a file's bytes, or an open binary file
 
-# Pillow's Image.MAX_IMAGE_PIXELS (256 MB of RGB): above it, a small file may be made to fill the
-# memory.
+# Pillow's Image.MAX_IMAGE_PIXELS. It limits what is decoded, not what the header says: a JPEG is
+# decoded at a fraction of its size.
 MAX_PIXELS = 89_478_485
+BYTES_A_PIXEL = 20  # of memory, at most (WebP with transparency), while an image is decoded
 # Longer to shorter side: what sticks out is cut off, or a 1 x 50,000 strip would become an image of
 # 256 x 12,800,000.
 MAX_ASPECT = 4
@@ -46,13 +51,43 @@ FILTERS = {
     "box": Image.Resampling.BOX,
 }
 
+# TIFF 6.0: the numbers of tags, and two of their values.
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+WHITE_IS_ZERO, SIGNED = 0, 2
+
+Decoder = Callable[[BinaryIO], ImageFile.ImageFile]
+
+GREY_STEP = {"L;2": 85, "L;4": 17}  # of a PNG's 2 and 4 bits, which Pillow spreads over 0..255
+
+
+class _Png(PngImagePlugin.PngImageFile):
+    """A PNG of the chunks that its pixels need. Its transparent colour is as deep as its pixels.
+
+    low: 16-bit colours are read as their upper bytes; where one is transparent, the lower ones.
+    """
+
+    low: PngImagePlugin.PngImageFile | None = None
+
+    def __init__(self, file: BinaryIO) -> None:
+        data = bounds.bare_png(file.read())
+        super().__init__(BytesIO(data))
+        if "transparency" not in self.info:
+            return
+        for tile in self.tile:
+            if tile.args in GREY_STEP:
+                self.info["transparency"] *= GREY_STEP[tile.args]
+            elif tile.args == "RGB;16B":
+                self.low = PngImagePlugin.PngImageFile(BytesIO(data))
+                self.low.tile = [tile._replace(args="RGB;16L")]
+
+
 # The decoders are called directly, never through Image.open, because that warns of large images,
 # and Python's warning filters are one for the whole process: no thread may change them. The first
 # bytes of a file tell its format; its name does not matter. Beside each stands what looks for files
 # that would keep it busy for ever.
-DECODERS: dict[bytes, tuple[type[ImageFile.ImageFile], Callable[[bytes], str | None]]] = {
+DECODERS: dict[bytes, tuple[Decoder, Callable[[bytes], str | None]]] = {
     b"\xff\xd8\xff": (JpegImagePlugin.JpegImageFile, bounds.jpeg),
-    b"\x89PNG\r\n\x1a\n": (PngImagePlugin.PngImageFile, bounds.png),
+    b"\x89PNG\r\n\x1a\n": (_Png, bounds.png),
     b"RIFF": (WebPImagePlugin.WebPImageFile, bounds.webp),
     b"BM": (BmpImagePlugin.BmpImageFile, bounds.bmp),
     b"GIF8": (GifImagePlugin.GifImageFile, bounds.gif),
@@ -61,6 +96,11 @@ DECODERS: dict[bytes, tuple[type[ImageFile.ImageFile], Callable[[bytes], str | N
     b"II\x2b\x00": (TiffImagePlugin.TiffImageFile, bounds.tiff),  # BigTIFF
     b"MM\x00\x2b": (TiffImagePlugin.TiffImageFile, bounds.tiff),
 }
+
+# What the first box of an AVIF or HEIC file calls itself (ISO/IEC 23008-12). Both are read by what
+# may be missing: AVIF by Pillow 11.3 and later, HEIC by pillow-heif.
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
+HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
 
 # EXIF's orientation tag (TIFF 6.0, tag 274): what turns the stored image upright.
 UPRIGHT = {
@@ -74,8 +114,39 @@ UPRIGHT = {
 }
 
 
+UNKNOWN_RANGE = "whose range is unknown; allowed: 8 or 16 bits a channel"
+UNKNOWN = "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"
+
+
 class ImageError(PackhorseError, ValueError):
     """An image can't be used. The message is the reason, in a few words, without the file."""
+
+
+class Room:
+    """Room for the pixels that are decoded at once, on all threads that share it."""
+
+    def __init__(self, pixels: int = MAX_PIXELS) -> None:
+        self.pixels = pixels
+        self._left = pixels
+        self._turn = threading.Lock()  # who came first is served first, also for much
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int, image: str) -> Iterator[None]:
+        """Hold so much of it, which may mean to wait. Raise ImageError where it is too small."""
+        if pixels > self.pixels:
+            raise ImageError(
+                f"{image} are too many (a decompression bomb?); allowed: {self.pixels:,} decoded"
+            )
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: pixels <= self._left)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += pixels
+                self._changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -93,39 +164,58 @@ class Preprocessing:
 
 
 def prepare(
-    source: Source, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS
+    source: Source, preprocessing: Preprocessing, room: Room | None = None
 ) -> NDArray[np.uint8]:
     """Return the image as evaluation and serving see it: RGB, uint8 [size, size, 3].
 
     Raise what `shrink` raises.
     """
-    small = shrink(source, preprocessing.resize, preprocessing.interpolation, max_pixels)
+    small = shrink(source, preprocessing.resize, preprocessing.interpolation, room)
     return center_crop(small, preprocessing.size)
 
 
 def shrink(
-    source: Source, resize: int, interpolation: str, max_pixels: int = MAX_PIXELS
+    source: Source, resize: int, interpolation: str, room: Room | None = None
 ) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF image, upright, and shrink it.
+    """Decode a JPEG, PNG, WebP, BMP, GIF (first frame), TIFF, AVIF or HEIC image, and shrink it.
 
-    Its shorter side gets `resize` pixels: return RGB, uint8 [H, W, 3], min(H, W) == resize.
-    Transparency is laid on white, 16-bit values are scaled to 8 bits, and the longer side is cut
-    to MAX_ASPECT times the shorter one. Raise ImageError, whatever is wrong with its bytes; OSError
-    or MemoryError where the machine can't read them or has no room for them.
+    It is turned upright, and its shorter side gets `resize` pixels: return RGB, uint8 [H, W, 3],
+    min(H, W) == resize. Transparency is laid on white, 16-bit values are scaled to 8 bits, and the
+    longer side is cut to MAX_ASPECT times the shorter one. room: what others decode meanwhile
+    counts too; without it, MAX_PIXELS for this image alone. Raise ImageError, whatever is wrong
+    with its bytes; OSError or MemoryError where the machine can't read them or has no room for
+    them.
     """
+    data, room = _bytes(source), room or Room()
+    if data[4:8] != b"ftyp":
+        return shrink_here(data, resize, interpolation, room)
+    # AVIF and HEIC are coded as films are: what keeps their decoders busy can't be counted, and
+    # they are ended instead.
+    reason = bounds.avif_or_heic(data)
+    if reason:
+        raise ImageError(reason)
+    # imported here: it imports this module
+    from trainer.images import apart
+
+    pixels = bounds.stated_pixels(data) or room.pixels
+    with room.taken(pixels, f"{pixels:,} pixels"):
+        return apart.shrink(data, resize, interpolation, pixels)
+
+
+def shrink_here(data: bytes, resize: int, interpolation: str, room: Room) -> NDArray[np.uint8]:
+    """Do what `shrink` does, of a file's bytes and of any format, in this process."""
     resample = FILTERS[interpolation]
     try:
-        with _opened(source) as file:
-            image = _decoder(file)
-            if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"{image.width} x {image.height} pixels are too many (a decompression bomb?); "
-                    f"allowed: {max_pixels:,}"
-                )
-            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice what
-            # is asked for: several times as fast, and hardly different from the full image resized
-            # (Pillow's reducing_gap=2).
-            draft = image.draft(None, (2 * resize, 2 * resize))
+        image = _decoder(data)
+        stored = f"{image.width} x {image.height} pixels"
+        held = image.width * image.height
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice what is
+        # asked for: several times as fast, and hardly different from the full image resized
+        # (Pillow's reducing_gap=2).
+        draft = image.draft(None, (2 * resize, 2 * resize))
+        if draft and not bounds.in_several_scans(data):
+            held = image.width * image.height
+        with room.taken(held, stored):
             image.load()
             width: float
             height: float
@@ -154,28 +244,74 @@ def center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return pixels[top : top + size, left : left + size].copy()
 
 
-def _opened(source: Source) -> AbstractContextManager[BinaryIO]:
+def _bytes(source: Source) -> bytes:
     if isinstance(source, bytes):
-        return BytesIO(source)
+        return source
     if isinstance(source, str | os.PathLike):
-        return Path(source).open("rb")
-    return nullcontext(source)
+        return Path(source).read_bytes()
+    return source.read()
 
 
-def _decoder(file: BinaryIO) -> ImageFile.ImageFile:
-    """Return the image in `file`: its header is read, its pixels are not."""
-    start = file.read(8)
-    if not start:
+def _decoder(data: bytes) -> ImageFile.ImageFile:
+    """Return the image in a file's bytes: its header is read, its pixels are not."""
+    if not data:
         raise ImageError("the file is empty")
     for signature, (decoder, too_slow) in DECODERS.items():
-        if start.startswith(signature):
-            file.seek(0)
-            reason = too_slow(file.read())
+        if data.startswith(signature):
+            reason = too_slow(data)
             if reason:
                 raise ImageError(reason)
-            file.seek(0)
-            return decoder(file)
-    raise ImageError("not a JPEG, PNG, WebP, BMP, GIF or TIFF picture")
+            return decoder(BytesIO(data))
+    if data[4:8] == b"ftyp":
+        return _avif_or_heic(data)
+    raise ImageError(UNKNOWN)
+
+
+def _avif_or_heic(data: bytes) -> ImageFile.ImageFile:
+    reason = bounds.avif_or_heic(data)
+    if reason:
+        raise ImageError(reason)
+    end = min(int.from_bytes(data[:4]), 1024)
+    brands = {data[8:12], *(data[place : place + 4] for place in range(16, end, 4))}
+    if brands & AVIF_BRANDS:
+        return _avif(data)
+    if brands & HEIC_BRANDS:
+        return _heic(data)
+    raise ImageError(UNKNOWN)  # a film, say
+
+
+def _avif(data: bytes) -> ImageFile.ImageFile:
+    try:
+        # imported here: it may be missing.
+        from PIL import AvifImagePlugin
+    except ImportError as error:
+        raise ImageError("AVIF, which Pillow reads from 11.3 on") from error
+    if not AvifImagePlugin.SUPPORTED:
+        raise ImageError("AVIF, which this Pillow was built without")
+    return AvifImagePlugin.AvifImageFile(BytesIO(data))
+
+
+def _heic(data: bytes) -> ImageFile.ImageFile:
+    try:
+        # imported here: an optional dependency.
+        from pillow_heif import HeifImageFile, options
+    except ImportError as error:
+        raise ImageError("HEIC, which is read where pillow-heif is installed") from error
+    # Else a thumbnail may stand for the image (`draft`), and a file that brings one gives others
+    # pixels than one that does not.
+    options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
+    image: ImageFile.ImageFile = HeifImageFile(BytesIO(data))  # type: ignore[no-untyped-call]
+    return image
+
+
+def optional_decoders() -> dict[str, str | None]:
+    """Return the versions of what reads AVIF and HEIC, as far as it is installed."""
+    versions: dict[str, str | None] = {"avif": None, "heic": None}
+    if importlib.util.find_spec("PIL._avif"):
+        versions["avif"] = features.version("avif")
+    if importlib.util.find_spec("pillow_heif"):
+        versions["heic"] = metadata.version("pillow-heif")
+    return versions
 
 
 def _target(
@@ -194,25 +330,47 @@ def _target(
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
     if image.mode == "F":
-        raise ImageError(
-            "floating-point pixels, whose range is unknown; allowed: 8 or 16 bits a channel"
-        )
-    if image.mode.startswith("I"):
-        return _from_16_bits(np.asarray(image)).convert("RGB")
+        raise ImageError(f"floating-point pixels, {UNKNOWN_RANGE}")
+    if image.mode == "I" or SIGNED in tags.get(SAMPLE_FORMAT, ()):
+        raise ImageError(f"32-bit or signed pixels, {UNKNOWN_RANGE}")
+    if image.mode.startswith("I;16"):
+        return _from_16_bits(image, tags).convert("RGB")
+    if image.mode == "La":  # Pillow converts it in two steps only
+        image = image.convert("LA")
     if image.has_transparency_data:
         transparent = image.convert("RGBA")
+        if isinstance(image, _Png) and image.low is not None:
+            transparent.putalpha(_opaque(image, image.low))
         white = Image.new("RGB", image.size, "white")
         white.paste(transparent, mask=transparent)
         return white
     return image.convert("RGB")
 
 
-def _from_16_bits(values: NDArray[np.integer]) -> Image.Image:
+def _from_16_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     """Return it scaled: 65535 becomes 255. (Pillow's own conversion clips what is above 255.)"""
-    if values.min() < 0 or values.max() > 65535:
-        raise ImageError("integer pixels outside 0..65535; allowed: 8 or 16 bits a channel")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    values = np.asarray(image)
+    if tags.get(BITS) == (12,):
+        values = values << 4 | values >> 8
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = ~values
+    scaled = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:
+        scaled[values == image.info["transparency"]] = 255
+    return Image.fromarray(scaled)
+
+
+def _opaque(image: _Png, low: ImageFile.ImageFile) -> Image.Image:
+    """Return where 16-bit colours are not the transparent one: 255 there, else 0."""
+    low.load()
+    opaque = np.zeros((image.height, image.width), np.uint8)
+    for channel, value in enumerate(image.info["transparency"]):
+        for bytes_of, byte in ((image, value >> 8), (low, value & 255)):
+            opaque |= np.asarray(bytes_of.getchannel(channel)) != byte
+    opaque *= 255
+    return Image.fromarray(opaque)
 
 
 def _upright(small: Image.Image, original: Image.Image) -> Image.Image:

@@ -22,23 +22,41 @@ from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.common.text import listed
 from trainer.images.decode import MAX_PIXELS, ImageError, Preprocessing, center_crop, shrink
-
-# What the folder of a split may be called, in any case.
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "valid": ("valid", "val", "validation"),
-    "test": ("test", "testing"),
-}
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from trainer.images.names import (
+    LOOSE,
+    OF_SYSTEM,
+    SPLIT_NAMES,
+    SPLITS,
+    alike,
+    as_text,
+    class_name,
+    counted,
+    is_system,
+    kind_of,
+    picture_suffixes,
 )
 
-_SPLITS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 # Bytes: the largest uncompressed image (RGBA of 16 bits) and its header; no longer file is read.
 MAX_FILE = 8 * MAX_PIXELS + 2**20
 # Where a link may lead.
 NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 LAYOUT = "expected: a folder for each class, with its pictures in it, as in train/beagle/1.jpg"
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a split.
+
+    label: its class; -1: none. name: relative to the split's folder, as `as_text` gives it. size:
+    bytes. reason: why it can't be used, if so. kind: where it is no image, of what kind it is.
+    """
+
+    label: int
+    name: str
+    path: str
+    size: int = 0
+    reason: str | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,8 @@ class ImageFolder:
     """A data set of images.
 
     classes: train's folder names, sorted as text ("0", "1", "10", "2"). splits: "train", "valid"
-    and, where there is one, "test". broken: (path, reason) of each file that is left out.
+    and, where there is one, "test". broken: (path, reason) of each picture that can't be used.
+    left_out: (path, kind) of what else lies there: by its name or place, it is no picture.
     fingerprint: SHA-256 of the classes and of each split's file names and sizes: it changes with
     the images, not with the place where they lie.
     """
@@ -66,6 +85,7 @@ class ImageFolder:
     splits: dict[str, Split]
     broken: tuple[tuple[str, str], ...]
     fingerprint: str
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def count(self, split: str) -> int:
         """Return how many images a split has."""
@@ -97,18 +117,18 @@ def find_splits(root: str, given: Mapping[str, str | None]) -> tuple[dict[str, s
         others = [
             name
             for name in folders
-            if os.path.realpath(Path(root) / name) not in used and name.casefold() not in _SPLITS
+            if os.path.realpath(Path(root) / name) not in used and name.casefold() not in SPLITS
         ]
-        return directories, [name for name in others if any(_walk(0, Path(root), name))]
+        return directories, [name for name in others if _holds_pictures(Path(root), name)]
 
 
 def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
     """List the images, without decoding them.
 
-    Hidden files and folders are no part of it, nor are files not named like images. directories:
-    the folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the
-    share of each class that becomes valid, where there is no such folder. Raise UserError for a
-    folder that can't be trained on, and Unreadable.
+    What is hidden, put there by a system, or not named like an image is left out. directories: the
+    folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the share
+    of each class that becomes valid, where there is no such folder. Raise UserError for a folder
+    that can't be trained on, and Unreadable.
     """
     with _readable():
         classes = _classes(directories["train"])
@@ -117,12 +137,30 @@ def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
             for name, path in directories.items()
             if name == "train" or _exists(path)
         }
-        if "valid" not in held:
-            held["train"], held["valid"] = _split(held["train"], valid_fraction)
-    held = {name: held[name] for name in ("train", "valid", "test") if name in held}
-    broken = tuple((file.path, file.reason) for name in held for file in held[name] if file.reason)
-    usable = {name: [file for file in held[name] if not file.reason] for name in held}
-    _check_filled(directories, classes, usable)
+        return assemble(classes, held, directories, valid_fraction)
+
+
+def assemble(
+    classes: tuple[str, ...],
+    held: Mapping[str, list[File]],
+    places: Mapping[str, str],
+    valid_fraction: float,
+) -> ImageFolder:
+    """Return the data set of these files, by split; without a "valid", it is split off "train".
+
+    places: where each split comes from, for messages. Raise UserError where one has no images.
+    """
+    _check_classes(places["train"], classes, held["train"])
+    left_out = sorted((file.path, file.kind) for name in held for file in held[name] if file.kind)
+    images = {name: [file for file in held[name] if not file.kind] for name in held}
+    if "valid" not in images:
+        images["train"], images["valid"] = _split(images["train"], valid_fraction)
+    images = {name: images[name] for name in ("train", "valid", "test") if name in images}
+    broken = tuple(
+        (file.path, file.reason) for name in images for file in images[name] if file.reason
+    )
+    usable = {name: [file for file in images[name] if not file.reason] for name in images}
+    _check_filled(places, held, usable)
     names = {name: [(file.name, file.size) for file in usable[name]] for name in usable}
     fingerprint = hashlib.sha256(json.dumps([classes, names]).encode()).hexdigest()
     splits = {
@@ -132,7 +170,13 @@ def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
         )
         for name in usable
     }
-    return ImageFolder(classes, splits, broken, fingerprint)
+    return ImageFolder(classes, splits, broken, fingerprint, tuple(left_out))
+
+
+def below(root: str) -> list[File]:
+    """Return all files in a folder and its folders, images or not, by name. Raise Unreadable."""
+    with _readable():
+        return sorted(_walk(-1, Path(root), ""), key=lambda file: file.name)
 
 
 def read(path: str) -> tuple[bytes, os.stat_result]:
@@ -235,15 +279,6 @@ def _listed(broken: Iterable[tuple[str, str]]) -> str:
 # --- finding the files ---
 
 
-@dataclass(frozen=True)
-class _File:
-    label: int
-    name: str  # relative to the split's folder
-    path: str
-    size: int  # bytes
-    reason: str | None  # why it can't be used, if so
-
-
 @contextmanager
 def _readable() -> Iterator[None]:
     try:
@@ -264,7 +299,7 @@ def _classes(train: str) -> tuple[str, ...]:
             beside = [
                 name
                 for name in _class_folders(str(path.parent))
-                if name.casefold() not in _SPLITS and any(_walk(0, path.parent, name))
+                if name.casefold() not in SPLITS and _holds_pictures(path.parent, name)
             ]
         if beside:
             raise UserError(
@@ -278,7 +313,7 @@ def _classes(train: str) -> tuple[str, ...]:
         )
     if not path.is_dir():
         raise UserError(f"{train}: not a folder; {LAYOUT}")
-    classes = _class_folders(train)
+    classes = list(_by_class(train))
     if len(classes) < 2:
         what = "no class folder"
         if classes:
@@ -287,15 +322,15 @@ def _classes(train: str) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def _files(split: str, directory: str, classes: tuple[str, ...]) -> list[_File]:
-    """Return the files of a split named like images, by class, then by name."""
+def _files(split: str, directory: str, classes: tuple[str, ...]) -> list[File]:
+    """Return the files of a split, by class, then by name."""
     if not Path(directory).is_dir():
         raise UserError(
             f"{directory}: data.{split} is not a folder; "
             "expected: a folder for each class, with its pictures in it"
         )
-    folders = _class_folders(directory)
-    foreign = [name for name in folders if name not in classes]
+    folders = _by_class(directory)
+    foreign = [_compared(name, classes) for name in folders if name not in classes]
     if foreign:
         raise UserError(
             f"{directory}: train has no class {listed(foreign)}; "
@@ -305,31 +340,68 @@ def _files(split: str, directory: str, classes: tuple[str, ...]) -> list[_File]:
     above = frozenset(map(_identity, (root, *root.parents)))
     files = [
         file
-        for name in folders
-        for file in _walk(classes.index(name), Path(directory), name, above)
+        for name, beside in folders.items()
+        for folder in beside
+        for file in _walk(classes.index(name), Path(directory), folder, above)
+    ]
+    files += [
+        File(-1, as_text(entry.name), entry.path, kind=_loose(entry.name))
+        for entry in _entries(Path(directory))
+        if is_system(entry.name) or not _is_folder(entry)
     ]
     return sorted(files, key=lambda file: (file.label, file.name))
 
 
+def _compared(name: str, classes: Iterable[str]) -> str:
+    other = alike(name, classes)
+    if other is None:
+        return name
+    return f"{name} (but {other}, which is written otherwise)"
+
+
+def _loose(name: str) -> str:
+    if is_system(name):
+        return OF_SYSTEM
+    return LOOSE
+
+
 def _class_folders(directory: str) -> list[str]:
-    return sorted(entry.name for entry in _entries(Path(directory)) if _is_folder(entry))
+    return sorted(
+        entry.name
+        for entry in _entries(Path(directory))
+        if not is_system(entry.name) and _is_folder(entry)
+    )
+
+
+def _by_class(directory: str) -> dict[str, list[str]]:
+    """Return the class folders, by the class that they are of, sorted."""
+    folders: dict[str, list[str]] = {}
+    for name in _class_folders(directory):
+        folders.setdefault(class_name(as_text(name), directory), []).append(name)
+    return dict(sorted(folders.items()))
+
+
+def _holds_pictures(root: Path, name: str) -> bool:
+    return any(not file.kind for file in _walk(0, root, name))
 
 
 def _walk(
     label: int, root: Path, name: str, above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[_File]:
-    """Yield the files below root/name that are named like images.
+) -> Iterator[File]:
+    """Yield the files below root/name.
 
-    Links are followed, but not to a folder that they lie in: one of `above`.
+    Links are followed, but not to a folder that they lie in: one of `above`. What a system put
+    there is not looked into.
     """
     here = _identity(root / name)
     if here in above:
         return
     for entry in _entries(root / name):
-        if _is_folder(entry):
-            yield from _walk(label, root, f"{name}/{entry.name}", above | {here})
-        elif Path(entry.name).suffix.lower() in SUFFIXES:
-            yield _file(label, f"{name}/{entry.name}", entry)
+        inner = f"{name}/{entry.name}".removeprefix("/")
+        if not is_system(entry.name) and _is_folder(entry):
+            yield from _walk(label, root, inner, above | {here})
+        else:
+            yield _file(label, as_text(inner), entry)
 
 
 def _identity(directory: Path) -> tuple[int, int]:
@@ -337,32 +409,29 @@ def _identity(directory: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _file(label: int, name: str, entry: os.DirEntry[str]) -> _File:
+def _file(label: int, name: str, entry: os.DirEntry[str]) -> File:
+    kind = kind_of(entry.name)
+    if kind:
+        return File(label, name, entry.path, kind=kind)
     try:
         status = entry.stat()
     except OSError as error:
         if entry.is_symlink() and error.errno in NOWHERE:
-            return _File(label, name, entry.path, 0, (error.strerror or str(error)).lower())
+            return File(label, name, entry.path, 0, (error.strerror or str(error)).lower())
         status = files.patiently(entry.path, entry.stat)
     # Opening a FIFO would wait for ever, and a device may do anything: neither is ever opened.
     reason = None
     if not stat.S_ISREG(status.st_mode):
         reason = "not a regular file"
-    return _File(label, name, entry.path, status.st_size, reason)
+    return File(label, name, entry.path, status.st_size, reason)
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
-    """Return what a folder holds, but for what is hidden and what macOS adds to zip archives."""
-
-    def visible() -> list[os.DirEntry[str]]:
+    def held() -> list[os.DirEntry[str]]:
         with os.scandir(directory) as entries:
-            return [
-                entry
-                for entry in entries
-                if not entry.name.startswith(".") and entry.name != "__MACOSX"
-            ]
+            return list(entries)
 
-    return files.patiently(directory, visible)
+    return files.patiently(directory, held)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -390,7 +459,7 @@ def _exists(path: str | Path) -> bool:
 # --- the split of train, where there is no valid ---
 
 
-def _split(files: list[_File], valid_fraction: float) -> tuple[list[_File], list[_File]]:
+def _split(files: list[File], valid_fraction: float) -> tuple[list[File], list[File]]:
     """Return (train, valid).
 
     Of each class, the images with the smallest SHA-256 of their bytes become valid, so the choice
@@ -410,7 +479,7 @@ def _split(files: list[_File], valid_fraction: float) -> tuple[list[_File], list
     )
 
 
-def _digested(file: _File) -> tuple[_File, str]:
+def _digested(file: File) -> tuple[File, str]:
     if file.reason:
         return file, ""
 
@@ -426,23 +495,41 @@ def _smallest(digests: set[str], fraction: float) -> set[str]:
     return set(sorted(digests)[:count])
 
 
-def _check_filled(
-    directories: Mapping[str, str], classes: tuple[str, ...], usable: Mapping[str, list[_File]]
-) -> None:
-    trained = {file.label for file in usable["train"]}
-    empty = [name for label, name in enumerate(classes) if label not in trained]
-    if empty:
-        raise UserError(
-            f"{directories['train']}: no picture in the class folder {listed(empty)}; "
-            f"add some ({', '.join(sorted(SUFFIXES))}), or remove it"
-        )
-    for name, pictures in usable.items():
-        if not pictures and Path(directories[name]).exists():
+def _check_classes(place: str, classes: tuple[str, ...], train: Iterable[File]) -> None:
+    """Raise UserError where a class has no image to train on."""
+    held: dict[int, list[File]] = {}
+    for file in train:
+        held.setdefault(file.label, []).append(file)
+    for label, name in enumerate(classes):
+        of_class = held.get(label, [])
+        if not any(not file.kind and not file.reason for file in of_class):
             raise UserError(
-                f"{directories[name]}: no picture in data.{name}; add some, or remove the folder"
+                f"{place}: no picture in the class folder {name}{_instead(of_class)}; "
+                f"add some ({', '.join(sorted(picture_suffixes()))}), or remove it"
+            )
+
+
+def _check_filled(
+    places: Mapping[str, str],
+    held: Mapping[str, list[File]],
+    usable: Mapping[str, list[File]],
+) -> None:
+    for name, pictures in usable.items():
+        if not pictures and name in held:
+            raise UserError(
+                f"{places[name]}: no picture in data.{name}{_instead(held[name])}; "
+                "add some, or remove the folder"
             )
         if not pictures:
             raise UserError(
-                f"{directories['train']}: no class has two different pictures, "
+                f"{places['train']}: no class has two different pictures, "
                 "so none can become valid; add pictures, or give data.valid"
             )
+
+
+def _instead(files: Iterable[File]) -> str:
+    """Return what there is in the place of images, for a message."""
+    kinds = [file.kind or str(file.reason) for file in files]
+    if not kinds:
+        return ""
+    return f" (it holds {counted(kinds)})"

@@ -1,5 +1,6 @@
 """The images that can be used: every one is decoded once, and what fails is left out by name."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from trainer.images.cache import Packed, PixelCache, TooLarge
 from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import ImageFolder
 from trainer.images.loader import Reader
+from trainer.images.names import OF_SYSTEM, counted
 from trainer.settings.config import Config
 
 WARNINGS = 10  # broken images that the log names
@@ -67,13 +69,20 @@ def usable_images(
     return images, packed
 
 
-def report_broken(images: ImageFolder, path: Path) -> None:
-    """Write the images that are left out, and why, to `path`; name the first of them in the log."""
-    files.write(path, "".join(f"{name}\t{reason}\n" for name, reason in images.broken))
+def report_left_out(images: ImageFolder, path: Path) -> None:
+    """Write all that is left out, and why, to `path`; count it by kind in the log, in one line.
+
+    The first of the images that can't be used are named before.
+    """
+    files.write(path, "".join(f"{name}\t{why}\n" for name, why in images.broken + images.left_out))
     for name, reason in images.broken[:WARNINGS]:
         log.warning("left out: %s (%s)", name, reason)
-    if len(images.broken) > WARNINGS:
-        log.warning("left out %d pictures in all; see %s", len(images.broken), path)
+    kinds = ["that can't be used"] * len(images.broken) + [kind for _, kind in images.left_out]
+    level = logging.WARNING
+    if set(kinds) <= {OF_SYSTEM}:  # nobody misses these
+        level = logging.INFO
+    if kinds:
+        log.log(level, "left out: %s; see %s", counted(kinds), path)
 
 
 def preprocessing(config: Config) -> Preprocessing:

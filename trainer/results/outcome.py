@@ -13,6 +13,7 @@ from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.common.git import revision
 from trainer.images import folder
+from trainer.images.names import suffix_of
 from trainer.results import package, quantize, report
 from trainer.settings.config import identity, metric_line
 from trainer.training.loop import predict
@@ -103,6 +104,9 @@ def build_package(run: Training, tested: Tested) -> None:
         config=identity(config),
         revision=revision(),
         golden=[split.paths[first] for first in firsts],
+        suffixes=frozenset(
+            suffix_of(path) for each in images.splits.values() for path in each.paths
+        ),
     )
     if config.package.int8:
         valid = images.splits["valid"]

@@ -37,6 +37,7 @@ from trainer.common.errors import UserError
 from trainer.common.serving_code import SERVING_CODE
 from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import read_prepared
+from trainer.images.names import AVIF, HEIC
 from trainer.results import quantize
 
 FORMAT = 1
@@ -49,7 +50,9 @@ CODE = {
     "serving/ray_app.py": "serving/adapters/ray.py",
     **{name: name for name in SERVING_CODE},
 }
-REQUIREMENTS = "numpy>=1.26\npillow>=11\nonnxruntime>=1.19\n"  # as in pyproject.toml
+# What serving needs, as in pyproject.toml, and where pictures were AVIF or HEIC.
+REQUIREMENTS = "numpy>=1.26\npillow>=11\nonnxruntime>=1.19\n"
+FOR_AVIF, FOR_HEIC = "pillow>=11.3", "pillow-heif>=1.1"
 
 # ONNX Runtime 1.17 and later read it, so REQUIREMENTS hold whatever PyTorch's default becomes.
 OPSET = 20
@@ -81,6 +84,7 @@ class Contents:
     # To calibrate with and to compare accuracy on; None: the network stays in float32.
     int8: quantize.Pictures | None = None
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
+    suffixes: frozenset[str] = frozenset()  # that the trained pictures' names end in
 
 
 def build(
@@ -144,10 +148,20 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> di
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     _write(package / "model.safetensors", safetensors.save(weights))
     _write(package / "model.onnx", model)
-    _write(package / "code/requirements.txt", REQUIREMENTS.encode())
+    _write(package / "code/requirements.txt", _requirements(contents.suffixes).encode())
     for name, source in CODE.items():
         _write(package / "code" / name, (PROJECT / source).read_bytes())
     return measured
+
+
+def _requirements(suffixes: frozenset[str]) -> str:
+    """Return what serving needs to be installed, to read what was trained on."""
+    text = REQUIREMENTS
+    if suffixes & AVIF:
+        text = text.replace("pillow>=11", FOR_AVIF)
+    if suffixes & HEIC:
+        text += f"{FOR_HEIC}\n"
+    return text
 
 
 def _write_manifest(contents: Contents, created: datetime, package: Path) -> None:
@@ -271,6 +285,7 @@ def _self_test(package: Path) -> None:
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
     if result.returncode != 0:

@@ -151,25 +151,40 @@ def _own_pictures(
 
     It means these images, and is not a place for the demo's.
     """
-    if "data" in given or choices["data"] != DEMO or not given & {"data.root", "data.train"}:
+    if (
+        "data" in given
+        or choices["data"] != DEMO
+        or not given
+        & {
+            "data.root",
+            "data.train",
+            "data.labels",
+        }
+    ):
         return None
-    return (
-        "data=folder",
-        f"the pictures in {composed.data.train or composed.data.root} are your own",
-    )
+    where = composed.data.train or composed.data.root
+    if "data.root" not in given:
+        where = composed.data.train or composed.data.labels
+    return "data=folder", f"the pictures in {where} are your own"
 
 
 def _root_of_train(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """Fill in data.root where only a folder of training images is given.
+    """Fill in data.root where only a folder of training images or a table of labels is given.
 
-    valid is split off it, unless data.valid says where it is.
+    valid is split off it, unless data.valid or the table says where it is.
     """
-    if not OmegaConf.is_missing(composed.data, "root") or composed.data.train is None:
+    data = composed.data
+    if not OmegaConf.is_missing(data, "root"):
         return None
-    (word,) = readable([override("data.root", composed.data.train)])
-    return word, "only data.train was given"
+    if data.train is not None:
+        (word,) = readable([override("data.root", data.train)])
+        return word, "only data.train was given"
+    if data.labels is not None:
+        (word,) = readable([override("data.root", str(Path(data.labels).parent))])
+        return word, "only data.labels was given"
+    return None
 
 
 def _model_by_name(

@@ -88,6 +88,7 @@ class DataConfig:
     train: str | None = setting(identity=False, path=True)
     valid: str | None = setting(identity=False, path=True)
     test: str | None = setting(identity=False, path=True)
+    labels: str | None = setting(identity=False, path=True, only_if="data.source=folder")
     valid_fraction: float = setting(above=0, below=1)
     max_broken: float = setting(at_least=0, at_most=1, identity=False)
     resize: int | None = setting(at_least=1, at_most=SIDE)
@@ -389,10 +390,13 @@ def places(data: DataConfig) -> list[str]:
 
     What the splits' folders in data.root are called is seen when they are read.
     """
-    return [
+    splits = [
         os.path.realpath(getattr(data, split) or Path(data.root) / split)
         for split in ("train", "valid", "test")
     ]
+    if data.labels is None:
+        return splits
+    return [*splits, os.path.realpath(Path(data.root) / data.labels)]
 
 
 # --- what isn't given ---

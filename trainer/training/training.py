@@ -23,7 +23,7 @@ from trainer.images.folder import ImageFolder
 from trainer.images.loader import Batch, ImageLoader, Loader, Reader
 from trainer.images.mixup import Mixing, mix
 from trainer.images.sampler import Share
-from trainer.images.usable import preprocessing, report_broken, usable_images, workers
+from trainer.images.usable import preprocessing, report_left_out, usable_images, workers
 from trainer.network import build, device, optim
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
@@ -82,7 +82,7 @@ def build_training(
     if loader is None:
         images, reader = usable_images(run.config, images, run.stop, run.world)
         if run.world.is_main_process:
-            report_broken(images, run.directory / "quarantine.txt")
+            report_left_out(images, run.directory / "quarantine.txt")
         loader = make_loader(run, images, reader, machine)
     if data is None:
         data = loader

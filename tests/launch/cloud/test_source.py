@@ -108,6 +108,12 @@ def test_extras_follow_from_the_settings(configure):
     ) == ["timm", "tensorboard", "flowers102"]
 
 
+def test_a_job_reads_heic_where_such_pictures_are_uploaded(configure):
+    assert source.extras(configure(), ["a/1.jpg", "a/2.HEIC"]) == ["heic"]
+    assert source.extras(configure(), ["a/1.jpg", "a/2.avif", "heic"]) == []
+    assert "pillow-heif==" in source.requirements(["heic"])
+
+
 def repacked(change):
     """A tarball with something changed: name -> bytes, None to leave it out, or a TarInfo."""
     new = io.BytesIO()

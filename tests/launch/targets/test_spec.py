@@ -3,6 +3,7 @@ names that follow from them.
 """
 
 import dataclasses
+import os
 import re
 
 import pytest
@@ -113,6 +114,41 @@ def test_pictures_lie_where_the_job_finds_them(tmp_path):
         load_config(load_target([]), ["data=folder", "data.root=x", "data.train=/elsewhere"])
 
 
+def test_a_table_of_labels_lies_among_the_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dogs/a/1.jpg", "dogs/sub/labels.csv", "labels.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    dogs = tmp_path / "dogs"
+    config, _ = load_config(load_target([]), ["data.labels=sub/labels.csv"], dogs)
+    assert config.data.labels == "sub/labels.csv"
+    for given, allowed in (
+        ("dogs/sub/labels.csv", "sub/labels.csv"),
+        (f"{dogs}/sub/labels.csv", "sub/labels.csv"),
+        ("labels.csv", "labels.csv"),
+        ("/elsewhere/labels.csv", "labels.csv"),
+    ):
+        with pytest.raises(UserError, match=rf"put it into {dogs}, .*data.labels={allowed}$"):
+            load_config(load_target([]), [f"data.labels={given}"], dogs)
+
+
+def test_the_run_of_a_table_is_found_again_from_any_directory(tmp_path, monkeypatch):
+    words = ("target=ec2", "data.root=dogs", "data.labels=labels.csv")
+    here = make_spec(*words).run
+    monkeypatch.chdir(tmp_path)
+    assert make_spec(*words).run == here != make_spec(*words[:2]).run
+
+
+def test_what_a_job_cannot_have_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "dogs.zip").touch()
+    with pytest.raises(UserError, match=r"dogs.zip: a job takes a folder of pictures, and no arch"):
+        pictures_name(tmp_path / "dogs.zip")
+    (tmp_path / "a").mkdir()
+    (tmp_path / os.fsdecode(b"a/caf\xe9.jpg")).touch()
+    with pytest.raises(UserError, match=r"caf\\xe9.jpg is not named in UTF-8"):
+        pictures_name(tmp_path)
+
+
 def test_pictures_are_named_by_all_that_is_uploaded_of_them_and_by_nothing_else(tmp_path):
     def name_of(folder: str, files: dict[str, bytes]) -> str:
         for path, content in files.items():
@@ -124,7 +160,11 @@ def test_pictures_are_named_by_all_that_is_uploaded_of_them_and_by_nothing_else(
     name = name_of("here/My dogs", files)
     assert re.fullmatch(r"My-dogs-[0-9a-f]{8}-[0-9a-f]{16}", name) and name == fit(name, RUN)
     assert (
-        name_of("there/My dogs", {**files, ".DS_Store": b"x", "train/a/.1.jpg.swp": b"x"}) == name
+        name_of(
+            "there/My dogs",
+            {**files, ".DS_Store": b"x", "train/a/.1.jpg.swp": b"x", "train/a/@eaDir/1.jpg": b"x"},
+        )
+        == name
     ), "hidden files stay here"
     others = {
         "content": files | {"train/b/2.jpg": b"3"},

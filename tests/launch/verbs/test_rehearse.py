@@ -572,6 +572,9 @@ def test_the_metrics_that_a_run_prints_follow_from_its_settings_and_folder(plann
     shutil.copytree(folder, tmp_path / "images", ignore=shutil.ignore_patterns("test"))
     untested = {f"test_{name}" for name in ("loss", "top1", "top5", "f1")}
     assert missing(tmp_path / "images") == untested
+    table = tmp_path / "images/labels.csv"
+    table.write_text("path,label,split\n1.png,a,train\n2.png,b,train\n3.png,a,test\n")
+    assert missing(tmp_path / "images", "data.labels=labels.csv") == set()
 
 
 def test_metrics_are_scraped_from_lines_of_several_hosts():

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -70,6 +71,9 @@ REAL = {
     "PNG with texts": lambda: png_with(
         chunk(b"tEXt", b"a\0b") * 1000, chunk(b"tEXt", b"a\0b") * 1000
     ),
+    "PNG with many colour profiles, which aren't read": lambda: png_with(
+        chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)) * 200
+    ),
     "PNG, interlaced by hand and with Exif": lambda: encoded(photo(), "PNG", exif=camera_exif()),
     "APNG": lambda: frames("PNG", 12),
     "GIF, animated": lambda: frames("GIF", 12, comment=b"words " * 2000, loop=0),
@@ -82,6 +86,7 @@ REAL = {
     "TIFF of pages": lambda: frames("TIFF", 12),
     "TIFF, packed": lambda: encoded(photo(600, 400), "TIFF", compression="tiff_lzw"),
     "TIFF of JPEG strips": lambda: encoded(photo(600, 400), "TIFF", compression="jpeg"),
+    "TIFF of tiles": lambda: hostile.scans_in_tiles(60, 64, 0),
     "TIFF of a strip a row": lambda: hostile.thin_strips(3000),
     "TIFF of tiles far larger than it": lambda: hostile.high_tiles(3, 1024),
     "TIFF of a camera": lambda: encoded(photo(), "TIFF", exif=camera_exif()),
@@ -131,3 +136,56 @@ def test_the_limits_of_overlapping_values_leave_broken_exif_alone():
         24,
         3,
     )
+
+
+# --- AVIF and HEIC ---
+
+
+def box(kind, *contents):
+    data = b"".join(contents)
+    return struct.pack(">I4s", len(data) + 8, kind) + data
+
+
+def iso_media(*boxes):
+    meta = box(b"meta", bytes(4), *boxes)
+    return box(b"ftyp", b"avif", bytes(4), b"avifmif1heic") + meta
+
+
+def item_list(count):
+    entries = box(b"infe", bytes(13)) * count
+    return box(b"iinf", bytes(4), struct.pack(">H", min(count, 65535)), entries)
+
+
+def locations(items, extents):
+    """Each item in so many pieces, whose offsets and lengths take no byte."""
+    entry = struct.pack(">HHHH", 1, 0, 0, extents)
+    return box(b"iloc", b"\x01\0\0\0", b"\0\0", struct.pack(">H", items), entry * items)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "reason"),
+    [
+        ((item_list(5000),), "more than 4,096 items"),
+        ((box(b"iprp", box(b"ipco", box(b"free") * 20_000)),), "more than 16,384 boxes"),
+        ((locations(3, 65_535),), "more than 65,536 pieces of items"),
+        ((box(b"ipma", bytes(4), struct.pack(">I", 10**9)),), "more than 4,096 items"),
+        ((box(b"iloc", b"\x02\0\0\0\0\0", struct.pack(">I", 10**9)),), "more than 4,096 items"),
+    ],
+)
+def test_an_avif_or_heic_that_a_decoder_would_look_through_for_ever_is_refused(boxes, reason):
+    with pytest.raises(ImageError, match=reason):
+        shrink(iso_media(*boxes), 16, "bilinear")
+
+
+def test_an_avif_or_heic_of_a_phone_is_not():
+    tiles = item_list(500), locations(500, 2), box(b"ipma", bytes(4), struct.pack(">I", 500))
+    assert bounds.avif_or_heic(iso_media(*tiles)) is None
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bytes_that_are_no_boxes_take_no_time(seed):
+    rng = np.random.default_rng(seed)
+    data = bytearray(iso_media(item_list(9), locations(9, 2)) + bytes(400))
+    for place in rng.integers(0, len(data), 30):
+        data[place] = rng.integers(256)
+    bounds.avif_or_heic(bytes(data))

@@ -15,10 +15,13 @@ import pytest
 from PIL import Image
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
-from trainer.common.errors import UserError
-from trainer.images.datasets import EMBEDDED, materialize
+from tests.conftest import make_pictures
+from trainer.common.errors import Interrupted, UserError
+from trainer.common.interrupt import Stop
+from trainer.images.datasets import EMBEDDED, find_images, materialize
 from trainer.images.decode import shrink
 from trainer.images.folder import scan
+from trainer.settings.config import run_name
 
 
 def listing(root):
@@ -312,3 +315,91 @@ def test_flowers_without_scipy_say_so_before_the_download(tmp_path, monkeypatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs scipy.*\bflowers102\b"):
         materialize("flowers102", tmp_path / "flowers102")
+
+
+# --- archives and tables in the place of folders ---
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A working directory with pictures of three classes."""
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "own", {"train": 4, "val": 2, "Test": 1})
+    return tmp_path
+
+
+def counts(images):
+    return {name: len(split.paths) for name, split in images.splits.items()}
+
+
+def test_an_archive_is_what_its_folder_is(own, configure):
+    with tarfile.open("own.tar.gz", "w:gz") as tar:
+        tar.add("own")
+    folder, packed = (
+        find_images(configure(f"data.root={root}", "platform.cache=cache"))
+        for root in ("own", "own.tar.gz")
+    )
+    assert packed.fingerprint == folder.fingerprint and packed.classes == folder.classes
+    assert counts(packed) == {"train": 12, "valid": 6, "test": 3}
+    assert all(path.startswith("cache/archives/") for path in packed.splits["test"].paths)
+
+
+def test_an_archive_may_stand_for_one_split(own, configure):
+    with tarfile.open("test.tar", "w") as tar:
+        tar.add("own/Test", "some/where")
+    words = ("data.root=own", "data.test=test.tar", "platform.cache=cache")
+    images = find_images(configure(*words))
+    assert all(path.startswith("cache/") for path in images.splits["test"].paths)
+
+
+def test_unpacking_stops_when_asked(own, configure):
+    with tarfile.open("own.tar", "w") as tar:
+        tar.add("own")
+    stop = Stop()
+    stop.ask("SIGTERM")
+    with pytest.raises(Interrupted):
+        find_images(configure("data.root=own.tar", "platform.cache=cache"), stop)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data.labels=own/train/labels.csv",),
+        ("data.root=own", "data.labels=own/train/labels.csv"),
+        ("data.root=own", "data.labels=train/labels.csv"),
+        ("data.root=own.tar", "data.labels=train/labels.csv"),
+    ],
+)
+def test_a_table_of_labels_lies_where_it_is_said_or_in_the_root(own, configure, words):
+    classes = ("circle", "square", "stripe")
+    rows = [f"{name}/00{number}.png,{name}" for name in classes for number in range(4)]
+    if len(words) > 1:  # then the root is above
+        rows = [f"train/{row}" for row in rows]
+    Path("own/train/labels.csv").write_text("\n".join(["path,label", *rows]))
+    with tarfile.open("own.tar", "w") as tar:
+        tar.add("own")
+    images = find_images(configure(*words, "platform.cache=cache"))
+    assert images.classes == classes
+    assert counts(images) == {"train": 9, "valid": 3}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("data.root=own", "data.labels=no.csv"), "data.labels=no.csv: there is no such file, nor"),
+        (("data.labels=a.csv", "data.test=own/Test"), "data.labels=a.csv with data.test=own/Test:"),
+        (("data.labels=own", "data.root=own"), "data.labels=own: there is no such file"),
+    ],
+)
+def test_a_table_that_is_not_there_or_has_no_use_is_refused(own, configure, words, line):
+    with pytest.raises(UserError) as caught:
+        find_images(configure(*words))
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+def test_a_run_with_a_table_has_a_name_of_its_own(own, configure):
+    names = {
+        run_name(configure("data.root=own", *words))
+        for words in ((), ("data.labels=a.csv",), ("data.labels=b.csv",))
+    }
+    assert len(names) == 3

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import socket
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 
 from trainer.common.errors import UserError
 from trainer.images.decode import ImageError
-from trainer.images.folder import quarantine, scan
+from trainer.images.folder import find_splits, quarantine, scan
+from trainer.images.names import LOOSE, OF_SYSTEM
 
 SPLITS = ("train", "valid", "test")
 
@@ -102,6 +104,97 @@ def test_what_is_hidden_or_not_named_like_a_picture_is_ignored(tmp_path):
     assert folder.classes == ("a", "b")
     assert sum(len(folder.splits[split].paths) for split in ("train", "valid")) == 6
     assert folder.broken == ()
+
+
+JUNK = ["@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information", "__MACOSX"]
+JUNK += ["#recycle", ".Trash-1000", ".ipynb_checkpoints", ".AppleDouble", "@Recycle"]
+
+
+def test_what_systems_put_there_is_no_class_and_no_picture_at_any_level(tmp_path):
+    inside = [f"{place}{name}/x/1.jpg" for name in JUNK for place in ("", "a/", "b/deep/")]
+    junk = dict.fromkeys([*inside, "Thumbs.db", "a/desktop.ini"], b"junk")
+    train, valid = pictures("a", "b"), pictures("a", count=1)
+    directories = lay_out(tmp_path, train=train | junk, valid=valid | junk)
+    folder = scan(directories, 0.2)
+    assert folder.classes == ("a", "b")
+    assert [len(folder.splits[split].paths) for split in ("train", "valid")] == [6, 1]
+    assert {kind for _, kind in folder.left_out} == {OF_SYSTEM}
+    for name in JUNK:  # in the root, too
+        lay_out(tmp_path, **{name: {"a/1.jpg": b""}})
+    assert find_splits(str(tmp_path), dict.fromkeys(SPLITS))[1] == []
+
+
+def test_all_that_is_left_out_is_listed_with_its_kind(tmp_path):
+    others = {
+        "a/1.jxl": b"",
+        "a/deep/2": b"",
+        "b/notes.txt": b"",
+        "loose.jpg": b"",
+        "list.csv": b"",
+    }
+    directories = lay_out(
+        tmp_path, train=pictures("a", "b") | others, valid=pictures("a"), test=pictures("b")
+    )
+    folder = scan(directories, 0.2)
+    root = directories["train"]
+    assert dict(folder.left_out) == {
+        f"{root}/a/1.jxl": ".jxl",
+        f"{root}/a/deep/2": "without extension",
+        f"{root}/b/notes.txt": ".txt",
+        f"{root}/loose.jpg": LOOSE,
+        f"{root}/list.csv": LOOSE,
+    }
+
+
+def test_a_class_that_holds_other_files_alone_says_which(tmp_path):
+    others = {f"cat/{number}.jxl": b"" for number in range(3)} | {"cat/notes": b""}
+    message = message_of(lay_out(tmp_path, train=pictures("a", "b") | others))
+    assert "class folder cat (it holds 3 .jxl, 1 without extension); add some" in message
+    directories = lay_out(tmp_path / "2", train=pictures("a", "b"), test={"a/1.jxl": b""})
+    assert "no picture in data.test (it holds 1 .jxl)" in message_of(directories)
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def test_the_two_ways_to_write_an_accent_are_one_class(tmp_path):
+    directories = lay_out(
+        tmp_path,
+        train=pictures(DECOMPOSED, "b") | {f"{COMPOSED}/9.jpg": b"9"},
+        valid=pictures(COMPOSED, "b"),
+        test=pictures(DECOMPOSED),
+    )
+    folder = scan(directories, 0.2)
+    assert folder.classes == ("b", COMPOSED)
+    assert [split.labels.tolist() for split in folder.splits.values()] == [
+        [0, 0, 0, 1, 1, 1, 1],
+        [0, 0, 0, 1, 1, 1],
+        [1, 1, 1],
+    ]
+
+
+def test_a_copy_by_another_system_is_the_same_data_set(tmp_path):
+    ours = {f"{COMPOSED}/{COMPOSED}{n}.jpg": b"%d" % n for n in range(4)} | pictures("b")
+    theirs = {unicodedata.normalize("NFD", name): data for name, data in ours.items()}
+    here, elsewhere = (
+        scan(lay_out(tmp_path / place, train=files, valid=files), 0.2)
+        for place, files in (("1", ours), ("2", theirs))
+    )
+    assert here.fingerprint == elsewhere.fingerprint and here.classes == elsewhere.classes
+
+
+def test_a_class_whose_name_is_no_utf8_is_refused(tmp_path):
+    directories = lay_out(tmp_path, train=pictures("a", "b"))
+    Path(os.fsdecode(os.fsencode(directories["train"]) + b"/caf\xe9")).mkdir()
+    message = message_of(directories)
+    assert message.startswith(f"{tmp_path}/train: the class caf\\xe9 is not named in UTF-8")
+
+
+@pytest.mark.parametrize("name", ["Beagle", "beagle ", "bea\ufb02e"])
+def test_a_class_written_otherwise_is_named_beside_the_one_that_was_meant(tmp_path, name):
+    meant = {"bea\ufb02e": "beafle"}.get(name, "beagle")
+    directories = lay_out(tmp_path, train=pictures(meant, "b"), test=pictures(name))
+    assert f"train has no class {name} (but {meant}, which is" in message_of(directories)
 
 
 def test_linked_folders_are_followed_but_loops_are_not(tmp_path):

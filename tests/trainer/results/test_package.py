@@ -127,6 +127,13 @@ def test_the_code_requires_what_the_project_requires(built):
     assert len(lines) == 3 and set(lines) <= set(dependencies)
 
 
+def test_a_package_asks_for_what_reads_the_pictures_that_it_was_trained_on():
+    extra = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    lines = package._requirements(frozenset({".jpg", ".heic", ".avif"})).splitlines()
+    assert lines == ["numpy>=1.26", "pillow>=11.3", "onnxruntime>=1.19", "pillow-heif>=1.1"]
+    assert lines[-1:] == extra["optional-dependencies"]["heic"]
+
+
 def test_nothing_of_this_machine_is_in_the_network(built):
     assert str(PROJECT).encode() not in (built / "unpacked/model.onnx").read_bytes()
 
