@@ -137,7 +137,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...
     "data.root is a file": (
         become_a_file,
         (),
-        ("pictures/train: there is no such folder", "data.root must hold train"),
+        ("pictures: neither a folder nor a whole zip or tar archive", "give a folder"),
     ),
     "no splits": (
         lose_the_splits,

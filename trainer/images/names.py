@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -42,6 +43,7 @@ LOOSE = "loose (in no class folder)"
 NO_EXTENSION = "without extension"
 UNLISTED = "not in the table of labels"
 KINDS = 8  # of them that one line counts
+EXTENSION = re.compile(r"\.[a-z0-9_~+-]{1,12}")
 
 
 @cache
@@ -72,7 +74,9 @@ def kind_of(name: str) -> str:
     suffix = suffix_of(name)
     if suffix in picture_suffixes():
         return ""
-    return suffix or NO_EXTENSION
+    if EXTENSION.fullmatch(suffix):
+        return suffix
+    return NO_EXTENSION  # or what stands behind the last point in a sentence
 
 
 def counted(kinds: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ from trainer.settings.hydra_errors import (
 from trainer.settings.words import key_of, override, readable, text
 
 CONF = Path(__file__).parents[2] / "conf"
+OWN = {"data.root", "data.train", "data.labels"}  # each names images of a person's own
 GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
 
 
@@ -147,24 +148,16 @@ def _compose(words: Sequence[str], conf: Path) -> tuple[DictConfig, dict[str, st
 def _own_pictures(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """Choose data=folder where a folder of images is given without data=...
+    """Choose data=folder where a folder of images, or a table of them, is given without data=...
 
     It means these images, and is not a place for the demo's.
     """
-    if (
-        "data" in given
-        or choices["data"] != DEMO
-        or not given
-        & {
-            "data.root",
-            "data.train",
-            "data.labels",
-        }
-    ):
+    if "data" in given or choices["data"] != DEMO or not given & OWN:
         return None
-    where = composed.data.train or composed.data.root
+    data = composed.data
+    where = data.train or data.root
     if "data.root" not in given:
-        where = composed.data.train or composed.data.labels
+        where = data.train or data.labels
     return "data=folder", f"the pictures in {where} are your own"
 
 

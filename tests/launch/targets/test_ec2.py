@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cloud import request
+from launch.cloud import request, source
 from launch.targets import ec2
 from launch.targets.base import Spec
 from launch.targets.spec import load_config, load_target, run_id
@@ -31,6 +31,7 @@ def make_spec(*overrides: str, **settings: object) -> Spec:
         name,
         "5e" * 32,
         None,
+        extras=tuple(source.extras(config)),
     )
 
 

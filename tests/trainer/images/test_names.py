@@ -37,6 +37,8 @@ def test_what_a_system_puts_there_is_known_in_any_case(name):
         ("1.TIFF", ""),
         ("1.jxl", ".jxl"),
         ("1", "without extension"),
+        ("Mr. Smith at home", "without extension"),
+        ("1.a\nb", "without extension"),
         ("1.jpg.txt", ".txt"),
         ("recycled", "without extension"),
         ("a.b.HEIF2", ".heif2"),
@@ -78,7 +80,7 @@ def test_a_class_is_called_the_same_however_its_accents_are_written():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("caf�", r"train: the class caf\xe9 is not named in UTF-8"),
+        ("caf\udce9", r"train: the class caf\xe9 is not named in UTF-8"),
         ("a\nb", "control"),
         ("\x7f", "control characters"),
         (" ", "nothing else than spaces"),
