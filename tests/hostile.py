@@ -197,7 +197,7 @@ def grid_of_large_cells(side: int, rows: int) -> bytes:
     kinds = [(1, b"grid"), *((item, b"av01") for item in cells)]
     names = [struct.pack(">I2H4sx", 2 << 24, item, 0, kind) for item, kind in kinds]
     sizes = [struct.pack(">3I", 0, pixels, pixels) for pixels in (64 * rows, 64)]
-    # Of each item, which of the properties (1: the grid's size ...) it has; its codec must be known.
+    # Which properties each item has (1: the grid's size ...); its codec must be known.
     has = [
         struct.pack(">H3B", 1, 2, 1, 4),
         *(struct.pack(">H4B", item, 3, 2, 0x83, 4) for item in cells),
