@@ -79,6 +79,7 @@ class DataConfig:
     test: str | None = setting(identity=False)
     valid_fraction: float = setting(above=0, below=1)
     max_broken: float = setting(at_least=0, at_most=1, identity=False)
+    leaks: str = setting("warn", "drop", "stop")
     resize: int | None = setting(at_least=1)
     size: int | None = setting(at_least=1)
     interpolation: str | None = setting("bilinear", "bicubic", "lanczos", "box")
