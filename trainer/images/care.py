@@ -26,12 +26,12 @@ from trainer.images.folder import ImageFolder, Split
 
 Read = Callable[[str], NDArray[np.uint8]]
 
-# Each kind with what it says of its images, and whether it spoils a run's figures.
+# Each kind with what its images are, and whether it spoils a run's figures.
 KINDS = {
-    "leak": ("of valid and test, in train too", True),
-    "labels": ("one under two classes", True),
-    "doubt": ("label may be wrong", False),
-    "copy": ("one more than once", False),
+    "leak": ("in train, and in valid or test too", True),
+    "labels": ("in two classes", True),
+    "doubt": ("perhaps in the wrong class", False),
+    "copy": ("in more than one place", False),
     "unlike": ("unlike all others", False),
     "dark": ("nearly black", False),
     "blank": ("one colour all over", False),
@@ -83,13 +83,13 @@ class Findings:
         for kind, (_, spoils) in KINDS.items():
             findings = self.of(kind)
             if findings:
-                yield f"pictures: {self._told(kind, findings)}", spoils
+                yield f"pictures {self._told(kind, findings)}", spoils
         for what in self.unseen:
-            yield f"pictures: not looked at: {what}", False
+            yield f"pictures not looked at for {what}", False
 
     def _told(self, kind: str, findings: list[Finding]) -> str:
         if kind == "uneven":
-            return findings[0].note
+            return f"in {KINDS[kind][0]}: {findings[0].note}"
         text = f"{KINDS[kind][0]}: {len(findings)}"
         if kind == "leak":
             same = sum(self.leaked.values())
@@ -237,8 +237,8 @@ def keep_or_stop(images: ImageFolder, findings: Findings, leaks: str) -> ImageFo
     places = listed(_shown(finding) for finding in findings.of("leak"))
     if leaks == "stop":
         raise UserError(
-            f"data.leaks=stop: {len(findings.leaked)} pictures of valid and test are in train too: "
-            f"{places}; remove them from one of the two, or give data.leaks=drop"
+            f"data.leaks=stop: {len(findings.leaked)} of the pictures of valid and test are in train "
+            f"too: {places}; remove them from one of the two, or give data.leaks=drop"
         )
     for name, split in images.splits.items():
         if name != "train" and all(path in findings.leaked for path in split.paths):

@@ -23,6 +23,7 @@ TEMPERATURES = tuple(math.exp(step / 6) for step in range(4, 33))  # 2 to 200
 NOISE = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 # Probability that the label is wrong; precision and recall are in balance (docs/benchmarks.md).
 DOUBT = 1 / 3
+KNOWN = 0.5  # share of the labels that the probe must give: one that knows less judges none
 FEWEST = 4  # images of a class: with fewer, those left say too little about one of them
 LIMIT = 50_000  # images that are judged at most: the fit holds all their features
 NEAREST = 5  # neighbours whose mean similarity says whether an image is like any other
@@ -48,31 +49,37 @@ class Doubts:
 
 
 def judge(features: NDArray[np.float32], labels: NDArray[np.int64], device: torch.device) -> Doubts:
-    """Judge the labels int64 [N] by the features [N, width]. No random number is drawn."""
+    """Judge the labels int64 [N] by the features [N, width]. No random number is drawn.
+
+    Raise torch.linalg.LinAlgError for features that are no finite numbers.
+    """
+    if not np.isfinite(features).all():
+        raise torch.linalg.LinAlgError("the features are not all finite numbers")
     counts = np.bincount(labels)
     target = torch.from_numpy(labels).to(device)
-    unit = _unit(torch.from_numpy(features).to(device))
-    scores = leave_one_out(unit, target)
+    directions = unit(torch.from_numpy(features).to(device))
+    scores = leave_one_out(directions, target)
     wrong = noise_posterior(scores, target).double().cpu().numpy()
     rather = scores.argmax(dim=1).cpu().numpy()
-    wrong[(counts[labels] < FEWEST) | (rather == labels)] = 0
-    return Doubts(wrong, rather, unlikeness(unit), float(np.mean(rather == labels)))
+    right = float(np.mean(rather == labels))
+    wrong[(counts[labels] < FEWEST) | (rather == labels) | (right < KNOWN)] = 0
+    return Doubts(wrong, rather, unlikeness(directions), right)
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit(features: Tensor) -> Tensor:
     """Return the features [N, width], centred, each image's of length 1."""
     centred = features - features.mean(dim=0)
-    unit: Tensor = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    return unit
+    lengths: Tensor = centred.norm(dim=1, keepdim=True)
+    return centred / lengths.clamp(min=1e-6)
 
 
 @torch.inference_mode()
-def unlikeness(unit: Tensor) -> NDArray[np.float64]:
+def unlikeness(directions: Tensor) -> NDArray[np.float64]:
     """Return how many robust standard deviations each image is less like its nearest than usual."""
-    nearest = min(NEAREST, len(unit) - 1)
-    similarity = np.empty(len(unit))
-    for start in range(0, len(unit), BLOCK):
-        block = unit[start : start + BLOCK] @ unit.T
+    nearest = min(NEAREST, len(directions) - 1)
+    similarity = np.empty(len(directions))
+    for start in range(0, len(directions), BLOCK):
+        block = directions[start : start + BLOCK] @ directions.T
         block.diagonal(start).fill_(-1)  # itself
         best = block.topk(nearest, dim=1).values.mean(dim=1)
         similarity[start : start + BLOCK] = best.double().cpu().numpy()
@@ -83,29 +90,29 @@ def unlikeness(unit: Tensor) -> NDArray[np.float64]:
 
 
 @torch.inference_mode()
-def leave_one_out(unit: Tensor, target: Tensor) -> Tensor:
+def leave_one_out(directions: Tensor, target: Tensor) -> Tensor:
     """Return scores [N, classes] of each image by a probe that was fitted without it.
 
-    unit: features [N, width]; target: int64 [N]. With H the matrix that makes predictions of
-    labels, the prediction of image i without it is (p_i - H_ii y_i) / (1 - H_ii). H and its
-    diagonal come from one eigendecomposition of the smaller Gram matrix. The ridge is the one with
-    the least squared error.
+    directions: features [N, width], as `unit` makes them; target: int64 [N]. With H the matrix
+    that makes predictions of labels, the prediction of image i without it is
+    (p_i - H_ii y_i) / (1 - H_ii). H and its diagonal come from one eigendecomposition of the
+    smaller Gram matrix. The ridge is the one with the least squared error.
     """
-    unit = unit - unit.mean(dim=0)
-    if len(unit) > unit.shape[1]:
-        values, vectors = torch.linalg.eigh(unit.T @ unit)
+    centred = directions - directions.mean(dim=0)
+    if len(centred) > centred.shape[1]:
+        values, vectors = torch.linalg.eigh(centred.T @ centred)
         values = values.clamp(min=1e-6)
-        basis = unit @ (vectors / values.sqrt())
+        basis = centred @ (vectors / values.sqrt())
     else:
-        values, basis = torch.linalg.eigh(unit @ unit.T)
+        values, basis = torch.linalg.eigh(centred @ centred.T)
         values = values.clamp(min=0)
-    truth = functional.one_hot(target).to(unit.dtype)
+    truth = functional.one_hot(target).to(centred.dtype)
     mean = truth.mean(dim=0)
     known, squares = basis.T @ (truth - mean), basis.square()
     least, scores = math.inf, truth
     for ridge in RIDGES:
         kept = values / (values + ridge)
-        own = (squares @ kept + 1 / len(unit))[:, None]
+        own = (squares @ kept + 1 / len(centred))[:, None]
         predicted = basis @ (kept[:, None] * known) + mean
         left_out = (predicted - own * truth) / (1 - own).clamp(min=1e-6)
         error = (left_out - truth).square().mean().item()

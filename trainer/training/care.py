@@ -71,7 +71,17 @@ def judge(
         )
         return
     labels = np.concatenate([images.splits[split].labels for split in features])
-    verdict = doubts.judge(np.concatenate(list(features.values())), labels, device)
+    try:
+        verdict = doubts.judge(np.concatenate(list(features.values())), labels, device)
+    except (torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
+        # It is a word of advice: no run ends for it.
+        reason = str(error).splitlines()[0]
+        findings.unseen.append(f"wrong labels and pictures unlike all others: {reason}")
+        return
+    if verdict.right < doubts.KNOWN:
+        findings.unseen.append(
+            f"wrong labels: by its features alone the network tells only {verdict.right:.0%}"
+        )
     for index in _worst(verdict.wrong, doubts.DOUBT):
         note = f"rather {images.classes[verdict.rather[index]]}, {verdict.wrong[index]:.0%}"
         findings.all.append(Finding("doubt", (everything[index],), note))
@@ -94,4 +104,4 @@ def write(findings: Findings, path: Path) -> None:
         else:
             log.info(line)
     if findings.all:
-        log.info("pictures: all of it is in %s", path)
+        log.info("all that was noticed about the pictures: %s", path)
