@@ -190,17 +190,17 @@ def _compare(everything: list[Picture], same: "_Sets", alike: "_Sets", out: Find
             out.leaked[everything[index].path] = same.first(index) in of_train
         two = len({picture.label for picture in members}) > 1
         if leaks:
-            out.all.append(Finding("leak", members, note))
+            out.all.append(Finding("leak", _firsts(members, lambda each: each.split), note))
         if two:
-            out.all.append(Finding("labels", _distinct(members), note))
+            out.all.append(Finding("labels", _firsts(members, lambda each: each.label), note))
         if not leaks and not two:
             out.all.append(Finding("copy", members, note))
 
 
-def _distinct(members: Iterable[Picture]) -> tuple[Picture, ...]:
-    """Return the images with those of different classes first."""
-    firsts = list({picture.label: picture for picture in members}.values())
-    return (*firsts, *(picture for picture in members if picture not in firsts))
+def _firsts(members: Sequence[Picture], key: Callable[[Picture], str]) -> tuple[Picture, ...]:
+    """Return the images with the first of each key before all others: what a line names."""
+    firsts = list({key(each): each for each in reversed(members)}.values())[::-1]
+    return (*firsts, *(each for each in members if each not in firsts))
 
 
 def _small(everything: Sequence[Picture], least: float) -> Iterator[Finding]:
@@ -237,8 +237,8 @@ def keep_or_stop(images: ImageFolder, findings: Findings, leaks: str) -> ImageFo
     places = listed(_shown(finding) for finding in findings.of("leak"))
     if leaks == "stop":
         raise UserError(
-            f"data.leaks=stop: {len(findings.leaked)} of the pictures of valid and test are in train "
-            f"too: {places}; remove them from one of the two, or give data.leaks=drop"
+            f"data.leaks=stop: {len(findings.leaked)} of the pictures of valid and test are in "
+            f"train too: {places}; remove them from one of the two, or give data.leaks=drop"
         )
     for name, split in images.splits.items():
         if name != "train" and all(path in findings.leaked for path in split.paths):

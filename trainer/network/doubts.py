@@ -51,10 +51,10 @@ class Doubts:
 def judge(features: NDArray[np.float32], labels: NDArray[np.int64], device: torch.device) -> Doubts:
     """Judge the labels int64 [N] by the features [N, width]. No random number is drawn.
 
-    Raise torch.linalg.LinAlgError for features that are no finite numbers.
+    Raise RuntimeError for features that are no finite numbers, as PyTorch does where memory is full.
     """
     if not np.isfinite(features).all():
-        raise torch.linalg.LinAlgError("the features are not all finite numbers")
+        raise RuntimeError("the features are not all finite numbers")
     counts = np.bincount(labels)
     target = torch.from_numpy(labels).to(device)
     directions = unit(torch.from_numpy(features).to(device))

@@ -138,5 +138,5 @@ def test_no_random_number_is_drawn():
 def test_features_that_are_no_numbers_are_refused():
     seen, labels = features(60)
     seen[3, 5] = np.nan
-    with pytest.raises(torch.linalg.LinAlgError, match="finite"):
+    with pytest.raises(RuntimeError, match="finite"):
         doubts.judge(seen, labels, CPU)
