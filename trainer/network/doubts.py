@@ -51,7 +51,7 @@ class Doubts:
 def judge(features: NDArray[np.float32], labels: NDArray[np.int64], device: torch.device) -> Doubts:
     """Judge the labels int64 [N] by the features [N, width]. No random number is drawn.
 
-    Raise RuntimeError for features that are no finite numbers, as PyTorch does where memory is full.
+    Raise RuntimeError for features that are no finite numbers, and where a GPU's memory is full.
     """
     if not np.isfinite(features).all():
         raise RuntimeError("the features are not all finite numbers")
