@@ -87,6 +87,7 @@ ELSEWHERE = {
     "data.train": "test_kills.py",
     "data.valid": "test_kills.py",
     "data.test": "test_splits_may_lie_anywhere, below",
+    "data.leaks": "test_care.py",
     "data.valid_fraction": "test_splits_may_lie_anywhere, below",
     "model.name": "test_model.py",
     "model.weights": "test_model.py",
