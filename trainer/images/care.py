@@ -96,7 +96,7 @@ class Findings:
             text = f"{KINDS[kind][0]}: {same} the same file, {len(self.leaked) - same} nearly"
         text += f": {listed(map(_shown, findings), NAMED)}"
         if kind == "leak":
-            text += "; data.leaks=drop leaves them out of the figures"
+            text += "; with data.leaks=drop they are left out of the figures"
         return text
 
     def csv(self) -> str:
