@@ -7,6 +7,7 @@ Nothing is trained and nothing is changed; it writes a page, care.html, and a li
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,11 @@ def examine(overrides: list[str], title: str, target: Path) -> None:
         network = _network(run, images, machine, findings)
         if network is not None:
             loader = make_loader(run, images, reader, machine)
-            care.judge(findings, images, _features(network, loader, machine, stop), machine.device)
+            parts = {
+                name: partial(_features, network, loader, machine, name, stop)
+                for name in images.splits
+            }
+            care.judge(findings, images, parts, machine.device)
     care.write(findings, target / "care.csv")
     spec, page = preprocessing(config), target / "care.html"
     counts = {name: images.count(name) for name in images.splits}
@@ -103,23 +108,20 @@ def _network(run: Run, images: ImageFolder, machine: Machine, out: Findings) -> 
 
 
 def _features(
-    network: Classifier, loader: ImageLoader, machine: Machine, stop: Stop
-) -> dict[str, NDArray[np.float32]]:
-    """Return the features of each split's images in their plain view, float32 [N, width].
+    network: Classifier, loader: ImageLoader, machine: Machine, name: str, stop: Stop
+) -> NDArray[np.float32]:
+    """Return the features of a split's images in their plain view, float32 [N, width].
 
     Raise Interrupted when asked to stop.
     """
     loader = dataclasses.replace(loader, batch_size=features.BATCH)
-    splits = loader.folder.splits
-    total = sum(len(split.paths) for split in splits.values())
-    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in splits}
-    with ProgressBar("features", total) as bar:
-        for name in splits:
-            for batch in loader.eval_batches(name):
-                parts[name].append(features.compute(network, batch, machine))
-                bar.advance(len(batch.target))
-                stop.check()
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    parts = []
+    with ProgressBar(f"features, {name}", loader.folder.count(name)) as bar:
+        for batch in loader.eval_batches(name):
+            parts.append(features.compute(network, batch, machine))
+            bar.advance(len(batch.target))
+            stop.check()
+    return np.concatenate(parts)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_pretrained_weights_judge_every_split(look, tmp_path: Path, monkeypatch)
         care.care,
         "judge",
         lambda findings, images, features, device: seen.update(
-            {name: len(values) for name, values in features.items()}
+            {name: len(part()) for name, part in features.items()}
         ),
     )
     code, said = look("model=small_cnn", f"model.weights={tmp_path}/weights.pth")

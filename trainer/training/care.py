@@ -1,5 +1,6 @@
 """Care for the data of a run: when it is looked at, by whom, and where it is told."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from trainer.network import doubts
 from trainer.network.device import Machine
 from trainer.network.features import FeatureLoader
 from trainer.training.run import Run
+
+Features = Mapping[str, Callable[[], NDArray[np.float32]]]  # of a split: [N, width]
 
 
 def look(run: Run, images: ImageFolder, reader: Reader | None) -> tuple[ImageFolder, Findings]:
@@ -46,22 +49,26 @@ def tell(run: Run, findings: Findings, data: Loader, machine: Machine) -> None:
     if not run.looks or not run.world.is_main_process:
         return
     if isinstance(data, FeatureLoader) and run.config.model.weights is not None:
-        # Of each training image the mean of its views.
-        train: NDArray[np.float32] = np.mean(data.views, axis=0, dtype=np.float32)
-        features = {"train": train, "valid": np.asarray(data.valid)}
+        views, valid = data.views, data.valid
+        features: Features = {"train": lambda: _mean(views), "valid": lambda: np.asarray(valid)}
         judge(findings, data.loader.folder, features, machine.device)
     write(findings, run.directory / "care.csv")
 
 
+def _mean(views: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return the mean of each training image's views."""
+    total = np.zeros(views[0].shape, np.float32)
+    for view in views:
+        total += view
+    return total / np.float32(len(views))
+
+
 def judge(
-    findings: Findings,
-    images: ImageFolder,
-    features: dict[str, NDArray[np.float32]],
-    device: torch.device,
+    findings: Findings, images: ImageFolder, features: Features, device: torch.device
 ) -> None:
     """Add labels that the features contradict, and images unlike all others.
 
-    features: float32 [N, width] of each split, in the order of the images' splits.
+    features: gives those of each split, in the order of the images' splits, if it is asked.
     """
     everything = [picture for picture in care.pictures(images) if picture.split in features]
     if len(everything) > doubts.LIMIT:
@@ -72,7 +79,9 @@ def judge(
         return
     labels = np.concatenate([images.splits[split].labels for split in features])
     try:
-        verdict = doubts.judge(np.concatenate(list(features.values())), labels, device)
+        verdict = doubts.judge(
+            np.concatenate([part() for part in features.values()]), labels, device
+        )
     except RuntimeError as error:  # also what PyTorch raises for a full GPU
         # It is a word of advice: no run ends for it.
         reason = str(error).splitlines()[0]

@@ -135,6 +135,6 @@ def test_features_of_a_pretrained_backbone_judge_the_labels(train, tmp_path, mon
 
 def test_features_that_can_not_be_judged_end_no_run(train, monkeypatch):
     training = train("run")
-    features = {"train": np.full((19, 4), np.nan, np.float32)}
+    features = {"train": lambda: np.full((19, 4), np.nan, np.float32)}
     care.judge(training.findings, training.loader.folder, features, torch.device("cpu"))
     assert "not all finite" in training.findings.unseen[-1]
