@@ -58,12 +58,13 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """The findings of a kind. count: of all, shown or not."""
+    """The findings of a kind. count: of all, shown or not. single: they have one image each."""
 
     kind: str
     title: str
     text: str
     count: int
+    single: bool
     cards: list[Card]
 
 
@@ -75,7 +76,8 @@ def sections(findings: Findings, thumbnail: Thumbnail) -> list[Section]:
         if every:
             cards = [_card(finding, thumbnail) for finding in every[:SHOWN]]
             title = title[0].upper() + title[1:]
-            parts.append(Section(kind, title, EXPLAINED[kind], len(every), cards))
+            single = all(len(finding.pictures) == 1 for finding in every)
+            parts.append(Section(kind, title, EXPLAINED[kind], len(every), single, cards))
     return parts
 
 
