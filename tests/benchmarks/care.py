@@ -125,10 +125,10 @@ def of_copies(scratch: Path, weights: Path) -> list[Row]:
     kinds = [(each.kind, each.how) for each in planted]
     for kind, how in dict.fromkeys(kinds):
         those = [each for each in planted if (each.kind, each.how) == (kind, how)]
-        rows.append(Row(f"{NAMES[kind]}, {how}", found_of(those, together)))
+        rows.append(Row(f"{NAMES[kind]}, {how}", hits_of(those, together)))
     for kind, least in (("same", SAME), ("copy", 70), ("leak", 21)):
         those = [each for each in planted if each.kind == kind]
-        cells = found_of(those, together)
+        cells = hits_of(those, together)
         rows.append(Row(f"all {NAMES[kind]}", cells, str(least), int(cells[1]) >= least))
     share = false / max(len(groups), 1)
     cells = ("", str(len(groups)), str(false), "", "")
@@ -142,11 +142,11 @@ def of_copies(scratch: Path, weights: Path) -> list[Row]:
 NAMES = {"same": "equal files", "copy": "copies within train", "leak": "of train in test"}
 
 
-def found_of(
+def hits_of(
     those: list[Planted], together: dict[Path, frozenset[Path]]
 ) -> tuple[str, str, str, str, str]:
-    found = sum(each.origin in together.get(each.path, ()) for each in those)
-    return str(len(those)), str(found), "", "", f"{found / len(those):.2f}"
+    hits = sum(each.origin in together.get(each.path, ()) for each in those)
+    return str(len(those)), str(hits), "", "", f"{hits / len(those):.2f}"
 
 
 def read_groups(path: Path) -> list[frozenset[Path]]:
