@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor serve rehearse deploy test long check soak bench docs pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse deploy test long check soak bench docs pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -13,6 +13,9 @@ train: .venv/train  ## set up once, then train: on the pictures that ship, or as
 
 doctor: .venv/train  ## what this machine can do with a run of ARGS, how long it takes, what would make it faster
 	$(BIN)/python -m trainer.doctor $(ARGS)
+
+care: .venv/train  ## look for duplicates, leaks and doubtful labels in a folder of pictures, without training (ARGS="DIR")
+	$(BIN)/python -m trainer.care $(ARGS)
 
 serve: .venv/train  ## answer on HTTP with the newest run's model, and a page to try it (ARGS="runs/NAME/model.tar.gz")
 	$(BIN)/python -m serving serve $(ARGS)

@@ -71,7 +71,7 @@ def make_pictures(
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
-                rng = np.random.default_rng([label, number, len(split)])
+                rng = np.random.default_rng([label, number, *split.encode()])
                 pixels = rng.integers(0, 90, (size, size, 3), dtype=np.uint8)
                 pixels[:, :, label % 3] += np.uint8(80 + 60 * (label // 3))
                 pixels[number % size, :, :] = 255

@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
-NAMES = ("input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving")
+NAMES = ("input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care")
 
 
 def main() -> None:
@@ -27,7 +27,12 @@ def main() -> None:
         "--rounds", type=int, default=5, help="how often each contender takes its turn (default 5)"
     )
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
+    parser.add_argument(
+        "--photos", metavar="DIR", help="train, valid and test with class folders of photos (care)"
+    )
     options = parser.parse_args()
+    if options.photos:
+        os.environ["BENCH_PHOTOS"] = options.photos
 
     os.environ["OMP_NUM_THREADS"] = str(
         options.threads

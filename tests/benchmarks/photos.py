@@ -1,6 +1,8 @@
 """JPEGs of realistic entropy: random crops of the photos of scikit-image or scikit-learn."""
 
 import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,26 @@ def write(root: Path, count: int, width: int, height: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         crop.save(folder / f"{number:04d}.jpg", quality=QUALITY)
     return root
+
+
+def given() -> Path | None:
+    """The folder of train/CLASS/*.jpg, valid and test that `--photos` named."""
+    named = os.environ.get("BENCH_PHOTOS")
+    if not named:
+        return None
+    return Path(named)
+
+
+def classified() -> Iterator[tuple[str, Image.Image]]:
+    """Each photo with its class: those of `--photos`, or else some from packages, spread evenly."""
+    root = given()
+    if root is None:
+        for number, photo in enumerate(originals()):
+            yield f"class{number % 2}", photo
+        return
+    for path in sorted(root.glob("*/*/*.jpg")):
+        with Image.open(path) as photo:
+            yield path.parent.name, photo.convert("RGB")
 
 
 def originals() -> list[Image.Image]:

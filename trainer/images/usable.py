@@ -58,7 +58,7 @@ def usable_images(
     threads = 0
     if packed is None:
         threads = workers(config, world)
-    with _counted("checking pictures", stop) as step:
+    with interruptible("checking pictures", stop) as step:
         images = folder.quarantine(images, check, threads, config.data.max_broken, step)
     broken = sorted(Path(path).name for path, _ in images.broken)
     facts = {
@@ -114,12 +114,12 @@ def _pack(config: Config, images: ImageFolder, stop: Stop, world: Processes) -> 
     root = Path(config.platform.cache) / "pixels"
     store = PixelCache(root, spec.resize, spec.interpolation, limit)
     paths = [path for split in images.splits.values() for path in split.paths]
-    with _counted("packing pictures", stop) as step:
+    with interruptible("packing pictures", stop) as step:
         return store.pack(paths, workers(config, world), step)
 
 
 @contextmanager
-def _counted(what: str, stop: Stop) -> Iterator[Callable[[int, int], None]]:
+def interruptible(what: str, stop: Stop) -> Iterator[Callable[[int, int], None]]:
     """Give a progress callback(done, total) that raises Interrupted when asked to stop."""
     bar: ProgressBar | None = None
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from trainer.common.git import revision
 from trainer.images import folder
 from trainer.images.names import suffix_of
 from trainer.results import package, quantize, report
+from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
 from trainer.training.loop import predict
 from trainer.training.metrics import classification
@@ -29,12 +31,18 @@ SAME_LOSS_ELSEWHERE = (0.05, 0.01)  # another machine or precision
 
 @dataclass(frozen=True)
 class Tested:
-    """The best weights on the test split (on valid, where there is no test)."""
+    """The best weights on the test split (on valid, where there is no test).
+
+    other: the same metrics with the images that are in train too where `metrics` are without them,
+    and the other way round; None where there is none.
+    """
 
     split: str
     metrics: dict[str, float]  # loss, top1, top5, f1
+    paths: Sequence[str]  # [N]
     labels: NDArray[np.int64]  # [N]
     probabilities: NDArray[np.float32]  # [N, classes]
+    other: Other | None = None
 
 
 def load_best(run: Training) -> None:
@@ -72,20 +80,52 @@ def load_best(run: Training) -> None:
 def test(run: Training) -> Tested:
     """Evaluate the whole network with its best weights, as it is packaged.
 
-    From pixels, in float32.
+    From pixels, in float32. data.leaks says whether what is in train too counts; the figures of the
+    other way go beside. Rank 0 alone has labels and probabilities of every image.
     """
     load_best(run)
     assert run.progress.best is not None
     split = "test" if "test" in run.loader.folder.splits else "valid"
     batches = run.loader.eval_batches(split)
     logits, targets = predict(run, run.network, batches, run.machine.in_float32())
-    values = run.world.broadcast_from_main(lambda: classification(logits, targets, split))
+    paths = run.loader.folder.splits[split].paths
+    everything, clean = np.arange(len(paths)), _clean(run, paths)
+    counted, beside, how = everything, clean, "without_leaks"
+    if run.config.data.leaks == "drop" and len(clean):
+        counted, beside, how = clean, everything, "with_leaks"
+
+    def measure(numbers: NDArray[np.int64]) -> dict[str, float]:
+        return classification(logits[numbers], targets[numbers], split)
+
+    values = run.world.broadcast_from_main(lambda: measure(counted))
+    other: Other | None = None
+    if 0 < len(clean) < len(paths):
+        others = run.world.broadcast_from_main(lambda: measure(beside))
+        other = Other(how, len(beside), _bare(others, split))
     if split == "test":
         epoch = run.progress.best["epoch"]
         run.metrics_file.append({"epoch": epoch, "step": run.progress.step} | values)
         log.info(metric_line({"epoch": epoch} | values))
-    metrics = {name.removeprefix(f"{split}_"): value for name, value in values.items()}
-    return Tested(split, metrics, targets.numpy(), logits.softmax(1).numpy())
+    if run.world.is_main_process:
+        logits, targets = logits[counted], targets[counted]
+    return Tested(
+        split,
+        _bare(values, split),
+        [paths[number] for number in counted],
+        targets.numpy(),
+        logits.softmax(1).numpy(),
+        other,
+    )
+
+
+def _clean(run: Training, paths: Sequence[str]) -> NDArray[np.int64]:
+    """Return the places of the images that are not in train too."""
+    leaked = run.findings.leaked
+    return np.array([place for place, path in enumerate(paths) if path not in leaked], np.int64)
+
+
+def _bare(metrics: dict[str, float], split: str) -> dict[str, float]:
+    return {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
 
 
 def build_package(run: Training, tested: Tested) -> None:
@@ -130,8 +170,10 @@ def write_report(run: Training, tested: Tested) -> None:
             classes=images.classes,
             labels=tested.labels,
             probabilities=tested.probabilities,
-            paths=images.splits[tested.split].paths,
+            paths=tested.paths,
             broken=images.broken,
+            other=tested.other,
+            findings=run.findings,
             facts=_environment(run),
             config=identity(run.config),
             next_steps=run.run.next_steps(),
@@ -144,10 +186,14 @@ def write_report(run: Training, tested: Tested) -> None:
 def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
     """Return what says that the run is complete. seconds: that it took."""
     assert run.progress.best is not None
+    beside: dict[str, Any] = {}
+    if tested.other:
+        beside[tested.other.how] = {**tested.other.metrics, "pictures": tested.other.pictures}
     return {
         "split": tested.split,
         **tested.metrics,
         "pictures": len(tested.labels),
+        **beside,
         "best_epoch": run.progress.best["epoch"],
         "epochs": run.progress.epoch,
         "seconds": round(seconds, 1),

@@ -3,11 +3,9 @@
 This module computes what the page shows; `report.html.j2` beside it says how it looks.
 """
 
-import base64
-import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ from PIL import Image
 
 from trainer.common import files
 from trainer.common.templates import render
+from trainer.images.care import Findings
+from trainer.results.care import Thumbnail, data_uri, is_pixelated, picture, sections
 from trainer.results.charts import Chart, EpochCharts, Series
 from trainer.results.text import breakable, duration, number, percent, setting, share, shortened
-
-Thumbnail = Callable[[str], NDArray[np.uint8]]
 
 # What a page holds at most, so that it stays below about 3 MB whatever the run was.
 PAIRS, PAIR_IMAGES, MISTAKES = 6, 4, 12
@@ -29,11 +27,22 @@ EPOCH_ROWS = 200
 BROKEN_ROWS = 1000
 CELLS = 1500  # cells of the confusion matrix that name their classes
 CLASS_ROWS = 20  # rows of the per-class table before the rest is folded away
-PICTURE_SIDE = 128  # pixels
 LABEL_LENGTH = 17  # characters of a class name along the confusion matrix
 
 LABELLED_CLASSES = 40  # more than this and the names along the confusion matrix would overlap
 COUNTED_CLASSES = 20  # more than this and the numbers in its cells would
+
+
+@dataclass(frozen=True)
+class Other:
+    """Metrics with or without the images that are in train too.
+
+    how: "with_leaks" or "without_leaks". pictures: how many they are of.
+    """
+
+    how: str
+    pictures: int
+    metrics: dict[str, float]  # loss, top1, top5, f1
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ class Report:
     facts: dict[str, str]  # the environment, in the order shown
     config: dict[str, Any]  # the resolved settings by dotted key
     next_steps: Sequence[str]  # commands
+    other: Other | None = None
+    findings: Findings = field(default_factory=Findings)  # what is wrong with the data set
 
     @cached_property
     def predictions(self) -> NDArray[np.int64]:
@@ -108,6 +119,7 @@ def write(report: Report, path: Path, thumbnail: Thumbnail) -> None:
         class_rows=CLASS_ROWS,
         label_length=LABEL_LENGTH,
         broken_rows=BROKEN_ROWS,
+        care=sections(report.findings, thumbnail),
         epoch_columns=list(EPOCH_COLUMNS),
         epochs=_epochs(report.history),
     )
@@ -280,8 +292,8 @@ def _examples(report: Report, indices: NDArray[np.int64], thumbnail: Thumbnail) 
         prediction = report.predictions[index]
         examples.append(
             Mistake(
-                picture=_picture(pixels),
-                pixelated=len(pixels) < PICTURE_SIDE // 2,
+                picture=picture(pixels),
+                pixelated=is_pixelated(pixels),
                 path=report.paths[index],
                 label=report.classes[report.labels[index]],
                 prediction=report.classes[prediction],
@@ -289,21 +301,6 @@ def _examples(report: Report, indices: NDArray[np.int64], thumbnail: Thumbnail) 
             )
         )
     return examples
-
-
-def _picture(pixels: NDArray[np.uint8]) -> str:
-    """A data URI of [H, W, 3] pixels: a small picture as it is, a large one shrunk."""
-    image = Image.fromarray(pixels)
-    if max(image.size) < PICTURE_SIDE // 2:
-        return _data_uri(image, "PNG")
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
-    return _data_uri(image, "JPEG")
-
-
-def _data_uri(image: Image.Image, kind: str) -> str:
-    data = io.BytesIO()
-    image.save(data, kind, optimize=True)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 # The matrix' colours; their opacity is the value, so that they suit a light and a dark page.
@@ -336,7 +333,7 @@ def _matrix(report: Report) -> Matrix:
         longest = max(len(shortened(name, LABEL_LENGTH)) for name in report.classes)
         gutter = 1.0 + 0.4 * longest
     return Matrix(
-        _data_uri(Image.fromarray(pixels), "PNG"),
+        data_uri(Image.fromarray(pixels), "PNG"),
         cells,
         gutter,
         labelled,

@@ -91,6 +91,7 @@ class DataConfig:
     labels: str | None = setting(identity=False, path=True, only_if="data.source=folder")
     valid_fraction: float = setting(above=0, below=1)
     max_broken: float = setting(at_least=0, at_most=1, identity=False)
+    leaks: str = setting("warn", "drop", "stop")
     resize: int | None = setting(at_least=1, at_most=SIDE)
     size: int | None = setting(at_least=1, at_most=SIDE)
     interpolation: str | None = setting("bilinear", "bicubic", "lanczos", "box")

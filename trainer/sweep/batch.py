@@ -7,6 +7,7 @@ of its time on its start. Each trial is the run that it is alone, through the sa
 last epoch: the best one alone is tested and packaged, by a process of its own.
 """
 
+import dataclasses
 import json
 import sys
 from contextlib import ExitStack
@@ -53,7 +54,9 @@ def train_trial(config: Config, stop: Stop) -> dict[str, Any]:
     """
     with open_run(config, World(), stop) as run:
         images = find_images(config)
-        training = build_training(run.resolved(images), images)
+        # The best trial's own process looks at the images: here each trial would, again and again.
+        run = dataclasses.replace(run.resolved(images), looks=False)
+        training = build_training(run, images)
         try:
             fit(training)
         except Diverged as error:

@@ -37,6 +37,7 @@ class Run:
     directory: Path
     checkpoints: Path
     package: Path  # the archive, or on SageMaker the directory that it archives itself
+    looks: bool = True  # for what is wrong with its images, and tells it
 
     def resolved(self, images: ImageFolder) -> "Run":
         """Return the run with a value for each setting that isn't given, written to config.yaml."""
@@ -94,6 +95,15 @@ class Run:
             result["best_epoch"],
             result["epochs"],
         )
+        for how in ("with", "without"):
+            other = result.get(f"{how}_leaks")
+            if other:
+                log.info(
+                    "%s the pictures that are in train too: %.1f %% of %d",
+                    how,
+                    100 * other["top1"],
+                    other["pictures"],
+                )
         places = {"report": "report.html", "log": "log.txt", "metrics": "metrics.jsonl"}
         log.info("%-15s %s", "model package", self.package)
         log.info("%-15s %s", "checkpoints", self.checkpoints)

@@ -19,6 +19,7 @@ from trainer.distributed.gradients import Gradients, Replicated
 from trainer.distributed.job import Job
 from trainer.distributed.world import Action, World
 from trainer.images.augment import Augmentation
+from trainer.images.care import Findings
 from trainer.images.folder import ImageFolder
 from trainer.images.loader import Batch, ImageLoader, Loader, Reader
 from trainer.images.mixup import Mixing, mix
@@ -30,7 +31,7 @@ from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
 from trainer.network.features import FeatureCache
 from trainer.settings.config import Config, metric_line
-from trainer.training import checkpoint
+from trainer.training import care, checkpoint
 from trainer.training.checkpoints import Checkpoints
 from trainer.training.metrics import MetricsFile, TrainSums, better
 from trainer.training.run import Run, check_identity
@@ -79,19 +80,30 @@ def build_training(
     if network is None:
         # Before the images are read: a missing weights file costs no time.
         network = build_network(run, images, machine)
+    findings: Findings | None = None
     if loader is None:
         images, reader = usable_images(run.config, images, run.stop, run.world)
         if run.world.is_main_process:
             report_left_out(images, run.directory / "quarantine.txt")
+        if run.looks or run.config.data.leaks != "warn":
+            images, findings = care.look(run, images, reader)
         loader = make_loader(run, images, reader, machine)
     if data is None:
-        data = loader
-        if loader.views is not None:
-            cache = FeatureCache(network, loader, machine, Path(run.config.platform.cache))
-            data = cache.extract(run.stop, run.world)
+        data = _data(run, network, loader, machine)
     training = Training(run, machine, network, loader, data)
+    if findings is not None:
+        training.findings = findings
+        care.tell(run, findings, data, machine)
     training.resume()
     return training
+
+
+def _data(run: Run, network: Classifier, loader: ImageLoader, machine: Machine) -> Loader:
+    """Return what the model is trained on: the images, or the features of a frozen backbone."""
+    if loader.views is None:
+        return loader
+    cache = FeatureCache(network, loader, machine, Path(run.config.platform.cache))
+    return cache.extract(run.stop, run.world)
 
 
 class Training:
@@ -99,7 +111,8 @@ class Training:
 
     network: the whole network, as it is packaged. model: what is trained of it: the head alone,
     where the features of a frozen backbone are computed once, else all. loader: the images as
-    pixels; data: what the model is trained on, these or their features.
+    pixels; data: what the model is trained on, these or their features. findings: what is wrong
+    with the images.
     """
 
     def __init__(
@@ -108,6 +121,7 @@ class Training:
         self.run, self.config, self.world, self.stop = run, run.config, run.world, run.stop
         self.machine, self.device = machine, machine.device
         self.network, self.loader, self.data = network.to(machine.device), loader, data
+        self.findings = Findings()
         self.model: nn.Module = network.head if data.holds_features else network
         self.forward = self.model
         if run.config.train.compile:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.results.report import Report, wilson_interval, write
+from trainer.images.care import Finding, Findings, Picture
+from trainer.results.report import Other, Report, wilson_interval, write
 
 VOID = {"meta", "img", "wbr"}
 HOSTILE = [
@@ -134,6 +135,31 @@ def written(subject: Report, directory: Path, **arguments: Any) -> Page:
     path = directory / "report.html"
     write(subject, path, **({"thumbnail": thumbnail} | arguments))
     return Page(path.read_text(encoding="utf-8"))
+
+
+def test_page_shows_what_was_noticed_about_the_pictures(tmp_path: Path) -> None:
+    hostile = Picture(HOSTILE[0], "train", HOSTILE[2])
+    copies = [Finding("copy", (hostile, Picture("b.jpg", "train", "b"))) for _ in range(30)]
+    leak = Finding("leak", tuple(hostile for _ in range(9)), "nearly the same")
+    uneven = Finding("uneven", (), "train has 90 of class a and 3 of class b")
+    subject = dataclasses.replace(
+        report(["a", "b"], [0, 1], [0, 0]),
+        findings=Findings([*copies, leak, uneven]),
+        other=Other("without_leaks", 1, {"loss": 1.0, "top1": 1.0, "top5": 1.0, "f1": 1.0}),
+    )
+    page = written(subject, tmp_path)
+    for said in (
+        "Without the pictures that are in train too : 100% of 1",
+        "In train, and in valid or test too 1",
+        "and 5 more",  # of one leak
+        "and 18 more, in care.csv",  # of the copies
+        "train has 90 of class a and 3 of class b",
+    ):
+        assert said.replace(" :", ":") in page.text, said
+    assert "script" not in {tag for tag, _ in page.tags}
+    plain = written(report(["a", "b"], [0, 1], [0, 0]), tmp_path)
+    assert "care.csv" not in plain.text and "in train too" not in plain.text
+    assert "can't be read" in written(subject, tmp_path, thumbnail=gone).text
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,14 @@ RUNS = {
         "platform.cache=c=c",
         "name=007",
     ),
+    "table of labels": (
+        "data.labels=labels.csv",
+        "data.leaks=stop",
+        "data.size=16",
+        "data.resize=16",
+        "train.epochs=1",
+        "name=table",
+    ),
 }
 # Two sweeps of two trials.
 SWEEPS = {
@@ -164,10 +172,13 @@ def base(root: str) -> tuple[str, ...]:
 
 @pytest.fixture
 def cwd(tmp_path, pictures, monkeypatch):
-    """A working directory, and home, with the pictures and a file of weights."""
+    """A working directory, and home, with the pictures, a table and a file of weights."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "pictures").symlink_to(pictures)
     network = build("small_cnn", 3)
+    rows = [path.relative_to(pictures) for path in sorted(pictures.rglob("*.png"))]
+    table = "".join(f"{path},{path.parts[1]},{path.parts[0]}\n" for path in rows)
+    (tmp_path / "labels.csv").write_text(f"path,label,split\n{table}")
     torch.save(network.backbone.state_dict(), tmp_path / "start.pth")
     return tmp_path
 
