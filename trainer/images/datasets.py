@@ -21,6 +21,7 @@ from PIL import Image
 from trainer.common.console import log
 from trainer.common.errors import UserError, install_command
 from trainer.common.text import listed
+from trainer.images import identity
 from trainer.images.folder import SPLIT_NAMES, ImageFolder, find_splits, scan
 from trainer.settings.config import Config
 
@@ -43,7 +44,8 @@ def find_images(config: Config) -> ImageFolder:
                 "give another, or null for the one in data.root"
             )
     directories, unused = find_splits(root, given)
-    images = scan(directories, config.data.valid_fraction)
+    index = Path(config.platform.cache) / identity.DIRECTORY
+    images = scan(directories, config.data.valid_fraction, index)
     if unused:
         log.warning(
             "not used: %s in %s; pictures are taken from train, valid (or val) and test, "

@@ -4,14 +4,12 @@ Which images they hold, and which of them can't be used.
 """
 
 import errno
-import hashlib
-import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.common.text import listed
+from trainer.images import identity
 from trainer.images.decode import MAX_PIXELS, ImageError, Preprocessing, center_crop, shrink
 
 # What the folder of a split may be called, in any case.
@@ -56,15 +55,14 @@ class ImageFolder:
     """A data set of images.
 
     classes: train's folder names, sorted as text ("0", "1", "10", "2"). splits: "train", "valid"
-    and, where there is one, "test". broken: (path, reason) of each file that is left out.
-    fingerprint: SHA-256 of the classes and of each split's file names and sizes: it changes with
-    the images, not with the place where they lie.
+    and, where there is one, "test". broken: (path, reason) of each file that is left out. digests:
+    the SHA-256 of images, by path: of all, once those that can't be used are left out.
     """
 
     classes: tuple[str, ...]
     splits: dict[str, Split]
     broken: tuple[tuple[str, str], ...]
-    fingerprint: str
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def count(self, split: str) -> int:
         """Return how many images a split has."""
@@ -101,12 +99,15 @@ def find_splits(root: str, given: Mapping[str, str | None]) -> tuple[dict[str, s
         return directories, [name for name in others if any(_walk(0, Path(root), name))]
 
 
-def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
+def scan(
+    directories: Mapping[str, str], valid_fraction: float, index: Path | None = None
+) -> ImageFolder:
     """List the images, without decoding them.
 
     Hidden files and folders are no part of it, nor are files not named like images. directories:
     the folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the
-    share of each class that becomes valid, where there is no such folder. Raise UserError for a
+    share of each class that becomes valid, where there is no such folder. index: the directory of
+    `identity.Digests`, where such a split finds what it knows of files. Raise UserError for a
     folder that can't be trained on, and Unreadable.
     """
     with _readable():
@@ -116,14 +117,15 @@ def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
             for name, path in directories.items()
             if name == "train" or _exists(path)
         }
+        digests: dict[str, str] = {}
         if "valid" not in held:
-            held["train"], held["valid"] = _split(held["train"], valid_fraction)
+            listed = [file.path for name in held for file in held[name] if not file.reason]
+            digests = identity.digests(listed, index)
+            held["train"], held["valid"] = _split(held["train"], digests, valid_fraction)
     held = {name: held[name] for name in ("train", "valid", "test") if name in held}
     broken = tuple((file.path, file.reason) for name in held for file in held[name] if file.reason)
     usable = {name: [file for file in held[name] if not file.reason] for name in held}
     _check_filled(directories, classes, usable)
-    names = {name: [(file.name, file.size) for file in usable[name]] for name in usable}
-    fingerprint = hashlib.sha256(json.dumps([classes, names]).encode()).hexdigest()
     splits = {
         name: Split(
             tuple(file.path for file in usable[name]),
@@ -131,7 +133,7 @@ def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
         )
         for name in usable
     }
-    return ImageFolder(classes, splits, broken, fingerprint)
+    return ImageFolder(classes, splits, broken, digests)
 
 
 def read(path: str) -> tuple[bytes, os.stat_result]:
@@ -388,35 +390,27 @@ def _exists(path: str | Path) -> bool:
 # --- the split of train, where there is no valid ---
 
 
-def _split(files: list[_File], valid_fraction: float) -> tuple[list[_File], list[_File]]:
+def _split(
+    files: list[_File], digests: Mapping[str, str], valid_fraction: float
+) -> tuple[list[_File], list[_File]]:
     """Return (train, valid).
 
     Of each class, the images with the smallest SHA-256 of their bytes become valid, so the choice
     is the same on every machine and under any file name, and equal images stay together. A class of
     two or more different images is on both sides.
     """
-    read = [_digested(file) for file in files]
     contents: dict[int, set[str]] = {}
-    for file, digest in read:
+    for file in files:
         if not file.reason:
-            contents.setdefault(file.label, set()).add(digest)
-    chosen = {label: _smallest(digests, valid_fraction) for label, digests in contents.items()}
-    valid = [not file.reason and digest in chosen[file.label] for file, digest in read]
-    return (
-        [file for (file, _), is_valid in zip(read, valid, strict=True) if not is_valid],
-        [file for (file, _), is_valid in zip(read, valid, strict=True) if is_valid],
-    )
-
-
-def _digested(file: _File) -> tuple[_File, str]:
-    if file.reason:
-        return file, ""
-
-    def digest() -> str:
-        with Path(file.path).open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-
-    return file, files.patiently(file.path, digest)
+            contents.setdefault(file.label, set()).add(digests[file.path])
+    chosen = {label: _smallest(held, valid_fraction) for label, held in contents.items()}
+    train, valid = [], []
+    for file in files:
+        if not file.reason and digests[file.path] in chosen[file.label]:
+            valid.append(file)
+        else:
+            train.append(file)
+    return train, valid
 
 
 def _smallest(digests: set[str], fraction: float) -> set[str]:

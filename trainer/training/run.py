@@ -22,6 +22,7 @@ from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.images.folder import ImageFolder
+from trainer.images.identity import of_images
 from trainer.network import weights
 from trainer.settings.config import Config, identity, run_name
 
@@ -48,7 +49,7 @@ class Run:
 
     def identity(self, images: ImageFolder) -> dict[str, Any]:
         """Return what a result of this run is a function of."""
-        return identity(self.config) | {"pictures": images.fingerprint}
+        return identity(self.config) | {"pictures": of_images(images)}
 
     def result(self) -> dict[str, Any] | None:
         """Return what the complete run wrote last, or None."""
