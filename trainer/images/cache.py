@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -360,11 +361,13 @@ def decoding() -> list[str]:
 
     The code, and the libraries that decode.
     """
-    code = [
-        hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-        for module in (decode, bounds)
-    ]
+    code = [code_of(module) for module in (decode, bounds)]
     return [*code, PIL.__version__, str(features.version("libjpeg_turbo"))]
+
+
+def code_of(module: ModuleType) -> str:
+    """Return the SHA-256 of a module's source."""
+    return identity.of_bytes(Path(str(module.__file__)).read_bytes())
 
 
 # --- the files ---
@@ -438,7 +441,7 @@ class _Store:
             return known
         if pixels is not None:
             entry = entry._replace(offset=self.end)
-            _write(self._pixels, pixels.data, self.end, self._path("pixels"))
+            files.write_at(self._pixels, pixels.data, self.end, self._path("pixels"))
             self.end += entry.size
         self.contents[entry.content] = entry
         self._pending.append(entry)
@@ -452,8 +455,8 @@ class _Store:
         if not lines:
             return
         self._pending.clear()
-        _write(self._pixels, b"", self.end, self._path("pixels"), flush=True)
-        _write(self._index, lines, 0, self._path("index"), flush=True)
+        files.write_at(self._pixels, b"", self.end, self._path("pixels"), flush=True)
+        files.write_at(self._index, lines, 0, self._path("index"), flush=True)
 
     def tidy(self, used: Container[str], step: Step) -> None:
         """Drop what no file has any more, once that is half of the pixels."""
@@ -491,10 +494,10 @@ class _Store:
                 data = os.pread(self._pixels, entry.size, entry.offset)
                 if len(data) == entry.size:
                     kept.append(entry._replace(offset=end))
-                    _write(pixels, data, end, path)
+                    files.write_at(pixels, data, end, path)
                     end += entry.size
                 step()
-            _write(pixels, b"", end, path, flush=True)
+            files.write_at(pixels, b"", end, path, flush=True)
             # From here on, the new generation is the one that counts.
             files.write(index, journal.lines(kept))
             handle = os.open(index, os.O_WRONLY | os.O_APPEND)
@@ -514,25 +517,6 @@ class _Store:
             if path.stem != str(newest):
                 path.unlink()
         return newest
-
-
-def _write(
-    handle: int, data: bytes | memoryview, offset: int, path: Path, flush: bool = False
-) -> None:
-    """Write all of `data` at `offset`, or at the end of a file that is opened to append.
-
-    Unbuffered: what fails on a full disk fails here, and once.
-    """
-    try:
-        rest = memoryview(data).cast("B")
-        while rest:
-            written = os.pwrite(handle, rest, offset)
-            rest, offset = rest[written:], offset + written
-        if flush:
-            os.fsync(handle)
-    except OSError as error:
-        error.filename = str(path)
-        raise
 
 
 def _exists(path: str) -> bool:

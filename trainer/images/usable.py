@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from trainer.common import files
 from trainer.common.console import ProgressBar, log
@@ -14,8 +14,10 @@ from trainer.images import folder, identity
 from trainer.images.cache import Packed, PixelCache, TooLarge
 from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import ImageFolder, Split
-from trainer.images.loader import Reader
 from trainer.settings.config import Config
+
+if TYPE_CHECKING:
+    from trainer.images.loader import Reader  # with PyTorch
 
 WARNINGS = 10  # broken images that the log names
 
@@ -33,7 +35,7 @@ class Processes(Protocol):
 
 def usable_images(
     config: Config, images: ImageFolder, stop: Stop, world: Processes
-) -> tuple[ImageFolder, Reader]:
+) -> "tuple[ImageFolder, Reader]":
     """Return the folder without the images that can't be used, and what reads their pixels.
 
     They are in the order of their content, so a file's name and place change nothing. The processes

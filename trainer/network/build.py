@@ -4,6 +4,7 @@ It lies inside the network, so that no caller can forget it.
 """
 
 import copy
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.common.errors import UserError
+from trainer.images.identity import of_weights
 from trainer.network.weights import fill, import_timm, is_file, state_dict, torchvision_weights
 
 
@@ -24,6 +26,7 @@ class Classifier(nn.Module):
 
     mean: Tensor
     std: Tensor
+    name = ""  # of the architecture, as model.name has it
 
     def __init__(
         self,
@@ -95,9 +98,18 @@ def build(
             nn.Linear(features, head_hidden), nn.ReLU(), nn.Linear(head_hidden, classes)
         )
     network = Classifier(backbone, head, mean, std, frozen=freeze == "backbone")
+    network.name = name
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     return network
+
+
+def identity(network: Classifier) -> dict[str, str]:
+    """Return what the network's backbone is, by its tensors, its architecture and its builder."""
+    libraries = {"small_cnn": (), "timm": ("timm",)}
+    used = libraries.get(network.name.split("/")[0], ("torchvision",))
+    versions = {library: importlib.metadata.version(library) for library in used}
+    return of_weights(network.backbone, network.name, versions)
 
 
 def origin(name: str, weights: str | None) -> str:

@@ -21,8 +21,8 @@ from trainer.common import files, journal
 from trainer.common.errors import Interrupted, Unreadable
 from trainer.images import cache, identity
 from trainer.images.cache import PixelCache, TooLarge
-from trainer.images.identity import TICK
 from trainer.images.decode import ImageError, shrink
+from trainer.images.identity import TICK
 
 RESIZE = 24
 COUNT = 20
