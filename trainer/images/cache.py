@@ -404,7 +404,15 @@ class _Store:
         self.directory = directory
         self.contents: dict[str, Entry] = {}
         self._pending: list[Entry] = []
-        files.sweep(directory)
+        self._index = self._pixels = -1
+        try:
+            self._open(step)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, step: Step) -> None:
+        files.sweep(self.directory)
         self._generation = self._remove_others()
         if self._generation == 0:
             self._generation = 1

@@ -14,6 +14,7 @@ import os
 import time
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -168,17 +169,21 @@ class _Blocks:
     def __init__(self, place: Path, shape: tuple[int, int]) -> None:
         self._shape = shape
         self._path = place.with_suffix(".f32")
-        self._data, self._sums = _opened(self._path), _opened(place.with_suffix(".sums"))
-        written, self._whole = journal.parse(self._sums.readall())
-        self._checksums: dict[int, int] = dict(written)
         self._pending: list[tuple[int, int]] = []
         self._saved = time.monotonic()
+        self._files = ExitStack()
 
     def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            self._data = opened.enter_context(_opened(self._path))
+            self._sums = opened.enter_context(_opened(self._path.with_suffix(".sums")))
+            written, self._whole = journal.parse(self._sums.readall())
+            self._files = opened.pop_all()
+        self._checksums: dict[int, int] = dict(written)
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._data, self._sums:
+        with self._files:
             self._save()
 
     def is_right(self, number: int, bar: ProgressBar) -> bool:
