@@ -103,6 +103,11 @@ def build_package(run: Training, tested: Tested) -> None:
         config=identity(config),
         revision=revision(),
         golden=[split.paths[first] for first in firsts],
+        identity={
+            key: value
+            for key, value in run.facts["identity"].items()
+            if key == "pictures" or key.startswith("weights.")
+        },
     )
     if config.package.int8:
         valid = images.splits["valid"]
