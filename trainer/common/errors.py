@@ -84,6 +84,18 @@ LOST = frozenset(
     }
 )
 
+# What one call may meet and the next one not.
+TRANSIENT = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.ENOMEM,
+        errno.EMFILE,
+        errno.ENFILE,
+    }
+)
+
 
 def install_command(extra: str) -> str:
     """Return the command that adds an extra of pyproject.toml to the environment that runs this.

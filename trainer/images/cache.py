@@ -33,7 +33,7 @@ from PIL import features
 
 from trainer.common import files, journal
 from trainer.common.console import log
-from trainer.common.errors import UserError
+from trainer.common.errors import Unreadable, UserError
 from trainer.images import bounds, decode, identity
 from trainer.images.decode import MAX_ASPECT, ImageError, shrink
 from trainer.images.folder import read
@@ -49,8 +49,8 @@ class TooLarge(UserError):
     """The packed pixels would not fit onto the disk, or into their limit."""
 
 
-class Changed(UserError):
-    """An image is no longer the one that the run began with."""
+class Changed(Unreadable):
+    """An image is no longer the one that the run began with: that one can't be read now."""
 
 
 class Entry(NamedTuple):
