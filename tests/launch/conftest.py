@@ -1,11 +1,165 @@
-"""What the tests of launch share."""
+"""What the launch tests share: AWS as a process (tests/launch/aws.py), and the command line as a user starts it."""
 
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import boto3
 import pytest
 
+from launch import __main__ as command_line
 from launch.cloud import s3
+from launch.targets.base import targets
+from tests.conftest import PROJECT
+from trainer.common.errors import OK
+
+REGION = "us-east-1"
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": REGION,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+# For `Cloud.launch`: imported here once, and not by each process.
+for verb in command_line.VERBS:
+    import_module(f"launch.verbs.{verb}")
+targets()
+
+
+@dataclass
+class Cloud:
+    """The fake AWS, by its URL."""
+
+    url: str
+    record: Path  # tests/launch/aws.py says in which form
+    _clients: dict[str, Any] = field(default_factory=dict)
+
+    def post(self, path: str, **parameters: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self.url}{path}", json.dumps(parameters).encode(), method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read() or b"{}")
+
+    def reset(self) -> None:
+        self.post("/moto-api/reset")
+        self.post("/strict/reset")
+
+    def calls(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.record.read_text().splitlines()]
+
+    def client(self, service: str) -> Any:
+        if service not in self._clients:
+            keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+            self._clients[service] = boto3.client(
+                service, region_name=REGION, endpoint_url=self.url, **keys
+            )
+        return self._clients[service]
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        return kept | CREDENTIALS | {"AWS_ENDPOINT_URL": self.url, "PYTHONPATH": str(PROJECT)}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """The command line, with a name by which AWS can kill it."""
+        line = 'export AWS_SDK_UA_APP_ID=pid-$$; exec "$0" -m launch "$@"'
+        return subprocess.Popen(
+            ["bash", "-c", line, sys.executable, *arguments],
+            cwd=PROJECT,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Its exit code and all it printed."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=600)
+        return process.returncode, output
+
+    def launch(self, *arguments: str, cwd: Path = PROJECT) -> tuple[int, str]:
+        """As `run`, in a process forked from this one, which has imported everything already: half the time. A signal's code is negative."""
+        with tempfile.TemporaryFile("w+") as output:
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    os.chdir(cwd)
+                    os.environ.clear()
+                    os.environ.update(
+                        self.environment() | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"}
+                    )
+                    sys.stdin = io.StringIO()
+                    sys.stdout = sys.stderr = output
+                    code = command_line.main(arguments)
+                except SystemExit as end:
+                    code = int(end.code or 0)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    output.flush()
+                    os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            output.seek(0)
+            return code, output.read()
+
+
+@contextlib.contextmanager
+def running(record: Path, program: Sequence[str] = ("-m", "tests.launch.aws")) -> Iterator[Cloud]:
+    """AWS as a process. program: another one's that is AWS, as Python's arguments."""
+    process = subprocess.Popen(
+        [sys.executable, *program, str(record)],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield Cloud(process.stdout.readline().strip(), record)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def founded(record: Path) -> Iterator[Cloud]:
+    """An account with the foundation."""
+    with running(record) as cloud:
+        cloud.reset()
+        code, printed = cloud.launch("up", "--yes", "--every", "0.05")
+        assert code == OK, printed
+        yield cloud
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_digests(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is known of the tests' pictures doesn't go into the user's cache."""
     s3.DIGESTS = tmp_path_factory.mktemp("digests")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    with running(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def cloud(server: Cloud) -> Cloud:
+    """An account with nothing in it."""
+    server.reset()
+    return server
