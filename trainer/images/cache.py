@@ -520,8 +520,9 @@ class _Store:
 
     def _remove_others(self) -> int:
         """Remove all generations but the newest that has an index; return its number, or 0."""
-        newest = max((int(path.stem) for path in self.directory.glob("*.index")), default=0)
-        for path in [*self.directory.glob("*.index"), *self.directory.glob("*.pixels")]:
+        indexes = [path for path in self.directory.glob("*.index") if path.stem.isdecimal()]
+        newest = max((int(path.stem) for path in indexes), default=0)
+        for path in [*indexes, *self.directory.glob("*.pixels")]:
             if path.stem != str(newest):
                 path.unlink()
         return newest
