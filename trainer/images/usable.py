@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from trainer.common import files
 from trainer.common.console import ProgressBar, log
 from trainer.common.cpu import cores
+from trainer.common.errors import explained
 from trainer.common.interrupt import Stop
 from trainer.images import folder, identity
 from trainer.images.cache import Packed, PixelCache, TooLarge
@@ -83,11 +84,11 @@ def _packed(
         except (TooLarge, OSError) as error:
             if config.data.cache == "packed":
                 raise
-            log.warning("pictures are decoded in each epoch: %s", error)
+            log.warning("pictures are decoded in each epoch: %s", explained(error))
     try:
         return store.pack(paths, threads, step, keep=False)
     except OSError as error:
-        log.info("which pictures can be used isn't remembered: %s", error)
+        log.info("which pictures can be used isn't remembered: %s", explained(error))
     return store.check(paths, threads, step)
 
 

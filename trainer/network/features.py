@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from trainer.common import files, journal
 from trainer.common.console import ProgressBar, log
+from trainer.common.errors import explained
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.images import augment, cache, identity
@@ -142,7 +143,7 @@ class FeatureCache:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                log.warning("the features of %s are kept in memory alone: %s", name, error)
+                log.warning("features, %s: kept in memory alone: %s", name, explained(error))
             features = np.empty(shape, np.float32)
             bar.advance(-bar.done)
             for number, rows in self._computed(view, numbers, stop, bar):
