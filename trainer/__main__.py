@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -22,10 +24,12 @@ from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, Interrupted, UserE
 from trainer.common.interrupt import on_signals, on_spot_notice
 from trainer.distributed.world import Ended, Lost, World, current_world
 from trainer.images.datasets import find_images
+from trainer.images.folder import ImageFolder
+from trainer.images.usable import usable_images
 from trainer.settings import config as settings
 from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
-from trainer.training.run import check_identity, open_run
+from trainer.training.run import Run, open_run
 
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -52,11 +56,10 @@ def train(config: Config | None, world: World) -> None:
         spot(stop),
     ):
         images = find_images(config, stop)
-        world.check_same({"the pictures": images.fingerprint}, stop)
         run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
         if result:
-            check_identity(result["identity"], run.identity(images), run.directory)
+            check_result(run, result, images)
             log.info("this run is complete; to train once more, give another name=... or seed=...")
             run.summarize(result)
             return
@@ -75,6 +78,21 @@ def train(config: Config | None, world: World) -> None:
         result = outcome.result(training, tested, seconds=time.monotonic() - started)
         run.finish(result)
         run.summarize(result)
+
+
+def check_result(run: Run, result: dict[str, Any], images: ImageFolder) -> None:
+    """Raise UserError where a complete run's settings, images or file of weights are now others."""
+    images, _ = usable_images(run.config, images, run.stop, run.world)
+    then, network = result["identity"], None
+    if run.weights_file and Path(run.weights_file).is_file():
+        # imported here: as above; other weights are known by their name.
+        from trainer.training.training import new_network
+
+        network = new_network(run.config, len(images.classes))
+    now = run.identity(images, network)
+    if network is None:
+        now |= {key: value for key, value in then.items() if key.startswith("weights.")}
+    run.check_identity(then, now, images)
 
 
 def guarded(work: Callable[[], None]) -> int:

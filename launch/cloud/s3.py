@@ -21,10 +21,13 @@ from launch.cloud.session import Aws, AwsError, explained
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
 from trainer.common.files import TEMPORARY
+from trainer.images import identity
 from trainer.images.names import as_shown, is_system
 
 # Bytes of a part: boto3's own, fixed here because the ETag of a large object depends on it.
 CHUNK = 8 * 2**20
+# Where a run on this machine keeps them too, unless told otherwise.
+DIGESTS = Path.home() / ".cache" / "packhorse" / identity.DIRECTORY
 DELETE_AT_ONCE = 1000  # DeleteObjects' maximum
 WORKERS = 16  # small objects are bound by latency, not by bandwidth
 
@@ -140,16 +143,10 @@ def digest(folder: Path) -> str:
     It is equal for folders of the same names and contents, wherever they lie.
     """
     files = files_of(folder)
-
-    def of_content(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+    contents = identity.digests([str(path) for path in files.values()], DIGESTS)
     of_all = hashlib.sha256()
-    with ThreadPoolExecutor() as pool, ProgressBar("reading pictures", len(files)) as progress:
-        for name, content in zip(files, pool.map(of_content, files.values()), strict=True):
-            of_all.update(f"{content} {name}\0".encode(errors="surrogateescape"))
-            progress.advance()
+    for name, path in files.items():
+        of_all.update(f"{contents[str(path)]} {name}\0".encode(errors="surrogateescape"))
     return of_all.hexdigest()
 
 

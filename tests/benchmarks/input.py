@@ -177,7 +177,6 @@ def pictures(root: Path, passes: int = 1) -> ImageFolder:
         folder.classes,
         {"train": Split(split.paths * passes, np.tile(split.labels, passes))},
         (),
-        folder.fingerprint,
     )
 
 

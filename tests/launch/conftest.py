@@ -22,6 +22,7 @@ import boto3
 import pytest
 
 from launch import __main__ as command_line
+from launch.cloud import s3
 from launch.cloud.request import core_session
 from launch.targets.base import targets
 from tests.conftest import PROJECT
@@ -161,6 +162,12 @@ def founded(record: Path) -> Iterator[Cloud]:
         code, printed = cloud.launch("up", "--yes", "--every", "0.05")
         assert code == OK, printed
         yield cloud
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_digests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is known of the tests' pictures doesn't go into the user's cache."""
+    s3.DIGESTS = tmp_path_factory.mktemp("digests")
 
 
 @pytest.fixture(scope="session")

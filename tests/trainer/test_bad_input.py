@@ -387,11 +387,19 @@ def test_broken_pictures_are_left_out_by_name_and_the_run_goes_on(finished):
 # --- run directories ---
 
 
-@pytest.mark.parametrize("key", ["runs", "cache"])
-def test_a_file_in_the_place_of_a_directory_is_one_line(cwd, key):
+def test_a_file_in_the_place_of_a_directory_is_one_line(cwd):
     (cwd / "file").touch()
-    said = ["file/", "a file is where a directory must be made", f"platform.{key}=DIR"]
-    check_refused(run_trainer(cwd, *FOLDER, f"platform.{key}=file"), cwd, *said)
+    said = ["file/", "a file is where a directory must be made", "platform.runs=DIR"]
+    check_refused(run_trainer(cwd, *FOLDER, "platform.runs=file"), cwd, *said)
+
+
+def test_a_cache_that_can_not_be_made_is_said_and_the_run_goes_on(cwd):
+    (cwd / "file").touch()
+    code, output = run_trainer(cwd, *FOLDER, "platform.cache=file")
+    assert code == OK, output
+    (line,) = (line for line in output.splitlines() if line.startswith("warning: pictures are"))
+    for part in ("decoded in each epoch", "a file is where", "platform.cache=DIR"):
+        assert part in line
 
 
 def test_a_run_that_another_process_has_is_one_line(cwd):
@@ -409,7 +417,8 @@ def test_a_run_that_another_process_has_is_one_line(cwd):
 # Overrides under which an unfinished run must not go on: what the line must say.
 CHANGED = {
     "data.root=pictures": [
-        "runs/mine/checkpoints: the pictures have changed since this run began",
+        "runs/mine/checkpoints: the pictures have changed since this run began: 1 missing: "
+        "train/circle/000.png",
         "bring them back",
     ],
     "seed=1": [
@@ -423,6 +432,7 @@ CHANGED = {
 def test_going_on_with_something_else_is_one_line(cwd, finished, change):
     shutil.copytree(finished[0] / "runs", cwd / "runs")
     (cwd / "runs/mine/result.json").unlink()  # as if it had been killed at the very end
+    (cwd / "pictures/train/circle/000.png").unlink()
     overrides = ["data.max_broken=0.5", f"data.root={finished[0]}/pictures", "name=mine", change]
     check_refused(run_trainer(cwd, *FOLDER, *overrides), cwd, *CHANGED[change])
 

@@ -86,6 +86,18 @@ LOST = frozenset(
     }
 )
 
+# What one call may meet and the next one not.
+TRANSIENT = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.ENOMEM,
+        errno.EMFILE,
+        errno.ENFILE,
+    }
+)
+
 
 def install_command(extra: str) -> str:
     """Return the command that adds an extra of pyproject.toml to the environment that runs this.
@@ -123,3 +135,11 @@ def machine_fault(error: OSError) -> str | None:
     if remedy is None:
         return None
     return f"{error.filename or 'the run directory'}: {remedy}"
+
+
+def explained(error: Exception) -> str:
+    """Return what a warning says of an error that the run gets over."""
+    line = None
+    if isinstance(error, OSError):
+        line = machine_fault(error)
+    return line or str(error)

@@ -116,6 +116,26 @@ def flush(path: Path, *parts: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
+def write_at(
+    handle: int, data: bytes | memoryview, offset: int, path: Path, flush: bool = False
+) -> None:
+    """Write all of `data` at `offset`, or at the end of a file that is opened to append.
+
+    Unbuffered: what fails on a full disk fails here, and once. Raise OSError with `path` as its
+    file name.
+    """
+    try:
+        rest = memoryview(data).cast("B")
+        while rest:
+            written = os.pwrite(handle, rest, offset)
+            rest, offset = rest[written:], offset + written
+        if flush:
+            os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def flush_directory(path: Path) -> None:
     """Make the names in a directory durable: only then is a rename safe on disk (fsync(2))."""
     handle = os.open(path, os.O_RDONLY)

@@ -116,6 +116,7 @@ class Job(World):
                     f"{key}: {facts[key]} here, {expected} at rank 0; "
                     "all processes must have the same"
                 )
+        self.barrier(stop)  # whoever goes on before another one complains hears of its end too late
 
     def barrier(self, stop: Stop | None = None) -> None:
         self._heartbeat.watch()

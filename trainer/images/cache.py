@@ -1,27 +1,29 @@
-"""Packed pixels: every image decoded and shrunk once, then read from a memory-mapped file.
+"""Packed pixels: every image decoded and shrunk once, then read from a file.
 
 It is a memo of `decode.shrink`, so its pixels are those of the uncached path by construction;
 filling it also finds the broken images. A store is the directory of one preprocessing, shared by
-all runs and data sets. It holds `N.pixels`, to which images are appended, and `N.index`, a JSON
-line for each path. The index mentions only pixels that are on the disk: after a kill or a power
-cut the next run goes on there.
+all runs and data sets. It holds `N.pixels`, to which images are appended, and `N.index`, a line
+for each content: which file a path leads to is `identity.Digests`' to say. The index mentions only
+pixels that are on the disk: after a kill or a power cut the next run goes on there.
+
+Nothing in a store is believed. Each line and each image has its checksum, which is compared when
+it is first used; what is damaged, cut off or gone is decoded anew.
 """
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
-import time
+import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from io import FileIO
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -29,47 +31,122 @@ import PIL
 from numpy.typing import NDArray
 from PIL import features
 
-from trainer.common import files
-from trainer.common.errors import UserError
-from trainer.images import bounds, decode
+from trainer.common import files, journal
+from trainer.common.console import log
+from trainer.common.errors import Unreadable, UserError
+from trainer.images import apart, bounds, decode, identity
 from trainer.images.decode import MAX_ASPECT, ImageError, shrink
 from trainer.images.folder import read
 
-FORMAT = 1  # of a store's files
+FORMAT = 2  # of a store's files; 1 knew images by path
 # Images between two flushes to the disk: what a kill may cost; about 70 MB at 256 pixels.
 COMMIT_EVERY = 256
 AHEAD = 16  # images in the making for each thread: a reserve for the time of a flush
 SAMPLE = 32  # images decoded to estimate the size of all, where it is in doubt whether they fit
-# File times advance with the kernel's timer, every 10 ms at the slowest: a file that has just
-# changed may change again and look the same.
-TICK = 20_000_000  # nanoseconds
 
 
 class TooLarge(UserError):
     """The packed pixels would not fit onto the disk, or into their limit."""
 
 
+class Changed(Unreadable):
+    """An image is no longer the one that the run began with: that one can't be read now."""
+
+
+class Entry(NamedTuple):
+    """What an image's content gives: a line of the index."""
+
+    content: str  # SHA-256 of the file; empty where it isn't to be remembered
+    path: str  # absolute, where it was seen
+    reason: str | None = None  # why it can't be used, if so
+    height: int = 0  # 0: its pixels aren't kept
+    width: int = 0
+    checksum: int = 0  # CRC-32 of the pixels
+    offset: int = 0  # of the pixels
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of the pixels."""
+        return self.height * self.width * 3
+
+
+Examined = tuple[Entry, NDArray[np.uint8] | None]
+
+
 class Packed:
-    """The shrunk images, by path. broken: path to reason of those that can't be used."""
+    """The shrunk images, by path. broken: path to reason of those that can't be used.
+
+    digests: path to SHA-256 of the others. kept: on the disk; else each is decoded when asked for.
+    """
 
     def __init__(
         self,
-        memory: mmap.mmap | bytes,
-        places: Mapping[str, tuple[int, tuple[int, int, int]]],
-        broken: Mapping[str, str],
+        entries: Mapping[str, Entry],
+        handle: int | None,
+        shrink: Callable[[bytes], NDArray[np.uint8]],
     ) -> None:
-        self.broken = broken
-        self._memory, self._places = memory, places  # a place: the offset in memory and the shape
+        usable = {path: entry for path, entry in entries.items() if entry.reason is None}
+        self.digests = {path: entry.content for path, entry in usable.items()}
+        self.broken = {path: str(entries[path].reason) for path in entries.keys() - usable.keys()}
+        self.kept = handle is not None
+        self._entries, self._handle, self._shrink = usable, handle, shrink
+        self._verified: set[str] = set()
+        self._mends = False
+        if handle is not None:
+            weakref.finalize(self, os.close, handle)
 
     def __call__(self, path: str) -> NDArray[np.uint8]:
-        """Return what `shrink` made of the image: uint8 [H, W, 3], a read-only view into the file.
+        """Return what `shrink` makes of the image: uint8 [H, W, 3], read-only.
 
-        Raise ImageError for a broken one.
+        Raise ImageError for a broken one, Changed where it has to be read again and is another,
+        and Unreadable.
         """
         if path in self.broken:
             raise ImageError(self.broken[path])
-        offset, shape = self._places[path]
-        return np.ndarray(shape, np.uint8, self._memory, offset)
+        entry = self._entries[path]
+        if self._handle is None or not entry.size:
+            return self._decoded(path, entry)
+        pixels = self._stored(self._handle, entry)
+        if pixels is None:
+            pixels = self._decoded(path, entry)
+            self._mend(self._handle, entry, pixels)
+        return pixels
+
+    def _stored(self, handle: int, entry: Entry) -> NDArray[np.uint8] | None:
+        """Return the pixels as they are on the disk; None where they aren't as they were written.
+
+        Read and not mapped: a mapped file that is cut off, or whose disk fails, ends the process.
+        """
+        try:
+            data = os.pread(handle, entry.size, entry.offset)
+        except OSError:
+            return None
+        if len(data) != entry.size:
+            return None
+        if entry.content not in self._verified:
+            if zlib.crc32(data) != entry.checksum:
+                return None
+            self._verified.add(entry.content)
+        return np.frombuffer(data, np.uint8).reshape(entry.height, entry.width, 3)
+
+    def _decoded(self, path: str, entry: Entry) -> NDArray[np.uint8]:
+        data, _ = files.patiently(path, lambda: read(path))
+        if identity.of_bytes(data) != entry.content:
+            raise Changed(
+                f"{path}: the picture has changed since the run began; bring the first one back, "
+                "or start a new run with another name=..."
+            )
+        pixels = files.patiently(path, lambda: self._shrink(data))
+        pixels.flags.writeable = False
+        return pixels
+
+    def _mend(self, handle: int, entry: Entry, pixels: NDArray[np.uint8]) -> None:
+        if not self._mends:
+            log.warning("packed pixels are damaged: the pictures are decoded again")
+        self._mends = True
+        if zlib.crc32(pixels.data) == entry.checksum:
+            with suppress(OSError):
+                os.pwrite(handle, pixels.data, entry.offset)
 
 
 @dataclass(frozen=True)
@@ -77,76 +154,97 @@ class PixelCache:
     """Where the shrunk images of one preprocessing are kept.
 
     root: holds the stores of all preprocessings. resize, interpolation: as in `Preprocessing`.
-    max_bytes: limit of this store's pixels; None: none but the disk's.
+    max_bytes: limit of this store's pixels; None: none but the disk's. digests: the directory of
+    `identity.Digests`; None: each image is read each time.
     """
 
     root: Path
     resize: int
     interpolation: str
     max_bytes: int | None = None
+    digests: Path | None = None
 
     @property
     def directory(self) -> Path:
-        """The store: whatever may change a pixel is part of its name.
-
-        That is the settings, the code, and the libraries that decode.
-        """
-        code = [
-            hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            for module in (decode, bounds)
-        ]
-        decoders = [features.version("libjpeg_turbo"), decode.optional_decoders()]
-        facts = [FORMAT, code, PIL.__version__, decoders, self.resize, self.interpolation]
+        """The store: whatever may change a pixel is part of its name."""
+        facts = [FORMAT, decoding(), self.resize, self.interpolation]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return self.root / f"{self.resize}-{self.interpolation}-{digest[:16]}"
 
     def pack(
-        self, paths: Sequence[str], workers: int, on_progress: Callable[[int, int], None]
+        self,
+        paths: Sequence[str],
+        workers: int,
+        on_progress: Callable[[int, int], None],
+        keep: bool = True,
     ) -> Packed:
         """Decode and shrink those of the images that the store lacks; return them all.
 
         workers: threads that decode; 0: the caller's own does. on_progress(done, total): called in
         the caller's own thread, also while another run packs here and this one waits. It may
-        raise, to end the work early: what is packed so far stays. Raise TooLarge before anything
-        is added, Unreadable for an image that can't be read now, and OSError naming the store if
-        its disk fails.
+        raise, to end the work early: what is packed so far stays. keep: False: the store remembers
+        which images can be used, and their pixels are decoded whenever they are asked for. Raise
+        TooLarge before anything is added, Unreadable for an image that can't be read now, and
+        OSError naming the store if its disk fails.
         """
-        absolute = {path: str(Path(path).absolute()) for path in paths}
-        total, done = len(absolute), 0
-
-        def step(more: int = 0) -> None:
-            nonlocal done
-            done += more
-            on_progress(done, total)
-
+        step = _counter(on_progress, len(set(paths)))
         directory = self.directory
         directory.mkdir(parents=True, exist_ok=True)
         with files.locked(directory, step), _threads(workers) as in_order:
             store = _Store(directory, step)
-            unknown = [path for path in absolute.values() if not store.knows(path)]
-            step(total - len(unknown))
-            unreadable: dict[str, str] = {}
-            if unknown:
+            try:
+                entries = self._examined(paths, store, in_order, step, keep)
+                return Packed(entries, store.detach(), self._shrink)
+            finally:
+                store.close()
 
-                def examine(path: str) -> Examined:
-                    return files.patiently(path, partial(self._examine, path, store.contents))
+    def check(
+        self, paths: Sequence[str], workers: int, on_progress: Callable[[int, int], None]
+    ) -> Packed:
+        """Return the images, with nothing kept on the disk: each is decoded when it is asked for.
 
-                self._check_room(store, unknown, partial(in_order, examine), step)
-                unreadable = store.add(in_order(examine, unknown), step)
-                store.tidy(set(absolute.values()), step)
-            places, broken = {}, {}
-            for path, where in absolute.items():
-                reason = unreadable.get(where)
-                if reason is None:
-                    reason = store.entries[where].reason
-                if reason is None:
-                    places[path] = store.entries[where].place
-                else:
-                    broken[path] = reason
-            return Packed(store.mapped(), places, broken)
+        Parameters and errors are those of `pack`.
+        """
+        step = _counter(on_progress, len(set(paths)))
+        with _threads(workers) as in_order:
+            entries = self._examined(paths, _Nowhere(), in_order, step, keep=False)
+        return Packed(entries, None, self._shrink)
 
-    def _examine(self, path: str, contents: Container[str]) -> "Examined":
-        """Return what lies at `path`, with its pixels where its content is new and good.
+    def _examined(
+        self,
+        paths: Sequence[str],
+        store: "_Store | _Nowhere",
+        in_order: "InOrder",
+        step: "Step",
+        keep: bool,
+    ) -> dict[str, Entry]:
+        """Return what each path leads to. What the store lacks is examined, and added to it."""
+        digests = identity.Digests(self.digests, paths)
+        entries = {path: store.find(digests.known(path), keep) for path in dict.fromkeys(paths)}
+        unknown = [path for path, entry in entries.items() if entry is None]
+        step(len(entries) - len(unknown))
+
+        def examine(path: str) -> Examined:
+            return files.patiently(path, partial(self._examine, path, store, digests, keep))
+
+        if keep and unknown:
+            self._check_room(store, unknown, partial(in_order, examine), step)
+        try:
+            for path, examined in zip(unknown, in_order(examine, unknown), strict=True):
+                entries[path] = store.add(*examined)
+                step(1)
+        finally:
+            store.commit()
+            digests.save()
+        known = {path: entry for path, entry in entries.items() if entry is not None}
+        if unknown:
+            store.tidy({entry.content for entry in known.values()}, step)
+        return {path: store.find(entry.content, keep) or entry for path, entry in known.items()}
+
+    def _examine(
+        self, path: str, store: "_Store | _Nowhere", digests: identity.Digests, keep: bool
+    ) -> Examined:
+        """Return what lies at `path`, with its pixels where they are to be kept and new.
 
         No content: nothing to remember, next time it may be otherwise. Raise OSError and
         MemoryError.
@@ -156,27 +254,34 @@ class PixelCache:
             # whatever changes later is noticed next time.
             data, status = read(path)
         except ImageError as error:
-            return Entry(path, None, "", str(error)), None
-        entry = Entry(path, _signature(status), hashlib.sha256(data).hexdigest())
-        if entry.content in contents:
-            return entry, None
+            return Entry("", path, str(error)), None
+        entry = Entry(identity.of_bytes(data), str(Path(path).absolute()))
+        digests.note(path, status, entry.content)
+        known = store.find(entry.content, keep)
+        if known is not None:
+            return known, None
         try:
-            pixels = shrink(data, self.resize, self.interpolation)
+            pixels = self._shrink(data)
         except ImageError as error:
             return entry._replace(reason=str(error)), None
+        if not keep:
+            return entry, None
         height, width = pixels.shape[:2]
         checksum = zlib.crc32(pixels.data)
         return entry._replace(height=height, width=width, checksum=checksum), pixels
 
+    def _shrink(self, data: bytes) -> NDArray[np.uint8]:
+        return shrink(data, self.resize, self.interpolation)
+
     def _check_room(
         self,
-        store: "_Store",
+        store: "_Store | _Nowhere",
         paths: Sequence[str],
-        examine: Callable[[Sequence[str]], Iterator["Examined"]],
-        step: Callable[[], None],
+        examine: Callable[[Sequence[str]], Iterator[Examined]],
+        step: "Step",
     ) -> None:
         """Raise TooLarge where so many more images do not fit; in doubt, some are decoded."""
-        room = shutil.disk_usage(store.directory).free
+        room = shutil.disk_usage(self.directory).free
         left = f"{_gigabytes(room)} are free"
         if self.max_bytes is not None and self.max_bytes - store.end < room:
             room = self.max_bytes - store.end
@@ -196,10 +301,10 @@ class PixelCache:
         needed = round(1.1 * count * sum(sizes) / len(sizes))
         if needed > room:
             raise TooLarge(
-                f"{store.directory}: the packed pixels of {count} pictures need about "
+                f"{self.directory}: the packed pixels of {count} pictures need about "
                 f"{_gigabytes(needed)}, and {left}; give data.cache=none, "
                 "or platform.cache=DIR on a larger disk, "
-                f"or remove what you no longer need of {store.directory.parent}"
+                f"or remove what you no longer need of {self.root}"
             )
 
 
@@ -207,52 +312,27 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
+Step = Callable[..., None]  # step(more=0) counts so many images more as done
+
+
+def _counter(on_progress: Callable[[int, int], None], total: int) -> Step:
+    done = 0
+
+    def step(more: int = 0) -> None:
+        nonlocal done
+        done += more
+        on_progress(done, total)
+
+    return step
+
+
 # --- examining images ---
 
-
-class Entry(NamedTuple):
-    """What lies at a path: a line of the index.
-
-    signature: size, mtime_ns and ctime_ns of the file; while they stay, it isn't read again.
-    content: SHA-256 of the file. It decides where the signature differs, so an image that was
-    moved or touched isn't decoded again.
-    """
-
-    path: str  # absolute
-    signature: list[int] | None
-    content: str
-    reason: str | None = None  # why it can't be used, if so
-    height: int = 0
-    width: int = 0
-    checksum: int = 0  # CRC-32 of the pixels
-    offset: int = 0  # of the pixels
-
-    @property
-    def place(self) -> tuple[int, tuple[int, int, int]]:
-        return self.offset, (self.height, self.width, 3)
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.height * self.width * 3
-
-
-Examined = tuple[Entry, NDArray[np.uint8] | None]
-
-
-def _signature(status: os.stat_result) -> list[int] | None:
-    """Return what tells a file from a changed one, ctime included: copying tools set mtime back.
-
-    None where the file is so young that it may change without its times changing.
-    """
-    if time.time_ns() - status.st_ctime_ns < TICK:
-        return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+InOrder = Callable[[Callable[[str], Examined], Sequence[str]], Iterator[Examined]]
 
 
 @contextmanager
-def _threads(
-    workers: int,
-) -> Iterator[Callable[[Callable[[str], Examined], Sequence[str]], Iterator[Examined]]]:
+def _threads(workers: int) -> Iterator[InOrder]:
     """Give in_order(function, items): the results in the items' order.
 
     They are computed by threads that end with the context.
@@ -277,190 +357,177 @@ def _threads(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def decoding() -> list[str]:
+    """Return what pixels are a function of, besides an image and the settings.
+
+    The code, and the libraries that decode.
+    """
+    code = [code_of(module) for module in (apart, bounds, decode)]
+    optional = [f"{name} {version}" for name, version in decode.optional_decoders().items()]
+    return [*code, PIL.__version__, str(features.version("libjpeg_turbo")), *optional]
+
+
+def code_of(module: ModuleType) -> str:
+    """Return the SHA-256 of a module's source."""
+    return identity.of_bytes(Path(str(module.__file__)).read_bytes())
+
+
 # --- the files ---
+
+
+class _Nowhere:
+    """Has the methods of a store, and keeps nothing."""
+
+    end = 0
+
+    def find(self, content: str | None, keep: bool) -> Entry | None:
+        return None
+
+    def add(self, entry: Entry, pixels: NDArray[np.uint8] | None) -> Entry:
+        return entry
+
+    def commit(self) -> None:
+        pass
+
+    def tidy(self, used: Container[str], step: Step) -> None:
+        pass
 
 
 class _Store:
     """A store's files, for the process that has it locked.
 
-    entries: by path, what lay there last. contents: an entry of each content. end: of the pixels,
-    in bytes. lines: in the index. Other processes read on while files change here: pixels that the
-    index mentions are never overwritten or cut off. To drop some, the next generation of files is
-    made without them; who has the old ones mapped keeps them, though they have no name any more.
+    contents: an entry of each content. end: of the pixels, in bytes. Other processes read on while
+    files change here, and may mend what they read: bytes that were ever written are not written
+    again with others. To drop some, the next generation of files is made without them. All files
+    stay open: who deletes the directory takes nothing away from those who use it.
     """
 
-    def __init__(self, directory: Path, step: Callable[[], None]) -> None:
+    def __init__(self, directory: Path, step: Step) -> None:
         self.directory = directory
-        files.sweep(directory)
-        self.generation = self._remove_others()
-        self._reset([])
-        if self.generation:
-            self._load(step)
-        else:
-            self._rewrite([], step)
-
-    @property
-    def index(self) -> Path:
-        return self.directory / f"{self.generation}.index"
-
-    @property
-    def pixels(self) -> Path:
-        return self.directory / f"{self.generation}.pixels"
-
-    def knows(self, path: str) -> bool:
-        """Return whether the file at `path` is the examined one, as far as its status tells."""
-        entry = self.entries.get(path)
-        if entry is None or entry.signature is None:
-            return False
+        self.contents: dict[str, Entry] = {}
+        self._pending: list[Entry] = []
+        self._index = self._pixels = -1
         try:
-            return entry.signature == _signature(Path(path).stat())
-        except OSError:
-            return False
+            self._open(step)
+        except BaseException:
+            self.close()
+            raise
 
-    def add(self, examined: Iterable[Examined], step: Callable[[int], None]) -> dict[str, str]:
-        """Append what is new, and call step(1) after each.
+    def _open(self, step: Step) -> None:
+        files.sweep(self.directory)
+        self._generation = self._remove_others()
+        if self._generation == 0:
+            self._generation = 1
+            files.write(self._path("index"), b"")
+        values, whole = journal.parse(self._path("index").read_bytes())
+        entries = [Entry(*value) for value in values]
+        if not whole:
+            files.write(self._path("index"), journal.lines(entries))
+        self._index = os.open(self._path("index"), os.O_WRONLY | os.O_APPEND)
+        self._pixels = os.open(self._path("pixels"), os.O_RDWR | os.O_CREAT, 0o666)
+        self.end = os.fstat(self._pixels).st_size
+        self.contents = {entry.content: entry for entry in entries}
+        cut_off = any(entry.offset + entry.size > self.end for entry in entries)
+        if cut_off:
+            self._rewrite(entries, step)
 
-        Return path to reason of those that are not to be remembered.
-        """
-        unreadable: dict[str, str] = {}
-        pending: list[Entry] = []
-        with FileIO(self.pixels, "a") as pixels_file, FileIO(self.index, "a") as index_file:
+    def _path(self, kind: str) -> Path:
+        return self.directory / f"{self._generation}.{kind}"
 
-            def commit() -> None:
-                lines = _lines(pending)
-                pending.clear()
-                _write(pixels_file, b"", flush=True)
-                _write(index_file, lines, flush=True)
+    def find(self, content: str | None, keep: bool) -> Entry | None:
+        """Return what is known of a content. keep: None where its pixels are missing."""
+        entry = self.contents.get(content or "")
+        if entry is not None and keep and not (entry.size or entry.reason):
+            return None
+        return entry
 
-            try:
-                for entry, pixels in examined:
-                    if not entry.content:
-                        unreadable[entry.path] = str(entry.reason)
-                    else:
-                        # Also of a duplicate that was decoded at the same time.
-                        known = self.contents.get(entry.content)
-                        if known is not None:
-                            entry = known._replace(path=entry.path, signature=entry.signature)
-                        elif pixels is not None:
-                            entry = entry._replace(offset=self.end)
-                            _write(pixels_file, pixels.data)
-                        self._remember(entry)
-                        pending.append(entry)
-                    if len(pending) == COMMIT_EVERY:
-                        commit()
-                    step(1)
-            finally:
-                commit()
-        return unreadable
+    def add(self, entry: Entry, pixels: NDArray[np.uint8] | None) -> Entry:
+        """Remember what is new, with its pixels; return it as it is remembered."""
+        if not entry.content:
+            return entry
+        # Also of a duplicate that was decoded at the same time.
+        known = self.find(entry.content, keep=pixels is not None)
+        if known is not None:
+            return known
+        if pixels is not None:
+            entry = entry._replace(offset=self.end)
+            files.write_at(self._pixels, pixels.data, self.end, self._path("pixels"))
+            self.end += entry.size
+        self.contents[entry.content] = entry
+        self._pending.append(entry)
+        if len(self._pending) == COMMIT_EVERY:
+            self.commit()
+        return entry
 
-    def tidy(self, used: Container[str], step: Callable[[], None]) -> None:
-        """Drop what no path leads to, once that is half of the pixels, or most of the index."""
-        live = [entry for path, entry in self.entries.items() if path in used or _exists(path)]
-        size = sum({entry.content: entry.end - entry.offset for entry in live}.values())
-        worth_it = 2 * size < self.end or 8 * len(live) < self.lines
-        if worth_it and size < shutil.disk_usage(self.directory).free:
-            self._rewrite(live, step)
-
-    def mapped(self) -> mmap.mmap | bytes:
-        """Return the pixels, read-only."""
-        length = min(self.end, self._size())
-        if length == 0:
-            return b""  # mmap refuses it
-        with self.pixels.open("rb") as file:
-            return mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ)
-
-    def _size(self) -> int:
-        try:
-            return self.pixels.stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def _load(self, step: Callable[[], None]) -> None:
-        data = self.index.read_bytes()
-        *lines, torn = data.split(b"\n")
-        entries = list(_parsed(lines))
-        self._reset(entries)
-        if not torn and len(entries) == len(lines) and self._size() == self.end:
+    def commit(self) -> None:
+        """Bring what was added to the disk, its lines last."""
+        lines = journal.lines(self._pending)
+        if not lines:
             return
-        # The last build did not end by itself. Every image's checksum is compared now, and only
-        # now: it means reading all pixels.
-        memory, damaged = self.mapped(), set()
-        for entry in self.contents.values():
-            if zlib.crc32(memory[entry.offset : entry.end]) != entry.checksum:
-                damaged.add(entry.content)
-            step()
-        if damaged or len(entries) < len(lines):
-            self._rewrite([entry for entry in entries if entry.content not in damaged], step)
-        else:
-            # A kill between two commits: nobody was told of what follows the last one.
-            os.truncate(self.index, len(data) - len(torn))
-            os.truncate(self.pixels, self.end)
+        self._pending.clear()
+        files.write_at(self._pixels, b"", self.end, self._path("pixels"), flush=True)
+        files.write_at(self._index, lines, 0, self._path("index"), flush=True)
 
-    def _rewrite(self, entries: Sequence[Entry], step: Callable[[], None]) -> None:
+    def tidy(self, used: Container[str], step: Step) -> None:
+        """Drop what no file has any more, once that is half of the pixels."""
+        newest = {entry.path: entry for entry in self.contents.values()}
+        live = [
+            entry
+            for entry in self.contents.values()
+            if entry.content in used or (newest[entry.path] is entry and _exists(entry.path))
+        ]
+        size = sum(entry.size for entry in live)
+        worth_it = 2 * size < self.end or 8 * len(live) < len(self.contents)
+        with suppress(OSError):
+            if worth_it and size < shutil.disk_usage(self.directory).free:
+                self._rewrite(live, step)
+
+    def detach(self) -> int:
+        """Return the handle of the pixels, which is the caller's from now on."""
+        handle, self._pixels = self._pixels, -1
+        return handle
+
+    def close(self) -> None:
+        """Close the files that are still the store's."""
+        for handle in (self._index, self._pixels):
+            if handle >= 0:
+                os.close(handle)
+
+    def _rewrite(self, entries: Sequence[Entry], step: Step) -> None:
         """Make the next generation of files, with these entries and their pixels only."""
-        memory, offsets, end = self.mapped(), dict[str, int](), 0
-        self.generation += 1
+        generation, kept, end = self._generation + 1, [], 0
+        path = self.directory / f"{generation}.pixels"
+        index = path.with_suffix(".index")
+        pixels = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with FileIO(self.pixels, "w") as file:
-                for entry in entries:
-                    if entry.content not in offsets:
-                        offsets[entry.content] = end
-                        end += entry.end - entry.offset
-                        _write(file, memory[entry.offset : entry.end])
-                        step()
-                _write(file, b"", flush=True)
-            entries = [entry._replace(offset=offsets[entry.content]) for entry in entries]
+            for entry in entries:
+                data = os.pread(self._pixels, entry.size, entry.offset)
+                if len(data) == entry.size:
+                    kept.append(entry._replace(offset=end))
+                    files.write_at(pixels, data, end, path)
+                    end += entry.size
+                step()
+            files.write_at(pixels, b"", end, path, flush=True)
             # From here on, the new generation is the one that counts.
-            files.write(self.index, _lines(entries))
-        finally:
+            files.write(index, journal.lines(kept))
+            handle = os.open(index, os.O_WRONLY | os.O_APPEND)
+        except BaseException:
+            os.close(pixels)
             self._remove_others()
-        self._reset(entries)
+            raise
+        self.close()
+        self._generation, self._index, self._pixels = generation, handle, pixels
+        self._remove_others()
+        self.contents, self.end = {entry.content: entry for entry in kept}, end
 
     def _remove_others(self) -> int:
         """Remove all generations but the newest that has an index; return its number, or 0."""
-        newest = max((int(path.stem) for path in self.directory.glob("*.index")), default=0)
-        for path in [*self.directory.glob("*.index"), *self.directory.glob("*.pixels")]:
+        indexes = [path for path in self.directory.glob("*.index") if path.stem.isdecimal()]
+        newest = max((int(path.stem) for path in indexes), default=0)
+        for path in [*indexes, *self.directory.glob("*.pixels")]:
             if path.stem != str(newest):
                 path.unlink()
         return newest
-
-    def _reset(self, entries: Iterable[Entry]) -> None:
-        self.entries: dict[str, Entry] = {}
-        self.contents: dict[str, Entry] = {}
-        self.end = self.lines = 0
-        for entry in entries:
-            self._remember(entry)
-
-    def _remember(self, entry: Entry) -> None:
-        self.entries[entry.path] = self.contents[entry.content] = entry
-        self.end = max(self.end, entry.end)
-        self.lines += 1
-
-
-def _lines(entries: Iterable[Entry]) -> bytes:
-    return "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
-
-
-def _parsed(lines: Iterable[bytes]) -> Iterator[Entry]:
-    """Yield the entries up to the first line that is none."""
-    for line in lines:
-        try:
-            yield Entry(*json.loads(line))
-        except (ValueError, TypeError):
-            return
-
-
-def _write(file: FileIO, data: bytes | memoryview, flush: bool = False) -> None:
-    """Append all of `data`, unbuffered: what fails on a full disk fails here, and once."""
-    try:
-        rest = memoryview(data).cast("B")
-        while rest:
-            rest = rest[os.write(file.fileno(), rest) :]
-        if flush:
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = str(file.name)
-        raise
 
 
 def _exists(path: str) -> bool:

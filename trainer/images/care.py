@@ -21,7 +21,7 @@ from PIL import Image
 
 from trainer.common.errors import UserError
 from trainer.common.text import listed
-from trainer.images import likeness
+from trainer.images import identity, likeness
 from trainer.images.folder import ImageFolder, Split
 
 Read = Callable[[str], NDArray[np.uint8]]
@@ -147,7 +147,10 @@ def look(
     everything, findings = pictures(images), Findings()
     paths = [picture.path for picture in everything]
     total = 2 * len(paths)
-    pairs = [(group[0], other) for group in likeness.equal(paths) for other in group[1:]]
+    equal = defaultdict[str, list[int]](list)
+    for index, (_, _, content, _) in enumerate(identity.samples(images)):
+        equal[content].append(index)
+    pairs = [(group[0], other) for group in equal.values() for other in group[1:]]
     same = _Sets(len(paths), pairs)
     alike = _Sets(len(paths), pairs)
     single = [index for index in range(len(paths)) if same.first(index) == index]

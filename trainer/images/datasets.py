@@ -22,7 +22,7 @@ from trainer.common.console import log
 from trainer.common.errors import UserError, install_command
 from trainer.common.interrupt import Stop
 from trainer.common.text import listed
-from trainer.images import archive, table
+from trainer.images import archive, identity, table
 from trainer.images.folder import ImageFolder, find_splits, scan
 from trainer.images.names import SPLIT_NAMES
 from trainer.settings.config import Config
@@ -52,11 +52,13 @@ def find_images(config: Config, stop: Stop | None = None) -> ImageFolder:
                 f"data.{split}={given[split]}: there is no such folder; "
                 "give another, or null for the one in data.root"
             )
+    index = cache / identity.DIRECTORY
     if data.labels is not None and data.source == "folder":
-        images = table.scan(table_path(data.labels, root, given), root, data.valid_fraction)
+        place = table_path(data.labels, root, given)
+        images = table.scan(place, root, data.valid_fraction, index)
     else:
         given = {name: path and _folder(path, cache, check) for name, path in given.items()}
-        images = _of_folders(root, given, data.valid_fraction)
+        images = _of_folders(root, given, data.valid_fraction, index)
     sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in images.splits.items())
     log.info("pictures: %s; %d classes", sizes, len(images.classes))
     if "test" not in images.splits:
@@ -94,9 +96,11 @@ def _folder(path: str, cache: Path, check: Callable[[], None]) -> str:
     return str(archive.unpacked(Path(path), cache, check))
 
 
-def _of_folders(root: str, given: Mapping[str, str | None], valid_fraction: float) -> ImageFolder:
+def _of_folders(
+    root: str, given: Mapping[str, str | None], valid_fraction: float, index: Path
+) -> ImageFolder:
     directories, unused = find_splits(root, given)
-    images = scan(directories, valid_fraction)
+    images = scan(directories, valid_fraction, index)
     if unused:
         log.warning(
             "not used: %s in %s; pictures are taken from train, valid (or val) and test, "

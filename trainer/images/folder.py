@@ -4,15 +4,13 @@ Which images they hold, and which of them can't be used.
 """
 
 import errno
-import hashlib
-import json
 import os
 import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.common.text import listed
+from trainer.images import identity
 from trainer.images.decode import MAX_PIXELS, ImageError, Preprocessing, center_crop, shrink
 from trainer.images.names import (
     LOOSE,
@@ -47,14 +46,13 @@ LAYOUT = "expected: a folder for each class, with its pictures in it, as in trai
 class File:
     """A file of a split.
 
-    label: its class; -1: none. name: relative to the split's folder, as `as_text` gives it. size:
-    bytes. reason: why it can't be used, if so. kind: where it is no image, of what kind it is.
+    label: its class; -1: none. name: relative to the split's folder, as `as_text` gives it.
+    reason: why it can't be used, if so. kind: where it is no image, of what kind it is.
     """
 
     label: int
     name: str
     path: str
-    size: int = 0
     reason: str | None = None
     kind: str = ""
 
@@ -76,16 +74,15 @@ class ImageFolder:
 
     classes: train's folder names, sorted as text ("0", "1", "10", "2"). splits: "train", "valid"
     and, where there is one, "test". broken: (path, reason) of each picture that can't be used.
-    left_out: (path, kind) of what else lies there: by its name or place, it is no picture.
-    fingerprint: SHA-256 of the classes and of each split's file names and sizes: it changes with
-    the images, not with the place where they lie.
+    left_out: (path, kind) of what else lies there: by its name or place, it is no picture. digests:
+    the SHA-256 of images, by path: of all, once those that can't be used are left out.
     """
 
     classes: tuple[str, ...]
     splits: dict[str, Split]
     broken: tuple[tuple[str, str], ...]
-    fingerprint: str
     left_out: tuple[tuple[str, str], ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def count(self, split: str) -> int:
         """Return how many images a split has."""
@@ -122,13 +119,16 @@ def find_splits(root: str, given: Mapping[str, str | None]) -> tuple[dict[str, s
         return directories, [name for name in others if _holds_pictures(Path(root), name)]
 
 
-def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
+def scan(
+    directories: Mapping[str, str], valid_fraction: float, index: Path | None = None
+) -> ImageFolder:
     """List the images, without decoding them.
 
     What is hidden, put there by a system, or not named like an image is left out. directories: the
     folders of "train", "valid" and "test"; the last two need not exist. valid_fraction: the share
-    of each class that becomes valid, where there is no such folder. Raise UserError for a folder
-    that can't be trained on, and Unreadable.
+    of each class that becomes valid, where there is no such folder. index: the directory of
+    `identity.Digests`, where such a split finds what it knows of files. Raise UserError for a
+    folder that can't be trained on, and Unreadable.
     """
     with _readable():
         classes = _classes(directories["train"])
@@ -137,7 +137,7 @@ def scan(directories: Mapping[str, str], valid_fraction: float) -> ImageFolder:
             for name, path in directories.items()
             if name == "train" or _exists(path)
         }
-        return assemble(classes, held, directories, valid_fraction)
+        return assemble(classes, held, directories, valid_fraction, index)
 
 
 def assemble(
@@ -145,24 +145,27 @@ def assemble(
     held: Mapping[str, list[File]],
     places: Mapping[str, str],
     valid_fraction: float,
+    index: Path | None = None,
 ) -> ImageFolder:
     """Return the data set of these files, by split; without a "valid", it is split off "train".
 
-    places: where each split comes from, for messages. Raise UserError where one has no images.
+    places: where each split comes from, for messages. index: as in `scan`. Raise UserError where
+    one has no images.
     """
     _check_classes(places["train"], classes, held["train"])
     left_out = sorted((file.path, file.kind) for name in held for file in held[name] if file.kind)
     images = {name: [file for file in held[name] if not file.kind] for name in held}
+    digests: dict[str, str] = {}
     if "valid" not in images:
-        images["train"], images["valid"] = _split(images["train"], valid_fraction)
+        listed = [file.path for name in images for file in images[name] if not file.reason]
+        digests = identity.digests(listed, index)
+        images["train"], images["valid"] = _split(images["train"], digests, valid_fraction)
     images = {name: images[name] for name in ("train", "valid", "test") if name in images}
     broken = tuple(
         (file.path, file.reason) for name in images for file in images[name] if file.reason
     )
     usable = {name: [file for file in images[name] if not file.reason] for name in images}
     _check_filled(places, held, usable)
-    names = {name: [(file.name, file.size) for file in usable[name]] for name in usable}
-    fingerprint = hashlib.sha256(json.dumps([classes, names]).encode()).hexdigest()
     splits = {
         name: Split(
             tuple(file.path for file in usable[name]),
@@ -170,7 +173,7 @@ def assemble(
         )
         for name in usable
     }
-    return ImageFolder(classes, splits, broken, fingerprint, tuple(left_out))
+    return ImageFolder(classes, splits, broken, tuple(left_out), digests)
 
 
 def below(root: str) -> list[File]:
@@ -417,13 +420,13 @@ def _file(label: int, name: str, entry: os.DirEntry[str]) -> File:
         status = entry.stat()
     except OSError as error:
         if entry.is_symlink() and error.errno in NOWHERE:
-            return File(label, name, entry.path, 0, (error.strerror or str(error)).lower())
+            return File(label, name, entry.path, (error.strerror or str(error)).lower())
         status = files.patiently(entry.path, entry.stat)
     # Opening a FIFO would wait for ever, and a device may do anything: neither is ever opened.
     reason = None
     if not stat.S_ISREG(status.st_mode):
         reason = "not a regular file"
-    return File(label, name, entry.path, status.st_size, reason)
+    return File(label, name, entry.path, reason)
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
@@ -459,35 +462,27 @@ def _exists(path: str | Path) -> bool:
 # --- the split of train, where there is no valid ---
 
 
-def _split(files: list[File], valid_fraction: float) -> tuple[list[File], list[File]]:
+def _split(
+    files: list[File], digests: Mapping[str, str], valid_fraction: float
+) -> tuple[list[File], list[File]]:
     """Return (train, valid).
 
     Of each class, the images with the smallest SHA-256 of their bytes become valid, so the choice
     is the same on every machine and under any file name, and equal images stay together. A class of
     two or more different images is on both sides.
     """
-    read = [_digested(file) for file in files]
     contents: dict[int, set[str]] = {}
-    for file, digest in read:
+    for file in files:
         if not file.reason:
-            contents.setdefault(file.label, set()).add(digest)
-    chosen = {label: _smallest(digests, valid_fraction) for label, digests in contents.items()}
-    valid = [not file.reason and digest in chosen[file.label] for file, digest in read]
-    return (
-        [file for (file, _), is_valid in zip(read, valid, strict=True) if not is_valid],
-        [file for (file, _), is_valid in zip(read, valid, strict=True) if is_valid],
-    )
-
-
-def _digested(file: File) -> tuple[File, str]:
-    if file.reason:
-        return file, ""
-
-    def digest() -> str:
-        with Path(file.path).open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-
-    return file, files.patiently(file.path, digest)
+            contents.setdefault(file.label, set()).add(digests[file.path])
+    chosen = {label: _smallest(held, valid_fraction) for label, held in contents.items()}
+    train, valid = [], []
+    for file in files:
+        if not file.reason and digests[file.path] in chosen[file.label]:
+            valid.append(file)
+        else:
+            train.append(file)
+    return train, valid
 
 
 def _smallest(digests: set[str], fraction: float) -> set[str]:

@@ -6,18 +6,13 @@ every image becomes a grey square of SIDE cells, from which a coarse sketch is t
 candidates by one matrix product, and a finer spectrum, to compare them at several small shifts.
 """
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-
-from trainer.common import files
 
 SIDE = 64  # cells of the grey square
 COARSE = 16  # cells of its sketch
@@ -48,35 +43,6 @@ class Sketches:
     spectra: NDArray[np.complex64]
     dark: NDArray[np.bool_]
     blank: NDArray[np.bool_]
-
-
-def digest(path: str) -> str:
-    """Return the SHA-256 of a file's bytes. Raise Unreadable."""
-
-    def read() -> str:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return files.patiently(path, read)
-
-
-def equal(paths: Sequence[str]) -> list[list[int]]:
-    """Return the groups of files with the same bytes, each in the order given.
-
-    Only files of one size are read. Raise Unreadable.
-    """
-    sizes = [files.patiently(path, Path(path).stat).st_size for path in paths]
-    contents: list[list[int]] = []
-    for group in _grouped(sizes, range(len(paths))):
-        contents += _grouped([digest(paths[index]) for index in group], group)
-    return sorted(contents)
-
-
-def _grouped(keys: Sequence[object], indices: Iterable[int]) -> list[list[int]]:
-    groups = defaultdict[object, list[int]](list)
-    for key, index in zip(keys, indices, strict=True):
-        groups[key].append(index)
-    return [group for group in groups.values() if len(group) > 1]
 
 
 def square(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

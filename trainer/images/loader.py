@@ -158,15 +158,17 @@ class ImageLoader:
         return self._load(name, None, self.share.of_evaluation(batches))
 
     def ordered_batches(
-        self, view: int | None, batch_size: int, first: int = 0
+        self, view: int | None, batch_size: int, chosen: Sequence[int] | None = None
     ) -> Generator[Batch, None, None]:
         """Yield every image of train in one of its random views, or of valid in its plain one.
 
-        view: None for valid. Each once and in order, from batch `first` on.
+        view: None for valid. Each once and in order. chosen: the numbers of the batches; None: all.
         """
         name = "valid" if view is None else "train"
         batches = plain_batches(self.folder.count(name), batch_size)
-        return self._load(name, view, batches[first:])
+        if chosen is not None:
+            batches = [batches[number] for number in chosen]
+        return self._load(name, view, batches)
 
     def _epoch(self, epoch: int) -> list[NDArray[np.int64]]:
         return epoch_batches(self.folder.count("train"), self.batch_size, self.seed, epoch)

@@ -39,13 +39,13 @@ class Row(NamedTuple):
     split: str
 
 
-def scan(table: Path, root: str, valid_fraction: float) -> ImageFolder:
+def scan(table: Path, root: str, valid_fraction: float, index: Path | None = None) -> ImageFolder:
     """List the images that a table names, without decoding them.
 
     root: the folder that its paths begin in. An image may be named by its path in there, or by its
     name alone, where there is one of that name, in both cases with or without its extension.
-    Without a valid split, `valid_fraction` of each class is split off train. Raise UserError, which
-    names the line and the column, and Unreadable.
+    Without a valid split, `valid_fraction` of each class is split off train. index: as in
+    `folder.scan`. Raise UserError, which names the line and the column, and Unreadable.
     """
     rows = list(_rows(table))
     _check_rows(table, rows)
@@ -67,7 +67,7 @@ def scan(table: Path, root: str, valid_fraction: float) -> ImageFolder:
                 "a picture has one label and one split"
             )
         lines[name] = row.line
-        file = replace(lying[name], label=labels[row.label], name=f"{row.label}/{name}")
+        file = replace(lying[name], label=labels[row.label])
         held.setdefault(row.split, []).append(file)
     if missing:
         raise UserError(f"{listed(missing, 1)}; correct the table, or data.root={root}")
@@ -78,7 +78,8 @@ def scan(table: Path, root: str, valid_fraction: float) -> ImageFolder:
         for name, file in lying.items()
         if name not in lines and not _is_same(file.path, table)
     ]
-    return folder.assemble(classes, held, dict.fromkeys(SPLIT_NAMES, str(table)), valid_fraction)
+    places = dict.fromkeys(SPLIT_NAMES, str(table))
+    return folder.assemble(classes, held, places, valid_fraction, index)
 
 
 def splits(table: Path) -> set[str]:

@@ -1,20 +1,21 @@
 """The images that can be used: every one is decoded once, and what fails is left out by name."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from trainer.common import files
 from trainer.common.console import ProgressBar, log
 from trainer.common.cpu import cores
+from trainer.common.errors import explained
 from trainer.common.interrupt import Stop
-from trainer.images import folder
+from trainer.images import folder, identity
 from trainer.images.cache import Packed, PixelCache, TooLarge
 from trainer.images.decode import ImageError, Preprocessing
-from trainer.images.folder import ImageFolder
-from trainer.images.loader import Reader
+from trainer.images.folder import ImageFolder, Split
 from trainer.images.names import OF_SYSTEM, counted
 from trainer.settings.config import Config
 
@@ -34,39 +35,69 @@ class Processes(Protocol):
 
 def usable_images(
     config: Config, images: ImageFolder, stop: Stop, world: Processes
-) -> tuple[ImageFolder, Reader | None]:
-    """Return the folder without the images that can't be used, and a reader of packed pixels.
+) -> tuple[ImageFolder, Packed]:
+    """Return the folder without the images that can't be used, and what reads their pixels.
 
-    Without a reader they weren't kept. The processes of a host share its cache: the first one
-    packs, the others wait. Raise UserError where too many are broken, or differ between processes.
+    They are in the order of their content, so a file's name and place change nothing. The processes
+    of a host share its cache: the first one packs, the others wait. Raise UserError where too many
+    are broken, or differ between processes.
     """
-    packed, spec = None, preprocessing(config)
-    if reads_more_than_once(config):
-        try:
-            packed = _pack(config, images, stop, world)
-        except TooLarge as error:
-            if config.data.cache == "packed":
-                raise
-            log.info("pictures are decoded in each epoch: %s", error)
+    paths = [path for split in images.splits.values() for path in split.paths]
+    with interruptible("packing pictures", stop) as step:
+        packed = _packed(config, paths, workers(config, world), step)
 
     def check(path: str) -> None:
-        if packed is None:
-            folder.read_shrunk(path, spec.resize, spec.interpolation)
-        elif path in packed.broken:
+        if path in packed.broken:
             raise ImageError(packed.broken[path])
 
-    threads = 0
-    if packed is None:
-        threads = workers(config, world)
-    with interruptible("checking pictures", stop) as step:
-        images = folder.quarantine(images, check, threads, config.data.max_broken, step)
+    images = folder.quarantine(images, check, 0, config.data.max_broken, lambda *_: stop.check())
+    images = replace(images, digests=packed.digests)
+    splits = {name: _by_content(split, packed.digests) for name, split in images.splits.items()}
+    images = replace(images, splits=splits)
     broken = sorted(Path(path).name for path, _ in images.broken)
     facts = {
         "pictures that can't be used": ", ".join(broken[:5]) or "none",
         "their number": str(len(broken)),
+        "the pictures": identity.of_images(images),
     }
     world.check_same(facts, stop)
     return images, packed
+
+
+def _packed(
+    config: Config, paths: Sequence[str], threads: int, step: Callable[[int, int], None]
+) -> Packed:
+    """Return the images, from the disk where they are kept there.
+
+    A cache that can't be written costs time, and not the run.
+    """
+    limit = None
+    if config.data.cache_gb is not None:
+        limit = round(config.data.cache_gb * 1e9)
+    spec, root = preprocessing(config), Path(config.platform.cache)
+    digests = root / identity.DIRECTORY
+    store = PixelCache(root / "pixels", spec.resize, spec.interpolation, limit, digests)
+    if reads_more_than_once(config):
+        try:
+            return store.pack(paths, threads, step)
+        except (TooLarge, OSError) as error:
+            if config.data.cache == "packed":
+                raise
+            log.warning("pictures are decoded in each epoch: %s", explained(error))
+    try:
+        return store.pack(paths, threads, step, keep=False)
+    except OSError as error:
+        log.info("which pictures can be used isn't remembered: %s", explained(error))
+    return store.check(paths, threads, step)
+
+
+def _by_content(split: Split, digests: Mapping[str, str]) -> Split:
+    """Return a split with its images by class, then by content."""
+    order = sorted(
+        range(len(split.paths)),
+        key=lambda sample: (split.labels[sample], digests[split.paths[sample]]),
+    )
+    return Split(tuple(split.paths[sample] for sample in order), split.labels[order])
 
 
 def report_left_out(images: ImageFolder, path: Path) -> None:
@@ -104,18 +135,6 @@ def reads_more_than_once(config: Config) -> bool:
     assert config.train.epochs is not None  # weights.resolve
     views = config.model.cached_views or config.train.epochs
     return config.data.cache == "packed" or (config.data.cache == "auto" and views > 1)
-
-
-def _pack(config: Config, images: ImageFolder, stop: Stop, world: Processes) -> Packed:
-    limit = None
-    if config.data.cache_gb is not None:
-        limit = round(config.data.cache_gb * 1e9)
-    spec = preprocessing(config)
-    root = Path(config.platform.cache) / "pixels"
-    store = PixelCache(root, spec.resize, spec.interpolation, limit)
-    paths = [path for split in images.splits.values() for path in split.paths]
-    with interruptible("packing pictures", stop) as step:
-        return store.pack(paths, workers(config, world), step)
 
 
 @contextmanager

@@ -4,13 +4,16 @@ It lies inside the network, so that no caller can forget it.
 """
 
 import copy
-from collections.abc import Sequence
+import importlib.metadata
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.common.errors import UserError
+from trainer.common import files
+from trainer.common.errors import TRANSIENT, Unreadable, UserError
+from trainer.images.identity import of_weights
 from trainer.network.weights import fill, import_timm, is_file, state_dict, torchvision_weights
 
 
@@ -24,6 +27,7 @@ class Classifier(nn.Module):
 
     mean: Tensor
     std: Tensor
+    name = ""  # of the architecture, as model.name has it
 
     def __init__(
         self,
@@ -95,9 +99,18 @@ def build(
             nn.Linear(features, head_hidden), nn.ReLU(), nn.Linear(head_hidden, classes)
         )
     network = Classifier(backbone, head, mean, std, frozen=freeze == "backbone")
+    network.name = name
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     return network
+
+
+def identity(network: Classifier) -> dict[str, str]:
+    """Return what the network's backbone is, by its tensors, its architecture and its builder."""
+    libraries = {"small_cnn": (), "timm": ("timm",)}
+    used = libraries.get(network.name.split("/")[0], ("torchvision",))
+    versions = {library: importlib.metadata.version(library) for library in used}
+    return of_weights(network.backbone, network.name, versions)
 
 
 def origin(name: str, weights: str | None) -> str:
@@ -167,8 +180,12 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
             "allowed: DEFAULT, null, or a file with a state dict"
         )
     try:
-        backbone: Any = timm.create_model(
-            name.removeprefix("timm/"), num_classes=0, pretrained=weights is not None and not local
+        backbone: Any = _patiently(
+            lambda: timm.create_model(
+                name.removeprefix("timm/"),
+                num_classes=0,
+                pretrained=weights is not None and not local,
+            )
         )
     except (OSError, RuntimeError) as error:
         raise _offline(name, weights, error) from error
@@ -189,9 +206,11 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, int]:
         if published is None:
             extra["init_weights"] = True
     try:
-        network = torchvision.models.get_model(name, weights=published, **extra)
+        network = _patiently(lambda: torchvision.models.get_model(name, weights=published, **extra))
     except OSError as error:  # urllib's URLError is one
         raise _offline(name, weights, error) from error
+    except Unreadable:
+        raise
     except Exception as error:  # unpickling damage raises whatever the bytes happen to say
         if published is None:
             raise
@@ -204,6 +223,26 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, int]:
         fill(network, state_dict(name, weights), weights, head)
     network.set_submodule(head, nn.Identity())
     return network, features
+
+
+def _patiently(load: Callable[[], nn.Module]) -> nn.Module:
+    """Return what `load` returns, from the same random numbers at each try.
+
+    A disk that fails is not a network that isn't there: raise Unreadable for the one, and what
+    `load` raises for the other.
+    """
+    state = torch.get_rng_state()
+    try:
+        return load()
+    except OSError as error:
+        if error.errno not in TRANSIENT or isinstance(error, TimeoutError):
+            raise
+
+    def again() -> nn.Module:
+        torch.set_rng_state(state)
+        return load()
+
+    return files.patiently(torch.hub.get_dir(), again)
 
 
 BUILDERS = {"small_cnn": _small_cnn, "timm": _timm}

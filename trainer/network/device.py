@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import PIL
 import torch
+from PIL import features
 from torch import nn
 
 from trainer.common.errors import UserError
@@ -54,6 +56,7 @@ class Machine:
         """Return what must be equal for a resumed run to give an uninterrupted one's bits."""
         return {
             "torch": torch.__version__,
+            "pillow": f"{PIL.__version__}, libjpeg {features.version('libjpeg_turbo')}",
             "device": _name(self.device),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),

@@ -1,32 +1,43 @@
 """The features of a frozen backbone, computed once: the epochs train the head on what is on disk.
 
 Each training image is seen in a fixed number of random views, which the epochs take in turn; valid
-in its plain view. The features of one split in one view are one file of float32 [images, width].
-While it is being written, a second file says how many of its rows are safe on the disk.
+in its plain view. The features of one split in one view are one file of float32 [images, width],
+and a second one holds the checksums of its blocks, each written when its block is safe on the disk.
+A block that isn't as its checksum says, for whatever reason, is computed: at first, all of them.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Generator, Iterator
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from trainer.common import files
-from trainer.common.console import ProgressBar
+from trainer.common import files, journal
+from trainer.common.console import ProgressBar, log
+from trainer.common.errors import explained
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
+from trainer.images import augment, cache, identity
 from trainer.images.loader import Batch, ImageLoader
 from trainer.images.sampler import Share, epoch_batches, plain_batches
+from trainer.network import build
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 
+FORMAT = 2  # of the files; 1 had no checksums
 # Images at a time, whatever the training's batch: features differ by about 1e-6 from one size to
 # another.
 BATCH = 64
@@ -96,56 +107,135 @@ class FeatureCache:
     def extract(self, stop: Stop, world: World) -> FeatureLoader:
         """Return the features of every training view and of valid.
 
-        Those that are on the disk already are not computed again.
-        The processes of a host begin at different views; what one of them computes, the others find
-        or wait for. Raises Interrupted when asked to stop: what is done is kept, and the next call
-        goes on from there.
+        Those that are on the disk already are not computed again. The processes of a host begin at
+        different views; what one of them computes, the others find or wait for. A directory that
+        can't be used costs time: then the features lie in memory. Raises Interrupted when asked to
+        stop: what is done is kept, and the next call goes on from there.
         """
         views = self.loader.views
         assert views is not None
-        self.directory.mkdir(parents=True, exist_ok=True)
         order: list[int | None] = [*range(views), None]
         first = len(order) * world.local_rank // world.local_size
-        maps = {view: self._extract(view, stop) for view in order[first:] + order[:first]}
+        arrays = {view: self._extract(view, stop) for view in order[first:] + order[:first]}
         world.barrier(stop)
-        return FeatureLoader(self.loader, tuple(maps[view] for view in range(views)), maps[None])
+        return FeatureLoader(
+            self.loader, tuple(arrays[view] for view in range(views)), arrays[None]
+        )
 
     def _extract(self, view: int | None, stop: Stop) -> NDArray[np.float32]:
-        """Return a read-only map of the file of one view (None: valid, plain): [images, width]."""
-        name = "valid" if view is None else f"train-{view}"
-        complete = self.directory / f"{name}.f32"
-        if not complete.exists():
-            with files.locked(self.directory, stop.check, f".lock-{name}"):
-                if not complete.exists():  # another process may have made it meanwhile
-                    self._write(view, complete, stop)
-        shape = (self._count(view), self.network.features_width)
-        return np.memmap(complete, np.float32, "r", shape=shape)
+        """Return the features of one view (None: valid, plain): float32 [images, width]."""
+        name, split = f"train-{view}", "train"
+        if view is None:
+            name = split = "valid"
+        shape = (self.loader.folder.count(split), self.network.features_width)
+        numbers = range(math.ceil(shape[0] / BATCH))
+        with ProgressBar(f"features, {name}", shape[0]) as bar:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                with (
+                    files.locked(self.directory, stop.check, f".lock-{name}"),
+                    _Blocks(self.directory / name, shape) as blocks,
+                ):
+                    missing = [number for number in numbers if not blocks.is_right(number, bar)]
+                    for number, rows in self._computed(view, missing, stop, bar):
+                        blocks.write(number, rows)
+                    return blocks.mapped()
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                log.warning("features, %s: kept in memory alone: %s", name, explained(error))
+            features = np.empty(shape, np.float32)
+            bar.advance(-bar.done)
+            for number, rows in self._computed(view, numbers, stop, bar):
+                features[number * BATCH : number * BATCH + len(rows)] = rows
+            return features
 
-    def _count(self, view: int | None) -> int:
-        return self.loader.folder.count("valid" if view is None else "train")
+    def _computed(
+        self, view: int | None, numbers: Sequence[int], stop: Stop, bar: ProgressBar
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield each of these blocks and its features, float32 [at most BATCH, width]."""
+        batches = self.loader.ordered_batches(view, BATCH, numbers)
+        for number, batch in zip(numbers, batches, strict=True):
+            yield number, compute(self.network, batch, self.machine)
+            bar.advance(len(batch.target))
+            stop.check()
 
-    def _write(self, view: int | None, complete: Path, stop: Stop) -> None:
-        count, width = self._count(view), self.network.features_width
-        partial, safe = complete.with_suffix(".partial"), complete.with_suffix(".rows")
-        rows = int(safe.read_text()) if safe.exists() and partial.exists() else 0
-        bar = ProgressBar(f"features, {complete.stem}", count, rows)
-        with partial.open("r+b" if rows else "wb") as file, bar:
-            file.truncate(rows * width * 4)
-            file.seek(0, os.SEEK_END)
-            saved = time.monotonic()
-            for batch in self.loader.ordered_batches(view, BATCH, rows // BATCH):
-                file.write(compute(self.network, batch, self.machine).tobytes())
-                rows += len(batch.target)
-                bar.advance(len(batch.target))
-                if stop.reason or rows == count or time.monotonic() - saved > SAVE_EVERY:
-                    file.flush()
-                    os.fsync(file.fileno())
-                    files.write(safe, str(rows))
-                    saved = time.monotonic()
-                    stop.check()
-        partial.replace(complete)
-        files.flush_directory(complete.parent)
-        safe.unlink()
+
+class _Blocks:
+    """The file of one view, for the process that has it locked: BATCH rows are a block.
+
+    shape: [images, width]. What is written is on the disk when the context ends.
+    """
+
+    def __init__(self, place: Path, shape: tuple[int, int]) -> None:
+        self._shape = shape
+        self._path = place.with_suffix(".f32")
+        self._pending: list[tuple[int, int]] = []
+        self._saved = time.monotonic()
+        self._files = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            self._data = opened.enter_context(_opened(self._path))
+            self._sums = opened.enter_context(_opened(self._path.with_suffix(".sums")))
+            written, self._whole = journal.parse(self._sums.readall())
+            self._files = opened.pop_all()
+        self._checksums: dict[int, int] = dict(written)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._files:
+            self._save()
+
+    def is_right(self, number: int, bar: ProgressBar) -> bool:
+        """Return whether a block is as it was written; count its rows as done if so."""
+        start = number * BATCH
+        rows = min(BATCH, self._shape[0] - start)
+        size, offset = rows * self._row, start * self._row
+        checksum = self._checksums.get(number)
+        if checksum is None:
+            return False
+        data = os.pread(self._data.fileno(), size, offset)
+        if len(data) != size or zlib.crc32(data) != checksum:
+            return False
+        bar.advance(rows)
+        return True
+
+    def write(self, number: int, rows: NDArray[np.float32]) -> None:
+        """Write a block, float32 [at most BATCH, width]."""
+        files.write_at(self._data.fileno(), rows.data, number * BATCH * self._row, self._path)
+        self._pending.append((number, zlib.crc32(rows.data)))
+        if time.monotonic() - self._saved > SAVE_EVERY:
+            self._save()
+
+    def mapped(self) -> NDArray[np.float32]:
+        """Return the features, read-only: float32 [images, width]."""
+        return np.memmap(self._data, np.float32, "r", shape=self._shape)
+
+    @property
+    def _row(self) -> int:
+        return self._shape[1] * np.dtype(np.float32).itemsize
+
+    def _save(self) -> None:
+        """Bring what was written to the disk, its checksums last."""
+        self._saved = time.monotonic()
+        if not self._pending:
+            return
+        os.fsync(self._data.fileno())
+        self._checksums.update(self._pending)
+        values: Iterable[tuple[int, int]] = self._pending
+        if not self._whole:
+            self._sums.truncate(0)
+            values = self._checksums.items()
+        sums = self._sums.fileno()
+        end = os.fstat(sums).st_size
+        files.write_at(sums, journal.lines(values), end, self._path, flush=True)
+        self._whole = True
+        self._pending = []
+
+
+def _opened(path: Path) -> FileIO:
+    return FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
 
 
 @torch.inference_mode()
@@ -166,20 +256,16 @@ def _key(network: Classifier, loader: ImageLoader, precision: torch.dtype) -> st
 
     Weights, images, their views, and how they are computed.
     """
-    digest = hashlib.sha256()
-    for name, tensor in network.backbone.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    paths = [path for split in loader.folder.splits.values() for path in split.paths]
-    stats = [(path, Path(path).stat()) for path in paths]
+    samples = [sample[:3] for sample in identity.samples(loader.folder) if sample[0] != "test"]
     facts = {
-        "preprocessing": asdict(loader.preprocessing),
-        "augmentation": asdict(loader.augmentation),
+        "format": FORMAT,
+        "weights": build.identity(network),
+        "pictures": samples,
+        "preprocessing": [cache.decoding(), asdict(loader.preprocessing)],
+        "augmentation": [cache.code_of(augment), asdict(loader.augmentation)],
         "normalisation": [network.mean.flatten().tolist(), network.std.flatten().tolist()],
         "seed": loader.seed,
         "precision": str(precision),
         "torch": torch.__version__,
-        "pictures": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
     }
-    digest.update(json.dumps(facts).encode())
-    return digest.hexdigest()[:24]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

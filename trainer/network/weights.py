@@ -7,9 +7,11 @@ import copy
 import difflib
 import math
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.common import files
 from trainer.common.console import log
 from trainer.common.errors import UserError, needed_by
 from trainer.images.decode import FILTERS
@@ -216,22 +218,21 @@ def is_file(weights: str) -> bool:
 def state_dict(name: str, weights: str) -> "dict[str, Tensor]":
     """Return the tensors of a state-dict file of the model `name`. No code in it is run.
 
-    Raise UserError for a file that can't be read or holds something else.
+    Raise Unreadable, and UserError for a file that holds something else.
     """
     # imported here: settings are checked, and departures told, before PyTorch is loaded.
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     path = Path(weights)
-    if not path.is_file():
+    if not files.patiently(path, path.is_file):
         raise UserError(f"model.weights={weights}: there is no such file")
+    data = files.patiently(path, path.read_bytes)
     try:
         if path.suffix == ".safetensors":
-            state: Any = load_file(path)
+            state: Any = load(data)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise UserError(f"model.weights={weights}: permission denied") from error
+            state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # each format, and each kind of damage, has its own exception class
         raise UserError(
             f"model.weights={weights} is damaged, or holds more than tensors, "

@@ -147,6 +147,11 @@ def build_package(run: Training, tested: Tested) -> None:
         suffixes=frozenset(
             suffix_of(path) for each in images.splits.values() for path in each.paths
         ),
+        identity={
+            key: value
+            for key, value in run.facts["identity"].items()
+            if key == "pictures" or key.startswith("weights.")
+        },
     )
     if config.package.int8:
         valid = images.splits["valid"]

@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -35,8 +35,7 @@ from torch import nn
 from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.common.serving_code import SERVING_CODE
-from trainer.images.decode import ImageError, Preprocessing
-from trainer.images.folder import read_prepared
+from trainer.images.decode import ImageError, Preprocessing, prepare
 from trainer.images.names import AVIF, HEIC
 from trainer.results import quantize
 
@@ -81,6 +80,8 @@ class Contents:
     config: dict[str, Any]  # resolved settings by dotted key
     revision: str | None  # of git
     golden: Sequence[str]  # paths of a few images; their bytes travel along
+    # What the pictures and the first weights were: SHA-256 and versions, by name.
+    identity: dict[str, str] = field(default_factory=dict)
     # To calibrate with and to compare accuracy on; None: the network stays in float32.
     int8: quantize.Pictures | None = None
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
@@ -176,6 +177,7 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
         "metrics": contents.metrics,
         "config": contents.config,
         "revision": contents.revision,
+        "identity": contents.identity,
         "tolerance": tolerance,
         "golden": _golden_names(contents),
         "versions": {
@@ -195,14 +197,15 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
 
 def _read_image(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray[np.uint8]]:
     """Return the file's bytes, and the pixels that the network sees of it."""
+    data = files.patiently(path, Path(path).read_bytes)
     try:
-        pixels = read_prepared(path, preprocessing)
+        pixels = prepare(data, preprocessing)
     except ImageError as error:
         raise UserError(
             f"{path}: this picture was to go into the model package, but: {error}; "
             "put it right and run again"
         ) from error
-    return files.patiently(path, Path(path).read_bytes), pixels
+    return data, pixels
 
 
 def _golden_names(contents: Contents) -> list[str]:

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from trainer.common import files
 from trainer.common.console import log
 from trainer.images import care
+from trainer.images.cache import Packed
 from trainer.images.care import Finding, Findings
-from trainer.images.folder import ImageFolder, read_shrunk
-from trainer.images.loader import Loader, Reader
+from trainer.images.folder import ImageFolder
+from trainer.images.loader import Loader
 from trainer.images.usable import interruptible, preprocessing, workers
 from trainer.network import doubts
 from trainer.network.device import Machine
@@ -22,20 +23,16 @@ from trainer.training.run import Run
 Features = Mapping[str, Callable[[], NDArray[np.float32]]]  # of a split: [N, width]
 
 
-def look(run: Run, images: ImageFolder, reader: Reader | None) -> tuple[ImageFolder, Findings]:
+def look(run: Run, images: ImageFolder, packed: Packed) -> tuple[ImageFolder, Findings]:
     """Return the images as data.leaks says, and what was noticed about them.
 
     Rank 0 looks. Where leaks decide something, pixels are decoded for it if they are not packed.
     Raise UserError where leaks stop the run.
     """
     config, spec, findings = run.config, preprocessing(run.config), Findings()
-
-    def decoded(path: str) -> NDArray[np.uint8]:
-        return read_shrunk(path, spec.resize, spec.interpolation)
-
-    read: care.Read | None = reader
-    if reader is None and config.data.leaks != "warn":
-        read = decoded
+    read = None
+    if packed.kept or config.data.leaks != "warn":
+        read = packed
     if run.world.is_main_process:
         with interruptible("comparing pictures", run.stop) as step:
             findings = care.look(images, read, spec.size, workers(config, run.world), step)

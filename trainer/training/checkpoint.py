@@ -22,7 +22,7 @@ from safetensors import torch as safetensors
 
 from trainer.common import files
 from trainer.common.console import log
-from trainer.common.errors import UserError
+from trainer.common.errors import Unreadable, UserError
 
 FORMAT = 2  # 1 kept the best weights in a directory of their own, to which all checkpoints referred
 STATE = ("state.json", "tensors.safetensors")
@@ -329,13 +329,22 @@ def _verified(path: Path) -> dict[str, bytes]:
 
 
 def _bytes(path: Path, file: str) -> bytes:
+    def read() -> bytes | None:
+        try:
+            return (path / file).read_bytes()
+        except FileNotFoundError:
+            return None
+        except IsADirectoryError:
+            return b""
+
     try:
-        return (path / file).read_bytes()
-    except FileNotFoundError as error:
-        raise CutOff(f"{path}: {file} is missing") from error
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise Damaged(f"{path}: {file} can't be read ({why})") from error
+        data = files.patiently(path / file, read)
+    except Unreadable as error:
+        why = getattr(error.__cause__, "strerror", None) or "no memory is left for it"
+        raise Damaged(f"{path}: {file} can't be read ({why.lower()})") from error
+    if data is None:
+        raise CutOff(f"{path}: {file} is missing")
+    return data
 
 
 def _holds(path: Path, listed: dict[str, Any]) -> bool:

@@ -11,19 +11,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from trainer.common import files
+from trainer.common import files, journal
 from trainer.common.console import also_to_file, command, log
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.images.folder import ImageFolder
+from trainer.images.identity import changes, of_images, of_samples, samples
 from trainer.network import weights
 from trainer.settings.config import Config, identity, run_name
+
+if TYPE_CHECKING:
+    from trainer.network.build import Classifier
+
+FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
+PICTURES = "pictures.index"  # beside the checkpoints
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,87 @@ class Run:
             run.write_settings()
         return run
 
-    def identity(self, images: ImageFolder) -> dict[str, Any]:
-        """Return what a result of this run is a function of."""
-        return identity(self.config) | {"pictures": images.fingerprint}
+    def identity(self, images: ImageFolder, network: "Classifier | None") -> dict[str, Any]:
+        """Return what a result of this run is a function of.
+
+        images: those that can be used. network: as it was built; None: leave its weights out.
+        """
+        settings = identity(self.config)
+        if self.weights_file:
+            del settings["model.weights"]  # its content counts, and not its place
+        facts = settings | {"format": FORMAT, "pictures": of_images(images)}
+        model = self.config.model
+        given = model.weights is not None or model.freeze == "backbone"  # else the seed decides
+        if network is not None and given:
+            # imported here: a complete run answers before PyTorch is loaded.
+            from trainer.network import build
+
+            facts |= build.identity(network)
+        return facts
+
+    @property
+    def weights_file(self) -> str | None:
+        """Return model.weights where it is a file."""
+        given = self.config.model.weights
+        if given is None or not weights.is_file(given):
+            return None
+        return given
+
+    def check_identity(
+        self, then: dict[str, Any], now: dict[str, Any], images: ImageFolder
+    ) -> None:
+        """Raise UserError where a run goes on with other settings, images or weights.
+
+        What came out would be neither's. then, now: of `identity`. images: those of `now`.
+        """
+        where = self.checkpoints
+        if then.get("format") != FORMAT:
+            raise UserError(
+                f"{where}: another version of Packhorse began this run; go on with that version, "
+                "or start a new run with another name=..."
+            )
+        changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+        if not changed:
+            return
+        settings = [key for key in changed if key != "pictures" and not key.startswith("weights.")]
+        if settings:
+            differences = ", ".join(
+                f"{key}: {then.get(key)} then, {now.get(key)} now" for key in settings[:5]
+            )
+            raise UserError(
+                f"{where}: this run began with other settings ({differences}); give the same again,"
+                " or start a new run with another name=..."
+            )
+        if "pictures" in changed:
+            what = f"the pictures have changed since this run began{self._changes(then, images)}"
+        elif changed == ["weights.versions"]:
+            what = (
+                f"{then.get(changed[0])} built the network when this run began, "
+                f"now it is {now.get(changed[0])}"
+            )
+        else:
+            what = f"model.weights={self.config.model.weights} has changed since this run began"
+        raise UserError(
+            f"{where}: {what}; bring them back, or start a new run with another name=..."
+        )
+
+    def _changes(self, then: dict[str, Any], images: ImageFolder) -> str:
+        """Return which pictures have changed, as far as that was noted: ": ..."."""
+        try:
+            noted, _ = journal.parse((self.checkpoints / PICTURES).read_bytes())
+        except OSError:
+            return ""
+        before = [(split, name, content, path) for split, name, content, path in noted]
+        if of_samples(before) != then["pictures"]:
+            return ""
+        return f": {changes(before, samples(images))}"
+
+    def note_pictures(self, images: ImageFolder) -> None:
+        """Write beside the checkpoints of which pictures they are, to name those that change."""
+        path, lines = self.checkpoints / PICTURES, journal.lines(samples(images))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_bytes() != lines:
+            files.write(path, lines)
 
     def result(self) -> dict[str, Any] | None:
         """Return what the complete run wrote last, or None."""
@@ -143,25 +228,3 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
             log.info("run %s in %s", name, directory)
             run.write_settings()
             yield run
-
-
-def check_identity(then: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Raise UserError where a run goes on with other settings or images than it began with.
-
-    What came out would be neither's.
-    """
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    if changed == ["pictures"]:
-        raise UserError(
-            f"{where}: the pictures have changed since this run began; start a new run with "
-            "another name=..., or bring them back"
-        )
-    if changed:
-        settings = [key for key in changed[:5] if key != "pictures"]
-        differences = ", ".join(
-            f"{key}: {then.get(key)} then, {now.get(key)} now" for key in settings
-        )
-        raise UserError(
-            f"{where}: this run began with other settings ({differences}); give the same again, or "
-            "start a new run with another name=..."
-        )

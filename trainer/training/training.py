@@ -34,7 +34,7 @@ from trainer.settings.config import Config, metric_line
 from trainer.training import care, checkpoint
 from trainer.training.checkpoints import Checkpoints
 from trainer.training.metrics import MetricsFile, TrainSums, better
-from trainer.training.run import Run, check_identity
+from trainer.training.run import Run
 
 
 class Diverged(UserError):
@@ -144,7 +144,7 @@ class Training:
             self.ema = ModelEma(self.model, run.config.train.ema_decay)
         self.gradients = self._gradients()
         self.facts: dict[str, Any] = {
-            "identity": run.identity(loader.folder),
+            "identity": run.identity(loader.folder, network),
             "classes": list(loader.folder.classes),
             "environment": machine.environment(),
         }
@@ -381,7 +381,9 @@ class Training:
             _check_strays(run, newest[0] if newest else None)
         if newest:
             path, state = newest
-            check_identity(state["facts"]["identity"], self.facts["identity"], run.checkpoints)
+            run.check_identity(
+                state["facts"]["identity"], self.facts["identity"], self.loader.folder
+            )
             for key, then in state["facts"]["environment"].items():
                 now = self.facts["environment"][key]
                 if then != now:
@@ -402,6 +404,8 @@ class Training:
             # The same beginning, also where hosts of different kinds made their own.
             self.restore(world.broadcast_from_main(self.state))
         self.metrics_file.restore(self.progress.rows)
+        if world.is_main_process:
+            run.note_pictures(self.loader.folder)
 
 
 # --- its parts ---
@@ -446,7 +450,7 @@ def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier
     # What one process of a host downloads, the others find.
     downloads = config.model.weights is not None
     with world.local_main_process_first() if downloads else nullcontext():
-        network = _build(config, len(images.classes))
+        network = new_network(config, len(images.classes))
     share = _share(run, images)
     microbatch = _batch_size(config, images) // share.shards // config.train.accumulate
     build.check(network, config.model.name, preprocessing(config).size, max(microbatch, 1))
@@ -467,7 +471,8 @@ def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier
     return network
 
 
-def _build(config: Config, classes: int) -> Classifier:
+def new_network(config: Config, classes: int) -> Classifier:
+    """Build the network that the settings ask for. Raise UserError."""
     model = config.model
     assert model.mean is not None and model.std is not None  # network.weights.resolve
     return build.build(

@@ -237,7 +237,7 @@ def packing(cwd: Path) -> bool:
 
 
 def features(cwd: Path) -> bool:
-    return any((cwd / "cache/features").rglob("*.partial"))
+    return any(path.stat().st_size for path in (cwd / "cache/features").rglob("*.f32"))
 
 
 def packaging(cwd: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,15 +76,3 @@ def test_empty_images_are_like_none_and_are_told():
     sketches = likeness.sketch([likeness.square(np.asarray(image)) for image in images])
     assert sketches.dark.tolist() == [True, True, False, False, False]
     assert sketches.blank.tolist() == [True, True, True, True, False]
-
-
-def test_equal_files_are_told_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    contents = [b"one", b"two", b"one", b"three", b"two", b"one", b"longer"]
-    paths = [str(tmp_path / f"{number}.jpg") for number in range(len(contents))]
-    for path, content in zip(paths, contents, strict=True):
-        Path(path).write_bytes(content)
-    read: list[str] = []
-    digest = likeness.digest
-    monkeypatch.setattr(likeness, "digest", lambda path: read.append(path) or digest(path))
-    assert likeness.equal(paths) == [[0, 2, 5], [1, 4]]
-    assert not {paths[3], paths[6]} & set(read)  # no other has their size

@@ -1,4 +1,5 @@
 import copy
+import errno
 import os
 import pickle
 
@@ -7,7 +8,8 @@ import torch
 import torchvision
 import torchvision.transforms.v2.functional
 
-from trainer.common.errors import UserError
+from trainer.common import files
+from trainer.common.errors import Unreadable, UserError
 from trainer.network import build as model
 
 PIXELS = torch.randint(
@@ -151,6 +153,31 @@ def test_weights_without_a_network_end_in_one_clear_line(tmp_path, monkeypatch):
     )  # the discard port: every download is refused at once
     with pytest.raises(UserError, match=r"could not be downloaded.*model.weights=FILE"):
         model.build("squeezenet1_1", 3, weights="DEFAULT")
+
+
+@pytest.mark.parametrize("times", [2, 100])
+def test_a_disk_that_fails_is_no_missing_network(monkeypatch, times):
+    """Of a downloaded file, say: it is tried again, from the same random numbers."""
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
+    torch.manual_seed(0)
+    expected = model.build("squeezenet1_1", 3).state_dict()
+    get_model, left = torchvision.models.get_model, [times]
+
+    def failing(*arguments, **more):
+        network = get_model(*arguments, **more)
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return network
+
+    monkeypatch.setattr(torchvision.models, "get_model", failing)
+    torch.manual_seed(0)
+    if times > 2:
+        with pytest.raises(Unreadable, match="input/output error"):
+            model.build("squeezenet1_1", 3)
+    else:
+        state = model.build("squeezenet1_1", 3).state_dict()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 # --- a backbone from outside torchvision ---

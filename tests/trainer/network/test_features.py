@@ -1,12 +1,13 @@
 import dataclasses
 import fcntl
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import make_pictures
 from tests.trainer.trainings import make_loader, open_training
 from trainer.common.errors import Interrupted
 from trainer.common.interrupt import Stop
@@ -29,7 +30,7 @@ def extract(
 
 @pytest.fixture
 def feed(pictures):
-    return dataclasses.replace(make_loader(pictures), views=2)
+    return make_views(pictures)
 
 
 def frozen_network(seed: int = 0) -> model.Classifier:
@@ -104,22 +105,22 @@ def test_an_interrupted_extraction_goes_on_to_the_same_features(tmp_path, feed, 
         np.array_equal(one, other)
         for one, other in zip((*whole.views, whole.valid), (*cut.views, cut.valid), strict=True)
     )
-    assert not [
-        path for path in (tmp_path / "cut").rglob("*") if path.suffix in (".partial", ".rows")
-    ]
 
 
-def test_rows_that_were_not_safe_on_disk_are_computed_again(tmp_path, feed):
+def test_blocks_that_were_not_safe_on_disk_are_computed_again(tmp_path, feed, monkeypatch):
+    monkeypatch.setattr(features, "BATCH", 8)
     whole = extract(frozen_network(), feed, tmp_path)
-    (complete,) = tmp_path.rglob("train-1.f32")
-    expected = complete.read_bytes()
-    # As after a power cut: the file has its length, but only its beginning was ever said to be
-    # safe.
-    complete.with_suffix(".partial").write_bytes(expected[: len(expected) // 2] + b"\0" * 4096)
-    complete.with_suffix(".rows").write_text("0")
-    complete.unlink()
-    again = extract(frozen_network(), feed, tmp_path)
-    assert np.array_equal(whole.views[1], again.views[1])
+    (sums,) = tmp_path.rglob("train-1.sums")
+    data = sums.with_suffix(".f32")
+    # As after a power cut: the file has its length, but only its beginning is said to be safe.
+    sums.write_bytes(sums.read_bytes().splitlines(keepends=True)[0])
+    length = data.stat().st_size
+    data.write_bytes(data.read_bytes()[: length // 2].ljust(length, b"\0"))
+    assert equal(extract(frozen_network(), feed, tmp_path), whole)
+
+
+def make_views(pictures: Path) -> ImageLoader:
+    return dataclasses.replace(make_loader(pictures), views=2)
 
 
 def key(network, feed, precision=torch.float32) -> str:
@@ -145,20 +146,104 @@ def test_whatever_the_features_depend_on_is_in_their_key(tmp_path, feed):
                 feed, preprocessing=dataclasses.replace(feed.preprocessing, size=12)
             ),
         ),
-        key(
-            frozen_network(),
-            make_loader(make_pictures(tmp_path, {"train": 8, "valid": 3, "test": 3})),
-        ),
+        key(other_padding(), feed),
+        key(other_version(), feed),
     ]
-    assert len({usual, *others}) == 7
+    assert len({usual, *others}) == 8
     assert usual == key(frozen_network(), dataclasses.replace(feed, batch_size=16, workers=3))
+
+
+def other_padding() -> model.Classifier:
+    """Equal tensors, as efficientnet_b0's and tf_efficientnet_b0's: another architecture."""
+    network = frozen_network()
+    network.backbone[0].padding = (2, 2)
+    return network
+
+
+def other_version() -> model.Classifier:
+    network = frozen_network()
+    network.name = "timm/small_cnn"
+    return network
+
+
+def test_the_key_follows_the_content_of_the_pictures_and_not_their_place(tmp_path, feed, pictures):
+    usual = key(frozen_network(), feed)
+    shutil.copytree(pictures, tmp_path / "moved")
+    assert key(frozen_network(), make_views(tmp_path / "moved")) == usual
+    path = tmp_path / "moved/train/circle/000.png"
+    status = path.stat()
+    swapped = tmp_path / "moved/train/circle/001.png"
+    data, other = path.read_bytes(), swapped.read_bytes()
+    path.write_bytes(other)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert key(frozen_network(), make_views(tmp_path / "moved")) != usual
+    path.write_bytes(data)
+    assert key(frozen_network(), make_views(tmp_path / "moved")) == usual
+
+
+# --- a cache that isn't what was written ---
+
+
+def equal(one: FeatureLoader, other: FeatureLoader) -> bool:
+    pairs = zip((*one.views, one.valid), (*other.views, other.valid), strict=True)
+    return all(np.array_equal(left, right) for left, right in pairs)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+HARMS = {
+    "flipped": flip_a_bit,
+    "cut off": lambda path: os.truncate(path, path.stat().st_size - 5),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": Path.unlink,
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+}
+
+
+@pytest.mark.parametrize("name", ["train-1.f32", "train-1.sums", "valid.f32"])
+@pytest.mark.parametrize("harm", HARMS)
+def test_damaged_features_are_computed_again(tmp_path, feed, monkeypatch, name, harm):
+    monkeypatch.setattr(features, "BATCH", 8)
+    whole = extract(frozen_network(), feed, tmp_path)
+    (path,) = tmp_path.rglob(name)
+    HARMS[harm](path)
+    network, seen = frozen_network(), []
+    network.backbone.register_forward_pre_hook(lambda *arguments: seen.append(1))
+    assert equal(extract(network, feed, tmp_path), whole)
+    assert len(seen) <= 3
+    if harm in ("flipped", "cut off"):
+        assert len(seen) == 1
+    seen.clear()
+    assert equal(extract(network, feed, tmp_path), whole)
+    assert not seen
+
+
+def test_a_cache_folder_that_vanishes_or_can_not_be_written_costs_time_alone(
+    tmp_path, feed, caplog
+):
+    whole = extract(frozen_network(), feed, tmp_path / "good")
+    (tmp_path / "file").write_text("where the folder should be")
+    assert equal(extract(frozen_network(), feed, tmp_path / "file"), whole)
+    assert "kept in memory alone" in caplog.text
+    network = frozen_network()
+    network.backbone.register_forward_pre_hook(
+        lambda *_: shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    )
+    result = extract(network, feed, tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    assert equal(result, whole)
 
 
 def test_a_second_run_waits_for_the_first_and_can_be_stopped_meanwhile(tmp_path, feed):
     network = frozen_network()
     directory = tmp_path / "features" / key(network, feed)
     directory.mkdir(parents=True)
-    with (directory / ".lock").open("w") as lock:
+    with (directory / ".lock-train-0").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stop = Stop()
         stop.ask("the test")

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from tests.conftest import run_trainer
 from tests.soak import difference, packaged
 from trainer import __main__ as trainer
+from trainer.common import files
 from trainer.common.errors import OK, UserError
 from trainer.distributed.world import World
 from trainer.results import outcome
@@ -155,6 +156,7 @@ def fail_to_read(monkeypatch, which: Callable[[Path], bool]) -> None:
         with path.open("rb") as file:
             return file.read()
 
+    monkeypatch.setattr(files, "PAUSES", ())
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
 
 
