@@ -102,8 +102,8 @@ def _run(
     os.dup2(to.fileno(), 1)
     os.dup2(to.fileno(), 2)
     to.close()
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # multiprocessing would have the child's children come from a fork server, too.
     multiprocessing.set_start_method(None, force=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.common.arguments import typed_path
 from trainer.common.command import guarded
 from trainer.common.console import ProgressBar, log, to_terminal
 from trainer.common.errors import UserError
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument(
         "--to",
         metavar="DIR",
-        type=Path,
+        type=typed_path,
         default=Path("care"),
         help="to write to (default care)",
     )

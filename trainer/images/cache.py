@@ -88,7 +88,7 @@ class Packed:
         usable = {path: entry for path, entry in entries.items() if entry.reason is None}
         self.digests = {path: entry.content for path, entry in usable.items()}
         self.broken = {path: str(entries[path].reason) for path in entries.keys() - usable.keys()}
-        self.kept = handle is not None
+        self.kept = handle is not None and all(entry.size for entry in usable.values())
         self._entries, self._handle, self._shrink = usable, handle, shrink
         self._verified: set[str] = set()
         self._mends = False

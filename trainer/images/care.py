@@ -41,6 +41,7 @@ KINDS = {
 UNEVEN = 10  # times as many images in the largest class as in the smallest
 SMALL = 4  # times smaller than the square that the network sees
 LIGHT = 65536  # bytes: a file above that is no small image, and its header isn't read
+LEAST = 24  # pixels of the network's square: with fewer, different images were taken for one
 MOST = 100_000  # images that are compared with each other: the time grows with the square
 NAMED = 2  # findings that a line names
 
@@ -96,7 +97,7 @@ class Findings:
             text = f"{KINDS[kind][0]}: {same} the same file, {len(self.leaked) - same} nearly"
         text += f": {listed(map(_shown, findings), NAMED)}"
         if kind == "leak":
-            text += "; with data.leaks=drop they are left out of the figures"
+            text += "; data.leaks=drop keeps them out of the figures"
         return text
 
     def csv(self) -> str:
@@ -109,6 +110,17 @@ class Findings:
                 row = (picture.split, picture.label, picture.path, finding.note)
                 writer.writerow((number, finding.kind, *row))
         return text.getvalue()
+
+
+def _blind(read: Read | None, side: int, count: int) -> str | None:
+    """Return why the pixels of `count` images can't be compared, if so."""
+    if read is None:
+        return "the pixels are not packed (data.cache)"
+    if side < LEAST:
+        return f"at {side} pixels all look alike"
+    if count > MOST:
+        return f"there are more than {MOST:,}"
+    return None
 
 
 def _shown(finding: Finding) -> str:
@@ -154,15 +166,10 @@ def look(
     same = _Sets(len(paths), pairs)
     alike = _Sets(len(paths), pairs)
     single = [index for index in range(len(paths)) if same.first(index) == index]
-    if read is None:
-        findings.unseen.append(
-            "near duplicates and blank pictures, since the pixels are not packed (data.cache)"
-        )
-    elif len(single) > MOST:
-        findings.unseen.append(
-            f"near duplicates and blank pictures, since there are more than {MOST:,}"
-        )
-    else:
+    reason = _blind(read, side, len(single))
+    if reason:
+        findings.unseen.append(f"near duplicates and blank pictures, since {reason}")
+    if read is not None and not reason:
         with _mapping(workers) as mapped:
             squares = mapped(lambda index: likeness.square(read(paths[index])), single)
             counted = _counted(squares, lambda done: on_progress(done, total))

@@ -60,7 +60,7 @@ def test_a_file_of_train_in_test_is_a_leak(root: Path):
     (line, spoils), *more = findings.lines()
     assert line == (
         "pictures in train, and in valid or test too: 1 the same file, 0 nearly: "
-        "train/dog/1.jpg = test/dog/9.jpg; with data.leaks=drop they are left out of the figures"
+        "train/dog/1.jpg = test/dog/9.jpg; data.leaks=drop keeps them out of the figures"
     )
     assert spoils and not more
 

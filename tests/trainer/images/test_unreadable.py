@@ -91,9 +91,9 @@ def test_an_error_that_stays_ends_the_run_by_name_and_mended_it_goes_on(cwd, und
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_an_error_within_an_epoch_costs_nothing_that_was_trained(cwd, undisturbed, split):
-    # Without a cache each picture is read for the check and then once an epoch.
+    # Without a cache each picture is read for the check, for its size, then once an epoch.
     command = (*RUN, "data.cache=none", "checkpoint.minutes=1000")
-    broken = failing(f"{split}/stripe/001.png EIO 3 {ALWAYS}")
+    broken = failing(f"{split}/stripe/001.png EIO 4 {ALWAYS}")
     check_stopped(
         run_trainer(cwd, *command, **broken), f"{split}/stripe/001.png", "input/output error"
     )

@@ -21,7 +21,7 @@ def test_all_that_is_left_out_is_one_line_and_a_list(tmp_path, said):
     broken = tuple((f"a/{number}.jpg", "the file is empty") for number in range(12))
     left_out = (("a/1.jxl", ".jxl"), ("a/2.jxl", ".jxl"), ("x.jpg", LOOSE), ("@eaDir", OF_SYSTEM))
     path = tmp_path / "quarantine.txt"
-    report_left_out(ImageFolder((), {}, broken, "", left_out), path)
+    report_left_out(ImageFolder((), {}, broken, left_out), path)
     assert path.read_text().splitlines() == [f"{a}\t{b}" for a, b in broken + left_out]
     *named, last = said()
     assert [line for _, line in named] == [f"left out: {a} ({b})" for a, b in broken[:10]]
@@ -34,10 +34,10 @@ def test_all_that_is_left_out_is_one_line_and_a_list(tmp_path, said):
 
 def test_nobody_is_warned_of_what_systems_put_there(tmp_path, said):
     path = tmp_path / "quarantine.txt"
-    report_left_out(ImageFolder((), {}, (), "", (("a/.DS_Store", OF_SYSTEM),)), path)
+    report_left_out(ImageFolder((), {}, (), (("a/.DS_Store", OF_SYSTEM),)), path)
     assert said() == [("INFO", f"left out: 1 hidden or a system's own; see {path}")]
 
 
 def test_nothing_left_out_is_no_line_and_an_empty_list(tmp_path, said):
-    report_left_out(ImageFolder((), {}, (), ""), tmp_path / "quarantine.txt")
+    report_left_out(ImageFolder((), {}, ()), tmp_path / "quarantine.txt")
     assert said() == [] and (tmp_path / "quarantine.txt").read_text() == ""

@@ -45,7 +45,7 @@ def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built)
     with tarfile.open(built / "model.tar.gz") as tar:
         names = tar.getnames()
     serving = ("__init__", "backends", "engine", "fetch", "handler", "package", "ray_app", "s3")
-    common, images = ("__init__", "errors"), ("__init__", "bounds", "decode")
+    common, images = ("__init__", "errors"), ("__init__", "apart", "bounds", "decode")
     code = [
         "inference.py",
         "requirements.txt",

@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 def train(tmp_path: Path, root: Path, configure):
     def train(name: str, *overrides: str, looks: bool = True) -> Training:
         config = configure(
-            "data=folder", f"data.root={root}", "model=small_cnn", "data.size=16", "data.resize=18",
+            "data=folder", f"data.root={root}", "model=small_cnn", "data.size=32", "data.resize=36",
             "train.epochs=2", "train.batch_size=8", "data.workers=0",
             f"platform.cache={tmp_path}/cache", *overrides,
         )  # fmt: skip

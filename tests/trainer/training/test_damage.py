@@ -264,7 +264,7 @@ def test_weights_that_do_not_give_what_was_noted_stop_the_run(tmp_path, train, c
     replace_best(tmp_path, change)
     with pytest.raises(
         UserError,
-        match=r"best weights, of epoch ., give valid_loss=.*was noted for them: .*another name=",
+        match=r"best weights, of epoch ., have valid_loss=.*was noted for them: .*another name=",
     ):
         train(tmp_path)
     assert not (tmp_path / "runs/run/result.json").exists()
