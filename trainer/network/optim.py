@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -40,16 +41,14 @@ def build(
 def parameter_groups(
     network: Classifier, lr: float, head_lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Return the groups of backbone and head, each with and without decay.
-
-    Biases and norms (fewer than 2 dimensions) are not decayed: shrinking them regularises nothing.
-    """
+    """Return the groups of backbone and head, each with and without decay."""
 
     def group(part: nn.Module, part_lr: float, decayed: bool) -> dict[str, Any]:
+        chosen = decayed_names(part)
         parameters = [
             parameter
-            for parameter in part.parameters()
-            if parameter.requires_grad and (parameter.ndim >= 2) == decayed
+            for name, parameter in part.named_parameters()
+            if parameter.requires_grad and (name in chosen) == decayed
         ]
         return {
             "params": parameters,
@@ -64,6 +63,28 @@ def parameter_groups(
         for decayed in (True, False)
     ]
     return [group for group in groups if group["params"]]
+
+
+def decayed_names(part: nn.Module) -> set[str]:
+    """Return the names of the parameters that weight decay is for: weights of a matrix or a filter.
+
+    Shrinking others regularises nothing: biases and norms (fewer than 2 dimensions); tokens,
+    position embeddings, tables of relative positions, scales (they are not called weight); and what
+    timm's networks name themselves in `no_weight_decay()`, as names or patterns.
+    """
+    spared = [
+        f"{prefix}.{pattern}".removeprefix(".")
+        for prefix, module in part.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for pattern in module.no_weight_decay()
+    ]
+    return {
+        name
+        for name, parameter in part.named_parameters()
+        if parameter.ndim >= 2
+        and name.endswith("weight")
+        and not any(fnmatchcase(name, pattern) for pattern in spared)
+    }
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,32 @@ def test_groups_hold_every_trainable_parameter_once_and_decay_weights_only(name)
     assert {group["lr"] for group in optimizer.param_groups} == {0.05, 0.5}
 
 
+@pytest.mark.parametrize(
+    ("name", "spared"),
+    [
+        ("vit_b_16", ["class_token", "pos_embedding"]),
+        ("swin_v2_t", ["logit_scale", "norm.weight"]),
+        ("swin_t", ["relative_position_bias_table"]),
+        ("convnext_tiny", ["layer_scale"]),
+        ("timm/deit_tiny_distilled_patch16_224", ["cls_token", "dist_token", "pos_embed"]),
+        ("timm/swinv2_tiny_window8_256", ["cpb_mlp.0.weight"]),  # of two dimensions: timm says so
+        ("timm/xcit_nano_12_p16_224", ["temperature", "pos_embed.token_projection.weight"]),
+    ],
+)
+def test_decay_is_for_weights_alone(name, spared):
+    with torch.device("meta"):
+        network = model.build(name, 3)
+    named = dict(network.backbone.named_parameters())
+    decayed = optim.decayed_names(network.backbone)
+    for end in spared:
+        assert not [each for each in decayed if each.endswith(end)]
+        assert [each for each in named if each.endswith(end)]
+    # All else of two dimensions or more: the matrices and the filters.
+    others = {each for each in named if named[each].ndim >= 2} - decayed
+    assert all(not each.endswith(("qkv.weight", "conv.weight", "fc1.weight")) for each in others)
+    assert len(decayed) > 20
+
+
 def test_a_frozen_backbone_is_not_optimized():
     network = model.build("small_cnn", 5, freeze="backbone")
     optimizer = optim.build(network, "adamw", lr=0.1, head_lr=None, weight_decay=0.01, momentum=0.9)
