@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 def run(arguments: Sequence[str]) -> int:
     """Do what the verb says; return the exit code. arguments: the verb and what belongs to it."""
     name = VERBS[arguments[0]]
-    with needed_by(f"python -m serving {arguments[0]}", EXTRAS.get(name, "serve")):
+    with needed_by(arguments[0], EXTRAS.get(name, "serve")):
         module = import_module(f"serving.{name}")
     code: int = module.main(arguments)
     return code

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TextIO
 
 FORKS = multiprocessing.get_context("forkserver")
 # All that a run imports on its way, but what an `-m trainer` runs as its own module.
@@ -38,21 +39,31 @@ FORKS.set_forkserver_preload(
 class Forked:
     """A process of its own session, with the methods of `subprocess.Popen`.
 
-    Standard output and error come together, as text.
+    Standard output and error come together, as text, unless they are given.
     """
 
     def __init__(
-        self, cwd: Path, command: Sequence[str], environment: Mapping[str, str], before: str = ""
+        self,
+        cwd: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        before: str = "",
+        output: int | None = None,
     ) -> None:
-        """command: a module and its arguments. before: Python that runs before all else."""
-        reader, writer = FORKS.Pipe(duplex=False)
-        self._process = FORKS.Process(
-            target=_run, args=(str(cwd), command, dict(environment), writer, before)
-        )
-        self._process.start()
-        writer.close()
-        self.stdout = os.fdopen(os.dup(reader.fileno()), errors="replace")
-        reader.close()
+        """command: a module and its arguments. before: Python that runs before all else.
+
+        output: descriptor of where standard output and error go.
+        """
+        if output is None:
+            reading, output = os.pipe()
+            self.stdout: TextIO | None = os.fdopen(reading, errors="replace")
+        else:
+            self.stdout, output = None, os.dup(output)
+        with Connection(output, readable=False) as to:
+            self._process = FORKS.Process(
+                target=_run, args=(str(cwd), command, dict(environment), to, before)
+            )
+            self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
         self._reader: threading.Thread | None = None
@@ -83,8 +94,9 @@ class Forked:
         return self._output, None
 
     def _read(self) -> None:
-        with self.stdout:
-            self._output = self.stdout.read()
+        if self.stdout is not None:
+            with self.stdout:
+                self._output = self.stdout.read()
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:

@@ -9,14 +9,20 @@ import signal
 import subprocess
 import sys
 import tarfile
-import termios
-from collections.abc import Callable
-from fcntl import ioctl
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT, environment, make_pictures, run_trainer, start_trainer, wait_for
+from tests.conftest import (
+    PROJECT,
+    Process,
+    environment,
+    make_pictures,
+    run_trainer,
+    start_trainer,
+    wait_for,
+)
+from tests.forked import Forked
 from tests.soak import difference, outcome
 from tests.trainer.distributed.together import all_ended, together
 from trainer.common.errors import OK, RESUME
@@ -61,16 +67,13 @@ def check_equal(cwd: Path, undisturbed: Path) -> None:
     assert weights(runs[0]) == weights(runs[1])
 
 
-def start(
-    cwd: Path, *command: str, before: Callable[[], None] | None = None, **streams: int
-) -> subprocess.Popen[bytes]:
+def start(cwd: Path, *command: str, **streams: int) -> subprocess.Popen[bytes]:
     """The command in a session of its own. streams: stdout and stderr."""
     return subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=cwd,
         env=environment(cwd),
         start_new_session=True,
-        preexec_fn=before,
         **streams,
     )
 
@@ -98,7 +101,7 @@ def pipe() -> tuple[int, int]:
 @pytest.mark.parametrize("opened", [terminal, pipe])
 def test_a_run_whose_output_goes_nowhere_ends_as_if_it_were_seen(cwd, undisturbed, opened):
     looking, written = opened()
-    process = start(cwd, "trainer", *RUN, stdin=subprocess.DEVNULL, stdout=written, stderr=written)
+    process = Forked(cwd, ["trainer", *RUN], environment(cwd), output=written)
     os.close(written)
     assert shown(looking, b"run ").startswith(b"run run in ")
     os.close(looking)
@@ -202,19 +205,13 @@ def test_a_full_disk_is_told_where_the_output_is_the_result(tmp_path):
 # --- SIGHUP: the session ends, the window is closed ---
 
 
-def in_front_of(written: int) -> Callable[[], None]:
-    """Has a new session take this terminal for its own: the kernel tells it when the terminal is
-    closed.
-    """
-    return lambda: ioctl(written, termios.TIOCSCTTY, 0)
+# Has a new session take this terminal for its own: the kernel tells it when the terminal is closed.
+IN_FRONT = "import fcntl, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0)"
 
 
 def test_a_closed_window_saves_and_the_same_command_goes_on(cwd, undisturbed):
     looking, written = terminal()
-    command = ("trainer", *RUN)
-    process = start(
-        cwd, *command, before=in_front_of(written), stdin=written, stdout=written, stderr=written
-    )
+    process = Forked(cwd, ["trainer", *RUN], environment(cwd), IN_FRONT, written)
     os.close(written)
     checkpoints = cwd / "runs/run/checkpoints"
     shown(looking, b"run ")
@@ -227,7 +224,7 @@ def test_a_closed_window_saves_and_the_same_command_goes_on(cwd, undisturbed):
     check_equal(cwd, undisturbed)
 
 
-def hang_up(process: subprocess.Popen[str]) -> None:
+def hang_up(process: Process) -> None:
     """As a closing terminal does: to all that were started in it."""
     os.killpg(process.pid, signal.SIGHUP)
 
@@ -254,7 +251,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_sighup_in_every_stage_loses_nothing(cwd, undisturbed, stage):
     reached, more = STAGES[stage]
-    process = start_trainer(cwd, *RUN, *more, forked=False)
+    process = start_trainer(cwd, *RUN, *more)
     assert wait_for(lambda: reached(cwd) or process.poll() is not None, PATIENCE)
     hang_up(process)
     output, _ = process.communicate(timeout=PATIENCE)
@@ -267,7 +264,7 @@ def test_sighup_in_every_stage_loses_nothing(cwd, undisturbed, stage):
 def test_several_processes_hang_up_together_and_go_on_unseen(cwd):
     """As torchrun does: it hands the signal on. Then nobody reads what they print."""
     checkpoints = cwd / "runs/run/checkpoints"
-    with together([cwd] * 2, "trainer", *RUN, "train.epochs=3000", forked=False) as processes:
+    with together([cwd] * 2, "trainer", *RUN, "train.epochs=3000") as processes:
         assert wait_for(lambda: checkpoint.steps(checkpoints), PATIENCE)
         for process in processes:
             process.send_signal(signal.SIGHUP)
@@ -275,7 +272,7 @@ def test_several_processes_hang_up_together_and_go_on_unseen(cwd):
     assert codes == [RESUME] * 2 and "stopped by SIGHUP" in outputs[0], outputs
     saved = checkpoint.steps(checkpoints)[-1]
     checkpoint.verify(saved)
-    with together([cwd] * 2, "trainer", *RUN, "train.epochs=3000", forked=False) as processes:
+    with together([cwd] * 2, "trainer", *RUN, "train.epochs=3000") as processes:
         for process in processes:
             assert process.stdout is not None
             process.stdout.close()
@@ -294,7 +291,7 @@ SWEEP = (
 
 
 def test_a_sweep_hangs_up_and_goes_on_unseen(cwd):
-    process = start_trainer(cwd, *SWEEP, "train.epochs=400", forked=False)
+    process = start_trainer(cwd, *SWEEP, "train.epochs=400")
     trial = cwd / "runs/sweep/0000/checkpoints"
     assert wait_for(lambda: checkpoint.steps(trial) or process.poll() is not None, PATIENCE)
     hang_up(process)
@@ -303,7 +300,8 @@ def test_a_sweep_hangs_up_and_goes_on_unseen(cwd):
     shutil.rmtree(cwd / "runs")
     looking, written = pipe()
     os.close(looking)
-    unseen = start(cwd, "trainer", *SWEEP, "train.epochs=1", stdout=written, stderr=written)
+    command = ["trainer", *SWEEP, "train.epochs=1"]
+    unseen = Forked(cwd, command, environment(cwd), output=written)
     os.close(written)
     assert unseen.wait(PATIENCE) == OK
     assert all((cwd / f"runs/sweep/000{number}/result.json").exists() for number in range(2))
