@@ -21,6 +21,7 @@ FORKS = multiprocessing.get_context("forkserver")
 # All that a run imports on its way, but what an `-m trainer` runs as its own module.
 FORKS.set_forkserver_preload(
     [
+        "tests.warm",
         "trainer.results.outcome",
         "trainer.sweep.driver",
         "trainer.training.loop",

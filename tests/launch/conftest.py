@@ -25,6 +25,7 @@ from launch import __main__ as command_line
 from launch.cloud import s3
 from launch.cloud.request import core_session
 from launch.targets.base import targets
+from launch.targets.spec import load_config, load_target
 from tests.conftest import PROJECT
 from trainer.common.errors import OK
 
@@ -100,7 +101,7 @@ class Cloud:
         """As `run`, in a process forked from this one, which has imported everything already: half
         the time. A signal's code is negative.
         """
-        parse_service_models()
+        do_once()
         with tempfile.TemporaryFile("w+") as output:
             child = os.fork()
             if child == 0:
@@ -127,13 +128,14 @@ class Cloud:
 
 
 @functools.cache
-def parse_service_models() -> None:
-    """Do what every command does once for each of AWS's services, for all that are forked."""
+def do_once() -> None:
+    """Do what every command does once, for all that are forked: read models, and a grammar."""
     session = boto3.session.Session(
         "testing", "testing", region_name=REGION, botocore_session=core_session()
     )
     for service in SERVICES:
         session.client(service)
+    load_config(load_target(["target=ec2"]), ["optim.lr=1"])
 
 
 @contextlib.contextmanager

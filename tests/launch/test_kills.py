@@ -98,7 +98,14 @@ def foundation(cloud: Cloud) -> None:
     assert code == OK, printed
 
 
-@pytest.mark.parametrize("target", TARGETS)
+# A job of several machines and a notebook are sent as a job of one is.
+RARE = ("notebook", "sagemaker_multi")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in RARE)) for name in TARGETS],
+)
 def test_a_submit_killed_at_any_call_is_finished_by_the_next(target, server):
     foundation(server)
     arguments = ["submit", f"target={target}", *TARGETS[target]]

@@ -136,7 +136,7 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> di
     pixels = np.stack([pixels for _, pixels in golden])
     logits = _logits(network, pixels)
     assert logits.shape == (len(golden), len(contents.classes)), logits.shape
-    model, measured = _onnx(network, pixels), dict[str, float]()
+    model, measured = to_onnx(network, pixels), dict[str, float]()
     if contents.int8:
         model, measured = quantize.int8(model, contents.int8, contents.max_drop)
         logits = quantize.logits(model, pixels)
@@ -225,7 +225,7 @@ def _logits(network: nn.Module, pixels: NDArray[np.uint8]) -> NDArray[np.float32
     return logits
 
 
-def _onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
+def to_onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
     """Return the network as an ONNX model, for any batch.
 
     It takes `pixels`, uint8 [batch, size, size, 3], to `logits`, float32 [batch, classes].

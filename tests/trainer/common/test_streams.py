@@ -134,7 +134,10 @@ def test_each_stream_is_lost_by_itself(cwd, lost):
 CLOSED = {"stdout": ">&-", "all": "<&- >&- 2>&-", "a full disk": ">/dev/full 2>&1"}
 
 
-@pytest.mark.parametrize("how", CLOSED)
+@pytest.mark.parametrize(
+    "how",
+    ["stdout", *(pytest.param(how, marks=pytest.mark.long) for how in ("all", "a full disk"))],
+)
 def test_a_run_started_without_output_trains(cwd, undisturbed, how):
     command = f'exec "{sys.executable}" -m trainer {" ".join(RUN)} {CLOSED[how]}'
     done = subprocess.run(
@@ -290,6 +293,7 @@ SWEEP = (
 )
 
 
+@pytest.mark.long
 def test_a_sweep_hangs_up_and_goes_on_unseen(cwd):
     process = start_trainer(cwd, *SWEEP, "train.epochs=400")
     trial = cwd / "runs/sweep/0000/checkpoints"

@@ -313,6 +313,7 @@ def test_a_wrong_sweep_is_one_line_before_anything_is_made(tmp_path, pictures):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_a_setting_that_must_be_given_may_be_the_one_that_is_swept(tmp_path):
     for name in ("one", "two"):
         make_pictures(tmp_path / name, {"train": 8, "valid": 3})

@@ -48,7 +48,7 @@ torch.compile = functools.partial(torch.compile, backend="eager")
 """
 
 
-@pytest.mark.parametrize("kind", ["network", "shards"])
+@pytest.mark.parametrize("kind", ["network", pytest.param("shards", marks=pytest.mark.long)])
 def test_a_traced_run_trains_and_resumes_to_the_same_bits(tmp_path, pictures, kind):
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler, and the trainer looks for it")
