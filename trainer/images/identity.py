@@ -103,10 +103,11 @@ class Digests:
 
     def save(self) -> None:
         """Write what is new down. Another process that does the same now goes first."""
-        known = self._kept | self._new
+        new = self._new.copy()  # threads that end with an interrupted run may still note more
+        known = self._kept | new
         used = [path for path in self._absolute.values() if path in known]
-        anew = not self._whole or self._lines + len(self._new) > 8 * len(used)
-        if self._index is None or not (self._new or anew):
+        anew = not self._whole or self._lines + len(new) > 8 * len(used)
+        if self._index is None or not (new or anew):
             return
         try:
             self._index.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ class Digests:
                     files.write(self._index, _lines(used, known))
                 elif mine:
                     with self._index.open("ab") as file:
-                        file.write(_lines(self._new, known))
+                        file.write(_lines(new, known))
         except OSError as error:
             log.info("%s: not written (%s): pictures are read again", self._index, error.strerror)
 

@@ -197,6 +197,24 @@ def test_touching_for_ever_does_not_grow_the_index_for_ever(tmp_path, paths):
 # --- weights ---
 
 
+def test_what_a_thread_notes_while_an_interrupted_run_saves_does_no_harm(
+    tmp_path, paths, monkeypatch
+):
+    kept = identity.Digests(tmp_path / "digests", paths)
+    kept.note(paths[0], Path(paths[0]).stat(), "first")
+    lines = journal.lines
+
+    def late(values):
+        values = iter(values)
+        first = next(values)
+        kept.note(paths[1], Path(paths[1]).stat(), "second")
+        return lines([first, *values])
+
+    monkeypatch.setattr(journal, "lines", late)
+    kept.save()
+    assert identity.Digests(tmp_path / "digests", paths).known(paths[0]) == "first"
+
+
 def test_weights_are_their_tensors_their_architecture_and_their_builder():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
