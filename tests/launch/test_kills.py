@@ -3,7 +3,7 @@ nothing twice, nothing orphaned.
 
 A call that only reads leaves the same, whether AWS has carried it out or not. So all that a kill
 can leave is covered by: before the first call, and after each call that changes something. EC2 is
-killed before each such call too, `up` before and after every call; KILLS=all does it for all.
+killed before each such call too (long), `up` before and after every call; KILLS=all for all.
 """
 
 import json
@@ -99,21 +99,30 @@ def foundation(cloud: Cloud) -> None:
 
 
 # A job of several machines and a notebook are sent as a job of one is.
-RARE = ("notebook", "sagemaker_multi")
+MOMENTS = [
+    ("ec2", "states"),
+    ("sagemaker", "states"),
+    ("tuner", "states"),
+    *(
+        pytest.param(target, kind, marks=pytest.mark.long)
+        for target, kind in (
+            ("ec2", "changes"),
+            ("sagemaker_multi", "states"),
+            ("notebook", "states"),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(name, marks=[pytest.mark.long] * (name in RARE)) for name in TARGETS],
-)
-def test_a_submit_killed_at_any_call_is_finished_by_the_next(target, server):
+@pytest.mark.parametrize(("target", "kind"), MOMENTS)
+def test_a_submit_killed_at_any_call_is_finished_by_the_next(target, kind, server):
     foundation(server)
     arguments = ["submit", f"target={target}", *TARGETS[target]]
     before = len(server.calls())
     assert server.launch(*arguments)[0] == OK
     calls = [call["operation"] for call in server.calls()[before:]]
     wanted = final_state(server, target)
-    for number, when in moments(calls, "changes" if target == "ec2" else "states"):
+    for number, when in moments(calls, kind):
         clear(server)
         server.post("/strict/kill", call=number, when=when)
         assert server.launch(*arguments)[0] == KILLED, (number, when)
