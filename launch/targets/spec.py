@@ -1,6 +1,8 @@
 """What the words of a command line mean to a job: its target, the trainer's settings, its run."""
 
+import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -91,7 +93,7 @@ def load_config(
     The name is None where the job writes them itself. data: the folder to upload, where one is
     given. Raise UserError.
     """
-    composed = resolved(target, overrides, data).composed
+    composed = copy.deepcopy(resolved(target, overrides, data).composed)
     if composed.data.source != "folder":
         if data is not None:
             raise UserError(
@@ -120,9 +122,15 @@ def load_config(
 def resolved(target: TargetConfig, overrides: Sequence[str], data: Path | None = None) -> Resolved:
     """Return what the user's overrides of the trainer mean to the job.
 
-    --data (`data`) is one of them: it names a folder as data.root does. Raise UserError.
+    --data (`data`) is one of them: it names a folder as data.root does. It is made once and shared:
+    don't change it. Raise UserError.
     """
-    kind = targets()[target.name]
+    return _resolved(target.name, tuple(overrides), data)
+
+
+@functools.cache
+def _resolved(target: str, overrides: tuple[str, ...], data: Path | None) -> Resolved:
+    kind = targets()[target]
     with explained(settings.keys()):
         settings.register()
         words = [*kind.fixed(overrides), f"platform={kind.platform}"]

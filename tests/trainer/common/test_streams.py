@@ -312,17 +312,9 @@ def test_a_sweep_hangs_up_and_goes_on_unseen(cwd):
 
 
 def test_what_nohup_ignores_stays_ignored(cwd, undisturbed):
-    command = ["nohup", sys.executable, "-m", "trainer", *RUN]
+    ignores = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # as nohup does
     with (cwd / "nohup.out").open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment(cwd),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+        process = Forked(cwd, ["trainer", *RUN], environment(cwd), ignores, output.fileno())
     assert wait_for(lambda: packing(cwd) or process.poll() is not None, PATIENCE)
     hang_up(process)
     assert wait_for(

@@ -24,7 +24,9 @@ def test_whatever_kills_a_run_it_ends_with_the_same_bits(tmp_path, monkeypatch, 
     assert sum(tally.kills.values()) >= kills and set(tally.kills) <= set(KILLS)
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.4, 0.8, 1.2])
+@pytest.mark.parametrize(
+    "delay", [0.4, 1.2, *(pytest.param(delay, marks=pytest.mark.long) for delay in (0.0, 0.8))]
+)
 def test_ctrl_c_while_pytorch_is_loaded_ends_the_run_in_order(tmp_path, delay):
     # A KeyboardInterrupt inside an import left NumPy half imported, and the run failed much later.
     process = start_trainer(tmp_path, forked=False)
@@ -109,6 +111,7 @@ def test_sigterm_while_pictures_are_packed(tmp_path):
     goes_on_to_the_end(tmp_path, *COMMAND)
 
 
+@pytest.mark.long
 def test_sigterm_during_an_evaluation(tmp_path):
     materialize("fashion_mnist", tmp_path / "data")
     # Little to train on and much to evaluate. An epoch has 7 steps, and what is saved after the
