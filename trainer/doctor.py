@@ -78,7 +78,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Forecast:
     """How long a run takes, in seconds.
 
     once: before the first epoch (packing, features). training, evaluation: of one epoch.
@@ -373,7 +373,7 @@ def _as_many(sample: ImageFolder, images: ImageFolder) -> ImageFolder:
 # --- predicting and proposing ---
 
 
-def predict(config: Config, images: ImageFolder, measured: Measured) -> Prediction:
+def predict(config: Config, images: ImageFolder, measured: Measured) -> Forecast:
     """Return how long the run takes at the measured rates."""
     train, valid = (len(images.splits[name].paths) for name in ("train", "valid"))
     # Every image is packed, or looked at for whether it is broken.
@@ -383,7 +383,7 @@ def predict(config: Config, images: ImageFolder, measured: Measured) -> Predicti
         views = min(config.model.cached_views, config.train.epochs)
         once += (train * views + valid) / measured.extract
     batch = min(config.train.batch_size, train)
-    return Prediction(once, train // batch * batch / measured.train, valid / measured.evaluate)
+    return Forecast(once, train // batch * batch / measured.train, valid / measured.evaluate)
 
 
 def propose(
@@ -514,7 +514,7 @@ def run_facts(
     images: ImageFolder,
     network: Classifier,
     measured: Measured,
-    prediction: Prediction,
+    prediction: Forecast,
 ) -> dict[str, str]:
     """Return what the run takes, as a table's names and values."""
     once_limit = "the frozen backbone" if measured.extract is not None else "decoding"

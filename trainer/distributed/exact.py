@@ -78,7 +78,8 @@ class Ordered(Gradients):
         with torch.no_grad():
             for parameter in self._parameters:
                 start, end = end, end + parameter.numel()
-                parameter.grad.copy_(total[start:end].view_as(parameter))  # type: ignore[union-attr]
+                assert parameter.grad is not None
+                parameter.grad.copy_(total[start:end].view_as(parameter))
             for buffer, before in zip(self._buffers, self._before, strict=True):
                 if id(buffer) in moving:  # a counter already stands at one step more
                     start, end = end, end + buffer.numel()

@@ -71,7 +71,7 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process  # imported here: too
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Pixels(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._batches = _batches(pixels)
 
@@ -92,7 +92,7 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
         quantize_static(
             prepared,
             target,
-            Reader(),
+            Pixels(),
             QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,

@@ -64,7 +64,8 @@ def train_one_step(run: Training, image: Tensor, target: Tensor) -> None:
                     output, targets, label_smoothing=config.label_smoothing, reduction="sum"
                 )
             # Of the loss divided by the whole batch: the gradients add up to those of its mean.
-            run.scaler.scale(loss).backward(torch.full_like(loss, 1 / divisor))  # type: ignore[no-untyped-call]
+            share = torch.full_like(loss, 1 / divisor)
+            run.scaler.scale(loss).backward(share)  # type: ignore[no-untyped-call]
             run.sums.add(loss, output, targets)
     run.gradients.combine()
     if config.clip_norm is not None:
