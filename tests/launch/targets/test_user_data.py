@@ -296,10 +296,8 @@ def test_terminated_it_saves_and_shuts_down(terminated: Machine, bucket: Bucket)
     log = bucket.text(f"runs/{RUN}/log.txt")
     assert terminated.shutdowns == ["-h +480", "-h now"], log
     assert bucket.outcome(RUN) == {"attempt": 1, "code": RESUME, "reason": "SIGTERM"}, log
-    kept = {
-        f"{path.parent.name}/{path.name}"
-        for path in terminated.nvme.glob(f"runs/{RUN}/checkpoints/*/*")
-    }
+    saved = terminated.nvme / f"runs/{RUN}/checkpoints"
+    kept = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
     assert bucket.keys(f"runs/{RUN}/checkpoints/") == kept and any(
         name.startswith("step-") for name in kept
     )
@@ -345,7 +343,7 @@ def test_a_failing_trainer(
     spec = make_spec(
         "data=folder",
         "data.root=no-classes",
-        """+hydra.help.note='$(touch /opt/dlami/nvme/pwned) `id` \\"* é'""",
+        """hydra.help.footer='$(touch /opt/dlami/nvme/pwned) `id` \\"* é'""",
         run="failing",
         code=code,
     )

@@ -28,7 +28,7 @@ from launch.local import container_entry
 from launch.local.rehearse import expected_metrics, faults_of, jobs_of, preflight, remedy
 from launch.local.sagemaker import LocalSageMaker, Outcome, namespaces, scrape
 from launch.verbs import rehearse
-from tests.conftest import PROJECT, QUICK, environment, run_trainer, wait_for
+from tests.conftest import PROJECT, QUICK, ended, environment, start_trainer, wait_for
 from trainer.common.errors import MISTAKE, OK, RESUME, UserError
 from trainer.settings import config as settings
 from trainer.training import checkpoint
@@ -103,7 +103,9 @@ def test_the_same_command_line_gives_the_same_bits_here_and_in_the_job_also_wher
         "train.epochs=12",
     ]
     begun = seconds_of_children()
-    code, output = run_trainer(tmp_path, *SETTINGS, *odd, f"data.root={pictures}", "platform=local")
+    # Not forked: its processor time would not be a child's.
+    command = (*SETTINGS, *odd, f"data.root={pictures}", "platform=local")
+    code, output = ended(start_trainer(tmp_path, *command, forked=False))
     assert code == 0, output
     trained = seconds_of_children() - begun
 
@@ -342,7 +344,7 @@ def test_weights_of_this_machine(planned, tmp_path):
     with pytest.raises(
         UserError,
         match=r"a job doesn't see this machine's files; .* "
-        "give /opt/ml/input/data/training/resnet.pth",
+        "give model.weights=/opt/ml/input/data/training/resnet.pth",
     ):
         check(plan, folder, config=config)
 
