@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
 
+# As trainer/distributed/job.py has it: PyTorch reads it when it is loaded.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 FORKS = multiprocessing.get_context("forkserver")
 # All that a run imports on its way, but what an `-m trainer` runs as its own module.
 FORKS.set_forkserver_preload(
