@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,18 +163,9 @@ def run(scratch: Path, root: Path, weights: Path) -> dict[str, list[float]]:
         "model=torchvision", f"model.name={MODEL}", f"model.weights={weights}",
         f"platform.runs={scratch}/runs", f"platform.cache={scratch}/cache", "name=run",
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(frozen.PROJECT)}
-    done = subprocess.run(
-        [sys.executable, "-c", TIMED, *settings],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(done.stdout + done.stderr)
-    said = next(line for line in done.stdout.splitlines() if line.startswith("SPENT "))
-    spent = json.loads(said.removeprefix("SPENT "))
+    said = frozen.run(TIMED, *settings).splitlines()
+    line = next(line for line in said if line.startswith("SPENT "))
+    spent = json.loads(line.removeprefix("SPENT "))
     return {"care": [cpu for _, cpu in spent["care"].values()], "cpu": spent["cpu"]}
 
 

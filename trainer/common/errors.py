@@ -135,11 +135,3 @@ def machine_fault(error: OSError) -> str | None:
     if remedy is None:
         return None
     return f"{error.filename or 'the run directory'}: {remedy}"
-
-
-def explained(error: Exception) -> str:
-    """Return what a warning says of an error that the run gets over."""
-    line = None
-    if isinstance(error, OSError):
-        line = machine_fault(error)
-    return line or str(error)

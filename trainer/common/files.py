@@ -119,7 +119,7 @@ def flush(path: Path, *parts: bytes | memoryview) -> None:
 def write_at(
     handle: int, data: bytes | memoryview, offset: int, path: Path, flush: bool = False
 ) -> None:
-    """Write all of `data` at `offset`, or at the end of a file that is opened to append.
+    """Write all of `data` at `offset` of a file that is not opened to append.
 
     Unbuffered: what fails on a full disk fails here, and once. Raise OSError with `path` as its
     file name.

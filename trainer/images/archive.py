@@ -19,6 +19,7 @@ from typing import IO
 from trainer.common import files
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
+from trainer.images import identity
 from trainer.images.names import SPLITS, is_system
 
 CHUNK = 1 << 20  # bytes
@@ -59,7 +60,7 @@ def unpacked(archive: Path, cache: Path, check: Callable[[], None]) -> Path:
     """
     place = cache / "archives"
     place.mkdir(parents=True, exist_ok=True)
-    target = place / _digest(archive, check)[:16]
+    target = place / _content(archive, cache, check)[:16]
     with files.locked(place, check):
         if not _is_whole(target):
             files.sweep(place)
@@ -76,6 +77,19 @@ def unpacked(archive: Path, cache: Path, check: Callable[[], None]) -> Path:
             finally:
                 files.remove(partial)
     return _innermost(target)
+
+
+def _content(archive: Path, cache: Path, check: Callable[[], None]) -> str:
+    """Return the SHA-256 of the archive, which is read again only where it looks changed."""
+    path = str(archive)
+    kept = identity.Digests(cache / identity.DIRECTORY, [path])
+    content = kept.known(path)
+    if content is None:
+        status = archive.stat()
+        content = _digest(archive, check)
+        kept.note(path, status, content)
+        kept.save()
+    return content
 
 
 def _digest(archive: Path, check: Callable[[], None]) -> str:

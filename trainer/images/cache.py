@@ -423,7 +423,7 @@ class _Store:
         entries = [Entry(*value) for value in values]
         if not whole:
             files.write(self._path("index"), journal.lines(entries))
-        self._index = os.open(self._path("index"), os.O_WRONLY | os.O_APPEND)
+        self._index = os.open(self._path("index"), os.O_WRONLY)
         self._pixels = os.open(self._path("pixels"), os.O_RDWR | os.O_CREAT, 0o666)
         self.end = os.fstat(self._pixels).st_size
         self.contents = {entry.content: entry for entry in entries}
@@ -466,7 +466,8 @@ class _Store:
             return
         self._pending.clear()
         files.write_at(self._pixels, b"", self.end, self._path("pixels"), flush=True)
-        files.write_at(self._index, lines, 0, self._path("index"), flush=True)
+        end = os.fstat(self._index).st_size
+        files.write_at(self._index, lines, end, self._path("index"), flush=True)
 
     def tidy(self, used: Container[str], step: Step) -> None:
         """Drop what no file has any more, once that is half of the pixels."""
@@ -510,7 +511,7 @@ class _Store:
             files.write_at(pixels, b"", end, path, flush=True)
             # From here on, the new generation is the one that counts.
             files.write(index, journal.lines(kept))
-            handle = os.open(index, os.O_WRONLY | os.O_APPEND)
+            handle = os.open(index, os.O_WRONLY)
         except BaseException:
             os.close(pixels)
             self._remove_others()

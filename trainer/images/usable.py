@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.common import files
+from trainer.common.command import one_line
 from trainer.common.console import ProgressBar, log
 from trainer.common.cpu import cores
-from trainer.common.errors import explained
 from trainer.common.interrupt import Stop
 from trainer.images import folder, identity
 from trainer.images.cache import Packed, PixelCache, TooLarge
@@ -83,11 +83,11 @@ def _packed(
         except (TooLarge, OSError) as error:
             if config.data.cache == "packed":
                 raise
-            log.warning("pictures are decoded in each epoch: %s", explained(error))
+            log.warning("pictures are decoded in each epoch: %s", one_line(error) or error)
     try:
         return store.pack(paths, threads, step, keep=False)
     except OSError as error:
-        log.info("which pictures can be used isn't remembered: %s", explained(error))
+        log.info("which pictures can be used isn't remembered: %s", one_line(error) or error)
     return store.check(paths, threads, step)
 
 

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from trainer.common import files, journal
+from trainer.common.command import one_line
 from trainer.common.console import ProgressBar, log
-from trainer.common.errors import explained
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.images import augment, cache, identity
@@ -143,7 +143,9 @@ class FeatureCache:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                log.warning("features, %s: kept in memory alone: %s", name, explained(error))
+                log.warning(
+                    "features, %s: kept in memory alone: %s", name, one_line(error) or error
+                )
             features = np.empty(shape, np.float32)
             bar.advance(-bar.done)
             for number, rows in self._computed(view, numbers, stop, bar):

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 
+from tests.trainer.images.test_cache import settle
 from trainer.common.errors import Interrupted, UserError
 from trainer.images import archive
 from trainer.images.archive import unpacked
@@ -76,6 +77,18 @@ def test_it_is_known_by_its_content_and_unpacked_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     other = zipped(tmp_path / "a.zip", FILES | {"set/train/cat/1.jpg": b"two"})
     assert unpacked(other, tmp_path / "cache", nothing) != folder
+
+
+def test_one_that_looks_unchanged_is_not_read_again(tmp_path, monkeypatch):
+    path = zipped(tmp_path / "a.zip", {"train/a/1.jpg": b"1"})
+    settle([str(path)])
+    first = unpacked(path, tmp_path / "cache", nothing)
+    read = []
+    digest = archive._digest
+    monkeypatch.setattr(archive, "_digest", lambda *given: read.append(given) or digest(*given))
+    assert unpacked(path, tmp_path / "cache", nothing) == first and not read
+    zipped(path, {"train/a/1.jpg": b"2"})
+    assert unpacked(path, tmp_path / "cache", nothing) != first and read
 
 
 @pytest.mark.parametrize("change", ["removed", "shorter"])

@@ -18,11 +18,15 @@ COMPILED = (
 EVERY_STEP = ("checkpoint.minutes=1e-4", "checkpoint.max_cost=1", "checkpoint.keep=99")
 
 
+def need_compiler() -> None:
+    if not (shutil.which("g++") or shutil.which("c++")):
+        pytest.skip("torch.compile needs a C++ compiler, and the trainer tries it first")
+
+
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Where what is compiled is kept, so that each shape is compiled once for all tests."""
-    if not (shutil.which("g++") or shutil.which("c++")):
-        pytest.skip("torch.compile needs a C++ compiler")
+    need_compiler()
     return str(tmp_path_factory.mktemp("compiled"))
 
 
@@ -50,8 +54,7 @@ torch.compile = functools.partial(torch.compile, backend="eager")
 
 @pytest.mark.parametrize("kind", ["network", pytest.param("shards", marks=pytest.mark.long)])
 def test_a_traced_run_trains_and_resumes_to_the_same_bits(tmp_path, pictures, kind):
-    if not shutil.which("g++"):
-        pytest.skip("torch.compile needs a C++ compiler, and the trainer looks for it")
+    need_compiler()
     check(tmp_path, pictures, SETTINGS[kind], before=NO_CODE)
 
 
