@@ -269,7 +269,7 @@ def _extract_rate(
     network: Classifier, loader: ImageLoader, machine: Machine, seconds: float
 ) -> float:
     count, started = 0, time.monotonic()
-    for batch in _until(loader.ordered_batches(0, features.BATCH), seconds):
+    for batch in _until(loader.ordered_batches("train", 0, features.BATCH), seconds):
         features.compute(network, batch, machine)
         count += len(batch.target)
     return count / (time.monotonic() - started)

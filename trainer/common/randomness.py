@@ -14,6 +14,7 @@ class Purpose(IntEnum):
     ORDER = 0  # of the training images, by epoch
     VIEW = 1  # augmentation, by epoch and sample
     MIX = 2  # mixup and CutMix, by step
+    FOLDS = 3  # of the images, for a probe
 
 
 def generator(purpose: Purpose, seed: int, epoch: int = 0, sample: int = 0) -> np.random.Generator:

@@ -16,12 +16,16 @@ from torch import Tensor
 
 from trainer.common.errors import UserError
 from trainer.common.randomness import Purpose, generator
-from trainer.images.augment import Augmentation, random_view
+from trainer.images.augment import Augmentation, mirror, random_view
 from trainer.images.decode import ImageError, Preprocessing, center_crop
 from trainer.images.folder import ImageFolder, read_shrunk
 from trainer.images.sampler import Share, epoch_batches, plain_batches
 
 AHEAD = 3  # batches in the making besides the one in use
+
+# Views of an image: its random views have the numbers 0, 1, ...
+PLAIN = -1  # as serving sees it
+MIRRORED = -2  # the same, left and right swapped
 
 # Takes an image's path and gives its shrunk pixels [H, W, 3]; raises ImageError.
 Reader = Callable[[str], NDArray[np.uint8]]
@@ -155,16 +159,15 @@ class ImageLoader:
 
     def eval_batches(self, name: str) -> Generator[Batch, None, None]:
         batches = plain_batches(self.folder.count(name), self.batch_size)
-        return self._load(name, None, self.share.of_evaluation(batches))
+        return self._load(name, PLAIN, self.share.of_evaluation(batches))
 
     def ordered_batches(
-        self, view: int | None, batch_size: int, chosen: Sequence[int] | None = None
+        self, name: str, view: int, batch_size: int, chosen: Sequence[int] | None = None
     ) -> Generator[Batch, None, None]:
-        """Yield every image of train in one of its random views, or of valid in its plain one.
+        """Yield every image of a split in one view, each once and in order.
 
-        view: None for valid. Each once and in order. chosen: the numbers of the batches; None: all.
+        chosen: the numbers of the batches; None: all.
         """
-        name = "valid" if view is None else "train"
         batches = plain_batches(self.folder.count(name), batch_size)
         if chosen is not None:
             batches = [batches[number] for number in chosen]
@@ -174,14 +177,16 @@ class ImageLoader:
         return epoch_batches(self.folder.count("train"), self.batch_size, self.seed, epoch)
 
     def _load(
-        self, name: str, view: int | None, batches: list[NDArray[np.int64]]
+        self, name: str, view: int, batches: list[NDArray[np.int64]]
     ) -> Generator[Batch, None, None]:
         split, size = self.folder.splits[name], self.preprocessing.size
 
         def see(sample: int) -> NDArray[np.uint8]:
             pixels = self._shrunk(split.paths[sample])
-            if view is None:
+            if view == PLAIN:
                 return center_crop(pixels, size)
+            if view == MIRRORED:
+                return mirror(center_crop(pixels, size))
             rng = generator(Purpose.VIEW, self.seed, view, sample)
             return random_view(
                 pixels, size, self.preprocessing.interpolation, self.augmentation, rng

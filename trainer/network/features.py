@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,13 +31,14 @@ from trainer.common.console import ProgressBar, log
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.images import augment, cache, identity
-from trainer.images.loader import Batch, ImageLoader
+from trainer.images.loader import MIRRORED, PLAIN, Batch, ImageLoader
 from trainer.images.sampler import Share, epoch_batches, plain_batches
 from trainer.network import build
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 
-FORMAT = 2  # of the files; 1 had no checksums
+FORMAT = 3  # of the files; 1 had no checksums, 2 other names
+NAMES = {PLAIN: "plain", MIRRORED: "mirrored"}  # of the views that aren't random
 # Images at a time, whatever the training's batch: features differ by about 1e-6 from one size to
 # another.
 BATCH = 64
@@ -102,7 +103,8 @@ class FeatureCache:
         self, network: Classifier, loader: ImageLoader, machine: Machine, cache: Path
     ) -> None:
         self.network, self.loader, self.machine = network, loader, machine
-        self.directory = cache / "features" / _key(network, loader, machine.precision)
+        self.cache = cache / "features"
+        self._weights = build.identity(network)
 
     def extract(self, stop: Stop, world: World) -> FeatureLoader:
         """Return the features of every training view and of valid.
@@ -114,30 +116,35 @@ class FeatureCache:
         """
         views = self.loader.views
         assert views is not None
-        order: list[int | None] = [*range(views), None]
+        order = [*(("train", view) for view in range(views)), ("valid", PLAIN)]
         first = len(order) * world.local_rank // world.local_size
-        arrays = {view: self._extract(view, stop) for view in order[first:] + order[:first]}
+        arrays = {each: self.of(*each, stop) for each in order[first:] + order[:first]}
         world.barrier(stop)
         return FeatureLoader(
-            self.loader, tuple(arrays[view] for view in range(views)), arrays[None]
+            self.loader,
+            tuple(arrays["train", view] for view in range(views)),
+            arrays["valid", PLAIN],
         )
 
-    def _extract(self, view: int | None, stop: Stop) -> NDArray[np.float32]:
-        """Return the features of one view (None: valid, plain): float32 [images, width]."""
-        name, split = f"train-{view}", "train"
-        if view is None:
-            name = split = "valid"
+    def of(self, split: str, view: int, stop: Stop) -> NDArray[np.float32]:
+        """Return the features of a split in one view: float32 [images, width].
+
+        Raises Interrupted, as `extract`.
+        """
+        name = f"{split}-{NAMES.get(view, view)}"
+        facts = _facts(self.network, self.loader, self.machine.precision, view)
+        directory = self.cache / _key(facts | {"weights": self._weights})
         shape = (self.loader.folder.count(split), self.network.features_width)
         numbers = range(math.ceil(shape[0] / BATCH))
         with ProgressBar(f"features, {name}", shape[0]) as bar:
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                directory.mkdir(parents=True, exist_ok=True)
                 with (
-                    files.locked(self.directory, stop.check, f".lock-{name}"),
-                    _Blocks(self.directory / name, shape) as blocks,
+                    files.locked(directory, stop.check, f".lock-{name}"),
+                    _Blocks(directory / name, shape) as blocks,
                 ):
                     missing = [number for number in numbers if not blocks.is_right(number, bar)]
-                    for number, rows in self._computed(view, missing, stop, bar):
+                    for number, rows in self._computed(split, view, missing, stop, bar):
                         blocks.write(number, rows)
                     return blocks.mapped()
             except OSError as error:
@@ -148,15 +155,15 @@ class FeatureCache:
                 )
             features = np.empty(shape, np.float32)
             bar.advance(-bar.done)
-            for number, rows in self._computed(view, numbers, stop, bar):
+            for number, rows in self._computed(split, view, numbers, stop, bar):
                 features[number * BATCH : number * BATCH + len(rows)] = rows
             return features
 
     def _computed(
-        self, view: int | None, numbers: Sequence[int], stop: Stop, bar: ProgressBar
+        self, split: str, view: int, numbers: Sequence[int], stop: Stop, bar: ProgressBar
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield each of these blocks and its features, float32 [at most BATCH, width]."""
-        batches = self.loader.ordered_batches(view, BATCH, numbers)
+        batches = self.loader.ordered_batches(split, view, BATCH, numbers)
         for number, batch in zip(numbers, batches, strict=True):
             yield number, compute(self.network, batch, self.machine)
             bar.advance(len(batch.target))
@@ -253,21 +260,28 @@ def compute(network: Classifier, batch: Batch, machine: Machine) -> NDArray[np.f
     return array
 
 
-def _key(network: Classifier, loader: ImageLoader, precision: torch.dtype) -> str:
-    """Return a name for what the features are a function of.
+def _key(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
-    Weights, images, their views, and how they are computed.
+
+def _facts(
+    network: Classifier, loader: ImageLoader, precision: torch.dtype, view: int
+) -> dict[str, Any]:
+    """Return what the features are a function of, beside the weights.
+
+    Images, their views, and how they are computed. For all random views it is the same.
     """
+    random: dict[str, Any] = {}
+    if view not in NAMES:
+        random["augmentation"] = [cache.code_of(augment), asdict(loader.augmentation)]
+        random["seed"] = loader.seed
     samples = [sample[:3] for sample in identity.samples(loader.folder) if sample[0] != "test"]
-    facts = {
+    return {
         "format": FORMAT,
-        "weights": build.identity(network),
         "pictures": samples,
         "preprocessing": [cache.decoding(), asdict(loader.preprocessing)],
-        "augmentation": [cache.code_of(augment), asdict(loader.augmentation)],
         "normalisation": [network.mean.flatten().tolist(), network.std.flatten().tolist()],
-        "seed": loader.seed,
         "precision": str(precision),
         "torch": torch.__version__,
+        **random,
     }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

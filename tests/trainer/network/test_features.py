@@ -123,8 +123,9 @@ def make_views(pictures: Path) -> ImageLoader:
     return dataclasses.replace(make_loader(pictures), views=2)
 
 
-def key(network, feed, precision=torch.float32) -> str:
-    return features._key(network, feed, precision)
+def key(network, feed, precision=torch.float32, view=0) -> str:
+    facts = features._facts(network, feed, precision, view)
+    return features._key(facts | {"weights": model.identity(network)})
 
 
 def test_whatever_the_features_depend_on_is_in_their_key(tmp_path, feed):
@@ -205,7 +206,7 @@ HARMS = {
 }
 
 
-@pytest.mark.parametrize("name", ["train-1.f32", "train-1.sums", "valid.f32"])
+@pytest.mark.parametrize("name", ["train-1.f32", "train-1.sums", "valid-plain.f32"])
 @pytest.mark.parametrize("harm", HARMS)
 def test_damaged_features_are_computed_again(tmp_path, feed, monkeypatch, name, harm):
     monkeypatch.setattr(features, "BATCH", 8)
