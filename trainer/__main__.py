@@ -56,6 +56,12 @@ def train(config: Config | None, world: World) -> None:
         spot(stop),
     ):
         images = find_images(config, stop)
+        recipe = None
+        if config.model.name == settings.AUTO:
+            # imported here: as below.
+            from trainer.training.recipe import decide
+
+            run, recipe = decide(run, images)
         run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
         if result:

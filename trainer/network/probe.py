@@ -22,6 +22,7 @@ FOLDS = 5
 # ends where the loss rises again.
 PENALTIES = tuple(10 ** (-exponent / 2) for exponent in range(3, 14))  # 10**-1.5 to 10**-6.5
 ITERATIONS = 500
+TEMPERATURES = tuple(10 ** (step / 40) for step in range(-40, 41))  # 0.1 to 10
 # Of the gradient's largest entry, and of the loss's change: beyond them no decision is another.
 TOLERANCE, CHANGE = 1e-6, 1e-9
 
@@ -39,6 +40,10 @@ class Probe:
     bias: Tensor
     penalty: float
     logits: Tensor
+
+    def of(self, features: NDArray[np.float32]) -> Tensor:
+        """Return the logits [N, classes] of features [N, width]."""
+        return torch.from_numpy(features) @ self.weight.T + self.bias
 
 
 def fit(
@@ -95,6 +100,19 @@ def correct(logits: Tensor, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return whether each image's highest logit is its label's: bool [N]."""
     answers: NDArray[np.bool_] = logits.argmax(dim=1).numpy() == labels
     return answers
+
+
+def calibrated_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each image at the temperature with the least sum: float32 [N].
+
+    logits: float32 [N, classes], labels: int64 [N]. Losses of two networks can be compared so,
+    however sure of themselves the two are.
+    """
+    losses = [
+        functional.cross_entropy(logits / temperature, labels, reduction="none")
+        for temperature in TEMPERATURES
+    ]
+    return min(losses, key=lambda each: each.sum().item())
 
 
 def standard_error(values: Sequence[float] | NDArray[np.float64] | NDArray[np.bool_]) -> float:

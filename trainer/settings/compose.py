@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
-from trainer.settings.config import DEMO, TOY, Config
+from trainer.settings.config import AUTO, DEMO, TOY, Config
 from trainer.settings.hydra_errors import (
     CONFIG_ERRORS,
     explain,
@@ -69,12 +69,6 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
             words.insert(0, word)
             notes.append(f"{word}: {reason}")
             composed, choices = _compose(words, conf)
-    if choices["data"] != DEMO and not given & {"model", "model.name", "experiment"}:
-        notes.append(
-            f"model={choices['model']}: no model was given; "
-            "model=mobilenet_v2 is quicker on a CPU, "
-            f"model={TOY} is small and learns from nothing"
-        )
     if choices["model"] == TOY and choices["data"] != DEMO and composed.data.size is None:
         notes.append(
             f"model={TOY}: it learns from nothing, and from pictures of {settings.PLAIN.size} px; "
@@ -190,12 +184,12 @@ def _model_by_name(
     if OmegaConf.is_missing(composed.model, "name"):
         return None
     name, choice = composed.model.name, choices["model"]
-    if (name == TOY) == (choice == TOY):
+    if choice == name or (name not in (AUTO, TOY) and choice not in (AUTO, TOY)):
         return None
     option, instead = "torchvision", f"model=torchvision model.name={name}"
     reason = f"model.name={name} is not {choice}"
-    if name == TOY:
-        option, instead = TOY, f"model={TOY} alone"
+    if name in (AUTO, TOY):
+        option, instead = name, f"model={name} alone"
     else:
         reason += "; it comes with its pretrained weights unless model.weights says otherwise"
     if "model" in given:

@@ -27,7 +27,7 @@ from trainer.settings.hydra_errors import explain, unknown_key
 
 DEMO = "fashion_mnist"  # conf/data: the pictures that ship with this
 TOY = "small_cnn"  # conf/model: trained from scratch in seconds
-PRETRAINED = "resnet50"  # conf/model: for pictures of one's own
+AUTO = "auto"  # conf/model: chosen by measuring on the pictures; for those of one's own
 
 # Limits beyond which a number is a slip of the hand, and what computes with it overflows.
 SIDE = 16_384  # pixels
@@ -75,7 +75,7 @@ def setting(
 class AugmentConfig:
     scale: list[float] = setting(above=0, at_most=1, length=2)
     ratio: list[float] = setting(at_least=0.01, at_most=100, length=2)
-    flip: bool = setting()
+    flip: bool | None = setting()
     trivial: bool = setting()
     mixup: float = setting(at_least=0, at_most=1000)
     cutmix: float = setting(at_least=0, at_most=1000)
@@ -107,7 +107,9 @@ class DataConfig:
 class ModelConfig:
     name: str = setting()
     weights: str | None = setting(path=True)
+    candidates: list[str] | None = setting(only_if=f"model.name={AUTO}")
     freeze: str = setting("auto", "none", "backbone")
+    head: str = setting("random", "probe")
     head_hidden: int | None = setting(at_least=1, at_most=65536)
     cached_views: int | None = setting(at_least=1, at_most=1000, only_if="model.freeze=backbone")
     mean: list[float] | None = setting(at_least=0, at_most=1, length=3)
@@ -129,7 +131,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    epochs: int | None = setting(at_least=1, at_most=EPOCHS_MOST)
+    epochs: int | None = setting(at_least=0, at_most=EPOCHS_MOST)
     batch_size: int = setting(at_least=1, at_most=BATCH_MOST)
     accumulate: int = setting(at_least=1, at_most=BATCH_MOST)
     label_smoothing: float = setting(at_least=0, below=1)
@@ -148,6 +150,13 @@ class TrainConfig:
     processes: int | None = setting(at_least=1, at_most=100_000, identity=False)
     hosts: int | None = setting(at_least=1, at_most=100_000, identity=False)
     timeout_seconds: float = setting(above=0, at_most=604_800, identity=False)
+
+
+@dataclass
+class RecipeConfig:
+    minutes: float | None = setting(above=0, at_most=1e6, only_if=f"model.name={AUTO}")
+    tune_minutes: float | None = setting(at_least=0, at_most=1e6, only_if=f"model.name={AUTO}")
+    prefer: str = setting("accuracy", "balance", "speed", only_if=f"model.name={AUTO}")
 
 
 @dataclass
@@ -202,6 +211,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     package: PackageConfig = field(default_factory=PackageConfig)
     platform: PlatformConfig = field(default_factory=PlatformConfig)
@@ -235,7 +245,7 @@ def default_model(data: str) -> str:
     """
     if data == DEMO:
         return TOY
-    return PRETRAINED
+    return AUTO
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -264,7 +274,9 @@ def load(composed: DictConfig) -> Config:
             f"name={config.name} is not allowed; "
             f"allowed: the name of one directory, made in platform.runs={config.platform.runs}"
         )
-    fill_recipe(config)
+    check_model(config)
+    if config.model.name != AUTO:  # else trainer.training.recipe calls it
+        fill_recipe(config)
     if config.model.weights is None:
         fill_pixels(config, PLAIN)
     check_sizes(config.data)
@@ -298,6 +310,31 @@ def expand_paths(node: Any, prefix: str = "") -> None:
                 setattr(node, entry.name, expanded(value))
             except UserError as error:
                 raise UserError(f"{key}={error}") from error
+
+
+def check_model(config: Config) -> None:
+    """Raise UserError for settings of the network that contradict each other."""
+    model, epochs = config.model, config.train.epochs
+    if model.name == AUTO and model.weights is None:
+        raise UserError(
+            f"model={AUTO} with model.weights=null: it chooses among pretrained networks; "
+            f"from scratch are model={TOY}, and model.name=NAME model.weights=null"
+        )
+    if model.name == AUTO and model.head_hidden is not None:
+        raise UserError(
+            f"model.head_hidden={model.head_hidden} with model={AUTO}: its head is linear, since "
+            "it is solved and not trained; allowed: model.head_hidden=null, or model.name=NAME"
+        )
+    if model.head == "probe" and model.head_hidden is not None:
+        raise UserError(
+            f"model.head=probe with model.head_hidden={model.head_hidden}: only a linear head is "
+            "solved; allowed: model.head_hidden=null, or model.head=random"
+        )
+    if epochs == 0 and model.name != AUTO and model.head != "probe":
+        raise UserError(
+            "train.epochs=0: a random head has to be trained; "
+            "allowed: train.epochs=1 or more, or model.head=probe, which is solved"
+        )
 
 
 def check_batch(train: TrainConfig) -> None:
@@ -433,9 +470,20 @@ PLAIN = PixelSpec(
 # Peak learning rates (all layers but the head, the head) by optimizer and by what is trained; None:
 # the same. MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers
 # gives a test accuracy of 33 %, 2e-4 with 2e-3 for the head 55 %, a frozen backbone 76 %.
+# From a solved head, one small rate for all (LP-FT, Kumar et al. 2022).
 LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
-    "adamw": {"scratch": (2e-3, None), "head": (2e-3, None), "pretrained": (2e-4, 2e-3)},
-    "sgd": {"scratch": (0.05, None), "head": (0.05, None), "pretrained": (5e-3, 0.05)},
+    "adamw": {
+        "scratch": (2e-3, None),
+        "head": (2e-3, None),
+        "pretrained": (2e-4, 2e-3),
+        "solved": (1e-4, None),
+    },
+    "sgd": {
+        "scratch": (0.05, None),
+        "head": (0.05, None),
+        "pretrained": (5e-3, 0.05),
+        "solved": (2e-3, None),
+    },
 }
 # From here on, on all layers, pretrained weights are mostly forgotten.
 RUINOUS_LR = {"adamw": 1e-3, "sgd": 0.05}
@@ -453,8 +501,12 @@ def fill_recipe(config: Config) -> None:
             model.freeze = "none"
         elif augment.mixup + augment.cutmix > 0:
             model.cached_views = None  # mixed images have no cached features
+    if augment.flip is None:
+        augment.flip = True
     if choice.lr is None:
         trained = "pretrained"
+        if model.head == "probe":
+            trained = "solved"
         if model.freeze == "backbone":
             trained = "head"
         elif model.weights is None:

@@ -12,7 +12,6 @@ from torch.nn import functional
 from trainer.images.loader import Batch
 from trainer.network import optim
 from trainer.network.device import Machine
-from trainer.training.metrics import classification
 from trainer.training.training import Training
 
 
@@ -22,6 +21,8 @@ def fit(run: Training) -> None:
     Raises Interrupted, with everything saved, when asked to stop.
     """
     with run.saved_at_the_end():
+        if run.is_probe():
+            run.begin_from_probe(evaluate(run))
         while run.progress.epoch < run.epochs and not run.out_of_patience():
             train_one_epoch(run)
             metrics = evaluate(run)
@@ -81,7 +82,7 @@ def evaluate(run: Training) -> dict[str, float]:
     run.gradients.share_buffers(run.eval_model)
     batches = run.data.eval_batches("valid")
     logits, targets = predict(run, run.eval_model, batches, run.machine)
-    return run.world.broadcast_from_main(partial(classification, logits, targets, "valid"))
+    return run.world.broadcast_from_main(partial(run.measure, logits, targets))
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,19 +22,19 @@ from trainer.distributed.world import Action, World
 from trainer.images.augment import Augmentation
 from trainer.images.care import Findings
 from trainer.images.folder import ImageFolder
-from trainer.images.loader import Batch, ImageLoader, Loader, Reader
+from trainer.images.loader import MIRRORED, PLAIN, Batch, ImageLoader, Loader, Reader
 from trainer.images.mixup import Mixing, mix
 from trainer.images.sampler import Share
 from trainer.images.usable import preprocessing, report_left_out, usable_images, workers
-from trainer.network import build, device, optim
+from trainer.network import build, device, optim, probe
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
-from trainer.network.features import FeatureCache
+from trainer.network.features import FeatureCache, FeatureLoader
 from trainer.settings.config import Config, metric_line
 from trainer.training import care, checkpoint
 from trainer.training.checkpoints import Checkpoints
-from trainer.training.metrics import MetricsFile, TrainSums, better
+from trainer.training.metrics import MetricsFile, TrainSums, better, classification
 from trainer.training.run import Run
 
 
@@ -103,6 +104,9 @@ def _data(run: Run, network: Classifier, loader: ImageLoader, machine: Machine) 
     if loader.views is None:
         return loader
     cache = FeatureCache(network, loader, machine, Path(run.config.platform.cache))
+    if run.config.model.head == "probe":  # solved on these, and not on random views
+        train, valid = (cache.of(split, PLAIN, run.stop) for split in ("train", "valid"))
+        return FeatureLoader(loader, (train,), valid)
     return cache.extract(run.stop, run.world)
 
 
@@ -149,6 +153,8 @@ class Training:
             "environment": machine.environment(),
         }
         self.progress = Progress()
+        # Of each image of valid, float32 [N]: the probe's loss, which training must better.
+        self.probe_losses: Tensor | None = None
         self.sums = TrainSums(self.progress.sums)
         self.metrics_file = _metrics_file(run)
         self.checkpoints = Checkpoints(
@@ -163,6 +169,53 @@ class Training:
         if isinstance(world, Job):
             return Replicated(self.forward, world, data.share, data.global_batch_size, self.device)
         return Gradients(self.forward)
+
+    # --- a head that is solved before the rest is trained: model.head=probe ---
+
+    def solve_head(self) -> None:
+        """Make the head logistic regression on the features of train, plain and mirrored."""
+        config, stop = self.config, self.stop
+        cache = FeatureCache(self.network, self.loader, self.machine, Path(config.platform.cache))
+        kinds = [PLAIN, MIRRORED] if config.data.augment.flip else [PLAIN]
+        views = np.stack([cache.of("train", view, stop) for view in kinds], axis=1)
+        labels = self.loader.folder.splits["train"].labels
+        with ProgressBar("solving the head", 1):
+            solved = probe.fit(views, labels, self.loader.classes, config.seed, stop.check)
+        head = self.network.head
+        assert isinstance(head, nn.Linear)  # settings.config.check_model
+        head.load_state_dict({"weight": solved.weight, "bias": solved.bias})
+        if self.ema:
+            self.ema.network.load_state_dict(self.model.state_dict())
+
+    def is_probe(self) -> bool:
+        """Return whether nothing has been trained yet on top of a solved head."""
+        return self.config.model.head == "probe" and self.progress.best is None
+
+    def begin_from_probe(self, metrics: dict[str, float]) -> None:
+        """Note the solved head as the best until now, of epoch 0. metrics: of valid."""
+        row = {"epoch": 0, "step": 0, **metrics}
+        self.metrics_file.append(row)
+        log.info(metric_line(row))
+        self.keep_best(metrics)
+        self.checkpoints.save()
+
+    def measure(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return the metrics of valid: logits float32 [N, classes], labels int64 [N].
+
+        After a solved head also by how much the loss is lower than the probe's, and the standard
+        error of that: the losses of each image are compared, at the temperature that is best for
+        each of the two (a package is calibrated).
+        """
+        metrics = classification(logits, labels, "valid")
+        if self.config.model.head != "probe":
+            return metrics
+        losses = probe.calibrated_losses(logits, labels)
+        if self.probe_losses is None:
+            self.probe_losses = losses
+            return metrics
+        gains = self.probe_losses - losses
+        error = probe.standard_error(gains.numpy())
+        return metrics | {"gain": round(gains.mean().item(), 6), "gain_error": round(error, 6)}
 
     # --- an epoch, as loop.fit drives it ---
 
@@ -305,14 +358,23 @@ class Training:
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
-        best = self.progress.best["value"] if self.progress.best else None
-        monitor = self.config.train.monitor
-        return better(metrics[monitor], best, monitor)
+        best, monitor = self.progress.best, self.config.train.monitor
+        if best is None:
+            return True
+        if best["epoch"] == 0 and metrics["gain"] <= metrics["gain_error"]:
+            return False  # what is trained must be better than a probe beyond doubt
+        if best["epoch"] == 0:
+            return metrics["valid_top1"] >= best["top1"]
+        return better(metrics[monitor], best["value"], monitor)
 
     def keep_best(self, metrics: dict[str, float]) -> None:
         """Take the weights as they are for the best."""
         value = metrics[self.config.train.monitor]
-        self.progress.best = {"epoch": self.progress.epoch, "value": value}
+        self.progress.best = {
+            "epoch": self.progress.epoch,
+            "value": value,
+            "top1": metrics["valid_top1"],
+        }
         model = self.ema.network if self.ema else self.model
         self.checkpoints.keep_best(model.state_dict(), self.facts["environment"])
 
@@ -359,6 +421,7 @@ class Training:
                 "groups": optimizer["param_groups"],
             },
             "scaler": self.scaler.state_dict(),
+            "probe_losses": self.probe_losses,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -368,6 +431,7 @@ class Training:
             self.ema.network.load_state_dict(state["average"])
         _restore_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.probe_losses = state["probe_losses"]
         self.progress = Progress(**state["progress"])
 
     def resume(self) -> None:
@@ -400,7 +464,11 @@ class Training:
                 self.epochs,
                 progress.step,
             )
-        elif world.size > 1:
+        elif self.config.model.head == "probe":
+            if world.is_main_process:
+                self.solve_head()
+            world.barrier(self.stop)
+        if newest is None and world.size > 1:
             # The same beginning, also where hosts of different kinds made their own.
             self.restore(world.broadcast_from_main(self.state))
         self.metrics_file.restore(self.progress.rows)
