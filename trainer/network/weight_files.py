@@ -31,6 +31,20 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "
 AUXILIARY = ("AuxLogits", "aux1", "aux2")
 # DenseNet's names of before 2017, in the files that torchvision still publishes.
 OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
+# The names of an EfficientNet's layers in the package efficientnet_pytorch, in which the
+# EfficientNet-Lites are published too, and timm's; in a block with and without an expansion.
+STEM_AND_HEAD = {
+    "_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
+    "_fc": "classifier",
+}  # fmt: skip
+EXPANDED = {
+    "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+    "_project_conv": "conv_pwl", "_bn2": "bn3",
+}  # fmt: skip
+NOT_EXPANDED = {
+    "_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2",
+}  # fmt: skip
+SQUEEZE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
 
 
 def state_dict(name: str, weights: str) -> State:
@@ -199,7 +213,29 @@ def _plain_names(needed: State, state: State) -> State:
     state = {OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
     prefixes = {prefix: None for key in state for prefix in _prefixes(key)}
     best = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in needed))
-    return {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
+    plain = {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
+    return _timm_efficientnet(needed, plain)
+
+
+def _timm_efficientnet(needed: State, state: State) -> State:
+    """Return the state of an efficientnet_pytorch file with timm's names, any other as it is.
+
+    Its blocks are numbered through, timm's by stage.
+    """
+    blocks = list(dict.fromkeys(re.findall(r"^blocks\.\d+\.\d+", "\n".join(needed), re.M)))
+    numbers = {key.split(".")[1] for key in state if key.startswith("_blocks.")}
+    if not blocks or numbers != set(map(str, range(len(blocks)))):
+        return state
+    renamed = {}
+    for key, value in state.items():
+        place, _, layer = key.rpartition(".")[0].rpartition(".")
+        names, before = STEM_AND_HEAD, ""
+        if place:
+            expands = f"{place}._expand_conv.weight" in state
+            names = (EXPANDED if expands else NOT_EXPANDED) | SQUEEZE
+            before = f"{blocks[int(place.split('.')[1])]}."
+        renamed[f"{before}{names.get(layer, layer)}.{key.rpartition('.')[2]}"] = value
+    return renamed
 
 
 def _prefixes(key: str) -> Iterator[str]:
