@@ -92,7 +92,10 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
         device = torch.device("cuda")
     # The images' mean and standard deviation are among the weights.
     module = model.build(
-        config["model.name"], len(manifest["classes"]), head_hidden=config.get("model.head_hidden")
+        config["model.name"],
+        len(manifest["classes"]),
+        head_hidden=config.get("model.head_hidden"),
+        size=manifest["preprocessing"]["size"],
     )
     module.load_state_dict(load_file(directory / "model.safetensors"))
     module.eval().to(device)

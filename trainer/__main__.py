@@ -90,11 +90,11 @@ def check_result(run: Run, result: dict[str, Any], images: ImageFolder) -> None:
     """Raise UserError where a complete run's settings, images or file of weights are now others."""
     images, _ = usable_images(run.config, images, run.stop, run.world)
     then, network = result["identity"], None
-    if run.weights_file and Path(run.weights_file).is_file():
+    if run.weights_file and Path(run.weights_file).exists():
         # imported here: as above; other weights are known by their name.
         from trainer.training.training import new_network
 
-        network = new_network(run.config, len(images.classes))
+        network = new_network(run.config, images.classes)
     now = run.identity(images, network)
     if network is None:
         now |= {key: value for key, value in then.items() if key.startswith("weights.")}

@@ -5,7 +5,9 @@ It lies inside the network, so that no caller can forget it.
 
 import copy
 import importlib.metadata
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,16 @@ from torch import Tensor, nn
 
 from trainer.common import files
 from trainer.common.errors import TRANSIENT, Unreadable, UserError
+from trainer.common.model_package import is_package
 from trainer.images.identity import of_weights
-from trainer.network.weights import fill, import_timm, is_file, state_dict, torchvision_weights
+from trainer.network.weight_files import fill, head_of, state_dict
+from trainer.network.weight_folder import is_file, looked_for
+from trainer.network.weights import import_timm, torchvision_weights
+from trainer.settings.config import PLAIN
+
+# torchvision's networks whose pretrained weights want another normalisation than they say, and
+# make it themselves.
+TRANSFORMING = ("googlenet", "inception_v3")
 
 
 class Classifier(nn.Module):
@@ -79,30 +89,47 @@ def build(
     classes: int,
     *,
     weights: str | None = None,
+    weights_dir: str | None = None,
+    keep_head: bool = False,
     freeze: str = "none",
     head_hidden: int | None = None,
+    size: int | None = None,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
     channels_last: bool = True,
 ) -> Classifier:
     """Return the classifier `small_cnn`, `timm/NAME`, or that of a name of torchvision's.
 
-    weights: a name of torchvision's, a file with a state dict, or None for random ones. mean, std:
-    of the channels, in 0..1. The head is always new and random; the caller seeds torch. Raise
-    UserError for a name or weights that don't exist or don't fit.
+    weights: a name of torchvision's, a file with a state dict, one of our packages, or None for
+    random ones. weights_dir: where a file was looked for in vain. keep_head: take the head of the
+    package too; else it is new and random, and the caller seeds torch. size: of the square that the
+    network will see, in pixels; None: what it was made for. mean, std: of the channels, in 0..1.
+    Raise UserError for a name or weights that don't exist or don't fit.
     """
     builder = BUILDERS.get(name.split("/")[0], _torchvision)
-    backbone, features = builder(name, weights)
+    try:
+        backbone, features = builder(name, weights, size)
+    except Absent as error:
+        raise _offline(name, weights, weights_dir, error) from error
     head: nn.Module = nn.Linear(features, classes)
     if head_hidden is not None:
         head = nn.Sequential(
             nn.Linear(features, head_hidden), nn.ReLU(), nn.Linear(head_hidden, classes)
         )
+    if keep_head:
+        assert weights is not None
+        head.load_state_dict(head_of(name, weights))
+    if getattr(backbone, "transform_input", False):
+        mean, std = _without_transform(backbone, mean, std)
     network = Classifier(backbone, head, mean, std, frozen=freeze == "backbone")
     network.name = name
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     return network
+
+
+class Absent(Exception):
+    """Weights that a library could not download. The message says why."""
 
 
 def identity(network: Classifier) -> dict[str, str]:
@@ -111,19 +138,6 @@ def identity(network: Classifier) -> dict[str, str]:
     used = libraries.get(network.name.split("/")[0], ("torchvision",))
     versions = {library: importlib.metadata.version(library) for library in used}
     return of_weights(network.backbone, network.name, versions)
-
-
-def origin(name: str, weights: str | None) -> str:
-    """Return where the weights come from, in a word or two for the log."""
-    if weights is None:
-        return "from scratch"
-    if is_file(weights):
-        return f"weights from {weights}"
-    if name.startswith("timm/"):
-        return "timm's weights"
-    import torchvision  # imported here: see `_torchvision`
-
-    return f"torchvision's weights {torchvision.models.get_model_weights(name)[weights].name}"
 
 
 def check(network: Classifier, name: str, size: int, count: int) -> None:
@@ -137,15 +151,19 @@ def check(network: Classifier, name: str, size: int, count: int) -> None:
         with torch.no_grad():
             copy.deepcopy(network).train()(pixels)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"model.name={name} can't train on pictures of data.size={size}, {count} at a time "
-            f"({reason}); give another data.size and data.resize, "
-            "or more at a time by train.batch_size and train.accumulate"
-        ) from error
+        raise _other_size(name, size, f", {count} at a time", error) from error
 
 
-def _small_cnn(name: str, weights: str | None) -> tuple[nn.Module, int]:
+def _other_size(name: str, size: int, how: str, error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"model.name={name} can't train on pictures of data.size={size}{how} ({reason}); "
+        "give another data.size and data.resize, "
+        "or more at a time by train.batch_size and train.accumulate"
+    )
+
+
+def _small_cnn(name: str, weights: str | None, size: int | None) -> tuple[nn.Module, int]:
     """Four 3 x 3 convolutions for images of 12 px and more; 0.2 million parameters."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -166,12 +184,11 @@ def _small_cnn(name: str, weights: str | None) -> tuple[nn.Module, int]:
         nn.Flatten(),
     )
     if weights is not None:
-        fill(backbone, state_dict(name, weights), weights, head=None)
+        fill(backbone, state_dict(name, weights), weights)
     return backbone, 128 * 9
 
 
-def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
-    timm = import_timm(name)
+def _timm(name: str, weights: str | None, size: int | None) -> tuple[nn.Module, int]:
     local = weights is not None and is_file(weights)
     if weights is not None and not local and weights != "DEFAULT":
         raise UserError(
@@ -180,35 +197,78 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, int]:
             "allowed: DEFAULT, null, or a file with a state dict"
         )
     try:
-        backbone: Any = _patiently(
-            lambda: timm.create_model(
-                name.removeprefix("timm/"),
-                num_classes=0,
-                pretrained=weights is not None and not local,
-            )
-        )
+        backbone = _patiently(lambda: _timm_backbone(name, weights is not None and not local, size))
     except (OSError, RuntimeError) as error:
-        raise _offline(name, weights, error) from error
+        raise Absent(str(error)) from error
     if local:
         assert weights is not None
-        fill(backbone, state_dict(name, weights), weights, backbone.default_cfg["classifier"])
-    return backbone, backbone.num_features
+        # timm's own, for files of the networks' authors, and for another number of patches.
+        adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        heads = backbone.default_cfg.get("classifier") or ()
+        fill(
+            backbone,
+            state_dict(name, weights),
+            weights,
+            [heads] if isinstance(heads, str) else heads,
+            partial(adapt, model=backbone) if adapt else None,
+        )
+    return backbone, _width(backbone, name, size)
 
 
-def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, int]:
+def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
+    """Return timm's network without its last layer, for squares of `size` px where it takes one."""
+    timm = import_timm(name)
+    short = name.removeprefix("timm/")
+    usual = timm.get_pretrained_cfg(short, allow_unregistered=True)
+    others = size is not None and usual is not None and usual.input_size[1:] != (size, size)
+    if others and usual.fixed_input_size:
+        try:
+            return timm.create_model(short, num_classes=0, pretrained=pretrained, img_size=size)
+        except TypeError as error:  # of a network whose size can't be chosen
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(short, num_classes=0, pretrained=pretrained)
+
+
+def _width(backbone: Any, name: str, size: int | None) -> int:
+    """Return how many features a timm network gives, by having it give some.
+
+    In many a layer lies behind the pooling, so that timm's `num_features` is not it. Raise
+    UserError where it can't see squares of `size` px.
+    """
+    height, width = backbone.default_cfg["input_size"][1:]
+    if size is not None:
+        height, width = size, size
+    pixels = torch.zeros(1, 3, height, width, device=next(backbone.parameters()).device)
+    training = backbone.training
+    try:
+        with torch.no_grad():
+            features = backbone.eval()(pixels)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise _other_size(name, height, "", error) from error
+    backbone.train(training)
+    if not torch.is_tensor(features) or features.ndim != 2:
+        raise UserError(
+            f"model.name={name} gives no list of features for a picture, "
+            "so it can't have a head of ours; choose another model.name"
+        )
+    return features.shape[1]
+
+
+def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.Module, int]:
     published = torchvision_weights(name, weights)
     import torchvision  # imported here: it doubles the start-up time of a run that needs none
 
     extra: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):
+    if name in TRANSFORMING:
         # Their auxiliary classifiers only matter when they are trained from scratch on ImageNet.
         extra["aux_logits"] = False
         if published is None:
-            extra["init_weights"] = True
+            extra["init_weights"] = weights is None
     try:
         network = _patiently(lambda: torchvision.models.get_model(name, weights=published, **extra))
     except OSError as error:  # urllib's URLError is one
-        raise _offline(name, weights, error) from error
+        raise Absent(str(error)) from error
     except Unreadable:
         raise
     except Exception as error:  # unpickling damage raises whatever the bytes happen to say
@@ -220,12 +280,29 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, int]:
         ) from error
     head, features = _find_head(network)
     if weights is not None and published is None:
-        fill(network, state_dict(name, weights), weights, head)
+        fill(network, state_dict(name, weights), weights, [head])
+        if name in TRANSFORMING and not is_package(weights):
+            network.transform_input = True  # as torchvision's own loading sets it
     network.set_submodule(head, nn.Identity())
     return network, features
 
 
-def _patiently(load: Callable[[], nn.Module]) -> nn.Module:
+def _without_transform(
+    backbone: Any, mean: Sequence[float], std: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """Take away a network's own change of ImageNet's normalisation; return the one that does both.
+
+    So the state dict says all, and whoever builds the network again needs to know nothing more.
+    """
+    backbone.transform_input = False
+    theirs = list(zip(mean, std, PLAIN.mean, PLAIN.std, strict=True))
+    return (
+        [value - spread * (middle - 0.5) / width for value, spread, middle, width in theirs],
+        [spread * 0.5 / width for value, spread, middle, width in theirs],
+    )
+
+
+def _patiently(load: Callable[[], Any]) -> Any:
     """Return what `load` returns, from the same random numbers at each try.
 
     A disk that fails is not a network that isn't there: raise Unreadable for the one, and what
@@ -238,13 +315,14 @@ def _patiently(load: Callable[[], nn.Module]) -> nn.Module:
         if error.errno not in TRANSIENT or isinstance(error, TimeoutError):
             raise
 
-    def again() -> nn.Module:
+    def again() -> Any:
         torch.set_rng_state(state)
         return load()
 
     return files.patiently(torch.hub.get_dir(), again)
 
 
+# By the first word of a model's name: what returns the backbone, and how many features it gives.
 BUILDERS = {"small_cnn": _small_cnn, "timm": _timm}
 
 
@@ -261,9 +339,14 @@ def _find_head(network: nn.Module) -> tuple[str, int]:
     return name, features
 
 
-def _offline(name: str, weights: str | None, error: Exception) -> UserError:
+def _offline(
+    name: str, weights: str | None, weights_dir: str | None, error: Exception
+) -> UserError:
+    where = ""
+    if weights_dir is not None:
+        where = f"model.weights_dir={weights_dir} holds none (looked for {looked_for(name)}), and "
     return UserError(
-        f"model.weights={weights}: the weights of {name} could not be downloaded ({error}); "
+        f"model.weights={weights}: {where}the weights of {name} could not be downloaded ({error}); "
         "where there is no network, download them elsewhere and give model.weights=FILE, "
         "or train from scratch with model=small_cnn, or this model with model.weights=null"
     )

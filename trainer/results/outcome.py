@@ -15,6 +15,7 @@ from trainer.common.errors import UserError
 from trainer.common.git import revision
 from trainer.images import folder
 from trainer.images.names import suffix_of
+from trainer.network.weights import provenance
 from trainer.results import package, quantize, report
 from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
@@ -143,6 +144,7 @@ def build_package(run: Training, tested: Tested) -> None:
         metrics=metrics | {"epoch": run.progress.best["epoch"]},
         config=identity(config),
         revision=revision(),
+        weights=provenance(config),
         golden=[split.paths[first] for first in firsts],
         suffixes=frozenset(
             suffix_of(path) for each in images.splits.values() for path in each.paths

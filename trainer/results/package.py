@@ -34,13 +34,12 @@ from torch import nn
 
 from trainer.common import files
 from trainer.common.errors import UserError
+from trainer.common.model_package import FORMAT, MANIFEST, TENSORS
 from trainer.common.serving_code import SERVING_CODE
 from trainer.images.decode import ImageError, Preprocessing, prepare
 from trainer.images.names import AVIF, HEIC
 from trainer.results import quantize
 
-FORMAT = 1
-MANIFEST = "package.json"
 PROJECT = Path(__file__).resolve().parents[2]
 
 # What travels as code/, and where it lies here.
@@ -82,6 +81,8 @@ class Contents:
     golden: Sequence[str]  # paths of a few images; their bytes travel along
     # What the pictures and the first weights were: SHA-256 and versions, by name.
     identity: dict[str, str] = field(default_factory=dict)
+    # Where the first weights were from, and their licence.
+    weights: dict[str, str | None] = field(default_factory=dict)
     # To calibrate with and to compare accuracy on; None: the network stays in float32.
     int8: quantize.Pictures | None = None
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
@@ -147,7 +148,7 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> di
     for name, (data, _) in zip(_golden_names(contents), golden, strict=True):
         _write(package / name, data)
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    _write(package / "model.safetensors", safetensors.save(weights))
+    _write(package / TENSORS, safetensors.save(weights))
     _write(package / "model.onnx", model)
     _write(package / "code/requirements.txt", _requirements(contents.suffixes).encode())
     for name, source in CODE.items():
@@ -178,6 +179,7 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
         "config": contents.config,
         "revision": contents.revision,
         "identity": contents.identity,
+        "weights": contents.weights,
         "tolerance": tolerance,
         "golden": _golden_names(contents),
         "versions": {

@@ -108,6 +108,7 @@ class ModelConfig:
     name: str = setting()
     weights: str | None = setting(path=True)
     candidates: list[str] | None = setting(only_if=f"model.name={AUTO}")
+    weights_dir: str | None = setting(identity=False, path=True)
     freeze: str = setting("auto", "none", "backbone")
     head: str = setting("random", "probe")
     head_hidden: int | None = setting(at_least=1, at_most=65536)
@@ -278,7 +279,7 @@ def load(composed: DictConfig) -> Config:
     if config.model.name != AUTO:  # else trainer.training.recipe calls it
         fill_recipe(config)
     if config.model.weights is None:
-        fill_pixels(config, PLAIN)
+        fill_pixels(config, pixels_from_scratch(config.model.name))
     check_sizes(config.data)
     check_batch(config.train)
     augment = config.data.augment
@@ -399,6 +400,11 @@ def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> li
             "model.freeze=backbone with model.weights=null trains a head on random features: "
             "give model.weights"
         )
+    if "model.weights_dir" in given and config.model.weights is None:
+        lines.append(
+            f"model.weights_dir={config.model.weights_dir} has no effect with model.weights=null: "
+            "give model.weights=DEFAULT"
+        )
     return lines
 
 
@@ -466,6 +472,17 @@ class PixelSpec:
 PLAIN = PixelSpec(
     (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256, size=224, interpolation="bilinear"
 )
+
+# The toy's, which never sees ImageNet.
+TOY_PIXELS = dataclasses.replace(PLAIN, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def pixels_from_scratch(name: str) -> PixelSpec:
+    """Return what a network without weights is given."""
+    if name == TOY:
+        return TOY_PIXELS
+    return PLAIN
+
 
 # Peak learning rates (all layers but the head, the head) by optimizer and by what is trained; None:
 # the same. MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from trainer.images.loader import MIRRORED, PLAIN, Batch, ImageLoader, Loader, R
 from trainer.images.mixup import Mixing, mix
 from trainer.images.sampler import Share
 from trainer.images.usable import preprocessing, report_left_out, usable_images, workers
-from trainer.network import build, device, optim, probe
+from trainer.network import build, device, optim, probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
@@ -518,20 +518,23 @@ def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier
     # What one process of a host downloads, the others find.
     downloads = config.model.weights is not None
     with world.local_main_process_first() if downloads else nullcontext():
-        network = new_network(config, len(images.classes))
+        network = new_network(config, images.classes)
     share = _share(run, images)
     microbatch = _batch_size(config, images) // share.shards // config.train.accumulate
     build.check(network, config.model.name, preprocessing(config).size, max(microbatch, 1))
     network = network.to(machine.device)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     log.info(
-        "model: %s, %s, %s parameters, %s trained, on %s in %s",
+        "model: %s, %s, %s parameters, %s trained, on %s in %s%s",
         config.model.name,
-        build.origin(config.model.name, config.model.weights),
-        f"{sum(parameter.numel() for parameter in network.parameters()):,}",
+        weights.SCRATCH if config.model.weights is None else "pretrained",
+        f"{parameters:,}",
         f"{sum(part.numel() for part in network.parameters() if part.requires_grad):,}",
         machine.device,
         machine,
+        weights.origin(config),
     )
+    weights.warn_of_scratch(config, parameters, len(images.splits["train"].paths))
     if world.size > 1:
         mode = "fast" if config.train.exact_shards is None else f"exact, in {share.shards} shards"
         hosts = "host" if world.hosts == 1 else "hosts"
@@ -539,16 +542,19 @@ def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier
     return network
 
 
-def new_network(config: Config, classes: int) -> Classifier:
-    """Build the network that the settings ask for. Raise UserError."""
+def new_network(config: Config, classes: Sequence[str]) -> Classifier:
+    """Build the network that the settings ask for, for classes of these names. Raise UserError."""
     model = config.model
     assert model.mean is not None and model.std is not None  # network.weights.resolve
     return build.build(
         model.name,
-        classes,
+        len(classes),
         weights=model.weights,
+        weights_dir=model.weights_dir,
+        keep_head=weights.keeps_head(config, classes),
         freeze=model.freeze,
         head_hidden=model.head_hidden,
+        size=config.data.size,
         mean=model.mean,
         std=model.std,
         channels_last=config.train.channels_last,

@@ -371,7 +371,7 @@ def test_an_epoch_without_a_hit_says_so(tmp_path, pictures, configure):
 
 def test_the_network_normalises_by_the_settings_mean_and_std(configure):
     config = configure("model=small_cnn", "model.mean=[0.2,0.4,0.6]", "model.std=[0.1,0.2,0.3]")
-    network = training_module.new_network(config, 3)
+    network = training_module.new_network(config, ("a", "b", "c"))
     assert torch.allclose(network.mean.flatten() / 255, torch.tensor([0.2, 0.4, 0.6]))
     assert torch.allclose(network.std.flatten() / 255, torch.tensor([0.1, 0.2, 0.3]))
 
