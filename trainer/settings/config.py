@@ -119,6 +119,7 @@ class OptimConfig:
     name: str = setting("adamw", "sgd")
     lr: float | None = setting(above=0, at_most=LARGEST)
     head_lr: float | None = setting(above=0, at_most=LARGEST)
+    layer_decay: float = setting(above=0, at_most=1, only_if="model.freeze=none")
     weight_decay: float = setting(at_least=0, at_most=LARGEST)
     momentum: float = setting(at_least=0, below=1, only_if="optim.name=sgd")
     schedule: str = setting("cosine", "step", "constant")

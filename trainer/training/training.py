@@ -135,6 +135,7 @@ class Training:
             head_lr=choice.head_lr,
             weight_decay=choice.weight_decay,
             momentum=choice.momentum,
+            layer_decay=choice.layer_decay,
         )
         # Gradients of float16 underflow without it; bfloat16 has float32's range and needs none.
         half = machine.precision == torch.float16

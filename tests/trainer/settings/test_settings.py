@@ -44,6 +44,7 @@ RUNS = {
         "optim.name=sgd",
         "optim.lr=0.01",
         "optim.head_lr=0.02",
+        "optim.layer_decay=0.8",
         "optim.weight_decay=0",
         "optim.momentum=0.5",
         "optim.schedule=step",
