@@ -41,6 +41,7 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.head = head
         self.frozen = frozen
+        self.keeps_norm_stats = False  # of the backbone, also where its weights are trained
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         if frozen:
@@ -66,11 +67,16 @@ class Classifier(nn.Module):
     def train(self, mode: bool = True) -> "Classifier":
         """Set the mode, as nn.Module does, but of a frozen backbone to eval.
 
-        In train mode its BatchNorm statistics would drift.
+        In train mode its BatchNorm statistics would drift; of a trained one, these layers alone are
+        in eval where their statistics are kept.
         """
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
+        if self.keeps_norm_stats:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
 

@@ -16,7 +16,15 @@ from trainer.common.console import log
 from trainer.common.errors import UserError, needed_by
 from trainer.images.decode import FILTERS
 from trainer.images.folder import ImageFolder
-from trainer.settings.config import PLAIN, RUINOUS_LR, Config, PixelSpec, epochs_for, fill_pixels
+from trainer.settings.config import (
+    PLAIN,
+    RUINOUS_LR,
+    Config,
+    PixelSpec,
+    epochs_for,
+    fill_pixels,
+    norm_stats_for,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +36,9 @@ def resolve(config: Config, images: ImageFolder) -> Config:
     Say in the log what is assumed, and what goes against the weights.
     """
     config = copy.deepcopy(config)
-    config.train.epochs = epochs_for(config.train, len(images.splits["train"].paths))
+    pictures = len(images.splits["train"].paths)
+    config.train.epochs = epochs_for(config.train, pictures)
+    config.model.norm_stats = norm_stats_for(config, pictures)
     name, weights = config.model.name, config.model.weights
     if weights is None:
         return config  # `config.load` knew the rest

@@ -110,6 +110,7 @@ class ModelConfig:
     freeze: str = setting("auto", "none", "backbone")
     head_hidden: int | None = setting(at_least=1, at_most=65536)
     cached_views: int | None = setting(at_least=1, at_most=1000, only_if="model.freeze=backbone")
+    norm_stats: str = setting("auto", "update", "keep", only_if="model.freeze=none")
     mean: list[float] | None = setting(at_least=0, at_most=1, length=3)
     std: list[float] | None = setting(at_least=0.001, at_most=1, length=3)
 
@@ -497,6 +498,23 @@ def epochs_for(train: TrainConfig, pictures: int) -> int:
         return train.epochs
     steps_per_epoch = pictures // min(train.batch_size, pictures)
     return max(EPOCHS, math.ceil(STEPS / steps_per_epoch))
+
+
+# Fewer pictures than that, at once or in all, give BatchNorm poorer statistics than those that
+# come with pretrained weights. @@@
+NORM_BATCH, NORM_PICTURES = 16, 500
+
+
+def norm_stats_for(config: Config, pictures: int) -> str:
+    """Return what becomes of BatchNorm's statistics: `model.norm_stats`, or what `auto` means."""
+    model, train = config.model, config.train
+    if model.norm_stats != "auto":
+        return model.norm_stats
+    at_once = min(train.batch_size, pictures) // train.accumulate // (train.exact_shards or 1)
+    few = at_once < NORM_BATCH or pictures < NORM_PICTURES
+    if model.weights is not None and few:
+        return "keep"
+    return "update"
 
 
 # --- the metric line: one definition for the log and for SageMaker's MetricDefinitions ---

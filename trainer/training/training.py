@@ -476,7 +476,7 @@ def new_network(config: Config, classes: int) -> Classifier:
     """Build the network that the settings ask for. Raise UserError."""
     model = config.model
     assert model.mean is not None and model.std is not None  # network.weights.resolve
-    return build.build(
+    network = build.build(
         model.name,
         classes,
         weights=model.weights,
@@ -486,6 +486,8 @@ def new_network(config: Config, classes: int) -> Classifier:
         std=model.std,
         channels_last=config.train.channels_last,
     )
+    network.keeps_norm_stats = model.norm_stats == "keep"
+    return network
 
 
 def make_loader(

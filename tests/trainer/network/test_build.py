@@ -78,6 +78,19 @@ def test_a_frozen_backbone_does_not_move_at_all():
     assert not torch.equal(head["weight"], network.head.state_dict()["weight"])
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "timm/efficientnet_lite0"])
+def test_statistics_that_are_kept_stay_while_all_weights_are_trained(name):
+    network = model.build(name, 3)
+    network.keeps_norm_stats = True
+    network.train()
+    before = copy.deepcopy(dict(network.backbone.named_buffers()))
+    torch.nn.functional.cross_entropy(network(PIXELS), torch.tensor([0, 1])).backward()
+    after = dict(network.backbone.named_buffers())
+    assert len(before) > 20 and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert network.backbone.training and network.head.training
+
+
 # --- weights ---
 
 

@@ -37,6 +37,7 @@ RUNS = {
         "data.augment.mixup=0.2",
         "data.augment.cutmix=1",
         "model.head_hidden=8",
+        "model.norm_stats=keep",
         "data.valid=pictures/valid",
         "model.mean=[0.4,0.5,0.6]",
         "model.std=[0.2,0.3,0.4]",
