@@ -52,7 +52,8 @@ def setting(
     choices: the only strings allowed. above, at_least, below, at_most: limits of a number, or of
     each number of a list. length: how many values a list must hold. identity: False where the
     setting says where, how fast or how safely to run, not what comes out: a run may go on with
-    another value. only_if: "key=value[|value]" of the setting without which this one is ignored.
+    another value. only_if: "key=value[|value]", or "key!=value", of the setting without which this
+    one is ignored.
     path: whether it is one, in which `~` and $NAME stand for something.
     """
     return field(
@@ -76,7 +77,13 @@ class AugmentConfig:
     scale: list[float] = setting(above=0, at_most=1, length=2)
     ratio: list[float] = setting(at_least=0.01, at_most=100, length=2)
     flip: bool = setting()
+    vertical_flip: bool = setting()
+    rotation: float = setting(at_least=0, at_most=180)
+    jitter: list[float] = setting(at_least=0, at_most=1, length=4)
+    randaugment: int = setting(at_least=0, at_most=14)
+    magnitude: int = setting(at_least=0, at_most=30, only_if="data.augment.randaugment!=0")
     trivial: bool = setting()
+    erasing: float = setting(at_least=0, at_most=1)
     mixup: float = setting(at_least=0, at_most=1000)
     cutmix: float = setting(at_least=0, at_most=1000)
 
@@ -279,6 +286,11 @@ def load(composed: DictConfig) -> Config:
             "(data.augment.mixup, data.augment.cutmix) have no cached features; "
             "allowed: model.cached_views=null, or no mixing"
         )
+    if augment.jitter[3] > 0.5:
+        raise UserError(
+            f"data.augment.jitter={augment.jitter}: the last number is of hue, which 0.5 turns to "
+            "its opposite; allowed: at most 0.5"
+        )
     for key in ("scale", "ratio"):
         low, high = getattr(augment, key)
         if low > high:
@@ -338,8 +350,10 @@ def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> li
     for key, value, limits in walk(config):
         if key in given and limits["only_if"]:
             other, allowed = limits["only_if"].split("=")
+            used = not other.endswith("!")
+            other = other.removesuffix("!")
             now = str(values[other]).replace("None", "null")
-            if now not in allowed.split("|"):
+            if (now in allowed.split("|")) != used:
                 lines.append(
                     f"{key}={value} has no effect with {other}={now}: "
                     f"it is used with {limits['only_if']}"
