@@ -94,6 +94,7 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
     module = model.build(
         config["model.name"], len(manifest["classes"]), head_hidden=config.get("model.head_hidden")
     )
+    module.averages_flip = config.get("train.tta") == "flip"
     module.load_state_dict(load_file(directory / "model.safetensors"))
     module.eval().to(device)
 

@@ -48,6 +48,7 @@ def make_loader(pictures: Path, workers: int = 0) -> ImageLoader:
         batch_size=8,
         seed=7,
         workers=workers,
+        balanced=True,
     )
 
 

@@ -1,9 +1,10 @@
 """The features of a frozen backbone, computed once: the epochs train the head on what is on disk.
 
 Each training image is seen in a fixed number of random views, which the epochs take in turn; valid
-in its plain view. The features of one split in one view are one file of float32 [images, width],
-and a second one holds the checksums of its blocks, each written when its block is safe on the disk.
-A block that isn't as its checksum says, for whatever reason, is computed: at first, all of them.
+in its plain view, and mirrored where the network takes the mean of both. The features of one split
+in one view are one file of float32 [images, width], and a second one holds the checksums of its
+blocks, each written when its block is safe on the disk. A block that isn't as its checksum says,
+for whatever reason, is computed: at first, all of them.
 """
 
 import errno
@@ -32,7 +33,7 @@ from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.images import augment, cache, identity
 from trainer.images.loader import Batch, ImageLoader
-from trainer.images.sampler import Share, epoch_batches, plain_batches
+from trainer.images.sampler import Share, plain_batches
 from trainer.network import build
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
@@ -41,6 +42,7 @@ FORMAT = 2  # of the files; 1 had no checksums
 # Images at a time, whatever the training's batch: features differ by about 1e-6 from one size to
 # another.
 BATCH = 64
+PLAIN, MIRRORED = "valid", "valid-mirrored"  # views of valid, as their files are called
 SAVE_EVERY = 10.0  # seconds of work that a kill may cost
 
 
@@ -51,6 +53,7 @@ class FeatureLoader:
     loader: ImageLoader
     views: tuple[NDArray[np.float32], ...]  # of train
     valid: NDArray[np.float32]
+    mirrored: NDArray[np.float32] | None = None  # of valid; None: the plain view alone counts
 
     @property
     def holds_features(self) -> bool:
@@ -74,7 +77,7 @@ class FeatureLoader:
 
     def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         labels = self.loader.folder.splits["train"].labels
-        batches = epoch_batches(len(labels), self.loader.batch_size, self.loader.seed, epoch)
+        batches = self.loader.epoch(epoch)
         features = self.views[epoch % len(self.views)]
         yield from _batches(features, labels, self.share.of_training(batches[first:]))
 
@@ -82,14 +85,21 @@ class FeatureLoader:
         assert name == "valid"
         labels = self.loader.folder.splits[name].labels
         batches = plain_batches(len(labels), self.loader.batch_size)
-        yield from _batches(self.valid, labels, self.share.of_evaluation(batches))
+        batches = self.share.of_evaluation(batches)
+        if self.mirrored is None:
+            yield from _batches(self.valid, labels, batches)
+            return
+        plain, mirrored = (_batches(each, labels, batches) for each in (self.valid, self.mirrored))
+        for batch, other in zip(plain, mirrored, strict=True):
+            yield Batch(torch.stack([batch.image, other.image], dim=1), batch.target)
 
 
 def _batches(
     features: NDArray[np.float32], labels: NDArray[np.int64], batches: list[NDArray[np.int64]]
 ) -> Iterator[Batch]:
     for samples in batches:
-        yield Batch(torch.from_numpy(features[samples]), torch.from_numpy(labels[samples]))
+        places = samples % len(labels)  # see `sampler.balanced_order`
+        yield Batch(torch.from_numpy(features[places]), torch.from_numpy(labels[places]))
 
 
 class FeatureCache:
@@ -114,19 +124,27 @@ class FeatureCache:
         """
         views = self.loader.views
         assert views is not None
-        order: list[int | None] = [*range(views), None]
+        order: list[int | str] = [*range(views), PLAIN]
+        if self.network.averages_flip:
+            order.append(MIRRORED)
         first = len(order) * world.local_rank // world.local_size
         arrays = {view: self._extract(view, stop) for view in order[first:] + order[:first]}
         world.barrier(stop)
         return FeatureLoader(
-            self.loader, tuple(arrays[view] for view in range(views)), arrays[None]
+            self.loader,
+            tuple(arrays[view] for view in range(views)),
+            arrays[PLAIN],
+            arrays.get(MIRRORED),
         )
 
-    def _extract(self, view: int | None, stop: Stop) -> NDArray[np.float32]:
-        """Return the features of one view (None: valid, plain): float32 [images, width]."""
-        name, split = f"train-{view}", "train"
-        if view is None:
-            name = split = "valid"
+    def _extract(self, view: int | str, stop: Stop) -> NDArray[np.float32]:
+        """Return the features of one view: float32 [images, width].
+
+        view: a number of a random view of train, or PLAIN or MIRRORED, of valid.
+        """
+        name, split = str(view), "valid"
+        if isinstance(view, int):
+            name, split = f"train-{view}", "train"
         shape = (self.loader.folder.count(split), self.network.features_width)
         numbers = range(math.ceil(shape[0] / BATCH))
         with ProgressBar(f"features, {name}", shape[0]) as bar:
@@ -153,11 +171,14 @@ class FeatureCache:
             return features
 
     def _computed(
-        self, view: int | None, numbers: Sequence[int], stop: Stop, bar: ProgressBar
+        self, view: int | str, numbers: Sequence[int], stop: Stop, bar: ProgressBar
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield each of these blocks and its features, float32 [at most BATCH, width]."""
-        batches = self.loader.ordered_batches(view, BATCH, numbers)
+        random = view if isinstance(view, int) else None
+        batches = self.loader.ordered_batches(random, BATCH, numbers)
         for number, batch in zip(numbers, batches, strict=True):
+            if view == MIRRORED:
+                batch = Batch(build.mirrored(batch.image), batch.target)
             yield number, compute(self.network, batch, self.machine)
             bar.advance(len(batch.target))
             stop.check()

@@ -117,6 +117,9 @@ class ModelConfig:
     freeze: str = setting("auto", "none", "backbone")
     head_hidden: int | None = setting(at_least=1, at_most=65536)
     cached_views: int | None = setting(at_least=1, at_most=1000, only_if="model.freeze=backbone")
+    unfreeze_epochs: int | None = setting(
+        at_least=1, at_most=EPOCHS_MOST, only_if="model.freeze=none"
+    )
     norm_stats: str = setting("auto", "update", "keep", only_if="model.freeze=none")
     mean: list[float] | None = setting(at_least=0, at_most=1, length=3)
     std: list[float] | None = setting(at_least=0.001, at_most=1, length=3)
@@ -143,6 +146,8 @@ class TrainConfig:
     accumulate: int = setting(at_least=1, at_most=BATCH_MOST)
     label_smoothing: float = setting(at_least=0, below=1)
     clip_norm: float | None = setting(above=0, at_most=LARGEST)
+    imbalance: str = setting("none", "sampler", "logits")
+    tta: str = setting("none", "flip")
     ema_decay: float | None = setting(above=0, below=1)
     monitor: str = setting("valid_top1", "valid_f1", "valid_loss")
     patience: int | None = setting(at_least=1, at_most=EPOCHS_MOST)
@@ -278,6 +283,7 @@ def load(composed: DictConfig) -> Config:
         fill_pixels(config, PLAIN)
     check_sizes(config.data)
     check_batch(config.train)
+    check_unfreezing(config)
     augment = config.data.augment
     mixes = augment.mixup + augment.cutmix > 0
     if config.model.freeze == "backbone" and config.model.cached_views and mixes:
@@ -331,6 +337,17 @@ def check_batch(train: TrainConfig) -> None:
         raise UserError(
             f"train.accumulate={parts} with train.exact_shards={shards}: shards are computed one "
             "after the other already; allowed: train.accumulate=1"
+        )
+
+
+def check_unfreezing(config: Config) -> None:
+    """Raise UserError where no epoch would be left to train all layers in."""
+    frozen, epochs = config.model.unfreeze_epochs, config.train.epochs
+    if frozen is not None and config.model.freeze == "none" and frozen >= (epochs or EPOCHS):
+        raise UserError(
+            f"model.unfreeze_epochs={frozen}: so many epochs train the head alone, and "
+            f"train.epochs={epochs or EPOCHS} leaves none for all layers; allowed: fewer than "
+            "train.epochs, or model.freeze=backbone"
         )
 
 

@@ -38,6 +38,7 @@ def look(run: Run, images: ImageFolder, packed: Packed) -> tuple[ImageFolder, Fi
             findings = care.look(images, read, spec.size, workers(config, run.world), step)
     run.world.barrier(run.stop)
     findings = run.world.broadcast_from_main(lambda: findings)
+    findings.balanced = config.train.imbalance != "none"
     return care.keep_or_stop(images, findings, config.data.leaks), findings
 
 

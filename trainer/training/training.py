@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -144,6 +145,11 @@ class Training:
         if run.config.train.ema_decay is not None:
             self.ema = ModelEma(self.model, run.config.train.ema_decay)
         self.gradients = self._gradients()
+        self.log_prior: Tensor | None = None
+        if run.config.train.imbalance == "logits":
+            counts = np.bincount(loader.folder.splits["train"].labels, minlength=data.classes)
+            shares = torch.from_numpy(counts).clamp(min=1) / counts.sum()
+            self.log_prior = shares.log().float().to(machine.device)
         self.facts: dict[str, Any] = {
             "identity": run.identity(loader.folder, network),
             "classes": list(loader.folder.classes),
@@ -186,10 +192,26 @@ class Training:
 
     def begin_epoch(self) -> None:
         """Begin an epoch, or go on in one, with its sums and its clock."""
+        self._freeze_or_unfreeze()
         self.gradients.forward.train()
         sums = self.progress.sums if self.world.is_main_process else [0.0, 0.0, 0.0]
         self.sums = TrainSums(sums)
         self._began = time.monotonic() - self.progress.seconds
+
+    def _freeze_or_unfreeze(self) -> None:
+        """Train the head alone in the first model.unfreeze_epochs, and then all layers."""
+        model = self.config.model
+        if model.unfreeze_epochs is None or model.freeze == "backbone":
+            return
+        frozen = self.progress.epoch < model.unfreeze_epochs
+        if frozen == self.network.frozen:
+            return
+        of_head = set(map(id, self.network.head.parameters()))
+        for parameter in self.parameters():
+            if id(parameter) not in of_head:
+                parameter.requires_grad_(not frozen)
+        self.network.frozen = frozen
+        self.gradients = self._gradients()  # which gradients come together has changed
 
     def train_batches(self) -> Generator[Batch, None, None]:
         """Yield the rest of the epoch's batches, on the device."""
@@ -226,6 +248,17 @@ class Training:
             choice.schedule, choice.warmup_epochs, choice.step_epochs, choice.step_factor
         )
         return schedule.factor(self.progress.step, self.data.steps_per_epoch, self.epochs)
+
+    def adjusted(self, output: Tensor) -> Tensor:
+        """Return the logits [N, classes] that the loss is taken of.
+
+        With train.imbalance=logits, each has the logarithm of its class's share of the images
+        added (Menon et al. 2021, tau = 1): what is left for the network to learn is what it would
+        say if all classes were equally frequent.
+        """
+        if self.log_prior is None:
+            return output
+        return output + self.log_prior
 
     def mix(self, image: Tensor, target: Tensor, shard: int) -> tuple[Tensor, Tensor]:
         """Mix the images of a shard with each other, where the settings say so."""
@@ -306,9 +339,10 @@ class Training:
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
-        best = self.progress.best["value"] if self.progress.best else None
-        monitor = self.config.train.monitor
-        return better(metrics[monitor], best, monitor)
+        if self.progress.best is None:
+            return True
+        best = self.metrics_file.rows[self.progress.best["epoch"] - 1]
+        return better(metrics, best, self.config.train.monitor)
 
     def keep_best(self, metrics: dict[str, float]) -> None:
         """Take the weights as they are for the best."""
@@ -465,6 +499,8 @@ def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier
         machine.device,
         machine,
     )
+    if network.averages_flip:
+        log.info("train.tta=flip: each picture is evaluated and served twice, in twice the time")
     if world.size > 1:
         mode = "fast" if config.train.exact_shards is None else f"exact, in {share.shards} shards"
         hosts = "host" if world.hosts == 1 else "hosts"
@@ -487,6 +523,7 @@ def new_network(config: Config, classes: int) -> Classifier:
         channels_last=config.train.channels_last,
     )
     network.keeps_norm_stats = model.norm_stats == "keep"
+    network.averages_flip = config.train.tta == "flip"
     return network
 
 
@@ -518,6 +555,7 @@ def make_loader(
         read=reader,
         views=config.model.cached_views if config.model.freeze == "backbone" else None,
         share=_share(run, images),
+        balanced=config.train.imbalance == "sampler",
     )
 
 
