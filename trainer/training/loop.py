@@ -128,6 +128,9 @@ def seed_dropout(device: torch.device, seed: int, step: int, shard: int) -> None
     """
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "big") >> 1
+    if device.type == "mps":
+        torch.mps.manual_seed(number + shard)
+        return
     source = torch.default_generator
     if device.type == "cuda":
         source = torch.cuda.default_generators[device.index or 0]

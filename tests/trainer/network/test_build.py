@@ -91,6 +91,16 @@ def test_statistics_that_are_kept_stay_while_all_weights_are_trained(name):
     assert network.backbone.training and network.head.training
 
 
+def test_in_eval_mode_the_logits_are_the_mean_of_a_picture_and_its_mirror_image():
+    network = model.build("small_cnn", 3, head_hidden=5).eval()
+    plain, other = network(PIXELS), network(PIXELS[:, :, torch.arange(63, -1, -1)])
+    assert not torch.allclose(plain, other)
+    trained = copy.deepcopy(network).train()(PIXELS)
+    network.averages_flip = True
+    torch.testing.assert_close(network(PIXELS), (plain + other) / 2)
+    assert torch.equal(network.train()(PIXELS), trained)
+
+
 # --- weights ---
 
 
