@@ -97,6 +97,7 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
         head_hidden=config.get("model.head_hidden"),
         size=manifest["preprocessing"]["size"],
     )
+    module.averages_flip = config.get("train.tta") == "flip"
     module.load_state_dict(load_file(directory / "model.safetensors"))
     module.eval().to(device)
 

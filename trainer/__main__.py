@@ -15,6 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if sys.platform == "win32":
+    # Before all else: much of what is imported below does not exist there.
+    sys.stderr.write(
+        "error: Packhorse trains on Linux and macOS; on Windows, start the same command in WSL "
+        "(wsl --install, then make setup there)\n"
+    )
+    sys.exit(2)
+
 import hydra
 from omegaconf import DictConfig
 

@@ -168,7 +168,7 @@ def measure(
         extract = None
         if loader.views is not None:
             extract = _extract_rate(network, loader, machine, seconds)
-            data = _some_features(loader, network.features_width)
+            data = _some_features(loader, network)
 
         def training_on(data: Loader) -> Training:
             return build_training(run, images, network=network, loader=loader, data=data)
@@ -275,14 +275,15 @@ def _extract_rate(
     return count / (time.monotonic() - started)
 
 
-def _some_features(loader: ImageLoader, width: int) -> FeatureLoader:
+def _some_features(loader: ImageLoader, network: Classifier) -> FeatureLoader:
     """Return as many features as the run will have, of no meaning.
 
     Only how long the head takes is asked for.
     """
+    width = network.features_width
     train = np.zeros((loader.folder.count("train"), width), np.float32)
     valid = np.zeros((loader.folder.count("valid"), width), np.float32)
-    return FeatureLoader(loader, (train,), valid)
+    return FeatureLoader(loader, (train,), valid, valid if network.averages_flip else None)
 
 
 def _rate(batches: Generator[Batch, None, None], seconds: float) -> float:
@@ -381,7 +382,8 @@ def predict(config: Config, images: ImageFolder, measured: Measured) -> Forecast
     if measured.extract is not None:
         assert config.model.cached_views is not None and config.train.epochs is not None
         views = min(config.model.cached_views, config.train.epochs)
-        once += (train * views + valid) / measured.extract
+        of_valid = 2 * valid if config.train.tta == "flip" else valid
+        once += (train * views + of_valid) / measured.extract
     batch = min(config.train.batch_size, train)
     return Forecast(once, train // batch * batch / measured.train, valid / measured.evaluate)
 

@@ -82,6 +82,23 @@ def test_the_pictures_are_spread_over_the_whole_split(original):
     )
 
 
+def test_a_network_that_averages_over_the_flip_is_served_so(tmp_path):
+    network = make_network()
+    network.averages_flip = True
+    contents = make_contents(tmp_path / "pictures")
+    config = {**contents.config, "train.tta": "flip"}
+    target = tmp_path / "package"
+    # Checked by ONNX Runtime before it is there.
+    build(network, replace(contents, config=config), target, archive=False)
+    packages = [load(target, threads=1, backend=backend) for backend in ("onnx", "torch")]
+    pixels = np.stack([packages[0].prepare(target / "golden/0.jpg")])
+    logits, other = (package.predict(pixels) for package in packages)
+    np.testing.assert_allclose(logits, other, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        packages[0].predict(pixels[:, :, ::-1].copy()), logits, rtol=0, atol=1e-5
+    )
+
+
 def test_the_torch_back_end_gives_the_same_logits(original, expected):
     package = load(original / "package", threads=1, backend="torch")
     np.testing.assert_allclose(

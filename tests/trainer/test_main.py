@@ -1,14 +1,16 @@
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import torch
 from PIL import Image, features
 
-from tests.conftest import make_pictures, run_trainer
+from tests.conftest import PROJECT, make_pictures, run_trainer
 from trainer.common.command import one_line
-from trainer.common.errors import OK
+from trainer.common.errors import MISTAKE, OK
 from trainer.settings.compose import explain_settings
 
 RUN = (
@@ -48,6 +50,20 @@ def test_a_complete_run_says_so_and_trains_no_more(tmp_path):
         "result.json",
         "tensorboard",
     }
+
+
+def test_on_windows_one_line_says_where_it_runs():
+    # As Windows is, as far as this process can be: nothing of Unix is there.
+    pretend = (
+        "import runpy, sys; sys.platform = 'win32'; sys.modules.update(fcntl=None, resource=None);"
+        "sys.argv = ['trainer', 'train.epochs=1'];"
+        "runpy.run_module('trainer', run_name='__main__', alter_sys=True)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", pretend], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert ran.returncode == MISTAKE and ran.stdout == ""
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1 and "WSL" in ran.stderr
 
 
 def test_without_a_valid_and_a_test_folder_a_run_still_ends_with_figures(tmp_path):

@@ -27,16 +27,28 @@ SAVED_OFTEN = ("checkpoint.minutes=1e-9", "checkpoint.max_cost=1.0")
 TIMES = ("seconds", "data_wait", "evaluate_seconds")
 
 
-def make_loader(pictures: Path, workers: int = 0, trivial: bool = True) -> ImageLoader:
+def make_loader(pictures: Path, workers: int = 0) -> ImageLoader:
     """Random views of the test images of 16 px: three training batches and two of valid."""
     folder = scan({split: str(pictures / split) for split in ("train", "valid", "test")}, 0.2)
     return ImageLoader(
         folder,
         Preprocessing(18, 16, "bilinear"),
-        Augmentation((0.3, 1.0), (0.75, 1.33), True, trivial),
+        Augmentation(
+            (0.3, 1.0),
+            (0.75, 1.33),
+            True,
+            True,
+            vertical_flip=True,
+            rotation=5,
+            jitter=(0.1, 0.1, 0.1, 0.02),
+            randaugment=1,
+            magnitude=5,
+            erasing=0.2,
+        ),
         batch_size=8,
         seed=7,
         workers=workers,
+        balanced=True,
     )
 
 

@@ -96,6 +96,17 @@ def also_to_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the log to errors while the context lasts."""
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def command(module: str, *words: object) -> str:
     """Return `python -m MODULE WORDS` as a person types it: a shown command must run as it stands.
 

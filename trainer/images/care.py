@@ -68,12 +68,14 @@ class Findings:
     """All that was noticed.
 
     leaked: path of each image of valid and test that is in train, to whether its bytes are the
-    same. unseen: what was not looked at, and why.
+    same. unseen: what was not looked at, and why. balanced: training already makes up for classes
+    of different sizes, so nothing is proposed against them.
     """
 
     all: list[Finding] = field(default_factory=list)
     leaked: dict[str, bool] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    balanced: bool = False
 
     def of(self, kind: str) -> list[Finding]:
         """Return the findings of a kind, in their order."""
@@ -90,7 +92,10 @@ class Findings:
 
     def _told(self, kind: str, findings: list[Finding]) -> str:
         if kind == "uneven":
-            return f"in {KINDS[kind][0]}: {findings[0].note}"
+            text = f"in {KINDS[kind][0]}: {findings[0].note}"
+            if not self.balanced:
+                text += "; train.imbalance=sampler or logits has all classes count alike"
+            return text
         text = f"{KINDS[kind][0]}: {len(findings)}"
         if kind == "leak":
             same = sum(self.leaked.values())

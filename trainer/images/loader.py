@@ -19,7 +19,13 @@ from trainer.common.randomness import Purpose, generator
 from trainer.images.augment import Augmentation, mirror, random_view
 from trainer.images.decode import ImageError, Preprocessing, center_crop
 from trainer.images.folder import ImageFolder, read_shrunk
-from trainer.images.sampler import Share, epoch_batches, plain_batches
+from trainer.images.sampler import (
+    Share,
+    balanced_order,
+    epoch_batches,
+    plain_batches,
+    random_order,
+)
 
 AHEAD = 3  # batches in the making besides the one in use
 
@@ -34,7 +40,9 @@ Reader = Callable[[str], NDArray[np.uint8]]
 class Batch(NamedTuple):
     """What a step is taken on, or an evaluation computes at a time."""
 
-    image: Tensor  # uint8 [N, size, size, 3], or features, float32 [N, width]
+    # uint8 [N, size, size, 3], or features, float32 [N, width]; [N, views, width] where an
+    # evaluation takes the mean over several views of each.
+    image: Tensor
     target: Tensor  # classes, int64 [N]
 
 
@@ -49,8 +57,9 @@ def load(
     """Yield the batches in order, whatever the number of threads.
 
     view: a sample's number to its pixels [size, size, 3]; called from several threads. target: the
-    class of each sample. workers: how many threads; 0: none, in the caller's own. pin: in
-    page-locked memory, from which a GPU copies on its own.
+    class of each sample; numbers beyond them are samples that come again. workers: how many
+    threads; 0: none, in the caller's own. pin: in page-locked memory, from which a GPU copies on
+    its own.
     """
 
     def start(samples: NDArray[np.int64]) -> tuple[Batch, Callable[[int, int], None]]:
@@ -61,7 +70,7 @@ def load(
             for row in range(first, len(samples), step):
                 rows[row] = view(int(samples[row]))
 
-        return Batch(image, torch.from_numpy(target[samples])), fill
+        return Batch(image, torch.from_numpy(target[samples % len(target)])), fill
 
     if workers == 0:
         for samples in batches:
@@ -136,6 +145,7 @@ class ImageLoader:
     # Random views of each image, which the epochs take in turn; None: a new one each epoch.
     views: int | None = None
     share: Share = Share()  # noqa: RUF009 - frozen
+    balanced: bool = False  # whether an epoch has as many images of each class
 
     @property
     def holds_features(self) -> bool:
@@ -147,7 +157,7 @@ class ImageLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self._epoch(0))
+        return len(self.epoch(0))
 
     @property
     def global_batch_size(self) -> int:
@@ -155,7 +165,7 @@ class ImageLoader:
 
     def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         view = epoch % self.views if self.views else epoch
-        return self._load("train", view, self.share.of_training(self._epoch(epoch)[first:]))
+        return self._load("train", view, self.share.of_training(self.epoch(epoch)[first:]))
 
     def eval_batches(self, name: str) -> Generator[Batch, None, None]:
         batches = plain_batches(self.folder.count(name), self.batch_size)
@@ -173,8 +183,12 @@ class ImageLoader:
             batches = [batches[number] for number in chosen]
         return self._load(name, view, batches)
 
-    def _epoch(self, epoch: int) -> list[NDArray[np.int64]]:
-        return epoch_batches(self.folder.count("train"), self.batch_size, self.seed, epoch)
+    def epoch(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the numbers of the images of each batch, over all processes."""
+        order = random_order(self.folder.count("train"), self.seed, epoch)
+        if self.balanced:
+            order = balanced_order(self.folder.splits["train"].labels, self.seed, epoch)
+        return epoch_batches(order, self.batch_size)
 
     def _load(
         self, name: str, view: int, batches: list[NDArray[np.int64]]
@@ -182,7 +196,7 @@ class ImageLoader:
         split, size = self.folder.splits[name], self.preprocessing.size
 
         def see(sample: int) -> NDArray[np.uint8]:
-            pixels = self._shrunk(split.paths[sample])
+            pixels = self._shrunk(split.paths[sample % len(split.paths)])
             if view == PLAIN:
                 return center_crop(pixels, size)
             if view == MIRRORED:

@@ -10,15 +10,38 @@ from numpy.typing import NDArray
 from trainer.common.randomness import Purpose, generator
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+def random_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the sample numbers 0..count - 1 in the order of an epoch."""
+    return generator(Purpose.ORDER, seed, epoch).permutation(count).astype(np.int64)
+
+
+def balanced_order(labels: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return an order of as many samples, of which each class has the same number, but for one.
+
+    Of a large class these are some of its samples, others each epoch. Those of a small one come
+    again only when all have come; each time it comes again a number is larger by len(labels), so
+    that it can be told apart, and be seen in another view.
+    """
+    rng = generator(Purpose.ORDER, seed, epoch)
+    classes = rng.permutation(np.unique(labels))
+    each, rest = divmod(len(labels), len(classes))
+    chosen = []
+    for place, label in enumerate(classes):
+        own, wanted = np.flatnonzero(labels == label), each + (place < rest)
+        rounds = range(-(-wanted // len(own)))
+        repeated = [rng.permutation(own) + round_ * len(labels) for round_ in rounds]
+        chosen.append(np.concatenate(repeated)[:wanted])
+    return rng.permutation(np.concatenate(chosen)).astype(np.int64)
+
+
+def epoch_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
     """Return the batches of one epoch: sample numbers, each array int64 [batch_size].
 
     A rest that fills no batch is left out (another one each epoch, since the order changes):
     BatchNorm would take noisy statistics from it. Where there are fewer images than one batch,
     they are the batch.
     """
-    order = generator(Purpose.ORDER, seed, epoch).permutation(count).astype(np.int64)
-    full = max(count // batch_size, 1)
+    full = max(len(order) // batch_size, 1)
     return [order[i * batch_size : (i + 1) * batch_size] for i in range(full)]
 
 

@@ -51,6 +51,8 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.head = head
         self.frozen = frozen
+        self.keeps_norm_stats = False  # of the backbone, also where its weights are trained
+        self.averages_flip = False  # in eval mode: the logits of an image and its mirror image
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         if frozen:
@@ -70,18 +72,32 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the logits [N, classes] of pixels [N, height, width, 3]."""
+        if self.averages_flip and not self.training:
+            # As one batch: the exported network holds each layer once.
+            both: Tensor = self.head(self.features(torch.cat([pixels, mirrored(pixels)])))
+            return both.float().reshape(2, -1, both.shape[1]).mean(0)
         logits: Tensor = self.head(self.features(pixels))
         return logits
 
     def train(self, mode: bool = True) -> "Classifier":
         """Set the mode, as nn.Module does, but of a frozen backbone to eval.
 
-        In train mode its BatchNorm statistics would drift.
+        In train mode its BatchNorm statistics would drift; of a trained one, these layers alone are
+        in eval where their statistics are kept.
         """
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
+        if self.keeps_norm_stats:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
+
+
+def mirrored(pixels: Tensor) -> Tensor:
+    """Return pixels [N, height, width, 3] with left and right exchanged."""
+    return pixels.flip(2)
 
 
 def build(

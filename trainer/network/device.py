@@ -15,6 +15,7 @@ import torch
 from PIL import features
 from torch import nn
 
+from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.network import startup
 
@@ -72,7 +73,7 @@ def prepare(
     local_rank: int = 0,
     local_size: int = 1,
 ) -> Machine:
-    """Set the device up: auto, cpu or cuda, in precision auto, fp32, bf16 or fp16.
+    """Set the device up: auto, cpu, cuda or mps, in precision auto, fp32, bf16 or fp16.
 
     local_rank: this process's number among the local_size ones of this host, each of which has a
     GPU of its own. Raise UserError for what this machine hasn't.
@@ -84,12 +85,14 @@ def prepare(
 
 
 def choose(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """Return the device for `auto`, `cpu` or `cuda`.
+    """Return the device for `auto`, `cpu`, `cuda` or `mps`.
 
     Raise UserError where a GPU is asked for and there is none: a silent CPU would cost days; and
     where the processes of this host are more than its GPUs: to share one is slower than to have
     fewer.
     """
+    if name == "mps":
+        return _apple_gpu(local_size)
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"train.device=cuda: PyTorch {torch.__version__} sees no GPU here; "
@@ -109,13 +112,31 @@ def choose(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def _apple_gpu(local_size: int) -> torch.device:
+    """Return the GPU of a Mac. Raise UserError where there is none, or it would be shared."""
+    if not torch.backends.mps.is_available():
+        raise UserError(
+            f"train.device=mps: PyTorch {torch.__version__} sees no Apple GPU here; it needs a Mac "
+            "with an Apple chip, and a PyTorch built for it; use train.device=auto"
+        )
+    if local_size > 1:
+        raise UserError(
+            f"train.device=mps, but {local_size} processes run on this host: it has one GPU; "
+            "start one process, or use train.device=cpu"
+        )
+    log.warning("train.device=mps: the same command may not give the same bits on Apple's GPUs")
+    return torch.device("mps")
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products for `auto`, `fp32`, `bf16` or `fp16` on `device`.
 
     A T4 claims bfloat16 by emulation, many times slower than float16, so only native support
     counts. Raise UserError for what the device can't do well.
     """
-    if device.type == "cuda":
+    if device.type == "mps":
+        native = False
+    elif device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -124,14 +145,14 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
             f"train.precision=bf16: this {_name(device)} has no native bfloat16; "
             f"allowed: auto, fp32{', fp16' * (device.type == 'cuda')}"
         )
-    if name == "fp16" and device.type == "cpu":
+    if name == "fp16" and device.type != "cuda":
         raise UserError(
-            "train.precision=fp16 is for GPUs: on a CPU it is slower and less exact than fp32; "
-            "allowed: auto, fp32, bf16 where it is native"
+            "train.precision=fp16 is for CUDA's GPUs: on a CPU it is slower and less exact than "
+            "fp32, on Apple's GPUs untried; allowed: auto, fp32, bf16 where it is native"
         )
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cpu":
+    if device.type != "cuda":
         return torch.float32
     if native:
         return torch.bfloat16
@@ -195,4 +216,4 @@ def compiled(network: nn.Module) -> nn.Module:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return "CPU"
+    return {"cpu": "CPU", "mps": "Apple GPU"}[device.type]

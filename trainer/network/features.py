@@ -1,9 +1,10 @@
 """The features of a frozen backbone, computed once: the epochs train the head on what is on disk.
 
 Each training image is seen in a fixed number of random views, which the epochs take in turn; valid
-in its plain view. The features of one split in one view are one file of float32 [images, width],
-and a second one holds the checksums of its blocks, each written when its block is safe on the disk.
-A block that isn't as its checksum says, for whatever reason, is computed: at first, all of them.
+in its plain view, and mirrored where the network takes the mean of both. The features of one split
+in one view are one file of float32 [images, width], and a second one holds the checksums of its
+blocks, each written when its block is safe on the disk. A block that isn't as its checksum says,
+for whatever reason, is computed: at first, all of them.
 """
 
 import errno
@@ -32,7 +33,7 @@ from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.images import augment, cache, identity
 from trainer.images.loader import MIRRORED, PLAIN, Batch, ImageLoader
-from trainer.images.sampler import Share, epoch_batches, plain_batches
+from trainer.images.sampler import Share, plain_batches
 from trainer.network import build
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
@@ -52,6 +53,7 @@ class FeatureLoader:
     loader: ImageLoader
     views: tuple[NDArray[np.float32], ...]  # of train
     valid: NDArray[np.float32]
+    mirrored: NDArray[np.float32] | None = None  # of valid; None: the plain view alone counts
 
     @property
     def holds_features(self) -> bool:
@@ -75,7 +77,7 @@ class FeatureLoader:
 
     def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         labels = self.loader.folder.splits["train"].labels
-        batches = epoch_batches(len(labels), self.loader.batch_size, self.loader.seed, epoch)
+        batches = self.loader.epoch(epoch)
         features = self.views[epoch % len(self.views)]
         yield from _batches(features, labels, self.share.of_training(batches[first:]))
 
@@ -83,14 +85,21 @@ class FeatureLoader:
         assert name == "valid"
         labels = self.loader.folder.splits[name].labels
         batches = plain_batches(len(labels), self.loader.batch_size)
-        yield from _batches(self.valid, labels, self.share.of_evaluation(batches))
+        batches = self.share.of_evaluation(batches)
+        if self.mirrored is None:
+            yield from _batches(self.valid, labels, batches)
+            return
+        plain, mirrored = (_batches(each, labels, batches) for each in (self.valid, self.mirrored))
+        for batch, other in zip(plain, mirrored, strict=True):
+            yield Batch(torch.stack([batch.image, other.image], dim=1), batch.target)
 
 
 def _batches(
     features: NDArray[np.float32], labels: NDArray[np.int64], batches: list[NDArray[np.int64]]
 ) -> Iterator[Batch]:
     for samples in batches:
-        yield Batch(torch.from_numpy(features[samples]), torch.from_numpy(labels[samples]))
+        places = samples % len(labels)  # see `sampler.balanced_order`
+        yield Batch(torch.from_numpy(features[places]), torch.from_numpy(labels[places]))
 
 
 class FeatureCache:
@@ -117,6 +126,8 @@ class FeatureCache:
         views = self.loader.views
         assert views is not None
         order = [*(("train", view) for view in range(views)), ("valid", PLAIN)]
+        if self.network.averages_flip:
+            order.append(("valid", MIRRORED))
         first = len(order) * world.local_rank // world.local_size
         arrays = {each: self.of(*each, stop) for each in order[first:] + order[:first]}
         world.barrier(stop)
@@ -124,6 +135,7 @@ class FeatureCache:
             self.loader,
             tuple(arrays["train", view] for view in range(views)),
             arrays["valid", PLAIN],
+            arrays.get(("valid", MIRRORED)),
         )
 
     def of(self, split: str, view: int, stop: Stop) -> NDArray[np.float32]:

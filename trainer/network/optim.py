@@ -20,13 +20,14 @@ def build(
     head_lr: float | None,
     weight_decay: float,
     momentum: float,
+    layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Return the optimizer over the trainable parameters, `adamw` or `sgd`.
 
     lr: peak learning rate of the backbone, and of the head unless head_lr is given. Each group
-    keeps its own as `peak_lr`; see `set_lr`.
+    keeps its own as `peak_lr`; see `set_lr`. layer_decay: see `parameter_groups`.
     """
-    groups = parameter_groups(network, lr, head_lr or lr, weight_decay)
+    groups = parameter_groups(network, lr, head_lr or lr, weight_decay, layer_decay)
     startup.spare_optimizer_methods()
     if name == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
@@ -39,30 +40,82 @@ def build(
 
 
 def parameter_groups(
-    network: Classifier, lr: float, head_lr: float, weight_decay: float
+    network: Classifier, lr: float, head_lr: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Return the groups of backbone and head, each with and without decay."""
+    """Return the groups of the backbone's layers and of the head, each with and without decay.
 
-    def group(part: nn.Module, part_lr: float, decayed: bool) -> dict[str, Any]:
-        chosen = decayed_names(part)
-        parameters = [
-            parameter
-            for name, parameter in part.named_parameters()
-            if parameter.requires_grad and (name in chosen) == decayed
-        ]
-        return {
-            "params": parameters,
-            "lr": part_lr,
-            "peak_lr": part_lr,
-            "weight_decay": weight_decay * decayed,
-        }
-
-    groups = [
-        group(part, part_lr, decayed)
-        for part, part_lr in ((network.backbone, lr), (network.head, head_lr))
-        for decayed in (True, False)
+    layer_decay: what each layer of the backbone learns at, as a share of the rate of the layer
+    behind it (Clark et al. 2020); the last one learns at lr. 1: all do, in one group.
+    """
+    rates = {name: lr for name, _ in network.backbone.named_parameters()}
+    if layer_decay < 1:
+        depths = layer_depths(network.backbone)
+        rates = {name: lr * layer_decay ** depths[name] for name in rates}
+    return [
+        *_groups(network.backbone, rates, weight_decay),
+        *_groups(network.head, dict.fromkeys(network.head.state_dict(), head_lr), weight_decay),
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _groups(part: nn.Module, rates: dict[str, float], weight_decay: float) -> list[dict[str, Any]]:
+    """Return a group for each rate, with decay before without. rates: by a parameter's name."""
+    chosen = decayed_names(part)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for decayed in (True, False):
+        for name, parameter in part.named_parameters():
+            if parameter.requires_grad and (name in chosen) == decayed:
+                groups.setdefault((decayed, rates[name]), []).append(parameter)
+    return [
+        {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": weight_decay * decayed}
+        for (decayed, rate), params in groups.items()
+    ]
+
+
+def layer_depths(backbone: nn.Module) -> dict[str, int]:
+    """Return how many layers lie behind each parameter's, by its name: 0 in the last layer.
+
+    timm's networks say themselves what their layers are.
+    """
+    layers = _layers(backbone)
+    matcher: Any = getattr(backbone, "group_matcher", None)
+    if matcher is not None:
+        # imported here: optional, and slow; whoever has such a network has loaded it.
+        from timm.models import group_parameters
+
+        layers = group_parameters(backbone, matcher(coarse=False), reverse=True)
+    last = max(layers.values(), default=0)
+    return {name: last - layer for name, layer in layers.items()}
+
+
+def _layers(backbone: nn.Module) -> dict[str, int]:
+    """Return the number of each parameter's layer, by its name, in the order of definition.
+
+    A module is one layer, unless it is a container or holds more than half of all weights: then
+    its children are. What holds no matrix and no filter (a norm, a token, a table of positions)
+    belongs to the layer before it.
+    """
+    layers: dict[str, int] = {}
+    half = sum(parameter.numel() for parameter in backbone.parameters()) / 2
+    newest = -1
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        nonlocal newest
+        for name, _ in module.named_parameters(prefix, recurse=False):
+            layers[name] = max(newest, 0)
+        for child_name, child in module.named_children():
+            name = f"{prefix}.{child_name}".removeprefix(".")
+            parameters = list(child.parameters())
+            size = sum(parameter.numel() for parameter in parameters)
+            contains = isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+            if contains or (size > half and any(child.children())):
+                visit(child, name)
+                continue
+            newest += any(parameter.ndim >= 2 for parameter in parameters)
+            for inner, _ in child.named_parameters(name):
+                layers[inner] = max(newest, 0)
+
+    visit(backbone, "")
+    return layers
 
 
 def decayed_names(part: nn.Module) -> set[str]:

@@ -39,6 +39,7 @@ from trainer.settings.config import (
     PixelSpec,
     epochs_for,
     fill_pixels,
+    norm_stats_for,
 )
 
 __all__ = [
@@ -73,7 +74,9 @@ def resolve(config: Config, images: ImageFolder) -> Config:
     in the log what is assumed, and what goes against the weights.
     """
     config = copy.deepcopy(config)
-    config.train.epochs = epochs_for(config.train, len(images.splits["train"].paths))
+    pictures = len(images.splits["train"].paths)
+    config.train.epochs = epochs_for(config.train, pictures)
+    config.model.norm_stats = norm_stats_for(config, pictures)
     name, weights = config.model.name, config.model.weights
     if weights is None:
         return config  # `config.load` knew the rest

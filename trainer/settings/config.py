@@ -52,7 +52,8 @@ def setting(
     choices: the only strings allowed. above, at_least, below, at_most: limits of a number, or of
     each number of a list. length: how many values a list must hold. identity: False where the
     setting says where, how fast or how safely to run, not what comes out: a run may go on with
-    another value. only_if: "key=value[|value]" of the setting without which this one is ignored.
+    another value. only_if: "key=value[|value]", or "key!=value", of the setting without which this
+    one is ignored.
     path: whether it is one, in which `~` and $NAME stand for something.
     """
     return field(
@@ -76,7 +77,13 @@ class AugmentConfig:
     scale: list[float] = setting(above=0, at_most=1, length=2)
     ratio: list[float] = setting(at_least=0.01, at_most=100, length=2)
     flip: bool | None = setting()
+    vertical_flip: bool = setting()
+    rotation: float = setting(at_least=0, at_most=180)
+    jitter: list[float] = setting(at_least=0, at_most=1, length=4)
+    randaugment: int = setting(at_least=0, at_most=14)
+    magnitude: int = setting(at_least=0, at_most=30, only_if="data.augment.randaugment!=0")
     trivial: bool = setting()
+    erasing: float = setting(at_least=0, at_most=1)
     mixup: float = setting(at_least=0, at_most=1000)
     cutmix: float = setting(at_least=0, at_most=1000)
 
@@ -113,6 +120,10 @@ class ModelConfig:
     head: str = setting("random", "probe")
     head_hidden: int | None = setting(at_least=1, at_most=65536)
     cached_views: int | None = setting(at_least=1, at_most=1000, only_if="model.freeze=backbone")
+    unfreeze_epochs: int | None = setting(
+        at_least=1, at_most=EPOCHS_MOST, only_if="model.freeze=none"
+    )
+    norm_stats: str = setting("auto", "update", "keep", only_if="model.freeze=none")
     mean: list[float] | None = setting(at_least=0, at_most=1, length=3)
     std: list[float] | None = setting(at_least=0.001, at_most=1, length=3)
 
@@ -122,6 +133,7 @@ class OptimConfig:
     name: str = setting("adamw", "sgd")
     lr: float | None = setting(above=0, at_most=LARGEST)
     head_lr: float | None = setting(above=0, at_most=LARGEST)
+    layer_decay: float | None = setting(above=0, at_most=1, only_if="model.freeze=none")
     weight_decay: float = setting(at_least=0, at_most=LARGEST)
     momentum: float = setting(at_least=0, below=1, only_if="optim.name=sgd")
     schedule: str = setting("cosine", "step", "constant")
@@ -137,10 +149,12 @@ class TrainConfig:
     accumulate: int = setting(at_least=1, at_most=BATCH_MOST)
     label_smoothing: float = setting(at_least=0, below=1)
     clip_norm: float | None = setting(above=0, at_most=LARGEST)
+    imbalance: str = setting("none", "sampler", "logits")
+    tta: str = setting("none", "flip")
     ema_decay: float | None = setting(above=0, below=1)
     monitor: str = setting("valid_top1", "valid_f1", "valid_loss")
     patience: int | None = setting(at_least=1, at_most=EPOCHS_MOST)
-    device: str = setting("auto", "cpu", "cuda", identity=False)
+    device: str = setting("auto", "cpu", "cuda", "mps", identity=False)
     precision: str = setting("auto", "fp32", "bf16", "fp16")
     channels_last: bool = setting()
     compile: bool = setting()
@@ -282,6 +296,7 @@ def load(composed: DictConfig) -> Config:
         fill_pixels(config, pixels_from_scratch(config.model.name))
     check_sizes(config.data)
     check_batch(config.train)
+    check_unfreezing(config)
     augment = config.data.augment
     mixes = augment.mixup + augment.cutmix > 0
     if config.model.freeze == "backbone" and config.model.cached_views and mixes:
@@ -289,6 +304,11 @@ def load(composed: DictConfig) -> Config:
             f"model.cached_views={config.model.cached_views}: mixed pictures "
             "(data.augment.mixup, data.augment.cutmix) have no cached features; "
             "allowed: model.cached_views=null, or no mixing"
+        )
+    if augment.jitter[3] > 0.5:
+        raise UserError(
+            f"data.augment.jitter={augment.jitter}: the last number is of hue, which 0.5 turns to "
+            "its opposite; allowed: at most 0.5"
         )
     for key in ("scale", "ratio"):
         low, high = getattr(augment, key)
@@ -358,6 +378,17 @@ def check_batch(train: TrainConfig) -> None:
         )
 
 
+def check_unfreezing(config: Config) -> None:
+    """Raise UserError where no epoch would be left to train all layers in."""
+    frozen, epochs = config.model.unfreeze_epochs, config.train.epochs
+    if frozen is not None and config.model.freeze == "none" and frozen >= (epochs or EPOCHS):
+        raise UserError(
+            f"model.unfreeze_epochs={frozen}: so many epochs train the head alone, and "
+            f"train.epochs={epochs or EPOCHS} leaves none for all layers; allowed: fewer than "
+            "train.epochs, or model.freeze=backbone"
+        )
+
+
 def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> list[str]:
     """Return one line for each setting that the user gave although another one undoes it.
 
@@ -374,8 +405,10 @@ def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> li
     for key, value, limits in walk(config):
         if key in given and limits["only_if"]:
             other, allowed = limits["only_if"].split("=")
+            used = not other.endswith("!")
+            other = other.removesuffix("!")
             now = str(values[other]).replace("None", "null")
-            if now not in allowed.split("|"):
+            if (now in allowed.split("|")) != used:
                 lines.append(
                     f"{key}={value} has no effect with {other}={now}: "
                     f"it is used with {limits['only_if']}"
@@ -502,6 +535,8 @@ LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
         "solved": (2e-3, None),
     },
 }
+# Of everything below a solved head: what the first layers know is the most general.
+LAYER_DECAY = 0.75
 # From here on, on all layers, pretrained weights are mostly forgotten.
 RUINOUS_LR = {"adamw": 1e-3, "sgd": 0.05}
 
@@ -520,6 +555,10 @@ def fill_recipe(config: Config) -> None:
             model.cached_views = None  # mixed images have no cached features
     if augment.flip is None:
         augment.flip = True
+    if choice.layer_decay is None:
+        choice.layer_decay = 1.0
+        if model.head == "probe":
+            choice.layer_decay = LAYER_DECAY
     if choice.lr is None:
         trained = "pretrained"
         if model.head == "probe":
@@ -565,6 +604,23 @@ def epochs_for(train: TrainConfig, pictures: int) -> int:
         return train.epochs
     steps_per_epoch = pictures // min(train.batch_size, pictures)
     return max(EPOCHS, math.ceil(STEPS / steps_per_epoch))
+
+
+# Fewer pictures than that, at once or in all, give BatchNorm poorer statistics than those that
+# come with pretrained weights. @@@
+NORM_BATCH, NORM_PICTURES = 16, 500
+
+
+def norm_stats_for(config: Config, pictures: int) -> str:
+    """Return what becomes of BatchNorm's statistics: `model.norm_stats`, or what `auto` means."""
+    model, train = config.model, config.train
+    if model.norm_stats != "auto":
+        return model.norm_stats
+    at_once = min(train.batch_size, pictures) // train.accumulate // (train.exact_shards or 1)
+    few = at_once < NORM_BATCH or pictures < NORM_PICTURES
+    if model.weights is not None and few:
+        return "keep"
+    return "update"
 
 
 # --- the metric line: one definition for the log and for SageMaker's MetricDefinitions ---

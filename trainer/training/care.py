@@ -38,6 +38,7 @@ def look(run: Run, images: ImageFolder, packed: Packed) -> tuple[ImageFolder, Fi
             findings = care.look(images, read, spec.size, workers(config, run.world), step)
     run.world.barrier(run.stop)
     findings = run.world.broadcast_from_main(lambda: findings)
+    findings.balanced = config.train.imbalance != "none"
     return care.keep_or_stop(images, findings, config.data.leaks), findings
 
 
@@ -48,7 +49,9 @@ def tell(run: Run, findings: Findings, data: Loader, machine: Machine) -> None:
     if isinstance(data, FeatureLoader) and run.config.model.weights is not None:
         views, valid = data.views, data.valid
         features: Features = {"train": lambda: _mean(views), "valid": lambda: np.asarray(valid)}
-        judge(findings, data.loader.folder, features, machine.device)
+        # What judges them needs decompositions and 64 bits, which Apple's GPUs have not.
+        device = torch.device("cpu") if machine.device.type == "mps" else machine.device
+        judge(findings, data.loader.folder, features, device)
     write(findings, run.directory / "care.csv")
 
 

@@ -62,7 +62,10 @@ def train_one_step(run: Training, image: Tensor, target: Tensor) -> None:
             with run.machine.autocast():
                 output = run.gradients.forward(inputs).float()
                 loss = functional.cross_entropy(
-                    output, targets, label_smoothing=config.label_smoothing, reduction="sum"
+                    run.adjusted(output),
+                    targets,
+                    label_smoothing=config.label_smoothing,
+                    reduction="sum",
                 )
             # Of the loss divided by the whole batch: the gradients add up to those of its mean.
             share = torch.full_like(loss, 1 / divisor)
@@ -99,13 +102,24 @@ def predict(
     logits, targets = [], []
     for image, target in run.world.rounds(batches, run.stop):
         with machine.autocast():
-            logits.append(model(image.to(run.device, non_blocking=True)).float())
+            logits.append(mean_logits(model, image.to(run.device, non_blocking=True)))
         targets.append(target)
     logits = run.world.gather([each.cpu() for each in logits])
     targets = run.world.gather(targets)
     if not logits:  # a process may have no batch
         return torch.empty(0, 0), torch.empty(0)
     return torch.cat(logits), torch.cat(targets)
+
+
+def mean_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the logits float32 [N, classes] of a batch.
+
+    inputs: as in `Batch`. Of features of several views, [N, views, width], their mean, as the
+    whole network gives it.
+    """
+    views = inputs.flatten(0, 1) if inputs.ndim == 3 else inputs
+    logits: Tensor = model(views).float()
+    return logits.reshape(len(inputs), -1, logits.shape[1]).mean(1)
 
 
 def seed_dropout(device: torch.device, seed: int, step: int, shard: int) -> None:
@@ -115,6 +129,9 @@ def seed_dropout(device: torch.device, seed: int, step: int, shard: int) -> None
     """
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "big") >> 1
+    if device.type == "mps":
+        torch.mps.manual_seed(number + shard)
+        return
     source = torch.default_generator
     if device.type == "cuda":
         source = torch.cuda.default_generators[device.index or 0]

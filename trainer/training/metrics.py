@@ -1,6 +1,7 @@
 """What a run reports of itself: classification metrics, and the ledger with one row an epoch."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,17 @@ def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, flo
     return {f"{prefix}_{name}": round(value.item(), 6) for name, value in values.items()}
 
 
-def better(value: float, best: float | None, monitor: str) -> bool:
-    """Return whether `value` of the monitored metric beats the best so far.
+def better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: str) -> bool:
+    """Return whether an epoch's metrics of valid beat the best so far, by the monitored one.
 
-    Losses fall, everything else rises.
+    Losses fall, everything else rises; where it is equal, as is common for few images, the lower
+    loss is better.
     """
-    if best is None:
-        return True
+    if metrics[monitor] == best[monitor]:
+        return metrics["valid_loss"] < best["valid_loss"]
     if monitor.endswith("loss"):
-        return value < best
-    return value > best
+        return metrics[monitor] < best[monitor]
+    return metrics[monitor] > best[monitor]
 
 
 class MetricsFile:

@@ -26,10 +26,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.common import files
-from trainer.common.console import log
+from trainer.common.console import log, quiet
 from trainer.common.errors import Unreadable, UserError
 from trainer.distributed.world import World
-from trainer.images import identity
 from trainer.images.folder import ImageFolder, Split
 from trainer.images.loader import MIRRORED, PLAIN, ImageLoader
 from trainer.images.usable import usable_images
@@ -76,7 +75,7 @@ BATCH = 16  # pictures at a time that are timed
 BACKWARD = 3.0  # times a forward pass that a training step takes
 TUNE_MINUTES = {"cpu": 30.0, "cuda": math.inf}
 FLIPS_HURT = 2.0  # standard errors by which a probe must be worse with mirrored pictures
-SMALL = 64  # px: a median shorter side up to which a small network from scratch is tried too
+SCRATCH_SIZE = 64  # px
 
 
 @dataclass
@@ -88,7 +87,7 @@ class Candidate:
     """
 
     name: str
-    weights: str
+    licence: str = ""
     accuracy: float = 0.0
     error: float = 0.0
     gflops: float = 0.0
@@ -100,12 +99,11 @@ class Candidate:
 
 @dataclass
 class Recipe:
-    """What was decided: settings by dotted key, of what, and why."""
+    """What was decided: settings by dotted key, what was measured for it, and why."""
 
     settings: dict[str, Any]
     candidates: list[Candidate]
     reasons: list[str]
-    pictures: str  # trainer.images.identity.of_images
     format: int = FORMAT
 
 
@@ -136,6 +134,8 @@ def applied(config: Config, values: dict[str, Any]) -> Config:
             node = getattr(node, section)
         setattr(node, name, value)
     settings.fill_recipe(config)
+    if config.model.weights is None:
+        settings.fill_pixels(config, settings.pixels_from_scratch(config.model.name))
     return config
 
 
@@ -196,13 +196,12 @@ class Decision:
         """Measure, decide, and write it down."""
         candidates = self.candidates()
         networks = [each for each in map(self.build, candidates) if each]
-        values = self.from_scratch()
-        pictures = identity.of_images(self.images)
         if networks:
             best = self.choose(networks)
             values = self.with_flips(best) | self.training(best)
-            pictures = identity.of_images(best.network.images)
-        recipe = Recipe(values, candidates, self.reasons, pictures)
+        else:
+            values = self.from_scratch()
+        recipe = Recipe(values, candidates, self.reasons)
         self.tell(recipe)
         text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
         files.write(self.run.checkpoints / FILE, text)
@@ -211,18 +210,26 @@ class Decision:
     # --- the candidates ---
 
     def candidates(self) -> list[Candidate]:
-        """Return the networks to compare, without having looked whether they can be had."""
+        """Return the networks to compare, without having looked whether they can be had.
+
+        Those of a folder of weights, where there is one: a closed network downloads nothing.
+        """
         model = self.config.model
-        names = model.candidates or CANDIDATES[self.machine.device.type]
-        return [Candidate(name, "DEFAULT") for name in names]
+        names: Sequence[str] = CANDIDATES[self.machine.device.type]
+        if model.candidates is not None:
+            names = model.candidates
+        elif model.weights_dir is not None:
+            names = sorted({each.name for each in weights.candidates(model.weights_dir)})
+        return [Candidate(name) for name in names]
 
     def build(self, candidate: Candidate) -> Network | None:
         """Build a candidate; None, and the reason noted, where its weights can't be had."""
-        config = self.with_network(candidate, "backbone")
+        config = self.with_network(candidate)
         try:
-            config = weights.resolve(config, self.images)
+            with quiet():  # the same is said of the one that is chosen
+                config = weights.resolve(config, self.images)
             torch.manual_seed(config.seed)
-            network = new_network(config, len(self.images.classes)).to(self.machine.device)
+            network = new_network(config, self.images.classes).to(self.machine.device)
         except Unreadable:
             raise
         except UserError as error:
@@ -233,20 +240,23 @@ class Decision:
         loader = make_loader(replace(self.run, config=config), images, reader, self.machine)
         cache = FeatureCache(network, loader, self.machine, Path(config.platform.cache))
         size = loader.preprocessing.size
+        candidate.licence = weights.provenance(config)["licence"] or "not stated"
         candidate.gflops = _gflops(network, size)
         candidate.megabytes = sum(each.numel() for each in network.parameters()) * 4 / 1e6
         candidate.milliseconds = _milliseconds(network, size, self.machine)
         return Network(candidate, config, images, loader, cache)
 
-    def with_network(self, candidate: Candidate, freeze: str) -> Config:
-        """Return the settings with a candidate's network."""
-        values = {
+    def with_network(self, candidate: Candidate) -> Config:
+        """Return the settings with a candidate's network, of which the head alone is solved."""
+        return applied(self.config, self.frozen(candidate))
+
+    def frozen(self, candidate: Candidate) -> dict[str, Any]:
+        return {
             "model.name": candidate.name,
-            "model.weights": candidate.weights,
-            "model.freeze": freeze,
             "model.head": "probe",
+            "model.freeze": "backbone",
+            "train.epochs": 0,
         }
-        return applied(self.config, values)
 
     # --- what they know ---
 
@@ -335,13 +345,7 @@ class Decision:
     def training(self, judged: Judged) -> dict[str, Any]:
         """Return the settings by which the network is trained: a solved head, and perhaps more."""
         candidate, train = judged.network.candidate, judged.network.images.count("train")
-        frozen: dict[str, Any] = {
-            "model.name": candidate.name,
-            "model.weights": candidate.weights,
-            "model.head": "probe",
-            "model.freeze": "backbone",
-            "train.epochs": 0,
-        }
+        frozen = self.frozen(candidate)
         if self.config.model.freeze == "backbone" or self.config.train.epochs == 0:
             return frozen
         steps = max(train // self.config.train.batch_size, 1)
@@ -366,8 +370,16 @@ class Decision:
         return frozen | {"model.freeze": "none", "train.epochs": fits}
 
     def from_scratch(self) -> dict[str, Any]:
-        """Return the settings for no pretrained weights."""
-        return {"model.name": TOY, "model.weights": None, "data.augment.flip": True}
+        """Return the settings where no weights can be had: a small network on small pictures."""
+        self.reasons.append(
+            f"no weights of any candidate can be had: {TOY} is trained from scratch, which is far "
+            "less accurate; give model.weights_dir=DIR, a folder with weights"
+        )
+        return {
+            "model.name": TOY,
+            "model.weights": None,
+            "data.size": self.config.data.size or SCRATCH_SIZE,
+        }
 
     def tell(self, recipe: Recipe) -> None:
         """Show the table, and why."""
@@ -379,7 +391,7 @@ class Decision:
 
 def table(candidates: Sequence[Candidate]) -> list[str]:
     """Return the candidates that were measured as lines of text."""
-    rows = [("network", "accuracy", "GFLOP", "MB", "ms a picture here")]
+    rows = [("network", "accuracy", "GFLOP", "MB", "ms a picture here", "licence")]
     rows += [
         (
             each.name,
@@ -387,6 +399,7 @@ def table(candidates: Sequence[Candidate]) -> list[str]:
             f"{each.gflops:.2f}",
             f"{each.megabytes:.0f}",
             f"{each.milliseconds:.1f}",
+            each.licence,
         )
         for each in candidates
         if not each.left_out

@@ -139,6 +139,7 @@ class Training:
             head_lr=choice.head_lr,
             weight_decay=choice.weight_decay,
             momentum=choice.momentum,
+            layer_decay=choice.layer_decay,
         )
         # Gradients of float16 underflow without it; bfloat16 has float32's range and needs none.
         half = machine.precision == torch.float16
@@ -147,6 +148,11 @@ class Training:
         if run.config.train.ema_decay is not None:
             self.ema = ModelEma(self.model, run.config.train.ema_decay)
         self.gradients = self._gradients()
+        self.log_prior: Tensor | None = None
+        if run.config.train.imbalance == "logits":
+            counts = np.bincount(loader.folder.splits["train"].labels, minlength=data.classes)
+            shares = torch.from_numpy(counts).clamp(min=1) / counts.sum()
+            self.log_prior = shares.log().float().to(machine.device)
         self.facts: dict[str, Any] = {
             "identity": run.identity(loader.folder, network),
             "classes": list(loader.folder.classes),
@@ -238,10 +244,26 @@ class Training:
 
     def begin_epoch(self) -> None:
         """Begin an epoch, or go on in one, with its sums and its clock."""
+        self._freeze_or_unfreeze()
         self.gradients.forward.train()
         sums = self.progress.sums if self.world.is_main_process else [0.0, 0.0, 0.0]
         self.sums = TrainSums(sums)
         self._began = time.monotonic() - self.progress.seconds
+
+    def _freeze_or_unfreeze(self) -> None:
+        """Train the head alone in the first model.unfreeze_epochs, and then all layers."""
+        model = self.config.model
+        if model.unfreeze_epochs is None or model.freeze == "backbone":
+            return
+        frozen = self.progress.epoch < model.unfreeze_epochs
+        if frozen == self.network.frozen:
+            return
+        of_head = set(map(id, self.network.head.parameters()))
+        for parameter in self.parameters():
+            if id(parameter) not in of_head:
+                parameter.requires_grad_(not frozen)
+        self.network.frozen = frozen
+        self.gradients = self._gradients()  # which gradients come together has changed
 
     def train_batches(self) -> Generator[Batch, None, None]:
         """Yield the rest of the epoch's batches, on the device."""
@@ -278,6 +300,17 @@ class Training:
             choice.schedule, choice.warmup_epochs, choice.step_epochs, choice.step_factor
         )
         return schedule.factor(self.progress.step, self.data.steps_per_epoch, self.epochs)
+
+    def adjusted(self, output: Tensor) -> Tensor:
+        """Return the logits [N, classes] that the loss is taken of.
+
+        With train.imbalance=logits, each has the logarithm of its class's share of the images
+        added (Menon et al. 2021, tau = 1): what is left for the network to learn is what it would
+        say if all classes were equally frequent.
+        """
+        if self.log_prior is None:
+            return output
+        return output + self.log_prior
 
     def mix(self, image: Tensor, target: Tensor, shard: int) -> tuple[Tensor, Tensor]:
         """Mix the images of a shard with each other, where the settings say so."""
@@ -358,23 +391,21 @@ class Training:
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
-        best, monitor = self.progress.best, self.config.train.monitor
-        if best is None:
+        if self.progress.best is None:
             return True
-        if best["epoch"] == 0 and metrics["gain"] <= metrics["gain_error"]:
-            return False  # what is trained must be better than a probe beyond doubt
-        if best["epoch"] == 0:
-            return metrics["valid_top1"] >= best["top1"]
-        return better(metrics[monitor], best["value"], monitor)
+        best = next(
+            row for row in self.metrics_file.rows if row["epoch"] == self.progress.best["epoch"]
+        )
+        if best["epoch"] > 0:
+            return better(metrics, best, self.config.train.monitor)
+        # What is trained on top of a probe must be better beyond doubt.
+        gained = metrics["gain"] > metrics["gain_error"]
+        return gained and metrics["valid_top1"] >= best["valid_top1"]
 
     def keep_best(self, metrics: dict[str, float]) -> None:
         """Take the weights as they are for the best."""
         value = metrics[self.config.train.monitor]
-        self.progress.best = {
-            "epoch": self.progress.epoch,
-            "value": value,
-            "top1": metrics["valid_top1"],
-        }
+        self.progress.best = {"epoch": self.progress.epoch, "value": value}
         model = self.ema.network if self.ema else self.model
         self.checkpoints.keep_best(model.state_dict(), self.facts["environment"])
 
@@ -535,6 +566,8 @@ def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier
         weights.origin(config),
     )
     weights.warn_of_scratch(config, parameters, len(images.splits["train"].paths))
+    if network.averages_flip:
+        log.info("train.tta=flip: each picture is evaluated and served twice, in twice the time")
     if world.size > 1:
         mode = "fast" if config.train.exact_shards is None else f"exact, in {share.shards} shards"
         hosts = "host" if world.hosts == 1 else "hosts"
@@ -546,7 +579,7 @@ def new_network(config: Config, classes: Sequence[str]) -> Classifier:
     """Build the network that the settings ask for, for classes of these names. Raise UserError."""
     model = config.model
     assert model.mean is not None and model.std is not None  # network.weights.resolve
-    return build.build(
+    network = build.build(
         model.name,
         len(classes),
         weights=model.weights,
@@ -559,6 +592,9 @@ def new_network(config: Config, classes: Sequence[str]) -> Classifier:
         std=model.std,
         channels_last=config.train.channels_last,
     )
+    network.keeps_norm_stats = model.norm_stats == "keep"
+    network.averages_flip = config.train.tta == "flip"
+    return network
 
 
 def make_loader(
@@ -575,6 +611,12 @@ def make_loader(
             ratio=(augment.ratio[0], augment.ratio[1]),
             flip=augment.flip,
             trivial=augment.trivial,
+            vertical_flip=augment.vertical_flip,
+            rotation=augment.rotation,
+            jitter=tuple(augment.jitter),
+            randaugment=augment.randaugment,
+            magnitude=augment.magnitude,
+            erasing=augment.erasing,
         ),
         config.train.batch_size,
         config.seed,
@@ -583,6 +625,7 @@ def make_loader(
         read=reader,
         views=config.model.cached_views if config.model.freeze == "backbone" else None,
         share=_share(run, images),
+        balanced=config.train.imbalance == "sampler",
     )
 
 

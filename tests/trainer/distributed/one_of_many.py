@@ -33,7 +33,10 @@ BASE = (
     "optim.head_lr=3e-3",
     "platform=local", "platform.cache=cache", "train.timeout_seconds=60",
 )  # fmt: skip
-EXACT = ("train.exact_shards=4", "data.augment.mixup=0.4", "data.augment.cutmix=1")
+EXACT = (
+    "train.exact_shards=4", "data.augment.mixup=0.4", "data.augment.cutmix=1",
+    "model.unfreeze_epochs=1", "train.imbalance=sampler",
+)  # fmt: skip
 
 
 class StopAt:
@@ -98,7 +101,7 @@ SCENARIOS: dict[str, tuple[float, bool, tuple[str, ...]]] = {
     "exact": (0.3, False, EXACT),
     "chain": (0.3, False, EXACT),
     "fast": (0.3, False, ("data.augment.mixup=0.4",)),
-    "plain": (0.0, True, ("train.accumulate=2",)),
+    "plain": (0.0, True, ("train.accumulate=2", "model.unfreeze_epochs=1")),
     "frozen": (0.0, False, ("model.freeze=backbone", "model.cached_views=2")),
 }
 

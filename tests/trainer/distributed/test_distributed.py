@@ -17,7 +17,7 @@ from tests.shared import made_once
 from tests.soak import difference, outcome
 from tests.trainer.distributed.together import all_ended, run_together, together
 from trainer.distributed.heartbeat import Heartbeat
-from trainer.images.sampler import Share, epoch_batches
+from trainer.images.sampler import Share, epoch_batches, random_order
 from trainer.training import checkpoint
 
 
@@ -140,7 +140,7 @@ def test_an_evaluation_counts_each_picture_once_whatever_the_number_of_processes
 
 @pytest.mark.parametrize(("size", "shards"), [(1, 1), (2, 2), (3, 3), (3, 7), (4, 4), (2, 5)])
 def test_the_shares_of_all_processes_are_the_batches(size, shards):
-    batches = epoch_batches(100, 31, 0, 0)
+    batches = epoch_batches(random_order(100, seed=0, epoch=0), 31)
     everybody = Share(0, size, shards).everybody()
     assert [shard for share in everybody for shard in share.mine] == list(range(shards))
     for batch, *parts in zip(

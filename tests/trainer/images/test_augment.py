@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,9 +7,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import (
     InterpolationMode,
+    RandAugment,
     RandomResizedCrop,
     TrivialAugmentWide,
     autoaugment,
+    v2,
 )
 from torchvision.transforms.v2 import functional as reference
 
@@ -17,7 +20,12 @@ from trainer.images.augment import (
     OPERATIONS,
     STRENGTHS,
     Augmentation,
+    erase,
+    jitter,
+    jitter_factors,
     mirror,
+    rand_augment,
+    rand_augment_limit,
     random_box,
     random_view,
     trivial_augment,
@@ -26,7 +34,11 @@ from trainer.images.decode import FILTERS
 
 SCALE, RATIO = (0.25, 1.0), (0.75, 1.3333)
 PLAIN = Augmentation(scale=SCALE, ratio=RATIO, flip=False, trivial=False)
-ALL = Augmentation(scale=SCALE, ratio=RATIO, flip=True, trivial=True)
+ALL = Augmentation(
+    SCALE, RATIO, flip=True, trivial=True, vertical_flip=True, rotation=20,
+    jitter=(0.4, 0.4, 0.4, 0.1), randaugment=2, erasing=0.5,
+)  # fmt: skip
+WHOLE = Augmentation((1.0, 1.0), (80 / 60, 80 / 60), flip=False, trivial=False)
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +116,8 @@ def test_the_picture_itself_is_not_changed(pixels):
 
 
 def test_half_of_the_views_are_mirrored(pixels):
-    whole = {"scale": (1.0, 1.0), "ratio": (80 / 60, 80 / 60), "trivial": False}
-    straight = random_view(pixels, 60, "bilinear", Augmentation(flip=False, **whole), rng())
-    views = [
-        random_view(pixels, 60, "bilinear", Augmentation(flip=True, **whole), rng(sample))
-        for sample in range(400)
-    ]
+    straight = whole_view(pixels)
+    views = [whole_view(pixels, sample, flip=True) for sample in range(400)]
     mirrored = [np.array_equal(view, straight[:, ::-1]) for view in views]
     assert all(
         np.array_equal(view, straight)
@@ -117,6 +125,71 @@ def test_half_of_the_views_are_mirrored(pixels):
         if not is_mirrored
     )
     assert 160 < sum(mirrored) < 240  # 4 standard deviations
+
+
+def whole_view(pixels, sample=0, **changes):
+    """A view of all of the picture, which differs by `changes` alone."""
+    return random_view(pixels, 60, "bilinear", replace(WHOLE, **changes), rng(sample))
+
+
+def test_half_of_the_views_are_upside_down(pixels):
+    straight = whole_view(pixels)
+    views = [whole_view(pixels, sample, vertical_flip=True) for sample in range(400)]
+    turned = [np.array_equal(view, straight[::-1]) for view in views]
+    assert sum(turned) + sum(np.array_equal(view, straight) for view in views) == 400
+    assert 160 < sum(turned) < 240  # 4 standard deviations
+
+
+def drawn(sample=0):
+    """The generator of a whole view after its box and before what changes it."""
+    random = rng(sample)
+    random_box(60, 80, WHOLE.scale, WHOLE.ratio, random)
+    return random
+
+
+def test_a_view_is_turned_as_torchvision_turns_it(pixels):
+    angles = []
+    for sample in range(50):
+        angles.append(drawn(sample).uniform(-30, 30))
+        expected = reference.rotate(
+            Image.fromarray(whole_view(pixels)), angles[-1], InterpolationMode.BILINEAR
+        )
+        view = whole_view(pixels, sample, rotation=30)
+        assert np.array_equal(view, np.asarray(expected)), angles[-1]
+    assert min(angles) < -20 and max(angles) > 20
+
+
+@pytest.mark.parametrize("strengths", [(0.4, 0.3, 0.2, 0.1), (0, 0, 0, 0.5), (1, 0, 0, 0)])
+def test_colours_change_as_torchvision_changes_them(pixels, strengths):
+    theirs = v2.ColorJitter(*strengths)
+    image, orders = Image.fromarray(whole_view(pixels)), set()
+    for sample in range(50):
+        order, factors = jitter_factors(strengths, drawn(sample))
+        names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
+        expected = theirs.transform(
+            image, {"fn_idx": torch.tensor(order), **dict(zip(names, factors, strict=True))}
+        )
+        assert np.array_equal(np.asarray(jitter(image, order, factors)), np.asarray(expected))
+        assert np.array_equal(whole_view(pixels, sample, jitter=strengths), np.asarray(expected))
+        for factor, strength, middle in zip(factors, strengths, (1, 1, 1, 0), strict=True):
+            assert (factor is None) == (strength == 0)
+            assert factor is None or abs(factor - middle) <= strength
+        orders.add(tuple(order))
+    assert len(orders) > 15  # of 24
+
+
+def test_some_views_get_a_rectangle_of_noise(pixels):
+    straight = whole_view(pixels)
+    views = [whole_view(pixels, sample, erasing=0.25) for sample in range(400)]
+    assert 65 < sum(not np.array_equal(view, straight) for view in views) < 135
+    for sample in range(20):
+        random = rng(sample)
+        box = random_box(60, 60, (0.02, 0.33), (0.3, 3.3), random)
+        noise = random.integers(0, 256, (*box[2:], 3), np.uint8)
+        image, value = (torch.from_numpy(each).permute(2, 0, 1) for each in (straight, noise))
+        expected = reference.erase(image, *box, value)
+        assert np.array_equal(erase(straight, rng(sample)), expected.permute(1, 2, 0))
+        assert noise.std() > 60
 
 
 # --- boxes ---
@@ -148,6 +221,17 @@ def test_boxes_are_distributed_as_torchvisions():
         float,
     )
     for ours_of, theirs_of in zip(features(ours), features(theirs), strict=True):
+        assert kolmogorov_smirnov(ours_of, theirs_of) < 1.95 * math.sqrt(2 / count)  # p = 0.001
+
+
+def test_erased_boxes_are_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    picture, theirs, random, count = torch.zeros(3, 200, 200), v2.RandomErasing(), rng(), 3000
+    ours = [random_box(200, 200, (0.02, 0.33), (0.3, 3.3), random) for _ in range(count)]
+    params = [theirs.make_params([picture]) for _ in range(count)]
+    boxes = [[each[key] for key in "ijhw"] for each in params]
+    both = zip(features(np.array(ours, float)), features(np.array(boxes, float)), strict=True)
+    for ours_of, theirs_of in both:
         assert kolmogorov_smirnov(ours_of, theirs_of) < 1.95 * math.sqrt(2 / count)  # p = 0.001
 
 
@@ -259,3 +343,40 @@ def test_all_operations_strengths_and_signs_are_drawn_alike(monkeypatch):
     assert set(strengths[~signed]) == set(range(31))
     assert np.abs(np.bincount(np.abs(strengths).astype(int)) - 14000 / 31).max() < 90
     assert abs((strengths[signed] > 0).mean() - (strengths[signed] < 0).mean()) < 0.05
+
+
+# --- RandAugment: the same operations, which the tests above compare ---
+
+
+@pytest.mark.parametrize("number", range(14), ids=NAMES)
+def test_limits_of_randaugment_are_torchvisions(pixels, number):
+    image = Image.fromarray(pixels)
+    space = RandAugment()._augmentation_space(STRENGTHS, (image.height, image.width))
+    magnitudes, signed = space[NAMES[number]]
+    changeless = {"Posterize": 8, "Solarize": 255}.get(NAMES[number], 0)
+    theirs = np.abs(magnitudes.numpy() - changeless).reshape(-1).astype(float)
+    limit = rand_augment_limit(number, image.size)
+    ours = np.linspace(0, limit, STRENGTHS) if limit else np.zeros(1)
+    if NAMES[number] == "Posterize":
+        ours = np.round(ours)
+    assert np.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    assert signed == OPERATIONS[number][2]
+
+
+def test_operations_of_randaugment_are_drawn_alike_at_one_strength(monkeypatch):
+    drawn = []
+    spies = [
+        (lambda image, strength, number=number: drawn.append((number, strength)), 0, signed)
+        for number, (_, _, signed) in enumerate(OPERATIONS)
+    ]
+    monkeypatch.setattr("trainer.images.augment.OPERATIONS", tuple(spies))
+    random, image = rng(), Image.new("RGB", (80, 60))
+    for _ in range(14000):
+        rand_augment(image, 9, random)
+    numbers, strengths = np.array(drawn).T
+    assert np.abs(np.bincount(numbers.astype(int)) - 1000).max() < 130  # 4 standard deviations
+    for number in range(14):
+        strength = 0.3 * rand_augment_limit(number, image.size)
+        assert set(np.abs(strengths[numbers == number]).round(6)) == {round(strength, 6)}
+        negative = (strengths[numbers == number] < 0).mean()
+        assert abs(negative - 0.5) < 0.07 if spies[number][2] and strength else negative == 0

@@ -3,6 +3,7 @@
 import csv
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,10 @@ def test_classes_of_very_different_sizes(root: Path):
     lines = [line for line, _ in look(root).lines()]
     assert lines == [
         "pictures in classes of very different sizes: train has 44 of class cat and 4 of class dog"
+        "; train.imbalance=sampler or logits has all classes count alike"
     ]
+    findings = replace(look(root), balanced=True)
+    assert [line for line, _ in findings.lines()] == [lines[0].split(";")[0]]
 
 
 def test_the_csv_holds_all_of_it_whatever_a_file_is_called(root: Path):

@@ -78,6 +78,29 @@ def test_a_frozen_backbone_does_not_move_at_all():
     assert not torch.equal(head["weight"], network.head.state_dict()["weight"])
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "timm/efficientnet_lite0"])
+def test_statistics_that_are_kept_stay_while_all_weights_are_trained(name):
+    network = model.build(name, 3)
+    network.keeps_norm_stats = True
+    network.train()
+    before = copy.deepcopy(dict(network.backbone.named_buffers()))
+    torch.nn.functional.cross_entropy(network(PIXELS), torch.tensor([0, 1])).backward()
+    after = dict(network.backbone.named_buffers())
+    assert len(before) > 20 and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert network.backbone.training and network.head.training
+
+
+def test_in_eval_mode_the_logits_are_the_mean_of_a_picture_and_its_mirror_image():
+    network = model.build("small_cnn", 3, head_hidden=5).eval()
+    plain, other = network(PIXELS), network(PIXELS[:, :, torch.arange(63, -1, -1)])
+    assert not torch.allclose(plain, other)
+    trained = copy.deepcopy(network).train()(PIXELS)
+    network.averages_flip = True
+    torch.testing.assert_close(network(PIXELS), (plain + other) / 2)
+    assert torch.equal(network.train()(PIXELS), trained)
+
+
 # --- weights ---
 
 

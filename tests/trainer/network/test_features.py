@@ -38,13 +38,15 @@ def frozen_network(seed: int = 0) -> model.Classifier:
     return model.build("small_cnn", 3, freeze="backbone")
 
 
-def test_training_on_features_is_training_on_the_same_views(tmp_path, feed, configure):
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_on_features_is_training_on_the_same_views(tmp_path, feed, configure, flip):
     config = configure(
         "model=small_cnn", "optim=sgd", "optim.lr=0.02", "optim.weight_decay=1e-4",
         "train.epochs=5",
         "train.batch_size=8", "train.ema_decay=0.9", "model.freeze=backbone", "data.size=16",
     )  # fmt: skip
     whole, cached = frozen_network(), frozen_network()
+    whole.averages_flip = cached.averages_flip = flip
     on_pixels = open_training(tmp_path / "pixels", config, feed, whole, data=feed)
     data = extract(cached, feed, tmp_path / "cache")
     on_features = open_training(tmp_path / "features", config, feed, cached, data=data)
@@ -57,6 +59,13 @@ def test_training_on_features_is_training_on_the_same_views(tmp_path, feed, conf
     for row, other in rows:
         assert row["valid_loss"] == pytest.approx(other["valid_loss"], rel=1e-4)
         assert row["valid_top1"] == other["valid_top1"]
+    cached.averages_flip = False
+    without = extract(cached, feed, tmp_path / "cache")  # the same files, whatever is averaged
+    assert without.mirrored is None and np.array_equal(without.valid, data.valid)
+    on_plain = open_training(tmp_path / "plain", config, feed, frozen_network(), data=without)
+    fit(on_plain)
+    last = on_plain.metrics_file.rows[-1]["valid_loss"]
+    assert (last == pytest.approx(on_features.metrics_file.rows[-1]["valid_loss"])) != flip
     start = frozen_network().head.state_dict()
     assert not torch.equal(start["weight"], whole.head.state_dict()["weight"])
 
@@ -66,7 +75,7 @@ def test_the_views_differ_and_the_epochs_take_them_in_turn(tmp_path, feed):
     assert not np.array_equal(extracted.views[0], extracted.views[1])
     shown = [next(extracted.train_batches(epoch)).image for epoch in range(4)]
     for epoch in range(4):
-        first = features.epoch_batches(24, feed.batch_size, feed.seed, epoch)[0]
+        first = feed.epoch(epoch)[0]
         assert np.array_equal(shown[epoch].numpy(), extracted.views[epoch % 2][first])
 
 

@@ -87,3 +87,59 @@ def test_a_frozen_backbone_is_not_optimized():
     network = model.build("small_cnn", 5, freeze="backbone")
     optimizer = optim.build(network, "adamw", lr=0.1, head_lr=None, weight_decay=0.01, momentum=0.9)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+# Each with its first and last layer, by parameters of theirs.
+LAYERS = {
+    "small_cnn": (4, "0.weight", "11.weight"),
+    "resnet18": (9, "bn1.weight", "layer4.1.bn2.bias"),
+    "mobilenet_v3_small": (14, "features.0.1.weight", "classifier.0.bias"),
+    "regnet_y_400mf": (17, "stem.0.weight", "trunk_output.block4.block4-5.f.c.0.weight"),
+    "densenet121": (62, "features.norm0.bias", "features.norm5.weight"),
+    "squeezenet1_1": (9, "features.0.weight", "features.12.squeeze.weight"),
+    "swin_t": (16, "features.0.2.weight", "norm.weight"),
+    "vit_b_16": (13, "encoder.pos_embedding", "encoder.ln.weight"),
+    "convnext_tiny": (22, "features.0.1.weight", "features.7.2.layer_scale"),
+    "timm/deit_tiny_patch16_224": (13, "cls_token", "norm.weight"),
+    "timm/resnet18": (9, "bn1.weight", "layer4.1.bn2.weight"),
+    "timm/pit_ti_224": (8, "pos_embed", "norm.weight"),  # says nothing of its layers
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_layer_learns_at_a_share_of_the_rate_of_the_layer_behind_it(name):
+    network = model.build(name, 3) if name.startswith("regnet") else on_meta(name)
+    count, first, last = LAYERS[name]
+    optimizer = optim.build(
+        network, "adamw", lr=0.1, head_lr=1.0, weight_decay=0.01, momentum=0.9, layer_decay=0.5
+    )
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, network.parameters()))
+    rates = {
+        id(parameter): group["peak_lr"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert {rates[id(each)] for each in network.head.parameters()} == {1.0}
+    named = {name: rates[id(each)] for name, each in network.backbone.named_parameters()}
+    expected = [0.1 * 0.5**depth for depth in range(count)]
+    assert sorted(set(named.values()), reverse=True) == pytest.approx(expected)
+    assert named[last] == expected[0] and named[first] == min(named.values())
+    # The layers come one after the other, as their parameters were made.
+    order = [rate for each, rate in named.items() if not each.endswith(("token", "embed"))]
+    if not name.startswith("timm/"):
+        assert order == sorted(order)
+    assert optimizer.param_groups[-1]["peak_lr"] == 1.0  # what is told as the learning rate
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return model.build(name, 3)
+
+
+def test_without_layer_decay_there_is_one_rate_for_all_layers():
+    network = on_meta("small_cnn")
+    assert [
+        (group["lr"], group["weight_decay"], len(group["params"]))
+        for group in optim.parameter_groups(network, 0.1, 1.0, 0.01)
+    ] == [(0.1, 0.01, 4), (0.1, 0.0, 8), (1.0, 0.01, 1), (1.0, 0.0, 1)]

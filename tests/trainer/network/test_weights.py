@@ -22,7 +22,7 @@ from trainer.images.datasets import find_images, materialize
 from trainer.images.decode import Preprocessing, prepare
 from trainer.network import build as model
 from trainer.network import weights
-from trainer.settings.config import Config, run_name
+from trainer.settings.config import Config, norm_stats_for, run_name
 
 OFFLINE = {
     "TORCH_HOME": "torch",
@@ -385,6 +385,26 @@ def test_few_pictures_are_passed_often_enough(configure, tmp_path, per_class, ba
     assert weights.resolve(config, find_images(config)).train.epochs == epochs
     config.train.epochs = 3
     assert weights.resolve(config, find_images(config)).train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    "pictures, words, stats",
+    [
+        (499, "model=resnet50", "keep"),
+        (500, "model=resnet50", "update"),
+        (500, "model=resnet50 train.batch_size=15", "keep"),
+        (500, "model=resnet50 train.batch_size=16", "update"),
+        (500, "model=resnet50 train.accumulate=8", "keep"),
+        (500, "model=resnet50 train.exact_shards=8", "keep"),
+        (9, "model=resnet50 model.norm_stats=update", "update"),
+        (900, "model=resnet50 model.norm_stats=keep", "keep"),
+        (9, "model=small_cnn", "update"),
+    ],
+)
+def test_statistics_of_pretrained_weights_are_kept_where_pictures_are_few(
+    configure, pictures, words, stats
+):
+    assert norm_stats_for(configure(*words.split()), pictures) == stats
 
 
 # --- a pretrained network keeps what it knows ---

@@ -54,6 +54,14 @@ MISTAKES = {
     "model.mean=[0.5]": ["model.mean", "exactly 3"],
     "data.augment.scale=[0.9,0.1]": ["data.augment.scale", "lower bound"],
     "data.augment.scale=[0,1]": ["data.augment.scale", "above 0"],
+    "data.augment.jitter=[0,0,0,0.6]": ["data.augment.jitter", "hue", "at most 0.5"],
+    "data.augment.jitter=[0.4]": ["data.augment.jitter", "exactly 4"],
+    "model.unfreeze_epochs=3 train.epochs=3": [
+        "model.unfreeze_epochs=3",
+        "fewer than train.epochs",
+    ],
+    "model.unfreeze_epochs=16": ["model.unfreeze_epochs=16", "train.epochs=16"],
+    "train.imbalance=weights": ["train.imbalance=weights", "none, sampler, logits"],
     "data.resize=16": ["data.size=28", "data.resize=16"],
     "train.accumulate=100": ["train.accumulate=100", "train.batch_size=64"],
     "model=resnet18": ["model=resnet18", "resnet50", "model=torchvision model.name=resnet18"],
@@ -107,6 +115,12 @@ def test_ignored_settings_are_named(configure):
         == []
     )
     assert ignored(configure(), []) == []
+    words = ["data.augment.magnitude=5", "data.augment.randaugment=2"]
+    assert ignored(configure(*words), words) == []
+    assert ignored(configure(*words[:1]), words[:1]) == [
+        "data.augment.magnitude=5 has no effect with data.augment.randaugment=0: "
+        "it is used with data.augment.randaugment!=0"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from trainer.network.build import Classifier
 from trainer.network.ema import ModelEma
 from trainer.training import checkpoint
 from trainer.training import training as training_module
-from trainer.training.loop import fit, predict, train_one_step
+from trainer.training.loop import fit, predict, train_one_epoch, train_one_step
 from trainer.training.training import Training
 
 
@@ -44,8 +44,9 @@ RECIPE = (
 @pytest.fixture
 def config(configure):
     return configure(
-        *RECIPE, "train.clip_norm=1", "data.augment.mixup=0.4", "data.augment.cutmix=1"
-    )
+        *RECIPE, "train.clip_norm=1", "data.augment.mixup=0.4", "data.augment.cutmix=1",
+        "optim.layer_decay=0.8", "model.unfreeze_epochs=1", "train.imbalance=logits",
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -194,14 +195,15 @@ def whole_fp16(tmp_path_factory, pictures):
     from trainer.settings.compose import compose
 
     settings.register()
-    # By valid_top1, the first epoch stays the best: a run that forgets it is noticed.
-    config = compose(list(RECIPE))
+    # So slow, the first epoch stays the best: a run that forgets it is noticed.
+    config = compose([*RECIPE, "optim.lr=3e-4"])
     root = tmp_path_factory.mktemp("whole")
     training = open_training(
         root, config, make_loader(pictures), make_network(0.3), precision=torch.float16
     )
     torch.set_num_threads(1)
     fit(training)
+    assert training.progress.best is not None and training.progress.best["epoch"] == 1
     return training, config
 
 
@@ -294,6 +296,76 @@ def test_a_step_reports_loss_and_hits(tmp_path, pictures, configure):
     expected = nn.functional.cross_entropy(logits, labels, reduction="sum").item()
     assert loss == pytest.approx(expected, rel=1e-6)
     assert (correct, count) == ((logits.argmax(1) == labels).sum().item(), 6)
+
+
+def test_rare_classes_get_a_margin_by_logit_adjustment(tmp_path, pictures, configure):
+    network = make_network()
+    pixels, labels = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8), torch.arange(6) % 3
+    with torch.no_grad():
+        logits = copy.deepcopy(network).train()(pixels)
+    training = one_step(tmp_path, pictures, configure, network, 1, "train.imbalance=logits")
+    counts = torch.tensor([16.0, 7.0, 1.0])
+    training.log_prior = (counts / 24).log()
+    train_one_step(training, pixels, labels)
+    loss, correct, _ = training.sums.fetch()
+    # Menon et al. 2021, equation 10: log(1 + sum over others of pi_y'/pi_y * exp(f_y' - f_y)).
+    expected = sum(
+        (counts / counts[label] * (row - row[label]).exp()).sum().log().item()
+        for row, label in zip(logits, labels, strict=True)
+    )
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert correct == (logits.argmax(1) == labels).sum().item()
+
+
+def test_the_prior_is_that_of_the_training_pictures(tmp_path, pictures, configure):
+    loader = make_loader(pictures)
+    train = loader.folder.splits["train"]
+    fewer = dataclasses.replace(train, paths=train.paths[:18], labels=train.labels[:18])
+    folder = dataclasses.replace(loader.folder, splits=loader.folder.splits | {"train": fewer})
+    loader = dataclasses.replace(loader, folder=folder)
+    config = configure(*RECIPE, "train.imbalance=logits")
+    training = open_training(tmp_path, config, loader)
+    assert training.log_prior.exp().tolist() == pytest.approx([8 / 18, 8 / 18, 2 / 18])
+
+
+def test_the_head_is_trained_first_and_then_all_layers(tmp_path, pictures, configure):
+    words = ("model.unfreeze_epochs=2", "train.epochs=3", "train.ema_decay=null")
+    training = open_training(tmp_path, configure(*RECIPE, *words), make_loader(pictures))
+    backbone = training.network.backbone
+    for trained in (False, False, True):
+        before = copy.deepcopy(training.network.state_dict())
+        train_one_epoch(training)
+        after = training.network.state_dict()
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert {name for name in before if name.startswith("head.")} <= moved
+        statistics = {f"backbone.{name}" for name, _ in backbone.named_buffers()}
+        assert (statistics <= moved) if trained else (moved <= {"head.weight", "head.bias"})
+        assert [each.requires_grad for each in backbone.parameters()] == [trained] * 12
+        training.end_epoch({})
+    moments = training.optimizer.state_dict()["state"].values()
+    assert sorted({entry["step"].item() for entry in moments}) == [3, 9]
+
+
+@pytest.mark.parametrize(
+    ("top1", "loss", "best"),
+    [
+        ((0.5, 0.6, 0.6), (1.0, 0.9, 0.8), 3),
+        ((0.5, 0.6, 0.6), (1.0, 0.8, 0.8), 2),
+        ((0.5, 0.6, 0.5), (1.0, 0.9, 0.8), 2),
+        ((0.6, 0.6, 0.5), (0.9, 1.0, 0.8), 1),
+    ],
+)
+def test_of_equal_epochs_the_one_of_lower_loss_is_best(
+    tmp_path, pictures, configure, top1, loss, best
+):
+    training = open_training(tmp_path, configure(*RECIPE), make_loader(pictures))
+    for accuracy, its_loss in zip(top1, loss, strict=True):
+        train_one_epoch(training)
+        metrics = {"valid_top1": accuracy, "valid_loss": its_loss}
+        training.end_epoch(metrics)
+        if training.is_best(metrics):
+            training.keep_best(metrics)
+    assert training.progress.best == {"epoch": best, "value": top1[best - 1]}
 
 
 def test_clipping_bounds_the_update(tmp_path, pictures, configure):
