@@ -144,13 +144,16 @@ def _written(run: Run) -> Recipe | None:
     path = run.checkpoints / FILE
     try:
         values = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        assert values["format"] == FORMAT
+        candidates = [Candidate(**each) for each in values.pop("candidates")]
+        recipe = Recipe(candidates=candidates, **values)
+    except FileNotFoundError:
         return None
-    if values.get("format") != FORMAT:
+    except (AssertionError, ValueError, TypeError, KeyError):
+        log.warning("%s can't be read; it is decided again", path)
         return None
-    candidates = [Candidate(**each) for each in values.pop("candidates")]
     log.info("model=%s: as it was decided before, by %s", AUTO, path)
-    return Recipe(candidates=candidates, **values)
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,7 @@ class Decision:
         return applied(self.config, self.frozen(candidate))
 
     def frozen(self, candidate: Candidate) -> dict[str, Any]:
+        """Return the settings that make a probe of a candidate."""
         return {
             "model.name": candidate.name,
             "model.head": "probe",

@@ -131,7 +131,8 @@ class Training:
         if run.config.train.compile:
             self.forward = device.compiled(self.model)
         choice = run.config.optim
-        assert choice.lr is not None  # settings.config.fill_recipe
+        # settings.config.fill_recipe
+        assert choice.lr is not None and choice.layer_decay is not None
         self.optimizer = optim.build(
             network,
             choice.name,
@@ -609,7 +610,7 @@ def make_loader(
         Augmentation(
             scale=(augment.scale[0], augment.scale[1]),
             ratio=(augment.ratio[0], augment.ratio[1]),
-            flip=augment.flip,
+            flip=augment.flip is not False,
             trivial=augment.trivial,
             vertical_flip=augment.vertical_flip,
             rotation=augment.rotation,

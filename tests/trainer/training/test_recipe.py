@@ -1,0 +1,216 @@
+import contextlib
+import json
+import random
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ended, run_trainer, start_trainer
+from tests.soak import difference, outcome
+from trainer.common.errors import OK
+from trainer.training.recipe import EPOCHS, Candidate, Decision, Judged, applied
+
+SMALL = ("shufflenet_v2_x0_5", "squeezenet1_1")
+
+
+@pytest.fixture(scope="module")
+def weights_dir(tmp_path_factory) -> Path:
+    """Weights of two small networks, as good as random ones are."""
+    root = tmp_path_factory.mktemp("weights")
+    for number, name in enumerate(SMALL):
+        torch.manual_seed(number)
+        torch.save(torchvision_state(name), root / f"{name}.pth")
+        (root / f"{name}.json").write_text(
+            json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3, "size": 32, "resize": 36})
+        )
+    return root
+
+
+def torchvision_state(name: str) -> dict[str, torch.Tensor]:
+    import torchvision  # imported here: slow, and this test's alone
+
+    return torchvision.models.get_model(name).state_dict()
+
+
+def words(pictures: Path, weights_dir: Path, *more: str) -> list[str]:
+    return [
+        f"data.root={pictures}", f"model.weights_dir={weights_dir}", "name=run",
+        "platform.runs=runs", "platform.cache=cache", "train.batch_size=8", *more,
+    ]  # fmt: skip
+
+
+def written(cwd: Path) -> dict[str, Any]:
+    recipe: dict[str, Any] = json.loads((cwd / "runs/run/checkpoints/recipe.json").read_text())
+    return recipe
+
+
+# --- what is chosen of what was measured ---
+
+
+def judged(name: str, gflops: float, correct: int, of: int = 100) -> Judged:
+    """A network whose probe tells so many of 100 images."""
+    row = Candidate(name, accuracy=correct / of, error=0.04, gflops=gflops)
+    logits = torch.zeros(of, 2)
+    logits[:, 0] = 1.0
+    labels = (np.arange(of) >= correct).astype(np.int64)
+    return Judged(SimpleNamespace(candidate=row), logits, labels)  # type: ignore[arg-type]
+
+
+def decision(configure: Any, *overrides: str) -> Decision:
+    """One that has measured nothing."""
+    made = object.__new__(Decision)
+    made.config = configure("data.root=/nowhere", "model=auto", *overrides)
+    made.reasons = []
+    return made
+
+
+@pytest.mark.parametrize(
+    ("prefer", "chosen"), [("accuracy", "large"), ("balance", "middle"), ("speed", "small")]
+)
+def test_the_cheapest_within_some_standard_errors_of_the_best(configure, prefer, chosen):
+    rows = [judged("small", 0.3, 84), judged("middle", 1, 88), judged("large", 4, 91)]
+    rows += [judged("bad", 0.1, 70), judged("waste", 9, 90)]
+    made = decision(configure, f"recipe.prefer={prefer}")
+    assert rows[made.cheapest(rows)].network.candidate.name == chosen
+    assert chosen in made.reasons[0]
+
+
+def test_flips_are_off_only_where_they_hurt_beyond_doubt(configure, monkeypatch):
+    plain = judged("one", 1, 90)
+    for correct, flip in ((60, False), (89, True), (95, True)):
+        made = decision(configure)
+        monkeypatch.setattr(made, "judge", lambda *_, correct=correct: judged("one", 1, correct))
+        assert made.with_flips(plain) == {"data.augment.flip": flip}, correct
+    assert decision(configure, "data.augment.flip=true").with_flips(plain) == {}
+
+
+def test_everything_is_fine_tuned_where_the_time_is_there(configure):
+    row = judged("one", 1, 90)
+    row.network.candidate.milliseconds = 10
+    object.__setattr__(row, "network", SimpleNamespace(
+        candidate=row.network.candidate, images=SimpleNamespace(count=lambda _: 2000),
+    ))  # fmt: skip
+    device = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+
+    def values(*overrides: str) -> dict[str, Any]:
+        made = decision(configure, *overrides)
+        made.machine = device  # type: ignore[assignment]
+        return made.training(row)
+
+    usual = values()  # a pass takes 10 ms * 3 * 2000, one minute
+    assert usual["model.freeze"] == "none" and usual["train.epochs"] == EPOCHS
+    assert values("recipe.tune_minutes=5.5")["train.epochs"] == 5
+    assert values("recipe.tune_minutes=2")["train.epochs"] == 0
+    assert values("recipe.tune_minutes=0")["model.freeze"] == "backbone"
+    assert values("model.freeze=backbone")["train.epochs"] == 0
+    assert values("model.freeze=none", "recipe.tune_minutes=0")["train.epochs"] == EPOCHS
+    assert values("train.epochs=20")["train.epochs"] == 20
+
+
+def test_a_recipe_is_settings(configure):
+    config = configure("data.root=/nowhere", "model=auto")
+    assert config.optim.lr is None
+    done = applied(
+        config, {"model.name": "resnet18", "model.freeze": "none", "model.head": "probe"}
+    )
+    assert done.model.name == "resnet18" and done.optim.lr == 1e-4
+    assert config.model.name == "auto", "the settings that were given stay as they are"
+
+
+# --- whole runs ---
+
+
+def test_a_folder_and_weights_are_all_that_it_needs(tmp_path, pictures, weights_dir):
+    code, output = run_trainer(tmp_path, *words(pictures, weights_dir))
+    assert code == OK, output
+    recipe = written(tmp_path)
+    assert [each["name"] for each in recipe["candidates"]] == sorted(SMALL)
+    assert all(each["pictures"] == 33 for each in recipe["candidates"])  # by k-fold
+    assert recipe["settings"]["model.name"] in SMALL
+    for line in recipe["reasons"]:
+        assert f"recipe: {line}" in output
+    rows = (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["epoch"] == 0, "the probe comes first"
+    assert (tmp_path / "runs/run/model.tar.gz").exists()
+    code, output = run_trainer(tmp_path, *words(pictures, weights_dir))
+    assert code == OK and "this run is complete" in output, output
+
+
+def test_what_ruins_a_network_is_not_kept(tmp_path, pictures, weights_dir):
+    ruinous = ("optim.lr=1", "train.clip_norm=1", "train.epochs=3", "model.freeze=none")
+    code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *ruinous))
+    assert code == OK, output
+    result = json.loads((tmp_path / "runs/run/result.json").read_text())
+    assert result["best_epoch"] == 0 and result["epochs"] == 3
+
+
+def test_without_any_weights_it_trains_from_scratch_and_says_so(tmp_path, pictures):
+    (tmp_path / "empty").mkdir()
+    few = ("train.epochs=1", "data.size=16")
+    code, output = run_trainer(tmp_path, *words(pictures, tmp_path / "empty", *few))
+    assert code == OK, output
+    assert "trained from scratch" in output and "model.weights_dir" in output
+
+
+def test_a_candidate_that_cannot_be_had_is_named_and_left_out(tmp_path, pictures, weights_dir):
+    given = f"model.candidates=[{SMALL[0]},timm/no_such_network]"
+    code, output = run_trainer(tmp_path, *words(pictures, weights_dir, given, "train.epochs=0"))
+    assert code == OK, output
+    assert "left out: timm/no_such_network" in output
+    assert "the only one that can be had" in output
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_a_kill_at_any_moment_gives_the_same_decision_and_bits(
+    tmp_path, pictures, weights_dir, kills
+):
+    command = words(
+        pictures, weights_dir, "recipe.minutes=null", "train.epochs=2",
+        "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
+    )  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for each in (whole, cut):
+        each.mkdir()
+    code, output = run_trainer(whole, *command)
+    assert code == OK, output
+    rng = random.Random(0)
+    for _ in range(kills):
+        process = start_trainer(cut, *command)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.5, 6.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    code, output = ended(start_trainer(cut, *command))
+    assert code == OK, output
+    recipes = [untimed(written(each)) for each in (whole, cut)]
+    assert recipes[0] == recipes[1]
+    assert difference(*(outcome(each / "runs/run") for each in (whole, cut))) is None
+
+
+def untimed(recipe: dict[str, Any]) -> dict[str, Any]:
+    for row in recipe["candidates"]:
+        del row["milliseconds"]
+    del recipe["reasons"]  # they tell minutes
+    return recipe
+
+
+def test_a_repeated_run_follows_what_is_written(tmp_path, pictures, weights_dir):
+    command = words(pictures, weights_dir, "train.epochs=0")
+    run_trainer(tmp_path, *command)
+    path = tmp_path / "runs/run/checkpoints/recipe.json"
+    first = written(tmp_path)["settings"]["model.name"]
+    other = next(name for name in SMALL if name != first)
+    moved = tmp_path / "elsewhere/runs/run/checkpoints"
+    moved.mkdir(parents=True)
+    (moved / path.name).write_text(
+        path.read_text().replace(f'"model.name": "{first}"', f'"model.name": "{other}"')
+    )
+    code, output = run_trainer(tmp_path / "elsewhere", *command)
+    assert code == OK and f"model: {other}," in output, output
+    assert "as it was decided before" in output
