@@ -37,6 +37,7 @@ from trainer.images.usable import usable_images
 from trainer.settings import config as settings
 from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
+from trainer.training import recipe
 from trainer.training.run import Run, open_run
 
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -64,12 +65,7 @@ def train(config: Config | None, world: World) -> None:
         spot(stop),
     ):
         images = find_images(config, stop)
-        recipe = None
-        if config.model.name == settings.AUTO:
-            # imported here: as below.
-            from trainer.training.recipe import decide
-
-            run, recipe = decide(run, images)
+        run, decided = recipe.settled(run, images)
         run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
         if result:

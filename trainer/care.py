@@ -32,7 +32,7 @@ from trainer.results.care import write_page
 from trainer.settings import config as settings
 from trainer.settings.compose import explain_settings, resolve
 from trainer.settings.words import override
-from trainer.training import care
+from trainer.training import care, recipe
 from trainer.training.run import Run
 from trainer.training.training import build_network, make_loader, prepare_machine
 
@@ -73,7 +73,7 @@ def examine(overrides: list[str], title: str, target: Path) -> None:
     with on_signals() as stop:
         machine = prepare_machine(config, world)
         images = find_images(config)
-        config = weights.resolve(config, images)
+        config = weights.resolve(recipe.glanced(config, machine.device.type), images)
         run = Run(config, world, stop, "care", target, target, target)
         images, reader = usable_images(config, images, stop, world)
         target.mkdir(parents=True, exist_ok=True)

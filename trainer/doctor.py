@@ -42,7 +42,7 @@ from trainer.network.features import FeatureLoader
 from trainer.settings import config as settings
 from trainer.settings.compose import explain_settings, resolve
 from trainer.settings.config import CheckpointConfig, Config
-from trainer.training import loop
+from trainer.training import loop, recipe
 from trainer.training.loop import train_one_epoch
 from trainer.training.metrics import classification
 from trainer.training.run import Run
@@ -127,7 +127,7 @@ def examine(overrides: list[str], seconds: float) -> None:
     machine = prepare_machine(config, World())
     log.info("this machine\n%s\n", _table(machine_facts(config, machine, instance)))
     images = find_images(config)
-    config = weights.resolve(config, images)
+    config = weights.resolve(recipe.glanced(config, machine.device.type), images)
     network = build_network(_run(config, Path()), images, machine)
     log.info("measuring, for less than a minute ...")
     measured = measure(config, images, network, machine, seconds)

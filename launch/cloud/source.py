@@ -17,7 +17,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from trainer.common.errors import PROJECT, UserError
 from trainer.images.names import HEIC, suffix_of
-from trainer.settings.config import Config
+from trainer.settings.config import AUTO, Config
 
 ENTRY_POINT = "launch/local/container_entry.py"
 
@@ -107,7 +107,7 @@ def extras(config: Config, pictures: Iterable[str] = ()) -> list[str]:
     """
     needed = {
         "heic": not {suffix_of(name) for name in pictures}.isdisjoint(HEIC),
-        "timm": config.model.name.startswith("timm/"),
+        "timm": config.model.name.startswith("timm/") or config.model.name == AUTO,
         "tensorboard": config.train.tensorboard,
         "flowers102": config.data.source == "flowers102",
     }

@@ -1,45 +1,25 @@
-"""model=auto: which network, and what is trained of it, decided by measuring on the pictures.
+"""A recipe: what model=auto stands for in one run, as ordinary settings, and why.
 
-Of each candidate a linear probe is solved on the features of one plain view; the cheapest of those
-that are within one standard error of the best is taken. Then everything is fine-tuned from the
-solved head (LP-FT: Kumar et al., ICLR 2022), where the time for it is there, and what comes out is
-kept only where it is better than the probe by more than the standard error of the difference.
-
-What is decided is a set of ordinary settings. It is written to recipe.json beside the checkpoints
-before anything is trained, and whoever goes on with the run follows what is written.
+It is decided by measuring on the pictures (trainer/training/decision.py), and written to
+recipe.json beside the checkpoints before anything is trained. Whoever goes on with the run, here or
+on a rented machine, follows what is written.
 """
 
 import copy
 import dataclasses
 import json
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-
 from trainer.common import files
-from trainer.common.console import log, quiet
-from trainer.common.errors import Unreadable, UserError
-from trainer.distributed.world import World
-from trainer.images.folder import ImageFolder, Split
-from trainer.images.loader import MIRRORED, PLAIN, ImageLoader
-from trainer.images.usable import usable_images
-from trainer.network import probe, weights
-from trainer.network.build import Classifier
-from trainer.network.device import Machine
-from trainer.network.features import FeatureCache
+from trainer.common.console import log
+from trainer.images.folder import ImageFolder
+from trainer.network import weights
 from trainer.settings import config as settings
-from trainer.settings.config import AUTO, TOY, Config
+from trainer.settings.config import AUTO, Config
 from trainer.training.run import Run
-from trainer.training.training import make_loader, new_network, prepare_machine
 
 FILE = "recipe.json"
 FORMAT = 1
@@ -64,18 +44,6 @@ CANDIDATES = {
         "timm/vit_small_patch16_224.augreg_in21k_ft_in1k",
     ),
 }
-
-FEW = 200  # validation pictures: with fewer, valid and train together judge, by k-fold
-SAMPLE = 500  # pictures on which candidates are compared at least, where time is short
-WITHIN = {"accuracy": 0.0, "balance": 1.0, "speed": 2.0}  # standard errors of the best
-# Fine-tuning from a solved head needs fewer passes than training a random one.
-EPOCHS, STEPS = 8, 40
-FEWEST_EPOCHS = 4  # fewer are no fine-tuning
-BATCH = 16  # pictures at a time that are timed
-BACKWARD = 3.0  # times a forward pass that a training step takes
-TUNE_MINUTES = {"cpu": 30.0, "cuda": math.inf}
-FLIPS_HURT = 2.0  # standard errors by which a probe must be worse with mirrored pictures
-SCRATCH_SIZE = 64  # px
 
 
 @dataclass
@@ -107,21 +75,69 @@ class Recipe:
     format: int = FORMAT
 
 
-def decide(run: Run, images: ImageFolder) -> tuple[Run, Recipe | None]:
+def settled(run: Run, images: ImageFolder) -> tuple[Run, Recipe | None]:
     """Return the run with the settings that model=auto stands for, and how they were found.
 
-    Rank 0 measures, the others wait. Raise UserError where no network can be had, Interrupted when
-    asked to stop: features that were computed until then are not computed again.
+    None where a network was named. Rank 0 measures where nothing is written yet; the others wait.
+    Raise UserError where the settings don't go together, Interrupted when asked to stop: features
+    that were computed until then are not computed again.
     """
     if run.config.model.name != AUTO:
         return run, None
-    recipe: Recipe | None = None
+
+    def recipe() -> Recipe:
+        found = _written(run.checkpoints / FILE)
+        if found is None:
+            # imported here: what is written is followed without PyTorch.
+            from trainer.training.decision import Decision
+
+            found = Decision(run, images).recipe()
+            text = json.dumps(dataclasses.asdict(found), indent=1) + "\n"
+            files.write(run.checkpoints / FILE, text)
+        return found
+
+    found: Recipe | None = None
     if run.world.is_main_process:
-        recipe = _written(run) or Decision(run, images).recipe()
+        found = recipe()
     run.world.barrier(run.stop)
-    recipe = run.world.broadcast_from_main(lambda: recipe)
-    assert recipe is not None
-    return replace(run, config=applied(run.config, recipe.settings)), recipe
+    found = run.world.broadcast_from_main(lambda: found)
+    assert found is not None
+    return replace(run, config=applied(run.config, found.settings)), found
+
+
+def names(config: Config, device: str) -> Sequence[str]:
+    """Return the networks to compare, of which some may not be had. device: cpu or cuda.
+
+    Those of a folder of weights, where there is one: a closed network downloads nothing.
+    """
+    model = config.model
+    if model.candidates is not None:
+        return model.candidates
+    if model.weights_dir is not None:
+        return sorted({each.name for each in weights.candidates(model.weights_dir)})
+    return CANDIDATES.get(device, CANDIDATES["cpu"])
+
+
+def probe_of(name: str) -> dict[str, Any]:
+    """Return the settings for a network of which the head alone is solved."""
+    return {
+        "model.name": name,
+        "model.head": "probe",
+        "model.freeze": "backbone",
+        "train.epochs": 0,
+    }
+
+
+def glanced(config: Config, device: str) -> Config:
+    """Return the settings for a look that trains nothing: of model=auto, the first network.
+
+    The doctor and care look without deciding.
+    """
+    candidates = names(config, device)
+    if config.model.name != AUTO or not candidates:
+        return config
+    log.info("model=%s: looked at with %s, the first of its candidates", AUTO, candidates[0])
+    return applied(config, {"model.name": candidates[0]})
 
 
 def applied(config: Config, values: dict[str, Any]) -> Config:
@@ -139,9 +155,8 @@ def applied(config: Config, values: dict[str, Any]) -> Config:
     return config
 
 
-def _written(run: Run) -> Recipe | None:
+def _written(path: Path) -> Recipe | None:
     """Return what was decided when the run began."""
-    path = run.checkpoints / FILE
     try:
         values = json.loads(path.read_text())
         assert values["format"] == FORMAT
@@ -154,243 +169,6 @@ def _written(run: Run) -> Recipe | None:
         return None
     log.info("model=%s: as it was decided before, by %s", AUTO, path)
     return recipe
-
-
-@dataclass(frozen=True)
-class Network:
-    """A candidate that was built. images: those that can be used, at the size that it wants."""
-
-    candidate: Candidate
-    config: Config
-    images: ImageFolder
-    loader: ImageLoader
-    cache: FeatureCache
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A network's probe: logits float32 [N, classes] of images that it didn't see, of classes."""
-
-    network: Network
-    logits: Tensor
-    labels: NDArray[np.int64]
-
-    @property
-    def losses(self) -> Tensor:
-        """Return the loss of each image, float32 [N]."""
-        return probe.calibrated_losses(self.logits, torch.from_numpy(self.labels))
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Return whether the answer is right for each image, bool [N]."""
-        return probe.correct(self.logits, self.labels)
-
-
-class Decision:
-    """Decides for one run, in one process."""
-
-    def __init__(self, run: Run, images: ImageFolder) -> None:
-        self.run = replace(run, world=World(), looks=False)
-        self.config, self.stop, self.images = run.config, run.stop, images
-        self.machine = prepare_machine(run.config, self.run.world)
-        self.reasons: list[str] = []
-
-    def recipe(self) -> Recipe:
-        """Measure, decide, and write it down."""
-        candidates = self.candidates()
-        networks = [each for each in map(self.build, candidates) if each]
-        if networks:
-            best = self.choose(networks)
-            values = self.with_flips(best) | self.training(best)
-        else:
-            values = self.from_scratch()
-        recipe = Recipe(values, candidates, self.reasons)
-        self.tell(recipe)
-        text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
-        files.write(self.run.checkpoints / FILE, text)
-        return recipe
-
-    # --- the candidates ---
-
-    def candidates(self) -> list[Candidate]:
-        """Return the networks to compare, without having looked whether they can be had.
-
-        Those of a folder of weights, where there is one: a closed network downloads nothing.
-        """
-        model = self.config.model
-        names: Sequence[str] = CANDIDATES[self.machine.device.type]
-        if model.candidates is not None:
-            names = model.candidates
-        elif model.weights_dir is not None:
-            names = sorted({each.name for each in weights.candidates(model.weights_dir)})
-        return [Candidate(name) for name in names]
-
-    def build(self, candidate: Candidate) -> Network | None:
-        """Build a candidate; None, and the reason noted, where its weights can't be had."""
-        config = self.with_network(candidate)
-        try:
-            with quiet():  # the same is said of the one that is chosen
-                config = weights.resolve(config, self.images)
-            torch.manual_seed(config.seed)
-            network = new_network(config, self.images.classes).to(self.machine.device)
-        except Unreadable:
-            raise
-        except UserError as error:
-            candidate.left_out = str(error)
-            log.warning("left out: %s: %s", candidate.name, error)
-            return None
-        images, reader = usable_images(config, self.images, self.stop, self.run.world)
-        loader = make_loader(replace(self.run, config=config), images, reader, self.machine)
-        cache = FeatureCache(network, loader, self.machine, Path(config.platform.cache))
-        size = loader.preprocessing.size
-        candidate.licence = weights.provenance(config)["licence"] or "not stated"
-        candidate.gflops = _gflops(network, size)
-        candidate.megabytes = sum(each.numel() for each in network.parameters()) * 4 / 1e6
-        candidate.milliseconds = _milliseconds(network, size, self.machine)
-        return Network(candidate, config, images, loader, cache)
-
-    def with_network(self, candidate: Candidate) -> Config:
-        """Return the settings with a candidate's network, of which the head alone is solved."""
-        return applied(self.config, self.frozen(candidate))
-
-    def frozen(self, candidate: Candidate) -> dict[str, Any]:
-        """Return the settings that make a probe of a candidate."""
-        return {
-            "model.name": candidate.name,
-            "model.head": "probe",
-            "model.freeze": "backbone",
-            "train.epochs": 0,
-        }
-
-    # --- what they know ---
-
-    def choose(self, networks: Sequence[Network]) -> Judged:
-        """Return the cheapest network within some standard errors of the best."""
-        count = len(_labels(networks[0].images))
-        fraction = self.affordable(networks)
-        if len(networks) > 1 and fraction < 1:
-            log.info("comparing %d networks on %d pictures", len(networks), fraction * count)
-            judged = [self.judge(_sampled(each, fraction, self.config.seed)) for each in networks]
-            return self.judge(networks[self.cheapest(judged)])
-        judged = [self.judge(each) for each in networks]
-        return judged[self.cheapest(judged)]
-
-    def affordable(self, networks: Sequence[Network]) -> float:
-        """Return the share of the pictures on which all networks can be compared in time."""
-        minutes = self.config.recipe.minutes
-        if minutes is None:
-            return 1.0
-        count = len(_labels(networks[0].images))
-        milliseconds = [each.candidate.milliseconds for each in networks]
-        training = BACKWARD * float(np.median(milliseconds)) * count * EPOCHS
-        allowed = max(minutes * 60_000, training / 10)
-        return min(1.0, max(allowed / (sum(milliseconds) * count), SAMPLE / count))
-
-    def judge(self, network: Network, kinds: Sequence[int] = (PLAIN,)) -> Judged:
-        """Solve a probe for some views of the images, and judge it by those that it didn't see."""
-        splits = network.images.splits
-        features = {
-            split: np.stack([network.cache.of(split, kind, self.stop) for kind in kinds], axis=1)
-            for split in ("train", "valid")
-        }
-        classes, seed = len(network.images.classes), self.config.seed
-        labels = {split: splits[split].labels for split in features}
-        if len(labels["valid"]) < FEW:
-            views, both = (np.concatenate([*each.values()]) for each in (features, labels))
-            solved = probe.fit(views, both, classes, seed, self.stop.check)
-            judged = Judged(network, solved.logits, both)
-        else:
-            solved = probe.fit(features["train"], labels["train"], classes, seed, self.stop.check)
-            judged = Judged(network, solved.of(features["valid"][:, 0]), labels["valid"])
-        candidate = network.candidate
-        candidate.accuracy = float(judged.correct.mean())
-        candidate.error = probe.standard_error(judged.correct)
-        candidate.pictures = len(judged.labels)
-        return judged
-
-    def cheapest(self, judged: Sequence[Judged]) -> int:
-        """Return the number of the cheapest that is good enough."""
-        rows = [each.network.candidate for each in judged]
-        best = max(rows, key=lambda row: (row.accuracy, -row.gflops))
-        least = best.accuracy - WITHIN[self.config.recipe.prefer] * best.error
-        chosen = min(
-            (row for row in rows if row.accuracy >= least),
-            key=lambda row: (row.gflops, -row.accuracy),
-        )
-        reason = f"{chosen.name} is the most accurate"
-        if chosen is not best:
-            reason = (
-                f"{chosen.name} is the cheapest within {best.accuracy - least:.1%} of the most "
-                f"accurate, {best.name} (recipe.prefer={self.config.recipe.prefer})"
-            )
-        if len(rows) == 1:
-            reason = f"{chosen.name} is the only one that can be had"
-        self.reasons.append(reason)
-        return rows.index(chosen)
-
-    def with_flips(self, judged: Judged) -> dict[str, Any]:
-        """Return whether views may be mirrored, where that isn't given.
-
-        Writing and signs change their meaning: then a probe that has also seen mirrored pictures is
-        worse.
-        """
-        if self.config.data.augment.flip is not None:
-            return {}
-        both = self.judge(judged.network, (PLAIN, MIRRORED))
-        gain = (judged.losses - both.losses).numpy()
-        hurts = gain.mean() < -FLIPS_HURT * probe.standard_error(gain)
-        hurts = hurts and both.correct.sum() < judged.correct.sum()
-        if hurts:
-            self.reasons.append("mirrored pictures make it worse: data.augment.flip=false")
-        return {"data.augment.flip": not hurts}
-
-    # --- how it is trained ---
-
-    def training(self, judged: Judged) -> dict[str, Any]:
-        """Return the settings by which the network is trained: a solved head, and perhaps more."""
-        candidate, train = judged.network.candidate, judged.network.images.count("train")
-        frozen = self.frozen(candidate)
-        if self.config.model.freeze == "backbone" or self.config.train.epochs == 0:
-            return frozen
-        steps = max(train // self.config.train.batch_size, 1)
-        epochs = self.config.train.epochs or max(EPOCHS, math.ceil(STEPS / steps))
-        minutes = BACKWARD * candidate.milliseconds * train / 60_000  # of an epoch
-        allowed = self.config.recipe.tune_minutes
-        if allowed is None:
-            allowed = TUNE_MINUTES[self.machine.device.type]
-        fits = epochs
-        if self.config.model.freeze == "auto":
-            fits = min(epochs, int(min(allowed / minutes, epochs)))
-        if fits < min(FEWEST_EPOCHS, epochs):
-            self.reasons.append(
-                f"the head alone is solved: to fine-tune everything would take about "
-                f"{minutes * epochs:.0f} minutes (recipe.tune_minutes)"
-            )
-            return frozen
-        self.reasons.append(
-            f"everything is fine-tuned from the solved head, in about {minutes * fits:.0f} minutes;"
-            " what comes out is kept where it is better beyond doubt"
-        )
-        return frozen | {"model.freeze": "none", "train.epochs": fits}
-
-    def from_scratch(self) -> dict[str, Any]:
-        """Return the settings where no weights can be had: a small network on small pictures."""
-        self.reasons.append(
-            f"no weights of any candidate can be had: {TOY} is trained from scratch, which is far "
-            "less accurate; give model.weights_dir=DIR, a folder with weights"
-        )
-        return {
-            "model.name": TOY,
-            "model.weights": None,
-            "data.size": self.config.data.size or SCRATCH_SIZE,
-        }
-
-    def tell(self, recipe: Recipe) -> None:
-        """Show the table, and why."""
-        for line in table(recipe.candidates):
-            log.info(line)
-        for line in recipe.reasons:
-            log.info("recipe: %s", line)
 
 
 def table(candidates: Sequence[Candidate]) -> list[str]:
@@ -413,45 +191,3 @@ def table(candidates: Sequence[Candidate]) -> list[str]:
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-
-
-def _labels(images: ImageFolder) -> NDArray[np.int64]:
-    return np.concatenate([images.splits[split].labels for split in ("train", "valid")])
-
-
-def _sampled(network: Network, fraction: float, seed: int) -> Network:
-    """Return the network with a share of the images, that of each class alike."""
-    images = network.images
-    splits = dict(images.splits)
-    for name in ("train", "valid"):
-        split = splits[name]
-        chosen = probe.folds(split.labels, max(2, math.ceil(1 / fraction)), seed)[0]
-        paths = tuple(split.paths[sample] for sample in chosen)
-        splits[name] = Split(paths, split.labels[chosen])
-    few = replace(images, splits=splits)
-    loader = replace(network.loader, folder=few)
-    cache = network.cache
-    cache = FeatureCache(cache.network, loader, cache.machine, cache.cache.parent)
-    return replace(network, images=few, loader=loader, cache=cache)
-
-
-def _gflops(network: Classifier, size: int) -> float:
-    """Return the billions of multiplications, and as many additions, of one picture."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network.eval()(_pixels(network, 1, size))
-    return float(counter.get_total_flops()) / 2e9
-
-
-def _milliseconds(network: Classifier, size: int, machine: Machine) -> float:
-    """Return how long a picture takes, forward and in a batch, on this machine."""
-    pixels, seconds = _pixels(network, BATCH, size), 0.0
-    with torch.inference_mode(), machine.autocast():
-        for _ in range(2):  # the first makes ready
-            started = time.perf_counter()
-            network.eval().features(pixels).sum().item()
-            seconds = time.perf_counter() - started
-    return 1000 * seconds / BATCH
-
-
-def _pixels(network: Classifier, count: int, size: int) -> Tensor:
-    return torch.zeros(count, size, size, 3, dtype=torch.uint8, device=network.mean.device)

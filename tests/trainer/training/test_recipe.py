@@ -14,7 +14,8 @@ import torch
 from tests.conftest import ended, run_trainer, start_trainer
 from tests.soak import difference, outcome
 from trainer.common.errors import OK
-from trainer.training.recipe import EPOCHS, Candidate, Decision, Judged, applied
+from trainer.training.decision import EPOCHS, Decision, Judged
+from trainer.training.recipe import Candidate, applied
 
 SMALL = ("shufflenet_v2_x0_5", "squeezenet1_1")
 
