@@ -65,7 +65,9 @@ def bars(browser: Browser) -> dict[str, float]:
 def check_answer(browser, server, picture) -> None:
     wanted = {
         row["label"]: row["probability"]
-        for row in server.invoke(picture, Accept="application/json; output=labels").json[0]
+        for row in server.invoke(picture, Accept="application/json; output=labels").json[0][
+            "labels"
+        ]
     }
     shown = bars(browser)
     assert list(shown) == list(wanted) and shown == pytest.approx(wanted, abs=1e-6)

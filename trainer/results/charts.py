@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.results.calibrate import BINS, Bin, calibration_error, place_of
+
 Text = Callable[[float], str]  # writes a value
 
 READOUTS = 120  # columns of a chart that answer to the pointer
@@ -59,6 +61,7 @@ class Chart:
     best: float | None  # where the best epoch lies
     lines: list[Line]
     readouts: list[Readout]
+    along: str = "by epoch"  # what the x axis is
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,41 @@ def _round_step(least: float) -> float:
     magnitude = 10.0 ** math.floor(math.log10(least))
     steps = (factor * magnitude for factor in (1, 2, 5, 10))
     return next(step for step in steps if step >= least)
+
+
+# --- how often answers are right, by how probable they are ---
+
+
+def reliability_chart(before: Sequence[Bin], after: Sequence[Bin], text: Text) -> Chart:
+    """Return the share of right answers by their probability, before and after calibration.
+
+    text: writes a share. Beside the names: the calibration errors.
+    """
+    lines = [Line("as probable as right", "grey", "M0 1L1 0", [], "", False)]
+    for name, colour, bins in (("before", "orange", before), ("after", "blue", after)):
+        points = [(each.confidence, 1 - each.right) for each in bins]
+        path = "M" + "L".join(f"{x:.4f} {y:.4f}" for x, y in points)
+        lines.append(Line(name, colour, path, points, f"{calibration_error(bins):.3f}", False))
+    columns: dict[int, list[str]] = {}
+    for name, bins in (("before", before), ("after", after)):
+        for each in bins:
+            words = (
+                f"{name} {text(each.confidence)} probable, {text(each.right)} right, {each.count}x"
+            )
+            columns.setdefault(place_of(each.confidence), []).append(words)
+    ticks = [number / 5 for number in range(6)]
+    return Chart(
+        "Right answers by their probability",
+        x_ticks=[(tick, f"{tick:.0%}") for tick in ticks],
+        y_ticks=[(1 - tick, f"{tick:.0%}") for tick in ticks],
+        best=None,
+        lines=lines,
+        readouts=[
+            Readout(place / BINS, 1 / BINS, " · ".join(said))
+            for place, said in sorted(columns.items())
+        ],
+        along="by probability",
+    )
 
 
 # --- axes of values, parameters and choices ---
