@@ -279,12 +279,12 @@ def change_calibration(package: Path, **changes: Any) -> None:
     edit(package, calibration=manifest["calibration"] | changes)
 
 
-def turn_a_mean(package: Path) -> None:
+def shorten_the_means(package: Path) -> None:
     """Changes the tensor by which the ONNX network computes distances."""
     model = onnx.load(package / "model.onnx")
     tensor = next(tensor for tensor in model.graph.initializer if [*tensor.dims] == [1152, 3])
     values = numpy_helper.to_array(tensor)
-    tensor.CopyFrom(numpy_helper.from_array(values[:, ::-1].copy(), tensor.name))
+    tensor.CopyFrom(numpy_helper.from_array(values * np.float32(0.9), tensor.name))
     onnx.save(model, package / "model.onnx")
 
 
@@ -338,7 +338,7 @@ def nudge_a_pixel(package: Path) -> None:
             lambda package: change_calibration(package, temperature=0.6),
             "golden/.*: its probabilities are off by .*, allowed: ",
         ),
-        (turn_a_mean, "golden/.*: its distances are off by .*, allowed: "),
+        (shorten_the_means, "golden/.*: its distances are off by .*, allowed: "),
         (
             lambda package: change_weights(package, lambda weights: weights * np.float32("nan")),
             "golden/0.jpg: its logits are off by nan",
