@@ -204,7 +204,7 @@ def reliability_chart(before: Sequence[Bin], after: Sequence[Bin], text: Text) -
             words = (
                 f"{name} {text(each.confidence)} probable, {text(each.right)} right, {each.count}x"
             )
-            columns.setdefault(place_of(each.confidence), []).append(words)
+            columns.setdefault(int(place_of(each.confidence)), []).append(words)
     ticks = [number / 5 for number in range(6)]
     return Chart(
         "Right answers by their probability",

@@ -120,7 +120,7 @@ def write(report: Report, path: Path, thumbnail: Thumbnail) -> None:
         matrix=_matrix(report),
         per_class=_per_class(report),
         class_rows=CLASS_ROWS,
-        asked_coverage=COVERAGE / 100,
+        asked_coverage=COVERAGE,
         label_length=LABEL_LENGTH,
         broken_rows=BROKEN_ROWS,
         care=sections(report.findings, thumbnail),
