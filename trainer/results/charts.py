@@ -15,6 +15,7 @@ from trainer.results.calibrate import BINS, Bin, calibration_error, place_of
 
 Text = Callable[[float], str]  # writes a value
 
+LARGEST = 16  # radius in pixels of a dot that stands for all pictures
 READOUTS = 120  # columns of a chart that answer to the pointer
 
 
@@ -38,8 +39,9 @@ class Line:
     colour: str
     path: str  # SVG path data
     dots: list[tuple[float, float]]  # points without a neighbour, which a path would not show
-    best: str  # the value at the best epoch
+    best: str  # the value at the best epoch, or another that is to stand beside the name
     filled: bool
+    radii: Sequence[int] = ()  # of the dots, in pixels, where these are not all alike
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,11 @@ def reliability_chart(before: Sequence[Bin], after: Sequence[Bin], text: Text) -
     """
     lines = [Line("as probable as right", "grey", "M0 1L1 0", [], "", False)]
     for name, colour, bins in (("before", "orange", before), ("after", "blue", after)):
-        points = [(each.confidence, 1 - each.right) for each in bins]
-        path = "M" + "L".join(f"{x:.4f} {y:.4f}" for x, y in points)
-        lines.append(Line(name, colour, path, points, f"{calibration_error(bins):.3f}", False))
+        dots = [(each.confidence, 1 - each.right) for each in bins]
+        total = sum(each.count for each in bins)
+        radii = [max(2, round(LARGEST * math.sqrt(each.count / total))) for each in bins]
+        error = f"{calibration_error(bins):.3f}"
+        lines.append(Line(name, colour, "", dots, error, False, radii))
     columns: dict[int, list[str]] = {}
     for name, bins in (("before", before), ("after", after)):
         for each in bins:

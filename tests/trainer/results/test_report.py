@@ -543,6 +543,7 @@ def test_the_reliability_chart_stands_on_its_diagonal_where_all_is_as_it_should_
     bins = [calibrate.Bin(10, share, share) for share in (0.1, 0.5, 0.9)]
     chart = reliability_chart(bins, bins, percent)
     assert all(x == pytest.approx(1 - y) for line in chart.lines for x, y in line.dots)
+    assert [line.radii for line in chart.lines] == [(), [9, 9, 9], [9, 9, 9]]
     assert [line.best for line in chart.lines] == ["", "0.000", "0.000"]
     assert [readout.left * calibrate.BINS for readout in chart.readouts] == pytest.approx(
         [1, 7, 13]
