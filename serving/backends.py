@@ -1,7 +1,8 @@
 """What runs a package's network, by name: ONNX Runtime, or PyTorch for GPU endpoints."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +13,42 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
+# The mean features of the classes, for PyTorch; the ONNX network holds them too.
+MEANS = "distance.safetensors"
+
+
 class NetworkError(ValueError):
     """The package's network can't be opened, or does not fit its manifest."""
 
 
-class Network(Protocol):
-    """Pixels [N, size, size, 3] to logits [N, classes], from any thread."""
+class Scores(NamedTuple):
+    """What the network says of N images."""
 
-    def __call__(self, pixels: NDArray[np.uint8], /) -> NDArray[np.float32]: ...
+    logits: NDArray[np.float32]  # [N, classes]
+    # [N], from the nearest class that was trained on; packages of old don't tell.
+    distance: NDArray[np.float32] | None = None
+
+    def of(self, number: int) -> "Scores":
+        """Return those of one image."""
+        distance = self.distance
+        if distance is not None:
+            distance = distance[number : number + 1]
+        return Scores(self.logits[number : number + 1], distance)
+
+    @staticmethod
+    def joined(parts: Sequence["Scores"]) -> "Scores":
+        """Return those of several images, of one network, together."""
+        distances = [part.distance for part in parts if part.distance is not None]
+        distance = None
+        if distances:
+            distance = np.concatenate(distances)
+        return Scores(np.concatenate([part.logits for part in parts]), distance)
+
+
+class Network(Protocol):
+    """Pixels [N, size, size, 3] to scores, from any thread."""
+
+    def __call__(self, pixels: NDArray[np.uint8], /) -> Scores: ...
 
 
 def open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) -> Network:
@@ -48,21 +77,28 @@ def open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) ->
         ) from error
     _check_shapes(session, manifest["preprocessing"]["size"], len(manifest["classes"]))
 
-    def network(pixels: NDArray[np.uint8], /) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = session.run(["logits"], {"pixels": pixels})[0]
-        return logits
+    outputs = [name for name in Scores._fields if name in _names(session.get_outputs())]
+
+    def network(pixels: NDArray[np.uint8], /) -> Scores:
+        return Scores(*session.run(outputs, {"pixels": pixels}))
 
     return network
 
 
+def _names(values: Sequence[Any]) -> list[str]:
+    return [value.name for value in values]
+
+
 def _check_shapes(session: "onnxruntime.InferenceSession", size: int, classes: int) -> None:
-    """Compare the one input and output: name, type, and shape behind the free batch dimension."""
+    """Compare inputs and outputs: name, type, and shape behind the free batch dimension."""
     shapes = [
         (value.name, value.type, value.shape[1:])
         for value in (*session.get_inputs(), *session.get_outputs())
         if isinstance(value.shape[0], str)
     ]
     needed = [("pixels", "tensor(uint8)", [size, size, 3]), ("logits", "tensor(float)", [classes])]
+    if "distance" in _names(session.get_outputs()):
+        needed.append(("distance", "tensor(float)", []))
     if shapes != needed:
         raise NetworkError(
             f"model.onnx does not fit package.json: it has {shapes}; "
@@ -81,6 +117,7 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
         from safetensors.torch import load_file
 
         from trainer.network import build as model
+        from trainer.network.distance import WithDistance
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -99,12 +136,16 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
     )
     module.averages_flip = config.get("train.tta") == "flip"
     module.load_state_dict(load_file(directory / "model.safetensors"))
-    module.eval().to(device)
+    means = directory / MEANS
+    both = WithDistance(module, load_file(means)["means"]) if means.exists() else None
+    whole = (both or module).eval().to(device)
 
-    def network(pixels: NDArray[np.uint8], /) -> NDArray[np.float32]:
+    def network(pixels: NDArray[np.uint8], /) -> Scores:
         with torch.inference_mode():
-            logits: NDArray[np.float32] = module(torch.from_numpy(pixels).to(device)).cpu().numpy()
-            return logits
+            scores = whole(torch.from_numpy(pixels).to(device))
+        if both is None:
+            return Scores(scores.cpu().numpy())
+        return Scores(*(each.cpu().numpy() for each in scores))
 
     return network
 

@@ -1,11 +1,15 @@
 """`python -m serving check PACKAGE`: verify a model package, and say what it holds."""
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from serving.package import load_for_command
+from serving.handler import write
+from serving.package import Package, load_for_command
 from trainer.common.arguments import typed_path
-from trainer.common.errors import OK
+from trainer.common.errors import OK, UserError
+from trainer.results.calibrate import COVERAGE
 
 SHOWN = 5  # classes that are named
 
@@ -23,7 +27,9 @@ def main(arguments: Sequence[str]) -> int:
         type=typed_path,
         help="a model.tar.gz, or the directory that it was unpacked into",
     )
-    package = load_for_command(parser.parse_args(arguments[1:]).package)
+    path = parser.parse_args(arguments[1:]).package
+    package = load_for_command(path)
+    _check_answers(package, path)
     classes = ", ".join(package.classes[:SHOWN])
     if len(package.classes) > SHOWN:
         classes += ", ..."
@@ -36,8 +42,46 @@ def main(arguments: Sequence[str]) -> int:
         f"({preprocessing.interpolation})\n"
         f"metrics   {metrics}\n"
         f"built     {package.created}, from revision {package.revision or 'unknown'}\n"
+        f"answers   {_calibration(package)}\n"
         f"golden    {package.golden} pictures, pixels equal, logits off by at most "
         f"{package.difference:.2g} (allowed: {package.allowed:.2g})\n"
         "ok"
     )
     return OK
+
+
+def _check_answers(package: Package, path: Path) -> None:
+    """Raise UserError unless the answers about the golden images are calibrated as the package is.
+
+    load() has compared the probabilities; this is about what reaches a caller.
+    """
+    calibration = package.calibration
+    probabilities = calibration.probabilities(package.golden_scores.logits)
+    rows = json.loads(write(package.golden_scores, package, "labels", len(package.classes)))
+    for row, expected in zip(rows, probabilities, strict=True):
+        told = {entry["label"]: entry["probability"] for entry in row["labels"]}
+        same = told == dict(zip(package.classes, expected.tolist(), strict=True))
+        has_set = bool(row["set"]) and row["set"][0] == row["labels"][0]["label"]
+        calibrated = calibration.least_probability is not None
+        knows_unlike = calibration.farthest is not None
+        if (same, has_set, row["sure"] is not None, row["unlike"] is not None) != (
+            True,
+            calibrated,
+            calibrated,
+            knows_unlike,
+        ):
+            raise UserError(f"{path}: the answer {row} is not calibrated as package.json says")
+
+
+def _calibration(package: Package) -> str:
+    """Return what answers say beside the classes, in a line."""
+    calibration = package.calibration
+    if calibration.least_probability is None:
+        return "softmax as it is: this package was built without calibration"
+    words = (
+        f"temperature {calibration.temperature:.3g}, sets at {COVERAGE} %, "
+        f"by {calibration.pictures} pictures"
+    )
+    if calibration.farthest is not None:
+        words += f"; unlike what was trained on: farther than {calibration.farthest:.3g}"
+    return words

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.backends import Scores
 from serving.package import Package
 from trainer.images.decode import ImageError, Room
 
-Logits = Future[NDArray[np.float32]]  # [classes], of one image
+One = Future[Scores]  # of one image
 
 
 class Engine:
-    """Images to logits, for callers on any number of threads, each of which sets a deadline."""
+    """Images to scores, for callers on any number of threads, each of which sets a deadline."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class Engine:
         self._workers = workers
         self._decoders = ThreadPoolExecutor(workers, "decode")
         self._decoding_since: dict[int, float] = {}  # by thread
-        self._waiting: queue.SimpleQueue[tuple[NDArray[np.uint8], Logits]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[NDArray[np.uint8], One]] = queue.SimpleQueue()
         runners = 1
         if batch == 1:
             runners = workers
@@ -54,13 +55,13 @@ class Engine:
                 target=self._run, args=(batch, delay), name="predict", daemon=True
             ).start()
 
-    def logits(self, images: Sequence[bytes], end: float) -> NDArray[np.float32]:
-        """Return the logits [N, classes] of N images' files.
+    def scores(self, images: Sequence[bytes], end: float) -> Scores:
+        """Return what the network says of N images' files.
 
         end: on time.monotonic(). Raises ImageError, and TimeoutError where `end` comes first.
         """
         decoding = [self._decoders.submit(self._decode, image) for image in images]
-        running: list[Logits] = []
+        running: list[One] = []
         try:
             for number, future in enumerate(decoding, 1):
                 try:
@@ -69,7 +70,8 @@ class Engine:
                     if len(images) == 1:
                         raise
                     raise ImageError(f"picture {number} of {len(images)}: {error}") from error
-            return np.stack([future.result(end - time.monotonic()) for future in running])
+            results = [future.result(end - time.monotonic()) for future in running]
+            return Scores.joined(results)
         finally:
             unfinished: list[Future[Any]] = [*decoding, *running]
             for each in unfinished:
@@ -88,8 +90,8 @@ class Engine:
         finally:
             del self._decoding_since[thread]
 
-    def _submit(self, pixels: NDArray[np.uint8]) -> Logits:
-        future: Logits = Future()
+    def _submit(self, pixels: NDArray[np.uint8]) -> One:
+        future: One = Future()
         self._waiting.put((pixels, future))
         return future
 
@@ -107,10 +109,10 @@ class Engine:
                 continue
             self.observe(len(batch))
             try:
-                logits = self.package.predict(np.stack([pixels for pixels, _ in batch]))
+                scores = self.package.network(np.stack([pixels for pixels, _ in batch]))
             except Exception as error:
                 for _, future in batch:
                     future.set_exception(error)
             else:
-                for row, (_, future) in zip(logits, batch, strict=True):
-                    future.set_result(row)
+                for number, (_, future) in enumerate(batch):
+                    future.set_result(scores.of(number))

@@ -8,9 +8,16 @@ installed: its first bytes tell, not its content type), or JSON:
 
 The answer is JSON with one row an image: its logits in the order of the package's classes,
 `[[0.31, -0.45, ...]]`. Asked with the field `"output": "labels"` or
-`Accept: application/json; output=labels`, it is the most probable classes,
-`[[{"label": "dog", "probability": 0.93}, ...]]`, 5 of them or as many as the field `"top"` says.
-What went wrong is `{"error": "...", "request_id": "..."}`.
+`Accept: application/json; output=labels`, a row is an object:
+
+    {"labels": [{"label": "dog", "probability": 0.93}, ...], "set": ["dog"], "sure": true,
+     "unlike": false}
+
+`labels` are the most probable classes, 5 of them or as many as the field `"top"` says; `set` are
+those of which one is right in 90 % of all pictures; `unlike` says whether the picture is unlike
+anything that was trained on, and `sure` that it isn't and the set has one class. A package that was
+built without calibration answers null in the place of these three. What went wrong is
+`{"error": "...", "request_id": "..."}`.
 """
 
 import base64
@@ -28,13 +35,15 @@ from email.message import Message
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serving import fetch, s3
+from serving.backends import Scores
 from serving.engine import Engine
 from serving.fetch import ByteLimit, Refused, RequestError
+from serving.package import Package
 from trainer.common.errors import UserError
 from trainer.images.decode import BYTES_A_PIXEL, MAX_PIXELS, ImageError
+from trainer.results.calibrate import is_sure
 
 log = logging.getLogger("packhorse.serving")
 
@@ -161,13 +170,13 @@ def answer(engine: Engine, settings: Settings, request: Request) -> Answer:
         output = choose(query, request.accept)
         with collect(query, settings, end) as images:
             collected = time.monotonic()
-            logits = engine.logits(images, end)
+            scores = engine.scores(images, end)
         predicted = time.monotonic()
         timing = (
             f"collect;dur={1000 * (collected - began):.1f}, "
             f"predict;dur={1000 * (predicted - collected):.1f}"
         )
-        body = write(logits, engine.package.classes, output, query.top)
+        body = write(scores, engine.package, output, query.top)
         return Answer(200, body, {"Server-Timing": timing})
     except Exception as error:
         return failure(error, request.id)
@@ -320,18 +329,31 @@ def _collect(source: tuple[str, Any], settings: Settings, end: float, reserve: B
     return fetch.fetch(value, max_bytes=settings.max_body, deadline=seconds, reserve=reserve)
 
 
-def write(
-    logits: NDArray[np.float32], classes: Sequence[str], output: str, top: int = TOP
-) -> bytes:
-    """Return logits [N, classes] as JSON: themselves, or as the `top` labels of each image."""
+def write(scores: Scores, package: Package, output: str, top: int = TOP) -> bytes:
+    """Return what the package's network says of N images as JSON.
+
+    output: "logits", or "labels": `top` of each image's classes, and how sure they are.
+    """
     if output == "logits":
-        return json.dumps(logits.tolist(), allow_nan=False).encode()
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    rows = [
-        [
-            {"label": classes[index], "probability": float(row[index])}
-            for index in np.argsort(-row, kind="stable")[:top]
+        return json.dumps(scores.logits.tolist(), allow_nan=False).encode()
+    calibration, classes = package.calibration, package.classes
+    probabilities = calibration.probabilities(scores.logits)
+    members = calibration.members(probabilities)
+    unlike = calibration.unlike(scores.distance)
+    sure = None
+    if members is not None:
+        sure = is_sure(members, unlike)
+    rows: list[dict[str, Any]] = []
+    for number, row in enumerate(probabilities):
+        order = np.argsort(-row, kind="stable")
+        labels = [
+            {"label": classes[index], "probability": float(row[index])} for index in order[:top]
         ]
-        for row in powers / powers.sum(axis=1, keepdims=True)
-    ]
+        told: dict[str, Any] = {"labels": labels, "set": None, "sure": None, "unlike": None}
+        if members is not None and sure is not None:
+            told["set"] = [classes[index] for index in order if members[number, index]]
+            told["sure"] = bool(sure[number])
+        if unlike is not None:
+            told["unlike"] = bool(unlike[number])
+        rows.append(told)
     return json.dumps(rows, allow_nan=False).encode()

@@ -12,6 +12,7 @@ import os
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -20,12 +21,15 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from serving.backends import BACKENDS, Network, NetworkError
+from serving.backends import BACKENDS, Network, NetworkError, Scores
 from trainer.common.errors import UserError
 from trainer.images.decode import ImageError, Preprocessing, Room, prepare
+from trainer.results.calibrate import Calibration
 
 FORMAT = 1
 MANIFEST = "package.json"
+# What is recorded of the golden images besides their pixels, and what it is called.
+GOLDEN = {"logits": "logits", "distance": "distances", "probabilities": "probabilities"}
 # Bytes unpacked. An ONNX file ends at 2 GiB (protobuf's limit), and the weights lie there twice.
 MAX_BYTES = 8 << 30
 
@@ -45,10 +49,11 @@ class Package:
     created: str  # UTC, ISO 8601
     revision: str | None  # of the trainer's git checkout
     golden: int  # how many golden images reproduced
+    golden_scores: Scores  # what the network says of them here
     difference: float  # the largest of their logits from the recorded ones
     allowed: float  # the largest difference that would have passed
-    # Pixels [N, size, size, 3], as `prepare` gives them, to logits [N, classes], from any thread.
-    predict: Network
+    network: Network  # takes pixels as `prepare` gives them
+    calibration: Calibration  # how its logits become an answer
 
     def prepare(
         self, source: str | os.PathLike[str] | bytes | BinaryIO, room: Room | None = None
@@ -58,6 +63,10 @@ class Package:
         That is RGB, [size, size, 3]. room: of the pixels decoded at once. Raises ImageError.
         """
         return prepare(source, self.preprocessing, room)
+
+    def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the logits [N, classes] of pixels [N, size, size, 3], from any thread."""
+        return self.network(pixels).logits
 
 
 def load_for_command(path: Path, threads: int | None = None, backend: str = "onnx") -> Package:
@@ -124,7 +133,11 @@ def _prove(directory: Path, threads: int | None, backend: str) -> Package:
     except NetworkError as error:
         raise PackageError(str(error)) from error
     preprocessing = Preprocessing(**manifest["preprocessing"])
-    difference, allowed = _check_golden(directory, manifest, preprocessing, network)
+    # Packages of old have none: softmax alone, and no sets.
+    calibration = Calibration(**manifest.get("calibration", {}))
+    scores, difference, allowed = _check_golden(
+        directory, manifest, preprocessing, network, calibration
+    )
     return Package(
         classes=tuple(manifest["classes"]),
         preprocessing=preprocessing,
@@ -133,9 +146,11 @@ def _prove(directory: Path, threads: int | None, backend: str) -> Package:
         created=manifest["created"],
         revision=manifest["revision"],
         golden=len(manifest["golden"]),
+        golden_scores=scores,
         difference=difference,
         allowed=allowed,
-        predict=network,
+        network=network,
+        calibration=calibration,
     )
 
 
@@ -187,34 +202,65 @@ def _check_files(directory: Path, listed: dict[str, str]) -> None:
 
 
 def _check_golden(
-    directory: Path, manifest: dict[str, Any], preprocessing: Preprocessing, network: Network
-) -> tuple[float, float]:
-    """Return how far the golden images' logits lie from the recorded ones, and how far they may.
+    directory: Path,
+    manifest: dict[str, Any],
+    preprocessing: Preprocessing,
+    network: Network,
+    calibration: Calibration,
+) -> tuple[Scores, float, float]:
+    """Return the golden images' scores, how far their logits are off, and how far they may be.
 
-    Raises PackageError where it is farther, or where their pixels differ at all.
+    Raises PackageError where logits, distances or probabilities are farther from the recorded ones,
+    or pixels differ at all.
     """
     names = manifest["golden"]
     with np.load(directory / "golden/expected.npz", allow_pickle=False) as expected:
-        pixels, logits = expected["pixels"], expected["logits"]
-    for name, recorded in zip(names, pixels, strict=True):
+        recorded = dict(expected)
+    for name, golden in zip(names, recorded["pixels"], strict=True):
         try:
             prepared = prepare(directory / name, preprocessing)
         except (ImageError, OSError) as error:
             raise PackageError(
                 f"{name} can't be read as a picture on this machine ({error})"
             ) from error
-        _check_pixels(name, prepared, recorded)
-    differences = np.abs(network(pixels) - logits).max(axis=1)
-    worst = int(differences.argmax())  # NaN counts as the largest
+        _check_pixels(name, prepared, golden)
+    scores = network(recorded["pixels"])
+    given = scores._asdict() | {"probabilities": calibration.probabilities(scores.logits)}
     tolerance = manifest["tolerance"]
-    allowed = float(tolerance["absolute"] + tolerance["relative"] * np.abs(logits).max())
+    off = {}
+    for what, called in GOLDEN.items():
+        if what not in recorded:  # by a package of old, or one without calibration
+            continue
+        # A probability moves less than a logit, and at another temperature in proportion.
+        scale = calibration.temperature if what == "probabilities" else 1.0
+        size = np.abs(recorded["logits" if what == "probabilities" else what]).max()
+        allowed = float(tolerance["absolute"] + tolerance["relative"] * size) / scale
+        if given[what] is None:
+            raise PackageError(f"the network gives no {what}, and the package was built with it")
+        off[what] = _compare(names, called, given[what], recorded[what], allowed), allowed
+    return scores, *off["logits"]
+
+
+def _compare(
+    names: Sequence[str],
+    what: str,
+    computed: NDArray[np.floating[Any]],
+    recorded: NDArray[np.floating[Any]],
+    allowed: float,
+) -> float:
+    """Return how far computed values [N, ...] lie from the recorded ones.
+
+    Raises PackageError where it is more than allowed. names: of the N golden images.
+    """
+    differences = np.abs(computed - recorded).reshape(len(names), -1).max(axis=1)
+    worst = int(differences.argmax())  # NaN counts as the largest
     if not differences[worst] <= allowed:
         raise PackageError(
-            f"{names[worst]}: its logits are off by {differences[worst]:.3g} from the recorded "
+            f"{names[worst]}: its {what} are off by {differences[worst]:.3g} from the recorded "
             f"ones, allowed: {allowed:.3g}; "
             "the network on this machine does not compute the network that was trained"
         )
-    return float(differences[worst]), allowed
+    return float(differences[worst])
 
 
 def _check_pixels(name: str, pixels: NDArray[np.uint8], recorded: NDArray[np.uint8]) -> None:

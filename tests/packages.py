@@ -1,5 +1,6 @@
 """A small real model package, for the tests of its builder and of its reader."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trainer.images.decode import Preprocessing
+from trainer.images.decode import Preprocessing, prepare
 from trainer.network import build as model
+from trainer.network.build import Classifier
+from trainer.network.distance import WithDistance, class_means
+from trainer.results.calibrate import Calibration
 from trainer.results.package import Contents
 
 CLASSES = ("café", "dog", "hen")
@@ -45,3 +49,20 @@ def make_contents(folder: Path, preprocessing: Preprocessing | None = None) -> C
         revision="0123abc",
         golden=[str(path) for path in paths],
     )
+
+
+TEMPERATURE, LEAST = 0.5, 0.25
+
+
+def make_calibrated(folder: Path) -> Contents:
+    """The same with a calibration by which the third golden picture is unlike the first two."""
+    contents = make_contents(folder)
+    pixels = np.stack([prepare(path, contents.preprocessing) for path in contents.golden])
+    network = make_network().eval()
+    assert isinstance(network, Classifier)
+    with torch.no_grad():
+        features = network.features(torch.from_numpy(pixels))
+        means = class_means([features[:2].numpy()], np.array([0, 1]), len(CLASSES))
+        _, distance = WithDistance(network, means)(torch.from_numpy(pixels))
+    calibration = Calibration(TEMPERATURE, 37, LEAST, float(distance[2]) / 2)
+    return replace(contents, calibration=calibration, means=means)

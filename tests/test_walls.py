@@ -29,7 +29,13 @@ LAYERS = {
 BORROWS = {
     "trainer": (),
     "launch": ("trainer.settings", "trainer.common", "trainer.images"),
-    "serving": ("trainer.images", "trainer.common", "trainer.network", "launch.cloud"),
+    "serving": (
+        "trainer.images",
+        "trainer.common",
+        "trainer.network",
+        "trainer.results",
+        "launch.cloud",
+    ),
 }
 # The one arrow beside these: in a container, the trainer is called and not started, so that what
 # ended it can be told to SageMaker.
@@ -221,6 +227,21 @@ def test_settings_and_folders_and_the_world_are_read_without_torch(place):
 def test_the_one_preprocessing_needs_pillow_and_numpy_alone():
     outside = {name for name in loaded_with("trainer.images.decode") if "." not in name}
     assert outside - sys.stdlib_module_names <= {"PIL", "numpy", "trainer"}
+
+
+def test_the_one_calibration_needs_numpy_alone():
+    outside = {name for name in loaded_with("trainer.results.calibrate") if "." not in name}
+    assert outside - sys.stdlib_module_names <= {"numpy", "trainer"}
+
+
+def test_serving_takes_the_calibration_alone_of_the_trainers_results():
+    takers = {
+        used
+        for module in modules()
+        for used in imports(module, everywhere=True)
+        if below(module, ("serving",)) and below(used, ("trainer.results",))
+    }
+    assert takers == {"trainer.results.calibrate"}
 
 
 # --- the same in processes ---

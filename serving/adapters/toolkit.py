@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from serving import handler
+from serving.backends import Scores
 from serving.engine import Engine
 from serving.handler import Answer, Query, Settings
-from serving.package import load
+from serving.package import Package, load
 
 
 class Context(Protocol):
@@ -28,11 +26,11 @@ class Context(Protocol):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A query with its logits [images, classes], and the names of the classes."""
+    """A query with what the package's network says of its images."""
 
     query: Query
-    logits: NDArray[np.float32]
-    classes: tuple[str, ...]
+    scores: Scores
+    package: Package
 
 
 @functools.cache
@@ -55,13 +53,13 @@ def input_fn(body: bytes | bytearray | str, content_type: str) -> Query | Answer
 
 
 def predict_fn(query: Query | Answer, engine: Engine) -> Prediction | Answer:
-    """Return the logits of the query's images, or the answer that says what went wrong."""
+    """Return the scores of the query's images, or the answer that says what went wrong."""
     if isinstance(query, Answer):
         return query
     end = time.monotonic() + settings().seconds
     try:
         with handler.collect(query, settings(), end) as images:
-            return Prediction(query, engine.logits(images, end), engine.package.classes)
+            return Prediction(query, engine.scores(images, end), engine.package)
     except Exception as error:
         return handler.failure(error, handler.new_id())
 
@@ -72,7 +70,8 @@ def output_fn(prediction: Prediction | Answer, accept: str, context: Context) ->
         query = prediction.query
         try:
             output = handler.choose(query, accept)
-            return handler.write(prediction.logits, prediction.classes, output, query.top).decode()
+            body = handler.write(prediction.scores, prediction.package, output, query.top)
+            return body.decode()
         except Exception as error:
             prediction = handler.failure(error, handler.new_id())
     context.set_response_status(prediction.status, "")

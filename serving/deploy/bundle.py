@@ -73,7 +73,7 @@ def direct(package: Path) -> bytes:
 def slim(package: Path) -> dict[str, bytes]:
     """Return what Lambda uses of a package's files, by name, and the manifest of that.
 
-    It leaves out the second copy of the weights, and the code.
+    It leaves out what is for PyTorch, a second copy of the weights, and the code.
     """
     with tarfile.open(package) as tar:
         members = {str(PurePosixPath(member.name)): member for member in tar if member.isreg()}
@@ -89,7 +89,7 @@ def slim(package: Path) -> dict[str, bytes]:
 
 
 def _served(name: str) -> bool:
-    return name != "model.safetensors" and not name.startswith("code/")
+    return not name.endswith(".safetensors") and not name.startswith("code/")
 
 
 def _needed(package: Path) -> tuple[str, ...]:

@@ -9,7 +9,9 @@ import os
 import tempfile
 from pathlib import Path
 
-NAMES = ("input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care")
+NAMES = (
+    "input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care", "calibrate",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -28,11 +30,18 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
     parser.add_argument(
-        "--photos", metavar="DIR", help="train, valid and test with class folders of photos (care)"
+        "--photos",
+        metavar="DIR",
+        help="train, valid and test with class folders of photos (care, calibrate)",
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="of MobileNetV2, mean = std = 0.5 (calibrate)"
     )
     options = parser.parse_args()
     if options.photos:
         os.environ["BENCH_PHOTOS"] = options.photos
+    if options.weights:
+        os.environ["BENCH_WEIGHTS"] = options.weights
 
     os.environ["OMP_NUM_THREADS"] = str(
         options.threads

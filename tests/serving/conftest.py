@@ -18,7 +18,7 @@ import pytest
 from serving.engine import Engine
 from serving.package import load
 from tests.conftest import PROJECT, wait_for
-from tests.packages import make_contents, make_network
+from tests.packages import make_calibrated, make_network
 from trainer.results.package import build
 
 
@@ -29,7 +29,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Read them, don't change them.
     """
     root = tmp_path_factory.mktemp("package")
-    build(make_network(), make_contents(root / "pictures"), root / "model.tar.gz")
+    build(make_network(), make_calibrated(root / "pictures"), root / "model.tar.gz")
     with tarfile.open(root / "model.tar.gz") as tar:
         tar.extractall(root / "package", filter="data")
     return root

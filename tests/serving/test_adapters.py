@@ -31,6 +31,9 @@ installed = pytest.mark.skipif(
 )
 
 
+ANSWER = {"labels", "set", "sure", "unlike"}
+
+
 @pytest.fixture(scope="module")
 def golden(original) -> dict[str, bytes]:
     return {
@@ -86,7 +89,7 @@ def test_the_four_functions_answer_as_our_server(original, golden, ours):
     [row] = through_toolkit(
         engine, golden["0.jpg"], "image/jpeg", "application/json; output=labels"
     )[1]
-    assert row[0].keys() == {"label", "probability"}
+    assert row.keys() == ANSWER
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,7 @@ def check_server(
         row for rows in ours.values() for row in rows
     ]
     [row] = ask(port, path, golden["0.jpg"], "image/jpeg", "application/json; output=labels")[1]
-    assert row[0].keys() == {"label", "probability"}
+    assert row.keys() == ANSWER
     status, told = ask(port, path, b"no picture", "image/jpeg")
     assert status == 400 and told.keys() == {"error", "request_id"}
 
@@ -284,7 +287,7 @@ def test_lambdas_events_are_answered_as_by_our_server(direct, golden, ours):
     labels = json.loads(
         direct(http_event(golden["0.jpg"], accept="application/json; output=labels"))["body"]
     )
-    assert labels[0][0].keys() == {"label", "probability"}
+    assert labels[0].keys() == ANSWER
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ def test_each_caller_gets_its_own_logits(original, pictures, expected, workers, 
     def ask(number: int) -> None:
         for turn in range(20):
             which = (number + turn) % 3
-            if np.abs(engine.logits([pictures[which]], soon())[0] - expected[which]).max() > 1e-5:
+            logits = engine.scores([pictures[which]], soon()).logits[0]
+            if np.abs(logits - expected[which]).max() > 1e-5:
                 wrong.append(which)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
@@ -51,14 +52,14 @@ def test_pictures_that_come_together_run_together(original, pictures):
     )
     sizes: list[int] = []
     engine.observe = sizes.append
-    engine.logits([pictures[0]] * 8, soon())  # a full batch does not wait
+    engine.scores([pictures[0]] * 8, soon())  # a full batch does not wait
     assert sizes == [4, 4]
 
 
 def test_a_lone_picture_waits_no_longer_than_the_delay(original, pictures):
     engine = Engine(load(original / "package", threads=1), max_pixels=10**6, batch=4, delay=0.1)
     began = time.monotonic()
-    engine.logits([pictures[0]], soon())
+    engine.scores([pictures[0]], soon())
     assert time.monotonic() - began >= 0.1
 
 
@@ -67,8 +68,8 @@ def test_who_gives_up_leaves_nothing_to_be_done(original, pictures):
     sizes: list[int] = []
     engine.observe = sizes.append
     with pytest.raises(TimeoutError):
-        engine.logits([pictures[0]], time.monotonic() + 0.1)
-    engine.logits([pictures[1]] * 2, soon())
+        engine.scores([pictures[0]], time.monotonic() + 0.1)
+    engine.scores([pictures[1]] * 2, soon())
     assert sum(sizes) == 2
 
 
@@ -78,16 +79,16 @@ def test_a_broken_picture_fails_alone(original, pictures, expected):
 
     def fail() -> None:
         with pytest.raises(ImageError) as caught:
-            engine.logits([b"GIF8"], soon())
+            engine.scores([b"GIF8"], soon())
         failures.append(str(caught.value))
 
     thread = threading.Thread(target=fail)
     thread.start()
-    np.testing.assert_allclose(engine.logits(pictures, soon()), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(engine.scores(pictures, soon()).logits, expected, rtol=0, atol=1e-5)
     thread.join()
     assert len(failures) == 1
 
 
 def test_pixels_are_limited(original, pictures):
     with pytest.raises(ImageError, match="too many"):
-        Engine(load(original / "package", threads=1), max_pixels=100).logits([pictures[0]], soon())
+        Engine(load(original / "package", threads=1), max_pixels=100).scores([pictures[0]], soon())

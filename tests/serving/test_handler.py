@@ -5,9 +5,13 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from serving.engine import Engine
 from serving.handler import Answer, Request, Settings, answer, new_id, settings_from
-from tests.packages import CLASSES
+from serving.package import load
+from tests.packages import CLASSES, LEAST, TEMPERATURE, make_contents, make_network
 from trainer.common.errors import UserError
+from trainer.results.calibrate import Calibration
+from trainer.results.package import build
 
 JSON = "application/json"
 LABELS = "application/json; output=labels"
@@ -72,22 +76,50 @@ def test_several_pictures_in_one_request_are_answered_in_order(ask, original, ex
 )
 def test_labels_come_with_probabilities_where_asked_for(ask, picture, expected, fields, accept):
     [row] = json.loads(ask({"base64": text(picture), **fields}, accept=accept).body)
-    probabilities = np.exp(expected[0]) / np.exp(expected[0]).sum()
+    powers = np.exp(expected[0] / TEMPERATURE)
+    probabilities = powers / powers.sum()
     order = np.argsort(-probabilities)
-    assert [entry["label"] for entry in row] == [CLASSES[index] for index in order]
+    assert [entry["label"] for entry in row["labels"]] == [CLASSES[index] for index in order]
     np.testing.assert_allclose(
-        [entry["probability"] for entry in row], probabilities[order], atol=1e-6
+        [entry["probability"] for entry in row["labels"]], probabilities[order], atol=1e-6
     )
 
 
 def test_the_field_decides_before_the_accept_header_and_top_limits_the_labels(ask, picture):
-    assert (
-        len(json.loads(ask({"base64": text(picture), "output": "labels", "top": 2}).body)[0]) == 2
-    )
+    [row] = json.loads(ask({"base64": text(picture), "output": "labels", "top": 2}).body)
+    assert len(row["labels"]) == 2
     assert isinstance(
         json.loads(ask({"base64": text(picture), "output": "logits"}, accept=LABELS).body)[0][0],
         float,
     )
+
+
+def test_labels_carry_the_set_and_whether_they_are_sure(ask, original, expected):
+    files = [
+        (original / "package/golden" / name).read_bytes() for name in ("0.jpg", "1.png", "2.webp")
+    ]
+    asked = {"instances": [{"base64": text(file)} for file in files], "output": "labels"}
+    rows = json.loads(ask(asked).body)
+    assert [row["unlike"] for row in rows] == [False, False, True]
+    sizes = set()
+    for row in rows:
+        probable = [each["label"] for each in row["labels"] if each["probability"] >= LEAST]
+        assert row["set"] == (probable or [row["labels"][0]["label"]])
+        assert row["sure"] == (len(row["set"]) == 1 and not row["unlike"])
+        sizes.add(len(row["set"]))
+    assert sizes == {1, 2}
+
+
+def test_a_package_without_calibration_is_served_as_before(tmp_path, picture, expected):
+    build(make_network(), make_contents(tmp_path / "pictures"), tmp_path / "old", archive=False)
+    old = load(tmp_path / "old", threads=1)
+    assert (old.calibration, old.golden_scores.distance) == (Calibration(), None)
+    asked = Request(picture, "image/jpeg", LABELS, "some-id")
+    [row] = json.loads(answer(Engine(old, max_pixels=10**6), Settings(), asked).body)
+    powers = np.sort(np.exp(expected[0]))[::-1]
+    told = [each["probability"] for each in row["labels"]]
+    np.testing.assert_allclose(told, powers / powers.sum(), atol=1e-6)
+    assert (row["set"], row["sure"], row["unlike"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +225,7 @@ def test_a_fault_of_ours_is_500_and_tells_the_log_alone(engine, picture, caplog)
     class Broken:
         package = engine.package
 
-        def logits(self, pictures, end):
+        def scores(self, pictures, end):
             raise RuntimeError("a secret")
 
     request = Request(picture, "image/jpeg", "", "some-id")

@@ -5,10 +5,11 @@ import onnx
 import pytest
 
 from serving.package import load
-from tests.packages import make_contents, make_network
+from tests.packages import make_calibrated, make_contents, make_network
 from trainer.common.errors import UserError
+from trainer.results import calibrate
 from trainer.results.package import build
-from trainer.results.quantize import Pictures, choose, int8, logits
+from trainer.results.quantize import Pictures, choose, int8, logits, scores
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,25 @@ def test_an_int8_package_holds_8_bit_weights_and_answers_nearly_as_the_float_net
         )
     )
     assert 0 < np.abs(logits_int8 - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_int8_is_calibrated_on_its_own_logits_and_its_distance_stays_in_float(
+    tmp_path, original, pictures
+):
+    contents = make_calibrated(tmp_path / "pictures")
+    build(
+        make_network(),
+        replace(contents, int8=pictures, max_drop=0.2),
+        tmp_path / "package",
+        archive=False,
+    )
+    package = load(tmp_path / "package", threads=1)
+    given = scores((tmp_path / "package/model.onnx").read_bytes(), pictures.pixels)
+    fitted, _ = calibrate.fit(given["logits"], pictures.labels, given["distance"])
+    assert package.calibration == fitted and fitted.pictures == len(pictures.labels)
+    in_float = load(original / "package", threads=1).network(pictures.pixels).distance
+    assert in_float is not None
+    assert np.abs(given["distance"] - in_float).max() < 0.1 * np.ptp(in_float)
 
 
 def test_int8_that_costs_too_much_accuracy_is_refused(float_model, pictures):
@@ -99,11 +119,11 @@ def test_a_network_that_averages_over_the_flip_is_served_so(tmp_path):
     )
 
 
-def test_the_torch_back_end_gives_the_same_logits(original, expected):
+def test_the_torch_back_end_gives_the_same_scores(original, expected):
     package = load(original / "package", threads=1, backend="torch")
-    np.testing.assert_allclose(
-        package.predict(np.stack([package.prepare(original / "package/golden/0.jpg")])),
-        expected[:1],
-        rtol=0,
-        atol=1e-5,
-    )
+    pixels = np.stack([package.prepare(original / "package/golden/2.webp")])
+    given = package.network(pixels)
+    np.testing.assert_allclose(given.logits, expected[2:], rtol=0, atol=1e-5)
+    by_onnx = load(original / "package", threads=1).network(pixels)
+    np.testing.assert_allclose(given.distance, by_onnx.distance, rtol=0, atol=1e-6)
+    assert given.distance[0] > package.calibration.farthest

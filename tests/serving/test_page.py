@@ -65,13 +65,15 @@ def bars(browser: Browser) -> dict[str, float]:
 def check_answer(browser, server, picture) -> None:
     wanted = {
         row["label"]: row["probability"]
-        for row in server.invoke(picture, Accept="application/json; output=labels").json[0]
+        for row in server.invoke(picture, Accept="application/json; output=labels").json[0][
+            "labels"
+        ]
     }
     shown = bars(browser)
     assert list(shown) == list(wanted) and shown == pytest.approx(wanted, abs=1e-6)
-    assert browser.run("document.getElementById('status').textContent").startswith(
-        next(iter(wanted)) + ", "
-    )
+    status = browser.run("document.getElementById('status').textContent")
+    first, second = list(wanted)[:2]
+    assert status.startswith((f"{first}, ", f"Not sure: {first} or {second}."))
     assert not browser.messages
 
 
@@ -122,6 +124,34 @@ class TestInChromium:
         assert browser.run("document.documentElement.scrollWidth") <= width
         light, dark = contrast(browser, "body"), contrast(browser, "#status")
         assert light > 7 and dark > 4.5  # WCAG 2.2: 4.5 for text
+
+
+# What the page says of an answer, in a page of its own.
+VERDICTS = """
+[["labels", [["a"], true, false]], ["not sure", [["a", "b", "c"], false, false]],
+ ["many", [["a", "b", "c", "d", "e", "f"], false, false]], ["unlike", [["a"], false, true]],
+ ["of old", [null, null, null]]].map(([name, [set, sure, unlike]]) =>
+  verdict([{ label: "a", probability: 0.5 }], set, sure, unlike))
+"""
+
+
+@pytest.mark.chromium
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_page_says_that_it_is_not_sure(browser, server, original):
+    assert browser.run(VERDICTS) == [
+        "a, 50 %.",
+        "Not sure: a, b or c.",
+        "Not sure: one of 6 classes, among them a, b, c, d, e.",
+        "Not sure: it is unlike anything that the model was trained on. If anything, a.",
+        "a, 50 %.",
+    ]
+    path = original / "package/golden/2.webp"
+    [row] = server.invoke(path.read_bytes(), Accept="application/json; output=labels").json
+    assert row["unlike"] and not row["sure"]
+    browser.choose_file("#file", path)
+    bars(browser)
+    status = browser.run("document.getElementById('status').textContent")
+    assert status.startswith("Not sure: it is unlike anything")
 
 
 def contrast(browser: Browser, selector: str) -> float:

@@ -36,7 +36,7 @@ def test_a_picture_gets_its_logits_over_http(server, picture, expected):
 
 def test_labels_and_json(server, picture):
     [row] = server.invoke(picture, Accept="application/json; output=labels").json
-    assert {entry["label"] for entry in row} == set(CLASSES)
+    assert {entry["label"] for entry in row["labels"]} == set(CLASSES)
     refused = server.invoke_json(
         {"url": "http://169.254.169.254/latest/meta-data/"}, X_Request_Id="mine-1"
     )

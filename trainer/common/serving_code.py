@@ -18,5 +18,7 @@ SERVING_CODE = tuple(
         "trainer/images/apart",
         "trainer/images/bounds",
         "trainer/images/decode",
+        "trainer/results/__init__",
+        "trainer/results/calibrate",
     )
 )

@@ -167,8 +167,19 @@ class ImageLoader:
         view = epoch % self.views if self.views else epoch
         return self._load("train", view, self.share.of_training(self.epoch(epoch)[first:]))
 
-    def eval_batches(self, name: str) -> Generator[Batch, None, None]:
-        batches = plain_batches(self.folder.count(name), self.batch_size)
+    def eval_batches(
+        self, name: str, chosen: NDArray[np.int64] | None = None
+    ) -> Generator[Batch, None, None]:
+        """Yield this process's share of a split's batches, or of some of its images.
+
+        chosen: their numbers.
+        """
+        count = self.folder.count(name)
+        if chosen is not None:
+            count = len(chosen)
+        batches = plain_batches(count, self.batch_size)
+        if chosen is not None:
+            batches = [chosen[places] for places in batches]
         return self._load(name, PLAIN, self.share.of_evaluation(batches))
 
     def ordered_batches(

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.results.calibrate import BINS, Bin, calibration_error, place_of
+
 Text = Callable[[float], str]  # writes a value
 
+LARGEST = 16  # radius in pixels of a dot that stands for all pictures
 READOUTS = 120  # columns of a chart that answer to the pointer
 
 
@@ -36,8 +39,9 @@ class Line:
     colour: str
     path: str  # SVG path data
     dots: list[tuple[float, float]]  # points without a neighbour, which a path would not show
-    best: str  # the value at the best epoch
+    best: str  # the value at the best epoch, or another that is to stand beside the name
     filled: bool
+    radii: Sequence[int] = ()  # of the dots, in pixels, where these are not all alike
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Chart:
     best: float | None  # where the best epoch lies
     lines: list[Line]
     readouts: list[Readout]
+    along: str = "by epoch"  # what the x axis is
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,43 @@ def _round_step(least: float) -> float:
     magnitude = 10.0 ** math.floor(math.log10(least))
     steps = (factor * magnitude for factor in (1, 2, 5, 10))
     return next(step for step in steps if step >= least)
+
+
+# --- how often answers are right, by how probable they are ---
+
+
+def reliability_chart(before: Sequence[Bin], after: Sequence[Bin], text: Text) -> Chart:
+    """Return the share of right answers by their probability, before and after calibration.
+
+    text: writes a share. Beside the names: the calibration errors.
+    """
+    lines = [Line("as probable as right", "grey", "M0 1L1 0", [], "", False)]
+    for name, colour, bins in (("before", "orange", before), ("after", "blue", after)):
+        dots = [(each.confidence, 1 - each.right) for each in bins]
+        total = sum(each.count for each in bins)
+        radii = [max(2, round(LARGEST * math.sqrt(each.count / total))) for each in bins]
+        error = f"{calibration_error(bins):.3f}"
+        lines.append(Line(name, colour, "", dots, error, False, radii))
+    columns: dict[int, list[str]] = {}
+    for name, bins in (("before", before), ("after", after)):
+        for each in bins:
+            words = (
+                f"{name} {text(each.confidence)} probable, {text(each.right)} right, {each.count}x"
+            )
+            columns.setdefault(int(place_of(each.confidence)), []).append(words)
+    ticks = [number / 5 for number in range(6)]
+    return Chart(
+        "Right answers by their probability",
+        x_ticks=[(tick, f"{tick:.0%}") for tick in ticks],
+        y_ticks=[(1 - tick, f"{tick:.0%}") for tick in ticks],
+        best=None,
+        lines=lines,
+        readouts=[
+            Readout(place / BINS, 1 / BINS, " · ".join(said))
+            for place, said in sorted(columns.items())
+        ],
+        along="by probability",
+    )
 
 
 # --- axes of values, parameters and choices ---

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.common.git import revision
 from trainer.images import folder
 from trainer.images.names import suffix_of
+from trainer.network.distance import Features, Joined, WithDistance, class_means
+from trainer.network.features import FeatureLoader
 from trainer.network.weights import provenance
-from trainer.results import package, quantize, report
+from trainer.results import calibrate, package, quantize, report
+from trainer.results.calibrate import Quality
 from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
 from trainer.training.loop import predict
@@ -28,6 +32,11 @@ from trainer.training.training import Training
 # the rest is for kernels that a GPU or a compiler chooses anew.
 SAME_LOSS_HERE = (1e-3, 1e-5)
 SAME_LOSS_ELSEWHERE = (0.05, 0.01)  # another machine or precision
+
+Predicted = tuple[Tensor, Tensor, Tensor]  # logits [N, classes], distances [N], classes [N]
+
+# Images of a class that its mean features are of: enough for a direction, and soon seen.
+FOR_MEANS = 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,9 @@ class Tested:
     metrics: dict[str, float]  # loss, top1, top5, f1
     paths: Sequence[str]  # [N]
     labels: NDArray[np.int64]  # [N]
-    probabilities: NDArray[np.float32]  # [N, classes]
+    probabilities: NDArray[np.float64]  # [N, classes], calibrated
+    quality: Quality  # of the calibration, and how good it is on these images
+    means: Tensor  # of the classes' features, [classes, width]
     other: Other | None = None
 
 
@@ -82,13 +93,14 @@ def test(run: Training) -> Tested:
     """Evaluate the whole network with its best weights, as it is packaged.
 
     From pixels, in float32. data.leaks says whether what is in train too counts; the figures of the
-    other way go beside. Rank 0 alone has labels and probabilities of every image.
+    other way go beside. The calibration is fitted to valid, and measured on the same images. Rank 0
+    alone has labels and probabilities of every image.
     """
     load_best(run)
     assert run.progress.best is not None
     split = "test" if "test" in run.loader.folder.splits else "valid"
-    batches = run.loader.eval_batches(split)
-    logits, targets = predict(run, run.network, batches, run.machine.in_float32())
+    means = mean_features(run)
+    logits, distance, targets = _predict(run, means, split)
     paths = run.loader.folder.splits[split].paths
     everything, clean = np.arange(len(paths)), _clean(run, paths)
     counted, beside, how = everything, clean, "without_leaks"
@@ -107,16 +119,75 @@ def test(run: Training) -> Tested:
         epoch = run.progress.best["epoch"]
         run.metrics_file.append({"epoch": epoch, "step": run.progress.step} | values)
         log.info(metric_line({"epoch": epoch} | values))
+    valid = logits, distance, targets
+    if split != "valid":
+        valid = _predict(run, means, "valid")
     if run.world.is_main_process:
-        logits, targets = logits[counted], targets[counted]
+        logits, distance, targets = logits[counted], distance[counted], targets[counted]
+    quality = run.world.broadcast_from_main(
+        lambda: _quality(run, valid, split, (logits, distance, targets))
+    )
+    for line in (*quality.notes, quality.line()):
+        log.info(line)
     return Tested(
         split,
         _bare(values, split),
         [paths[number] for number in counted],
         targets.numpy(),
-        logits.softmax(1).numpy(),
+        quality.calibration.probabilities(logits.numpy()),
+        quality,
+        means,
         other,
     )
+
+
+def mean_features(run: Training) -> Tensor:
+    """Return the direction of each class's mean features, float32 [classes, width].
+
+    Of the cached features of train where there are some, else of the plain views of FOR_MEANS
+    images of each class.
+    """
+    train, classes = run.loader.folder.splits["train"], run.loader.classes
+    if isinstance(run.data, FeatureLoader):
+        views = run.data.views
+        return run.world.broadcast_from_main(lambda: class_means(views, train.labels, classes))
+    chosen = _spread(train.labels)
+    batches = run.loader.eval_batches("train", chosen)
+    features, targets = predict(run, Features(run.network), batches, run.machine.in_float32())
+    return run.world.broadcast_from_main(
+        lambda: class_means([features.numpy()], targets.numpy(), classes)
+    )
+
+
+def _spread(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the places of FOR_MEANS images of each class, evenly spread over those it has."""
+    places = (np.flatnonzero(labels == label) for label in np.unique(labels))
+    return np.concatenate(
+        [of[np.linspace(0, len(of) - 1, min(len(of), FOR_MEANS)).astype(np.int64)] for of in places]
+    )
+
+
+def _predict(run: Training, means: Tensor, split: str) -> Predicted:
+    """Return logits [N, classes], distances [N] and classes [N] of a split, as it is packaged."""
+    network = Joined(WithDistance(run.network, means.to(run.device)))
+    batches = run.loader.eval_batches(split)
+    both, targets = predict(run, network, batches, run.machine.in_float32())
+    return both[:, :-1], both[:, -1:].flatten(), targets  # a process may have no batch
+
+
+def _quality(run: Training, valid: Predicted, split: str, counted: Predicted) -> Quality:
+    """Return the calibration by valid, and how good it is on what is counted of a split.
+
+    Of valid without images that are in train too, where there are others.
+    """
+    chosen = _clean(run, run.loader.folder.splits["valid"].paths)
+    if not len(chosen):
+        chosen = np.arange(len(valid[0]))
+    logits, distance, targets = (each[chosen].numpy() for each in valid)
+    calibration, notes = calibrate.fit(logits, targets, distance)
+    logits, distance, targets = (each.numpy() for each in counted)
+    quality = calibrate.measure(calibration, split, logits, targets, distance)
+    return replace(quality, notes=notes)
 
 
 def _clean(run: Training, paths: Sequence[str]) -> NDArray[np.int64]:
@@ -142,6 +213,8 @@ def build_package(run: Training, tested: Tested) -> None:
         classes=images.classes,
         preprocessing=pixels,
         metrics=metrics | {"epoch": run.progress.best["epoch"]},
+        calibration=tested.quality.calibration,
+        means=tested.means.cpu(),
         config=identity(config),
         revision=revision(),
         weights=provenance(config),
@@ -177,6 +250,7 @@ def write_report(run: Training, tested: Tested) -> None:
             classes=images.classes,
             labels=tested.labels,
             probabilities=tested.probabilities,
+            quality=tested.quality,
             paths=tested.paths,
             broken=images.broken,
             other=tested.other,
@@ -203,6 +277,7 @@ def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
         **beside,
         "best_epoch": run.progress.best["epoch"],
         "epochs": run.progress.epoch,
+        "calibration": tested.quality.facts(),
         "seconds": round(seconds, 1),
         "identity": run.facts["identity"],
     }

@@ -2,7 +2,8 @@
 
 A process of its own checks it before it gets its name. It holds the weights, the same network as
 ONNX, class names, preprocessing, metrics, golden images and the code that serves them.
-`serving/package.py` is the reader; the two share no code, only this layout.
+`serving/package.py` is the reader; the two share this layout, and the code that turns logits into
+an answer (`trainer/results/calibrate.py`).
 """
 
 import copy
@@ -38,8 +39,12 @@ from trainer.common.model_package import FORMAT, MANIFEST, TENSORS
 from trainer.common.serving_code import SERVING_CODE
 from trainer.images.decode import ImageError, Preprocessing, prepare
 from trainer.images.names import AVIF, HEIC
-from trainer.results import quantize
+from trainer.network.build import Classifier
+from trainer.network.distance import WithDistance
+from trainer.results import calibrate, quantize
+from trainer.results.calibrate import Calibration
 
+MEANS = "distance.safetensors"  # the classes' mean features, for PyTorch; ONNX holds them too
 PROJECT = Path(__file__).resolve().parents[2]
 
 # What travels as code/, and where it lies here.
@@ -83,7 +88,10 @@ class Contents:
     identity: dict[str, str] = field(default_factory=dict)
     # Where the first weights were from, and their licence.
     weights: dict[str, str | None] = field(default_factory=dict)
-    # To calibrate with and to compare accuracy on; None: the network stays in float32.
+    calibration: Calibration | None = None  # None: plain softmax
+    # The classes' mean features [classes, width]; None: the network gives no distance.
+    means: torch.Tensor | None = None
+    # To find int8's ranges and to compare accuracy on; None: the network stays in float32.
     int8: quantize.Pictures | None = None
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
     suffixes: frozenset[str] = frozenset()  # that the trained pictures' names end in
@@ -115,8 +123,7 @@ def build(
         with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=place) as scratch:
             staged = Path(scratch) / "package"
             trained = copy.deepcopy(network).cpu().float().eval()
-            measured = _write_contents(trained, contents, staged)
-            contents = replace(contents, metrics=contents.metrics | measured)
+            contents = _write_contents(trained, contents, staged)
             _write_manifest(contents, created or datetime.now(UTC), staged)
             _self_test(staged)
             if archive:
@@ -130,20 +137,30 @@ def build(
         raise
 
 
-def _write_contents(network: nn.Module, contents: Contents, package: Path) -> dict[str, float]:
-    """Write all but the manifest; return what was measured of an int8 network."""
+def _write_contents(network: nn.Module, contents: Contents, package: Path) -> Contents:
+    """Write all but the manifest; return the contents with what was measured of an int8 network."""
     assert contents.golden, "without a golden picture the package can't be checked"
     golden = [_read_image(path, contents.preprocessing) for path in contents.golden]
     pixels = np.stack([pixels for _, pixels in golden])
-    logits = _logits(network, pixels)
-    assert logits.shape == (len(golden), len(contents.classes)), logits.shape
-    model, measured = to_onnx(network, pixels), dict[str, float]()
+    served = network
+    if contents.means is not None:
+        assert isinstance(network, Classifier)
+        served = WithDistance(network, contents.means)
+        _write(package / MEANS, safetensors.save({"means": contents.means}))
+    scores = _scores(served, pixels)
+    assert scores["logits"].shape == (len(golden), len(contents.classes)), scores["logits"].shape
+    model = to_onnx(served, pixels)
     if contents.int8:
         model, measured = quantize.int8(model, contents.int8, contents.max_drop)
-        logits = quantize.logits(model, pixels)
+        scores = quantize.scores(model, pixels)
+        contents = replace(contents, metrics=contents.metrics | measured)
+        if contents.calibration:
+            contents = replace(contents, calibration=_calibrated(model, contents))
+    if contents.calibration:
+        scores["probabilities"] = contents.calibration.probabilities(scores["logits"])
 
     expected = io.BytesIO()
-    np.savez(expected, pixels=pixels, logits=logits)
+    np.savez(expected, allow_pickle=False, pixels=pixels, **scores)
     _write(package / "golden/expected.npz", expected.getvalue())
     for name, (data, _) in zip(_golden_names(contents), golden, strict=True):
         _write(package / name, data)
@@ -153,7 +170,15 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> di
     _write(package / "code/requirements.txt", _requirements(contents.suffixes).encode())
     for name, source in CODE.items():
         _write(package / "code" / name, (PROJECT / source).read_bytes())
-    return measured
+    return contents
+
+
+def _calibrated(model: bytes, contents: Contents) -> Calibration:
+    """Return the calibration of the int8 network, whose logits are others."""
+    assert contents.int8 is not None
+    scores = quantize.scores(model, contents.int8.pixels)
+    fitted, _ = calibrate.fit(scores["logits"], contents.int8.labels, scores.get("distance"))
+    return fitted
 
 
 def _requirements(suffixes: frozenset[str]) -> str:
@@ -170,6 +195,9 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
     tolerance = TOLERANCE
     if contents.int8:
         tolerance = INT8_TOLERANCE
+    calibration = {}
+    if contents.calibration:
+        calibration = {"calibration": asdict(contents.calibration)}
     manifest = {
         "format": FORMAT,
         "created": created.astimezone(UTC).isoformat(timespec="seconds"),
@@ -181,6 +209,7 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
         "identity": contents.identity,
         "weights": contents.weights,
         "tolerance": tolerance,
+        **calibration,
         "golden": _golden_names(contents),
         "versions": {
             name: version(name)
@@ -216,21 +245,32 @@ def _golden_names(contents: Contents) -> list[str]:
     ]
 
 
-def _logits(network: nn.Module, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _outputs(network: nn.Module) -> list[str]:
+    if isinstance(network, WithDistance):
+        return ["logits", "distance"]
+    return ["logits"]
+
+
+def _scores(network: nn.Module, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """Return what the network gives, by name."""
     with torch.inference_mode():
-        logits: NDArray[np.float32] = network(torch.from_numpy(pixels)).numpy()
-    if not np.isfinite(logits).all():
+        given = network(torch.from_numpy(pixels))
+    if isinstance(given, torch.Tensor):
+        given = (given,)
+    scores = {name: each.numpy() for name, each in zip(_outputs(network), given, strict=True)}
+    if not np.isfinite(scores["logits"]).all():
         raise UserError(
             "the network's logits are not finite numbers: the training diverged; "
             "lower optim.lr or set train.clip_norm"
         )
-    return logits
+    return scores
 
 
 def to_onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
     """Return the network as an ONNX model, for any batch.
 
-    It takes `pixels`, uint8 [batch, size, size, 3], to `logits`, float32 [batch, classes].
+    It takes `pixels`, uint8 [batch, size, size, 3], to `logits`, float32 [batch, classes], and, if
+    it is one with distance, to `distance`, float32 [batch].
     """
     # Of two: the exporter takes a dimension of 1 for a constant.
     example = torch.from_numpy(pixels[:1]).repeat(2, 1, 1, 1)
@@ -242,7 +282,7 @@ def to_onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=["pixels"],
-                output_names=["logits"],
+                output_names=_outputs(network),
                 opset_version=OPSET,
                 verbose=False,
             )

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,8 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
                 return None
             return {"pixels": batch}
 
+    import onnx  # imported here: too
+
     with tempfile.TemporaryDirectory(prefix="int8-") as directory:
         source, prepared, target = (
             Path(directory) / name for name in ("float.onnx", "prepared.onnx", "int8.onnx")
@@ -97,18 +100,50 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            nodes_to_exclude=_for_distance_alone(onnx.load(prepared)),
         )
         return target.read_bytes()
 
 
-def logits(model: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return those of pixels uint8 [N, size, size, 3], by ONNX Runtime here: [N, classes]."""
+def _for_distance_alone(model: Any) -> list[str]:
+    """Return the nodes of an ONNX model on which its distance depends, and its logits don't.
+
+    They stay in float: a cosine of 8-bit numbers is coarse, and they cost next to nothing.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+
+    def behind(output: str) -> set[str]:
+        names, waiting = set[str](), [output]
+        while waiting:
+            node = makers.get(waiting.pop())
+            if node is not None and node.name not in names:
+                names.add(node.name)
+                waiting += node.input
+        return names
+
+    return sorted(behind("distance") - behind("logits"))
+
+
+def scores(model: bytes, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """Return what the network gives of pixels uint8 [N, size, size, 3], by ONNX Runtime here.
+
+    By name: logits [N, classes], and distance [N] where it gives one.
+    """
     import onnxruntime  # imported here: slow, and needed by few
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return np.concatenate(
-        [session.run(["logits"], {"pixels": batch})[0] for batch in _batches(pixels)]
-    )
+    names = [output.name for output in session.get_outputs()]
+    batches = [session.run(names, {"pixels": batch}) for batch in _batches(pixels)]
+    return {
+        name: np.concatenate(parts)
+        for name, parts in zip(names, zip(*batches, strict=True), strict=True)
+    }
+
+
+def logits(model: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return those of pixels uint8 [N, size, size, 3]: [N, classes]."""
+    given: NDArray[np.float32] = scores(model, pixels)["logits"]
+    return given
 
 
 def _top1(model: bytes, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:

@@ -17,8 +17,9 @@ from PIL import Image
 from trainer.common import files
 from trainer.common.templates import render
 from trainer.images.care import Findings
+from trainer.results.calibrate import COVERAGE, Quality
 from trainer.results.care import Thumbnail, data_uri, is_pixelated, picture, sections
-from trainer.results.charts import Chart, EpochCharts, Series
+from trainer.results.charts import Chart, EpochCharts, Series, reliability_chart
 from trainer.results.text import breakable, duration, number, percent, setting, share, shortened
 
 # What a page holds at most, so that it stays below about 3 MB whatever the run was.
@@ -58,12 +59,13 @@ class Report:
     metrics: dict[str, float]  # of `split`: loss, top1, top5, f1
     classes: Sequence[str]  # [C]
     labels: NDArray[np.int64]  # [N]
-    probabilities: NDArray[np.float32]  # [N, C]
+    probabilities: NDArray[np.floating[Any]]  # [N, C]
     paths: Sequence[str]  # [N]
     broken: Sequence[tuple[str, str]]  # pictures put into quarantine: path, reason
     facts: dict[str, str]  # the environment, in the order shown
     config: dict[str, Any]  # the resolved settings by dotted key
     next_steps: Sequence[str]  # commands
+    quality: Quality | None = None  # of the calibration
     other: Other | None = None
     findings: Findings = field(default_factory=Findings)  # what is wrong with the data set
 
@@ -111,12 +113,14 @@ def write(report: Report, path: Path, thumbnail: Thumbnail) -> None:
         hits=hits,
         interval=wilson_interval(hits, len(report.labels)),
         charts=charts,
+        reliability=_reliability(report.quality),
         timing=_timing(report.history),
         pairs=_pairs(report, thumbnail),
         mistakes=_mistakes(report, thumbnail),
         matrix=_matrix(report),
         per_class=_per_class(report),
         class_rows=CLASS_ROWS,
+        asked_coverage=COVERAGE,
         label_length=LABEL_LENGTH,
         broken_rows=BROKEN_ROWS,
         care=sections(report.findings, thumbnail),
@@ -187,6 +191,12 @@ def _column(history: list[dict[str, float]], key: str) -> NDArray[np.float64]:
     """Return a value of each epoch; NaN where it is missing, or too large to draw."""
     values = np.array([row.get(key, math.nan) for row in history], dtype=np.float64)
     return np.where(np.abs(values) < 1e15, values, math.nan)
+
+
+def _reliability(quality: Quality | None) -> Chart | None:
+    if quality is None:
+        return None
+    return reliability_chart(quality.before, quality.after, percent)
 
 
 # --- where the model fails ---

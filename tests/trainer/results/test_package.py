@@ -4,7 +4,7 @@ import logging
 import subprocess
 import tarfile
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.conftest import PROJECT
-from tests.packages import SIZE, make_contents, make_network
+from tests.packages import SIZE, make_calibrated, make_contents, make_network
 from trainer.common.errors import UserError
+from trainer.network.distance import WithDistance
 from trainer.results import package
 
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -53,6 +54,7 @@ def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built)
         "trainer/__init__.py",
         *(f"trainer/common/{name}.py" for name in common),
         *(f"trainer/images/{name}.py" for name in images),
+        *(f"trainer/results/{name}.py" for name in ("__init__", "calibrate")),
     ]
     golden = ["0.jpg", "1.png", "2.webp", "expected.npz"]
     assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + [
@@ -164,6 +166,30 @@ def test_onnx_computes_the_network_for_any_batch(tmp_path, name):
             rtol=0,
             atol=1e-5 * np.abs(logits).max(),
         )
+
+
+def test_the_distance_is_computed_in_the_graph_as_in_pytorch(tmp_path):
+    contents = make_calibrated(tmp_path / "pictures")
+    network = make_network()
+    package.build(network, contents, tmp_path / "package", archive=False)
+    said = manifest(tmp_path / "package")
+    assert said["calibration"] == asdict(contents.calibration)
+    session = onnxruntime.InferenceSession(
+        tmp_path / "package/model.onnx", providers=["CPUExecutionProvider"]
+    )
+    assert [(value.name, value.shape) for value in session.get_outputs()] == [
+        ("logits", ["batch", 3]),
+        ("distance", ["batch"]),
+    ]
+    pixels = torch.randint(0, 256, (5, SIZE, SIZE, 3), dtype=torch.uint8)
+    both = WithDistance(network.eval(), contents.means)
+    with torch.no_grad():
+        logits, distance = (each.numpy() for each in both(pixels))
+        assert np.array_equal(logits, network(pixels).numpy())
+    computed = session.run(None, {"pixels": pixels.numpy()})
+    np.testing.assert_allclose(computed[0], logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(computed[1], distance, rtol=0, atol=1e-5)
+    assert load_file(tmp_path / "package/model.safetensors").keys() == network.state_dict().keys()
 
 
 def test_the_callers_network_stays_as_it_is(tmp_path):

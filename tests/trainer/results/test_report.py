@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 
 from trainer.images.care import Finding, Findings, Picture
+from trainer.results import calibrate
+from trainer.results.charts import reliability_chart
 from trainer.results.report import Other, Report, wilson_interval, write
+from trainer.results.text import percent
 
 VOID = {"meta", "img", "wbr"}
 HOSTILE = [
@@ -508,3 +511,41 @@ def test_browser_shows_the_page_without_complaint_or_sideways_scrolling(
     shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert re.findall("<title>(.*?)</title>", shown.stdout) == ["0 0"]
     assert not [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_the_page_shows_how_sure_the_network_is(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(200, 2)), rng.integers(0, 2, 200)
+    calibration, _ = calibrate.fit(logits, labels, rng.random(200))
+    quality = calibrate.measure(calibration, "test", logits, labels, rng.random(200))
+    noted = dataclasses.replace(quality, notes=["a <word> of it"])
+    page = written(dataclasses.replace(report(["a", "b"], [0, 1], [0, 0]), quality=noted), tmp_path)
+    for said in (
+        "How sure it is",
+        "that 200 valid pictures chose",
+        "Note: a <word> of it.",
+        f"{quality.error_before:.3g}",
+        "asked 90%",
+        "Unlike those trained on",
+    ):
+        assert said in page.text, said
+    labels_of_plots = [svg.get("aria-label", "") for svg in page.attributes("svg")]
+    assert any(
+        label.startswith("Right answers by their probability by probability, before 0.")
+        for label in labels_of_plots
+    )
+    points = [each for each in page.attributes("circle") if each["class"] == "blue"]
+    assert len(points) >= len(quality.after)
+    assert "How sure" not in written(report(["a", "b"], [0, 1], [0, 0]), tmp_path).text
+
+
+def test_the_reliability_chart_stands_on_its_diagonal_where_all_is_as_it_should_be() -> None:
+    bins = [calibrate.Bin(10, share, share) for share in (0.1, 0.5, 0.9)]
+    chart = reliability_chart(bins, bins, percent)
+    assert all(x == pytest.approx(1 - y) for line in chart.lines for x, y in line.dots)
+    assert [line.radii for line in chart.lines] == [(), [9, 9, 9], [9, 9, 9]]
+    assert [line.best for line in chart.lines] == ["", "0.000", "0.000"]
+    assert [readout.left * calibrate.BINS for readout in chart.readouts] == pytest.approx(
+        [1, 7, 13]
+    )
+    assert "before 50.0% probable, 50.0% right, 10x" in chart.readouts[1].text

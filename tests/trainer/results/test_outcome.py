@@ -1,0 +1,55 @@
+"""What a run makes of its best weights, from the pictures to a served answer."""
+
+import json
+
+import numpy as np
+import pytest
+
+from serving.package import load
+from tests.conftest import QUICK, make_pictures, run_trainer
+from trainer.results import calibrate
+
+WORDS = (*QUICK, "data=folder", "model=small_cnn", "optim.lr=1e-3")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"), {"train": 4, "valid": 12, "test": 10})
+
+
+@pytest.fixture(scope="module", params=["all of it", "the head alone"])
+def run(root, request, tmp_path_factory):
+    """A run of the whole network, and one by the cached features of a frozen backbone."""
+    place = tmp_path_factory.mktemp("run")
+    more = ["model.freeze=backbone"] if request.param == "the head alone" else []
+    code, output = run_trainer(place, *WORDS, f"data.root={root}", "name=run", *more)
+    assert code == 0, output
+    return place / "runs/run", output
+
+
+def scores_of(package, root, split):
+    paths = sorted((root / split).glob("*/*.png"))
+    labels = [package.classes.index(path.parent.name) for path in paths]
+    return package.network(np.stack([package.prepare(path) for path in paths])), np.array(labels)
+
+
+def test_the_package_has_the_calibration_of_its_own_logits_on_valid(run, root):
+    directory, output = run
+    package = load(directory / "model.tar.gz", threads=1)
+    valid, labels = scores_of(package, root, "valid")
+    fitted, _ = calibrate.fit(valid.logits, labels, valid.distance)
+    given = package.calibration
+    assert given.pictures == 36
+    for name in ("temperature", "least_probability", "farthest"):
+        assert getattr(given, name) == pytest.approx(getattr(fitted, name), rel=1e-3, abs=1e-5)
+
+    test, labels = scores_of(package, root, "test")
+    quality = calibrate.measure(given, "test", test.logits, labels, test.distance)
+    told = json.loads((directory / "result.json").read_text())["calibration"]
+    assert told == {
+        name: value if value is None else pytest.approx(value, abs=1e-3)
+        for name, value in quality.facts().items()
+    }
+    assert output.count("calibration: temperature ") == 1
+    assert quality.line().split("; calibration error")[0] in output
+    assert "How sure it is" in (directory / "report.html").read_text()

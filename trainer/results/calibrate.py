@@ -1,0 +1,329 @@
+"""Probabilities that mean it: how logits become an answer, fitted on valid, applied by serving.
+
+One temperature makes the probabilities of the logits as large as the answers are often right (Guo
+et al., "On calibration of modern neural networks", ICML 2017). A set of classes holds the right one
+in 90 % of all pictures, by split conformal prediction (Angelopoulos & Bates, "A gentle introduction
+to conformal prediction", 2021, with the score 1 - p of Sadinle et al., 2019: its sets are the
+smallest). A picture's features tell whether it is like any class that was trained on.
+
+NumPy alone, and a copy travels in the package: what was fitted and what is served are one code.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Of the temperature. The likelihood counts as if so many pictures more said that it is 1: of 37
+# pictures, some draws would else ask for half of what the others do.
+LEAST, MOST, CAUTION = 0.05, 20.0, 2.0
+STEPS = 50  # halvings of the interval, down to the last bits
+# With fewer pictures, a temperature must help those that it was not fitted on, in so many folds.
+FEW, FOLDS = 200, 10
+
+COVERAGE = 90  # percent of the pictures whose set is to hold the right class
+LIKE = 99  # percent of the pictures of valid that are like those trained on
+QUANTILE = 2.326348  # the normal distribution's, of LIKE
+LEAST_FOR_DISTANCE = 8  # pictures; with fewer, nothing is said about their spread
+
+BINS = 15  # of equal width, of the calibration error
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How logits become probabilities, and what else is said of a picture.
+
+    Without any knowledge: plain softmax, no sets, and every picture like those trained on.
+    """
+
+    temperature: float = 1.0
+    pictures: int = 0  # that it was fitted on
+    # A class is in the set if it is the most probable one, or at least so probable. 0: all classes
+    # are, since the pictures were too few; None: there are no sets.
+    least_probability: float | None = None
+    # A picture is unlike anything trained on if it is farther than that from each class; None: it
+    # isn't known.
+    farthest: float | None = None
+
+    def probabilities(self, logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Return those of logits [N, classes]."""
+        return _softmax(logits.astype(np.float64) / self.temperature)
+
+    def members(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_] | None:
+        """Return which classes are in the set of each picture, [N, classes], where there are sets.
+
+        The most probable one always is.
+        """
+        if self.least_probability is None:
+            return None
+        members = probabilities >= self.least_probability
+        np.put_along_axis(members, probabilities.argmax(axis=1)[:, None], True, axis=1)
+        return members
+
+    def unlike(self, distance: NDArray[np.floating[Any]] | None) -> NDArray[np.bool_] | None:
+        """Return which pictures are unlike anything trained on, [N], where that is known.
+
+        distance: [N], from the nearest class, as the network gives it.
+        """
+        if self.farthest is None or distance is None:
+            return None
+        return distance > self.farthest
+
+
+def fit(
+    logits: NDArray[np.floating[Any]],
+    labels: NDArray[np.int64],
+    distance: NDArray[np.floating[Any]] | None = None,
+) -> tuple[Calibration, list[str]]:
+    """Return the calibration by pictures that weren't trained on, and what to say of it.
+
+    logits: [N, classes]; labels: [N]; distance: [N], or unknown. The same pictures give temperature
+    and sets: one number that N pictures chose hardly knows any of them, while halving them would
+    cost more (docs/decisions). A pure function.
+    """
+    chosen, notes = temperature(logits, labels)
+    calibration = Calibration(chosen, len(labels))
+    probabilities = calibration.probabilities(logits)
+    right = probabilities[np.arange(len(labels)), labels]
+    least = 0.0
+    rank = _rank(len(labels), COVERAGE)
+    if rank <= len(labels) and np.isfinite(right).all():
+        least = float(np.sort(right)[len(labels) - rank])
+    else:
+        notes.append(
+            f"{len(labels)} valid pictures are too few for sets at {COVERAGE} %: "
+            "each holds all classes"
+        )
+    farthest = None
+    if distance is not None:
+        farthest = limit(distance.astype(np.float64))
+        if farthest is None:
+            notes.append(
+                f"{len(labels)} valid pictures are too few to tell what is unlike all of them"
+            )
+    return Calibration(chosen, len(labels), least, farthest), notes
+
+
+def temperature(
+    logits: NDArray[np.floating[Any]], labels: NDArray[np.int64]
+) -> tuple[float, list[str]]:
+    """Return the temperature that makes the labels most likely, or 1 and why.
+
+    logits: [N, classes]; labels: [N].
+    """
+    if not len(labels):
+        return 1.0, ["no valid picture to calibrate on: the temperature stays 1"]
+    values = logits.astype(np.float64)
+    if not np.isfinite(values).all() or not np.ptp(values, axis=1).any():
+        return 1.0, ["the logits of valid say nothing: the temperature stays 1"]
+    if len(labels) < FEW and not _helps(values, labels):
+        return 1.0, [
+            f"a temperature fitted on {len(labels)} valid pictures doesn't help others: it stays 1"
+        ]
+    return _optimum(values, labels), []
+
+
+def _helps(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
+    """Return whether temperatures make the labels likelier that they were not fitted on."""
+    folds = np.arange(len(labels)) % FOLDS
+    before = after = 0.0
+    for fold in np.unique(folds):
+        inside, outside = folds != fold, folds == fold
+        chosen = 1.0
+        if inside.any():
+            chosen = _optimum(logits[inside], labels[inside])
+        before += _loss(logits[outside], labels[outside])
+        after += _loss(logits[outside] / chosen, labels[outside])
+    return after < before
+
+
+def _loss(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Return the summed negative log likelihood."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    own = shifted[np.arange(len(labels)), labels]
+    return float((np.log(np.exp(shifted).sum(axis=1)) - own).sum())
+
+
+def _optimum(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Return the temperature with the least loss and CAUTION.
+
+    With b = 1 / temperature the loss of b * logits + CAUTION * (b - log b) is convex: where it no
+    longer falls is found by halving.
+    """
+    own = logits[np.arange(len(labels)), labels]
+
+    def falls(inverse: float) -> bool:
+        expected = (_softmax(logits * inverse) * logits).sum(axis=1)
+        return float((expected - own).sum()) + CAUTION * (1 - 1 / inverse) < 0
+
+    low, high = math.log(1 / MOST), math.log(1 / LEAST)
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        if falls(math.exp(middle)):
+            low = middle
+        else:
+            high = middle
+    return math.exp(-(low + high) / 2)
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    powers: NDArray[np.float64] = np.exp(
+        logits - logits.max(axis=1, keepdims=True, initial=-np.inf)
+    )
+    powers /= powers.sum(axis=1, keepdims=True)
+    return powers
+
+
+def _rank(count: int, percent: int) -> int:
+    """Return which of `count` sorted scores a new one exceeds in 100 - percent % at most.
+
+    ceil((count + 1) * percent / 100): more than `count` where these are too few to say.
+    """
+    return -(-(count + 1) * percent // 100)
+
+
+def limit(distance: NDArray[np.float64]) -> float | None:
+    """Return the distance [N] below which LIKE % of new pictures lie; None: N is too small.
+
+    Where no order statistic says it, what a normal distribution would: its prediction bound, by
+    Student's t (expanded about the normal quantile, as in Abramowitz & Stegun 26.7.5).
+    """
+    count = len(distance)
+    rank = _rank(count, LIKE)
+    if rank <= count:
+        return float(np.sort(distance)[rank - 1])
+    if count < LEAST_FOR_DISTANCE:
+        return None
+    z, freedom = QUANTILE, count - 1
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return float(distance.mean() + t * distance.std(ddof=1) * math.sqrt(1 + 1 / count))
+
+
+# --- how good it is ---
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Pictures whose most probable class is about equally probable."""
+
+    count: int
+    confidence: float  # mean probability of the most probable class
+    right: float  # share of them whose class that is
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A calibration, measured on a split's pictures. before: with plain softmax."""
+
+    calibration: Calibration
+    split: str
+    before: Sequence[Bin]
+    after: Sequence[Bin]
+    coverage: float  # share of the pictures whose set holds the right class
+    set_size: float  # mean classes of a set
+    sure: float  # share of the pictures with one class in the set, like those trained on
+    sure_right: float  # share of these whose class that is; NaN: there are none
+    unlike: float | None  # share of the pictures that are unlike those trained on
+    notes: Sequence[str] = ()  # what is to be said of the calibration
+
+    @property
+    def error_before(self) -> float:
+        """Return the expected calibration error of plain softmax."""
+        return calibration_error(self.before)
+
+    @property
+    def error(self) -> float:
+        """Return the expected calibration error."""
+        return calibration_error(self.after)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a result holds of it."""
+        return {
+            "temperature": self.calibration.temperature,
+            "pictures": self.calibration.pictures,
+            "error_before": round(self.error_before, 6),
+            "error": round(self.error, 6),
+            "coverage": round(self.coverage, 6),
+            "set_size": round(self.set_size, 6),
+            "sure": round(self.sure, 6),
+            "unlike": None if self.unlike is None else round(self.unlike, 6),
+        }
+
+    def line(self) -> str:
+        """Return what the log says of it."""
+        words = (
+            f"calibration: temperature {self.calibration.temperature:.3g} "
+            f"by {self.calibration.pictures} valid pictures; "
+            f"calibration error on {self.split} {self.error_before:.3f} before, "
+            f"{self.error:.3f} after; sets of {self.set_size:.1f} classes hold the right one in "
+            f"{self.coverage:.1%} (asked: {COVERAGE} %); sure of {self.sure:.0%}"
+        )
+        if self.sure:
+            words += f", of these {self.sure_right:.0%} right"
+        return words
+
+
+def measure(
+    calibration: Calibration,
+    split: str,
+    logits: NDArray[np.floating[Any]],
+    labels: NDArray[np.int64],
+    distance: NDArray[np.floating[Any]] | None = None,
+) -> Quality:
+    """Return how good a calibration is on a split's pictures.
+
+    logits: [N, classes]; labels: [N]; distance: [N], or unknown.
+    """
+    probabilities = calibration.probabilities(logits)
+    members = calibration.members(probabilities)
+    assert members is not None
+    unlike = calibration.unlike(distance)
+    sure = is_sure(members, unlike)
+    right = probabilities.argmax(axis=1) == labels
+    return Quality(
+        calibration,
+        split,
+        reliability(Calibration().probabilities(logits), labels),
+        reliability(probabilities, labels),
+        coverage=float(members[np.arange(len(labels)), labels].mean()),
+        set_size=float(members.sum(axis=1).mean()),
+        sure=float(sure.mean()),
+        sure_right=float(right[sure].mean()) if sure.any() else math.nan,
+        unlike=None if unlike is None else float(unlike.mean()),
+    )
+
+
+def is_sure(members: NDArray[np.bool_], unlike: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Return of which pictures one can be sure: one class in the set, and none that is unlike."""
+    sure: NDArray[np.bool_] = members.sum(axis=1) == 1
+    if unlike is not None:
+        sure &= ~unlike
+    return sure
+
+
+def place_of(confidence: Any) -> Any:
+    """Return the number of the bin of probabilities, in the form they have."""
+    return np.minimum(np.int64(np.multiply(confidence, BINS)), BINS - 1)
+
+
+def reliability(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> list[Bin]:
+    """Return the pictures in BINS by how probable their most probable class is; empty ones not."""
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    place = place_of(confidence)
+    return [
+        Bin(int(inside.sum()), float(confidence[inside].mean()), float(right[inside].mean()))
+        for inside in (place == number for number in np.unique(place))
+    ]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Return the expected calibration error: how far confidence lies from the share of right ones.
+
+    In the mean over the pictures (Naeini et al., AAAI 2015).
+    """
+    total = sum(each.count for each in bins)
+    return sum(each.count * abs(each.confidence - each.right) for each in bins) / max(total, 1)
