@@ -84,7 +84,7 @@ def train(config: Config | None, world: World) -> None:
         if not world.is_main_process:
             return
         outcome.build_package(training, tested)
-        outcome.write_report(training, tested)
+        outcome.write_report(training, tested, decided)
         result = outcome.result(training, tested, seconds=time.monotonic() - started)
         run.finish(result)
         run.summarize(result)

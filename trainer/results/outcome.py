@@ -25,6 +25,7 @@ from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
 from trainer.training.loop import predict
 from trainer.training.metrics import classification
+from trainer.training.recipe import Recipe
 from trainer.training.training import Training
 
 # How far the loss of the best weights on valid may lie from what was noted for them: relative,
@@ -236,15 +237,15 @@ def build_package(run: Training, tested: Tested) -> None:
     package.build(run.network, contents, target, archive=target.suffix == ".gz")
 
 
-def write_report(run: Training, tested: Tested) -> None:
-    """Write report.html."""
+def write_report(run: Training, tested: Tested, recipe: Recipe | None) -> None:
+    """Write report.html. recipe: of model=auto."""
     assert run.progress.best is not None
     images, pixels = run.loader.folder, run.loader.preprocessing
     report.write(
         report.Report(
             title=run.run.name,
             split=tested.split,
-            history=[row for row in run.progress.rows if "valid_loss" in row],
+            history=[row for row in run.progress.rows if "train_loss" in row],
             best_epoch=run.progress.best["epoch"],
             metrics=tested.metrics,
             classes=images.classes,
@@ -255,6 +256,7 @@ def write_report(run: Training, tested: Tested) -> None:
             broken=images.broken,
             other=tested.other,
             findings=run.findings,
+            recipe=recipe,
             facts=_environment(run),
             config=identity(run.config),
             next_steps=run.run.next_steps(),

@@ -21,6 +21,7 @@ from trainer.results.calibrate import COVERAGE, Quality
 from trainer.results.care import Thumbnail, data_uri, is_pixelated, picture, sections
 from trainer.results.charts import Chart, EpochCharts, Series, reliability_chart
 from trainer.results.text import breakable, duration, number, percent, setting, share, shortened
+from trainer.training.recipe import Recipe
 
 # What a page holds at most, so that it stays below about 3 MB whatever the run was.
 PAIRS, PAIR_IMAGES, MISTAKES = 6, 4, 12
@@ -67,6 +68,7 @@ class Report:
     next_steps: Sequence[str]  # commands
     quality: Quality | None = None  # of the calibration
     other: Other | None = None
+    recipe: Recipe | None = None  # of model=auto
     findings: Findings = field(default_factory=Findings)  # what is wrong with the data set
 
     @cached_property

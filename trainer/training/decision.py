@@ -98,8 +98,9 @@ class Decision:
             values = self.with_flips(best) | self.training(best)
         else:
             values = self.from_scratch()
-        for line in recipe.table(candidates):
-            log.info(line)
+        if networks:
+            for line in recipe.table(candidates):
+                log.info(line)
         for line in self.reasons:
             log.info("recipe: %s", line)
         return Recipe(values, candidates, self.reasons)

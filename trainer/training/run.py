@@ -169,16 +169,19 @@ class Run:
 
     def summarize(self, result: dict[str, Any]) -> None:
         """Show how good it is, where it lies, what to do next: the last thing on the terminal."""
+        best = f"best epoch {result['best_epoch']} of {result['epochs']}"
+        if result["best_epoch"] == 0:
+            best = "the solved head, nothing trained"
+            if result["epochs"]:
+                best = f"the solved head: none of {result['epochs']} epochs was better beyond doubt"
         log.info(
-            "\n%s accuracy  %.1f %%  (top-5 %.1f %%, macro F1 %.3f, %d pictures; "
-            "best epoch %d of %d)",
+            "\n%s accuracy  %.1f %%  (top-5 %.1f %%, macro F1 %.3f, %d pictures; %s)",
             result["split"],
             100 * result["top1"],
             100 * result["top5"],
             result["f1"],
             result["pictures"],
-            result["best_epoch"],
-            result["epochs"],
+            best,
         )
         for how in ("with", "without"):
             other = result.get(f"{how}_leaks")
