@@ -80,9 +80,9 @@ def fit(
 ) -> tuple[Calibration, list[str]]:
     """Return the calibration by pictures that weren't trained on, and what to say of it.
 
-    logits: [N, classes]; labels: [N]; distance: [N], or unknown. The same pictures give temperature
-    and sets: one number that N pictures chose hardly knows any of them, while halving them would
-    cost more (docs/decisions). A pure function.
+    logits: [N, classes]; labels: [N]; distance: of all of them or of some, or unknown. The same
+    pictures give temperature and sets: one number that N pictures chose hardly knows any of them,
+    while halving them would cost more (docs/decisions). A pure function.
     """
     chosen, notes = temperature(logits, labels)
     calibration = Calibration(chosen, len(labels))
@@ -94,16 +94,13 @@ def fit(
         least = float(np.sort(right)[len(labels) - rank])
     else:
         notes.append(
-            f"{len(labels)} valid pictures are too few for sets at {COVERAGE} %: "
-            "each holds all classes"
+            f"{len(labels)} pictures are too few for sets at {COVERAGE} %: each holds all classes"
         )
     farthest = None
     if distance is not None:
         farthest = limit(distance.astype(np.float64))
         if farthest is None:
-            notes.append(
-                f"{len(labels)} valid pictures are too few to tell what is unlike all of them"
-            )
+            notes.append(f"{len(distance)} pictures are too few to tell what is unlike all of them")
     return Calibration(chosen, len(labels), least, farthest), notes
 
 
@@ -121,7 +118,7 @@ def temperature(
         return 1.0, ["the logits of valid say nothing: the temperature stays 1"]
     if len(labels) < FEW and not _helps(values, labels):
         return 1.0, [
-            f"a temperature fitted on {len(labels)} valid pictures doesn't help others: it stays 1"
+            f"a temperature fitted on {len(labels)} pictures doesn't help others: it stays 1"
         ]
     return _optimum(values, labels), []
 
@@ -256,7 +253,7 @@ class Quality:
         """Return what the log says of it."""
         words = (
             f"calibration: temperature {self.calibration.temperature:.3g} "
-            f"by {self.calibration.pictures} valid pictures; "
+            f"by {self.calibration.pictures} pictures that it wasn't trained on; "
             f"calibration error on {self.split} {self.error_before:.3f} before, "
             f"{self.error:.3f} after; sets of {self.set_size:.1f} classes hold the right one in "
             f"{self.coverage:.1%} (asked: {COVERAGE} %); sure of {self.sure:.0%}"

@@ -179,12 +179,16 @@ def _predict(run: Training, means: Tensor, split: str) -> Predicted:
 def _quality(run: Training, valid: Predicted, split: str, counted: Predicted) -> Quality:
     """Return the calibration by valid, and how good it is on what is counted of a split.
 
-    Of valid without images that are in train too, where there are others.
+    Of valid without images that are in train too, where there are others. Where these are few and
+    the solved head is packaged, train counts too, by the heads that were solved without each image.
     """
     chosen = _clean(run, run.loader.folder.splits["valid"].paths)
     if not len(chosen):
         chosen = np.arange(len(valid[0]))
     logits, distance, targets = (each[chosen].numpy() for each in valid)
+    if len(targets) < calibrate.FEW and run.packages_probe() and run.probe_logits is not None:
+        logits = np.concatenate([logits, run.probe_logits.numpy()])
+        targets = np.concatenate([targets, run.loader.folder.splits["train"].labels])
     calibration, notes = calibrate.fit(logits, targets, distance)
     logits, distance, targets = (each.numpy() for each in counted)
     quality = calibrate.measure(calibration, split, logits, targets, distance)

@@ -139,9 +139,11 @@ class Decision:
         fraction = self.affordable(networks)
         if len(networks) > 1 and fraction < 1:
             log.info("comparing %d networks on %d pictures", len(networks), fraction * count)
-            judged = [self.judge(_sampled(each, fraction, self.config.seed)) for each in networks]
-            return self.judge(networks[self.cheapest(judged)])
-        judged = [self.judge(each) for each in networks]
+            judged = [
+                self.measured(_sampled(each, fraction, self.config.seed)) for each in networks
+            ]
+            return self.measured(networks[self.cheapest(judged)])
+        judged = [self.measured(each) for each in networks]
         return judged[self.cheapest(judged)]
 
     def affordable(self, networks: Sequence[Network]) -> float:
@@ -171,7 +173,11 @@ class Decision:
         else:
             solved = probe.fit(features["train"], labels["train"], classes, seed, self.stop.check)
             judged = Judged(network, solved.of(features["valid"][:, 0]), labels["valid"])
-        candidate = network.candidate
+        return judged
+
+    def measured(self, network: Network) -> Judged:
+        """Judge a candidate by the plain view, and note how good it is."""
+        judged, candidate = self.judge(network), network.candidate
         candidate.accuracy = float(judged.correct.mean())
         candidate.error = probe.standard_error(judged.correct)
         candidate.pictures = len(judged.labels)

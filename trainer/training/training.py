@@ -162,6 +162,8 @@ class Training:
         self.progress = Progress()
         # Of each image of valid, float32 [N]: the probe's loss, which training must better.
         self.probe_losses: Tensor | None = None
+        # Of each image of train, float32 [N, classes]: by a head that was solved without it.
+        self.probe_logits: Tensor | None = None
         self.sums = TrainSums(self.progress.sums)
         self.metrics_file = _metrics_file(run)
         self.checkpoints = Checkpoints(
@@ -191,12 +193,18 @@ class Training:
         head = self.network.head
         assert isinstance(head, nn.Linear)  # settings.config.check_model
         head.load_state_dict({"weight": solved.weight, "bias": solved.bias})
+        self.probe_logits = solved.logits
         if self.ema:
             self.ema.network.load_state_dict(self.model.state_dict())
 
     def is_probe(self) -> bool:
         """Return whether nothing has been trained yet on top of a solved head."""
         return self.config.model.head == "probe" and self.progress.best is None
+
+    def packages_probe(self) -> bool:
+        """Return whether no epoch was better than the solved head."""
+        best = self.progress.best
+        return self.config.model.head == "probe" and best is not None and best["epoch"] == 0
 
     def begin_from_probe(self, metrics: dict[str, float]) -> None:
         """Note the solved head as the best until now, of epoch 0. metrics: of valid."""
@@ -454,6 +462,7 @@ class Training:
             },
             "scaler": self.scaler.state_dict(),
             "probe_losses": self.probe_losses,
+            "probe_logits": self.probe_logits,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -464,6 +473,7 @@ class Training:
         _restore_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.probe_losses = state["probe_losses"]
+        self.probe_logits = state["probe_logits"]
         self.progress = Progress(**state["progress"])
 
     def resume(self) -> None:
