@@ -522,7 +522,7 @@ def test_the_page_shows_how_sure_the_network_is(tmp_path: Path) -> None:
     page = written(dataclasses.replace(report(["a", "b"], [0, 1], [0, 0]), quality=noted), tmp_path)
     for said in (
         "How sure it is",
-        "that 200 pictures chose that it wasn&#39;t trained on",
+        "that 200 pictures chose that it wasn't trained on",
         "Note: a <word> of it.",
         f"{quality.error_before:.3g}",
         "asked 90%",

@@ -144,6 +144,11 @@ ELSEWHERE = {
     "train.compile": ("training/test_compile.py", "train.compile=true"),
     "train.tensorboard": ("test_main.py", "train.tensorboard=true"),
     "platform.name": ("training/test_kills.py", "platform=ec2"),
+    "model.candidates": ("training/test_recipe.py", "model.candidates=[shufflenet_v2_x0_5]"),
+    "model.head": ("training/test_recipe.py", "model.head=probe"),
+    "recipe.minutes": ("training/test_recipe.py", "recipe.minutes=null"),
+    "recipe.tune_minutes": ("training/test_recipe.py", "recipe.tune_minutes=0"),
+    "recipe.prefer": ("training/test_recipe.py", "recipe.prefer=speed"),
 }
 # data.source and data.root are in each run; a space comes with sweep=NAME.
 ALWAYS = {"data.source", "data.root", "sweep.space"}

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -165,6 +166,33 @@ def test_a_candidate_that_cannot_be_had_is_named_and_left_out(tmp_path, pictures
     assert code == OK, output
     assert "left out: timm/no_such_network" in output
     assert "the only one that can be had" in output
+
+
+def test_each_of_its_settings_has_its_effect(tmp_path, pictures, weights_dir):
+    more = (
+        "recipe.minutes=null",
+        "recipe.prefer=speed",
+        "recipe.tune_minutes=0",
+        "model.candidates=[shufflenet_v2_x0_5]",
+    )
+    code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *more))
+    assert code == OK, output
+    recipe = written(tmp_path)
+    assert [each["name"] for each in recipe["candidates"]] == ["shufflenet_v2_x0_5"]
+    assert "the head alone is solved" in output
+    assert recipe["settings"]["train.epochs"] == 0
+    # The same by name, without a recipe.
+    shutil.rmtree(tmp_path / "runs")
+    more = ("model.name=shufflenet_v2_x0_5", "model.head=probe", "train.epochs=0")
+    again, said = run_trainer(
+        tmp_path, *words(pictures, weights_dir, *more, "model.freeze=backbone")
+    )
+    assert again == OK, said
+    assert accuracy(said) == accuracy(output)
+
+
+def accuracy(output: str) -> str:
+    return next(line for line in output.splitlines() if line.startswith("test accuracy"))
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
