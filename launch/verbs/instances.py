@@ -157,7 +157,12 @@ def main(arguments: Sequence[str]) -> int:
     for line in reasons(job):
         print(textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  "))
     print()
-    if config.model.name not in GMACS:
+    if config.model.name == settings.AUTO:
+        print(
+            "No estimate for auto, which measures before it chooses: "
+            "model=resnet50 model.freeze=none gives that of one of its candidates."
+        )
+    elif config.model.name not in GMACS:
         print(
             f"No estimate for {config.model.name}: python -m trainer.doctor measures it on the "
             "machine that it runs on."

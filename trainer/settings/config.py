@@ -154,6 +154,7 @@ class TrainConfig:
     ema_decay: float | None = setting(above=0, below=1)
     monitor: str = setting("valid_top1", "valid_f1", "valid_loss")
     patience: int | None = setting(at_least=1, at_most=EPOCHS_MOST)
+    margin: float = setting(at_least=-100, at_most=100, only_if="model.head=probe")
     device: str = setting("auto", "cpu", "cuda", "mps", identity=False)
     precision: str = setting("auto", "fp32", "bf16", "fp16")
     channels_last: bool = setting()

@@ -8,8 +8,9 @@ is kept only where it is better than the probe by more than the standard error o
 """
 
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,18 @@ from trainer.network.device import Machine
 from trainer.network.features import FeatureCache
 from trainer.settings.config import TOY, Config
 from trainer.training import recipe
+from trainer.training.loop import fit, predict
 from trainer.training.recipe import Candidate, Recipe
 from trainer.training.run import Run
-from trainer.training.training import make_loader, new_network, prepare_machine
+from trainer.training.training import build_training, make_loader, new_network, prepare_machine
 
 FEW = 200  # validation pictures: with fewer, valid and train together judge, by k-fold
 SAMPLE = 500  # pictures on which candidates are compared at least, where time is short
 WITHIN = {"accuracy": 0.0, "balance": 1.0, "speed": 2.0}  # standard errors of the best
 # Fine-tuning from a solved head needs fewer passes than training a random one.
 EPOCHS, STEPS = 8, 40
+TRIALS = "recipe"  # below the run's directory and its checkpoints, until it is decided
+HALVES = 2  # in which train and valid judge fine-tuning, where valid is small
 FEWEST_EPOCHS = 4  # fewer are no fine-tuning
 BATCH = 16  # pictures at a time that are timed
 BACKWARD = 3.0  # times a forward pass that a training step takes
@@ -166,7 +170,7 @@ class Decision:
         }
         classes, seed = len(network.images.classes), self.config.seed
         labels = {split: splits[split].labels for split in features}
-        if len(labels["valid"]) < FEW:
+        if self.pools(network.images):
             views, both = (np.concatenate([*each.values()]) for each in (features, labels))
             solved = probe.fit(views, both, classes, seed, self.stop.check)
             judged = Judged(network, solved.logits, both)
@@ -174,6 +178,10 @@ class Decision:
             solved = probe.fit(features["train"], labels["train"], classes, seed, self.stop.check)
             judged = Judged(network, solved.of(features["valid"][:, 0]), labels["valid"])
         return judged
+
+    def pools(self, images: ImageFolder) -> bool:
+        """Return whether valid is so small that train judges too, by k-fold."""
+        return images.count("valid") < FEW
 
     def measured(self, network: Network) -> Judged:
         """Judge a candidate by the plain view, and note how good it is."""
@@ -224,7 +232,7 @@ class Decision:
     def training(self, judged: Judged) -> dict[str, Any]:
         """Return the settings by which the network is trained: a solved head, and perhaps more."""
         candidate, train = judged.network.candidate, judged.network.images.count("train")
-        frozen = recipe.probe_of(candidate.name)
+        frozen, few = recipe.probe_of(candidate.name), self.pools(judged.network.images)
         if self.config.model.freeze == "backbone" or self.config.train.epochs == 0:
             return frozen
         steps = max(train // self.config.train.batch_size, 1)
@@ -235,8 +243,11 @@ class Decision:
             allowed = TUNE_MINUTES.get(self.machine.device.type, math.inf)
             if self.config.recipe.minutes is None:
                 allowed = math.inf  # nothing may depend on a clock
+        asked = self.config.model.freeze == "none"
+        if few and not asked:
+            minutes *= 1 + HALVES / 2 * len(_labels(judged.network.images)) / train
         fits = epochs
-        if self.config.model.freeze == "auto":
+        if not asked:
             fits = min(epochs, int(min(allowed / minutes, epochs)))
         if fits < min(FEWEST_EPOCHS, epochs):
             self.reasons.append(
@@ -244,11 +255,61 @@ class Decision:
                 f"{minutes * epochs:.0f} minutes (recipe.tune_minutes)"
             )
             return frozen
+        tuned = frozen | {"model.freeze": "none", "train.epochs": fits}
+        if few and not asked:
+            gains, better = self.tuned_halves(judged.network, tuned)
+            words = f"{gains.mean():+.3f} +- {probe.standard_error(gains):.3f}"
+            if not better:
+                self.reasons.append(
+                    "the head alone is solved: to fine-tune everything on one half of the pictures "
+                    f"isn't better on the other beyond doubt (its loss: {words} less)"
+                )
+                return frozen
+            tuned["train.margin"] = -1.0  # what few pictures of valid say is worth less
         self.reasons.append(
             f"everything is fine-tuned from the solved head, in about {minutes * fits:.0f} minutes;"
-            " what comes out is kept where it is better beyond doubt"
+            " what comes out is kept where it is better"
         )
-        return frozen | {"model.freeze": "none", "train.epochs": fits}
+        return tuned
+
+    def tuned_halves(
+        self, network: Network, values: dict[str, Any]
+    ) -> tuple[NDArray[np.float64], bool]:
+        """Fine-tune on each half of train and valid, and answer for the other half.
+
+        Return by how much the loss of each image is lower than by the solved head alone, float [N],
+        and whether fine-tuning is better beyond doubt.
+        """
+        gains, hits = [], 0.0
+        with quiet():
+            config = weights.resolve(recipe.applied(self.config, values), network.images)
+        for number, images in enumerate(_halves(network.images, config.seed)):
+            log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
+            directory = self.run.directory / TRIALS / str(number)
+            directory.mkdir(parents=True, exist_ok=True)
+            run = replace(
+                self.run,
+                config=config,
+                directory=directory,
+                checkpoints=self.run.checkpoints / TRIALS / str(number),
+                trial=True,
+            )
+            loader = replace(network.loader, folder=images, views=None)
+            with quiet():
+                training = build_training(run, images, loader=loader)
+            fit(training)
+            batches = training.data.eval_batches("valid")
+            logits, labels = predict(training, training.eval_model, batches, self.machine)
+            losses = probe.calibrated_losses(logits, labels)
+            assert training.probe_losses is not None
+            gains.append((training.probe_losses - losses).double().numpy())
+            before = training.metrics_file.rows[0]["valid_top1"] * len(labels)
+            hits += probe.correct(logits, labels.numpy()).sum() - before
+        all_gains = np.concatenate(gains)
+        for place in (self.run.directory, self.run.checkpoints):
+            shutil.rmtree(place / TRIALS, ignore_errors=True)
+        doubt = probe.standard_error(all_gains)
+        return all_gains, bool(all_gains.mean() > doubt and hits > -0.5)
 
     def from_scratch(self) -> dict[str, Any]:
         """Return the settings where no weights can be had: a small network on small pictures."""
@@ -281,6 +342,19 @@ def _sampled(network: Network, fraction: float, seed: int) -> Network:
     cache = network.cache
     cache = FeatureCache(cache.network, loader, cache.machine, cache.cache.parent)
     return replace(network, images=few, loader=loader, cache=cache)
+
+
+def _halves(images: ImageFolder, seed: int) -> Iterator[ImageFolder]:
+    """Yield the images with one half of train and valid as valid, the rest as train."""
+    both = [images.splits[split] for split in ("train", "valid")]
+    paths, labels = sum((split.paths for split in both), ()), _labels(images)
+    for chosen in probe.folds(labels, HALVES, seed):
+        rest = np.setdiff1d(np.arange(len(labels)), chosen)
+        splits = {
+            name: Split(tuple(paths[sample] for sample in samples), labels[samples])
+            for name, samples in (("train", rest), ("valid", chosen))
+        }
+        yield replace(images, splits=splits)
 
 
 def _gflops(network: Classifier, size: int) -> float:

@@ -45,6 +45,7 @@ class Run:
     checkpoints: Path
     package: Path  # the archive, or on SageMaker the directory that it archives itself
     looks: bool = True  # for what is wrong with its images, and tells it
+    trial: bool = False  # of a decision: its metrics are nobody else's business
 
     def resolved(self, images: ImageFolder) -> "Run":
         """Return the run with a value for each setting that isn't given, written to config.yaml."""

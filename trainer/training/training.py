@@ -209,8 +209,7 @@ class Training:
     def begin_from_probe(self, metrics: dict[str, float]) -> None:
         """Note the solved head as the best until now, of epoch 0. metrics: of valid."""
         row = {"epoch": 0, "step": 0, **metrics}
-        self.metrics_file.append(row)
-        log.info(metric_line(row))
+        self._note(row)
         self.keep_best(metrics)
         self.checkpoints.save()
 
@@ -392,11 +391,15 @@ class Training:
         evaluated = time.monotonic() - self._noted
         row |= {"data_wait": progress.data_wait, **metrics}
         row |= {"evaluate_seconds": evaluated, "seconds": progress.seconds + evaluated}
-        self.metrics_file.append(row)
+        self._note(row)
         progress.epoch += 1
         progress.batch, progress.sums = 0, [0.0, 0.0, 0.0]
         progress.seconds, progress.data_wait = 0.0, 0.0
-        log.info(metric_line(row))
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.metrics_file.append(row)
+        if not self.run.trial:
+            log.info(metric_line(row))
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
@@ -408,8 +411,10 @@ class Training:
         if best["epoch"] > 0:
             return better(metrics, best, self.config.train.monitor)
         # What is trained on top of a probe must be better beyond doubt.
-        gained = metrics["gain"] > metrics["gain_error"]
-        return gained and metrics["valid_top1"] >= best["valid_top1"]
+        margin = self.config.train.margin
+        if metrics["gain"] <= margin * metrics["gain_error"]:
+            return False
+        return margin < 0 or metrics["valid_top1"] >= best["valid_top1"]
 
     def keep_best(self, metrics: dict[str, float]) -> None:
         """Take the weights as they are for the best."""

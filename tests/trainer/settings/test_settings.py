@@ -145,6 +145,7 @@ ELSEWHERE = {
     "train.tensorboard": ("test_main.py", "train.tensorboard=true"),
     "platform.name": ("training/test_kills.py", "platform=ec2"),
     "model.candidates": ("training/test_recipe.py", "model.candidates=[shufflenet_v2_x0_5]"),
+    "train.margin": ("training/test_recipe.py", "train.margin=-5"),
     "model.head": ("training/test_recipe.py", "model.head=probe"),
     "recipe.minutes": ("training/test_recipe.py", "recipe.minutes=null"),
     "recipe.tune_minutes": ("training/test_recipe.py", "recipe.tune_minutes=0"),

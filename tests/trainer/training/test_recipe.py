@@ -131,6 +131,9 @@ def test_a_recipe_is_settings(configure):
 def test_a_folder_and_weights_are_all_that_it_needs(tmp_path, pictures, weights_dir):
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir))
     assert code == OK, output
+    assert "fine-tuning on one half of the pictures: 2 of 2" in output
+    assert not (tmp_path / "runs/run/recipe").exists()
+    assert not (tmp_path / "runs/run/checkpoints/recipe").exists()
     recipe = written(tmp_path)
     assert [each["name"] for each in recipe["candidates"]] == sorted(SMALL)
     assert all(each["pictures"] == 33 for each in recipe["candidates"])  # by k-fold
@@ -189,6 +192,20 @@ def test_each_of_its_settings_has_its_effect(tmp_path, pictures, weights_dir):
     )
     assert again == OK, said
     assert accuracy(said) == accuracy(output)
+    assert "the solved head, nothing trained" in said
+
+
+def test_a_margin_says_what_counts_as_better(tmp_path, pictures, weights_dir):
+    more = ("model.name=shufflenet_v2_x0_5", "model.head=probe", "model.freeze=none")
+    best = []
+    for name, margin in (("low", "train.margin=-5"), ("high", "train.margin=50")):
+        given = words(pictures, weights_dir, *more, "train.epochs=2", margin)
+        given[given.index("name=run")] = f"name={name}"
+        code, said = run_trainer(tmp_path, *given)
+        assert code == OK, said
+        result = json.loads((tmp_path / f"runs/{name}/result.json").read_text())
+        best.append(result["best_epoch"])
+    assert best[0] > 0 and best[1] == 0
 
 
 def accuracy(output: str) -> str:
