@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -128,8 +129,22 @@ def start_trainer(
 ) -> Process:
     """Start the trainer as a user does. HOME lies in `cwd`: the cache is not the user's."""
     forked = forked and "PYTHONPATH" not in variables  # which Python reads as it starts
+    share_exports(cwd, overrides)
     own = environment(cwd) | variables
     return start(cwd, ["trainer", *overrides], own, forked, before)
+
+
+def share_exports(cwd: Path, overrides: Sequence[str]) -> None:
+    """Let a run there know which networks the trainer has tried to export in other tests."""
+    cache = ".cache/packhorse"
+    for word in overrides:
+        if word.startswith("platform.cache="):
+            cache = word.split("=", 1)[1]
+    shared, own = PROJECT / ".pytest_cache/exports", cwd / cache / "exports"
+    with suppress(OSError):  # of tests whose cache can't be used
+        shared.mkdir(parents=True, exist_ok=True)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.symlink_to(shared)
 
 
 def run_trainer(cwd: Path, *overrides: str, **variables: str) -> tuple[int, str]:

@@ -64,11 +64,11 @@ def train(config: Config | None, world: World) -> None:
             run.summarize(result)
             return
         # imported here: a wrong setting or folder is answered before PyTorch is loaded.
-        from trainer.results import outcome
+        from trainer.results import early, outcome
         from trainer.training.loop import fit
         from trainer.training.training import build_training
 
-        training = build_training(run, images)
+        training = build_training(run, images, network=early.network(run, images))
         fit(training)
         tested = outcome.test(training)
         if not world.is_main_process:

@@ -29,6 +29,7 @@ from trainer.common.console import log, to_terminal
 from trainer.common.cpu import cores
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop, metadata
+from trainer.common.text import amount
 from trainer.distributed.world import World
 from trainer.images import cache
 from trainer.images.datasets import find_images
@@ -605,11 +606,6 @@ def gpu(machine: Machine) -> str | None:
 def _existing(path: Path) -> Path:
     """Return the path, or the nearest directory above it that exists."""
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-
-
-def amount(size: float) -> str:
-    """Return bytes as text, in GB or MB (powers of 1000)."""
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def duration(seconds: float) -> str:

@@ -243,11 +243,15 @@ def of_weights(network: "nn.Module", name: str, versions: Mapping[str, str]) -> 
         tensors.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         tensors.update(content.numpy().data)
-    # Some layers show a function of theirs, with its address.
-    structure = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     built = [f"{library} {version}" for library, version in sorted(versions.items())]
     return {
         "weights.tensors": tensors.hexdigest(),
-        "weights.architecture": f"{name} {of_bytes(structure.encode())[:16]}",
+        "weights.architecture": f"{name} {of_bytes(structure(network).encode())[:16]}",
         "weights.versions": ", ".join(built) or "none",
     }
+
+
+def structure(network: "nn.Module") -> str:
+    """Return the layers of a network, as text."""
+    # Some layers show a function of theirs, with its address.
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(network))

@@ -86,6 +86,11 @@ class Contents:
     int8: quantize.Pictures | None = None
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
     suffixes: frozenset[str] = frozenset()  # that the trained pictures' names end in
+    tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)  # of float32's logits
+
+
+class SelfTestFailed(RuntimeError):
+    """Serving could not load the package. The message says why, in one line."""
 
 
 def build(
@@ -102,7 +107,7 @@ def build(
     [N, size, size, 3] and gives logits [N, classes]; it stays as it is. created: now, if not given;
     equal inputs give equal bytes. The package is there checked and whole, or not at all. Raise
     UserError for images or a network that it can't hold, OSError (a full disk, say), and
-    RuntimeError where the self-test fails.
+    SelfTestFailed.
     """
     place = target
     if archive:
@@ -166,7 +171,7 @@ def _requirements(suffixes: frozenset[str]) -> str:
 
 
 def _write_manifest(contents: Contents, created: datetime, package: Path) -> None:
-    tolerance = TOLERANCE
+    tolerance = contents.tolerance
     if contents.int8:
         tolerance = INT8_TOLERANCE
     manifest = {
@@ -180,10 +185,7 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
         "identity": contents.identity,
         "tolerance": tolerance,
         "golden": _golden_names(contents),
-        "versions": {
-            name: version(name)
-            for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
-        },
+        "versions": versions(),
         "files": {
             path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in _files(package)
@@ -193,6 +195,17 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
     # integrity, not who wrote it.
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     _write(package / MANIFEST, json.dumps(manifest | {"sha256": digest}, indent=1).encode())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that make a package, and of those that load it."""
+    libraries = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+    return {name: version(name) for name in libraries}
+
+
+def sources() -> list[Path]:
+    """Return the files of ours that make a package, and those that load it."""
+    return [Path(__file__), *(PROJECT / source for source in CODE.values())]
 
 
 def _read_image(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray[np.uint8]]:
@@ -277,7 +290,7 @@ def _silence() -> Iterator[None]:
 
 
 def _self_test(package: Path) -> None:
-    """Have serving load the package in a process without torch. Raise RuntimeError."""
+    """Have serving load the package in a process without torch. Raise SelfTestFailed."""
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     # -P: a folder named `serving` in the user's current directory must not be taken for ours.
     command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
@@ -292,7 +305,8 @@ def _self_test(package: Path) -> None:
         start_new_session=True,
     )
     if result.returncode != 0:
-        raise RuntimeError(f"the model package failed its self-test: {result.stderr.strip()}")
+        said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        raise SelfTestFailed(f"the model package failed its self-test: {said[-1]}")
 
 
 def _archive(package: Path, archive: Path) -> None:

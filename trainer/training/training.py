@@ -427,16 +427,6 @@ def prepare_machine(config: Config, world: World) -> Machine:
     )
     if config.train.compile:
         device.check_compiler(machine.device)
-    if world.size == 1 and machine.device.type == "cuda":
-        gpus = torch.cuda.device_count()
-        if gpus > 1:
-            log.warning(
-                "one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer "
-                "(make train GPUS=%d) uses all",
-                gpus,
-                gpus,
-                gpus,
-            )
     return machine
 
 
@@ -464,6 +454,16 @@ def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier
         machine.device,
         machine,
     )
+    if world.size == 1 and machine.device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus > 1:
+            log.warning(
+                "one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer "
+                "(make train GPUS=%d) uses all",
+                gpus,
+                gpus,
+                gpus,
+            )
     if world.size > 1:
         mode = "fast" if config.train.exact_shards is None else f"exact, in {share.shards} shards"
         hosts = "host" if world.hosts == 1 else "hosts"

@@ -698,7 +698,7 @@ def test_the_limit_is_held_by_an_estimate_from_a_sample(tmp_path, shared_picture
     size = sum(shrink(path, RESIZE, "bilinear").nbytes for path in shared_pictures)
     with pytest.raises(
         TooLarge,
-        match=r"20 pictures need about .* GB, and 0 GB of the .* GB allowed are used; "
+        match=r"20 pictures need about .* MB, and 0 MB of the .* MB allowed are used; "
         "give data.cache=none",
     ):
         packed(shared_pictures, tmp_path, max_bytes=size)
@@ -729,7 +729,7 @@ def test_a_disk_too_small_is_named_with_its_room_before_anything_is_written(
     small_disk, shared_pictures
 ):
     with pytest.raises(
-        TooLarge, match=r"need about 0.0.* GB, and 0.00\d* GB are free.*platform.cache=DIR"
+        TooLarge, match=r"need about \d.* MB, and \d.* MB are free.*platform.cache=DIR"
     ) as error:
         packed(shared_pictures, small_disk / "store", resize=200)
     assert str(error.value).startswith(str(small_disk))
