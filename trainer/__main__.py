@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from trainer.common import command
 from trainer.common.console import log, to_terminal
-from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, Interrupted, UserError
+from trainer.common.errors import OK, RESUME, Interrupted, UserError
 from trainer.common.interrupt import on_signals, on_spot_notice
 from trainer.distributed.world import Ended, Lost, World, current_world
 from trainer.images.datasets import find_images
@@ -30,8 +30,6 @@ from trainer.settings import config as settings
 from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
 from trainer.training.run import Run, open_run
-
-WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -107,14 +105,11 @@ def guarded(work: Callable[[], None]) -> int:
     except Exception as error:
         world = current_world()
         code, line = verdict(error, world)
-        if code == FAULT or (code == MISTAKE and WANTS_TRACEBACK):
+        if command.wants_traceback(code):
             if world.size == 1:
                 raise
             traceback.print_exc()
-        level = logging.ERROR
-        if isinstance(error, Interrupted):
-            level = logging.WARNING
-        world.tell(error, code, line, partial(log.log, level, line))
+        world.tell(error, code, line, partial(log.log, command.level(error), line))
         return code
 
 

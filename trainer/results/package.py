@@ -34,7 +34,7 @@ from torch import nn
 
 from trainer.common import files
 from trainer.common.errors import UserError
-from trainer.common.serving_code import SERVING_CODE
+from trainer.common.serving_code import FOR_AVIF, FOR_HEIC, REQUIREMENTS, SERVING_CODE
 from trainer.images.decode import ImageError, Preprocessing, prepare
 from trainer.images.names import AVIF, HEIC
 from trainer.results import quantize
@@ -49,11 +49,9 @@ CODE = {
     "serving/ray_app.py": "serving/adapters/ray.py",
     **{name: name for name in SERVING_CODE},
 }
-# What serving needs, as in pyproject.toml, and where pictures were AVIF or HEIC.
-REQUIREMENTS = "numpy>=1.26\npillow>=11\nonnxruntime>=1.19\n"
-FOR_AVIF, FOR_HEIC = "pillow>=11.3", "pillow-heif>=1.1"
 
-# ONNX Runtime 1.17 and later read it, so REQUIREMENTS hold whatever PyTorch's default becomes.
+# ONNX Runtime 1.17 and later read it, so what serving requires holds whatever PyTorch's default
+# becomes.
 OPSET = 20
 
 # How far serving's logits may lie from the trained network's: absolute + relative * the largest
@@ -162,12 +160,12 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> di
 
 def _requirements(suffixes: frozenset[str]) -> str:
     """Return what serving needs to be installed, to read what was trained on."""
-    text = REQUIREMENTS
+    needed = dict(REQUIREMENTS)
     if suffixes & AVIF:
-        text = text.replace("pillow>=11", FOR_AVIF)
+        needed |= FOR_AVIF
     if suffixes & HEIC:
-        text += f"{FOR_HEIC}\n"
-    return text
+        needed |= FOR_HEIC
+    return "".join(f"{requirement}\n" for requirement in needed.values())
 
 
 def _write_manifest(contents: Contents, created: datetime, package: Path) -> None:
