@@ -35,7 +35,12 @@ from trainer.images import cache
 from trainer.images.datasets import find_images
 from trainer.images.folder import ImageFolder, Split
 from trainer.images.loader import Batch, ImageLoader, Loader
-from trainer.images.usable import preprocessing, reads_more_than_once, workers
+from trainer.images.usable import (
+    preprocessing,
+    reads_more_than_once,
+    report_left_out,
+    workers,
+)
 from trainer.network import features, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
@@ -127,7 +132,7 @@ def examine(overrides: list[str], seconds: float) -> None:
     instance = instance_type()
     machine = prepare_machine(config, World())
     log.info("this machine\n%s\n", _table(machine_facts(config, machine, instance)))
-    images = find_images(config)
+    images = find_images(config, words=overrides)
     config = weights.resolve(config, images)
     network = build_network(_run(config, Path()), images, machine)
     log.info("measuring, for less than a minute ...")
@@ -160,6 +165,8 @@ def measure(
         packed = _pack(config, sample, run.directory)
         paths = [path for split in sample.splits.values() for path in split.paths]
         decode = len(paths) / (time.monotonic() - started)
+        broken = (*images.broken, *packed.broken.items())
+        report_left_out(dataclasses.replace(images, broken=broken))
         sample = _without(sample, packed.broken)
         usable = [path for split in sample.splits.values() for path in split.paths]
 

@@ -100,12 +100,16 @@ def _by_content(split: Split, digests: Mapping[str, str]) -> Split:
     return Split(tuple(split.paths[sample] for sample in order), split.labels[order])
 
 
-def report_left_out(images: ImageFolder, path: Path) -> None:
-    """Write all that is left out, and why, to `path`; count it by kind in the log, in one line.
+def report_left_out(images: ImageFolder, path: Path | None = None) -> None:
+    """Count what is left out by kind in the log, in one line; write all of it, and why, to `path`.
 
     The first of the images that can't be used are named before.
     """
-    files.write(path, "".join(f"{name}\t{why}\n" for name, why in images.broken + images.left_out))
+    listed_in = ""
+    if path is not None:
+        lines = (f"{name}\t{why}\n" for name, why in images.broken + images.left_out)
+        files.write(path, "".join(lines))
+        listed_in = f"; see {path}"
     for name, reason in images.broken[:WARNINGS]:
         log.warning("left out: %s (%s)", name, reason)
     kinds = ["that can't be used"] * len(images.broken) + [kind for _, kind in images.left_out]
@@ -113,7 +117,7 @@ def report_left_out(images: ImageFolder, path: Path) -> None:
     if set(kinds) <= {OF_SYSTEM}:  # nobody misses these
         level = logging.INFO
     if kinds:
-        log.log(level, "left out: %s; see %s", counted(kinds), path)
+        log.log(level, "left out: %s%s", counted(kinds), listed_in)
 
 
 def preprocessing(config: Config) -> Preprocessing:
