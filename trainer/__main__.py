@@ -53,7 +53,7 @@ def train(config: Config | None, world: World) -> None:
         world.connected(config.train.timeout_seconds, stop),
         spot(stop),
     ):
-        images = find_images(config, stop)
+        images = find_images(config, stop, sys.argv[1:])
         run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
         if result:

@@ -26,14 +26,16 @@ from trainer.images import archive, identity, table
 from trainer.images.folder import ImageFolder, find_splits, scan
 from trainer.images.names import SPLIT_NAMES
 from trainer.settings.config import Config
+from trainer.settings.words import key_of
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist_mini.npz"
 
 
-def find_images(config: Config, stop: Stop | None = None) -> ImageFolder:
+def find_images(config: Config, stop: Stop | None = None, words: Iterable[str] = ()) -> ImageFolder:
     """List the images; a named data set is first written as class folders.
 
-    An archive in the place of a folder is unpacked into the cache. Raise UserError, Unreadable, and
+    An archive in the place of a folder is unpacked into the cache. words: what was typed, as
+    "key=value", to tell what has no effect on these images. Raise UserError, Unreadable, and
     Interrupted where `stop` asks for it.
     """
     data = config.data
@@ -61,6 +63,12 @@ def find_images(config: Config, stop: Stop | None = None) -> ImageFolder:
         images = _of_folders(root, given, data.valid_fraction, index)
     sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in images.splits.items())
     log.info("pictures: %s; %d classes", sizes, len(images.classes))
+    if not images.split_off and "data.valid_fraction" in map(key_of, words):
+        log.warning(
+            "data.valid_fraction=%s has no effect: valid has pictures of its own, and none is "
+            "split off train",
+            data.valid_fraction,
+        )
     if "test" not in images.splits:
         log.warning(
             "there is no test folder: the final figures are of valid, "
