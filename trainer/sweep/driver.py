@@ -57,6 +57,8 @@ def run(arguments: list[str]) -> None:
     Raises Interrupted when asked to stop.
     """
     fixed, swept = space.split(arguments)
+    for word in filter(words.is_one_path, arguments):
+        log.info("%s: one path, since it is there; several stand in quotes: 'a','b'", word)
     config, notes = base(CONF, fixed, swept)
     for line in notes:
         log.info(line)
@@ -139,7 +141,7 @@ def check(config: Config, fixed: list[str], swept: dict[str, str]) -> None:
     sweep = space.load(config, swept, fixed)
     check_options(sweep, fixed, swept)
     if not any(parameter.key.split(".")[0] in ("data", "experiment") for parameter in sweep.space):
-        find_images(config)
+        find_images(config, words=fixed)
 
 
 def freeze(directory: Path, asked: dict[str, Any]) -> None:
