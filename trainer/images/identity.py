@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # changed may change again and look the same.
 TICK = 20_000_000  # nanoseconds
 DIRECTORY = "digests"  # below platform.cache
+INDEX = "pictures.index"  # where the pictures of a run or sweep are noted, to name changed ones
 SHOWN = 3  # changed files that a message names
 
 # (split, class, SHA-256, path below the folder that holds all): a picture of a data set.
@@ -212,6 +213,25 @@ def changes(then: Iterable[Sample], now: Iterable[Sample]) -> str:
         for kind, paths in kinds.items()
         if paths
     )
+
+
+def note(path: Path, chosen: Iterable[Sample]) -> None:
+    """Write down which pictures a data set holds, to name those that change later."""
+    lines = journal.lines(chosen)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != lines:
+        files.write(path, lines)
+
+
+def noted(path: Path) -> list[Sample] | None:
+    """Return the pictures that were noted; None where they weren't, or not all can be read."""
+    try:
+        lines, whole = journal.parse(path.read_bytes())
+    except OSError:
+        return None
+    if not whole:
+        return None
+    return [(split, name, content, place) for split, name, content, place in lines]
 
 
 def _without(some: Iterable[Sample], others: Iterable[Sample]) -> list[Sample]:

@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from trainer.common import files, journal
+from trainer.common import files
 from trainer.common.console import also_to_file, command, log
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.images.folder import ImageFolder
-from trainer.images.identity import changes, of_images, of_samples, samples
+from trainer.images.identity import (
+    INDEX,
+    changes,
+    note,
+    noted,
+    of_images,
+    of_samples,
+    samples,
+)
 from trainer.network import weights
 from trainer.settings.config import Config, identity, run_name
 
@@ -30,7 +38,6 @@ if TYPE_CHECKING:
     from trainer.network.build import Classifier
 
 FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
-PICTURES = "pictures.index"  # beside the checkpoints
 
 
 @dataclass(frozen=True)
@@ -120,21 +127,14 @@ class Run:
 
     def _changes(self, then: dict[str, Any], images: ImageFolder) -> str:
         """Return which pictures have changed, as far as that was noted: ": ..."."""
-        try:
-            noted, _ = journal.parse((self.checkpoints / PICTURES).read_bytes())
-        except OSError:
-            return ""
-        before = [(split, name, content, path) for split, name, content, path in noted]
-        if of_samples(before) != then["pictures"]:
+        before = noted(self.checkpoints / INDEX)
+        if before is None or of_samples(before) != then["pictures"]:
             return ""
         return f": {changes(before, samples(images))}"
 
     def note_pictures(self, images: ImageFolder) -> None:
         """Write beside the checkpoints of which pictures they are, to name those that change."""
-        path, lines = self.checkpoints / PICTURES, journal.lines(samples(images))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.read_bytes() != lines:
-            files.write(path, lines)
+        note(self.checkpoints / INDEX, samples(images))
 
     def result(self) -> dict[str, Any] | None:
         """Return what the complete run wrote last, or None."""
