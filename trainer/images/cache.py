@@ -250,14 +250,14 @@ class PixelCache:
         No content: nothing to remember, next time it may be otherwise. Raise OSError and
         MemoryError.
         """
+        before = digests.known(path)
         try:
-            # The status is from before the only read: pixels and hash are of the same bytes, and
+            # The status is from before the read: pixels and hash are of the same bytes, and
             # whatever changes later is noticed next time.
             data, status = read(path)
         except ImageError as error:
             return Entry("", path, str(error)), None
-        entry = Entry(identity.of_bytes(data), str(Path(path).absolute()))
-        digests.note(path, status, entry.content)
+        entry = Entry(digests.of_read(path, data, status, before), str(Path(path).absolute()))
         known = store.find(entry.content, keep)
         if known is not None:
             return known, None

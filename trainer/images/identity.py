@@ -102,6 +102,18 @@ class Digests:
         if looks is not None:
             self._new[self._absolute[path]] = (looks, digest)
 
+    def of_read(self, path: str, data: bytes, status: os.stat_result, before: str | None) -> str:
+        """Return the digest of a file that was read, and remember it.
+
+        Where it looks as it was noted both before and after it was read, it isn't computed once
+        more. data, status: of the read. before: what was `known` before it.
+        """
+        if before is not None and self.known(path) == before:
+            return before
+        digest = of_bytes(data)
+        self.note(path, status, digest)
+        return digest
+
     def save(self) -> None:
         """Write what is new down. Another process that does the same now goes first."""
         new = self._new.copy()  # threads that end with an interrupted run may still note more

@@ -188,6 +188,40 @@ def test_a_second_run_opens_no_picture(tmp_path, shared_pictures, decoded):
     check(check_later, shared_pictures)
 
 
+def test_pictures_whose_digests_are_known_are_not_hashed_once_more(
+    tmp_path, own_pictures, monkeypatch
+):
+    memo, hashed = tmp_path / "store digests", []
+    known = identity.digests(own_pictures, memo)
+    of_bytes = identity.of_bytes
+    monkeypatch.setattr(identity, "of_bytes", lambda data: hashed.append(data) or of_bytes(data))
+    changed = own_pictures[3]
+    os.utime(changed)
+    settle(own_pictures)
+    result = packed(own_pictures, tmp_path / "store")
+    check(result, own_pictures)
+    assert result.digests == known
+    read = {Path(path).read_bytes(): path for path in own_pictures}
+    assert [read[data] for data in hashed if data in read] == [changed]
+
+
+def test_a_picture_that_changes_while_it_is_read_is_hashed_as_it_was_read(
+    tmp_path, own_pictures, monkeypatch
+):
+    """Its digest was known: pixels and digest must be of the same bytes all the same."""
+    identity.digests(own_pictures, tmp_path / "store digests")
+    reading, target, other = cache.read, own_pictures[0], Path(own_pictures[1]).read_bytes()
+
+    def read(path):
+        if path == target:
+            Path(path).write_bytes(other)
+        return reading(path)
+
+    monkeypatch.setattr(cache, "read", read)
+    result = packed(own_pictures, tmp_path / "store", workers=0)
+    assert result.digests[target] == identity.of_bytes(other)
+
+
 def test_touched_copied_and_moved_pictures_are_not_decoded_again(tmp_path, own_pictures, decoded):
     packed(own_pictures, tmp_path / "store")
     Path(own_pictures[0]).touch()
