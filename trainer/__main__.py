@@ -25,7 +25,8 @@ from trainer.common.interrupt import on_signals, on_spot_notice
 from trainer.distributed.world import Ended, Lost, World, current_world
 from trainer.images.datasets import find_images
 from trainer.images.folder import ImageFolder
-from trainer.images.usable import usable_images
+from trainer.images.identity import of_images
+from trainer.images.usable import are_those, usable_images
 from trainer.settings import config as settings
 from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
@@ -79,15 +80,22 @@ def train(config: Config | None, world: World) -> None:
 
 
 def check_result(run: Run, result: dict[str, Any], images: ImageFolder) -> None:
-    """Raise UserError where a complete run's settings, images or file of weights are now others."""
-    images, _ = usable_images(run.config, images, run.stop, run.world)
+    """Raise UserError where a complete run's settings, images or file of weights are now others.
+
+    What looks as it was noted isn't read again.
+    """
     then, network = result["identity"], None
-    if run.weights_file and Path(run.weights_file).is_file():
+    pictures, before = then["pictures"], run.noted_pictures(then)
+    alone = run.world.size == 1  # several processes look at the same time, and compare
+    if not alone or before is None or not are_those(run.config, images, before, run.stop):
+        images, _ = usable_images(run.config, images, run.stop, run.world)
+        pictures = of_images(images)
+    if run.weights_file and Path(run.weights_file).is_file() and not run.knows_weights(result):
         # imported here: as above; other weights are known by their name.
         from trainer.training.training import new_network
 
         network = new_network(run.config, len(images.classes))
-    now = run.identity(images, network)
+    now = run.identity(pictures, network)
     if network is None:
         now |= {key: value for key, value in then.items() if key.startswith("weights.")}
     run.check_identity(then, now, images)

@@ -76,7 +76,8 @@ class ImageFolder:
     and, where there is one, "test". broken: (path, reason) of each picture that can't be used.
     left_out: (path, kind) of what else lies there: by its name or place, it is no picture. digests:
     the SHA-256 of images, by path: of all, once those that can't be used are left out. split_off:
-    whether valid is a part of train, for want of a folder or rows of its own.
+    whether valid is a part of train, for want of a folder or rows of its own. dropped: by split,
+    usable images that the run doesn't take: data.leaks. They are part of what the data set is.
     """
 
     classes: tuple[str, ...]
@@ -85,6 +86,7 @@ class ImageFolder:
     left_out: tuple[tuple[str, str], ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
     split_off: bool = False
+    dropped: Mapping[str, Split] = field(default_factory=dict)
 
     def count(self, split: str) -> int:
         """Return how many images a split has."""

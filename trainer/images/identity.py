@@ -182,13 +182,14 @@ def samples(images: "ImageFolder") -> list[Sample]:
 
     A picture whose digest `images` doesn't have is read. Raise Unreadable.
     """
-    paths = [path for split in images.splits.values() for path in split.paths]
+    splits = [*images.splits.items(), *images.dropped.items()]
+    paths = [path for _, split in splits for path in split.paths]
     unknown = [path for path in dict.fromkeys(paths) if path not in images.digests]
     content = {**images.digests, **digests(unknown)}
     root = os.path.commonpath([Path(path).absolute() for path in paths])
     return [
         (name, images.classes[label], content[path], os.path.relpath(path, root))
-        for name, split in images.splits.items()
+        for name, split in splits
         for path, label in zip(split.paths, split.labels, strict=True)
     ]
 
@@ -211,9 +212,7 @@ def of_images(images: "ImageFolder") -> str:
 
 def changes(then: Iterable[Sample], now: Iterable[Sample]) -> str:
     """Return what differs between two data sets, in words that name the first files."""
-    before, after = list(then), list(now)
-    gone = _without(before, after)
-    new = _without(after, before)
+    gone, new = differences(then, now)
     replaced = {sample[3] for sample in gone} & {sample[3] for sample in new}
     kinds = {
         "changed": sorted(replaced),
@@ -225,6 +224,12 @@ def changes(then: Iterable[Sample], now: Iterable[Sample]) -> str:
         for kind, paths in kinds.items()
         if paths
     )
+
+
+def differences(then: Iterable[Sample], now: Iterable[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Return the pictures of the first data set alone, and those of the second alone."""
+    before, after = list(then), list(now)
+    return _without(before, after), _without(after, before)
 
 
 def note(path: Path, chosen: Iterable[Sample]) -> None:

@@ -16,6 +16,7 @@ from trainer.images import folder, identity
 from trainer.images.cache import Packed, PixelCache, TooLarge
 from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import ImageFolder, Split
+from trainer.images.identity import Sample
 from trainer.images.names import OF_SYSTEM, counted
 from trainer.settings.config import Config
 
@@ -62,6 +63,26 @@ def usable_images(
     }
     world.check_same(facts, stop)
     return images, packed
+
+
+def are_those(config: Config, images: ImageFolder, before: Sequence[Sample], stop: Stop) -> bool:
+    """Return whether the images that can be used are those that were noted as such.
+
+    Those are not decoded once more, nor read where they look unchanged.
+    """
+    paths = [path for split in images.splits.values() for path in split.paths]
+    memo = Path(config.platform.cache, identity.DIRECTORY)
+    known = identity.digests(list(dict.fromkeys(paths)), memo)
+    now = identity.samples(replace(images, digests=known))
+    gone, new = identity.differences(before, now)
+    if gone:
+        return False
+    place = dict(zip((sample[3] for sample in now), paths, strict=True))
+    others = [place[sample[3]] for sample in new]
+    if not others:
+        return True
+    with interruptible("packing pictures", stop) as step:
+        return len(_packed(config, others, cores(), step).broken) == len(others)
 
 
 def _packed(

@@ -203,6 +203,7 @@ def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
         "epochs": run.progress.epoch,
         "seconds": round(seconds, 1),
         "identity": run.facts["identity"],
+        "weights_file": run.run.loaded_weights(),
     }
 
 

@@ -21,6 +21,7 @@ from trainer.distributed.world import Action, World
 from trainer.images.augment import Augmentation
 from trainer.images.care import Findings
 from trainer.images.folder import ImageFolder
+from trainer.images.identity import of_images
 from trainer.images.loader import Batch, ImageLoader, Loader, Reader
 from trainer.images.mixup import Mixing, mix
 from trainer.images.sampler import Share
@@ -144,7 +145,7 @@ class Training:
             self.ema = ModelEma(self.model, run.config.train.ema_decay)
         self.gradients = self._gradients()
         self.facts: dict[str, Any] = {
-            "identity": run.identity(loader.folder, network),
+            "identity": run.identity(of_images(loader.folder), network),
             "classes": list(loader.folder.classes),
             "environment": machine.environment(),
         }
