@@ -124,6 +124,7 @@ def check_room(run: Run, network: Classifier) -> None:
     largest = copies * trained + 2 * changed
     few = {run.checkpoints: copies * trained, run.package.parent: COPIES * weights}
     many = few | {run.checkpoints: (config.checkpoint.keep + 1) * largest}
+    words = {run.checkpoints: "checkpoints", run.package.parent: "the model package"}
     disks: dict[int, list[Path]] = {}
     for place in few:
         disks.setdefault(place.stat().st_dev, []).append(place)
@@ -134,10 +135,13 @@ def check_room(run: Run, network: Classifier) -> None:
         least, most = (sum(needed[place] for place in places) for needed in (few, many))
         if most <= room:
             continue
+        what = " and ".join(words[place] for place in places)
+        size = amount(least)
+        if most > least:
+            size += f" to {amount(most)}"
         line = (
-            f"{places[0]}: checkpoints and the model package take {amount(least)} to "
-            f"{amount(most)}, and {amount(room)} are free; free some, or give platform.runs=DIR "
-            "on a larger disk"
+            f"{places[0]}: {what} will take {size}, and {amount(room)} are free; "
+            "free some, or give platform.runs=DIR on a larger disk"
         )
         if least > room:
             raise UserError(line)

@@ -89,5 +89,5 @@ def test_a_disk_that_is_too_small_is_told_at_the_start(tmp_path, pictures, free,
     given, output = run(tmp_path, pictures, "name=small", before=before)
     (line,) = (line for line in output.splitlines() if "free some" in line)
     assert given == code and line.startswith(f"{says}runs/small/checkpoints: check"), output
-    assert re.search(r"take \d.* MB to \d.* MB, and \d MB are free", line)
+    assert re.search(r"will take \d.* MB to \d.* MB, and \d MB are free", line)
     assert (tmp_path / "runs/small/metrics.jsonl").exists() == (code == 0)
