@@ -111,6 +111,8 @@ def start(
     forked: from a process that has imported the trainer, which is quicker; not where Python's own
     start or end is looked at. before: Python that runs in the forked process before all else.
     """
+    if command[0] == "trainer":
+        share_exports(cwd, command)
     if forked:
         return Forked(cwd, command, variables, before)
     return subprocess.Popen(
@@ -129,15 +131,14 @@ def start_trainer(
 ) -> Process:
     """Start the trainer as a user does. HOME lies in `cwd`: the cache is not the user's."""
     forked = forked and "PYTHONPATH" not in variables  # which Python reads as it starts
-    share_exports(cwd, overrides)
     own = environment(cwd) | variables
     return start(cwd, ["trainer", *overrides], own, forked, before)
 
 
-def share_exports(cwd: Path, overrides: Sequence[str]) -> None:
+def share_exports(cwd: Path, words: Sequence[str]) -> None:
     """Let a run there know which networks the trainer has tried to export in other tests."""
     cache = ".cache/packhorse"
-    for word in overrides:
+    for word in words:
         if word.startswith("platform.cache="):
             cache = word.split("=", 1)[1]
     shared, own = PROJECT / ".pytest_cache/exports", cwd / cache / "exports"
