@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -110,6 +111,8 @@ def start(
     forked: from a process that has imported the trainer, which is quicker; not where Python's own
     start or end is looked at. before: Python that runs in the forked process before all else.
     """
+    if command[0] == "trainer":
+        share_exports(cwd, command)
     if forked:
         return Forked(cwd, command, variables, before)
     return subprocess.Popen(
@@ -130,6 +133,19 @@ def start_trainer(
     forked = forked and "PYTHONPATH" not in variables  # which Python reads as it starts
     own = environment(cwd) | variables
     return start(cwd, ["trainer", *overrides], own, forked, before)
+
+
+def share_exports(cwd: Path, words: Sequence[str]) -> None:
+    """Let a run there know which networks the trainer has tried to export in other tests."""
+    cache = ".cache/packhorse"
+    for word in words:
+        if word.startswith("platform.cache="):
+            cache = word.split("=", 1)[1]
+    shared, own = PROJECT / ".pytest_cache/exports", cwd / cache / "exports"
+    with suppress(OSError):  # of tests whose cache can't be used
+        shared.mkdir(parents=True, exist_ok=True)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.symlink_to(shared)
 
 
 def run_trainer(cwd: Path, *overrides: str, **variables: str) -> tuple[int, str]:

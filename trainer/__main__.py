@@ -28,19 +28,18 @@ from omegaconf import DictConfig
 
 from trainer.common import command
 from trainer.common.console import log, to_terminal
-from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, Interrupted, UserError
+from trainer.common.errors import OK, RESUME, Interrupted, UserError
 from trainer.common.interrupt import on_signals, on_spot_notice
 from trainer.distributed.world import Ended, Lost, World, current_world
 from trainer.images.datasets import find_images
 from trainer.images.folder import ImageFolder
-from trainer.images.usable import usable_images
+from trainer.images.identity import of_images
+from trainer.images.usable import are_those, usable_images
 from trainer.settings import config as settings
 from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
 from trainer.training import recipe
 from trainer.training.run import Run, open_run
-
-WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -64,7 +63,7 @@ def train(config: Config | None, world: World) -> None:
         world.connected(config.train.timeout_seconds, stop),
         spot(stop),
     ):
-        images = find_images(config, stop)
+        images = find_images(config, stop, sys.argv[1:])
         run, decided = recipe.settled(run, images)
         run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
@@ -74,11 +73,11 @@ def train(config: Config | None, world: World) -> None:
             run.summarize(result)
             return
         # imported here: a wrong setting or folder is answered before PyTorch is loaded.
-        from trainer.results import outcome
+        from trainer.results import early, outcome
         from trainer.training.loop import fit
         from trainer.training.training import build_training
 
-        training = build_training(run, images)
+        training = build_training(run, images, network=early.network(run, images))
         fit(training)
         tested = outcome.test(training)
         if not world.is_main_process:
@@ -91,15 +90,22 @@ def train(config: Config | None, world: World) -> None:
 
 
 def check_result(run: Run, result: dict[str, Any], images: ImageFolder) -> None:
-    """Raise UserError where a complete run's settings, images or file of weights are now others."""
-    images, _ = usable_images(run.config, images, run.stop, run.world)
+    """Raise UserError where a complete run's settings, images or file of weights are now others.
+
+    What looks as it was noted isn't read again.
+    """
     then, network = result["identity"], None
-    if run.weights_file and Path(run.weights_file).exists():
+    pictures, before = then["pictures"], run.noted_pictures(then)
+    alone = run.world.size == 1  # several processes look at the same time, and compare
+    if not alone or before is None or not are_those(run.config, images, before, run.stop):
+        images, _ = usable_images(run.config, images, run.stop, run.world)
+        pictures = of_images(images)
+    if run.weights_file and Path(run.weights_file).exists() and not run.knows_weights(result):
         # imported here: as above; other weights are known by their name.
         from trainer.training.training import new_network
 
         network = new_network(run.config, images.classes)
-    now = run.identity(images, network)
+    now = run.identity(pictures, network)
     if network is None:
         now |= {key: value for key, value in then.items() if key.startswith("weights.")}
     run.check_identity(then, now, images)
@@ -117,14 +123,11 @@ def guarded(work: Callable[[], None]) -> int:
     except Exception as error:
         world = current_world()
         code, line = verdict(error, world)
-        if code == FAULT or (code == MISTAKE and WANTS_TRACEBACK):
+        if command.wants_traceback(code):
             if world.size == 1:
                 raise
             traceback.print_exc()
-        level = logging.ERROR
-        if isinstance(error, Interrupted):
-            level = logging.WARNING
-        world.tell(error, code, line, partial(log.log, level, line))
+        world.tell(error, code, line, partial(log.log, command.level(error), line))
         return code
 
 

@@ -29,12 +29,18 @@ from trainer.common.console import log, to_terminal
 from trainer.common.cpu import cores
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop, metadata
+from trainer.common.text import amount
 from trainer.distributed.world import World
 from trainer.images import cache
 from trainer.images.datasets import find_images
 from trainer.images.folder import ImageFolder, Split
 from trainer.images.loader import Batch, ImageLoader, Loader
-from trainer.images.usable import preprocessing, reads_more_than_once, workers
+from trainer.images.usable import (
+    preprocessing,
+    reads_more_than_once,
+    report_left_out,
+    workers,
+)
 from trainer.network import features, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
@@ -126,7 +132,7 @@ def examine(overrides: list[str], seconds: float) -> None:
     instance = instance_type()
     machine = prepare_machine(config, World())
     log.info("this machine\n%s\n", _table(machine_facts(config, machine, instance)))
-    images = find_images(config)
+    images = find_images(config, words=overrides)
     config = weights.resolve(recipe.glanced(config, machine.device.type), images)
     network = build_network(_run(config, Path()), images, machine)
     log.info("measuring, for less than a minute ...")
@@ -159,6 +165,8 @@ def measure(
         packed = _pack(config, sample, run.directory)
         paths = [path for split in sample.splits.values() for path in split.paths]
         decode = len(paths) / (time.monotonic() - started)
+        broken = (*images.broken, *packed.broken.items())
+        report_left_out(dataclasses.replace(images, broken=broken))
         sample = _without(sample, packed.broken)
         usable = [path for split in sample.splits.values() for path in split.paths]
 
@@ -607,11 +615,6 @@ def gpu(machine: Machine) -> str | None:
 def _existing(path: Path) -> Path:
     """Return the path, or the nearest directory above it that exists."""
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-
-
-def amount(size: float) -> str:
-    """Return bytes as text, in GB or MB (powers of 1000)."""
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from serving.package import MANIFEST
 from trainer.common.errors import PROJECT, UserError
-from trainer.common.serving_code import SERVING_CODE
+from trainer.common.serving_code import FOR_HEIC, REQUIREMENTS, SERVING_CODE
 
 PROXY = {"lambda_function.py": "serving/adapters/lambda_proxy.py", "fetch.py": "serving/fetch.py"}
 # Names in the zip of the function that holds the model, and what lies there. stack.yaml names the
@@ -30,8 +30,6 @@ PACKAGE = "package"  # where the direct zip holds the model package, unpacked
 RUNTIME = "3.13"  # Python of stack.yaml's Runtime
 # What Lambda's Amazon Linux 2023 (glibc 2.34) runs.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64")
-LIBRARIES = ("numpy", "pillow", "onnxruntime")
-HEIC = "pillow-heif"  # where the network was trained on such pictures
 UNUSED = (
     "onnxruntime/quantization/",
     "onnxruntime/tools/",
@@ -97,9 +95,8 @@ def _needed(package: Path) -> tuple[str, ...]:
     with tarfile.open(package) as tar:
         file = tar.extractfile("code/requirements.txt")
         assert file is not None
-        if HEIC in file.read().decode():
-            return (HEIC,)
-    return ()
+        said = file.read().decode()
+    return tuple(name for name in FOR_HEIC if name in said)
 
 
 def libraries(*more: str) -> dict[str, bytes]:
@@ -107,7 +104,7 @@ def libraries(*more: str) -> dict[str, bytes]:
 
     Raise UserError where pip can't get them.
     """
-    pinned = [f"{name}=={version(name)}" for name in (*LIBRARIES, *more)]
+    pinned = [f"{name}=={version(name)}" for name in (*REQUIREMENTS, *more)]
     with tempfile.TemporaryDirectory(prefix="libraries-") as directory:
         command = [sys.executable, "-P", "-m", "pip", "install", "--quiet", "--no-deps"]
         command += ["--only-binary=:all:", "--no-compile", f"--python-version={RUNTIME}"]

@@ -201,7 +201,7 @@ def _not_allowed(parameter: Mapping[str, Any], value: str) -> str | None:
         values = [str(each) for each in parameter["AllowedValues"]]
         return None if value in values else ", ".join(values)
     if parameter["Type"] == "Number":
-        low, high = parameter.get("MinValue", 0), parameter.get("MaxValue", float("inf"))
+        low, high = parameter["MinValue"], parameter["MaxValue"]
         if value.isdecimal() and low <= int(value) <= high:
             return None
         return f"a whole number, {low} to {high}"

@@ -333,7 +333,9 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
     [
         (["--set", "MaxInstance=4"], "did you mean MaxInstances?"),
         (["--set", "MaxInstances=many"], "a whole number"),
-        (["--set", "MinInstances=0"], "a whole number, 1 to inf"),
+        (["--set", "MinInstances=0"], "a whole number, 1 to 100"),
+        (["--set", "MaxInstances=101"], "a whole number, 1 to 100"),
+        (["--set", "ProvisionedConcurrency=1001"], "a whole number, 0 to 1000"),
         (["--set", "MinInstances=5"], "MaxInstances=3 is below MinInstances=5"),
         (["--set", "InstanceType=ml.t3.medium"], "endpoints don't run on it; try one of"),
         (["--set", "FunctionUrl=maybe"], "allowed: on, off"),

@@ -198,3 +198,9 @@ def test_every_parameter_is_used_and_described():
         assert body["Description"]
         assert name in used | set(references(list(template()["Conditions"].values()))), name
     assert len(TEMPLATE.read_bytes()) < 51_200  # CloudFormation's limit for a template in a call
+
+
+def test_every_number_has_two_bounds():
+    for name, body in template()["Parameters"].items():
+        if body["Type"] == "Number" and "AllowedValues" not in body:
+            assert body["MinValue"] <= body["Default"] <= body["MaxValue"] < 10**7, name

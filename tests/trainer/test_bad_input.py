@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer
+from tests.conftest import PROJECT, QUICK, ended, make_pictures, run_trainer, start_trainer
 from trainer.common import files
 from trainer.common.errors import MISTAKE, OK
 from trainer.training import checkpoint
@@ -518,6 +518,9 @@ def disk(path: Path) -> Iterator[Disk]:
         subprocess.run(["umount", str(path)], check=True)
 
 
+# The room goes while the run is under way: at the start it is enough.
+LATER = "from trainer.results import early; early.check_room = lambda *arguments: None"
+
 needs_mount = pytest.mark.skipif(
     sys.platform != "linux" or not IS_ROOT,
     reason="a small file system must be mounted, as root on Linux",
@@ -547,15 +550,20 @@ def test_a_full_disk_is_one_line_at_every_stage_and_with_room_the_run_goes_on(cw
         for room, room_of_models, full in stages:
             runs.leave(room)
             models.leave(room_of_models)
-            check_refused(
-                run_trainer(cwd, *command), cwd, f"{full}: no space is left", "platform.runs=DIR"
-            )
+            result = ended(start_trainer(cwd, *command, before=LATER))
+            check_refused(result, cwd, f"{full}: no space is left", "platform.runs=DIR")
             if "checkpoints" in full:
                 assert [path.name for path in checkpoint.steps(cwd / "runs/mine/checkpoints")] == [
                     "step-00000003-evaluated"
                 ]
                 checkpoint.verify(cwd / "runs/mine/checkpoints/step-00000003-evaluated")
         runs.leave(1_000)
+        models.leave(1_000)
+        result = run_trainer(cwd, *command)
+        check_refused(
+            result, cwd, "models: the model package will take", "free some", "platform.runs"
+        )
+        models.leave(20_000)
         code, output = run_trainer(cwd, *command)
         assert code == OK, output
         assert (cwd / "runs/mine/result.json").exists()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 import pytest
 
@@ -98,8 +99,13 @@ def test_settings_that_cost_time_are_pointed_out(tmp_path, pictures):
         "train.channels_last=false",
         "data.cache=none",
     )
-    code, said = doctor(tmp_path, *TINY, f"data.root={pictures}", *overrides)
+    shutil.copytree(pictures, tmp_path / "pictures")
+    (tmp_path / "pictures/train/loose.png").write_bytes(b"")
+    (tmp_path / "pictures/train/circle/cut.png").write_bytes(b"no picture")
+    code, said = doctor(tmp_path, *TINY, "data.root=pictures", *overrides)
     assert code == 0, said
+    assert "left out: 1 that can't be used, 1 loose (in no class folder)\n" in said
+    assert not list(tmp_path.rglob("quarantine.txt"))
     assert "model.cached_views=4" in said and "train.channels_last=true" in said
     assert (
         facts(said)["packed pixels"] == "none"

@@ -20,6 +20,8 @@ from trainer.common.errors import (
 
 Explain = Callable[[Exception], str | None]
 Say = Callable[[int, str], None]
+# Looked at before the trainer sets it, so that Hydra raises its errors.
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def guarded(work: Callable[[], int | None], say: Say, explain: Explain | None = None) -> int:
@@ -28,18 +30,26 @@ def guarded(work: Callable[[], int | None], say: Say, explain: Explain | None = 
     A fault of ours is raised on, for its traceback; so is a mistake with HYDRA_FULL_ERROR=1.
     say(level, line): shows the line.
     """
-    shows_mistakes = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         return work() or OK
     except Exception as error:
         code, line = verdict(error, explain)
-        if code == FAULT or (code == MISTAKE and shows_mistakes):
+        if wants_traceback(code):
             raise
-        level = logging.ERROR
-        if code == RESUME:
-            level = logging.WARNING
-        say(level, line)
+        say(level(error), line)
         return code
+
+
+def wants_traceback(code: int) -> bool:
+    """Return whether the user sees the traceback of an error with this exit code."""
+    return code == FAULT or (code == MISTAKE and WANTS_TRACEBACK)
+
+
+def level(error: Exception) -> int:
+    """Return the level of the line: being asked to stop is no error."""
+    if isinstance(error, Interrupted):
+        return logging.WARNING
+    return logging.ERROR
 
 
 def verdict(error: Exception, explain: Explain | None = None) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Which of our modules answer for a model: those that travel in its package and Lambda's zip."""
+"""What answers for a model: the modules of ours that travel with it, and the libraries it needs."""
 
 # The copies keep these paths, so the code that serves a picture is the code that prepared it.
 SERVING_CODE = tuple(
@@ -22,3 +22,8 @@ SERVING_CODE = tuple(
         "trainer/results/calibrate",
     )
 )
+
+# Their libraries, as in pyproject.toml, and instead or besides where pictures were AVIF or HEIC.
+REQUIREMENTS = {"numpy": "numpy>=1.26", "pillow": "pillow>=11", "onnxruntime": "onnxruntime>=1.19"}
+FOR_AVIF = {"pillow": "pillow>=11.3"}
+FOR_HEIC = {"pillow-heif": "pillow-heif>=1.1"}

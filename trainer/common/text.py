@@ -10,3 +10,10 @@ def listed(items: Iterable[str], limit: int = 5) -> str:
     if len(names) > limit:
         text += f" and {len(names) - limit} more"
     return text
+
+
+def amount(size: float) -> str:
+    """Return bytes as text, in GB or MB (powers of 1000)."""
+    if size >= 1e9:
+        return f"{size / 1e9:.3g} GB"
+    return f"{size / 1e6:.3g} MB"

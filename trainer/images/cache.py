@@ -34,6 +34,7 @@ from PIL import features
 from trainer.common import files, journal
 from trainer.common.console import log
 from trainer.common.errors import Unreadable, UserError
+from trainer.common.text import amount
 from trainer.images import apart, bounds, decode, identity
 from trainer.images.decode import MAX_ASPECT, ImageError, shrink
 from trainer.images.folder import read
@@ -249,14 +250,14 @@ class PixelCache:
         No content: nothing to remember, next time it may be otherwise. Raise OSError and
         MemoryError.
         """
+        before = digests.known(path)
         try:
-            # The status is from before the only read: pixels and hash are of the same bytes, and
+            # The status is from before the read: pixels and hash are of the same bytes, and
             # whatever changes later is noticed next time.
             data, status = read(path)
         except ImageError as error:
             return Entry("", path, str(error)), None
-        entry = Entry(identity.of_bytes(data), str(Path(path).absolute()))
-        digests.note(path, status, entry.content)
+        entry = Entry(digests.of_read(path, data, status, before), str(Path(path).absolute()))
         known = store.find(entry.content, keep)
         if known is not None:
             return known, None
@@ -282,10 +283,10 @@ class PixelCache:
     ) -> None:
         """Raise TooLarge where so many more images do not fit; in doubt, some are decoded."""
         room = shutil.disk_usage(self.directory).free
-        left = f"{_gigabytes(room)} are free"
+        left = f"{amount(room)} are free"
         if self.max_bytes is not None and self.max_bytes - store.end < room:
             room = self.max_bytes - store.end
-            used, allowed = _gigabytes(store.end), _gigabytes(self.max_bytes)
+            used, allowed = amount(store.end), amount(self.max_bytes)
             left = f"{used} of the {allowed} allowed are used"
         count = len(paths)
         if count * MAX_ASPECT * self.resize**2 * 3 <= room:
@@ -302,14 +303,10 @@ class PixelCache:
         if needed > room:
             raise TooLarge(
                 f"{self.directory}: the packed pixels of {count} pictures need about "
-                f"{_gigabytes(needed)}, and {left}; give data.cache=none, "
+                f"{amount(needed)}, and {left}; give data.cache=none, "
                 "or platform.cache=DIR on a larger disk, "
                 f"or remove what you no longer need of {self.root}"
             )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB"
 
 
 Step = Callable[..., None]  # step(more=0) counts so many images more as done

@@ -263,9 +263,13 @@ def keep_or_stop(images: ImageFolder, findings: Findings, leaks: str) -> ImageFo
             )
     valid = images.splits["valid"]
     keep = np.array([path not in findings.leaked for path in valid.paths])
-    paths = tuple(path for path in valid.paths if path not in findings.leaked)
-    rest = Split(paths, valid.labels[keep])
-    return replace(images, splits=images.splits | {"valid": rest})
+    rest, dropped = (_chosen(valid, which) for which in (keep, ~keep))
+    return replace(images, splits=images.splits | {"valid": rest}, dropped={"valid": dropped})
+
+
+def _chosen(split: Split, which: NDArray[np.bool_]) -> Split:
+    paths = tuple(split.paths[number] for number in np.flatnonzero(which))
+    return Split(paths, split.labels[which])
 
 
 @contextmanager

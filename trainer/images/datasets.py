@@ -26,16 +26,51 @@ from trainer.images import archive, identity, table
 from trainer.images.folder import ImageFolder, find_splits, scan
 from trainer.images.names import SPLIT_NAMES
 from trainer.settings.config import Config
+from trainer.settings.words import key_of
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist_mini.npz"
 
 
-def find_images(config: Config, stop: Stop | None = None) -> ImageFolder:
+def find_images(config: Config, stop: Stop | None = None, words: Iterable[str] = ()) -> ImageFolder:
+    """List the images, and tell how many there are and what of them or of `words` is not used.
+
+    words: what was typed, as "key=value". See `list_images`.
+    """
+    images, unused = _listed(config, stop)
+    if unused:
+        log.warning(
+            "not used: %s in %s; pictures are taken from train, valid (or val) and test, "
+            "and from where data.valid=DIR and data.test=DIR say",
+            listed(unused),
+            config.data.root,
+        )
+    sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in images.splits.items())
+    log.info("pictures: %s; %d classes", sizes, len(images.classes))
+    if not images.split_off and "data.valid_fraction" in map(key_of, words):
+        log.warning(
+            "data.valid_fraction=%s has no effect: valid has pictures of its own, and none is "
+            "split off train",
+            config.data.valid_fraction,
+        )
+    if "test" not in images.splits:
+        log.warning(
+            "there is no test folder: the final figures are of valid, "
+            "which also chose the best epoch, so they flatter"
+        )
+    return images
+
+
+def list_images(config: Config, stop: Stop | None = None) -> ImageFolder:
     """List the images; a named data set is first written as class folders.
 
     An archive in the place of a folder is unpacked into the cache. Raise UserError, Unreadable, and
     Interrupted where `stop` asks for it.
     """
+    return _listed(config, stop)[0]
+
+
+def _listed(config: Config, stop: Stop | None) -> tuple[ImageFolder, list[str]]:
+    """Return the images, and the folders that hold others, which nobody uses."""
     data = config.data
     materialize(data.source, Path(data.root))
     cache, check = Path(config.platform.cache), (stop or Stop()).check
@@ -55,18 +90,10 @@ def find_images(config: Config, stop: Stop | None = None) -> ImageFolder:
     index = cache / identity.DIRECTORY
     if data.labels is not None and data.source == "folder":
         place = table_path(data.labels, root, given)
-        images = table.scan(place, root, data.valid_fraction, index)
-    else:
-        given = {name: path and _folder(path, cache, check) for name, path in given.items()}
-        images = _of_folders(root, given, data.valid_fraction, index)
-    sizes = ", ".join(f"{len(split.paths)} {name}" for name, split in images.splits.items())
-    log.info("pictures: %s; %d classes", sizes, len(images.classes))
-    if "test" not in images.splits:
-        log.warning(
-            "there is no test folder: the final figures are of valid, "
-            "which also chose the best epoch, so they flatter"
-        )
-    return images
+        return table.scan(place, root, data.valid_fraction, index), []
+    given = {name: path and _folder(path, cache, check) for name, path in given.items()}
+    directories, unused = find_splits(root, given)
+    return scan(directories, data.valid_fraction, index), unused
 
 
 def table_path(labels: str, root: str, given: Mapping[str, str | None]) -> Path:
@@ -94,21 +121,6 @@ def _folder(path: str, cache: Path, check: Callable[[], None]) -> str:
     if not Path(path).is_file():
         return path
     return str(archive.unpacked(Path(path), cache, check))
-
-
-def _of_folders(
-    root: str, given: Mapping[str, str | None], valid_fraction: float, index: Path
-) -> ImageFolder:
-    directories, unused = find_splits(root, given)
-    images = scan(directories, valid_fraction, index)
-    if unused:
-        log.warning(
-            "not used: %s in %s; pictures are taken from train, valid (or val) and test, "
-            "and from where data.valid=DIR and data.test=DIR say",
-            listed(unused),
-            root,
-        )
-    return images
 
 
 def materialize(source: str, root: Path) -> None:

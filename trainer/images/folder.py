@@ -75,7 +75,9 @@ class ImageFolder:
     classes: train's folder names, sorted as text ("0", "1", "10", "2"). splits: "train", "valid"
     and, where there is one, "test". broken: (path, reason) of each picture that can't be used.
     left_out: (path, kind) of what else lies there: by its name or place, it is no picture. digests:
-    the SHA-256 of images, by path: of all, once those that can't be used are left out.
+    the SHA-256 of images, by path: of all, once those that can't be used are left out. split_off:
+    whether valid is a part of train, for want of a folder or rows of its own. dropped: by split,
+    usable images that the run doesn't take: data.leaks. They are part of what the data set is.
     """
 
     classes: tuple[str, ...]
@@ -83,6 +85,8 @@ class ImageFolder:
     broken: tuple[tuple[str, str], ...]
     left_out: tuple[tuple[str, str], ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
+    split_off: bool = False
+    dropped: Mapping[str, Split] = field(default_factory=dict)
 
     def count(self, split: str) -> int:
         """Return how many images a split has."""
@@ -173,7 +177,7 @@ def assemble(
         )
         for name in usable
     }
-    return ImageFolder(classes, splits, broken, tuple(left_out), digests)
+    return ImageFolder(classes, splits, broken, tuple(left_out), digests, "valid" not in held)
 
 
 def below(root: str) -> list[File]:

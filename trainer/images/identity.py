@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # changed may change again and look the same.
 TICK = 20_000_000  # nanoseconds
 DIRECTORY = "digests"  # below platform.cache
+INDEX = "pictures.index"  # where the pictures of a run or sweep are noted, to name changed ones
 SHOWN = 3  # changed files that a message names
 
 # (split, class, SHA-256, path below the folder that holds all): a picture of a data set.
@@ -101,6 +102,18 @@ class Digests:
         if looks is not None:
             self._new[self._absolute[path]] = (looks, digest)
 
+    def of_read(self, path: str, data: bytes, status: os.stat_result, before: str | None) -> str:
+        """Return the digest of a file that was read, and remember it.
+
+        Where it looks as it was noted both before and after it was read, it isn't computed once
+        more. data, status: of the read. before: what was `known` before it.
+        """
+        if before is not None and self.known(path) == before:
+            return before
+        digest = of_bytes(data)
+        self.note(path, status, digest)
+        return digest
+
     def save(self) -> None:
         """Write what is new down. Another process that does the same now goes first."""
         new = self._new.copy()  # threads that end with an interrupted run may still note more
@@ -169,13 +182,14 @@ def samples(images: "ImageFolder") -> list[Sample]:
 
     A picture whose digest `images` doesn't have is read. Raise Unreadable.
     """
-    paths = [path for split in images.splits.values() for path in split.paths]
+    splits = [*images.splits.items(), *images.dropped.items()]
+    paths = [path for _, split in splits for path in split.paths]
     unknown = [path for path in dict.fromkeys(paths) if path not in images.digests]
     content = {**images.digests, **digests(unknown)}
     root = os.path.commonpath([Path(path).absolute() for path in paths])
     return [
         (name, images.classes[label], content[path], os.path.relpath(path, root))
-        for name, split in images.splits.items()
+        for name, split in splits
         for path, label in zip(split.paths, split.labels, strict=True)
     ]
 
@@ -198,9 +212,7 @@ def of_images(images: "ImageFolder") -> str:
 
 def changes(then: Iterable[Sample], now: Iterable[Sample]) -> str:
     """Return what differs between two data sets, in words that name the first files."""
-    before, after = list(then), list(now)
-    gone = _without(before, after)
-    new = _without(after, before)
+    gone, new = differences(then, now)
     replaced = {sample[3] for sample in gone} & {sample[3] for sample in new}
     kinds = {
         "changed": sorted(replaced),
@@ -212,6 +224,31 @@ def changes(then: Iterable[Sample], now: Iterable[Sample]) -> str:
         for kind, paths in kinds.items()
         if paths
     )
+
+
+def differences(then: Iterable[Sample], now: Iterable[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Return the pictures of the first data set alone, and those of the second alone."""
+    before, after = list(then), list(now)
+    return _without(before, after), _without(after, before)
+
+
+def note(path: Path, chosen: Iterable[Sample]) -> None:
+    """Write down which pictures a data set holds, to name those that change later."""
+    lines = journal.lines(chosen)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != lines:
+        files.write(path, lines)
+
+
+def noted(path: Path) -> list[Sample] | None:
+    """Return the pictures that were noted; None where they weren't, or not all can be read."""
+    try:
+        lines, whole = journal.parse(path.read_bytes())
+    except OSError:
+        return None
+    if not whole:
+        return None
+    return [(split, name, content, place) for split, name, content, place in lines]
 
 
 def _without(some: Iterable[Sample], others: Iterable[Sample]) -> list[Sample]:
@@ -243,11 +280,15 @@ def of_weights(network: "nn.Module", name: str, versions: Mapping[str, str]) -> 
         tensors.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         tensors.update(content.numpy().data)
-    # Some layers show a function of theirs, with its address.
-    structure = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     built = [f"{library} {version}" for library, version in sorted(versions.items())]
     return {
         "weights.tensors": tensors.hexdigest(),
-        "weights.architecture": f"{name} {of_bytes(structure.encode())[:16]}",
+        "weights.architecture": f"{name} {of_bytes(structure(network).encode())[:16]}",
         "weights.versions": ", ".join(built) or "none",
     }
+
+
+def structure(network: "nn.Module") -> str:
+    """Return the layers of a network, as text."""
+    # Some layers show a function of theirs, with its address.
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(network))

@@ -1,9 +1,10 @@
 """Which images are the same, or nearly, and which show nothing: from bytes and from small pixels.
 
 Two images are nearly the same where one was made from the other: saved again, at another quality
-or size, or shifted by a few pixels. They are told by their shapes and not by their brightness:
-every image becomes a grey square of SIDE cells, from which a coarse sketch is taken, to find
-candidates by one matrix product, and a finer spectrum, to compare them at several small shifts.
+or size, mirrored (left to right), or shifted by a few pixels. They are told by their shapes and not
+by their brightness: every image becomes a grey square of SIDE cells, from which a coarse sketch is
+taken, to find candidates by one matrix product, and a finer spectrum, to compare them at several
+small shifts.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -128,16 +129,20 @@ def near(sketches: Sketches, step: Callable[[int], None]) -> list[tuple[int, int
     coarse, spectra = sketches.coarse[kept], sketches.spectra[kept]
     usual = np.zeros(len(kept))
     pairs: dict[tuple[int, int], float] = {}
+    views = ((coarse, spectra), _mirrored(coarse, spectra))
     for start in range(0, len(kept), BLOCK):
-        first, second, place = _neighbours(coarse, start)
-        likeness = _aligned(spectra, first, second)
-        # What an image is like anyway: half of its neighbours are more like it.
-        table = np.zeros((min(BLOCK, len(kept) - start), NEIGHBOURS))
-        table[first - start, place] = likeness
-        usual[start : start + BLOCK] = np.median(table, axis=1)
-        for one, other, how in zip(first, second, likeness, strict=True):
-            if how >= ALIKE:
-                pairs[min(one, other), max(one, other)] = float(how)
+        block = slice(start, start + BLOCK)
+        for others, their_spectra in views:
+            first, second, place = _neighbours(coarse[block], others, start)
+            likeness = _aligned(spectra, their_spectra, first, second)
+            # What an image is like anyway: half of its neighbours are more like it.
+            table = np.zeros((len(coarse[block]), NEIGHBOURS))
+            table[first - start, place] = likeness
+            usual[block] = np.maximum(usual[block], np.median(table, axis=1))
+            for one, other, how in zip(first, second, likeness, strict=True):
+                if how >= ALIKE:
+                    pair = min(one, other), max(one, other)
+                    pairs[pair] = max(pairs.get(pair, 0), float(how))
         step(min(start + BLOCK, len(kept)))
     return [
         (int(kept[one]), int(kept[other]), how)
@@ -146,14 +151,31 @@ def near(sketches: Sketches, step: Callable[[int], None]) -> list[tuple[int, int
     ]
 
 
+def _mirrored(
+    coarse: NDArray[np.float32], spectra: NDArray[np.complex64]
+) -> tuple[NDArray[np.float32], NDArray[np.complex64]]:
+    """Return the sketches and spectra of the images mirrored left to right.
+
+    That turns columns round: the term of (row, column) periods is the conjugate of (-row, column),
+    turned by the one cell that the first column now lies from the edge.
+    """
+    cells = coarse.reshape(-1, COARSE, COARSE)[:, :, ::-1].reshape(coarse.shape)
+    rows, columns, _ = _frequencies()
+    place = {term: number for number, term in enumerate(zip(rows, columns, strict=True))}
+    opposite = [place[-row, column] for row, column in zip(rows, columns, strict=True)]
+    turns = np.exp(2j * np.pi * columns / SIDE).astype(np.complex64)
+    return np.ascontiguousarray(cells), spectra[:, opposite].conj() * turns
+
+
 def _neighbours(
-    coarse: NDArray[np.float32], start: int
+    block: NDArray[np.float32], others: NDArray[np.float32], start: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return the candidates of a block of images, at most NEIGHBOURS of each, the likest first.
 
-    As three arrays: the image, its candidate, and the candidate's place among them.
+    block, others: sketches. start: the number of the block's first image among the others. As three
+    arrays: the image, its candidate, and the candidate's place among them.
     """
-    likeness = coarse[start : start + BLOCK] @ coarse.T
+    likeness = block @ others.T
     rows = np.arange(len(likeness))
     likeness[rows, start + rows] = -1  # itself
     first, second = np.nonzero(likeness > CANDIDATE)
@@ -165,9 +187,14 @@ def _neighbours(
 
 
 def _aligned(
-    spectra: NDArray[np.complex64], first: NDArray[np.int64], second: NDArray[np.int64]
+    spectra: NDArray[np.complex64],
+    others: NDArray[np.complex64],
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
 ) -> NDArray[np.float32]:
     """Return the correlation of each two images at the best of SHIFTS by SHIFTS, float32 [pairs].
+
+    first: of each pair, in spectra; second: in others.
 
     A shift by s cells turns the term of k periods by 2 pi k s / SIDE.
     """
@@ -178,6 +205,6 @@ def _aligned(
     best = np.empty(len(first), np.float32)
     for start in range(0, len(first), PAIRS):
         part = slice(start, start + PAIRS)
-        product = spectra[first[part]] * spectra[second[part]].conj()
+        product = spectra[first[part]] * others[second[part]].conj()
         best[part] = (product @ phases).real.max(axis=1)
     return best

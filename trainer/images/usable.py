@@ -16,6 +16,7 @@ from trainer.images import folder, identity
 from trainer.images.cache import Packed, PixelCache, TooLarge
 from trainer.images.decode import ImageError, Preprocessing
 from trainer.images.folder import ImageFolder, Split
+from trainer.images.identity import Sample
 from trainer.images.names import OF_SYSTEM, counted
 from trainer.settings.config import Config
 
@@ -64,6 +65,26 @@ def usable_images(
     return images, packed
 
 
+def are_those(config: Config, images: ImageFolder, before: Sequence[Sample], stop: Stop) -> bool:
+    """Return whether the images that can be used are those that were noted as such.
+
+    Those are not decoded once more, nor read where they look unchanged.
+    """
+    paths = [path for split in images.splits.values() for path in split.paths]
+    memo = Path(config.platform.cache, identity.DIRECTORY)
+    known = identity.digests(list(dict.fromkeys(paths)), memo)
+    now = identity.samples(replace(images, digests=known))
+    gone, new = identity.differences(before, now)
+    if gone:
+        return False
+    place = dict(zip((sample[3] for sample in now), paths, strict=True))
+    others = [place[sample[3]] for sample in new]
+    if not others:
+        return True
+    with interruptible("packing pictures", stop) as step:
+        return len(_packed(config, others, cores(), step).broken) == len(others)
+
+
 def _packed(
     config: Config, paths: Sequence[str], threads: int, step: Callable[[int, int], None]
 ) -> Packed:
@@ -100,12 +121,16 @@ def _by_content(split: Split, digests: Mapping[str, str]) -> Split:
     return Split(tuple(split.paths[sample] for sample in order), split.labels[order])
 
 
-def report_left_out(images: ImageFolder, path: Path) -> None:
-    """Write all that is left out, and why, to `path`; count it by kind in the log, in one line.
+def report_left_out(images: ImageFolder, path: Path | None = None) -> None:
+    """Count what is left out by kind in the log, in one line; write all of it, and why, to `path`.
 
     The first of the images that can't be used are named before.
     """
-    files.write(path, "".join(f"{name}\t{why}\n" for name, why in images.broken + images.left_out))
+    listed_in = ""
+    if path is not None:
+        lines = (f"{name}\t{why}\n" for name, why in images.broken + images.left_out)
+        files.write(path, "".join(lines))
+        listed_in = f"; see {path}"
     for name, reason in images.broken[:WARNINGS]:
         log.warning("left out: %s (%s)", name, reason)
     kinds = ["that can't be used"] * len(images.broken) + [kind for _, kind in images.left_out]
@@ -113,7 +138,7 @@ def report_left_out(images: ImageFolder, path: Path) -> None:
     if set(kinds) <= {OF_SYSTEM}:  # nobody misses these
         level = logging.INFO
     if kinds:
-        log.log(level, "left out: %s; see %s", counted(kinds), path)
+        log.log(level, "left out: %s%s", counted(kinds), listed_in)
 
 
 def preprocessing(config: Config) -> Preprocessing:

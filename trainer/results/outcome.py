@@ -286,6 +286,7 @@ def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
         "calibration": tested.quality.facts(),
         "seconds": round(seconds, 1),
         "identity": run.facts["identity"],
+        "weights_file": run.run.loaded_weights(),
     }
 
 

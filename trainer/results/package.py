@@ -36,7 +36,7 @@ from torch import nn
 from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.common.model_package import FORMAT, MANIFEST, TENSORS
-from trainer.common.serving_code import SERVING_CODE
+from trainer.common.serving_code import FOR_AVIF, FOR_HEIC, REQUIREMENTS, SERVING_CODE
 from trainer.images.decode import ImageError, Preprocessing, prepare
 from trainer.images.names import AVIF, HEIC
 from trainer.network.build import Classifier
@@ -53,11 +53,9 @@ CODE = {
     "serving/ray_app.py": "serving/adapters/ray.py",
     **{name: name for name in SERVING_CODE},
 }
-# What serving needs, as in pyproject.toml, and where pictures were AVIF or HEIC.
-REQUIREMENTS = "numpy>=1.26\npillow>=11\nonnxruntime>=1.19\n"
-FOR_AVIF, FOR_HEIC = "pillow>=11.3", "pillow-heif>=1.1"
 
-# ONNX Runtime 1.17 and later read it, so REQUIREMENTS hold whatever PyTorch's default becomes.
+# ONNX Runtime 1.17 and later read it, so what serving requires holds whatever PyTorch's default
+# becomes.
 OPSET = 20
 
 # How far serving's logits may lie from the trained network's: absolute + relative * the largest
@@ -95,6 +93,11 @@ class Contents:
     int8: quantize.Pictures | None = None
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
     suffixes: frozenset[str] = frozenset()  # that the trained pictures' names end in
+    tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)  # of float32's logits
+
+
+class SelfTestFailed(RuntimeError):
+    """Serving could not load the package. The message says why, in one line."""
 
 
 def build(
@@ -111,7 +114,7 @@ def build(
     [N, size, size, 3] and gives logits [N, classes]; it stays as it is. created: now, if not given;
     equal inputs give equal bytes. The package is there checked and whole, or not at all. Raise
     UserError for images or a network that it can't hold, OSError (a full disk, say), and
-    RuntimeError where the self-test fails.
+    SelfTestFailed.
     """
     place = target
     if archive:
@@ -183,16 +186,16 @@ def _calibrated(model: bytes, contents: Contents) -> Calibration:
 
 def _requirements(suffixes: frozenset[str]) -> str:
     """Return what serving needs to be installed, to read what was trained on."""
-    text = REQUIREMENTS
+    needed = dict(REQUIREMENTS)
     if suffixes & AVIF:
-        text = text.replace("pillow>=11", FOR_AVIF)
+        needed |= FOR_AVIF
     if suffixes & HEIC:
-        text += f"{FOR_HEIC}\n"
-    return text
+        needed |= FOR_HEIC
+    return "".join(f"{requirement}\n" for requirement in needed.values())
 
 
 def _write_manifest(contents: Contents, created: datetime, package: Path) -> None:
-    tolerance = TOLERANCE
+    tolerance = contents.tolerance
     if contents.int8:
         tolerance = INT8_TOLERANCE
     calibration = {}
@@ -211,10 +214,7 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
         "tolerance": tolerance,
         **calibration,
         "golden": _golden_names(contents),
-        "versions": {
-            name: version(name)
-            for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
-        },
+        "versions": versions(),
         "files": {
             path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in _files(package)
@@ -224,6 +224,17 @@ def _write_manifest(contents: Contents, created: datetime, package: Path) -> Non
     # integrity, not who wrote it.
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     _write(package / MANIFEST, json.dumps(manifest | {"sha256": digest}, indent=1).encode())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that make a package, and of those that load it."""
+    libraries = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+    return {name: version(name) for name in libraries}
+
+
+def sources() -> list[Path]:
+    """Return the files of ours that make a package, and those that load it."""
+    return [Path(__file__), *(PROJECT / source for source in CODE.values())]
 
 
 def _read_image(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray[np.uint8]]:
@@ -319,7 +330,7 @@ def _silence() -> Iterator[None]:
 
 
 def _self_test(package: Path) -> None:
-    """Have serving load the package in a process without torch. Raise RuntimeError."""
+    """Have serving load the package in a process without torch. Raise SelfTestFailed."""
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     # -P: a folder named `serving` in the user's current directory must not be taken for ours.
     command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
@@ -334,7 +345,8 @@ def _self_test(package: Path) -> None:
         start_new_session=True,
     )
     if result.returncode != 0:
-        raise RuntimeError(f"the model package failed its self-test: {result.stderr.strip()}")
+        said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        raise SelfTestFailed(f"the model package failed its self-test: {said[-1]}")
 
 
 def _archive(package: Path, archive: Path) -> None:

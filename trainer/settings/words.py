@@ -10,7 +10,9 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,6 +20,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
 from trainer.common.errors import UserError
+from trainer.common.paths import expanded
 from trainer.settings import config as settings
 from trainer.settings.hydra_errors import character_of
 
@@ -88,6 +91,8 @@ def _readable(word: str, schema: Mapping[str, Field], sweeps: bool) -> str:
     if not equals or key not in schema:
         return word
     entry, sweeps = schema[key], sweeps and key.split(".")[0] not in FIXED
+    if sweeps and is_one_path(word, schema):
+        sweeps = False
     kinds = settings.kinds(entry)
     try:
         (parsed,) = parse([word])
@@ -111,6 +116,20 @@ def _readable(word: str, schema: Mapping[str, Field], sweeps: bool) -> str:
     if str in kinds and read is not None:  # a run may be called 007 or true
         return f"{prefixed}={quoted(_own_dollars(value, entry, schema))}"
     return word
+
+
+def is_one_path(word: str, schema: Mapping[str, Field] | None = None) -> bool:
+    """Return whether a path that a sweep might take for a list is the place of something.
+
+    schema: each setting by its key; None: the trainer's.
+    """
+    key, _, value = word.partition("=")
+    entry = (schema or settings.schema()).get(key.lstrip("+"))
+    if entry is None or not entry.metadata["path"] or "," not in value:
+        return False
+    with suppress(UserError, OSError, ValueError):  # of a path that can't be
+        return Path(expanded(value)).exists()
+    return False
 
 
 def _is_free_text(key: str, entry: Field) -> bool:

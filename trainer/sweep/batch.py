@@ -22,6 +22,7 @@ from trainer.common.console import log, to_terminal
 from trainer.common.interrupt import Stop, on_signals
 from trainer.distributed.world import World
 from trainer.images.datasets import find_images
+from trainer.results import early
 from trainer.settings import config as settings
 from trainer.settings.compose import explain_settings
 from trainer.settings.config import Config
@@ -56,7 +57,7 @@ def train_trial(config: Config, stop: Stop) -> dict[str, Any]:
         images = find_images(config)
         # The best trial's own process looks at the images: here each trial would, again and again.
         run = dataclasses.replace(run.resolved(images), looks=False)
-        training = build_training(run, images)
+        training = build_training(run, images, network=early.network(run, images))
         try:
             fit(training)
         except Diverged as error:

@@ -42,6 +42,7 @@ from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
 from trainer.settings.search_space import Sweep
 from trainer.sweep import page
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Grid, Ledger, Trial, best_first
+from trainer.sweep.pictures import Pictures, are_swept
 
 PROJECT = Path(__file__).parents[2]
 SOURCE = ("trainer", "serving", "conf")  # what a run is made by
@@ -57,6 +58,8 @@ def run(arguments: list[str]) -> None:
     Raises Interrupted when asked to stop.
     """
     fixed, swept = space.split(arguments)
+    for word in filter(words.is_one_path, arguments):
+        log.info("%s: one path, since it is there; several stand in quotes: 'a','b'", word)
     config, notes = base(CONF, fixed, swept)
     for line in notes:
         log.info(line)
@@ -138,8 +141,8 @@ def check(config: Config, fixed: list[str], swept: dict[str, str]) -> None:
     """
     sweep = space.load(config, swept, fixed)
     check_options(sweep, fixed, swept)
-    if not any(parameter.key.split(".")[0] in ("data", "experiment") for parameter in sweep.space):
-        find_images(config)
+    if not are_swept(sweep):
+        find_images(config, words=fixed)
 
 
 def freeze(directory: Path, asked: dict[str, Any]) -> None:
@@ -189,6 +192,9 @@ class Driver:
         self.config = base(directory / "source" / "conf", fixed, frozen["ranges"])[0]
         self.sweep = space.load(self.config, frozen["ranges"], fixed)
         self.ledger = make_ledger(directory, self.sweep)
+        self.pictures: Pictures | None = None  # of all trials, where these don't choose others
+        if not are_swept(self.sweep):
+            self.pictures = Pictures(directory, self.config, stop)
         self.waiting: list[Trial] = []  # begun, but not running now
         # Trials not to be batched with others: the process that tried it failed.
         self.alone: set[int] = set()
@@ -220,6 +226,7 @@ class Driver:
                 f"{self.directory}: none of {len(ranked)} trials was completed; "
                 f"trial {failed.number} failed: {failed.reason}"
             )
+        self.check_pictures()
         self.finish_best(ranked[0])
         self.write_page()
         self.summarize(ranked)
@@ -237,19 +244,37 @@ class Driver:
             self.write_page()
         for slot in sorted(set(range(self.sweep.parallel)) - {job.slot for job in self.jobs}):
             if trials := self.next_trials():
+                self.check_pictures()
                 self.jobs.append(TrialProcess(trials, slot))
         if self.jobs and not ended:
             time.sleep(POLL)
         return bool(self.jobs)
 
+    def check_pictures(self) -> None:
+        """Raise UserError where the pictures are no longer those of the trials before.
+
+        What is running saves its state first.
+        """
+        if self.pictures is None:
+            return
+        try:
+            self.pictures.check()
+        except UserError:
+            self.end_trials()
+            raise
+
     def halt(self) -> None:
         """Have every trial save its state, and raise Interrupted."""
+        self.end_trials()
+        self.stop.check()
+
+    def end_trials(self) -> None:
+        """Have every trial save its state and end."""
         running = [job.process for job in self.jobs if job.process is not None]
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
-        self.stop.check()
 
     def next_trials(self) -> list[Trial]:
         """Return the next trial, with those after it that can be batched with it."""

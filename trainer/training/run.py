@@ -10,19 +10,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from trainer.common import files, journal
+from trainer.common import files
 from trainer.common.console import also_to_file, command, log
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.images.folder import ImageFolder
-from trainer.images.identity import changes, of_images, of_samples, samples
+from trainer.images.identity import (
+    DIRECTORY,
+    INDEX,
+    Sample,
+    changes,
+    digests,
+    note,
+    noted,
+    of_samples,
+    samples,
+)
 from trainer.network import weights
 from trainer.settings.config import Config, identity, run_name
 
@@ -30,7 +41,6 @@ if TYPE_CHECKING:
     from trainer.network.build import Classifier
 
 FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
-PICTURES = "pictures.index"  # beside the checkpoints
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class Run:
     package: Path  # the archive, or on SageMaker the directory that it archives itself
     looks: bool = True  # for what is wrong with its images, and tells it
     trial: bool = False  # of a decision: its metrics are nobody else's business
+    # SHA-256 of the file of model.weights, before the network was built from it.
+    weights_digest: str | None = None
 
     def resolved(self, images: ImageFolder) -> "Run":
         """Return the run with a value for each setting that isn't given, written to config.yaml."""
@@ -53,17 +65,18 @@ class Run:
         run = dataclasses.replace(self, config=self.world.broadcast_from_main(resolve))
         if self.world.is_main_process:
             run.write_settings()
-        return run
+        return dataclasses.replace(run, weights_digest=run.digest_weights())
 
-    def identity(self, images: ImageFolder, network: "Classifier | None") -> dict[str, Any]:
+    def identity(self, pictures: str, network: "Classifier | None") -> dict[str, Any]:
         """Return what a result of this run is a function of.
 
-        images: those that can be used. network: as it was built; None: leave its weights out.
+        pictures: what those are that can be used (`identity.of_images`). network: as it was built;
+        None: leave its weights out.
         """
         settings = identity(self.config)
         if self.weights_file:
             del settings["model.weights"]  # its content counts, and not its place
-        facts = settings | {"format": FORMAT, "pictures": of_images(images)}
+        facts = settings | {"format": FORMAT, "pictures": pictures}
         model = self.config.model
         given = model.weights is not None or model.freeze == "backbone"  # else the seed decides
         if network is not None and given:
@@ -80,6 +93,37 @@ class Run:
         if given is None or not weights.is_file(given):
             return None
         return given
+
+    def digest_weights(self) -> str | None:
+        """Return the SHA-256 of the file of weights as it is now; None where there is none.
+
+        A file that looks unchanged isn't read again.
+        """
+        path = self.weights_file
+        if path is None or not Path(path).is_file():
+            return None
+        return digests([path], Path(self.config.platform.cache, DIRECTORY))[path]
+
+    def loaded_weights(self) -> str | None:
+        """Return the SHA-256 of the file that the network was built from; None: it was replaced."""
+        if self.weights_digest == self.digest_weights():
+            return self.weights_digest
+        return None
+
+    def knows_weights(self, result: dict[str, Any]) -> bool:
+        """Return whether the file of weights would give the network that gave this result.
+
+        It would, where its bytes are the same, and the libraries that build the network.
+        """
+        built = str(result["identity"].get("weights.versions"))
+        libraries = [each.split(" ")[0] for each in built.split(", ") if each != "none"]
+        try:
+            now = [f"{library} {version(library)}" for library in libraries]
+        except PackageNotFoundError:
+            return False
+        same = ", ".join(now) or "none"
+        given = result.get("weights_file")
+        return given is not None and given == self.weights_digest and same == built
 
     def check_identity(
         self, then: dict[str, Any], now: dict[str, Any], images: ImageFolder
@@ -121,21 +165,24 @@ class Run:
 
     def _changes(self, then: dict[str, Any], images: ImageFolder) -> str:
         """Return which pictures have changed, as far as that was noted: ": ..."."""
-        try:
-            noted, _ = journal.parse((self.checkpoints / PICTURES).read_bytes())
-        except OSError:
-            return ""
-        before = [(split, name, content, path) for split, name, content, path in noted]
-        if of_samples(before) != then["pictures"]:
+        before = self.noted_pictures(then)
+        if before is None:
             return ""
         return f": {changes(before, samples(images))}"
 
+    def noted_pictures(self, then: dict[str, Any]) -> list[Sample] | None:
+        """Return the pictures that were noted beside the checkpoints; None where those are others.
+
+        then: of `identity`.
+        """
+        before = noted(self.checkpoints / INDEX)
+        if before is None or of_samples(before) != then["pictures"]:
+            return None
+        return before
+
     def note_pictures(self, images: ImageFolder) -> None:
         """Write beside the checkpoints of which pictures they are, to name those that change."""
-        path, lines = self.checkpoints / PICTURES, journal.lines(samples(images))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.read_bytes() != lines:
-            files.write(path, lines)
+        note(self.checkpoints / INDEX, samples(images))
 
     def result(self) -> dict[str, Any] | None:
         """Return what the complete run wrote last, or None."""

@@ -22,6 +22,7 @@ from trainer.distributed.world import Action, World
 from trainer.images.augment import Augmentation
 from trainer.images.care import Findings
 from trainer.images.folder import ImageFolder
+from trainer.images.identity import of_images
 from trainer.images.loader import MIRRORED, PLAIN, Batch, ImageLoader, Loader, Reader
 from trainer.images.mixup import Mixing, mix
 from trainer.images.sampler import Share
@@ -155,7 +156,7 @@ class Training:
             shares = torch.from_numpy(counts).clamp(min=1) / counts.sum()
             self.log_prior = shares.log().float().to(machine.device)
         self.facts: dict[str, Any] = {
-            "identity": run.identity(loader.folder, network),
+            "identity": run.identity(of_images(loader.folder), network),
             "classes": list(loader.folder.classes),
             "environment": machine.environment(),
         }
@@ -542,16 +543,6 @@ def prepare_machine(config: Config, world: World) -> Machine:
     )
     if config.train.compile:
         device.check_compiler(machine.device)
-    if world.size == 1 and machine.device.type == "cuda":
-        gpus = torch.cuda.device_count()
-        if gpus > 1:
-            log.warning(
-                "one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer "
-                "(make train GPUS=%d) uses all",
-                gpus,
-                gpus,
-                gpus,
-            )
     return machine
 
 
@@ -584,6 +575,16 @@ def build_network(run: Run, images: ImageFolder, machine: Machine) -> Classifier
     weights.warn_of_scratch(config, parameters, len(images.splits["train"].paths))
     if network.averages_flip:
         log.info("train.tta=flip: each picture is evaluated and served twice, in twice the time")
+    if world.size == 1 and machine.device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus > 1:
+            log.warning(
+                "one of %d GPUs is used; torchrun --nproc_per_node=%d -m trainer "
+                "(make train GPUS=%d) uses all",
+                gpus,
+                gpus,
+                gpus,
+            )
     if world.size > 1:
         mode = "fast" if config.train.exact_shards is None else f"exact, in {share.shards} shards"
         hosts = "host" if world.hosts == 1 else "hosts"

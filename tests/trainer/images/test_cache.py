@@ -188,6 +188,40 @@ def test_a_second_run_opens_no_picture(tmp_path, shared_pictures, decoded):
     check(check_later, shared_pictures)
 
 
+def test_pictures_whose_digests_are_known_are_not_hashed_once_more(
+    tmp_path, own_pictures, monkeypatch
+):
+    memo, hashed = tmp_path / "store digests", []
+    known = identity.digests(own_pictures, memo)
+    of_bytes = identity.of_bytes
+    monkeypatch.setattr(identity, "of_bytes", lambda data: hashed.append(data) or of_bytes(data))
+    changed = own_pictures[3]
+    os.utime(changed)
+    settle(own_pictures)
+    result = packed(own_pictures, tmp_path / "store")
+    check(result, own_pictures)
+    assert result.digests == known
+    read = {Path(path).read_bytes(): path for path in own_pictures}
+    assert [read[data] for data in hashed if data in read] == [changed]
+
+
+def test_a_picture_that_changes_while_it_is_read_is_hashed_as_it_was_read(
+    tmp_path, own_pictures, monkeypatch
+):
+    """Its digest was known: pixels and digest must be of the same bytes all the same."""
+    identity.digests(own_pictures, tmp_path / "store digests")
+    reading, target, other = cache.read, own_pictures[0], Path(own_pictures[1]).read_bytes()
+
+    def read(path):
+        if path == target:
+            Path(path).write_bytes(other)
+        return reading(path)
+
+    monkeypatch.setattr(cache, "read", read)
+    result = packed(own_pictures, tmp_path / "store", workers=0)
+    assert result.digests[target] == identity.of_bytes(other)
+
+
 def test_touched_copied_and_moved_pictures_are_not_decoded_again(tmp_path, own_pictures, decoded):
     packed(own_pictures, tmp_path / "store")
     Path(own_pictures[0]).touch()
@@ -698,7 +732,7 @@ def test_the_limit_is_held_by_an_estimate_from_a_sample(tmp_path, shared_picture
     size = sum(shrink(path, RESIZE, "bilinear").nbytes for path in shared_pictures)
     with pytest.raises(
         TooLarge,
-        match=r"20 pictures need about .* GB, and 0 GB of the .* GB allowed are used; "
+        match=r"20 pictures need about .* MB, and 0 MB of the .* MB allowed are used; "
         "give data.cache=none",
     ):
         packed(shared_pictures, tmp_path, max_bytes=size)
@@ -729,7 +763,7 @@ def test_a_disk_too_small_is_named_with_its_room_before_anything_is_written(
     small_disk, shared_pictures
 ):
     with pytest.raises(
-        TooLarge, match=r"need about 0.0.* GB, and 0.00\d* GB are free.*platform.cache=DIR"
+        TooLarge, match=r"need about \d.* MB, and \d.* MB are free.*platform.cache=DIR"
     ) as error:
         packed(shared_pictures, small_disk / "store", resize=200)
     assert str(error.value).startswith(str(small_disk))

@@ -3,6 +3,7 @@ import functools
 import hashlib
 import http.server
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
 from tests.conftest import make_pictures
+from trainer.common.console import log
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop
 from trainer.images import identity
@@ -354,6 +356,19 @@ def test_an_archive_may_stand_for_one_split(own, configure):
     words = ("data.root=own", "data.test=test.tar", "platform.cache=cache")
     images = find_images(configure(*words))
     assert all(path.startswith("cache/") for path in images.splits["test"].paths)
+
+
+def test_a_share_of_train_that_nobody_asks_for_is_told(own, configure, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    words = ("data.root=own", "data.valid_fraction=0.4", "platform.cache=cache")
+    told = "data.valid_fraction=0.4 has no effect"
+    find_images(configure(*words))
+    assert told not in caplog.text  # nobody gave it
+    find_images(configure(*words), words=words)
+    assert caplog.text.count(told) == 1
+    shutil.rmtree("own/val")
+    images = find_images(configure(*words), words=words)
+    assert counts(images) == {"train": 6, "valid": 6, "test": 3} and caplog.text.count(told) == 1
 
 
 def test_unpacking_stops_when_asked(own, configure):

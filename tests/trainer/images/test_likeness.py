@@ -5,7 +5,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.trainer.scenes import scene
 from trainer.images import likeness
@@ -38,8 +38,21 @@ def shifted(image: Image.Image, down: int, right: int) -> Image.Image:
         lambda image: image.crop((3, 3, *image.size)),
         lambda image: image.point(lambda value: value * 3 // 4),
         lambda image: image.convert("L").convert("RGB"),
+        ImageOps.mirror,
+        lambda image: saved(shifted(ImageOps.mirror(image), 3, -3), 40),
     ],
-    ids=["saved", "smaller", "squeezed", "shifted", "shifted twice", "cut", "darker", "grey"],
+    ids=[
+        "saved",
+        "smaller",
+        "squeezed",
+        "shifted",
+        "shifted twice",
+        "cut",
+        "darker",
+        "grey",
+        "mirrored",
+        "mirrored, shifted and saved",
+    ],
 )
 def test_what_was_made_of_an_image_is_nearly_the_same(change: Callable[..., Image.Image]):
     scenes = [scene(seed) for seed in range(6)]
@@ -48,6 +61,15 @@ def test_what_was_made_of_an_image_is_nearly_the_same(change: Callable[..., Imag
 
 def test_another_image_is_not():
     assert pairs(*map(scene, range(40))) == set()
+
+
+def test_an_images_own_two_halves_make_no_pair():
+    image = scene(0)
+    image.paste(
+        ImageOps.mirror(image.crop((0, 0, image.width // 2, image.height))),
+        (image.width - image.width // 2, 0),
+    )
+    assert pairs(image, *map(scene, range(1, 6))) == set()
 
 
 def test_many_copies_of_one_all_belong_together():

@@ -23,7 +23,7 @@ from trainer.common.paths import expanded
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings.compose import CONF, check, compose, explain_settings, first_trial, resolve
-from trainer.settings.words import parse, readable
+from trainer.settings.words import is_one_path, parse, readable
 
 SETTINGS = settings.schema()
 PATHS = [key for key, entry in SETTINGS.items() if entry.metadata["path"]]
@@ -53,6 +53,22 @@ def test_a_word_read_once_more_means_the_same_in_a_run_and_in_a_sweep(name):
         fixed, swept = space.split([f"{key}={name}", "optim.lr=1,2"])
         if "," not in name or key.startswith("platform."):
             assert fixed == [word] and set(swept) == {"optim.lr"}
+
+
+def test_a_comma_in_a_sweeps_path_is_one_where_the_whole_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a,b", "a b,c", "a,b(1)"):
+        (tmp_path / name).mkdir()
+        for path in (name, f"~/{name}"):
+            fixed, swept = space.split([f"data.root={path}", "optim.lr=1,2"])
+            assert [each.value() for each in parse(fixed)] == [path] and set(swept) == {"optim.lr"}
+            assert is_one_path(f"data.root={path}")
+    fixed, swept = space.split(["data.root='a,b'"])
+    assert parse(fixed)[0].value() == "a,b" and not swept
+    for word in ("data.root=a,c", "data.root='a,b','a b,c'", "seed=1,2", "data.root=a\0b,c"):
+        assert not is_one_path(word)
+    assert set(space.split(["data.root=a,c"])[1]) == {"data.root"}
 
 
 @hypothesis_settings(max_examples=300, deadline=None)

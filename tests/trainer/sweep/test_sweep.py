@@ -323,6 +323,37 @@ def test_a_setting_that_must_be_given_may_be_the_one_that_is_swept(tmp_path):
     assert {state for state, _ in ledger(tmp_path / "runs/swept").values()} == {"complete"}
 
 
+def test_pictures_that_change_between_trials_stop_the_sweep_and_nothing_is_lost(tmp_path, pictures):
+    shutil.copytree(pictures, tmp_path / "own")
+    one, other = (tmp_path / f"own/train/{name}/003.png" for name in ("circle", "square"))
+    before = one.read_bytes()
+    fixed = ("name=changed", "train.epochs=12", "platform.cache=cache", "optim.lr=1e-3,1e-2")
+    arguments = command(Path("own"), *fixed)
+    process = start_trainer(tmp_path, "-m", *arguments)
+    sweep = tmp_path / "runs/changed"
+    assert wait_for(lambda: (sweep / "0000/metrics.jsonl").exists())
+    shutil.copy(other, one)  # which the first trial has packed
+    output, _ = process.communicate(timeout=600)
+    said = (
+        "error: runs/changed: the pictures have changed since this sweep began: "
+        "1 changed: train/circle/003.png; bring them back"
+    )
+    assert process.returncode == MISTAKE and output.splitlines()[-1].startswith(said), output
+    assert {number: state for number, (state, _) in ledger(sweep).items()} == {
+        0: "complete", 1: "running"
+    }  # fmt: skip
+    one.write_bytes(before)
+    code, output = run_trainer(tmp_path, "-m", *arguments)
+    assert code == OK and "trial 0:" not in output and "trial 1 complete" in output, output
+    (tmp_path / "own/test/circle/new.png").write_bytes(before)
+    code, output = run_trainer(tmp_path, "-m", *arguments)
+    assert code == MISTAKE and output.splitlines()[-1].split(": ")[3:5] == [
+        "1 new",
+        "test/circle/new.png; bring them back and start the same command again, "
+        "or start a new sweep with another name=...",
+    ]  # before the best one is named
+
+
 def test_asked_to_stop_it_saves_and_goes_on(tmp_path, pictures):
     arguments = command(
         pictures, "name=stopped", "train.epochs=400", "platform.cache=cache", "optim.lr=1e-3,1e-2"

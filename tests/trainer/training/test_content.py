@@ -24,11 +24,11 @@ from trainer import __main__ as trainer
 from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.distributed.world import World
-from trainer.images import identity
+from trainer.images import cache, identity
 from trainer.network import features
 from trainer.network.build import build
-from trainer.results import outcome
-from trainer.training import checkpoint
+from trainer.results import early, outcome
+from trainer.training import checkpoint, training
 from trainer.training.checkpoints import Checkpoints
 
 SETTINGS = (
@@ -114,11 +114,12 @@ def kill_after_the_first_epoch(run: Path) -> None:
 def stage(tmp_path, monkeypatch, configure) -> Callable[..., Scene]:
     came: list[Trained] = []
 
-    def build_package(training: Any, tested: Any) -> None:
-        came.append({name: each.clone() for name, each in training.network.state_dict().items()})
+    def build_package(run: Any, tested: Any) -> None:
+        came.append({name: each.clone() for name, each in run.network.state_dict().items()})
 
     monkeypatch.setattr(Checkpoints, "due", lambda self, epoch_ends=False: epoch_ends)
     monkeypatch.setattr(outcome, "build_package", build_package)
+    monkeypatch.setattr(early, "check_package", lambda *arguments: None)
     monkeypatch.setattr(outcome, "write_report", lambda *arguments: None)
     monkeypatch.setattr(identity, "TICK", 0)  # trusted at once: each harm comes later than a tick
     monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
@@ -338,6 +339,29 @@ def test_a_complete_run_is_complete_for_its_own_content_alone(stage):
             with pytest.raises(UserError, match=f"{said}.*since|since.*{said}"):
                 scene.train()
         scene.restore()
+
+
+def test_a_complete_run_decodes_and_builds_nothing_to_say_so(stage, monkeypatch):
+    scene = stage("features", kill=False)
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError(arguments)
+
+    train = scene.place / "pictures/train/circle"
+    monkeypatch.setattr(training, "new_network", never)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "shrink", never)
+        for harm in (touched, renamed):
+            harm(train / "1.bmp", random.Random(0))
+        touched(scene.place / "weights/small.safetensors", random.Random(0))
+        scene.train()
+        shutil.rmtree(scene.place / "cache")
+        scene.train()
+    (train / "broken.bmp").write_bytes(b"no picture")
+    scene.train()  # another that can't be used
+    draw(train / "new.bmp", 77)
+    with pytest.raises(UserError, match=r"1 new: train/circle/new\.bmp"):
+        scene.train()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
