@@ -17,7 +17,7 @@ from trainer.common import files
 from trainer.common.errors import TRANSIENT, Unreadable, UserError
 from trainer.common.model_package import is_package
 from trainer.images.identity import of_weights
-from trainer.network.weight_files import fill, head_of, state_dict
+from trainer.network.weight_files import AUXILIARY, fill, head_of, state_dict
 from trainer.network.weight_folder import is_file, looked_for
 from trainer.network.weights import import_timm, torchvision_weights
 from trainer.settings.config import PLAIN
@@ -260,11 +260,8 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
     import torchvision  # imported here: it doubles the start-up time of a run that needs none
 
     extra: dict[str, Any] = {}
-    if name in TRANSFORMING:
-        # Their auxiliary classifiers only matter when they are trained from scratch on ImageNet.
-        extra["aux_logits"] = False
-        if published is None:
-            extra["init_weights"] = weights is None
+    if name in TRANSFORMING and published is None:
+        extra = {"aux_logits": False, "init_weights": weights is None}
     try:
         network = _patiently(lambda: torchvision.models.get_model(name, weights=published, **extra))
     except OSError as error:  # urllib's URLError is one
@@ -278,6 +275,11 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
             f"model.weights={weights}: the copy of the weights in "
             f"{torch.hub.get_dir()}/checkpoints is damaged; delete it and start again"
         ) from error
+    if name in TRANSFORMING:
+        # The auxiliary classifiers only matter when it is trained from scratch on ImageNet.
+        network.aux_logits = False
+        for auxiliary in AUXILIARY:
+            setattr(network, auxiliary, None)
     head, features = _find_head(network)
     if weights is not None and published is None:
         fill(network, state_dict(name, weights), weights, [head])
