@@ -184,6 +184,8 @@ def _small_cnn(name: str, weights: str | None, size: int | None) -> tuple[nn.Mod
         nn.Flatten(),
     )
     if weights is not None:
+        if not is_file(weights):
+            raise Absent("nobody publishes any")
         fill(backbone, state_dict(name, weights), weights)
     return backbone, 128 * 9
 
