@@ -201,20 +201,40 @@ def _timm(name: str, weights: str | None, size: int | None) -> tuple[nn.Module, 
     try:
         backbone = _patiently(lambda: _timm_backbone(name, weights is not None and not local, size))
     except (OSError, RuntimeError) as error:
+        if "in loading state_dict" in str(error):
+            raise _bound(name, weights, size) from error
         raise Absent(str(error)) from error
     if local:
         assert weights is not None
         # timm's own, for files of the networks' authors, and for another number of patches.
         adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
         heads = backbone.default_cfg.get("classifier") or ()
-        fill(
-            backbone,
-            state_dict(name, weights),
-            weights,
-            [heads] if isinstance(heads, str) else heads,
-            partial(adapt, model=backbone) if adapt else None,
-        )
+        if isinstance(heads, str):
+            heads = [heads]
+        state = state_dict(name, weights)
+        adapts = partial(adapt, model=backbone) if adapt else None
+        try:
+            fill(backbone, state, weights, heads, adapts)
+        except UserError as error:
+            if "another shape" in str(error) and not _is_usual(name, size):
+                raise _bound(name, weights, size) from error
+            raise
     return backbone, _width(backbone, name, size)
+
+
+def _bound(name: str, weights: str | None, size: int | None) -> UserError:
+    return UserError(
+        f"model.weights={weights} doesn't fit {name} for pictures of data.size={size}: "
+        "leave data.size out, for the size that they were trained for, or check model.name"
+    )
+
+
+def _is_usual(name: str, size: int | None) -> bool:
+    """Return whether a timm network was made for squares of `size` px; None: yes."""
+    made_for = import_timm(name).get_pretrained_cfg(
+        name.removeprefix("timm/"), allow_unregistered=True
+    )
+    return size is None or made_for is None or tuple(made_for.input_size[1:]) == (size, size)
 
 
 def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
@@ -222,8 +242,7 @@ def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
     timm = import_timm(name)
     short = name.removeprefix("timm/")
     usual = timm.get_pretrained_cfg(short, allow_unregistered=True)
-    others = size is not None and usual is not None and usual.input_size[1:] != (size, size)
-    if others and usual.fixed_input_size:
+    if usual is not None and usual.fixed_input_size and not _is_usual(name, size):
         try:
             return timm.create_model(short, num_classes=0, pretrained=pretrained, img_size=size)
         except TypeError as error:  # of a network whose size can't be chosen
