@@ -176,7 +176,7 @@ def test_a_run_with_it_names_the_file_its_source_and_its_licence(pictures, tmp_p
     (folder / "small_cnn_mine.json").write_text(json.dumps(note))
     words = (
         f"data.root={pictures}", "model=small_cnn", "model.weights=DEFAULT",
-        f"model.weights_dir={folder}", "train.epochs=1", "platform=local", "name=run",
+        "model.weights_dir=weights", "train.epochs=1", "platform=local", "name=run",
     )  # fmt: skip
     code, said = run_trainer(tmp_path, *words)
     assert code == OK, said
@@ -184,7 +184,7 @@ def test_a_run_with_it_names_the_file_its_source_and_its_licence(pictures, tmp_p
     assert "assumed: data.interpolation=bilinear, model.std=[0.5,0.5,0.5]\n" in said
     assert "small_cnn_mine.pth is taken for small_cnn, by the beginning of its name" in said
     written = yaml.safe_load((tmp_path / "runs/run/config.yaml").read_text())
-    assert written["model"]["weights"] == f"{folder}/small_cnn_mine.pth"
+    assert written["model"]["weights"] == "weights/small_cnn_mine.pth"
     assert (written["data"]["size"], written["data"]["resize"]) == (16, 32)
     assert written["model"]["mean"] == [0.4, 0.5, 0.6]
     identity = json.loads((tmp_path / "runs/run/result.json").read_text())["identity"]
@@ -193,7 +193,7 @@ def test_a_run_with_it_names_the_file_its_source_and_its_licence(pictures, tmp_p
     assert packaged["weights"] == {"source": "a friend", "licence": "MIT"}
     # The same file in another place is the same run; other content is not.
     folder.rename(tmp_path / "moved")
-    moved = [word.replace(str(folder), str(tmp_path / "moved")) for word in words]
+    moved = [word.replace("weights_dir=weights", "weights_dir=moved") for word in words]
     code, said = run_trainer(tmp_path, *moved)
     assert code == OK and "this run is complete" in said, said
     torch.save(build("small_cnn", 3).backbone.state_dict(), tmp_path / "moved/small_cnn_mine.pth")
