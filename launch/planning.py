@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.instance_types import processes
-from launch.targets.spec import NO_ACCOUNT, load_config, resolved, run_id
+from launch.targets.spec import NO_ACCOUNT, load_config, only_here, resolved, run_id
 from trainer.common.errors import UserError
 from trainer.common.git import revision
 from trainer.settings import config as settings
@@ -165,13 +164,12 @@ def check_same(before: Attempt, spec: Spec) -> None:
 def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
     """Return what `submit` would stop at, each with its remedy. Raise AwsError."""
     lines = []
-    spec, weights = plan.spec, plan.spec.config.model.weights
-    if weights and Path(weights).is_file() and not weights.startswith("/opt/"):
-        folder = spec.data_root or "/opt/ml/input/data/training"
-        typed = shlex.quote(f"model.weights={folder}/{Path(weights).name}")
+    spec = plan.spec
+    folder = spec.data_root or "/opt/ml/input/data/training"
+    for given, instead in only_here(spec.config, folder):
         lines.append(
-            f"model.weights={weights} is a file of this machine: put it into the folder of "
-            f"pictures, and give {typed}"
+            f"{given} is on this machine alone: put it into the folder of pictures, "
+            f"and give {instead}"
         )
     if plan.price.on_demand is None:
         lines.append(

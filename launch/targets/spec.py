@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +138,20 @@ def _resolved(target: str, overrides: tuple[str, ...], data: Path | None) -> Res
         if data:
             words.append(override("data.root", str(data)))
         return resolve(words)
+
+
+def only_here(config: Config, folder: str) -> list[tuple[str, str]]:
+    """Return the settings that name weights of this machine, which a job would not find.
+
+    Each as it was given, and as it is to be given where they lie in the folder of pictures, which
+    the job has as `folder`.
+    """
+    named = {"model.weights": config.model.weights, "model.weights_dir": config.model.weights_dir}
+    return [
+        (f"{key}={place}", shlex.quote(f"{key}={folder}/{Path(place).name}"))
+        for key, place in named.items()
+        if place and Path(place).exists() and not place.startswith("/opt/")
+    ]
 
 
 def _check_table(labels: str, data: Path | None) -> None:

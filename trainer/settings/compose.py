@@ -192,8 +192,8 @@ def _network_of_package(
     if "model.weights" not in given or weights is None or given & {"model", "model.name"}:
         return None
     path = expanded(str(weights))
-    if not model_package.is_package(path):
-        return None
+    if not Path(path).exists() or not model_package.is_package(path):
+        return None  # a job on another machine has it, perhaps
     name = model_package.manifest(path)["config"]["model.name"]
     return override("model.name", name), f"the network of model.weights={weights}"
 
