@@ -16,7 +16,15 @@ from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.instance_types import processes
-from launch.targets.spec import NO_ACCOUNT, load_config, only_here, resolved, run_id
+from launch.targets.spec import (
+    NO_ACCOUNT,
+    load_config,
+    only_here,
+    resolved,
+    run_id,
+    weights_folder,
+    weights_name,
+)
 from trainer.common.errors import UserError
 from trainer.common.git import revision
 from trainer.settings import config as settings
@@ -94,6 +102,7 @@ def prepare(
         source=hashlib.sha256(tarball).hexdigest(),
         revision=revision(),
         extras=tuple(extras),
+        weights=weights_name(weights_folder(target, overrides, data)),
     )
     return next_attempt(aws, spec, tarball, again)
 
@@ -253,6 +262,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
         "uploads": {
             "source": f"{spec.uri('source', spec.source)}.tar.gz",
             "data": spec.uri("data", spec.data) if spec.data and data else None,
+            "weights": spec.uri("data", spec.weights) if spec.weights else None,
         },
         "requests": [dataclasses.asdict(request) for request in plan.requests],
         "cost": cost(plan, spec.kind.spot_price(aws, spec) if aws else None),

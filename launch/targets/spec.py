@@ -95,6 +95,9 @@ def load_config(
     given. Raise UserError.
     """
     composed = copy.deepcopy(resolved(target, overrides, data).composed)
+    weights = weights_name(weights_folder(target, overrides, data))
+    if weights is not None:
+        composed.model.weights_dir = targets()[target.name].weights_root(weights)
     if composed.data.source != "folder":
         if data is not None:
             raise UserError(
@@ -138,6 +141,27 @@ def _resolved(target: str, overrides: tuple[str, ...], data: Path | None) -> Res
         if data:
             words.append(override("data.root", str(data)))
         return resolve(words)
+
+
+def weights_folder(
+    target: TargetConfig, overrides: Sequence[str], data: Path | None = None
+) -> Path | None:
+    """Return the folder of weights that travels to the job: model.weights_dir, where it is here.
+
+    None where there is none, or it is a path of the job's own. Raise UserError.
+    """
+    given = resolved(target, overrides, data).composed.model.weights_dir
+    if given is None or str(given).startswith("/opt/"):
+        return None
+    folder = Path(expanded(str(given)))
+    if not folder.is_dir():
+        raise UserError(f"model.weights_dir={given}: there is no such folder")
+    return folder
+
+
+def weights_name(folder: Path | None) -> str | None:
+    """Return where a folder of weights lies in the bucket, data/NAME/, as the pictures do."""
+    return None if folder is None else pictures_name(folder)
 
 
 def only_here(config: Config, folder: str) -> list[tuple[str, str]]:
