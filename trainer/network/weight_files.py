@@ -62,7 +62,7 @@ def state_dict(name: str, weights: str) -> State:
         "saved by torch.save(model.state_dict(), FILE) or as safetensors"
     )
     if model_package.is_package(weights):
-        state: Any = load(model_package.tensors(weights))
+        state: Any = model_package.network(weights, load(model_package.tensors(weights)))
     else:
         path = Path(weights)
         if not files.patiently(path, path.is_file):

@@ -323,7 +323,12 @@ def _of_package(name: str, weights: str) -> Wants:
     # imported here: few runs need it. NumPy's, since PyTorch may not be loaded yet.
     from safetensors.numpy import load
 
-    tensors = load(model_package.tensors(weights))
+    tensors = model_package.network(weights, load(model_package.tensors(weights)))
+    if "mean" not in tensors:
+        raise UserError(
+            f"model.weights={weights}: the checkpoints of a frozen backbone hold the head alone; "
+            "go on with that run until it is complete, and give its package"
+        )
     # Its buffers, since the setting's values aren't all (see build.build).
     mean, std = (
         tuple(round(float(value) / 255, 6) for value in tensors[key].flatten())

@@ -96,6 +96,37 @@ def test_a_package_in_each_form_gives_its_network_and_head(cwd, pictures, config
     assert all(torch.allclose(own[name], packaged[name], rtol=1e-6) for name in own)
 
 
+@pytest.mark.parametrize("form", ["runs/first", "runs/first/checkpoints", "saved/step-00000018"])
+def test_the_best_weights_of_checkpoints_are_a_start_too(cwd, pictures, configure, form):
+    """Of a run that isn't complete: the same network, preprocessing and head."""
+    with tarfile.open("runs/first/model.tar.gz") as archive:
+        archive.extractall("unpacked", filter="data")
+    Path("runs/first/model.tar.gz").unlink()
+    newest = sorted(Path("runs/first/checkpoints").glob("step-*"))[-1]
+    if form.startswith("saved"):
+        shutil.copytree(newest, form)
+    config = configure(f"data.root={pictures}", f"model.weights={form}")
+    images = find_images(config)
+    config = weights.resolve(config, images)
+    assert (config.model.name, config.data.size, config.data.resize) == ("small_cnn", 16, 20)
+    assert config.model.mean == [0.4, 0.5, 0.6] and weights.keeps_head(config, images.classes)
+    assert weights.provenance(config)["source"] == f"{form} (from scratch)"
+    network = build.build("small_cnn", 3, weights=form, keep_head=True, head_hidden=8)
+    packaged, own = load_file("unpacked/model.safetensors"), network.state_dict()
+    assert all(
+        torch.equal(own[name], packaged[name]) for name in own if name not in ("mean", "std")
+    )
+
+
+def test_checkpoints_of_a_head_alone_are_one_line(cwd, pictures):
+    words = ("model.weights=runs/first", "train.epochs=1")
+    code, said = more(cwd, pictures, *words)
+    assert code == OK, said
+    (cwd / "runs/more/model.tar.gz").unlink()
+    code, said = more(cwd, pictures, "model.weights=runs/more", "name=third")
+    assert code == MISTAKE and "hold the head alone; go on with that run until" in said
+
+
 def test_other_classes_get_a_new_head(cwd, pictures, configure, caplog):
     caplog.set_level("INFO", "packhorse")
     other = make_pictures(cwd / "other", {"train": 8, "valid": 3}, classes=("a", "b"))
@@ -135,9 +166,14 @@ def other_archive(path: Path) -> None:
         archive.add("runs/first/config.yaml", "config.yaml")
 
 
+def no_result(path: Path) -> None:
+    path.unlink()
+    shutil.rmtree(path.parent / "checkpoints")
+
+
 WRONG = {
     "another model": (None, ("model=resnet50",), "holds small_cnn, and the model here is resnet50"),
-    "an unfinished run": (Path.unlink, (), "a directory without a model package"),
+    "an unfinished run": (no_result, (), "a directory without a model package"),
     "cut off": (cut_off, (), "is damaged: not a whole gzipped tar archive"),
     "something else": (other_archive, (), "holds no package.json: it is no model package of ours"),
 }
@@ -159,7 +195,7 @@ def test_a_package_whose_tensors_were_changed_is_refused(cwd):
         archive.extractall("unpacked", filter="data")
     path = cwd / "unpacked/model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"abcd")
-    with pytest.raises(UserError, match="was changed after it was packaged"):
+    with pytest.raises(UserError, match="was changed after it was written"):
         model_package.tensors("unpacked")
 
 
