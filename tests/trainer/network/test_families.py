@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.common.errors import UserError
+from serving.package import load
+from tests.conftest import run_trainer
+from trainer.common.errors import OK, UserError
 from trainer.network import build as model
 
 timm = pytest.importorskip("timm")
@@ -57,6 +59,27 @@ def check_family(name: str, folder: Path) -> None:
     scale = theirs.abs().max().item()
     assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * scale), name
     model.check(network, f"timm/{name}", size, 2)
+
+
+def test_a_transformer_is_trained_at_another_size_and_goes_on(pictures, tmp_path):
+    """Its features are one token of many, its position embeddings those of the other size."""
+    (tmp_path / "weights").mkdir()
+    torch.manual_seed(0)
+    original = timm.create_model("test_vit", num_classes=10)
+    torch.save(original.state_dict(), tmp_path / "weights/timm--test_vit.pth")
+    words = (f"data.root={pictures}", "train.epochs=1", "platform=local")
+    code, said = run_trainer(
+        tmp_path, *words, "model.name=timm/test_vit", "model.weights_dir=weights", "data.size=32",
+        "name=first",
+    )  # fmt: skip
+    assert code == OK, said
+    package = tmp_path / "runs/first/model.tar.gz"
+    serving = load(package, backend="torch")
+    assert serving.difference <= serving.allowed
+    words += (f"model.weights={package}", "model.freeze=none", "data.size=48", "name=more")
+    code, said = run_trainer(tmp_path, *words)
+    assert code == OK, said
+    assert "its head goes on too" in said and "data.size=48, they were trained for 32" in said
 
 
 @pytest.mark.parametrize("name", QUICKLY)
