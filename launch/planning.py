@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,15 @@ from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.instance_types import processes
-from launch.targets.spec import NO_ACCOUNT, load_config, resolved, run_id
+from launch.targets.spec import (
+    NO_ACCOUNT,
+    load_config,
+    only_here,
+    resolved,
+    run_id,
+    weights_folder,
+    weights_name,
+)
 from trainer.common.errors import UserError
 from trainer.common.git import revision
 from trainer.settings import config as settings
@@ -95,6 +102,7 @@ def prepare(
         source=hashlib.sha256(tarball).hexdigest(),
         revision=revision(),
         extras=tuple(extras),
+        weights=weights_name(weights_folder(target, overrides, data)),
     )
     return next_attempt(aws, spec, tarball, again)
 
@@ -165,13 +173,12 @@ def check_same(before: Attempt, spec: Spec) -> None:
 def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
     """Return what `submit` would stop at, each with its remedy. Raise AwsError."""
     lines = []
-    spec, weights = plan.spec, plan.spec.config.model.weights
-    if weights and Path(weights).is_file() and not weights.startswith("/opt/"):
-        folder = spec.data_root or "/opt/ml/input/data/training"
-        typed = shlex.quote(f"model.weights={folder}/{Path(weights).name}")
+    spec = plan.spec
+    folder = spec.data_root or "/opt/ml/input/data/training"
+    for given, instead in only_here(spec.config, folder):
         lines.append(
-            f"model.weights={weights} is a file of this machine: put it into the folder of "
-            f"pictures, and give {typed}"
+            f"{given} is on this machine alone: put it into the folder of pictures, "
+            f"and give {instead}"
         )
     if plan.price.on_demand is None:
         lines.append(
@@ -255,6 +262,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
         "uploads": {
             "source": f"{spec.uri('source', spec.source)}.tar.gz",
             "data": spec.uri("data", spec.data) if spec.data and data else None,
+            "weights": spec.uri("data", spec.weights) if spec.weights else None,
         },
         "requests": [dataclasses.asdict(request) for request in plan.requests],
         "cost": cost(plan, spec.kind.spot_price(aws, spec) if aws else None),

@@ -18,6 +18,7 @@ from launch.targets import attempt as notes
 from launch.targets import base
 from launch.targets.attempt import TAKEN, Attempt, Phase, State
 from launch.targets.base import Spec
+from launch.targets.spec import weights_folder, weights_name
 from trainer.common.console import log
 from trainer.common.errors import FAULT, OK, RESUME, UserError
 
@@ -50,6 +51,9 @@ def submit(aws: Aws, plan: Plan, data: Path | None = None) -> Attempt:
         log.info("uploaded the code (%.1f MB) to %s", len(plan.source) / 1e6, spec.uri(key))
     if data is not None and spec.data is not None:
         s3.upload_folder(aws, data, f"data/{spec.data}/")
+    weights = weights_folder(spec.target, spec.overrides, data)
+    if weights is not None and weights_name(weights) == spec.weights:
+        s3.upload_folder(aws, weights, f"data/{spec.weights}/")
     return carry_out(aws, plan)
 
 

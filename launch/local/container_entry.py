@@ -23,8 +23,8 @@ if __name__ == "__main__":
 from launch.cloud import hyperparameters as codec  # noqa: E402
 from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, UserError  # noqa: E402
 
-# Channel -> the setting that says where its images lie. `training` holds the folders train,
-# valid and test.
+# Channel -> the setting that says where its images, or its weights, lie. `training` holds the
+# folders train, valid and test.
 CHANNELS = {
     "training": "data.root",
     "train": "data.train",
@@ -32,6 +32,7 @@ CHANNELS = {
     "val": "data.valid",
     "validation": "data.valid",
     "test": "data.test",
+    "weights": "model.weights_dir",
 }
 FAILURE_CHARACTERS = 1024  # as many of the failure file become the job's FailureReason
 
@@ -49,7 +50,7 @@ REMEDIES = {
         "rent a machine with a GPU (target.instance_type=ml.g4dn.xlarge), or give train.device=cpu"
     ),
     r"URLError|Temporary failure in name resolution|HTTPError": (
-        "the job has no network: give weights that lie with the data"
+        "the job has no network: give model.weights_dir=DIR, a folder of weights that travels there"
     ),
     r"no longer answers|exchange between the processes": (
         "see in the other hosts' logs (python -m launch logs) what ended first"
@@ -124,7 +125,7 @@ def overrides(environment: Mapping[str, str]) -> list[str]:
                     "leave one of them out"
                 )
         arguments.append(f"{CHANNELS[name]}='{directory}'")
-    if "data=folder" in arguments and not channels:
+    if "data=folder" in arguments and not set(channels) - {"weights"}:
         raise UserError(
             "data=folder: the job has no channel with pictures; give --data DIR, "
             "which makes the channel training"

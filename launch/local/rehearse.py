@@ -7,7 +7,6 @@ import importlib.util
 import math
 import random
 import re
-import shlex
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from launch.cloud.request import Request, check
 from launch.local.container_entry import CHANNELS
 from launch.local.sagemaker import Outcome, TrainingJob, scrape
 from launch.targets import sagemaker
+from launch.targets.spec import only_here
 from trainer.common.errors import UserError, install_command
 from trainer.images import table
 from trainer.images.names import SPLIT_NAMES
@@ -132,12 +132,10 @@ def preflight(
             )
     definition = jobs[0].definition
     _check_channels(definition, channels)
-    weights = config.model.weights
-    if weights and Path(weights).is_file():
-        place = f"model.weights=/opt/ml/input/data/{sagemaker.CHANNEL}/{Path(weights).name}"
+    for given, instead in only_here(config, f"/opt/ml/input/data/{sagemaker.CHANNEL}"):
         raise UserError(
-            f"model.weights={weights}: a job doesn't see this machine's files; "
-            f"put it into the folder of pictures, and give {shlex.quote(place)}"
+            f"{given}: a job doesn't see this machine's files; "
+            f"put it into the folder of pictures, and give {instead}"
         )
     _check_metrics(jobs[0], objective_of(request))
     place = definition["CheckpointConfig"].get("LocalPath")

@@ -57,6 +57,7 @@ class Spec:
     revision: str | None  # of git
     attempt: int = 1
     extras: tuple[str, ...] = ()  # of pyproject.toml, that the run needs
+    weights: str | None = None  # model.weights_dir is data/THIS/ in the bucket; None: there is none
 
     @property
     def kind(self) -> "Target":
@@ -94,6 +95,11 @@ class Spec:
         return None if self.data is None else self.kind.data_root(self.data)
 
     @property
+    def weights_root(self) -> str | None:
+        """The directory where the job finds the folder of weights; None: there is none."""
+        return None if self.weights is None else self.kind.weights_root(self.weights)
+
+    @property
     def instances(self) -> int:
         """How many machines one job takes: `instances` of its settings, where it has that."""
         return int(getattr(self.target, "instances", 1))
@@ -106,7 +112,8 @@ class Spec:
     @property
     def identity(self) -> dict[str, Any]:
         """What stays the same over all attempts at a run."""
-        return settings.identity(self.config) | {"target": self.target.name, "data": self.data}
+        places = {"target": self.target.name, "data": self.data, "weights": self.weights}
+        return settings.identity(self.config) | places
 
     def uri(self, *parts: str) -> str:
         return "/".join((f"s3://{self.bucket}", *parts))
@@ -144,6 +151,10 @@ class Target(ABC):
     @abstractmethod
     def data_root(self, data: str) -> str:
         """Return the directory in which a job finds the pictures data/`data`/ of the bucket."""
+
+    def weights_root(self, weights: str) -> str:
+        """Return the directory in which a job finds the weights data/`weights`/ of the bucket."""
+        return self.data_root(weights)
 
     def fixed(self, overrides: Sequence[str]) -> list[str]:
         """Return the trainer's overrides of the run's (first) training."""

@@ -267,6 +267,8 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         source_sha256=spec.source,
         data=spec.data or "",
         data_root=spec.data_root or "",
+        weights=spec.weights or "",
+        weights_root=spec.weights_root or "",
         extras=",".join(spec.extras) or "train",
         limit=limit,
         grace=min(GRACE, limit // 10),
@@ -305,6 +307,8 @@ def arguments(spec: Spec) -> list[str]:
     ]
     if spec.data_root:
         places.append(f"data.root={spec.data_root}")
+    if spec.weights_root:
+        places.append(f"model.weights_dir={spec.weights_root}")
     return [*spec.overrides, *places]
 
 

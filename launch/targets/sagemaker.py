@@ -71,8 +71,12 @@ ON_STOP = (
 
 CHECKPOINTS = "/opt/ml/checkpoints"  # as in conf/platform/sagemaker.yaml
 CHANNEL = "training"  # holds the folders train, valid and test
+WEIGHTS_CHANNEL = "weights"  # holds the files of model.weights_dir
 
-_NOT_FOR_A_JOB = re.compile(r"[+~]*(data\.(root|train|valid|test)|platform|sweep(\..*)?)(=.*)?")
+_NOT_FOR_A_JOB = re.compile(
+    r"[+~]*(data\.(root|train|valid|test)|platform|sweep(\..*)?)(=.*)?"
+    r"|[+]*model\.weights_dir=(?!/opt/).*"
+)
 
 
 class OnSageMaker(Target):
@@ -86,6 +90,9 @@ class OnSageMaker(Target):
 
     def data_root(self, data: str) -> str:
         return f"/opt/ml/input/data/{CHANNEL}"
+
+    def weights_root(self, weights: str) -> str:
+        return f"/opt/ml/input/data/{WEIGHTS_CHANNEL}"
 
     def described(self, aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
         """Return what SageMaker says of it; None where it doesn't list it."""
@@ -326,20 +333,29 @@ def start(spec: Spec, target: SageMakerConfig) -> dict[str, str]:
     return texts
 
 
-def definition(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
-    """Return what a training job and a trial of a tuning job have in common."""
-    channel = {
-        "ChannelName": CHANNEL,
+def channel(spec: Spec, name: str, place: str) -> dict[str, Any]:
+    """Return the channel that brings data/PLACE/ of the bucket into the container."""
+    return {
+        "ChannelName": name,
         "DataSource": {
             "S3DataSource": {
                 "S3DataType": "S3Prefix",
-                "S3Uri": spec.uri("data", f"{spec.data}/"),
+                "S3Uri": spec.uri("data", f"{place}/"),
                 "S3DataDistributionType": "FullyReplicated",
             }
         },
         "InputMode": "File",
     }
-    channels = {} if spec.data is None else {"InputDataConfig": [channel]}
+
+
+def definition(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
+    """Return what a training job and a trial of a tuning job have in common."""
+    inputs = [
+        channel(spec, name, place)
+        for name, place in ((CHANNEL, spec.data), (WEIGHTS_CHANNEL, spec.weights))
+        if place is not None
+    ]
+    channels = {"InputDataConfig": inputs} if inputs else {}
     limits = {"MaxRuntimeInSeconds": round(3600 * target.hours)}
     if target.spot:
         limits["MaxWaitTimeInSeconds"] = round(3600 * target.wait_hours)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,9 @@ def load_config(
     given. Raise UserError.
     """
     composed = copy.deepcopy(resolved(target, overrides, data).composed)
+    weights = weights_name(weights_folder(target, overrides, data))
+    if weights is not None:
+        composed.model.weights_dir = targets()[target.name].weights_root(weights)
     if composed.data.source != "folder":
         if data is not None:
             raise UserError(
@@ -137,6 +141,41 @@ def _resolved(target: str, overrides: tuple[str, ...], data: Path | None) -> Res
         if data:
             words.append(override("data.root", str(data)))
         return resolve(words)
+
+
+def weights_folder(
+    target: TargetConfig, overrides: Sequence[str], data: Path | None = None
+) -> Path | None:
+    """Return the folder of weights that travels to the job: model.weights_dir, where it is here.
+
+    None where there is none, or it is a path of the job's own. Raise UserError.
+    """
+    given = resolved(target, overrides, data).composed.model.weights_dir
+    if given is None or str(given).startswith("/opt/"):
+        return None
+    folder = Path(expanded(str(given)))
+    if not folder.is_dir():
+        raise UserError(f"model.weights_dir={given}: there is no such folder")
+    return folder
+
+
+def weights_name(folder: Path | None) -> str | None:
+    """Return where a folder of weights lies in the bucket, data/NAME/, as the pictures do."""
+    return None if folder is None else pictures_name(folder)
+
+
+def only_here(config: Config, folder: str) -> list[tuple[str, str]]:
+    """Return the settings that name weights of this machine, which a job would not find.
+
+    Each as it was given, and as it is to be given where they lie in the folder of pictures, which
+    the job has as `folder`.
+    """
+    named = {"model.weights": config.model.weights, "model.weights_dir": config.model.weights_dir}
+    return [
+        (f"{key}={place}", shlex.quote(f"{key}={folder}/{Path(place).name}"))
+        for key, place in named.items()
+        if place and Path(place).exists() and not place.startswith("/opt/")
+    ]
 
 
 def _check_table(labels: str, data: Path | None) -> None:

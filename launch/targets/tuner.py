@@ -127,6 +127,8 @@ def tuning_job(spec: Spec) -> Request:
     places = ["platform=sagemaker"]
     if spec.data_root:
         places.append(f"data.root={spec.data_root}")
+    if spec.weights_root:
+        places.append(f"model.weights_dir={spec.weights_root}")
     with explained(settings.keys()):
         check_options(sweep, [*fixed, *places], swept)
     tuned = {parameter.key for parameter in sweep.space}

@@ -62,6 +62,10 @@ fetch_and_train() {
     say "fetching the pictures"
     aws s3 sync --only-show-errors "$bucket/data/$data" "$data_root"
   fi
+  if [ -n "$weights" ]; then
+    say "fetching the weights"
+    aws s3 sync --only-show-errors "$bucket/data/$weights" "$weights_root"
+  fi
   if [ ! -d "$directory" ]; then # after a reboot the disk still has it, and newer than the bucket
     say "fetching what earlier attempts have saved"
     aws s3 sync --only-show-errors "$s3_run/output" "$scratch/restored"

@@ -16,7 +16,7 @@ from launch.local.sagemaker import INSIDE, LocalSageMaker, Outcome, namespaces
 from launch.planning import Plan
 from launch.planning import prepare as planned
 from launch.targets import sagemaker
-from launch.targets.spec import load_target, resolved, split_overrides
+from launch.targets.spec import load_target, resolved, split_overrides, weights_folder
 from trainer.common.arguments import typed_path, whole
 from trainer.common.console import command, log
 from trainer.common.errors import MISTAKE, OK, RESUME, UserError
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     plan, folder = prepare(options.overrides, options.data)
     spec, request = plan.spec, plan.requests[0]
     channels = {} if folder is None else {sagemaker.CHANNEL: folder}
+    weights = weights_folder(spec.target, spec.overrides, options.data)
+    if weights is not None:
+        channels[sagemaker.WEIGHTS_CHANNEL] = weights
     jobs = jobs_of(request, options.trials, spec.region)
     preflight(request, jobs, plan.source, channels, spec.config)
     directory = (options.directory or Path("runs/rehearsed") / spec.run).resolve()

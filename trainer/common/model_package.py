@@ -1,6 +1,7 @@
 """Our own model packages as a start: what a run's result holds, read without PyTorch.
 
-`trainer/results/package.py` writes them.
+`trainer/results/package.py` writes them. Where a run has none yet, its newest checkpoint's best
+weights are read (`trainer/training/checkpoint.py`).
 """
 
 import functools
@@ -21,6 +22,13 @@ TENSORS = "model.safetensors"
 ARCHIVE = "model.tar.gz"
 SETTINGS = "config.yaml"  # of a run, beside the archive
 FORMAT = 1  # of the manifest
+# A checkpoint's files: the state, and the best weights so far (absent before the first evaluation).
+STATE = ("state.json", "tensors.safetensors")
+BEST = ("best.json", "best.safetensors")
+TENSOR = "tensor:"  # begins a JSON string of theirs that stands for a tensor
+# The same for one kept as [N, H, W, C], as it lies in memory: reordering costs several times the
+# copy.
+CHANNELS_LAST = "channels_last:"
 DAMAGE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 
 
@@ -49,10 +57,38 @@ def tensors(weights: str) -> bytes:
 
     They are of the whole network, also where the package serves an int8 one. Raise as `manifest`.
     """
-    data = _read(weights, _place(weights), TENSORS)
-    if hashlib.sha256(data).hexdigest() != manifest(weights)["files"].get(TENSORS):
-        raise UserError(f"model.weights={weights}: {TENSORS} was changed after it was packaged")
+    place = _place(weights)
+    name = BEST[1] if _is_checkpoint(place) else TENSORS
+    data = _read(weights, place, name)
+    if hashlib.sha256(data).hexdigest() != manifest(weights)["files"].get(name):
+        raise UserError(f"model.weights={weights}: {name} was changed after it was written")
     return data
+
+
+def network(weights: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return a network's state dict of what `tensors` returned, loaded by any library.
+
+    Raise as `manifest`.
+    """
+    place = _place(weights)
+    if not _is_checkpoint(place):
+        return arrays
+    state: dict[str, Any] = join(json.loads(_read(weights, place, BEST[0])), arrays)["network"]
+    return state
+
+
+def join(node: Any, arrays: dict[str, Any]) -> Any:
+    """Return a checkpoint's nested state with its tensors in their places."""
+    if isinstance(node, str) and node.startswith(TENSOR):
+        return arrays[node.removeprefix(TENSOR)]
+    if isinstance(node, str) and node.startswith(CHANNELS_LAST):
+        kept = arrays[node.removeprefix(CHANNELS_LAST)]
+        return kept.swapaxes(2, 3).swapaxes(1, 2)  # PyTorch's tensors and NumPy's arrays have it
+    if isinstance(node, dict):
+        return {key: join(value, arrays) for key, value in node.items()}
+    if isinstance(node, list):
+        return [join(value, arrays) for value in node]
+    return node
 
 
 def _place(weights: str) -> Path:
@@ -66,15 +102,31 @@ def _place(weights: str) -> Path:
         return path
     if (path / ARCHIVE).is_file():
         return path / ARCHIVE
-    raise UserError(
-        f"model.weights={weights}: a directory without a model package ({ARCHIVE}, which a run "
-        "writes when it is complete); go on with that run first, or give a file of weights"
-    )
+    steps = [path, *_newest_first(path), *_newest_first(path / "checkpoints")]
+    best = next(filter(_is_checkpoint, steps), None)
+    if best is None:
+        raise UserError(
+            f"model.weights={weights}: a directory without a model package ({ARCHIVE}, which a run "
+            "writes when it is complete) or checkpoints; go on with that run first, "
+            "or give a file of weights"
+        )
+    return best
+
+
+def _newest_first(root: Path) -> list[Path]:
+    return sorted(root.glob("step-*"), reverse=True)
+
+
+def _is_checkpoint(place: Path) -> bool:
+    """Return whether a place is a checkpoint that holds best weights."""
+    return place.is_dir() and (place / BEST[0]).is_file()
 
 
 @functools.lru_cache(maxsize=8)
 def _manifest(weights: str, place: Path, changed: int, size: int) -> dict[str, Any]:
     """Return the manifest; `changed` and `size` tell a file from the one that was there before."""
+    if _is_checkpoint(place):
+        return _of_checkpoint(weights, place)
     data = _read(weights, place, MANIFEST)
     try:
         said = json.loads(data)
@@ -89,6 +141,26 @@ def _manifest(weights: str, place: Path, changed: int, size: int) -> dict[str, A
         )
     assert isinstance(said, dict)
     return said
+
+
+def _of_checkpoint(weights: str, place: Path) -> dict[str, Any]:
+    """Return what a package's manifest would say, of a checkpoint."""
+    try:
+        facts = json.loads(_read(weights, place, STATE[0]))["facts"]
+        listed = json.loads(_read(weights, place, "manifest.json"))["files"]
+        settings = facts["identity"]
+        source = "from scratch" if settings.get("model.weights", "") is None else None
+        return {
+            "classes": facts["classes"],
+            "config": settings,
+            "preprocessing": {
+                key: settings[f"data.{key}"] for key in ("resize", "size", "interpolation")
+            },
+            "weights": {"source": source, "licence": None},
+            "files": {name: entry["sha256"] for name, entry in listed.items()},
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model.weights={weights}: {place} is damaged") from error
 
 
 def _read(weights: str, place: Path, name: str) -> bytes:

@@ -17,7 +17,7 @@ from trainer.common import files
 from trainer.common.errors import TRANSIENT, Unreadable, UserError
 from trainer.common.model_package import is_package
 from trainer.images.identity import of_weights
-from trainer.network.weight_files import fill, head_of, state_dict
+from trainer.network.weight_files import AUXILIARY, fill, head_of, state_dict
 from trainer.network.weight_folder import is_file, looked_for
 from trainer.network.weights import import_timm, torchvision_weights
 from trainer.settings.config import PLAIN
@@ -200,6 +200,8 @@ def _small_cnn(name: str, weights: str | None, size: int | None) -> tuple[nn.Mod
         nn.Flatten(),
     )
     if weights is not None:
+        if not is_file(weights):
+            raise Absent("nobody publishes any")
         fill(backbone, state_dict(name, weights), weights)
     return backbone, 128 * 9
 
@@ -215,20 +217,40 @@ def _timm(name: str, weights: str | None, size: int | None) -> tuple[nn.Module, 
     try:
         backbone = _patiently(lambda: _timm_backbone(name, weights is not None and not local, size))
     except (OSError, RuntimeError) as error:
+        if "in loading state_dict" in str(error):
+            raise _bound(name, weights, size) from error
         raise Absent(str(error)) from error
     if local:
         assert weights is not None
         # timm's own, for files of the networks' authors, and for another number of patches.
         adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
         heads = backbone.default_cfg.get("classifier") or ()
-        fill(
-            backbone,
-            state_dict(name, weights),
-            weights,
-            [heads] if isinstance(heads, str) else heads,
-            partial(adapt, model=backbone) if adapt else None,
-        )
+        if isinstance(heads, str):
+            heads = [heads]
+        state = state_dict(name, weights)
+        adapts = partial(adapt, model=backbone) if adapt else None
+        try:
+            fill(backbone, state, weights, heads, adapts)
+        except UserError as error:
+            if "another shape" in str(error) and not _is_usual(name, size):
+                raise _bound(name, weights, size) from error
+            raise
     return backbone, _width(backbone, name, size)
+
+
+def _bound(name: str, weights: str | None, size: int | None) -> UserError:
+    return UserError(
+        f"model.weights={weights} doesn't fit {name} for pictures of data.size={size}: "
+        "leave data.size out, for the size that they were trained for, or check model.name"
+    )
+
+
+def _is_usual(name: str, size: int | None) -> bool:
+    """Return whether a timm network was made for squares of `size` px; None: yes."""
+    made_for = import_timm(name).get_pretrained_cfg(
+        name.removeprefix("timm/"), allow_unregistered=True
+    )
+    return size is None or made_for is None or tuple(made_for.input_size[1:]) == (size, size)
 
 
 def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
@@ -236,8 +258,7 @@ def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
     timm = import_timm(name)
     short = name.removeprefix("timm/")
     usual = timm.get_pretrained_cfg(short, allow_unregistered=True)
-    others = size is not None and usual is not None and usual.input_size[1:] != (size, size)
-    if others and usual.fixed_input_size:
+    if usual is not None and usual.fixed_input_size and not _is_usual(name, size):
         try:
             return timm.create_model(short, num_classes=0, pretrained=pretrained, img_size=size)
         except TypeError as error:  # of a network whose size can't be chosen
@@ -276,11 +297,8 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
     import torchvision  # imported here: it doubles the start-up time of a run that needs none
 
     extra: dict[str, Any] = {}
-    if name in TRANSFORMING:
-        # Their auxiliary classifiers only matter when they are trained from scratch on ImageNet.
-        extra["aux_logits"] = False
-        if published is None:
-            extra["init_weights"] = weights is None
+    if name in TRANSFORMING and published is None:
+        extra = {"aux_logits": False, "init_weights": weights is None}
     try:
         network = _patiently(lambda: torchvision.models.get_model(name, weights=published, **extra))
     except OSError as error:  # urllib's URLError is one
@@ -294,6 +312,11 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
             f"model.weights={weights}: the copy of the weights in "
             f"{torch.hub.get_dir()}/checkpoints is damaged; delete it and start again"
         ) from error
+    if name in TRANSFORMING:
+        # The auxiliary classifiers only matter when it is trained from scratch on ImageNet.
+        network.aux_logits = False
+        for auxiliary in AUXILIARY:
+            setattr(network, auxiliary, None)
     head, features = _find_head(network)
     if weights is not None and published is None:
         fill(network, state_dict(name, weights), weights, [head])

@@ -268,7 +268,8 @@ def compute(network: Classifier, batch: Batch, machine: Machine) -> NDArray[np.f
     image = functional.pad(batch.image, (0, 0, 0, 0, 0, 0, 0, missing))
     with machine.autocast():
         features = network.features(image.to(machine.device, non_blocking=True))
-    array: NDArray[np.float32] = features[: len(batch.image)].float().cpu().numpy()
+    rows = features[: len(batch.image)].float().cpu()
+    array: NDArray[np.float32] = rows.contiguous().numpy()  # a ViT's are one token of many
     return array
 
 

@@ -5,6 +5,7 @@ file is run.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -61,7 +62,7 @@ def state_dict(name: str, weights: str) -> State:
         "saved by torch.save(model.state_dict(), FILE) or as safetensors"
     )
     if model_package.is_package(weights):
-        state: Any = load(model_package.tensors(weights))
+        state: Any = model_package.network(weights, load(model_package.tensors(weights)))
     else:
         path = Path(weights)
         if not files.patiently(path, path.is_file):
@@ -276,7 +277,8 @@ def _differences(needed: State, state: State, ignored: set[str]) -> str:
 def _adapted(adapt: Callable[[State], State], state: State) -> State | None:
     """Return the state in the form that the library's function makes of it, None where it can't."""
     try:
-        return adapt(dict(state))
+        with warnings.catch_warnings(action="ignore"):  # of the library's, about itself
+            return adapt(dict(state))
     except Exception as error:  # it was written for other files, and fails on this one in any way
         log.debug("not adapted: %s", error)
         return None

@@ -283,6 +283,8 @@ def _of_file(name: str, weights: str, member: str) -> Wants:
 
 def _published_name(name: str, weights: str) -> str:
     """Return which weights a library downloads for a name such as DEFAULT: see `_published`."""
+    if name == TOY:
+        return ""
     if name.startswith("timm/"):
         pretrained = import_timm(name).get_pretrained_cfg(name.removeprefix("timm/"))
         tag = pretrained.tag if pretrained else ""
@@ -324,7 +326,12 @@ def _of_package(name: str, weights: str) -> Wants:
     # imported here: few runs need it. NumPy's, since PyTorch may not be loaded yet.
     from safetensors.numpy import load
 
-    tensors = load(model_package.tensors(weights))
+    tensors = model_package.network(weights, load(model_package.tensors(weights)))
+    if "mean" not in tensors:
+        raise UserError(
+            f"model.weights={weights}: the checkpoints of a frozen backbone hold the head alone; "
+            "go on with that run until it is complete, and give its package"
+        )
     # Its buffers, since the setting's values aren't all (see build.build).
     mean, std = (
         tuple(round(float(value) / 255, 6) for value in tensors[key].flatten())

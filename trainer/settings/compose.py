@@ -12,7 +12,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from trainer.common import model_package
 from trainer.common.errors import UserError
+from trainer.common.paths import expanded
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings.config import AUTO, DEMO, TOY, Config
@@ -62,14 +64,16 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
     given = {key_of(word) for word in words}
     words, notes = readable(words), _given_twice(words)
     composed, choices = _compose(words, conf)
-    for rule in (_own_pictures, _root_of_train, _model_by_name):
+    for rule in (_own_pictures, _root_of_train, _network_of_package, _model_by_name):
         implied = rule(given, composed, choices)
         if implied:
             word, reason = implied
             words.insert(0, word)
+            given.add(key_of(word))
             notes.append(f"{word}: {reason}")
             composed, choices = _compose(words, conf)
-    if choices["model"] == TOY and choices["data"] != DEMO and composed.data.size is None:
+    from_nothing = choices["model"] == TOY and composed.model.weights is None
+    if from_nothing and choices["data"] != DEMO and composed.data.size is None:
         notes.append(
             f"model={TOY}: it learns from nothing, and from pictures of {settings.PLAIN.size} px; "
             "data.size=64 is many times as quick"
@@ -172,6 +176,20 @@ def _root_of_train(
         (word,) = readable([override("data.root", str(Path(data.labels).parent))])
         return word, "only data.labels was given"
     return None
+
+
+def _network_of_package(
+    given: set[str], composed: DictConfig, choices: dict[str, str]
+) -> tuple[str, str] | None:
+    """Choose the network that one of our packages, or a run, holds, where only that is given."""
+    weights = composed.model.weights
+    if "model.weights" not in given or weights is None or given & {"model", "model.name"}:
+        return None
+    path = expanded(str(weights))
+    if not Path(path).exists() or not model_package.is_package(path):
+        return None  # a job on another machine has it, perhaps
+    name = model_package.manifest(path)["config"]["model.name"]
+    return override("model.name", name), f"the network of model.weights={weights}"
 
 
 def _model_by_name(

@@ -23,14 +23,9 @@ from safetensors import torch as safetensors
 from trainer.common import files
 from trainer.common.console import log
 from trainer.common.errors import Unreadable, UserError
+from trainer.common.model_package import BEST, CHANNELS_LAST, STATE, TENSOR, join
 
 FORMAT = 2  # 1 kept the best weights in a directory of their own, to which all checkpoints referred
-STATE = ("state.json", "tensors.safetensors")
-BEST = ("best.json", "best.safetensors")  # absent before the first evaluation
-TENSOR = "tensor:"  # begins a JSON string that stands for a tensor
-# The same for one kept as [N, H, W, C], as it lies in memory: reordering costs several times the
-# copy.
-CHANNELS_LAST = "channels_last:"
 # The names that safetensors has for the types of tensors.
 DTYPES = {
     torch.float64: "F64",
@@ -360,7 +355,7 @@ def _holds(path: Path, listed: dict[str, Any]) -> bool:
 
 def _state(tree: bytes, tensors: bytes) -> dict[str, Any]:
     """Return what a snapshot was taken of."""
-    state = _join(json.loads(tree), safetensors.load(tensors))
+    state = join(json.loads(tree), safetensors.load(tensors))
     assert isinstance(state, dict)
     return state
 
@@ -387,16 +382,4 @@ def _split(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return [_split(value, f"{name}/{number}", tensors) for number, value in enumerate(node)]
     assert node is None or isinstance(node, bool | int | float | str), (name, type(node))
     assert not (isinstance(node, str) and node.startswith((TENSOR, CHANNELS_LAST))), name
-    return node
-
-
-def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(node, str) and node.startswith(TENSOR):
-        return tensors[node.removeprefix(TENSOR)]
-    if isinstance(node, str) and node.startswith(CHANNELS_LAST):
-        return tensors[node.removeprefix(CHANNELS_LAST)].permute(0, 3, 1, 2)
-    if isinstance(node, dict):
-        return {key: _join(value, tensors) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_join(value, tensors) for value in node]
     return node

@@ -143,22 +143,31 @@ NASTY = [
 def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
     """Whatever a value holds, bash gives it back, and nothing runs."""
     spec = make_spec("data=folder", "data.root=dogs")
-    spec = replace(spec, overrides=tuple(f"name={value}" for value in NASTY))
+    spec = replace(spec, overrides=tuple(f"name={value}" for value in NASTY), weights="closed")
     settings = ec2.user_data(spec).split("\n\n")[1]
     shown = subprocess.run(
         [
             "bash",
             "-euc",
-            settings
-            + '\nprintf "%s\\0" "$limit" "$grace" "$data" "$data_root" "$extras" "${arguments[@]}"',
+            settings + '\nprintf "%s\\0" "$limit" "$grace" "$data" "$data_root" "$extras" '
+            '"$weights" "$weights_root" "${arguments[@]}"',
         ],
         cwd=tmp_path,
         capture_output=True,
         check=True,
     )
-    expected = ["28800", "300", "dogs", "/opt/dlami/nvme/data/dogs", "train", *ec2.arguments(spec)]
+    expected = [
+        "28800",
+        "300",
+        "dogs",
+        "/opt/dlami/nvme/data/dogs",
+        "train",
+        "closed",
+        "/opt/dlami/nvme/data/closed",
+        *ec2.arguments(spec),
+    ]
     assert shown.stdout.decode().split("\0")[:-1] == expected
-    assert expected[5 : 5 + len(NASTY)] == list(spec.overrides)
+    assert expected[7 : 7 + len(NASTY)] == list(spec.overrides)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,18 +3,22 @@ names that follow from them.
 """
 
 import dataclasses
+import json
 import os
 import re
 
 import pytest
 
+from launch.planning import described, missing, prepare
 from launch.targets.base import NAMES, RUN, Spec, fit, targets
+from launch.targets.sagemaker import for_job
 from launch.targets.spec import (
     load_config,
     load_target,
     pictures_name,
     run_id,
     split_overrides,
+    weights_name,
 )
 from trainer.common.errors import UserError
 
@@ -112,6 +116,45 @@ def test_pictures_lie_where_the_job_finds_them(tmp_path):
         load_config(load_target([]), ["data=fashion_mnist"], tmp_path / "dogs")
     with pytest.raises(UserError, match="in one folder"):
         load_config(load_target([]), ["data=folder", "data.root=x", "data.train=/elsewhere"])
+
+
+def test_a_folder_of_weights_travels_as_the_pictures_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.cloud.source.build", lambda extras: b"")
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    for name, root in (
+        ("ec2", "/opt/dlami/nvme/data/{}"),
+        ("sagemaker", "/opt/ml/input/data/weights"),
+        ("tuner", "/opt/ml/input/data/weights"),
+    ):
+        (folder / "resnet18.pth").write_bytes(b"1")
+        target = load_target([f"target={name}"])
+        overrides = ["data=folder", "data.root=dogs", f"model.weights_dir={folder}"]
+        if name == "tuner":
+            overrides.append("sweep=lr_batch")
+        plan, place = prepare(None, target, overrides), weights_name(folder)
+        assert place == plan.spec.weights and place.startswith("closed-")
+        assert plan.spec.config.model.weights_dir == plan.spec.weights_root == root.format(place)
+        assert not missing(None, plan, None)
+        uploads = described(None, plan, None, "")["uploads"]
+        assert uploads["weights"] == f"s3://{plan.spec.bucket}/data/{place}"
+        sent = json.dumps([request.parameters for request in plan.requests])
+        assert place in sent
+        if name == "ec2":
+            assert f"model.weights_dir={plan.spec.weights_root}" in sent
+        else:
+            assert str(folder) not in sent
+        # With other weights it is another run.
+        (folder / "resnet18.pth").write_bytes(b"2")
+        after = prepare(None, target, overrides).spec
+        assert after.run == plan.spec.run
+        assert after.identity["weights"] != plan.spec.identity["weights"]
+    with pytest.raises(UserError, match=r"weights_dir=no/such: there is no such folder"):
+        load_config(load_target([]), ["data=folder", "data.root=x", "model.weights_dir=no/such"])
+    given = "model.weights_dir=/opt/ml/input/data/training/weights"  # among the pictures
+    config, _ = load_config(load_target([]), ["data=folder", "data.root=x", given])
+    assert f"model.weights_dir={config.model.weights_dir}" == given
+    assert for_job([given, f"model.weights_dir={folder}"]) == [given]
 
 
 def test_a_table_of_labels_lies_among_the_pictures(tmp_path, monkeypatch):

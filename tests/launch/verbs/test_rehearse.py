@@ -27,6 +27,7 @@ from launch.cloud.request import Request
 from launch.local import container_entry
 from launch.local.rehearse import expected_metrics, faults_of, jobs_of, preflight, remedy
 from launch.local.sagemaker import LocalSageMaker, Outcome, namespaces, scrape
+from launch.planning import missing
 from launch.verbs import rehearse
 from tests.conftest import PROJECT, QUICK, ended, environment, start_trainer, wait_for
 from trainer.common.errors import MISTAKE, OK, RESUME, UserError
@@ -336,17 +337,24 @@ def test_an_objective_that_nothing_scrapes(tuned):
         check(*tuned, request=changed(tuned[0], where, "accuracy"))
 
 
-def test_weights_of_this_machine(planned, tmp_path):
+@pytest.mark.parametrize("key", ["weights", "weights_dir"])
+def test_weights_of_this_machine(planned, tmp_path, key):
+    """A file of them, a folder, and a run of ours as a start."""
     plan, folder = planned
     weights = tmp_path / "resnet.pth"
     weights.touch()
-    config = replace(plan.spec.config, model=replace(plan.spec.config.model, weights=str(weights)))
+    if key == "weights_dir":
+        weights = tmp_path
+    config = replace(plan.spec.config, model=replace(plan.spec.config.model, **{key: str(weights)}))
+    place = f"/opt/ml/input/data/training/{weights.name}"
     with pytest.raises(
-        UserError,
-        match=r"a job doesn't see this machine's files; .* "
-        "give model.weights=/opt/ml/input/data/training/resnet.pth",
+        UserError, match=rf"a job doesn't see this machine's files; .* give model.{key}={place}"
     ):
         check(plan, folder, config=config)
+    spec = replace(plan.spec, config=config)
+    (line,) = missing(None, replace(plan, spec=spec), folder)
+    assert line.startswith(f"model.{key}={weights} is on this machine alone")
+    assert f"give model.{key}={place}" in line
 
 
 @pytest.mark.parametrize(

@@ -361,6 +361,27 @@ def test_pictures_lie_under_their_content_and_none_are_ever_removed(account, tmp
     )
 
 
+def test_a_folder_of_weights_is_uploaded_beside_the_pictures(account, tmp_path):
+    pictures = make_pictures(tmp_path / "dogs", {"train": 2, "valid": 1})
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed/resnet18.pth").write_bytes(b"weights")
+    command = (
+        "submit", "target=sagemaker", "data=folder", "--data", str(pictures),
+        f"model.weights_dir={tmp_path}/closed", "name=weights",
+    )  # fmt: skip
+    code, printed = account.launch(*command)
+    assert code == OK and "closed: 1 of 1 files to upload" in printed, printed
+    sent = account.client("sagemaker").describe_training_job(TrainingJobName="packhorse-weights-1")
+    channels = {
+        each["ChannelName"]: each["DataSource"]["S3DataSource"]["S3Uri"]
+        for each in sent["InputDataConfig"]
+    }
+    assert channels.keys() == {"training", "weights"}
+    prefix = channels["weights"].removeprefix(f"s3://{BUCKET}/")
+    assert uploaded(account, prefix).keys() == {f"{prefix}resnet18.pth"}
+    assert "model.weights_dir" not in sent["HyperParameters"]
+
+
 def test_two_folders_of_one_name_never_share_a_prefix(account, tmp_path):
     for name, seed in (("a", b"1"), ("b", b"2")):
         make_pictures(tmp_path / name / "images", {"train": 2, "valid": 1})

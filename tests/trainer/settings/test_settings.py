@@ -141,6 +141,7 @@ SWEEPS = {
 # Where a run that ends well has one at another value: a file, and the word that must stand in it.
 ELSEWHERE = {
     "model.name": ("settings/test_compose.py", "model.name=small_cnn"),
+    "model.weights_dir": ("network/test_weight_folder.py", "model.weights_dir=weights"),
     "train.compile": ("training/test_compile.py", "train.compile=true"),
     "train.tensorboard": ("test_main.py", "train.tensorboard=true"),
     "platform.name": ("training/test_kills.py", "platform=ec2"),
