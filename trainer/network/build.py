@@ -72,12 +72,23 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the logits [N, classes] of pixels [N, height, width, 3]."""
-        if self.averages_flip and not self.training:
-            # As one batch: the exported network holds each layer once.
-            both: Tensor = self.head(self.features(torch.cat([pixels, mirrored(pixels)])))
-            return both.float().reshape(2, -1, both.shape[1]).mean(0)
-        logits: Tensor = self.head(self.features(pixels))
+        logits, _ = self.with_features(pixels)
         return logits
+
+    def with_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [N, classes] and the features [N, width] of pixels.
+
+        Where the logits are the mean over the flip, the features are those of the image as it is.
+        """
+        if not self.averages_flip or self.training:
+            features = self.features(pixels)
+            return self.head(features), features
+        # As one batch: the exported network holds each layer once.
+        features = self.features(torch.cat([pixels, mirrored(pixels)]))
+        logits: Tensor = self.head(features).float()
+        # The export takes `chunk` for a batch of fixed size.
+        plain = features.reshape(2, -1, features.shape[1])[0]
+        return logits.reshape(2, -1, logits.shape[1]).mean(0), plain
 
     def train(self, mode: bool = True) -> "Classifier":
         """Set the mode, as nn.Module does, but of a frozen backbone to eval.

@@ -607,9 +607,9 @@ def epochs_for(train: TrainConfig, pictures: int) -> int:
     return max(EPOCHS, math.ceil(STEPS / steps_per_epoch))
 
 
-# Fewer pictures than that, at once or in all, give BatchNorm poorer statistics than those that
-# come with pretrained weights. @@@
-NORM_BATCH, NORM_PICTURES = 16, 500
+# Fewer pictures than that, at once or in all, give BatchNorm poorer statistics than those that come
+# with pretrained weights (docs/decisions/2026-11-25-statistics-are-kept.md).
+NORM_BATCH, NORM_PICTURES = 16, 2500
 
 
 def norm_stats_for(config: Config, pictures: int) -> str:

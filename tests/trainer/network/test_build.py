@@ -98,6 +98,9 @@ def test_in_eval_mode_the_logits_are_the_mean_of_a_picture_and_its_mirror_image(
     trained = copy.deepcopy(network).train()(PIXELS)
     network.averages_flip = True
     torch.testing.assert_close(network(PIXELS), (plain + other) / 2)
+    logits, features = network.with_features(PIXELS)
+    assert torch.equal(logits, network(PIXELS))
+    torch.testing.assert_close(features, network.features(PIXELS))
     assert torch.equal(network.train()(PIXELS), trained)
 
 

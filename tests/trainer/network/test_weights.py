@@ -390,14 +390,14 @@ def test_few_pictures_are_passed_often_enough(configure, tmp_path, per_class, ba
 @pytest.mark.parametrize(
     "pictures, words, stats",
     [
-        (499, "model=resnet50", "keep"),
-        (500, "model=resnet50", "update"),
-        (500, "model=resnet50 train.batch_size=15", "keep"),
-        (500, "model=resnet50 train.batch_size=16", "update"),
-        (500, "model=resnet50 train.accumulate=8", "keep"),
-        (500, "model=resnet50 train.exact_shards=8", "keep"),
+        (2499, "model=resnet50", "keep"),
+        (2500, "model=resnet50", "update"),
+        (2500, "model=resnet50 train.batch_size=15", "keep"),
+        (2500, "model=resnet50 train.batch_size=16", "update"),
+        (2500, "model=resnet50 train.accumulate=8", "keep"),
+        (2500, "model=resnet50 train.exact_shards=8", "keep"),
         (9, "model=resnet50 model.norm_stats=update", "update"),
-        (900, "model=resnet50 model.norm_stats=keep", "keep"),
+        (9000, "model=resnet50 model.norm_stats=keep", "keep"),
         (9, "model=small_cnn", "update"),
     ],
 )

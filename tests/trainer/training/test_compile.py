@@ -40,7 +40,7 @@ def forget_the_second_half(run: Path) -> None:
 
 
 SETTINGS = {
-    "network": ["train.ema_decay=null"],
+    "network": ["train.ema_decay=null", "model.unfreeze_epochs=1"],
     "average": ["train.ema_decay=0.9", "train.accumulate=2"],
     "head": ["model.freeze=backbone", "model.head_hidden=8"],
     "shards": ["model.freeze=backbone", "model.cached_views=null", "train.exact_shards=2"],
