@@ -256,7 +256,8 @@ def _compare(
 ) -> float:
     """Return how far computed values [N, ...] lie from the recorded ones.
 
-    Raises PackageError where it is more than allowed. names: of the N golden images; said: the message's beginning.
+    Raises PackageError, whose message begins with `said`, where it is more than allowed. names: of
+    the N golden images.
     """
     differences = np.abs(computed - recorded).reshape(len(names), -1).max(axis=1)
     worst = int(differences.argmax())  # NaN counts as the largest
