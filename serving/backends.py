@@ -76,7 +76,6 @@ def open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) ->
             f"{model.name} can't be opened by ONNX Runtime {onnxruntime.__version__} ({reason})"
         ) from error
     _check_shapes(session, manifest["preprocessing"]["size"], len(manifest["classes"]))
-
     outputs = [name for name in Scores._fields if name in _names(session.get_outputs())]
 
     def network(pixels: NDArray[np.uint8], /) -> Scores:
@@ -136,16 +135,18 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
     )
     module.averages_flip = config.get("train.tta") == "flip"
     module.load_state_dict(load_file(directory / "model.safetensors"))
-    means = directory / MEANS
-    both = WithDistance(module, load_file(means)["means"]) if means.exists() else None
-    whole = (both or module).eval().to(device)
+    whole: torch.nn.Module = module
+    has_distance = MEANS in manifest["files"]
+    if has_distance:
+        whole = WithDistance(module, load_file(directory / MEANS)["means"])
+    whole.eval().to(device)
 
     def network(pixels: NDArray[np.uint8], /) -> Scores:
         with torch.inference_mode():
-            scores = whole(torch.from_numpy(pixels).to(device))
-        if both is None:
-            return Scores(scores.cpu().numpy())
-        return Scores(*(each.cpu().numpy() for each in scores))
+            given = whole(torch.from_numpy(pixels).to(device))
+        if not has_distance:
+            given = (given,)
+        return Scores(*(each.cpu().numpy() for each in given))
 
     return network
 

@@ -28,8 +28,12 @@ from trainer.results.calibrate import Calibration
 
 FORMAT = 1
 MANIFEST = "package.json"
-# What is recorded of the golden images besides their pixels, and what it is called.
-GOLDEN = {"logits": "logits", "distance": "distances", "probabilities": "probabilities"}
+# What is recorded of the golden images besides their pixels, and what is said if it differs.
+GOLDEN = {
+    "logits": "its logits are off by",
+    "distance": "its distances are off by",
+    "probabilities": "its probabilities are off by",
+}
 # Bytes unpacked. An ONNX file ends at 2 GiB (protobuf's limit), and the weights lie there twice.
 MAX_BYTES = 8 << 30
 
@@ -227,36 +231,39 @@ def _check_golden(
     scores = network(recorded["pixels"])
     given = scores._asdict() | {"probabilities": calibration.probabilities(scores.logits)}
     tolerance = manifest["tolerance"]
-    off = {}
-    for what, called in GOLDEN.items():
+    differences: dict[str, tuple[float, float]] = {}
+    for what, said in GOLDEN.items():
         if what not in recorded:  # by a package of old, or one without calibration
             continue
-        # A probability moves less than a logit, and at another temperature in proportion.
-        scale = calibration.temperature if what == "probabilities" else 1.0
-        size = np.abs(recorded["logits" if what == "probabilities" else what]).max()
+        size, scale = np.abs(recorded[what]).max(), 1.0
+        if what == "probabilities":
+            # They move less than the logits, and the more the lower the temperature.
+            size, scale = np.abs(recorded["logits"]).max(), calibration.temperature
         allowed = float(tolerance["absolute"] + tolerance["relative"] * size) / scale
         if given[what] is None:
             raise PackageError(f"the network gives no {what}, and the package was built with it")
-        off[what] = _compare(names, called, given[what], recorded[what], allowed), allowed
-    return scores, *off["logits"]
+        off = _compare(names, said, given[what], recorded[what], allowed)
+        differences[what] = off, allowed
+    return scores, *differences["logits"]
 
 
 def _compare(
     names: Sequence[str],
-    what: str,
+    said: str,
     computed: NDArray[np.floating[Any]],
     recorded: NDArray[np.floating[Any]],
     allowed: float,
 ) -> float:
     """Return how far computed values [N, ...] lie from the recorded ones.
 
-    Raises PackageError where it is more than allowed. names: of the N golden images.
+    Raises PackageError, whose message begins with `said`, where it is more than allowed. names: of
+    the N golden images.
     """
     differences = np.abs(computed - recorded).reshape(len(names), -1).max(axis=1)
     worst = int(differences.argmax())  # NaN counts as the largest
     if not differences[worst] <= allowed:
         raise PackageError(
-            f"{names[worst]}: its {what} are off by {differences[worst]:.3g} from the recorded "
+            f"{names[worst]}: {said} {differences[worst]:.3g} from the recorded "
             f"ones, allowed: {allowed:.3g}; "
             "the network on this machine does not compute the network that was trained"
         )

@@ -62,7 +62,7 @@ def make_calibrated(folder: Path) -> Contents:
     assert isinstance(network, Classifier)
     with torch.no_grad():
         features = network.features(torch.from_numpy(pixels))
-        means = class_means([features[:2].numpy()], np.array([0, 1]), len(CLASSES))
+        means = class_means(features[:2].numpy(), np.array([0, 1]), len(CLASSES))
         _, distance = WithDistance(network, means)(torch.from_numpy(pixels))
     calibration = Calibration(TEMPERATURE, 37, LEAST, float(distance[2]) / 2)
     return replace(contents, calibration=calibration, means=means)

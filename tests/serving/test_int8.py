@@ -7,7 +7,7 @@ import pytest
 from serving.package import load
 from tests.packages import make_calibrated, make_contents, make_network
 from trainer.common.errors import UserError
-from trainer.results import calibrate
+from trainer.results import calibrate, quantize
 from trainer.results.package import build
 from trainer.results.quantize import Pictures, choose, int8, logits, scores
 
@@ -66,6 +66,10 @@ def test_int8_is_calibrated_on_its_own_logits_and_its_distance_stays_in_float(
         archive=False,
     )
     package = load(tmp_path / "package", threads=1)
+    model = onnx.load(tmp_path / "package/model.onnx")
+    alone = set(quantize._for_distance_alone(model))
+    kinds = {node.op_type for node in model.graph.node if node.name in alone}
+    assert "MatMul" in kinds and not kinds & {"QuantizeLinear", "DequantizeLinear"}
     given = scores((tmp_path / "package/model.onnx").read_bytes(), pictures.pixels)
     fitted, _ = calibrate.fit(given["logits"], pictures.labels, given["distance"])
     assert package.calibration == fitted and fitted.pictures == len(pictures.labels)

@@ -1,7 +1,5 @@
 """How far an image's features lie from those of the classes that were trained on."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -60,16 +58,11 @@ class Features(nn.Module):
         return features
 
 
-def class_means(
-    views: Sequence[NDArray[np.float32]], labels: NDArray[np.int64], classes: int
-) -> Tensor:
+def class_means(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> Tensor:
     """Return the direction of each class's mean features, float32 [classes, width], of length 1.
 
-    views: features [N, width] of the same N images, in one view or in several; labels: [N]. A class
-    without an image has zeros: nothing is near it.
+    features: [N, width]; labels: [N]. A class without an image has zeros: nothing is near it.
     """
-    sums = np.zeros((classes, views[0].shape[1]))
-    for view in views:
-        for label in np.unique(labels):
-            sums[label] += view[labels == label].sum(axis=0, dtype=np.float64)
+    sums = np.zeros((classes, features.shape[1]))
+    np.add.at(sums, labels, features)
     return functional.normalize(torch.from_numpy(sums)).float()

@@ -17,7 +17,6 @@ from trainer.common.git import revision
 from trainer.images import folder
 from trainer.images.names import suffix_of
 from trainer.network.distance import Features, Joined, WithDistance, class_means
-from trainer.network.features import FeatureLoader
 from trainer.network.weights import provenance
 from trainer.results import calibrate, package, quantize, report
 from trainer.results.calibrate import Quality
@@ -37,7 +36,7 @@ SAME_LOSS_ELSEWHERE = (0.05, 0.01)  # another machine or precision
 Predicted = tuple[Tensor, Tensor, Tensor]  # logits [N, classes], distances [N], classes [N]
 
 # Images of a class that its mean features are of: enough for a direction, and soon seen.
-FOR_MEANS = 20
+FOR_MEANS = 10
 
 
 @dataclass(frozen=True)
@@ -145,18 +144,15 @@ def test(run: Training) -> Tested:
 def mean_features(run: Training) -> Tensor:
     """Return the direction of each class's mean features, float32 [classes, width].
 
-    Of the cached features of train where there are some, else of the plain views of FOR_MEANS
-    images of each class.
+    Of the plain views of FOR_MEANS images of each class. Not of cached features: random crops show
+    bare walls too, and the means would be near to what shows nothing (docs/decisions).
     """
     train, classes = run.loader.folder.splits["train"], run.loader.classes
-    if isinstance(run.data, FeatureLoader):
-        views = run.data.views
-        return run.world.broadcast_from_main(lambda: class_means(views, train.labels, classes))
     chosen = _spread(train.labels)
     batches = run.loader.eval_batches("train", chosen)
     features, targets = predict(run, Features(run.network), batches, run.machine.in_float32())
     return run.world.broadcast_from_main(
-        lambda: class_means([features.numpy()], targets.numpy(), classes)
+        lambda: class_means(features.numpy(), targets.numpy(), classes)
     )
 
 

@@ -13,7 +13,7 @@ def test_the_distance_is_one_minus_the_cosine_to_the_nearest_classs_mean():
     labels = np.array([0, 0, 2, 2, 3, 3])
     with torch.no_grad():
         features = network.features(pixels).numpy().astype(np.float64)
-        both = WithDistance(network, class_means([features.astype(np.float32)], labels, 4))
+        both = WithDistance(network, class_means(features.astype(np.float32), labels, 4))
         logits, distance = both(pixels)
         assert torch.equal(logits, network(pixels))
         assert torch.equal(Joined(both)(pixels)[:, -1], distance)
@@ -25,7 +25,7 @@ def test_the_distance_is_one_minus_the_cosine_to_the_nearest_classs_mean():
 
 
 def test_a_class_without_an_image_and_an_image_without_features_are_near_nothing():
-    means = class_means([np.ones((2, 3), np.float32)], np.array([0, 0]), 2)
+    means = class_means(np.ones((2, 3), np.float32), np.array([0, 0]), 2)
     assert means[1].tolist() == [0, 0, 0] and means[0].norm() == pytest.approx(1)
 
     class Dark(torch.nn.Module):
@@ -36,11 +36,3 @@ def test_a_class_without_an_image_and_an_image_without_features_are_near_nothing
 
     _, distance = WithDistance(Dark(), means)(torch.zeros(2, 4, 4, 3))  # type: ignore[arg-type]
     assert distance.tolist() == [1, 1]
-
-
-def test_several_views_of_the_same_images_count_alike():
-    first, second = (np.random.default_rng(n).random((6, 5)).astype(np.float32) for n in (1, 2))
-    labels = np.array([0, 1, 1, 0, 0, 1])
-    together = class_means([np.concatenate([first, second])], np.tile(labels, 2), 2)
-    assert torch.allclose(class_means([first, second], labels, 2), together)
-    assert together.dtype == torch.float32
