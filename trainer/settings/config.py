@@ -342,6 +342,11 @@ def check_model(config: Config) -> None:
             f"model={AUTO} with model.weights=null: it chooses among pretrained networks; "
             f"from scratch are model={TOY}, and model.name=NAME model.weights=null"
         )
+    if model.name == AUTO and model.weights != "DEFAULT":
+        raise UserError(
+            f"model.weights={model.weights} with model={AUTO}: these are one network's; say which, "
+            "by model.name=NAME, or give model.weights_dir=DIR, a folder of several"
+        )
     if model.name == AUTO and model.head_hidden is not None:
         raise UserError(
             f"model.head_hidden={model.head_hidden} with model={AUTO}: its head is linear, since "

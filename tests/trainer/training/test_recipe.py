@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ended, run_trainer, start_trainer
+from tests.conftest import ended, refusal, run_trainer, start_trainer
 from tests.soak import difference, outcome
 from trainer.common.errors import OK
 from trainer.training.decision import EPOCHS, Decision, Judged
@@ -123,6 +123,24 @@ def test_a_recipe_is_settings(configure):
     )
     assert done.model.name == "resnet18" and done.optim.lr == 1e-4
     assert config.model.name == "auto", "the settings that were given stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("model.weights=null", "model=small_cnn"),
+        ("model.weights=some.pth", "model.name=NAME"),
+        ("model.head_hidden=8", "its head is linear"),
+    ],
+)
+def test_what_contradicts_a_choice_is_refused(given, said):
+    line = refusal("data.root=/nowhere", "model=auto", given)
+    assert line is not None and given.split("=")[0] in line and said in line
+
+
+@pytest.mark.parametrize("more", ["train.epochs=0", "model.head=probe model.head_hidden=8"])
+def test_what_a_head_cannot_be_is_refused(more):
+    assert refusal("data.root=/nowhere", "model.name=resnet18", *more.split()) is not None
 
 
 # --- whole runs ---
