@@ -27,9 +27,9 @@ class WithDistance(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [N, classes] and distances [N] of pixels [N, height, width, 3]."""
-        features = self.network.features(pixels)
+        logits, features = self.network.with_features(pixels)
         cosines = functional.normalize(features) @ self.means.T
-        return self.network.head(features), 1 - cosines.max(dim=1).values
+        return logits, 1 - cosines.max(dim=1).values
 
 
 class Joined(nn.Module):

@@ -17,6 +17,10 @@ def test_the_distance_is_one_minus_the_cosine_to_the_nearest_classs_mean():
         logits, distance = both(pixels)
         assert torch.equal(logits, network(pixels))
         assert torch.equal(Joined(both)(pixels)[:, -1], distance)
+        network.averages_flip = True  # the logits follow, the distance is of the image as it is
+        logits, same = both(pixels)
+        assert torch.equal(logits, network(pixels))
+        torch.testing.assert_close(same, distance, rtol=0, atol=1e-6)
     means = np.stack([features[labels == label].mean(axis=0) for label in (0, 2, 3)])
     cosines = (features @ means.T) / (
         np.linalg.norm(features, axis=1)[:, None] * np.linalg.norm(means, axis=1)
@@ -29,10 +33,8 @@ def test_a_class_without_an_image_and_an_image_without_features_are_near_nothing
     assert means[1].tolist() == [0, 0, 0] and means[0].norm() == pytest.approx(1)
 
     class Dark(torch.nn.Module):
-        head = torch.nn.Identity()
-
-        def features(self, pixels: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(len(pixels), 3)
+        def with_features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(len(pixels), 2), torch.zeros(len(pixels), 3)
 
     _, distance = WithDistance(Dark(), means)(torch.zeros(2, 4, 4, 3))  # type: ignore[arg-type]
     assert distance.tolist() == [1, 1]
