@@ -7,6 +7,8 @@ is kept only where it is better than the probe by more than the standard error o
 (`Training.is_best`), so a fine-tuning that ruins the network costs time and no accuracy.
 """
 
+import hashlib
+import json
 import math
 import shutil
 import time
@@ -31,7 +33,7 @@ from trainer.network import probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.features import FeatureCache
-from trainer.settings.config import TOY, Config
+from trainer.settings.config import TOY, Config, identity
 from trainer.training import recipe
 from trainer.training.loop import fit, predict
 from trainer.training.recipe import Candidate, Recipe
@@ -99,7 +101,8 @@ class Decision:
         networks = [each for each in map(self.build, candidates) if each]
         if networks:
             best = self.choose(networks)
-            values = self.with_flips(best) | self.training(best)
+            flips = self.with_flips(best)
+            values = flips | self.training(best, flips)
         else:
             values = self.from_scratch()
         if networks:
@@ -229,8 +232,11 @@ class Decision:
 
     # --- how it is trained ---
 
-    def training(self, judged: Judged) -> dict[str, Any]:
-        """Return the settings by which the network is trained: a solved head, and perhaps more."""
+    def training(self, judged: Judged, flips: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings by which the network is trained: a solved head, and perhaps more.
+
+        flips: of `with_flips`.
+        """
         candidate, train = judged.network.candidate, judged.network.images.count("train")
         frozen, few = recipe.probe_of(candidate.name), self.pools(judged.network.images)
         if self.config.model.freeze == "backbone" or self.config.train.epochs == 0:
@@ -251,13 +257,13 @@ class Decision:
             fits = min(epochs, int(min(allowed / minutes, epochs)))
         if fits < min(FEWEST_EPOCHS, epochs):
             self.reasons.append(
-                f"the head alone is solved: to fine-tune everything would take about "
-                f"{minutes * epochs:.0f} minutes (recipe.tune_minutes)"
+                "the head alone is solved: to fine-tune everything would take "
+                f"{_about(minutes * epochs)} (recipe.tune_minutes)"
             )
             return frozen
         tuned = frozen | {"model.freeze": "none", "train.epochs": fits}
         if few and not asked:
-            gains, better = self.tuned_halves(judged.network, tuned)
+            gains, better = self.tuned_halves(judged.network, flips | tuned)
             words = f"{gains.mean():+.3f} +- {probe.standard_error(gains):.3f}"
             if not better:
                 self.reasons.append(
@@ -267,8 +273,8 @@ class Decision:
                 return frozen
             tuned["train.margin"] = -1.0  # what few pictures of valid say is worth less
         self.reasons.append(
-            f"everything is fine-tuned from the solved head, in about {minutes * fits:.0f} minutes;"
-            " what comes out is kept where it is better"
+            f"everything is fine-tuned from the solved head, in {_about(minutes * fits)}; "
+            "what comes out is kept where it is better"
         )
         return tuned
 
@@ -283,18 +289,21 @@ class Decision:
         gains, hits = [], 0.0
         with quiet():
             config = weights.resolve(recipe.applied(self.config, values), network.images)
+        # Of these settings alone: after a kill the clock may say another number of epochs.
+        settings = json.dumps(identity(config), sort_keys=True).encode()
+        name = hashlib.sha256(settings).hexdigest()[:8]
         for number, images in enumerate(_halves(network.images, config.seed)):
             log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
-            directory = self.run.directory / TRIALS / str(number)
-            directory.mkdir(parents=True, exist_ok=True)
+            place = Path(TRIALS, f"{name}-{number}")
             run = replace(
                 self.run,
                 config=config,
-                directory=directory,
-                checkpoints=self.run.checkpoints / TRIALS / str(number),
+                directory=self.run.directory / place,
+                checkpoints=self.run.checkpoints / place,
                 trial=True,
             )
-            loader = replace(network.loader, folder=images, views=None)
+            run.directory.mkdir(parents=True, exist_ok=True)
+            loader = make_loader(run, images, network.loader.read, self.machine)
             with quiet():
                 training = build_training(run, images, loader=loader)
             fit(training)
@@ -322,6 +331,12 @@ class Decision:
             "model.weights": None,
             "data.size": self.config.data.size or SCRATCH_SIZE,
         }
+
+
+def _about(minutes: float) -> str:
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes:.0f} minutes"
 
 
 def _labels(images: ImageFolder) -> NDArray[np.int64]:

@@ -103,7 +103,7 @@ def test_everything_is_fine_tuned_where_the_time_is_there(configure):
     def values(*overrides: str) -> dict[str, Any]:
         made = decision(configure, *overrides)
         made.machine = device  # type: ignore[assignment]
-        return made.training(row)
+        return made.training(row, {})
 
     usual = values()  # a pass takes 10 ms * 3 * 2000, one minute
     assert usual["model.freeze"] == "none" and usual["train.epochs"] == EPOCHS
