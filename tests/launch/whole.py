@@ -5,6 +5,7 @@ python -c "from tests.launch.whole import main; main()" RECORD
 """
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 WHOLE = ("-c", "from tests.launch.whole import main; main()")
@@ -35,7 +36,7 @@ def main() -> None:
         ) -> list[bytes]:
             arn = f"arn:aws:lambda:{region}:{ACCOUNT}:function:{parameters['FunctionName']}:live"
             count = aws.WARM.get(parameters["FunctionName"])
-            now = "2026-11-23T00:00:00+0000"
+            now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}+0000"
             found = (
                 [
                     {

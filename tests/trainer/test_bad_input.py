@@ -249,7 +249,7 @@ SETTINGS = {
     ],
     "train.device=cuda": ["train.device=cuda", "sees no GPU", "use train.device=cpu"],
     "train.device=cpu train.precision=fp16": [
-        "train.precision=fp16 is for GPUs",
+        "train.precision=fp16 is for CUDA's GPUs",
         "allowed: auto, fp32",
     ],
     "optim.lr=1e30 optim.warmup_epochs=0": [

@@ -237,7 +237,7 @@ def build_package(run: Training, tested: Tested) -> None:
     package.build(run.network, contents, target, archive=target.suffix == ".gz")
 
 
-def write_report(run: Training, tested: Tested, recipe: Recipe | None) -> None:
+def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) -> None:
     """Write report.html. recipe: of model=auto."""
     assert run.progress.best is not None
     images, pixels = run.loader.folder, run.loader.preprocessing

@@ -58,7 +58,7 @@ class Progress:
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     seconds: float = 0.0  # of the running epoch
     data_wait: float = 0.0  # of these, waiting for images
-    best: dict[str, Any] | None = None  # epoch and value of the best weights
+    best: dict[str, Any] | None = None  # epoch, value and metrics of the best weights
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
 
 
@@ -404,12 +404,10 @@ class Training:
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
-        if self.progress.best is None:
+        best = self.progress.best
+        if best is None:
             return True
-        best = next(
-            row for row in self.metrics_file.rows if row["epoch"] == self.progress.best["epoch"]
-        )
-        if best["epoch"] > 0:
+        if best["epoch"] > 0 or self.config.model.head != "probe":
             return better(metrics, best, self.config.train.monitor)
         # What is trained on top of a probe must be better beyond doubt.
         margin = self.config.train.margin
@@ -420,7 +418,7 @@ class Training:
     def keep_best(self, metrics: dict[str, float]) -> None:
         """Take the weights as they are for the best."""
         value = metrics[self.config.train.monitor]
-        self.progress.best = {"epoch": self.progress.epoch, "value": value}
+        self.progress.best = {"epoch": self.progress.epoch, "value": value} | metrics
         model = self.ema.network if self.ema else self.model
         self.checkpoints.keep_best(model.state_dict(), self.facts["environment"])
 

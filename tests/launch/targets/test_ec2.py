@@ -142,7 +142,7 @@ NASTY = [
 
 def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
     """Whatever a value holds, bash gives it back, and nothing runs."""
-    spec = make_spec("data=folder", "data.root=dogs")
+    spec = make_spec("data=folder", "data.root=dogs", "model=resnet50")
     spec = replace(spec, overrides=tuple(f"name={value}" for value in NASTY), weights="closed")
     settings = ec2.user_data(spec).split("\n\n")[1]
     shown = subprocess.run(

@@ -109,7 +109,7 @@ def test_pictures_lie_where_the_job_finds_them(tmp_path):
     )
     for overrides, folder, expected in cases:
         config, data = load_config(load_target([]), overrides, folder)
-        assert (config.data.source, data, config.model.name) == ("folder", expected, "resnet50")
+        assert (config.data.source, data, config.model.name) == ("folder", expected, "auto")
     with pytest.raises(UserError, match="--data DIR"):
         load_config(load_target([]), ["data=folder"])
     with pytest.raises(UserError, match="give data=folder"):

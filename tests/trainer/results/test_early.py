@@ -21,7 +21,7 @@ class Odd(torch.nn.Module):
             images = images + 1
         return images.mean((2, 3)) * self.scale
 
-build.BUILDERS["small_cnn"] = lambda name, weights: (Odd(), 3)
+build.BUILDERS["small_cnn"] = lambda name, weights, size: (Odd(), 3)
 """
 NEVER = """
 from trainer.results import early
