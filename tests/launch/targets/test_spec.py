@@ -103,13 +103,13 @@ def test_pictures_lie_where_the_job_finds_them(tmp_path):
             )
     digested = pictures_name(tmp_path / "dogs")
     cases = (
-        (["data.root=/mnt/dogs"], None, "dogs"),
-        ([], tmp_path / "dogs", digested),
-        (["experiment=dog_breeds"], tmp_path / "dogs", digested),
+        (["data.root=/mnt/dogs"], None, "dogs", "auto"),
+        ([], tmp_path / "dogs", digested, "auto"),
+        (["experiment=dog_breeds"], tmp_path / "dogs", digested, "resnet50"),
     )
-    for overrides, folder, expected in cases:
+    for overrides, folder, expected, model in cases:
         config, data = load_config(load_target([]), overrides, folder)
-        assert (config.data.source, data, config.model.name) == ("folder", expected, "auto")
+        assert (config.data.source, data, config.model.name) == ("folder", expected, model)
     with pytest.raises(UserError, match="--data DIR"):
         load_config(load_target([]), ["data=folder"])
     with pytest.raises(UserError, match="give data=folder"):
