@@ -23,6 +23,8 @@ from tests.benchmarks.measure import cpu_seconds, short
 from tests.benchmarks.table import Row, Table, installed
 from tests.conftest import PROJECT
 from trainer.images.datasets import EMBEDDED
+from trainer.settings import config as settings
+from trainer.settings.compose import compose
 
 TITLE = "The recipe, and what else one might do"
 SEEDS, DRAWS = 3, 20
@@ -38,7 +40,8 @@ MobileNetV2. Each is a whole command, from nothing cached to the tested package,
 at most {LIMIT // 60} minutes; whatever trains makes the trainer's default number of passes (16, and
 more where these make fewer than 200 steps), but auto, which decides. "timm's learning rate" is SGD
 with 0.05, "ultralytics' " AdamW with 0.002 * 5 / (4 + classes), both on all layers in our loop.
-fastai's is its own code: vision_learner and fine_tune, with aug_transforms.
+fastai's is its own code: vision_learner, aug_transforms and fine_tune, with as many passes.
+AutoGluon is named only: 1.6.3 wants torch < 2.14 and timm < 1.0.7, and downloads its networks.
 
 The pictures: the photos of `--photos DIR` (at {PHOTO_SIZE} px; all others at {SIZE}); clothes, the
 Fashion-MNIST that ships with the project, with 200, 500 and 2,000 training pictures, a quarter as
@@ -65,8 +68,8 @@ METHODS = (AUTO, *SIMPLE, TIMM, ULTRALYTICS, FASTAI)
 
 FINE_TUNE = """
 import sys
-from functools import partial
 from pathlib import Path
+import fastai
 import torch
 from fastai.vision.all import (
     ImageDataLoaders, Normalize, Resize, accuracy, aug_transforms, get_image_files, set_seed,
@@ -99,7 +102,7 @@ learner = vision_learner(data, network, cut=cut, normalize=False, metrics=accura
 with learner.no_bar(), learner.no_logging():
     learner.fine_tune(epochs)
     test = data.test_dl(get_image_files(root / "test"), with_labels=True)
-    print(float(learner.validate(dl=test)[1]))
+    print(fastai.__version__, float(learner.validate(dl=test)[1]))
 """
 
 
@@ -149,9 +152,13 @@ def measure(scratch: Path, rounds: int) -> Table:
     weights = folder_of_weights(scratch / "weights")
     data_sets = list(sets())
     for seed in range(min(rounds, SEEDS)):
-        for pictures in data_sets:
-            root = pictures.write(scratch / f"{pictures.name}-{seed}".replace(" ", "-"), seed)
-            compare(results, scratch, pictures, root, weights, seed)
+        roots = [
+            pictures.write(scratch / f"{pictures.name}-{seed}".replace(" ", "-"), seed)
+            for pictures in data_sets
+        ]
+        for methods in ((AUTO, *SIMPLE), (TIMM, ULTRALYTICS, FASTAI)):  # what matters most, first
+            for pictures, root in zip(data_sets, roots, strict=True):
+                compare(results, scratch, pictures, root, weights, seed, methods)
     rows = [row for pictures in data_sets for row in rows_of(results, pictures)]
     if photos.given():
         draws(results, scratch, weights)
@@ -178,13 +185,13 @@ def folder_of_weights(folder: Path) -> Path:
 
 
 def sets() -> Iterator[Pictures]:
-    yield Pictures("textures", SIZE, textures)
     yield Pictures("digits", SIZE, digits)
-    for count in (200, 500):
-        yield Pictures(f"clothes, {count}", SIZE, clothes_of(count))
+    yield Pictures("clothes, 500", SIZE, clothes_of(500))
+    yield Pictures("textures", SIZE, textures)
     given = photos.given()
     if given:
         yield Pictures(given.name, PHOTO_SIZE, lambda root, seed: given)
+    yield Pictures("clothes, 200", SIZE, clothes_of(200))
     yield Pictures("clothes, 2000", SIZE, clothes_of(2000))
 
 
@@ -250,7 +257,13 @@ def textures(root: Path, seed: int) -> Path:
 
 
 def compare(
-    results: Results, scratch: Path, pictures: Pictures, root: Path, weights: Path, seed: int
+    results: Results,
+    scratch: Path,
+    pictures: Pictures,
+    root: Path,
+    weights: Path,
+    seed: int,
+    methods: Sequence[str],
 ) -> None:
     keys = {"pictures": pictures.name, "seed": seed}
     common = (
@@ -273,15 +286,24 @@ def compare(
         TIMM: (*everything, "optim=sgd", "optim.lr=0.05"),
         ULTRALYTICS: (*everything, "optim=adamw", f"optim.lr={rate}"),
     }
-    for method, settings in words.items():
-        results.get(
-            lambda settings=settings: run(scratch, *common, *settings), method=method, **keys
-        )
-    tuned = results.find(method=TUNED, **keys)
-    if fastai() and tuned and "epochs" in tuned:
+
+    def work(method: str) -> dict[str, Any]:
+        if method != FASTAI:
+            return run(scratch, *common, *words[method])
         file = weights / f"{network.replace('/', '--')}.pth"
-        words_of_fastai = [root, network, file, pictures.size, tuned["epochs"], seed]
-        results.get(lambda: fine_tune(*map(str, words_of_fastai)), method=FASTAI, **keys)
+        epochs = epochs_of(root)
+        return fine_tune(*map(str, (root, network, file, pictures.size, epochs, seed)))
+
+    for method in methods:
+        if method != AUTO and (method != FASTAI or fastai()):
+            results.get(lambda method=method: work(method), method=method, **keys)
+
+
+def epochs_of(root: Path) -> int:
+    """Return the trainer's default number of passes over the training pictures."""
+    settings.register()
+    train = compose([f"data.root={root}"]).train
+    return settings.epochs_for(train, count(root, "train"))
 
 
 def probe_of(network: str) -> tuple[str, ...]:
@@ -318,7 +340,7 @@ def run(scratch: Path, *words: str) -> dict[str, Any]:
     rows = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
     test = next(each for each in rows if "test_top1" in each)
     result = json.loads((place / "run/result.json").read_text())
-    row |= {"top1": test["test_top1"], "test": count(words), "best_epoch": test["epoch"]}
+    row |= {"top1": test["test_top1"], "test": result["pictures"], "best_epoch": test["epoch"]}
     row |= {"epochs": max(each["epoch"] for each in rows), "load": os.getloadavg()[0]}
     row["valid"] = [(each["epoch"], each["valid_loss"], each["valid_top1"]) for each in rows[:-1]]
     recipe = place / "run/checkpoints/recipe.json"
@@ -329,9 +351,8 @@ def run(scratch: Path, *words: str) -> dict[str, Any]:
     return row
 
 
-def count(words: Sequence[str]) -> int:
-    root = next(word.removeprefix("data.root=") for word in words if word.startswith("data.root="))
-    return sum(path.is_file() for path in Path(root, "test").glob("*/*"))
+def count(root: Path, split: str) -> int:
+    return sum(path.is_file() for path in (root / split).glob("*/*"))
 
 
 def fastai() -> str | None:
@@ -345,7 +366,8 @@ def fastai() -> str | None:
 def fine_tune(root: str, *words: str) -> dict[str, Any]:
     output, row = timed([fastai() or "", "-c", FINE_TUNE, root, *words], Path(root))
     if output is not None:
-        row |= {"top1": float(output.split()[-1]), "test": count([f"data.root={root}"])}
+        version, top1 = output.split()[-2:]
+        row |= {"top1": float(top1), "test": count(Path(root), "test"), "fastai": version}
     return row
 
 
@@ -420,10 +442,7 @@ def row_of(name: str, method: str, done: Mapping[str, list[dict[str, Any]]]) -> 
     if len(runs) > 1:
         label += f" (seeds: {len(runs)})"
     seeds = {row["seed"] for row in runs}
-    rivals = {
-        rival: [row for row in done[rival] if row["seed"] in seeds]
-        for rival in SIMPLE
-    }  # fmt: skip
+    rivals = {rival: [row for row in done[rival] if row["seed"] in seeds] for rival in SIMPLE}
     if method != AUTO or any(len(rival) < len(runs) for rival in rivals.values()):
         return Row(label, cells)
     best = max(rivals, key=lambda rival: mean(rivals[rival], "top1"))
@@ -446,13 +465,15 @@ def error(runs: Sequence[Mapping[str, Any]]) -> float:
 
 def words_of(row: Mapping[str, Any]) -> str:
     """Return what a recipe chose, and what of it was kept; of another run nothing."""
+    if "fastai" in row:
+        return f"fastai {row['fastai']}"
     if "recipe" not in row:
         return ""
-    settings = row["recipe"]["settings"]
+    chosen = row["recipe"]["settings"]
     texts = [row["network"].rpartition("/")[2]]
-    if settings.get("data.augment.flip") is False:
+    if chosen.get("data.augment.flip") is False:
         texts.append("no flips")
-    if settings["model.freeze"] == "backbone":
+    if chosen["model.freeze"] == "backbone":
         texts.append("the head alone")
     elif row["best_epoch"] == 0:
         texts.append("the head alone, fine-tuning was no better")
@@ -470,9 +491,8 @@ def rows_of_draws(results: Results) -> list[Row]:
     if not pairs:
         return []
     gains = [auto["top1"] - probe["top1"] for auto, probe in pairs]
-    below = sum(
-        gain < -error([probe]) for gain, (_, probe) in zip(gains, pairs, strict=True)
-    )  # fmt: skip
+    limits = [-error([probe]) for _, probe in pairs]
+    below = sum(gain < limit for gain, limit in zip(gains, limits, strict=True))
     tuned = sum(auto["best_epoch"] > 0 for auto, _ in pairs)
     what = (
         f"fine-tuned and kept in {tuned}; top-1 less the head's: {statistics.mean(gains):+.3f}, "

@@ -70,6 +70,5 @@ def test_a_result_is_kept_and_not_measured_again(tmp_path):
 
 def test_clothes_come_in_the_numbers_asked_for(tmp_path):
     root = recipe.clothes_of(40)(tmp_path / "clothes", 0)
-    counts = {split: len(list((root / split).rglob("*.png"))) for split in ("train", "valid")}
-    assert counts == {"train": 40, "valid": 10}
-    assert recipe.count([f"data.root={root}"]) == 500
+    assert [recipe.count(root, split) for split in ("train", "valid", "test")] == [40, 10, 500]
+    assert recipe.epochs_of(root) == 200
