@@ -11,6 +11,7 @@ from pathlib import Path
 
 NAMES = (
     "input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care", "calibrate",
+    "recipe",
 )  # fmt: skip
 
 
@@ -32,16 +33,27 @@ def main() -> None:
     parser.add_argument(
         "--photos",
         metavar="DIR",
-        help="train, valid and test with class folders of photos (care, calibrate)",
+        help="train, valid and test with class folders of photos (care, calibrate, recipe)",
     )
     parser.add_argument(
-        "--weights", metavar="FILE", help="of MobileNetV2, mean = std = 0.5 (calibrate)"
+        "--weights", metavar="FILE", help="of MobileNetV2, mean = std = 0.5 (calibrate, recipe)"
+    )
+    parser.add_argument(
+        "--results",
+        metavar="FILE",
+        help="where each run's result is kept, and not measured again (recipe)",
+    )
+    parser.add_argument(
+        "--minutes", metavar="N", help="begin nothing after so many minutes (recipe)"
+    )
+    parser.add_argument(
+        "--fastai", metavar="PYTHON", help="one that has fastai, torchvision and timm (recipe)"
     )
     options = parser.parse_args()
-    if options.photos:
-        os.environ["BENCH_PHOTOS"] = options.photos
-    if options.weights:
-        os.environ["BENCH_WEIGHTS"] = options.weights
+    for name in ("photos", "weights", "results", "minutes", "fastai"):
+        value = getattr(options, name)
+        if value:
+            os.environ[f"BENCH_{name.upper()}"] = value
 
     os.environ["OMP_NUM_THREADS"] = str(
         options.threads

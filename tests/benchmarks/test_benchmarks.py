@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from tests.benchmarks import recipe
 from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.measure import paired, ratio
 from tests.benchmarks.table import HEAD, Row, Table, merge
@@ -40,3 +41,34 @@ def test_a_section_is_replaced_and_the_others_stay():
         merge(page, {"Other": other.replace("how", "how else")}, ["One", "Other"]).count("how else")
         == 1
     )
+
+
+def test_auto_is_held_to_the_best_simple_way_and_to_its_time():
+    def done(auto: float, seconds: float) -> Row:
+        top1 = {recipe.AUTO: auto, recipe.PROBE: 0.8, recipe.TUNED: 0.5, recipe.SCRATCH: 0.2}
+        cpu = {recipe.AUTO: seconds, recipe.TUNED: 100.0}
+        rows = {
+            method: [
+                {"top1": value, "test": 100, "wall": 9.0, "cpu": cpu.get(method, 10.0), "seed": 0}
+            ]
+            for method, value in top1.items()
+        }
+        return recipe.row_of("pets", recipe.AUTO, rows)
+
+    row = done(0.77, 240.0)  # 0.8 less its standard error, 0.04
+    assert row.met and row.target == "0.760 (the head alone, solved), 2.5x the time: 2.40x"
+    assert done(0.75, 240.0).met is False and done(0.77, 260.0).met is False
+
+
+def test_a_result_is_kept_and_not_measured_again(tmp_path):
+    results = recipe.Results(tmp_path / "results.jsonl", until=float("inf"))
+    assert results.get(lambda: {"top1": 0.5}, method="auto", seed=0)
+    again = recipe.Results(tmp_path / "results.jsonl", until=0.0)
+    assert again.get(dict, method="auto", seed=0) == {"method": "auto", "seed": 0, "top1": 0.5}
+    assert again.get(dict, method="auto", seed=1) is None
+
+
+def test_clothes_come_in_the_numbers_asked_for(tmp_path):
+    root = recipe.clothes_of(40)(tmp_path / "clothes", 0)
+    assert [recipe.count(root, split) for split in ("train", "valid", "test")] == [40, 10, 500]
+    assert recipe.epochs_of(root) == 200

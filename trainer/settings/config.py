@@ -624,7 +624,8 @@ def norm_stats_for(config: Config, pictures: int) -> str:
         return model.norm_stats
     at_once = min(train.batch_size, pictures) // train.accumulate // (train.exact_shards or 1)
     few = at_once < NORM_BATCH or pictures < NORM_PICTURES
-    if model.weights is not None and few:
+    # With the batches' statistics a solved head would see other features than it was solved on.
+    if model.weights is not None and (few or model.head == "probe"):
         return "keep"
     return "update"
 

@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +29,7 @@ from trainer.common.console import log, quiet
 from trainer.common.errors import Unreadable, UserError
 from trainer.distributed.world import World
 from trainer.images.folder import ImageFolder, Split
-from trainer.images.loader import MIRRORED, PLAIN, ImageLoader
+from trainer.images.loader import MIRRORED, PLAIN, ImageLoader, Reader
 from trainer.images.usable import usable_images
 from trainer.network import probe, weights
 from trainer.network.build import Classifier
@@ -38,7 +40,13 @@ from trainer.training import recipe
 from trainer.training.loop import fit, predict
 from trainer.training.recipe import Candidate, Recipe
 from trainer.training.run import Run
-from trainer.training.training import build_training, make_loader, new_network, prepare_machine
+from trainer.training.training import (
+    Training,
+    build_training,
+    make_loader,
+    new_network,
+    prepare_machine,
+)
 
 FEW = 200  # validation pictures: with fewer, valid and train together judge, by k-fold
 SAMPLE = 500  # pictures on which candidates are compared at least, where time is short
@@ -52,6 +60,8 @@ BATCH = 16  # pictures at a time that are timed
 BACKWARD = 3.0  # times a forward pass that a training step takes
 TUNE_MINUTES = {"cpu": 30.0}  # any time elsewhere
 FLIPS_HURT = 2.0  # standard errors by which a probe must be worse with mirrored pictures
+SMALL, SMALLEST = 64, 16  # px: shorter sides at which a small network from scratch is tried
+LOOKED_AT = 100  # images whose size is looked at
 SCRATCH_SIZE = 64  # px
 
 
@@ -102,7 +112,7 @@ class Decision:
         if networks:
             best = self.choose(networks)
             flips = self.with_flips(best)
-            values = flips | self.training(best, flips)
+            values = flips | (self.small(best, flips) or self.training(best, flips))
         else:
             values = self.from_scratch()
         if networks:
@@ -289,36 +299,89 @@ class Decision:
         gains, hits = [], 0.0
         with quiet():
             config = weights.resolve(recipe.applied(self.config, values), network.images)
-        # Of these settings alone: after a kill the clock may say another number of epochs.
-        settings = json.dumps(identity(config), sort_keys=True).encode()
-        name = hashlib.sha256(settings).hexdigest()[:8]
-        for number, images in enumerate(_halves(network.images, config.seed)):
+        for number, (_, images) in enumerate(_halves(network.images, config.seed)):
             log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
-            place = Path(TRIALS, f"{name}-{number}")
-            run = replace(
-                self.run,
-                config=config,
-                directory=self.run.directory / place,
-                checkpoints=self.run.checkpoints / place,
-                trial=True,
-            )
-            run.directory.mkdir(parents=True, exist_ok=True)
-            loader = make_loader(run, images, network.loader.read, self.machine)
-            with quiet():
-                training = build_training(run, images, loader=loader)
-            fit(training)
-            batches = training.data.eval_batches("valid")
-            logits, labels = predict(training, training.eval_model, batches, self.machine)
+            training = self.trial(config, images, network.loader.read, number)
+            logits, labels = self.answers(training)
             losses = probe.calibrated_losses(logits, labels)
             assert training.probe_losses is not None
             gains.append((training.probe_losses - losses).double().numpy())
             before = training.metrics_file.rows[0]["valid_top1"] * len(labels)
             hits += probe.correct(logits, labels.numpy()).sum() - before
+        self.forget_trials()
         all_gains = np.concatenate(gains)
-        for place in (self.run.directory, self.run.checkpoints):
-            shutil.rmtree(place / TRIALS, ignore_errors=True)
         doubt = probe.standard_error(all_gains)
         return all_gains, bool(all_gains.mean() > doubt and hits > -0.5)
+
+    def small(self, judged: Judged, flips: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the settings of a small network from scratch, where that is better beyond doubt.
+
+        It is tried where pictures are so small that pretrained networks see them enlarged: None
+        elsewhere.
+        """
+        images, asked = judged.network.images, self.config.model.freeze != "auto"
+        side = _side(images.splits["train"].paths)
+        if side > SMALL or asked or self.config.train.epochs == 0:
+            return None
+        size = self.config.data.size or max(side, SMALLEST)
+        values = flips | {
+            "model.name": TOY,
+            "model.weights": None,
+            "data.size": size,
+            "data.resize": self.config.data.resize or size,
+            "data.augment.scale": [0.9, 1.0],  # all of it is seen, as of the demo's
+        }
+        with quiet():
+            config = weights.resolve(recipe.applied(self.config, values), images)
+        parts = [(np.arange(images.count("valid")), images)]
+        if self.pools(images):
+            parts = [*_halves(images, config.seed)]
+        correct = np.zeros(len(judged.labels), np.bool_)
+        for number, (places, part) in enumerate(parts):
+            log.info("a small network from scratch: %d of %d", number + 1, len(parts))
+            logits, labels = self.answers(self.trial(config, part, None, number))
+            correct[places] = probe.correct(logits, labels.numpy())
+        self.forget_trials()
+        gain = correct.astype(np.float64) - judged.correct
+        words = f"{TOY} from scratch, at {size} px, tells {correct.mean():.1%}"
+        if gain.mean() <= probe.standard_error(gain):
+            self.reasons.append(f"{words}, which isn't better beyond doubt")
+            return None
+        self.reasons.append(f"{words}: these pictures are small, and it is better beyond doubt")
+        return values
+
+    # --- trainings that only a decision needs ---
+
+    def trial(
+        self, config: Config, images: ImageFolder, read: Reader | None, number: int
+    ) -> Training:
+        """Train on the images' train, to the end. read: their packed pixels; None decodes."""
+        # Of these settings alone: after a kill the clock may say another number of epochs.
+        settings = json.dumps(identity(config), sort_keys=True).encode()
+        place = Path(TRIALS, f"{hashlib.sha256(settings).hexdigest()[:8]}-{number}")
+        run = replace(
+            self.run,
+            config=config,
+            directory=self.run.directory / place,
+            checkpoints=self.run.checkpoints / place,
+            trial=True,
+        )
+        run.directory.mkdir(parents=True, exist_ok=True)
+        loader = make_loader(run, images, read, self.machine)
+        with quiet():
+            training = build_training(run, images, loader=loader)
+        fit(training)
+        return training
+
+    def answers(self, training: Training) -> tuple[Tensor, Tensor]:
+        """Return the logits [N, classes] and labels [N] of valid, by the last weights."""
+        batches = training.data.eval_batches("valid")
+        return predict(training, training.eval_model, batches, self.machine)
+
+    def forget_trials(self) -> None:
+        """Remove what trials have written."""
+        for place in (self.run.directory, self.run.checkpoints):
+            shutil.rmtree(place / TRIALS, ignore_errors=True)
 
     def from_scratch(self) -> dict[str, Any]:
         """Return the settings where no weights can be had: a small network on small pictures."""
@@ -359,8 +422,11 @@ def _sampled(network: Network, fraction: float, seed: int) -> Network:
     return replace(network, images=few, loader=loader, cache=cache)
 
 
-def _halves(images: ImageFolder, seed: int) -> Iterator[ImageFolder]:
-    """Yield the images with one half of train and valid as valid, the rest as train."""
+def _halves(images: ImageFolder, seed: int) -> Iterator[tuple[NDArray[np.int64], ImageFolder]]:
+    """Yield the images with one half of train and valid as valid, the rest as train.
+
+    And before it which images that half is, of train and valid together.
+    """
     both = [images.splits[split] for split in ("train", "valid")]
     paths, labels = sum((split.paths for split in both), ()), _labels(images)
     for chosen in probe.folds(labels, HALVES, seed):
@@ -369,7 +435,16 @@ def _halves(images: ImageFolder, seed: int) -> Iterator[ImageFolder]:
             name: Split(tuple(paths[sample] for sample in samples), labels[samples])
             for name, samples in (("train", rest), ("valid", chosen))
         }
-        yield replace(images, splits=splits)
+        yield chosen, replace(images, splits=splits)
+
+
+def _side(paths: Sequence[str]) -> int:
+    """Return the median of the shorter sides of some images, in pixels, as their headers say."""
+    sides = []
+    for path in paths[:: max(len(paths) // LOOKED_AT, 1)]:
+        with suppress(OSError, ValueError), Image.open(path) as image:
+            sides.append(min(image.size))
+    return int(np.median(sides)) if sides else SMALL + 1
 
 
 def _gflops(network: Classifier, size: int) -> float:

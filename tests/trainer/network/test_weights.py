@@ -397,12 +397,13 @@ def test_few_pictures_are_passed_often_enough(configure, tmp_path, per_class, ba
         (2500, "model=resnet50 train.batch_size=16", "update"),
         (2500, "model=resnet50 train.accumulate=8", "keep"),
         (2500, "model=resnet50 train.exact_shards=8", "keep"),
+        (2500, "model=resnet50 model.head=probe", "keep"),
         (9, "model=resnet50 model.norm_stats=update", "update"),
         (9000, "model=resnet50 model.norm_stats=keep", "keep"),
         (9, "model=small_cnn", "update"),
     ],
 )
-def test_statistics_of_pretrained_weights_are_kept_where_pictures_are_few(
+def test_statistics_of_pretrained_weights_are_kept_where_they_are_better(
     configure, pictures, words, stats
 ):
     assert norm_stats_for(configure(*words.split()), pictures) == stats

