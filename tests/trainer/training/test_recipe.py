@@ -194,17 +194,18 @@ def test_each_of_its_settings_has_its_effect(tmp_path, pictures, weights_dir):
         "recipe.minutes=null",
         "recipe.prefer=speed",
         "recipe.tune_minutes=0",
-        "model.candidates=[shufflenet_v2_x0_5]",
+        "model.candidates=[squeezenet1_1]",
     )
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *more))
     assert code == OK, output
     recipe = written(tmp_path)
-    assert [each["name"] for each in recipe["candidates"]] == ["shufflenet_v2_x0_5"]
+    assert [each["name"] for each in recipe["candidates"]] == ["squeezenet1_1"]
+    assert "small_cnn from scratch, at " in output and "which isn't better beyond doubt" in output
     assert "the head alone is solved" in output
     assert recipe["settings"]["train.epochs"] == 0
     # The same by name, without a recipe.
     shutil.rmtree(tmp_path / "runs")
-    more = ("model.name=shufflenet_v2_x0_5", "model.head=probe", "train.epochs=0")
+    more = ("model.name=squeezenet1_1", "model.head=probe", "train.epochs=0")
     again, said = run_trainer(
         tmp_path, *words(pictures, weights_dir, *more, "model.freeze=backbone")
     )
@@ -228,6 +229,18 @@ def test_a_margin_says_what_counts_as_better(tmp_path, pictures, weights_dir):
 
 def accuracy(output: str) -> str:
     return next(line for line in output.splitlines() if line.startswith("test accuracy"))
+
+
+def test_small_pictures_are_for_a_small_network_where_it_is_better_beyond_doubt(
+    tmp_path, pictures, weights_dir
+):
+    # The features of this one, of random weights, tell little.
+    more = ("model.candidates=[shufflenet_v2_x0_5]", "train.epochs=20")
+    code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *more))
+    assert code == OK, output
+    assert "these pictures are small, and it is better beyond doubt" in output
+    assert "\nmodel: small_cnn, from scratch" in output
+    assert written(tmp_path)["settings"]["model.name"] == "small_cnn"
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
