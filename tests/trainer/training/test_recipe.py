@@ -94,7 +94,7 @@ def test_flips_are_off_only_where_they_hurt_beyond_doubt(configure, monkeypatch)
 
 def test_everything_is_fine_tuned_where_the_time_is_there(configure):
     row = judged("one", 1, 90)
-    row.network.candidate.milliseconds = 10
+    row.network.candidate.milliseconds = 3
     object.__setattr__(row, "network", SimpleNamespace(
         candidate=row.network.candidate, images=SimpleNamespace(count=lambda _: 2000),
     ))  # fmt: skip
@@ -105,14 +105,15 @@ def test_everything_is_fine_tuned_where_the_time_is_there(configure):
         made.machine = device  # type: ignore[assignment]
         return made.training(row, {})
 
-    usual = values()  # a pass takes 10 ms * 3 * 2000, one minute
+    usual = values()  # a pass takes 3 ms * 3 * 2000, 0.3 minutes
     assert usual["model.freeze"] == "none" and usual["train.epochs"] == EPOCHS
-    assert values("recipe.tune_minutes=5.5")["train.epochs"] == 5
-    assert values("recipe.tune_minutes=2")["train.epochs"] == 0
+    assert values("recipe.tune_minutes=1.6")["train.epochs"] == 5
+    assert values("recipe.tune_minutes=0.9")["train.epochs"] == 0
     assert values("recipe.tune_minutes=0")["model.freeze"] == "backbone"
     assert values("model.freeze=backbone")["train.epochs"] == 0
     assert values("model.freeze=none", "recipe.tune_minutes=0")["train.epochs"] == EPOCHS
-    assert values("train.epochs=20")["train.epochs"] == 20
+    assert values("train.epochs=20")["train.epochs"] == 10
+    assert values("train.epochs=20", "recipe.minutes=null")["train.epochs"] == 20
 
 
 def test_a_recipe_is_settings(configure):
