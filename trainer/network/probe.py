@@ -143,6 +143,15 @@ def calibrated_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return min(losses, key=lambda each: each.sum().item())
 
 
+def error_of_share(correct: NDArray[np.bool_]) -> float:
+    """Return the standard error of the share of correct ones of N.
+
+    Of a share that is drawn to the middle by one of each kind: none of few wrong is no certainty.
+    """
+    share = (correct.sum() + 1) / (len(correct) + 2)
+    return math.sqrt(share * (1 - share) / len(correct))
+
+
 def standard_error(values: Sequence[float] | NDArray[np.float64] | NDArray[np.bool_]) -> float:
     """Return the standard error of the mean of N values; of fewer than 2: infinite."""
     if len(values) < 2:

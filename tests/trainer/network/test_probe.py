@@ -60,6 +60,12 @@ def test_all_views_train_and_the_first_is_judged():
     assert worse > probe.calibrated_losses(alone.logits, target).mean()
 
 
+def test_none_wrong_of_few_is_no_certainty():
+    assert probe.error_of_share(np.ones(40, np.bool_)) > 0.02
+    answers = np.arange(1000) % 4 > 0
+    assert probe.error_of_share(answers) == pytest.approx(probe.standard_error(answers), rel=0.01)
+
+
 def test_folds_have_equal_shares_of_each_class_and_hold_each_image_once():
     labels = np.repeat(np.arange(5), [7, 7, 9, 20, 3]).astype(np.int64)
     parts = probe.folds(labels, 5, seed=3)
