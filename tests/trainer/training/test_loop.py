@@ -365,7 +365,8 @@ def test_of_equal_epochs_the_one_of_lower_loss_is_best(
         training.end_epoch(metrics)
         if training.is_best(metrics):
             training.keep_best(metrics)
-    assert training.progress.best == {"epoch": best, "value": top1[best - 1]}
+    kept = training.progress.best
+    assert kept is not None and (kept["epoch"], kept["value"]) == (best, top1[best - 1])
 
 
 def test_clipping_bounds_the_update(tmp_path, pictures, configure):
