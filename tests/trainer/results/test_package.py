@@ -1,6 +1,7 @@
 import hashlib
 import json
 import logging
+import signal
 import subprocess
 import tarfile
 import tomllib
@@ -348,3 +349,18 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, smal
     assert raised.value.filename == str(small_disk / "model")
     assert [path for path in small_disk.rglob("*") if path.is_file()] == []
     assert not list(small_disk.rglob(".writing-*"))
+
+
+def test_a_self_test_that_a_terminal_ended_is_made_again(built, monkeypatch):
+    real, hit = subprocess.run, [-signal.SIGHUP]
+
+    def run(*arguments, **options):
+        result = real(*arguments, **options)
+        result.returncode = hit.pop() if hit else result.returncode
+        return result
+
+    monkeypatch.setattr(package.subprocess, "run", run)
+    package._self_test(built / "unpacked")
+    hit[:] = [1]
+    with pytest.raises(package.SelfTestFailed, match="exit code 1"):
+        package._self_test(built / "unpacked")

@@ -98,10 +98,10 @@ def test_what_was_not_said_is_said(tmp_path):
         and "\nmodel: small_cnn, from scratch, " in output
     )
     offline = {"TORCH_HOME": "torch", "https_proxy": "http://127.0.0.1:9"}
-    given = "model.candidates=[resnet18,timm/resnet18]"
+    given = "model.candidates=[resnet18,mobilenet_v2]"
     code, output = run_trainer(tmp_path, OWN, given, *quick, "train.epochs=1", **offline)
     assert code == OK, output
-    assert "left out: resnet18: " in output and "left out: timm/resnet18: " in output
+    assert "left out: resnet18: " in output and "left out: mobilenet_v2: " in output
     assert "small_cnn is trained from scratch" in output and "model.weights_dir=DIR" in output
     code, output = run_trainer(tmp_path, OWN, "model.name=resnet18", **offline)
     assert code == MISTAKE and "model.weights=FILE" in output.splitlines()[-1], output

@@ -219,7 +219,7 @@ def test_a_margin_says_what_counts_as_better(tmp_path, pictures, weights_dir):
     more = ("model.name=shufflenet_v2_x0_5", "model.head=probe", "model.freeze=none")
     best = []
     for name, margin in (("low", "train.margin=-5"), ("high", "train.margin=50")):
-        given = words(pictures, weights_dir, *more, "train.epochs=2", margin)
+        given = words(pictures, weights_dir, *more, "train.epochs=1", margin)
         given[given.index("name=run")] = f"name={name}"
         code, said = run_trainer(tmp_path, *given)
         assert code == OK, said
