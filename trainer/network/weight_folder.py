@@ -139,6 +139,16 @@ def known_names() -> frozenset[str]:
     return frozenset(names)
 
 
+def is_known(name: str) -> bool:
+    """Return whether there is such a network, as far as that can be told.
+
+    Where timm is missing, each name of its own is taken for one: whoever builds it says what is
+    missing.
+    """
+    unknown = name.startswith(TIMM) and importlib.util.find_spec("timm") is None
+    return unknown or name in known_names()
+
+
 def architecture(name: str) -> str:
     """Return a network's name without the tag of its weights, which timm's may have."""
     if name.startswith(TIMM):
@@ -147,7 +157,7 @@ def architecture(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class WeightsFile:
     """A file of weights, and the network that it is for."""
 
     name: str  # as model.name has it; timm's with the tag, where the file says it
@@ -155,7 +165,7 @@ class Candidate:
     exact: bool  # False: the file's name only begins with the network's
 
 
-def candidates(weights_dir: str) -> list[Candidate]:
+def candidates(weights_dir: str) -> list[WeightsFile]:
     """Return the files of a folder whose name, or note, says for which network they are.
 
     By name, the exact ones first. Raise UserError for a folder that is not there, or a note that is
@@ -169,20 +179,20 @@ def candidates(weights_dir: str) -> list[Candidate]:
     return sorted(filter(None, found), key=_rank)
 
 
-def _rank(each: Candidate) -> tuple[str, bool, int, str]:
+def _rank(each: WeightsFile) -> tuple[str, bool, int, str]:
     return each.name, not each.exact, SUFFIXES.index(each.path.suffix), each.path.name
 
 
-def _candidate(path: Path) -> Candidate | None:
+def _candidate(path: Path) -> WeightsFile | None:
     """Return for which network a file is, None where nothing says so."""
     said = note_of(path).name
     if said is not None:
-        if said not in known_names():
+        if not is_known(said):
             raise UserError(
                 f"{path.with_suffix(NOTE)}: name={said} is no network; "
                 "allowed: a name as model.name has it"
             )
-        return Candidate(said, path, exact=True)
+        return WeightsFile(said, path, exact=True)
     return named(path)
 
 
@@ -191,22 +201,22 @@ def _stem(path: Path) -> str:
     return path.stem.replace("--", "/", 1)
 
 
-def named(path: Path) -> Candidate | None:
+def named(path: Path) -> WeightsFile | None:
     """Return for which network a file is by its own name, None where it doesn't say so.
 
     torchvision's own files (resnet18-f37072fd.pth) are exact.
     """
     stem = _stem(path)
-    if stem in known_names():
-        return Candidate(stem, path, exact=True)
+    if is_known(stem):
+        return WeightsFile(stem, path, exact=True)
     beginnings = [stem[: match.start()] for match in re.finditer(r"[_.-]", stem)]
     for name in reversed(beginnings):  # the longest: vgg11_bn is not vgg11
         if name in known_names():
-            return Candidate(name, path, bool(re.fullmatch(r"-[0-9a-f]{8}", stem[len(name) :])))
+            return WeightsFile(name, path, bool(re.fullmatch(r"-[0-9a-f]{8}", stem[len(name) :])))
     return None
 
 
-def suits(candidate: Candidate, name: str) -> bool:
+def suits(candidate: WeightsFile, name: str) -> bool:
     """Return whether a file is for the network `name`; of timm's one may leave the tag out."""
     if architecture(candidate.name) != architecture(name):
         return False
@@ -223,13 +233,13 @@ def looked_for(name: str) -> str:
     return f"{shown} with {', '.join(SUFFIXES)}"
 
 
-def find(name: str, weights_dir: str) -> list[Candidate]:
+def find(name: str, weights_dir: str) -> list[WeightsFile]:
     """Return a folder's files for a network, the likeliest first. Raise as `candidates`."""
     fitting = [each for each in candidates(weights_dir) if suits(each, name)]
     return sorted(fitting, key=lambda each: rank(each, name))
 
 
-def rank(candidate: Candidate, name: str) -> tuple[bool, ...]:
+def rank(candidate: WeightsFile, name: str) -> tuple[bool, ...]:
     """Return how likely a file is for the network `name`; the least is the likeliest.
 
     One of its own name goes before those whose names only begin so.

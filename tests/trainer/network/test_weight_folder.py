@@ -76,7 +76,9 @@ def test_candidates_are_the_networks_that_a_folder_has_weights_for(folder):
         "timm--vit_small_patch14_dinov2.mine.pth", "resnet34-b627a593.pth",
     )  # fmt: skip
     put(folder, "ours.pth", name="timm/convnext_atto")
-    found = {each.path.name: (each.name, each.exact) for each in weights.candidates(str(folder))}
+    found = {
+        each.path.name: (each.name, each.exact) for each in weight_folder.candidates(str(folder))
+    }
     assert found == {
         "resnet18.pth": ("resnet18", True),
         "mobilenet_v2_dogs19.pth": ("mobilenet_v2", False),
@@ -313,3 +315,21 @@ def test_a_large_network_from_scratch_on_few_pictures_is_one_warning(
     weights.warn_of_scratch(config, int(parameters), pictures)
     assert len(caplog.records) == warned
     assert ("learns from nothing" in caplog.text) == warned
+
+
+def test_timms_files_are_seen_where_timm_is_missing(tmp_path, monkeypatch):
+    put(tmp_path, "timm--tf_efficientnet_lite0.pth")
+    put(tmp_path, "mine.pth", name="timm/resnet18")
+    put(tmp_path, "nothing.pth")
+    real = weight_folder.importlib.util.find_spec
+    monkeypatch.setattr(
+        weight_folder.importlib.util,
+        "find_spec",
+        lambda name: None if name == "timm" else real(name),
+    )
+    weight_folder.known_names.cache_clear()
+    try:
+        found = [each.name for each in weight_folder.candidates(str(tmp_path))]
+    finally:
+        weight_folder.known_names.cache_clear()
+    assert found == ["timm/resnet18", "timm/tf_efficientnet_lite0"]
