@@ -4,12 +4,16 @@ A state dict may be wrapped, its names may have prefixes, and its head another s
 file is run.
 """
 
+import argparse
+import pathlib
 import re
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trainer.common import files, model_package
 from trainer.common.console import log
@@ -64,7 +68,7 @@ def state_dict(name: str, weights: str) -> State:
     if model_package.is_package(weights):
         state: Any = model_package.network(weights, load(model_package.tensors(weights)))
     else:
-        path = Path(weights)
+        path = pathlib.Path(weights)
         if not files.patiently(path, path.is_file):
             raise UserError(f"model.weights={weights}: there is no such file")
         data = files.patiently(path, path.read_bytes)
@@ -91,7 +95,7 @@ def state_dict(name: str, weights: str) -> State:
     return tensors
 
 
-def _is_safetensors(path: Path, data: bytes) -> bool:
+def _is_safetensors(path: pathlib.Path, data: bytes) -> bool:
     """Return whether the bytes are a safetensors file: the length of its JSON, and that."""
     return path.suffix == ".safetensors" or (
         data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data)
@@ -130,13 +134,6 @@ def _harmless() -> list[Any]:
 
     The arguments of their command line, paths, and NumPy's numbers.
     """
-    # imported here: as above.
-    import argparse
-    import pathlib
-    import types
-
-    import numpy as np
-
     numbers = [value for value in vars(np.dtypes).values() if isinstance(value, type)]
     scalar = np.float64(0).__reduce__()[0]
     return [

@@ -17,11 +17,9 @@ from trainer.common.console import log
 from trainer.common.errors import UserError, needed_by
 from trainer.images.decode import FILTERS
 from trainer.images.folder import ImageFolder
-from trainer.network.weight_files import fill, state_dict
 from trainer.network.weight_folder import (
-    Candidate,
+    WeightsFile,
     architecture,
-    candidates,
     find,
     is_file,
     looked_for,
@@ -41,11 +39,6 @@ from trainer.settings.config import (
     fill_pixels,
     norm_stats_for,
 )
-
-__all__ = [
-    "Candidate", "candidates", "departures", "expected", "fill", "is_file", "origin", "provenance",
-    "resolve", "state_dict",
-]  # fmt: skip
 
 ALL = frozenset(("data.size", "data.resize", "data.interpolation", "model.mean", "model.std"))
 SCRATCH = "from scratch"
@@ -121,7 +114,7 @@ def _found_in_folder(model: ModelConfig) -> Wants | None:
     usual = _of_library(model.name, weights)  # a wrong name is answered first
     wanted = _published_name(model.name, weights)
 
-    def likely(each: Candidate) -> tuple[bool, ...]:
+    def likely(each: WeightsFile) -> tuple[bool, ...]:
         return *rank(each, model.name), _published(model.name, each.path) != wanted
 
     fitting = [

@@ -182,7 +182,7 @@ def _quality(run: Training, valid: Predicted, split: str, counted: Predicted) ->
     if not len(chosen):
         chosen = np.arange(len(valid[0]))
     logits, distance, targets = (each[chosen].numpy() for each in valid)
-    if len(targets) < calibrate.FEW and run.packages_probe() and run.probe_logits is not None:
+    if run.packages_probe() and run.probe_logits is not None:
         logits = np.concatenate([logits, run.probe_logits.numpy()])
         targets = np.concatenate([targets, run.loader.folder.splits["train"].labels])
     calibration, notes = calibrate.fit(logits, targets, distance)

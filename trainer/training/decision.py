@@ -48,7 +48,6 @@ from trainer.training.training import (
     prepare_machine,
 )
 
-FEW = 200  # validation pictures: with fewer, valid and train together judge, by k-fold
 SAMPLE = 500  # pictures on which candidates are compared at least, where time is short
 WITHIN = {"accuracy": 0.0, "balance": 1.0, "speed": 2.0}  # standard errors of the best
 # Fine-tuning from a solved head needs fewer passes than training a random one.
@@ -113,11 +112,10 @@ class Decision:
             best = self.choose(networks)
             flips = self.with_flips(best)
             values = flips | (self.small(best, flips) or self.training(best, flips))
-        else:
-            values = self.from_scratch()
-        if networks:
             for line in recipe.table(candidates):
                 log.info(line)
+        else:
+            values = self.from_scratch()
         for line in self.reasons:
             log.info("recipe: %s", line)
         return Recipe(values, candidates, self.reasons)
@@ -194,7 +192,7 @@ class Decision:
 
     def pools(self, images: ImageFolder) -> bool:
         """Return whether valid is so small that train judges too, by k-fold."""
-        return images.count("valid") < FEW
+        return images.count("valid") < probe.FEW
 
     def measured(self, network: Network) -> Judged:
         """Judge a candidate by the plain view, and note how good it is."""
@@ -264,7 +262,7 @@ class Decision:
             minutes *= 1 + HALVES / 2 * len(_labels(judged.network.images)) / train
         fits = epochs
         if not asked:
-            fits = min(epochs, int(min(allowed / minutes, epochs)))
+            fits = int(min(epochs, allowed / minutes))
         if fits < min(FEWEST_EPOCHS, epochs):
             self.reasons.append(
                 "the head alone is solved: to fine-tune everything would take "

@@ -16,7 +16,7 @@ from typing import Any
 from trainer.common import files
 from trainer.common.console import log
 from trainer.images.folder import ImageFolder
-from trainer.network import weights
+from trainer.network import weight_folder
 from trainer.settings import config as settings
 from trainer.settings.config import AUTO, Config
 from trainer.training.run import Run
@@ -85,24 +85,24 @@ def settled(run: Run, images: ImageFolder) -> tuple[Run, Recipe | None]:
     if run.config.model.name != AUTO:
         return run, None
 
-    def recipe() -> Recipe:
-        found = _written(run.checkpoints / FILE)
-        if found is None:
-            # imported here: what is written is followed without PyTorch.
-            from trainer.training.decision import Decision
-
-            found = Decision(run, images).recipe()
-            text = json.dumps(dataclasses.asdict(found), indent=1) + "\n"
-            files.write(run.checkpoints / FILE, text)
-        return found
-
-    found: Recipe | None = None
+    recipe: Recipe | None = None
     if run.world.is_main_process:
-        found = recipe()
+        recipe = _written(run.checkpoints / FILE) or _decided(run, images)
     run.world.barrier(run.stop)
-    found = run.world.broadcast_from_main(lambda: found)
-    assert found is not None
-    return replace(run, config=applied(run.config, found.settings)), found
+    recipe = run.world.broadcast_from_main(lambda: recipe)
+    assert recipe is not None
+    return replace(run, config=applied(run.config, recipe.settings)), recipe
+
+
+def _decided(run: Run, images: ImageFolder) -> Recipe:
+    """Decide, and write it down."""
+    # imported here: what is written is followed without PyTorch.
+    from trainer.training.decision import Decision
+
+    recipe = Decision(run, images).recipe()
+    text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
+    files.write(run.checkpoints / FILE, text)
+    return recipe
 
 
 def names(config: Config, device: str) -> Sequence[str]:
@@ -114,7 +114,7 @@ def names(config: Config, device: str) -> Sequence[str]:
     if model.candidates is not None:
         return model.candidates
     if model.weights_dir is not None:
-        return sorted({each.name for each in weights.candidates(model.weights_dir)})
+        return sorted({each.name for each in weight_folder.candidates(model.weights_dir)})
     return CANDIDATES.get(device, CANDIDATES["cpu"])
 
 

@@ -34,7 +34,7 @@ from trainer.images.identity import (
     of_samples,
     samples,
 )
-from trainer.network import weights
+from trainer.network import weight_folder, weights
 from trainer.settings.config import Config, identity, run_name
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Run:
     def weights_file(self) -> str | None:
         """Return model.weights where it is a file."""
         given = self.config.model.weights
-        if given is None or not weights.is_file(given):
+        if given is None or not weight_folder.is_file(given):
             return None
         return given
 

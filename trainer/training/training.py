@@ -163,7 +163,8 @@ class Training:
         self.progress = Progress()
         # Of each image of valid, float32 [N]: the probe's loss, which training must better.
         self.probe_losses: Tensor | None = None
-        # Of each image of train, float32 [N, classes]: by a head that was solved without it.
+        # Of each image of train, float32 [N, classes], by a head that was solved without it; None
+        # where valid has enough to calibrate with.
         self.probe_logits: Tensor | None = None
         self.sums = TrainSums(self.progress.sums)
         self.metrics_file = _metrics_file(run)
@@ -194,7 +195,8 @@ class Training:
         head = self.network.head
         assert isinstance(head, nn.Linear)  # settings.config.check_model
         head.load_state_dict({"weight": solved.weight, "bias": solved.bias})
-        self.probe_logits = solved.logits
+        if self.loader.folder.count("valid") < probe.FEW:
+            self.probe_logits = solved.logits
         if self.ema:
             self.ema.network.load_state_dict(self.model.state_dict())
 

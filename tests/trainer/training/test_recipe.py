@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import ended, refusal, run_trainer, start_trainer
 from tests.soak import difference, outcome
@@ -166,6 +167,25 @@ def test_a_folder_and_weights_are_all_that_it_needs(tmp_path, pictures, weights_
     assert code == OK and "this run is complete" in output, output
 
 
+def test_flips_are_left_out_of_pictures_that_mirrored_are_of_another_class(tmp_path, weights_dir):
+    rng = np.random.default_rng(0)
+    # It rises to the right, again and again.
+    ramp = np.tile(np.arange(0, 256, 32, dtype=np.uint8), (32, 4))
+    for split, count in (("train", 24), ("valid", 8), ("test", 8)):
+        for name, pixels in (("rising", ramp), ("falling", ramp[:, ::-1])):
+            place = tmp_path / "signs" / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                noise = rng.integers(0, 30, (32, 32), np.uint8)
+                shown = np.roll(pixels, number, axis=1) + noise
+                Image.fromarray(shown).save(place / f"{number}.png")
+    more = ("model.candidates=[squeezenet1_1]", "train.epochs=0")
+    code, output = run_trainer(tmp_path, *words(tmp_path / "signs", weights_dir, *more))
+    assert code == OK, output
+    assert "mirrored pictures make it worse: data.augment.flip=false" in output
+    assert written(tmp_path)["settings"]["data.augment.flip"] is False
+
+
 def test_what_ruins_a_network_is_not_kept(tmp_path, pictures, weights_dir):
     ruinous = ("optim.lr=1", "train.clip_norm=1", "train.epochs=3", "model.freeze=none")
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *ruinous))
@@ -213,6 +233,8 @@ def test_each_of_its_settings_has_its_effect(tmp_path, pictures, weights_dir):
     assert again == OK, said
     assert accuracy(said) == accuracy(output)
     assert "the solved head, nothing trained" in said
+    # Valid has 9: train's 24 calibrate too, by heads that didn't see them.
+    assert "by 33 pictures that it wasn't trained on" in said
 
 
 def test_a_margin_says_what_counts_as_better(tmp_path, pictures, weights_dir):
