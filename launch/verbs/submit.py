@@ -3,11 +3,12 @@
 Every step sees what an earlier, killed submit has done already, so the same command goes on.
 """
 
+import re
 from collections.abc import Sequence
 
-from launch.cloud.session import Aws
-from launch.planning import prepare
-from launch.submission import submit, wait
+from launch.cloud.session import NO_CAPACITY, Aws, AwsError
+from launch.planning import next_attempt, prepare
+from launch.submission import ask_until_free, pause, submit, wait, with_elsewhere
 from launch.targets import overdue
 from launch.targets.base import console_url, of
 from launch.targets.spec import load_target, resolved, split_overrides
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--wait",
         action="store_true",
-        help="follow the log to the end, and ask again for a spot machine that AWS took back",
+        help="wait for a machine where AWS has none, follow the log to the end, and ask again for "
+        "a spot machine that AWS took back",
     )
     add_every(parser, 10, "with --wait: how often AWS is asked")
     options = parser.parse_intermixed_args(rest)
@@ -32,7 +34,18 @@ def main(arguments: Sequence[str]) -> int:
     aws = Aws(target.project, target.region)
     overdue.warn(aws, targets)
     plan = prepare(aws, target, options.overrides, options.data, options.again)
-    attempt = submit(aws, plan, options.data)
+    try:
+        attempt = submit(aws, plan, options.data)
+    except AwsError as error:
+        if not (options.wait and (error.passes or re.fullmatch(NO_CAPACITY, error.code))):
+            raise with_elsewhere(aws, plan.asked_for, error) from error
+        pause(str(with_elsewhere(aws, plan.asked_for, error)), options.every)
+        attempt = ask_until_free(
+            aws,
+            lambda: next_attempt(aws, plan.asked_for, plan.source, options.again),
+            options.every,
+            options.data,
+        )
     log.info("console   %s", console_url(attempt, aws.region))
     trains = of(attempt).trains
     where = [override for override in targets if not override.startswith("target=")]

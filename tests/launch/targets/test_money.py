@@ -346,7 +346,7 @@ def test_a_wait_ends_what_is_past_its_limit(account):
     ("target", "machine", "processes"),
     [
         ("ec2", "g4dn.12xlarge", 4),
-        ("ec2", "p3.16xlarge", 8),
+        ("ec2", "p4d.24xlarge", 8),
         ("ec2", "g4dn.xlarge", 1),
         ("sagemaker", "ml.g4dn.12xlarge", 4),
         ("sagemaker", "ml.g5.48xlarge", 8),
