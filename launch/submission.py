@@ -102,12 +102,24 @@ def _send_first_offer(
                 raise
             if lacking is None or re.fullmatch(NO_CAPACITY, error.code):
                 lacking = error
+            before, plan = plan.spec, _without_same_quota(plan, error)
             if not plan.others:
                 raise lacking from None
-        before, plan = plan.spec, plan.next_offer
+        plan = plan.next_offer
         log.info("no %s (%s); asking for %s", _offer(before), attempt.refused, _offer(plan.spec))
         attempt = dataclasses.replace(plan.attempt, asked=attempt.asked)
         s3.write(aws, attempt.key, attempt.dumps())
+
+
+def _without_same_quota(plan: Plan, error: AwsError) -> Plan:
+    """Return a plan without others that the same quota refuses: it is of all zones together."""
+    if re.fullmatch(f"{NO_CAPACITY}|Unsupported", error.code):
+        return plan
+    kind, spot = plan.spec.target.instance_type, plan.spec.spot
+    others = [
+        each for each in plan.others if (each.target.instance_type, each.spot) != (kind, spot)
+    ]
+    return dataclasses.replace(plan, others=tuple(others))
 
 
 def _offer(spec: Spec) -> str:

@@ -27,11 +27,12 @@ ONCE = ("lambda", "sagemaker-runtime")
 DENIED = "AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403"
 NO_CAPACITY = (
     "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|InsufficientHostCapacity"
-    "|MaxSpotInstanceCountExceeded|SpotMaxPriceTooLow"
+    "|SpotMaxPriceTooLow"
 )
 # A machine of another kind, in another zone, or bought otherwise may be had all the same.
 NOT_THIS_ONE = (
-    f"{NO_CAPACITY}|VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded|Unsupported"
+    f"{NO_CAPACITY}|Unsupported|VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded"
+    "|MaxSpotInstanceCountExceeded"
 )
 # Refusals that end by themselves, or when somebody signs in again.
 FOR_NOW = (
@@ -307,5 +308,5 @@ def _refusal(error: exceptions.ClientError, action: str) -> AwsError:
             line += f"; {remedy}"
             break
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    refused = 400 <= status < 500 or re.fullmatch(NO_CAPACITY, code) is not None
+    refused = 400 <= status < 500 or re.fullmatch(NOT_THIS_ONE, code) is not None
     return AwsError(line, code, message, refused)
