@@ -235,6 +235,14 @@ class Strict:
         """Answers the next so many calls of clients with a name badly. how: see `_rudely`."""
         self._rude += [(how, operation)] * answers
 
+    def left(self) -> dict[str, int]:
+        """How many answers are still to be bad."""
+        return {"rude": len(self._rude)}
+
+    def calm(self) -> None:
+        """Answers as on a good day."""
+        self._rude.clear()
+
     def slow_iam(self, calls: int) -> None:
         """IAM shows no role to the next so many calls that need one."""
         self._slow_iam = calls

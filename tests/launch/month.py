@@ -84,6 +84,11 @@ class Weather:
         rate = 0.15 if drought else 0.7 if market == "spot" else 0.85
         return chance(self.seed, "free", kind, zone, market, hour) < rate
 
+    def has_quota(self, account: int, market: str, when: datetime) -> bool:
+        """Whether an account's quota allows it: a few have to ask, and wait."""
+        granted = BEGIN + timedelta(days=DAYS * chance(account, "granted"))
+        return chance(self.seed, "quota", account, market) >= 0.04 or when >= granted
+
     def spot_price(self, kind: str, zone: str, when: datetime) -> float:
         day = int((when - BEGIN).total_seconds() // 86400)
         hour = int((when - BEGIN).total_seconds() // 3600)
@@ -307,9 +312,7 @@ class Model(Aws):
         kind = asked["InstanceType"]
         zone = asked.get("Placement", {}).get("AvailabilityZone")
         zone = zone or ZONES[int(3 * self.chance.random())]
-        limited = chance(self.weather.seed, "quota", self.life.number, market) < 0.04
-        granted = BEGIN + timedelta(days=DAYS * chance(self.life.number, "granted"))
-        if limited and now < granted:
+        if not self.weather.has_quota(self.life.number, market, now):
             self.life.refusals += 1
             raise AwsError("quota", "VcpuLimitExceeded", "", refused=True)
         bid = float(options["MaxPrice"]) if options and "MaxPrice" in options else None

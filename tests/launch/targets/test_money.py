@@ -10,11 +10,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from launch import submission
 from tests.conftest import make_pictures, wait_for
 from tests.launch.conftest import REGION, Cloud, founded
 from tests.launch.test_kills import KILLED
 from trainer.common.errors import FAULT, MISTAKE, OK, RESUME
 
+LISTS = {
+    "Training": "list_training_jobs",
+    "HyperParameterTuning": "list_hyper_parameter_tuning_jobs",
+}
 BUCKET = f"packhorse-123456789012-{REGION}"
 
 
@@ -40,6 +45,12 @@ def machines(cloud: Cloud, run: str) -> list[dict]:
         found,
         key=lambda each: next(tag["Value"] for tag in each["Tags"] if tag["Key"] == "attempt"),
     )
+
+
+def all_machines(cloud: Cloud) -> list[dict]:
+    """Every instance."""
+    groups = cloud.client("ec2").describe_instances()["Reservations"]
+    return [each for group in groups for each in group["Instances"]]
 
 
 def reclaim(cloud: Cloud, run: str, number: int) -> None:
@@ -157,6 +168,71 @@ def test_what_aws_has_refused_may_be_sent_otherwise(account):
     )
     assert code == OK, printed
     assert [each["InstanceType"] for each in machines(account, "refused")] == ["g5.xlarge"]
+
+
+# --- the network, and AWS on a bad day ---
+
+
+def test_a_wait_lives_through_whatever_ends_by_itself(account):
+    """It is said once, with what runs on, and that it is over."""
+    process = account.start(
+        "submit", "target=ec2", "target.spot=true", "name=outage", "--wait", "--every", "0.1"
+    )
+    assert wait_for(lambda: len(machines(account, "outage")) == 1, 120)
+    for how, answers in (("html", 3), ("expire", 3)):
+        account.post("/strict/rude", how=how, answers=answers)
+    assert wait_for(lambda: account.post("/strict/left") == {"rude": 0}, 120)
+    reclaim(account, "outage", 1)
+    account.post("/strict/rude", how="expire", answers=2)
+    assert wait_for(lambda: len(machines(account, "outage")) == 2, 120)
+    put(account, "runs/outage/attempts/2.json", {"attempt": 2, "code": 0, "reason": "done"})
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == OK and "Traceback" not in printed, printed
+    [machine] = [each for each in machines(account, "outage") if each["State"]["Code"] != 48]
+    assert "outage goes on without us on i-" in printed and "for 8 h at most" in printed
+    assert 1 <= printed.count("AWS answers again") <= 4 and machine["InstanceId"] in printed
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "html",
+        "expire",
+        "deny",
+        # boto's own tries, with their pauses
+        *(pytest.param(how, marks=pytest.mark.long) for how in ("drop", "throttle", "fault")),
+    ],
+)
+def test_a_verb_that_does_not_wait_says_one_line(account, how):
+    account.post("/strict/rude", how=how, answers=40)
+    code, printed = account.launch("logs", "nothing")
+    account.post("/strict/calm")
+    assert code == MISTAKE and "Traceback" not in printed and "error: " in printed, printed
+
+
+def test_a_role_that_was_just_made_is_waited_for(account, monkeypatch):
+    monkeypatch.setattr(submission, "IAM_PAUSE", 0.01)
+    for target in ("ec2", "sagemaker"):
+        account.post("/strict/slow_iam", calls=3)
+        code, printed = account.launch("submit", f"target={target}", f"name=young-{target}")
+        assert code == OK and printed.count("a role that was just made") == 1, printed
+
+
+def test_the_first_machine_is_waited_for_or_a_line_says_where_there_are_some(account):
+    account.post("/strict/sold_out", what="g4dn.xlarge .* spot")
+    words = ["submit", "target=ec2", "target.spot=true", "name=first"]
+    code, printed = account.launch(*words)
+    assert code == MISTAKE and "InsufficientInstanceCapacity" in printed, printed
+    assert "g4dn.xlarge is made in us-east-1a" in printed and "use1-az2 9/10" in printed
+    assert "on demand (target.spot=false) it is $0.526 an hour" in printed and "--wait" in printed
+    process = account.start(*words, "--wait", "--every", "0.1")
+    asked = len(sent(account, "RunInstances", "first"))
+    assert wait_for(lambda: len(sent(account, "RunInstances", "first")) > asked + 8, 120)
+    account.post("/strict/sold_out", what="")
+    assert wait_for(lambda: len(machines(account, "first")) == 1, 120)
+    put(account, "runs/first/attempts/1.json", {"attempt": 1, "code": 0, "reason": "done"})
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == OK and "trying again in" in printed, printed
 
 
 # --- a retry knows what the first try knew ---
@@ -291,6 +367,48 @@ def test_replacements_that_get_no_further_have_an_end(account):
     assert process.returncode == MISTAKE, printed
     assert "4 machines in a row were taken back" in printed and "found no machine free" in printed
     assert len(machines(account, "vain")) == 7
+
+
+def test_a_machine_that_could_not_reach_the_bucket_is_heard_on_its_console(account):
+    assert account.launch("submit", "target=ec2", "name=silent")[0] == OK
+    end(account, "silent", "Client.InstanceInitiatedShutdown")
+    code, printed = account.launch("logs", "silent")
+    assert code == OK and "without a note" in printed and "console: " in printed, printed
+
+
+def test_of_two_machines_the_one_that_has_the_attempt_counts(account):
+    assert account.launch("submit", "target=ec2", "name=twins")[0] == OK
+    [late] = machines(account, "twins")
+    assert account.launch("submit", "target=ec2", "name=owner")[0] == OK
+    [owner] = machines(account, "owner")
+    account.client("s3").put_object(
+        Bucket=BUCKET, Key="runs/twins/attempts/1.machine", Body=owner["InstanceId"].encode()
+    )
+    end(account, "twins", "Client.InstanceInitiatedShutdown")
+    assert "attempt 1 at twins is running" in account.launch("logs", "twins")[1], late
+
+
+def test_stop_without_a_name_stops_what_is_going(account):
+    assert account.launch("submit", "target=ec2", "name=going")[0] == OK
+    assert account.launch("submit", "target=ec2", "name=over")[0] == OK
+    for machine in all_machines(account):
+        tags = {tag["Key"]: tag["Value"] for tag in machine["Tags"]}
+        if tags["run"] != "going":
+            key = f"runs/{tags['run']}/attempts/{tags['attempt']}.json"
+            put(account, key, {"attempt": 1, "code": 0, "reason": "done"})
+    for kind in ("Training", "HyperParameterTuning"):
+        listed = getattr(account.client("sagemaker"), LISTS[kind])()[f"{kind}JobSummaries"]
+        for job in listed:
+            account.post("/strict/end", job=job[f"{kind}JobName"], status="Completed")
+    for notebook in account.client("sagemaker").list_notebook_instances()["NotebookInstances"]:
+        name = notebook["NotebookInstanceName"]
+        account.client("sagemaker").stop_notebook_instance(NotebookInstanceName=name)
+    code, printed = account.launch("stop")
+    assert code == OK and "asked" in printed, printed
+    assert account.client("s3").head_object(Bucket=BUCKET, Key="runs/going/attempts/1.stop")
+    assert account.launch("submit", "target=ec2", "name=also-going")[0] == OK
+    code, printed = account.launch("stop")
+    assert code == MISTAKE and "2 runs are going: " in printed and "also-going" in printed, printed
 
 
 # --- past the limit ---
