@@ -194,6 +194,11 @@ class Aws:
                 raise explained(error, service) from error
         return self._clients[key]
 
+    def prepare(self, services: Iterable[str]) -> None:
+        """Make the clients of services, which threads may share but not make. Raise AwsError."""
+        for service in services:
+            self.client(service)
+
     def call(
         self, service: str, operation: str, *, region: str | None = None, **parameters: Any
     ) -> dict[str, Any]:

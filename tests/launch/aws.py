@@ -146,8 +146,10 @@ class Strict:
             self._write(entry)
             os.kill(int(client[1]), signal.SIGKILL)
             return _answer(start, "500 Killed", b"")
-        if client is not None and self._rude and self._rude[0][1] in ("", operation):
-            return self._rudely(self._rude.pop(0)[0], entry, service, start)
+        rude = [each for each in self._rude if each[1] in ("", operation)]
+        if client is not None and rude:
+            self._rude.remove(rude[0])
+            return self._rudely(rude[0][0], entry, service, start)
         status: list[Any] = []
 
         def remember(

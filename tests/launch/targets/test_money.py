@@ -210,6 +210,20 @@ def test_a_verb_that_does_not_wait_says_one_line(account, how):
     assert code == MISTAKE and "Traceback" not in printed and "error: " in printed, printed
 
 
+def test_status_shows_what_it_may_know(account):
+    """A listing that is denied, and a machine of which AWS doesn't tell, hide no other row."""
+    assert account.launch("submit", "target=sagemaker", "name=seen")[0] == OK
+    assert account.launch("submit", "target=ec2", "name=unseen-too")[0] == OK
+    for operation in ("ListEndpoints", "ListNotebookInstances"):
+        account.post("/strict/rude", how="deny", answers=1, operation=operation)
+    account.post("/strict/rude", how="deny", answers=9, operation="DescribeTrainingJob")
+    code, printed = account.launch("status")
+    account.post("/strict/calm")
+    assert code == OK and re.search("unseen-too .* running", printed), printed
+    assert re.search(r"seen +sagemaker +attempt 1 +not known .*AccessDenied", printed), printed
+    assert "machine " in printed and "not known: sagemaker:ListEndpoints: AccessDenied" in printed
+
+
 def test_a_role_that_was_just_made_is_waited_for(account, monkeypatch):
     monkeypatch.setattr(submission, "IAM_PAUSE", 0.01)
     for target in ("ec2", "sagemaker"):
