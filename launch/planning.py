@@ -28,6 +28,7 @@ from launch.targets.spec import (
     run_id,
     weights_folder,
     weights_name,
+    words_of,
 )
 from trainer.common.errors import UserError
 from trainer.common.git import revision
@@ -79,6 +80,7 @@ class Plan:
             ceiling=self.ceiling.dollars if self.ceiling else None,
             asked=asked,
             after=after,
+            words=words_of(self.asked_for),
         )
 
     @property

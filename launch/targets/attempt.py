@@ -77,6 +77,8 @@ class Attempt:
     per_hour: float | None = None  # dollars of one machine at most, with its disk and address
     ceiling: float | None = None  # of the run, when this attempt was sent
     asked: str | None = None  # since when AWS is asked for a machine for it, ISO 8601
+    # What it was planned from (launch.targets.spec.words_of), so that the next is planned alike.
+    words: dict[str, Any] = dataclasses.field(default_factory=dict)
     after: str | None = None  # when the attempt before had ended, as far as known, ISO 8601
 
     @property

@@ -114,14 +114,14 @@ class Ec2(Target):
         markets = [target.spot]
         if target.spot == "auto":
             markets = ["true"] if waited < 60 * target.spot_patience else ["true", "false"]
-        zones = zones_of(aws, spec) if aws is not None else {}
+        zones = zones_of(aws, spec)
         offers = []
         for market in markets:
             for name in spec.instance_types:
                 chosen = dataclasses.replace(target, instance_type=name, spot=market)
                 offer = dataclasses.replace(spec, target=chosen)
                 prices = spot_prices(aws, name) if aws is not None and market == "true" else {}
-                for zone in _by_price(zones.get(name, []), prices) if aws else [None]:
+                for zone in _by_price(zones.get(name, []), prices):
                     bid = highest_bid(prices, zone)
                     offers.append(dataclasses.replace(offer, zone=zone, bid=bid))
         if not offers:
@@ -280,16 +280,19 @@ TARGETS = (Ec2("ec2"),)
 # --- what may be asked for ---
 
 
-def zones_of(aws: Aws, spec: Spec) -> dict[str, list[str | None]]:
+def zones_of(aws: Aws | None, spec: Spec) -> dict[str, list[str | None]]:
     """Return the zones in which each kind of machine is asked for, in order.
 
     None is where AWS likes: the first, unless target.zones says where, and all there is where a
-    subnet is given, or AWS may not be asked. Raise AwsError.
+    subnet is given, or AWS can't or may not be asked. Raise AwsError.
     """
     target = _config(spec)
     names = spec.instance_types
     if target.subnet is not None:
         return {name: [None] for name in names}
+    given: list[str | None] = [*names_in(target.zones)] or [None]
+    if aws is None:
+        return {name: list(given) for name in names}
     try:
         listed = list(
             aws.pages(
@@ -303,7 +306,6 @@ def zones_of(aws: Aws, spec: Spec) -> dict[str, list[str | None]]:
     except AwsError as error:
         if not re.fullmatch(DENIED, error.code):
             raise
-        given: list[str | None] = [*names_in(target.zones)] or [None]
         return {name: list(given) for name in names}
     made: dict[str, list[str | None]] = {}
     for offering in sorted(listed, key=lambda each: str(each["Location"])):

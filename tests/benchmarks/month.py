@@ -10,8 +10,8 @@ from tests.launch.month import month
 
 TITLE = "A month of runs"
 SEEDS = (0, 1)
-NOTE = """1,000 runs on EC2 for each seed, of 14 minutes to 9 hours of work, begun within 20 days of a
-month, on g4dn.xlarge, g6.xlarge or g5.xlarge, spot, `spot=auto` or on demand, half of them with a
+NOTE = """1,000 runs on EC2 for each seed, of 14 minutes to 9 hours of work, begun within 20 days of
+a month, on g4dn.xlarge, g6.xlarge or g5.xlarge, spot, `spot=auto` or on demand, two of three with a
 ceiling of their own ($0.50 to $8). Reclaims (with a notice in 4 of 5), missing capacity by kind,
 zone and hour, quotas granted later, outages of AWS and of the way there (also in the middle of
 RunInstances), reboots, machines that hang, whose script dies or that break, a second submit between

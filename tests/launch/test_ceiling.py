@@ -81,6 +81,7 @@ def submit(model: Model, wish: Spec):
 def reclaim(model: Model, hours: float) -> None:
     """Takes the newest machine back, so many hours after its start."""
     machine = model.life.machines[-1]
+    machine.unseen = 0
     machine.fails = dict.fromkeys(machine.fails, machine.since + timedelta(days=999))
     machine.reclaimed = machine.since + timedelta(hours=hours)
     model.clock.time = machine.reclaimed + timedelta(minutes=5)

@@ -179,6 +179,8 @@ def test_a_wait_lives_through_whatever_ends_by_itself(account):
         "submit", "target=ec2", "target.spot=true", "name=outage", "--wait", "--every", "0.1"
     )
     assert wait_for(lambda: len(machines(account, "outage")) == 1, 120)
+    looked = len(sent(account, "DescribeInstances", "i-"))
+    assert wait_for(lambda: len(sent(account, "DescribeInstances", "i-")) > looked + 1, 120)
     for how, answers in (("html", 3), ("expire", 3)):
         account.post("/strict/rude", how=how, answers=answers)
     assert wait_for(lambda: account.post("/strict/left") == {"rude": 0}, 120)
@@ -284,6 +286,31 @@ def test_the_next_machine_gets_what_the_first_one_got(account, tmp_path):
     first, second = machines(account, "kept")
     assert script(account, second) == script(account, first).replace("attempt=1\n", "attempt=2\n")
     assert first["ImageId"] == second["ImageId"] and second["InstanceLifecycle"] == "spot"
+
+
+def test_a_run_goes_on_by_its_name_alone(account, tmp_path):
+    """Also when its folders are gone, and with a higher ceiling."""
+    pictures = make_pictures(tmp_path / "dogs", {"train": 2, "valid": 1})
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/resnet18.pth").write_bytes(b"weights")
+    code, printed = account.launch(
+        "submit", "target=ec2", "target.disk_gb=120", "name=by-name", "data=folder",
+        "data.workers=0", f"model.weights_dir={tmp_path}/weights", "--data", str(pictures),
+    )  # fmt: skip
+    assert code == OK, printed
+    put(account, "runs/by-name/attempts/1.json", {"attempt": 1, "code": 75, "reason": "SIGTERM"})
+    shutil.rmtree(tmp_path / "dogs")
+    shutil.rmtree(tmp_path / "weights")
+    code, printed = account.launch("submit", "by-name", "target.disk_gb=200")
+    assert code == MISTAKE and "target.disk_gb=200: by-name goes on as it was" in printed, printed
+    code, printed = account.launch("submit", "by-name", "target.max_dollars=9")
+    assert code == OK, printed
+    first, second = (script(account, each).splitlines() for each in machines(account, "by-name"))
+    differ = [line for line in second if line not in first]
+    assert differ == ["attempt=2"] or (differ[0] == "attempt=2" and "limit=" in differ[1]), differ
+    key = "runs/by-name/attempts/2.request.json"
+    noted = json.loads(account.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    assert noted["ceiling"] == 9 and noted["words"]["target"]["disk_gb"] == 120
 
 
 # --- the reason of an end ---
