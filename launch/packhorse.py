@@ -34,13 +34,14 @@ def _serving(verb: str, does: str) -> Verb:
 GROUPS = {
     "Train": {
         "train": Verb("train on a folder of pictures: packhorse train data.root=DIR", "trainer"),
-        "sweep": Verb("train with several values, and compare: optim.lr=1e-3,1e-2", "trainer", ("-m",)),
-        "doctor": Verb("what this machine can do with a run, and how long it takes", "trainer.doctor"),
+        "sweep": Verb("train with several values: optim.lr=1e-3,1e-2", "trainer", ("-m",)),
+        "doctor": Verb("what this machine can do, and how long a run takes", "trainer.doctor"),
         "care": Verb("look for duplicates, leaks and doubtful labels in a folder", "trainer.care"),
         "checkpoint": Verb("list and verify a run's checkpoints", "trainer.checkpoint"),
     },
     "Use a model": {
-        "predict": _serving("predict", "say what pictures show: a line or a row of a table for each"),
+        "predict": _serving("predict", "say what pictures show, in lines or a table"),
+        "evaluate": _serving("evaluate", "how good a model is on other labelled pictures"),
         "check": _serving("check", "verify a model package"),
         "serve": _serving("serve", "answer on HTTP, with a page to try the model"),
         "bench": _serving("bench", "measure a server, and say what to deploy for a load"),
@@ -54,7 +55,7 @@ GROUPS = {
         "stop": _launch("stop", "stop a run after a checkpoint"),
         "fetch": _launch("fetch", "bring a run's package and report to this machine"),
         "cost": _launch("cost", "dollars spent, and what they brought"),
-        "instances": _launch("instances", "the machines for this job, and what an epoch costs on each"),
+        "instances": _launch("instances", "the machines, and what an epoch costs on each"),
         "prices": _launch("prices", "the prices that plans are reckoned with"),
         "rehearse": _launch("rehearse", "run a SageMaker job on this machine"),
         "policy": _launch("policy", "what a part may do in your account, and why"),
@@ -65,7 +66,7 @@ GROUPS = {
         "deploy": _serving("deploy", "endpoint, autoscaling and Lambda function; asks first"),
         "invoke": _serving("invoke", "ask the deployed function"),
         "destroy": _serving("destroy", "remove what was deployed"),
-        "endpoint": Verb("the same and more: endpoint plan|deploy|status|invoke|logs|destroy", "serving"),
+        "endpoint": Verb("plan|deploy|status|invoke|logs|destroy", "serving"),
     },
 }  # fmt: skip
 VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}

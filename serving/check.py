@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "package",
-        help="a model.tar.gz, the directory that it was unpacked into, a run's directory, or newest",
+        help="a model.tar.gz, the directory that it was unpacked into, a run's, or newest",
     )
     path = package_of(parser.parse_args(arguments[1:]).package)
     package = load_for_command(path)

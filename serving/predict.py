@@ -5,39 +5,33 @@ nothing and no picture is done twice.
 """
 
 import argparse
-import csv
 import fcntl
-import io
 import logging
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from serving import sources
-from serving.fetch import RequestError
+from serving import bulk, sources
+from serving.backends import Scores
 from serving.package import Package, load_for_command
 from serving.serve import package_of
 from serving.sources import Source
 from trainer.common import files
 from trainer.common.arguments import typed_path, whole
 from trainer.common.console import ProgressBar
-from trainer.common.cpu import cores
 from trainer.common.errors import MISTAKE, OK, Unreadable, UserError
 from trainer.common.interrupt import Stop, on_signals
 from trainer.common.paths import expanded
-from trainer.images.decode import MAX_PIXELS, ImageError, Room
+from trainer.images.decode import ImageError
 from trainer.results.prediction import Prediction, predictions
+from trainer.results.predictions import SHOWN, Columns, whole_rows
 
 CACHE = Path(".cache")  # as platform.cache
 STANDARD_OUTPUT = "-"
 NAMED = 3  # pictures that a line names
-
-Outcome = Prediction | ImageError | Unreadable
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     pictures, left_out = sources.find(options.pictures, CACHE)
     if left_out:
         _say(f"left out: {left_out}")
-    package = load_for_command(package_of(options.model), 1)  # a picture a thread, see `_outcomes`
-    top = min(options.top, len(package.classes))
-    with on_signals() as stop, _table(options.csv, package, top) as table:
+    package = load_for_command(package_of(options.model), bulk.THREADS)
+    columns = Columns(min(options.top, len(package.classes)), model=package.digest[:12])
+    with on_signals() as stop, _table(options.csv, columns) as table:
         waiting = [picture for picture in pictures if picture.name not in table.done]
         if len(waiting) < len(pictures):
             _say(f"{options.csv} has {len(pictures) - len(waiting)} of {len(pictures)} already")
@@ -100,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--top",
         type=whole(1, 1000),
-        default=3,
+        default=SHOWN,
         help="the most probable classes that the table has (default %(default)s)",
     )
     parser.add_argument(
@@ -123,10 +117,17 @@ def _predict(
     stop: Stop,
 ) -> Tally:
     """Hand what is said of each picture to `add`, in order. Raises Interrupted when asked to."""
+
+    def said_of(picture: Source, data: bytes, scores: Scores) -> Prediction:
+        [said] = predictions(package.calibration, package.classes, *scores)
+        if copies is not None:
+            _copy(data, copies / _folder_name(said.label) / picture.inner)
+        return said
+
     unsure = broken = 0
     unreadable: list[Unreadable] = []
     with ProgressBar("pictures", len(pictures)) as bar:
-        for picture, outcome in _outcomes(package, pictures, copies):
+        for picture, outcome in bulk.each(package, pictures, said_of):
             stop.check()
             if isinstance(outcome, Unreadable):
                 unreadable.append(outcome)
@@ -136,45 +137,6 @@ def _predict(
             unsure += isinstance(outcome, Prediction) and outcome.sure is False
             bar.advance()
     return Tally(len(pictures) - len(unreadable), unsure, broken, unreadable)
-
-
-def _outcomes(
-    package: Package, pictures: Iterable[Source], copies: Path | None
-) -> Iterator[tuple[Source, Outcome]]:
-    """Yield what is said of each picture, in their order.
-
-    Each is decoded and computed by one thread, with one thread's network: where there is more than
-    one picture a core, that leaves no core idle.
-    """
-    room = Room(MAX_PIXELS)
-    threads = cores()
-
-    def outcome(picture: Source) -> Outcome:
-        try:
-            data = picture.read()
-            scores = package.network(package.prepare(data, room)[None])
-        except (ImageError, Unreadable) as error:
-            return error
-        except RequestError as error:  # of S3
-            return Unreadable(f"{picture.name}: {error}")
-        [said] = predictions(package.calibration, package.classes, *scores)
-        if copies is not None:
-            _copy(data, copies / _folder_name(said.label) / picture.inner)
-        return said
-
-    with ThreadPoolExecutor(threads, "predict") as pool:
-        pending: deque[tuple[Source, Future[Outcome]]] = deque()
-        try:
-            for picture in pictures:
-                pending.append((picture, pool.submit(outcome, picture)))
-                if len(pending) > 4 * threads:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _copy(data: bytes, path: Path) -> None:
@@ -226,102 +188,51 @@ class _Table:
 
 
 class _Csv(_Table):
-    """The table as CSV: RFC 4180, UTF-8, a row in one write."""
+    """The table as CSV, a row in one write."""
 
-    def __init__(self, output: BinaryIO, package: Package, top: int) -> None:
+    def __init__(self, output: BinaryIO, columns: Columns) -> None:
         super().__init__()
-        self._output, self._top, self._model = output, top, package.digest[:12]
-        self._columns = ["path", "label", "probability", "sure", "set", "unlike"]
-        for place in range(2, top + 1):
-            self._columns += [f"label_{place}", f"probability_{place}"]
-        self._columns += ["error", "model"]
+        self._output, self._columns = output, columns
 
     def begin(self) -> None:
         """Write the names of the columns."""
-        self._write(self._columns)
+        self._output.write(self._columns.head().encode())
 
     def resume(self, name: str) -> None:
         """Go on with the rows that a file has; a row that was cut off is taken away.
 
         Raises UserError for a table of another model, or no table of this kind.
         """
-        rows, length = _whole_rows(self._output.read())
-        self._output.truncate(length)
-        self._output.seek(length)
-        if not rows:
-            self.begin()
-            return
-        if rows[0] != self._columns:
+        rows, length = whole_rows(self._output.read())
+        if rows and rows[0] != self._columns.names:
             raise UserError(
-                f"{name}: it is no table of these columns ({', '.join(self._columns)}); "
+                f"{name}: it is no table of these columns ({', '.join(self._columns.names)}); "
                 "give --top as it was written with, or another --csv"
             )
-        others = {row[-1] for row in rows[1:]} - {self._model}
+        others = {row[-1] for row in rows[1:]} - {self._columns.model}
         if others:
             raise UserError(
-                f"{name}: it is of another model ({others.pop()}, this is {self._model}); "
+                f"{name}: it is of another model ({others.pop()}, this is {self._columns.model}); "
                 "give another --csv, or delete it"
             )
+        self._output.truncate(length)
+        if not rows:
+            self.begin()
         self.done = frozenset(row[0] for row in rows[1:])
 
     def add(self, name: str, outcome: Prediction | ImageError) -> None:
         """Write a picture's row."""
-        width = len(self._columns)
-        if isinstance(outcome, ImageError):
-            cells = [name, *[""] * (width - 3), str(outcome), self._model]
-        else:
-            cells = [name, *_pair(outcome, 0), _flag(outcome.sure)]
-            cells += [_joined(outcome.members), _flag(outcome.unlike)]
-            for place in range(1, self._top):
-                cells += _pair(outcome, place)
-            cells += ["", self._model]
-        self._write(cells)
-
-    def _write(self, cells: Sequence[str]) -> None:
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(cells)
-        self._output.write(line.getvalue().encode())
-
-
-def _pair(outcome: Prediction, place: int) -> list[str]:
-    return [outcome.labels[place], f"{outcome.probabilities[place]:.6g}"]
-
-
-def _flag(value: bool | None) -> str:
-    return {None: "", True: "true", False: "false"}[value]
-
-
-def _joined(names: Sequence[str] | None) -> str:
-    r"""Return classes in one cell, as a|b; a | within one as \|."""
-    if names is None:
-        return ""
-    return "|".join(name.replace("\\", "\\\\").replace("|", "\\|") for name in names)
-
-
-def _whole_rows(data: bytes) -> tuple[list[list[str]], int]:
-    """Return the rows that end with their line break, and how many bytes they are."""
-    length, rows, at = 0, [], 0
-    lines = io.BytesIO(data)
-    text: list[str] = []
-    for line in lines:
-        at += len(line)
-        text.append(line.decode(errors="replace"))
-        row = "".join(text)
-        # A quoted cell may hold line breaks: the row ends where its quotes do.
-        if row.endswith("\n") and row.count('"') % 2 == 0:
-            rows += list(csv.reader([row]))
-            length, text = at, []
-    return rows, length
+        self._output.write(self._columns.row(name, outcome).encode())
 
 
 @contextmanager
-def _table(name: str | None, package: Package, top: int) -> Iterator[_Table]:
+def _table(name: str | None, columns: Columns) -> Iterator[_Table]:
     """Give where the rows go. name: the file's, - or None. Raises UserError."""
     if name is None:
         yield _Table()
         return
     if name == STANDARD_OUTPUT:
-        table = _Csv(sys.stdout.buffer, package, top)
+        table = _Csv(sys.stdout.buffer, columns)
         table.begin()
         yield table
         sys.stdout.flush()
@@ -334,6 +245,6 @@ def _table(name: str | None, package: Package, top: int) -> Iterator[_Table]:
         except BlockingIOError as error:
             raise UserError(f"{name}: another process is writing it; wait for its end") from error
         file.seek(0)
-        table = _Csv(file, package, top)
+        table = _Csv(file, columns)
         table.resume(name)
         yield table

@@ -85,7 +85,7 @@ def _file(path: Path) -> Source:
 
 
 def _matching(pattern: str, left_out: list[str]) -> Iterator[Source]:
-    names = sorted(glob.glob(pattern, recursive=True))
+    names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (it takes absolute ones too)
     if not names:
         raise UserError(f"{pattern}: no file matches this pattern")
     for name in names:

@@ -24,6 +24,7 @@ from tests.conftest import environment, wait_for
 from trainer.common import files
 from trainer.common.errors import MISTAKE, OK, RESUME
 from trainer.images import folder
+from trainer.results.predictions import whole_rows
 
 
 @pytest.fixture
@@ -125,7 +126,10 @@ def test_pictures_come_from_s3(asked, photos, monkeypatch):
         for key in ("a/b/1.jpg", "a/2.jpg", "a/x.txt", "ab/3.jpg", "a/"):
             client.put_object(Bucket="photos", Key=key, Body=one)
         _, out, _ = asked("s3://photos/a", "--csv", "-", "--images", "sorted")
-        assert [row["path"] for row in rows(out)] == ["s3://photos/a/2.jpg", "s3://photos/a/b/1.jpg"]
+        assert [row["path"] for row in rows(out)] == [
+            "s3://photos/a/2.jpg",
+            "s3://photos/a/b/1.jpg",
+        ]
         [label] = {row["label"] for row in rows(out)}
         assert Path("sorted", label, "b/1.jpg").read_bytes() == one
         assert len(rows(asked("s3://photos", "--csv", "-")[1])) == 3
@@ -191,8 +195,8 @@ def test_wherever_a_table_is_cut_off_it_is_gone_on_with(asked, photos):
 
 def test_a_row_of_a_name_with_line_breaks_is_one_row():
     first = '"a\nb ""x"" .jpg",dog\n'
-    assert predict._whole_rows(first.encode() + b'"c\n')[0] == [['a\nb "x" .jpg', "dog"]]
-    assert predict._whole_rows(first.encode() + b'"c\n')[1] == len(first)
+    rows, length = whole_rows(first.encode() + b'"c\n')
+    assert (rows, length) == ([['a\nb "x" .jpg', "dog"]], len(first))
 
 
 def test_a_table_of_other_columns_or_another_model_is_not_gone_on_with(asked, photos):
@@ -255,9 +259,7 @@ def start(original: Path, photos: Path, cwd: Path) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize(
     ("pictures", "kills"), [(120, 2), pytest.param(1000, 10, marks=pytest.mark.long)]
 )
-def test_a_kill_loses_nothing_and_does_no_picture_twice(
-    asked, original, tmp_path, pictures, kills
-):
+def test_a_kill_loses_nothing_and_does_no_picture_twice(asked, original, tmp_path, pictures, kills):
     photos = tmp_path / "many"
     photos.mkdir()
     rng = np.random.default_rng(0)
@@ -271,14 +273,16 @@ def test_a_kill_loses_nothing_and_does_no_picture_twice(
     def lines() -> int:
         return table.read_bytes().count(b"\n") if table.exists() else 0
 
+    def until(process: subprocess.Popen[bytes], enough: int) -> None:
+        wait_for(lambda: lines() > enough or process.poll() is not None)
+
     for kill in range(kills):
         process = start(original, photos, tmp_path)
-        enough = pictures * (kill + 1) // (kills + 2)
-        wait_for(lambda enough=enough: lines() > enough or process.poll() is not None)
+        until(process, pictures * (kill + 1) // (kills + 2))
         process.kill()
         process.communicate()
     process = start(original, photos, tmp_path)
-    wait_for(lambda: lines() > pictures * (kills + 1) // (kills + 2) or process.poll() is not None)
+    until(process, pictures * (kills + 1) // (kills + 2))
     process.terminate()
     _, told = process.communicate()
     if process.returncode == RESUME:  # the last rows may have been faster than the signal
