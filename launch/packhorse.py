@@ -37,6 +37,7 @@ GROUPS = {
         "sweep": Verb("train with several values: optim.lr=1e-3,1e-2", "trainer", ("-m",)),
         "doctor": Verb("what this machine can do, and how long a run takes", "trainer.doctor"),
         "care": Verb("look for duplicates, leaks and doubtful labels in a folder", "trainer.care"),
+        "runs": Verb("the runs so far; --compare RUN RUN: which is better", "trainer.runs"),
         "checkpoint": Verb("list and verify a run's checkpoints", "trainer.checkpoint"),
     },
     "Use a model": {
