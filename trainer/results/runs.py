@@ -149,7 +149,7 @@ def table(runs: Sequence[Summary]) -> str:
     keys = differing(runs)
     usual = {key: _usual([setting(run.settings.get(key)) for run in runs]) for key in keys}
     head = ("date", "data", "model", "valid", "test", "95 %", "epochs", "time", "state", "run")
-    lines = [(*head, "differs by")]
+    lines: list[tuple[str, ...]] = [(*head, "differs by")]
     for run in runs:
         own = [
             f"{key}={setting(run.settings.get(key))}"
@@ -235,7 +235,7 @@ class Comparison:
         alone = self.first + self.second
         fewer = min(self.first, self.second)
         tail = sum(math.comb(alone, count) for count in range(fewer + 1))
-        return min(1.0, 2 * tail / 2**alone)
+        return min(1.0, float(2 * tail / 2**alone))
 
 
 def compare(first: Path, second: Path) -> Comparison:
