@@ -78,6 +78,12 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
     attempt, made = _send_first_offer(aws, plan, attempt)
     attempt = _confirm(aws, attempt, _id(made[-1]) or base.of(attempt).observe(aws, attempt).id)
     log.info("sent attempt %d at %s: %s", attempt.number, attempt.run, attempt.id or attempt.job)
+    if attempt.ceiling is not None:
+        log.info(
+            "the run costs $%.2f at most; this attempt ends after %.3g h",
+            attempt.ceiling,
+            attempt.hours,
+        )
     return attempt
 
 

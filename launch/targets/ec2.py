@@ -125,9 +125,12 @@ class Ec2(Target):
                     bid = highest_bid(prices, zone)
                     offers.append(dataclasses.replace(offer, zone=zone, bid=bid))
         if not offers:
+            places = f"no zone of {spec.region}"
+            if target.zones:
+                places = f"none of target.zones={target.zones} in {spec.region}"
             raise UserError(
-                f"target.zones={target.zones}: none of them in {spec.region} has "
-                f"{target.instance_type}; python -m launch instances lists machines"
+                f"{places} has {target.instance_type}; "
+                "take another target.instance_type, or another target.region"
             )
         return offers
 
