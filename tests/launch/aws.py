@@ -188,10 +188,11 @@ class Strict:
         if how == "html":
             page = b"<html><body>Welcome! Accept our terms to go on.</body></html>"
             return _answer(start, "200 OK", page, "text/html; charset=utf-8")
+        asked = f"{service}:{entry['operation']} on resource: *"
         codes = {
             "expire": ("ExpiredToken", "The provided token has expired."),
             "throttle": ("ThrottlingException", "Rate exceeded"),
-            "deny": ("AccessDenied", "User is not authorized to perform this"),
+            "deny": ("AccessDenied", f"User is not authorized to perform: {asked}"),
             "fault": ("InternalError", "We encountered an internal error"),
         }
         status = {"deny": "403 Forbidden", "fault": "500 Internal Server Error"}.get(

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 import pytest
 
 from launch import submission
+from launch.cloud.prices import Price
+from launch.cloud.session import Aws
+from launch.targets import attempt as notes
+from launch.targets.spec import choose
 from tests.conftest import make_pictures, wait_for
 from tests.launch.conftest import REGION, Cloud, founded
 from tests.launch.test_kills import KILLED
-from trainer.common.errors import FAULT, MISTAKE, OK, RESUME
+from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, UserError
 
-LISTS = {
-    "Training": "list_training_jobs",
-    "HyperParameterTuning": "list_hyper_parameter_tuning_jobs",
-}
 BUCKET = f"packhorse-123456789012-{REGION}"
 
 
@@ -45,12 +45,6 @@ def machines(cloud: Cloud, run: str) -> list[dict]:
         found,
         key=lambda each: next(tag["Value"] for tag in each["Tags"] if tag["Key"] == "attempt"),
     )
-
-
-def all_machines(cloud: Cloud) -> list[dict]:
-    """Every instance."""
-    groups = cloud.client("ec2").describe_instances()["Reservations"]
-    return [each for group in groups for each in group["Instances"]]
 
 
 def reclaim(cloud: Cloud, run: str, number: int) -> None:
@@ -429,27 +423,23 @@ def test_of_two_machines_the_one_that_has_the_attempt_counts(account):
     assert "attempt 1 at twins is running" in account.launch("logs", "twins")[1], late
 
 
-def test_stop_without_a_name_stops_what_is_going(account):
-    assert account.launch("submit", "target=ec2", "name=going")[0] == OK
-    assert account.launch("submit", "target=ec2", "name=over")[0] == OK
-    for machine in all_machines(account):
-        tags = {tag["Key"]: tag["Value"] for tag in machine["Tags"]}
-        if tags["run"] != "going":
-            key = f"runs/{tags['run']}/attempts/{tags['attempt']}.json"
-            put(account, key, {"attempt": 1, "code": 0, "reason": "done"})
-    for kind in ("Training", "HyperParameterTuning"):
-        listed = getattr(account.client("sagemaker"), LISTS[kind])()[f"{kind}JobSummaries"]
-        for job in listed:
-            account.post("/strict/end", job=job[f"{kind}JobName"], status="Completed")
-    for notebook in account.client("sagemaker").list_notebook_instances()["NotebookInstances"]:
-        name = notebook["NotebookInstanceName"]
-        account.client("sagemaker").stop_notebook_instance(NotebookInstanceName=name)
-    code, printed = account.launch("stop")
-    assert code == OK and "asked" in printed, printed
-    assert account.client("s3").head_object(Bucket=BUCKET, Key="runs/going/attempts/1.stop")
-    assert account.launch("submit", "target=ec2", "name=also-going")[0] == OK
-    code, printed = account.launch("stop")
-    assert code == MISTAKE and "2 runs are going: " in printed and "also-going" in printed, printed
+def test_stop_without_a_name_stops_what_is_going(monkeypatch):
+    """Not the newest, which may have ended; and asks which where several are going."""
+    names = ("old", "older", "newest")
+    every = [noted(name, f"2026-11-2{day}") for day, name in enumerate(names)]
+    monkeypatch.setattr(notes, "attempts", lambda aws: every)
+    aws = Aws("packhorse", REGION)
+    assert choose(aws, [], lambda attempt: attempt.run == "older").run == "older"
+    assert choose(aws, [], lambda attempt: False).run == "newest"
+    assert choose(aws, []).run == "newest"
+    with pytest.raises(UserError, match="2 runs are going: old, older; name one of them"):
+        choose(aws, [], lambda attempt: attempt.run != "newest")
+
+
+def noted(run: str, when: str) -> notes.Attempt:
+    price = Price("g4dn.xlarge", 0.5, 0.2, "")
+    of_machine = ("ec2", "g4dn.xlarge", 1, False, 8.0, f"packhorse-{run}-1", price, [], {}, when)
+    return notes.Attempt(run, 1, *of_machine)
 
 
 # --- past the limit ---
