@@ -81,11 +81,14 @@ def of_run(spec: Spec, price: Price, trials: int) -> float | None:
 def at_most(aws: Aws, attempt: Attempt, state: State) -> float:
     """Return the dollars that an attempt has cost at most, or will before its limit ends it.
 
+    An end that neither AWS nor the machine told is reckoned as late as its limit: where the script
+    has died, a machine goes on in silence until then.
+
     Raise AwsError.
     """
     if attempt.per_hour is None or state.phase in (Phase.ABSENT, Phase.NO_CAPACITY):
         return 0.0
-    if state.ended is not None or state.discounted:
+    if (state.ended is not None and state.is_sure) or state.discounted:
         machine_hours = state.machine_seconds / 3600 + attempt.instances * 60 / 3600
     else:
         machine_hours = attempt.instances * (attempt.hours + AROUND / 3600)

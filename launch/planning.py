@@ -61,7 +61,7 @@ class Plan:
                 asked = self.before.asked
             if self.before.number == spec.attempt:
                 after = self.before.after
-            elif self.state is not None and self.state.ended is not None:
+            elif self.state is not None and self.state.ended is not None and self.state.is_sure:
                 after = self.state.ended.isoformat()
         return Attempt(
             run=spec.run,

@@ -108,11 +108,12 @@ def _send_first_offer(
                 raise
             if lacking is None or re.fullmatch(NO_CAPACITY, error.code):
                 lacking = error
+            why = error.message or error.code
             before, plan = plan.spec, _without_same_quota(plan, error)
             if not plan.others:
                 raise lacking from None
         plan = plan.next_offer
-        log.info("no %s (%s); asking for %s", _offer(before), attempt.refused, _offer(plan.spec))
+        log.info("no %s (%s); asking for %s", _offer(before), why, _offer(plan.spec))
         attempt = dataclasses.replace(plan.attempt, asked=attempt.asked)
         s3.write(aws, attempt.key, attempt.dumps())
 

@@ -49,6 +49,8 @@ class State:
     machine_seconds: float = 0.0
     discounted: bool = False  # whether a spot discount is in machine_seconds already
     id: str | None = None
+    # Whether AWS or the machine itself said when it ended; else that is the last that was heard.
+    is_sure: bool = True
 
 
 @dataclass(frozen=True)

@@ -575,15 +575,23 @@ def _unlisted(aws: Aws, attempt: Attempt) -> State:
         limit = started + timedelta(hours=attempt.hours) + PATIENCE
         known = following.after or following.asked or following.noted
         ended = min(datetime.fromisoformat(known), limit)
-        seconds = seconds_between(started, ended)
-        return State(Phase.FAILED, FORGOTTEN, started, ended, seconds, id=attempt.id)
+        return State(
+            Phase.FAILED,
+            FORGOTTEN,
+            started,
+            ended,
+            seconds_between(started, ended),
+            id=attempt.id,
+            is_sure=following.after is not None,
+        )
     alive = ended or attempt.since
     if now() - alive < YOUNG:
         return attempt.unseen(alive)
     phase, detail = Phase.FAILED, FORGOTTEN
     if _asked_to_stop(aws, attempt):
         phase, detail = Phase.STOPPED, "asked to stop"
-    return State(phase, detail, started, ended, seconds_between(started, ended), id=attempt.id)
+    seconds = seconds_between(started, ended)
+    return State(phase, detail, started, ended, seconds, id=attempt.id, is_sure=False)
 
 
 def _ended_without_word(aws: Aws, attempt: Attempt, instance: dict[str, Any]) -> State:

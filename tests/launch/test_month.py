@@ -11,8 +11,9 @@ def check(figures: dict) -> None:
     assert figures["longest time of two machines"] <= 60
     assert figures["longest time of two that work"] == 0
     assert figures["otherwise"] == 0, "complete, or ended by their ceiling"
-    # In hindsight: a ceiling must hold for the highest price that may be billed.
-    assert figures["of these it could have paid for"] <= 0.02 * figures["runs"]
+    # In hindsight: a ceiling must hold for the highest price that may be billed, and for a machine
+    # that ended when nobody looked.
+    assert figures["of these it could have paid for"] <= 0.05 * figures["runs"]
 
 
 def test_some_runs_of_a_month():

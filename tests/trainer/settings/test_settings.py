@@ -257,7 +257,7 @@ OTHERS = {
     "hours": "2",
     "spot": "true",
     "subnet": "subnet-0123456789abcdef0",
-    "disk_gb": "200",
+    "disk_gb": "110",
     "instances": "2",
     "retries": "3",
     "idle_minutes": "30",
