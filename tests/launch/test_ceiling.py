@@ -139,6 +139,8 @@ def test_an_end_that_nobody_saw_is_reckoned_as_late_as_it_can_have_been(common, 
     lost = State(Phase.FAILED, started=BEGIN)
     whole = (G4DN + PARTS) * (8 + ceiling.AROUND / 3600)
     assert ceiling.at_most(model, attempt, lost) == pytest.approx(whole)
+    heard = State(Phase.FAILED, started=BEGIN, ended=BEGIN, is_sure=False)
+    assert ceiling.at_most(model, attempt, heard) == pytest.approx(whole), "its script may be dead"
     never = State(Phase.NO_CAPACITY, started=BEGIN)
     assert ceiling.at_most(model, attempt, never) == 0
 
