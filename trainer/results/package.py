@@ -372,7 +372,7 @@ def _archive(package: Path, archive: Path) -> None:
                 with path.open("rb") as source:
                     tar.addfile(entry, source)
         file.flush()
-        os.fsync(file.fileno())
+        files.sync(file.fileno())
 
 
 def _move(package: Path, target: Path) -> None:
