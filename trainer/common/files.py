@@ -92,10 +92,17 @@ def _reason(path: str | Path, error: OSError | MemoryError) -> str:
     return machine_fault(error) or reason
 
 
-def sweep(directory: Path) -> None:
-    """Remove what killed writers left in `directory`, which no other process may be writing to."""
-    for path in directory.glob(f"{TEMPORARY}*"):
-        remove(path)
+def sweep(directory: Path, prefix: str = TEMPORARY) -> None:
+    """Remove what killed writers left in `directory`. No other process may write there.
+
+    prefix: begins the names of what is removed: those of one writer, where there are others. What
+    can't be removed stays, and is said.
+    """
+    for path in directory.glob(f"{prefix}*"):
+        try:
+            remove(path)
+        except OSError as error:
+            log.warning("%s: what a killed run left can't be removed (%s)", path, error.strerror)
 
 
 def remove(path: Path) -> None:
@@ -137,7 +144,7 @@ def locked(
                 log.info(
                     "%s: seeing whether its owner%s lives, for up to %.0f s",
                     directory,
-                    owner.owner_named(directory, f"{name}{OWNER}"),
+                    owner_of(directory, name),
                     owner.DEAD_AFTER,
                 )
             while not mine and (waiting is not None or claim.undecided):
@@ -148,6 +155,11 @@ def locked(
             yield mine
         finally:
             claim.release()
+
+
+def owner_of(directory: Path, name: str = ".lock") -> str:
+    """Return who has the lock, in words, where a file tells: " (process 7 on box)"."""
+    return owner.named(directory / f"{name}{OWNER}")
 
 
 def _try_lock(file: TextIO) -> bool | None:

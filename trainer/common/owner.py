@@ -78,8 +78,9 @@ class Claim:
         self.undecided = False
         if self._heart is not None:
             return True
-        if not self._created() and not (self._is_dead() and self._created()):
+        if not self._created(self._path) and not self._replaced():
             return False
+        self.undecided = False
         self._heart = threading.Thread(target=self._renew, name="owner", daemon=True)
         self._heart.start()
         return True
@@ -94,15 +95,15 @@ class Claim:
             if self._is_mine(self._path.read_bytes()):
                 self._path.unlink()
 
-    def _created(self) -> bool:
+    def _created(self, path: Path) -> bool:
         try:
-            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
         try:
             os.write(handle, self._text())
         except OSError:
-            self._path.unlink()
+            path.unlink()
             raise
         finally:
             os.close(handle)
@@ -112,12 +113,13 @@ class Claim:
         self._beats += 1
         return json.dumps(self._me | {"beats": f"{self._beats:012d}"}).encode()
 
-    def _is_dead(self) -> bool:
-        """Return whether the owner is dead; its file is then out of the way."""
+    def _replaced(self) -> bool:
+        """Put this process in the place of the owner, where that is dead; return whether it is."""
         try:
             text = self._path.read_bytes()
-        except FileNotFoundError:
-            return True
+        except FileNotFoundError:  # it has just been given up
+            self.undecided = True
+            return False
         alive = _is_alive(text)
         if text != self._seen:
             beaten = self._seen is not None
@@ -129,16 +131,26 @@ class Claim:
             return False
         if alive:
             return False
-        # Moved and looked at again: two that found it dead must not both replace it. An owner
-        # that is moved away by mistake notices, and comes back.
-        gone = self._path.with_name(f"{self._path.name}-{self._me['token']}")
-        try:
-            self._path.rename(gone)
-            same = gone.read_bytes() == text
-            gone.unlink()
-        except FileNotFoundError:
+        return self._put_in_place_of(text)
+
+    def _put_in_place_of(self, dead: bytes) -> bool:
+        """Replace what a dead owner wrote. Of several that try, one makes the file that does it."""
+        following = self._path.with_name(f"{self._path.name}-next")
+        self.undecided = True
+        if not self._created(following):
+            with suppress(FileNotFoundError):
+                if _is_alive(following.read_bytes()) is False:
+                    following.unlink()  # it was killed while it did that
             return False
-        return same
+        try:
+            if self._path.read_bytes() == dead:
+                following.replace(self._path)
+                return self._is_mine(self._path.read_bytes())
+        except FileNotFoundError:
+            pass
+        finally:
+            following.unlink(missing_ok=True)
+        return False
 
     def _renew(self) -> None:
         """Show that this process lives, until it gives up what it owns.
@@ -151,7 +163,7 @@ class Claim:
                 try:
                     handle = os.open(self._path, os.O_RDWR)
                 except FileNotFoundError:
-                    if self._created():
+                    if self._created(self._path):
                         continue
                     handle = os.open(self._path, os.O_RDWR)
                 try:
@@ -172,10 +184,10 @@ class Claim:
         return bool(_parsed(text).get("token") == self._me["token"])
 
 
-def owner_named(directory: Path, name: str) -> str:
-    """Return who owns it, as far as its file tells: " (process 7 on box)"."""
+def named(path: Path) -> str:
+    """Return who owns it, in words, as far as its file tells: " (process 7 on box)"."""
     try:
-        said = _parsed((directory / name).read_bytes())
+        said = _parsed(path.read_bytes())
         return f" (process {said['pid']} on {said['host']})"
     except (OSError, KeyError):
         return ""

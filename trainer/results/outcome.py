@@ -22,6 +22,7 @@ from trainer.results import calibrate, package, quantize, report
 from trainer.results.calibrate import Quality
 from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
+from trainer.training import complete
 from trainer.training.loop import predict
 from trainer.training.metrics import classification
 from trainer.training.recipe import Recipe
@@ -234,7 +235,8 @@ def build_package(run: Training, tested: Tested) -> None:
         chosen = quantize.choose(valid.paths, valid.labels, pixels)
         contents = replace(contents, int8=chosen, max_drop=config.package.max_drop)
     target = run.run.package
-    package.build(run.network, contents, target, archive=target.suffix == ".gz")
+    archive = target.suffix == ".gz"
+    package.build(run.network, contents, target, archive=archive, temporary=run.run.temporary)
 
 
 def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) -> None:
@@ -283,6 +285,7 @@ def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "identity": run.facts["identity"],
         "weights_file": run.run.loaded_weights(),
+        "files": complete.promise(run.run),
     }
 
 
