@@ -60,6 +60,7 @@ class Run:
     trial: bool = False  # of a decision: its metrics are nobody else's business
     # SHA-256 of the file of model.weights, before the network was built from it.
     weights_digest: str | None = None
+    recipe: dict[str, Any] | None = None  # what model=auto stood for
 
     def resolved(self, images: ImageFolder) -> "Run":
         """Return the run with a value for each setting that isn't given, written to config.yaml."""

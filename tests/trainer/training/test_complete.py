@@ -171,9 +171,8 @@ def test_what_can_not_be_read_now_is_not_made_again(cwd, train, monkeypatch):
 
 
 def opened(configure, *words: str):
-    return open_run(
-        configure(*SETTINGS, "train.epochs=1", "data.root=pictures", *words), World(), None
-    )
+    config = configure(*SETTINGS, "train.epochs=1", "data.root=pictures", *words)
+    return open_run(config, World(), Stop())
 
 
 def test_a_run_sweeps_what_it_left_and_nothing_of_another(tmp_path, configure, monkeypatch):
