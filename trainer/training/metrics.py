@@ -75,8 +75,12 @@ class MetricsFile:
         """Add a row, to the file and to TensorBoard."""
         self.rows.append(row)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:  # a write names no file
+                error.filename = str(self.path)
+                raise
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, row["step"])

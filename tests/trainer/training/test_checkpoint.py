@@ -11,6 +11,8 @@ import torch
 
 from tests.conftest import PROJECT, run_module
 from tests.soak import difference
+from tests.trainer.common.test_files import failing
+from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.training import checkpoint
 
@@ -191,6 +193,28 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(tmp_path, monkey
     monkeypatch.setattr(Path, "rename", fail)
     assert checkpoint.prune(tmp_path, 2, set()) == [tmp_path / "step-00000002"]
     assert "step-00000001: an old checkpoint that can't be deleted" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EINTR", "EMFILE"])
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
+def test_what_fails_once_is_saved_all_the_same(tmp_path, monkeypatch, call, name):
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    where = os if call == "fsync" else Path
+    number = getattr(errno, name)
+    monkeypatch.setattr(where, call, failing(number, 2, getattr(where, call)))
+    path = checkpoint.save(tmp_path, "step-00000001", state())
+    assert difference(checkpoint.load(path), state()) is None
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_for_good_names_the_checkpoint_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    checkpoint.save(tmp_path, "step-00000001", state(1))
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match="step-00000002") as raised:
+        checkpoint.save(tmp_path, "step-00000002", state(2))
+    assert raised.value.filename == str(tmp_path / "step-00000002")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
