@@ -80,7 +80,7 @@ def test_an_owner_elsewhere_that_gives_no_sign_of_life_is_replaced(tmp_path, loc
 
 
 def test_an_owner_elsewhere_that_lives_keeps_what_it_has(tmp_path, lockless, monkeypatch, caplog):
-    monkeypatch.setattr(owner, "DEAD_AFTER", 1e9)
+    monkeypatch.setattr(owner, "DEAD_AFTER", 120)
     owned_by(tmp_path)
     first_look = threading.Event()
     is_alive = owner._is_alive
@@ -124,6 +124,28 @@ def test_of_two_that_find_an_owner_dead_one_replaces_it(tmp_path, lockless):
         assert not (tmp_path / ".lock-owner").exists()
 
 
+def test_who_finds_an_owner_dead_too_late_replaces_nobody(tmp_path, lockless):
+    dead = owned_by(tmp_path, **here(began="1")).read_bytes()
+    first, second = (owner.Claim(tmp_path / ".lock-owner") for _ in range(2))
+    assert first.take()
+    assert not second._put_in_place_of(dead)
+    assert not second.take()
+    first.release()
+    assert second.take()
+    second.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_process_left_that_was_killed_while_it_replaced_another_is_removed(
+    tmp_path, lockless
+):
+    owned_by(tmp_path, **here(began="1")).rename(tmp_path / ".lock-owner-next")
+    owned_by(tmp_path, **here(began="1"))
+    with files.locked(tmp_path) as mine:
+        assert mine
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_who_was_taken_for_dead_ends_and_takes_nothing_away(tmp_path, lockless, monkeypatch):
     ended = threading.Event()
 
@@ -134,7 +156,7 @@ def test_who_was_taken_for_dead_ends_and_takes_nothing_away(tmp_path, lockless, 
     monkeypatch.setattr(os, "_exit", end)
     with files.locked(tmp_path):
         owned_by(tmp_path)
-        assert ended.wait(600)
+        assert ended.wait(120)
     assert json.loads((tmp_path / ".lock-owner").read_text())["host"] == "other"
 
 
@@ -159,7 +181,7 @@ def test_an_outage_is_no_end(tmp_path, lockless, monkeypatch):
             raise OSError(errno.ESTALE, "Stale file handle")
 
         patch.setattr(os, "open", lost)
-        assert tried.wait(600)
+        assert tried.wait(120)
     before = (tmp_path / ".lock-owner").read_bytes()
     while (tmp_path / ".lock-owner").read_bytes() in (before, b""):
         threading.Event().wait(0.01)
