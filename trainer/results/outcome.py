@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.common.console import log
-from trainer.common.errors import UserError
+from trainer.common.errors import AGAIN, UserError
 from trainer.common.git import revision
 from trainer.images import folder
 from trainer.images.names import suffix_of
@@ -236,7 +236,12 @@ def build_package(run: Training, tested: Tested) -> None:
         contents = replace(contents, int8=chosen, max_drop=config.package.max_drop)
     target = run.run.package
     archive = target.suffix == ".gz"
-    package.build(run.network, contents, target, archive=archive, temporary=run.run.temporary)
+    try:
+        package.build(run.network, contents, target, archive=archive, temporary=run.run.temporary)
+    except package.SelfTestFailed as error:
+        raise UserError(
+            f"{target}: {error}; what was trained is saved: mend that, {AGAIN}"
+        ) from error
 
 
 def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) -> None:

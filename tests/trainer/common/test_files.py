@@ -33,6 +33,7 @@ def failing(number: int, times: int = 1_000_000, real=None):
 def lockless(monkeypatch):
     """A file system without flock, and owners of other machines that are soon taken for dead."""
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    monkeypatch.setattr(os, "_exit", lambda code: None)  # of the process that runs the tests
     monkeypatch.setattr(owner, "RENEW_EVERY", 0.02)
     monkeypatch.setattr(owner, "DEAD_AFTER", 0.3)
 
