@@ -189,8 +189,19 @@ def verify(path: Path) -> None:
 
 
 def steps(root: Path) -> list[Path]:
-    """Return the resumable checkpoints below root, oldest first."""
-    return sorted(root.glob("step-*"))
+    """Return the resumable checkpoints below root, oldest first.
+
+    Raise Unreadable: a directory that can't be listed isn't empty (Path.glob takes one without
+    permission for that).
+    """
+
+    def read() -> list[Path]:
+        try:
+            return list(root.iterdir())
+        except FileNotFoundError:
+            return []
+
+    return sorted(path for path in files.patiently(root, read) if path.name.startswith("step-"))
 
 
 def step_name(step: int, evaluated: bool) -> str:

@@ -221,6 +221,17 @@ def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.newest(tmp_path / "none") is None
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_checkpoints_that_can_not_be_listed_are_not_missing(tmp_path, monkeypatch, number):
+    path = checkpoint.save(tmp_path, "step-00000001", state())
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    monkeypatch.setattr(os, "listdir", failing(number, 2, os.listdir))
+    assert checkpoint.steps(tmp_path) == [path]
+    monkeypatch.setattr(os, "listdir", failing(number))
+    with pytest.raises(UserError, match=r"again|let this user"):
+        checkpoint.newest(tmp_path)
+
+
 def test_prune_keeps_the_newest(tmp_path):
     for step in range(1, 6):
         checkpoint.save(tmp_path, f"step-{step:08d}", state(step))
