@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import IO, Any, TypeVar
 
 from trainer.common import owner
 from trainer.common.console import log
@@ -131,7 +131,7 @@ def locked(
     with persistently(partial((directory / name).open, "w")) as file:
 
         def take() -> bool:
-            held = persistently(partial(_try_lock, file))
+            held = persistently(partial(try_lock, file))
             if held is None or (held and alone):
                 return persistently(claim.take)
             return held
@@ -162,7 +162,7 @@ def owner_of(directory: Path, name: str = ".lock") -> str:
     return owner.named(directory / f"{name}{OWNER}")
 
 
-def _try_lock(file: TextIO) -> bool | None:
+def try_lock(file: IO[Any]) -> bool | None:
     """Return whether the kernel's lock is this process's; None where it has none there."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
