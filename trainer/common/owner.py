@@ -65,8 +65,8 @@ class Claim:
         self._path = path
         self._me = _this_process() | {"token": secrets.token_hex(8)}
         self._beats = 0
-        self._seen: bytes | None = None  # what the file of another owner says
-        self._seen_at = 0.0
+        # Since when files of others say what they say: text and time, by path.
+        self._seen: dict[Path, tuple[bytes, float]] = {}
         self._released = threading.Event()
         self._heart: threading.Thread | None = None
 
@@ -120,18 +120,27 @@ class Claim:
         except FileNotFoundError:  # it has just been given up
             self.undecided = True
             return False
-        alive = _is_alive(text)
-        if text != self._seen:
-            beaten = self._seen is not None
-            self._seen, self._seen_at = text, time.monotonic()
-            if alive is None and beaten:
-                alive = True
-        if alive is None and time.monotonic() - self._seen_at < DEAD_AFTER:
+        alive = self._lives(self._path, text)
+        if alive is None:
             self.undecided = True
             return False
         if alive:
             return False
         return self._put_in_place_of(text)
+
+    def _lives(self, path: Path, text: bytes) -> bool | None:
+        """Return whether who wrote `text` to `path` lives; None: that isn't known yet."""
+        alive = _is_alive(text)
+        if alive is not None:
+            return alive
+        now = time.monotonic()
+        before, since = self._seen.setdefault(path, (text, now))
+        if text != before:
+            self._seen[path] = text, now
+            return True
+        if now - since < DEAD_AFTER:
+            return None
+        return False
 
     def _put_in_place_of(self, dead: bytes) -> bool:
         """Replace what a dead owner wrote. Of several that try, one makes the file that does it."""
@@ -139,7 +148,7 @@ class Claim:
         self.undecided = True
         if not self._created(following):
             with suppress(FileNotFoundError):
-                if _is_alive(following.read_bytes()) is False:
+                if self._lives(following, following.read_bytes()) is False:
                     following.unlink()  # it was killed while it did that
             return False
         try:
@@ -244,5 +253,7 @@ def _began(pid: int) -> str:
     """Return when a process began, in ticks since the boot; "" where it isn't told."""
     # The name, in brackets, may hold spaces. See proc_pid_stat(5).
     *_, rest = _told(Path(f"/proc/{pid}/stat")).rpartition(")")
-    words = rest.split()
-    return words[19] if len(words) > 19 else ""
+    state, *words = rest.split() or [""]
+    if state in ("Z", "X") or len(words) < 19:  # it has ended, and nobody has asked how
+        return ""
+    return words[18]

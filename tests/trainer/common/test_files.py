@@ -6,6 +6,8 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -137,10 +139,13 @@ def test_who_finds_an_owner_dead_too_late_replaces_nobody(tmp_path, lockless):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "facts", [owner._this_process() | {"began": "1"}, {}], ids=["here", "elsewhere"]
+)
 def test_what_a_process_left_that_was_killed_while_it_replaced_another_is_removed(
-    tmp_path, lockless
+    tmp_path, lockless, facts
 ):
-    owned_by(tmp_path, **here(began="1")).rename(tmp_path / ".lock-owner-next")
+    owned_by(tmp_path, **facts).rename(tmp_path / ".lock-owner-next")
     owned_by(tmp_path, **here(began="1"))
     with files.locked(tmp_path) as mine:
         assert mine
@@ -245,3 +250,17 @@ def test_what_fails_for_good_names_the_file_and_leaves_what_was_there(tmp_path, 
         files.write(tmp_path / "file", "after")
     assert raised.value.filename == str(tmp_path / "file")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it")
+def test_a_process_that_has_ended_and_was_not_asked_how_owns_nothing(tmp_path, lockless):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owned_by(tmp_path, **here(pid=child.pid, began=owner._began(child.pid)))
+    with files.locked(tmp_path) as mine:
+        assert not mine
+    child.kill()
+    while owner._began(child.pid):
+        threading.Event().wait(0.01)
+    with files.locked(tmp_path) as mine:
+        assert mine
+    child.communicate()
