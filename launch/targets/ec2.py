@@ -171,6 +171,8 @@ class Ec2(Target):
         return min(spot_prices(aws, spec.instance_types[0]).values(), default=None)
 
     def observe(self, aws: Aws, attempt: Attempt) -> State:
+        if attempt.id is None:  # nobody heard EC2's answer, and a machine may have it all the same
+            attempt = dataclasses.replace(attempt, id=_claimed_by(aws, attempt))
         instance = _owner_of(aws, attempt, _instance_of(aws, attempt))
         outcome = s3.read(aws, attempt.key_of("json"))
         if outcome is not None:
@@ -528,6 +530,13 @@ def _instance_of(aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
     return next((each for group in groups for each in group["Instances"]), None)
 
 
+def _claimed_by(aws: Aws, attempt: Attempt) -> str | None:
+    """Return the id of the machine that has claimed an attempt, None where none has."""
+    claimed = s3.read(aws, attempt.key_of("machine"))
+    owner = claimed[0].decode(errors="replace").strip() if claimed else ""
+    return owner if owner.startswith("i-") else None
+
+
 def _owner_of(aws: Aws, attempt: Attempt, instance: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the machine that has the attempt, where the noted one has ended by itself.
 
@@ -535,9 +544,8 @@ def _owner_of(aws: Aws, attempt: Attempt, instance: dict[str, Any] | None) -> di
     """
     if instance is None or _reason(instance) != BY_ITSELF:
         return instance
-    claimed = s3.read(aws, attempt.key_of("machine"))
-    owner = claimed[0].decode(errors="replace").strip() if claimed else ""
-    if not owner.startswith("i-") or owner == instance["InstanceId"]:
+    owner = _claimed_by(aws, attempt)
+    if owner is None or owner == instance["InstanceId"]:
         return instance
     return _instance_of(aws, dataclasses.replace(attempt, id=owner))
 

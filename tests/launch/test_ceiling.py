@@ -145,6 +145,18 @@ def test_an_end_that_nobody_saw_is_reckoned_as_late_as_it_can_have_been(common, 
     assert ceiling.at_most(model, attempt, never) == 0
 
 
+def test_a_machine_whose_id_nobody_heard_is_known_by_its_claim(common, model):
+    wish = spec(common, model)
+    unheard = dataclasses.replace(submit(model, wish), id=None, sent=None)
+    machine = model.life.machines[0]
+    machine.fails = dict.fromkeys(machine.fails, machine.since + timedelta(days=999))
+    machine.unseen = 9
+    model.clock.time += timedelta(hours=2)
+    model.play()
+    state = wish.kind.observe(model, unheard)
+    assert state.phase is Phase.RUNNING and state.id == machine.id
+
+
 def test_an_older_attempt_that_ec2_has_forgotten_ended_when_the_next_one_knew(common, model):
     wish = spec(common, model)
     first = submit(model, wish)

@@ -9,7 +9,7 @@ def check(figures: dict) -> None:
     assert figures["above their ceiling"] == 0
     assert figures["machines left"] == 0
     assert figures["longest time of two machines"] <= 60
-    assert figures["longest time of two that work"] == 0
+    assert figures["longest time of two that work"] <= 30, "one had written its last word"
     assert figures["otherwise"] == 0, "complete, or ended by their ceiling"
     # In hindsight: a ceiling must hold for the highest price that may be billed, and for a machine
     # that ended when nobody looked.
