@@ -41,7 +41,10 @@ class Directory:
 
     @property
     def driver(self) -> str:
-        """Return the name of this driver in a shared ledger: the same when it is started again."""
+        """Return the name of this driver in a shared ledger: the same when it is started again.
+
+        Before the slash it is of the directory.
+        """
         return f"{self.frozen.get('id', '')[:8]}/{self.slot}@{socket.gethostname()}"
 
 
@@ -103,11 +106,6 @@ def slot(directory: Path, shared: bool) -> Iterator[int]:
             f"{directory}: another process runs this sweep; wait for it, or give this one "
             "another name=...; several share one with sweep.storage=FILE"
         )
-
-
-def own_place(run: Path) -> str:
-    """Return HOST:DIRECTORY of a trial's run on this machine."""
-    return f"{socket.gethostname()}:{run.absolute()}"
 
 
 def log_name(number: int) -> str:

@@ -41,7 +41,7 @@ from trainer.settings.config import AUTO, Config
 from trainer.settings.hydra_errors import CONFIG_ERRORS
 from trainer.settings.search_space import Sweep
 from trainer.sweep import page, process
-from trainer.sweep.directory import Directory, opened, own_place
+from trainer.sweep.directory import Directory, opened
 from trainer.sweep.faults import Fault, Whose
 from trainer.sweep.ledger import (
     COMPLETE,
@@ -526,7 +526,7 @@ class Driver:
         another machine has is finished there.
         """
         where = self.place(trial)
-        if trial.where not in ("", own_place(where)) and not where.exists():
+        if trial.where:
             return
         if all((where / name).exists() for name in ("result.json", "model.tar.gz")):
             return
@@ -614,20 +614,16 @@ class Driver:
                 "half, so none of them is called the best; "
                 f"trial {failed.number} failed: {failed.reason}"
             )
-        where = self.place(best)
-        result = where / "result.json"
-        log.info("\n%-15s %s, trial %d", "best", where, best.number)
-        if result.exists():
-            tested = json.loads(result.read_text())
+        log.info("\n%-15s %s, trial %d", "best", best.where or self.place(best), best.number)
+        if not best.where:
+            tested = json.loads((self.place(best) / "result.json").read_text())
             log.info(
                 "%-15s %.1f %% (%d pictures)",
                 f"{tested['split']} accuracy",
                 100 * tested["top1"],
                 tested["pictures"],
             )
-            log.info("%-15s %s", "model package", where / "model.tar.gz")
-        else:
-            log.info("%-15s %s", "it lies at", best.where)
+            log.info("%-15s %s", "model package", self.place(best) / "model.tar.gz")
         log.info("%-15s %s", "report", self.directory / "sweep.html")
         log.info("next:\n  %s", self.again(best))
 

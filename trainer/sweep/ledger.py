@@ -34,7 +34,7 @@ class Trial:
     value: float | None = None  # of the objective; None: not known (yet)
     # Why it failed; of a running trial, why its last try did, for the machine's sake.
     reason: str = ""
-    where: str = ""  # HOST:DIRECTORY of its run, where several drivers share the ledger
+    where: str = ""  # HOST:DIRECTORY of its run, where that isn't in this sweep's directory
 
 
 class Ledger(Protocol):

@@ -13,6 +13,7 @@ is written once: Optuna's storages refuse to change a finished trial.
 import hashlib
 import json
 import re
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,7 +38,6 @@ from trainer.common.errors import AGAIN, MachineFault, UserError
 from trainer.common.files import PAUSES
 from trainer.settings.search_space import Continuous, Integer, Parameter, Sweep
 from trainer.settings.words import Value
-from trainer.sweep.directory import own_place
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Trial, grid_points, mend
 
 STATES = {
@@ -294,7 +294,8 @@ class Optuna:
         """Write on a trial that this driver runs it."""
         if self._driver is not None:
             trial.set_user_attr("driver", self._driver.name)
-            trial.set_user_attr("where", own_place(self._driver.runs / f"{trial.number:04d}"))
+            place = self._driver.runs.absolute() / f"{trial.number:04d}"
+            trial.set_user_attr("where", f"{socket.gethostname()}:{place}")
             self._looked = -float("inf")
 
     def _free(self) -> optuna.trial.Trial | None:
@@ -374,13 +375,18 @@ class Optuna:
             for parameter in self.sweep.space
             if parameter.key in frozen.params
         }
+        where = ""
+        if self._driver is not None:
+            theirs = frozen.user_attrs.get("driver", "").split("/")[0]
+            if theirs != self._driver.name.split("/")[0]:
+                where = frozen.user_attrs.get("where", "")
         return Trial(
             frozen.number,
             params,
             STATES[frozen.state],
             frozen.value,
             frozen.user_attrs.get("reason", ""),
-            frozen.user_attrs.get("where", ""),
+            where,
         )
 
 
@@ -401,7 +407,7 @@ def opened(storage: str | Path, shared: bool) -> BaseStorage:
                 "else SQLAlchemy knows, or the path of a file"
             ) from error
         except ImportError as error:
-            missing = error.name or first_line(error)
+            missing = getattr(error.__cause__ or error, "name", None) or first_line(error)
             raise UserError(
                 f"sweep.storage={shown(storage)} needs {missing}: install it with pip"
             ) from error

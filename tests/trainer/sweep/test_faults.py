@@ -4,64 +4,18 @@ import json
 import os
 import shutil
 import signal
-from collections import Counter
-from pathlib import Path
 
-import pytest
-
-from tests.conftest import PROJECT, Process, make_pictures, start_trainer, wait_for
-from tests.trainer.sweep.test_sweep import ledger
+from tests.conftest import wait_for
+from tests.trainer.sweep.driving import said_in, start, starts, states, sweep
 from trainer.common.errors import MACHINE, MISTAKE, OK, RESUME
 from trainer.settings.search_space import Categorical, Sweep
-from trainer.sweep import faults, ledger as ledgers
+from trainer.sweep import faults
+from trainer.sweep import ledger as ledgers
 from trainer.sweep.faults import Whose
 
-BEFORE = """
-from pathlib import Path
-from trainer.sweep import directory, driver
-directory.PROJECT = Path("project")
-driver.PAUSES = (0.1, 0.1)
-"""
 FULL = f"exit {MACHINE} error: /runs: no space is left"
 DIVERGED = f"exit {MISTAKE} error: the loss is nan in epoch 1: training diverged"
 SEEDS = "seed=" + ",".join(map(str, range(6)))
-
-
-@pytest.fixture
-def cwd(tmp_path):
-    """A working directory in whose project the trainer is `trial.py`."""
-    make_pictures(tmp_path / "pictures", {"train": 2, "valid": 1})
-    project = tmp_path / "project"
-    shutil.copytree(PROJECT / "conf", project / "conf")
-    for name in ("trainer", "serving"):
-        (project / name).mkdir(parents=True)
-        (project / name / "__init__.py").touch()
-    shutil.copy(Path(__file__).with_name("trial.py"), project / "trainer/__main__.py")
-    return tmp_path
-
-
-def start(cwd: Path, *words: str, before: str = "") -> Process:
-    given = ["data=folder", "data.root=pictures", "model=small_cnn", "platform=local", "name=s"]
-    return start_trainer(cwd, "-m", *given, "platform.cache=cache", *words, before=BEFORE + before)
-
-
-def sweep(
-    cwd: Path, script: dict[str, list[str]], *words: str, before: str = ""
-) -> tuple[int, str]:
-    """Run one to its end; its exit code and last line."""
-    (cwd / "script.json").write_text(json.dumps(script))
-    process = start(cwd, *words, before=before)
-    output, _ = process.communicate(timeout=600)
-    assert "Traceback" not in output, output
-    return process.returncode or 0, output
-
-
-def states(cwd: Path) -> list[str]:
-    return [state for _, (state, _) in sorted(ledger(cwd / "runs/s").items())]
-
-
-def starts(cwd: Path) -> dict[int, int]:
-    return dict(Counter(map(int, (cwd / "starts").read_text().split())))
 
 
 def test_what_the_machine_failed_is_tried_again_and_only_that(cwd):
@@ -143,6 +97,9 @@ def test_pictures_that_go_away_are_no_trials_fault_and_changed_ones_stop_the_swe
     code, said = sweep(cwd, {}, SEEDS)
     assert code == OK and set(states(cwd)) == {"complete"}, said
     assert max(starts(cwd).values()) == 1
+    (cwd / "pictures/valid/circle/000.png").unlink()
+    code, said = sweep(cwd, {}, SEEDS)  # a complete sweep doesn't name a best one of others
+    assert code == MISTAKE and "1 gone: valid/circle/000.png" in said.splitlines()[-1], said
 
 
 # Every write to the ledger after the FIRSTth fails, COUNT times, and leaves half a line.
@@ -168,7 +125,7 @@ def test_a_ledger_on_a_full_disk_is_waited_for_and_loses_nothing(cwd):
     assert "runs/s/trials.jsonl: no space is left" in said.splitlines()[-1]
     code, said = sweep(cwd, {}, SEEDS, before=TORN.format(first=4, count=2))
     assert code == OK and states(cwd) == ["complete"] * 6, said
-    assert sum(starts(cwd).values()) == 7  # one looked at again, which was complete
+    assert starts(cwd) == dict.fromkeys(range(6), 1)
 
 
 def test_a_ledger_that_is_cut_off_or_damaged_costs_a_look_at_the_trials_it_hits(cwd):
@@ -182,6 +139,20 @@ def test_a_ledger_that_is_cut_off_or_damaged_costs_a_look_at_the_trials_it_hits(
     assert "trial 1 complete" in said and "trial 0 complete" not in said
 
 
+def test_asked_to_stop_it_saves_and_goes_on(cwd):
+    (cwd / "script.json").write_text(json.dumps({"all": ["epochs 4000 0.1"]}))
+    process = start(cwd, SEEDS, "sweep.parallel=2")
+    assert wait_for(lambda: all((cwd / f"runs/s/000{n}/metrics.jsonl").exists() for n in (0, 1)))
+    other, _ = (second := start(cwd, SEEDS, "sweep.parallel=2")).communicate(timeout=600)
+    assert second.returncode == MISTAKE and "another process runs this sweep" in other
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == RESUME and "the same command goes on" in output
+    for number in (0, 1):  # each has saved, and none was counted as failed by the machine
+        assert "everything is saved" in (cwd / f"runs/s/000{number}/output.txt").read_text()
+    assert states(cwd) == ["running", "running"] and "tried again" not in output
+
+
 def test_asked_to_stop_in_a_pause_it_stops_at_once(cwd):
     (cwd / "script.json").write_text(json.dumps({"all": [FULL]}))
     process = start(cwd, SEEDS, before="driver.PAUSES = (3000.0,)")
@@ -189,10 +160,6 @@ def test_asked_to_stop_in_a_pause_it_stops_at_once(cwd):
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == RESUME and "the same command goes on" in output
-
-
-def said_in(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
 
 
 def test_whose_fault_an_end_is(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from launch.cloud import hyperparameters as codec
 from launch.targets import tuner
 from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer, start_trainer, wait_for
 from tests.soak import difference
+from tests.trainer.sweep.driving import ledger
 from trainer.common.errors import MISTAKE, OK, RESUME
 from trainer.settings import search_space as space
 from trainer.settings import words
@@ -39,16 +40,6 @@ def command(pictures: Path, *overrides: str) -> list[str]:
         "data.augment.scale=[0.9,1]",
         *overrides,
     ]
-
-
-def ledger(sweep: Path) -> dict[int, tuple[str, float | None]]:
-    """The last word of a grid's journal on each trial; asserts that no trial was ever complete
-    twice.
-    """
-    entries = [json.loads(line) for line in (sweep / "trials.jsonl").read_text().splitlines()]
-    ended = [entry["number"] for entry in entries if entry["state"] != "running"]
-    assert len(ended) == len(set(ended))
-    return {entry["number"]: (entry["state"], entry["value"]) for entry in entries}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -321,50 +312,3 @@ def test_a_setting_that_must_be_given_may_be_the_one_that_is_swept(tmp_path):
     code, output = run_trainer(tmp_path, "-m", "data.root=one,two", *given)
     assert code == OK and "data=folder: " in output, output
     assert {state for state, _ in ledger(tmp_path / "runs/swept").values()} == {"complete"}
-
-
-def test_pictures_that_change_between_trials_stop_the_sweep_and_nothing_is_lost(tmp_path, pictures):
-    shutil.copytree(pictures, tmp_path / "own")
-    one, other = (tmp_path / f"own/train/{name}/003.png" for name in ("circle", "square"))
-    before = one.read_bytes()
-    fixed = ("name=changed", "train.epochs=12", "platform.cache=cache", "optim.lr=1e-3,1e-2")
-    arguments = command(Path("own"), *fixed)
-    process = start_trainer(tmp_path, "-m", *arguments)
-    sweep = tmp_path / "runs/changed"
-    assert wait_for(lambda: (sweep / "0000/metrics.jsonl").exists())
-    shutil.copy(other, one)  # which the first trial has packed
-    output, _ = process.communicate(timeout=600)
-    said = (
-        "error: runs/changed: the pictures have changed since this sweep began: "
-        "1 changed: train/circle/003.png; bring them back"
-    )
-    assert process.returncode == MISTAKE and output.splitlines()[-1].startswith(said), output
-    assert {number: state for number, (state, _) in ledger(sweep).items()} == {
-        0: "complete", 1: "running"
-    }  # fmt: skip
-    one.write_bytes(before)
-    code, output = run_trainer(tmp_path, "-m", *arguments)
-    assert code == OK and "trial 0:" not in output and "trial 1 complete" in output, output
-    (tmp_path / "own/test/circle/new.png").write_bytes(before)
-    code, output = run_trainer(tmp_path, "-m", *arguments)
-    assert code == MISTAKE and output.splitlines()[-1].split(": ")[3:5] == [
-        "1 new",
-        "test/circle/new.png; bring them back and start the same command again, "
-        "or start a new sweep with another name=...",
-    ]  # before the best one is named
-
-
-def test_asked_to_stop_it_saves_and_goes_on(tmp_path, pictures):
-    arguments = command(
-        pictures, "name=stopped", "train.epochs=400", "platform.cache=cache", "optim.lr=1e-3,1e-2"
-    )
-    process = start_trainer(tmp_path, "-m", *arguments)
-    trial = tmp_path / "runs/stopped/0000"
-    assert wait_for(lambda: (trial / "metrics.jsonl").exists() and len(rows(trial)) > 2)
-    other, said = run_trainer(tmp_path, "-m", *arguments)
-    assert other == MISTAKE and "another process runs this sweep" in said
-    os.kill(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == RESUME and "the same command goes on" in output
-    assert any((trial / "checkpoints").glob("step-*"))
-    assert ledger(tmp_path / "runs/stopped") == {0: ("running", None)}
