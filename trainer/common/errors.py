@@ -148,5 +148,5 @@ def machine_fault(error: OSError) -> str | None:
 def is_machines(error: Exception) -> bool:
     """Return whether the machine failed, so that the same may succeed when it is mended."""
     if isinstance(error, OSError):
-        return machine_fault(error) is not None
+        return machine_fault(error) is not None and error.errno != errno.ENAMETOOLONG
     return isinstance(error, MachineFault)

@@ -62,6 +62,10 @@ T = TypeVar("T")
 POLL = 0.05  # seconds between two looks at the trials
 # Seconds before another try, after the machine has failed one. So a trial is tried three times.
 PAUSES = (10.0, 60.0)
+# A machine is given up where it failed two trials in a row so often, or four that may be to blame
+# themselves.
+DOUBTS = {Whose.MACHINE: 2, Whose.OPEN: 1}
+ENOUGH = 4
 # What each trial has of its own, so that the sweep's command line can't say it.
 OWN = ("platform.run_dir", "platform.checkpoints", "platform.package")
 
@@ -123,7 +127,7 @@ class Driver:
         # --- the machine's faults ---
         self.tries: Counter[int] = Counter()  # that the machine has failed, by trial
         self.aside: dict[int, Fault] = {}  # trials that it has failed each time, by number
-        self.aside_in_a_row = 0  # since a trial was completed
+        self.doubts = 0  # about the machine, since a trial was completed
         self.own_faults = 0  # in a row, of this process
         self.resume_at = 0.0  # time.monotonic; no trial is started before
 
@@ -447,7 +451,7 @@ class Driver:
         """Tell the ledger and the user a trial's outcome."""
         self.ledger.tell(trial.number, state, value, reason)
         if state in (COMPLETE, PRUNED):
-            self.aside_in_a_row = 0
+            self.doubts = 0
         if value is not None:
             reason = f"{self.sweep.objective}={value:g}"
         log.info("trial %d %s%s", trial.number, state, f": {reason}" if reason else "")
@@ -473,8 +477,8 @@ class Driver:
     def try_again(self, trials: list[Trial], fault: Fault) -> None:
         """Let a job's trials wait for another try; put them aside where they had all of theirs.
 
-        Raise Interrupted where the machine has failed two jobs so, and completed none in between:
-        it would fail the others, too.
+        Raise Interrupted where enough were put aside, and none was completed in between: the
+        machine would fail the others, too.
         """
         first = trials[0].number
         which = f"trial {first}"
@@ -490,8 +494,8 @@ class Driver:
             log.warning("%s: %s; tried again in %g s", which, fault.reason, pause)
             return
         self.aside |= {trial.number: fault for trial in trials}
-        self.aside_in_a_row += fault.whose is Whose.MACHINE
-        if self.aside_in_a_row > 1:
+        self.doubts += DOUBTS[fault.whose]
+        if self.doubts >= ENOUGH:
             raise Interrupted(f"this machine, which failed each of {self.failures()}")
         log.warning("%s: %s; the others go on", which, fault.reason)
 

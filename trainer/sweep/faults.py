@@ -8,14 +8,17 @@ the program or of the hardware. They are the trial's where it ends so each time,
 completes others.
 """
 
+import re
 import signal
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from trainer.common.errors import MACHINE, RESUME
+from trainer.common.errors import FAULT, MACHINE, RESUME
 
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
+# What PyTorch says in a traceback where a GPU or its driver fails, or a kernel is wrong.
+GPU_FAILS = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|No CUDA GPUs")
 VMSTAT = Path("/proc/vmstat")  # proc(5): oom_kill counts what Linux ended for lack of memory
 
 
@@ -38,7 +41,7 @@ class Fault:
 def judge(code: int, said: str, memory_was_short: bool) -> Fault:
     """Return whose fault the end of a trial's process is.
 
-    code: its exit code, of `subprocess.Popen`. said: the last line of its output.
+    code: its exit code, of `subprocess.Popen`. said: the end of its output.
     memory_was_short: whether Linux ended processes for lack of memory while it ran.
     """
     if code == -signal.SIGKILL and memory_was_short:
@@ -52,7 +55,13 @@ def judge(code: int, said: str, memory_was_short: bool) -> Fault:
         if -code in CRASHES:
             whose = Whose.OPEN
         return Fault(whose, f"killed by {name_of(-code)}")
-    reason = said.removeprefix("warning: ").removeprefix("error: ") or f"exit code {code}"
+    lines = [line for line in said.splitlines() if line.strip()]
+    of_gpu = [line for line in lines if GPU_FAILS.search(line)]
+    if code == FAULT and of_gpu:
+        return Fault(Whose.OPEN, of_gpu[-1])
+    reason = f"exit code {code}"
+    if lines:
+        reason = lines[-1].removeprefix("warning: ").removeprefix("error: ")
     if code in (MACHINE, RESUME):  # RESUME: somebody stopped this process alone, or it stalled
         return Fault(Whose.MACHINE, reason)
     return Fault(Whose.TRIAL, reason)

@@ -16,6 +16,7 @@ from trainer.sweep.faults import Fault
 from trainer.sweep.ledger import Trial
 
 BATCH_LOCK = ".lock-batch"  # that a batch holds in the directory of each of its trials
+TAIL = 10_000  # characters of its output that tell why a process failed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -73,8 +74,7 @@ class TrialProcess:
         assert code is not None
         said = ""
         if self.output.exists():
-            lines = self.output.read_text(errors="replace").split("\n")
-            said = next((line for line in reversed(lines) if line.strip()), "")
+            said = self.output.read_text(errors="replace")[-TAIL:]
         return faults.judge(code, said, faults.memory_kills() > self.memory_kills)
 
 

@@ -1,18 +1,32 @@
 """What a driver does when trials fail, and when what it writes to does. See `trial.py`."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 
+import pytest
+
 from tests.conftest import wait_for
 from tests.trainer.sweep.driving import said_in, start, starts, states, sweep
-from trainer.common.errors import MACHINE, MISTAKE, OK, RESUME
+from trainer.common import command, errors
+from trainer.common.errors import (
+    FAULT,
+    MACHINE,
+    MISTAKE,
+    OK,
+    RESUME,
+    MachineFault,
+    Unreadable,
+    UserError,
+)
 from trainer.settings.search_space import Categorical, Sweep
 from trainer.sweep import faults
 from trainer.sweep import ledger as ledgers
 from trainer.sweep.faults import Whose
 
+TRIAL, MACHINES, OPEN = Whose.TRIAL, Whose.MACHINE, Whose.OPEN
 FULL = f"exit {MACHINE} error: /runs: no space is left"
 DIVERGED = f"exit {MISTAKE} error: the loss is nan in epoch 1: training diverged"
 SEEDS = "seed=" + ",".join(map(str, range(6)))
@@ -99,7 +113,7 @@ def test_pictures_that_go_away_are_no_trials_fault_and_changed_ones_stop_the_swe
     assert max(starts(cwd).values()) == 1
     (cwd / "pictures/valid/circle/000.png").unlink()
     code, said = sweep(cwd, {}, SEEDS)  # a complete sweep doesn't name a best one of others
-    assert code == MISTAKE and "1 gone: valid/circle/000.png" in said.splitlines()[-1], said
+    assert code == MISTAKE and "1 missing: valid/circle/000.png" in said.splitlines()[-1], said
 
 
 # Every write to the ledger after the FIRSTth fails, COUNT times, and leaves half a line.
@@ -162,15 +176,56 @@ def test_asked_to_stop_in_a_pause_it_stops_at_once(cwd):
     assert process.returncode == RESUME and "the same command goes on" in output
 
 
-def test_whose_fault_an_end_is(tmp_path, monkeypatch):
-    line = "error: the GPU's memory is full"
-    assert faults.judge(MISTAKE, line, False).whose is Whose.TRIAL
-    assert faults.judge(MISTAKE, line, False).reason == "the GPU's memory is full"
-    assert faults.judge(RESUME, "warning: stopped by x", False).whose is Whose.MACHINE
-    assert faults.judge(-9, "", False).whose is Whose.MACHINE
-    # Linux's own word that memory was short: whether this trial was to blame, others tell.
-    assert faults.judge(-9, "", True).whose is Whose.OPEN
-    assert faults.judge(-40, "", False).reason == "killed by signal 40"
+@pytest.mark.parametrize(
+    ("code", "said", "memory_was_short", "whose", "reason"),
+    [
+        (MISTAKE, "x\nerror: the GPU's memory is full\n", False, TRIAL, "the GPU's memory is full"),
+        (MACHINE, "error: /runs: no space is left", False, MACHINES, "/runs: no space is left"),
+        # Somebody stopped this process alone, or it stalled.
+        (RESUME, "warning: stopped by x", False, MACHINES, "stopped by x"),
+        (-9, "", False, MACHINES, "killed by SIGKILL"),
+        # Linux's own word that memory was short: whether this trial was to blame, others tell.
+        (-9, "", True, OPEN, "this machine's memory was full, and Linux killed it"),
+        (-11, "", False, OPEN, "killed by SIGSEGV"),
+        (-40, "", False, MACHINES, "killed by signal 40"),
+        (
+            FAULT,
+            "torch.AcceleratorError: CUDA error: ECC\nCompile with X",
+            False,
+            OPEN,
+            "torch.Acc",
+        ),
+        (FAULT, "KeyError: 'x'", False, TRIAL, "KeyError: 'x'"),
+        (3, "", False, TRIAL, "exit code 3"),
+    ],
+)
+def test_whose_fault_an_end_is(code, said, memory_was_short, whose, reason):
+    fault = faults.judge(code, said, memory_was_short)
+    assert fault.whose is whose and fault.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/x"), MACHINE),
+        (OSError(errno.EIO, "Input/output error"), MACHINE),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/runs/x"), MISTAKE),
+        (Unreadable("/data/1.png: it can't be read"), MACHINE),
+        (MachineFault("the disk is too small"), MACHINE),
+        (UserError("training diverged"), MISTAKE),
+        (MemoryError(), MISTAKE),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MISTAKE),
+        (KeyError("x"), FAULT),
+    ],
+)
+def test_a_trial_says_by_its_exit_code_that_the_machine_failed_it(error, code, monkeypatch):
+    monkeypatch.delenv(errors.TRIAL, raising=False)
+    assert command.verdict(error)[0] == (MISTAKE if code == MACHINE else code)
+    monkeypatch.setenv(errors.TRIAL, "0")
+    assert command.verdict(error)[0] == code
+
+
+def test_memory_that_was_short_is_asked_of_linux(tmp_path, monkeypatch):
     monkeypatch.setattr(faults, "VMSTAT", tmp_path / "vmstat")
     assert faults.memory_kills() == 0
     (tmp_path / "vmstat").write_text("oom_kill_disable 4\noom_kill 3\n")

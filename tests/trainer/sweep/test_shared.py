@@ -137,5 +137,5 @@ def test_a_storage_that_does_not_answer_is_one_line_without_its_password(
 def test_a_damaged_journal_is_one_line_that_names_the_line(tmp_path):
     path = tmp_path / "optuna.journal"
     path.write_bytes(b'{"op_code": 0}\n\0\0\n{}\n')
-    with pytest.raises(UserError, match="line 2 is damaged.*head -n 1"):
+    with pytest.raises(UserError, match=r"line 2 is damaged.*head -n 1"):
         optuna_ledger.opened(path, shared=False)

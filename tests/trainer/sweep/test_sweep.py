@@ -2,12 +2,10 @@
 
 import contextlib
 import json
-import os
 import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from launch.targets import tuner
 from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer, start_trainer, wait_for
 from tests.soak import difference
 from tests.trainer.sweep.driving import ledger
-from trainer.common.errors import MISTAKE, OK, RESUME
+from trainer.common.errors import MISTAKE, OK
 from trainer.settings import search_space as space
 from trainer.settings import words
 from trainer.settings.config import walk
