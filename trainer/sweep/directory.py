@@ -74,7 +74,12 @@ def opened(
             if not known.exists():
                 inputs = [path for path in settings.inputs(config) if Path(path).exists()]
                 freeze(directory, asked | {"shared": shared, "inputs": inputs})
-        frozen = json.loads(known.read_text())
+        try:
+            frozen = json.loads(known.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{known} is damaged: bring back a copy, or start a new sweep with another name=..."
+            ) from error
         if changed := words_of(asked) ^ words_of(frozen):
             raise UserError(
                 f"{directory}: this sweep began with other settings "

@@ -312,9 +312,8 @@ class Driver:
     def prepare(self, trial: Trial, config: Config) -> None:
         """Make a trial's directory."""
         where = self.place(trial)
-        values = json.dumps(trial.params, sort_keys=True)
-        noted = where / "trial.json"
-        if noted.exists() and noted.read_text() != values:
+        noted = read_json(where / "trial.json")
+        if noted not in (None, trial.params):
             log.warning(
                 "trial %d: the ledger has lost what %s holds, a trial of other values: it is "
                 "deleted",
@@ -323,7 +322,7 @@ class Driver:
             )
             files.remove(where)
         where.mkdir(exist_ok=True)
-        files.write(noted, values)
+        files.write(where / "trial.json", json.dumps(trial.params))
         text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
         files.write(where / "config.yaml", text)
 
@@ -355,8 +354,8 @@ class Driver:
         elif job.pruned:
             self.tell(job.trials[0], PRUNED)
         elif code == OK:
-            result = json.loads((self.place(job.trials[0]) / "result.json").read_text())
-            self.complete(job.trials[0], result["best_epoch"])
+            result = read_json(self.place(job.trials[0]) / "result.json") or {}
+            self.complete(job.trials[0], result.get("best_epoch"))
         else:
             self.failed(job, code)
         return True
@@ -427,7 +426,8 @@ class Driver:
             if trial.state == RUNNING and self.ledger.holds(trial.number)
         }
         for path in sorted(self.directory.glob("outcomes-*.json")):
-            for number, outcome in json.loads(path.read_text()).items():
+            # One that is damaged tells nothing: its trials are begun again, and find their runs.
+            for number, outcome in (read_json(path) or {}).items():
                 trial = running.pop(int(number), None)
                 if trial is None:
                     continue
@@ -436,11 +436,19 @@ class Driver:
                 else:
                     self.complete(trial, outcome["best_epoch"])
 
-    def complete(self, trial: Trial, epoch: int) -> None:
-        """Tell the ledger the objective at the trial's best epoch. One not finite is a failure."""
+    def complete(self, trial: Trial, epoch: int | None) -> None:
+        """Tell the ledger the objective at the trial's best epoch. One not finite is a failure.
+
+        epoch: None where a damaged result.json doesn't tell it.
+        """
         objective = self.sweep.objective
         rows = evaluations(self.place(trial))
-        value = next(row[objective] for row in rows if row["epoch"] == epoch)
+        values = [row[objective] for row in rows if row["epoch"] == epoch]
+        if not values:
+            reason = f"{self.place(trial)}: result.json or metrics.jsonl is damaged"
+            self.try_again([trial], Fault(Whose.MACHINE, reason))
+            return
+        value = values[-1]
         if math.isfinite(value):
             self.tell(trial, COMPLETE, value)
         else:
@@ -532,7 +540,7 @@ class Driver:
         where = self.place(trial)
         if trial.where:
             return
-        if all((where / name).exists() for name in ("result.json", "model.tar.gz")):
+        if read_json(where / "result.json") and (where / "model.tar.gz").exists():
             return
         log.info(
             "trial %d is the best: it goes on alone, to its model package and report",
@@ -665,5 +673,25 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     Those of metrics.jsonl that are complete and hold valid's metrics.
     """
     path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [row for row in map(json.loads, lines) if "valid_loss" in row]
+    rows = []
+    if path.exists():
+        rows = [parsed(line) or {} for line in path.read_bytes().split(b"\n")[:-1]]
+    return [row for row in rows if "valid_loss" in row]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return what a file holds; None where it isn't there, or is damaged."""
+    if not path.exists():
+        return None
+    return parsed(path.read_bytes())
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that `text` is; None: it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    if isinstance(value, dict):
+        return value
+    return None

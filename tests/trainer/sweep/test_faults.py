@@ -85,9 +85,9 @@ def test_of_fewer_than_half_of_the_trials_none_is_the_best(cwd):
     # Its directory deleted, the best is trained again; nothing else is.
     before = starts(cwd)
     shutil.rmtree(cwd / "runs/s/0002")
-    code, said = sweep(cwd, {}, SEEDS)
+    code, said = sweep(cwd, {"2": [*["ok"] * before[2], FULL, "ok"]}, SEEDS)
     assert code == OK and (cwd / "runs/s/0002/model.tar.gz").exists(), said
-    assert starts(cwd) == before | {2: before[2] + 1}
+    assert starts(cwd) == before | {2: before[2] + 2}
 
 
 def test_pictures_that_go_away_are_no_trials_fault_and_changed_ones_stop_the_sweep(cwd):
@@ -147,7 +147,10 @@ def test_a_ledger_that_is_cut_off_or_damaged_costs_a_look_at_the_trials_it_hits(
     journal = cwd / "runs/s/trials.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     lines[3] = b"\0" * 20 + b"\n"  # that trial 1 is complete
-    journal.write_bytes(b"".join(lines)[:-70])  # and the last trial's begin, and half a line
+    journal.write_bytes(b"".join(lines)[:-70])  # and half a line
+    rows = cwd / "runs/s/0000/metrics.jsonl"
+    rows.write_bytes(rows.read_bytes() + b"\0\0\n[]\n")
+    (cwd / "runs/s/0001/result.json").write_bytes(b"")
     code, said = sweep(cwd, {}, SEEDS)
     assert code == OK and "trials.jsonl: line 4 is damaged, and passed over" in said
     assert "trial 1 complete" in said and "trial 0 complete" not in said

@@ -60,7 +60,10 @@ def sweep_killed(
 
 
 def test_batched_trials_measure_what_each_measures_alone(tmp_path, pictures):
-    fixed = ("model.freeze=backbone", "optim=sgd", "optim.warmup_epochs=0", "platform.cache=cache")
+    fixed = (
+        "model.freeze=backbone", "optim=sgd", "optim.warmup_epochs=0", "platform.cache=cache",
+        "train.exact_shards=2", "train.tensorboard=true",
+    )  # fmt: skip
     arguments = command(pictures, *fixed, "name=heads")
     ranges = ("seed=0,1", f"optim.lr=1e-2,1e-3,{NAN}")
     driver = start_trainer(tmp_path, "-m", *arguments, *ranges, before=FORK)
@@ -92,6 +95,7 @@ def test_batched_trials_measure_what_each_measures_alone(tmp_path, pictures):
     for part in ("network", "average", "optimizer", "best"):
         assert difference(newest[0][part], newest[1][part]) is None, part
     assert "resumed from" in (best / "output.txt").read_text()
+    assert len(list(sweep.glob("*/tensorboard/*tfevents*"))) >= 6
     page = (sweep / "sweep.html").read_text()
     assert (
         "//" not in page.replace("</", "")

@@ -42,7 +42,7 @@ if step == "signal":
     os.kill(os.getpid(), int(rest[0]))
 
 rows = run / "metrics.jsonl"
-done = len(rows.read_text().splitlines()) if rows.exists() else 0
+done = len(rows.read_bytes().splitlines()) if rows.exists() else 0
 top1 = 1 / (2 + int(number))
 for epoch in range(done + 1, epochs + 1):
     time.sleep(seconds)
