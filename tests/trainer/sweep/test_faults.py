@@ -56,6 +56,8 @@ def test_a_machine_that_fails_every_trial_stops_the_sweep_and_mended_it_goes_on(
     code, said = sweep(cwd, {}, SEEDS)
     assert code == OK and states(cwd) == ["failed", *["complete"] * 5], said
     assert starts(cwd) == {0: 1, 1: 4, 2: 4, 3: 1, 4: 1, 5: 1}
+    # What the machine failed comes last: it doesn't lock out the others.
+    assert (cwd / "starts").read_text().split()[-5:] == ["0003", "0004", "0005", "0001", "0002"]
 
 
 def test_a_trial_that_the_machine_fails_alone_waits_until_the_others_are_done(cwd):
