@@ -56,6 +56,7 @@ from trainer.sweep.ledger import (
 )
 from trainer.sweep.pictures import Pictures, are_swept
 from trainer.sweep.process import TrialProcess, in_use
+from trainer.training.run import read_result
 
 T = TypeVar("T")
 
@@ -354,7 +355,7 @@ class Driver:
         elif job.pruned:
             self.tell(job.trials[0], PRUNED)
         elif code == OK:
-            result = read_json(self.place(job.trials[0]) / "result.json") or {}
+            result = read_result(self.place(job.trials[0])) or {}
             self.complete(job.trials[0], result.get("best_epoch"))
         else:
             self.failed(job, code)
@@ -540,7 +541,7 @@ class Driver:
         where = self.place(trial)
         if trial.where:
             return
-        if read_json(where / "result.json") and (where / "model.tar.gz").exists():
+        if read_result(where) and (where / "model.tar.gz").exists():
             return
         log.info(
             "trial %d is the best: it goes on alone, to its model package and report",
@@ -627,8 +628,8 @@ class Driver:
                 f"trial {failed.number} failed: {failed.reason}"
             )
         log.info("\n%-15s %s, trial %d", "best", best.where or self.place(best), best.number)
-        if not best.where:
-            tested = json.loads((self.place(best) / "result.json").read_text())
+        tested = read_result(self.place(best))
+        if tested and not best.where:
             log.info(
                 "%-15s %.1f %% (%d pictures)",
                 f"{tested['split']} accuracy",
