@@ -31,6 +31,14 @@ def main(arguments: Sequence[str]) -> int:
         if text is not None:
             changes[setting.name] = convert(_flag(setting.name), text, setting)
     settings = replace(defaults, **changes)
+    if options.backend not in BACKENDS:  # of the variable; argparse looks at flags alone
+        raise UserError(
+            f"SERVING_BACKEND={options.backend} is not allowed; allowed: {', '.join(BACKENDS)}"
+        )
+    with needed_by("serve", "serve"):
+        # imported here: its libraries are those of the extra `serve`
+        from serving import server
+    address = server.bind(options.host, options.port)
     package = load_for_command(options.package or _newest(), cores(), options.backend)
     engine = Engine(
         package,
@@ -39,13 +47,10 @@ def main(arguments: Sequence[str]) -> int:
         batch=settings.batch,
         delay=settings.batch_delay,
     )
-    with needed_by("serve", "serve"):
-        # imported here: its libraries are those of the extra `serve`
-        from serving import server
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
     )
-    server.serve(package, engine, settings, options.host, options.port)
+    server.serve(package, engine, settings, options.host, address)
     return OK
 
 

@@ -6,11 +6,12 @@ import pytest
 
 from serving.engine import Engine
 from serving.package import load
+from serving.work import Work
 from trainer.images.decode import ImageError
 
 
-def soon() -> float:
-    return time.monotonic() + 300
+def soon() -> Work:
+    return Work(300)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_who_gives_up_leaves_nothing_to_be_done(original, pictures):
     sizes: list[int] = []
     engine.observe = sizes.append
     with pytest.raises(TimeoutError):
-        engine.scores([pictures[0]], time.monotonic() + 0.1)
+        engine.scores([pictures[0]], Work(0.1))
     engine.scores([pictures[1]] * 2, soon())
     assert sum(sizes) == 2
 

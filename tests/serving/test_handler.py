@@ -151,7 +151,7 @@ def test_logits_are_the_default(ask, picture, accept):
             "text/csv",
             "",
             415,
-            "'text/csv' is not supported; allowed: application/json, or image/*",
+            "'text/csv' is not supported; allowed: application/json, application/jsonlines, ",
         ),
         (b"x" * 2000, "image/jpeg", "", 413, "the body has 2,000 bytes; allowed: 1,000"),
         (b"{", JSON, "", 400, "the body is not JSON"),
@@ -181,7 +181,13 @@ def test_logits_are_the_default(ask, picture, accept):
         ({"base64": "abcd", "top": 0}, "", "", 400, '"top" must be'),
         ({"base64": "abcd", "top": True}, "", "", 400, '"top" must be'),
         ({"base64": "abcd", "top": 1.5}, "", "", 400, '"top" must be'),
-        ({"base64": "abcd"}, "", "text/html", 406, "only application/json can be given"),
+        (
+            {"base64": "abcd"},
+            "",
+            "text/html",
+            406,
+            "only application/json and",
+        ),
         (
             {"base64": "abcd"},
             "",
@@ -225,7 +231,7 @@ def test_a_fault_of_ours_is_500_and_tells_the_log_alone(engine, picture, caplog)
     class Broken:
         package = engine.package
 
-        def scores(self, pictures, end):
+        def scores(self, pictures, work):
             raise RuntimeError("a secret")
 
     request = Request(picture, "image/jpeg", "", "some-id")
@@ -322,7 +328,24 @@ def test_a_request_id_of_the_callers_is_kept_where_it_is_harmless():
         assert len(new_id(given)) == 32 and new_id(given) != new_id(given)
 
 
-@pytest.mark.parametrize("setting", fields(Settings), ids=lambda setting: setting.name)
+def test_sites_and_names_are_held_to_their_shape():
+    for name, good, bad in (
+        ("ORIGINS", ("*", "", "https://a.example, http://localhost:3000"), ("a.example", "*,x")),
+        ("HOSTS", ("*", "", "a.example,10.0.0.1,[::1]"), ("http://a", "a b", ",")),
+    ):
+        for value in good:
+            taken = settings_from({f"SERVING_{name}": value})
+            assert getattr(taken, name.lower()) == value
+        for value in bad:
+            with pytest.raises(UserError, match="is not allowed; allowed: \\*, or"):
+                settings_from({f"SERVING_{name}": value})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [each for each in fields(Settings) if not isinstance(each.default, str)],
+    ids=lambda setting: setting.name,
+)
 def test_every_setting_takes_a_number_as_it_is_or_refuses_it_in_one_line(setting):
     name = f"SERVING_{setting.name.upper()}"
     for value in ("nan", "inf", "-1", "0", "18446744073709551616", "1e400", "1.5", "a word", ""):
