@@ -76,6 +76,59 @@ def test_what_else_there_is(server):
         assert reply.status == status and reply.json["request_id"] == reply.headers["X-Request-Id"]
 
 
+def test_head_is_answered_as_get_without_a_body(server):
+    for path in ("/", "/card", "/metrics", "/ping"):
+        reply = server.ask("HEAD", path)
+        assert (reply.status, reply.body) == (200, b"") and int(reply.headers["Content-Length"])
+
+
+def test_a_name_that_is_not_ours_is_refused_where_only_this_machine_is_listened_to(server):
+    for name in (
+        f"localhost:{server.port}",
+        "LOCALHOST",
+        "127.0.0.1:1",
+        "[::1]:8080",
+        "localhost.",
+    ):
+        assert server.ask("GET", "/card", Host=name).status == 200
+    for name in ("evil.example", f"evil.example:{server.port}", "127.0.0.1.nip.io", "10.0.0.1", ""):
+        for path in ("/", "/card", "/metrics", "/nothing"):
+            assert server.ask("GET", path, Host=name).status == 421
+        assert server.invoke(b"", Host=name).status == 421
+    assert server.ask("GET", "/ping", Host="10.0.0.1").status == 200  # as load balancers do
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "known"),
+    [
+        ("127.0.0.1", "", {"localhost", "127.0.0.1", "::1"}),
+        ("::1", "", {"localhost", "127.0.0.1", "::1"}),
+        ("127.0.0.2", "", {"localhost", "127.0.0.1", "::1", "127.0.0.2"}),
+        ("0.0.0.0", "", set()),
+        ("192.168.0.5", "", set()),
+        ("0.0.0.0", "A.example, [::1]", {"a.example", "::1"}),
+        ("127.0.0.1", "*", set()),
+    ],
+)
+def test_which_names_a_server_goes_by(host, names, known):
+    assert server_module.known_hosts(host, names) == known
+
+
+def test_whose_pages_may_read_answers_is_a_setting(start, original, picture):
+    server = start(str(original / "package"), "--origins", "https://a.example,https://b.example")
+    for origin, allowed in (("https://b.example", "https://b.example"), ("https://c", None)):
+        asked = server.ask("OPTIONS", "/invocations", Origin=origin)
+        assert asked.status == 204
+        for reply in (
+            asked,
+            server.invoke(picture, Origin=origin),
+            server.invoke(b"", Origin=origin),
+        ):
+            assert reply.headers["Access-Control-Allow-Origin"] == allowed
+            assert reply.headers["Vary"] == "Origin"
+    assert "Access-Control-Allow-Origin" not in server.ask("GET", "/card").headers
+
+
 def test_metrics_count_requests(server, picture):
     def count(status: int) -> float:
         line = re.search(
