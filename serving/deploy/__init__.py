@@ -307,7 +307,8 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
         return _remote(aws, package)
 
     # imported here: only a package on this machine needs NumPy and Pillow
-    from serving.package import PackageError, load
+    from serving.manifest import PackageError
+    from serving.package import load
 
     path = Path(expanded(package))
     if path.is_dir():

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
-from serving.package import MANIFEST
+from serving.manifest import MANIFEST
 from trainer.common.errors import PROJECT, UserError
 from trainer.common.serving_code import FOR_HEIC, REQUIREMENTS, SERVING_CODE
 

@@ -11,6 +11,7 @@ SERVING_CODE = tuple(
         "serving/engine",
         "serving/fetch",
         "serving/handler",
+        "serving/manifest",
         "serving/package",
         "serving/s3",
         "serving/work",
