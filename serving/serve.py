@@ -81,7 +81,7 @@ def _parser(defaults: Settings) -> argparse.ArgumentParser:
         "--backend",
         default=os.environ.get("SERVING_BACKEND", "onnx"),
         choices=[*BACKENDS],
-        help="what runs the network; torch is for GPUs (default %(default)s)",
+        help="what runs the network; cuda and torch are for GPUs (default %(default)s)",
     )
     for setting in fields(Settings):
         shown = getattr(defaults, setting.name)

@@ -131,7 +131,9 @@ def archived(rng: random.Random, package: Path, path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         if rng.random() < 0.3:
-            entry = tarfile.TarInfo(rng.choice(["a" * 300, "x/" * 200 + "y", "é\n", "model.onnx", "."]))
+            entry = tarfile.TarInfo(
+                rng.choice(["a" * 300, "x/" * 200 + "y", "é\n", "model.onnx", "."])
+            )
             entry.type = rng.choice([*b"0123456xgLKS"]).to_bytes()
             entry.linkname = rng.choice(["", "/etc/passwd", "../x", "model.onnx"])
             entry.pax_headers = {str(number): "x" for number in range(rng.choice([0, 0, 3000]))}
@@ -168,7 +170,10 @@ def attack(original: Path, scratch: Path, count: int, seed: int) -> Counter[str]
             load(path, threads=1)
             outcomes["loaded"] += 1
         except PackageError as error:
-            assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000, (number, str(error))
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000, (
+                number,
+                str(error),
+            )
             outcomes["refused"] += 1
         except BaseException:
             print(f"package {number} of seed {seed}", file=sys.stderr)

@@ -344,6 +344,16 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
         (["--mode", "window"], "allowed: endpoint, lambda"),
         (["--image", "dogs:latest"], "no image in ECR"),
         (["--name", "Dogs"], "lower-case"),
+        (["--set", "InstanceType=ml.g4dn.xlarge"], "nothing would use its GPU"),
+        (["--set", "InstanceType=ml.p3.2xlarge"], "nothing would use its GPU"),
+        (["--set", "InstanceType=ml.c7g.large"], "it has ARM processors"),
+        (["--set", "InstanceType=ml.r7gd.large"], "it has ARM processors"),
+        (["--set", "InstanceType=ml.inf2.xlarge"], "nothing here uses its chips"),
+        (["--set", "InstanceType=ml.trn1.2xlarge"], "nothing here uses its chips"),
+        (["--set", "InstanceType=ml.t2.medium"], "doesn't scale burstable types; --set MaxInst"),
+        (["--set", "Backend=cuda"], "ml.m5.large has no GPU"),
+        (["--image", IMAGE.replace("us-east-1", "eu-west-1")], "takes one of us-east-1 only"),
+        (["--set", "Origins=everybody"], "what matches"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -365,12 +375,31 @@ def test_a_mistake_is_one_line_before_anything_is_sent(package, arguments, messa
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"InstanceType": "ml.g4dn.xlarge", "Backend": "cuda"},
+        {"InstanceType": "ml.g6e.xlarge", "Backend": "torch"},
+        {"InstanceType": "ml.t2.medium", "MaxInstances": "1"},
+        {"InstanceType": "ml.c6i.large"},
+        {"InstanceType": "ml.p5en.48xlarge", "Backend": "cuda"},
+    ],
+)
+def test_what_can_work_is_planned(given):
+    release = build(PLACE, Remote("s3://b/k", "x"), {"Image": IMAGE, **given}, {})
+    assert given.items() <= release.parameters.items()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["deploy", "PACKAGE", "--yes"], "an endpoint needs a container"),
         (["deploy", "--image", IMAGE, "--yes"], "which model?"),
         (["deploy", "s3://nowhere/model.tar.gz", "--image", IMAGE, "--yes"], "no such object"),
         (["deploy", "absent.tar.gz", "--yes"], "absent.tar.gz: there is no such file"),
+        (["plan", "s3://bucket", "--image", IMAGE], "s3://bucket: this names no object; write"),
+        (["plan", "s3://bucket/", "--image", IMAGE], "s3://bucket/: this names no object"),
+        (["status", "--region", "mars-1"], "--region mars-1: AWS has no such region"),
+        (["plan", "--region", "us-east1"], "did you mean us-east-1?"),
         (["status", "--name", "other"], "there is no stack other"),
         (["invoke", "absent.jpg"], "give a picture's file"),
     ],
