@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.work import Abandoned, Work
-from trainer.images.decode import ImageError, Room
+from trainer.images.decode import AVIF_BRANDS, BYTES_A_PIXEL, ImageError, Room
 
 Pixels = NDArray[np.uint8]  # [size, size, 3]
 Task = Callable[[], Pixels]
@@ -29,6 +29,10 @@ PATIENCE = 0.25  # seconds that others wait for a picture before its thread is r
 REPLACED = 2  # threads that may be replaced at once, for each that decodes
 NICENESS = 10  # of a replaced thread: a tenth of the processor that others get (sched(7))
 SMALL = 1 << 20  # pixels that need no room: there are no more such pictures at once than threads
+MEMORY = 448 << 20  # bytes: a photo of 48 megapixels takes 300 MB as a JPEG, 440 MB as HEIC or PNG
+# Of memory, for each pixel that is decoded, at most: measured with 48 megapixels and Pillow 13.
+JPEG, RGB, TRANSPARENT, LOSSY_WEBP, HEIC, AVIF = 6.5, 9.0, 13.0, 17.0, 9.4, 11.0
+PNG_PLAIN = {0, 2, 3}  # colour types without transparency
 
 
 class Decoders:
@@ -124,44 +128,45 @@ class Unwanted(BaseException):
 
 
 class Rooms:
-    """Room for the pixels of large pictures that are decoded at once; who came first is first."""
+    """Memory for large pictures that are decoded at once; who came first is first."""
 
-    def __init__(self, pixels: int) -> None:
-        self.pixels = pixels
-        self._left = pixels
+    def __init__(self, pixels: int, memory: int = MEMORY) -> None:
+        """Make it. pixels: of one picture, at most. memory: bytes, for all."""
+        self.pixels, self.memory = pixels, memory
+        self._left = memory
         self._changed = threading.Condition()
         self._line: deque[object] = deque()
 
-    def of(self, work: Work) -> Room:
-        """Return the room that a request's pictures take."""
-        return _Share(self, work)
+    def of(self, image: bytes, work: Work) -> Room:
+        """Return the room that a request's picture takes."""
+        return _Share(self, bytes_a_pixel(image), work)
 
-    def take(self, pixels: int, work: Work) -> None:
-        """Wait for so much of it. Raise Unwanted where the work ends before."""
+    def take(self, size: int, work: Work) -> None:
+        """Wait for so many bytes. Raise Unwanted where the work ends before."""
         ticket = object()
         with self._changed:
             self._line.append(ticket)
             try:
-                while self._line[0] is not ticket or pixels > self._left:
+                while self._line[0] is not ticket or size > self._left:
                     self._changed.wait(min(_left(work), PATIENCE))
-                self._left -= pixels
+                self._left -= size
             finally:
                 self._line.remove(ticket)
                 self._changed.notify_all()
 
-    def give_back(self, pixels: int) -> None:
-        """Give so much back."""
+    def give_back(self, size: int) -> None:
+        """Give so many back."""
         with self._changed:
-            self._left += pixels
+            self._left += size
             self._changed.notify_all()
 
 
 class _Share(Room):
-    """A request's part of the room."""
+    """What one picture takes of it."""
 
-    def __init__(self, rooms: Rooms, work: Work) -> None:
+    def __init__(self, rooms: Rooms, each: float, work: Work) -> None:
         super().__init__(rooms.pixels)
-        self._rooms, self._work = rooms, work
+        self._rooms, self._each, self._work = rooms, each, work
 
     @contextmanager
     def taken(self, pixels: int, image: str) -> Iterator[None]:
@@ -173,11 +178,40 @@ class _Share(Room):
         if pixels <= SMALL:
             yield
             return
-        self._rooms.take(pixels, self._work)
+        size = int(pixels * self._each)
+        if size > self._rooms.memory:
+            raise ImageError(
+                f"{image} take {size:,} bytes of memory; allowed: {self._rooms.memory:,}"
+            )
+        self._rooms.take(size, self._work)
         try:
             yield
         finally:
-            self._rooms.give_back(pixels)
+            self._rooms.give_back(size)
+
+
+def bytes_a_pixel(image: bytes) -> float:
+    """Return how much memory decoding takes for each pixel, by the kind of an image's file."""
+    if image.startswith(b"\xff\xd8\xff"):
+        return JPEG
+    if image.startswith(b"\x89PNG") and len(image) > 25:
+        depth, colours = image[24], image[25]
+        if depth == 16 and colours:
+            return BYTES_A_PIXEL
+        if depth == 16 or colours not in PNG_PLAIN or b"tRNS" in image[: 1 << 16]:
+            return TRANSPARENT
+        return RGB
+    if image[12:16] == b"VP8 ":
+        return LOSSY_WEBP
+    if image.startswith(b"BM"):
+        return RGB
+    if image[4:8] == b"ftyp":
+        if image[8:12] in AVIF_BRANDS:
+            return AVIF
+        return HEIC
+    if image[:4] in (b"GIF8", b"II*\0", b"MM\0*"):
+        return TRANSPARENT
+    return BYTES_A_PIXEL
 
 
 def _left(work: Work) -> float:

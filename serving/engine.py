@@ -32,21 +32,21 @@ class Engine:
     def __init__(
         self,
         package: Package,
+        rooms: Rooms,
         *,
-        max_pixels: int,
         workers: int = 1,
         batch: int = 1,
         delay: float = 0.0,
     ) -> None:
         """Start the engine's threads.
 
-        max_pixels: decoded at once, of all images together. workers: images decoded at once, and,
+        rooms: memory for the images that are decoded. workers: images decoded at once, and,
         with batch=1, networks run at once. batch: most images in one run of the network. delay:
         seconds that a run may wait for its batch to fill.
         """
         self.package = package
         self.observe: Callable[[int], object] = lambda size: None  # called with each batch's size
-        self._rooms = Rooms(max_pixels)
+        self._rooms = rooms
         self._decoders = Decoders(workers)
         self._waiting: queue.SimpleQueue[tuple[NDArray[np.uint8], One]] = queue.SimpleQueue()
         runners = 1
@@ -102,7 +102,7 @@ class Engine:
 
     def _decode(self, image: bytes, work: Work) -> NDArray[np.uint8]:
         try:
-            return self.package.prepare(image, self._rooms.of(work))
+            return self.package.prepare(image, self._rooms.of(image, work))
         except Unwanted as error:
             raise TimeoutError from error
         except MemoryError as error:

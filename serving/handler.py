@@ -31,12 +31,13 @@ import numpy as np
 from serving import contract, fetch, s3
 from serving.backends import Scores
 from serving.contract import BUSY, RETRY, Form, Query
+from serving.decoders import MEMORY, Rooms
 from serving.engine import Engine
 from serving.fetch import ByteLimit, Refused, RequestError
 from serving.package import Package
 from serving.work import Abandoned, Work
 from trainer.common.errors import UserError
-from trainer.images.decode import BYTES_A_PIXEL, MAX_PIXELS, ImageError
+from trainer.images.decode import MAX_PIXELS, ImageError
 from trainer.results.calibrate import is_sure
 
 log = logging.getLogger("packhorse.serving")
@@ -71,9 +72,10 @@ class Settings:
         64 << 20, "bytes of all pictures that a request fetches; all requests: twice that"
     )
     max_pixels: int = _setting(
-        MAX_PIXELS,
-        "decoded at once, of all pictures together (a JPEG is decoded at a fraction of its size): "
-        f"a bound on memory, of {BYTES_A_PIXEL} bytes each",
+        MAX_PIXELS, "of a picture as it is decoded (a JPEG is decoded at a fraction of its size)"
+    )
+    max_decoded: int = _setting(
+        MEMORY, "bytes of memory for all pictures that are decoded at once, 6 to 20 a pixel"
     )
     max_pictures: int = _setting(16, "in one request", most=1024)
     seconds: float = _setting(
@@ -110,6 +112,11 @@ class Settings:
     batch_delay: float = _setting(
         0.005, "seconds that a run may wait for its batch to fill", least=0, most=60
     )
+
+
+def start_engine(package: Package, settings: Settings) -> Engine:
+    """Return the engine of an adapter that its host asks for one answer after the other."""
+    return Engine(package, Rooms(settings.max_pixels, settings.max_decoded))
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:

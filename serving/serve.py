@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.backends import BACKENDS
+from serving.decoders import Rooms
 from serving.engine import Engine
 from serving.handler import Settings, convert, settings_from
 from serving.package import load_for_command
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     package = load_for_command(options.package or _newest(), cores(), options.backend)
     engine = Engine(
         package,
-        max_pixels=settings.max_pixels,
+        Rooms(settings.max_pixels, settings.max_decoded),
         workers=settings.workers or cores(),
         batch=settings.batch,
         delay=settings.batch_delay,

@@ -23,7 +23,7 @@ def engine() -> tuple[Engine, core.Settings]:
     settings = core.settings_from(os.environ)
     root = Path(os.environ.get("LAMBDA_TASK_ROOT", "."))
     package = load(root / os.environ.get("MODEL_DIR", "package"))
-    return Engine(package, max_pixels=settings.max_pixels), settings
+    return core.start_engine(package, settings), settings
 
 
 def handler(event: Any, context: Any) -> Any:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.contract import JSON, PREFLIGHT, check_method, cross_origin
-from serving.engine import Engine
 from serving.fetch import RequestError
-from serving.handler import Answer, answer, failure, new_id, settings_from
+from serving.handler import Answer, answer, failure, new_id, settings_from, start_engine
 from serving.handler import Request as Asked
 from serving.package import load
 from serving.work import Work
@@ -29,7 +28,7 @@ class Model:
 
     def __init__(self, package: str) -> None:
         self._settings = settings_from(os.environ)
-        self._engine = Engine(load(Path(package)), max_pixels=self._settings.max_pixels)
+        self._engine = start_engine(load(Path(package)), self._settings)
 
     async def __call__(self, request: "Request") -> "Response":
         # imported here: only Ray Serve's environment has it

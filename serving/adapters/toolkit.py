@@ -42,7 +42,7 @@ def settings() -> Settings:
 
 def model_fn(model_dir: str) -> Engine:
     """Return the engine of the package in a directory. Raises PackageError."""
-    return Engine(load(Path(model_dir)), max_pixels=settings().max_pixels)
+    return handler.start_engine(load(Path(model_dir)), settings())
 
 
 def input_fn(body: bytes | bytearray | str, content_type: str) -> Query | Answer:

@@ -5,6 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from serving.decoders import Rooms
 from serving.engine import Engine
 from serving.handler import Answer, Request, Settings, answer, new_id, settings_from
 from serving.package import load
@@ -115,7 +116,7 @@ def test_a_package_without_calibration_is_served_as_before(tmp_path, picture, ex
     old = load(tmp_path / "old", threads=1)
     assert (old.calibration, old.golden_scores.distance) == (Calibration(), None)
     asked = Request(picture, "image/jpeg", LABELS, "some-id")
-    [row] = json.loads(answer(Engine(old, max_pixels=10**6), Settings(), asked).body)
+    [row] = json.loads(answer(Engine(old, Rooms(10**6)), Settings(), asked).body)
     powers = np.sort(np.exp(expected[0]))[::-1]
     told = [each["probability"] for each in row["labels"]]
     np.testing.assert_allclose(told, powers / powers.sum(), atol=1e-6)

@@ -652,7 +652,10 @@ def test_each_flag_and_variable_reaches_what_it_sets(original, monkeypatch):
     reached = {}
     monkeypatch.setattr("serving.serve.load_for_command", lambda *arguments: None)
     monkeypatch.setattr("serving.server.bind", lambda *arguments: None)
-    monkeypatch.setattr("serving.serve.Engine", lambda package, **made: reached.update(made))
+    monkeypatch.setattr(
+        "serving.serve.Engine",
+        lambda package, rooms, **made: reached.update(made, rooms=(rooms.pixels, rooms.memory)),
+    )
     monkeypatch.setattr(
         "serving.server.serve", lambda package, engine, settings, *place: reached.update(s=settings)
     )
@@ -666,8 +669,9 @@ def test_each_flag_and_variable_reaches_what_it_sets(original, monkeypatch):
             monkeypatch.setenv(name, text)
         assert serve_main(["serve", "package", *words]) == OK
         assert reached["s"] == Settings(**others)
-        assert [reached[name] for name in ("max_pixels", "workers", "batch", "delay")] == [
-            others[name] for name in ("max_pixels", "workers", "batch", "batch_delay")
+        assert reached["rooms"] == (others["max_pixels"], others["max_decoded"])
+        assert [reached[name] for name in ("workers", "batch", "delay")] == [
+            others[name] for name in ("workers", "batch", "batch_delay")
         ]
 
 
