@@ -6,6 +6,7 @@ should not wait for it. So a thread that is busy for longer, while others wait, 
 finishes its picture at a lower priority, and ends.
 """
 
+import heapq
 import itertools
 import os
 import queue
@@ -41,10 +42,9 @@ class Decoders:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         # First the first pictures of all requests, then the second ones: a request of many
-        # pictures holds up none of one.
-        self._waiting: queue.PriorityQueue[tuple[int, int, Task, Future[Pixels]]] = (
-            queue.PriorityQueue()
-        )
+        # pictures holds up none of one. One token in the queue for each: it waits without Python.
+        self._heap: list[tuple[int, int, Task, Future[Pixels]]] = []
+        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._order = itertools.count()
         self._lock = threading.Lock()
         self._since: dict[threading.Thread, float] = {}  # the busy ones
@@ -58,12 +58,14 @@ class Decoders:
         number: of the picture in its request, from 0.
         """
         future: Future[Pixels] = Future()
-        self._waiting.put((number, next(self._order), task, future))
+        with self._lock:
+            heapq.heappush(self._heap, (number, next(self._order), task, future))
+        self._tokens.put(None)
         return future
 
     def relieve(self) -> None:
         """Replace the threads that have been busy for long, where pictures wait."""
-        if self._waiting.empty():
+        if not self._heap:
             return
         before = time.monotonic() - PATIENCE
         with self._lock:
@@ -101,7 +103,9 @@ class Decoders:
                     return
 
     def _decode_next(self, me: threading.Thread) -> None:
-        _, _, task, future = self._waiting.get()
+        self._tokens.get()
+        with self._lock:
+            _, _, task, future = heapq.heappop(self._heap)
         if not future.set_running_or_notify_cancel():
             return
         with self._lock:

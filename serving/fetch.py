@@ -7,6 +7,7 @@ library only: the Lambda function's zip holds a copy of this file.
 """
 
 import contextlib
+import functools
 import http.client
 import io
 import ipaddress
@@ -198,10 +199,14 @@ def _connected(
         connection = stack.enter_context(_connect(addresses, end))
         if parts.scheme == "https":
             connection.settimeout(_left(end))
-            connection = stack.enter_context(
-                ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-            )
+            connection = stack.enter_context(_tls().wrap_socket(connection, server_hostname=host))
         yield _Stream(connection, end, reserve)
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Return the one context: reading the system's certificates takes 30 ms of every fetch."""
+    return ssl.create_default_context()
 
 
 def _resolve(

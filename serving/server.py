@@ -72,6 +72,8 @@ BATCHES = Histogram(
 )
 IN_PROGRESS = Gauge("packhorse_requests_in_progress", "Requests whose head has come.")
 
+# Connections accepted in one turn of the event loop, which answers nobody meanwhile.
+ACCEPTED_AT_ONCE = 16
 GET = {"/", "/card", "/metrics", "/ping"}
 
 
@@ -234,18 +236,13 @@ class App:
     async def _work(self, request: Request, receive: Receive) -> Answer:
         """Return the answer to a whole request. What is done for a client that leaves is ended."""
         work = _Work(self._settings.seconds, self._slots)
-        loop = asyncio.get_running_loop()
-        working = loop.run_in_executor(
-            self._threads, answer, self._engine, self._settings, request, work
-        )
         gone = asyncio.ensure_future(receive())  # what comes after a whole body is its end
+        gone.add_done_callback(lambda _: work.abandon())
         try:
-            await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                work.abandon()
-            return await working
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, answer, self._engine, self._settings, request, work
+            )
         finally:
-            work.abandon()
             gone.cancel()
 
     async def _read(self, receive: Receive, headers: dict[str, str], body: "_Body") -> None:
@@ -541,6 +538,8 @@ class _Server(uvicorn.Server):
         """Begin to listen, and say where."""
         asyncio.get_running_loop().set_exception_handler(self._app.connections.handle)
         await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(BACKLOG)
         if sockets:
             self.config.port = sockets[0].getsockname()[1]
             self._log_started_message(sockets)
@@ -658,7 +657,7 @@ def make(package: Package, engine: Engine, settings: Settings, host: str) -> uvi
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=BACKLOG,
+        backlog=ACCEPTED_AT_ONCE,  # asyncio takes it for both; `startup` sets the other
         timeout_keep_alive=75,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         h11_max_incomplete_event_size=32 << 10,
