@@ -26,8 +26,6 @@ from contextlib import closing, contextmanager
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-import numpy as np
-
 from serving import contract, fetch, s3
 from serving.backends import Scores
 from serving.contract import BUSY, RETRY, Form, Query
@@ -38,7 +36,7 @@ from serving.package import Package
 from serving.work import Abandoned, Work
 from trainer.common.errors import UserError
 from trainer.images.decode import MAX_PIXELS, ImageError
-from trainer.results.calibrate import is_sure
+from trainer.results.prediction import predictions
 
 log = logging.getLogger("packhorse.serving")
 
@@ -320,24 +318,18 @@ def write(scores: Scores, package: Package, form: Form, top: int = contract.TOP)
 
 def _labels(scores: Scores, package: Package, top: int) -> list[dict[str, Any]]:
     """Return for each image the most probable classes, and how sure they are."""
-    calibration, classes = package.calibration, package.classes
-    probabilities = calibration.probabilities(scores.logits)
-    members = calibration.members(probabilities)
-    unlike = calibration.unlike(scores.distance)
-    sure = None
-    if members is not None:
-        sure = is_sure(members, unlike)
-    rows: list[dict[str, Any]] = []
-    for number, row in enumerate(probabilities):
-        order = np.argsort(-row, kind="stable")
-        labels = [
-            {"label": classes[index], "probability": float(row[index])} for index in order[:top]
-        ]
-        told: dict[str, Any] = {"labels": labels, "set": None, "sure": None, "unlike": None}
-        if members is not None and sure is not None:
-            told["set"] = [classes[index] for index in order if members[number, index]]
-            told["sure"] = bool(sure[number])
-        if unlike is not None:
-            told["unlike"] = bool(unlike[number])
-        rows.append(told)
-    return rows
+    told = predictions(package.calibration, package.classes, scores.logits, scores.distance)
+    return [
+        {
+            "labels": [
+                {"label": label, "probability": probability}
+                for label, probability in zip(
+                    each.labels[:top], each.probabilities[:top], strict=True
+                )
+            ],
+            "set": each.members,
+            "sure": each.sure,
+            "unlike": each.unlike,
+        }
+        for each in told
+    ]

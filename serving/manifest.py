@@ -49,10 +49,11 @@ def read(directory: Path) -> dict[str, Any]:
             "serve it with the version that built it"
         )
     assert isinstance(manifest, dict)
-    if manifest.pop("sha256", None) != _digest(manifest):
+    digest = manifest.pop("sha256", None)
+    if digest != _digest(manifest):
         raise PackageError(f"{MANIFEST} was changed after it was built: its SHA-256 differs")
     check(manifest)
-    return manifest
+    return manifest | {"sha256": digest}
 
 
 def _digest(manifest: dict[str, Any]) -> str:

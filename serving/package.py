@@ -54,6 +54,7 @@ class Package:
     config: dict[str, Any]  # the trainer's settings by dotted key
     created: str  # UTC, ISO 8601
     revision: str | None  # of the trainer's git checkout
+    digest: str  # SHA-256 of its manifest, which names those of its files
     golden: int  # how many golden images reproduced
     golden_scores: Scores  # what the network says of them here
     difference: float  # the largest of their logits from the recorded ones
@@ -165,6 +166,7 @@ def _prove(directory: Path, threads: int | None, backend: str, whole: bool) -> P
         config=manifest["config"],
         created=manifest["created"],
         revision=manifest["revision"],
+        digest=manifest["sha256"],
         golden=len(manifest["golden"]),
         golden_scores=scores,
         difference=difference,

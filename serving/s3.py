@@ -1,19 +1,24 @@
-"""Fetches an image from S3, as the machine's own role."""
+"""Images in S3, as the machine's own role may list and read them."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 from serving.fetch import FetchError
+from trainer.common.errors import UserError
+
+EXPECTED = "an S3 URI looks like s3://bucket/key"
 
 READ_SECONDS = 5
 CHUNK = 256 << 10  # bytes read at a time
 MAX_KEY = 1024  # bytes: S3's limit
-SHAPE = "an S3 URI looks like s3://bucket/key"
 
 
-def fetch(uri: str, *, max_bytes: int, deadline: float, reserve: Callable[[int], None]) -> bytes:
+def fetch(
+    uri: str, *, max_bytes: int, reserve: Callable[[int], None], deadline: float = math.inf
+) -> bytes:
     """Return the object at s3://bucket/key.
 
     deadline: seconds for everything together, but for one wait of READ_SECONDS. reserve: called
@@ -24,7 +29,7 @@ def fetch(uri: str, *, max_bytes: int, deadline: float, reserve: Callable[[int],
     from botocore.exceptions import BotoCoreError, ClientError
 
     end = time.monotonic() + deadline
-    bucket, key = _parse(uri)
+    bucket, key = _object(uri)
     try:
         answer = _client().get_object(Bucket=bucket, Key=key)
         size = answer["ContentLength"]
@@ -42,16 +47,46 @@ def fetch(uri: str, *, max_bytes: int, deadline: float, reserve: Callable[[int],
         raise FetchError("the S3 object can't be read with this server's role") from error
 
 
-def _parse(uri: str) -> tuple[str, str]:
+def listed(uri: str) -> list[str]:
+    """Return the URIs of the objects at s3://bucket/prefix, or below it, sorted.
+
+    Raises UserError where they can't be listed.
+    """
+    # imported here: boto3 is optional
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, prefix = _parts(uri)
+    pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    try:
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+    except (ClientError, BotoCoreError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{uri}: S3 doesn't list it ({reason})") from error
+    inside = prefix.rstrip("/") + "/"
+    return sorted(
+        f"s3://{bucket}/{key}"
+        for key in keys
+        if not key.endswith("/") and (key == prefix or not prefix or key.startswith(inside))
+    )
+
+
+def _object(uri: str) -> tuple[str, str]:
+    """Return the bucket and the key of an object. Raises FetchError."""
+    bucket, key = _parts(uri)
+    try:
+        is_key = 0 < len(key.encode()) <= MAX_KEY
+    except UnicodeEncodeError as error:
+        raise FetchError(f"{EXPECTED}; this one has half a character") from error
+    if not is_key:
+        raise FetchError(EXPECTED)
+    return bucket, key
+
+
+def _parts(uri: str) -> tuple[str, str]:
     """Return the bucket and the key, as it stands: it may hold ? and #. Raises FetchError."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not uri.startswith("s3://") or not bucket or not key:
-        raise FetchError(SHAPE)
-    try:
-        if len(key.encode()) > MAX_KEY or not (bucket.isascii() and bucket.isprintable()):
-            raise FetchError(SHAPE)
-    except UnicodeEncodeError as error:
-        raise FetchError(f"{SHAPE}; this one has half a character") from error
+    if not uri.startswith("s3://") or not bucket or not (bucket.isascii() and bucket.isprintable()):
+        raise FetchError(EXPECTED)
     return bucket, key
 
 
