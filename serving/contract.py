@@ -207,7 +207,7 @@ def _bytes(body: bytes | bytearray | str) -> bytes:
 def _media_type(text: str) -> Message:
     """Return a header like `application/json; output=labels`, taken apart."""
     message = Message()
-    message["Content-Type"] = text
+    message["Content-Type"] = text.encode("ascii", "replace").decode()
     return message
 
 

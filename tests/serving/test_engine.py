@@ -7,6 +7,7 @@ from PIL import Image
 
 from serving.decoders import Rooms
 from serving.engine import Engine
+from serving.handler import Settings, start_engine
 from serving.package import load
 from serving.work import Work
 from tests import hostile
@@ -111,7 +112,7 @@ def test_the_memory_of_large_pictures_has_a_bound_by_their_kind(original):
         )
     }
     package = load(original / "package", threads=1)
-    engine = Engine(package, Rooms(10**8, 40_000_000), workers=2)
+    engine = start_engine(package, Settings(max_decoded=40_000_000))
     engine.scores([files["plain"], files["jpeg"], files["plain"]], soon())  # one after the other
     for kind in ("transparent", "webp"):
         with pytest.raises(ImageError, match="bytes of memory; allowed: 40,000,000"):

@@ -111,7 +111,7 @@ def test_a_name_that_is_not_ours_is_refused_where_only_this_machine_is_listened_
     ],
 )
 def test_which_names_a_server_goes_by(host, names, known):
-    assert server_module.known_hosts(host, names) == known
+    assert server_module.known_hosts(host, Settings(hosts=names).hosts) == known
 
 
 def test_whose_pages_may_read_answers_is_a_setting(start, original, picture):
