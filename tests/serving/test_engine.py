@@ -112,7 +112,7 @@ def test_the_memory_of_large_pictures_has_a_bound_by_their_kind(original):
         )
     }
     package = load(original / "package", threads=1)
-    engine = start_engine(package, Settings(max_decoded=40_000_000))
+    engine = start_engine(package, Settings(max_decoded=40_000_000, max_pixels=10**8))
     engine.scores([files["plain"], files["jpeg"], files["plain"]], soon())  # one after the other
     for kind in ("transparent", "webp"):
         with pytest.raises(ImageError, match="bytes of memory; allowed: 40,000,000"):

@@ -425,7 +425,7 @@ def impatient(engine, monkeypatch):
     """The port of a server in this process that waits 0.25 s for a head and 0.5 s for a body."""
     monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.25)
     monkeypatch.setattr(server_module, "BODY_SECONDS", 0.5)
-    made = server_module.make(engine.package, engine, Settings(), "127.0.0.1")
+    made = server_module.make(engine.package, engine, Settings(queue=8), "127.0.0.1")
     address = server_module.bind("127.0.0.1", 0)
     thread = threading.Thread(target=made.run, args=([address],))
     thread.start()
