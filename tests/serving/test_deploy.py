@@ -1,6 +1,5 @@
 """`python -m serving plan ... destroy` as processes, against moto behind tests/serving/aws.py."""
 
-import base64
 import contextlib
 import gzip
 import io
@@ -118,10 +117,13 @@ def test_from_nothing_to_service_to_a_new_model_to_nothing(
     archive = s3.get_object(Bucket=parameters["Bucket"], Key=parameters["CodeKey"])["Body"].read()
     (tmp_path / "dog.jpg").write_bytes(picture)
     with endpoint_and_function(archive, tmp_path) as (endpoint, environment):
+        labels = json.dumps([{"labels": [{"label": "dog", "probability": 0.9}]}])
+        endpoint.answer = lambda: (200, labels.encode(), {})
         code, output, error = serving("invoke", tmp_path / "dog.jpg", "--labels", **environment)
-        assert (code, output) == (0, "[[0.25, -1.5]]\n"), error
-        asked = json.loads(endpoint.calls[-1].body)
-        assert asked == {"base64": base64.b64encode(picture).decode(), "output": "labels"}
+        assert (code, output) == (0, f"{labels}\n"), error
+        asked = endpoint.calls[-1]
+        assert (asked.body, asked.accept) == (picture, "application/json; output=labels")
+        endpoint.answer = lambda: (200, b"[[0.25, -1.5]]", {})
         code, output, error = serving("invoke", "http://169.254.169.254/", **environment)
         assert code == 2 and error.startswith("400: ") and "not allowed" in error
         code, output, error = serving("invoke", "--endpoint", tmp_path / "dog.jpg", **environment)
