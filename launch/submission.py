@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.cloud import ownership, s3
+from launch.cloud.remedies import NO_CAPACITY
 from launch.cloud.request import Request
-from launch.cloud.session import NO_CAPACITY, Aws, AwsError
+from launch.cloud.session import Aws, AwsError
 from launch.following import follow
 from launch.planning import Plan, means, missing, next_attempt
 from launch.targets import attempt as notes
@@ -26,6 +27,9 @@ from trainer.common.errors import FAULT, OK, RESUME, UserError
 # so it is the very thing, if it is this project's.
 ALREADY = r"ResourceInUse|already exists|must be unique|duplicate"
 CAPACITY_PAUSE = 30  # times --every, between two requests for a machine that AWS does not have
+# IAM shows a new role everywhere only after some seconds. This is said of one made just now.
+NOT_YET = re.compile("(?i)could not assume role|iamInstanceProfile|instance profile")
+IAM_DELAY, IAM_PAUSE = 60.0, 5.0  # seconds: for how long it is asked again, and how often
 REPLACEMENTS = 3  # in a row for machines that were taken back, none of which got further
 
 
@@ -110,13 +114,26 @@ def _confirm(aws: Aws, attempt: Attempt, id: str | None) -> Attempt:
 def _send(aws: Aws, request: Request) -> dict[str, Any]:
     """Return AWS's answer, empty where an earlier submit was first."""
     try:
-        return aws.send(request)
+        return _send_to_young_role(aws, request)
     except AwsError as error:
         if not re.search(ALREADY, f"{error.code}: {error.message}"):
             raise
         _check_owner(aws, request)
         log.info("%s: found what an earlier submit has made", request.operation)
         return {}
+
+
+def _send_to_young_role(aws: Aws, request: Request) -> dict[str, Any]:
+    """Return AWS's answer, asked again for as long as a role of `up` may not be known to it yet."""
+    until = time.monotonic() + IAM_DELAY
+    while True:
+        try:
+            return aws.send(request)
+        except AwsError as error:
+            if not NOT_YET.search(error.message) or time.monotonic() > until:
+                raise
+            log.info("%s; asking again in %.0f seconds", error, IAM_PAUSE)
+        time.sleep(IAM_PAUSE)
 
 
 def _check_owner(aws: Aws, request: Request) -> None:

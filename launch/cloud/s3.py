@@ -68,10 +68,15 @@ def exists(aws: Aws, key: str) -> bool:
 def read(aws: Aws, key: str) -> tuple[bytes, datetime] | None:
     """Return an object's content and when it was written; None where there is no such object.
 
-    Raise AwsError.
+    None too where there is no bucket. Raise AwsError, also where the connection breaks half-way.
     """
-    answer = aws.find("s3", "GetObject", "NoSuchKey", Bucket=aws.bucket, Key=key)
-    return None if answer is None else (answer["Body"].read(), answer["LastModified"])
+    answer = aws.find("s3", "GetObject", "NoSuchKey|NoSuchBucket", Bucket=aws.bucket, Key=key)
+    if answer is None:
+        return None
+    try:
+        return answer["Body"].read(), answer["LastModified"]
+    except Exception as error:
+        raise explained(error, f"s3:GetObject {key}") from error
 
 
 def write(aws: Aws, key: str, data: bytes) -> None:

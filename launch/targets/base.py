@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from launch.cloud.request import Request
-from launch.cloud.session import Aws, bucket_name, partition
+from launch.cloud.session import Aws, bucket_name, domain, partition
 from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.rented import Rented
 from trainer.common.console import log
@@ -27,6 +27,13 @@ from trainer.settings.compose import CONF, options
 from trainer.settings.config import Config, setting
 
 NAMES = options(CONF, "target")
+# Where AWS's console is, by partition (AWS's guides to China, GovCloud and the European cloud).
+CONSOLES = {
+    "aws": "console.aws.amazon.com",
+    "aws-cn": "console.amazonaws.cn",
+    "aws-us-gov": "console.amazonaws-us-gov.com",
+    "aws-eusc": "console.amazonaws-eusc.eu",
+}
 RUN = 48  # characters of a run's id: leaves room in a job's name for the attempt
 
 
@@ -306,8 +313,8 @@ def of(attempt: Attempt) -> Target:
 
 def console_url(attempt: Attempt, region: str) -> str:
     """Return the address of the page of AWS's console that shows the attempt."""
-    suffix = "amazonaws.cn" if region.startswith("cn-") else "aws.amazon.com"
-    return f"https://{region}.console.{suffix}/{of(attempt).console(attempt, region)}"
+    host = CONSOLES.get(partition(region), f"console.{domain(region)}")
+    return f"https://{region}.{host}/{of(attempt).console(attempt, region)}"
 
 
 def fit(name: str, limit: int) -> str:

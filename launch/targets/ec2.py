@@ -171,11 +171,10 @@ class Ec2(Target):
             if running < PATIENCE.total_seconds() or not {"run", "attempt"} <= tags.keys():
                 continue
             key = attempt_key(tags["run"], int(tags["attempt"]), "request.json")
-            absent = "NoSuchKey|NoSuchBucket"
-            noted = aws.find("s3", "GetObject", absent, Bucket=aws.bucket, Key=key)
+            noted = s3.read(aws, key)
             if noted is None:
                 continue
-            attempt = loads(noted["Body"].read())
+            attempt = loads(noted[0])
             state = State(
                 Phase.RUNNING,
                 "running",

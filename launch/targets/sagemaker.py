@@ -14,7 +14,7 @@ from launch.cloud import ownership, source
 from launch.cloud.logs import TRAINING_GROUP, LogReader
 from launch.cloud.ownership import NOT_FOUND
 from launch.cloud.request import Request
-from launch.cloud.session import Aws
+from launch.cloud.session import Aws, domain
 from launch.targets.attempt import TAKEN, Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, Target, TargetConfig
 from launch.targets.instance_types import GPUS, has_gpu, processes
@@ -259,9 +259,8 @@ def image(target: SageMakerConfig, region: str) -> str:
             f"region {region}: the registry of AWS's PyTorch images is not known there; "
             "give one of them as target.image=URI"
         )
-    domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
     device = CUDA if has_gpu(target.instance_type) else "cpu"
-    registry = f"{REGISTRIES[region]}.dkr.ecr.{region}.{domain}"
+    registry = f"{REGISTRIES[region]}.dkr.ecr.{region}.{domain(region)}"
     return f"{registry}/pytorch:{PYTORCH}-{device}-amzn2023-sagemaker"
 
 
