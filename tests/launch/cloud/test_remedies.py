@@ -108,8 +108,6 @@ def test_every_row_of_the_table_has_an_example():
 
 
 ENCODED = "You are not authorized to perform this operation. Encoded authorization failure "
-    "You are not authorized to perform this operation. Encoded authorization failure message: "
-)
 
 
 def test_a_denial_names_the_action_and_whom_to_ask():
