@@ -4,10 +4,12 @@ Plain boto3 below: profiles, regions and AWS_ENDPOINT_URL work as in every AWS t
 and `serving/deploy` go through it.
 """
 
+import copy
 import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from getpass import getpass
@@ -27,6 +29,7 @@ from trainer.common.errors import UserError
 
 CONNECT_TIMEOUT = 5  # seconds
 READ_TIMEOUT = 60  # seconds
+HURRIED = 2, 8  # attempts, and seconds to read: of what may go unanswered
 ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
 # Asking a model again because the answer was slow would pay for it twice.
 ONCE = ("lambda", "sagemaker-runtime")
@@ -78,6 +81,8 @@ class Aws:
     def __init__(self, project: str, region: str | None = None) -> None:
         """region: None for the one that AWS's tools would take."""
         self.project, self._given_region = project, region
+        self._attempts, self._read_timeout = ATTEMPTS, READ_TIMEOUT
+        self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], Any] = {}
 
     @cached_property
@@ -91,6 +96,13 @@ class Aws:
             return session
         except Exception as error:
             raise explained(error, "") from error
+
+    def hurried(self) -> "Aws":
+        """Return the same account for questions whose answers are worth seconds, not minutes."""
+        other = copy.copy(self)
+        other._clients = {}
+        other._attempts, other._read_timeout = HURRIED
+        return other
 
     @property
     def configured_region(self) -> str | None:
@@ -133,13 +145,18 @@ class Aws:
 
     def client(self, service: str, region: str | None = None) -> Any:
         """Return boto3's client, made once. Its methods may be called from several threads."""
-        key = (service, region or self.region)
+        with self._lock:  # boto3's session makes one client at a time
+            return self._client(service, region or self.region)
+
+    def _client(self, service: str, region: str) -> Any:
+        key = (service, region)
         if key not in self._clients:
-            retries = {"mode": "standard", "total_max_attempts": 1 if service in ONCE else ATTEMPTS}
+            attempts = 1 if service in ONCE else self._attempts
+            retries = {"mode": "standard", "total_max_attempts": attempts}
             config = Config(
                 retries=retries,
                 connect_timeout=CONNECT_TIMEOUT,
-                read_timeout=READ_TIMEOUT,
+                read_timeout=self._read_timeout,
                 max_pool_connections=32,
             )
             try:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, bucket_name, domain, partition
 from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.questions import Question
 from launch.targets.rented import Rented
 from trainer.common.console import log
 from trainer.settings import config as settings
@@ -200,6 +201,10 @@ class Target(ABC):
 
     def restart(self, attempt: Attempt, state: State) -> list[Request]:
         """Return what sets an ended attempt going again as itself; [] where the next is another."""
+        return []
+
+    def questions(self, spec: Spec) -> list[Question]:
+        """Return what is asked of AWS, read-only, before anything is rented."""
         return []
 
     def trials(self, request: Request) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from launch.cloud import s3
+from launch.cloud import quotas, s3
 from launch.cloud.ownership import instances
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
@@ -31,6 +31,7 @@ from launch.targets.attempt import (
     seconds_between,
 )
 from launch.targets.base import Spec, Target, TargetConfig, tag_list, tag_values
+from launch.targets.questions import Question, capacity, quota, way_to_s3
 from launch.targets.rented import Machines, Rented, rented
 from launch.targets.script import fill
 from trainer.common.console import log
@@ -87,6 +88,17 @@ class Ec2(Target):
 
     def requests(self, spec: Spec) -> list[Request]:
         return [run_instances(spec, user_data(spec))]
+
+    def questions(self, spec: Spec) -> list[Question]:
+        target = _config(spec)
+        asked = [
+            capacity(target.instance_type, target.spot, spec.instances),
+            way_to_s3(target.subnet),
+        ]
+        counted = quotas.of_ec2(target.instance_type, target.spot, spec.instances)
+        if counted is not None:
+            asked.insert(0, quota(counted))
+        return asked
 
     def spot_price(self, aws: Aws, spec: Spec) -> float | None:
         """Return the lowest of the region's zones."""

@@ -33,6 +33,7 @@ class NotebookConfig(TargetConfig):
 class Notebook(OnSageMaker):
     config = NotebookConfig
     role = "notebook"
+    use = "notebook instance"
     thing = "NotebookInstance"
     page = "notebook-instances"
     log_group = NOTEBOOK_GROUP

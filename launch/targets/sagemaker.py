@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from launch.cloud import hyperparameters as codec
-from launch.cloud import ownership, source
+from launch.cloud import ownership, quotas, source
 from launch.cloud.logs import TRAINING_GROUP, LogReader
 from launch.cloud.ownership import NOT_FOUND
 from launch.cloud.request import Request
@@ -18,6 +18,7 @@ from launch.cloud.session import Aws, domain
 from launch.targets.attempt import TAKEN, Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, Target, TargetConfig
 from launch.targets.instance_types import GPUS, has_gpu, processes
+from launch.targets.questions import Question, quota
 from launch.targets.rented import Machines, Rented, rented
 from trainer.common.console import log
 from trainer.common.errors import UserError
@@ -83,6 +84,7 @@ class OnSageMaker(Target):
     """What runs at SageMaker has in common, whatever it is there."""
 
     platform = "sagemaker"
+    use: ClassVar[str] = "training job"  # as SageMaker's quotas call what its machines are for
     thing: ClassVar[str]  # its name in SageMaker's operations: Describe..., Stop...
     page: ClassVar[str]  # of the console
     log_group: ClassVar[str] = TRAINING_GROUP
@@ -93,6 +95,12 @@ class OnSageMaker(Target):
 
     def weights_root(self, weights: str) -> str:
         return f"/opt/ml/input/data/{WEIGHTS_CHANNEL}"
+
+    def questions(self, spec: Spec) -> list[Question]:
+        use = f"spot {self.use}" if spec.spot else self.use
+        parallel = self.trials(self.requests(spec)[0])[1]
+        count = spec.instances * parallel
+        return [quota(quotas.of_sagemaker(spec.target.instance_type, use, count))]
 
     def described(self, aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
         """Return what SageMaker says of it; None where it doesn't list it."""

@@ -3,18 +3,38 @@
 Every step sees what an earlier, killed submit has done already, so the same command goes on.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from launch import pictures
+from launch.cloud.confirm import confirmed
 from launch.cloud.session import Aws
-from launch.planning import prepare
+from launch.planning import Plan, described, prepare
 from launch.submission import submit, wait
 from launch.targets import overdue
 from launch.targets.base import console_url, of
 from launch.targets.spec import load_target, resolved, split_overrides
 from launch.verbs.arguments import add_every
-from launch.verbs.plan import job_parser
+from launch.verbs.plan import expected, job_parser, show_cost
 from trainer.common.console import command, log
 from trainer.common.errors import OK
+
+
+def agreed(aws: Aws, plan: Plan, data: Path | None, yes: bool) -> bool:
+    """Repeat what a plan costs; ask on a terminal. Raise UserError for pictures of no use."""
+    if not plan.requests:
+        return True
+    images = None
+    if data is not None:
+        line, images = pictures.look(plan.spec.target, plan.spec.overrides, data)
+        log.info("pictures  %s", line)
+    what = described(aws, plan, data, "")
+    what["expected"] = expected(plan, images)
+    show_cost(what)
+    if yes or not sys.stdin.isatty():
+        return True
+    return confirmed("Rent it?", yes)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         action="store_true",
         help="follow the log to the end, and ask again for a spot machine that AWS took back",
     )
+    parser.add_argument("--yes", action="store_true", help="do not ask, on a terminal either")
     add_every(parser, 10, "with --wait: how often AWS is asked")
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)
@@ -32,6 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     aws = Aws(target.project, target.region)
     overdue.warn(aws, targets)
     plan = prepare(aws, target, options.overrides, options.data, options.again)
+    if not agreed(aws, plan, options.data, options.yes):
+        log.info("nothing was sent")
+        return OK
     attempt = submit(aws, plan, options.data)
     log.info("console   %s", console_url(attempt, aws.region))
     trains = of(attempt).trains

@@ -327,7 +327,19 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
     ("ec2", "TerminateInstances"): _terminate,
     **{
         ("ec2", name): _everything(f"ec2:{name}")
-        for name in ("DescribeInstances", "DescribeVolumes", "DescribeSpotPriceHistory")
+        for name in (
+            "DescribeInstances",
+            "DescribeInstanceTypeOfferings",
+            "DescribeRouteTables",
+            "DescribeSpotPriceHistory",
+            "DescribeSubnets",
+            "DescribeVolumes",
+            "GetSpotPlacementScores",
+        )
+    },
+    **{
+        ("servicequotas", name): _everything(f"servicequotas:{name}")
+        for name in ("GetAWSDefaultServiceQuota", "GetServiceQuota", "ListServiceQuotas")
     },
     ("ssm", "GetParameter"): lambda given: [
         Ask("ssm:GetParameter", f"arn:aws:ssm:{REGION}::parameter{given['Name']}")
