@@ -11,7 +11,7 @@ from typing import Any
 from launch.cloud import account_stack, s3, source
 from launch.cloud.prices import FALLBACK, Price, price
 from launch.cloud.request import Request, check
-from launch.cloud.session import Aws
+from launch.cloud.session import Aws, AwsError
 from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.base import Spec, TargetConfig
@@ -25,6 +25,7 @@ from launch.targets.spec import (
     weights_folder,
     weights_name,
 )
+from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.common.git import revision
 from trainer.settings import config as settings
@@ -243,6 +244,17 @@ def means(spec: Spec, data: Path | None) -> list[str]:
     return notes + settings.ignored(spec.config, spec.overrides, spec.kind.sweeps)
 
 
+def spot_price(aws: Aws | None, spec: Spec) -> float | None:
+    """Return today's spot price of an hour; None where AWS doesn't tell it, or not to this user."""
+    if aws is None:
+        return None
+    try:
+        return spec.kind.spot_price(aws, spec)
+    except AwsError as error:
+        log.warning("today's spot price is not known: %s", error)
+        return None
+
+
 def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> dict[str, Any]:
     """Return the plan as data. offline: why AWS can't be asked. Raise AwsError."""
     spec = plan.spec
@@ -265,7 +277,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
             "weights": spec.uri("data", spec.weights) if spec.weights else None,
         },
         "requests": [dataclasses.asdict(request) for request in plan.requests],
-        "cost": cost(plan, spec.kind.spot_price(aws, spec) if aws else None),
+        "cost": cost(plan, spot_price(aws, spec)),
         "may_touch": {
             spec.role(role): [
                 {

@@ -60,8 +60,9 @@ def partition(region: str) -> str:
 @cache
 def domain(region: str) -> str:
     """Return the domain below which a region's services are reached, like amazonaws.com."""
-    resolver = core_session().get_component("endpoint_resolver")
-    return str(resolver.get_partition_dns_suffix(partition(region)))
+    known = core_session().get_data("partitions")["partitions"]
+    outputs = {each["id"]: each["outputs"] for each in known}
+    return str(outputs[partition(region)]["dnsSuffix"])
 
 
 class AwsError(UserError):

@@ -1,19 +1,21 @@
 """`python -m launch plan`: what `submit` will do, how long it takes, and what it costs.
 
-Also what is missing. On one screen; --full adds what is sent, and what the machine may touch. Changes nothing; needs no
-credentials.
+Also what is missing. On one screen; --full adds what is sent, and what the machine may touch.
+Changes nothing; needs no credentials.
 """
 
 import argparse
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch import pictures, readiness
-from launch.cloud.session import Aws
+from launch.cloud.remedies import DENIED
+from launch.cloud.session import Aws, AwsError
 from launch.estimate import estimate
 from launch.planning import Plan, described, prepare
 from launch.targets import overdue
@@ -77,10 +79,10 @@ def show_cost(what: dict[str, Any]) -> None:
     """Print on what a plan runs, how long, and what it costs."""
     cost, expected = what["cost"], what["expected"]
     hours = cost["time_limit_hours"]
-    took = "how long is not known (make doctor measures it there)"
+    took = ""
     if expected:
-        took = f"about {_duration(expected['seconds'])} ({expected['by']})"
-    log.info("runs      %s; %s, at most %g h", cost["machines"], took, hours)
+        took = f"about {_duration(expected['seconds'])} ({expected['by']}), "
+    log.info("runs      %s; %sat most %g h", cost["machines"], took, hours)
     if cost["per_hour"] is None:
         return
     spot = cost["uses_spot"] and cost["per_hour_spot"] is not None
@@ -154,6 +156,22 @@ def connect(target: TargetConfig) -> tuple[Aws | None, str]:
     )
 
 
+def planned(
+    aws: Aws | None, target: TargetConfig, options: argparse.Namespace
+) -> tuple[Aws | None, Plan, str]:
+    """Return AWS and the plan; no AWS, and why, where this user may not look at what is there.
+
+    Raise UserError, AwsError.
+    """
+    words = target, options.overrides, options.data, options.again
+    try:
+        return aws, prepare(aws, *words), ""
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return None, prepare(None, *words), f"what is there already, since AWS refuses: {error}"
+
+
 def job_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     """Return what `plan` and `submit` are both asked for."""
     parser = argparse.ArgumentParser(prog=f"python -m launch {verb}", description=description)
@@ -189,8 +207,8 @@ def main(arguments: Sequence[str]) -> int:
     aws, offline = connect(target)
     if aws is not None:
         overdue.warn(aws, targets)
-    plan = prepare(aws, target, options.overrides, options.data, options.again)
-    what = described(aws, plan, options.data, offline)
+    aws, plan, denied = planned(aws, target, options)
+    what = described(aws, plan, options.data, offline or denied)
     looked_up(aws, plan, what, options.data)
     if options.json:
         print(json.dumps(what, indent=2, default=str))

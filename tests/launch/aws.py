@@ -39,6 +39,7 @@ import base64
 import copy
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -73,7 +74,16 @@ ACCOUNT = "123456789012"
 REGION = "us-east-1"
 DLAMI = "/aws/service/deeplearning/ami/"
 RUNNING = "InProgress"
-QUOTED = ("ml.p3.2xlarge", "ml.g4dn.xlarge", "ml.m5.2xlarge", "ml.m5.large", "ml.t3.medium")
+# SageMaker's quotas: number and name.
+LISTED_QUOTAS = [
+    (f"L-{number:08X}", f"{machine} for {use} usage")
+    for number, (machine, use) in enumerate(
+        itertools.product(
+            ("ml.p3.2xlarge", "ml.g4dn.xlarge", "ml.m5.2xlarge", "ml.m5.large", "ml.t3.medium"),
+            ("training job", "spot training job", "notebook instance", "endpoint"),
+        )
+    )
+]
 
 
 class Refused(Exception):
@@ -197,6 +207,8 @@ class Strict:
     def refuse(self, operation: str, code: str, message: str = "") -> None:
         """Answers the next call of an operation by an error."""
         self._refuse[operation] = (code, message)
+        if not code:  # no longer
+            del self._refuse[operation]
 
     def late(self, answers: int) -> None:
         """What is made from now on is not there in the first so many answers about it."""
@@ -630,7 +642,7 @@ class Strict:
     def _DescribeRouteTables(self, parameters, region, forward, start) -> list[bytes]:
         """The default VPC has a way to the internet, as AWS makes it and moto doesn't."""
         backend = get_backend("ec2")[ACCOUNT][region]
-        [vpc] = [each for each in backend.vpcs.values() if each.is_default == "true"]
+        [vpc] = [each for each in backend.vpcs.values() if each.is_default]
         [table] = [
             each
             for each in backend.route_tables.values()
@@ -651,9 +663,10 @@ class Strict:
     def _GetServiceQuota(self, parameters, region, forward, start) -> list[bytes]:
         """Of what was never asked for, AWS has no value of its own here."""
         number = parameters["QuotaCode"]
-        if number not in self._quotas:
+        name = dict(LISTED_QUOTAS).get(number, number)
+        if name == number and number not in self._quotas:
             raise Refused("NoSuchResourceException", "The request failed because it does not exist")
-        quota = {"QuotaCode": number, "QuotaName": number, "Value": self._quotas[number]}
+        quota = {"QuotaCode": number, "QuotaName": name, "Value": self._quotas.get(name, 4.0)}
         return _answer(start, "200 OK", json.dumps({"Quota": quota}).encode())
 
     def _GetAWSDefaultServiceQuota(self, parameters, region, forward, start) -> list[bytes]:
@@ -662,16 +675,14 @@ class Strict:
 
     def _ListServiceQuotas(self, parameters, region, forward, start) -> list[bytes]:
         """In pages, as AWS lists the thousands of SageMaker's."""
-        number = int(parameters.get("NextToken", 0))
-        kinds = ["training job", "spot training job", "notebook instance", "endpoint"]
-        names = [f"{machine} for {kind} usage" for machine in QUOTED for kind in kinds]
+        first = int(parameters.get("NextToken", 0))
         page = [
-            {"QuotaName": name, "QuotaCode": f"L-{index:08X}", "Value": self._quotas.get(name, 4.0)}
-            for index, name in enumerate(names)
-        ][number : number + 8]
+            {"QuotaName": name, "QuotaCode": number, "Value": self._quotas.get(name, 4.0)}
+            for number, name in LISTED_QUOTAS[first : first + 8]
+        ]
         answer: dict[str, Any] = {"Quotas": page}
-        if number + 8 < len(names):
-            answer["NextToken"] = str(number + 8)
+        if first + 8 < len(LISTED_QUOTAS):
+            answer["NextToken"] = str(first + 8)
         return _answer(start, "200 OK", json.dumps(answer).encode())
 
     def _GetProducts(self, parameters, region, forward, start) -> list[bytes]:

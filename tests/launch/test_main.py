@@ -68,7 +68,7 @@ def test_help_is_answered_at_once_and_names_every_verb():
 @pytest.mark.parametrize("target", NAMES)
 def test_plan_works_without_credentials(target):
     more = ["sweep=head"] if target == "tuner" else []
-    code, printed = launch("plan", f"target={target}", *more)
+    code, printed = launch("plan", f"target={target}", *more, "--full")
     assert code == OK, printed
     assert (
         "000000000000" in printed

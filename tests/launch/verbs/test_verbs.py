@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import botocore.session
 import pytest
 from botocore.serialize import create_serializer
+from PIL import Image
 
 from launch.targets.base import NAMES
 from tests.conftest import make_pictures, wait_for
@@ -348,7 +349,7 @@ def test_pictures_lie_under_their_content_and_none_are_ever_removed(account, tmp
 
     # A picture less and another one changed: the running job's pictures stay as they are.
     (pictures / "train/circle/000.png").unlink()
-    (pictures / "train/circle/001.png").write_bytes(b"changed")
+    shutil.copy(pictures / "train/circle/002.png", pictures / "train/circle/001.png")
     code, printed = account.launch(*command, "name=third")
     assert code == OK and "12 of 12 files to upload" in printed
     assert (
@@ -383,9 +384,9 @@ def test_a_folder_of_weights_is_uploaded_beside_the_pictures(account, tmp_path):
 
 
 def test_two_folders_of_one_name_never_share_a_prefix(account, tmp_path):
-    for name, seed in (("a", b"1"), ("b", b"2")):
+    for name, colour in (("a", "red"), ("b", "blue")):
         make_pictures(tmp_path / name / "images", {"train": 2, "valid": 1})
-        (tmp_path / name / "images/train/circle/only.png").write_bytes(seed)
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name / "images/train/circle/only.png")
     for name in ("a", "b"):
         code, printed = account.launch(
             "submit",
