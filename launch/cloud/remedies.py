@@ -9,7 +9,19 @@ from dataclasses import dataclass
 
 DENIED = "AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|AllAccessDisabled|403"
 NO_CAPACITY = (
-    "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|MaxSpotInstanceCountExceeded"
+    "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|InsufficientHostCapacity"
+    "|SpotMaxPriceTooLow"
+)
+# A machine of another kind, in another zone, or bought otherwise may be had all the same.
+NOT_THIS_ONE = (
+    f"{NO_CAPACITY}|Unsupported|VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded"
+    "|MaxSpotInstanceCountExceeded"
+)
+# Refusals that end by themselves, or when somebody signs in again.
+FOR_NOW = (
+    r"ExpiredToken(Exception)?|RequestExpired|TokenRefreshRequired|RequestTimeTooSkewed"
+    r"|Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException"
+    r"|SlowDown|RequestThrottled"
 )
 CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
 NO_REGION = (
@@ -120,6 +132,10 @@ REFUSALS = (
     ),
     # ---- no such machine
     Refusal(
+        "SpotMaxPriceTooLow",
+        "spot machines cost more than that now: target.spot=false, or later",
+    ),
+    Refusal(
         "MaxSpotInstanceCountExceeded",
         "the account's quota of spot machines is too small, which is another than that on demand: "
         f"{QUOTAS}, or target.spot=false",
@@ -161,10 +177,6 @@ REFUSALS = (
         "AWS does not know this instance type there: python -m launch instances lists some; "
         "take another target.instance_type",
         says="(?i)instance ?type",
-    ),
-    Refusal(
-        "SpotMaxPriceTooLow",
-        "spot machines cost more than that now: target.spot=false, or later",
     ),
     # ---- the foundation
     Refusal(

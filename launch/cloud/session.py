@@ -23,7 +23,7 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 from botocore.utils import JSONFileCache
 
-from launch.cloud.remedies import CREDENTIALS, NO_CAPACITY, NO_REGION, remedy
+from launch.cloud.remedies import CREDENTIALS, FOR_NOW, NO_REGION, NOT_THIS_ONE, remedy
 from launch.cloud.request import Request, check, core_session
 from trainer.common.errors import UserError
 
@@ -75,6 +75,13 @@ class AwsError(UserError):
         super().__init__(line)
         self.code, self.message, self.refused = code, message, refused
 
+    @property
+    def passes(self) -> bool:
+        """Whether the same call may be answered later: after an outage, or a new sign-in."""
+        if self.code == exceptions.ParamValidationError.__name__:
+            return False
+        return not self.refused or re.fullmatch(FOR_NOW, self.code) is not None
+
 
 class Aws:
     """A project's account and region, through boto3."""
@@ -104,6 +111,11 @@ class Aws:
         other._clients = {}
         other._attempts, other._read_timeout = HURRIED
         return other
+
+    def renew(self) -> None:
+        """Forget the credentials that were read, so that those of a new sign-in are."""
+        self.__dict__.pop("_session", None)
+        self._clients.clear()
 
     @property
     def configured_region(self) -> str | None:
@@ -337,5 +349,5 @@ def _refusal(error: exceptions.ClientError, action: str) -> AwsError:
     if advice:
         line += f"; {advice}"
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    refused = 400 <= status < 500 or re.fullmatch(NO_CAPACITY, code) is not None
+    refused = 400 <= status < 500 or re.fullmatch(NOT_THIS_ONE, code) is not None
     return AwsError(line, code, message, refused)

@@ -72,6 +72,9 @@ class Attempt:
     sent: str | None = None  # when, ISO 8601
     # AWS's code, where it answered that it makes nothing of it, or TAKEN.
     refused: str | None = None
+    per_hour: float | None = None  # dollars of one machine at most, with its disk and address
+    ceiling: float | None = None  # of the run, when this attempt was sent
+    asked: str | None = None  # since when AWS is asked for a machine for it, ISO 8601
 
     @property
     def since(self) -> datetime:

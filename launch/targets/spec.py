@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -207,11 +207,14 @@ def run_id(target: TargetConfig, config: Config, data: str | None, overrides: Se
     return targets()[target.name].run_id(config, placed, overrides)
 
 
-def choose(aws: Aws, arguments: Sequence[str]) -> Attempt:
+def choose(
+    aws: Aws, arguments: Sequence[str], is_meant: Callable[[Attempt], bool] | None = None
+) -> Attempt:
     """Return the newest attempt at the run that is meant.
 
     It is named by its id or by the overrides that it was submitted with; with neither, it is the
-    newest of all. Raise UserError where there is none.
+    newest of all, or of those that `is_meant` takes, where it takes any. Raise UserError where
+    there is none, or several are meant.
     """
     names = [argument for argument in arguments if "=" not in argument]
     ours, overrides = split_overrides([argument for argument in arguments if "=" in argument])
@@ -233,7 +236,12 @@ def choose(aws: Aws, arguments: Sequence[str]) -> Attempt:
                 f"s3://{aws.bucket}/runs: no run was ever submitted; "
                 "begin with: python -m launch plan"
             )
-        return max(every, key=lambda attempt: attempt.noted)
+        newest = {attempt.run: attempt for attempt in every}.values()
+        meant = [attempt for attempt in newest if is_meant is not None and is_meant(attempt)]
+        if len(meant) > 1:
+            runs = ", ".join(attempt.run for attempt in meant)
+            raise UserError(f"{len(meant)} runs are going: {runs}; name one of them")
+        return max(meant or newest, key=lambda attempt: attempt.noted)
     attempt = notes.latest(aws, run)
     if attempt is None:
         raise UserError(

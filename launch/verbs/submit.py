@@ -3,15 +3,17 @@
 Every step sees what an earlier, killed submit has done already, so the same command goes on.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch import pictures
 from launch.cloud.confirm import confirmed
-from launch.cloud.session import Aws
-from launch.planning import Plan, described, prepare
-from launch.submission import submit, wait
+from launch.cloud.remedies import NO_CAPACITY
+from launch.cloud.session import Aws, AwsError
+from launch.planning import Plan, described, next_attempt, prepare
+from launch.submission import ask_until_free, pause, submit, wait, with_elsewhere
 from launch.targets import overdue
 from launch.targets.base import console_url, of
 from launch.targets.spec import load_target, resolved, split_overrides
@@ -43,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--wait",
         action="store_true",
-        help="follow the log to the end, and ask again for a spot machine that AWS took back",
+        help="wait for a machine where AWS has none, follow the log to the end, and ask again for "
+        "a spot machine that AWS took back",
     )
     parser.add_argument("--yes", action="store_true", help="do not ask, on a terminal either")
     add_every(parser, 10, "with --wait: how often AWS is asked")
@@ -56,7 +59,18 @@ def main(arguments: Sequence[str]) -> int:
     if not agreed(aws, plan, options.data, options.yes):
         log.info("nothing was sent")
         return OK
-    attempt = submit(aws, plan, options.data)
+    try:
+        attempt = submit(aws, plan, options.data)
+    except AwsError as error:
+        if not (options.wait and (error.passes or re.fullmatch(NO_CAPACITY, error.code))):
+            raise with_elsewhere(aws, plan.asked_for, error) from error
+        pause(str(with_elsewhere(aws, plan.asked_for, error)), options.every)
+        attempt = ask_until_free(
+            aws,
+            lambda: next_attempt(aws, plan.asked_for, plan.source, options.again),
+            options.every,
+            options.data,
+        )
     log.info("console   %s", console_url(attempt, aws.region))
     trains = of(attempt).trains
     where = [override for override in targets if not override.startswith("target=")]

@@ -96,7 +96,6 @@ def test_a_network_without_a_way_to_s3_is_missing(cloud):
 READ = [
     ("GetServiceQuota", "quota"),
     ("DescribeSubnets", "network"),
-    ("DescribeSpotPriceHistory", "spot price"),
     ("GetParameter", "what is there already"),
 ]
 
