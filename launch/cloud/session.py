@@ -45,6 +45,11 @@ def bucket_name(project: str, account: str, region: str) -> str:
     return f"{project}-{account}-{region}"
 
 
+def role_name(project: str, part: str, region: str) -> str:
+    """Return the name of a role of the account stack: IAM's names are of all regions together."""
+    return f"{project}-{part}-{region}"
+
+
 @cache
 def partition(region: str) -> str:
     """Return which of AWS's worlds a region belongs to, as ARNs begin with it.
@@ -86,9 +91,9 @@ class AwsError(UserError):
 class Aws:
     """A project's account and region, through boto3."""
 
-    def __init__(self, project: str, region: str | None = None) -> None:
-        """region: None for the one that AWS's tools would take."""
-        self.project, self._given_region = project, region
+    def __init__(self, project: str, region: str | None = None, bucket: str | None = None) -> None:
+        """region: None for the one that AWS's tools would take. bucket: None for the project's."""
+        self.project, self._given_region, self.own_bucket = project, region, bucket
         self._attempts, self._read_timeout = ATTEMPTS, READ_TIMEOUT
         self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], Any] = {}
@@ -150,7 +155,7 @@ class Aws:
 
     @property
     def bucket(self) -> str:
-        return bucket_name(self.project, self.account, self.region)
+        return self.own_bucket or bucket_name(self.project, self.account, self.region)
 
     def owns(self, tags: Iterable[Mapping[str, str]]) -> bool:
         """Return whether what has these tags is this project's (launch/cloud/ownership.py)."""

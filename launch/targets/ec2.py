@@ -33,7 +33,7 @@ from launch.targets.attempt import (
     now,
     seconds_between,
 )
-from launch.targets.base import Spec, Target, TargetConfig, tag_list, tag_values
+from launch.targets.base import RUN, Spec, Target, TargetConfig, fit, tag_list, tag_values
 from launch.targets.instance_types import check_trains, names_in
 from launch.targets.questions import Question, capacity, quota, way_to_s3
 from launch.targets.rented import Machines, Rented, rented
@@ -71,7 +71,7 @@ class Ec2Config(TargetConfig):
     image: str | None = setting()
     ssm_parameter: str = setting()
     disk_gb: int = setting(at_least=75, at_most=16384)
-    subnet: str | None = setting()
+    public_ip: bool | None = setting()
 
 
 class Ec2(Target):
@@ -80,7 +80,7 @@ class Ec2(Target):
     platform = "ec2"
 
     def data_root(self, data: str) -> str:
-        return f"/opt/dlami/nvme/data/{data}"
+        return f"/opt/dlami/nvme/data/{fit(data, RUN)}"
 
     def looked_up(self, aws: Aws | None, spec: Spec) -> Spec:
         """Return the spec with an image: the one given, else AWS's newest."""
@@ -374,13 +374,15 @@ def run_instances(spec: Spec, user_data: str) -> Request:
         "Encrypted": True,
         "DeleteOnTermination": True,
     }
+    if target.kms_key:
+        root["KmsKeyId"] = target.kms_key
     parameters: dict[str, Any] = {
         "ImageId": target.image,
         "InstanceType": target.instance_type,
         "MinCount": 1,
         "MaxCount": 1,
         "UserData": user_data,
-        "IamInstanceProfile": {"Name": f"{spec.project}-ec2"},
+        "IamInstanceProfile": {"Name": spec.instance_profile},
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {
             "HttpTokens": "required",
@@ -392,8 +394,7 @@ def run_instances(spec: Spec, user_data: str) -> Request:
     if spec.spot:
         tagged.append("spot-instances-request")
     parameters["TagSpecifications"] = [{"ResourceType": each, "Tags": tags} for each in tagged]
-    if target.subnet:
-        parameters["SubnetId"] = target.subnet
+    parameters |= network(target)
     if spec.zone:
         parameters["Placement"] = {"AvailabilityZone": spec.zone}
     if spec.spot:
@@ -409,6 +410,22 @@ def run_instances(spec: Spec, user_data: str) -> Request:
     return Request("ec2", "RunInstances", parameters)
 
 
+def network(target: Ec2Config) -> dict[str, Any]:
+    """Return where the machine stands, as RunInstances has it.
+
+    A public address is given to an interface, which then takes subnet and groups for itself.
+    """
+    place: dict[str, Any] = {}
+    if target.subnet:
+        place["SubnetId"] = target.subnet
+    if target.public_ip is None:
+        return place | ({"SecurityGroupIds": target.groups} if target.groups else {})
+    place |= {"DeviceIndex": 0, "AssociatePublicIpAddress": target.public_ip}
+    if target.groups:
+        place["Groups"] = target.groups
+    return {"NetworkInterfaces": [place]}
+
+
 def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
     """Return the script that the instance runs at each boot.
 
@@ -422,7 +439,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         bucket=spec.uri(),
         region=spec.region,
         source_sha256=spec.source,
-        data=spec.data or "",
+        data=spec.data_uri or "",
         data_root=spec.data_root or "",
         weights=spec.weights or "",
         weights_root=spec.weights_root or "",

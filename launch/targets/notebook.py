@@ -98,7 +98,7 @@ def lifecycle_config(spec: Spec) -> Request:
 def notebook_instance(spec: Spec) -> Request:
     """Return the notebook; it refers to `lifecycle_config`, which must be there."""
     target = _config(spec)
-    parameters = {
+    parameters: dict[str, Any] = {
         "NotebookInstanceName": spec.job_name,
         "InstanceType": target.instance_type,
         "RoleArn": spec.role("notebook"),
@@ -110,6 +110,10 @@ def notebook_instance(spec: Spec) -> Request:
         "InstanceMetadataServiceConfiguration": {"MinimumInstanceMetadataServiceVersion": "2"},
         "Tags": spec.tag_list,
     }
+    if target.kms_key:
+        parameters["KmsKeyId"] = target.kms_key
+    if target.subnets:
+        parameters |= {"SubnetId": target.subnets[0], "SecurityGroupIds": target.groups}
     return Request("sagemaker", "CreateNotebookInstance", parameters)
 
 

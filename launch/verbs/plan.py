@@ -21,7 +21,7 @@ from launch.planning import Plan, described, prepare
 from launch.targets import overdue
 from launch.targets.base import TargetConfig
 from launch.targets.instance_types import OFFERED
-from launch.targets.spec import NO_ACCOUNT, load_target, split_overrides
+from launch.targets.spec import NO_ACCOUNT, account_of, load_target, split_overrides
 from trainer.common.arguments import typed_path
 from trainer.common.console import command, log
 from trainer.common.errors import OK, UserError
@@ -144,7 +144,7 @@ def looked_up(aws: Aws | None, plan: Plan, what: dict[str, Any], data: Path | No
 
 def connect(target: TargetConfig) -> tuple[Aws | None, str]:
     """Return AWS, or None and why it can't be asked."""
-    aws = Aws(target.project, target.region)
+    aws = account_of(target)
     try:
         if aws.has_credentials() and aws.account:
             return aws, ""

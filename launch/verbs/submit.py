@@ -16,7 +16,7 @@ from launch.planning import Plan, described, next_attempt, prepare
 from launch.submission import ask_until_free, pause, submit, wait, with_elsewhere
 from launch.targets import overdue
 from launch.targets.base import console_url, of
-from launch.targets.spec import load_target, resolved, split_overrides
+from launch.targets.spec import account_of, load_target, resolved, split_overrides
 from launch.verbs.arguments import add_every
 from launch.verbs.plan import expected, job_parser, show_cost
 from trainer.common.console import command, log
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)
     resolved(target, options.overrides, options.data)  # a mistake is named before AWS is asked
-    aws = Aws(target.project, target.region)
+    aws = account_of(target)
     overdue.warn(aws, targets)
     plan = prepare(aws, target, options.overrides, options.data, options.again)
     if not agreed(aws, plan, options.data, options.yes):

@@ -193,7 +193,7 @@ def _seed_more(cloud: Cloud) -> None:
     rewrite_role_policies(cloud)
     cloud.client("iam").create_user(UserName="ann")
     zipped = b"PK\x05\x06" + bytes(18)
-    role = f"arn:aws:iam::{ACCOUNT}:role/packhorse-training"
+    role = f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1"
     cloud.client("lambda").create_function(
         FunctionName=SERVING,
         Runtime="python3.13",

@@ -18,10 +18,20 @@ from typing import Any
 import yaml
 
 from launch.audit.account import CALLS
+from launch.cloud.account_stack import Place
 from launch.verbs.policy import PARTS, document, permissions
 from tests.conftest import PROJECT
 
 ACCOUNT, REGION, PROJECT_NAME = "123456789012", "us-east-1", "packhorse"
+# All that `up` can be told, so that what it grants besides is proven too.
+PARAMETERS = {
+    "Image": f"arn:aws:ecr:{REGION}:{ACCOUNT}:repository/own-image",
+    "PicturesBucket": "photos",
+    "PicturesPrefix": "dogs/",
+    "KmsKey": f"arn:aws:kms:{REGION}:{ACCOUNT}:key/own",
+    "OwnNetwork": "yes",
+}
+PLACE = Place(PROJECT_NAME, ACCOUNT, REGION, PARAMETERS)
 BUCKET = f"{PROJECT_NAME}-{ACCOUNT}-{REGION}"
 SIMULATOR = "@cloud-copilot/iam-simulate"  # its version: tests/launch/npm
 OURS = {"aws:ResourceTag/project": PROJECT_NAME}
@@ -44,16 +54,16 @@ class Ask:
 
 
 def policy(part: str) -> dict[str, Any]:
-    return document(permissions(part, PROJECT_NAME, ACCOUNT, REGION))
+    return document(permissions(part, PLACE))
 
 
 def effective_policy(part: str) -> dict[str, Any]:
     """With what else is attached to the role: the notebook is a launcher too."""
-    statements = permissions(part, PROJECT_NAME, ACCOUNT, REGION)
+    statements = permissions(part, PLACE)
     return document(
         [
             *statements,
-            *(permissions("launcher", PROJECT_NAME, ACCOUNT, REGION) if part == "notebook" else []),
+            *(permissions("launcher", PLACE) if part == "notebook" else []),
         ]
     )
 
@@ -343,8 +353,14 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
     },
     **{
         ("servicequotas", name): _everything(f"servicequotas:{name}")
-        for name in ("GetAWSDefaultServiceQuota", "GetServiceQuota", "ListServiceQuotas")
+        for name in ("GetAWSDefaultServiceQuota", "ListServiceQuotas")
     },
+    ("servicequotas", "GetServiceQuota"): lambda given: [
+        Ask(
+            "servicequotas:GetServiceQuota",
+            _arn("servicequotas", f"{given['ServiceCode']}/{given['QuotaCode']}"),
+        )
+    ],
     ("ec2", "GetConsoleOutput"): lambda given: [
         Ask("ec2:GetConsoleOutput", _arn("ec2", f"instance/{given['InstanceId']}"), OURS)
     ],
@@ -449,7 +465,7 @@ class Grant:
 def grants(part: str) -> list[Grant]:
     return [
         Grant(statement.sid, statement.reason, action, resource)
-        for statement in permissions(part, PROJECT_NAME, ACCOUNT, REGION)
+        for statement in permissions(part, PLACE)
         for action in statement.actions
         for resource in statement.resources
         if _fits(action, resource)

@@ -205,7 +205,7 @@ def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
         "deletes   notebook packhorse-notebook-1",
         "deletes   notebook's script packhorse-notebook-1",
         "deletes   stack packhorse-foundation",
-        "AWS::IAM::Role             packhorse-training",
+        "AWS::IAM::Role             packhorse-training-us-east-1",
         f"AWS::S3::Bucket            {bucket}",
         f"deletes   every object of s3://{bucket}, all models and pictures in it: "
         f"{count} versions, 0.01 GB",

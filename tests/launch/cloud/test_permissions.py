@@ -116,7 +116,7 @@ def arn(service: str, resource: str, account: str = ACCOUNT) -> str:
 MACHINE = {
     "ec2:InstanceType": "g4dn.xlarge",
     "ec2:MetadataHttpTokens": "required",
-    "ec2:InstanceProfile": f"arn:aws:iam::{ACCOUNT}:instance-profile/packhorse-ec2",
+    "ec2:InstanceProfile": f"arn:aws:iam::{ACCOUNT}:instance-profile/packhorse-ec2-us-east-1",
     "aws:RequestTag/project": "packhorse",
 }
 INSTANCE = arn("ec2", "instance/i-0fedcba9876543210")
@@ -172,25 +172,25 @@ DANGEROUS = {
     ),
     "pass the training role to Lambda": Ask(
         "iam:PassRole",
-        f"arn:aws:iam::{ACCOUNT}:role/packhorse-training",
+        f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1",
         {"iam:PassedToService": "lambda.amazonaws.com"},
     ),
     "pass EC2's role to SageMaker": Ask(
         "iam:PassRole",
-        f"arn:aws:iam::{ACCOUNT}:role/packhorse-ec2",
+        f"arn:aws:iam::{ACCOUNT}:role/packhorse-ec2-us-east-1",
         {"iam:PassedToService": "sagemaker.amazonaws.com"},
     ),
     "become another role": Ask("sts:AssumeRole", f"arn:aws:iam::{ACCOUNT}:role/Administrator"),
     "give itself a policy": Ask(
-        "iam:PutRolePolicy", f"arn:aws:iam::{ACCOUNT}:role/packhorse-training"
+        "iam:PutRolePolicy", f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1"
     ),
     "attach full access": Ask(
         "iam:AttachRolePolicy",
-        f"arn:aws:iam::{ACCOUNT}:role/packhorse-training",
+        f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1",
         {"iam:PolicyARN": "arn:aws:iam::aws:policy/AdministratorAccess"},
     ),
     "change its own policy": Ask(
-        "iam:CreatePolicyVersion", f"arn:aws:iam::{ACCOUNT}:policy/packhorse-launcher"
+        "iam:CreatePolicyVersion", f"arn:aws:iam::{ACCOUNT}:policy/packhorse-launcher-us-east-1"
     ),
     "make a user's key": Ask("iam:CreateAccessKey", f"arn:aws:iam::{ACCOUNT}:user/ann"),
     "make a linked role for any service": Ask(
@@ -417,10 +417,10 @@ def test_what_iam_gets_is_what_is_proven(tmp_path, evaluator):
         iam = cloud.client("iam")
         for part in ("training", "ec2", "notebook"):
             assert statements(
-                documents.role_policy(cloud, f"packhorse-{part}", part)
+                documents.role_policy(cloud, f"packhorse-{part}-us-east-1", part)
             ) == statements(policy(part))
         found = []
-        for name in ("packhorse-launcher", "packhorse-launcher-ec2"):
+        for name in ("packhorse-launcher-us-east-1", "packhorse-launcher-ec2-us-east-1"):
             found += iam.get_policy_version(
                 PolicyArn=f"arn:aws:iam::{ACCOUNT}:policy/{name}", VersionId="v1"
             )["PolicyVersion"]["Document"]["Statement"]

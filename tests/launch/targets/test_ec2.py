@@ -54,7 +54,7 @@ def test_it_ends_and_stays_closed() -> None:
     }
     ebs = {"VolumeSize": 100, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
     assert made["BlockDeviceMappings"] == [{"DeviceName": "/dev/xvda", "Ebs": ebs}]
-    assert made["IamInstanceProfile"] == {"Name": "packhorse-ec2"}
+    assert made["IamInstanceProfile"] == {"Name": "packhorse-ec2-us-east-1"}
     assert (made["ImageId"], made["InstanceType"], made["MinCount"], made["MaxCount"]) == (
         IMAGE,
         "g4dn.xlarge",

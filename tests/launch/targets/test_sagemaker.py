@@ -59,7 +59,7 @@ def test_a_training_job_as_a_whole():
         == "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cu133-amzn2023-sagemaker"
     )
     assert job["AlgorithmSpecification"]["MetricDefinitions"] == settings.metric_definitions()
-    assert job["RoleArn"] == "arn:aws:iam::123456789012:role/packhorse-training"
+    assert job["RoleArn"] == "arn:aws:iam::123456789012:role/packhorse-training-us-east-1"
     assert (
         job["StoppingCondition"] == {"MaxRuntimeInSeconds": 7200, "MaxWaitTimeInSeconds": 10800}
         and job["EnableManagedSpotTraining"]
