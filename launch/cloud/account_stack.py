@@ -91,7 +91,7 @@ class AccountStack(Stack):
         if after is None or after["StackStatus"] != "UPDATE_COMPLETE":
             raise UserError(
                 f"{self.name}: it would delete log groups of the whole account, and can't be "
-                "changed; its events in the console say why"
+                f"changed: {'; '.join(self.failures()) or 'its events in the console say why'}"
             )
 
     def delete_ours(self, stack: Mapping[str, Any]) -> None:

@@ -18,7 +18,13 @@ MANAGED_POLICY = 6144  # characters that IAM allows
 ROLE_POLICIES = 10240
 # parliament wants all kinds of resources of RunInstances in one statement, and an account in the
 # ARN of AWS's own SSM parameters, which has none.
-MISJUDGED = {"RESOURCE_MISMATCH": ("'ec2:RunInstances'", "'ssm:GetParameter'", "'servicequotas:GetServiceQuota'")}
+MISJUDGED = {
+    "RESOURCE_MISMATCH": (
+        "'ec2:RunInstances'",
+        "'ssm:GetParameter'",
+        "'servicequotas:GetServiceQuota'",
+    )
+}
 CASES = [("packhorse", "us-east-1"), ("a-project-of-twentyy", "ap-southeast-1")]
 
 

@@ -213,6 +213,25 @@ def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
     assert [line for line in expected if line not in printed] == [], printed
 
 
+def test_down_takes_its_policies_from_whoever_has_them_and_says_so_before(cloud):
+    """As `up` says: attach the launcher's to who starts jobs. CloudFormation deletes none such."""
+    launch(cloud, "up", *FAST)
+    iam = cloud.client("iam")
+    iam.create_user(UserName="ann")
+    iam.create_group(GroupName="vision")
+    policy = f"arn:aws:iam::{ACCOUNT}:policy/packhorse-launcher-{REGION}"
+    iam.attach_user_policy(UserName="ann", PolicyArn=policy)
+    iam.attach_group_policy(GroupName="vision", PolicyArn=policy)
+    code, printed = cloud.launch("down")
+    name = policy.rpartition("/")[2]
+    assert code == MISTAKE and f"detaches  policy {name} from the user ann" in printed
+    assert f"detaches  policy {name} from the group vision" in printed
+    assert iam.list_attached_user_policies(UserName="ann")["AttachedPolicies"]
+    launch(cloud, "down", *FAST)
+    assert iam.list_attached_user_policies(UserName="ann")["AttachedPolicies"] == []
+    assert things(cloud)["stacks"] == []
+
+
 def test_a_bucket_or_stack_of_our_name_without_our_tag_is_anothers(cloud):
     bucket = f"packhorse-{ACCOUNT}-{REGION}"
     cloud.client("s3").create_bucket(Bucket=bucket)
