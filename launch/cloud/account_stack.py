@@ -15,6 +15,7 @@ from launch.cloud.session import Aws, bucket_name, partition, role_name
 from trainer.common.errors import UserError
 
 TEMPLATE = Path(__file__).parent / "stacks" / "foundation.yaml"
+DEPLOYER = Path(__file__).parent / "stacks" / "deployer.yaml"
 
 # The resources of the template that hold each part's permissions.
 PARTS = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.audit.account import needed_policy
 from launch.cloud import account_stack
-from launch.cloud.account_stack import TEMPLATE, Place, Statement
+from launch.cloud.account_stack import DEPLOYER, TEMPLATE, Place, Statement
 from launch.cloud.cloudformation import load
 from launch.cloud.session import bucket_name, partition
 from launch.targets.spec import NO_ACCOUNT, aws_of, split_overrides
@@ -26,6 +26,7 @@ PARTS = {
     "launcher": (
         "whoever starts and watches jobs: plan, submit, status, logs, stop, fetch, cost, prices"
     ),
+    "deployer": "whoever makes and removes the foundation: up, down",
     "training": "a SageMaker training job, and SageMaker for it",
     "ec2": "an EC2 machine that trains",
     "notebook": "the notebook: the launcher's, and its own log",
@@ -41,6 +42,9 @@ def permissions(part: str, place: Place) -> list[Statement]:
     if part in SERVING_PARTS:
         names = _serving_names(project, account, region)
         return account_stack.statements(SERVING, SERVING_PARTS[part], names)
+    if part == "deployer":
+        told = {"Project": project, "AWS::AccountId": account, "AWS::Region": region}
+        return account_stack.statements(DEPLOYER, ("DeployerPolicy",), told)
     if part == "audit":
         reason = (
             "The audit reads settings, of the whole account, since what is dangerous may lie "

@@ -66,8 +66,15 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     to `cloud` already.
     """
     patch.setenv("HOME", str(directory))
-    printed("up", "--yes", "--every", "0.05")  # by an administrator, so not of the record
-    found: dict[str, list[Ask]] = {"launcher": [], "lambda": [], "audit": []}
+    found: dict[str, list[Ask]] = {"deployer": [], "launcher": [], "lambda": [], "audit": []}
+
+    def deploy(verb: str) -> None:
+        before = len(cloud.calls())
+        printed(verb, "--yes", "--every", "0.05")
+        for call in cloud.calls()[before:]:
+            found["deployer"] += asks_of(call, verb)
+
+    deploy("up")
 
     def run(*arguments: str, codes: Iterable[int] = (OK,)) -> str:
         before = len(cloud.calls())
@@ -129,7 +136,27 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     patch.setattr(prices, "REFRESHED", directory / "prices.json")
     run("prices", "--refresh")
     found["lambda"] += _invoke(cloud, patch)
+    _seed_what_down_ends(cloud)
+    deploy("down")
     return found
+
+
+def _seed_what_down_ends(cloud: Cloud) -> None:
+    """A machine, jobs, a disk, an upload that was cut short, and policies that somebody has."""
+    for target in (["target=ec2"], ["target=sagemaker"], ["target=tuner", "sweep=head"]):
+        printed("submit", *target, f"name=last-{target[0].split('=')[1]}")
+    ec2, iam, s3 = cloud.client("ec2"), cloud.client("iam"), cloud.client("s3")
+    tags = [{"Key": "project", "Value": "packhorse"}]
+    ec2.create_volume(
+        AvailabilityZone=f"{REGION}a",
+        Size=1,
+        TagSpecifications=[{"ResourceType": "volume", "Tags": tags}],
+    )
+    s3.create_multipart_upload(Bucket=BUCKET, Key="runs/r/output/half")
+    iam.create_group(GroupName="vision")
+    policy = f"arn:aws:iam::{ACCOUNT}:policy/packhorse-launcher-{REGION}"
+    iam.attach_user_policy(UserName="ann", PolicyArn=policy)
+    iam.attach_group_policy(GroupName="vision", PolicyArn=policy)
 
 
 def _seed_endpoint(cloud: Cloud) -> None:

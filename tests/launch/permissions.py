@@ -109,6 +109,7 @@ def asks_of(call: Mapping[str, Any], by: str) -> list[Ask]:
     Reference.
     """
     name, given = _named(call)
+    operations = OPERATIONS if by not in ("up", "down") else OPERATIONS | DEPLOYS
     ours = (
         OURS if call["service"] == "sagemaker" and call["status"] == 200 else {}
     )  # what is not there has no tags
@@ -119,7 +120,7 @@ def asks_of(call: Mapping[str, Any], by: str) -> list[Ask]:
             {**ask.context, **(ours if ask.on_what_is_there else {})},
             f"{by}: {name}",
         )
-        for ask in OPERATIONS[call["service"], name](given)
+        for ask in operations[call["service"], name](given)
     ]
 
 
@@ -371,6 +372,60 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
         Ask("logs:FilterLogEvents", _arn("logs", f"log-group:{given['logGroupName']}:*"))
     ],
     ("pricing", "GetProducts"): _everything("pricing:GetProducts"),
+}
+
+
+DEPLOYS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
+    **{
+        ("cloudformation", name): lambda given, name=name: [
+            Ask(
+                f"cloudformation:{name}",
+                _arn("cloudformation", f"stack/{given['StackName']}/0123"),
+            )
+        ]
+        for name in (
+            "CreateChangeSet",
+            "DeleteChangeSet",
+            "DeleteStack",
+            "DescribeChangeSet",
+            "DescribeStackEvents",
+            "ExecuteChangeSet",
+            "ListStackResources",
+        )
+    },
+    ("cloudformation", "DescribeStacks"): _everything("cloudformation:DescribeStacks"),
+    ("s3", "GetBucketTagging"): _s3("GetBucketTagging", bucket_level=True),
+    ("s3", "ListMultipartUploads"): _s3("ListBucketMultipartUploads", bucket_level=True),
+    ("s3", "AbortMultipartUpload"): _s3("AbortMultipartUpload"),
+    ("s3", "DeleteObjects"): _s3("DeleteObjectVersion"),  # by their versions alone
+    **{
+        ("sagemaker", f"List{kind}s"): _sagemaker(f"List{kind}s")
+        for kind in ("HyperParameterTuningJob", "NotebookInstanceLifecycleConfig")
+    },
+    ("sagemaker", "DeleteTrainingJob"): _sagemaker("DeleteTrainingJob", *TRAINING),
+    ("sagemaker", "DeleteHyperParameterTuningJob"): _sagemaker(
+        "DeleteHyperParameterTuningJob", *TUNING
+    ),
+    ("sagemaker", "DeleteNotebookInstance"): _sagemaker("DeleteNotebookInstance", *NOTEBOOK),
+    ("sagemaker", "DeleteNotebookInstanceLifecycleConfig"): _sagemaker(
+        "DeleteNotebookInstanceLifecycleConfig", *SCRIPT
+    ),
+    ("ec2", "DeleteVolume"): lambda given: [
+        Ask("ec2:DeleteVolume", _arn("ec2", f"volume/{given['VolumeId']}"), OURS)
+    ],
+    ("iam", "ListEntitiesForPolicy"): lambda given: [
+        Ask("iam:ListEntitiesForPolicy", given["PolicyArn"])
+    ],
+    **{
+        ("iam", f"Detach{kind}Policy"): lambda given, kind=kind: [
+            Ask(
+                f"iam:Detach{kind}Policy",
+                f"arn:aws:iam::{ACCOUNT}:{kind.lower()}/{given[f'{kind}Name']}",
+                {"iam:PolicyARN": given["PolicyArn"]},
+            )
+        ]
+        for kind in ("Group", "User")
+    },
 }
 
 

@@ -19,6 +19,7 @@ from tests.launch.conftest import running
 from tests.launch.permissions import (
     ACCOUNT,
     BUCKET,
+    PARAMETERS,
     REGION,
     Ask,
     Evaluator,
@@ -367,10 +368,37 @@ def test_there_are_forty_dangerous_calls_and_more():
     assert len(DANGEROUS) >= 40 and len({ask.key for ask in DANGEROUS.values()}) == len(DANGEROUS)
 
 
+# What the deployer is there for, on the project's own things: all else is denied to it too.
+DEPLOYS = [
+    "delete the bucket",
+    "make the bucket public",
+    "lift the block of public access",
+    "delete an old version for good",
+    "switch versioning off",
+    "change its own policy",
+]
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_dangerous_calls_are_denied(part, evaluator):
     answers = evaluator.decide([(effective_policy(part), ask) for ask in DANGEROUS.values()])
-    assert [what for what, allowed in zip(DANGEROUS, answers, strict=True) if allowed] == []
+    allowed = [what for what, allowed in zip(DANGEROUS, answers, strict=True) if allowed]
+    assert allowed == (DEPLOYS if part == "deployer" else [])
+
+
+def test_a_deployer_makes_no_role_that_the_boundary_does_not_hold(evaluator):
+    role = f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1"
+    asks = [
+        Ask(f"iam:{action}", role, context)
+        for action in ("CreateRole", "PutRolePolicy", "AttachRolePolicy")
+        for context in ({}, {"iam:PermissionsBoundary": "arn:aws:iam::aws:policy/PowerUserAccess"})
+    ]
+    asks += [
+        Ask("iam:DeleteRolePermissionsBoundary", role),
+        Ask("iam:CreatePolicyVersion", f"arn:aws:iam::{ACCOUNT}:policy/packhorse-boundary"),
+        Ask("iam:CreatePolicyVersion", f"arn:aws:iam::{ACCOUNT}:policy/packhorse-deployer"),
+    ]
+    assert not any(evaluator.decide([(policy("deployer"), ask) for ask in asks]))
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part != "audit"])
@@ -413,18 +441,28 @@ def test_the_list_by_hand_has_each_aws_command_of_the_machines_script():
 def test_what_iam_gets_is_what_is_proven(tmp_path, evaluator):
     """The template as moto's CloudFormation carries it out, against the policies read from it."""
     with running(tmp_path / "calls.jsonl", WHOLE) as cloud:
-        assert cloud.launch("up", "--yes", "--every", "0.05")[0] == OK
+        told = [f"{name}={value}" for name, value in PARAMETERS.items()]
+        code, printed = cloud.launch("up", "--yes", "--every", "0.05", *told)
+        assert code == OK, printed
         iam = cloud.client("iam")
         for part in ("training", "ec2", "notebook"):
-            assert statements(
-                documents.role_policy(cloud, f"packhorse-{part}-us-east-1", part)
-            ) == statements(policy(part))
+            role = f"packhorse-{part}-us-east-1"
+            made = [
+                statement
+                for name in iam.list_role_policies(RoleName=role)["PolicyNames"]
+                for statement in documents.role_policy(cloud, role, name)["Statement"]
+            ]
+            assert by_sid({"Statement": made}) == by_sid(policy(part))
         found = []
         for name in ("packhorse-launcher-us-east-1", "packhorse-launcher-ec2-us-east-1"):
             found += iam.get_policy_version(
                 PolicyArn=f"arn:aws:iam::{ACCOUNT}:policy/{name}", VersionId="v1"
             )["PolicyVersion"]["Document"]["Statement"]
         assert statements({"Statement": found}) == statements(policy("launcher"))
+
+
+def by_sid(document: dict) -> dict[str, dict]:
+    return {statement["Sid"]: statement for statement in statements(document)}
 
 
 def statements(document: dict) -> list[dict]:
