@@ -152,9 +152,11 @@ def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = Fals
     def send(spec: Spec, requests: list[Request]) -> Plan:
         return Plan(spec, tarball, stack, requests, before, state)
 
+    if state.phase is Phase.RUNNING:
+        spec.kind.check_running(before, spec)
     if state.phase is Phase.RUNNING or (state.phase is Phase.COMPLETE and not again):
         return send(spec, [])
-    restart = spec.kind.restart(before, state)
+    restart = spec.kind.restart(before, state, spec)
     if restart:
         return send(spec, restart)
     # It was noted, and refused, never sent, or not yet seen by AWS: the very same is safe to send

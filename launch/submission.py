@@ -71,6 +71,8 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
             attempt = _again(aws, plan)
         else:
             attempt = plan.before
+            if not plan.spec.kind.trains:  # it is set going again as it is asked for now
+                attempt = dataclasses.replace(attempt, requests=plan.spec.kind.requests(plan.spec))
     elif not s3.claim(aws, attempt.key, attempt.dumps()):
         log.info("another submit of %s is under way; this one joins it", attempt.run)
         noted = notes.read(aws, attempt.key)

@@ -79,6 +79,27 @@ def end_notebooks(aws: Aws, every: float) -> None:
         aws.call("sagemaker", f"Delete{kind}", **{f"{kind}Name": script[f"{kind}Name"]})
 
 
+def delete_notebook(aws: Aws, name: str, every: float) -> None:
+    """Stop a notebook, wait for its end, and delete it and its scripts, as far as they are there."""
+    which = {"NotebookInstanceName": name}
+
+    def status() -> str:
+        found = aws.find("sagemaker", "DescribeNotebookInstance", NOT_FOUND, **which)
+        return "gone" if found is None else str(found["NotebookInstanceStatus"])
+
+    if status() in ("InService", "Pending", "Updating"):
+        log.info("stopping %s", name)
+        aws.call("sagemaker", "StopNotebookInstance", **which)
+    _until(every, lambda: status() in ("Stopped", "Failed", "Deleting", "gone"))
+    if status() in ("Stopped", "Failed"):
+        log.info("deleting %s", name)
+        aws.call("sagemaker", "DeleteNotebookInstance", **which)
+    _until(every, lambda: status() == "gone")
+    kind = "NotebookInstanceLifecycleConfig"
+    aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
+    log.info("%s is deleted", name)
+
+
 @dataclass(frozen=True)
 class Holder:
     """A user, group or role of the account that a policy of ours was attached to by hand."""

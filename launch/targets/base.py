@@ -289,9 +289,15 @@ class Target(ABC):
         the trainer that it can't carry or do.
         """
 
-    def restart(self, attempt: Attempt, state: State) -> list[Request]:
-        """Return what sets an ended attempt going again as itself; [] where the next is another."""
+    def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
+        """Return what sets an ended attempt going again as itself; [] where the next is another.
+
+        spec: as it is asked for now.
+        """
         return []
+
+    def check_running(self, attempt: Attempt, spec: Spec) -> None:  # noqa: B027 (see above)
+        """Raise UserError where what runs is not what is asked for now, and can't become it."""
 
     def questions(self, spec: Spec) -> list[Question]:
         """Return what is asked of AWS, read-only, before anything is rented."""
@@ -389,6 +395,26 @@ class Target(ABC):
     def past_limit(self, attempt: Attempt, state: State) -> float:
         """Return the hours that a machine runs past the limit at which it ends itself; 0: none."""
         return 0.0
+
+    def connection(self, aws: Aws, attempt: Attempt, state: State) -> str | list[str]:
+        """Return the address of what runs, or the command that opens a shell on it.
+
+        Raise UserError where there is neither.
+        """
+        raise UserError(
+            f"{attempt.run}: nobody can be connected to a {self.name} job; "
+            "python -m launch logs shows what it does"
+        )
+
+    def deletes(self, attempt: Attempt) -> str:
+        """Return what `delete` deletes, in words. Raise UserError where that is nothing."""
+        raise UserError(
+            f"{attempt.run}: nothing of it costs money once it has ended; "
+            "python -m launch down deletes all of the project"
+        )
+
+    def delete(self, aws: Aws, attempt: Attempt, every: float) -> None:  # noqa: B027 (see above)
+        """Delete what `deletes` says. every: seconds between two looks."""
 
     # --- of every run, whatever its name: once for each class ---
 

@@ -217,6 +217,11 @@ class Ec2(Target):
         answer = aws.find("ec2", "GetConsoleOutput", unseen, InstanceId=state.id, Latest=True)
         return str((answer or {}).get("Output", ""))
 
+    def connection(self, aws: Aws, attempt: Attempt, state: State) -> str | list[str]:
+        """Return the command for a shell through Session Manager."""
+        where = ["--target", str(state.id), "--region", aws.region]
+        return ["aws", "ssm", "start-session", *where]
+
     def results(self, aws: Aws, attempt: Attempt) -> str:
         return f"runs/{attempt.run}/output/"
 

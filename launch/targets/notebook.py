@@ -4,11 +4,11 @@ As requests: first its scripts, which set the project up and stop the notebook w
 """
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.cloud import ownership
+from launch.cloud import ownership, teardown
 from launch.cloud.logs import NOTEBOOK_GROUP
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
@@ -46,11 +46,35 @@ class Notebook(OnSageMaker):
     def requests(self, spec: Spec) -> list[Request]:
         return [lifecycle_config(spec), notebook_instance(spec)]
 
-    def restart(self, attempt: Attempt, state: State) -> list[Request]:
+    def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
+        """Return what starts it again, as it is asked for now, with the code of now."""
         if state.phase is Phase.ABSENT:
             return []
         name = {"NotebookInstanceName": attempt.job}
-        return [Request("sagemaker", "StartNotebookInstance", name)]
+        return [*changes(spec), Request("sagemaker", "StartNotebookInstance", name)]
+
+    def check_running(self, attempt: Attempt, spec: Spec) -> None:
+        before = settled(attempt.requests[-1].parameters)
+        now = settled(notebook_instance(spec).parameters)
+        changed = [key for key in sorted(now) if before.get(key) != now[key]]
+        if changed and attempt.requests[-1].operation == "CreateNotebookInstance":
+            told = ", ".join(f"{key} {before.get(key)}, now {now[key]}" for key in changed)
+            raise UserError(
+                f"{attempt.job}: the notebook runs with other settings ({told}); stop it first: "
+                f"python -m launch stop {attempt.run}, then start the same submit again"
+            )
+
+    def connection(self, aws: Aws, attempt: Attempt, state: State) -> str | list[str]:
+        """Return the address of its page, good for half a day of work."""
+        name = {"NotebookInstanceName": attempt.job}
+        answer = aws.call("sagemaker", "CreatePresignedNotebookInstanceUrl", **name)
+        return str(answer["AuthorizedUrl"])
+
+    def deletes(self, attempt: Attempt) -> str:
+        return f"the notebook {attempt.job}, with its disk and all that lies on it"
+
+    def delete(self, aws: Aws, attempt: Attempt, every: float) -> None:
+        teardown.delete_notebook(aws, attempt.job, every)
 
     def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
         status = described["NotebookInstanceStatus"]
@@ -117,6 +141,28 @@ def notebook_instance(spec: Spec) -> Request:
     return Request("sagemaker", "CreateNotebookInstance", parameters)
 
 
+# What of a notebook can be changed while it is stopped, and is refused while it runs.
+CHANGEABLE = ("InstanceType", "VolumeSizeInGB", "RoleArn")
+
+
+def settled(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a notebook's request can be changed later."""
+    return {key: parameters[key] for key in CHANGEABLE if key in parameters}
+
+
+def changes(spec: Spec) -> list[Request]:
+    """Return what makes a stopped notebook, and its scripts, what is asked for now."""
+    scripts = {
+        key: value for key, value in lifecycle_config(spec).parameters.items() if key != "Tags"
+    }
+    made = notebook_instance(spec).parameters
+    names = {key: made[key] for key in ("NotebookInstanceName", "LifecycleConfigName")}
+    return [
+        Request("sagemaker", "UpdateNotebookInstanceLifecycleConfig", scripts),
+        Request("sagemaker", "UpdateNotebookInstance", names | settled(made)),
+    ]
+
+
 def on_create(spec: Spec) -> str:
     """Return the script that clones target.repository, or unpacks the tarball of the bucket."""
     return fill(
@@ -136,6 +182,9 @@ def on_start(spec: Spec) -> str:
         region=spec.region,
         name=spec.job_name,
         idle_minutes=_config(spec).idle_minutes,
+        repository=_config(spec).repository or "",
+        source_uri=spec.uri("source", f"{spec.source}.tar.gz"),
+        source_sha256=spec.source,
     )
     return script.replace("@IDLE@\n", (FOLDER / "notebook_idle.py").read_text(encoding="utf-8"))
 

@@ -534,6 +534,34 @@ class Strict:
         self._made(parameters["NotebookInstanceName"])
         return forward()
 
+    def _UpdateNotebookInstance(self, parameters, region, forward, start) -> list[bytes]:
+        notebooks = get_backend("sagemaker")[ACCOUNT][region].notebook_instances
+        notebook = _known(notebooks, parameters["NotebookInstanceName"])
+        if notebook.status != "Stopped":
+            raise Refused("ValidationException", f"Status ({notebook.status}) not in ([Stopped]).")
+        notebook.instance_type = parameters.get("InstanceType", notebook.instance_type)
+        size = parameters.get("VolumeSizeInGB", notebook.volume_size_in_gb)
+        notebook.volume_size_in_gb = size
+        return _answer(start, "200 OK", b"{}")
+
+    def _UpdateNotebookInstanceLifecycleConfig(
+        self, parameters, region, forward, start
+    ) -> list[bytes]:
+        scripts = get_backend("sagemaker")[ACCOUNT][
+            region
+        ].notebook_instance_lifecycle_configurations
+        script = _known(scripts, parameters["NotebookInstanceLifecycleConfigName"])
+        script.on_create, script.on_start = parameters["OnCreate"], parameters["OnStart"]
+        return _answer(start, "200 OK", b"{}")
+
+    def _CreatePresignedNotebookInstanceUrl(
+        self, parameters, region, forward, start
+    ) -> list[bytes]:
+        name = parameters["NotebookInstanceName"]
+        _known(get_backend("sagemaker")[ACCOUNT][region].notebook_instances, name)
+        url = f"https://{name}.notebook.{region}.sagemaker.aws?authToken=x"
+        return _answer(start, "200 OK", json.dumps({"AuthorizedUrl": url}).encode())
+
     def _DescribeNotebookInstance(self, parameters, region, forward, start) -> list[bytes]:
         if self._not_yet(parameters["NotebookInstanceName"]):
             raise Refused("ValidationException", "RecordNotFound")

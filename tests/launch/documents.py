@@ -132,6 +132,8 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
         run("stop", name)
     run("stop", "ec2", "--now")
     run("submit", "target=notebook")
+    run("connect", "notebook")
+    run("delete", "notebook", "--yes", "--every", "0.05")
     # The refreshed prices are this account's, not the user's.
     patch.setattr(prices, "REFRESHED", directory / "prices.json")
     run("prices", "--refresh")

@@ -323,6 +323,20 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
         ("sagemaker", f"{verb}NotebookInstance"): _sagemaker(f"{verb}NotebookInstance", *NOTEBOOK)
         for verb in ("Describe", "Start", "Stop")
     },
+    **{
+        ("sagemaker", name): _sagemaker(name, *NOTEBOOK)
+        for name in (
+            "CreatePresignedNotebookInstanceUrl",
+            "DeleteNotebookInstance",
+            "UpdateNotebookInstance",
+        )
+    },
+    **{
+        ("sagemaker", f"{verb}NotebookInstanceLifecycleConfig"): _sagemaker(
+            f"{verb}NotebookInstanceLifecycleConfig", *SCRIPT
+        )
+        for verb in ("Delete", "Update")
+    },
     ("sagemaker", "DescribeNotebookInstanceLifecycleConfig"): _sagemaker(
         "DescribeNotebookInstanceLifecycleConfig", *SCRIPT
     ),
@@ -405,10 +419,6 @@ DEPLOYS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
     ("sagemaker", "DeleteTrainingJob"): _sagemaker("DeleteTrainingJob", *TRAINING),
     ("sagemaker", "DeleteHyperParameterTuningJob"): _sagemaker(
         "DeleteHyperParameterTuningJob", *TUNING
-    ),
-    ("sagemaker", "DeleteNotebookInstance"): _sagemaker("DeleteNotebookInstance", *NOTEBOOK),
-    ("sagemaker", "DeleteNotebookInstanceLifecycleConfig"): _sagemaker(
-        "DeleteNotebookInstanceLifecycleConfig", *SCRIPT
     ),
     ("ec2", "DeleteVolume"): lambda given: [
         Ask("ec2:DeleteVolume", _arn("ec2", f"volume/{given['VolumeId']}"), OURS)

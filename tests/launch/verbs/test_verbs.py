@@ -478,6 +478,55 @@ def test_a_stopped_notebook_is_started_again(account):
     assert "StartNotebookInstance" in [call["operation"] for call in account.calls()[before:]]
 
 
+def test_the_notebook_becomes_what_is_asked_for_is_opened_and_deleted(cloud):
+    cloud.launch("up", "--yes", "--every", "0.05")
+    submit = ("submit", "target=notebook", "target.disk_gb=30", "target.idle_minutes=30")
+    assert cloud.launch(*submit[:2])[0] == OK
+    code, printed = cloud.launch(*submit)
+    assert code == MISTAKE and "VolumeSizeInGB 20, now 30" in printed and "stop it first" in printed
+    assert cloud.launch("stop", "notebook")[0] == OK
+    for _ in range(2):  # the second time it runs as it is asked for
+        code, printed = cloud.launch(*submit)
+        assert code == OK, printed
+    sagemaker, name = cloud.client("sagemaker"), "packhorse-notebook-1"
+    made = sagemaker.describe_notebook_instance(NotebookInstanceName=name)
+    assert made["VolumeSizeInGB"] == 30 and made["NotebookInstanceStatus"] == "InService"
+    scripts = sagemaker.describe_notebook_instance_lifecycle_config(
+        NotebookInstanceLifecycleConfigName=name
+    )
+    assert "idle_minutes=30\n" in base64.b64decode(scripts["OnStart"][0]["Content"]).decode()
+    code, printed = cloud.launch("connect", "notebook")
+    assert code == OK and printed.startswith(f"https://{name}.notebook.us-east-1")
+    code, printed = cloud.launch("delete", "notebook")
+    assert code == MISTAKE and "with its disk" in printed and "--yes" in printed
+    code, printed = cloud.launch("delete", "notebook", "--yes", "--every", "0.05")
+    assert code == OK and sagemaker.list_notebook_instances()["NotebookInstances"] == []
+
+
+def test_a_box_is_a_machine_with_a_shell_a_limit_and_a_price(account):
+    code, printed = account.launch("plan", "target=box", "target.hours=2")
+    assert code == OK and "at most 2 h" in printed and "$1.05 at the time limit" in printed
+    code, printed = account.launch("submit", "target=box", "target.hours=2")
+    assert code == OK and "launch fetch" not in printed, printed
+    [machine] = instance_of(account, "box")
+    sent = next(
+        call["parameters"]
+        for call in reversed(account.calls())
+        if call["operation"] == "RunInstances"
+    )
+    script = base64.b64decode(sent["UserData"]).decode()
+    assert "limit=7200\n" in script and "shutdown -h" in script and "trainer" not in script
+    code, printed = account.launch("connect", "box", "--show")
+    shell = f"aws ssm start-session --target {machine['InstanceId']} --region {REGION}\n"
+    assert code == OK and printed == shell
+    code, printed = account.launch("stop", "box")
+    assert code == OK and instance_of(account, "box")[0]["State"]["Name"] == "terminated"
+    code, printed = account.launch("connect", "box")
+    assert code == MISTAKE and "start it first" in printed
+    code, printed = account.launch("delete", "box", "--yes")
+    assert code == MISTAKE and "nothing of it costs money" in printed
+
+
 def test_down_leaves_nothing(cloud, tmp_path):
     """After a submit of every target. What is stopped at AWS keeps its record for a while: an
     instance is listed as terminated.
