@@ -80,7 +80,7 @@ def end_notebooks(aws: Aws, every: float) -> None:
 
 
 def delete_notebook(aws: Aws, name: str, every: float) -> None:
-    """Stop a notebook, wait for its end, and delete it and its scripts, as far as they are there."""
+    """Stop a notebook, and delete it and its scripts once it has stopped, if they are there."""
     which = {"NotebookInstanceName": name}
 
     def status() -> str:

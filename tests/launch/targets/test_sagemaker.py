@@ -110,6 +110,34 @@ def test_every_target_passes_awss_own_model(target):
         check(tuner.tuning_job(spec) if target == "tuner" else sagemaker.training_job(spec))
 
 
+def test_a_search_by_hyperband_that_learns_from_others_and_ends_when_it_is_good():
+    spec = make_spec(
+        "sweep=lr_batch",
+        "sweep.engine=optuna",
+        "sweep.sampler=random",
+        "train.epochs=9",
+        target=[
+            "target=tuner",
+            "target.warm_start=packhorse-a-1,packhorse-b-1",
+            "target.patience=5",
+            "target.goal=0.9",
+        ],
+    )
+    request = tuner.tuning_job(spec)
+    check(request)
+    tuning = request.parameters["HyperParameterTuningJobConfig"]
+    assert tuning["Strategy"] == "Hyperband" and tuning["TrainingJobEarlyStoppingType"] == "Off"
+    bounds = tuning["StrategyConfig"]["HyperbandStrategyConfig"]
+    assert bounds == {"MinResource": 1, "MaxResource": 9}
+    assert tuning["TuningJobCompletionCriteria"] == {
+        "BestObjectiveNotImproving": {"MaxNumberOfTrainingJobsNotImproving": 5},
+        "TargetObjectiveMetricValue": 0.9,
+    }
+    parents = request.parameters["WarmStartConfig"]["ParentHyperParameterTuningJobs"]
+    names = [each["HyperParameterTuningJobName"] for each in parents]
+    assert names == ["packhorse-a-1", "packhorse-b-1"]
+
+
 def test_a_tuning_job_has_the_sweeps_own_ranges():
     spec = make_spec(
         "sweep=lr_batch",
