@@ -5,7 +5,6 @@ for spare capacity the highest price that EC2 may bill.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.cloud.prices import HOURS_A_MONTH, S3_GB_MONTH, Price
@@ -79,32 +78,26 @@ def of_run(spec: Spec, price: Price, trials: int) -> float | None:
     return hour * spec.instances * trials * (spec.target.hours + AROUND / 3600)
 
 
-def at_most(attempt: Attempt, state: State) -> float:
-    """Return the dollars that an attempt has cost at most, or will before its limit ends it."""
+def at_most(aws: Aws, attempt: Attempt, state: State) -> float:
+    """Return the dollars that an attempt has cost at most, or will before its limit ends it.
+
+    Raise AwsError.
+    """
     if attempt.per_hour is None or state.phase in (Phase.ABSENT, Phase.NO_CAPACITY):
         return 0.0
     if state.ended is not None or state.discounted:
         machine_hours = state.machine_seconds / 3600 + attempt.instances * 60 / 3600
     else:
         machine_hours = attempt.instances * (attempt.hours + AROUND / 3600)
-    return attempt.per_hour * machine_hours
+    return of(attempt).hour_at_most(aws, attempt, state) * machine_hours
 
 
 def spent(aws: Aws, run: str) -> float:
     """Return the dollars that a run has cost at most, with what S3 keeps. Raise AwsError."""
     tried = [(each, of(each).observe(aws, each)) for each in notes.attempts(aws, run)]
-    return of_attempts(tried) + storage(aws, run)
-
-
-def of_attempts(tried: Sequence[tuple[Attempt, State]]) -> float:
-    """Return the dollars that attempts have cost at most, without what S3 keeps."""
-    return sum(at_most(attempt, state) for attempt, state in tried)
-
-
-def storage(aws: Aws, run: str) -> float:
-    """Return the dollars of what a run has in the bucket, until old versions expire."""
     kept = stored(aws, run)
-    return kept.so_far + kept.a_month * EXPIRES / HOURS_A_MONTH
+    storage = kept.so_far + kept.a_month * EXPIRES / HOURS_A_MONTH  # until old versions expire
+    return storage + sum(at_most(aws, attempt, state) for attempt, state in tried)
 
 
 def limited(spec: Spec, price: Price, ceiling: Ceiling, trials: int) -> Spec:

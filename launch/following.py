@@ -23,7 +23,7 @@ def follow(
     """
     kind = base.of(attempt)
     read = kind.log_reader(aws, attempt)
-    patience = Patience(aws, every, _runs_on(attempt))
+    patience = Patience(aws, every, runs_on(attempt))
     told = ""
 
     def look() -> tuple[State, list[str]]:
@@ -47,6 +47,7 @@ def follow(
         time.sleep(every)
 
 
-def _runs_on(attempt: Attempt) -> str:
+def runs_on(attempt: Attempt) -> str:
+    """Return what goes on at AWS while it can't be asked."""
     machine = attempt.id or attempt.job
     return f"{attempt.run} goes on without us on {machine}, for {attempt.hours:.3g} h at most"

@@ -31,6 +31,7 @@ from launch.targets.spec import (
     run_id,
     weights_folder,
     weights_name,
+    words_of,
 )
 from trainer.common.console import log
 from trainer.common.errors import UserError
@@ -58,7 +59,14 @@ class Plan:
     def attempt(self) -> Attempt:
         """This attempt, to be noted before it is sent."""
         spec, now = self.spec, notes.now().isoformat()
-        waits = self.before is not None and self.before.refused is not None
+        asked, after = now, None
+        if self.before is not None:
+            if self.before.refused is not None and self.before.asked is not None:
+                asked = self.before.asked
+            if self.before.number == spec.attempt:
+                after = self.before.after
+            elif self.state is not None and self.state.ended is not None:
+                after = self.state.ended.isoformat()
         return Attempt(
             run=spec.run,
             number=spec.attempt,
@@ -74,7 +82,9 @@ class Plan:
             noted=now,
             per_hour=ceiling.hourly(spec, self.price),
             ceiling=self.ceiling.dollars if self.ceiling else None,
-            asked=self.before.asked if waits and self.before else now,
+            asked=asked,
+            after=after,
+            words=words_of(self.asked_for),
         )
 
     @property
@@ -263,7 +273,7 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
             f"and give {instead}"
         )
     resent = plan.before is not None and plan.requests == plan.before.requests
-    if plan.price.on_demand is None and not resent:
+    if plan.price.on_demand is None and plan.requests and not resent:
         lines.append(
             f"the price of {plan.price.instance_type}: neither AWS's Price List nor the table "
             "has it, so no ceiling can be held: take another target.instance_type, "

@@ -14,14 +14,14 @@ from launch.cloud import ownership, s3
 from launch.cloud.remedies import NO_CAPACITY, NOT_THIS_ONE
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, AwsError
-from launch.following import follow
+from launch.following import follow, runs_on
 from launch.patience import Patience
 from launch.planning import Plan, means, missing, next_attempt
 from launch.targets import attempt as notes
 from launch.targets import base
 from launch.targets.attempt import TAKEN, Attempt, Phase, State
 from launch.targets.base import Spec
-from launch.targets.spec import weights_folder, weights_name
+from launch.targets.spec import weights_name
 from trainer.common.console import log
 from trainer.common.errors import FAULT, OK, RESUME, UserError
 
@@ -34,10 +34,11 @@ CAPACITY_PAUSE = 30  # times --every, between two requests for a machine that AW
 REPLACEMENTS = 3  # in a row for machines that were taken back, none of which got further
 
 
-def submit(aws: Aws, plan: Plan, data: Path | None = None) -> Attempt:
+def submit(aws: Aws, plan: Plan, data: Path | None = None, weights: Path | None = None) -> Attempt:
     """Make sure that the run is going, or was complete before; return its newest attempt.
 
-    data: the folder of pictures to upload. Raise UserError, AwsError.
+    data, weights: the folders to upload, of pictures and of weights; an attempt after the first
+    needs neither. Raise UserError, AwsError.
     """
     for line in missing(aws, plan, data):
         raise UserError(f"missing: {line}")
@@ -54,7 +55,6 @@ def submit(aws: Aws, plan: Plan, data: Path | None = None) -> Attempt:
         log.info("uploaded the code (%.1f MB) to %s", len(plan.source) / 1e6, spec.uri(key))
     if data is not None and spec.data is not None:
         s3.upload_folder(aws, data, f"data/{spec.data}/")
-    weights = weights_folder(spec.target, spec.overrides, data)
     if weights is not None and weights_name(weights) == spec.weights:
         s3.upload_folder(aws, weights, f"data/{spec.weights}/")
     return carry_out(aws, plan)
@@ -81,6 +81,12 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
     attempt, made = _send_first_offer(aws, plan, attempt)
     attempt = _confirm(aws, attempt, _id(made[-1]) or base.of(attempt).observe(aws, attempt).id)
     log.info("sent attempt %d at %s: %s", attempt.number, attempt.run, attempt.id or attempt.job)
+    if attempt.ceiling is not None:
+        log.info(
+            "the run costs $%.2f at most; this attempt ends after %.3g h",
+            attempt.ceiling,
+            attempt.hours,
+        )
     return attempt
 
 
@@ -224,7 +230,7 @@ def wait(aws: Aws, attempt: Attempt, plan: Plan, every: float) -> int:
     and none of them gets further, or the ceiling is reached.
     """
     spec = plan.asked_for.kind.pinned(plan.asked_for, attempt)
-    patience = Patience(aws, every, f"{attempt.run} goes on as far as it can")
+    patience = Patience(aws, every, runs_on(attempt))
 
     def newest_step() -> int:
         return patience.ask(lambda: notes.newest_step(aws, attempt.run))
@@ -262,16 +268,17 @@ def check_vain(attempt: Attempt, state: State, in_vain: int) -> None:
 
 
 def ask_until_free(
-    aws: Aws, planned: Callable[[], Plan], every: float, data: Path | None = None
+    aws: Aws, planned: Callable[[], Plan], every: float, *folders: Path | None
 ) -> Attempt:
     """Carry out what is planned, as often as AWS has no machine for it, and through outages.
 
-    planned: makes the plan, anew each time. data: the folder to upload. Raise UserError, AwsError.
+    planned: makes the plan, anew each time. folders: to upload, as `submit` takes them. Raise
+    UserError, AwsError.
     """
     patience = Patience(aws, every, "what was sent before goes on")
     while True:
         try:
-            return patience.ask(lambda: submit(aws, planned(), data))
+            return patience.ask(lambda: submit(aws, planned(), *folders))
         except AwsError as error:
             if not re.fullmatch(NO_CAPACITY, error.code):
                 raise

@@ -115,6 +115,8 @@ def asked(aws: "Aws", instance_type: str) -> Price:
     The Price List may be denied, or out of reach, and that stops no run.
     """
     known = price(instance_type, aws.region)
+    if aws.partition != "aws":  # where PRICE_LIST_REGION is none of its own
+        return known
     try:
         hour = _ask(aws, instance_type)
     except UserError:

@@ -193,6 +193,11 @@ class Aws:
             params.setdefault("ExpectedBucketOwner", self.account)
         return params
 
+    def prepare(self, services: Iterable[str]) -> None:
+        """Make the clients of services, which threads may share but not make. Raise AwsError."""
+        for service in services:
+            self.client(service)
+
     def call(
         self, service: str, operation: str, *, region: str | None = None, **parameters: Any
     ) -> dict[str, Any]:

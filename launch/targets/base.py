@@ -322,6 +322,10 @@ class Target(ABC):
         """Return dollars an hour of what comes with each machine: its disk, its address."""
         return 0.0
 
+    def hour_at_most(self, aws: Aws, attempt: Attempt, state: State) -> float:
+        """Return dollars an hour that AWS has billed for one of its machines at most."""
+        return attempt.per_hour or 0.0
+
     def spot_price(self, aws: Aws, spec: Spec) -> float | None:
         """Return today's dollars an hour of one spot machine; None where AWS doesn't tell."""
         return None

@@ -10,11 +10,11 @@ which machine has it. `attempts/N.stop` asks it to stop; a note of a later attem
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from math import ceil, inf
 from typing import Any
 
 from launch.cloud import quotas, s3
@@ -31,6 +31,7 @@ from launch.targets.attempt import (
     attempt_key,
     loads,
     now,
+    read,
     seconds_between,
 )
 from launch.targets.base import RUN, Spec, Target, TargetConfig, fit, tag_list, tag_values
@@ -56,6 +57,7 @@ RECLAIMED = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")
 NO_CAPACITY = "Server.InsufficientInstanceCapacity"
 BY_HAND = "Client.UserInitiatedShutdown"  # `stop --now`, the console, or any other call
 BY_ITSELF = "Client.InstanceInitiatedShutdown"
+FORGOTTEN = "ended without a word; EC2 no longer says why"
 NO_NOTE = "; without a note: it did not reach the bucket, or another machine has the run"
 
 SPOT_NOTICE, IDLE = "spot notice", "idle"  # in user_data.sh's words
@@ -125,20 +127,23 @@ class Ec2(Target):
         markets = [target.spot]
         if target.spot == "auto":
             markets = ["true"] if waited < 60 * target.spot_patience else ["true", "false"]
-        zones = zones_of(aws, spec) if aws is not None else {}
+        zones = zones_of(aws, spec)
         offers = []
         for market in markets:
             for name in spec.instance_types:
                 chosen = dataclasses.replace(target, instance_type=name, spot=market)
                 offer = dataclasses.replace(spec, target=chosen)
                 prices = spot_prices(aws, name) if aws is not None and market == "true" else {}
-                for zone in zones.get(name, [None]):
+                for zone in _by_price(zones.get(name, []), prices):
                     bid = highest_bid(prices, zone)
                     offers.append(dataclasses.replace(offer, zone=zone, bid=bid))
         if not offers:
+            places = f"no zone of {spec.region}"
+            if target.zones:
+                places = f"none of target.zones={target.zones} in {spec.region}"
             raise UserError(
-                f"target.zones={target.zones}: none of them in {spec.region} has "
-                f"{target.instance_type}; python -m launch instances lists machines"
+                f"{places} has {target.instance_type}; "
+                "take another target.instance_type, or another target.region"
             )
         return offers
 
@@ -159,6 +164,20 @@ class Ec2(Target):
 
     def parts_per_hour(self, spec: Spec) -> float:
         return _config(spec).disk_gb * GP3_GB_MONTH / HOURS_A_MONTH + ADDRESS_HOUR
+
+    def hour_at_most(self, aws: Aws, attempt: Attempt, state: State) -> float:
+        """Return what it was at most by the zone's price history, below what was bid."""
+        hour = attempt.per_hour or 0.0
+        parameters = attempt.requests[0].parameters
+        options = parameters.get("InstanceMarketOptions", {}).get("SpotOptions", {})
+        zone = parameters.get("Placement", {}).get("AvailabilityZone")
+        if state.ended is None or zone is None or "MaxPrice" not in options:
+            return hour
+        prices = spot_prices(aws, attempt.instance_type, zone, (state.started, state.ended))
+        if not prices:
+            return hour
+        bid = float(options["MaxPrice"])
+        return hour - bid + min(bid, max(prices.values()))
 
     def spot_price(self, aws: Aws, spec: Spec) -> float | None:
         """Return the lowest of the region's zones."""
@@ -281,16 +300,19 @@ TARGETS = (Ec2("ec2"),)
 # --- what may be asked for ---
 
 
-def zones_of(aws: Aws, spec: Spec) -> dict[str, list[str | None]]:
+def zones_of(aws: Aws | None, spec: Spec) -> dict[str, list[str | None]]:
     """Return the zones in which each kind of machine is asked for, in order.
 
     None is where AWS likes: the first, unless target.zones says where, and all there is where a
-    subnet is given, or AWS may not be asked. Raise AwsError.
+    subnet is given, or AWS can't or may not be asked. Raise AwsError.
     """
     target = _config(spec)
     names = spec.instance_types
     if target.subnet is not None:
         return {name: [None] for name in names}
+    given: list[str | None] = [*names_in(target.zones)] or [None]
+    if aws is None:
+        return {name: list(given) for name in names}
     try:
         listed = list(
             aws.pages(
@@ -304,7 +326,6 @@ def zones_of(aws: Aws, spec: Spec) -> dict[str, list[str | None]]:
     except AwsError as error:
         if not re.fullmatch(DENIED, error.code):
             raise
-        given: list[str | None] = [*names_in(target.zones)] or [None]
         return {name: list(given) for name in names}
     made: dict[str, list[str | None]] = {}
     for offering in sorted(listed, key=lambda each: str(each["Location"])):
@@ -315,22 +336,49 @@ def zones_of(aws: Aws, spec: Spec) -> dict[str, list[str | None]]:
     return {name: [None, *made[name]] for name in names if name in made}
 
 
-def spot_prices(aws: Aws, instance_type: str) -> dict[str, float]:
-    """Return today's dollars an hour of a spot machine by zone; {} where it may not be asked."""
+def _by_price(zones: list[str | None], prices: dict[str, float]) -> list[str | None]:
+    """Return zones of one kind of machine, the cheapest for spot first, unless they were given.
+
+    Where AWS likes (None) may be where spot is dear, and is not asked for where prices are known.
+    """
+    if not prices or None not in zones:
+        return zones
+    named = [zone for zone in zones if zone is not None]
+    return [*sorted(named, key=lambda zone: prices.get(zone, inf))]
+
+
+def spot_prices(
+    aws: Aws,
+    instance_type: str,
+    zone: str | None = None,
+    between: tuple[datetime | None, datetime | None] = (None, None),
+) -> dict[str, float]:
+    """Return the highest dollars an hour of a spot machine by zone; {} where it may not be asked.
+
+    zone: None for all. between: a beginning and an end; None is now. Raise AwsError.
+    """
+    begin, end = (each or now() for each in between)
+    where = {"AvailabilityZone": zone} if zone else {}
     try:
-        history = aws.call(
+        history = aws.pages(
             "ec2",
             "DescribeSpotPriceHistory",
+            "SpotPriceHistory",
             InstanceTypes=[instance_type],
             ProductDescriptions=["Linux/UNIX"],
-            StartTime=now(),
-            MaxResults=20,
-        )["SpotPriceHistory"]
+            StartTime=begin,
+            EndTime=end,
+            **where,
+        )
+        highest: dict[str, float] = {}
+        for entry in history:
+            name, price = entry["AvailabilityZone"], float(entry["SpotPrice"])
+            highest[name] = max(price, highest.get(name, 0.0))
     except AwsError as error:
         if not re.fullmatch(DENIED, error.code):
             raise
         return {}
-    return {entry["AvailabilityZone"]: float(entry["SpotPrice"]) for entry in history}
+    return highest
 
 
 def highest_bid(prices: dict[str, float], zone: str | None) -> float | None:
@@ -342,7 +390,7 @@ def highest_bid(prices: dict[str, float], zone: str | None) -> float | None:
     asked_now = prices.get(zone) if zone else max(prices.values(), default=None)
     if asked_now is None:
         return None
-    return math.ceil(asked_now * HEADROOM * 1e4) / 1e4
+    return ceil(asked_now * HEADROOM * 1e4) / 1e4
 
 
 def spot_scores(aws: Aws, spec: Spec) -> dict[str, int]:
@@ -555,10 +603,18 @@ def _unlisted(aws: Aws, attempt: Attempt) -> State:
     log_entry = s3.read(aws, f"runs/{attempt.run}/log.txt")
     if log_entry is not None:
         ended = max(log_entry[1], started)  # it is written once a minute: the best guess
+    # The next attempt has written the log since. Whoever asked for it knew when this one had ended.
+    following = read(aws, attempt_key(attempt.run, attempt.number + 1, "request.json"))
+    if following is not None:
+        limit = started + timedelta(hours=attempt.hours) + PATIENCE
+        known = following.after or following.asked or following.noted
+        ended = min(datetime.fromisoformat(known), limit)
+        seconds = seconds_between(started, ended)
+        return State(Phase.FAILED, FORGOTTEN, started, ended, seconds, id=attempt.id)
     alive = ended or attempt.since
     if now() - alive < YOUNG:
         return attempt.unseen(alive)
-    phase, detail = Phase.FAILED, "ended without a word; EC2 no longer says why"
+    phase, detail = Phase.FAILED, FORGOTTEN
     if _asked_to_stop(aws, attempt):
         phase, detail = Phase.STOPPED, "asked to stop"
     return State(phase, detail, started, ended, seconds_between(started, ended), id=attempt.id)

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +18,7 @@ from launch.cloud import s3
 from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt
-from launch.targets.base import NAMES, RUN, S3, TargetConfig, fit, targets
+from launch.targets.base import NAMES, RUN, S3, Spec, TargetConfig, fit, targets
 from trainer.common.errors import UserError
 from trainer.common.paths import expanded
 from trainer.settings import config as settings
@@ -231,6 +232,49 @@ def run_id(target: TargetConfig, config: Config, data: str | None, overrides: Se
     root = f"/{target.name}/{data or config.data.source}"  # a path of no machine
     placed = dataclasses.replace(config, data=dataclasses.replace(config.data, root=root))
     return targets()[target.name].run_id(config, placed, overrides)
+
+
+def words_of(spec: Spec) -> dict[str, Any]:
+    """Return what a spec was made of, as JSON can hold it: `noted_spec` makes it again."""
+    plain = ("overrides", "data", "source", "revision", "extras", "weights")
+    return {"target": dataclasses.asdict(spec.target)} | {
+        name: getattr(spec, name) for name in plain
+    }
+
+
+def noted_spec(aws: Aws, attempt: Attempt) -> Spec:
+    """Return the spec of an attempt that was noted, without the folder it came from.
+
+    Raise UserError for one that an earlier version has noted.
+    """
+    words = attempt.words
+    if not words:
+        raise UserError(
+            f"{attempt.run}: it was submitted by an earlier version, which noted less; "
+            "start the submit with all its settings again"
+        )
+    target = targets()[attempt.target].config(**words["target"])
+    overrides = tuple(words["overrides"])
+    placed = overrides
+    if words["data"] is not None:  # wherever it lay: it is in the bucket
+        placed = (*overrides, f"data.root={words['data']}")
+    if words["weights"] is not None:
+        folder = targets()[attempt.target].weights_root(words["weights"])
+        placed = (*placed, f"model.weights_dir={folder}")
+    config, _ = load_config(target, placed)
+    return Spec(
+        target=target,
+        config=config,
+        overrides=overrides,
+        run=attempt.run,
+        account=aws.account,
+        region=aws.region,
+        data=words["data"],
+        source=words["source"],
+        revision=words["revision"],
+        extras=tuple(words["extras"]),
+        weights=words["weights"],
+    )
 
 
 def choose(

@@ -68,7 +68,8 @@ fetch_and_train() {
   fi
   if [ ! -d "$directory" ]; then # after a reboot the disk still has it, and newer than the bucket
     say "fetching what earlier attempts have saved"
-    aws s3 sync --only-show-errors "$s3_run/output" "$scratch/restored"
+    # Without what says that the run is complete: who asks for one more attempt wants it tested and packaged again.
+    aws s3 sync --only-show-errors "$s3_run/output" "$scratch/restored" --exclude result.json --exclude model.tar.gz
     aws s3 sync --only-show-errors "$s3_run/checkpoints" "$scratch/restored/checkpoints"
     for checkpoint in "$scratch"/restored/checkpoints/*/; do # manifests are uploaded last: where there is none, the upload was cut short
       [ -f "$checkpoint/manifest.json" ] || rm -rf "$checkpoint"

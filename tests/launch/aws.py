@@ -160,8 +160,10 @@ class Strict:
             self._write(entry)
             os.kill(int(client[1]), signal.SIGKILL)
             return _answer(start, "500 Killed", b"")
-        if client is not None and self._rude and self._rude[0][1] in ("", operation):
-            return self._rudely(self._rude.pop(0)[0], entry, service, start)
+        rude = [each for each in self._rude if each[1] in ("", operation)]
+        if client is not None and rude:
+            self._rude.remove(rude[0])
+            return self._rudely(rude[0][0], entry, service, start)
         status: list[Any] = []
 
         def remember(
@@ -200,10 +202,11 @@ class Strict:
         if how == "html":
             page = b"<html><body>Welcome! Accept our terms to go on.</body></html>"
             return _answer(start, "200 OK", page, "text/html; charset=utf-8")
+        asked = f"{service}:{entry['operation']} on resource: *"
         codes = {
             "expire": ("ExpiredToken", "The provided token has expired."),
             "throttle": ("ThrottlingException", "Rate exceeded"),
-            "deny": ("AccessDenied", "User is not authorized to perform this"),
+            "deny": ("AccessDenied", f"User is not authorized to perform: {asked}"),
             "fault": ("InternalError", "We encountered an internal error"),
         }
         status = {"deny": "403 Forbidden", "fault": "500 Internal Server Error"}.get(
@@ -250,6 +253,14 @@ class Strict:
     def rude(self, how: str, answers: int, operation: str = "") -> None:
         """Answers the next so many calls of clients with a name badly. how: see `_rudely`."""
         self._rude += [(how, operation)] * answers
+
+    def left(self) -> dict[str, int]:
+        """How many answers are still to be bad."""
+        return {"rude": len(self._rude)}
+
+    def calm(self) -> None:
+        """Answers as on a good day."""
+        self._rude.clear()
 
     def slow_iam(self, calls: int) -> None:
         """IAM shows no role to the next so many calls that need one."""

@@ -19,7 +19,7 @@ import pytest
 
 from launch import __main__ as launch
 from launch.audit.finding import RULES
-from launch.cloud import account_stack, cloudformation, prices
+from launch.cloud import account_stack, cloudformation, prices, quotas
 from launch.verbs.audit import FOUND
 from launch.verbs.policy import PARTS
 from tests.conftest import PROJECT, make_pictures
@@ -66,6 +66,7 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     to `cloud` already.
     """
     patch.setenv("HOME", str(directory))
+    patch.setattr(quotas, "NUMBERS", directory / "quotas.json")
     found: dict[str, list[Ask]] = {"deployer": [], "launcher": [], "lambda": [], "audit": []}
 
     def deploy(verb: str) -> None:
@@ -145,7 +146,12 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
 
 def _seed_what_down_ends(cloud: Cloud) -> None:
     """A machine, jobs, a disk, an upload that was cut short, and policies that somebody has."""
-    for target in (["target=ec2"], ["target=sagemaker"], ["target=tuner", "sweep=head"]):
+    for target in (
+        ["target=ec2"],
+        ["target=sagemaker"],
+        ["target=tuner", "sweep=head"],
+        ["target=notebook"],
+    ):
         printed("submit", *target, f"name=last-{target[0].split('=')[1]}")
     ec2, iam, s3 = cloud.client("ec2"), cloud.client("iam"), cloud.client("s3")
     tags = [{"Key": "project", "Value": "packhorse"}]

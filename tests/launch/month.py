@@ -11,6 +11,7 @@ spare ones cost, and when AWS can't be reached are functions of seed and hour.
 import dataclasses
 import hashlib
 import io
+import json
 import random
 import re
 import sys
@@ -82,6 +83,11 @@ class Weather:
         drought = chance(self.seed, "drought", kind, market, hour // 12) < 0.25
         rate = 0.15 if drought else 0.7 if market == "spot" else 0.85
         return chance(self.seed, "free", kind, zone, market, hour) < rate
+
+    def has_quota(self, account: int, market: str, when: datetime) -> bool:
+        """Whether an account's quota allows it: a few have to ask, and wait."""
+        granted = BEGIN + timedelta(days=DAYS * chance(account, "granted"))
+        return chance(self.seed, "quota", account, market) >= 0.04 or when >= granted
 
     def spot_price(self, kind: str, zone: str, when: datetime) -> float:
         day = int((when - BEGIN).total_seconds() // 86400)
@@ -264,7 +270,10 @@ class Model(Aws):
     # --- EC2 ---
 
     def _GetProducts(self, **asked: Any) -> dict[str, Any]:
-        raise AwsError("denied", "AccessDeniedException", "", refused=True)  # the table is used
+        wanted = {each["Field"]: each["Value"] for each in asked["Filters"]}
+        price = {"unit": "Hrs", "pricePerUnit": {"USD": str(HOURLY[wanted["instanceType"]])}}
+        terms = {"OnDemand": {"T": {"priceDimensions": {"D": price}}}}
+        return {"PriceList": [json.dumps({"terms": terms})]}
 
     def _GetParameter(self, **asked: Any) -> dict[str, Any]:
         return {"Parameter": {"Value": "ami-0123456789abcdef0"}}
@@ -275,14 +284,20 @@ class Model(Aws):
         return {"InstanceTypeOfferings": made}
 
     def _DescribeSpotPriceHistory(self, **asked: Any) -> dict[str, Any]:
-        history = [
-            {
-                "AvailabilityZone": zone,
-                "SpotPrice": str(self.weather.spot_price(kind, zone, self.clock.time)),
-            }
-            for kind in asked["InstanceTypes"]
-            for zone in ZONES
-        ]
+        at, history = asked["StartTime"], []
+        while True:
+            history += [
+                {
+                    "AvailabilityZone": zone,
+                    "SpotPrice": str(self.weather.spot_price(kind, zone, at)),
+                }
+                for kind in asked["InstanceTypes"]
+                for zone in ZONES
+                if asked.get("AvailabilityZone", zone) == zone
+            ]
+            if at >= asked["EndTime"]:
+                break
+            at = min(at + timedelta(hours=1), asked["EndTime"])
         return {"SpotPriceHistory": history}
 
     def _GetSpotPlacementScores(self, **asked: Any) -> dict[str, Any]:
@@ -297,9 +312,7 @@ class Model(Aws):
         kind = asked["InstanceType"]
         zone = asked.get("Placement", {}).get("AvailabilityZone")
         zone = zone or ZONES[int(3 * self.chance.random())]
-        limited = chance(self.weather.seed, "quota", self.life.number, market) < 0.04
-        granted = BEGIN + timedelta(days=DAYS * chance(self.life.number, "granted"))
-        if limited and now < granted:
+        if not self.weather.has_quota(self.life.number, market, now):
             self.life.refusals += 1
             raise AwsError("quota", "VcpuLimitExceeded", "", refused=True)
         bid = float(options["MaxPrice"]) if options and "MaxPrice" in options else None
@@ -307,10 +320,7 @@ class Model(Aws):
             self.life.refusals += 1
             raise AwsError("none free", "InsufficientInstanceCapacity", "", refused=True)
         script = asked["UserData"]
-        number = {
-            name: int(re.search(rf"^{name}=(\d+)$", script, re.MULTILINE)[1])  # type: ignore[index]
-            for name in ("attempt", "limit", "grace", "idle")
-        }
+        number = dict(re.findall(r"^(attempt|limit|grace|idle)=(\d+)$", script, re.MULTILINE))
         machine = Machine(
             id=f"i-{len(self.life.machines):017x}",
             kind=kind,
@@ -320,7 +330,10 @@ class Model(Aws):
             since=now,
             chance=random.Random(self.chance.random()),
             unseen=self.chance.choice((0, 0, 0, 1, 3)),
-            **number,
+            attempt=int(number["attempt"]),
+            limit=int(number["limit"]),
+            grace=int(number["grace"]),
+            idle=int(number["idle"]),
         )
         self.life.machines.append(machine)
         self.tokens[asked["ClientToken"]] = {"Instances": [{"InstanceId": machine.id}]}
@@ -415,12 +428,14 @@ class Model(Aws):
         if owner != machine.id or self._newest() > machine.attempt or f"{key}.json" in self.current:
             return False
         machine.began = at
+        self.put(f"runs/{self.life.run}/log.txt", b"", at, 100_000)
         machine.done = machine.saved = self._stored()
         return True
 
     def _works(self, machine: Machine, at: datetime) -> None:
         key = f"runs/{self.life.run}/attempts/{machine.attempt}"
         assert machine.began is not None
+        self.current[f"runs/{self.life.run}/log.txt"].since = at  # once a minute
         hangs = at >= machine.fails["hang"]
         if at - machine.began > timedelta(minutes=SET_UP) and not hangs:
             machine.done += 1
@@ -462,7 +477,6 @@ class Model(Aws):
         for key in old:
             if not key.startswith(where):
                 self.delete(key, at)
-        self.put(f"runs/{self.life.run}/log.txt", b"", at, 100_000)
 
     def _word(self, machine: Machine, at: datetime, code: int, reason: str) -> None:
         word = f'{{"attempt": {machine.attempt}, "code": {code}, "reason": "{reason}"}}'

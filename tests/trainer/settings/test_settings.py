@@ -267,6 +267,8 @@ OTHERS = {
     "instances": "2",
     "retries": "3",
     "idle_minutes": "30",
+    "zones": "us-east-1a",
+    "max_dollars": "1",
     "repository": "https://example.org/packhorse.git",
 }
 
@@ -285,7 +287,8 @@ def test_each_setting_of_a_target_changes_what_is_sent(name, monkeypatch):
         "instance_type": {"ec2": "g5.xlarge"}.get(name, "ml.g5.xlarge"),
     }
     for key in settings.schema(targets()[name].config):
-        if key in ("name", "ssm_parameter"):  # the latter is AWS's to look up: tests/launch
+        # Of these AWS is asked: tests/launch
+        if key in ("name", "ssm_parameter", "spot_patience"):
             continue
         if key in ("subnet", "security_groups") and name != "ec2":  # SageMaker takes both or none
             both = (f"target.{each}={values[each]}" for each in ("subnet", "security_groups"))
