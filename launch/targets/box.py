@@ -1,12 +1,13 @@
 """A machine with a shell, a time limit and a price, and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
 from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.base import RUN, Spec, fit
 from launch.targets.ec2 import Ec2, run_instances
+from launch.targets.rented import Rented
 from launch.targets.script import fill
 from trainer.common.errors import UserError
 from trainer.settings.config import Config
@@ -47,6 +48,16 @@ class Box(Ec2):
 
     def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
         return None
+
+    @classmethod
+    def overdue(cls, aws: Aws) -> Iterator[tuple[Attempt, State]]:
+        """Yield nothing: boxes are EC2 machines, looked at as such."""
+        yield from ()
+
+    @classmethod
+    def rented(cls, aws: Aws) -> Iterator[Rented]:
+        """Yield nothing: boxes are EC2 machines, listed as such."""
+        yield from ()
 
 
 TARGETS = (Box("box"),)

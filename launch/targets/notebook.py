@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.cloud import ownership, teardown
+from launch.cloud import ownership, s3, teardown
 from launch.cloud.logs import NOTEBOOK_GROUP
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
-from launch.targets.attempt import Attempt, Phase, State, now, seconds_between
+from launch.targets.attempt import UNSEEN, Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.rented import Machines, Rented, rented
 from launch.targets.sagemaker import OnSageMaker
@@ -20,6 +20,7 @@ from launch.targets.script import FOLDER, fill
 from trainer.common.errors import UserError
 from trainer.settings.config import Config, setting
 
+DELETED = "deleted"
 AL2023 = "notebook-al2023-v1"  # Amazon Linux 2023
 
 
@@ -48,7 +49,7 @@ class Notebook(OnSageMaker):
 
     def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
         """Return what starts it again, as it is asked for now, with the code of now."""
-        if state.phase is Phase.ABSENT:
+        if state.phase is Phase.ABSENT or state.detail == DELETED:
             return []
         name = {"NotebookInstanceName": attempt.job}
         return [*changes(spec), Request("sagemaker", "StartNotebookInstance", name)]
@@ -75,6 +76,15 @@ class Notebook(OnSageMaker):
 
     def delete(self, aws: Aws, attempt: Attempt, every: float) -> None:
         teardown.delete_notebook(aws, attempt.job, every)
+        # Noted, so that it isn't taken for one that is too young to be listed.
+        s3.write(aws, attempt.key_of("deleted"), b"")
+
+    def observe(self, aws: Aws, attempt: Attempt) -> State:
+        """Return how it is; one that was deleted is not on its way."""
+        state = super().observe(aws, attempt)
+        if state.detail == UNSEEN and s3.exists(aws, attempt.key_of("deleted")):
+            return State(Phase.STOPPED, DELETED, id=attempt.id)
+        return state
 
     def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
         status = described["NotebookInstanceStatus"]

@@ -277,7 +277,10 @@ def first_edition() -> str:
 
 def make_first_edition(cloud: Cloud, *made: str) -> None:
     """A stack as the first edition's `up` made it, with the log groups that were not there."""
-    given = {"Project": "packhorse"} | {f"{name}Logs": "make" for name in made}
+    bucket = f"packhorse-{ACCOUNT}-{REGION}"
+    given = {"Project": "packhorse", "BucketName": bucket} | {
+        f"{name}Logs": "make" for name in made
+    }
     cloud.client("cloudformation").create_stack(
         StackName="packhorse-foundation",
         TemplateBody=first_edition(),

@@ -501,6 +501,8 @@ def test_the_notebook_becomes_what_is_asked_for_is_opened_and_deleted(cloud):
     assert code == MISTAKE and "with its disk" in printed and "--yes" in printed
     code, printed = cloud.launch("delete", "notebook", "--yes", "--every", "0.05")
     assert code == OK and sagemaker.list_notebook_instances()["NotebookInstances"] == []
+    code, printed = cloud.launch("submit", "target=notebook")
+    assert code == OK and "attempt 2" in printed, "it is gone, and not too young to be seen"
 
 
 def test_a_box_is_a_machine_with_a_shell_a_limit_and_a_price(account):
