@@ -272,6 +272,8 @@ def first_edition() -> str:
             "      Tags: [{Key: project, Value: !Ref Project}]\n\n"
         )
     head, body = TEMPLATE.read_text().split("\nResources:\n")
+    head, known = head.split("\nConditions:\n")
+    conditions = f"{known}\n{conditions}"
     return f"{head}{parameters}\nConditions:\n{conditions}\nResources:\n{resources}{body}"
 
 

@@ -17,6 +17,12 @@ YAML = """
 name: toy
 project: packhorse
 region: us-east-1
+bucket: null
+role: null
+tags: null
+kms_key: null
+subnet: null
+security_groups: null
 instance_type: g4dn.xlarge
 hours: 2
 queue: slow
