@@ -5,7 +5,6 @@ Hydra's own flags (--help, -m, --cfg job) work as everywhere.
 
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
@@ -22,6 +21,11 @@ if sys.platform == "win32":
         "(wsl --install, then make setup there)\n"
     )
     sys.exit(2)
+
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
 
 import hydra
 from omegaconf import DictConfig
@@ -77,12 +81,16 @@ def train(config: Config | None, world: World) -> None:
         from trainer.training.loop import fit
         from trainer.training.training import build_training
 
-        training = build_training(run, images, network=early.network(run, images))
+        network = early.network(run, images)
+        stop.check()
+        training = build_training(run, images, network=network)
         fit(training)
         tested = outcome.test(training)
         if not world.is_main_process:
             return
+        stop.check()
         outcome.build_package(training, tested)
+        stop.check()
         outcome.write_report(training, tested, decided)
         result = outcome.result(training, tested, seconds=time.monotonic() - started)
         run.finish(result)
@@ -150,9 +158,7 @@ def main() -> int:
     multirun = len(words) < len(sys.argv) - 1 and not flags
     # Hydra then raises its errors, instead of printing them and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an
-    # import is swallowed by some C extensions.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sessions.end_when_asked()  # until there is something to save
     to_terminal(expendable=True)  # the run has a log of its own
     settings.register()
     world = current_world()
@@ -166,6 +172,7 @@ def main() -> int:
         code = guarded(work)
     except SystemExit as end:  # of Hydra's function
         code = int(end.code or OK)
+    sessions.end_as_decided()
     world.leave(code)
     return code
 

@@ -14,8 +14,6 @@ import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -34,7 +32,7 @@ from numpy.typing import NDArray
 from safetensors import torch as safetensors
 from torch import nn
 
-from trainer.common import files
+from trainer.common import files, sessions
 from trainer.common.errors import UserError
 from trainer.common.model_package import FORMAT, MANIFEST, TENSORS
 from trainer.common.serving_code import FOR_AVIF, FOR_HEIC, REQUIREMENTS, SERVING_CODE
@@ -47,7 +45,6 @@ from trainer.results.calibrate import Calibration
 
 MEANS = "distance.safetensors"  # the classes' mean features, for PyTorch; ONNX holds them too
 PROJECT = Path(__file__).resolve().parents[2]
-TO_ALL = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)  # which come to whole groups of processes
 
 # What travels as code/, and where it lies here.
 CODE = {
@@ -336,20 +333,7 @@ def _self_test(package: Path) -> None:
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     # -P: a folder named `serving` in the user's current directory must not be taken for ours.
     command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
-    # In a session of its own: what a terminal sends to all of its processes (Ctrl-C, SIGHUP) is for
-    # the run itself, which saves or goes on. Until the child has made that session it may be hit
-    # too: then another one is started.
-    for _ in range(2):
-        result = subprocess.run(
-            command,
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        if -result.returncode not in TO_ALL:
-            break
+    result = sessions.run(command, env=os.environ | {"PYTHONPATH": path})
     if result.returncode != 0:
         said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         raise SelfTestFailed(f"the model package failed its self-test: {said[-1]}")

@@ -14,6 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
+
 from omegaconf import OmegaConf
 
 from trainer.common import files
@@ -76,11 +81,13 @@ def main() -> int:
     """Train the trials that the command line names; return the exit code."""
     directory, *numbers = sys.argv[1:]
     to_terminal(expendable=True)  # each trial has a log of its own
-    return guarded(
+    code = guarded(
         lambda: train(Path(directory), [int(number) for number in numbers]),
         log.log,
         explain_settings,
     )
+    sessions.end_as_decided()
+    return code
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer.common import files
+from trainer.common import files, sessions
 from trainer.common.console import ProgressBar, also_to_file, command, log
 from trainer.common.cpu import cores
 from trainer.common.errors import OK, RESUME, UserError, needed_by
@@ -368,13 +368,12 @@ class Driver:
         for trial in job.trials:
             log.info("trial %d: %s", trial.number, " ".join(self.chosen(trial)))
         with (self.place(first) / "output.txt").open("ab") as output:
-            return subprocess.Popen(
+            return sessions.Child(  # which the driver ends, when it is asked to end itself
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the driver, which then ends its trials
                 preexec_fn=end_with_parent,
             )
 
