@@ -44,6 +44,7 @@ from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
 from trainer.training import recipe
 from trainer.training.run import Run, open_run
+from trainer.training.stall import ended_on_stall
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -66,6 +67,7 @@ def train(config: Config | None, world: World) -> None:
         open_run(config, world, stop) as run,
         world.connected(config.train.timeout_seconds, stop),
         spot(stop),
+        ended_on_stall(config.train, world) as rescue,
     ):
         images = find_images(config, stop, sys.argv[1:])
         run, decided = recipe.settled(run, images)
@@ -84,6 +86,7 @@ def train(config: Config | None, world: World) -> None:
         network = early.network(run, images)
         stop.check()
         training = build_training(run, images, network=network)
+        rescue.save = training.rescue
         fit(training)
         tested = outcome.test(training)
         if not world.is_main_process:

@@ -12,6 +12,7 @@ from types import FrameType
 from trainer.common.console import log
 from trainer.common.errors import Interrupted
 from trainer.common.sessions import heeded
+from trainer.common.watch import watch
 
 POLL_EVERY = 5.0  # seconds, as AWS recommends; the notice comes about two minutes ahead
 # Below the metadata address; each answers 404 until there is something to say.
@@ -31,9 +32,14 @@ class Stop:
         """Raise the flag; the first reason stays."""
         self.reason = self.reason or reason
 
+    def asked(self) -> bool:
+        """Return whether somebody has asked. To look is a sign of life."""
+        watch.sign()
+        return self.reason is not None
+
     def check(self) -> None:
         """Raise Interrupted once somebody has asked."""
-        if self.reason is not None:
+        if self.asked():
             raise Interrupted(self.reason)
 
 

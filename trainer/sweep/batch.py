@@ -34,6 +34,7 @@ from trainer.settings.config import Config
 from trainer.sweep.driver import BATCH_LOCK
 from trainer.training.loop import fit
 from trainer.training.run import open_run
+from trainer.training.stall import ended_on_stall
 from trainer.training.training import Diverged, build_training
 
 
@@ -58,11 +59,12 @@ def train_trial(config: Config, stop: Stop) -> dict[str, Any]:
 
     A loss that is not finite is the trial's failure, not the batch's.
     """
-    with open_run(config, World(), stop) as run:
+    with open_run(config, World(), stop) as run, ended_on_stall(config.train, World()) as rescue:
         images = find_images(config)
         # The best trial's own process looks at the images: here each trial would, again and again.
         run = dataclasses.replace(run.resolved(images), looks=False)
         training = build_training(run, images, network=early.network(run, images))
+        rescue.save = training.rescue
         try:
             fit(training)
         except Diverged as error:
