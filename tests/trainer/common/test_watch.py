@@ -13,7 +13,7 @@ from trainer.common.watch import SLOW, Idle, Watch, on_stall, stacks, watch
 
 def idle_for(idle: Idle, seconds: float) -> bool:
     """Whether it is too long, when somebody looks at each tick."""
-    return any([idle.looked(idle.tick) for _ in range(round(seconds / idle.tick))])
+    return any(idle.looked(idle.tick) for _ in range(round(seconds / idle.tick)))
 
 
 def test_only_what_is_watched_must_give_signs():
