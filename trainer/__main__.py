@@ -132,6 +132,7 @@ def guarded(work: Callable[[], None]) -> int:
         work()
         return OK
     except Exception as error:
+        sessions.end_as_decided()  # torchrun ends the others when the first of them has ended
         world = current_world()
         code, line = verdict(error, world)
         if command.wants_traceback(code):
