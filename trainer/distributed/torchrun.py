@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         if name.startswith("torch.distributed."):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        run.main(arguments)
+        run.main([*_signals(), *arguments])
         return OK
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -41,6 +41,14 @@ def main(arguments: list[str]) -> int:
         reason = str(error).splitlines()[0]
         log.error("the processes don't find each other, or lost each other: %s", reason)
         return MISTAKE
+
+
+def _signals() -> list[str]:
+    """Return the option by which torchrun leaves SIGHUP alone, where nohup has it ignored."""
+    option = "--signals-to-handle"
+    if signal.SIGHUP in sessions.heeded() or option not in run.get_args_parser().format_help():
+        return []
+    return [option, "SIGTERM,SIGINT,SIGQUIT"]
 
 
 def _code(rank: int, code: int) -> int:
