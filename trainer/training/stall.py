@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from trainer.common import sessions
 from trainer.common.console import log
 from trainer.common.errors import RESUME
 from trainer.common.watch import on_stall, stacks
@@ -57,5 +56,4 @@ def _end(rescue: Rescue, world: World, seconds: float) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        sessions.end_as_decided()
         os._exit(RESUME)

@@ -143,7 +143,7 @@ def test_a_picture_whose_disk_no_longer_answers_ends_the_run_which_goes_on(
     assert "stopped: nothing was done for 20 s (train.stall_seconds)" in output
     assert "everything is saved" in output
     log = (tmp_path / "runs/run/log.txt").read_text()
-    assert "in read_shrunk" in log and "Traceback" not in output
+    assert "trainer/images/folder.py" in log and "Traceback" not in output
     picture.unlink()
     picture.write_bytes(content)
     code, output = run_trainer(tmp_path, *words)
@@ -181,5 +181,8 @@ def test_of_several_processes_the_one_that_hangs_says_where(tmp_path, undisturbe
             os.mkfifo(picture)
         codes, outputs = all_ended(processes, 600)
     assert codes == [RESUME] * 2, outputs
-    assert "in read_shrunk" in outputs[1] and "goes on from the newest checkpoint" in outputs[1]
+    assert (
+        "trainer/images/folder.py" in outputs[1]
+        and "goes on from the newest checkpoint" in outputs[1]
+    )
     checkpoint.verify(checkpoint.steps(checkpoints)[-1])
