@@ -21,7 +21,7 @@ from trainer.training import checkpoint
 
 pytestmark = pytest.mark.long  # network namespaces, and two hosts that wait for each other
 
-LIMIT = 6  # train.timeout_seconds
+LIMIT = 30  # train.timeout_seconds: longer than a busy machine takes for a step
 RUN = (
     "name=run", "data=folder", "data.root=pictures", "model=small_cnn",
     "data.size=16", "data.resize=16", "data.workers=0", "train.batch_size=8", "train.epochs=3000",
@@ -144,7 +144,7 @@ def test_two_hosts_train_together_lose_each_other_and_go_on(tmp_path, hosts):
 
 
 OUTAGE = 30  # seconds
-PATIENT = ("train.timeout_seconds=120", "train.exact_shards=2", "train.epochs=300")
+PATIENT = ("train.timeout_seconds=120", "train.exact_shards=2", "train.epochs=200")
 
 
 def processes_of(host: str) -> list[int]:
