@@ -102,7 +102,14 @@ sys.exit(3)
     assert subprocess.run([sys.executable, "-c", script], cwd=PROJECT).returncode == 3
 
 
-MODULES = ("trainer", "trainer.doctor", "trainer.care", "trainer.checkpoint", "trainer.sweep.batch")
+MODULES = (
+    "trainer",
+    "trainer.doctor",
+    "trainer.care",
+    "trainer.checkpoint",
+    "trainer.runs",
+    "trainer.sweep.batch",
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
