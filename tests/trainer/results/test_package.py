@@ -46,7 +46,8 @@ def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built)
     with tarfile.open(built / "model.tar.gz") as tar:
         names = tar.getnames()
     serving = ("__init__", "backends", "engine", "fetch", "handler", "package", "ray_app", "s3")
-    common, images = ("__init__", "errors"), ("__init__", "apart", "bounds", "decode")
+    common = ("__init__", "errors", "sessions")
+    images = ("__init__", "apart", "bounds", "decode")
     code = [
         "inference.py",
         "requirements.txt",
