@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,11 +210,12 @@ WIRES = (
 )  # fmt: skip
 
 
-def test_each_setting_has_a_wire():
-    others = {word.split("=")[0] for words in SWEEPS.values() for word in words}
-    others = {key for key in others if key.startswith("sweep.")} | ELSEWHERE.keys() | ALWAYS
+def test_each_setting_has_a_wire_or_is_named_elsewhere():
+    searched = {word.split("=")[0] for words in SWEEPS.values() for word in words}
+    others = {key for key in searched if key.startswith("sweep.")} | ELSEWHERE.keys() | ALWAYS
     untold = set(settings.keys()) - others - {wire.key for wire in WIRES}
     assert not untold, f"say in WIRES what these change, and where it is seen: {sorted(untold)}"
+    assert others <= set(settings.keys()), "no such settings"
 
 
 def make_fixtures(root: Path) -> None:
@@ -235,11 +237,11 @@ def make_fixtures(root: Path) -> None:
     torch.save(build("small_cnn", 3).backbone.state_dict(), root / "start.pth")
 
 
-def observe(root: Path) -> None:
-    """Write to facts.json what all runs do, each once."""
+def observe(root: Path, wires: Iterable[Wire]) -> None:
+    """Write to facts.json what the runs of these do, each once."""
     fixtures = root / "fixtures"
     make_fixtures(fixtures)
-    runs = dict.fromkeys(each for wire in WIRES for each in (wire.given, (*wire.given, wire.word)))
+    runs = dict.fromkeys(each for wire in wires for each in (wire.given, (*wire.given, wire.word)))
     (root / "specs.json").write_text(json.dumps([str(fixtures), BEGIN, [*runs]]))
     command = ["tests.trainer.settings.wiring", "specs.json", "facts.json"]
     code, said = ended(start(root, command, environment(root)))
@@ -249,9 +251,13 @@ def observe(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, Any]]:
-    """What each run does, by the words that it has more than others."""
-    root = made_once(tmp_path_factory, "wiring", observe)
+def facts(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What each run that is asked for does, by the words that it has more than others."""
+    calls = [getattr(test, "callspec", None) for test in request.session.items]
+    wires = [call.params["wire"] for call in calls if call and "wire" in call.params]
+    root = made_once(tmp_path_factory, "wiring", lambda root: observe(root, wires))
     return {tuple(words): each for words, each in json.loads((root / "facts.json").read_text())}
 
 
