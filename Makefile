@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse deploy test long check soak bench docs pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse deploy test long check soak mutations bench docs pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -37,6 +37,9 @@ check: .venv/dev  ## lint, format and types
 
 soak: .venv/dev  ## kill real runs 200 times and compare each with an undisturbed one (KILLS=n SEED=n)
 	$(BIN)/python -m tests.soak --kills $(or $(KILLS),200) --seed $(or $(SEED),0)
+
+mutations: .venv/dev  ## put faults into copies of the code, and see a test of `make test` notice each (ARGS="WORD": of the faults)
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 bench: .venv/bench  ## measure against peers in one run, and write docs/benchmarks.md (ARGS="input loop start stall")
 	$(BIN)/python -m tests.benchmarks $(ARGS)
