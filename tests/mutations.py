@@ -348,8 +348,8 @@ MUTATIONS = (
     Mutation(
         "the calibration fitted to test",
         OUTCOME,
-        'valid = _predict(run, means, "valid")',
-        'valid = _predict(run, means, "test")',
+        '    if split != "valid":\n        valid = _predict',
+        '    if split == "":\n        valid = _predict',
         "trainer/results/test_outcome.py",
     ),
     Mutation(
