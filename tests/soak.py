@@ -555,7 +555,9 @@ def refusal(lines: Sequence[str], harmed: Harm | None) -> str | None:
         return f"{len(errors)} lines of error"
     if harmed is None:
         return "no file was damaged"
-    if harmed.path.name not in errors[0] and harmed.path.parent.name not in errors[0]:
+    step = harmed.path.parent.name  # of a checkpoint, which is named as a whole
+    named = harmed.path.name in errors[0] or (step.startswith("step-") and step in errors[0])
+    if not named:
         return f"the line does not name {harmed.path}"
     return None
 
@@ -695,11 +697,12 @@ class Soak:
                 f"exit code {code}"
             )
         fine = allowed(how) if struck else {OK}
+        errors = [line for line in life.lines if line.startswith("error: ")]
         if code is None:
             self.fail(where, f"hung after {what}", life.lines)
         elif code == MISTAKE and harmed and not (struck and how == DISK):
             return self.refused(where, life, code, harmed)
-        elif code not in fine or any("Traceback" in line for line in life.lines):
+        elif code not in fine or len(errors) > 1 or any("Traceback" in line for line in life.lines):
             self.fail(where, f"exit code {code} after {what}", life.lines)
             return None, harmed
         # Not all damage is met in a life that ends soon.
