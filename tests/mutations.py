@@ -300,14 +300,14 @@ MUTATIONS = (
         "trainer/training/metrics.py",
         'multiclass_f1_score(logits, labels, classes, average="macro")',
         'multiclass_f1_score(logits, labels, classes, average="micro")',
-        "trainer/training/test_metrics.py",
+        "trainer/training/test_classification.py",
     ),
     Mutation(
         "top-5 is top-1",
         "trainer/training/metrics.py",
         "top_k=min(5, classes)",
         "top_k=1",
-        "trainer/training/test_metrics.py",
+        "trainer/training/test_classification.py",
     ),
     Mutation(
         "the highest loss is the best",
