@@ -314,7 +314,7 @@ MUTATIONS = (
         "trainer/training/metrics.py",
         "        return metrics[monitor] < best[monitor]",
         "        return metrics[monitor] > best[monitor]",
-        "trainer/training/test_damage.py -k best_weights_are_packaged",
+        "trainer/training/test_classification.py -k better",
     ),
     Mutation(
         "the best weights not loaded before they are packaged",
