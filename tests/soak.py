@@ -208,7 +208,9 @@ def told(run: Path) -> dict[str, object]:
         "metrics.jsonl": [
             {key: value for key, value in row.items() if key not in TIMES} for row in rows
         ],
-        "result.json": {key: value for key, value in result.items() if key != "seconds"},
+        "result.json": {
+            key: value for key, value in result.items() if key not in ("seconds", "files")
+        },
         "report.html": "</html>" in (run / "report.html").read_text(),
     }
 
