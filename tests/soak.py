@@ -570,8 +570,12 @@ def refusal(lines: Sequence[str], harmed: Harm | None) -> str | None:
 class Soak:
     """Runs that live and die until there were enough ends, or one failed."""
 
-    def __init__(self, root: Path, kills: int, seed: int, variants: Sequence[str]) -> None:
+    def __init__(
+        self, root: Path, kills: int, seed: int, variants: Sequence[str], complete: bool
+    ) -> None:
+        """complete: whether complete runs are damaged too."""
         self.root, self.wanted, self.seed, self.variants = root, kills, seed, variants
+        self.complete = complete
         self.tally, self.lock = Tally(), threading.Lock()
         self.expected: dict[str, object] = {}
         self.mounts = True  # whether a small disk can be had
@@ -648,7 +652,7 @@ class Soak:
         self.to_the_end(where, directory, variant, rng, harmed)
         if not self.tally.failures:
             self.judge(where, directory, variant)
-        if not self.tally.failures and rng.random() < 0.4:
+        if self.complete and not self.tally.failures and rng.random() < 0.4:
             # What a complete run holds is made again, or its loss is told.
             harmed = self.harmed(directory, rng, COMPLETE)
             self.to_the_end(f"{where}, complete", directory, variant, rng, harmed)
@@ -784,10 +788,19 @@ def make_fixtures(root: Path, variants: Sequence[str]) -> None:
         (root / f"weights/{name}.json").write_text(json.dumps(pixels))
 
 
-def soak(kills: int, seed: int, root: Path, variants: Sequence[str] = tuple(VARIANTS)) -> Tally:
-    """At least `kills` ends of lives, in two lanes side by side."""
+def soak(
+    kills: int,
+    seed: int,
+    root: Path,
+    variants: Sequence[str] = tuple(VARIANTS),
+    complete: bool = True,
+) -> Tally:
+    """At least `kills` ends of lives, in two lanes side by side.
+
+    complete: damage runs that are complete, too.
+    """
     make_fixtures(root, variants)
-    found = Soak(root, kills, seed, variants)
+    found = Soak(root, kills, seed, variants, complete)
     threads = [threading.Thread(target=found.lane, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
