@@ -198,7 +198,7 @@ class Observer:
         self.facts["epochs"] = run.progress.epoch
 
     def see_package(
-        self, network: nn.Module, contents: package.Contents, target: Path, *, archive: bool
+        self, network: nn.Module, contents: package.Contents, target: Path, **how: Any
     ) -> None:
         self.facts |= {
             "packaged weights": of_weights(network),
@@ -211,7 +211,7 @@ class Observer:
         }
         target.write_text("package")
 
-    def see_report(self, contents: report.Report, path: Path, read: object) -> None:
+    def see_report(self, contents: report.Report, path: Path, *how: Any) -> None:
         self.facts["reported"] = digest(contents.probabilities)
         path.write_text("report")
 
