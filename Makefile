@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse deploy test long check soak faults mutations bench docs pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults mutations bench docs pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -40,6 +40,9 @@ soak: .venv/dev  ## end real runs 200 times at every stage, damage files in betw
 
 mutations: .venv/dev  ## put faults into copies of the code, and see a test of `make test` notice each (ARGS="WORD": of the faults)
 	$(BIN)/python -m tests.mutations $(ARGS)
+
+soak-serving: .venv/dev  ## nine attacks on a server at once while good pictures are asked about: latency, memory, /ping (ATTACKED=seconds)
+	$(BIN)/python -m tests.serving.soak --seconds $(or $(ATTACKED),300)
 
 faults: .venv/dev  ## let one call to the system fail in each of 200 real runs, and compare each with an undisturbed one (COUNT=n SEED=n); needs a C compiler
 	$(BIN)/python -m tests.faults --count $(or $(COUNT),200) --seed $(or $(SEED),0)
