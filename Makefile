@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults bench docs pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults mutations bench docs pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -35,8 +35,11 @@ long: .venv/dev  ## the tests that take minutes: rehearsals, the EC2 script, kil
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-soak: .venv/dev  ## kill real runs 200 times and compare each with an undisturbed one (KILLS=n SEED=n)
+soak: .venv/dev  ## end real runs 200 times at every stage, damage files in between, and compare each with an undisturbed one (KILLS=n SEED=n)
 	$(BIN)/python -m tests.soak --kills $(or $(KILLS),200) --seed $(or $(SEED),0)
+
+mutations: .venv/dev  ## put faults into copies of the code, and see a test of `make test` notice each (ARGS="WORD": of the faults)
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 soak-serving: .venv/dev  ## nine attacks on a server at once while good pictures are asked about: latency, memory, /ping (ATTACKED=seconds)
 	$(BIN)/python -m tests.serving.soak --seconds $(or $(ATTACKED),300)

@@ -26,6 +26,22 @@ def test_it_is_a_function_of_seed_and_epoch_alone():
         assert not np.array_equal(one, other) and set(one[one < 60]) != set(other[other < 60])
 
 
+def test_a_random_order_is_another_in_each_epoch_and_for_each_seed():
+    orders = [random_order(24, seed, epoch).tolist() for seed, epoch in ((3, 0), (3, 1), (4, 0))]
+    assert len({*map(tuple, orders)}) == 3 and random_order(24, 3, 0).tolist() == orders[0]
+
+
+@pytest.mark.parametrize("kept", [None, 2])
+def test_views_are_new_in_each_epoch_or_taken_in_turn(pictures, kept):
+    loader = dataclasses.replace(make_loader(pictures), views=kept, batch_size=24, balanced=False)
+    shown = []
+    for epoch in range(3):  # all pictures, in their own order
+        (batch,) = loader.train_batches(epoch)
+        shown.append(batch.image[np.argsort(loader.epoch(epoch)[0])])
+    assert not np.array_equal(shown[0], shown[1])
+    assert np.array_equal(shown[0], shown[2]) == (kept == 2)
+
+
 def test_every_picture_of_a_large_class_has_its_turn_and_none_its_place():
     orders = [balanced_order(LABELS, 0, epoch) % 89 for epoch in range(40)]
     seen = np.bincount(np.concatenate(orders), minlength=89)

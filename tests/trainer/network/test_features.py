@@ -79,6 +79,16 @@ def test_the_views_differ_and_the_epochs_take_them_in_turn(tmp_path, feed):
         assert np.array_equal(shown[epoch].numpy(), extracted.views[epoch % 2][first])
 
 
+def test_an_epoch_goes_on_from_any_batch(tmp_path, feed):
+    extracted = extract(frozen_network(), feed, tmp_path)
+    all_of_them = [*extracted.train_batches(1)]
+    for first in range(len(all_of_them)):
+        rest = [*extracted.train_batches(1, first)]
+        for batch, other in zip(rest, all_of_them[first:], strict=True):
+            assert torch.equal(batch.image, other.image)
+            assert torch.equal(batch.target, other.target)
+
+
 def test_what_is_cached_is_not_computed_again(tmp_path, feed):
     network = frozen_network()
     before = extract(network, feed, tmp_path)

@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import QUICK, Process, run_trainer, start_trainer, wait_for
-from tests.soak import KILLS, Trainer, soak
+from tests.soak import KILLS, VARIANTS, Life, soak
+from tests.soak import QUICK as SHORT
 from trainer.common.errors import OK, RESUME
 from trainer.images.datasets import materialize
 from trainer.training import checkpoint
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
-def test_whatever_kills_a_run_it_ends_with_the_same_bits(tmp_path, monkeypatch, kills):
+@pytest.mark.parametrize(
+    ("kills", "variants"), [(4, SHORT), pytest.param(20, [*VARIANTS], marks=pytest.mark.long)]
+)
+def test_whatever_ends_a_run_it_comes_to_the_same_bits(tmp_path, monkeypatch, kills, variants):
     print(f"replay with: make soak KILLS={kills} SEED=0")
-    monkeypatch.setattr(Trainer, "forked", True)
-    tally = soak(kills, 0, tmp_path)
+    monkeypatch.setattr(Life, "forked", True)
+    tally = soak(kills, 0, tmp_path, variants, complete=variants != SHORT)
     assert not tally.failures, tally
     assert sum(tally.kills.values()) >= kills and set(tally.kills) <= set(KILLS)
 

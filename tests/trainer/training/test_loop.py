@@ -21,7 +21,7 @@ from trainer.network.build import Classifier
 from trainer.network.ema import ModelEma
 from trainer.training import checkpoint
 from trainer.training import training as training_module
-from trainer.training.loop import fit, predict, train_one_epoch, train_one_step
+from trainer.training.loop import fit, predict, seed_dropout, train_one_epoch, train_one_step
 from trainer.training.training import Training
 
 
@@ -382,6 +382,29 @@ def test_clipping_bounds_the_update(tmp_path, pictures, configure):
     moved = [parameter - before[name] for name, parameter in network.named_parameters()]
     norm = torch.cat([change.flatten() for change in moved]).norm().item()
     assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_gradients_are_unscaled_before_they_are_clipped(tmp_path, pictures, configure):
+    network = make_network()
+    training = one_step(tmp_path, pictures, configure, network, 2, "train.clip_norm=0.01")
+    training.optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    before = copy.deepcopy(network.state_dict())
+    train_one_step(training, torch.full((8, 16, 16, 3), 7), torch.randint(0, 3, (8,)))
+    moved = [parameter - before[name] for name, parameter in network.named_parameters()]
+    norm = torch.cat([change.flatten() for change in moved]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_dropout_differs_in_each_step_and_shard_and_comes_again():
+    def drawn(seed: int, step: int, shard: int) -> list[float]:
+        seed_dropout(torch.device("cpu"), seed, step, shard)
+        return torch.rand(4).tolist()
+
+    states = [(7, 0, 0), (8, 0, 0), (7, 1, 0), (7, 0, 1)]
+    first = [drawn(*state) for state in states]
+    assert len(set(map(tuple, first))) == 4
+    assert [drawn(*state) for state in states] == first
 
 
 def test_evaluation_sees_every_picture_once_in_order(tmp_path, pictures, config):

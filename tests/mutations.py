@@ -1,0 +1,459 @@
+"""`make mutations`: each fault that a hand slips into is noticed by a test of `make test`.
+
+Each is put into a copy of the code, and the test that is named must fail there; in the code as it
+is, it passes. ARGS="WORD" tries those whose fault holds the word.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+COPIED = ("trainer", "serving", "launch", "conf", "tests", "pyproject.toml", "Makefile")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault: in `file`, `old` (which is there once) became `new`; `test`, below tests/, fails."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def wiring(word: str) -> str:
+    return f"trainer/settings/test_wiring.py -k {word}"
+
+
+LOOP, TRAINING = "trainer/training/loop.py", "trainer/training/training.py"
+OUTCOME, LOADER = "trainer/results/outcome.py", "trainer/images/loader.py"
+OPTIM, CALIBRATE = "trainer/network/optim.py", "trainer/results/calibrate.py"
+MUTATIONS = (
+    # --- settings to the loop ---
+    Mutation(
+        "label smoothing dropped in fit",
+        LOOP,
+        "label_smoothing=config.label_smoothing",
+        "label_smoothing=0.0",
+        wiring("label_smoothing"),
+    ),
+    Mutation(
+        "std passed as mean",
+        TRAINING,
+        "        mean=model.mean,\n",
+        "        mean=model.std,\n",
+        wiring("model.mean"),
+    ),
+    Mutation(
+        "mean passed as std",
+        TRAINING,
+        "        std=model.std,\n",
+        "        std=model.mean,\n",
+        wiring("model.std"),
+    ),
+    Mutation(
+        "mixup and cutmix swapped",
+        TRAINING,
+        "Mixing(augment.mixup, augment.cutmix)",
+        "Mixing(augment.cutmix, augment.mixup)",
+        wiring("mixup"),
+    ),
+    Mutation(
+        "flip and vertical flip swapped",
+        TRAINING,
+        "vertical_flip=augment.vertical_flip",
+        "vertical_flip=bool(augment.flip)",
+        wiring("vertical_flip"),
+    ),
+    Mutation(
+        "accumulation dropped",
+        LOOP,
+        "run.gradients.microbatches(*mixed, config.accumulate)",
+        "run.gradients.microbatches(*mixed, 1)",
+        wiring("accumulate"),
+    ),
+    Mutation(
+        "the head's rate dropped",
+        OPTIM,
+        "parameter_groups(network, lr, head_lr or lr, weight_decay, layer_decay)",
+        "parameter_groups(network, lr, lr, weight_decay, layer_decay)",
+        wiring("head_lr"),
+    ),
+    Mutation(
+        "layer decay dropped between the settings and the optimizer",
+        TRAINING,
+        "            layer_decay=choice.layer_decay,\n",
+        "",
+        wiring("layer_decay"),
+    ),
+    Mutation(
+        "the share that saving may cost taken for the minutes between",
+        "trainer/training/checkpoints.py",
+        "checkpoint.Cadence(config.minutes, config.max_cost)",
+        "checkpoint.Cadence(config.minutes, config.minutes)",
+        wiring("max_cost"),
+    ),
+    Mutation(
+        "the sampler of equal classes for every run",
+        TRAINING,
+        'balanced=config.train.imbalance == "sampler"',
+        'balanced=config.train.imbalance != "none"',
+        wiring("logits"),
+    ),
+    Mutation(
+        "the most that int8 may cost dropped",
+        OUTCOME,
+        ", max_drop=config.package.max_drop)",
+        ")",
+        wiring("max_drop"),
+    ),
+    # --- the step ---
+    Mutation(
+        "microbatches' gradients not divided by the whole batch",
+        LOOP,
+        "torch.full_like(loss, 1 / divisor)",
+        "torch.full_like(loss, 1 / len(inputs))",
+        "trainer/training/test_loop.py -k four_parts",
+    ),
+    Mutation(
+        "gradients clipped before they are unscaled",
+        LOOP,
+        "        run.scaler.unscale_(run.optimizer)\n        nn.utils",
+        "        nn.utils",
+        "trainer/training/test_loop.py -k unscaled",
+    ),
+    Mutation(
+        "gradients not clipped",
+        LOOP,
+        "    if config.clip_norm is not None:\n",
+        "    if config.clip_norm is None and config.clip_norm:\n",
+        "trainer/training/test_loop.py -k clipping",
+    ),
+    Mutation(
+        "the rate of a step set one step late",
+        LOOP,
+        "            train_one_step(run, image, target)\n            run.end_step()\n",
+        "            run.end_step()\n            train_one_step(run, image, target)\n",
+        "trainer/training/test_loop.py -k stop_at_any_batch",
+    ),
+    Mutation(
+        "the rate never set",
+        LOOP,
+        "            optim.set_lr(run.optimizer, run.lr_factor())\n",
+        "",
+        wiring("warmup"),
+    ),
+    Mutation(
+        "the prior added where classes count alike",
+        TRAINING,
+        "return output + self.log_prior",
+        "return output - self.log_prior",
+        "trainer/training/test_loop.py -k rare_classes",
+    ),
+    Mutation(
+        "dropout the same in each step",
+        LOOP,
+        'f"{seed}/{step}".encode()',
+        'f"{seed}".encode()',
+        "trainer/training/test_loop.py -k dropout_differs",
+    ),
+    # --- optimizer and schedule ---
+    Mutation(
+        "biases and norms decayed too",
+        OPTIM,
+        "        if parameter.ndim >= 2\n        and name.endswith",
+        "        if name.endswith",
+        "trainer/network/test_optim.py -k decay",
+    ),
+    Mutation(
+        "layers decayed from the wrong end",
+        OPTIM,
+        "{name: last - layer for name, layer in layers.items()}",
+        "{name: layer for name, layer in layers.items()}",
+        "trainer/network/test_optim.py -k share_of_the_rate",
+    ),
+    Mutation(
+        "cosine that never reaches zero",
+        OPTIM,
+        "(1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))",
+        "(1 + math.cos(math.pi / 2 * (step - warmup) / max(total - warmup, 1)))",
+        "trainer/network/test_optim.py -k cosine",
+    ),
+    # --- order, views, shares ---
+    Mutation(
+        "the same order in each epoch",
+        "trainer/images/sampler.py",
+        "    return generator(Purpose.ORDER, seed, epoch).permutation(count)",
+        "    return generator(Purpose.ORDER, seed, 0).permutation(count)",
+        "trainer/images/test_sampler.py -k order",
+    ),
+    Mutation(
+        "the same order in each epoch, of equal classes",
+        "trainer/images/sampler.py",
+        "    rng = generator(Purpose.ORDER, seed, epoch)\n    classes",
+        "    rng = generator(Purpose.ORDER, seed, 0)\n    classes",
+        "trainer/images/test_sampler.py -k seed_and_epoch",
+    ),
+    Mutation(
+        "the same views in each epoch",
+        LOADER,
+        "view = epoch % self.views if self.views else epoch",
+        "view = epoch % self.views if self.views else 0",
+        "trainer/images/test_sampler.py -k views",
+    ),
+    Mutation(
+        "two processes share one shard",
+        "trainer/images/sampler.py",
+        "        first = self.rank * each + min(self.rank, rest)\n",
+        "        first = self.rank * each\n",
+        "trainer/distributed/test_distributed.py -k shares_of_all",
+    ),
+    Mutation(
+        "each process evaluates all pictures",
+        "trainer/images/sampler.py",
+        "batches[self.rank :: self.size]",
+        "batches[::1]",
+        "trainer/distributed/test_distributed.py -k shares_of_all",
+    ),
+    # --- what is resumed ---
+    *(
+        Mutation(
+            f"{what} not resumed",
+            TRAINING,
+            old,
+            new,
+            f"trainer/training/test_loop.py -k {test}",
+        )
+        for what, old, new, test in (
+            (
+                "the optimizer's state",
+                '        _restore_optimizer(self.optimizer, state["optimizer"])\n',
+                "",
+                "stop_at_any_batch",
+            ),
+            (
+                "float16's scale",
+                '        self.scaler.load_state_dict(state["scaler"])\n',
+                "",
+                "float16",
+            ),
+            (
+                "the moving average",
+                'self.ema.network.load_state_dict(state["average"])',
+                'self.ema.network.load_state_dict(state["network"])',
+                "stop_at_any_batch",
+            ),
+            (
+                "the schedule's position",
+                '        self.progress = Progress(**state["progress"])\n',
+                '        self.progress = Progress(**state["progress"] | {"step": 0})\n',
+                "stop_at_any_batch",
+            ),
+        )
+    ),
+    Mutation(
+        "a resumed epoch begins at its first picture",
+        LOADER,
+        "self.share.of_training(self.epoch(epoch)[first:])",
+        "self.share.of_training(self.epoch(epoch))",
+        "trainer/training/test_loop.py -k stop_at_any_batch",
+    ),
+    Mutation(
+        "a resumed epoch begins at its first feature",
+        "trainer/network/features.py",
+        "self.share.of_training(batches[first:])",
+        "self.share.of_training(batches)",
+        "trainer/network/test_features.py -k from_any_batch",
+    ),
+    Mutation(
+        "the best weights are lost at a resume",
+        "trainer/training/checkpoints.py",
+        'self.best = checkpoint.snapshot(state["best"])',
+        "pass",
+        "trainer/training/test_damage.py -k killed_at_its_end",
+    ),
+    # --- the average, metrics, the best ---
+    Mutation(
+        "the average is not evaluated",
+        TRAINING,
+        "return self.ema.network if self.ema else self.forward",
+        "return self.forward",
+        wiring("ema_decay"),
+    ),
+    Mutation(
+        "the average moves by its decay",
+        "trainer/network/ema.py",
+        "[its for _, its in self._floating], 1 - decay",
+        "[its for _, its in self._floating], decay",
+        "trainer/training/test_loop.py -k weighted_sum",
+    ),
+    Mutation(
+        "macro F1 is micro F1",
+        "trainer/training/metrics.py",
+        'multiclass_f1_score(logits, labels, classes, average="macro")',
+        'multiclass_f1_score(logits, labels, classes, average="micro")',
+        "trainer/training/test_classification.py",
+    ),
+    Mutation(
+        "top-5 is top-1",
+        "trainer/training/metrics.py",
+        "top_k=min(5, classes)",
+        "top_k=1",
+        "trainer/training/test_classification.py",
+    ),
+    Mutation(
+        "the highest loss is the best",
+        "trainer/training/metrics.py",
+        "        return metrics[monitor] < best[monitor]",
+        "        return metrics[monitor] > best[monitor]",
+        "trainer/training/test_classification.py -k better",
+    ),
+    Mutation(
+        "the best weights not loaded before they are packaged",
+        OUTCOME,
+        '    run.load_eval_weights(best["network"])\n',
+        "",
+        "trainer/training/test_damage.py -k best_weights_are_packaged",
+    ),
+    Mutation(
+        "the weights and not their average kept as the best",
+        TRAINING,
+        "model = self.ema.network if self.ema else self.model\n        self.checkpoints",
+        "model = self.model\n        self.checkpoints",
+        "trainer/training/test_damage.py -k best_weights_are_packaged",
+    ),
+    # --- the package and what it says ---
+    Mutation(
+        "another resize in the package than in training",
+        OUTCOME,
+        "        preprocessing=pixels,\n        metrics",
+        "        preprocessing=replace(pixels, resize=pixels.size),\n        metrics",
+        wiring("resize"),
+    ),
+    Mutation(
+        "the package without its calibration",
+        OUTCOME,
+        "calibration=tested.quality.calibration,",
+        "calibration=calibrate.Calibration(),",
+        "trainer/results/test_outcome.py",
+    ),
+    Mutation(
+        "the calibration fitted to test",
+        OUTCOME,
+        '    if split != "valid":\n        valid = _predict',
+        '    if split == "":\n        valid = _predict',
+        "trainer/results/test_outcome.py",
+    ),
+    Mutation(
+        "logits multiplied by the temperature",
+        CALIBRATE,
+        "logits.astype(np.float64) / self.temperature",
+        "logits.astype(np.float64) * self.temperature",
+        "trainer/results/test_calibrate.py",
+    ),
+    Mutation(
+        "sets without the correction for few pictures",
+        CALIBRATE,
+        "return -(-(count + 1) * percent // 100)",
+        "return -(-count * percent // 100)",
+        "trainer/results/test_calibrate.py -k sets",
+    ),
+    Mutation(
+        "sets by the wrong end of the probabilities",
+        CALIBRATE,
+        "np.sort(right)[len(labels) - rank]",
+        "np.sort(right)[rank - 1]",
+        "trainer/results/test_calibrate.py -k sets",
+    ),
+    Mutation(
+        "statistics that are to be kept move",
+        TRAINING,
+        'network.keeps_norm_stats = model.norm_stats == "keep"',
+        "network.keeps_norm_stats = False",
+        wiring("norm_stats"),
+    ),
+)
+
+
+def mutated(mutation: Mutation, root: Path) -> str | None:
+    """Put the fault into a copy of the code; return what is wrong with the mutation itself."""
+    path = root / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        return f"{mutation.file} holds its text {text.count(mutation.old)} times"
+    path.write_text(text.replace(mutation.old, mutation.new))
+    return None
+
+
+def passes(test: str, root: Path) -> tuple[bool | None, str]:
+    """Return whether a test passes in a copy of the code, None where there is none; its last line.
+
+    The exit codes are pytest's.
+    """
+    path, *chosen = test.split(" ")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, f"tests/{path}", *chosen],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    lines = result.stdout.strip().splitlines() or result.stderr.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    said = [*failed, *lines[-1:]][0]
+    if result.returncode > 1:
+        return None, said
+    return result.returncode == 0, said
+
+
+def verdicts(chosen: Sequence[Mutation]) -> Iterator[tuple[Mutation, str | None, str]]:
+    """Yield each mutation with what is wrong (None: it was noticed), and what pytest said."""
+    with tempfile.TemporaryDirectory(prefix="packhorse-mutations-") as scratch:
+        for mutation in chosen:
+            root = Path(scratch) / "code"
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+            for name in COPIED:
+                if (PROJECT / name).is_dir():
+                    ignored = shutil.ignore_patterns("__pycache__", "node_modules")
+                    shutil.copytree(PROJECT / name, root / name, ignore=ignored)
+                else:
+                    shutil.copy(PROJECT / name, root / name)
+            wrong, said = mutated(mutation, root), ""
+            if wrong is None:
+                passed, said = passes(mutation.test, root)
+                if passed:
+                    wrong = "survived"
+                if passed is None:
+                    wrong = "its test did not run"
+            yield mutation, wrong, said
+
+
+def main() -> int:
+    """Try the mutations whose fault holds the words given; return 1 where one was not noticed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("word", nargs="?", default="")
+    word = parser.parse_args().word
+    chosen = [each for each in MUTATIONS if word in each.fault]
+    unnoticed = 0
+    for mutation, wrong, said in verdicts(chosen):
+        verdict = "noticed"
+        if wrong:
+            verdict = f"NOT NOTICED: {wrong}"
+            unnoticed += 1
+        print(f"{verdict}: {mutation.fault} ({mutation.file})\n  by {said}", flush=True)
+    print(f"{len(chosen) - unnoticed} of {len(chosen)} mutations were noticed")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from trainer.training.metrics import better, classification
+
+
+def test_the_metrics_by_hand():
+    """Ten images of seven classes: five are right at once, nine within the first five places."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 4, 6])
+    logits = torch.zeros(10, 7)
+    logits += torch.tensor([0.0, -0.1, -0.2, -0.3, -0.4, -0.5, -0.6])  # 0 before 1 before 2 ...
+    logits[4, 1] = 1.0
+    found = classification(logits, labels, "valid")
+    assert found["valid_top1"] == 0.5  # four of class 0, one of class 1
+    assert found["valid_top5"] == pytest.approx(0.9)
+    # class 0: 4 of 9 said, all found; 1: 1 of 1 said, of 2 found; the others with pictures: none
+    f1 = (2 * (4 / 9) / (4 / 9 + 1) + 2 * 0.5 / 1.5 + 0 * 4) / 6
+    assert found["valid_f1"] == pytest.approx(f1, abs=1e-6)
+    chances = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
+    loss = -chances[torch.arange(10), labels].log().mean().item()
+    assert found["valid_loss"] == pytest.approx(loss, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "loss", "top1", "is_better"),
+    [
+        ("valid_loss", 0.9, 0.1, True),
+        ("valid_loss", 1.1, 0.9, False),
+        ("valid_top1", 1.1, 0.6, True),
+        ("valid_top1", 0.9, 0.4, False),
+        ("valid_top1", 0.9, 0.5, True),  # equal: the lower loss
+        ("valid_top1", 1.1, 0.5, False),
+        ("valid_loss", 1.0, 0.9, False),
+    ],
+)
+def test_what_is_better(monitor, loss, top1, is_better):
+    best = {"valid_loss": 1.0, "valid_top1": 0.5}
+    assert better({"valid_loss": loss, "valid_top1": top1}, best, monitor) == is_better
