@@ -14,6 +14,7 @@ SERVING_CODE = tuple(
         "trainer/__init__",
         "trainer/common/__init__",
         "trainer/common/errors",
+        "trainer/common/temperature",
         "trainer/images/__init__",
         "trainer/images/apart",
         "trainer/images/bounds",
