@@ -20,7 +20,6 @@ from trainer.common import temperature
 from trainer.common.randomness import Purpose, generator
 
 FOLDS = 5
-FEW = 200  # validation pictures: with fewer, those of train judge too, each outside of its fold
 # Penalties per squared weight, for features of mean squared length 1, the weakest last. The search
 # ends where the loss rises again.
 PENALTIES = tuple(10 ** (-exponent / 2) for exponent in range(3, 14))  # 10**-1.5 to 10**-6.5

@@ -118,6 +118,7 @@ class ModelConfig:
     weights_dir: str | None = setting(identity=False, path=True)
     freeze: str = setting("auto", "none", "backbone")
     head: str = setting("random", "probe")
+    solve_on: str = setting("auto", "train", "both", only_if="model.head=probe")
     head_hidden: int | None = setting(at_least=1, at_most=65536)
     cached_views: int | None = setting(at_least=1, at_most=1000, only_if="model.freeze=backbone")
     unfreeze_epochs: int | None = setting(
@@ -357,11 +358,29 @@ def check_model(config: Config) -> None:
             f"model.head=probe with model.head_hidden={model.head_hidden}: only a linear head is "
             "solved; allowed: model.head_hidden=null, or model.head=random"
         )
+    reason = _valid_is_needed(config)
+    if model.head == "probe" and model.solve_on == "both" and reason:
+        raise UserError(
+            f"model.solve_on=both: {reason}, so no head may be solved on it; "
+            "allowed: model.solve_on=train"
+        )
     if epochs == 0 and model.name != AUTO and model.head != "probe":
         raise UserError(
             "train.epochs=0: a random head has to be trained; "
             "allowed: train.epochs=1 or more, or model.head=probe, which is solved"
         )
+
+
+def _valid_is_needed(config: Config) -> str | None:
+    """Return for what valid's pictures must be unseen by a solved head; None: for nothing."""
+    train = config.train
+    if train.epochs != 0:
+        return f"train.epochs={train.epochs}: valid judges what is trained on top of the head"
+    if train.tta == "flip":
+        return "train.tta=flip: heads that were solved without a picture judge its plain view alone"
+    if config.package.int8:
+        return "package.int8=true: what it costs is measured on valid"
+    return None
 
 
 def check_batch(train: TrainConfig) -> None:
@@ -628,6 +647,23 @@ def norm_stats_for(config: Config, pictures: int) -> str:
     if model.weights is not None and (few or model.head == "probe"):
         return "keep"
     return "update"
+
+
+# With fewer validation pictures, each counts: train judges a recipe too, by k-fold, and a head that
+# is all that is trained is solved on them too.
+FEW_VALID = 200
+
+
+def solve_on_for(config: Config, pictures: int) -> str:
+    """Return what a head is solved on: `model.solve_on`, or what `auto` means.
+
+    pictures: of valid.
+    """
+    if config.model.solve_on != "auto":
+        return config.model.solve_on
+    if pictures < FEW_VALID and _valid_is_needed(config) is None:
+        return "both"
+    return "train"
 
 
 # --- the metric line: one definition for the log and for SageMaker's MetricDefinitions ---

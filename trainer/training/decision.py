@@ -35,7 +35,7 @@ from trainer.network import probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.features import FeatureCache
-from trainer.settings.config import TOY, Config, identity
+from trainer.settings.config import FEW_VALID, TOY, Config, identity
 from trainer.training import recipe
 from trainer.training.loop import fit, predict
 from trainer.training.recipe import Candidate, Recipe
@@ -49,7 +49,9 @@ from trainer.training.training import (
 )
 
 SAMPLE = 500  # pictures on which candidates are compared at least, where time is short
-WITHIN = {"accuracy": 0.0, "balance": 1.0, "speed": 2.0}  # standard errors of the best
+# By recipe.prefer: standard errors by which a cheaper network may be worse than the best, and times
+# that the best must cost of it.
+TRADES = {"accuracy": (0.0, math.inf), "balance": (1.0, 2.0), "speed": (2.0, 1.0)}
 # Fine-tuning from a solved head needs fewer passes than training a random one.
 EPOCHS, STEPS = 8, 40
 TRIALS = "recipe"  # below the run's directory and its checkpoints, until it is decided
@@ -192,7 +194,7 @@ class Decision:
 
     def pools(self, images: ImageFolder) -> bool:
         """Return whether valid is so small that train judges too, by k-fold."""
-        return images.count("valid") < probe.FEW
+        return images.count("valid") < FEW_VALID
 
     def measured(self, network: Network) -> Judged:
         """Judge a candidate by the plain view, and note how good it is."""
@@ -203,24 +205,37 @@ class Decision:
         return judged
 
     def cheapest(self, judged: Sequence[Judged]) -> int:
-        """Return the number of the cheapest that is good enough."""
+        """Return the number of the cheapest that is good enough.
+
+        What is cheaper than the best must save something to speak of, and must not be worse by more
+        than some standard errors of the difference, picture by picture.
+        """
         rows = [each.network.candidate for each in judged]
-        best = max(rows, key=lambda row: (row.accuracy, -row.gflops))
-        least = best.accuracy - WITHIN[self.config.recipe.prefer] * best.error
-        chosen = min(
-            (row for row in rows if row.accuracy >= least),
-            key=lambda row: (row.gflops, -row.accuracy),
-        )
-        reason = f"{chosen.name} is the most accurate"
-        if chosen is not best:
+
+        def cost(number: int) -> float:
+            return rows[number].gflops
+
+        best = max(range(len(rows)), key=lambda number: (rows[number].accuracy, -cost(number)))
+        within, saving = TRADES[self.config.recipe.prefer]
+        good = [
+            number
+            for number in range(len(rows))
+            if cost(number) * saving <= cost(best)
+            and _worse_by(judged[number], judged[best]) <= within
+        ]
+        chosen = min(good, key=lambda number: (cost(number), -rows[number].accuracy), default=best)
+        reason = f"{rows[chosen].name} is the most accurate"
+        if chosen != best:
+            less = rows[best].accuracy - rows[chosen].accuracy
             reason = (
-                f"{chosen.name} is the cheapest within {best.accuracy - least:.1%} of the most "
-                f"accurate, {best.name} (recipe.prefer={self.config.recipe.prefer})"
+                f"{rows[chosen].name} needs {cost(chosen) / cost(best):.0%} of the computing of "
+                f"the most accurate, {rows[best].name}, and is no worse beyond doubt ({less:.1%}; "
+                f"recipe.prefer={self.config.recipe.prefer})"
             )
         if len(rows) == 1:
-            reason = f"{chosen.name} is the only one that can be had"
+            reason = f"{rows[chosen].name} is the only one that can be had"
         self.reasons.append(reason)
-        return rows.index(chosen)
+        return chosen
 
     def with_flips(self, judged: Judged) -> dict[str, Any]:
         """Return whether views may be mirrored, where that isn't given.
@@ -392,6 +407,16 @@ class Decision:
             "model.weights": None,
             "data.size": self.config.data.size or SCRATCH_SIZE,
         }
+
+
+def _worse_by(one: Judged, best: Judged) -> float:
+    """Return by how many standard errors of the difference a network's probe is worse than another.
+
+    Both answer for the same pictures, so what is hard for both doesn't count. With one answer more
+    that either alone gives: none of few that differ is no certainty.
+    """
+    losses = best.correct.astype(np.float64) - one.correct
+    return float(losses.mean() / probe.standard_error(np.append(losses, [1.0, -1.0])))
 
 
 def _about(minutes: float) -> str:

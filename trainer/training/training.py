@@ -32,7 +32,7 @@ from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
 from trainer.network.features import FeatureCache, FeatureLoader
-from trainer.settings.config import Config, metric_line
+from trainer.settings.config import FEW_VALID, Config, metric_line
 from trainer.training import care, checkpoint
 from trainer.training.checkpoints import Checkpoints
 from trainer.training.metrics import MetricsFile, TrainSums, better, classification
@@ -163,8 +163,9 @@ class Training:
         self.progress = Progress()
         # Of each image of valid, float32 [N]: the probe's loss, which training must better.
         self.probe_losses: Tensor | None = None
-        # Of each image of train, float32 [N, classes], by a head that was solved without it; None
-        # where valid has enough to calibrate with.
+        # Of each image of train, and after them of valid where the head is solved on these too:
+        # float32 [N, classes], by a head that was solved without it. None where there is no such
+        # head, or valid has enough to calibrate with.
         self.probe_logits: Tensor | None = None
         self.sums = TrainSums(self.progress.sums)
         self.metrics_file = _metrics_file(run)
@@ -184,21 +185,62 @@ class Training:
     # --- a head that is solved before the rest is trained: model.head=probe ---
 
     def solve_head(self) -> None:
-        """Make the head logistic regression on the features of train, plain and mirrored."""
+        """Make the head logistic regression on the features of train, plain and mirrored.
+
+        model.solve_on=both: of train and valid.
+        """
         config, stop = self.config, self.stop
         cache = FeatureCache(self.network, self.loader, self.machine, Path(config.platform.cache))
         kinds = [PLAIN, MIRRORED] if config.data.augment.flip else [PLAIN]
-        views = np.stack([cache.of("train", view, stop) for view in kinds], axis=1)
-        labels = self.loader.folder.splits["train"].labels
+        splits = ["train", "valid"] if self.head_saw_valid else ["train"]
+        views = np.concatenate(
+            [
+                np.stack([cache.of(split, view, stop) for view in kinds], axis=1)
+                for split in splits
+            ]
+        )
+        labels = np.concatenate([self.loader.folder.splits[split].labels for split in splits])
         with ProgressBar("solving the head", 1):
             solved = probe.fit(views, labels, self.loader.classes, config.seed, stop.check)
         head = self.network.head
         assert isinstance(head, nn.Linear)  # settings.config.check_model
         head.load_state_dict({"weight": solved.weight, "bias": solved.bias})
-        if self.loader.folder.count("valid") < probe.FEW:
+        if self.head_saw_valid or self.loader.folder.count("valid") < FEW_VALID:
             self.probe_logits = solved.logits
+        if self.head_saw_valid:
+            log.info(
+                "the head is solved on the %d pictures of train and valid; figures of valid are by "
+                "heads that were solved without the picture",
+                len(labels),
+            )
         if self.ema:
             self.ema.network.load_state_dict(self.model.state_dict())
+
+    @property
+    def head_saw_valid(self) -> bool:
+        """Return whether the solved head was fitted to the images of valid too.
+
+        Not where some are in test: they tell how good the head is.
+        """
+        model, splits = self.config.model, self.loader.folder.splits
+        if model.head != "probe" or model.solve_on != "both":
+            return False
+        if "test" not in splits:
+            return True
+        known = self.loader.folder.digests
+        valid, test = ({known[path] for path in splits[name].paths} for name in ("valid", "test"))
+        return not valid & test
+
+    def unseen_logits(self, split: str) -> Tensor:
+        """Return logits [N, classes] of train or valid, of each image by a head without it.
+
+        Of valid where the head has seen it.
+        """
+        assert self.probe_logits is not None
+        count = self.loader.folder.count("train")
+        if split == "train":
+            return self.probe_logits[:count]
+        return self.probe_logits[count:]
 
     def is_probe(self) -> bool:
         """Return whether nothing has been trained yet on top of a solved head."""
@@ -219,6 +261,8 @@ class Training:
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the metrics of valid: logits float32 [N, classes], labels int64 [N].
 
+        Where the head was solved on valid, of heads that weren't, with the loss of these logits
+        beside: by it the weights are known again.
         After a solved head also by how much the loss is lower than the probe's, and the standard
         error of that: the losses of each image are compared, at the temperature that is best for
         each of the two (a package is calibrated).
@@ -226,6 +270,9 @@ class Training:
         metrics = classification(logits, labels, "valid")
         if self.config.model.head != "probe":
             return metrics
+        if self.head_saw_valid:
+            unseen = classification(self.unseen_logits("valid"), labels, "valid")
+            return unseen | {"seen_loss": metrics["valid_loss"]}
         losses = probe.calibrated_losses(logits, labels)
         if self.probe_losses is None:
             self.probe_losses = losses
