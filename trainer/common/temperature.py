@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 # The likelihood counts as if CAUTION pictures more said that the temperature is 1: of 37 pictures,
 # some draws would else ask for half of what the others do.
 LEAST, MOST, CAUTION = 0.05, 20.0, 2.0
-STEPS = 50  # halvings of the interval, down to the last bits
+STEPS = 24  # halvings of the interval of its logarithm, to 4e-7
+MANY = 10_000  # pictures, evenly spread, that choose it; more would not change it
 
 
 def optimum(
@@ -26,6 +27,8 @@ def optimum(
     b = 1 / temperature the loss of b * logits + caution * (b - log b) is convex: where it no longer
     falls is found by halving.
     """
+    step = -(-len(labels) // MANY) or 1
+    logits, labels = logits[::step], labels[::step]
     own = logits[np.arange(len(labels)), labels]
 
     def falls(inverse: float) -> bool:
@@ -45,8 +48,9 @@ def optimum(
 def losses(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the negative log likelihood of each label [N] by logits [N, classes]."""
     shifted = logits - logits.max(axis=1, keepdims=True)
-    own: NDArray[np.float64] = shifted[np.arange(len(labels)), labels]
-    return np.log(np.exp(shifted).sum(axis=1)) - own
+    own = shifted[np.arange(len(labels)), labels]
+    each: NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=1)) - own
+    return each
 
 
 def softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

@@ -63,11 +63,7 @@ def load_best(run: Training) -> None:
     Raises UserError where they don't give the loss on valid that was noted for them.
     """
     checkpoints, progress = run.checkpoints, run.progress
-    best = run.world.broadcast_from_main(
-        lambda: checkpoints.best.state() if checkpoints.best else None
-    )
-    assert best is not None
-    run.load_eval_weights(best["network"])
+    best = run.load_best_weights()
     valid = run.data.eval_batches("valid")
     logits, targets = predict(run, run.eval_model, valid, run.machine)
 

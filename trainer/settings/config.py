@@ -153,7 +153,7 @@ class TrainConfig:
     imbalance: str = setting("none", "sampler", "logits")
     tta: str = setting("none", "flip")
     ema_decay: float | None = setting(above=0, below=1)
-    monitor: str = setting("valid_top1", "valid_f1", "valid_loss")
+    monitor: str = setting("valid_refinement", "valid_top1", "valid_f1", "valid_loss")
     patience: int | None = setting(at_least=1, at_most=EPOCHS_MOST)
     margin: float = setting(at_least=-100, at_most=100, only_if="model.head=probe")
     device: str = setting("auto", "cpu", "cuda", "mps", identity=False)
@@ -674,6 +674,7 @@ METRICS = (
     "train_loss",
     "train_top1",
     "valid_loss",
+    "valid_refinement",
     "valid_top1",
     "valid_top5",
     "valid_f1",

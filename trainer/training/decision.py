@@ -55,6 +55,7 @@ TRADES = {"accuracy": (0.0, math.inf), "balance": (1.0, 2.0), "speed": (2.0, 1.0
 # Fine-tuning from a solved head needs fewer passes than training a random one.
 EPOCHS, STEPS = 8, 40
 TRIALS = "recipe"  # below the run's directory and its checkpoints, until it is decided
+APART = 6  # a sixth of train, by which a trial chooses its epoch
 HALVES = 2  # in which train and valid judge fine-tuning, where valid is small
 FEWEST_EPOCHS = 4  # fewer are no fine-tuning
 BATCH = 16  # pictures at a time that are timed
@@ -315,7 +316,8 @@ class Decision:
         for number, (_, images) in enumerate(_halves(network.images, config.seed)):
             log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
             training = self.trial(config, images, network.loader.read, number)
-            logits, labels = self.answers(training)
+            # By the last weights: the best by these pictures would flatter it.
+            logits, labels = self.answers(training, "valid")
             losses = probe.calibrated_losses(logits, labels)
             assert training.probe_losses is not None
             gains.append((training.probe_losses - losses).double().numpy())
@@ -352,7 +354,10 @@ class Decision:
         correct = np.zeros(len(judged.labels), np.bool_)
         for number, (places, part) in enumerate(parts):
             log.info("a small network from scratch: %d of %d", number + 1, len(parts))
-            logits, labels = self.answers(self.trial(config, part, None, number))
+            training = self.trial(config, _chosen_apart(part, config.seed), None, number)
+            # As a run keeps them: of the epoch that pictures chose which do not judge.
+            training.load_best_weights()
+            logits, labels = self.answers(training, "judged")
             correct[places] = probe.correct(logits, labels.numpy())
         self.forget_trials()
         gain = correct.astype(np.float64) - judged.correct
@@ -386,9 +391,9 @@ class Decision:
         fit(training)
         return training
 
-    def answers(self, training: Training) -> tuple[Tensor, Tensor]:
-        """Return the logits [N, classes] and labels [N] of valid, by the last weights."""
-        batches = training.data.eval_batches("valid")
+    def answers(self, training: Training, split: str) -> tuple[Tensor, Tensor]:
+        """Return the logits [N, classes] and labels [N] of a split, by the weights as they are."""
+        batches = training.data.eval_batches(split)
         return predict(training, training.eval_model, batches, self.machine)
 
     def forget_trials(self) -> None:
@@ -459,6 +464,21 @@ def _halves(images: ImageFolder, seed: int) -> Iterator[tuple[NDArray[np.int64],
             for name, samples in (("train", rest), ("valid", chosen))
         }
         yield chosen, replace(images, splits=splits)
+
+
+def _chosen_apart(images: ImageFolder, seed: int) -> ImageFolder:
+    """Return the images with valid as "judged", and a part of train in the place of valid.
+
+    So the pictures by which a training chooses its best epoch are not those that judge it.
+    """
+    train, judged = images.splits["train"], images.splits["valid"]
+    chosen = probe.folds(train.labels, APART, seed)[0]
+    rest = np.setdiff1d(np.arange(len(train.labels)), chosen)
+    splits = {
+        name: Split(tuple(train.paths[sample] for sample in samples), train.labels[samples])
+        for name, samples in (("train", rest), ("valid", chosen))
+    }
+    return replace(images, splits=splits | {"judged": judged})
 
 
 def _side(paths: Sequence[str]) -> int:

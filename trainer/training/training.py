@@ -194,10 +194,7 @@ class Training:
         kinds = [PLAIN, MIRRORED] if config.data.augment.flip else [PLAIN]
         splits = ["train", "valid"] if self.head_saw_valid else ["train"]
         views = np.concatenate(
-            [
-                np.stack([cache.of(split, view, stop) for view in kinds], axis=1)
-                for split in splits
-            ]
+            [np.stack([cache.of(split, view, stop) for view in kinds], axis=1) for split in splits]
         )
         labels = np.concatenate([self.loader.folder.splits[split].labels for split in splits])
         with ProgressBar("solving the head", 1):
@@ -261,19 +258,27 @@ class Training:
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the metrics of valid: logits float32 [N, classes], labels int64 [N].
 
-        Where the head was solved on valid, of heads that weren't, with the loss of these logits
-        beside: by it the weights are known again.
+        Refinement is the loss at the temperature that is best for it (Berta et al., "Rethinking
+        early stopping: refine, then calibrate", 2025): the loss itself rises where a network grows
+        too sure of itself, though it tells more pictures, and a package is calibrated.
+
+        Where the head was solved on valid, the metrics are of heads that weren't, with the loss of
+        these logits beside: by it the weights are known again.
+
         After a solved head also by how much the loss is lower than the probe's, and the standard
         error of that: the losses of each image are compared, at the temperature that is best for
         each of the two (a package is calibrated).
         """
+        of_weights = classification(logits, labels, "valid")
+        if self.head_saw_valid:
+            logits = self.unseen_logits("valid")
+        losses = probe.calibrated_losses(logits, labels)
         metrics = classification(logits, labels, "valid")
+        metrics["valid_refinement"] = round(losses.mean().item(), 6)
+        if self.head_saw_valid:
+            return metrics | {"seen_loss": of_weights["valid_loss"]}
         if self.config.model.head != "probe":
             return metrics
-        if self.head_saw_valid:
-            unseen = classification(self.unseen_logits("valid"), labels, "valid")
-            return unseen | {"seen_loss": metrics["valid_loss"]}
-        losses = probe.calibrated_losses(logits, labels)
         if self.probe_losses is None:
             self.probe_losses = losses
             return metrics
@@ -460,7 +465,7 @@ class Training:
             return better(metrics, best, self.config.train.monitor)
         # What is trained on top of a probe must be better beyond doubt.
         margin = self.config.train.margin
-        if metrics["gain"] <= margin * metrics["gain_error"]:
+        if not metrics["gain"] > margin * metrics["gain_error"]:  # nor where it is NaN
             return False
         return margin < 0 or metrics["valid_top1"] >= best["valid_top1"]
 
@@ -470,6 +475,16 @@ class Training:
         self.progress.best = {"epoch": self.progress.epoch, "value": value} | metrics
         model = self.ema.network if self.ema else self.model
         self.checkpoints.keep_best(model.state_dict(), self.facts["environment"])
+
+    def load_best_weights(self) -> dict[str, Any]:
+        """Make the best weights those that are evaluated; return what is kept beside them."""
+        checkpoints = self.checkpoints
+        best = self.world.broadcast_from_main(
+            lambda: checkpoints.best.state() if checkpoints.best else None
+        )
+        assert best is not None
+        self.load_eval_weights(best["network"])
+        return best
 
     def load_eval_weights(self, weights: dict[str, Tensor]) -> None:
         """Make `weights` those that are evaluated and packaged."""
