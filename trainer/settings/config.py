@@ -74,7 +74,7 @@ def setting(
 
 @dataclass
 class AugmentConfig:
-    scale: list[float] = setting(above=0, at_most=1, length=2)
+    scale: list[float] | None = setting(above=0, at_most=1, length=2)
     ratio: list[float] = setting(at_least=0.01, at_most=100, length=2)
     flip: bool | None = setting()
     vertical_flip: bool = setting()
@@ -313,7 +313,7 @@ def load(composed: DictConfig) -> Config:
             "its opposite; allowed: at most 0.5"
         )
     for key in ("scale", "ratio"):
-        low, high = getattr(augment, key)
+        low, high = getattr(augment, key) or (0.0, 0.0)
         if low > high:
             raise UserError(
                 f"data.augment.{key}=[{low},{high}]: the first number is the lower bound; "
@@ -565,6 +565,9 @@ LAYER_DECAY = 0.75
 # From here on, on all layers, pretrained weights are mostly forgotten.
 RUINOUS_LR = {"adamw": 1e-3, "sgd": 0.05}
 
+# Share of a picture's area that a random view shows: parts of it, or nearly all of it.
+CROPS = {"parts": (0.25, 1.0), "whole": (0.9, 1.0)}
+
 # Passes over the images, and optimizer steps at least: few images need more passes.
 EPOCHS, STEPS = 16, 200
 
@@ -580,6 +583,8 @@ def fill_recipe(config: Config) -> None:
             model.cached_views = None  # mixed images have no cached features
     if augment.flip is None:
         augment.flip = True
+    if augment.scale is None:
+        augment.scale = list(CROPS["parts"])
     if choice.layer_decay is None:
         choice.layer_decay = 1.0
         if model.head == "probe":

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.common.console import log, quiet
 from trainer.common.errors import Unreadable, UserError
 from trainer.distributed.world import World
+from trainer.images.augment import Augmentation
 from trainer.images.folder import ImageFolder, Split
 from trainer.images.loader import MIRRORED, PLAIN, ImageLoader, Reader
 from trainer.images.usable import usable_images
@@ -35,7 +36,7 @@ from trainer.network import probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.features import FeatureCache
-from trainer.settings.config import FEW_VALID, TOY, Config, identity
+from trainer.settings.config import CROPS, FEW_VALID, TOY, Config, identity
 from trainer.training import recipe
 from trainer.training.loop import fit, predict
 from trainer.training.recipe import Candidate, Recipe
@@ -61,7 +62,8 @@ FEWEST_EPOCHS = 4  # fewer are no fine-tuning
 BATCH = 16  # pictures at a time that are timed
 BACKWARD = 3.0  # times a forward pass that a training step takes
 TUNE_MINUTES = {"cpu": 3.0}  # any time elsewhere
-FLIPS_HURT = 2.0  # standard errors by which a probe must be worse with mirrored pictures
+HURTS = 2.0  # standard errors by which a probe must be worse with mirrored pictures, or parts
+VIEWS = (PLAIN, 0, 1)  # by which crops are compared: as served, and two random ones
 SMALL, SMALLEST = 64, 16  # px: shorter sides at which a small network from scratch is tried
 LOOKED_AT = 100  # images whose size is looked at
 SCRATCH_SIZE = 64  # px
@@ -246,13 +248,28 @@ class Decision:
         """
         if self.config.data.augment.flip is not None:
             return {}
-        both = self.judge(judged.network, (PLAIN, MIRRORED))
-        gain = (judged.losses - both.losses).numpy()
-        hurts = gain.mean() < -FLIPS_HURT * probe.standard_error(gain)
-        hurts = hurts and both.correct.sum() < judged.correct.sum()
+        hurts = _hurts(self.judge(judged.network, (PLAIN, MIRRORED)), judged)
         if hurts:
             self.reasons.append("mirrored pictures make it worse: data.augment.flip=false")
         return {"data.augment.flip": not hurts}
+
+    def with_crops(self, network: Network) -> dict[str, Any]:
+        """Return how much of a picture a random view shows, where that isn't given.
+
+        A part of a digit is another digit: then a probe that has also seen parts is worse than one
+        that has seen nearly whole pictures.
+        """
+        if self.config.data.augment.scale is not None:
+            return {}
+        parts, whole = (self.judge(_cropped(network, CROPS[each]), VIEWS) for each in CROPS)
+        chosen = "parts"
+        if _hurts(parts, whole):
+            chosen = "whole"
+            self.reasons.append(
+                "parts of pictures mislead: data.augment.scale="
+                f"[{CROPS[chosen][0]:g},{CROPS[chosen][1]:g}]"
+            )
+        return {"data.augment.scale": list(CROPS[chosen])}
 
     # --- how it is trained ---
 
@@ -286,6 +303,7 @@ class Decision:
             )
             return frozen
         tuned = frozen | {"model.freeze": "none", "train.epochs": fits}
+        tuned |= self.with_crops(judged.network)
         if few and not asked:
             gains, better = self.tuned_halves(judged.network, flips | tuned)
             words = f"{gains.mean():+.3f} +- {probe.standard_error(gains):.3f}"
@@ -344,7 +362,7 @@ class Decision:
             "model.weights": None,
             "data.size": size,
             "data.resize": self.config.data.resize or size,
-            "data.augment.scale": [0.9, 1.0],  # all of it is seen, as of the demo's
+            "data.augment.scale": self.config.data.augment.scale or list(CROPS["whole"]),
         }
         with quiet():
             config = weights.resolve(recipe.applied(self.config, values), images)
@@ -414,6 +432,26 @@ class Decision:
         }
 
 
+def _hurts(more: Judged, less: Judged) -> bool:
+    """Return whether the views that one probe has seen and the other hasn't make it worse."""
+    gain = (less.losses - more.losses).numpy()
+    worse = gain.mean() < -HURTS * probe.standard_error(gain)
+    return bool(worse and more.correct.sum() < less.correct.sum())
+
+
+def _cropped(network: Network, scale: tuple[float, float]) -> Network:
+    """Return the network with random views that show such a share of each image, and no more."""
+    augmentation = Augmentation(scale, network.loader.augmentation.ratio, flip=False, trivial=False)
+    loader = replace(network.loader, augmentation=augmentation)
+    return replace(network, loader=loader, cache=_cache_for(network, loader))
+
+
+def _cache_for(network: Network, loader: ImageLoader) -> FeatureCache:
+    """Return the cache of the network's features for other images, or other views of them."""
+    cache = network.cache
+    return FeatureCache(cache.network, loader, cache.machine, cache.cache.parent)
+
+
 def _worse_by(one: Judged, best: Judged) -> float:
     """Return by how many standard errors of the difference a network's probe is worse than another.
 
@@ -445,9 +483,7 @@ def _sampled(network: Network, fraction: float, seed: int) -> Network:
         splits[name] = Split(paths, split.labels[chosen])
     few = replace(images, splits=splits)
     loader = replace(network.loader, folder=few)
-    cache = network.cache
-    cache = FeatureCache(cache.network, loader, cache.machine, cache.cache.parent)
-    return replace(network, images=few, loader=loader, cache=cache)
+    return replace(network, images=few, loader=loader, cache=_cache_for(network, loader))
 
 
 def _halves(images: ImageFolder, seed: int) -> Iterator[tuple[NDArray[np.int64], ImageFolder]]:

@@ -682,6 +682,7 @@ def make_loader(
     """Make what gives the images as batches. reader: of packed pixels; None decodes."""
     config = run.config
     augment = config.data.augment
+    assert augment.scale is not None  # settings.config.fill_recipe
     return ImageLoader(
         images,
         preprocessing(config),
