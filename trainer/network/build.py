@@ -282,8 +282,7 @@ def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
 def _check_timm_server(published: Any) -> None:
     """Raise Absent where weights have to be downloaded and their server can't be reached."""
     if not published.hf_hub_id:
-        if published.url and not _downloaded(published.url):
-            hub.check(published.url)
+        _check_server(published.url)
         return
     import huggingface_hub  # imported here: it comes with timm
     from huggingface_hub.file_download import repo_folder_name
@@ -293,9 +292,10 @@ def _check_timm_server(published: Any) -> None:
         hub.check(huggingface_hub.constants.ENDPOINT)
 
 
-def _downloaded(url: str) -> bool:
-    """Return whether torch.hub has the file already."""
-    return Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1]).exists()
+def _check_server(url: str | None) -> None:
+    """Raise Absent where torch.hub has to download a file and its server can't be reached."""
+    if url and not Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1]).exists():
+        hub.check(url)
 
 
 def _width(backbone: Any, name: str, size: int | None) -> int:
@@ -327,8 +327,7 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
     published = torchvision_weights(name, weights)
     import torchvision  # imported here: it doubles the start-up time of a run that needs none
 
-    if published is not None and not _downloaded(published.url):
-        hub.check(published.url)
+    _check_server(published.url if published else None)
     extra: dict[str, Any] = {}
     if name in TRANSFORMING and published is None:
         extra = {"aux_logits": False, "init_weights": weights is None}

@@ -43,6 +43,7 @@ from trainer.settings.search_space import Sweep
 from trainer.sweep import page
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Grid, Ledger, Trial, best_first
 from trainer.sweep.pictures import Pictures, are_swept
+from trainer.training import recipe
 
 PROJECT = Path(__file__).parents[2]
 SOURCE = ("trainer", "serving", "conf")  # what a run is made by
@@ -195,6 +196,10 @@ class Driver:
         self.pictures: Pictures | None = None  # of all trials, where these don't choose others
         if not are_swept(self.sweep):
             self.pictures = Pictures(directory, self.config, stop)
+        keys = [parameter.key for parameter in self.sweep.space]
+        auto = self.config.model.name == settings.AUTO
+        # What model=auto stands for, where it is the same for all trials.
+        self.decides_once = auto and not recipe.may_differ_by(self.config, keys)
         self.waiting: list[Trial] = []  # begun, but not running now
         # Trials not to be batched with others: the process that tried it failed.
         self.alone: set[int] = set()
@@ -279,6 +284,8 @@ class Driver:
     def next_trials(self) -> list[Trial]:
         """Return the next trial, with those after it that can be batched with it."""
         trials: list[Trial] = []
+        if self.jobs and self.decides_once and self.decided() is None:
+            return trials  # the first one decides for all
         while taken := self.take():
             trial, batched = taken
             if trials and not batched:
@@ -307,9 +314,24 @@ class Driver:
             where.mkdir(exist_ok=True)
             text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
             files.write(where / "config.yaml", text)
+            self.hand_on(where)
             may_batch = self.sweep.together > 1 and trial.number not in self.alone
             return trial, may_batch and head_only(config)
         return None
+
+    def decided(self) -> Path | None:
+        """Return the recipe of a trial that has decided what model=auto stands for."""
+        return next(iter(sorted(self.directory.glob(f"*/checkpoints/{recipe.FILE}"))), None)
+
+    def hand_on(self, where: Path) -> None:
+        """Give a trial what another one has decided for all."""
+        written = where / "checkpoints" / recipe.FILE
+        if not self.decides_once or written.exists():
+            return
+        first = self.decided()
+        if first is not None:
+            written.parent.mkdir(exist_ok=True)
+            files.write(written, first.read_text())
 
     def look_after(self, job: TrialProcess) -> bool:
         """Start the job's process when it can start, follow it, and note its outcome.
@@ -562,7 +584,8 @@ def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
 def head_only(config: Config) -> bool:
     """Return whether all that such a trial trains is a head on cached features."""
     return (
-        config.model.freeze == "backbone"
+        config.model.name != settings.AUTO
+        and config.model.freeze == "backbone"
         and config.model.cached_views is not None
         and not config.train.compile
     )

@@ -36,7 +36,7 @@ from trainer.network import probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.features import FeatureCache
-from trainer.settings.config import CROPS, FEW_VALID, TOY, Config, identity
+from trainer.settings.config import CROPS, FEW_VALID, TOY, Config, identity, solve_on_for
 from trainer.training import recipe
 from trainer.training.loop import fit, predict
 from trainer.training.recipe import Candidate, Recipe
@@ -64,6 +64,7 @@ BACKWARD = 3.0  # times a forward pass that a training step takes
 TUNE_MINUTES = {"cpu": 3.0}  # any time elsewhere
 HURTS = 2.0  # standard errors by which a probe must be worse with mirrored pictures, or parts
 VIEWS = (PLAIN, 0, 1)  # by which crops are compared: as served, and two random ones
+CROPS_ON = 1000  # pictures, at most: three views of more would take longer than they tell
 SMALL, SMALLEST = 64, 16  # px: shorter sides at which a small network from scratch is tried
 LOOKED_AT = 100  # images whose size is looked at
 SCRATCH_SIZE = 64  # px
@@ -121,6 +122,14 @@ class Decision:
                 log.info(line)
         else:
             values = self.from_scratch()
+        chosen = recipe.applied(self.config, values)
+        if chosen.model.head == "probe":
+            few = self.images.count("valid")
+            if solve_on_for(chosen, few) == "both":
+                self.reasons.append(
+                    f"valid has {few} pictures, so the head is solved on them too; figures of "
+                    "valid are by heads that were solved without the picture"
+                )
         for line in self.reasons:
             log.info("recipe: %s", line)
         return Recipe(values, candidates, self.reasons)
@@ -261,6 +270,9 @@ class Decision:
         """
         if self.config.data.augment.scale is not None:
             return {}
+        share = CROPS_ON / len(_labels(network.images))
+        if share < 1:
+            network = _sampled(network, share, self.config.seed)
         parts, whole = (self.judge(_cropped(network, CROPS[each]), VIEWS) for each in CROPS)
         chosen = "parts"
         if _hurts(parts, whole):
