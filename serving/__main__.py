@@ -12,6 +12,8 @@ from trainer.common.errors import MISTAKE, OK, needed_by
 USAGE = """usage: python -m serving VERB ...
 
   check     verify a package: its files, its network, and that its golden pictures reproduce
+  predict   say what pictures show: a line or a row of a table for each
+  evaluate  how good a model is on other labelled pictures, with the report
   serve     answer on HTTP, with a page to try the model
   bench     measure a server, and say what to deploy for a load
   plan      what deploying would make and cost; changes nothing
@@ -25,6 +27,8 @@ python -m serving VERB --help says more."""
 # asked for.
 VERBS = {
     "check": "check",
+    "predict": "predict",
+    "evaluate": "evaluate",
     "serve": "serve",
     "bench": "bench",
     **dict.fromkeys(("plan", "deploy", "status", "invoke", "logs", "destroy"), "deploy"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from serving.handler import write
 from serving.package import Package, load_for_command
-from trainer.common.arguments import typed_path
+from serving.serve import package_of
 from trainer.common.errors import OK, UserError
 from trainer.results.calibrate import COVERAGE
 
@@ -24,10 +24,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "package",
-        type=typed_path,
-        help="a model.tar.gz, or the directory that it was unpacked into",
+        help="a model.tar.gz, the directory that it was unpacked into, a run's, or newest",
     )
-    path = parser.parse_args(arguments[1:]).package
+    path = package_of(parser.parse_args(arguments[1:]).package)
     package = load_for_command(path)
     _check_answers(package, path)
     classes = ", ".join(package.classes[:SHOWN])

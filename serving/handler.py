@@ -34,8 +34,6 @@ from dataclasses import Field, dataclass, field, fields
 from email.message import Message
 from typing import Any
 
-import numpy as np
-
 from serving import fetch, s3
 from serving.backends import Scores
 from serving.engine import Engine
@@ -43,7 +41,7 @@ from serving.fetch import ByteLimit, Refused, RequestError
 from serving.package import Package
 from trainer.common.errors import UserError
 from trainer.images.decode import BYTES_A_PIXEL, MAX_PIXELS, ImageError
-from trainer.results.calibrate import is_sure
+from trainer.results.prediction import predictions
 
 log = logging.getLogger("packhorse.serving")
 
@@ -336,24 +334,19 @@ def write(scores: Scores, package: Package, output: str, top: int = TOP) -> byte
     """
     if output == "logits":
         return json.dumps(scores.logits.tolist(), allow_nan=False).encode()
-    calibration, classes = package.calibration, package.classes
-    probabilities = calibration.probabilities(scores.logits)
-    members = calibration.members(probabilities)
-    unlike = calibration.unlike(scores.distance)
-    sure = None
-    if members is not None:
-        sure = is_sure(members, unlike)
-    rows: list[dict[str, Any]] = []
-    for number, row in enumerate(probabilities):
-        order = np.argsort(-row, kind="stable")
-        labels = [
-            {"label": classes[index], "probability": float(row[index])} for index in order[:top]
-        ]
-        told: dict[str, Any] = {"labels": labels, "set": None, "sure": None, "unlike": None}
-        if members is not None and sure is not None:
-            told["set"] = [classes[index] for index in order if members[number, index]]
-            told["sure"] = bool(sure[number])
-        if unlike is not None:
-            told["unlike"] = bool(unlike[number])
-        rows.append(told)
+    told = predictions(package.calibration, package.classes, scores.logits, scores.distance)
+    rows = [
+        {
+            "labels": [
+                {"label": label, "probability": probability}
+                for label, probability in zip(
+                    each.labels[:top], each.probabilities[:top], strict=True
+                )
+            ],
+            "set": each.members,
+            "sure": each.sure,
+            "unlike": each.unlike,
+        }
+        for each in told
+    ]
     return json.dumps(rows, allow_nan=False).encode()

@@ -52,6 +52,7 @@ class Package:
     config: dict[str, Any]  # the trainer's settings by dotted key
     created: str  # UTC, ISO 8601
     revision: str | None  # of the trainer's git checkout
+    digest: str  # SHA-256 of its manifest, which names those of its files
     golden: int  # how many golden images reproduced
     golden_scores: Scores  # what the network says of them here
     difference: float  # the largest of their logits from the recorded ones
@@ -149,6 +150,7 @@ def _prove(directory: Path, threads: int | None, backend: str) -> Package:
         config=manifest["config"],
         created=manifest["created"],
         revision=manifest["revision"],
+        digest=manifest["sha256"],
         golden=len(manifest["golden"]),
         golden_scores=scores,
         difference=difference,
@@ -180,7 +182,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if digest != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
         raise PackageError(f"{MANIFEST} was changed after it was built: its SHA-256 differs")
     assert isinstance(manifest, dict)
-    return manifest
+    return manifest | {"sha256": digest}
 
 
 def _check_files(directory: Path, listed: dict[str, str]) -> None:

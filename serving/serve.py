@@ -13,12 +13,15 @@ from serving.backends import BACKENDS
 from serving.engine import Engine
 from serving.handler import Settings, convert, settings_from
 from serving.package import load_for_command
-from trainer.common.arguments import typed_path, whole
+from trainer.common.arguments import whole
 from trainer.common.cpu import cores
 from trainer.common.errors import OK, UserError, needed_by
+from trainer.common.paths import expanded
 
 MODEL = Path("/opt/ml/model")  # where SageMaker puts the package
 RUNS = Path("runs")
+RUN_PACKAGE = "model.tar.gz"  # in a run's directory
+NEWEST = "newest"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         if text is not None:
             changes[setting.name] = convert(_flag(setting.name), text, setting)
     settings = replace(defaults, **changes)
-    package = load_for_command(options.package or _newest(), cores(), options.backend)
+    package = load_for_command(package_of(options.package), cores(), options.backend)
     engine = Engine(
         package,
         max_pixels=settings.max_pixels,
@@ -57,9 +60,10 @@ def _parser(defaults: Settings) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "package",
-        type=typed_path,
         nargs="?",
-        help=f"a model.tar.gz or a directory (default: {MODEL}, or the newest of {RUNS}/*/)",
+        default=NEWEST,
+        help=f"a model.tar.gz, a run's directory, or {NEWEST}: {MODEL}, or of the newest of "
+        f"{RUNS}/*/ (default: %(default)s)",
     )
     parser.add_argument(
         "--host",
@@ -94,11 +98,25 @@ def _flag(setting: str) -> str:
     return f"--{setting.replace('_', '-')}"
 
 
+def package_of(model: str) -> Path:
+    """Return the package that a person means. Raises UserError.
+
+    model: a package, a run's directory, or "newest": what SageMaker brought, or the newest run's.
+    """
+    if model == NEWEST:
+        return _newest()
+    path = Path(expanded(model))
+    inside = path / RUN_PACKAGE
+    if inside.exists():
+        return inside
+    return path
+
+
 def _newest() -> Path:
     """Return the package that SageMaker brought, or that of the newest run. Raises UserError."""
     if (MODEL / "package.json").exists():
         return MODEL
-    packages = RUNS.glob("*/model.tar.gz")
+    packages = RUNS.glob(f"*/{RUN_PACKAGE}")
     newest = max(packages, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise UserError(

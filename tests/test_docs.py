@@ -23,7 +23,7 @@ from tests import reference
 from tests.conftest import PROJECT, make_pictures, run_module, run_trainer
 from tests.launch.conftest import Cloud, running
 from tests.launch.verbs.test_verbs import leave_results, run_of
-from tests.packages import make_contents, make_network
+from tests.packages import CLASSES, make_contents, make_network
 from tests.serving.conftest import Server
 from tests.serving.test_deploy import BUCKET, endpoint_and_function
 from trainer.common.errors import OK
@@ -105,7 +105,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the pictures and files that the commands name."""
     cwd = tmp_path_factory.mktemp("docs")
     for name in ("dogImages", "pets37"):
-        make_pictures(cwd / name, {"train": 8, "valid": 3, "test": 3}, size=40)
+        make_pictures(cwd / name, {"train": 8, "valid": 3, "test": 3}, CLASSES, size=40)
+    make_pictures(cwd / "data/fashion_mnist", {"test": 1})
     Image.new("RGB", (60, 50), "green").save(cwd / "dog.jpg")
     (cwd / "runs/NAME").mkdir(parents=True)
     build(make_network(), make_contents(cwd / "golden"), cwd / "runs/NAME/model.tar.gz")

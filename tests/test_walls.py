@@ -229,19 +229,21 @@ def test_the_one_preprocessing_needs_pillow_and_numpy_alone():
     assert outside - sys.stdlib_module_names <= {"PIL", "numpy", "trainer"}
 
 
-def test_the_one_calibration_needs_numpy_alone():
-    outside = {name for name in loaded_with("trainer.results.calibrate") if "." not in name}
+def test_what_an_answer_is_made_by_needs_numpy_alone():
+    outside = {name for name in loaded_with("trainer.results.prediction") if "." not in name}
     assert outside - sys.stdlib_module_names <= {"numpy", "trainer"}
 
 
-def test_serving_takes_the_calibration_alone_of_the_trainers_results():
+def test_serving_takes_of_the_trainers_results_what_needs_numpy_alone():
     takers = {
         used
         for module in modules()
         for used in imports(module, everywhere=True)
         if below(module, ("serving",)) and below(used, ("trainer.results",))
     }
-    assert takers == {"trainer.results.calibrate"}
+    answers = {"trainer.results.calibrate", "trainer.results.prediction"}
+    # The last one by `evaluate` alone, when it is asked for.
+    assert takers == answers | {"trainer.results.predictions", "trainer.results.evaluation"}
 
 
 # --- the same in processes ---

@@ -1,6 +1,6 @@
 """`python -m trainer [key=value ...]`: the stages of a run, in order.
 
-Hydra's own flags (--help, -m, --cfg job) work as everywhere.
+--help shows the settings; Hydra's own flags (-m, --cfg job) work as everywhere.
 """
 
 import logging
@@ -36,6 +36,7 @@ from trainer.images.folder import ImageFolder
 from trainer.images.identity import of_images
 from trainer.images.usable import are_those, usable_images
 from trainer.settings import config as settings
+from trainer.settings import options
 from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
 from trainer.training import recipe
@@ -172,6 +173,9 @@ def main() -> int:
 
 def run(words: list[str]) -> None:
     """Train one run, by Hydra: it gets what was typed and what that implies."""
+    if answer := options.answer(words):
+        print(answer)
+        return
     flags = any(word.startswith("-") for word in words)  # Hydra's own, some with a value of theirs
     typed = [word for word in words if "=" in word and not word.startswith("-")] if flags else words
     resolved = resolve(typed)

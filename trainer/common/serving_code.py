@@ -21,6 +21,7 @@ SERVING_CODE = tuple(
         "trainer/images/decode",
         "trainer/results/__init__",
         "trainer/results/calibrate",
+        "trainer/results/prediction",
     )
 )
 

@@ -186,6 +186,24 @@ def below(root: str) -> list[File]:
         return sorted(_walk(-1, Path(root), ""), key=lambda file: file.name)
 
 
+def by_class(directory: str) -> dict[str, list[File]]:
+    """Return the files of each class folder in a directory, by name; what lies in none under "".
+
+    Raise Unreadable, and UserError for a class that can't be written everywhere.
+    """
+    with _readable():
+        root = Path(directory)
+        found = {
+            name: sorted(
+                (file for each in beside for file in _walk(-1, root, each)),
+                key=lambda file: file.name,
+            )
+            for name, beside in _by_class(directory).items()
+        }
+        found[""] = _in_no_class(directory)
+        return found
+
+
 def read(path: str) -> tuple[bytes, os.stat_result]:
     """Return the bytes of an image's file, all from one read, and its status before that.
 
@@ -351,12 +369,16 @@ def _files(split: str, directory: str, classes: tuple[str, ...]) -> list[File]:
         for folder in beside
         for file in _walk(classes.index(name), Path(directory), folder, above)
     ]
-    files += [
+    files += _in_no_class(directory)
+    return sorted(files, key=lambda file: (file.label, file.name))
+
+
+def _in_no_class(directory: str) -> list[File]:
+    return [
         File(-1, as_text(entry.name), entry.path, kind=_loose(entry.name))
         for entry in _entries(Path(directory))
         if is_system(entry.name) or not _is_folder(entry)
     ]
-    return sorted(files, key=lambda file: (file.label, file.name))
 
 
 def _compared(name: str, classes: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 import csv
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -50,10 +50,45 @@ def scan(table: Path, root: str, valid_fraction: float, index: Path | None = Non
     rows = list(_rows(table))
     _check_rows(table, rows)
     lying = {file.name: file for file in folder.below(root)}
-    names = _Names(root, lying)
     classes = tuple(sorted({row.label for row in rows if row.split == "train"}))
     labels = {name: label for label, name in enumerate(classes)}
     held: dict[str, list[File]] = {}
+    named: set[str] = set()
+    for row, file in _located(table, rows, root, lying):
+        named.add(file.name)
+        held.setdefault(row.split, []).append(replace(file, label=labels[row.label]))
+    for files in held.values():
+        files.sort(key=lambda file: (file.label, file.name))
+    held["train"] += [
+        replace(file, kind=file.kind or UNLISTED)
+        for name, file in lying.items()
+        if name not in named and not _is_same(file.path, table)
+    ]
+    places = dict.fromkeys(SPLIT_NAMES, str(table))
+    return folder.assemble(classes, held, places, valid_fraction, index)
+
+
+def by_class(table: Path, root: str, split: str | None = None) -> dict[str, list[File]]:
+    """Return the files of each label in a table. split: only its rows; None: all.
+
+    root: the folder that its paths begin in. Raise UserError as `scan` does, and Unreadable.
+    """
+    rows = [row for row in _rows(table) if split in (None, row.split)]
+    lying = {file.name: file for file in folder.below(root)}
+    found: dict[str, list[File]] = {}
+    for row, file in _located(table, rows, root, lying):
+        found.setdefault(row.label, []).append(file)
+    return found
+
+
+def _located(
+    table: Path, rows: Iterable[Row], root: str, lying: Mapping[str, File]
+) -> Iterator[tuple[Row, File]]:
+    """Yield each row with its file. lying: the files in root, by name.
+
+    Raise UserError for a file that is named twice; at the end, for those that aren't there.
+    """
+    names = _Names(root, lying)
     lines: dict[str, int] = {}  # by the image's name
     missing: list[str] = []
     for row in rows:
@@ -67,19 +102,9 @@ def scan(table: Path, root: str, valid_fraction: float, index: Path | None = Non
                 "a picture has one label and one split"
             )
         lines[name] = row.line
-        file = replace(lying[name], label=labels[row.label])
-        held.setdefault(row.split, []).append(file)
+        yield row, lying[name]
     if missing:
         raise UserError(f"{listed(missing, 1)}; correct the table, or data.root={root}")
-    for files in held.values():
-        files.sort(key=lambda file: (file.label, file.name))
-    held["train"] += [
-        replace(file, kind=file.kind or UNLISTED)
-        for name, file in lying.items()
-        if name not in lines and not _is_same(file.path, table)
-    ]
-    places = dict.fromkeys(SPLIT_NAMES, str(table))
-    return folder.assemble(classes, held, places, valid_fraction, index)
 
 
 def splits(table: Path) -> set[str]:

@@ -66,6 +66,7 @@ class Report:
     facts: dict[str, str]  # the environment, in the order shown
     config: dict[str, Any]  # the resolved settings by dotted key
     next_steps: Sequence[str]  # commands
+    trained: bool = True  # False: a model that was there is evaluated
     quality: Quality | None = None  # of the calibration
     other: Other | None = None
     recipe: Recipe | None = None  # of model=auto

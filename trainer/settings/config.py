@@ -474,6 +474,9 @@ def identity(config: Config) -> dict[str, Any]:
     return {key: value for key, value, limits in walk(config) if limits["identity"]}
 
 
+DATA_NAME = 30  # characters of a data set's name in a run's
+
+
 def run_name(config: Config) -> str:
     """Return the name of the run's directory: `name`, or one derived from the settings.
 
@@ -484,7 +487,18 @@ def run_name(config: Config) -> str:
     what = identity(config) | {"root": places(config.data)}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     model = re.sub(r"[^\w.-]+", "-", config.model.name)
-    return f"{config.data.source}-{model}-{digest[:8]}"
+    return f"{data_name(config.data.source, config.data.root)}-{model}-{digest[:8]}"
+
+
+def data_name(source: str, root: str) -> str:
+    """Return what a data set is called: of one's own pictures as the folder or archive is.
+
+    source, root: of the settings.
+    """
+    if source != "folder":
+        return source
+    name = re.sub(r"\.(zip|tar(\.\w+)?|tgz)$", "", Path(os.path.realpath(root)).name, flags=re.I)
+    return re.sub(r"[^\w.-]+", "-", name)[:DATA_NAME].strip("-.") or source
 
 
 def places(data: DataConfig) -> list[str]:

@@ -55,7 +55,7 @@ def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built)
         "trainer/__init__.py",
         *(f"trainer/common/{name}.py" for name in common),
         *(f"trainer/images/{name}.py" for name in images),
-        *(f"trainer/results/{name}.py" for name in ("__init__", "calibrate")),
+        *(f"trainer/results/{name}.py" for name in ("__init__", "calibrate", "prediction")),
     ]
     golden = ["0.jpg", "1.png", "2.webp", "expected.npz"]
     assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + [

@@ -1,0 +1,211 @@
+"""`python -m serving evaluate MODEL DIR`: how good a model is on other labelled pictures."""
+
+import argparse
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from serving import bulk
+from serving.backends import Scores
+from serving.package import Package, load_for_command
+from serving.serve import package_of
+from serving.sources import Source
+from trainer.common import files
+from trainer.common.arguments import typed_path
+from trainer.common.console import ProgressBar
+from trainer.common.errors import OK, Unreadable, UserError, needed_by
+from trainer.common.interrupt import Stop, on_signals
+from trainer.common.text import listed
+from trainer.images import folder, table
+from trainer.images.decode import ImageError
+from trainer.images.folder import File
+from trainer.images.names import SPLIT_NAMES, alike, counted
+
+
+@dataclass
+class Labelled:
+    """Pictures of the model's classes. labels: their places among them."""
+
+    pictures: list[Source] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)  # by the picture's name
+    notes: list[str] = field(default_factory=list)  # what is to be said
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate as the command line says. arguments: the verb and its own. Raises UserError."""
+    options = _parser().parse_args(arguments[1:])
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    found = _find(options.folder, options.labels, options.split)
+    path = package_of(options.model)
+    package = load_for_command(path, bulk.THREADS)
+    labelled = _matched(found, package.classes, options.folder)
+    for note in labelled.notes:
+        print(note)
+    with needed_by("evaluate", "serve"):
+        # imported here: metrics and report are the trainer's, with PyTorch.
+        from trainer.results import evaluation
+    with on_signals() as stop:
+        scores, broken = _scores(package, labelled, stop)
+    if not scores:
+        raise UserError(f"{options.folder}: no picture can be read: {broken[0][0]}: {broken[0][1]}")
+    together = Scores.joined([*scores.values()])
+    evaluated = evaluation.Evaluated(
+        title=f"{path} on {options.folder}",
+        classes=package.classes,
+        calibration=package.calibration,
+        preprocessing=package.preprocessing,
+        paths=[*scores],
+        labels=np.array([labelled.labels[name] for name in scores], np.int64),
+        logits=together.logits,
+        distance=together.distance,
+        broken=broken,
+        facts=_facts(package),
+        config=package.config,
+    )
+    noted = {"model": package.digest, "data": str(options.folder)}
+    result = evaluation.write(evaluated, options.to, noted)
+    low, high = result["interval"]
+    words = f"top-1 {result['top1']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
+    if len(package.classes) > 5:
+        words += f"top-5 {result['top5']:.1%}, "
+    print(f"{words}macro F1 {result['f1']:.3f}, {result['pictures']} pictures")
+    print(f"report       {options.to / 'report.html'}")
+    print(f"predictions  {options.to / 'predictions.csv'}")
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m serving evaluate",
+        description="Say how good a model is on labelled pictures that it has not seen.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model.tar.gz, a run's directory, or newest"
+    )
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        type=typed_path,
+        help="a folder for each class, or such folders in test/ (else valid/); with --labels, "
+        "where the table's pictures lie",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        type=typed_path,
+        help="a table with the columns path and label, as data.labels",
+    )
+    parser.add_argument(
+        "--split", choices=[*SPLIT_NAMES], help="only this part of DIR, or of the table"
+    )
+    parser.add_argument(
+        "--to",
+        metavar="DIR",
+        type=typed_path,
+        default=Path("evaluation"),
+        help="to write report.html, predictions.csv and result.json to (default %(default)s)",
+    )
+    return parser
+
+
+# --- the pictures ---
+
+
+def _find(root: Path, labels: Path | None, split: str | None) -> dict[str, list[File]]:
+    """Return the files by class; "": of none. Raises UserError where there is no such folder."""
+    if not root.is_dir():
+        raise UserError(f"{root}: there is no such folder")
+    if labels is not None:
+        return table.by_class(labels, str(root), split)
+    splits = folder.find_splits(str(root), dict.fromkeys(SPLIT_NAMES))[0]
+    there = [name for name in ("test", "valid", "train") if Path(splits[name]).is_dir()]
+    if split is not None and split not in there:
+        raise UserError(f"{root}: there is no folder for {split}; there is: {listed(there)}")
+    if split or there:
+        chosen = splits[split or there[0]]
+        print(f"pictures of {chosen}")
+        return folder.by_class(chosen)
+    return folder.by_class(str(root))
+
+
+def _matched(found: Mapping[str, list[File]], classes: Sequence[str], root: Path) -> Labelled:
+    """Return the pictures whose class the model has. Raises UserError where there is none."""
+    labelled = Labelled()
+    left_out: list[str] = []
+    unknown: list[str] = []
+    for name, members in found.items():
+        images = [file for file in members if not file.kind]
+        left_out += [file.kind for file in members if file.kind]
+        if name in classes:
+            for file in images:
+                read = partial(_read, file.path)
+                labelled.pictures.append(Source(file.path, file.name, read))
+                labelled.labels[file.path] = classes.index(name)
+        elif images:
+            unknown.append(f"{_compared(name, classes)}, {len(images)} pictures")
+    if left_out:
+        labelled.notes.append(f"left out: {counted(left_out)}")
+    if unknown:
+        labelled.notes.append(f"left out, classes that the model doesn't know: {listed(unknown)}")
+    without = [name for name in classes if name not in found]
+    if without:
+        labelled.notes.append(f"no pictures of {len(without)} of its classes: {listed(without)}")
+    if not labelled.pictures:
+        raise UserError(
+            f"{root}: no picture of a class that the model has ({listed(classes)}); "
+            f"its folders: {listed(name for name in found if name) or 'none'}"
+        )
+    return labelled
+
+
+def _compared(name: str, classes: Sequence[str]) -> str:
+    near = alike(name, classes)
+    if near is None:
+        return name
+    return f"{name} (the model has {near}: rename it)"
+
+
+def _read(path: str) -> bytes:
+    return files.patiently(path, lambda: folder.read(path)[0])
+
+
+def _scores(
+    package: Package, labelled: Labelled, stop: Stop
+) -> tuple[dict[str, Scores], list[tuple[str, str]]]:
+    """Return the scores of each picture by its name, and those that are broken, with the reason.
+
+    Raises Unreadable for a picture that can't be read now, and Interrupted.
+    """
+    scores: dict[str, Scores] = {}
+    broken: list[tuple[str, str]] = []
+    with ProgressBar("pictures", len(labelled.pictures)) as bar:
+        for picture, outcome in bulk.each(
+            package, labelled.pictures, lambda picture, data, scores: scores
+        ):
+            stop.check()
+            if isinstance(outcome, Unreadable):
+                raise outcome
+            if isinstance(outcome, ImageError):
+                broken.append((picture.name, str(outcome)))
+            else:
+                scores[picture.name] = outcome
+            bar.advance()
+    return scores, broken
+
+
+def _facts(package: Package) -> dict[str, str]:
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "model": package.digest,
+        "model built": package.created,
+        "git revision of the model": package.revision or "unknown",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }

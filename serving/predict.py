@@ -1,0 +1,250 @@
+"""`python -m serving predict MODEL PICTURES...`: what a model says of pictures, as a table.
+
+Without PyTorch, on all cores. A table in a file is gone on with where it ends, so a kill loses
+nothing and no picture is done twice.
+"""
+
+import argparse
+import fcntl
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from serving import bulk, sources
+from serving.backends import Scores
+from serving.package import Package, load_for_command
+from serving.serve import package_of
+from serving.sources import Source
+from trainer.common import files
+from trainer.common.arguments import typed_path, whole
+from trainer.common.console import ProgressBar
+from trainer.common.errors import MISTAKE, OK, Unreadable, UserError
+from trainer.common.interrupt import Stop, on_signals
+from trainer.common.paths import expanded
+from trainer.images.decode import ImageError
+from trainer.results.prediction import Prediction, predictions
+from trainer.results.predictions import SHOWN, Columns, whole_rows
+
+CACHE = Path(".cache")  # as platform.cache
+STANDARD_OUTPUT = "-"
+NAMED = 3  # pictures that a line names
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What became of the pictures. unreadable: those to be tried again."""
+
+    done: int
+    unsure: int
+    broken: int
+    unreadable: list[Unreadable]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Predict what the command line names. arguments: the verb and its own. Raises UserError."""
+    options = _parser().parse_args(arguments[1:])
+    # Standard output is the table's.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    pictures, left_out = sources.find(options.pictures, CACHE)
+    if left_out:
+        _say(f"left out: {left_out}")
+    package = load_for_command(package_of(options.model), bulk.THREADS)
+    columns = Columns(min(options.top, len(package.classes)), model=package.digest[:12])
+    with on_signals() as stop, _table(options.csv, columns) as table:
+        waiting = [picture for picture in pictures if picture.name not in table.done]
+        if len(waiting) < len(pictures):
+            _say(f"{options.csv} has {len(pictures) - len(waiting)} of {len(pictures)} already")
+        tally = _predict(package, waiting, table.add, options.images, stop)
+    where = ""
+    if options.csv not in (None, STANDARD_OUTPUT):
+        where = f": {options.csv}"
+    _say(_told(tally) + where)
+    if tally.unreadable:
+        raise UserError(
+            f"{len(tally.unreadable)} can't be read now, the first: {tally.unreadable[0]}"
+        )
+    return MISTAKE if tally.broken and tally.broken == len(pictures) else OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m serving predict",
+        description="Say what pictures show, by a model of yours.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model.tar.gz, a run's directory, or newest"
+    )
+    parser.add_argument(
+        "pictures",
+        metavar="PICTURE",
+        nargs="+",
+        help="a file, a folder with all below it, 'a/**/*.jpg', a zip or tar, s3://bucket/prefix, "
+        "or - for one of these a line of standard input",
+    )
+    parser.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="write a table there, and go on with it where it ends; -: to standard output "
+        "(default: a line a picture)",
+    )
+    parser.add_argument(
+        "--top",
+        type=whole(1, 1000),
+        default=SHOWN,
+        help="the most probable classes that the table has (default %(default)s)",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        type=typed_path,
+        help="copy each picture to DIR/CLASS/ too, by its most probable class",
+    )
+    return parser
+
+
+# --- the work ---
+
+
+def _predict(
+    package: Package,
+    pictures: Sequence[Source],
+    add: Callable[[str, Prediction | ImageError], None],
+    copies: Path | None,
+    stop: Stop,
+) -> Tally:
+    """Hand what is said of each picture to `add`, in order. Raises Interrupted when asked to."""
+
+    def said_of(picture: Source, data: bytes, scores: Scores) -> Prediction:
+        [said] = predictions(package.calibration, package.classes, *scores)
+        if copies is not None:
+            _copy(data, copies / _folder_name(said.label) / picture.inner)
+        return said
+
+    unsure = broken = 0
+    unreadable: list[Unreadable] = []
+    with ProgressBar("pictures", len(pictures)) as bar:
+        for picture, outcome in bulk.each(package, pictures, said_of):
+            stop.check()
+            if isinstance(outcome, Unreadable):
+                unreadable.append(outcome)
+                continue
+            add(picture.name, outcome)
+            broken += isinstance(outcome, ImageError)
+            unsure += isinstance(outcome, Prediction) and outcome.sure is False
+            bar.advance()
+    return Tally(len(pictures) - len(unreadable), unsure, broken, unreadable)
+
+
+def _copy(data: bytes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, data)
+
+
+def _folder_name(label: str) -> str:
+    """Return a class's name as a folder may have it."""
+    name = label.replace("/", "_")
+    if name.startswith("."):
+        return f"_{name[1:]}"
+    return name
+
+
+def _told(tally: Tally) -> str:
+    words = f"{tally.done} pictures"
+    if tally.unsure:
+        words += f", {tally.unsure} of them not sure"
+    if tally.broken:
+        words += f", {tally.broken} broken (the column error says why)"
+    return words
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# --- the table ---
+
+
+class _Table:
+    """Where the rows go. done: the names of the pictures that it has already."""
+
+    def __init__(self) -> None:
+        self.done: frozenset[str] = frozenset()
+
+    def add(self, name: str, outcome: Prediction | ImageError) -> None:
+        """Print a line for a person."""
+        if isinstance(outcome, ImageError):
+            print(f"{name}  can't be read: {outcome}", flush=True)
+            return
+        words = f"{name}  {outcome.label}  {100 * outcome.probability:.0f} %"
+        if outcome.unlike:
+            words += "  (unlike anything that was trained on)"
+        elif outcome.sure is False and outcome.members is not None and len(outcome.members) > 1:
+            words += f"  (not sure: {', '.join(outcome.members[:NAMED])})"
+        print(words, flush=True)
+
+
+class _Csv(_Table):
+    """The table as CSV, a row in one write."""
+
+    def __init__(self, output: BinaryIO, columns: Columns) -> None:
+        super().__init__()
+        self._output, self._columns = output, columns
+
+    def begin(self) -> None:
+        """Write the names of the columns."""
+        self._output.write(self._columns.head().encode())
+
+    def resume(self, name: str) -> None:
+        """Go on with the rows that a file has; a row that was cut off is taken away.
+
+        Raises UserError for a table of another model, or no table of this kind.
+        """
+        rows, length = whole_rows(self._output.read())
+        if rows and rows[0] != self._columns.names:
+            raise UserError(
+                f"{name}: it is no table of these columns ({', '.join(self._columns.names)}); "
+                "give --top as it was written with, or another --csv"
+            )
+        others = {row[-1] for row in rows[1:]} - {self._columns.model}
+        if others:
+            raise UserError(
+                f"{name}: it is of another model ({others.pop()}, this is {self._columns.model}); "
+                "give another --csv, or delete it"
+            )
+        self._output.truncate(length)
+        if not rows:
+            self.begin()
+        self.done = frozenset(row[0] for row in rows[1:])
+
+    def add(self, name: str, outcome: Prediction | ImageError) -> None:
+        """Write a picture's row."""
+        self._output.write(self._columns.row(name, outcome).encode())
+
+
+@contextmanager
+def _table(name: str | None, columns: Columns) -> Iterator[_Table]:
+    """Give where the rows go. name: the file's, - or None. Raises UserError."""
+    if name is None:
+        yield _Table()
+        return
+    if name == STANDARD_OUTPUT:
+        table = _Csv(sys.stdout.buffer, columns)
+        table.begin()
+        yield table
+        sys.stdout.flush()
+        return
+    path = Path(expanded(name))
+    # Unbuffered: a row is there whole, or cut off and done again.
+    with path.open("ab+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{name}: another process is writing it; wait for its end") from error
+        file.seek(0)
+        table = _Csv(file, columns)
+        table.resume(name)
+        yield table

@@ -1,0 +1,66 @@
+"""What a model says of one picture: the answer of every adapter, a row of every table.
+
+NumPy and the standard library alone, and a copy travels in the package.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.results.calibrate import Calibration, is_sure
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One picture's classes, the most probable first.
+
+    labels: all of them; probabilities: theirs. members: those of which one is right in 90 % of all
+    pictures. sure: whether that is one class, and the picture is like those trained on. unlike:
+    whether it isn't. None: the package was built without what tells it.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    members: tuple[str, ...] | None = None
+    sure: bool | None = None
+    unlike: bool | None = None
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return self.labels[0]
+
+    @property
+    def probability(self) -> float:
+        """The probability of `label`."""
+        return self.probabilities[0]
+
+
+def predictions(
+    calibration: Calibration,
+    classes: Sequence[str],
+    logits: NDArray[np.floating[Any]],
+    distance: NDArray[np.floating[Any]] | None,
+) -> list[Prediction]:
+    """Return what logits [N, classes] and distances [N] of the nearest class say of N pictures."""
+    probabilities = calibration.probabilities(logits)
+    members = calibration.members(probabilities)
+    unlike = calibration.unlike(distance)
+    sure = None
+    if members is not None:
+        sure = is_sure(members, unlike)
+    result: list[Prediction] = []
+    for number, row in enumerate(probabilities):
+        order = np.argsort(-row, kind="stable")
+        in_set, certain, strange = None, None, None
+        if members is not None and sure is not None:
+            in_set = tuple(classes[index] for index in order if members[number, index])
+            certain = bool(sure[number])
+        if unlike is not None:
+            strange = bool(unlike[number])
+        labels = tuple(classes[index] for index in order)
+        result.append(Prediction(labels, tuple(row[order].tolist()), in_set, certain, strange))
+    return result

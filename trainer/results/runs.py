@@ -1,0 +1,270 @@
+"""What a folder of runs holds: each run's settings and figures, and what tells two runs apart.
+
+Read from the files that a run leaves, without PyTorch.
+"""
+
+import csv
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from trainer.common import files
+from trainer.common.errors import UserError
+from trainer.results.report import wilson_interval
+from trainer.results.text import duration, percent, setting
+from trainer.settings import config as settings
+
+COMPLETE, RUNNING, STOPPED = "complete", "running", "stopped"
+# Where a run keeps its settings; and what says which pictures, network and place, shown by itself.
+CONFIG = "config.yaml"
+SHOWN_APART = ("data.source", "data.root", "model.name", "name")
+LONGEST = 60  # characters of what differs
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run, as its directory tells it.
+
+    settings: by dotted key. valid, test: top-1 accuracies, of the best epoch. pictures: of test.
+    interval: of `test`, at 95 %. seconds: of training and all that comes after it.
+    """
+
+    path: Path
+    state: str
+    date: float  # of its last word, seconds since 1970
+    settings: Mapping[str, Any]
+    epochs: int
+    valid: float | None
+    test: float | None
+    pictures: int
+    interval: tuple[float, float] | None
+    seconds: float | None
+
+    @property
+    def data(self) -> str:
+        """What the data set is called."""
+        return settings.data_name(
+            str(self.settings.get("data.source")), str(self.settings.get("data.root"))
+        )
+
+
+def find(root: Path) -> list[Summary]:
+    """Return the runs below a directory, the newest first. Raise UserError where there is none."""
+    if not root.is_dir():
+        raise UserError(f"{root}: there is no such folder; a first run makes it (make train)")
+    runs = [run for path in sorted(root.iterdir()) if (run := read(path)) is not None]
+    return sorted(runs, key=lambda run: run.date, reverse=True)
+
+
+def read(path: Path) -> Summary | None:
+    """Return what a run's directory tells; None where it is none."""
+    if not (path / CONFIG).is_file():
+        return None
+    with suppress(OSError, ValueError, OmegaConfBaseException, YAMLError):
+        given = _flat(OmegaConf.to_container(OmegaConf.load(path / CONFIG)))
+        rows = [row for row in _rows(path / "metrics.jsonl") if "valid_top1" in row]
+        result = _result(path)
+        date = max(file.stat().st_mtime for file in path.iterdir() if file.is_file())
+        state = COMPLETE
+        if not result:
+            state = RUNNING if _is_held(path) else STOPPED
+        best = {row["epoch"]: row["valid_top1"] for row in rows}
+        test, interval = None, None
+        if result.get("split") == "test":
+            test = float(result["top1"])
+            interval = wilson_interval(round(test * result["pictures"]), result["pictures"])
+        epoch = result.get("best_epoch", max(best, key=lambda each: best[each], default=None))
+        return Summary(
+            path,
+            state,
+            date,
+            given,
+            epochs=max(best, default=0),
+            valid=best.get(epoch),
+            test=test,
+            pictures=int(result.get("pictures", 0)),
+            interval=interval,
+            seconds=result.get("seconds"),
+        )
+    return None
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """Return result.json, {} where the run has not come to it."""
+    try:
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl; one that is being written is left out."""
+    rows: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            rows.append(json.loads(line))
+    return rows
+
+
+def _is_held(path: Path) -> bool:
+    """Return whether a process has this run."""
+    try:
+        with files.locked(path) as ours:
+            return not ours
+    except OSError:
+        return False
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+# --- the table ---
+
+
+def differing(runs: Sequence[Summary]) -> list[str]:
+    """Return the settings that decide a result and that not all of these runs have alike."""
+    deciding = {key for key, entry in settings.schema().items() if entry.metadata["identity"]}
+    keys = sorted({key for run in runs for key in run.settings} & deciding - {*SHOWN_APART})
+    return [key for key in keys if len({setting(run.settings.get(key)) for run in runs}) > 1]
+
+
+def table(runs: Sequence[Summary]) -> str:
+    """Return the runs as text, a line each, and what their columns are."""
+    keys = differing(runs)
+    usual = {key: _usual([setting(run.settings.get(key)) for run in runs]) for key in keys}
+    head = ("date", "data", "model", "valid", "test", "95 %", "epochs", "time", "state", "run")
+    lines: list[tuple[str, ...]] = [(*head, "differs by")]
+    for run in runs:
+        own = [
+            f"{key}={setting(run.settings.get(key))}"
+            for key in keys
+            if setting(run.settings.get(key)) != usual[key]
+        ]
+        lines.append((*_cells(run), _cut(" ".join(own))))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    padded = [
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]
+        )
+        for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def _cells(run: Summary) -> tuple[str, ...]:
+    interval, took = "", ""
+    if run.interval is not None:
+        low, high = run.interval
+        interval = f"{100 * low:.0f} to {100 * high:.0f}"
+    if run.seconds is not None:
+        took = duration(run.seconds)
+    return (
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(run.date)),
+        run.data,
+        str(run.settings.get("model.name")),
+        _percent(run.valid),
+        _percent(run.test),
+        interval,
+        str(run.epochs),
+        took,
+        run.state,
+        str(run.path),
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else percent(value)
+
+
+def _usual(values: Sequence[str]) -> str:
+    """Return the commonest value, of several the first: what differs is told against it."""
+    return max(values, key=values.count)
+
+
+def _cut(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST - 1]}…"
+
+
+# --- two runs ---
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs on the same test pictures.
+
+    both, first, second, neither: how many of them both had right, one alone, or none. p: of the
+    difference, were both equally good.
+    """
+
+    both: int
+    first: int
+    second: int
+    neither: int
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures they share."""
+        return self.both + self.first + self.second + self.neither
+
+    @property
+    def p(self) -> float:
+        """Return the probability of such a difference, or a larger one, of equally good runs.
+
+        McNemar's test, exact: of the pictures that one alone has right, half would be the first's
+        (McNemar, "Note on the sampling error of the difference between correlated proportions",
+        Psychometrika 12 (1947), 153-157).
+        """
+        alone = self.first + self.second
+        fewer = min(self.first, self.second)
+        tail = sum(math.comb(alone, count) for count in range(fewer + 1))
+        return min(1.0, float(2 * tail / 2**alone))
+
+
+def compare(first: Path, second: Path) -> Comparison:
+    """Return how two runs differ on their test pictures. Raise UserError where they can't be.
+
+    first, second: runs' directories, or those of `evaluate`.
+    """
+    right = [_right(path) for path in (first, second)]
+    if right[0].keys() != right[1].keys():
+        shared = len(right[0].keys() & right[1].keys())
+        raise UserError(
+            f"{first} and {second} were tested on other pictures ({len(right[0])} and "
+            f"{len(right[1])}, {shared} of them the same); evaluate both on one folder: "
+            "python -m serving evaluate RUN DIR"
+        )
+    pairs = [(hit, right[1][name]) for name, hit in right[0].items()]
+    return Comparison(*(pairs.count(pair) for pair in _OUTCOMES))
+
+
+_OUTCOMES = ((True, True), (True, False), (False, True), (False, False))
+
+
+def _right(run: Path) -> dict[str, bool]:
+    """Return by picture whether a run had it right. Raise UserError."""
+    path = run / "predictions.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return {row["path"]: row["correct"] == "true" for row in csv.DictReader(file)}
+    except FileNotFoundError as error:
+        raise UserError(f"{run}: it has no predictions.csv; the run isn't complete") from error
+    except (KeyError, csv.Error) as error:
+        raise UserError(f"{path}: it is no table of a run's predictions") from error

@@ -1,0 +1,55 @@
+"""Words of a command line that are no settings: --help and --version, and what is none of these."""
+
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+
+from hydra._internal.utils import get_args_parser
+
+from trainer import __version__
+from trainer.common.errors import UserError
+from trainer.settings import config as settings
+from trainer.settings import reference
+
+
+def answer(words: Sequence[str]) -> str | None:
+    """Return what --help or --version asks for; None where neither is among the words.
+
+    Raise UserError for an option that doesn't exist, with the setting that it may mean.
+    """
+    if {"-h", "--help"} & set(words):
+        topics = [word for word in words if not word.startswith("-") and "=" not in word]
+        return reference.page(*topics[:1])
+    if "--version" in words:
+        return versions()
+    _check(words)
+    return None
+
+
+def versions() -> str:
+    """Return the versions that a report of a fault needs, without loading PyTorch."""
+    return (
+        f"packhorse {__version__}, torch {metadata.version('torch')}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def _check(words: Sequence[str]) -> None:
+    """Raise UserError for an option that Hydra does not have."""
+    known = {name for action in get_args_parser()._actions for name in action.option_strings}
+    for place, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if not word.startswith("-") or name in known:
+            continue
+        if not value and place + 1 < len(words) and "=" not in words[place + 1]:
+            value = words[place + 1]
+        raise UserError(f"{word}: there is no such option; {_meant(name.lstrip('-'), value)}")
+
+
+def _meant(name: str, value: str) -> str:
+    """Return the setting that an option may mean, or where they all are."""
+    key = name.replace("-", "_")
+    namesakes = [each for each in settings.schema() if key in (each, each.rsplit(".", 1)[-1])]
+    if not namesakes:
+        return "settings are given as key=value: python -m trainer --help shows them"
+    return f"settings are given as key=value: {namesakes[0]}={value or '...'}"
