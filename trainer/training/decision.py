@@ -62,7 +62,7 @@ FEWEST_EPOCHS = 4  # fewer are no fine-tuning
 BATCH = 16  # pictures at a time that are timed
 BACKWARD = 3.0  # times a forward pass that a training step takes
 TUNE_MINUTES = {"cpu": 3.0}  # any time elsewhere
-HURTS = 2.0  # standard errors by which a probe must be worse with mirrored pictures, or parts
+FLIPS_HURT = 2.0  # standard errors by which a probe must be worse with mirrored pictures
 VIEWS = (PLAIN, 0)  # by which crops are compared: as served, and a random one
 CROPS_ON = 500  # pictures, at most
 SMALL, SMALLEST = 64, 16  # px: shorter sides at which a small network from scratch is tried
@@ -257,7 +257,10 @@ class Decision:
         """
         if self.config.data.augment.flip is not None:
             return {}
-        hurts = _hurts(self.judge(judged.network, (PLAIN, MIRRORED)), judged)
+        both = self.judge(judged.network, (PLAIN, MIRRORED))
+        gain = (judged.losses - both.losses).numpy()
+        hurts = gain.mean() < -FLIPS_HURT * probe.standard_error(gain)
+        hurts = hurts and both.correct.sum() < judged.correct.sum()
         if hurts:
             self.reasons.append("mirrored pictures make it worse: data.augment.flip=false")
         return {"data.augment.flip": not hurts}
@@ -265,8 +268,8 @@ class Decision:
     def with_crops(self, network: Network) -> dict[str, Any]:
         """Return how much of a picture a random view shows, where that isn't given.
 
-        A part of a digit is another digit: then a probe that has also seen parts is worse than one
-        that has seen nearly whole pictures.
+        A part of a digit is another digit. Of a probe that has also seen parts, and one that has
+        also seen nearly whole pictures, the better one says it: neither is the safe choice.
         """
         if self.config.data.augment.scale is not None:
             return {}
@@ -274,13 +277,11 @@ class Decision:
         if share < 1:
             network = _sampled(network, share, self.config.seed)
         parts, whole = (self.judge(_cropped(network, CROPS[each]), VIEWS) for each in CROPS)
-        chosen = "parts"
-        if _hurts(parts, whole):
-            chosen = "whole"
-            self.reasons.append(
-                "parts of pictures mislead: data.augment.scale="
-                f"[{CROPS[chosen][0]:g},{CROPS[chosen][1]:g}]"
-            )
+        chosen, words = "parts", "parts of pictures tell more than nearly whole ones"
+        if whole.losses.sum() < parts.losses.sum():
+            chosen, words = "whole", "nearly whole pictures tell more than parts of them"
+        low, high = CROPS[chosen]
+        self.reasons.append(f"{words}: data.augment.scale=[{low:g},{high:g}]")
         return {"data.augment.scale": list(CROPS[chosen])}
 
     # --- how it is trained ---
@@ -442,13 +443,6 @@ class Decision:
             "model.weights": None,
             "data.size": self.config.data.size or SCRATCH_SIZE,
         }
-
-
-def _hurts(more: Judged, less: Judged) -> bool:
-    """Return whether the views that one probe has seen and the other hasn't make it worse."""
-    gain = (less.losses - more.losses).numpy()
-    worse = gain.mean() < -HURTS * probe.standard_error(gain)
-    return bool(worse and more.correct.sum() < less.correct.sum())
 
 
 def _cropped(network: Network, scale: tuple[float, float]) -> Network:

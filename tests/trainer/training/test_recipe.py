@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import random
 import shutil
 import signal
@@ -115,12 +116,12 @@ def test_flips_are_off_only_where_they_hurt_beyond_doubt(configure, monkeypatch)
     assert decision(configure, "data.augment.flip=true").with_flips(plain) == {}
 
 
-def test_parts_of_pictures_are_shown_unless_they_mislead_beyond_doubt(configure, monkeypatch):
+def test_parts_of_pictures_are_shown_where_they_tell_more(configure, monkeypatch):
     network = SimpleNamespace(images=SimpleNamespace(
         splits={split: SimpleNamespace(labels=np.zeros(50)) for split in ("train", "valid")}
     ))  # fmt: skip
     monkeypatch.setattr(decision_module, "_cropped", lambda _, scale: scale)
-    for correct, scale in ((60, [0.9, 1.0]), (89, [0.25, 1.0]), (95, [0.25, 1.0])):
+    for correct, scale in ((60, [0.9, 1.0]), (89, [0.9, 1.0]), (95, [0.25, 1.0])):
         made = decision(configure)
         seen = {(0.25, 1.0): correct, (0.9, 1.0): 90}
         monkeypatch.setattr(made, "judge", lambda cut, _, seen=seen: judged("one", 1, seen[cut]))
@@ -217,9 +218,11 @@ def test_flips_are_left_out_of_pictures_that_mirrored_are_of_another_class(tmp_p
                 noise = rng.integers(0, 30, (32, 32), np.uint8)
                 shown = np.roll(pixels, number, axis=1) + noise
                 Image.fromarray(shown).save(place / f"{number}.png")
-    more = ("model.candidates=[squeezenet1_1]", "train.epochs=0")
+    more = ("model.candidates=[squeezenet1_1,timm/no_such_network]", "train.epochs=0")
     code, output = run_trainer(tmp_path, *words(tmp_path / "signs", weights_dir, *more))
     assert code == OK, output
+    assert "left out: timm/no_such_network" in output
+    assert "the only one that can be had" in output
     assert "mirrored pictures make it worse: data.augment.flip=false" in output
     assert written(tmp_path)["settings"]["data.augment.flip"] is False
 
@@ -238,14 +241,6 @@ def test_without_any_weights_it_trains_from_scratch_and_says_so(tmp_path, pictur
     code, output = run_trainer(tmp_path, *words(pictures, tmp_path / "empty", *few))
     assert code == OK, output
     assert "trained from scratch" in output and "model.weights_dir" in output
-
-
-def test_a_candidate_that_cannot_be_had_is_named_and_left_out(tmp_path, pictures, weights_dir):
-    given = f"model.candidates=[{SMALL[0]},timm/no_such_network]"
-    code, output = run_trainer(tmp_path, *words(pictures, weights_dir, given, "train.epochs=0"))
-    assert code == OK, output
-    assert "left out: timm/no_such_network" in output
-    assert "the only one that can be had" in output
 
 
 def test_each_of_its_settings_has_its_effect(tmp_path, pictures, weights_dir):
@@ -372,15 +367,32 @@ def test_what_chooses_a_small_networks_epoch_does_not_judge_it():
 
 def test_a_margin_says_what_counts_as_better(tmp_path, pictures, weights_dir):
     more = ("model.name=shufflenet_v2_x0_5", "model.head=probe", "model.freeze=none")
-    best = []
-    for name, margin in (("low", "train.margin=-5"), ("high", "train.margin=50")):
-        given = words(pictures, weights_dir, *more, "train.epochs=1", margin)
-        given[given.index("name=run")] = f"name={name}"
-        code, said = run_trainer(tmp_path, *given)
-        assert code == OK, said
-        result = json.loads((tmp_path / f"runs/{name}/result.json").read_text())
-        best.append(result["best_epoch"])
-    assert best[0] > 0 and best[1] == 0
+    given = words(pictures, weights_dir, *more, "train.epochs=1", "train.margin=-5")
+    code, said = run_trainer(tmp_path, *given)
+    assert code == OK, said
+    result = json.loads((tmp_path / "runs/run/result.json").read_text())
+    assert result["best_epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("gain", "top1", "margin", "better"),
+    [
+        (0.03, 0.6, 1.0, True),
+        (0.03, 0.4, 1.0, False),
+        (0.03, 0.6, 50.0, False),
+        (-0.03, 0.4, -5.0, True),
+        (math.nan, 0.6, 1.0, False),
+    ],
+)
+def test_what_is_trained_on_a_solved_head_must_be_better_by_the_margin(gain, top1, margin, better):
+    training = SimpleNamespace(
+        progress=SimpleNamespace(best={"epoch": 0, "valid_top1": 0.5}),
+        config=SimpleNamespace(
+            model=SimpleNamespace(head="probe"), train=SimpleNamespace(margin=margin)
+        ),
+    )
+    metrics = {"gain": gain, "gain_error": 0.02, "valid_top1": top1}
+    assert Training.is_best(training, metrics) == better  # type: ignore[arg-type]
 
 
 def accuracy(output: str) -> str:
