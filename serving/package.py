@@ -22,7 +22,7 @@ import PIL
 from numpy.typing import NDArray
 
 from serving.backends import BACKENDS, Network, NetworkError, Scores
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, machine_fault
 from trainer.images.decode import ImageError, Preprocessing, Room, prepare
 from trainer.results.calibrate import Calibration
 
@@ -78,8 +78,11 @@ def load_for_command(path: Path, threads: int | None = None, backend: str = "onn
     """Return the package as `load` does. Raises UserError, which names the path."""
     try:
         return load(path, threads, backend)
-    except (PackageError, OSError) as error:
+    except PackageError as error:
         raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise UserError(machine_fault(error) or f"{path}: {error}") from error
 
 
 def load(path: Path, threads: int | None = None, backend: str = "onnx") -> Package:

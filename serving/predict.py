@@ -5,7 +5,6 @@ nothing and no picture is done twice.
 """
 
 import argparse
-import fcntl
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -240,10 +239,8 @@ def _table(name: str | None, columns: Columns) -> Iterator[_Table]:
     path = Path(expanded(name))
     # Unbuffered: a row is there whole, or cut off and done again.
     with path.open("ab+", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{name}: another process is writing it; wait for its end") from error
+        if files.try_lock(file) is False:
+            raise UserError(f"{name}: another process is writing it; wait for its end")
         file.seek(0)
         table = _Csv(file, columns)
         table.resume(name)

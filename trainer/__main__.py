@@ -39,7 +39,7 @@ from trainer.settings import config as settings
 from trainer.settings import options
 from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
-from trainer.training import recipe
+from trainer.training import complete, recipe
 from trainer.training.run import Run, open_run
 
 
@@ -68,8 +68,15 @@ def train(config: Config | None, world: World) -> None:
         run, decided = recipe.settled(run, images)
         run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
+        wrong: dict[str, str] = {}
         if result:
             check_result(run, result, images)
+            promised = result["files"]
+            wrong = world.broadcast_from_main(lambda: complete.lacking(run, promised))
+        if result and wrong:
+            world.broadcast_from_main(lambda: complete.check_can_be_made_again(run, wrong))
+            log.warning("%s; it is made again from the checkpoints", complete.in_words(wrong))
+        elif result:
             log.info("this run is complete; to train once more, give another name=... or seed=...")
             run.summarize(result)
             return
@@ -83,9 +90,12 @@ def train(config: Config | None, world: World) -> None:
         tested = outcome.test(training)
         if not world.is_main_process:
             return
-        outcome.build_package(training, tested)
+        if not result or any(complete.is_of_package(run, path) for path in wrong):
+            outcome.build_package(training, tested)
         outcome.write_report(training, tested, decided)
-        result = outcome.result(training, tested, seconds=time.monotonic() - started)
+        before, result = result, outcome.result(training, tested, time.monotonic() - started)
+        if before:
+            result["seconds"] = before["seconds"]  # what it took to train
         run.finish(result)
         run.summarize(result)
 

@@ -45,7 +45,7 @@ def _main(arguments: Iterable[str]) -> int:
             if options.verb == "verify":
                 checkpoint.verify(path)
                 line += "  ok"
-        except (checkpoint.Damaged, OSError, ValueError, KeyError) as error:
+        except (checkpoint.Damaged, OSError, ValueError, KeyError, TypeError) as error:
             damaged = True
             line += f"  DAMAGED: {error}"
         print(line)

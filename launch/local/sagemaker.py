@@ -161,7 +161,7 @@ class LocalSageMaker:
         hosts = [Host(name, self.directory / job.name / name) for name in names]
         for host in hosts:
             self._make_tree(job, host, names, channels)
-        resumed = any(hosts[0].checkpoints.iterdir())
+        resumed = any(hosts[0].checkpoints.glob("step-*"))
         lines: list[str] = []
         readers = []
         with _served(self.s3) as endpoint:

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fcntl
 import io
 import json
 import random
@@ -239,7 +240,7 @@ def test_what_cant_be_read_now_gets_no_row_and_is_done_later(asked, photos, monk
 
 def test_a_second_process_leaves_the_table_to_the_first(asked, photos):
     with Path("all.csv").open("ab") as file:
-        predict.fcntl.flock(file, predict.fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         code, _, err = asked(photos, "--csv", "all.csv")
     assert code == MISTAKE
     assert err.strip().endswith("all.csv: another process is writing it; wait for its end")

@@ -35,6 +35,7 @@ class Interrupted(PackhorseError):
 
 
 AGAIN = "then start the same command again"
+LATER = "start the same command again later"
 ELSEWHERE = (
     "choose another directory with platform.runs=DIR, platform.cache=DIR or data.root=DIR, "
     "whichever it lies in"
@@ -43,60 +44,77 @@ MEMORY_FULL = (
     "this machine's memory is full: end what else uses it, "
     f"or lower data.workers or train.batch_size, {AGAIN}"
 )
-REMEDIES = {
-    errno.ENOSPC: f"no space is left: free some, or {ELSEWHERE}",
-    errno.EDQUOT: f"the disk quota is used up: free some, or {ELSEWHERE}",
-    errno.EACCES: f"permission denied: let this user use it, run as one who may, or {ELSEWHERE}",
-    errno.EPERM: f"not permitted: run as a user who may use it, or {ELSEWHERE}",
-    errno.EROFS: f"the file system is read-only: {ELSEWHERE}",
-    errno.EEXIST: f"a file is where this directory must be made: move it away, or {ELSEWHERE}",
-    errno.ENOTDIR: (
-        f"a file is where a directory must be made for it: move it away, or {ELSEWHERE}"
+# Every error that a file operation can end with, by what is to be done. Names, since a system may
+# lack some of them. What the standard gives to bugs alone (EFAULT) is no one's to mend, and isn't
+# here.
+_REMEDIES = {
+    "ENOSPC": f"no space is left: free some, or {ELSEWHERE}",
+    "EDQUOT": f"the disk quota is used up: free some, or {ELSEWHERE}",
+    "EFBIG": (
+        f"the file is larger than its file system or ulimit -f allows: allow more, or {ELSEWHERE}"
     ),
-    errno.ENAMETOOLONG: "the name is too long: give a shorter one",
-    errno.EIO: (
+    "EMLINK": f"its directory can hold no more: remove some of it, or {ELSEWHERE}",
+    "EACCES": f"permission denied: let this user use it, run as one who may, or {ELSEWHERE}",
+    "EPERM": f"not permitted: run as a user who may use it, or {ELSEWHERE}",
+    "EROFS": f"the file system is read-only: {ELSEWHERE}",
+    "EEXIST": f"a file is where this directory must be made: move it away, or {ELSEWHERE}",
+    "ENOTDIR": f"a file is where a directory must be made for it: move it away, or {ELSEWHERE}",
+    "EISDIR": f"a directory is where this file must be: move it away, {AGAIN}",
+    "ENOTEMPTY": f"a directory is in its place, and isn't empty: move it away, {AGAIN}",
+    "ENAMETOOLONG": "the name is too long: give a shorter one",
+    "EILSEQ EINVAL": (
+        "its file system doesn't take this name or this operation (a Windows disk allows no "
+        f'":" in names, say): rename it, or {ELSEWHERE}'
+    ),
+    "EOVERFLOW": f"its file system gives numbers that this system can't hold: {ELSEWHERE}",
+    "ELOOP": f"its symbolic links lead in a circle: mend them, {AGAIN}",
+    "EXDEV": f"its directory lies on two file systems: {ELSEWHERE}",
+    "EBUSY ETXTBSY": f"something else uses it: end that, {AGAIN}",
+    "EIO": (
         "the disk, or the network to it, fails (input/output error): "
         f"mend that (dmesg may say more), {AGAIN}"
     ),
-    errno.ESTALE: (
-        f"the network's file system has lost it (stale file handle): mount it anew, {AGAIN}"
+    "EREMOTEIO ENODATA EHWPOISON ENOMEDIUM EMEDIUMTYPE": (
+        f"the disk fails: mend that (dmesg may say more), {AGAIN}"
     ),
-    errno.ENOENT: f"it is not there, or not any more: bring it back, {AGAIN}",
-    errno.EMFILE: f"this process has too many files open: allow more with ulimit -n 65536, {AGAIN}",
-    errno.ENFILE: f"this machine has too many files open: end what holds them, {AGAIN}",
-    errno.ENOMEM: (
+    "EUCLEAN EBADMSG": (
+        f"its file system is damaged: have it checked (fsck, zpool scrub, btrfs scrub), {AGAIN}"
+    ),
+    "ENOKEY EKEYEXPIRED EKEYREVOKED EKEYREJECTED": (
+        f"it is encrypted, and its key isn't loaded or has expired: unlock it, {AGAIN}"
+    ),
+    "ESTALE": f"the network's file system has lost it (stale file handle): mount it anew, {AGAIN}",
+    "ENOENT": f"it is not there, or not any more: bring it back, {AGAIN}",
+    "EMFILE": f"this process has too many files open: allow more with ulimit -n 65536, {AGAIN}",
+    "ENFILE": f"this machine has too many files open: end what holds them, {AGAIN}",
+    "ENOMEM ENOBUFS": (
         f"no memory is left for it: end what else uses it, or lower data.workers, {AGAIN}"
     ),
+    "EINTR EAGAIN EDEADLK": f"its file system was too busy to do it: {LATER}",
+    "ENOSYS EOPNOTSUPP ENOTSUP ENOLCK ENOTTY ESPIPE": (
+        f"its file system can't do what a run needs: {ELSEWHERE}"
+    ),
 }
+
+
+def _numbers(names: str) -> frozenset[int]:
+    """Return the numbers of those of the errors that this system has."""
+    return frozenset(getattr(errno, name) for name in names.split() if hasattr(errno, name))
+
+
+REMEDIES = {number: text for names, text in _REMEDIES.items() for number in _numbers(names)}
 # What a network's file system, or one in user space, says when its server is gone. Sockets say the
 # same, but name no file.
-LOST = frozenset(
-    {
-        errno.ETIMEDOUT,
-        errno.ENOTCONN,
-        errno.ECONNABORTED,
-        errno.ECONNREFUSED,
-        errno.ECONNRESET,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.ENETDOWN,
-        errno.ENETUNREACH,
-        errno.ENODEV,
-        errno.ENXIO,
-    }
+LOST = _numbers(
+    "ETIMEDOUT ETIME ENOTCONN ECONNABORTED ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH "
+    "ENETDOWN ENETUNREACH ENETRESET ENODEV ENXIO ESHUTDOWN EPIPE ENOLINK ECOMM EPROTO "
+    "EREMCHG EREMOTE EALREADY EINPROGRESS ECANCELED"
 )
+# Said of sockets, pipes and processes too, where no file is named.
+_OF_OTHERS = LOST | _numbers("EAGAIN EINTR EINVAL ENOTTY ESPIPE ENOSYS")
 
 # What one call may meet and the next one not.
-TRANSIENT = frozenset(
-    {
-        errno.EIO,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        errno.ENOMEM,
-        errno.EMFILE,
-        errno.ENFILE,
-    }
-)
+TRANSIENT = _numbers("EIO ESTALE ETIMEDOUT ENOMEM EMFILE ENFILE EINTR EAGAIN EBUSY")
 
 
 def install_command(extra: str) -> str:
@@ -128,10 +146,13 @@ def machine_fault(error: OSError) -> str | None:
 
     None where `error` is no such fault.
     """
-    remedy = REMEDIES.get(error.errno or 0)
-    if remedy is None and error.errno in LOST and error.filename:
+    number = error.errno or 0
+    if number in _OF_OTHERS and not error.filename:
+        return None
+    remedy = REMEDIES.get(number)
+    if remedy is None and number in LOST:
         reason = (error.strerror or "").lower()
         remedy = f"its file system does not answer ({reason}): mend that, {AGAIN}"
     if remedy is None:
         return None
-    return f"{error.filename or 'the run directory'}: {remedy}"
+    return f"{error.filename or 'a file of this run'}: {remedy}"

@@ -3,23 +3,31 @@
 They are written under a temporary name, flushed to the disk, and renamed.
 """
 
+import errno
 import fcntl
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import IO, Any, TypeVar
 
+from trainer.common import owner
 from trainer.common.console import log
-from trainer.common.errors import AGAIN, MEMORY_FULL, Unreadable, machine_fault
+from trainer.common.errors import AGAIN, MEMORY_FULL, TRANSIENT, Unreadable, machine_fault
 
 T = TypeVar("T")
 
+OWNER = "-owner"  # behind a lock's name: the file that tells whose it is
 TEMPORARY = ".writing-"  # begins the name of whatever is not complete yet
 # Seconds before another try to read what could not be read: a network's file system often recovers.
 PAUSES = (0.1, 0.3, 1.0)
+# What a file system answers that has no such operation: flock, or fsync of a directory.
+UNSUPPORTED = frozenset(
+    {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY}
+)
 
 
 def write(path: Path, data: bytes | str) -> None:
@@ -27,18 +35,37 @@ def write(path: Path, data: bytes | str) -> None:
 
     Raise OSError with `path` as its file name; what was there stays.
     """
-    if isinstance(data, str):
-        data = data.encode(errors="backslashreplace")
+    content = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     temporary = path.with_name(TEMPORARY + path.name)
-    try:
-        flush(temporary, data)
+
+    def replace() -> None:
+        flush(temporary, content)
         temporary.replace(path)
         flush_directory(path.parent)
+
+    try:
+        persistently(replace)
     except OSError as error:
         error.filename = str(path)
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def persistently(work: Callable[[], T]) -> T:
+    """Return what `work` returns, which may be done twice.
+
+    Where it fails with what the next try may not meet, it is tried again after each of PAUSES.
+    """
+    for pause in PAUSES:
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+        time.sleep(pause)
+    return work()
 
 
 def patiently(path: str | Path, read: Callable[[], T]) -> T:
@@ -65,10 +92,17 @@ def _reason(path: str | Path, error: OSError | MemoryError) -> str:
     return machine_fault(error) or reason
 
 
-def sweep(directory: Path) -> None:
-    """Remove what killed writers left in `directory`, which no other process may be writing to."""
-    for path in directory.glob(f"{TEMPORARY}*"):
-        remove(path)
+def sweep(directory: Path, prefix: str = TEMPORARY) -> None:
+    """Remove what killed writers left in `directory`. No other process may write there.
+
+    prefix: begins the names of what is removed: those of one writer, where there are others. What
+    can't be removed stays, and is said.
+    """
+    for path in directory.glob(f"{prefix}*"):
+        try:
+            remove(path)
+        except OSError as error:
+            log.warning("%s: what a killed run left can't be removed (%s)", path, error.strerror)
 
 
 def remove(path: Path) -> None:
@@ -83,28 +117,62 @@ def remove(path: Path) -> None:
 def locked(
     directory: Path, waiting: Callable[[], None] | None = None, name: str = ".lock"
 ) -> Iterator[bool]:
-    """Hold a lock of `directory` while the context lasts; the kernel frees that of a dead process.
+    """Hold a lock of `directory` while the context lasts. That of a dead process is free.
 
     Give whether this process has it: always, where it waits for another one to leave it.
 
-    waiting: called again and again meanwhile; it may raise, to give up. None: don't wait.
+    The kernel has it; where it can't, or can for one machine alone, the `owner` has.
+
+    waiting: called again and again meanwhile; it may raise, to give up. None: don't wait, but for
+    as long as it takes to tell whether an owner on another machine lives.
     """
-    with (directory / name).open("w") as lock:
-        mine = _try_lock(lock)
-        if not mine and waiting is not None:
-            log.info("%s: waiting for another process that is writing there", directory)
-            while not mine:
-                waiting()
+    claim = owner.Claim(directory / f"{name}{OWNER}")
+    alone = not owner.kernel_knows(directory)
+    with persistently(partial((directory / name).open, "w")) as file:
+
+        def take() -> bool:
+            held = persistently(partial(try_lock, file))
+            if held is None or (held and alone):
+                return persistently(claim.take)
+            return held
+
+        try:
+            mine = take()
+            if not mine and waiting is not None:
+                log.info("%s: waiting for another process that is writing there", directory)
+            elif claim.undecided:
+                log.info(
+                    "%s: seeing whether its owner%s lives, for up to %.0f s",
+                    directory,
+                    owner_of(directory, name),
+                    owner.DEAD_AFTER,
+                )
+            while not mine and (waiting is not None or claim.undecided):
+                if waiting is not None:
+                    waiting()
                 time.sleep(0.1)
-                mine = _try_lock(lock)
-        yield mine
+                mine = take()
+            yield mine
+        finally:
+            claim.release()
 
 
-def _try_lock(file: TextIO) -> bool:
+def owner_of(directory: Path, name: str = ".lock") -> str:
+    """Return who has the lock, in words, where a file tells: " (process 7 on box)"."""
+    return owner.named(directory / f"{name}{OWNER}")
+
+
+def try_lock(file: IO[Any]) -> bool | None:
+    """Return whether the kernel's lock is this process's; None where it has none there."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno in UNSUPPORTED:
+            return None
+        error.filename = file.name
+        raise
     return True
 
 
@@ -113,7 +181,16 @@ def flush(path: Path, *parts: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.writelines(parts)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
+
+
+def sync(handle: int) -> None:
+    """Bring what was written to the disk itself, where the file system can."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def write_at(
@@ -130,16 +207,22 @@ def write_at(
             written = os.pwrite(handle, rest, offset)
             rest, offset = rest[written:], offset + written
         if flush:
-            os.fsync(handle)
+            sync(handle)
     except OSError as error:
         error.filename = str(path)
         raise
 
 
 def flush_directory(path: Path) -> None:
-    """Make the names in a directory durable: only then is a rename safe on disk (fsync(2))."""
-    handle = os.open(path, os.O_RDONLY)
+    """Make the names in a directory durable: only then is a rename safe on disk (fsync(2)).
+
+    Where the file system can: some don't open directories, or don't flush them.
+    """
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):
+        return
+    try:
+        sync(handle)
     finally:
         os.close(handle)

@@ -8,6 +8,7 @@ import shutil
 import stat
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -125,6 +126,7 @@ def _unpack(archive: Path, target: Path, check: Callable[[], None]) -> dict[str,
     packed = archive.stat().st_size
     room = shutil.disk_usage(target).free - SPARE
     sizes: dict[str, int] = {}
+    spelled: dict[str, str] = {}
     total = 0
     try:
         with (
@@ -138,6 +140,7 @@ def _unpack(archive: Path, target: Path, check: Callable[[], None]) -> dict[str,
                 _check_size(archive, total, MAX_RATIO * packed + ALLOWED, room)
                 if any(map(is_system, parts)) or not parts:
                     continue
+                _check_spelling(target, parts, spelled)
                 path = target.joinpath(*parts)
                 if member.open is None:
                     path.mkdir(parents=True, exist_ok=True)
@@ -176,6 +179,33 @@ def _safe_parts(archive: Path, name: str) -> tuple[str, ...]:
         raise UserError(f"{name!r} would be unpacked outside of its folder; pack it anew")
     # As this machine's file system takes them: in some locales that is ASCII, and bytes.
     return tuple(os.fsdecode(part.encode(errors="surrogateescape")) for part in path.parts)
+
+
+def _check_spelling(target: Path, parts: tuple[str, ...], spelled: dict[str, str]) -> None:
+    """Raise UserError where the file system takes two names of the archive for one.
+
+    Two classes, `Cat` and `cat`, would be one without a word (macOS, Windows, some network drives).
+    spelled: the names until now, by themselves and folded.
+    """
+    for depth in range(1, len(parts) + 1):
+        name = "/".join(parts[:depth])
+        if name in spelled:
+            continue
+        first = spelled.setdefault(f"/{_folded(name)}", name)
+        if first != name and _is_there(target / name):
+            raise UserError(
+                f"{first} and {name} are one to this file system, in {target.parent}; rename one "
+                "and pack it anew, or give platform.cache=DIR on a disk that tells them apart"
+            )
+        spelled[name] = name
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.lexists(path)
 
 
 def _check_size(archive: Path, total: int, allowed: int, room: int) -> None:

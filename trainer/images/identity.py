@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +237,12 @@ def note(path: Path, chosen: Iterable[Sample]) -> None:
     """Write down which pictures a data set holds, to name those that change later."""
     lines = journal.lines(chosen)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_bytes() != lines:
+    if path.is_dir():
+        files.remove(path)
+    before = None
+    with suppress(OSError):  # what can't be read is written anew
+        before = path.read_bytes()
+    if before != lines:
         files.write(path, lines)
 
 

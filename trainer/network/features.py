@@ -242,7 +242,7 @@ class _Blocks:
         self._saved = time.monotonic()
         if not self._pending:
             return
-        os.fsync(self._data.fileno())
+        files.sync(self._data.fileno())
         self._checksums.update(self._pending)
         values: Iterable[tuple[int, int]] = self._pending
         if not self._whole:

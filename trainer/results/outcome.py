@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.common.console import log
-from trainer.common.errors import UserError
+from trainer.common.errors import AGAIN, UserError
 from trainer.common.git import revision
 from trainer.images import folder
 from trainer.images.names import suffix_of
@@ -22,6 +22,7 @@ from trainer.results import calibrate, package, quantize, report
 from trainer.results.calibrate import Quality
 from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
+from trainer.training import complete
 from trainer.training.loop import predict
 from trainer.training.metrics import classification
 from trainer.training.recipe import Recipe
@@ -247,7 +248,13 @@ def build_package(run: Training, tested: Tested) -> None:
         chosen = quantize.choose(valid.paths, valid.labels, pixels)
         contents = replace(contents, int8=chosen, max_drop=config.package.max_drop)
     target = run.run.package
-    package.build(run.network, contents, target, archive=target.suffix == ".gz")
+    archive = target.suffix == ".gz"
+    try:
+        package.build(run.network, contents, target, archive=archive, temporary=run.run.temporary)
+    except package.SelfTestFailed as error:
+        raise UserError(
+            f"{target}: {error}; what was trained is saved: mend that, {AGAIN}"
+        ) from error
 
 
 def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) -> None:
@@ -296,6 +303,7 @@ def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "identity": run.facts["identity"],
         "weights_file": run.run.loaded_weights(),
+        "files": complete.promise(run.run),
     }
 
 

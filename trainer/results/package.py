@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -35,7 +34,7 @@ from safetensors import torch as safetensors
 from torch import nn
 
 from trainer.common import files
-from trainer.common.errors import UserError
+from trainer.common.errors import OK, UserError
 from trainer.common.model_package import FORMAT, MANIFEST, TENSORS
 from trainer.common.serving_code import FOR_AVIF, FOR_HEIC, REQUIREMENTS, SERVING_CODE
 from trainer.images.decode import ImageError, Preprocessing, prepare
@@ -47,7 +46,6 @@ from trainer.results.calibrate import Calibration
 
 MEANS = "distance.safetensors"  # the classes' mean features, for PyTorch; ONNX holds them too
 PROJECT = Path(__file__).resolve().parents[2]
-TO_ALL = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)  # which come to whole groups of processes
 
 # What travels as code/, and where it lies here.
 CODE = {
@@ -96,9 +94,10 @@ class Contents:
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
     suffixes: frozenset[str] = frozenset()  # that the trained pictures' names end in
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)  # of float32's logits
+    created: datetime | None = None  # None: now
 
 
-class SelfTestFailed(RuntimeError):
+class SelfTestFailed(UserError):
     """Serving could not load the package. The message says why, in one line."""
 
 
@@ -108,15 +107,15 @@ def build(
     target: Path,
     *,
     archive: bool = True,
-    created: datetime | None = None,
+    temporary: str = files.TEMPORARY,
 ) -> None:
     """Write `target`: an archive (model.tar.gz), or with archive=False a directory.
 
     The directory may exist already, as SageMaker's does. network: takes pixels uint8
-    [N, size, size, 3] and gives logits [N, classes]; it stays as it is. created: now, if not given;
-    equal inputs give equal bytes. The package is there checked and whole, or not at all. Raise
-    UserError for images or a network that it can't hold, OSError (a full disk, say), and
-    SelfTestFailed.
+    [N, size, size, 3] and gives logits [N, classes]; it stays as it is. temporary: begins the name
+    of what isn't complete yet. Equal inputs give equal bytes. The package is there checked and
+    whole, or not at all. Raise UserError for images or a network that it can't hold, OSError (a
+    full disk, say), and SelfTestFailed.
     """
     place = target
     if archive:
@@ -125,11 +124,11 @@ def build(
     try:
         # Below `place`, since a rename stays within a file system, and SageMaker's model directory
         # may be one of its own.
-        with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=place) as scratch:
+        with tempfile.TemporaryDirectory(prefix=temporary, dir=place) as scratch:
             staged = Path(scratch) / "package"
             trained = copy.deepcopy(network).cpu().float().eval()
             contents = _write_contents(trained, contents, staged)
-            _write_manifest(contents, created or datetime.now(UTC), staged)
+            _write_manifest(contents, staged)
             _self_test(staged)
             if archive:
                 _archive(staged, Path(scratch) / target.name)
@@ -196,7 +195,8 @@ def _requirements(suffixes: frozenset[str]) -> str:
     return "".join(f"{requirement}\n" for requirement in needed.values())
 
 
-def _write_manifest(contents: Contents, created: datetime, package: Path) -> None:
+def _write_manifest(contents: Contents, package: Path) -> None:
+    created = contents.created or datetime.now(UTC)
     tolerance = contents.tolerance
     if contents.int8:
         tolerance = INT8_TOLERANCE
@@ -336,23 +336,26 @@ def _self_test(package: Path) -> None:
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     # -P: a folder named `serving` in the user's current directory must not be taken for ours.
     command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
+    environment = os.environ | {"PYTHONPATH": path}
+    environment.pop("HYDRA_FULL_ERROR", None)  # it says in one line what is wrong
     # In a session of its own: what a terminal sends to all of its processes (Ctrl-C, SIGHUP) is for
     # the run itself, which saves or goes on. Until the child has made that session it may be hit
-    # too: then another one is started.
+    # too: then another one is started, and also where a disk failed once.
     for _ in range(2):
         result = subprocess.run(
             command,
-            env=os.environ | {"PYTHONPATH": path},
+            env=environment,
             capture_output=True,
             text=True,
             errors="replace",
             start_new_session=True,
         )
-        if -result.returncode not in TO_ALL:
-            break
-    if result.returncode != 0:
-        said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise SelfTestFailed(f"the model package failed its self-test: {said[-1]}")
+        if result.returncode == OK:
+            return
+    said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+    raise SelfTestFailed(
+        f"the model package failed its self-test: {said[-1].removeprefix('error: ')}"
+    )
 
 
 def _archive(package: Path, archive: Path) -> None:
@@ -372,7 +375,7 @@ def _archive(package: Path, archive: Path) -> None:
                 with path.open("rb") as source:
                     tar.addfile(entry, source)
         file.flush()
-        os.fsync(file.fileno())
+        files.sync(file.fileno())
 
 
 def _move(package: Path, target: Path) -> None:

@@ -44,6 +44,7 @@ from trainer.sweep import page
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Grid, Ledger, Trial, best_first
 from trainer.sweep.pictures import Pictures, are_swept
 from trainer.training import recipe
+from trainer.training.run import read_result
 
 PROJECT = Path(__file__).parents[2]
 SOURCE = ("trainer", "serving", "conf")  # what a run is made by
@@ -492,7 +493,7 @@ class Driver:
 
         It is one already unless it was batched with others.
         """
-        if (self.place(trial) / "result.json").exists():
+        if read_result(self.place(trial)):
             return
         log.info(
             "trial %d is the best: it is trained once more, alone, for its model package "
@@ -558,9 +559,8 @@ class Driver:
             log.info("  ".join(aligned) + f"  {note}".rstrip())
         where = self.place(ranked[0])
         log.info("\n%-15s %s, trial %d", "best", where, ranked[0].number)
-        result = where / "result.json"
-        if result.exists():
-            tested = json.loads(result.read_text())
+        tested = read_result(where)
+        if tested:
             log.info(
                 "%-15s %.1f %% (%d pictures)",
                 f"{tested['split']} accuracy",

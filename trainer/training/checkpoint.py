@@ -130,11 +130,10 @@ def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = Non
 
     Hashing and writing leave the interpreter free for other threads. Where the same is there
     already, it is left alone; anything else of that name, another run's checkpoint say, is
-    replaced. Raises OSError (a full disk, say) and then leaves nothing behind.
+    replaced. What fails once, as a network's disk may, is tried again. Raises OSError (a full disk,
+    say) and then leaves nothing behind.
     """
     target = root / name
-    temporary = root / f"{files.TEMPORARY}{name}"
-    replaced = root / f"{files.TEMPORARY}replaced-{name}"
     parts: dict[str, tuple[bytes | memoryview, ...]] = {}
     for names, part in ((STATE, contents), (BEST, best)):
         if part is not None:
@@ -143,11 +142,21 @@ def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = Non
     if _holds(target, listed):
         return target
     manifest = json.dumps({"format": FORMAT, "files": listed}, indent=1).encode()
-    root.mkdir(parents=True, exist_ok=True)
+    parts["manifest.json"] = (manifest,)
+    files.persistently(lambda: _replace(target, parts))
+    return target
+
+
+def _replace(target: Path, parts: dict[str, tuple[bytes | memoryview, ...]]) -> None:
+    """Write the files of a checkpoint, in the place of what has its name."""
+    root = target.parent
+    temporary = root / f"{files.TEMPORARY}{target.name}"
+    replaced = root / f"{files.TEMPORARY}replaced-{target.name}"
     try:
+        root.mkdir(parents=True, exist_ok=True)
         files.remove(temporary)
         temporary.mkdir()
-        for file, data in (parts | {"manifest.json": (manifest,)}).items():
+        for file, data in parts.items():
             files.flush(temporary / file, *data)
         files.flush_directory(temporary)
         if os.path.lexists(target):
@@ -162,7 +171,6 @@ def write(root: Path, name: str, contents: Snapshot, best: Snapshot | None = Non
         for left in (temporary, replaced):
             with suppress(OSError):
                 files.remove(left)
-    return target
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -181,8 +189,19 @@ def verify(path: Path) -> None:
 
 
 def steps(root: Path) -> list[Path]:
-    """Return the resumable checkpoints below root, oldest first."""
-    return sorted(root.glob("step-*"))
+    """Return the resumable checkpoints below root, oldest first.
+
+    Raise Unreadable: a directory that can't be listed isn't empty (Path.glob takes one without
+    permission for that).
+    """
+
+    def read() -> list[Path]:
+        try:
+            return list(root.iterdir())
+        except FileNotFoundError:
+            return []
+
+    return sorted(path for path in files.patiently(root, read) if path.name.startswith("step-"))
 
 
 def step_name(step: int, evaluated: bool) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from trainer.common import files
 from trainer.common.console import log
+from trainer.common.errors import Unreadable, UserError
 from trainer.images.folder import ImageFolder
 from trainer.network import weight_folder
 from trainer.settings import config as settings
@@ -87,11 +88,12 @@ def settled(run: Run, images: ImageFolder) -> tuple[Run, Recipe | None]:
 
     recipe: Recipe | None = None
     if run.world.is_main_process:
-        recipe = _written(run.checkpoints / FILE) or _decided(run, images)
+        recipe = _written(run.checkpoints / FILE) or _kept(run) or _decided(run, images)
     run.world.barrier(run.stop)
     recipe = run.world.broadcast_from_main(lambda: recipe)
     assert recipe is not None
-    return replace(run, config=applied(run.config, recipe.settings)), recipe
+    config = applied(run.config, recipe.settings)
+    return replace(run, config=config, recipe=dataclasses.asdict(recipe)), recipe
 
 
 def _decided(run: Run, images: ImageFolder) -> Recipe:
@@ -100,8 +102,32 @@ def _decided(run: Run, images: ImageFolder) -> Recipe:
     from trainer.training.decision import Decision
 
     recipe = Decision(run, images).recipe()
-    text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
-    files.write(run.checkpoints / FILE, text)
+    _write(run.checkpoints / FILE, recipe)
+    return recipe
+
+
+def _write(path: Path, recipe: Recipe) -> None:
+    if path.is_dir():
+        files.remove(path)
+    files.write(path, json.dumps(dataclasses.asdict(recipe), indent=1) + "\n")
+
+
+def _kept(run: Run) -> Recipe | None:
+    """Return what the newest checkpoint was trained by, where the file of it was lost."""
+    if not any(run.checkpoints.glob("step-*")):
+        return None
+    # imported here: as above.
+    from trainer.training import checkpoint
+
+    try:
+        newest = checkpoint.newest(run.checkpoints)
+    except UserError:  # the run says so when it resumes
+        return None
+    if newest is None or newest[1]["facts"].get("recipe") is None:
+        return None
+    recipe = _parsed(newest[1]["facts"]["recipe"])
+    _write(run.checkpoints / FILE, recipe)
+    log.info("model=%s: as it was decided before, by %s", AUTO, newest[0])
     return recipe
 
 
@@ -175,18 +201,32 @@ def applied(config: Config, values: dict[str, Any]) -> Config:
 
 def _written(path: Path) -> Recipe | None:
     """Return what was decided when the run began."""
+
+    def read() -> bytes | None:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except IsADirectoryError:
+            return b""
+
     try:
-        values = json.loads(path.read_text())
-        assert values["format"] == FORMAT
-        candidates = [Candidate(**each) for each in values.pop("candidates")]
-        recipe = Recipe(candidates=candidates, **values)
-    except FileNotFoundError:
-        return None
-    except (AssertionError, ValueError, TypeError, KeyError):
-        log.warning("%s can't be read; it is decided again", path)
+        text = files.patiently(path, read)
+        if text is None:
+            return None
+        recipe = _parsed(json.loads(text))
+    except (Unreadable, AssertionError, ValueError, TypeError, KeyError):
+        log.warning("%s can't be read; what it said is taken from a checkpoint or measured", path)
         return None
     log.info("model=%s: as it was decided before, by %s", AUTO, path)
     return recipe
+
+
+def _parsed(values: dict[str, Any]) -> Recipe:
+    """Return a recipe of its JSON. Raise AssertionError, TypeError, KeyError for anything else."""
+    assert values["format"] == FORMAT
+    candidates = [Candidate(**each) for each in values["candidates"]]
+    return Recipe(**(values | {"candidates": candidates}))
 
 
 def table(candidates: Sequence[Candidate]) -> list[str]:

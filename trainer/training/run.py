@@ -4,10 +4,11 @@ It holds the settings, the log, and the result that says that the run is complet
 """
 
 import dataclasses
+import hashlib
 import json
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +41,7 @@ from trainer.settings.config import Config, identity, run_name
 if TYPE_CHECKING:
     from trainer.network.build import Classifier
 
+RESULT = "result.json"
 FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
 
 
@@ -58,6 +60,7 @@ class Run:
     trial: bool = False  # of a decision: its metrics are nobody else's business
     # SHA-256 of the file of model.weights, before the network was built from it.
     weights_digest: str | None = None
+    recipe: dict[str, Any] | None = None  # what model=auto stood for
 
     def resolved(self, images: ImageFolder) -> "Run":
         """Return the run with a value for each setting that isn't given, written to config.yaml."""
@@ -85,6 +88,12 @@ class Run:
 
             facts |= build.identity(network)
         return facts
+
+    @property
+    def temporary(self) -> str:
+        """Return what begins the names of what this run is writing beside that of other runs."""
+        place = hashlib.sha256(str(self.directory.resolve()).encode(errors="surrogateescape"))
+        return f"{files.TEMPORARY}{place.hexdigest()[:12]}-"
 
     @property
     def weights_file(self) -> str | None:
@@ -185,10 +194,8 @@ class Run:
         note(self.checkpoints / INDEX, samples(images))
 
     def result(self) -> dict[str, Any] | None:
-        """Return what the complete run wrote last, or None."""
-        path = self.directory / "result.json"
-        result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-        return result
+        """Return what the complete run wrote last, or None. Raise Unreadable."""
+        return read_result(self.directory)
 
     def write_settings(self) -> None:
         """Write config.yaml."""
@@ -197,7 +204,7 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, with which the run is complete."""
-        files.write(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
+        files.write(self.directory / RESULT, json.dumps(_signed(result), indent=1) + "\n")
 
     def next_steps(self) -> list[str]:
         """Return commands that a person may want after it; in a job none.
@@ -249,6 +256,40 @@ class Run:
             log.info("next:\n%s", "\n".join(f"  {command}" for command in steps))
 
 
+def read_result(directory: Path) -> dict[str, Any] | None:
+    """Return what a complete run wrote last into its directory; None where it isn't complete.
+
+    What isn't as it was written counts as none. Raise Unreadable.
+    """
+    path = directory / RESULT
+
+    def read() -> bytes | None:
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+
+    data = files.patiently(path, read)
+    if data is None:
+        return None
+    try:
+        result = json.loads(data)
+        digest = result.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        digest, result = None, {}
+    if digest != _signed(result)["sha256"]:
+        log.warning("%s is damaged: the run goes on from its newest checkpoint", path)
+        return None
+    assert isinstance(result, dict)
+    return result
+
+
+def _signed(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result with its own digest, by which damage to it is noticed."""
+    digest = hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    return result | {"sha256": digest}
+
+
 @contextmanager
 def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     """Open the run of these settings.
@@ -266,15 +307,19 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
         return
     for needed in (directory, checkpoints, package.parent):
         needed.mkdir(parents=True, exist_ok=True)
-    with files.locked(directory) as ours:
-        if not ours:
-            raise UserError(
-                f"{directory}: another process trains in this run; wait for it, or give this one "
-                "another name=..."
-            )
-        for written in (directory, checkpoints, package.parent, package):
-            if written.is_dir():
-                files.sweep(written)
+    with ExitStack() as held:
+        for place in (directory, checkpoints):
+            # A directory of checkpoints elsewhere may be another run's too.
+            if not held.enter_context(files.locked(place)):
+                raise UserError(
+                    f"{place}: another process trains in this run"
+                    f"{files.owner_of(place)}; wait for it, or give this one another name=..."
+                )
+        files.sweep(directory)
+        files.sweep(checkpoints)
+        # Other runs may package into the same folder, now.
+        for written in (package.parent, package):
+            files.sweep(written, run.temporary)
         with also_to_file(directory / "log.txt"):
             log.info("run %s in %s", name, directory)
             run.write_settings()

@@ -159,6 +159,7 @@ class Training:
             "identity": run.identity(of_images(loader.folder), network),
             "classes": list(loader.folder.classes),
             "environment": machine.environment(),
+            "recipe": run.recipe,
         }
         self.progress = Progress()
         # Of each image of valid, float32 [N]: the probe's loss, which training must better.

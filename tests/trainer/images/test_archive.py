@@ -232,3 +232,20 @@ def test_unpacking_may_be_given_up_and_leaves_nothing(tmp_path):
     with pytest.raises(Interrupted):
         unpacked(path, tmp_path / "cache", check)
     assert [each.name for each in (tmp_path / "cache/archives").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_names_that_differ_in_case_alone_are_two_classes_or_one_line(tmp_path, monkeypatch, pack):
+    names = ("train/Cat/1.jpg", "train/Cat/2.jpg", "train/cat/3.jpg", "train/cat/4.jpg")
+    path = pack(tmp_path / "a", {name: name.encode() for name in names})
+    found = unpacked(path, tmp_path / "cache", nothing)
+    assert len(list(found.rglob("*.jpg"))) == 4
+
+    def is_there(path):
+        """As on a file system that folds case."""
+        return path.name.casefold() in (each.name.casefold() for each in path.parent.iterdir())
+
+    monkeypatch.setattr(archive, "_is_there", is_there)
+    with pytest.raises(UserError, match=r"train/Cat and train/cat are one to this file system"):
+        unpacked(path, tmp_path / "other", nothing)
+    assert [each.name for each in (tmp_path / "other/archives").iterdir()] == [".lock"]

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.conftest import PROJECT
 from tests.packages import SIZE, make_calibrated, make_contents, make_network
-from trainer.common.errors import UserError
+from trainer.common.errors import MISTAKE, UserError
 from trainer.network.distance import WithDistance
 from trainer.results import package
 
@@ -31,9 +31,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     don't change it.
     """
     root = tmp_path_factory.mktemp("package")
-    package.build(
-        make_network(), make_contents(root / "pictures"), root / "model.tar.gz", created=CREATED
-    )
+    contents = replace(make_contents(root / "pictures"), created=CREATED)
+    package.build(make_network(), contents, root / "model.tar.gz")
     with tarfile.open(root / "model.tar.gz") as tar:
         tar.extractall(root / "unpacked", filter="data")
     return root
@@ -207,12 +206,8 @@ def test_the_callers_network_stays_as_it_is(tmp_path):
 
 
 def test_equal_inputs_give_equal_bytes(built, tmp_path):
-    package.build(
-        make_network(),
-        make_contents(tmp_path / "pictures"),
-        tmp_path / "other-name.tar.gz",
-        created=CREATED,
-    )
+    contents = replace(make_contents(tmp_path / "pictures"), created=CREATED)
+    package.build(make_network(), contents, tmp_path / "other-name.tar.gz")
     assert (tmp_path / "other-name.tar.gz").read_bytes() == (built / "model.tar.gz").read_bytes()
 
 
@@ -281,7 +276,7 @@ class Unlike(nn.Module):
         (Unexportable(), UserError, "PyTorch can't export this network as ONNX"),
         (
             Unlike(),
-            RuntimeError,
+            package.SelfTestFailed,
             "golden/[0-2].[a-z]+: its logits are off by 1 from the recorded ones",
         ),
     ],
@@ -351,8 +346,9 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, smal
     assert not list(small_disk.rglob(".writing-*"))
 
 
-def test_a_self_test_that_a_terminal_ended_is_made_again(built, monkeypatch):
-    real, hit = subprocess.run, [-signal.SIGHUP]
+@pytest.mark.parametrize("code", [-signal.SIGHUP, MISTAKE])
+def test_a_self_test_that_a_terminal_or_a_disk_ended_is_made_again(built, monkeypatch, code):
+    real, hit = subprocess.run, [code]
 
     def run(*arguments, **options):
         result = real(*arguments, **options)
@@ -361,6 +357,6 @@ def test_a_self_test_that_a_terminal_ended_is_made_again(built, monkeypatch):
 
     monkeypatch.setattr(package.subprocess, "run", run)
     package._self_test(built / "unpacked")
-    hit[:] = [1]
+    hit[:] = [1, 1]
     with pytest.raises(package.SelfTestFailed, match="exit code 1"):
         package._self_test(built / "unpacked")

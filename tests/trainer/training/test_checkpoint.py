@@ -11,6 +11,8 @@ import torch
 
 from tests.conftest import PROJECT, run_module
 from tests.soak import difference
+from tests.trainer.common.test_files import failing
+from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.training import checkpoint
 
@@ -193,8 +195,41 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(tmp_path, monkey
     assert "step-00000001: an old checkpoint that can't be deleted" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EINTR", "EMFILE"])
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
+def test_what_fails_once_is_saved_all_the_same(tmp_path, monkeypatch, call, name):
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    where = os if call == "fsync" else Path
+    number = getattr(errno, name)
+    monkeypatch.setattr(where, call, failing(number, 2, getattr(where, call)))
+    path = checkpoint.save(tmp_path, "step-00000001", state())
+    assert difference(checkpoint.load(path), state()) is None
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_for_good_names_the_checkpoint_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    checkpoint.save(tmp_path, "step-00000001", state(1))
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match="step-00000002") as raised:
+        checkpoint.save(tmp_path, "step-00000002", state(2))
+    assert raised.value.filename == str(tmp_path / "step-00000002")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.newest(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_checkpoints_that_can_not_be_listed_are_not_missing(tmp_path, monkeypatch, number):
+    path = checkpoint.save(tmp_path, "step-00000001", state())
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    monkeypatch.setattr(os, "listdir", failing(number, 2, os.listdir))
+    assert checkpoint.steps(tmp_path) == [path]
+    monkeypatch.setattr(os, "listdir", failing(number))
+    with pytest.raises(UserError, match=r"again|let this user"):
+        checkpoint.newest(tmp_path)
 
 
 def test_prune_keeps_the_newest(tmp_path):

@@ -3,8 +3,11 @@ run's.
 """
 
 import errno
+import fcntl
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
@@ -21,6 +24,7 @@ from trainer import __main__ as trainer
 from trainer.common import files
 from trainer.common.errors import OK, UserError
 from trainer.distributed.world import World
+from trainer.images import identity
 from trainer.results import early, outcome
 from trainer.sweep import batch
 from trainer.training import checkpoint
@@ -151,6 +155,36 @@ def test_a_file_that_cannot_be_read_costs_no_bit(tmp_path, train, monkeypatch):
     ill = next(iter(checkpoint.steps(tmp_path / ROOT)[-1].glob("tensors*"))).relative_to(tmp_path)
     fail_to_read(monkeypatch, lambda path: path == ill)
     assert difference(whole, train(tmp_path)) is None
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, Path.unlink, put_a_directory_there])
+def test_what_lies_beside_the_checkpoints_is_written_anew(tmp_path, train, harm):
+    whole = train(tmp_path, "train.epochs=1")
+    forget_the_end(tmp_path)
+    noted = (tmp_path / ROOT / identity.INDEX).read_bytes()
+    harm(tmp_path / ROOT / identity.INDEX)
+    assert difference(whole, train(tmp_path, "train.epochs=1")) is None
+    assert (tmp_path / ROOT / identity.INDEX).read_bytes() == noted
+
+
+def test_a_file_system_without_locks_and_flushes_of_directories_costs_no_bit(
+    tmp_path, train, monkeypatch
+):
+    whole = train(tmp_path / "whole", "train.epochs=1")
+    fsync = os.fsync
+
+    def of_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    def none(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert difference(whole, train(tmp_path / "there", "train.epochs=1")) is None
+    assert not list(tmp_path.rglob("*-owner"))
 
 
 def fail_to_read(monkeypatch, which: Callable[[Path], bool]) -> None:

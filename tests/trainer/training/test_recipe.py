@@ -202,8 +202,10 @@ def test_a_folder_and_weights_are_all_that_it_needs(tmp_path, pictures, weights_
     rows = (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[0])["epoch"] == 0, "the probe comes first"
     assert (tmp_path / "runs/run/model.tar.gz").exists()
+    (tmp_path / "runs/run/checkpoints/recipe.json").unlink()  # each checkpoint holds it too
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir))
     assert code == OK and "this run is complete" in output, output
+    assert written(tmp_path) == recipe and "recipe: " not in output
 
 
 def test_flips_are_left_out_of_pictures_that_mirrored_are_of_another_class(tmp_path, weights_dir):
