@@ -2,8 +2,10 @@
 
 import sys
 import time
+from functools import partial
 
 from launch.cloud.session import Aws
+from launch.patience import Patience
 from launch.targets import base, overdue
 from launch.targets.attempt import Attempt, Phase, State
 from trainer.common import streams
@@ -15,15 +17,22 @@ def follow(
 ) -> State:
     """Print the log until the attempt has ended; return how. Raise AwsError.
 
-    every: seconds between two looks. end_overdue: ends a machine that runs past its limit.
-    while_read: ends too when nobody reads what is printed.
+    An outage of AWS, or of the way there, is waited out. every: seconds between two looks.
+    end_overdue: ends a machine that runs past its limit. while_read: ends too when nobody reads
+    what is printed.
     """
     kind = base.of(attempt)
     read = kind.log_reader(aws, attempt)
+    patience = Patience(aws, every, runs_on(attempt))
     told = ""
-    while True:
+
+    def look() -> tuple[State, list[str]]:
         state = kind.observe(aws, attempt)  # before the log, which is then read to its end
-        for line in read():
+        return state, read()
+
+    while True:
+        state, lines = patience.ask(look)
+        for line in lines:
             print(line, flush=True)
         if state.phase not in (Phase.RUNNING, Phase.ABSENT):
             return state
@@ -31,8 +40,14 @@ def follow(
             return state
         if end_overdue and kind.past_limit(attempt, state):
             log.warning("OVERDUE: %s: it is ended", overdue.line(attempt, state))
-            kind.stop_running(aws, attempt, state, at_once=True)
+            patience.ask(partial(kind.stop_running, aws, attempt, state, at_once=True))
         if state.detail != told:
             told = state.detail
             log.info("[%s: %s]", attempt.job, told)
         time.sleep(every)
+
+
+def runs_on(attempt: Attempt) -> str:
+    """Return what goes on at AWS while it can't be asked."""
+    machine = attempt.id or attempt.job
+    return f"{attempt.run} goes on without us on {machine}, for {attempt.hours:.3g} h at most"

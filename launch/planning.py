@@ -2,18 +2,22 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from launch import ceiling
+from launch.ceiling import Ceiling
 from launch.cloud import account_stack, s3, source
-from launch.cloud.prices import FALLBACK, Price, price
+from launch.cloud.prices import FALLBACK, Price, asked, price
 from launch.cloud.request import Request, check
 from launch.cloud.session import Aws
 from launch.targets import attempt as notes
-from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.attempt import TAKEN, Attempt, Phase, State
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.instance_types import processes
 from launch.targets.spec import (
@@ -24,6 +28,7 @@ from launch.targets.spec import (
     run_id,
     weights_folder,
     weights_name,
+    words_of,
 )
 from trainer.common.errors import UserError
 from trainer.common.git import revision
@@ -40,11 +45,24 @@ class Plan:
     requests: list[Request]  # in order; empty where there is nothing to send
     before: Attempt | None = None  # the newest attempt that there was
     state: State | None = None  # how it is
+    # What an hour of each kind of machine costs, where AWS was asked.
+    prices: Mapping[str, Price] = field(default_factory=dict)
+    ceiling: Ceiling | None = None  # None: nothing is sent, or its price is not known
+    others: tuple[Spec, ...] = ()  # what is asked for where AWS hasn't this, in order
+    wished: Spec | None = None  # what they all stand for, where AWS is asked for one of several
 
     @cached_property
     def attempt(self) -> Attempt:
         """This attempt, to be noted before it is sent."""
-        spec = self.spec
+        spec, now = self.spec, notes.now().isoformat()
+        asked, after = now, None
+        if self.before is not None:
+            if self.before.refused is not None and self.before.asked is not None:
+                asked = self.before.asked
+            if self.before.number == spec.attempt:
+                after = self.before.after
+            elif self.state is not None and self.state.ended is not None and self.state.is_sure:
+                after = self.state.ended.isoformat()
         return Attempt(
             run=spec.run,
             number=spec.attempt,
@@ -52,18 +70,34 @@ class Plan:
             instance_type=spec.target.instance_type,
             instances=spec.instances,
             spot=spec.spot,
-            hours=spec.target.hours,
+            hours=spec.hours,
             job=spec.job_name,
             price=self.price,
             requests=self.requests,
             identity=spec.identity,
-            noted=notes.now().isoformat(),
+            noted=now,
+            per_hour=ceiling.hourly(spec, self.price),
+            ceiling=self.ceiling.dollars if self.ceiling else None,
+            asked=asked,
+            after=after,
+            words=words_of(self.asked_for),
         )
 
     @property
     def price(self) -> Price:
-        """Return what an hour of the target's machine costs."""
-        return price(self.spec.target.instance_type, self.spec.region)
+        """Return what an hour of the target's machine costs, of the dearest it may be."""
+        return dearest(self.spec, self.prices)
+
+    @property
+    def asked_for(self) -> Spec:
+        """What the next attempt is planned from: all that may be asked for."""
+        return self.wished or self.spec
+
+    @property
+    def next_offer(self) -> "Plan":
+        """The same plan for the next of the others."""
+        spec, *others = self.others
+        return replace(self, spec=spec, requests=built(spec), others=tuple(others))
 
     @property
     def trials(self) -> tuple[int, int]:
@@ -115,11 +149,11 @@ def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = Fals
     stack = aws is not None and has_bucket(aws)
     before = notes.latest(aws, spec.run) if aws is not None and stack else None
     if aws is None or before is None:
-        spec = dataclasses.replace(spec, attempt=1)
-        return Plan(spec, tarball, stack, requests(aws, spec))
+        first = Plan(replace(spec, attempt=1), tarball, stack, [])
+        return priced(aws, first)
     check_same(before, spec)
     state = spec.kind.observe(aws, before)
-    spec = dataclasses.replace(spec, attempt=before.number)
+    spec = replace(spec, attempt=before.number)
 
     def send(spec: Spec, requests: list[Request]) -> Plan:
         return Plan(spec, tarball, stack, requests, before, state)
@@ -132,10 +166,12 @@ def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = Fals
     # It was noted, and refused, never sent, or not yet seen by AWS: the very same is safe to send
     # again, and while it may be on its way nothing else is.
     never_seen = state.phase is Phase.ABSENT and not s3.exists(aws, before.key_of("stop"))
-    if never_seen and (before.may_be_on_its_way or requests(aws, spec) == before.requests):
+    if never_seen and before.may_be_on_its_way:
         return send(spec, before.requests)
-    spec = dataclasses.replace(spec, attempt=before.number + 1)
-    return send(spec, requests(aws, spec))
+    # What AWS made nothing of keeps its number: no machine has it.
+    if never_seen and before.refused not in (None, TAKEN):
+        return priced(aws, send(spec, []))
+    return priced(aws, send(replace(spec, attempt=before.number + 1), []))
 
 
 def has_bucket(aws: Aws) -> bool:
@@ -144,12 +180,62 @@ def has_bucket(aws: Aws) -> bool:
     return aws.find("s3", "HeadBucket", absent, Bucket=aws.bucket) is not None
 
 
-def requests(aws: Aws | None, spec: Spec) -> list[Request]:
-    """Return what is sent for a spec, in order, checked. Raise UserError, AwsError."""
-    built = spec.kind.requests(spec.kind.looked_up(aws, spec))
-    for request in built:
+def priced(aws: Aws | None, plan: Plan) -> Plan:
+    """Return a plan for new requests: what is asked for, in order, each below the ceiling.
+
+    Raise UserError where the ceiling leaves too little for any, AwsError.
+    """
+    before, waited = plan.before, 0.0
+    if before is not None and before.refused is not None and before.asked is not None:
+        waited = notes.seconds_between(datetime.fromisoformat(before.asked), notes.now())
+    spec = plan.spec.kind.looked_up(aws, plan.spec)
+    plan = replace(plan, wished=spec)
+    offers = spec.kind.offers(aws, spec, waited)
+    names = dict.fromkeys(name for offer in offers for name in offer.instance_types)
+    prices = {name: asked(aws, name) if aws else price(name, spec.region) for name in names}
+    plan = replace(plan, prices=prices)
+    cost = dearest(offers[0], prices)
+    trials, _ = spec.kind.trials(spec.kind.requests(offers[0])[0])
+    dollars = ceiling.of_run(offers[0], cost, trials)
+    if dollars is None or cost.on_demand is None or not spec.kind.trains:
+        return replace(plan, spec=offers[0], requests=built(offers[0]), others=tuple(offers[1:]))
+    spent = ceiling.spent(aws, spec.run) if aws is not None and before is not None else 0.0
+    limit = Ceiling(dollars, spent)
+    allowed = []
+    refused: list[UserError] = []
+    for offer in offers:
+        cost = dearest(offer, prices)
+        if cost.on_demand is None:
+            continue  # no ceiling could be held at a price that nobody knows
+        try:
+            allowed.append(ceiling.limited(offer, cost, limit, trials))
+        except UserError as error:
+            refused.append(error)
+    if not allowed:
+        raise refused[0]
+    return replace(
+        plan,
+        spec=allowed[0],
+        requests=built(allowed[0]),
+        others=tuple(allowed[1:]),
+        ceiling=limit,
+    )
+
+
+def dearest(spec: Spec, prices: Mapping[str, Price]) -> Price:
+    """Return the price of the dearest machine that a job may get; one without a price is."""
+    known = [
+        prices[name] if name in prices else price(name, spec.region) for name in spec.instance_types
+    ]
+    return max(known, key=lambda each: inf if each.on_demand is None else each.on_demand)
+
+
+def built(spec: Spec) -> list[Request]:
+    """Return what is sent for a spec, in order, checked. Raise UserError."""
+    made = spec.kind.requests(spec)
+    for request in made:
         check(request)
-    return built
+    return made
 
 
 def check_same(before: Attempt, spec: Spec) -> None:
@@ -180,10 +266,12 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
             f"{given} is on this machine alone: put it into the folder of pictures, "
             f"and give {instead}"
         )
-    if plan.price.on_demand is None:
+    resent = plan.before is not None and plan.requests == plan.before.requests
+    if plan.price.on_demand is None and plan.requests and not resent:
         lines.append(
-            f"the price of {spec.target.instance_type} is not in the table, so no costs are "
-            "shown: look it up at AWS"
+            f"the price of {plan.price.instance_type}: neither AWS's Price List nor the table "
+            "has it, so no ceiling can be held: take another target.instance_type, "
+            "or start python -m launch prices --refresh with the right to pricing:GetProducts"
         )
     if aws is None:
         return lines
@@ -229,7 +317,7 @@ def machines_of(plan: Plan) -> list[str]:
     """Return what is rented, and how it is used."""
     spec, (trials, parallel) = plan.spec, plan.trials
     parts = [f"{spec.instances} x {spec.target.instance_type}"]
-    several = processes(spec.target.instance_type, spec.config, spec.instances)
+    several = processes(spec.instance_types[0], spec.config, spec.instances)
     if several > 1 and spec.kind.trains:
         parts.append(f"{several} processes")
     if trials > 1:
@@ -274,6 +362,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
             "weights": spec.uri("data", spec.weights) if spec.weights else None,
         },
         "requests": [dataclasses.asdict(request) for request in plan.requests],
+        "ceiling": None if plan.ceiling is None else dataclasses.asdict(plan.ceiling),
         "cost": cost(plan, spec.kind.spot_price(aws, spec) if aws else None),
         "may_touch": {
             spec.role(role): [

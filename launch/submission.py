@@ -6,38 +6,41 @@ Every step sees what an earlier, killed submit has done already, so the same com
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from launch.cloud import ownership, s3
 from launch.cloud.request import Request
-from launch.cloud.session import NO_CAPACITY, Aws, AwsError
-from launch.following import follow
+from launch.cloud.session import NO_CAPACITY, NOT_THIS_ONE, Aws, AwsError
+from launch.following import follow, runs_on
+from launch.patience import Patience
 from launch.planning import Plan, means, missing, next_attempt
 from launch.targets import attempt as notes
 from launch.targets import base
 from launch.targets.attempt import TAKEN, Attempt, Phase, State
 from launch.targets.base import Spec
-from launch.targets.spec import weights_folder, weights_name
+from launch.targets.spec import weights_name
 from trainer.common.console import log
 from trainer.common.errors import FAULT, OK, RESUME, UserError
 
 # AWS's ways to say that something of this name was made already. Ours follow from run and attempt,
 # so it is the very thing, if it is this project's.
 ALREADY = r"ResourceInUse|already exists|must be unique|duplicate"
+YOUNG_ROLE = "Could not assume role|Invalid IAM Instance Profile"
+IAM_TRIES, IAM_PAUSE = 10, 3.0  # seconds between two
 CAPACITY_PAUSE = 30  # times --every, between two requests for a machine that AWS does not have
 REPLACEMENTS = 3  # in a row for machines that were taken back, none of which got further
 
 
-def submit(aws: Aws, plan: Plan, data: Path | None = None) -> Attempt:
+def submit(aws: Aws, plan: Plan, data: Path | None = None, weights: Path | None = None) -> Attempt:
     """Make sure that the run is going, or was complete before; return its newest attempt.
 
-    data: the folder of pictures to upload. Raise UserError, AwsError.
+    data, weights: the folders to upload, of pictures and of weights; an attempt after the first
+    needs neither. Raise UserError, AwsError.
     """
     for line in missing(aws, plan, data):
-        if plan.price.on_demand is not None or "price" not in line:
-            raise UserError(f"missing: {line}")
-        log.warning(line)
+        raise UserError(f"missing: {line}")
     spec = plan.spec
     if not plan.requests:
         assert plan.before is not None and plan.state is not None
@@ -51,7 +54,6 @@ def submit(aws: Aws, plan: Plan, data: Path | None = None) -> Attempt:
         log.info("uploaded the code (%.1f MB) to %s", len(plan.source) / 1e6, spec.uri(key))
     if data is not None and spec.data is not None:
         s3.upload_folder(aws, data, f"data/{spec.data}/")
-    weights = weights_folder(spec.target, spec.overrides, data)
     if weights is not None and weights_name(weights) == spec.weights:
         s3.upload_folder(aws, weights, f"data/{spec.weights}/")
     return carry_out(aws, plan)
@@ -62,38 +64,97 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
 
     Raise UserError, AwsError.
     """
-    attempt, requests = plan.attempt, plan.requests
+    attempt = plan.attempt
     if plan.before is not None and plan.before.number == attempt.number:
-        attempt = plan.before
         if plan.state is not None and plan.state.phase is Phase.ABSENT:
-            attempt = _again(aws, attempt)
+            attempt = _again(aws, plan)
+        else:
+            attempt = plan.before
     elif not s3.claim(aws, attempt.key, attempt.dumps()):
         log.info("another submit of %s is under way; this one joins it", attempt.run)
         noted = notes.read(aws, attempt.key)
         assert noted is not None
-        attempt, requests = noted, noted.requests
-    try:
-        made = [_send(aws, request) for request in requests]
-    except AwsError as error:
-        if error.refused:
-            refused = dataclasses.replace(attempt, refused=error.code)
-            s3.write(aws, attempt.key, refused.dumps())
-        raise
+        attempt, plan = noted, dataclasses.replace(plan, requests=noted.requests, others=())
+    attempt, made = _send_first_offer(aws, plan, attempt)
     attempt = _confirm(aws, attempt, _id(made[-1]) or base.of(attempt).observe(aws, attempt).id)
     log.info("sent attempt %d at %s: %s", attempt.number, attempt.run, attempt.id or attempt.job)
+    if attempt.ceiling is not None:
+        log.info(
+            "the run costs $%.2f at most; this attempt ends after %.3g h",
+            attempt.ceiling,
+            attempt.hours,
+        )
     return attempt
 
 
-def _again(aws: Aws, attempt: Attempt) -> Attempt:
-    """Return an attempt that was noted before, to be sent as it was noted: AWS may have it."""
-    log.info(
-        "attempt %d at %s was noted before: it is sent as it was noted", attempt.number, attempt.run
-    )
-    if attempt.refused is None:
-        return attempt
-    attempt = dataclasses.replace(attempt, refused=None, noted=notes.now().isoformat())
-    s3.write(aws, attempt.key, attempt.dumps())
-    return attempt
+def _send_first_offer(
+    aws: Aws, plan: Plan, attempt: Attempt
+) -> tuple[Attempt, list[dict[str, Any]]]:
+    """Send a plan's requests, or those of the first of its others that AWS has a machine for.
+
+    Return the attempt as it was noted, and AWS's answers. Each is noted before it is sent. Raise
+    AwsError: where AWS has none, for a lack that may pass rather than one that doesn't.
+    """
+    lacking: AwsError | None = None
+    while True:
+        try:
+            return attempt, [_send(aws, request) for request in plan.requests]
+        except AwsError as error:
+            if not error.refused:
+                raise
+            attempt = dataclasses.replace(attempt, refused=error.code)
+            s3.write(aws, attempt.key, attempt.dumps())
+            if not re.fullmatch(NOT_THIS_ONE, error.code):
+                raise
+            if lacking is None or re.fullmatch(NO_CAPACITY, error.code):
+                lacking = error
+            why = error.message or error.code
+            before, plan = plan.spec, _without_same_quota(plan, error)
+            if not plan.others:
+                raise lacking from None
+        plan = plan.next_offer
+        log.info("no %s (%s); asking for %s", _offer(before), why, _offer(plan.spec))
+        attempt = dataclasses.replace(plan.attempt, asked=attempt.asked)
+        s3.write(aws, attempt.key, attempt.dumps())
+
+
+def _without_same_quota(plan: Plan, error: AwsError) -> Plan:
+    """Return a plan without others that the same quota refuses: it is of all zones together."""
+    if re.fullmatch(f"{NO_CAPACITY}|Unsupported", error.code):
+        return plan
+    kind, spot = plan.spec.target.instance_type, plan.spec.spot
+    others = [
+        each for each in plan.others if (each.target.instance_type, each.spot) != (kind, spot)
+    ]
+    return dataclasses.replace(plan, others=tuple(others))
+
+
+def _offer(spec: Spec) -> str:
+    """Return a kind of machine in words."""
+    words = [spec.target.instance_type]
+    if spec.spot:
+        words.append("spot")
+    if spec.zone:
+        words.append(f"in {spec.zone}")
+    return " ".join(words)
+
+
+def _again(aws: Aws, plan: Plan) -> Attempt:
+    """Return what is noted for an attempt that was noted before, and never came to be.
+
+    AWS may have it, unless it has refused it: then it may be sent otherwise.
+    """
+    before = plan.before
+    assert before is not None
+    if before.refused is None:
+        log.info(
+            "attempt %d at %s was noted before: it is sent as it was noted",
+            before.number,
+            before.run,
+        )
+        return before
+    s3.write(aws, plan.attempt.key, plan.attempt.dumps())
+    return plan.attempt
 
 
 def _confirm(aws: Aws, attempt: Attempt, id: str | None) -> Attempt:
@@ -110,13 +171,30 @@ def _confirm(aws: Aws, attempt: Attempt, id: str | None) -> Attempt:
 def _send(aws: Aws, request: Request) -> dict[str, Any]:
     """Return AWS's answer, empty where an earlier submit was first."""
     try:
-        return aws.send(request)
+        return _send_once_iam_knows(aws, request)
     except AwsError as error:
         if not re.search(ALREADY, f"{error.code}: {error.message}"):
             raise
         _check_owner(aws, request)
         log.info("%s: found what an earlier submit has made", request.operation)
         return {}
+
+
+def _send_once_iam_knows(aws: Aws, request: Request) -> dict[str, Any]:
+    """Send a request, again for a while where the role in it is too young to be seen.
+
+    IAM is eventually consistent: a role that `up` has just made is there some seconds later.
+    """
+    for left in reversed(range(IAM_TRIES)):
+        try:
+            return aws.send(request)
+        except AwsError as error:
+            if not left or not re.search(YOUNG_ROLE, error.message):
+                raise
+            if left == IAM_TRIES - 1:
+                log.info("%s; a role that was just made is not seen at once: asking again", error)
+            time.sleep(IAM_PAUSE)
+    raise AssertionError("the last try returns or raises")
 
 
 def _check_owner(aws: Aws, request: Request) -> None:
@@ -146,22 +224,27 @@ def wait(aws: Aws, attempt: Attempt, plan: Plan, every: float) -> int:
 
     Asks again for a machine that AWS took back, and ends one past its limit. plan: the first one.
     What is asked for again is the same: code, pictures, settings, image. every: seconds between
-    two looks. Raise UserError where machines are lost one after the other, and none of them gets
-    further.
+    two looks. An outage is waited out. Raise UserError where machines are lost one after the other,
+    and none of them gets further, or the ceiling is reached.
     """
-    spec = plan.spec.kind.pinned(plan.spec, attempt)
-    reached, in_vain = notes.newest_step(aws, attempt.run), 0
+    spec = plan.asked_for.kind.pinned(plan.asked_for, attempt)
+    patience = Patience(aws, every, runs_on(attempt))
+
+    def newest_step() -> int:
+        return patience.ask(lambda: notes.newest_step(aws, attempt.run))
+
+    reached, in_vain = newest_step(), 0
     while True:
         state = follow(aws, attempt, every, end_overdue=True)
         if state.phase is Phase.NO_CAPACITY:
             pause(f"attempt {attempt.number} found no machine free ({state.detail})", every)
         elif state.phase is Phase.LOST:
-            before, reached = reached, notes.newest_step(aws, attempt.run)
+            before, reached = reached, newest_step()
             in_vain = 0 if reached > before else in_vain + 1
             check_vain(attempt, state, in_vain)
         else:
             break
-        attempt = ask_until_free(aws, plan, spec, every)
+        attempt = ask_until_free(aws, lambda: next_attempt(aws, spec, plan.source), every)
     log.info(attempt.told(state))
     return {Phase.COMPLETE: OK, Phase.STOPPED: RESUME}.get(state.phase, FAULT)
 
@@ -182,15 +265,30 @@ def check_vain(attempt: Attempt, state: State, in_vain: int) -> None:
     )
 
 
-def ask_until_free(aws: Aws, plan: Plan, spec: Spec, every: float) -> Attempt:
-    """Send the next attempt, as often as AWS has no machine for it. Raise UserError, AwsError."""
+def ask_until_free(
+    aws: Aws, planned: Callable[[], Plan], every: float, *folders: Path | None
+) -> Attempt:
+    """Carry out what is planned, as often as AWS has no machine for it, and through outages.
+
+    planned: makes the plan, anew each time. folders: to upload, as `submit` takes them. Raise
+    UserError, AwsError.
+    """
+    patience = Patience(aws, every, "what was sent before goes on")
     while True:
         try:
-            return submit(aws, next_attempt(aws, spec, plan.source))
+            return patience.ask(lambda: submit(aws, planned(), *folders))
         except AwsError as error:
             if not re.fullmatch(NO_CAPACITY, error.code):
                 raise
             pause(str(error), every)
+
+
+def with_elsewhere(aws: Aws, spec: Spec, error: AwsError) -> AwsError:
+    """Return an error for a machine that AWS hasn't, with a line on what it may have where."""
+    line = spec.kind.elsewhere(aws, spec)
+    if not line or not re.fullmatch(NO_CAPACITY, error.code):
+        return error
+    return AwsError(f"{error}; {line}", error.code, error.message, error.refused)
 
 
 def pause(why: str, every: float) -> None:

@@ -27,6 +27,8 @@ PRICE_LIST_REGION = "us-east-1"  # where the Price List API answers for all regi
 PROVISIONED_GB_SECOND = 0.0000041667  # Lambda's provisioned concurrency, x86
 ALARM_MONTH = 0.10  # CloudWatch, one metric
 GP3_GB_MONTH = 0.08
+ML_GB_MONTH = 0.14  # SageMaker's disks for training (/sagemaker/pricing)
+S3_GB_MONTH = 0.023  # S3 Standard
 ADDRESS_HOUR = 0.005
 HOURS_A_MONTH = 730  # as AWS counts
 
@@ -105,6 +107,25 @@ def price(instance_type: str, region: str) -> Price:
         basis += f" ({region} is not in the table)"
     spot = None if rate.hour is None else rate.hour * float(table()["spot_share"])
     return Price(instance_type, rate.hour, spot, f"{basis}; {rate.source}")
+
+
+def asked(aws: "Aws", instance_type: str) -> Price:
+    """Return what AWS's Price List says now; where it doesn't, what `price` knows.
+
+    The Price List may be denied, or out of reach, and that stops no run.
+    """
+    known = price(instance_type, aws.region)
+    if aws.partition != "aws":  # where PRICE_LIST_REGION is none of its own
+        return known
+    try:
+        hour = _ask(aws, instance_type)
+    except UserError:
+        hour = None
+    if hour is None:
+        return known
+    spot = hour * float(table()["spot_share"])
+    basis = f"AWS Price List API for {aws.region}, {datetime.now(UTC).date()}"
+    return Price(instance_type, hour, spot, f"estimate by {basis}")
 
 
 def instance_types() -> list[str]:

@@ -26,7 +26,19 @@ ONCE = ("lambda", "sagemaker-runtime")
 
 DENIED = "AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403"
 NO_CAPACITY = (
-    "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|MaxSpotInstanceCountExceeded"
+    "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|InsufficientHostCapacity"
+    "|SpotMaxPriceTooLow"
+)
+# A machine of another kind, in another zone, or bought otherwise may be had all the same.
+NOT_THIS_ONE = (
+    f"{NO_CAPACITY}|Unsupported|VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded"
+    "|MaxSpotInstanceCountExceeded"
+)
+# Refusals that end by themselves, or when somebody signs in again.
+FOR_NOW = (
+    r"ExpiredToken(Exception)?|RequestExpired|TokenRefreshRequired|RequestTimeTooSkewed"
+    r"|Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException"
+    r"|SlowDown|RequestThrottled"
 )
 PERMISSION = (
     "ask who administers the account for it; "
@@ -96,6 +108,13 @@ class AwsError(UserError):
         super().__init__(line)
         self.code, self.message, self.refused = code, message, refused
 
+    @property
+    def passes(self) -> bool:
+        """Whether the same call may be answered later: after an outage, or a new sign-in."""
+        if self.code == exceptions.ParamValidationError.__name__:
+            return False
+        return not self.refused or re.fullmatch(FOR_NOW, self.code) is not None
+
 
 class Aws:
     """A project's account and region, through boto3."""
@@ -111,6 +130,11 @@ class Aws:
             return Session(region_name=self._given_region, botocore_session=core_session())
         except Exception as error:
             raise explained(error, "") from error
+
+    def renew(self) -> None:
+        """Forget the credentials that were read, so that those of a new sign-in are."""
+        self.__dict__.pop("_session", None)
+        self._clients.clear()
 
     @property
     def configured_region(self) -> str | None:
@@ -170,6 +194,11 @@ class Aws:
                 raise explained(error, service) from error
         return self._clients[key]
 
+    def prepare(self, services: Iterable[str]) -> None:
+        """Make the clients of services, which threads may share but not make. Raise AwsError."""
+        for service in services:
+            self.client(service)
+
     def call(
         self, service: str, operation: str, *, region: str | None = None, **parameters: Any
     ) -> dict[str, Any]:
@@ -177,6 +206,7 @@ class Aws:
         client = self.client(service, region)
         try:
             answer: dict[str, Any] = getattr(client, xform_name(operation))(**parameters)
+            _check_sender(answer)
             return answer
         except Exception as error:
             raise explained(error, f"{service}:{operation}") from error
@@ -213,9 +243,23 @@ class Aws:
         paginator = self.client(service).get_paginator(xform_name(operation))
         try:
             for page in paginator.paginate(**parameters):
+                _check_sender(page)
                 yield from page.get(key, [])
         except Exception as error:
             raise explained(error, f"{service}:{operation}") from error
+
+
+def _check_sender(answer: Mapping[str, Any]) -> None:
+    """Raise ResponseParserError where a page in HTML came in the place of AWS's answer.
+
+    A network that wants a sign-in first answers so, with status 200, and such a page may read as an
+    empty list, or as an object that is there. AWS names each request in a header or in the body.
+    """
+    metadata = answer["ResponseMetadata"]
+    headers = metadata.get("HTTPHeaders", {})
+    named = metadata.get("RequestId") or any(name.startswith("x-amz") for name in headers)
+    if "text/html" in headers.get("content-type", "") and not named:
+        raise ResponseParserError("it is a page in HTML")
 
 
 def explained(error: Exception, action: str) -> Exception:
@@ -269,5 +313,5 @@ def _refusal(error: exceptions.ClientError, action: str) -> AwsError:
             line += f"; {remedy}"
             break
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    refused = 400 <= status < 500 or re.fullmatch(NO_CAPACITY, code) is not None
+    refused = 400 <= status < 500 or re.fullmatch(NOT_THIS_ONE, code) is not None
     return AwsError(line, code, message, refused)

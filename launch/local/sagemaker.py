@@ -33,6 +33,7 @@ from typing import Any
 
 from launch.cloud import hyperparameters as codec
 from launch.local.container_entry import FAILURE_CHARACTERS
+from launch.targets.sagemaker import preferred_machine
 
 GRACE = 120  # seconds between SIGTERM and SIGKILL of a stopped job, as SageMaker's
 LINGER = 60  # seconds for the other hosts to notice that one has failed
@@ -76,7 +77,7 @@ class TrainingJob:
 
     @property
     def instances(self) -> int:
-        return int(self.definition["ResourceConfig"]["InstanceCount"])
+        return int(preferred_machine(self.definition)["InstanceCount"])
 
     @property
     def command(self) -> list[str]:
@@ -237,7 +238,7 @@ class LocalSageMaker:
         shutil.rmtree(tree, ignore_errors=True)
         for name in ("code", "input/config", "input/data", "model", "output/data", "home"):
             (tree / name).mkdir(parents=True)
-        kind = job.definition["ResourceConfig"]["InstanceType"]
+        kind = preferred_machine(job.definition)["InstanceType"]
         mode = {
             "TrainingInputMode": "File",
             "S3DistributionType": "FullyReplicated",

@@ -6,6 +6,7 @@ How an attempt is now, its target says (launch/targets/base.py).
 import dataclasses
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -33,6 +34,7 @@ class Phase(StrEnum):
     LOST = "reclaimed"  # AWS took a spot machine back
     NO_CAPACITY = "no capacity"  # AWS had no such machine after all: it never ran
     FAILED = "failed"
+    UNKNOWN = "not known"  # AWS was asked, and didn't say
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class State:
     machine_seconds: float = 0.0
     discounted: bool = False  # whether a spot discount is in machine_seconds already
     id: str | None = None
+    # Whether AWS or the machine itself said when it ended; else that is the last that was heard.
+    is_sure: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,12 @@ class Attempt:
     sent: str | None = None  # when, ISO 8601
     # AWS's code, where it answered that it makes nothing of it, or TAKEN.
     refused: str | None = None
+    per_hour: float | None = None  # dollars of one machine at most, with its disk and address
+    ceiling: float | None = None  # of the run, when this attempt was sent
+    asked: str | None = None  # since when AWS is asked for a machine for it, ISO 8601
+    # What it was planned from (launch.targets.spec.words_of), so that the next is planned alike.
+    words: dict[str, Any] = dataclasses.field(default_factory=dict)
+    after: str | None = None  # when the attempt before had ended, as far as known, ISO 8601
 
     @property
     def since(self) -> datetime:
@@ -143,7 +153,12 @@ def attempts(aws: Aws, run: str | None = None) -> list[Attempt]:
     """Return the attempts at a run in order, or at every run of the project. Raise AwsError."""
     noted = s3.listing(aws, f"runs/{run}/attempts/" if run else "runs/").values()
     pattern = r"runs/[^/]+/attempts/\d+\.request\.json"
-    entries = [read(aws, item.key) for item in noted if re.fullmatch(pattern, item.key)]
+    keys = [item.key for item in noted if re.fullmatch(pattern, item.key)]
+    if run is not None:
+        entries = [read(aws, key) for key in keys]
+    else:
+        with ThreadPoolExecutor(s3.WORKERS) as pool:
+            entries = list(pool.map(lambda key: read(aws, key), keys))
     return sorted(filter(None, entries), key=lambda attempt: (attempt.run, attempt.number))
 
 

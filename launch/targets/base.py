@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, bucket_name, partition
 from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.instance_types import names_in
 from launch.targets.rented import Rented
 from trainer.common.console import log
 from trainer.settings import config as settings
@@ -58,6 +59,10 @@ class Spec:
     attempt: int = 1
     extras: tuple[str, ...] = ()  # of pyproject.toml, that the run needs
     weights: str | None = None  # model.weights_dir is data/THIS/ in the bucket; None: there is none
+    # Hours of its jobs, all together, that its ceiling still allows; None: all that it asks for.
+    paid_hours: float | None = None
+    bid: float | None = None  # dollars an hour of a spot machine at most; None: as on demand
+    zone: str | None = None  # where its machines are asked for; None: where AWS likes
 
     @property
     def kind(self) -> "Target":
@@ -105,9 +110,26 @@ class Spec:
         return int(getattr(self.target, "instances", 1))
 
     @property
+    def instance_types(self) -> list[str]:
+        """The kinds of machines that a job may get, the preferred one first."""
+        return names_in(self.target.instance_type)
+
+    @property
     def spot(self) -> bool:
         """Whether it takes spare capacity: `spot` of its settings, where it has that."""
-        return bool(getattr(self.target, "spot", False))
+        return getattr(self.target, "spot", False) in (True, "true", "auto")
+
+    @property
+    def hours(self) -> float:
+        """The time limit of a job: the one that is set, or less where its ceiling says so."""
+        if self.paid_hours is None:
+            return self.target.hours
+        return min(self.target.hours, self.paid_hours)
+
+    @property
+    def max_dollars(self) -> float | None:
+        """The ceiling that is set: `max_dollars` of its settings, where it has that."""
+        return getattr(self.target, "max_dollars", None)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -199,6 +221,25 @@ class Target(ABC):
         """Return how many jobs a request may become, and how many of them at the same time."""
         return 1, 1
 
+    def offers(self, aws: Aws | None, spec: Spec, waited: float) -> list[Spec]:
+        """Return what is asked for, in order, each where AWS does not have the one before.
+
+        aws: None without credentials. waited: seconds since it was first asked for.
+        """
+        return [spec]
+
+    def elsewhere(self, aws: Aws, spec: Spec) -> str:
+        """Return a line on what AWS may have where, when it has none of the offers; or ""."""
+        return ""
+
+    def parts_per_hour(self, spec: Spec) -> float:
+        """Return dollars an hour of what comes with each machine: its disk, its address."""
+        return 0.0
+
+    def hour_at_most(self, aws: Aws, attempt: Attempt, state: State) -> float:
+        """Return dollars an hour that AWS has billed for one of its machines at most."""
+        return attempt.per_hour or 0.0
+
     def spot_price(self, aws: Aws, spec: Spec) -> float | None:
         """Return today's dollars an hour of one spot machine; None where AWS doesn't tell."""
         return None
@@ -249,6 +290,10 @@ class Target(ABC):
 
         Must not raise where there is no log yet.
         """
+
+    def last_words(self, aws: Aws, attempt: Attempt, state: State) -> str:
+        """Return what an attempt that left no log has said where only AWS could hear it; or ""."""
+        return ""
 
     @abstractmethod
     def results(self, aws: Aws, attempt: Attempt) -> str:

@@ -14,12 +14,14 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from math import ceil, inf
 from typing import Any
 
 from launch.cloud import s3
 from launch.cloud.ownership import instances
+from launch.cloud.prices import ADDRESS_HOUR, GP3_GB_MONTH, HOURS_A_MONTH, asked
 from launch.cloud.request import Request
-from launch.cloud.session import Aws
+from launch.cloud.session import DENIED, Aws, AwsError
 from launch.targets.attempt import (
     YOUNG,
     Attempt,
@@ -28,9 +30,11 @@ from launch.targets.attempt import (
     attempt_key,
     loads,
     now,
+    read,
     seconds_between,
 )
 from launch.targets.base import Spec, Target, TargetConfig, tag_list, tag_values
+from launch.targets.instance_types import check_trains, names_in
 from launch.targets.rented import Machines, Rented, rented
 from launch.targets.script import fill
 from trainer.common.console import log
@@ -41,6 +45,7 @@ USER_DATA_BYTES = 16384  # EC2's limit, before base64
 ROOT_DEVICE = "/dev/xvda"  # of Amazon Linux
 NO_IMAGE = "ami-00000000000000000"  # stands in a plan where AWS can't be asked
 UPLOAD_EVERY = 60  # seconds
+HEADROOM = 1.25  # of the highest price for spot over what EC2 asks when it is asked for
 # Seconds before the time limit, in which a run saves and uploads; a tenth of short limits.
 GRACE = 300
 PATIENCE = timedelta(minutes=10)  # past its time limit, in which a machine ends itself
@@ -50,13 +55,19 @@ RECLAIMED = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")
 NO_CAPACITY = "Server.InsufficientInstanceCapacity"
 BY_HAND = "Client.UserInitiatedShutdown"  # `stop --now`, the console, or any other call
 BY_ITSELF = "Client.InstanceInitiatedShutdown"
+FORGOTTEN = "ended without a word; EC2 no longer says why"
+NO_NOTE = "; without a note: it did not reach the bucket, or another machine has the run"
 
-SPOT_NOTICE = "spot notice"  # in user_data.sh's words
+SPOT_NOTICE, IDLE = "spot notice", "idle"  # in user_data.sh's words
 
 
 @dataclass
 class Ec2Config(TargetConfig):
-    spot: bool = setting()
+    spot: str = setting("false", "true", "auto")
+    spot_patience: float = setting(at_least=0, at_most=10080, only_if="target.spot=auto")
+    zones: str | None = setting()
+    max_dollars: float | None = setting(above=0, at_most=1000000)
+    idle_minutes: float = setting(at_least=0, at_most=10080)
     image: str | None = setting()
     ssm_parameter: str = setting()
     disk_gb: int = setting(at_least=75, at_most=16384)
@@ -88,20 +99,81 @@ class Ec2(Target):
     def requests(self, spec: Spec) -> list[Request]:
         return [run_instances(spec, user_data(spec))]
 
+    def check(self, target: Ec2Config) -> None:
+        for name in names_in(target.instance_type):
+            check_trains(name)
+
+    def offers(self, aws: Aws | None, spec: Spec, waited: float) -> list[Spec]:
+        """Return each kind of machine where AWS likes, then in each zone; spot before on demand.
+
+        An instance is asked for by RunInstances, once for each of them: each has a token of its
+        own, its refusal a reason, and nothing is left to be removed, as a fleet's template would
+        be (docs/decisions/2026-11-26-a-machine-that-comes.md).
+        """
+        target = _config(spec)
+        markets = [target.spot]
+        if target.spot == "auto":
+            markets = ["true"] if waited < 60 * target.spot_patience else ["true", "false"]
+        zones = zones_of(aws, spec)
+        offers = []
+        for market in markets:
+            for name in spec.instance_types:
+                chosen = dataclasses.replace(target, instance_type=name, spot=market)
+                offer = dataclasses.replace(spec, target=chosen)
+                prices = spot_prices(aws, name) if aws is not None and market == "true" else {}
+                for zone in _by_price(zones.get(name, []), prices):
+                    bid = highest_bid(prices, zone)
+                    offers.append(dataclasses.replace(offer, zone=zone, bid=bid))
+        if not offers:
+            places = f"no zone of {spec.region}"
+            if target.zones:
+                places = f"none of target.zones={target.zones} in {spec.region}"
+            raise UserError(
+                f"{places} has {target.instance_type}; "
+                "take another target.instance_type, or another target.region"
+            )
+        return offers
+
+    def elsewhere(self, aws: Aws, spec: Spec) -> str:
+        try:
+            zones = zones_of(aws, spec)
+            scores = spot_scores(aws, spec) if spec.spot else {}
+        except AwsError:
+            return ""
+        places = [f"{name} is made in {', '.join(filter(None, zones[name]))}" for name in zones]
+        if scores:
+            best = ", ".join(f"{zone} {score}/10" for zone, score in scores.items())
+            places.append(f"chances of spot: {best}")
+        now_at = asked(aws, spec.instance_types[0])
+        if spec.spot and now_at.on_demand is not None:
+            places.append(f"on demand (target.spot=false) it is ${now_at.on_demand:.3f} an hour")
+        return "; ".join([*places, "--wait waits for one"])
+
+    def parts_per_hour(self, spec: Spec) -> float:
+        return _config(spec).disk_gb * GP3_GB_MONTH / HOURS_A_MONTH + ADDRESS_HOUR
+
+    def hour_at_most(self, aws: Aws, attempt: Attempt, state: State) -> float:
+        """Return what it was at most by the zone's price history, below what was bid."""
+        hour = attempt.per_hour or 0.0
+        parameters = attempt.requests[0].parameters
+        options = parameters.get("InstanceMarketOptions", {}).get("SpotOptions", {})
+        zone = parameters.get("Placement", {}).get("AvailabilityZone")
+        if state.ended is None or zone is None or "MaxPrice" not in options:
+            return hour
+        prices = spot_prices(aws, attempt.instance_type, zone, (state.started, state.ended))
+        if not prices:
+            return hour
+        bid = float(options["MaxPrice"])
+        return hour - bid + min(bid, max(prices.values()))
+
     def spot_price(self, aws: Aws, spec: Spec) -> float | None:
         """Return the lowest of the region's zones."""
-        history = aws.call(
-            "ec2",
-            "DescribeSpotPriceHistory",
-            InstanceTypes=[spec.target.instance_type],
-            ProductDescriptions=["Linux/UNIX"],
-            StartTime=now(),
-            MaxResults=20,
-        )["SpotPriceHistory"]
-        return min((float(entry["SpotPrice"]) for entry in history), default=None)
+        return min(spot_prices(aws, spec.instance_types[0]).values(), default=None)
 
     def observe(self, aws: Aws, attempt: Attempt) -> State:
-        instance = _instance_of(aws, attempt)
+        if attempt.id is None:  # nobody heard EC2's answer, and a machine may have it all the same
+            attempt = dataclasses.replace(attempt, id=_claimed_by(aws, attempt))
+        instance = _owner_of(aws, attempt, _instance_of(aws, attempt))
         outcome = s3.read(aws, attempt.key_of("json"))
         if outcome is not None:
             return _ended_with_word(attempt, instance, json.loads(outcome[0]), outcome[1])
@@ -144,6 +216,14 @@ class Ec2(Target):
             return fresh.splitlines()
 
         return read
+
+    def last_words(self, aws: Aws, attempt: Attempt, state: State) -> str:
+        """Return what the machine has written to its console, where it left no other word."""
+        if state.id is None or not state.detail.endswith(NO_NOTE):
+            return ""
+        unseen = r"InvalidInstanceID\.NotFound"
+        answer = aws.find("ec2", "GetConsoleOutput", unseen, InstanceId=state.id, Latest=True)
+        return str((answer or {}).get("Output", ""))
 
     def results(self, aws: Aws, attempt: Attempt) -> str:
         return f"runs/{attempt.run}/output/"
@@ -202,6 +282,119 @@ class Ec2(Target):
 TARGETS = (Ec2("ec2"),)
 
 
+# --- what may be asked for ---
+
+
+def zones_of(aws: Aws | None, spec: Spec) -> dict[str, list[str | None]]:
+    """Return the zones in which each kind of machine is asked for, in order.
+
+    None is where AWS likes: the first, unless target.zones says where, and all there is where a
+    subnet is given, or AWS can't or may not be asked. Raise AwsError.
+    """
+    target = _config(spec)
+    names = spec.instance_types
+    if target.subnet is not None:
+        return {name: [None] for name in names}
+    given: list[str | None] = [*names_in(target.zones)] or [None]
+    if aws is None:
+        return {name: list(given) for name in names}
+    try:
+        listed = list(
+            aws.pages(
+                "ec2",
+                "DescribeInstanceTypeOfferings",
+                "InstanceTypeOfferings",
+                LocationType="availability-zone",
+                Filters=[{"Name": "instance-type", "Values": names}],
+            )
+        )
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return {name: list(given) for name in names}
+    made: dict[str, list[str | None]] = {}
+    for offering in sorted(listed, key=lambda each: str(each["Location"])):
+        made.setdefault(offering["InstanceType"], []).append(offering["Location"])
+    wanted = names_in(target.zones)
+    if wanted:
+        return {name: [zone for zone in wanted if zone in made.get(name, [])] for name in names}
+    return {name: [None, *made[name]] for name in names if name in made}
+
+
+def _by_price(zones: list[str | None], prices: dict[str, float]) -> list[str | None]:
+    """Return zones of one kind of machine, the cheapest for spot first, unless they were given.
+
+    Where AWS likes (None) may be where spot is dear, and is not asked for where prices are known.
+    """
+    if not prices or None not in zones:
+        return zones
+    named = [zone for zone in zones if zone is not None]
+    return [*sorted(named, key=lambda zone: prices.get(zone, inf))]
+
+
+def spot_prices(
+    aws: Aws,
+    instance_type: str,
+    zone: str | None = None,
+    between: tuple[datetime | None, datetime | None] = (None, None),
+) -> dict[str, float]:
+    """Return the highest dollars an hour of a spot machine by zone; {} where it may not be asked.
+
+    zone: None for all. between: a beginning and an end; None is now. Raise AwsError.
+    """
+    begin, end = (each or now() for each in between)
+    where = {"AvailabilityZone": zone} if zone else {}
+    try:
+        history = aws.pages(
+            "ec2",
+            "DescribeSpotPriceHistory",
+            "SpotPriceHistory",
+            InstanceTypes=[instance_type],
+            ProductDescriptions=["Linux/UNIX"],
+            StartTime=begin,
+            EndTime=end,
+            **where,
+        )
+        highest: dict[str, float] = {}
+        for entry in history:
+            name, price = entry["AvailabilityZone"], float(entry["SpotPrice"])
+            highest[name] = max(price, highest.get(name, 0.0))
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return {}
+    return highest
+
+
+def highest_bid(prices: dict[str, float], zone: str | None) -> float | None:
+    """Return what EC2 may bill for an hour of a spot machine at most, in dollars.
+
+    Some headroom above what it asks now; above that EC2 takes the machine back. None, the price on
+    demand, where the price is not known.
+    """
+    asked_now = prices.get(zone) if zone else max(prices.values(), default=None)
+    if asked_now is None:
+        return None
+    return ceil(asked_now * HEADROOM * 1e4) / 1e4
+
+
+def spot_scores(aws: Aws, spec: Spec) -> dict[str, int]:
+    """Return how likely a spot request comes through now, from 1 to 10, by zone. Raise AwsError."""
+    answer = aws.call(
+        "ec2",
+        "GetSpotPlacementScores",
+        InstanceTypes=spec.instance_types,
+        TargetCapacity=spec.instances,
+        SingleAvailabilityZone=True,
+        RegionNames=[aws.region],
+    )
+    scores = {
+        str(each.get("AvailabilityZoneId") or each["Region"]): int(each["Score"])
+        for each in answer["SpotPlacementScores"]
+    }
+    return dict(sorted(scores.items(), key=lambda item: -item[1])[:3])
+
+
 # --- the request ---
 
 
@@ -234,19 +427,21 @@ def run_instances(spec: Spec, user_data: str) -> Request:
         },
         "BlockDeviceMappings": [{"DeviceName": ROOT_DEVICE, "Ebs": root}],
     }
-    if target.spot:
+    if spec.spot:
         tagged.append("spot-instances-request")
     parameters["TagSpecifications"] = [{"ResourceType": each, "Tags": tags} for each in tagged]
     if target.subnet:
         parameters["SubnetId"] = target.subnet
-    if target.spot:
-        parameters["InstanceMarketOptions"] = {
-            "MarketType": "spot",
-            "SpotOptions": {
-                "SpotInstanceType": "one-time",
-                "InstanceInterruptionBehavior": "terminate",
-            },
+    if spec.zone:
+        parameters["Placement"] = {"AvailabilityZone": spec.zone}
+    if spec.spot:
+        options = {
+            "SpotInstanceType": "one-time",
+            "InstanceInterruptionBehavior": "terminate",
         }
+        if spec.bid is not None:
+            options["MaxPrice"] = f"{spec.bid:.4f}"
+        parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
     content = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
     parameters["ClientToken"] = f"{spec.run}-{spec.attempt}-{content[:8]}"
     return Request("ec2", "RunInstances", parameters)
@@ -257,7 +452,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
 
     upload_every: seconds. Raise UserError where it comes out longer than EC2 allows.
     """
-    limit = round(3600 * spec.target.hours)
+    limit = round(3600 * spec.hours)
     script = fill(
         "user_data.sh",
         run=spec.run,
@@ -273,6 +468,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         limit=limit,
         grace=min(GRACE, limit // 10),
         every=upload_every,
+        idle=round(60 * _config(spec).idle_minutes),
         processes=processes(spec.config),
         arguments=arguments(spec),
         revision=spec.revision or "",
@@ -334,6 +530,26 @@ def _instance_of(aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
     return next((each for group in groups for each in group["Instances"]), None)
 
 
+def _claimed_by(aws: Aws, attempt: Attempt) -> str | None:
+    """Return the id of the machine that has claimed an attempt, None where none has."""
+    claimed = s3.read(aws, attempt.key_of("machine"))
+    owner = claimed[0].decode(errors="replace").strip() if claimed else ""
+    return owner if owner.startswith("i-") else None
+
+
+def _owner_of(aws: Aws, attempt: Attempt, instance: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the machine that has the attempt, where the noted one has ended by itself.
+
+    Two submits at once may rent two machines; the one that is later ends itself.
+    """
+    if instance is None or _reason(instance) != BY_ITSELF:
+        return instance
+    owner = _claimed_by(aws, attempt)
+    if owner is None or owner == instance["InstanceId"]:
+        return instance
+    return _instance_of(aws, dataclasses.replace(attempt, id=owner))
+
+
 def _asked_to_stop(aws: Aws, attempt: Attempt) -> bool:
     return s3.exists(aws, attempt.key_of("stop"))
 
@@ -361,13 +577,29 @@ def _unlisted(aws: Aws, attempt: Attempt) -> State:
     log_entry = s3.read(aws, f"runs/{attempt.run}/log.txt")
     if log_entry is not None:
         ended = max(log_entry[1], started)  # it is written once a minute: the best guess
+    # The next attempt has written the log since. Whoever asked for it knew when this one had ended.
+    following = read(aws, attempt_key(attempt.run, attempt.number + 1, "request.json"))
+    if following is not None:
+        limit = started + timedelta(hours=attempt.hours) + PATIENCE
+        known = following.after or following.asked or following.noted
+        ended = min(datetime.fromisoformat(known), limit)
+        return State(
+            Phase.FAILED,
+            FORGOTTEN,
+            started,
+            ended,
+            seconds_between(started, ended),
+            id=attempt.id,
+            is_sure=following.after is not None,
+        )
     alive = ended or attempt.since
     if now() - alive < YOUNG:
         return attempt.unseen(alive)
-    phase, detail = Phase.FAILED, "ended without a word; EC2 no longer says why"
+    phase, detail = Phase.FAILED, FORGOTTEN
     if _asked_to_stop(aws, attempt):
         phase, detail = Phase.STOPPED, "asked to stop"
-    return State(phase, detail, started, ended, seconds_between(started, ended), id=attempt.id)
+    seconds = seconds_between(started, ended)
+    return State(phase, detail, started, ended, seconds, id=attempt.id, is_sure=False)
 
 
 def _ended_without_word(aws: Aws, attempt: Attempt, instance: dict[str, Any]) -> State:
@@ -384,7 +616,7 @@ def _ended_without_word(aws: Aws, attempt: Attempt, instance: dict[str, Any]) ->
     if _asked_to_stop(aws, attempt):
         phase = Phase.STOPPED
     elif reason == BY_ITSELF:
-        detail += "; without a note: it did not reach the bucket, or another machine has the run"
+        detail += NO_NOTE
     return State(phase, detail, started, ended, seconds, id=instance["InstanceId"])
 
 
@@ -404,6 +636,8 @@ def _phase_told(word: dict[str, Any], reason: str) -> Phase:
         return Phase.STOPPED
     if word["reason"] == SPOT_NOTICE:
         return Phase.LOST
+    if word["reason"] == IDLE:
+        return Phase.FAILED
     if word["code"] != RESUME and word["reason"] != "SIGTERM":
         return Phase.FAILED
     return Phase.LOST if reason in RECLAIMED else Phase.STOPPED

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from trainer.common.errors import UserError
 from trainer.settings.config import Config
 
 # GPUs of NVIDIA in the machines that have several: AWS's tables of instance types (2026-11).
@@ -18,9 +19,67 @@ _GPUS = {
 GPUS = {name: count for count, names in _GPUS.items() for name in names.split()}
 
 
+def names_in(text: str | None) -> list[str]:
+    """Return the names in a setting that holds one, or several with commas, also in [ ]."""
+    names = [name.strip() for name in (text or "").strip("[] ").split(",")]
+    return [name for name in names if name]
+
+
+def gpus(instance_type: str) -> int:
+    """Return how many processes train on a machine: one for each GPU, else one."""
+    return GPUS.get(instance_type.removeprefix("ml."), 1)
+
+
 def has_gpu(instance_type: str) -> bool:
     """Return whether machines of this type, with or without `ml.`, have GPUs of NVIDIA."""
     return re.match(r"(ml\.)?(p|g)\d", instance_type) is not None
+
+
+# Families whose GPUs are none of NVIDIA's, or older than CUDA 13 serves (compute capability 7.5),
+# and chips that are no GPUs: the container and AMI that we start do nothing with them.
+_USELESS = {
+    "g3": "its M60 is older than CUDA 13 serves",
+    "g3s": "its M60 is older than CUDA 13 serves",
+    "p2": "its K80 is older than CUDA 13 serves",
+    "p3": "its V100 is older than CUDA 13 serves",
+    "p3dn": "its V100 is older than CUDA 13 serves",
+    "g4ad": "its GPU is AMD's",
+} | dict.fromkeys(
+    ("trn1", "trn1n", "trn2", "inf1", "inf2", "dl1", "dl2q", "vt1", "f1", "f2"),
+    "its accelerator is no GPU",
+)
+
+# GB of the local disk, which SageMaker uses in the place of a volume of any size: AWS's tables.
+LOCAL_GB = {
+    "g4dn": {"xlarge": 125, "2xlarge": 225, "4xlarge": 225, "8xlarge": 900, "12xlarge": 900,
+             "16xlarge": 900},
+    "g5": {"xlarge": 250, "2xlarge": 450, "4xlarge": 600, "8xlarge": 900, "12xlarge": 3800,
+           "16xlarge": 1900, "24xlarge": 3800, "48xlarge": 7600},
+    "g6": {"xlarge": 250, "2xlarge": 450, "4xlarge": 600, "8xlarge": 900, "12xlarge": 3760,
+           "16xlarge": 1880, "24xlarge": 3760, "48xlarge": 7520},
+}  # fmt: skip
+
+
+def local_gb(instance_type: str) -> int | None:
+    """Return the GB of a machine's local disk; None: it has none, or that is not known."""
+    family, _, size = instance_type.removeprefix("ml.").partition(".")
+    return LOCAL_GB.get(family, {}).get(size)
+
+
+def check_trains(instance_type: str) -> None:
+    """Raise UserError for a machine that what we start there can't run on, or can't use.
+
+    AWS names processors of ARM by a g after the generation: g5g, m7g, c7gn.
+    """
+    family = instance_type.removeprefix("ml.").partition(".")[0]
+    why = _USELESS.get(family)
+    if re.match(r"[a-z]+\d+[a-z]*g[a-z]*$", family) or family == "a1":
+        why = "its processor is ARM, and what runs there is built for x86"
+    if why:
+        raise UserError(
+            f"target.instance_type={instance_type} can't train: {why}; "
+            "take one with a T4, A10G or L4, like g4dn.xlarge, g5.xlarge or g6.xlarge"
+        )
 
 
 def processes(instance_type: str, config: Config, instances: int = 1) -> int:
@@ -32,7 +91,7 @@ def processes(instance_type: str, config: Config, instances: int = 1) -> int:
         return config.train.processes
     if config.train.device == "cpu" and instances == 1:
         return 1
-    return instances * GPUS.get(instance_type.removeprefix("ml."), 1)
+    return instances * gpus(instance_type)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from launch.cloud import hyperparameters as codec
 from launch.cloud import ownership, source
 from launch.cloud.logs import TRAINING_GROUP, LogReader
 from launch.cloud.ownership import NOT_FOUND
+from launch.cloud.prices import HOURS_A_MONTH, ML_GB_MONTH
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
 from launch.targets.attempt import TAKEN, Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, Target, TargetConfig
-from launch.targets.instance_types import GPUS, has_gpu, processes
+from launch.targets.instance_types import check_trains, gpus, has_gpu, local_gb, names_in, processes
 from launch.targets.rented import Machines, Rented, rented
 from trainer.common.console import log
 from trainer.common.errors import UserError
@@ -145,6 +146,7 @@ class OnSageMaker(Target):
 class SageMakerConfig(TargetConfig):
     instances: int = setting(at_least=1, at_most=20)
     spot: bool = setting()
+    max_dollars: float | None = setting(above=0, at_most=1000000)
     wait_hours: float = setting(above=0, at_most=240)
     image: str | None = setting()
     disk_gb: int = setting(at_least=1, at_most=16384)
@@ -155,11 +157,32 @@ class SageMaker(OnSageMaker):
     """A training job."""
 
     config = SageMakerConfig
+    most_types: ClassVar[int] = 5  # kinds of machines in one request: SageMaker's limit
     role = "training"
     thing = "TrainingJob"
     page = "jobs"
 
     def check(self, target: SageMakerConfig) -> None:
+        names = names_in(target.instance_type)
+        if len(names) > self.most_types:
+            raise UserError(
+                f"target.instance_type={target.instance_type} names {len(names)} machines; "
+                f"allowed: {self.most_types} at most"
+            )
+        for name in names:
+            check_trains(name)
+            disk = local_gb(name)
+            if disk is not None and target.disk_gb > disk:
+                raise UserError(
+                    f"target.disk_gb={target.disk_gb}: {name} has a disk of its own of {disk} GB, "
+                    f"and SageMaker gives it no other; allowed: at most {disk}, or another machine"
+                )
+        if len({(gpus(name), has_gpu(name)) for name in names}) > 1:
+            raise UserError(
+                f"target.instance_type={target.instance_type}: these have different numbers of "
+                "GPUs, and so would train in different numbers of processes; name machines that "
+                "have the same"
+            )
         if target.spot and target.wait_hours < target.hours:
             raise UserError(
                 f"target.wait_hours={target.wait_hours:g} is less than target.hours="
@@ -169,6 +192,9 @@ class SageMaker(OnSageMaker):
 
     def requests(self, spec: Spec) -> list[Request]:
         return [training_job(spec)]
+
+    def parts_per_hour(self, spec: Spec) -> float:
+        return checked(spec).disk_gb * ML_GB_MONTH / HOURS_A_MONTH
 
     def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
         started, ended = described.get("TrainingStartTime"), described.get("TrainingEndTime")
@@ -200,10 +226,11 @@ class SageMaker(OnSageMaker):
             job = aws.find("sagemaker", "DescribeTrainingJob", NOT_FOUND, TrainingJobName=name)
             if job is None:
                 continue  # listed, and not yet described
+            taken = preferred_machine(job)
             machines = Machines(
-                job["ResourceConfig"]["InstanceType"],
+                taken["InstanceType"],
                 job.get("TrainingStartTime"),
-                job["ResourceConfig"]["InstanceCount"],
+                taken["InstanceCount"],
                 job.get("EnableManagedSpotTraining", False),
             )
             place = job.get("OutputDataConfig", {}).get("S3OutputPath", "")
@@ -238,6 +265,7 @@ def training_job(spec: Spec) -> Request:
         "TrainingJobName": spec.job_name,
         "HyperParameters": codec.encode(for_job(spec.overrides)) | start(spec, target),
         **definition(spec, target),
+        "ResourceConfig": machines(spec, target),
         "Tags": spec.tag_list,
     }
     parameters["AlgorithmSpecification"] |= {
@@ -260,9 +288,42 @@ def image(target: SageMakerConfig, region: str) -> str:
             "give one of them as target.image=URI"
         )
     domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
-    device = CUDA if has_gpu(target.instance_type) else "cpu"
+    device = CUDA if has_gpu(first_type(target)) else "cpu"
     registry = f"{REGISTRIES[region]}.dkr.ecr.{region}.{domain}"
     return f"{registry}/pytorch:{PYTORCH}-{device}-amzn2023-sagemaker"
+
+
+def preferred_machine(definition: dict[str, Any]) -> dict[str, Any]:
+    """Return InstanceType and InstanceCount of a job: what it has, else what it prefers.
+
+    definition: of CreateTrainingJob, of a trial, or as SageMaker describes a job.
+    """
+    tried_in_turn = definition.get("HyperParameterTuningResourceConfig", {}).get("InstanceConfigs")
+    if tried_in_turn:
+        return dict(tried_in_turn[0])
+    config = definition["ResourceConfig"]
+    if "SelectedInstanceType" in config:
+        return {
+            "InstanceType": config["SelectedInstanceType"],
+            "InstanceCount": config["SelectedInstanceCount"],
+        }
+    return dict(config.get("InstancePreferences", [config])[0])
+
+
+def first_type(target: SageMakerConfig) -> str:
+    """Return the machine that is preferred; the others have as many GPUs."""
+    return names_in(target.instance_type)[0]
+
+
+def machines(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
+    """Return which machines a training job takes: of one kind, or the first that is free."""
+    volume = {"VolumeSizeInGB": target.disk_gb}
+    counted = [
+        {"InstanceType": name, "InstanceCount": target.instances} for name in spec.instance_types
+    ]
+    if len(counted) == 1:
+        return counted[0] | volume
+    return {"InstancePreferences": counted} | volume
 
 
 def checked(spec: Spec) -> SageMakerConfig:
@@ -278,13 +339,13 @@ def checked(spec: Spec) -> SageMakerConfig:
 
 def check_settings(config: Config, target: SageMakerConfig) -> None:
     """Raise UserError for settings that are right by themselves but not for such a job."""
-    if config.train.device == "cuda" and not has_gpu(target.instance_type):
+    if config.train.device == "cuda" and not has_gpu(first_type(target)):
         raise UserError(
             f"train.device=cuda: {target.instance_type} has no GPU; "
             "give target.instance_type=ml.g4dn.xlarge, or train.device=auto"
         )
     alone = config.train.processes == 1 and target.instances == 1
-    started = target.instances * GPUS.get(target.instance_type.removeprefix("ml."), 1)
+    started = target.instances * gpus(first_type(target))
     if config.train.processes not in (None, started) and not alone:
         raise UserError(
             f"train.processes={config.train.processes}: on {target.instances} x "
@@ -324,10 +385,10 @@ def start(spec: Spec, target: SageMakerConfig) -> dict[str, str]:
         "sagemaker_region": spec.region,
     }
     texts = {key: codec.encode_value(text) for key, text in values.items()}
-    if target.instances > 1 or processes(target.instance_type, spec.config) > 1:
+    if target.instances > 1 or processes(first_type(target), spec.config) > 1:
         texts |= {
             "sagemaker_torch_distributed_enabled": "true",
-            "sagemaker_instance_type": codec.encode_value(target.instance_type),
+            "sagemaker_instance_type": codec.encode_value(first_type(target)),
             "sagemaker_distribution_instance_groups": '["homogeneousCluster"]',
         }
     return texts
@@ -356,7 +417,7 @@ def definition(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
         if place is not None
     ]
     channels = {"InputDataConfig": inputs} if inputs else {}
-    limits = {"MaxRuntimeInSeconds": round(3600 * target.hours)}
+    limits = {"MaxRuntimeInSeconds": round(3600 * spec.hours)}
     if target.spot:
         limits["MaxWaitTimeInSeconds"] = round(3600 * target.wait_hours)
     environment = {"PYTHONUNBUFFERED": "1"}
@@ -371,11 +432,6 @@ def definition(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
         "RoleArn": spec.role("training"),
         **channels,
         "OutputDataConfig": {"S3OutputPath": spec.uri("runs", spec.run, "output")},
-        "ResourceConfig": {
-            "InstanceType": target.instance_type,
-            "InstanceCount": target.instances,
-            "VolumeSizeInGB": target.disk_gb,
-        },
         "StoppingCondition": limits,
         "EnableManagedSpotTraining": target.spot,
         "CheckpointConfig": {

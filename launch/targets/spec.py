@@ -5,9 +5,10 @@ import dataclasses
 import functools
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +18,7 @@ from launch.cloud import s3
 from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt
-from launch.targets.base import NAMES, RUN, TargetConfig, fit, targets
+from launch.targets.base import NAMES, RUN, Spec, TargetConfig, fit, targets
 from trainer.common.errors import UserError
 from trainer.common.paths import expanded
 from trainer.settings import config as settings
@@ -207,11 +208,57 @@ def run_id(target: TargetConfig, config: Config, data: str | None, overrides: Se
     return targets()[target.name].run_id(config, placed, overrides)
 
 
-def choose(aws: Aws, arguments: Sequence[str]) -> Attempt:
+def words_of(spec: Spec) -> dict[str, Any]:
+    """Return what a spec was made of, as JSON can hold it: `noted_spec` makes it again."""
+    plain = ("overrides", "data", "source", "revision", "extras", "weights")
+    return {"target": dataclasses.asdict(spec.target)} | {
+        name: getattr(spec, name) for name in plain
+    }
+
+
+def noted_spec(aws: Aws, attempt: Attempt) -> Spec:
+    """Return the spec of an attempt that was noted, without the folder it came from.
+
+    Raise UserError for one that an earlier version has noted.
+    """
+    words = attempt.words
+    if not words:
+        raise UserError(
+            f"{attempt.run}: it was submitted by an earlier version, which noted less; "
+            "start the submit with all its settings again"
+        )
+    target = targets()[attempt.target].config(**words["target"])
+    overrides = tuple(words["overrides"])
+    placed = overrides
+    if words["data"] is not None:  # wherever it lay: it is in the bucket
+        placed = (*overrides, f"data.root={words['data']}")
+    if words["weights"] is not None:
+        folder = targets()[attempt.target].weights_root(words["weights"])
+        placed = (*placed, f"model.weights_dir={folder}")
+    config, _ = load_config(target, placed)
+    return Spec(
+        target=target,
+        config=config,
+        overrides=overrides,
+        run=attempt.run,
+        account=aws.account,
+        region=aws.region,
+        data=words["data"],
+        source=words["source"],
+        revision=words["revision"],
+        extras=tuple(words["extras"]),
+        weights=words["weights"],
+    )
+
+
+def choose(
+    aws: Aws, arguments: Sequence[str], is_meant: Callable[[Attempt], bool] | None = None
+) -> Attempt:
     """Return the newest attempt at the run that is meant.
 
     It is named by its id or by the overrides that it was submitted with; with neither, it is the
-    newest of all. Raise UserError where there is none.
+    newest of all, or of those that `is_meant` takes, where it takes any. Raise UserError where
+    there is none, or several are meant.
     """
     names = [argument for argument in arguments if "=" not in argument]
     ours, overrides = split_overrides([argument for argument in arguments if "=" in argument])
@@ -233,7 +280,12 @@ def choose(aws: Aws, arguments: Sequence[str]) -> Attempt:
                 f"s3://{aws.bucket}/runs: no run was ever submitted; "
                 "begin with: python -m launch plan"
             )
-        return max(every, key=lambda attempt: attempt.noted)
+        newest = {attempt.run: attempt for attempt in every}.values()
+        meant = [attempt for attempt in newest if is_meant is not None and is_meant(attempt)]
+        if len(meant) > 1:
+            runs = ", ".join(attempt.run for attempt in meant)
+            raise UserError(f"{len(meant)} runs are going: {runs}; name one of them")
+        return max(meant or newest, key=lambda attempt: attempt.noted)
     attempt = notes.latest(aws, run)
     if attempt is None:
         raise UserError(

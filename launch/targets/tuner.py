@@ -30,8 +30,11 @@ from trainer.settings import words
 from trainer.settings.compose import check_options, first_trial
 from trainer.settings.config import Config
 
+LEAST_RUNTIME = 120  # seconds of a tuning job's limit: SageMaker's own
+
 
 class Tuner(SageMaker):
+    most_types = 6
     thing = "HyperParameterTuningJob"
     sweeps = True
     page = "hyper-tuning-jobs"
@@ -142,18 +145,29 @@ def tuning_job(spec: Spec) -> Request:
         "CreateHyperParameterTuningJob",
         {
             "HyperParameterTuningJobName": spec.job_name,
-            "HyperParameterTuningJobConfig": search(sweep),
+            "HyperParameterTuningJobConfig": search(sweep, spec),
             "TrainingJobDefinition": {
                 "StaticHyperParameters": static | start(spec, target),
                 **definition(spec, target),
+                **machines_of_trials(spec, target.disk_gb),
             },
             "Tags": spec.tag_list,
         },
     )
 
 
-def search(sweep: space.Sweep) -> dict[str, Any]:
-    """Return a sweep as AWS writes it."""
+def machines_of_trials(spec: Spec, disk_gb: int) -> dict[str, Any]:
+    """Return which machines a trial takes: of one kind, or the first that is free."""
+    one = [{"InstanceType": name, "InstanceCount": 1} for name in spec.instance_types]
+    if len(one) == 1:
+        return {"ResourceConfig": one[0] | {"VolumeSizeInGB": disk_gb}}
+    configs = [each | {"VolumeSizeInGB": disk_gb} for each in one]
+    chosen = {"AllocationStrategy": "Prioritized", "InstanceConfigs": configs}
+    return {"HyperParameterTuningResourceConfig": chosen}
+
+
+def search(sweep: space.Sweep, spec: Spec) -> dict[str, Any]:
+    """Return a sweep as AWS writes it, ended when its ceiling is reached."""
     ranges = parameter_ranges(sweep)
     strategy = {"tpe": "Bayesian", "random": "Random"}.get(sweep.sampler)
     trials, stops_early = sweep.trials, sweep.pruner != "none"
@@ -162,6 +176,11 @@ def search(sweep: space.Sweep) -> dict[str, Any]:
         # A grid has as many trials as it has points, and AWS takes no other number.
         points = ranges.get("CategoricalParameterRanges", [])
         trials = math.prod(len(entry["Values"]) for entry in points)
+    parallel = min(sweep.parallel, trials)
+    ceiling = {}
+    if spec.paid_hours is not None:
+        seconds = int(3600 * spec.paid_hours / parallel)
+        ceiling = {"MaxRuntimeInSeconds": max(LEAST_RUNTIME, seconds)}
     return {
         "Strategy": strategy,
         "HyperParameterTuningJobObjective": {
@@ -170,7 +189,8 @@ def search(sweep: space.Sweep) -> dict[str, Any]:
         },
         "ResourceLimits": {
             "MaxNumberOfTrainingJobs": trials,
-            "MaxParallelTrainingJobs": min(sweep.parallel, trials),
+            "MaxParallelTrainingJobs": parallel,
+            **ceiling,
         },
         "ParameterRanges": ranges,
         "TrainingJobEarlyStoppingType": "Auto" if stops_early else "Off",

@@ -9,7 +9,7 @@ state=/var/lib/packhorse
 per_boot=/var/lib/cloud/scripts/per-boot/packhorse # cloud-init runs what lies there from the second boot on
 mkdir -p "$state" "${per_boot%/*}"
 [ -s "$state/deadline" ] || echo $((EPOCHSECONDS + limit)) >"$state/deadline"
-[ -s "$state/machine" ] || cat /proc/sys/kernel/random/uuid >"$state/machine"
+[ -s "$state/machine" ] || cat /var/lib/cloud/data/instance-id >"$state/machine" 2>/dev/null || cat /proc/sys/kernel/random/uuid >"$state/machine"
 [ -x "$per_boot" ] || install -m 755 "$0" "$per_boot"
 deadline=$(<"$state/deadline")
 left=$((${deadline:=$((EPOCHSECONDS + limit))} - EPOCHSECONDS))
@@ -68,7 +68,8 @@ fetch_and_train() {
   fi
   if [ ! -d "$directory" ]; then # after a reboot the disk still has it, and newer than the bucket
     say "fetching what earlier attempts have saved"
-    aws s3 sync --only-show-errors "$s3_run/output" "$scratch/restored"
+    # Without what says that the run is complete: who asks for one more attempt wants it tested and packaged again.
+    aws s3 sync --only-show-errors "$s3_run/output" "$scratch/restored" --exclude result.json --exclude model.tar.gz
     aws s3 sync --only-show-errors "$s3_run/checkpoints" "$scratch/restored/checkpoints"
     for checkpoint in "$scratch"/restored/checkpoints/*/; do # manifests are uploaded last: where there is none, the upload was cut short
       [ -f "$checkpoint/manifest.json" ] || rm -rf "$checkpoint"
@@ -79,6 +80,7 @@ fetch_and_train() {
   cd "$scratch/source"
   say "setting up"
   .ci/setup "$extras"
+  touch "$scratch/training"
   processes=${processes:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
   if ((processes < 2)); then
     say "training"
@@ -120,6 +122,14 @@ upload_checkpoints() {
     aws s3 sync --only-show-errors "$staged" "$s3_run/checkpoints" &&
     aws s3 sync --only-show-errors "$staged" "$s3_run/checkpoints" --delete &&
     uploaded=$names
+}
+
+# Whether the training has written nothing for too long. It says every 15 seconds how far it is.
+idles() {
+  local began newest
+  ((idle > 0)) && began=$(stat -c %Y "$scratch/training" 2>/dev/null) && ((began >= booted)) || return 1
+  newest=$(stat -c %Y "$directory/log.txt" 2>/dev/null || echo 0)
+  ((EPOCHSECONDS - (newest > began ? newest : began) > idle))
 }
 
 # Asks the job to save and end; where it has not ended after half of the grace period, it is killed.
@@ -181,10 +191,12 @@ fetch_and_train >>"$log" 2>&1 &
 job=$!
 trap 'stop SIGTERM' TERM
 
-upload_at=0
+booted=$EPOCHSECONDS upload_at=0
 while kill -0 "$job" 2>/dev/null; do
   if ((EPOCHSECONDS >= deadline - grace)); then
     stop 'time limit'
+  elif idles; then
+    stop 'idle'
   elif ((SECONDS >= upload_at)); then
     look
     if [ -n "$other" ]; then

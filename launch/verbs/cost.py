@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
+from launch.ceiling import stored
 from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt, Phase, State
@@ -33,6 +34,10 @@ class Cost:
     lost: float
     accuracy: float | None  # top-1 on the test pictures, or for a tuning job its best objective
     per_point: float | None  # dollars per percent of accuracy
+    ceiling: float | None  # dollars, of the newest attempt; None: it has none
+    stored_gb: float  # in S3, old versions too
+    storage: float  # dollars for them so far
+    storage_a_month: float  # dollars from now on
 
 
 def of_run(aws: Aws, tried: Sequence[tuple[Attempt, State]]) -> Cost:
@@ -41,6 +46,7 @@ def of_run(aws: Aws, tried: Sequence[tuple[Attempt, State]]) -> Cost:
     saves = _saves(aws, last.run)
     spent = sum(attempt.dollars(state) or 0.0 for attempt, state in tried)
     accuracy = of(last).accuracy(aws, last)
+    kept = stored(aws, last.run)
     return Cost(
         run=last.run,
         attempts=len(tried),
@@ -49,13 +55,17 @@ def of_run(aws: Aws, tried: Sequence[tuple[Attempt, State]]) -> Cost:
         lost=sum(_lost(attempt, state, saves) for attempt, state in tried),
         accuracy=accuracy,
         per_point=spent / (100 * accuracy) if accuracy else None,
+        ceiling=last.ceiling,
+        stored_gb=kept.size / 1e9,
+        storage=kept.so_far,
+        storage_a_month=kept.a_month,
     )
 
 
 def _saves(aws: Aws, run: str) -> list[datetime]:
     """Return when checkpoints were saved: when their manifests were written, which come last.
 
-    Also those deleted since, as long as the bucket keeps old versions: 30 days.
+    Also those deleted since, as long as the bucket keeps such small old versions: 30 days.
     """
     prefix = f"runs/{run}/checkpoints/"
     versions = aws.pages("s3", "ListObjectVersions", "Versions", Bucket=aws.bucket, Prefix=prefix)
@@ -95,17 +105,22 @@ def main(arguments: Sequence[str]) -> int:
     for cost in costs:
         basis = tried[cost.run][-1][0].price.basis
         log.info(
-            "%-48s %d attempts %7.2f h  $%.2f, of it $%.2f lost to work done twice%s",
+            "%-48s %d attempts %7.2f h  $%.2f%s, of it $%.2f lost to work done twice%s; "
+            "%.2f GB in S3, $%.2f so far, $%.2f a month",
             cost.run,
             cost.attempts,
             cost.hours,
             cost.dollars,
+            "" if cost.ceiling is None else f" of at most ${cost.ceiling:.2f}",
             cost.lost,
             _point(cost),
+            cost.stored_gb,
+            cost.storage,
+            cost.storage_a_month,
         )
     log.info(
-        "$%.2f in all; machines only, by the prices noted at each submit (%s)",
-        sum(cost.dollars for cost in costs),
+        "$%.2f in all, machines by the prices noted at each submit (%s), and S3",
+        sum(cost.dollars + cost.storage for cost in costs),
         basis,
     )
     return OK

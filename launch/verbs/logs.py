@@ -11,6 +11,8 @@ from launch.verbs.arguments import add_every, chosen, run_parser
 from trainer.common.console import log
 from trainer.common.errors import OK
 
+CONSOLE_LINES = 60  # the last of a machine that could not reach the bucket
+
 
 def main(arguments: Sequence[str]) -> int:
     parser = run_parser("logs", __doc__, "the newest")
@@ -24,5 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         for line in of(attempt).log_reader(aws, attempt)():
             print(line)
         state = of(attempt).observe(aws, attempt)
+    for line in of(attempt).last_words(aws, attempt, state).splitlines()[-CONSOLE_LINES:]:
+        print(f"console: {line}")
     log.info(attempt.told(state))
     return OK

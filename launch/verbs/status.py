@@ -5,12 +5,13 @@ With hours and dollars so far.
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from launch.cloud import ownership, teardown
+from launch.cloud import ownership, s3, teardown
 from launch.cloud.prices import price
-from launch.cloud.session import Aws
+from launch.cloud.session import Aws, AwsError
 from launch.targets import attempt as notes
 from launch.targets import base, overdue
 from launch.targets.attempt import Attempt, Phase, State, now, seconds_between
@@ -19,12 +20,46 @@ from launch.targets.spec import aws_of, split_overrides
 from trainer.common.console import log
 from trainer.common.errors import OK
 
+SERVICES = ("ec2", "s3", "sagemaker")
 
-def all_rented(aws: Aws) -> Iterator[Rented]:
-    """Yield what of this project costs money now, whoever started it. Raise AwsError."""
-    for kind in base.kinds():
-        yield from kind.rented(aws)
-    yield from _endpoints(aws)
+
+def all_rented(aws: Aws) -> tuple[list[Rented], list[str]]:
+    """Return what of this project costs money now, whoever started it, and what is not known.
+
+    Each listing is asked for at the same time as the others, and may be denied without them.
+    """
+    listings: list[Callable[[Aws], Iterator[Rented]]] = [kind.rented for kind in base.kinds()]
+    listings += [_endpoints, _disks]
+
+    def ask(listing: Callable[[Aws], Iterator[Rented]]) -> list[Rented] | AwsError:
+        try:
+            return list(listing(aws))
+        except AwsError as error:
+            return error
+
+    with ThreadPoolExecutor(s3.WORKERS) as pool:
+        answers = list(pool.map(ask, listings))
+    rows = [row for answer in answers if isinstance(answer, list) for row in answer]
+    return rows, [str(answer) for answer in answers if isinstance(answer, AwsError)]
+
+
+def all_runs(aws: Aws) -> list[tuple[Attempt, State]]:
+    """Return each attempt and how it is, asked for at the same time. Raise AwsError.
+
+    One that AWS says nothing of, now or to this user, is not known, and the others are.
+    """
+
+    def observe(attempt: Attempt) -> tuple[Attempt, State]:
+        try:
+            return attempt, base.of(attempt).observe(aws, attempt)
+        except AwsError as error:
+            return attempt, State(Phase.UNKNOWN, str(error), id=attempt.id)
+
+    with ThreadPoolExecutor(s3.WORKERS) as pool:
+        return list(pool.map(observe, notes.attempts(aws)))
+
+
+def _disks(aws: Aws) -> Iterator[Rented]:
     for volume in teardown.volumes(aws):
         hours = seconds_between(volume["CreateTime"], now()) / 3600
         size = f"{volume['Size']} GB"
@@ -62,20 +97,30 @@ def main(arguments: Sequence[str]) -> int:
         overdue.end(aws)
     else:
         overdue.warn(aws, targets)
-    tried = [(each, base.of(each).observe(aws, each)) for each in notes.attempts(aws)]
-    costs_now = list(all_rented(aws))
+    account = aws.account  # asked for here, as clients are made here, not by several threads
+    aws.prepare(SERVICES)
+    costs_now, unknown = all_rented(aws)
+    try:
+        tried = all_runs(aws)
+    except AwsError as error:
+        if not costs_now:
+            raise
+        tried, unknown = [], [str(error), *unknown]
     if options.json:
         document = {
             "runs": [_as_json(*entry) for entry in tried],
             "costs_now": [asdict(row) for row in costs_now],
+            "not_known": unknown,
         }
         print(json.dumps(document, indent=2))
         return OK
-    log.info("runs of %s in account %s, %s", aws.project, aws.account, aws.region)
+    log.info("runs of %s in account %s, %s", aws.project, account, aws.region)
     show_runs(tried)
     log.info("costs money now")
     show_costs(costs_now)
-    if not costs_now:
+    for line in unknown:
+        log.warning("  not known: %s", line)
+    if not costs_now and not unknown:
         log.info(
             "  nothing by the hour; what lies in s3://%s costs about $0.023 per GB and month",
             aws.bucket,

@@ -2,21 +2,28 @@
 
 from collections.abc import Sequence
 
+from launch.targets.attempt import Attempt, Phase
 from launch.targets.base import of
-from launch.verbs.arguments import chosen, run_parser
+from launch.targets.spec import choose
+from launch.verbs.arguments import account_of, run_parser
 from trainer.common.console import command, log
 from trainer.common.errors import OK
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = run_parser("stop", __doc__, "the newest")
+    parser = run_parser("stop", __doc__, "the one that is going")
     parser.add_argument(
         "--now",
         action="store_true",
         help="on EC2: terminate the machine without waiting for a checkpoint",
     )
     options = parser.parse_intermixed_args(arguments)
-    aws, attempt = chosen(options.run)
+    aws = account_of(options.run)
+
+    def is_going(attempt: Attempt) -> bool:
+        return of(attempt).observe(aws, attempt).phase in (Phase.RUNNING, Phase.ABSENT)
+
+    attempt = choose(aws, options.run, is_going)
     of(attempt).stop(aws, attempt, options.now)
     log.info("next:\n  %s", command("launch", "status"))
     return OK

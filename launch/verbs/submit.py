@@ -1,20 +1,57 @@
 """`python -m launch submit`: carries out a plan.
 
+A run that is there goes on by its name alone: `submit RUN`, also without the folder it came from.
 Every step sees what an earlier, killed submit has done already, so the same command goes on.
 """
 
+import re
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from launch.cloud.session import Aws
-from launch.planning import prepare
-from launch.submission import submit, wait
+from launch.cloud.session import NO_CAPACITY, Aws, AwsError
+from launch.planning import Plan, next_attempt, prepare
+from launch.submission import ask_until_free, pause, submit, wait, with_elsewhere
 from launch.targets import overdue
 from launch.targets.base import console_url, of
-from launch.targets.spec import load_target, resolved, split_overrides
+from launch.targets.spec import (
+    choose,
+    load_target,
+    noted_spec,
+    resolved,
+    split_overrides,
+    weights_folder,
+)
 from launch.verbs.arguments import add_every
 from launch.verbs.plan import job_parser
 from trainer.common.console import command, log
-from trainer.common.errors import OK
+from trainer.common.errors import OK, UserError
+
+
+def _as_noted(aws: Aws, options: Namespace, targets: Sequence[str]) -> Plan:
+    """Return the plan of the next attempt at a run that is named alone: as the last was noted.
+
+    Raise UserError for other words beside its name, but for where it is, and its ceiling.
+    """
+    words = options.overrides
+    if len(words) > 1 or options.data is not None:
+        raise UserError(
+            f"{' '.join(words)}: a run that is named goes on as it was submitted; "
+            "give its name alone, or all its settings as KEY=VALUE"
+        )
+    attempt = choose(aws, words)
+    spec = noted_spec(aws, attempt)
+    for word in targets:
+        key = word.partition("=")[0]
+        if key == "target.max_dollars":
+            given: Any = load_target([f"target={attempt.target}", word])
+            changed: Any = spec.target
+            changed = replace(changed, max_dollars=given.max_dollars)
+            spec = replace(spec, target=changed)
+        elif key not in ("target", "target.project", "target.region"):
+            raise UserError(f"{word}: {attempt.run} goes on as it was submitted; leave it out")
+    return next_attempt(aws, spec.kind.pinned(spec, attempt), b"", options.again)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,16 +60,36 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--wait",
         action="store_true",
-        help="follow the log to the end, and ask again for a spot machine that AWS took back",
+        help="wait for a machine where AWS has none, follow the log to the end, and ask again for "
+        "a spot machine that AWS took back",
     )
     add_every(parser, 10, "with --wait: how often AWS is asked")
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)
-    resolved(target, options.overrides, options.data)  # a mistake is named before AWS is asked
     aws = Aws(target.project, target.region)
-    overdue.warn(aws, targets)
-    plan = prepare(aws, target, options.overrides, options.data, options.again)
-    attempt = submit(aws, plan, options.data)
+    weights = None
+    runs = [word for word in options.overrides if "=" not in word]
+    if runs:
+        overdue.warn(aws, targets)
+        plan = _as_noted(aws, options, targets)
+    else:
+        resolved(target, options.overrides, options.data)  # a mistake is named before AWS is asked
+        overdue.warn(aws, targets)
+        plan = prepare(aws, target, options.overrides, options.data, options.again)
+        weights = weights_folder(target, options.overrides, options.data)
+    try:
+        attempt = submit(aws, plan, options.data, weights)
+    except AwsError as error:
+        if not (options.wait and (error.passes or re.fullmatch(NO_CAPACITY, error.code))):
+            raise with_elsewhere(aws, plan.asked_for, error) from error
+        pause(str(with_elsewhere(aws, plan.asked_for, error)), options.every)
+        attempt = ask_until_free(
+            aws,
+            lambda: next_attempt(aws, plan.asked_for, plan.source, options.again),
+            options.every,
+            options.data,
+            weights,
+        )
     log.info("console   %s", console_url(attempt, aws.region))
     trains = of(attempt).trains
     where = [override for override in targets if not override.startswith("target=")]

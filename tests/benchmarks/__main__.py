@@ -11,7 +11,7 @@ from pathlib import Path
 
 NAMES = (
     "input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care", "calibrate",
-    "recipe",
+    "recipe", "month",
 )  # fmt: skip
 
 

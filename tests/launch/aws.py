@@ -18,6 +18,13 @@ What the layer adds to moto 5.2:
   update can change a log group;
 - the tags of a notebook's scripts, which moto forgets;
 - AWS's public parameter of the Deep Learning AMI;
+- on request (`/strict/rude`) it answers the next so many calls as a network or AWS on a bad day:
+  a connection that drops, a page in HTML with status 200, a token that has expired, a throttled or
+  a denied call, an internal error, of all operations or of one;
+- the role of a stack that was just made is not there yet for as many calls as a test says
+  (`/strict/slow_iam`);
+- RunInstances has no machine of a kind, in a zone, spot or on demand, as a test says
+  (`/strict/sold_out`);
 - on request (`/strict/late`) what was just made is not there yet for as many answers as a test
   says, each time that one asks for it; a client without a name (below) sees it at once;
 - instances end as a test says, with AWS's reasons (`/strict/end_instance`), and are as old as it
@@ -72,6 +79,9 @@ ACCOUNT = "123456789012"
 REGION = "us-east-1"
 DLAMI = "/aws/service/deeplearning/ami/"
 RUNNING = "InProgress"
+PRICES = json.loads(
+    (Path(__file__).parents[2] / "launch/cloud/prices.json").read_text(encoding="utf-8")
+)["regions"][REGION]["hours"]
 
 
 class Refused(Exception):
@@ -98,6 +108,10 @@ class Strict:
         self._script_tags: dict[str, list[dict[str, str]]] = {}  # by ARN
         self._refuse: dict[str, tuple[str, str]] = {}
         self._kill: dict[str, Any] = {"call": 0, "when": "before"}
+        self._rude: list[tuple[str, str]] = []  # how, and of which operation: the next answers
+        self._slow_iam = 0
+        self._sold_out: dict[str, str] = {}  # what fits TYPE ZONE MARKET -> AWS's code
+        self._asked: dict[str, float] = {}  # dollars an hour by service, in the Price List
         self._late = 0
         self._unseen: dict[str, int] = {}  # id or name -> answers in which it is not there yet
         self._named = False  # whether the client of the call at hand says who it is
@@ -132,6 +146,10 @@ class Strict:
             self._write(entry)
             os.kill(int(client[1]), signal.SIGKILL)
             return _answer(start, "500 Killed", b"")
+        rude = [each for each in self._rude if each[1] in ("", operation)]
+        if client is not None and rude:
+            self._rude.remove(rude[0])
+            return self._rudely(rude[0][0], entry, service, start)
         status: list[Any] = []
 
         def remember(
@@ -159,6 +177,28 @@ class Strict:
             os.kill(int(client[1]), signal.SIGKILL)
         start(*status)
         return answer
+
+    def _rudely(
+        self, how: str, entry: dict[str, Any], service: str, start: StartResponse
+    ) -> Iterable[bytes]:
+        """Answers a call that AWS never sees, or will not serve now."""
+        self._write(entry)
+        if how == "drop":
+            raise ConnectionResetError("the network is gone")  # werkzeug closes the connection
+        if how == "html":
+            page = b"<html><body>Welcome! Accept our terms to go on.</body></html>"
+            return _answer(start, "200 OK", page, "text/html; charset=utf-8")
+        asked = f"{service}:{entry['operation']} on resource: *"
+        codes = {
+            "expire": ("ExpiredToken", "The provided token has expired."),
+            "throttle": ("ThrottlingException", "Rate exceeded"),
+            "deny": ("AccessDenied", f"User is not authorized to perform: {asked}"),
+            "fault": ("InternalError", "We encountered an internal error"),
+        }
+        status = {"deny": "403 Forbidden", "fault": "500 Internal Server Error"}.get(
+            how, "400 Bad Request"
+        )
+        return _refusal(service, Refused(*codes[how]), start, status)
 
     def _write(self, entry: dict[str, Any]) -> None:
         with self._record.open("a") as file:
@@ -193,6 +233,39 @@ class Strict:
     def refuse(self, operation: str, code: str, message: str = "") -> None:
         """Answers the next call of an operation by an error."""
         self._refuse[operation] = (code, message)
+
+    def rude(self, how: str, answers: int, operation: str = "") -> None:
+        """Answers the next so many calls of clients with a name badly. how: see `_rudely`."""
+        self._rude += [(how, operation)] * answers
+
+    def left(self) -> dict[str, int]:
+        """How many answers are still to be bad."""
+        return {"rude": len(self._rude)}
+
+    def calm(self) -> None:
+        """Answers as on a good day."""
+        self._rude.clear()
+
+    def slow_iam(self, calls: int) -> None:
+        """IAM shows no role to the next so many calls that need one."""
+        self._slow_iam = calls
+
+    def sold_out(self, what: str, code: str = "InsufficientInstanceCapacity") -> None:
+        """RunInstances has nothing that fits. what: a regular expression over a kind of machine,
+        its zone or -, and spot or on-demand; "" ends it.
+        """
+        self._sold_out = {what: code} | (self._sold_out if what else {})
+        if not what:
+            self._sold_out.clear()
+
+    def ask_price(self, ec2: float, ml: float) -> None:
+        """Lets the Price List know these dollars an hour, and no longer the table that ships."""
+        self._asked = {"ec2": ec2, "ml": ml}
+
+    def _needs_iam(self) -> bool:
+        """Whether this call comes before IAM has told SageMaker and EC2 of the role."""
+        self._slow_iam -= self._named
+        return self._named and self._slow_iam >= 0
 
     def late(self, answers: int) -> None:
         """What is made from now on is not there in the first so many answers about it."""
@@ -291,6 +364,8 @@ class Strict:
                 "Training job names must be unique within an AWS account and region, and one of "
                 f"{parameters['TrainingJobName']} exists",
             )
+        if self._needs_iam():
+            raise Refused("ValidationException", f"Could not assume role {parameters['RoleArn']}.")
         _needs(
             parameters["RoleArn"],
             parameters["OutputDataConfig"]["S3OutputPath"],
@@ -570,6 +645,18 @@ class Strict:
                 f"Value ({parameters['IamInstanceProfile.Name']}) for parameter "
                 "iamInstanceProfile.name is invalid",
             )
+        if self._needs_iam():
+            raise Refused(
+                "InvalidParameterValue",
+                f"Value ({parameters['IamInstanceProfile.Name']}) for parameter "
+                "iamInstanceProfile.name is invalid. Invalid IAM Instance Profile name",
+            )
+        market = parameters.get("InstanceMarketOptions.MarketType", "on-demand")
+        zone = parameters.get("Placement.AvailabilityZone", "-")
+        asked = f"{parameters['InstanceType']} {zone} {market}"
+        for what, code in self._sold_out.items():
+            if re.fullmatch(what, asked):
+                raise Refused(code, f"We currently do not have sufficient capacity: {asked}")
         answer = forward()
         self._tokens[token] = (content, answer)
         found = re.search(r"<instanceId>(i-\w+)</instanceId>", b"".join(answer).decode())
@@ -594,6 +681,19 @@ class Strict:
                 )
         return forward()
 
+    def _GetSpotPlacementScores(self, parameters, region, forward, start) -> list[bytes]:
+        scores = "".join(
+            f"<item><region>{region}</region><availabilityZoneId>use1-az{number}"
+            f"</availabilityZoneId><score>{score}</score></item>"
+            for number, score in ((1, 3), (2, 9), (4, 1))
+        )
+        answer = (
+            '<GetSpotPlacementScoresResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">'
+            f"<requestId>1</requestId><spotPlacementScoreSet>{scores}</spotPlacementScoreSet>"
+            "</GetSpotPlacementScoresResponse>"
+        )
+        return _answer(start, "200 OK", answer.encode(), "text/xml")
+
     def _GetParameter(self, parameters, region, forward, start) -> list[bytes]:
         if not parameters["Name"].startswith(DLAMI):
             return forward()
@@ -617,10 +717,12 @@ class Strict:
 
     def _GetProducts(self, parameters, region, forward, start) -> list[bytes]:
         wanted = {each["Field"]: each["Value"] for each in parameters["Filters"]}
-        dimension = {
-            "unit": "Hrs",
-            "pricePerUnit": {"USD": "0.9000000000" if "instanceName" in wanted else "0.6000000000"},
-        }
+        name = wanted.get("instanceName") or wanted["instanceType"]
+        if not self._asked and name in PRICES:
+            hour = PRICES[name]
+        else:
+            hour = (self._asked or {"ml": 0.9, "ec2": 0.6})["ml" if name[:3] == "ml." else "ec2"]
+        dimension = {"unit": "Hrs", "pricePerUnit": {"USD": f"{hour:.10f}"}}
         product = {
             "product": {"attributes": wanted},
             "terms": {"OnDemand": {"T": {"priceDimensions": {"D": dimension}}}},
@@ -691,7 +793,9 @@ def _answer(
     return [body]
 
 
-def _refusal(service: str, refusal: Refused, start: Any) -> list[bytes]:
+def _refusal(
+    service: str, refusal: Refused, start: Any, status: str = "400 Bad Request"
+) -> list[bytes]:
     """An error in the form of the service's protocol."""
     code, message = refusal.code, refusal.message or refusal.code
     if service == "ec2":
@@ -705,10 +809,8 @@ def _refusal(service: str, refusal: Refused, start: Any) -> list[bytes]:
             else f"<ErrorResponse>{inner}<RequestId>1</RequestId></ErrorResponse>"
         )
     else:
-        return _answer(
-            start, "400 Bad Request", json.dumps({"__type": code, "message": message}).encode()
-        )
-    return _answer(start, "400 Bad Request", text.encode(), "text/xml")
+        return _answer(start, status, json.dumps({"__type": code, "message": message}).encode())
+    return _answer(start, status, text.encode(), "text/xml")
 
 
 def understand(environ: WSGIEnvironment, body: bytes) -> tuple[str, str, str, dict[str, Any]]:

@@ -36,7 +36,7 @@ from tests.launch.permissions import (
     unique,
 )
 from tests.launch.whole import WHOLE
-from trainer.common.errors import OK
+from trainer.common.errors import MISTAKE, OK
 
 DOCS = PROJECT / "docs"
 SERVING = "packhorse-serving"
@@ -97,6 +97,16 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
         note = f"runs/{name}/attempts/1.request.json"
         cloud.client("s3").delete_object(Bucket=BUCKET, Key=note)
         run("submit", f"target={name}", *more, f"name={name}")
+    cloud.post("/strict/sold_out", what=".* spot")
+    run("submit", "target=ec2", "target.spot=true", "name=sold-out", codes=(MISTAKE,))
+    cloud.post("/strict/sold_out", what="")
+    run("submit", "target=ec2", "name=silent")
+    silent = cloud.client("ec2").describe_instances(
+        Filters=[{"Name": "tag:run", "Values": ["silent"]}]
+    )["Reservations"][0]["Instances"][0]["InstanceId"]
+    itself = "Client.InstanceInitiatedShutdown"
+    cloud.post("/strict/end_instance", instance=silent, code=itself)
+    run("logs", "silent")
     run("submit", "target=sagemaker", "name=data", "data=folder", "--data", str(pictures))
     (pictures / "train/circle/000.png").unlink()
     run("submit", "target=sagemaker", "name=data2", "data=folder", "--data", str(pictures))

@@ -173,8 +173,12 @@ def _creates(action: str, kind: str, key: str) -> Callable[[Mapping[str, Any]], 
         definition = given.get("TrainingJobDefinition", given)
         tags = {f"aws:RequestTag/{tag['Key']}": tag["Value"] for tag in given.get("Tags", [])}
         context: dict[str, Any] = dict(tags)
-        if machines := definition.get("ResourceConfig", definition).get("InstanceType"):
-            context["sagemaker:InstanceTypes"] = [machines]
+        chosen = definition.get("HyperParameterTuningResourceConfig", {}).get("InstanceConfigs")
+        config = definition.get("ResourceConfig", definition)
+        if machines := chosen or config.get("InstancePreferences") or [config]:
+            names = [each["InstanceType"] for each in machines if "InstanceType" in each]
+            if names:
+                context["sagemaker:InstanceTypes"] = names
         if kind == "notebook-instance":
             context["sagemaker:RootAccess"] = given.get("RootAccess", "Enabled")
             context["sagemaker:DirectInternetAccess"] = given.get("DirectInternetAccess", "Enabled")
@@ -327,8 +331,17 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
     ("ec2", "TerminateInstances"): _terminate,
     **{
         ("ec2", name): _everything(f"ec2:{name}")
-        for name in ("DescribeInstances", "DescribeVolumes", "DescribeSpotPriceHistory")
+        for name in (
+            "DescribeInstances",
+            "DescribeVolumes",
+            "DescribeSpotPriceHistory",
+            "DescribeInstanceTypeOfferings",
+            "GetSpotPlacementScores",
+        )
     },
+    ("ec2", "GetConsoleOutput"): lambda given: [
+        Ask("ec2:GetConsoleOutput", _arn("ec2", f"instance/{given['InstanceId']}"), OURS)
+    ],
     ("ssm", "GetParameter"): lambda given: [
         Ask("ssm:GetParameter", f"arn:aws:ssm:{REGION}::parameter{given['Name']}")
     ],

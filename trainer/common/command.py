@@ -9,12 +9,15 @@ from collections.abc import Callable
 
 from trainer.common.errors import (
     FAULT,
+    MACHINE,
     MEMORY_FULL,
     MISTAKE,
     OK,
     RESUME,
+    TRIAL,
     Interrupted,
     UserError,
+    is_machines,
     machine_fault,
 )
 
@@ -60,6 +63,8 @@ def verdict(error: Exception, explain: Explain | None = None) -> tuple[int, str]
     line = one_line(error, explain)
     if line is None:
         return FAULT, f"{type(error).__name__}: {error}"
+    if is_machines(error) and TRIAL in os.environ:
+        return MACHINE, line
     return MISTAKE, line
 
 
@@ -74,7 +79,8 @@ def one_line(error: Exception, explain: Explain | None = None) -> str | None:
         reason = str(error).split(". ")[0]
         remedy = "lower train.batch_size, or split the batches with train.accumulate=2 or more"
         return f"the GPU's memory is full ({reason}); {remedy}"
-    if isinstance(error, MemoryError):
+    # torch's allocator of the CPU's memory has no error of its own.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return MEMORY_FULL
     line = None
     if explain is not None:

@@ -16,6 +16,10 @@ OK = 0
 FAULT = 1  # a fault of ours: the traceback is shown
 MISTAKE = 2  # the user's input or machine: one line says what, where and what to do
 RESUME = 75  # EX_TEMPFAIL of sysexits.h: interrupted and saved; the same command goes on
+# EX_IOERR of sysexits.h: what a sweep's trial, which finds TRIAL in its environment, says instead
+# of MISTAKE where the machine is at fault. Its driver tries it again.
+MACHINE = 74
+TRIAL = "PACKHORSE_TRIAL"
 
 
 class PackhorseError(Exception):
@@ -26,7 +30,11 @@ class UserError(PackhorseError, ValueError):
     """Something the user can mend. Its message says what is wrong, where, and what to do."""
 
 
-class Unreadable(UserError):
+class MachineFault(UserError):
+    """What was asked for may be right, but the machine can't do it now: its disk is full, say."""
+
+
+class Unreadable(MachineFault):
     """A file can't be read now, however often it is tried. Whether it is good, nobody knows."""
 
 
@@ -156,3 +164,10 @@ def machine_fault(error: OSError) -> str | None:
     if remedy is None:
         return None
     return f"{error.filename or 'a file of this run'}: {remedy}"
+
+
+def is_machines(error: Exception) -> bool:
+    """Return whether the machine failed, so that the same may succeed when it is mended."""
+    if isinstance(error, OSError):
+        return machine_fault(error) is not None and error.errno != errno.ENAMETOOLONG
+    return isinstance(error, MachineFault)

@@ -19,7 +19,7 @@ from typing import IO
 
 from trainer.common import files
 from trainer.common.console import ProgressBar, log
-from trainer.common.errors import UserError
+from trainer.common.errors import MachineFault, UserError
 from trainer.images import identity
 from trainer.images.names import SPLITS, is_system
 
@@ -151,7 +151,7 @@ def _unpack(archive: Path, target: Path, check: Callable[[], None]) -> dict[str,
                 sizes["/".join(parts)] = path.stat().st_size
                 progress.advance((file.tell() >> 20) - progress.done)
     except UserError as error:
-        raise UserError(f"{archive}: {error}") from error
+        raise type(error)(f"{archive}: {error}") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         name = os.path.relpath(error.filename, target)
         raise UserError(f"{archive}: {name} is a file and a folder; pack it anew") from error
@@ -210,7 +210,7 @@ def _is_there(path: Path) -> bool:
 
 def _check_size(archive: Path, total: int, allowed: int, room: int) -> None:
     if total > room:
-        raise UserError(
+        raise MachineFault(
             f"unpacked it has {total / 1e9:.1f} GB or more, and {max(room, 0) / 1e9:.1f} GB are "
             "free in the cache; free some, or give platform.cache=DIR on a larger disk"
         )

@@ -18,7 +18,7 @@ from torch import nn
 
 from trainer.common import files
 from trainer.common.console import ProgressBar, log
-from trainer.common.errors import UserError
+from trainer.common.errors import MachineFault, UserError
 from trainer.common.text import amount
 from trainer.images import identity
 from trainer.images.decode import Preprocessing
@@ -145,7 +145,7 @@ def check_room(run: Run, network: Classifier) -> None:
             "free some, or give platform.runs=DIR on a larger disk"
         )
         if least > room:
-            raise UserError(line)
+            raise MachineFault(line)
         log.warning(line)
 
 

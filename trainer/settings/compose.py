@@ -29,6 +29,11 @@ from trainer.settings.words import key_of, override, readable, text
 
 CONF = Path(__file__).parents[2] / "conf"
 OWN = {"data.root", "data.train", "data.labels"}  # each names images of a person's own
+# Hydra's own ways to say where a run lies and how a sweep is driven.
+HYDRAS_PLACES = (
+    "hydra.run", "hydra.sweep", "hydra.mode", "hydra.output_subdir", "hydra.launcher",
+    "hydra/launcher", "hydra/sweeper",
+)  # fmt: skip
 GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
 
 
@@ -237,6 +242,11 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
             raise UserError(
                 f"{word}: {key} is no setting, but holds some; "
                 f"give one of them, such as {inside[0]}=..."
+            )
+        elif key.startswith(HYDRAS_PLACES):
+            raise UserError(
+                f"{word}: Hydra makes no directories and starts no sweeps here; platform.runs=DIR "
+                "is where runs and sweeps lie, and sweep.parallel=N trains N trials at once"
             )
         elif key.startswith("sweep.space"):
             raise UserError(

@@ -217,6 +217,11 @@ class SweepConfig:
     seed: int = setting(
         at_least=0, at_most=2**32 - 1, identity=False, only_if="sweep.engine=optuna"
     )
+    # A path or a URL; `expanded` leaves the latter as it is, but for $NAME.
+    storage: str | None = setting(identity=False, path=True)
+    lost_seconds: float = setting(
+        at_least=1, at_most=86_400, identity=False, only_if="sweep.storage!=null"
+    )
     space: dict[str, str] = setting(identity=False)
 
 
@@ -464,6 +469,15 @@ def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> li
             "give model.weights=DEFAULT"
         )
     return lines
+
+
+def inputs(config: Config) -> list[str]:
+    """Return the paths of all that a run reads: pictures, labels, weights."""
+    return [
+        value
+        for key, value, limits in walk(config)
+        if limits["path"] and value is not None and key.split(".")[0] in ("data", "model")
+    ]
 
 
 def identity(config: Config) -> dict[str, Any]:

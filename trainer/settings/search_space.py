@@ -12,6 +12,7 @@ A range is written as Hydra writes it, in `conf/sweep/*.yaml` and on the command
     model: resnet50,mobilenet_v2                options of a config group
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ def load(
     UserError for a key that there is not or that can't be swept, and for a range that does not fit
     its setting.
     """
-    chosen = {name: value for name, value in vars(config.sweep).items() if name != "space"}
+    searched = {entry.name for entry in dataclasses.fields(Sweep)} - {"space"}
+    chosen = {name: getattr(config.sweep, name) for name in searched}
     settled = {key_of(override) for override in fixed}
     ranges = {key: text for key, text in config.sweep.space.items() if key not in settled}
     ranges |= swept or {}

@@ -113,6 +113,8 @@ def _readable(word: str, schema: Mapping[str, Field], sweeps: bool) -> str:
         return f"{prefixed}={quoted(meant)}"
     if bool in kinds and type(read) is int and read not in (0, 1):
         raise UserError(f"{word} is of the wrong type; allowed: true or false")
+    if isinstance(read, bool) and str(read).lower() in entry.metadata["choices"]:
+        value = str(read).lower()  # a switch with more than two positions
     if str in kinds and read is not None:  # a run may be called 007 or true
         return f"{prefixed}={quoted(_own_dollars(value, entry, schema))}"
     return word
@@ -133,8 +135,11 @@ def is_one_path(word: str, schema: Mapping[str, Field] | None = None) -> bool:
 
 
 def _is_free_text(key: str, entry: Field) -> bool:
-    """Return whether a comma in one value is only a comma: in a path, and in the run's name."""
-    return entry.metadata["path"] or key == "name"
+    """Return whether a comma in one value is only a comma.
+
+    It is in a path, in the run's name, and in what says where to run: no sweep tries machines.
+    """
+    return entry.metadata["path"] or key == "name" or key.startswith("target.")
 
 
 def _own_dollars(value: str, entry: Field, schema: Mapping[str, Field]) -> str:

@@ -26,7 +26,7 @@ from trainer.results import early
 from trainer.settings import config as settings
 from trainer.settings.compose import explain_settings
 from trainer.settings.config import Config
-from trainer.sweep.driver import BATCH_LOCK
+from trainer.sweep.process import BATCH_LOCK
 from trainer.training.loop import fit
 from trainer.training.run import open_run
 from trainer.training.training import Diverged, build_training

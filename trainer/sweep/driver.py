@@ -7,51 +7,69 @@ as they were then, which every trial uses), its ledger, `sweep.html`, and a dire
 trial, which is an ordinary run. It can be killed at any moment and started again.
 """
 
-import ctypes
 import dataclasses
-import hashlib
 import json
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
 from trainer.common import files
-from trainer.common.console import ProgressBar, also_to_file, command, log
+from trainer.common.command import one_line
+from trainer.common.console import ProgressBar, command, log
 from trainer.common.cpu import cores
-from trainer.common.errors import OK, RESUME, UserError, needed_by
-from trainer.common.git import revision
+from trainer.common.errors import (
+    MISTAKE,
+    OK,
+    Interrupted,
+    MachineFault,
+    UserError,
+    is_machines,
+    needed_by,
+)
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
-from trainer.images.datasets import find_images
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings import words
-from trainer.settings.compose import CONF, check_options, compose, first_trial, resolve
-from trainer.settings.config import Config
-from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
+from trainer.settings.compose import CONF, compose, explain_settings, first_trial, resolve
+from trainer.settings.config import AUTO, Config
+from trainer.settings.hydra_errors import CONFIG_ERRORS
 from trainer.settings.search_space import Sweep
-from trainer.sweep import page
-from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Grid, Ledger, Trial, best_first
+from trainer.sweep import page, process
+from trainer.sweep.directory import Directory, opened
+from trainer.sweep.faults import Fault, Whose
+from trainer.sweep.ledger import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    Grid,
+    Ledger,
+    Trial,
+    best_first,
+    best_of,
+)
 from trainer.sweep.pictures import Pictures, are_swept
+from trainer.sweep.process import TrialProcess, in_use
 from trainer.training import recipe
 from trainer.training.run import read_result
 
-PROJECT = Path(__file__).parents[2]
-SOURCE = ("trainer", "serving", "conf")  # what a run is made by
-FREE = ("sweep.trials", "sweep.parallel")  # may change when a sweep goes on
+T = TypeVar("T")
+
 POLL = 0.05  # seconds between two looks at the trials
-BATCH_LOCK = ".lock-batch"  # that a batch holds in the directory of each of its trials
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Seconds before another try, after the machine has failed one. So a trial is tried three times.
+PAUSES = (10.0, 60.0)
+# A machine is given up where it failed two trials in a row so often, or four that may be to blame
+# themselves.
+DOUBTS = {Whose.MACHINE: 2, Whose.OPEN: 1}
+ENOUGH = 4
+# What each trial has of its own, so that the sweep's command line can't say it.
+OWN = ("platform.run_dir", "platform.checkpoints", "platform.package")
 
 
 def run(arguments: list[str]) -> None:
@@ -67,9 +85,12 @@ def run(arguments: list[str]) -> None:
         log.info(line)
     for line in settings.ignored(config, arguments, sweep=True):
         log.warning(line)
+    for word in fixed:
+        if words.key_of(word) in OWN:
+            log.warning("%s has no effect in a sweep: each trial has a directory of its own", word)
     notice = on_spot_notice if config.platform.name == "ec2" else lambda stop: nullcontext()
-    with on_signals() as stop, opened(config, fixed, swept) as (directory, frozen), notice(stop):
-        Driver(directory, fixed, frozen, stop).run()
+    with on_signals() as stop, opened(config, fixed, swept, stop) as directory, notice(stop):
+        Driver(directory, fixed, stop).run()
 
 
 def base(conf: Path, fixed: list[str], swept: dict[str, str]) -> tuple[Config, list[str]]:
@@ -81,244 +102,238 @@ def base(conf: Path, fixed: list[str], swept: dict[str, str]) -> tuple[Config, l
     return settings.load(resolved.composed), resolved.notes
 
 
-# --- the directory of a sweep, and what is frozen in it ---
-
-
-@contextmanager
-def opened(
-    config: Config, fixed: list[str], swept: dict[str, str]
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Give the sweep's directory, locked for this process, and what its sweep.json holds.
-
-    Both are made, and the sweep is checked, if it is new. Raises UserError where another process
-    runs it, or where it began with other settings.
-    """
-    asked: dict[str, Any] = {
-        "settings": sorted(word for word in fixed if words.key_of(word) not in (*FREE, "name")),
-        "ranges": swept,
-    }
-    directory = Path(config.platform.runs) / (config.name or sweep_name(config, asked))
-    known = directory / "sweep.json"
-    if not known.exists():
-        check(config, fixed, swept)
-    directory.mkdir(parents=True, exist_ok=True)
-    with files.locked(directory) as mine, also_to_file(directory / "log.txt"):
-        if not mine:
-            raise UserError(
-                f"{directory}: another process runs this sweep; wait for it, or give this one "
-                "another name=..."
-            )
-        if not known.exists():
-            freeze(directory, asked)
-        frozen = json.loads(known.read_text())
-        if changed := words_of(asked) ^ words_of(frozen):
-            raise UserError(
-                f"{directory}: this sweep began with other settings "
-                f"({', '.join(sorted(changed))}); give the same, or another name=..."
-            )
-        log.info("sweep %s in %s", directory.name, directory)
-        yield directory, frozen
-
-
-def sweep_name(config: Config, asked: dict[str, Any]) -> str:
-    """Return the name of a sweep that was given none.
-
-    It is derived from the command line, not from what conf/ makes of it, so that the same command
-    finds its own sweep after conf/ was edited.
-    """
-    text = json.dumps([asked, settings.places(config.data)], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return f"sweep-{config.data.source}-{digest[:8]}"
-
-
-def words_of(asked: dict[str, Any]) -> set[str]:
-    """Return what was asked for as the words of a command line."""
-    return {*asked["settings"], *(f"{key}={text}" for key, text in asked["ranges"].items())}
-
-
-def check(config: Config, fixed: list[str], swept: dict[str, str]) -> None:
-    """Raise UserError for what would fail every trial.
-
-    Ranges that don't fit, options that don't exist, a folder without images.
-    """
-    sweep = space.load(config, swept, fixed)
-    check_options(sweep, fixed, swept)
-    if not are_swept(sweep):
-        find_images(config, words=fixed)
-
-
-def freeze(directory: Path, asked: dict[str, Any]) -> None:
-    """Copy the code and conf/ as they are now.
-
-    sweep.json, written last, says that they are complete.
-    """
-    files.sweep(directory)
-    shutil.rmtree(directory / "source", ignore_errors=True)
-    temporary = directory / f"{files.TEMPORARY}source"
-    for name in SOURCE:
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(PROJECT / name, temporary / name, ignore=ignored)
-    temporary.rename(directory / "source")
-    began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    frozen = asked | {"revision": revision(), "began": began}
-    files.write(directory / "sweep.json", json.dumps(frozen))
-
-
-# --- driving it ---
-
-
-@dataclass
-class TrialProcess:
-    """One process: a trial, or several heads that it trains one after the other."""
-
-    trials: list[Trial]
-    slot: int  # which of the processes that run at once; chooses the GPU
-    # None: it waits for one that a killed driver left behind.
-    process: subprocess.Popen[bytes] | None = None
-    epoch: int = 0  # the last one reported
-    pruned: bool = False
-
-
 class Driver:
     """Starts a sweep's trials as processes, and notes what becomes of them."""
 
-    def __init__(
-        self, directory: Path, fixed: list[str], frozen: dict[str, Any], stop: Stop
-    ) -> None:
-        self.directory, self.frozen, self.stop = directory, frozen, stop
+    def __init__(self, directory: Directory, fixed: list[str], stop: Stop) -> None:
+        self.directory, self.frozen, self.stop = directory.path, directory.frozen, stop
         # Neither the sweep's own settings nor the places that its trials would share are for the
         # trials.
         self.fixed = [
             word for word in fixed if words.key_of(word).split(".")[0] not in ("sweep", "name")
         ]
-        self.config = base(directory / "source" / "conf", fixed, frozen["ranges"])[0]
-        self.sweep = space.load(self.config, frozen["ranges"], fixed)
-        self.ledger = make_ledger(directory, self.sweep)
+        ranges = self.frozen["ranges"]
+        self.config = base(self.directory / "source" / "conf", fixed, ranges)[0]
+        self.sweep = space.load(self.config, ranges, fixed)
         self.pictures: Pictures | None = None  # of all trials, where these don't choose others
         if not are_swept(self.sweep):
-            self.pictures = Pictures(directory, self.config, stop)
+            self.pictures = Pictures(self.directory, self.config, stop)
         keys = [parameter.key for parameter in self.sweep.space]
-        auto = self.config.model.name == settings.AUTO
+        auto = self.config.model.name == AUTO
         # What model=auto stands for, where it is the same for all trials.
         self.decides_once = auto and not recipe.may_differ_by(self.config, keys)
+        self.ledger = self.open_ledger(directory)
         self.waiting: list[Trial] = []  # begun, but not running now
+        self.later: list[
+            Trial
+        ] = []  # that the machine failed before this process: after all others
         # Trials not to be batched with others: the process that tried it failed.
         self.alone: set[int] = set()
         self.jobs: list[TrialProcess] = []
+        # --- the machine's faults ---
+        self.tries: Counter[int] = Counter()  # that the machine has failed, by trial
+        self.aside: dict[int, Fault] = {}  # trials that it has failed each time, by number
+        self.doubts = 0  # about the machine, since a trial was completed
+        self.own_faults = 0  # in a row, of this process
+        self.resume_at = 0.0  # time.monotonic; no trial is started before
+
+    def open_ledger(self, directory: Directory) -> Ledger:
+        """Open what chooses the trials, as `make_ledger`."""
+        shared = self.config.sweep.storage
+        if shared is None:
+            return make_ledger(self.directory, self.sweep)
+        what = sorted(filter(is_of_the_sweep, self.frozen["settings"]))
+        what += sorted(f"{key}={text}" for key, text in self.frozen["ranges"].items())
+        if self.pictures is not None:
+            what.append(f"pictures {self.pictures.digest()[:12]}")
+        with needed_by("sweep.storage", "sweep"):
+            from trainer.sweep import optuna_ledger  # imported here: optional
+        driver = optuna_ledger.Driver(
+            directory.driver, " ".join(what), self.directory, self.config.sweep.lost_seconds
+        )
+        return optuna_ledger.Optuna(shared, self.sweep, self.directory.name, driver)
 
     def run(self) -> None:
         """Run the sweep to its end.
 
-        Raises UserError where no trial was completed, Interrupted when asked to stop.
+        Raises UserError where too few trials were done to call one the best, and Interrupted when
+        asked to stop, or where the machine fails again and again.
         """
-        total = self.sweep.trials
-        if isinstance(self.ledger, Grid):
-            total = len(self.ledger.points)
-        self.settle_outcomes()
-        self.waiting = [trial for trial in self.ledger.trials() if trial.state == RUNNING]
-        done = len(self.ledger.trials()) - len(self.waiting)
-        keys = ", ".join(parameter.key for parameter in self.sweep.space)
-        log.info("%d trials over %s", total, keys)
-        if self.ledger.trials():
-            log.info("%d of them are done already; %d go on", done, len(self.waiting))
-        with ProgressBar("trials", total, done) as bar:
-            while self.step():
-                done = sum(trial.state != RUNNING for trial in self.ledger.trials())
-                bar.advance(done - bar.done)
+        try:
+            self.patiently(self.settle_outcomes)
+            trials = self.ledger.trials()
+            running = [trial for trial in trials if trial.state == RUNNING]
+            held = [trial for trial in running if self.ledger.holds(trial.number)]
+            self.waiting = [trial for trial in held if not trial.reason]
+            self.later = [trial for trial in held if trial.reason]
+            keys = ", ".join(parameter.key for parameter in self.sweep.space)
+            log.info("%d trials over %s", self.ledger.total, keys)
+            done = len(trials) - len(running)
+            if trials:
+                log.info("%d of them are done already; %d go on", done, len(held))
+            with ProgressBar("trials", self.ledger.total, done) as bar:
+                while self.patiently(self.step):
+                    done = sum(trial.state != RUNNING for trial in self.ledger.trials())
+                    bar.advance(done - bar.done)
+            self.settle_aside()
+            self.patiently(self.end)
+        finally:
+            process.end(self.jobs)
+            with suppress(MachineFault):  # others will wait for it, and then go on
+                self.ledger.leave()
+
+    def end(self) -> None:
+        """Make the best trial a whole run, and show what came out."""
         ranked = best_first(self.ledger.trials(), self.sweep)
-        if ranked[0].state != COMPLETE:
-            failed = next(trial for trial in ranked if trial.state == FAILED)
-            raise UserError(
-                f"{self.directory}: none of {len(ranked)} trials was completed; "
-                f"trial {failed.number} failed: {failed.reason}"
-            )
-        self.check_pictures()
-        self.finish_best(ranked[0])
+        best = best_of(ranked, self.ledger.total)
+        if best is not None:
+            self.check_pictures()
+            with files.locked(self.directory, self.stop.check, name=".lock-best"):
+                self.finish(best)
         self.write_page()
-        self.summarize(ranked)
+        self.summarize(ranked, best)
+
+    # --- driving it ---
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns; try it again after a pause where the machine fails it.
+
+        Raise Interrupted where that was tried often enough: everything that runs is saved.
+        """
+        while True:
+            try:
+                return work()
+            except (OSError, MachineFault) as error:
+                line = one_line(error)
+                if line is None or not is_machines(error):
+                    raise
+                if time.monotonic() - self.resume_at > 2 * PAUSES[-1]:
+                    self.own_faults = 0
+                if self.own_faults == len(PAUSES):
+                    raise Interrupted(f"this machine, which failed each time ({line})") from error
+                with suppress(OSError):  # its log may lie on the same disk
+                    log.warning("%s; it is tried again in %g s", line, PAUSES[self.own_faults])
+                self.pause(PAUSES[self.own_faults])
+                self.own_faults += 1
+
+    def pause(self, seconds: float) -> None:
+        """Wait. Raise Interrupted when asked to stop."""
+        self.resume_at = time.monotonic() + seconds
+        while time.monotonic() < self.resume_at:
+            self.stop.check()
+            time.sleep(POLL)
 
     def step(self) -> bool:
         """Look after the jobs once, and start others in the place of those that ended.
 
-        Return False where nothing is left to do.
+        Return False where nothing is left to do. Raise Interrupted when asked to stop.
         """
-        if self.stop.reason:
-            self.halt()
-        ended = [job for job in self.jobs if self.look_after(job)]
-        self.jobs = [job for job in self.jobs if job not in ended]
+        self.stop.check()
+        self.ledger.beat()
+        ended = 0
+        for job in list(self.jobs):
+            if self.is_taken_over(job) or self.look_after(job):
+                self.jobs.remove(job)
+                ended += 1
         if ended:
             self.write_page()
+        pausing = time.monotonic() < self.resume_at
         for slot in sorted(set(range(self.sweep.parallel)) - {job.slot for job in self.jobs}):
+            if pausing:
+                break
             if trials := self.next_trials():
-                self.check_pictures()
-                self.jobs.append(TrialProcess(trials, slot))
-        if self.jobs and not ended:
+                output = self.place(trials[0]) / "output.txt"
+                self.jobs.append(TrialProcess(trials, slot, output))
+        others = self.others()
+        if (self.jobs or pausing or others) and not ended:
             time.sleep(POLL)
-        return bool(self.jobs)
+        return bool(self.jobs or pausing or self.waiting or others)
+
+    def others(self) -> bool:
+        """Return whether drivers that share the ledger have trials that are not done."""
+        return any(
+            trial.state == RUNNING and not self.ledger.holds(trial.number)
+            for trial in self.ledger.trials()
+        )
 
     def check_pictures(self) -> None:
-        """Raise UserError where the pictures are no longer those of the trials before.
-
-        What is running saves its state first.
-        """
-        if self.pictures is None:
-            return
-        try:
+        """Raise UserError where the pictures are no longer those of the trials before."""
+        if self.pictures is not None:
             self.pictures.check()
+
+    def lacks(self) -> bool:
+        """Return whether what all trials read is not what it was when the sweep began."""
+        try:
+            self.check_pictures()
         except UserError:
-            self.end_trials()
-            raise
-
-    def halt(self) -> None:
-        """Have every trial save its state, and raise Interrupted."""
-        self.end_trials()
-        self.stop.check()
-
-    def end_trials(self) -> None:
-        """Have every trial save its state and end."""
-        running = [job.process for job in self.jobs if job.process is not None]
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+            return True
+        return not all(Path(path).exists() for path in self.frozen.get("inputs", []))
 
     def next_trials(self) -> list[Trial]:
         """Return the next trial, with those after it that can be batched with it."""
         trials: list[Trial] = []
         if self.jobs and self.decides_once and self.decided() is None:
             return trials  # the first one decides for all
-        while taken := self.take():
-            trial, batched = taken
-            if trials and not batched:
-                self.waiting.insert(0, trial)
-                break
-            trials.append(trial)
-            if not batched or len(trials) == self.sweep.together:
-                break
+        try:
+            while taken := self.take():
+                trial, batched = taken
+                if trials and not batched:
+                    self.waiting.insert(0, trial)
+                    break
+                trials.append(trial)
+                if not batched or len(trials) == self.sweep.together:
+                    break
+        except Exception:
+            self.waiting = trials + self.waiting
+            raise
         return trials
 
     def take(self) -> tuple[Trial, bool] | None:
-        """Return a trial to start, and whether it may share a process; None: no trial is left.
+        """Return a trial to start, and whether it may share a process; None: there is none now.
 
         Its config.yaml is written to its directory.
         """
-        while trial := self.waiting.pop(0) if self.waiting else self.ledger.ask():
+        while trial := self.next_trial():
+            conf = self.directory / "source" / "conf"
             try:
-                config = compose(self.overrides(trial), self.directory / "source" / "conf")
-            except (UserError, *CONFIG_ERRORS) as error:
-                reason = str(error)
-                if not isinstance(error, UserError):
-                    reason = explain(error, settings.keys())
-                self.tell(trial, FAILED, reason=reason)
+                config = compose(self.overrides(trial), conf)
+                self.prepare(trial, config)
+            except (UserError, OSError, *CONFIG_ERRORS) as error:
+                if is_machines(error) or not conf.exists():
+                    self.waiting.insert(0, trial)
+                    raise MachineFault(one_line(error, explain_settings)) from error
+                self.tell(trial, FAILED, reason=one_line(error, explain_settings) or "")
                 continue
-            where = self.place(trial)
-            where.mkdir(exist_ok=True)
-            text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
-            files.write(where / "config.yaml", text)
-            self.hand_on(where)
             may_batch = self.sweep.together > 1 and trial.number not in self.alone
             return trial, may_batch and head_only(config)
         return None
+
+    def next_trial(self) -> Trial | None:
+        """Return a trial to start, whether it can be or not."""
+        if self.waiting:
+            return self.waiting.pop(0)
+        trial = self.ledger.ask()
+        if trial is None and self.later:
+            trial = self.later.pop(0)
+        return trial
+
+    def prepare(self, trial: Trial, config: Config) -> None:
+        """Make a trial's directory."""
+        where = self.place(trial)
+        noted = read_json(where / "trial.json")
+        if noted not in (None, trial.params):
+            log.warning(
+                "trial %d: the ledger has lost what %s holds, a trial of other values: it is "
+                "deleted",
+                trial.number,
+                where,
+            )
+            files.remove(where)
+        where.mkdir(exist_ok=True)
+        files.write(where / "trial.json", json.dumps(trial.params))
+        text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+        files.write(where / "config.yaml", text)
+        self.hand_on(where)
 
     def decided(self) -> Path | None:
         """Return the recipe of a trial that has decided what model=auto stands for."""
@@ -334,6 +349,15 @@ class Driver:
             written.parent.mkdir(exist_ok=True)
             files.write(written, first.read_text())
 
+    def is_taken_over(self, job: TrialProcess) -> bool:
+        """Return whether another driver goes on with the job's trials; then end its process."""
+        held = [trial for trial in job.trials if self.ledger.holds(trial.number)]
+        if len(held) == len(job.trials):
+            return False
+        process.end([job])
+        self.waiting = held + self.waiting
+        return True
+
     def look_after(self, job: TrialProcess) -> bool:
         """Start the job's process when it can start, follow it, and note its outcome.
 
@@ -342,64 +366,39 @@ class Driver:
         if job.process is None:
             if any(in_use(self.place(trial)) for trial in job.trials):
                 return False
-            job.process = self.start(job)
-        code = job.process.poll()
+            self.start(job)
+        code = job.code()
         if len(job.trials) == 1 and not self.outcomes_of(job).exists():
             self.follow(job)
         if code is None:
             return False
         if self.outcomes_of(job).exists():
             self.settle_outcomes()
-        elif code == RESUME and not job.pruned:
-            self.waiting = job.trials + self.waiting  # somebody stopped this process alone
-        elif len(job.trials) > 1:
-            log.warning(
-                "a batch of %d trials failed (%s); each is trained in a process of its own",
-                len(job.trials),
-                self.reason(job, code),
-            )
-            self.alone |= {trial.number for trial in job.trials}
-            self.waiting = job.trials + self.waiting
         elif job.pruned:
             self.tell(job.trials[0], PRUNED)
         elif code == OK:
-            result = json.loads((self.place(job.trials[0]) / "result.json").read_text())
-            self.complete(job.trials[0], result["best_epoch"])
+            result = read_result(self.place(job.trials[0])) or {}
+            self.complete(job.trials[0], result.get("best_epoch"))
         else:
-            self.tell(job.trials[0], FAILED, reason=self.reason(job, code))
+            self.failed(job, code)
         return True
 
-    def start(self, job: TrialProcess) -> subprocess.Popen[bytes]:
-        """Start the process of a trial, or of several batched ones, by the sweep's own code."""
+    def start(self, job: TrialProcess) -> None:
+        """Start the process of a trial, or of several batched ones, by the sweep's own code.
+
+        Raise UserError where the pictures are no longer those of the trials before.
+        """
+        self.check_pictures()
         first = job.trials[0]
-        program = [sys.executable, "-P", "-m"]  # -P: not the code in the current directory
+        arguments = ["trainer", *self.overrides(first)]
         if len(job.trials) > 1:
             numbers = [str(trial.number) for trial in job.trials]
-            command = [*program, "trainer.sweep.batch", str(self.directory.absolute()), *numbers]
-        else:
-            command = [*program, "trainer", *self.overrides(first)]
-        environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-        search = [str((self.directory / "source").absolute())]
-        if os.environ.get("PYTHONPATH"):
-            search.append(os.environ["PYTHONPATH"])
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(search),
-            "PACKHORSE_REVISION": self.frozen["revision"] or "unknown",
-        }
-        if self.config.train.device != "cpu" and len(devices := gpus()) > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[job.slot % len(devices)]
+            arguments = ["trainer.sweep.batch", str(self.directory.absolute()), *numbers]
         for trial in job.trials:
             log.info("trial %d: %s", trial.number, " ".join(self.chosen(trial)))
-        with (self.place(first) / "output.txt").open("ab") as output:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the driver, which then ends its trials
-                preexec_fn=end_with_parent,
-            )
+        revision = self.frozen["revision"] or "unknown"
+        gpu = self.config.train.device != "cpu"
+        job.start(arguments, self.directory / "source", revision, gpu)
 
     def overrides(self, trial: Trial) -> list[str]:
         """Return the command line of a trial's own process."""
@@ -409,9 +408,7 @@ class Driver:
         places = [
             f"name='{trial.number:04d}'",
             words.override("platform.runs", str(self.directory.absolute())),
-            "platform.run_dir=null",
-            "platform.checkpoints=null",
-            "platform.package=null",
+            *(f"{key}=null" for key in OWN),
         ]
         replaced = {words.key_of(word) for word in places}
         fixed = [word for word in self.fixed if words.key_of(word) not in replaced]
@@ -432,11 +429,10 @@ class Driver:
         number = job.trials[0].number
         for row in evaluations(self.place(job.trials[0])):
             if row["epoch"] > job.epoch and not job.pruned:
+                job.pruned = self.ledger.report(number, row["epoch"], row[self.sweep.objective])
                 job.epoch = row["epoch"]
-                job.pruned = self.ledger.report(number, job.epoch, row[self.sweep.objective])
-        if job.pruned and job.process is not None and job.process.poll() is None:
-            job.process.terminate()
-            job.process.wait()
+        if job.pruned and job.code() is None:
+            process.end([job])
 
     def outcomes_of(self, job: TrialProcess) -> Path:
         """Return where a process of batched trials writes what became of them."""
@@ -447,9 +443,14 @@ class Driver:
 
         A batch's outcomes are on the disk all at once.
         """
-        running = {trial.number: trial for trial in self.ledger.trials() if trial.state == RUNNING}
+        running = {
+            trial.number: trial
+            for trial in self.ledger.trials()
+            if trial.state == RUNNING and self.ledger.holds(trial.number)
+        }
         for path in sorted(self.directory.glob("outcomes-*.json")):
-            for number, outcome in json.loads(path.read_text()).items():
+            # One that is damaged tells nothing: its trials are begun again, and find their runs.
+            for number, outcome in (read_json(path) or {}).items():
                 trial = running.pop(int(number), None)
                 if trial is None:
                     continue
@@ -458,11 +459,19 @@ class Driver:
                 else:
                     self.complete(trial, outcome["best_epoch"])
 
-    def complete(self, trial: Trial, epoch: int) -> None:
-        """Tell the ledger the objective at the trial's best epoch. One not finite is a failure."""
+    def complete(self, trial: Trial, epoch: int | None) -> None:
+        """Tell the ledger the objective at the trial's best epoch. One not finite is a failure.
+
+        epoch: None where a damaged result.json doesn't tell it.
+        """
         objective = self.sweep.objective
         rows = evaluations(self.place(trial))
-        value = next(row[objective] for row in rows if row["epoch"] == epoch)
+        values = [row[objective] for row in rows if row["epoch"] == epoch]
+        if not values:
+            reason = f"{self.place(trial)}: result.json or metrics.jsonl is damaged"
+            self.try_again([trial], Fault(Whose.MACHINE, reason))
+            return
+        value = values[-1]
         if math.isfinite(value):
             self.tell(trial, COMPLETE, value)
         else:
@@ -472,54 +481,123 @@ class Driver:
     def tell(self, trial: Trial, state: str, value: float | None = None, reason: str = "") -> None:
         """Tell the ledger and the user a trial's outcome."""
         self.ledger.tell(trial.number, state, value, reason)
+        if state in (COMPLETE, PRUNED):
+            self.doubts = 0
         if value is not None:
             reason = f"{self.sweep.objective}={value:g}"
         log.info("trial %d %s%s", trial.number, state, f": {reason}" if reason else "")
 
-    def reason(self, job: TrialProcess, code: int) -> str:
-        """Return why a process failed, in one line: its last word."""
-        if code == -signal.SIGKILL:
-            return "killed by SIGKILL: was the memory full?"
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        lines = (self.place(job.trials[0]) / "output.txt").read_text(errors="replace").split("\n")
-        said = [line.removeprefix("error: ") for line in lines if line.strip()]
-        return said[-1] if said else f"exit code {code}"
+    def failed(self, job: TrialProcess, code: int) -> None:
+        """Note that a job's process failed. What the machine failed is tried again."""
+        fault = job.fault()
+        if code == MISTAKE and self.lacks():
+            fault = Fault(Whose.MACHINE, fault.reason)
+        if fault.whose is not Whose.MACHINE and len(job.trials) > 1:
+            log.warning(
+                "a batch of %d trials failed (%s); each is trained in a process of its own",
+                len(job.trials),
+                fault.reason,
+            )
+            self.alone |= {trial.number for trial in job.trials}
+            self.waiting = job.trials + self.waiting
+        elif fault.whose is Whose.TRIAL:
+            self.tell(job.trials[0], FAILED, reason=fault.reason)
+        else:
+            self.try_again(job.trials, fault)
+
+    def try_again(self, trials: list[Trial], fault: Fault) -> None:
+        """Let a job's trials wait for another try; put them aside where they had all of theirs.
+
+        Raise Interrupted where enough were put aside, and none was completed in between: the
+        machine would fail the others, too.
+        """
+        first = trials[0].number
+        which = f"trial {first}"
+        if len(trials) > 1:
+            which = f"trials {first} to {trials[-1].number}"
+        for trial in trials:
+            self.ledger.note(trial.number, fault.reason)
+        if self.tries[first] < len(PAUSES):
+            pause = PAUSES[self.tries[first]]
+            self.tries[first] += 1
+            self.waiting = trials + self.waiting
+            self.resume_at = time.monotonic() + pause
+            log.warning("%s: %s; tried again in %g s", which, fault.reason, pause)
+            return
+        self.aside |= {trial.number: fault for trial in trials}
+        self.doubts += DOUBTS[fault.whose]
+        if self.doubts >= ENOUGH:
+            raise Interrupted(f"this machine, which failed each of {self.failures()}")
+        log.warning("%s: %s; the others go on", which, fault.reason)
+
+    def settle_aside(self) -> None:
+        """Tell what is final of the trials that the machine failed each time.
+
+        Raise Interrupted where some are not: the same command tries these again.
+        """
+        trials = {trial.number: trial for trial in self.ledger.trials()}
+        if any(trial.state == COMPLETE for trial in trials.values()):
+            for number, fault in list(self.aside.items()):
+                if fault.whose is Whose.OPEN:
+                    tries = len(PAUSES) + 1
+                    reason = f"{fault.reason} (in each of {tries} tries, and others were completed)"
+                    self.tell(trials[number], FAILED, reason=reason)
+                    del self.aside[number]
+        if self.aside:
+            raise Interrupted(f"this machine, which failed each of {self.failures()}")
+
+    def failures(self) -> str:
+        """Return which trials the machine failed each time, and why."""
+        numbers = ", ".join(str(number) for number in sorted(self.aside))
+        reasons = "; ".join(dict.fromkeys(fault.reason for fault in self.aside.values()))
+        return f"{len(PAUSES) + 1} tries of trial {numbers} ({reasons})"
 
     # --- what is shown ---
 
-    def finish_best(self, trial: Trial) -> None:
+    def finish(self, trial: Trial) -> None:
         """Make the best trial a whole run, with its model package and report.
 
-        It is one already unless it was batched with others.
+        It is one already unless it was batched with others, or files of it are gone. One that
+        another machine has is finished there.
         """
-        if read_result(self.place(trial)):
+        where = self.place(trial)
+        if trial.where:
+            return
+        if read_result(where) and (where / "model.tar.gz").exists():
             return
         log.info(
-            "trial %d is the best: it is trained once more, alone, for its model package "
-            "and report",
+            "trial %d is the best: it goes on alone, to its model package and report",
             trial.number,
         )
-        job = TrialProcess([trial], 0)
+        where.mkdir(exist_ok=True)
+        job = TrialProcess([trial], 0, where / "output.txt")
         self.jobs = [job]
-        while job.process is None or job.process.poll() is None:
-            if self.stop.reason:
-                self.halt()
-            if job.process is None and not in_use(self.place(trial)):
-                job.process = self.start(job)
-            time.sleep(POLL)
-        if job.process.returncode == RESUME:
-            self.stop.ask("the best trial, which was stopped")
+        while job.code() is None:
             self.stop.check()
-        if job.process.returncode != OK:
-            log.warning(
-                "trial %d could not be trained once more: %s",
-                trial.number,
-                self.reason(job, job.process.returncode),
+            self.ledger.beat()
+            if job.process is None and not in_use(where):
+                self.start(job)
+            time.sleep(POLL)
+        self.jobs = []
+        if job.code() == OK:
+            return
+        fault = job.fault()
+        if fault.whose is not Whose.TRIAL and self.tries[trial.number] < len(PAUSES):
+            pause = PAUSES[self.tries[trial.number]]
+            self.tries[trial.number] += 1
+            log.warning("trial %d: %s; tried again in %g s", trial.number, fault.reason, pause)
+            self.pause(pause)
+            self.finish(trial)
+        elif fault.whose is Whose.MACHINE:
+            raise Interrupted(f"this machine, which failed the best trial ({fault.reason})")
+        else:
+            raise UserError(
+                f"{where}: trial {trial.number} is the best, but can't be made a model package: "
+                f"{fault.reason}"
             )
 
     def write_page(self) -> None:
-        """Write sweep.html."""
+        """Write sweep.html. One driver does it at a time."""
         trials = best_first(self.ledger.trials(), self.sweep)
         rows = {trial.number: evaluations(self.place(trial)) for trial in trials}
         facts = {
@@ -527,10 +605,13 @@ class Driver:
             "git revision": self.frozen["revision"] or "unknown",
             "engine": self.sweep.engine,
         }
-        again = self.again(trials[0])
+        best = best_of(trials, self.ledger.total)
+        again = self.again(best) if best is not None else ""
         facts |= dict(self.words())
-        shown = page.Page(self.directory.name, self.sweep, trials, rows, again, facts)
-        page.write(shown, self.directory / "sweep.html")
+        shown = page.Page(self.directory.name, self.sweep, trials, best, rows, again, facts)
+        with files.locked(self.directory, name=".lock-page") as mine:
+            if mine:
+                page.write(shown, self.directory / "sweep.html")
 
     def words(self) -> Iterator[tuple[str, str]]:
         """Yield the settings that all trials have, as (key, value)."""
@@ -541,8 +622,11 @@ class Driver:
         """Return the command that trains this trial once more, as a run of its own."""
         return command("trainer", *self.fixed, *self.chosen(trial))
 
-    def summarize(self, ranked: list[Trial]) -> None:
-        """Show all trials, the best first; where the best lies; and what to do next."""
+    def summarize(self, ranked: list[Trial], best: Trial | None) -> None:
+        """Show all trials, the best first; where the best lies; and what to do next.
+
+        Raise UserError where none may be called the best.
+        """
         keys = [parameter.key for parameter in self.sweep.space]
         table = [["trial", self.sweep.objective, *keys, ""]]
         for trial in ranked:
@@ -557,19 +641,34 @@ class Driver:
         for *cells, note in table:
             aligned = map(str.rjust, cells, widths)
             log.info("  ".join(aligned) + f"  {note}".rstrip())
-        where = self.place(ranked[0])
-        log.info("\n%-15s %s, trial %d", "best", where, ranked[0].number)
-        tested = read_result(where)
-        if tested:
+        if best is None:
+            failed = next(trial for trial in ranked if trial.state == FAILED)
+            done = sum(trial.state in (COMPLETE, PRUNED) for trial in ranked)
+            raise UserError(
+                f"{self.directory}: only {done} of {len(ranked)} trials were done, fewer than "
+                "half, so none of them is called the best; "
+                f"trial {failed.number} failed: {failed.reason}"
+            )
+        log.info("\n%-15s %s, trial %d", "best", best.where or self.place(best), best.number)
+        tested = read_result(self.place(best))
+        if tested and not best.where:
             log.info(
                 "%-15s %.1f %% (%d pictures)",
                 f"{tested['split']} accuracy",
                 100 * tested["top1"],
                 tested["pictures"],
             )
-            log.info("%-15s %s", "model package", where / "model.tar.gz")
+            log.info("%-15s %s", "model package", self.place(best) / "model.tar.gz")
         log.info("%-15s %s", "report", self.directory / "sweep.html")
-        log.info("next:\n  %s", self.again(ranked[0]))
+        log.info("next:\n  %s", self.again(best))
+
+
+def is_of_the_sweep(word: str) -> bool:
+    """Return whether a setting is the same for all machines of a sweep: a path may be another."""
+    key = words.key_of(word)
+    schema = settings.schema()
+    is_path = key in schema and schema[key].metadata["path"]
+    return not is_path and not key.startswith("platform")
 
 
 def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
@@ -584,9 +683,9 @@ def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
 def head_only(config: Config) -> bool:
     """Return whether all that such a trial trains is a head on cached features."""
     return (
-        config.model.name != settings.AUTO
-        and config.model.freeze == "backbone"
+        config.model.freeze == "backbone"
         and config.model.cached_views is not None
+        and config.model.name != AUTO  # which is decided by a run of its own
         and not config.train.compile
     )
 
@@ -597,33 +696,25 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     Those of metrics.jsonl that are complete and hold valid's metrics.
     """
     path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [row for row in map(json.loads, lines) if "valid_loss" in row]
+    rows = []
+    if path.exists():
+        rows = [parsed(line) or {} for line in path.read_bytes().split(b"\n")[:-1]]
+    return [row for row in rows if "valid_loss" in row]
 
 
-def in_use(run: Path) -> bool:
-    """Return whether a process trains this trial, or is about to."""
-    with files.locked(run) as free, files.locked(run, name=BATCH_LOCK) as unclaimed:
-        return not (free and unclaimed)
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return what a file holds; None where it isn't there, or is damaged."""
+    if not path.exists():
+        return None
+    return parsed(path.read_bytes())
 
 
-def gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    driver = Path("/proc/driver/nvidia/gpus")
-    return [str(number) for number, _ in enumerate(driver.iterdir())] if driver.is_dir() else []
-
-
-# Loaded here: between fork and exec is no place for it.
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def end_with_parent() -> None:
-    """Have Linux send this process SIGTERM when the driver dies.
-
-    So it saves, and the machine is free. Elsewhere it trains on to its end.
-    """
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that `text` is; None: it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    if isinstance(value, dict):
+        return value
+    return None

@@ -2,18 +2,21 @@
 
 It is on the disk before anything is done about it.
 
-`Grid` and `optuna_ledger.Optuna` are the two ways to choose the next trial. A trial that was begun
-stays begun: after a kill it is found again under its number with its values, so that nothing is
-lost, repeated or renumbered.
+`Grid` and `optuna_ledger.Optuna` are the two ways to keep it: a file of one driver that needs
+nothing installed, and Optuna's storages, which choose by what came before, and which several
+drivers share. A trial that was begun stays begun: after a kill it is found again under its number
+with its values, so that nothing is lost, repeated or renumbered.
 """
 
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from trainer.common.console import log
 from trainer.settings import search_space as space
 from trainer.settings.search_space import Sweep
 from trainer.settings.words import Value
@@ -29,58 +32,91 @@ class Trial:
     params: dict[str, Value]  # of each swept key
     state: str = RUNNING
     value: float | None = None  # of the objective; None: not known (yet)
-    reason: str = ""  # why it failed
+    # Why it failed; of a running trial, why its last try did, for the machine's sake.
+    reason: str = ""
+    where: str = ""  # HOST:DIRECTORY of its run, where that isn't in this sweep's directory
 
 
 class Ledger(Protocol):
     """Chooses the trials and remembers them, on the disk."""
 
+    total: int  # how many trials there are to be
+
     def trials(self) -> list[Trial]:
         """Return every trial begun, by number."""
 
     def ask(self) -> Trial | None:
-        """Begin the next trial and return it; None: no trial is left."""
+        """Begin the next trial, or take over one whose driver is gone, and return it.
+
+        None: there is none now.
+        """
+
+    def holds(self, number: int) -> bool:
+        """Return whether this trial is running, and this driver is the one to run it."""
 
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Note the objective after an epoch (from 1); return whether the trial should end here."""
 
+    def note(self, number: int, reason: str) -> None:
+        """Note why a running trial has to be tried again."""
+
     def tell(self, number: int, state: str, value: float | None = None, reason: str = "") -> None:
-        """Note a trial's outcome."""
+        """Note a trial's outcome. That of a trial that this driver doesn't hold counts nothing."""
+
+    def beat(self) -> None:
+        """Let other drivers know that this one lives. Call it again and again."""
+
+    def leave(self) -> None:
+        """Let other drivers take over at once what this one has begun."""
 
 
 class Grid:
     """Every combination, the last key fastest.
 
-    Its journal has one JSON object a line, the last one of a trial counts.
+    Its journal has one JSON object a line, the last one of a trial counts. A damaged line costs
+    what it says: that trial is begun again, and finds its run.
     """
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
-        keys = [parameter.key for parameter in sweep.space]
-        points = itertools.product(
-            *(space.grid(parameter, sweep.points) for parameter in sweep.space)
-        )
-        self.points = [dict(zip(keys, values, strict=True)) for values in points]
+        self.points = grid_points(sweep)
+        self.total = len(self.points)
         self._path = path
         self._trials: dict[int, Trial] = {}
         mend(path)
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            self._trials[entry["number"]] = Trial(params=self.points[entry["number"]], **entry)
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                self._trials[entry["number"]] = Trial(params=self.points[entry["number"]], **entry)
+            except (ValueError, TypeError, LookupError):
+                log.warning("%s: line %d is damaged, and passed over", path, number)
 
     def trials(self) -> list[Trial]:
         return [self._trials[number] for number in sorted(self._trials)]
 
     def ask(self) -> Trial | None:
-        number = len(self._trials)
-        if number == len(self.points):
-            return None
-        return self._note(Trial(number, self.points[number]))
+        for number, params in enumerate(self.points):
+            if number not in self._trials:
+                return self._note(Trial(number, params))
+        return None
+
+    def holds(self, number: int) -> bool:
+        return self._trials[number].state == RUNNING
 
     def report(self, number: int, epoch: int, value: float) -> bool:
         return False
 
+    def note(self, number: int, reason: str) -> None:
+        self._note(replace(self._trials[number], reason=reason))
+
     def tell(self, number: int, state: str, value: float | None = None, reason: str = "") -> None:
-        self._note(replace(self._trials[number], state=state, value=value, reason=reason))
+        if self.holds(number):
+            self._note(replace(self._trials[number], state=state, value=value, reason=reason))
+
+    def beat(self) -> None:
+        """Do nothing: there is no other driver."""
+
+    def leave(self) -> None:
+        """Do nothing, as above."""
 
     def _note(self, trial: Trial) -> Trial:
         entry = {
@@ -89,26 +125,40 @@ class Grid:
             "value": trial.value,
             "reason": trial.reason,
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        mend(self._path)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
         self._trials[trial.number] = trial
         return trial
 
 
+def grid_points(sweep: Sweep) -> list[dict[str, Value]]:
+    """Return the values of each trial of a grid, the last key fastest."""
+    keys = [parameter.key for parameter in sweep.space]
+    values = (space.grid(parameter, sweep.points) for parameter in sweep.space)
+    return [dict(zip(keys, point, strict=True)) for point in itertools.product(*values)]
+
+
 def mend(path: Path) -> None:
-    """Make the journal, or cut off the line that a power cut has torn.
+    """Make the journal, or cut off the line that a power cut or a full disk has torn.
 
     Nothing was done about that line yet.
     """
     with path.open("ab+") as file:
-        file.seek(0)
-        data = file.read()
-        file.truncate(data.rfind(b"\n") + 1)
+        end = file.tell()
+        file.seek(max(end - 1, 0))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def best_first(trials: list[Trial], sweep: Sweep) -> list[Trial]:
+def best_first(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
     """Return the trials, the best first; those that ended early or failed last."""
     sign = 1 if sweep.minimize else -1
     order = {COMPLETE: 0, PRUNED: 1, RUNNING: 2, FAILED: 3}
@@ -120,3 +170,16 @@ def best_first(trials: list[Trial], sweep: Sweep) -> list[Trial]:
             trial.number,
         ),
     )
+
+
+def best_of(ranked: Sequence[Trial], total: int) -> Trial | None:
+    """Return the best trial, None where none may be called so.
+
+    Where more than half of the trials failed, what is left says little of the space.
+
+    ranked: of `best_first`. total: how many trials there are to be.
+    """
+    failed = sum(trial.state == FAILED for trial in ranked)
+    if not ranked or ranked[0].state != COMPLETE or 2 * failed > total:
+        return None
+    return ranked[0]

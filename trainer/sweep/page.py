@@ -30,6 +30,7 @@ class Page:
     title: str
     sweep: Sweep
     trials: Sequence[Trial]  # the best first
+    best: Trial | None  # None: none may be called so
     rows: Mapping[int, Sequence[Mapping[str, Any]]]  # the evaluated epochs of each trial
     again: str  # the command that trains the best trial once more
     facts: Mapping[str, str]
@@ -78,13 +79,13 @@ def write(page: Page, path: Path) -> None:
         Path(__file__).with_name("page.html.j2"),
         filters,
         page=page,
-        best=known[0] if known and known[0].state == COMPLETE else None,
+        best=page.best,
         epoch={trial.number: _best_epoch(page, trial) for trial in page.trials},
         states={
             state: sum(trial.state == state for trial in page.trials)
             for state in (COMPLETE, RUNNING, PRUNED, FAILED)
         },
-        failed=[trial for trial in page.trials if trial.state == FAILED],
+        failed=[trial for trial in page.trials if trial.reason],
         axes=[*parameters, objective] if objective else [],
         parallel=_parallel(known, parameters, objective) if objective else [],
         plots=_plots(page, known, parameters, objective) if objective else [],

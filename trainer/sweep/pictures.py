@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.common.errors import UserError
+from trainer.common.errors import MachineFault, UserError
 from trainer.common.interrupt import Stop
 from trainer.images import identity
 from trainer.images.datasets import list_images
@@ -32,10 +32,16 @@ class Pictures:
     def check(self) -> None:
         """Raise UserError where they are others now; at the beginning, note them.
 
-        Files that look unchanged are not read again.
+        Raise MachineFault where they were there, and can't be found now. Files that look unchanged
+        are not read again.
         """
-        now = self._now()
         then = identity.noted(self._index)
+        try:
+            now = self._now()
+        except UserError as error:
+            if then is None or isinstance(error, MachineFault):
+                raise
+            raise MachineFault(f"the pictures are not where they were: {error}") from error
         if then is None:
             identity.note(self._index, now)
         elif identity.of_samples(then) != identity.of_samples(now):
@@ -44,6 +50,11 @@ class Pictures:
                 f"{identity.changes(then, now)}; bring them back and start the same command again, "
                 "or start a new sweep with another name=..."
             )
+
+    def digest(self) -> str:
+        """Return what the pictures are."""
+        self.check()
+        return identity.of_samples(identity.noted(self._index) or [])
 
     def _now(self) -> list[Sample]:
         images = list_images(self._config, self._stop)

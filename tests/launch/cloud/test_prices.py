@@ -65,6 +65,7 @@ def test_a_damaged_cache_holds_no_prices(cache, text):
 
 
 def test_refreshed_prices_serve_every_command_and_every_region(cloud, cache):
+    cloud.post("/strict/ask_price", ec2=0.6, ml=0.9)
     for region, shown in (("us-east-1", "$0.6000"), ("eu-west-1", "$0.9000")):
         code, printed = cloud.launch("prices", "--refresh", f"target.region={region}")
         assert code == OK and "AWS Price List API" in printed and shown in printed, printed

@@ -1,7 +1,10 @@
 """The request for an EC2 instance and the script in it, as data."""
 
+import os
+import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,3 +219,31 @@ def test_the_instance_knows_the_revision_of_its_code() -> None:
     script = ec2.user_data(replace(make_spec(), revision="0123abc-dirty"))
     assert "revision=0123abc-dirty\n" in script and "PACKHORSE_REVISION=$revision" in script
     assert "revision=''\n" in ec2.user_data(make_spec())
+
+
+@pytest.mark.parametrize(
+    ("began", "written", "idle", "is_idle"),
+    [
+        (100, None, 60, True),  # it trains, and has never written anything
+        (100, 10, 60, False),
+        (100, 70, 60, True),
+        (10, 100, 60, False),  # what it wrote is from before this boot
+        (300, 300, 60, False),  # so is that it trains: it is being set up again
+        (None, None, 60, False),
+        (100, 100, 0, False),
+    ],
+)
+def test_a_training_that_writes_nothing_is_idle(tmp_path, began, written, idle, is_idle) -> None:
+    """Seconds ago; the machine has booted 200 seconds ago."""
+    now = time.time()
+    (tmp_path / "run").mkdir()
+    for path, ago in ((tmp_path / "training", began), (tmp_path / "run/log.txt", written)):
+        if ago is not None:
+            path.touch()
+            os.utime(path, (now - ago, now - ago))
+    script = ec2.user_data(make_spec(idle_minutes=idle / 60))
+    [function] = re.findall(r"^idles\(\) \{\n.*?^\}\n", script, re.MULTILINE | re.DOTALL)
+    assert f"\nidle={idle}\n" in script
+    places = f"scratch={tmp_path} directory={tmp_path}/run booted={int(now) - 200} idle={idle}"
+    done = subprocess.run(["bash", "-uc", f"{places}\n{function}idles"])
+    assert (done.returncode == 0) == is_idle

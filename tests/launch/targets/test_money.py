@@ -10,10 +10,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from launch import submission
+from launch.cloud.prices import Price
+from launch.cloud.session import Aws
+from launch.targets import attempt as notes
+from launch.targets.spec import choose
 from tests.conftest import make_pictures, wait_for
 from tests.launch.conftest import REGION, Cloud, founded
 from tests.launch.test_kills import KILLED
-from trainer.common.errors import FAULT, MISTAKE, OK, RESUME
+from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, UserError
 
 BUCKET = f"packhorse-123456789012-{REGION}"
 
@@ -159,6 +164,87 @@ def test_what_aws_has_refused_may_be_sent_otherwise(account):
     assert [each["InstanceType"] for each in machines(account, "refused")] == ["g5.xlarge"]
 
 
+# --- the network, and AWS on a bad day ---
+
+
+def test_a_wait_lives_through_whatever_ends_by_itself(account):
+    """It is said once, with what runs on, and that it is over."""
+    process = account.start(
+        "submit", "target=ec2", "target.spot=true", "name=outage", "--wait", "--every", "0.1"
+    )
+    assert wait_for(lambda: len(machines(account, "outage")) == 1, 120)
+    looked = len(sent(account, "DescribeInstances", "i-"))
+    assert wait_for(lambda: len(sent(account, "DescribeInstances", "i-")) > looked + 1, 120)
+    for how, answers in (("html", 3), ("expire", 3)):
+        account.post("/strict/rude", how=how, answers=answers)
+    assert wait_for(lambda: account.post("/strict/left") == {"rude": 0}, 120)
+    reclaim(account, "outage", 1)
+    account.post("/strict/rude", how="expire", answers=2)
+    assert wait_for(lambda: len(machines(account, "outage")) == 2, 120)
+    put(account, "runs/outage/attempts/2.json", {"attempt": 2, "code": 0, "reason": "done"})
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == OK and "Traceback" not in printed, printed
+    [machine] = [each for each in machines(account, "outage") if each["State"]["Code"] != 48]
+    assert "outage goes on without us on i-" in printed and "for 8 h at most" in printed
+    assert 1 <= printed.count("AWS answers again") <= 4 and machine["InstanceId"] in printed
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "html",
+        "expire",
+        "deny",
+        # boto's own tries, with their pauses
+        *(pytest.param(how, marks=pytest.mark.long) for how in ("drop", "throttle", "fault")),
+    ],
+)
+def test_a_verb_that_does_not_wait_says_one_line(account, how):
+    account.post("/strict/rude", how=how, answers=40)
+    code, printed = account.launch("logs", "nothing")
+    account.post("/strict/calm")
+    assert code == MISTAKE and "Traceback" not in printed and "error: " in printed, printed
+
+
+def test_status_shows_what_it_may_know(account):
+    """A listing that is denied, and a machine of which AWS doesn't tell, hide no other row."""
+    assert account.launch("submit", "target=sagemaker", "name=seen")[0] == OK
+    assert account.launch("submit", "target=ec2", "name=unseen-too")[0] == OK
+    for operation in ("ListEndpoints", "ListNotebookInstances"):
+        account.post("/strict/rude", how="deny", answers=1, operation=operation)
+    account.post("/strict/rude", how="deny", answers=9, operation="DescribeTrainingJob")
+    code, printed = account.launch("status")
+    account.post("/strict/calm")
+    assert code == OK and re.search("unseen-too .* running", printed), printed
+    assert re.search(r"seen +sagemaker +attempt 1 +not known .*AccessDenied", printed), printed
+    assert "machine " in printed and "not known: sagemaker:ListEndpoints: AccessDenied" in printed
+
+
+def test_a_role_that_was_just_made_is_waited_for(account, monkeypatch):
+    monkeypatch.setattr(submission, "IAM_PAUSE", 0.01)
+    for target in ("ec2", "sagemaker"):
+        account.post("/strict/slow_iam", calls=3)
+        code, printed = account.launch("submit", f"target={target}", f"name=young-{target}")
+        assert code == OK and printed.count("a role that was just made") == 1, printed
+
+
+def test_the_first_machine_is_waited_for_or_a_line_says_where_there_are_some(account):
+    account.post("/strict/sold_out", what="g4dn.xlarge .* spot")
+    words = ["submit", "target=ec2", "target.spot=true", "name=first"]
+    code, printed = account.launch(*words)
+    assert code == MISTAKE and "InsufficientInstanceCapacity" in printed, printed
+    assert "g4dn.xlarge is made in us-east-1a" in printed and "use1-az2 9/10" in printed
+    assert "on demand (target.spot=false) it is $0.526 an hour" in printed and "--wait" in printed
+    process = account.start(*words, "--wait", "--every", "0.1")
+    asked = len(sent(account, "RunInstances", "first"))
+    assert wait_for(lambda: len(sent(account, "RunInstances", "first")) > asked + 8, 120)
+    account.post("/strict/sold_out", what="")
+    assert wait_for(lambda: len(machines(account, "first")) == 1, 120)
+    put(account, "runs/first/attempts/1.json", {"attempt": 1, "code": 0, "reason": "done"})
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == OK and "trying again in" in printed, printed
+
+
 # --- a retry knows what the first try knew ---
 
 
@@ -194,6 +280,31 @@ def test_the_next_machine_gets_what_the_first_one_got(account, tmp_path):
     first, second = machines(account, "kept")
     assert script(account, second) == script(account, first).replace("attempt=1\n", "attempt=2\n")
     assert first["ImageId"] == second["ImageId"] and second["InstanceLifecycle"] == "spot"
+
+
+def test_a_run_goes_on_by_its_name_alone(account, tmp_path):
+    """Also when its folders are gone, and with a higher ceiling."""
+    pictures = make_pictures(tmp_path / "dogs", {"train": 2, "valid": 1})
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/resnet18.pth").write_bytes(b"weights")
+    code, printed = account.launch(
+        "submit", "target=ec2", "target.disk_gb=120", "name=by-name", "data=folder",
+        "data.workers=0", f"model.weights_dir={tmp_path}/weights", "--data", str(pictures),
+    )  # fmt: skip
+    assert code == OK, printed
+    put(account, "runs/by-name/attempts/1.json", {"attempt": 1, "code": 75, "reason": "SIGTERM"})
+    shutil.rmtree(tmp_path / "dogs")
+    shutil.rmtree(tmp_path / "weights")
+    code, printed = account.launch("submit", "by-name", "target.disk_gb=200")
+    assert code == MISTAKE and "target.disk_gb=200: by-name goes on as it was" in printed, printed
+    code, printed = account.launch("submit", "by-name", "target.max_dollars=9")
+    assert code == OK, printed
+    first, second = (script(account, each).splitlines() for each in machines(account, "by-name"))
+    differ = [line for line in second if line not in first]
+    assert differ == ["attempt=2"] or (differ[0] == "attempt=2" and "limit=" in differ[1]), differ
+    key = "runs/by-name/attempts/2.request.json"
+    noted = json.loads(account.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    assert noted["ceiling"] == 9 and noted["words"]["target"]["disk_gb"] == 120
 
 
 # --- the reason of an end ---
@@ -293,6 +404,44 @@ def test_replacements_that_get_no_further_have_an_end(account):
     assert len(machines(account, "vain")) == 7
 
 
+def test_a_machine_that_could_not_reach_the_bucket_is_heard_on_its_console(account):
+    assert account.launch("submit", "target=ec2", "name=silent")[0] == OK
+    end(account, "silent", "Client.InstanceInitiatedShutdown")
+    code, printed = account.launch("logs", "silent")
+    assert code == OK and "without a note" in printed and "console: " in printed, printed
+
+
+def test_of_two_machines_the_one_that_has_the_attempt_counts(account):
+    assert account.launch("submit", "target=ec2", "name=twins")[0] == OK
+    [late] = machines(account, "twins")
+    assert account.launch("submit", "target=ec2", "name=owner")[0] == OK
+    [owner] = machines(account, "owner")
+    account.client("s3").put_object(
+        Bucket=BUCKET, Key="runs/twins/attempts/1.machine", Body=owner["InstanceId"].encode()
+    )
+    end(account, "twins", "Client.InstanceInitiatedShutdown")
+    assert "attempt 1 at twins is running" in account.launch("logs", "twins")[1], late
+
+
+def test_stop_without_a_name_stops_what_is_going(monkeypatch):
+    """Not the newest, which may have ended; and asks which where several are going."""
+    names = ("old", "older", "newest")
+    every = [noted(name, f"2026-11-2{day}") for day, name in enumerate(names)]
+    monkeypatch.setattr(notes, "attempts", lambda aws: every)
+    aws = Aws("packhorse", REGION)
+    assert choose(aws, [], lambda attempt: attempt.run == "older").run == "older"
+    assert choose(aws, [], lambda attempt: False).run == "newest"
+    assert choose(aws, []).run == "newest"
+    with pytest.raises(UserError, match="2 runs are going: old, older; name one of them"):
+        choose(aws, [], lambda attempt: attempt.run != "newest")
+
+
+def noted(run: str, when: str) -> notes.Attempt:
+    price = Price("g4dn.xlarge", 0.5, 0.2, "")
+    of_machine = ("ec2", "g4dn.xlarge", 1, False, 8.0, f"packhorse-{run}-1", price, [], {}, when)
+    return notes.Attempt(run, 1, *of_machine)
+
+
 # --- past the limit ---
 
 
@@ -346,7 +495,7 @@ def test_a_wait_ends_what_is_past_its_limit(account):
     ("target", "machine", "processes"),
     [
         ("ec2", "g4dn.12xlarge", 4),
-        ("ec2", "p3.16xlarge", 8),
+        ("ec2", "p4d.24xlarge", 8),
         ("ec2", "g4dn.xlarge", 1),
         ("sagemaker", "ml.g4dn.12xlarge", 4),
         ("sagemaker", "ml.g5.48xlarge", 8),
@@ -376,6 +525,8 @@ def test_the_settings_say_how_many_processes(account):
     arguments = ["plan", "target=sagemaker", "target.instance_type=ml.g4dn.12xlarge"]
     for alone in ("train.processes=1", "train.device=cpu"):
         code, printed = account.launch(*arguments, alone)
-        assert code == OK and "processes" not in printed.split("costs")[1], printed
+        assert code == OK and "processes" not in printed.split("costs")[1].split("next:")[0], (
+            printed
+        )
     code, printed = account.launch(*arguments, "train.processes=3")
     assert code == MISTAKE and "train.processes=3" in printed and "4 would run" in printed

@@ -134,6 +134,8 @@ def test_home_and_environment_are_meant_as_a_shell_means_them(configure, monkeyp
         ("train={epohs: 3}", ["train.epohs", "did you mean train.epochs"]),
         ("experiment=[dog_bread]", ["experiment=dog_bread", "did you mean dog_breeds?"]),
         ("sweep.space.optim.lr=1", ["sweep.space.optim.lr=1", "-m"]),
+        ("hydra.sweep.dir=/x", ["hydra.sweep.dir=/x", "platform.runs=DIR"]),
+        ("hydra/launcher=joblib", ["hydra/launcher=joblib", "sweep.parallel=N"]),
     ],
 )
 def test_what_may_not_is_one_line(word, said):

@@ -2,12 +2,9 @@
 
 import contextlib
 import json
-import os
 import random
 import re
-import shlex
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from launch.cloud import hyperparameters as codec
 from launch.targets import tuner
 from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer, start_trainer, wait_for
 from tests.soak import difference
-from trainer.common.errors import MISTAKE, OK, RESUME
+from tests.trainer.sweep.driving import ledger
+from trainer.common.errors import MISTAKE, OK
 from trainer.settings import search_space as space
 from trainer.settings import words
 from trainer.settings.config import walk
@@ -27,6 +25,7 @@ from trainer.settings.search_space import Categorical, Sweep
 from trainer.sweep.ledger import Grid
 from trainer.training import checkpoint
 
+FORK = "from tests.trainer.sweep.quick import fork_trials; fork_trials()"
 NAN = "1e30"  # a learning rate whose loss is NaN or infinite at the end of the first epoch
 
 
@@ -41,25 +40,15 @@ def command(pictures: Path, *overrides: str) -> list[str]:
     ]
 
 
-def ledger(sweep: Path) -> dict[int, tuple[str, float | None]]:
-    """The last word of a grid's journal on each trial; asserts that no trial was ever complete
-    twice.
-    """
-    entries = [json.loads(line) for line in (sweep / "trials.jsonl").read_text().splitlines()]
-    ended = [entry["number"] for entry in entries if entry["state"] != "running"]
-    assert len(ended) == len(set(ended))
-    return {entry["number"]: (entry["state"], entry["value"]) for entry in entries}
-
-
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def sweep_killed(
     kills: int, rng: random.Random, cwd: Path, *arguments: str, **environment: str
-) -> str:
-    """Kills the driver (-9) at random moments and starts it again; then lets it end. What it said
-    last.
+) -> tuple[int, str]:
+    """Kills the driver (-9) at random moments and starts it again; then lets it end. Its exit code,
+    and what it said last.
     """
     for _ in range(kills):
         process = start_trainer(cwd, "-m", *arguments, **environment)
@@ -67,17 +56,20 @@ def sweep_killed(
             process.communicate(timeout=rng.uniform(0.5, 4.0))
         process.kill()
         process.communicate()
-    code, output = run_trainer(cwd, "-m", *arguments, **environment)
-    assert code == OK, output
-    return output
+    return run_trainer(cwd, "-m", *arguments, **environment)
 
 
 def test_batched_trials_measure_what_each_measures_alone(tmp_path, pictures):
-    fixed = ("model.freeze=backbone", "optim=sgd", "optim.warmup_epochs=0", "platform.cache=cache")
+    fixed = (
+        "model.freeze=backbone", "optim=sgd", "optim.warmup_epochs=0", "platform.cache=cache",
+        "train.exact_shards=2", "train.tensorboard=true",
+    )  # fmt: skip
     arguments = command(pictures, *fixed, "name=heads")
-    code, output = run_trainer(tmp_path, "-m", *arguments, "seed=0,1", f"optim.lr=1e-2,1e-3,{NAN}")
+    ranges = ("seed=0,1", f"optim.lr=1e-2,1e-3,{NAN}")
+    driver = start_trainer(tmp_path, "-m", *arguments, *ranges, before=FORK)
+    output, _ = driver.communicate(timeout=600)
     sweep = tmp_path / "runs/heads"
-    assert code == OK, output
+    assert driver.returncode == OK, output
     states = ledger(sweep)
     ends = [states[number][0] for number in range(6)]
     assert ends == ["complete", "complete", "failed"] * 2, output
@@ -103,6 +95,8 @@ def test_batched_trials_measure_what_each_measures_alone(tmp_path, pictures):
     for part in ("network", "average", "optimizer", "best"):
         assert difference(newest[0][part], newest[1][part]) is None, part
     assert "resumed from" in (best / "output.txt").read_text()
+    written = {path.parts[-3] for path in sweep.glob("*/tensorboard/*tfevents*")}
+    assert {"0000", "0001", "0003", "0004"} <= written
     page = (sweep / "sweep.html").read_text()
     assert (
         "//" not in page.replace("</", "")
@@ -138,7 +132,8 @@ def test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_
         settings.read_text().replace("momentum: 0.9", "momentum: 0.8")
     )  # what is frozen stays as it was
 
-    output = sweep_killed(1, random.Random(0), tmp_path, *arguments, PYTHONPATH=str(project))
+    code, output = sweep_killed(1, random.Random(0), tmp_path, *arguments, PYTHONPATH=str(project))
+    assert code == MISTAKE and "only 1 of 4 trials were done" in output, output
     states = ledger(sweep)
     assert {number: state for number, (state, _) in states.items()} == {
         0: "complete",
@@ -159,17 +154,6 @@ def test_a_sweep_of_processes_ends_though_it_is_killed_and_trials_fail_and_conf_
         yaml.safe_load(path.read_text())["optim"]["momentum"]
         for path in sweep.glob("*/config.yaml")
     } == {0.9}
-    again = re.search(r"next:\n\s+\S+ -m trainer (.+)", output)
-    kept = [
-        word
-        for word in arguments
-        if not word.startswith(("name", "sweep", "optim.lr", "model.weights"))
-    ]
-    assert again is not None and shlex.split(again[1]) == [
-        *kept,
-        "optim.lr=0.001",
-        "model.weights=null",
-    ]
 
 
 def trials_of(sweep: Path) -> list[Any]:
@@ -198,7 +182,8 @@ def test_a_sampled_sweep_killed_at_random_is_the_undisturbed_one(tmp_path):
     for cwd in (killed, whole):
         make_pictures(cwd / "pictures", {"train": 8, "valid": 3, "test": 3})
     undisturbed = start_trainer(whole, "-m", *SAMPLED)
-    output = sweep_killed(3, random.Random(1), killed, *SAMPLED)
+    code, output = sweep_killed(3, random.Random(1), killed, *SAMPLED)
+    assert code == OK, output
     undisturbed.communicate(timeout=600)
     trials, expected = trials_of(killed / "runs/sampled"), trials_of(whole / "runs/sampled")
     assert [trial.number for trial in trials] == list(range(6)), output
@@ -321,50 +306,3 @@ def test_a_setting_that_must_be_given_may_be_the_one_that_is_swept(tmp_path):
     code, output = run_trainer(tmp_path, "-m", "data.root=one,two", *given)
     assert code == OK and "data=folder: " in output, output
     assert {state for state, _ in ledger(tmp_path / "runs/swept").values()} == {"complete"}
-
-
-def test_pictures_that_change_between_trials_stop_the_sweep_and_nothing_is_lost(tmp_path, pictures):
-    shutil.copytree(pictures, tmp_path / "own")
-    one, other = (tmp_path / f"own/train/{name}/003.png" for name in ("circle", "square"))
-    before = one.read_bytes()
-    fixed = ("name=changed", "train.epochs=12", "platform.cache=cache", "optim.lr=1e-3,1e-2")
-    arguments = command(Path("own"), *fixed)
-    process = start_trainer(tmp_path, "-m", *arguments)
-    sweep = tmp_path / "runs/changed"
-    assert wait_for(lambda: (sweep / "0000/metrics.jsonl").exists())
-    shutil.copy(other, one)  # which the first trial has packed
-    output, _ = process.communicate(timeout=600)
-    said = (
-        "error: runs/changed: the pictures have changed since this sweep began: "
-        "1 changed: train/circle/003.png; bring them back"
-    )
-    assert process.returncode == MISTAKE and output.splitlines()[-1].startswith(said), output
-    assert {number: state for number, (state, _) in ledger(sweep).items()} == {
-        0: "complete", 1: "running"
-    }  # fmt: skip
-    one.write_bytes(before)
-    code, output = run_trainer(tmp_path, "-m", *arguments)
-    assert code == OK and "trial 0:" not in output and "trial 1 complete" in output, output
-    (tmp_path / "own/test/circle/new.png").write_bytes(before)
-    code, output = run_trainer(tmp_path, "-m", *arguments)
-    assert code == MISTAKE and output.splitlines()[-1].split(": ")[3:5] == [
-        "1 new",
-        "test/circle/new.png; bring them back and start the same command again, "
-        "or start a new sweep with another name=...",
-    ]  # before the best one is named
-
-
-def test_asked_to_stop_it_saves_and_goes_on(tmp_path, pictures):
-    arguments = command(
-        pictures, "name=stopped", "train.epochs=400", "platform.cache=cache", "optim.lr=1e-3,1e-2"
-    )
-    process = start_trainer(tmp_path, "-m", *arguments)
-    trial = tmp_path / "runs/stopped/0000"
-    assert wait_for(lambda: (trial / "metrics.jsonl").exists() and len(rows(trial)) > 2)
-    other, said = run_trainer(tmp_path, "-m", *arguments)
-    assert other == MISTAKE and "another process runs this sweep" in said
-    os.kill(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == RESUME and "the same command goes on" in output
-    assert any((trial / "checkpoints").glob("step-*"))
-    assert ledger(tmp_path / "runs/stopped") == {0: ("running", None)}

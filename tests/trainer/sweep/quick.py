@@ -1,0 +1,85 @@
+"""A driver whose trials are forked from it, instead of started: a third of the time.
+
+What a trial does is the same, but that it runs the project's code and not the sweep's copy of it.
+"""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import IO
+
+from tqdm import tqdm
+
+from trainer.common.console import log
+from trainer.sweep import process
+
+
+class Popen:
+    """As much of subprocess.Popen as a driver uses."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        stdin: int,
+        stdout: IO[bytes],
+        stderr: int,
+        env: dict[str, str],
+        start_new_session: bool,
+        preexec_fn: Callable[[], None],
+    ) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setsid()
+            preexec_fn()
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            # What is the driver's: its log, its bar, its locks.
+            log.handlers.clear()
+            tqdm._instances.clear()  # type: ignore[attr-defined]
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            os.environ.clear()
+            os.environ.update(env)
+            sys.argv = list(command[command.index("-m") + 1 :])
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._wait(0)
+
+    def terminate(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def _wait(self, how: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, how)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def fork_trials() -> None:
+    """Let the driver in this process fork its trials."""
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT")}
+    vars(process)["subprocess"] = SimpleNamespace(Popen=Popen, **names)
