@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse deploy test long check soak faults bench docs pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults bench docs pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -37,6 +37,9 @@ check: .venv/dev  ## lint, format and types
 
 soak: .venv/dev  ## kill real runs 200 times and compare each with an undisturbed one (KILLS=n SEED=n)
 	$(BIN)/python -m tests.soak --kills $(or $(KILLS),200) --seed $(or $(SEED),0)
+
+soak-serving: .venv/dev  ## nine attacks on a server at once while good pictures are asked about: latency, memory, /ping (ATTACKED=seconds)
+	$(BIN)/python -m tests.serving.soak --seconds $(or $(ATTACKED),300)
 
 faults: .venv/dev  ## let one call to the system fail in each of 200 real runs, and compare each with an undisturbed one (COUNT=n SEED=n); needs a C compiler
 	$(BIN)/python -m tests.faults --count $(or $(COUNT),200) --seed $(or $(SEED),0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.common.errors import needed_by
+from trainer.common.errors import UserError, needed_by
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # The mean features of the classes, for PyTorch; the ONNX network holds them too.
 MEANS = "distance.safetensors"
+CUDA = "CUDAExecutionProvider"
 
 
 class NetworkError(ValueError):
@@ -56,6 +57,32 @@ def open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) ->
 
     threads: of one run of the network, one a core if not given. Raises NetworkError.
     """
+    return _open_onnx(directory, manifest, threads, "CPUExecutionProvider", {})
+
+
+def open_cuda(directory: Path, manifest: dict[str, Any], threads: int | None) -> Network:
+    """Return the same on an NVIDIA GPU. It needs the package onnxruntime-gpu. Raises UserError."""
+    # imported here: it is half of the start-up time of a command that needs no network
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries, where pip has installed them
+    if CUDA not in onnxruntime.get_available_providers():
+        raise UserError(
+            "--backend=cuda: this ONNX Runtime has no CUDA: pip install onnxruntime-gpu[cuda,cudnn]"
+        )
+    # TF32's 10 bits of mantissa would not reproduce the golden images' logits.
+    return _open_onnx(directory, manifest, threads, CUDA, {"use_tf32": "0"})
+
+
+def _open_onnx(
+    directory: Path,
+    manifest: dict[str, Any],
+    threads: int | None,
+    provider: str,
+    its: dict[str, str],
+) -> Network:
+    """Return the network by one of ONNX Runtime's providers. its: the provider's options."""
     # imported here: it is half of the start-up time of a command that needs no network
     import onnxruntime
 
@@ -67,15 +94,15 @@ def open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) ->
     options.log_severity_level = 4  # fatal: it would print, besides raising them, its errors
     model = directory / "model.onnx"
     try:
-        session = onnxruntime.InferenceSession(
-            str(model), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(str(model), options, providers=[(provider, its)])
     except Exception as error:  # the classes of its exceptions have nothing else in common
         reason = " ".join(str(error).split())
         raise NetworkError(
             f"{model.name} can't be opened by ONNX Runtime {onnxruntime.__version__} ({reason})"
         ) from error
     _check_shapes(session, manifest["preprocessing"]["size"], len(manifest["classes"]))
+    if provider not in session.get_providers():
+        raise UserError(f"--backend=cuda: {provider} finds no GPU that it can use on this machine")
     outputs = [name for name in Scores._fields if name in _names(session.get_outputs())]
 
     def network(pixels: NDArray[np.uint8], /) -> Scores:
@@ -151,4 +178,4 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
     return network
 
 
-BACKENDS = {"onnx": open_onnx, "torch": open_torch}
+BACKENDS = {"onnx": open_onnx, "cuda": open_cuda, "torch": open_torch}

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from serving.contract import Form
 from serving.handler import write
 from serving.package import Package, load_for_command
 from serving.serve import package_of
@@ -56,7 +57,9 @@ def _check_answers(package: Package, path: Path) -> None:
     """
     calibration = package.calibration
     probabilities = calibration.probabilities(package.golden_scores.logits)
-    rows = json.loads(write(package.golden_scores, package, "labels", len(package.classes)))
+    rows = json.loads(
+        write(package.golden_scores, package, Form("labels", False), len(package.classes))
+    )
     for row, expected in zip(rows, probabilities, strict=True):
         told = {entry["label"]: entry["probability"] for entry in row["labels"]}
         same = told == dict(zip(package.classes, expected.tolist(), strict=True))

@@ -8,18 +8,22 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.backends import Scores
+from serving.decoders import PATIENCE, Decoders, Rooms, Unwanted
 from serving.package import Package
-from trainer.images.decode import ImageError, Room
+from serving.work import Abandoned, Work
+from trainer.images.decode import ImageError
 
 One = Future[Scores]  # of one image
+T = TypeVar("T")
 
 
 class Engine:
@@ -28,24 +32,22 @@ class Engine:
     def __init__(
         self,
         package: Package,
+        rooms: Rooms,
         *,
-        max_pixels: int,
         workers: int = 1,
         batch: int = 1,
         delay: float = 0.0,
     ) -> None:
         """Start the engine's threads.
 
-        max_pixels: decoded at once, of all images together. workers: images decoded at once, and,
+        rooms: memory for the images that are decoded. workers: images decoded at once, and,
         with batch=1, networks run at once. batch: most images in one run of the network. delay:
         seconds that a run may wait for its batch to fill.
         """
         self.package = package
         self.observe: Callable[[int], object] = lambda size: None  # called with each batch's size
-        self._room = Room(max_pixels)
-        self._workers = workers
-        self._decoders = ThreadPoolExecutor(workers, "decode")
-        self._decoding_since: dict[int, float] = {}  # by thread
+        self._rooms = rooms
+        self._decoders = Decoders(workers)
         self._waiting: queue.SimpleQueue[tuple[NDArray[np.uint8], One]] = queue.SimpleQueue()
         runners = 1
         if batch == 1:
@@ -55,40 +57,59 @@ class Engine:
                 target=self._run, args=(batch, delay), name="predict", daemon=True
             ).start()
 
-    def scores(self, images: Sequence[bytes], end: float) -> Scores:
+    def scores(self, images: Sequence[bytes], work: Work) -> Scores:
         """Return what the network says of N images' files.
 
-        end: on time.monotonic(). Raises ImageError, and TimeoutError where `end` comes first.
+        Raises ImageError, TimeoutError where the deadline comes first, and Abandoned.
         """
-        decoding = [self._decoders.submit(self._decode, image) for image in images]
+        decoding = [
+            self._decoders.submit(number, partial(self._decode, image, work))
+            for number, image in enumerate(images)
+        ]
         running: list[One] = []
         try:
-            for number, future in enumerate(decoding, 1):
+            for step in decoding:
+                work.add(step)
+            for number, step in enumerate(decoding, 1):
                 try:
-                    running.append(self._submit(future.result(end - time.monotonic())))
+                    running.append(self._submit(self._result(step, work)))
                 except ImageError as error:
                     if len(images) == 1:
                         raise
                     raise ImageError(f"picture {number} of {len(images)}: {error}") from error
-            results = [future.result(end - time.monotonic()) for future in running]
-            return Scores.joined(results)
+            return Scores.joined([self._result(step, work) for step in running])
         finally:
             unfinished: list[Future[Any]] = [*decoding, *running]
             for each in unfinished:
                 each.cancel()
 
     def hangs(self, seconds: float) -> bool:
-        """Return whether each decoder has been busy with one image for more than `seconds`."""
-        since = list(self._decoding_since.values())
-        return len(since) == self._workers and max(since) < time.monotonic() - seconds
+        """Return whether nothing is decoded any more, and hasn't been for `seconds`."""
+        return self._decoders.hang(seconds)
 
-    def _decode(self, image: bytes) -> NDArray[np.uint8]:
-        thread = threading.get_ident()
-        self._decoding_since[thread] = time.monotonic()
+    def _result(self, step: "Future[T]", work: Work) -> T:
+        """Wait for a step's result while the work is wanted."""
+        while True:
+            seconds = min(work.left(), PATIENCE)
+            try:
+                return step.result(seconds)
+            except CancelledError as error:
+                raise Abandoned from error
+            except TimeoutError:
+                if step.done():  # by then, or it is the step's own
+                    return step.result()
+                self._decoders.relieve()
+
+    def _decode(self, image: bytes, work: Work) -> NDArray[np.uint8]:
         try:
-            return self.package.prepare(image, self._room)
-        finally:
-            del self._decoding_since[thread]
+            return self.package.prepare(image, self._rooms.of(image, work))
+        except Unwanted as error:
+            raise TimeoutError from error
+        except MemoryError as error:
+            if image[4:8] != b"ftyp":
+                raise
+            # AVIF and HEIC are decoded in a process that gets memory by what their headers say.
+            raise ImageError("decoding it takes more memory than its size allows") from error
 
     def _submit(self, pixels: NDArray[np.uint8]) -> One:
         future: One = Future()

@@ -7,6 +7,7 @@ library only: the Lambda function's zip holds a copy of this file.
 """
 
 import contextlib
+import functools
 import http.client
 import io
 import ipaddress
@@ -14,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -68,13 +69,16 @@ FORBIDDEN = tuple(
 )
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all that IANA has given out as global unicast
 
+LOOK_SECONDS = 0.25  # so often it is asked, while nothing comes, whether the fetch is still wanted
+NO_HEADERS: Mapping[str, str] = {}
+
 
 class RequestError(Exception):
-    """A request gets no prediction. status: of HTTP; the message is for the caller."""
+    """A request gets no prediction. status, headers: of HTTP; the message is for the caller."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] = NO_HEADERS) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers
 
 
 class FetchError(RequestError):
@@ -117,15 +121,16 @@ def fetch(
     """Return the body of the answer to a GET of `url`, whatever it claims to be.
 
     deadline: seconds for everything together (names, connections, redirects, body).
-    max_bytes: of the body. reserve: called with the number of bytes that came, piece by piece; what
-    it raises ends the fetch. Proxies, cookies and credentials of the environment are not used.
+    max_bytes: of the body. reserve: called with the number of bytes that came, piece by piece, and
+    with 0 while nothing comes; what it raises ends the fetch. Proxies, cookies and credentials of
+    the environment are not used.
     Raises Refused or FetchError.
     """
     end = time.monotonic() + deadline
     try:
         for _ in range(MAX_REDIRECTS + 1):
             parts = _parse(url)
-            with _connected(parts, end) as stream:
+            with _connected(parts, end, reserve) as stream:
                 status, location, body = _get(parts, stream, max_bytes, reserve)
             if status == 200:
                 return body
@@ -180,25 +185,33 @@ def _parse(url: str) -> SplitResult:
 
 
 @contextlib.contextmanager
-def _connected(parts: SplitResult, end: float) -> Iterator["_Stream"]:
+def _connected(
+    parts: SplitResult, end: float, reserve: Callable[[int], None]
+) -> Iterator["_Stream"]:
     """Connect to an address of the URL's host that was checked.
 
     Where the scheme asks for it, with TLS and the host's certificate proven.
     """
     host = parts.hostname
     assert host
-    addresses = _resolve(host, parts.port or PORTS[parts.scheme], end)
+    addresses = _resolve(host, parts.port or PORTS[parts.scheme], end, reserve)
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(_connect(addresses, end))
         if parts.scheme == "https":
             connection.settimeout(_left(end))
-            connection = stack.enter_context(
-                ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-            )
-        yield _Stream(connection, end)
+            connection = stack.enter_context(_tls().wrap_socket(connection, server_hostname=host))
+        yield _Stream(connection, end, reserve)
 
 
-def _resolve(host: str, port: int, end: float) -> list[tuple[str, int]]:
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Return the one context: reading the system's certificates takes 30 ms of every fetch."""
+    return ssl.create_default_context()
+
+
+def _resolve(
+    host: str, port: int, end: float, reserve: Callable[[int], None]
+) -> list[tuple[str, int]]:
     """Return the host's addresses, all of them public.
 
     Raises Refused, for a name that does not exist too: which names do is nobody's concern.
@@ -214,9 +227,11 @@ def _resolve(host: str, port: int, end: float) -> list[tuple[str, int]]:
     # by itself.
     thread = threading.Thread(target=look_up, daemon=True)
     thread.start()
-    thread.join(_left(end))
-    if thread.is_alive():
-        raise TimeoutError
+    while True:
+        thread.join(min(_left(end), LOOK_SECONDS))
+        if not thread.is_alive():
+            break
+        reserve(0)
     if not addresses:
         raise Refused(f"{host} has no address")
     for address, _ in addresses:
@@ -274,8 +289,10 @@ class _Stream(io.RawIOBase):
     A timeout of the socket would begin anew with every byte.
     """
 
-    def __init__(self, connection: socket.socket, end: float) -> None:
-        self._connection, self._end = connection, end
+    def __init__(
+        self, connection: socket.socket, end: float, reserve: Callable[[int], None]
+    ) -> None:
+        self._connection, self._end, self._reserve = connection, end, reserve
 
     def sendall(self, data: bytes) -> None:
         self._connection.settimeout(_left(self._end))
@@ -285,14 +302,18 @@ class _Stream(io.RawIOBase):
         assert mode == "rb"
         # A second one, because http.client closes what it calls the socket as soon as it has the
         # answer's head, and then reads the body.
-        return io.BufferedReader(_Stream(self._connection, self._end))
+        return io.BufferedReader(_Stream(self._connection, self._end, self._reserve))
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
-        self._connection.settimeout(_left(self._end))
-        return self._connection.recv_into(buffer)
+        while True:
+            self._connection.settimeout(min(_left(self._end), LOOK_SECONDS))
+            try:
+                return self._connection.recv_into(buffer)
+            except TimeoutError:
+                self._reserve(0)
 
 
 def _left(end: float) -> float:

@@ -1,13 +1,7 @@
 """One request, from its body to its answer, the same behind every adapter.
 
-The body is an image's file (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, and HEIC where pillow-heif is
-installed: its first bytes tell, not its content type), or JSON:
-
-    {"url": "https://..."}  or  {"base64": "..."}  or  {"s3": "s3://bucket/key"}      one image
-    {"instances": [{"url": "https://..."}, {"base64": "..."}, ...]}                   several
-
-The answer is JSON with one row an image: its logits in the order of the package's classes,
-`[[0.31, -0.45, ...]]`. Asked with the field `"output": "labels"` or
+`contract.py` says what a body may be. The answer is JSON with one row an image: its logits in the
+order of the package's classes, `[[0.31, -0.45, ...]]`. Asked with the field `"output": "labels"` or
 `Accept: application/json; output=labels`, a row is an object:
 
     {"labels": [{"label": "dog", "probability": 0.93}, ...], "set": ["dog"], "sure": true,
@@ -20,8 +14,7 @@ built without calibration answers null in the place of these three. What went wr
 `{"error": "...", "request_id": "..."}`.
 """
 
-import base64
-import binascii
+import errno
 import json
 import logging
 import re
@@ -31,33 +24,35 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import Field, dataclass, field, fields
-from email.message import Message
 from typing import Any
 
-from serving import fetch, s3
+from serving import contract, fetch, s3
 from serving.backends import Scores
+from serving.contract import BUSY, RETRY, Form, Query
+from serving.decoders import MEMORY, Rooms
 from serving.engine import Engine
 from serving.fetch import ByteLimit, Refused, RequestError
 from serving.package import Package
+from serving.work import Abandoned, Work
 from trainer.common.errors import UserError
-from trainer.images.decode import BYTES_A_PIXEL, MAX_PIXELS, ImageError
+from trainer.images.decode import MAX_PIXELS, ImageError
 from trainer.results.prediction import predictions
 
 log = logging.getLogger("packhorse.serving")
 
 FETCH_SECONDS = 10.0  # for one image from a URL or from S3
-RETRY_SECONDS = 1
-TOP = 5
-KINDS = ("url", "base64", "s3")
-FILE_TYPES = (
-    "application/octet-stream",
-    "application/x-image",
-    "application/x-www-form-urlencoded",  # what curl says of any file
-)
+GONE = 499  # nginx's word for a client that hung up; the status is for our own counters
+# The machine's, for now: too many files are open, or its memory is full.
+SHORT_OF = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
 
 def _setting(default: Any, meaning: str, least: float = 1, most: float = 1 << 40) -> Any:
     return field(default=default, metadata={"help": meaning, "least": least, "most": most})
+
+
+def _words(default: str, meaning: str, shape: str, allowed: str) -> Any:
+    """Return a setting of words, separated by commas. shape: of each, a regular expression."""
+    return field(default=default, metadata={"help": meaning, "shape": shape, "allowed": allowed})
 
 
 @dataclass(frozen=True)
@@ -75,18 +70,38 @@ class Settings:
         64 << 20, "bytes of all pictures that a request fetches; all requests: twice that"
     )
     max_pixels: int = _setting(
-        MAX_PIXELS,
-        "decoded at once, of all pictures together (a JPEG is decoded at a fraction of its size): "
-        f"a bound on memory, of {BYTES_A_PIXEL} bytes each",
+        MAX_PIXELS, "of a picture as it is decoded (a JPEG is decoded at a fraction of its size)"
     )
-    max_pictures: int = _setting(16, "in one request")
+    max_decoded: int = _setting(
+        MEMORY, "bytes of memory for all pictures that are decoded at once, 6 to 20 a pixel"
+    )
+    max_pictures: int = _setting(16, "in one request", most=1024)
     seconds: float = _setting(
         30.0, "for one request; what is not answered by then gets 503", least=0.1, most=86_400
     )
     urls: bool = _setting(True, "fetch pictures from public URLs")
     s3: bool = _setting(False, "fetch pictures from S3, where this machine's role may read them")
     queue: int = _setting(
-        64, "requests in progress or waiting; those beyond it get 503 and Retry-After"
+        64,
+        "whole requests in progress or waiting, and as many again that fetch; "
+        "those beyond it get 503 and Retry-After",
+        most=1024,
+    )
+    connections: int = _setting(
+        1024, "open at once; beyond it, those that ask nothing are closed", least=8, most=65_536
+    )
+    origins: str = _words(
+        "*",
+        "sites whose pages may read answers",
+        r"\*|https?://[A-Za-z0-9.:\[\]-]+",
+        "*, or sites like https://a.example, separated by commas",
+    )
+    hosts: str = _words(
+        "",
+        "names that it goes by, or *; by default localhost, and where it listens to other "
+        "machines any",
+        r"\*|[A-Za-z0-9.:\[\]_-]+",
+        "*, or names like a.example, separated by commas",
     )
     workers: int = _setting(0, "pictures worked on at once; 0: one a core", least=0, most=1024)
     batch: int = _setting(
@@ -95,6 +110,11 @@ class Settings:
     batch_delay: float = _setting(
         0.005, "seconds that a run may wait for its batch to fill", least=0, most=60
     )
+
+
+def start_engine(package: Package, settings: Settings) -> Engine:
+    """Return the engine of an adapter that its host asks for one answer after the other."""
+    return Engine(package, Rooms(settings.max_pixels, settings.max_decoded))
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:
@@ -110,12 +130,17 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
     return Settings(**given)
 
 
-def convert(name: str, text: str, setting: "Field[Any]") -> bool | int | float:
+def convert(name: str, text: str, setting: "Field[Any]") -> bool | int | float | str:
     """Return a setting's value, from the text of a flag or a variable. Raises UserError.
 
     name: what the user calls the setting. setting: its field of Settings.
     """
     kind = type(getattr(Settings, setting.name))
+    if kind is str:
+        words = [word.strip() for word in text.split(",")]
+        if text and not all(re.fullmatch(setting.metadata["shape"], word) for word in words):
+            raise UserError(f"{name}={text} is not allowed; allowed: {setting.metadata['allowed']}")
+        return text
     if kind is bool:
         if text.lower() not in ("on", "off"):
             raise UserError(f"{name}={text} is not allowed; allowed: on or off")
@@ -149,33 +174,28 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Query:
-    """What a request's body asks for."""
+def answer(
+    engine: Engine, settings: Settings, request: Request, work: Work | None = None
+) -> Answer:
+    """Return the answer to a request, whatever goes wrong.
 
-    # ("file", bytes), or one of KINDS with what the body holds for it
-    sources: Sequence[tuple[str, Any]]
-    output: str | None = None  # "logits" or "labels"
-    top: int = TOP
-
-
-def answer(engine: Engine, settings: Settings, request: Request) -> Answer:
-    """Return the answer to a request, whatever goes wrong."""
+    work: the request's, for who may abandon it; with a deadline from now on, if not given.
+    """
     began = time.monotonic()
-    end = began + settings.seconds
+    work = work or Work(settings.seconds)
     try:
         query = read(request.body, request.content_type, settings)
-        output = choose(query, request.accept)
-        with collect(query, settings, end) as images:
+        form = contract.choose(query, request.accept)
+        with collect(query, settings, work) as images:
             collected = time.monotonic()
-            scores = engine.scores(images, end)
+            scores = engine.scores(images, work)
         predicted = time.monotonic()
         timing = (
             f"collect;dur={1000 * (collected - began):.1f}, "
             f"predict;dur={1000 * (predicted - collected):.1f}"
         )
-        body = write(scores, engine.package, output, query.top)
-        return Answer(200, body, {"Server-Timing": timing})
+        body = write(scores, engine.package, form, query.top)
+        return Answer(200, body, {"Server-Timing": timing, "Content-Type": form.content_type})
     except Exception as error:
         return failure(error, request.id)
 
@@ -185,18 +205,24 @@ def failure(error: Exception, request_id: str) -> Answer:
     status, message, headers = 400, str(error), {}
     if isinstance(error, RequestError):
         status = error.status
+        headers = dict(error.headers)
     elif isinstance(error, ImageError):
         message = f"the picture can't be read: {error}"
     elif isinstance(error, TimeoutError):
         status, message = 503, "too busy to answer in time; try again"
+    elif isinstance(error, Abandoned):
+        status, message = GONE, "the client hung up"
+    elif isinstance(error, MemoryError) or getattr(error, "errno", None) in SHORT_OF:
+        log.error("%s: this machine is short of memory or open files: %s", request_id, error)
+        status, message = 503, "too much at once for this machine; try again"
     else:
         log.error("%s: a fault of ours", request_id, exc_info=error)
         status = 500
         message = "a fault of this server; its log has more under this request_id"
     if isinstance(error, Refused):
         log.warning("%s: refused to fetch: %s", request_id, error.reason)
-    if status == 503:
-        headers["Retry-After"] = str(RETRY_SECONDS)
+    if status in BUSY:
+        headers |= RETRY
     body = json.dumps({"error": message, "request_id": request_id})
     return Answer(status, body.encode(), headers)
 
@@ -210,82 +236,29 @@ def new_id(given: str = "") -> str:
 
 def read(body: bytes | bytearray | str, content_type: str, settings: Settings) -> Query:
     """Return what a body asks for. Raises RequestError."""
-    kind = _media_type(content_type).get_content_type()
     if len(body) > settings.max_body:
         raise RequestError(413, f"the body has {len(body):,} bytes; allowed: {settings.max_body:,}")
-    if kind == "application/json" or kind.endswith("+json"):
-        return _read_json(body, settings)
-    if not content_type or kind.startswith("image/") or kind in FILE_TYPES:
-        return Query([("file", body)])
-    raise RequestError(
-        415,
-        f"the content type {kind!r} is not supported; allowed: application/json, "
-        "or image/* with the bytes of one picture",
-    )
-
-
-def _read_json(body: bytes | bytearray | str, settings: Settings) -> Query:
-    try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, "the body is not JSON, though its content type says so") from error
-    if not isinstance(asked, dict):
-        raise RequestError(400, 'the JSON must be an object like {"url": "https://..."}')
-    output, top = asked.pop("output", None), asked.pop("top", TOP)
-    if output not in (None, "logits", "labels"):
-        raise RequestError(400, '"output" must be "logits" or "labels"')
-    if type(top) is not int or top < 1:
-        raise RequestError(400, '"top" must be a whole number from 1')
-    instances = [asked]
-    if asked.keys() == {"instances"}:
-        instances = asked["instances"]
-    if not isinstance(instances, list) or not 1 <= len(instances) <= settings.max_pictures:
-        raise RequestError(
-            400, f'"instances" must be a list of 1 to {settings.max_pictures} objects'
-        )
-    return Query([_source(instance) for instance in instances], output, top)
-
-
-def _source(instance: Any) -> tuple[str, Any]:
-    if isinstance(instance, dict) and len(instance) == 1:
-        [(kind, value)] = instance.items()
-        if kind in KINDS and isinstance(value, str):
-            return kind, value
-    raise RequestError(400, f"a picture is an object with one text of: {', '.join(KINDS)}")
-
-
-def choose(query: Query, accept: str) -> str:
-    """Return the output's kind, "logits" or "labels". Raises RequestError."""
-    for offer in filter(None, map(str.strip, accept.split(","))):
-        media_type = _media_type(offer)
-        if media_type.get_content_type() in ("application/json", "application/*", "*/*"):
-            output = query.output or media_type.get_param("output", "logits")
-            if output in ("logits", "labels"):
-                return str(output)
-    if accept.strip():
-        raise RequestError(
-            406, "only application/json can be given, with output=logits or output=labels"
-        )
-    return query.output or "logits"
-
-
-def _media_type(text: str) -> Message:
-    """Return a header like `application/json; output=labels`, taken apart."""
-    message = Message()
-    message["Content-Type"] = text
-    return message
+    query = contract.read(body, content_type, settings.max_pictures)
+    if isinstance(body, bytearray):
+        body.clear()  # a request's memory is what it asks for, not that and its body
+    return query
 
 
 class _Reservation(ByteLimit):
     """The bytes of one request's fetched images, held by this process until it is closed.
 
-    All requests together may hold twice the limit of one.
+    All requests together may hold twice the limit of one. What is fetched for nobody any more ends.
     """
 
     _lock = threading.Lock()
     _held = 0  # bytes, by all requests
 
+    def __init__(self, limit: int, work: Work) -> None:
+        super().__init__(limit)
+        self._work = work
+
     def __call__(self, size: int) -> None:
+        self._work.left()
         super().__call__(size)
         with self._lock:
             if self._held + size > 2 * self.limit:
@@ -299,43 +272,54 @@ class _Reservation(ByteLimit):
 
 
 @contextmanager
-def collect(query: Query, settings: Settings, end: float) -> Iterator[list[bytes]]:
+def collect(query: Query, settings: Settings, work: Work) -> Iterator[list[bytes]]:
     """Give the images' files, which count as held until the block ends.
 
-    Raises RequestError, and TimeoutError after `end` (on time.monotonic()).
+    Raises RequestError, TimeoutError at the deadline, and Abandoned.
     """
-    with closing(_Reservation(settings.max_fetched)) as reservation:
-        yield [_collect(source, settings, end, reservation) for source in query.sources]
+    with closing(_Reservation(settings.max_fetched, work)) as reservation:
+        if not any(kind in ("url", "s3") for kind, _ in query.sources):
+            files = [_collect(source, settings, work, reservation) for source in query.sources]
+        else:
+            with work.fetching():
+                files = [_collect(source, settings, work, reservation) for source in query.sources]
+        yield files
 
 
-def _collect(source: tuple[str, Any], settings: Settings, end: float, reserve: ByteLimit) -> bytes:
+def _collect(source: tuple[str, Any], settings: Settings, work: Work, reserve: ByteLimit) -> bytes:
     kind, value = source
     if kind == "file":
-        return bytes(value)
+        data: bytes = value
+        return data
     if kind == "base64":
-        try:
-            return base64.b64decode(value, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise RequestError(400, '"base64" does not hold base64') from error
+        return contract.decode_base64(value)
     if not {"url": settings.urls, "s3": settings.s3}[kind]:
         raise RequestError(
             400, f'this server does not fetch pictures by "{kind}"; send the picture\'s bytes'
         )
+    seconds = min(FETCH_SECONDS, work.left())
     if kind == "s3":
-        return s3.fetch(value, max_bytes=settings.max_body, reserve=reserve)
-    seconds = min(FETCH_SECONDS, end - time.monotonic())
+        return s3.fetch(value, max_bytes=settings.max_body, deadline=seconds, reserve=reserve)
     return fetch.fetch(value, max_bytes=settings.max_body, deadline=seconds, reserve=reserve)
 
 
-def write(scores: Scores, package: Package, output: str, top: int = TOP) -> bytes:
-    """Return what the package's network says of N images as JSON.
+def write(scores: Scores, package: Package, form: Form, top: int = contract.TOP) -> bytes:
+    """Return what the package's network says of N images.
 
-    output: "logits", or "labels": `top` of each image's classes, and how sure they are.
+    top: with labels, so many of each image's classes.
     """
-    if output == "logits":
-        return json.dumps(scores.logits.tolist(), allow_nan=False).encode()
+    rows: Sequence[Any] = scores.logits.tolist()
+    if form.output == "labels":
+        rows = _labels(scores, package, top)
+    if form.lines:
+        return contract.as_lines(rows).encode()
+    return json.dumps(rows, allow_nan=False).encode()
+
+
+def _labels(scores: Scores, package: Package, top: int) -> list[dict[str, Any]]:
+    """Return for each image the most probable classes, and how sure they are."""
     told = predictions(package.calibration, package.classes, scores.logits, scores.distance)
-    rows = [
+    return [
         {
             "labels": [
                 {"label": label, "probability": probability}
@@ -349,4 +333,3 @@ def write(scores: Scores, package: Package, output: str, top: int = TOP) -> byte
         }
         for each in told
     ]
-    return json.dumps(rows, allow_nan=False).encode()

@@ -5,15 +5,17 @@ golden images must give their recorded pixels exactly and their recorded logits 
 tolerance. That shows damage and train/serve skew; it does not show who built the package.
 """
 
+import errno
 import gzip
 import hashlib
-import json
 import os
 import tarfile
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import source_from_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -21,13 +23,13 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
+from serving import manifest as manifests
 from serving.backends import BACKENDS, Network, NetworkError, Scores
+from serving.manifest import EXPECTED, MANIFEST, MODEL, PackageError
 from trainer.common.errors import UserError, machine_fault
 from trainer.images.decode import ImageError, Preprocessing, Room, prepare
 from trainer.results.calibrate import Calibration
 
-FORMAT = 1
-MANIFEST = "package.json"
 # What is recorded of the golden images besides their pixels, and what is said if it differs.
 GOLDEN = {
     "logits": "its logits are off by",
@@ -36,10 +38,10 @@ GOLDEN = {
 }
 # Bytes unpacked. An ONNX file ends at 2 GiB (protobuf's limit), and the weights lie there twice.
 MAX_BYTES = 8 << 30
-
-
-class PackageError(ValueError):
-    """The package is damaged, incomplete, or does not reproduce: one line says which file."""
+MAX_MEMBERS = 10_000  # of an archive; a package has fifty
+MAX_EXPECTED = 1 << 30  # bytes of what is recorded of the golden images
+# What the system says of a name that can't be unpacked.
+NO_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL}
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ def load(path: Path, threads: int | None = None, backend: str = "onnx") -> Packa
     Raises PackageError, and OSError where the machine is at fault.
     """
     if path.is_dir():
-        return _prove(path, threads, backend)
+        return _prove(path, threads, backend, whole=False)
     if not path.is_file():
         raise PackageError("there is no such file or directory")
     with tempfile.TemporaryDirectory(prefix="package-") as directory:
         _unpack(path, Path(directory))
-        return _prove(Path(directory), threads, backend)
+        return _prove(Path(directory), threads, backend, whole=True)
 
 
 def _unpack(archive: Path, directory: Path) -> None:
@@ -105,15 +107,28 @@ def _unpack(archive: Path, directory: Path) -> None:
     size = 0
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
+            for number, member in enumerate(tar):
                 size += member.size
+                if number == MAX_MEMBERS:
+                    raise PackageError(f"it holds more than {MAX_MEMBERS:,} files")
                 _check_member(member, size)
                 tar.extract(member, directory, filter="data")
     except PackageError:
         raise
-    # ValueError: numbers in a forged header
-    except (tarfile.TarError, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise PackageError(f"it is not a whole gzipped tar archive ({error})") from error
+    # ValueError: numbers in a forged header; RecursionError: thousands of heads in a row
+    except (tarfile.TarError, ValueError, EOFError, zlib.error, RecursionError) as error:
+        raise PackageError(f"it is not a whole gzipped tar archive ({_line(error)})") from error
+    except OSError as error:
+        if isinstance(error, gzip.BadGzipFile):
+            raise PackageError(f"it is not a whole gzipped tar archive ({_line(error)})") from error
+        if error.errno in NO_NAME:
+            raise PackageError(f"a file of it can't be unpacked ({_line(error)})") from error
+        raise
+
+
+def _line(error: Exception) -> str:
+    """Return what an exception says, in one line that isn't long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _check_member(member: tarfile.TarInfo, size: int) -> None:
@@ -133,9 +148,10 @@ def _check_member(member: tarfile.TarInfo, size: int) -> None:
         )
 
 
-def _prove(directory: Path, threads: int | None, backend: str) -> Package:
-    manifest = _read_manifest(directory)
-    _check_files(directory, manifest["files"])
+def _prove(directory: Path, threads: int | None, backend: str, whole: bool) -> Package:
+    """Return the package in a directory. whole: whether it may hold no other file."""
+    manifest = manifests.read(directory)
+    _check_files(directory, manifest["files"], whole)
     try:
         network = BACKENDS[backend](directory, manifest, threads)
     except NetworkError as error:
@@ -163,33 +179,13 @@ def _prove(directory: Path, threads: int | None, backend: str) -> Package:
     )
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
-        raise PackageError(
-            f"{MANIFEST} is missing at the top level: this is no model package, "
-            "or it was not written to its end"
-        ) from error
-    except ValueError as error:
-        raise PackageError(f"{MANIFEST} is not JSON ({error})") from error
-    written_as = None
-    if isinstance(manifest, dict):
-        written_as = manifest.get("format")
-    if written_as != FORMAT:
-        raise PackageError(
-            f"{MANIFEST}: its format is {written_as!r}, and this version reads {FORMAT}; "
-            "serve it with the version that built it"
-        )
-    digest = manifest.pop("sha256", None)
-    if digest != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
-        raise PackageError(f"{MANIFEST} was changed after it was built: its SHA-256 differs")
-    assert isinstance(manifest, dict)
-    return manifest | {"sha256": digest}
+def _check_files(directory: Path, listed: dict[str, str], whole: bool) -> None:
+    """Raise PackageError unless each file has its SHA-256, and no other is there.
 
-
-def _check_files(directory: Path, listed: dict[str, str]) -> None:
-    """Raise PackageError unless each file has its SHA-256, and code/ holds no other."""
+    whole: an archive just unpacked, which holds what was built and nothing else. In a directory
+    toolkits add their own (TorchServe its MAR-INF), which nothing reads; but not in code/, which is
+    on Python's path, where a file could take the place of a module.
+    """
     for name, digest in listed.items():
         path = directory / name
         if not path.is_file():
@@ -199,15 +195,33 @@ def _check_files(directory: Path, listed: dict[str, str]) -> None:
                 raise PackageError(
                     f"{name} was changed after the package was built: its SHA-256 differs"
                 )
-    # Elsewhere nothing reads an unlisted file, and toolkits add their own (TorchServe its MAR-INF).
-    # But code/ is on Python's path, where a file could take the place of a module; only the caches
-    # that Python itself writes there may be new.
-    for path in sorted((directory / "code").rglob("*")):
+    place = directory / "code"
+    if whole:
+        place = directory
+    for path in sorted(place.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and path.parent.name != "__pycache__" and name not in listed:
+        if name in listed or name == MANIFEST or (path.is_dir() and not path.is_symlink()):
+            continue
+        if not _is_own_cache(path, directory, listed):
             raise PackageError(
-                f"{name} does not belong to the package: {MANIFEST} does not list it"
+                f"{name!r} does not belong to the package: {MANIFEST} does not list it; delete it"
             )
+
+
+def _is_own_cache(path: Path, directory: Path, listed: dict[str, str]) -> bool:
+    """Return whether a file is what Python has compiled of the package's code that runs here.
+
+    It has run already, and Python writes it when it is imported. Elsewhere such a file would run in
+    the place of its source, whatever it holds.
+    """
+    runs_here = Path(__file__).resolve().is_relative_to((directory / "code").resolve())
+    if not runs_here or path.suffix != ".pyc":
+        return False
+    try:
+        source = Path(source_from_cache(str(path)))
+    except ValueError:
+        return False
+    return source.relative_to(directory).as_posix() in listed
 
 
 def _check_golden(
@@ -223,8 +237,7 @@ def _check_golden(
     or pixels differ at all.
     """
     names = manifest["golden"]
-    with np.load(directory / "golden/expected.npz", allow_pickle=False) as expected:
-        recorded = dict(expected)
+    recorded = _read_expected(directory, manifest)
     for name, golden in zip(names, recorded["pixels"], strict=True):
         try:
             prepared = prepare(directory / name, preprocessing)
@@ -233,7 +246,12 @@ def _check_golden(
                 f"{name} can't be read as a picture on this machine ({error})"
             ) from error
         _check_pixels(name, prepared, golden)
-    scores = network(recorded["pixels"])
+    try:
+        scores = network(recorded["pixels"])
+    except Exception as error:  # the classes of ONNX Runtime's have nothing else in common
+        raise PackageError(
+            f"{MODEL} can't be run on the golden pictures ({_line(error)})"
+        ) from error
     given = scores._asdict() | {"probabilities": calibration.probabilities(scores.logits)}
     tolerance = manifest["tolerance"]
     differences: dict[str, tuple[float, float]] = {}
@@ -250,6 +268,35 @@ def _check_golden(
         off = _compare(names, said, given[what], recorded[what], allowed)
         differences[what] = off, allowed
     return scores, *differences["logits"]
+
+
+def _read_expected(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    """Return what is recorded of the N golden images, by name, each with its type and shape."""
+    count, classes = len(manifest["golden"]), len(manifest["classes"])
+    size = manifest["preprocessing"]["size"]
+    try:
+        with zipfile.ZipFile(directory / EXPECTED) as file:
+            if sum(each.file_size for each in file.infolist()) > MAX_EXPECTED:
+                raise PackageError(f"{EXPECTED} has more than {MAX_EXPECTED:,} bytes")
+        with np.load(directory / EXPECTED, allow_pickle=False) as expected:
+            recorded = dict(expected)
+    except PackageError:
+        raise
+    except Exception as error:  # zipfile's, zlib's, struct's, NumPy's: as many as ways to break it
+        raise PackageError(f"{EXPECTED} can't be read ({_line(error)})") from error
+    shapes = {
+        "pixels": ("u", (count, size, size, 3)),
+        "logits": ("f", (count, classes)),
+        "distance": ("f", (count,)),
+        "probabilities": ("f", (count, classes)),
+    }
+    for name, (kind, shape) in shapes.items():
+        array = recorded.get(name)
+        if array is None and name in ("pixels", "logits"):
+            raise PackageError(f"{EXPECTED} holds no {name}")
+        if array is not None and (array.dtype.kind, array.shape) != (kind, shape):
+            raise PackageError(f"{EXPECTED}: {name} is {array.dtype} of {array.shape}, not {shape}")
+    return recorded
 
 
 def _compare(

@@ -1,39 +1,50 @@
 """Images in S3, as the machine's own role may list and read them."""
 
 import functools
+import math
+import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 from serving.fetch import FetchError
 from trainer.common.errors import UserError
 
 EXPECTED = "an S3 URI looks like s3://bucket/key"
 
+READ_SECONDS = 5
+CHUNK = 256 << 10  # bytes read at a time
+MAX_KEY = 1024  # bytes: S3's limit
 
-def fetch(uri: str, *, max_bytes: int, reserve: Callable[[int], None]) -> bytes:
+
+def fetch(
+    uri: str, *, max_bytes: int, reserve: Callable[[int], None], deadline: float = math.inf
+) -> bytes:
     """Return the object at s3://bucket/key.
 
-    reserve: called with the object's size before it is read; what it raises ends the fetch.
+    deadline: seconds for everything together, but for one wait of READ_SECONDS. reserve: called
+    with the number of bytes that came, piece by piece; what it raises ends the fetch.
     Raises FetchError, with the same words for what is missing and what is not allowed.
     """
     # imported here: boto3 is optional, for those who switch S3 on
     from botocore.exceptions import BotoCoreError, ClientError
 
-    bucket, key = _parts(uri)
-    if not key:
-        raise FetchError(EXPECTED)
+    end = time.monotonic() + deadline
+    bucket, key = _object(uri)
     try:
         answer = _client().get_object(Bucket=bucket, Key=key)
         size = answer["ContentLength"]
         with answer["Body"] as body:
-            if size <= max_bytes:
-                reserve(size)
-                data: bytes = body.read()
-                return data
+            if size > max_bytes:
+                raise FetchError(f"the S3 object has {size:,} bytes; allowed: {max_bytes:,}")
+            pieces = []
+            while piece := body.read(CHUNK):
+                reserve(len(piece))
+                pieces.append(piece)
+                if time.monotonic() > end:
+                    raise FetchError(f"the S3 object did not come within {deadline:g} s")
+            return b"".join(pieces)
     except (ClientError, BotoCoreError, OSError) as error:
         raise FetchError("the S3 object can't be read with this server's role") from error
-    raise FetchError(f"the S3 object has {size:,} bytes; allowed: {max_bytes:,}")
 
 
 def listed(uri: str) -> list[str]:
@@ -59,16 +70,24 @@ def listed(uri: str) -> list[str]:
     )
 
 
-def _parts(uri: str) -> tuple[str, str]:
-    """Return the bucket and the key of an S3 URI. Raises FetchError."""
+def _object(uri: str) -> tuple[str, str]:
+    """Return the bucket and the key of an object. Raises FetchError."""
+    bucket, key = _parts(uri)
     try:
-        parts = urlsplit(uri)
-    except ValueError as error:
-        raise FetchError(EXPECTED) from error
-    if parts.scheme != "s3" or not parts.netloc:
+        is_key = 0 < len(key.encode()) <= MAX_KEY
+    except UnicodeEncodeError as error:
+        raise FetchError(f"{EXPECTED}; this one has half a character") from error
+    if not is_key:
         raise FetchError(EXPECTED)
-    # The key as it stands: it may hold ? and #.
-    return parts.netloc, uri.removeprefix(f"s3://{parts.netloc}").removeprefix("/")
+    return bucket, key
+
+
+def _parts(uri: str) -> tuple[str, str]:
+    """Return the bucket and the key, as it stands: it may hold ? and #. Raises FetchError."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket or not (bucket.isascii() and bucket.isprintable()):
+        raise FetchError(EXPECTED)
+    return bucket, key
 
 
 @functools.cache
@@ -78,4 +97,5 @@ def _client() -> Any:
     from botocore.config import Config
 
     retries = {"mode": "standard", "total_max_attempts": 2}
-    return boto3.client("s3", config=Config(connect_timeout=3, read_timeout=5, retries=retries))
+    config = Config(connect_timeout=3, read_timeout=READ_SECONDS, retries=retries)
+    return boto3.client("s3", config=config)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.backends import BACKENDS
+from serving.decoders import Rooms
 from serving.engine import Engine
 from serving.handler import Settings, convert, settings_from
 from serving.package import load_for_command
@@ -34,21 +35,26 @@ def main(arguments: Sequence[str]) -> int:
         if text is not None:
             changes[setting.name] = convert(_flag(setting.name), text, setting)
     settings = replace(defaults, **changes)
+    if options.backend not in BACKENDS:  # of the variable; argparse looks at flags alone
+        raise UserError(
+            f"SERVING_BACKEND={options.backend} is not allowed; allowed: {', '.join(BACKENDS)}"
+        )
+    with needed_by("serve", "serve"):
+        # imported here: its libraries are those of the extra `serve`
+        from serving import server
+    address = server.bind(options.host, options.port)
     package = load_for_command(package_of(options.package), cores(), options.backend)
     engine = Engine(
         package,
-        max_pixels=settings.max_pixels,
+        Rooms(settings.max_pixels, settings.max_decoded),
         workers=settings.workers or cores(),
         batch=settings.batch,
         delay=settings.batch_delay,
     )
-    with needed_by("serve", "serve"):
-        # imported here: its libraries are those of the extra `serve`
-        from serving import server
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
     )
-    server.serve(package, engine, settings, options.host, options.port)
+    server.serve(package, engine, settings, options.host, address)
     return OK
 
 
@@ -80,7 +86,7 @@ def _parser(defaults: Settings) -> argparse.ArgumentParser:
         "--backend",
         default=os.environ.get("SERVING_BACKEND", "onnx"),
         choices=[*BACKENDS],
-        help="what runs the network; torch is for GPUs (default %(default)s)",
+        help="what runs the network; cuda and torch are for GPUs (default %(default)s)",
     )
     for setting in fields(Settings):
         shown = getattr(defaults, setting.name)

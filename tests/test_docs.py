@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from serving import contract
 from serving.adapters import lambda_proxy
 from tests import reference
 from tests.conftest import PROJECT, make_pictures, run_module, run_trainer
@@ -291,7 +292,8 @@ def test_a_json_request_gets_a_prediction_by_both_ways_in(place, served, page, s
     body = shown.replace("<base64>", picture).encode()
     ways = {"server": (body, "application/json")}
     if b"https://" not in body:
-        ways["function"] = lambda_proxy.prepare(body)  # what it asks the endpoint
+        query = contract.read(body, "application/json", lambda_proxy.MAX_PICTURES)
+        ways["function"] = lambda_proxy.prepare(query)  # what it asks the endpoint
     for way, (asked, content_type) in ways.items():
         answer = served.invoke(asked, content_type)
         if b"https://" in body:

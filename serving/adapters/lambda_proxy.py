@@ -1,17 +1,15 @@
 """The AWS Lambda function in front of the SageMaker endpoint: an image or its URL to a prediction.
 
 It runs on the standard library and boto3; its zip holds this file, as `lambda_function.py`, and
-`fetch.py`, nothing else. Events: a direct call with the JSON that `serving/handler.py` describes,
-such as {"url": "https://..."}, and the HTTP events of function URLs and API Gateway (REST and
-HTTP), whose body is that JSON or an image's file. Answers: {"statusCode", "headers", "type-result",
-"body"}, the body being the endpoint's JSON, or an error's.
+what it imports of `serving`. `lambda_events.py` says what events there are, `contract.py` what they
+may ask. Answers: {"statusCode", "headers", "type-result", "body"}, the body being the endpoint's
+JSON, or an error's.
 
 Environment: ENDPOINT_NAME; FETCH_URLS, who fetches a URL: "lambda" (this function, so that the
-endpoint needs no network), "endpoint" or "off".
+endpoint needs no network), "endpoint" or "off"; SERVING_ORIGINS, as in `serving/handler.py`.
 """
 
 import base64
-import binascii
 import functools
 import json
 import logging
@@ -19,13 +17,13 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-try:
-    from serving import fetch
-except ImportError:
-    import fetch  # type: ignore[import-not-found, no-redef]  # in the zip it lies beside this file
+from serving import contract, fetch
+from serving.adapters import lambda_events as events
+from serving.contract import Form, Query
+from serving.fetch import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 log = logging.getLogger("packhorse.lambda")
 
@@ -38,121 +36,122 @@ CONNECT_SECONDS = 1.0
 ENDPOINT_SECONDS = 9.0
 ATTEMPTS = 2
 MAX_BODY = 6_291_456  # bytes that InvokeEndpoint takes (botocore's sagemaker-runtime model)
-MAX_PICTURES = 16  # whose URLs are fetched for one request
-RETRY_SECONDS = "1"
+MAX_PICTURES = 16  # in one request
+MAX_ANSWER = 6 << 20  # bytes; what Lambda may answer (6 MB)
+FETCHERS = ("lambda", "endpoint", "off")
 
 # Codes of AWS's errors that mean "try again", after botocore has done so.
 BUSY = {"ThrottlingException", "Throttling", "TooManyRequestsException", "ModelNotReadyException"}
 
 
-def handler(event: Any, context: Any) -> dict[str, Any]:
+def handler(event: Any, context: Any) -> Any:
     """Return the answer to an event, whatever goes wrong; its details are in the log alone."""
     request_id = str(context.aws_request_id)
+    origins = os.environ.get("SERVING_ORIGINS", "*")
+    headers: Mapping[str, str] = {}
     try:
-        data, accept = read(event)
-        body, content_type = prepare(data)
-        return answer(event, request_id, 200, invoke(body, content_type, accept))
-    except fetch.RequestError as error:
+        asked = events.read(event)
+        if asked.method == "OPTIONS":
+            return events.preflight(event, request_id, origins)
+        query = contract.read(asked.body, asked.content_type, MAX_PICTURES)
+        form = contract.choose(query, asked.accept)
+        body = predict(query, form)
+        status, headers = 200, {"Content-Type": form.content_type}
+    except RequestError as error:
         if isinstance(error, fetch.Refused):
             log.warning("%s: refused to fetch: %s", request_id, error.reason)
-        status, message = error.status, str(error)
+        status, headers = error.status, error.headers
+        body = json.dumps({"error": str(error), "request_id": request_id})
     except Exception:
         log.exception("%s: a fault of this function", request_id)
-        status, message = 500, "a fault of this function; its log has more under this request_id"
-    told = json.dumps({"error": message, "request_id": request_id})
-    return answer(event, request_id, status, told)
+        message = "a fault of this function; its log has more under this request_id"
+        status, body = 500, json.dumps({"error": message, "request_id": request_id})
+    headers = {**events.allowed(event, origins), **headers}
+    return events.answer(event, request_id, status, body, headers)
 
 
-def is_http(event: Any) -> bool:
-    """Return whether an event comes from a function URL or API Gateway, not from a direct call."""
-    return isinstance(event, dict) and "requestContext" in event
+def check_environment() -> None:
+    """Raise ValueError, in one line, where the function could answer nothing."""
+    if not os.environ.get("ENDPOINT_NAME"):
+        raise ValueError("the variable ENDPOINT_NAME is not set: it names the endpoint to ask")
+    who = os.environ.get("FETCH_URLS", "lambda")
+    if who not in FETCHERS:
+        raise ValueError(f"FETCH_URLS={who} is not allowed; allowed: {', '.join(FETCHERS)}")
 
 
-def is_json(data: bytes) -> bool:
-    """Return whether a body is JSON: many clients don't say, and no image's file begins so."""
-    return data.lstrip()[:1] == b"{"
-
-
-def read(event: Any) -> tuple[bytes, str]:
-    """Return an event's body (an image's file, or JSON), and the media type to answer in.
-
-    Raises RequestError.
-    """
-    if not isinstance(event, dict):
-        raise fetch.RequestError(400, 'the event must be an object like {"url": "https://..."}')
-    accept = "application/json"
-    if not is_http(event):
-        return json.dumps(event).encode(), accept
-    headers = {
-        str(name).lower(): str(value) for name, value in (event.get("headers") or {}).items()
-    }
-    if "output=labels" in headers.get("accept", "").replace(" ", "").lower():
-        accept = "application/json; output=labels"
-    body = event.get("body") or ""
+def predict(query: Query, form: Form) -> str:
+    """Return the endpoint's answer, written as the form says. Raises RequestError."""
+    body, content_type = prepare(query)
+    accept = contract.JSON
+    if form.output == "labels":
+        accept += "; output=labels"
+    text = invoke(body, content_type, accept)
     try:
-        if event.get("isBase64Encoded"):
-            return base64.b64decode(body), accept
-        return body.encode(), accept
-    except (binascii.Error, ValueError) as error:
-        raise fetch.RequestError(400, "the body is not the base64 that it claims to be") from error
+        rows = contract.rows_of(text, len(query.sources), form.output)
+    except (ValueError, RecursionError) as error:
+        log.error("endpoint %s: its answer is none (%s)", os.environ["ENDPOINT_NAME"], error)
+        raise RequestError(502, "the endpoint's answer is none") from error
+    if form.lines:
+        return contract.as_lines(rows)
+    return text
 
 
-def prepare(data: bytes) -> tuple[bytes, str]:
+def prepare(query: Query) -> tuple[bytes, str]:
     """Return the endpoint's body, with images in the place of their URLs, and its content type.
 
-    Raises RequestError.
+    One image alone is sent as its bytes, since base64 would make it a third larger. Raises
+    RequestError.
     """
-    if not data:
-        raise fetch.RequestError(
-            400,
-            'the request is empty; send a picture\'s bytes, or JSON like {"url": "https://..."}',
-        )
-    body, content_type = data, "application/octet-stream"
-    if is_json(data):
-        try:
-            body, content_type = _fetch_urls(json.loads(data))
-        except (ValueError, RecursionError) as error:
-            raise fetch.RequestError(400, "the body is not whole JSON") from error
+    sources = _fetched(query.sources)
+    if len(sources) == 1 and query.top == contract.TOP:
+        kind, value = sources[0]
+        if kind == "base64":
+            kind, value = "file", contract.decode_base64(value)
+        if kind == "file":
+            return _checked(value), "application/octet-stream"
+    asked: dict[str, Any] = {"instances": [_instance(*source) for source in sources]}
+    asked |= {"output": query.output, "top": query.top}
+    return _checked(json.dumps(asked).encode()), contract.JSON
+
+
+def _instance(kind: str, value: Any) -> dict[str, str]:
+    if kind == "file":
+        return {"base64": base64.b64encode(value).decode()}
+    return {kind: value}
+
+
+def _checked(body: bytes) -> bytes:
     if len(body) > MAX_BODY:
-        raise fetch.RequestError(
+        raise RequestError(
             413, f"the request has {len(body):,} bytes; the endpoint takes {MAX_BODY:,}"
         )
-    return body, content_type
+    return body
 
 
-def _fetch_urls(asked: dict[str, Any]) -> tuple[bytes, str]:
-    """Return the endpoint's body and content type.
-
-    One image alone is sent as its bytes, since base64 would make it a third larger.
-    """
-    instances = asked.get("instances", [asked])
-    by_url = []
-    if isinstance(instances, list):
-        by_url = [each for each in instances if isinstance(each, dict) and "url" in each]
+def _fetched(sources: "Sequence[tuple[str, Any]]") -> list[tuple[str, Any]]:
+    """Return the sources with files in the place of URLs, where this function fetches them."""
     who = os.environ.get("FETCH_URLS", "lambda")
-    if by_url and who == "off":
-        raise fetch.RequestError(400, "this service fetches no URLs; send the picture's bytes")
-    if by_url and who == "lambda":
-        if len(by_url) > MAX_PICTURES:
-            raise fetch.RequestError(
-                400, f"{len(by_url)} URLs in one request; allowed: {MAX_PICTURES}"
-            )
-        end = time.monotonic() + FETCH_SECONDS
-        if asked.keys() == {"url"}:
-            return _fetch(asked["url"], end, fetch.ByteLimit(MAX_BODY)), "application/octet-stream"
+    if all(kind != "url" for kind, _ in sources) or who == "endpoint":
+        return [*sources]
+    if who == "off":
+        raise RequestError(
+            400, 'this service does not fetch pictures by "url"; send the picture\'s bytes'
+        )
+    end = time.monotonic() + FETCH_SECONDS
+    limit = fetch.ByteLimit(MAX_BODY)
+    if len(sources) > 1:
         limit = fetch.ByteLimit(MAX_BODY * 3 // 4)  # in base64, 3 bytes become 4
-        for instance in by_url:
-            file = _fetch(instance.pop("url"), end, limit)
-            instance["base64"] = base64.b64encode(file).decode()
-    return json.dumps(asked).encode(), "application/json"
+    return [
+        ("file", _fetch(value, end, limit)) if kind == "url" else (kind, value)
+        for kind, value in sources
+    ]
 
 
-def _fetch(url: Any, end: float, limit: fetch.ByteLimit) -> bytes:
-    if not isinstance(url, str):
-        raise fetch.RequestError(400, '"url" must be a text')
+def _fetch(url: str, end: float, limit: fetch.ByteLimit) -> bytes:
     seconds = end - time.monotonic()
-    file: bytes = fetch.fetch(url, max_bytes=MAX_BODY, deadline=seconds, reserve=limit)
-    return file
+    if seconds <= 0:
+        raise RequestError(400, f"the URLs gave no whole answers within {FETCH_SECONDS:g} s")
+    return fetch.fetch(url, max_bytes=MAX_BODY, deadline=seconds, reserve=limit)
 
 
 @functools.cache
@@ -181,18 +180,18 @@ def invoke(body: bytes, content_type: str, accept: str) -> str:
         response = runtime.invoke_endpoint(
             EndpointName=endpoint, Body=body, ContentType=content_type, Accept=accept
         )
-        text: str = response["Body"].read().decode()
+        text: str = response["Body"].read(MAX_ANSWER).decode("utf-8", "replace")
         return text
     except (exceptions.BotoCoreError, exceptions.ClientError) as error:
         log.error("endpoint %s: %s", endpoint, error)
         if isinstance(error, exceptions.ClientError):
             raise _failed(error.response) from error
         if isinstance(error, (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError)):
-            raise fetch.RequestError(504, "the endpoint did not answer in time") from error
-        raise fetch.RequestError(502, "the endpoint could not be reached") from error
+            raise RequestError(504, "the endpoint did not answer in time") from error
+        raise RequestError(502, "the endpoint could not be reached") from error
 
 
-def _failed(response: "Mapping[str, Any]") -> fetch.RequestError:
+def _failed(response: "Mapping[str, Any]") -> RequestError:
     """Return what an error of InvokeEndpoint means for the caller.
 
     A ModelError holds the answer of our server in the endpoint's container.
@@ -200,30 +199,17 @@ def _failed(response: "Mapping[str, Any]") -> fetch.RequestError:
     code = response.get("Error", {}).get("Code", "")
     status = int(response.get("OriginalStatusCode", 0))
     if code in BUSY or (code == "ModelError" and status in (429, 503)):
-        return fetch.RequestError(429, "the endpoint is busy; try again")
+        return RequestError(429, "the endpoint is busy; try again")
     if code == "ModelError" and 400 <= status < 500:
         try:
             message = str(json.loads(response["OriginalMessage"])["error"])
         except (ValueError, KeyError, TypeError):
             message = "the endpoint refused the request"
-        return fetch.RequestError(status, message)
-    return fetch.RequestError(502, "the endpoint failed")
+        return RequestError(status, message)
+    return RequestError(502, "the endpoint failed")
 
 
-def answer(event: Any, request_id: str, status: int, body: str) -> dict[str, Any]:
-    """Return an answer as a direct caller or an HTTP gateway takes it. body: JSON."""
-    headers = {
-        "Content-Type": "application/json",
-        "Access-Control-Allow-Origin": "*",
-        "X-Request-Id": request_id,
-    }
-    if status in (429, 503):
-        headers["Retry-After"] = RETRY_SECONDS
-    told: dict[str, Any] = {"statusCode": status, "headers": headers}
-    if not is_http(event):  # API Gateway answers 502 for a field that it does not know
-        told["type-result"] = str(type(body))
-    return told | {"body": body}
-
-
+if "AWS_LAMBDA_RUNTIME_API" in os.environ:
+    check_environment()
 if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "provisioned-concurrency":
     client()  # made before there is a caller to wait for it

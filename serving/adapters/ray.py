@@ -10,10 +10,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.engine import Engine
+from serving.contract import JSON, PREFLIGHT, check_method, cross_origin
+from serving.fetch import RequestError
+from serving.handler import Answer, answer, failure, new_id, settings_from, start_engine
 from serving.handler import Request as Asked
-from serving.handler import answer, new_id, settings_from
 from serving.package import load
+from serving.work import Work
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -26,13 +28,16 @@ class Model:
 
     def __init__(self, package: str) -> None:
         self._settings = settings_from(os.environ)
-        self._engine = Engine(load(Path(package)), max_pixels=self._settings.max_pixels)
+        self._engine = start_engine(load(Path(package)), self._settings)
 
     async def __call__(self, request: "Request") -> "Response":
         # imported here: only Ray Serve's environment has it
         from starlette.responses import Response
 
         headers = request.headers
+        allowed = cross_origin(self._settings.origins, headers.get("origin", ""))
+        if request.method == "OPTIONS":
+            return Response(b"", 204, {**PREFLIGHT, **allowed})
         request_id = new_id(headers.get("x-request-id", ""))
         # The image's adapter has taken in the whole body already, so there is no use in reading
         # this one piece by piece.
@@ -42,9 +47,21 @@ class Model:
             headers.get("accept", ""),
             request_id,
         )
-        result = await asyncio.to_thread(answer, self._engine, self._settings, asked)
-        sent = {"X-Request-Id": request_id, **result.headers}
-        return Response(result.body, result.status, sent, "application/json")
+        try:
+            check_method(request.method)
+            work = Work(self._settings.seconds)
+            result = await self._answer(asked, work)
+        except RequestError as error:
+            result = failure(error, request_id)
+        sent = {"X-Request-Id": request_id, **allowed, **result.headers}
+        return Response(result.body, result.status, {"Content-Type": JSON, **sent})
+
+    async def _answer(self, asked: Asked, work: Work) -> Answer:
+        """Return the answer, in a thread. Ray cancels this where its client has gone."""
+        try:
+            return await asyncio.to_thread(answer, self._engine, self._settings, asked, work)
+        finally:
+            work.abandon()
 
 
 def __getattr__(name: str) -> "Application":

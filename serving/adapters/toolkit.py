@@ -6,16 +6,17 @@ as the answer that it gets.
 
 import functools
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from serving import handler
+from serving import contract, handler
 from serving.backends import Scores
+from serving.contract import Query
 from serving.engine import Engine
-from serving.handler import Answer, Query, Settings
+from serving.handler import Answer, Settings
 from serving.package import Package, load
+from serving.work import Work
 
 
 class Context(Protocol):
@@ -41,7 +42,7 @@ def settings() -> Settings:
 
 def model_fn(model_dir: str) -> Engine:
     """Return the engine of the package in a directory. Raises PackageError."""
-    return Engine(load(Path(model_dir)), max_pixels=settings().max_pixels)
+    return handler.start_engine(load(Path(model_dir)), settings())
 
 
 def input_fn(body: bytes | bytearray | str, content_type: str) -> Query | Answer:
@@ -56,10 +57,10 @@ def predict_fn(query: Query | Answer, engine: Engine) -> Prediction | Answer:
     """Return the scores of the query's images, or the answer that says what went wrong."""
     if isinstance(query, Answer):
         return query
-    end = time.monotonic() + settings().seconds
+    work = Work(settings().seconds)
     try:
-        with handler.collect(query, settings(), end) as images:
-            return Prediction(query, engine.scores(images, end), engine.package)
+        with handler.collect(query, settings(), work) as images:
+            return Prediction(query, engine.scores(images, work), engine.package)
     except Exception as error:
         return handler.failure(error, handler.new_id())
 
@@ -69,8 +70,8 @@ def output_fn(prediction: Prediction | Answer, accept: str, context: Context) ->
     if isinstance(prediction, Prediction):
         query = prediction.query
         try:
-            output = handler.choose(query, accept)
-            body = handler.write(prediction.scores, prediction.package, output, query.top)
+            form = contract.choose(query, accept)
+            body = handler.write(prediction.scores, prediction.package, form, query.top)
             return body.decode()
         except Exception as error:
             prediction = handler.failure(error, handler.new_id())

@@ -18,9 +18,9 @@ from launch.cloud import s3
 from launch.cloud.cloudformation import IN_SERVICE, STUCK, parameters_of
 from launch.cloud.confirm import confirmed
 from launch.cloud.prices import dollars, instance_types, price
-from launch.cloud.request import core_session
 from launch.cloud.session import Aws, bucket_name, explained
 from serving.deploy import operate
+from serving.deploy.refusals import check_instance, check_region
 from serving.deploy.release import (
     NAME,
     TEMPLATE,
@@ -31,6 +31,7 @@ from serving.deploy.release import (
     Upload,
     build,
     idle_price,
+    image_region,
     resources,
 )
 from serving.deploy.stack import ServingStack
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str]) -> int:
             f"--name {options.name}: allowed: lower-case letters, digits and hyphens, "
             "a letter first, at most 40"
         )
+    if options.region is not None:
+        check_region(options.region)
     _, run = VERBS[verb]
     try:
         return run(options)
@@ -205,11 +208,12 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> DeploymentPlan:
     given = _given(options)
     is_online = _is_online(aws)
     if "InstanceType" in given:
-        _check_instance(given["InstanceType"])
+        check_instance(given["InstanceType"], instance_types())
     stack = ServingStack(aws, options.name)
     described, asked = None, None
     place = _place_offline(options)
     if is_online:
+        check_region(aws.region)
         asked = aws
         described = stack.find_ours()
         place = _place(aws, options, parameters_of(described))
@@ -289,17 +293,6 @@ def _given(options: argparse.Namespace) -> dict[str, str]:
     return given | {name: value for name, value in flags.items() if value is not None}
 
 
-def _check_instance(kind: str) -> None:
-    """Raise UserError by botocore's model, which lists what an endpoint may run on."""
-    model = core_session().get_service_model("sagemaker")
-    allowed = model.shape_for("ProductionVariantInstanceType").metadata["enum"]
-    if kind not in allowed:
-        priced = ", ".join(name for name in instance_types() if name in allowed)
-        raise UserError(
-            f"--set InstanceType={kind}: endpoints don't run on it; try one of {priced}"
-        )
-
-
 def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
     if package is None:
         return None
@@ -307,7 +300,8 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
         return _remote(aws, package)
 
     # imported here: only a package on this machine needs NumPy and Pillow
-    from serving.package import PackageError, load
+    from serving.manifest import PackageError
+    from serving.package import load
 
     path = Path(expanded(package))
     if path.is_dir():
@@ -320,9 +314,11 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
 
 
 def _remote(aws: Aws | None, uri: str) -> Remote:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket or not key or key.endswith("/"):
+        raise UserError(f"{uri}: this names no object; write s3://BUCKET/KEY")
     if aws is None:
         return Remote(uri, "unknown")
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
     head = aws.find("s3", "HeadObject", "404|NoSuch", Bucket=bucket, Key=key)
     if head is None:
         look = f"aws s3 ls {shlex.quote(f's3://{bucket}/')}"
@@ -336,7 +332,7 @@ def _place(aws: Aws, options: argparse.Namespace, deployed: Mapping[str, str]) -
 
 
 def _place_offline(options: argparse.Namespace) -> Place:
-    region = options.region or Place.region
+    region = options.region or image_region(options.image or "") or Place.region
     bucket = options.bucket or bucket_name(options.project, Place.account, region)
     return Place(options.name, options.project, bucket, region=region)
 

@@ -12,17 +12,23 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
-from serving.package import MANIFEST
+from serving.manifest import MANIFEST
 from trainer.common.errors import PROJECT, UserError
 from trainer.common.serving_code import FOR_HEIC, REQUIREMENTS, SERVING_CODE
 
-PROXY = {"lambda_function.py": "serving/adapters/lambda_proxy.py", "fetch.py": "serving/fetch.py"}
+PROXY = {
+    "lambda_function.py": "serving/adapters/lambda_proxy.py",
+    **{
+        f"serving/{name}.py": f"serving/{name}.py"
+        for name in ("__init__", "adapters/__init__", "adapters/lambda_events", "contract", "fetch")
+    },
+}
 # Names in the zip of the function that holds the model, and what lies there. stack.yaml names the
 # first one as the function's handler.
 DIRECT = {
     "serving/lambda_direct.py": "serving/adapters/lambda_inside.py",
     "serving/adapters/__init__.py": "serving/adapters/__init__.py",
-    "serving/adapters/lambda_proxy.py": "serving/adapters/lambda_proxy.py",
+    "serving/adapters/lambda_events.py": "serving/adapters/lambda_events.py",
     **{name: name for name in SERVING_CODE},
 }
 PACKAGE = "package"  # where the direct zip holds the model package, unpacked

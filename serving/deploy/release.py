@@ -17,6 +17,7 @@ from typing import Any
 from launch.cloud.cloudformation import Content, load, resolve
 from launch.cloud.prices import ALARM_MONTH, HOURS_A_MONTH, PROVISIONED_GB_SECOND, price
 from serving.deploy import bundle
+from serving.deploy.refusals import check_endpoint
 from trainer.common.errors import UserError
 
 TEMPLATE = Path(__file__).parents[1] / "stack.yaml"
@@ -137,6 +138,7 @@ def build(
         )
     if mode == "endpoint":
         computed, uploads = _for_endpoint(place, package, values["Image"])
+        check_endpoint(values, image_region(values["Image"]) or place.region, place.region)
     else:
         computed, uploads = {}, _for_lambda(place, package)
     values |= computed
@@ -221,6 +223,14 @@ def _image_arn(image: str, place: Place) -> str:
         )
     where = f"{parts['region']}:{parts['account']}"
     return f"arn:{place.partition}:ecr:{where}:repository/{parts['repository']}"
+
+
+def image_region(image: str) -> str | None:
+    """Return the region of an image in ECR; None for what is none."""
+    parts = ECR.fullmatch(image)
+    if parts is None:
+        return None
+    return parts["region"]
 
 
 def _named(what: str, content: bytes | Path, suffix: str, place: Place) -> Upload:

@@ -229,7 +229,8 @@ def _invoke(cloud: Cloud, patch: pytest.MonkeyPatch) -> list[Ask]:
     before = len(cloud.calls())
     picture = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
     lambda_proxy.client.cache_clear()  # of another test's AWS
-    lambda_proxy.handler({"image": picture}, SimpleNamespace(aws_request_id="1"))
+    asked = {"base64": picture, "top": 1}  # sent as JSON: moto takes no other body
+    lambda_proxy.handler(asked, SimpleNamespace(aws_request_id="1"))
     lambda_proxy.client.cache_clear()
     return [ask for call in cloud.calls()[before:] for ask in asks_of(call, "the function")]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serving.decoders import Rooms
 from serving.engine import Engine
 from serving.package import load
 from tests.conftest import PROJECT, wait_for
@@ -50,7 +51,7 @@ def expected(original: Path) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def engine(original: Path) -> Engine:
-    return Engine(load(original / "package", threads=1), max_pixels=25_000_000)
+    return Engine(load(original / "package", threads=1), Rooms(25_000_000))
 
 
 @dataclass(frozen=True)

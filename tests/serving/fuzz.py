@@ -18,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -256,6 +257,59 @@ def make(rng: random.Random, good: list[bytes]) -> tuple[bytes, dict[str, str]]:
     if rng.random() < 0.1:
         headers["X-Request-Id"] = rng.choice(["a b", "x" * 500, "../..", "é"])
     return body, {name: value.encode("utf-8").decode("latin-1") for name, value in headers.items()}
+
+
+def event(rng: random.Random, good: bytes) -> Any:
+    """An event of Lambda, more or less: an HTTP request with something put wrong, or a call."""
+    junk = [
+        None,
+        True,
+        5,
+        1.5,
+        "",
+        "x",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        {"http": 5},
+        {"elb": None},
+        {"a": []},
+    ]
+    text = base64.b64encode(good).decode()
+    whole: dict[str, Any] = rng.choice(
+        [
+            {"base64": text},
+            {
+                "requestContext": {"http": {"method": rng.choice(["POST", "GET", "OPTIONS", ""])}},
+                "headers": {"content-type": "image/jpeg", "accept": "*/*"},
+                "body": text,
+                "isBase64Encoded": True,
+            },
+            {
+                "requestContext": {"elb": {}},
+                "httpMethod": "POST",
+                "multiValueHeaders": {"Content-Type": ["application/json"], "Accept": []},
+                "body": json.dumps({"base64": text}),
+                "isBase64Encoded": False,
+            },
+        ]
+    )
+    for _ in range(rng.randrange(3)):
+        node: Any = whole
+        while isinstance(node, dict) and node:
+            key = rng.choice([*node])
+            if isinstance(node[key], dict) and rng.random() < 0.5:
+                node = node[key]
+                continue
+            if rng.random() < 0.2:
+                del node[key]
+            else:
+                node[key] = rng.choice(junk)
+            break
+    if rng.random() < 0.05:
+        return rng.choice(junk)
+    return whole
 
 
 def pictures() -> list[bytes]:

@@ -98,11 +98,7 @@ class Endpoint(Neighbour):
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.answer: Callable[[], tuple[int, bytes, dict[str, str]]] = lambda: (
-            200,
-            b"[[0.25, -1.5]]",
-            {},
-        )
+        self.answer: Callable[[], tuple[int, bytes, dict[str, str]]] = self._as_asked
         endpoint = self
 
         class Handler(Quiet):
@@ -116,6 +112,12 @@ class Endpoint(Neighbour):
                 self.reply(status, body, Content_Type="application/json", **headers)
 
         super().__init__(Handler)
+
+    def _as_asked(self) -> tuple[int, bytes, dict[str, str]]:
+        """Logits or labels of one picture."""
+        if "labels" in self.calls[-1].accept:
+            return 200, b'[{"labels": [{"label": "dog", "probability": 0.9}]}]', {}
+        return 200, b"[[0.25, -1.5]]", {}
 
 
 class Web(Neighbour):

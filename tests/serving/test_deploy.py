@@ -1,6 +1,5 @@
 """`python -m serving plan ... destroy` as processes, against moto behind tests/serving/aws.py."""
 
-import base64
 import contextlib
 import gzip
 import io
@@ -118,10 +117,13 @@ def test_from_nothing_to_service_to_a_new_model_to_nothing(
     archive = s3.get_object(Bucket=parameters["Bucket"], Key=parameters["CodeKey"])["Body"].read()
     (tmp_path / "dog.jpg").write_bytes(picture)
     with endpoint_and_function(archive, tmp_path) as (endpoint, environment):
+        labels = json.dumps([{"labels": [{"label": "dog", "probability": 0.9}]}])
+        endpoint.answer = lambda: (200, labels.encode(), {})
         code, output, error = serving("invoke", tmp_path / "dog.jpg", "--labels", **environment)
-        assert (code, output) == (0, "[[0.25, -1.5]]\n"), error
-        asked = json.loads(endpoint.calls[-1].body)
-        assert asked == {"base64": base64.b64encode(picture).decode(), "output": "labels"}
+        assert (code, output) == (0, f"{labels}\n"), error
+        asked = endpoint.calls[-1]
+        assert (asked.body, asked.accept) == (picture, "application/json; output=labels")
+        endpoint.answer = lambda: (200, b"[[0.25, -1.5]]", {})
         code, output, error = serving("invoke", "http://169.254.169.254/", **environment)
         assert code == 2 and error.startswith("400: ") and "not allowed" in error
         code, output, error = serving("invoke", "--endpoint", tmp_path / "dog.jpg", **environment)
@@ -344,6 +346,16 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
         (["--mode", "window"], "allowed: endpoint, lambda"),
         (["--image", "dogs:latest"], "no image in ECR"),
         (["--name", "Dogs"], "lower-case"),
+        (["--set", "InstanceType=ml.g4dn.xlarge"], "nothing would use its GPU"),
+        (["--set", "InstanceType=ml.p3.2xlarge"], "nothing would use its GPU"),
+        (["--set", "InstanceType=ml.c7g.large"], "it has ARM processors"),
+        (["--set", "InstanceType=ml.r7gd.large"], "it has ARM processors"),
+        (["--set", "InstanceType=ml.inf2.xlarge"], "nothing here uses its chips"),
+        (["--set", "InstanceType=ml.trn1.2xlarge"], "nothing here uses its chips"),
+        (["--set", "InstanceType=ml.t2.medium"], "doesn't scale burstable types; --set MaxInst"),
+        (["--set", "Backend=cuda"], "ml.m5.large has no GPU"),
+        (["--image", IMAGE.replace("us-east-1", "eu-west-1")], "takes one of us-east-1 only"),
+        (["--set", "Origins=everybody"], "what matches"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -365,12 +377,31 @@ def test_a_mistake_is_one_line_before_anything_is_sent(package, arguments, messa
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"InstanceType": "ml.g4dn.xlarge", "Backend": "cuda"},
+        {"InstanceType": "ml.g6e.xlarge", "Backend": "torch"},
+        {"InstanceType": "ml.t2.medium", "MaxInstances": "1"},
+        {"InstanceType": "ml.c6i.large"},
+        {"InstanceType": "ml.p5en.48xlarge", "Backend": "cuda"},
+    ],
+)
+def test_what_can_work_is_planned(given):
+    release = build(PLACE, Remote("s3://b/k", "x"), {"Image": IMAGE, **given}, {})
+    assert given.items() <= release.parameters.items()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["deploy", "PACKAGE", "--yes"], "an endpoint needs a container"),
         (["deploy", "--image", IMAGE, "--yes"], "which model?"),
         (["deploy", "s3://nowhere/model.tar.gz", "--image", IMAGE, "--yes"], "no such object"),
         (["deploy", "absent.tar.gz", "--yes"], "absent.tar.gz: there is no such file"),
+        (["plan", "s3://bucket", "--image", IMAGE], "s3://bucket: this names no object; write"),
+        (["plan", "s3://bucket/", "--image", IMAGE], "s3://bucket/: this names no object"),
+        (["status", "--region", "mars-1"], "--region mars-1: AWS has no such region"),
+        (["plan", "--region", "us-east1"], "did you mean us-east-1?"),
         (["status", "--name", "other"], "there is no stack other"),
         (["invoke", "absent.jpg"], "give a picture's file"),
     ],

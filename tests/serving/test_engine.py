@@ -3,14 +3,19 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from serving.decoders import Rooms
 from serving.engine import Engine
+from serving.handler import Settings, start_engine
 from serving.package import load
+from serving.work import Work
+from tests import hostile
 from trainer.images.decode import ImageError
 
 
-def soon() -> float:
-    return time.monotonic() + 300
+def soon() -> Work:
+    return Work(300)
 
 
 @pytest.fixture
@@ -24,7 +29,7 @@ def pictures(original) -> list[bytes]:
 def test_each_caller_gets_its_own_logits(original, pictures, expected, workers, batch):
     engine = Engine(
         load(original / "package", threads=1),
-        max_pixels=10**6,
+        Rooms(10**6),
         workers=workers,
         batch=batch,
         delay=0.01,
@@ -48,7 +53,7 @@ def test_each_caller_gets_its_own_logits(original, pictures, expected, workers, 
 
 def test_pictures_that_come_together_run_together(original, pictures):
     engine = Engine(
-        load(original / "package", threads=1), max_pixels=10**6, workers=2, batch=4, delay=3600.0
+        load(original / "package", threads=1), Rooms(10**6), workers=2, batch=4, delay=3600.0
     )
     sizes: list[int] = []
     engine.observe = sizes.append
@@ -57,24 +62,24 @@ def test_pictures_that_come_together_run_together(original, pictures):
 
 
 def test_a_lone_picture_waits_no_longer_than_the_delay(original, pictures):
-    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, batch=4, delay=0.1)
+    engine = Engine(load(original / "package", threads=1), Rooms(10**6), batch=4, delay=0.1)
     began = time.monotonic()
     engine.scores([pictures[0]], soon())
     assert time.monotonic() - began >= 0.1
 
 
 def test_who_gives_up_leaves_nothing_to_be_done(original, pictures):
-    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, batch=2, delay=2.0)
+    engine = Engine(load(original / "package", threads=1), Rooms(10**6), batch=2, delay=2.0)
     sizes: list[int] = []
     engine.observe = sizes.append
     with pytest.raises(TimeoutError):
-        engine.scores([pictures[0]], time.monotonic() + 0.1)
+        engine.scores([pictures[0]], Work(0.1))
     engine.scores([pictures[1]] * 2, soon())
     assert sum(sizes) == 2
 
 
 def test_a_broken_picture_fails_alone(original, pictures, expected):
-    engine = Engine(load(original / "package", threads=1), max_pixels=10**6, batch=4, delay=0.05)
+    engine = Engine(load(original / "package", threads=1), Rooms(10**6), batch=4, delay=0.05)
     failures: list[str] = []
 
     def fail() -> None:
@@ -91,4 +96,24 @@ def test_a_broken_picture_fails_alone(original, pictures, expected):
 
 def test_pixels_are_limited(original, pictures):
     with pytest.raises(ImageError, match="too many"):
-        Engine(load(original / "package", threads=1), max_pixels=100).scores([pictures[0]], soon())
+        Engine(load(original / "package", threads=1), Rooms(100)).scores([pictures[0]], soon())
+
+
+def test_the_memory_of_large_pictures_has_a_bound_by_their_kind(original):
+    """Of 2,000 x 2,000 pixels each, under a limit that one kind fits and another does not."""
+    image = Image.linear_gradient("L").resize((2000, 2000))
+    files = {
+        kind: hostile.encoded(image.convert(mode), form, **more)
+        for kind, mode, form, more in (
+            ("plain", "RGB", "PNG", {}),
+            ("transparent", "RGBA", "PNG", {}),
+            ("webp", "RGB", "WebP", {}),
+            ("jpeg", "RGB", "JPEG", {"progressive": True}),
+        )
+    }
+    package = load(original / "package", threads=1)
+    engine = start_engine(package, Settings(max_decoded=40_000_000, max_pixels=10**8))
+    engine.scores([files["plain"], files["jpeg"], files["plain"]], soon())  # one after the other
+    for kind in ("transparent", "webp"):
+        with pytest.raises(ImageError, match="bytes of memory; allowed: 40,000,000"):
+            engine.scores([files[kind]], soon())

@@ -5,6 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from serving.decoders import Rooms
 from serving.engine import Engine
 from serving.handler import Answer, Request, Settings, answer, new_id, settings_from
 from serving.package import load
@@ -115,7 +116,7 @@ def test_a_package_without_calibration_is_served_as_before(tmp_path, picture, ex
     old = load(tmp_path / "old", threads=1)
     assert (old.calibration, old.golden_scores.distance) == (Calibration(), None)
     asked = Request(picture, "image/jpeg", LABELS, "some-id")
-    [row] = json.loads(answer(Engine(old, max_pixels=10**6), Settings(), asked).body)
+    [row] = json.loads(answer(Engine(old, Rooms(10**6)), Settings(), asked).body)
     powers = np.sort(np.exp(expected[0]))[::-1]
     told = [each["probability"] for each in row["labels"]]
     np.testing.assert_allclose(told, powers / powers.sum(), atol=1e-6)
@@ -151,7 +152,7 @@ def test_logits_are_the_default(ask, picture, accept):
             "text/csv",
             "",
             415,
-            "'text/csv' is not supported; allowed: application/json, or image/*",
+            "'text/csv' is not supported; allowed: application/json, application/jsonlines, ",
         ),
         (b"x" * 2000, "image/jpeg", "", 413, "the body has 2,000 bytes; allowed: 1,000"),
         (b"{", JSON, "", 400, "the body is not JSON"),
@@ -181,7 +182,13 @@ def test_logits_are_the_default(ask, picture, accept):
         ({"base64": "abcd", "top": 0}, "", "", 400, '"top" must be'),
         ({"base64": "abcd", "top": True}, "", "", 400, '"top" must be'),
         ({"base64": "abcd", "top": 1.5}, "", "", 400, '"top" must be'),
-        ({"base64": "abcd"}, "", "text/html", 406, "only application/json can be given"),
+        (
+            {"base64": "abcd"},
+            "",
+            "text/html",
+            406,
+            "only application/json and",
+        ),
         (
             {"base64": "abcd"},
             "",
@@ -225,7 +232,7 @@ def test_a_fault_of_ours_is_500_and_tells_the_log_alone(engine, picture, caplog)
     class Broken:
         package = engine.package
 
-        def scores(self, pictures, end):
+        def scores(self, pictures, work):
             raise RuntimeError("a secret")
 
     request = Request(picture, "image/jpeg", "", "some-id")
@@ -322,7 +329,24 @@ def test_a_request_id_of_the_callers_is_kept_where_it_is_harmless():
         assert len(new_id(given)) == 32 and new_id(given) != new_id(given)
 
 
-@pytest.mark.parametrize("setting", fields(Settings), ids=lambda setting: setting.name)
+def test_sites_and_names_are_held_to_their_shape():
+    for name, good, bad in (
+        ("ORIGINS", ("*", "", "https://a.example, http://localhost:3000"), ("a.example", "*,x")),
+        ("HOSTS", ("*", "", "a.example,10.0.0.1,[::1]"), ("http://a", "a b", ",")),
+    ):
+        for value in good:
+            taken = settings_from({f"SERVING_{name}": value})
+            assert getattr(taken, name.lower()) == value
+        for value in bad:
+            with pytest.raises(UserError, match="is not allowed; allowed: \\*, or"):
+                settings_from({f"SERVING_{name}": value})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [each for each in fields(Settings) if not isinstance(each.default, str)],
+    ids=lambda setting: setting.name,
+)
 def test_every_setting_takes_a_number_as_it_is_or_refuses_it_in_one_line(setting):
     name = f"SERVING_{setting.name.upper()}"
     for value in ("nan", "inf", "-1", "0", "18446744073709551616", "1e400", "1.5", "a word", ""):

@@ -19,7 +19,8 @@ from onnx import numpy_helper
 from PIL import Image
 
 from serving.__main__ import main
-from serving.package import PackageError, load
+from serving.manifest import PackageError
+from serving.package import load
 from tests.conftest import PROJECT
 from tests.packages import SIZE, make_contents, make_network
 from trainer.images.decode import Preprocessing, optional_decoders
@@ -154,19 +155,50 @@ def test_help_works_without_opening_onnx_runtime(tmp_path):
     assert "onnxruntime" not in result.stderr and "torch" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        ".DS_Store",
-        "MAR-INF/MANIFEST.json",
-        "code/__pycache__/inference.cpython-311.pyc",
-        "code/serving/__pycache__/x.pyc",
-    ],
-)
-def test_files_that_other_tools_leave_do_no_harm(package, name):
+@pytest.mark.parametrize("name", [".DS_Store", "MAR-INF/MANIFEST.json"])
+def test_files_that_other_tools_leave_in_a_directory_do_no_harm(package, name):
     (package / name).parent.mkdir(exist_ok=True)
     (package / name).write_bytes(b"\0")
     load(package)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "code/__pycache__/inference.cpython-311.pyc",
+        "code/serving/__pycache__/package.cpython-313.pyc",
+        "code/serving/__pycache__/x.pyc",
+        "code/serving/package.pyc",
+        "code/sitecustomize.py",
+        "code/numpy/__init__.py",
+        "code/.hidden",
+    ],
+)
+def test_a_file_that_could_run_in_the_place_of_the_code_is_refused(package, name, capsys):
+    (package / name).parent.mkdir(exist_ok=True)
+    (package / name).write_bytes(b"\0")
+    assert f"'{name}' does not belong to the package" in refusal(package, capsys)
+
+
+@pytest.mark.parametrize("name", ["code/serving/__pycache__/x.cpython-311.pyc", ".DS_Store", "a/b"])
+def test_an_archive_holds_nothing_but_what_was_built(package, tmp_path, name, capsys):
+    (package / name).parent.mkdir(exist_ok=True)
+    (package / name).write_bytes(b"\0")
+    path = tmp_path / "model.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(package, ".")
+    assert f"'{name}' does not belong to the package" in refusal(path, capsys)
+
+
+def test_what_python_compiles_of_the_code_that_runs_does_no_harm(package, tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "import inference; inference.model_fn(sys.argv[2])"
+    )
+    for _ in range(2):  # the second time it lies there from the start
+        done = run("-I", "-c", script, str(package / "code"), str(package), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert [*(package / "code").rglob("*.pyc")]
 
 
 # --- damage ---
@@ -209,7 +241,7 @@ def replace_picture(package: Path) -> None:
         (lambda package: (package / "model.safetensors").unlink(), "model.safetensors is missing"),
         (
             lambda package: (package / "code/numpy.py").write_text(""),
-            "code/numpy.py does not belong to the package",
+            "'code/numpy.py' does not belong to the package",
         ),
         (
             lambda package: edit(package, classes=["dog", "café", "hen"]),
@@ -223,11 +255,11 @@ def replace_picture(package: Path) -> None:
         (lambda package: edit(package, sha256=None), "package.json was changed"),
         (
             lambda package: edit(package, format=2),
-            "package.json: its format is 2, and this version reads 1",
+            "package.json: its format is '2', and this version reads 1",
         ),
         (
             lambda package: (package / "package.json").write_text("[]"),
-            "package.json: its format is None",
+            "package.json: its format is 'None'",
         ),
         (
             lambda package: (package / "package.json").write_text('{"format": 1'),

@@ -1,6 +1,7 @@
 import http.client
 import json
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -21,9 +22,10 @@ from tests import hostile
 from tests.conftest import PROJECT, wait_for
 from tests.packages import CLASSES
 from tests.ports import free_port
+from tests.serving.conftest import Server
 from tests.serving.runtime import PUBLIC, Web
 from tests.serving.test_package import change_weights, edit, edit_preprocessing, seal
-from trainer.common.errors import OK
+from trainer.common.errors import OK, UserError
 
 
 def test_a_picture_gets_its_logits_over_http(server, picture, expected):
@@ -72,6 +74,59 @@ def test_what_else_there_is(server):
     ):
         reply = server.ask(method, path)
         assert reply.status == status and reply.json["request_id"] == reply.headers["X-Request-Id"]
+
+
+def test_head_is_answered_as_get_without_a_body(server):
+    for path in ("/", "/card", "/metrics", "/ping"):
+        reply = server.ask("HEAD", path)
+        assert (reply.status, reply.body) == (200, b"") and int(reply.headers["Content-Length"])
+
+
+def test_a_name_that_is_not_ours_is_refused_where_only_this_machine_is_listened_to(server):
+    for name in (
+        f"localhost:{server.port}",
+        "LOCALHOST",
+        "127.0.0.1:1",
+        "[::1]:8080",
+        "localhost.",
+    ):
+        assert server.ask("GET", "/card", Host=name).status == 200
+    for name in ("evil.example", f"evil.example:{server.port}", "127.0.0.1.nip.io", "10.0.0.1", ""):
+        for path in ("/", "/card", "/metrics", "/nothing"):
+            assert server.ask("GET", path, Host=name).status == 421
+        assert server.invoke(b"", Host=name).status == 421
+    assert server.ask("GET", "/ping", Host="10.0.0.1").status == 200  # as load balancers do
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "known"),
+    [
+        ("127.0.0.1", "", {"localhost", "127.0.0.1", "::1"}),
+        ("::1", "", {"localhost", "127.0.0.1", "::1"}),
+        ("127.0.0.2", "", {"localhost", "127.0.0.1", "::1", "127.0.0.2"}),
+        ("0.0.0.0", "", set()),
+        ("192.168.0.5", "", set()),
+        ("0.0.0.0", "A.example, [::1]", {"a.example", "::1"}),
+        ("127.0.0.1", "*", set()),
+    ],
+)
+def test_which_names_a_server_goes_by(host, names, known):
+    assert server_module.known_hosts(host, Settings(hosts=names).hosts) == known
+
+
+def test_whose_pages_may_read_answers_is_a_setting(start, original, picture):
+    server = start(str(original / "package"), "--origins", "https://a.example,https://b.example")
+    for origin, allowed in (("https://b.example", "https://b.example"), ("https://c", None)):
+        asked = server.ask("OPTIONS", "/invocations", Origin=origin)
+        assert asked.status == 204
+        for reply in (
+            asked,
+            server.invoke(picture, Origin=origin),
+            server.invoke(b"", Origin=origin),
+        ):
+            assert reply.headers["Access-Control-Allow-Origin"] == allowed
+            assert reply.headers["Vary"] == "Origin"
+    assert "Access-Control-Allow-Origin" not in server.ask("GET", "/card").headers
 
 
 def test_metrics_count_requests(server, picture):
@@ -153,25 +208,147 @@ def test_what_is_no_http_gets_400_as_json(server, picture):
     assert server.invoke(picture).status == 200
 
 
-def test_requests_beyond_the_queue_get_503_and_when_to_try_again(start, original, picture):
-    server = start(str(original / "package"), "--queue", "2")
-    waiting = [server.connect() for _ in range(2)]
-    for connection in waiting:  # accepted, and their bodies are awaited
-        connection.putrequest("POST", "/invocations")
-        connection.putheader("Content-Length", str(len(picture)))
-        connection.endheaders()
-    metric = b"packhorse_requests_in_progress 2.0"
-    assert wait_for(lambda: metric in server.ask("GET", "/metrics").body)
-    refused = server.invoke(picture)
-    assert (refused.status, refused.headers["Retry-After"]) == (
-        503,
-        "1",
-    ) and "request_id" in refused.json
-    assert server.ask("GET", "/ping").status == 200
-    for connection in waiting:
-        connection.send(picture)
-        assert connection.getresponse().status == 200
+# The decoder of GIF hangs in this server, until there is a file.
+HANG = """
+import os, time
+from PIL import GifImagePlugin
+prepare = GifImagePlugin.GifImageFile.load_prepare
+def hang(self):
+    while not os.path.exists(RELEASED):
+        time.sleep(0.01)
+    prepare(self)
+GifImagePlugin.GifImageFile.load_prepare = hang
+"""
+GIF = hostile.encoded(Image.new("RGB", (48, 32)), "GIF")
+
+
+@pytest.fixture
+def start_hanging(start, original, tmp_path):
+    """Starts a server in which a GIF hangs until the path `released`, beside it, is there."""
+
+    def start_hanging(*options: str) -> Server:
+        script = HANG.replace("RELEASED", repr(str(tmp_path / "released")))
+        (tmp_path / "sitecustomize.py").write_text(script)
+        package = str(original / "package")
+        return start(package, *options, PYTHONPATH=f"{tmp_path}:{PROJECT}")
+
+    return start_hanging
+
+
+def in_progress(server: Server, count: int) -> bool:
+    metric = f"packhorse_requests_in_progress {count}.0".encode()
+    return metric in server.ask("GET", "/metrics").body
+
+
+def half_a_request(server: Server, size: int) -> http.client.HTTPConnection:
+    """A connection whose request's body has come but for its last byte."""
+    connection = server.connect()
+    connection.putrequest("POST", "/invocations")
+    connection.putheader("Content-Length", str(size))
+    connection.endheaders(bytes(size - 1))
+    return connection
+
+
+def test_whole_requests_beyond_the_queue_get_503_and_when_to_try_again(
+    start_hanging, picture, tmp_path
+):
+    server = start_hanging("--queue", "2", "--seconds", "600", "--workers", "1")
+    unfinished = [half_a_request(server, 1000) for _ in range(5)]  # they hold up nobody
+    assert wait_for(lambda: in_progress(server, 5))
     assert server.invoke(picture).status == 200
+    replies = []
+    ask = lambda: replies.append(server.invoke(GIF).status)  # noqa: E731
+    waiting = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    assert wait_for(lambda: in_progress(server, 7))
+    assert wait_for(lambda: server.invoke(picture).status == 503)
+    refused = server.invoke(picture)
+    assert refused.headers["Retry-After"] == "1" and "request_id" in refused.json
+    assert server.ask("GET", "/ping").status == 200
+    (tmp_path / "released").touch()
+    for thread in waiting:
+        thread.join()
+    assert replies == [200, 200]
+    for connection in unfinished:
+        connection.send(b"x")
+        assert connection.getresponse().status == 400  # no picture, but an answer
+        connection.close()
+
+
+def test_a_slow_picture_holds_up_no_quick_one(start_hanging, picture):
+    """Its thread is replaced, until too many hang: then /ping says so, and the drain is in time."""
+    server = start_hanging("--seconds", "1", "--workers", "1")
+    for _ in range(3):  # the first thread, and the two that may be replaced
+        assert server.ask("GET", "/ping").status == 200
+        assert server.invoke(picture).status == 200
+        assert server.invoke(GIF).status == 503
+    assert server.invoke(picture).status == 503
+    assert wait_for(lambda: server.ask("GET", "/ping").status == 503)
+    assert server.stop() == 0
+
+
+def test_what_a_client_has_asked_that_hung_up_is_not_done(start_hanging, picture, tmp_path):
+    server = start_hanging("--queue", "8", "--seconds", "600", "--workers", "1")
+    asked = []
+    for _ in range(8):
+        connection = server.connect()
+        connection.request("POST", "/invocations", GIF)
+        asked.append(connection)
+    assert wait_for(lambda: server.invoke(picture).status == 503)
+    for connection in asked:
+        connection.close()
+    assert wait_for(lambda: in_progress(server, 0))
+    assert server.invoke(picture).status == 200  # their slots are free again
+    (tmp_path / "released").touch()
+    metrics = server.ask("GET", "/metrics").body.decode()
+    assert 'packhorse_requests_total{status="499"} 8.0' in metrics
+    assert "packhorse_batch_size_count 1.0" in metrics  # the network saw the good one alone
+
+
+def test_bodies_that_do_not_come_to_their_end_make_room_for_those_that_do(start, original, picture):
+    server = start(str(original / "package"))
+    size = 16 << 20
+    before = server.memory("VmHWM")
+    unfinished = [half_a_request(server, size) for _ in range(6)]  # 64 MB are held at most
+    assert server.invoke(picture + bytes(1 << 20)).status == 200
+    statuses = [connection.getresponse().status for connection in unfinished[:2]]
+    assert statuses == [503, 503]
+    unfinished[-1].send(b"x")
+    assert unfinished[-1].getresponse().status == 400
+    assert server.memory("VmHWM") < before + (200 << 20)
+    for connection in unfinished:
+        connection.close()
+
+
+def test_connections_that_ask_nothing_make_room_for_those_that_do(start, original, picture):
+    server = start(str(original / "package"), "--connections", "8")
+    silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
+    asked_once = [server.connect() for _ in range(20)]
+    for connection in asked_once:
+        connection.request("GET", "/ping")
+        assert connection.getresponse().read() == b'{"status": "healthy"}'
+    unfinished = [half_a_request(server, 100) for _ in range(20)]
+    for _ in range(3):
+        assert server.invoke(picture).status == 200
+        assert server.ask("GET", "/ping").status == 200
+    for connection in (*silent, *asked_once, *unfinished):
+        connection.close()
+
+
+def test_where_open_files_run_out_one_line_says_so(original, picture, tmp_path):
+    server = Server(tmp_path / "log.txt", str(original / "package"))
+    try:
+        # Fewer than it saw when it started, so that its own limit of connections is no help.
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (100, 100))
+        silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(200)]
+        assert server.invoke(picture).status == 200
+        for connection in silent:
+            connection.close()
+        log = server.log.read_text()
+        assert "Traceback" not in log and log.count("no connection can be accepted") == 1
+    finally:
+        server.kill()
 
 
 # Public addresses lead to a web server here.
@@ -248,11 +425,12 @@ def impatient(engine, monkeypatch):
     """The port of a server in this process that waits 0.25 s for a head and 0.5 s for a body."""
     monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.25)
     monkeypatch.setattr(server_module, "BODY_SECONDS", 0.5)
-    made = server_module.make(engine.package, engine, Settings(), "127.0.0.1", 0)
-    thread = threading.Thread(target=made.run)
+    made = server_module.make(engine.package, engine, Settings(queue=8), "127.0.0.1")
+    address = server_module.bind("127.0.0.1", 0)
+    thread = threading.Thread(target=made.run, args=([address],))
     thread.start()
     assert wait_for(lambda: made.started)
-    yield made.servers[0].sockets[0].getsockname()[1]
+    yield address.getsockname()[1]
     made.should_exit = True
     thread.join()
 
@@ -438,42 +616,46 @@ def test_a_request_on_its_way_at_sigterm_is_still_read_and_answered(start, origi
     assert server.process.wait(600) == 0
 
 
-def test_a_decoder_that_hangs_is_told_by_ping_and_does_not_outlive_the_drain(
-    start, original, tmp_path
-):
-    """No file is known that does this; here the decoder of GIF hangs for an hour."""
+def test_a_port_that_is_taken_is_told_before_the_package_is_read(tmp_path, server):
+    """In one line, as other mistakes are; here in this process."""
+    for words, said in (
+        (["--port", str(server.port)], f"--port {server.port}: address already in use; give"),
+        (["--host", "nowhere.invalid"], "--host nowhere.invalid: this is no address"),
+        (["--host", "203.0.113.7"], "--host 203.0.113.7 --port 8080: cannot assign requested"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            serve_main(["serve", str(tmp_path / "nothing"), *words])
+
+
+def test_after_the_grace_the_process_is_gone_whatever_hangs(original, tmp_path):
+    """Here the event loop itself stands still when it is told to end."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import time\nfrom PIL import GifImagePlugin\n"
-        "GifImagePlugin.GifImageFile.load_prepare = lambda self: time.sleep(3600)\n"
+        "import sys\n"
+        "def late(event, arguments):\n"
+        "    if event == 'socket.bind' and 'serving.server' in sys.modules:\n"
+        "        import time\n"
+        "        server = sys.modules['serving.server']\n"
+        "        server.GRACE_SECONDS = 0.5\n"
+        "        server._Server.shutdown = lambda *arguments, **more: time.sleep(3600)\n"
+        "sys.addaudithook(late)\n"
     )
-    options = ("--seconds", "0.5", "--workers", "2")
-    server = start(str(original / "package"), *options, PYTHONPATH=f"{tmp_path}:{PROJECT}")
-    gif = hostile.encoded(Image.new("RGB", (48, 32)), "GIF")
-    assert server.invoke(gif, "image/gif").status == 503
-    assert server.ask("GET", "/ping").status == 200  # one decoder is left
-    assert server.invoke(gif, "image/gif").status == 503
-    assert wait_for(lambda: server.ask("GET", "/ping").status == 503)
-    assert server.stop() == 0
-
-
-def test_a_port_that_is_taken_ends_the_server(original, server):
-    command = [
-        sys.executable,
-        "-m",
-        "serving",
-        "serve",
-        str(original / "package"),
-        "--port",
-        str(server.port),
-    ]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
-    assert done.returncode != 0 and "address already in use" in done.stdout
+    server = Server(
+        tmp_path / "log.txt", str(original / "package"), PYTHONPATH=f"{tmp_path}:{PROJECT}"
+    )
+    try:
+        assert server.stop() == 0
+    finally:
+        server.kill()
 
 
 def test_each_flag_and_variable_reaches_what_it_sets(original, monkeypatch):
     reached = {}
     monkeypatch.setattr("serving.serve.load_for_command", lambda *arguments: None)
-    monkeypatch.setattr("serving.serve.Engine", lambda package, **made: reached.update(made))
+    monkeypatch.setattr("serving.server.bind", lambda *arguments: None)
+    monkeypatch.setattr(
+        "serving.serve.Engine",
+        lambda package, rooms, **made: reached.update(made, rooms=(rooms.pixels, rooms.memory)),
+    )
     monkeypatch.setattr(
         "serving.server.serve", lambda package, engine, settings, *place: reached.update(s=settings)
     )
@@ -487,19 +669,22 @@ def test_each_flag_and_variable_reaches_what_it_sets(original, monkeypatch):
             monkeypatch.setenv(name, text)
         assert serve_main(["serve", "package", *words]) == OK
         assert reached["s"] == Settings(**others)
-        assert [reached[name] for name in ("max_pixels", "workers", "batch", "delay")] == [
-            others[name] for name in ("max_pixels", "workers", "batch", "batch_delay")
+        assert reached["rooms"] == (others["max_pixels"], others["max_decoded"])
+        assert [reached[name] for name in ("workers", "batch", "delay")] == [
+            others[name] for name in ("workers", "batch", "batch_delay")
         ]
 
 
-def other(default: bool | float) -> bool | float:
+def other(default: bool | float | str) -> bool | float | str:
     """A value of the same type that is not the default."""
+    if isinstance(default, str):
+        return {"*": "https://a.example", "": "a.example"}[default]
     if isinstance(default, bool):
         return not default
     return default + 1
 
 
-def written(value: bool | float) -> str:
+def written(value: bool | float | str) -> str:
     if isinstance(value, bool):
         return {True: "on", False: "off"}[value]
     return str(value)

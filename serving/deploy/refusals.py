@@ -1,0 +1,80 @@
+"""What can't work, or would be paid for in vain: refused before anything is sent. No AWS here."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from launch.cloud.request import core_session
+from trainer.common.errors import UserError
+
+# Families of instance types, by what they need.
+ARM = r"[a-z]+\d+g[a-z]*"  # Graviton: c7g, r6gd
+GPU = r"[gp]\d.*"
+CHIPS = r"(inf|trn|dl)\d.*"  # AWS's own chips, and Gaudi
+BURSTABLE = r"t\d.*"
+GPU_BACKENDS = ("torch", "cuda")
+
+
+def check_region(region: str) -> None:
+    """Raise UserError for a region that AWS has none of."""
+    session = core_session()
+    known = {
+        name
+        for partition in session.get_available_partitions()
+        for name in session.get_available_regions("lambda", partition)
+    }
+    if region in known:
+        return
+    near = difflib.get_close_matches(region, known, n=1, cutoff=0)
+    raise UserError(
+        f"--region {region}: AWS has no such region, as far as this botocore knows; "
+        f"did you mean {near[0]}?"
+    )
+
+
+def check_instance(kind: str, priced: Iterable[str]) -> None:
+    """Raise UserError for what no endpoint runs on. priced: types to propose.
+
+    botocore's model lists what one may run on.
+    """
+    model = core_session().get_service_model("sagemaker")
+    allowed = model.shape_for("ProductionVariantInstanceType").metadata["enum"]
+    if kind not in allowed:
+        near = ", ".join(name for name in priced if name in allowed)
+        raise UserError(f"--set InstanceType={kind}: endpoints don't run on it; try one of {near}")
+
+
+def check_endpoint(parameters: Mapping[str, str], image_region: str, region: str) -> None:
+    """Raise UserError for an endpoint that can't work, or whose machine nothing would use.
+
+    parameters: the template's. image_region: of the container. region: of the stack.
+    """
+    kind, backend = parameters["InstanceType"], parameters["Backend"]
+    family = kind.removeprefix("ml.").split(".")[0]
+    instance = f"--set InstanceType={kind}"
+    if image_region != region:
+        raise UserError(
+            f"--image of {image_region}: SageMaker takes one of {region} only, where the stack is; "
+            "push it there, or give another --region"
+        )
+    if re.fullmatch(ARM, family):
+        raise UserError(f"{instance}: it has ARM processors; the containers are for x86_64")
+    if re.fullmatch(CHIPS, family):
+        raise UserError(f"{instance}: nothing here uses its chips; take ml.c5.large, say")
+    has_gpu = re.fullmatch(GPU, family) is not None
+    if has_gpu and parameters["RayServeApp"]:
+        raise UserError(f"{instance}: on Ray Serve the network runs on the processor, not the GPU")
+    if has_gpu and backend not in GPU_BACKENDS:
+        raise UserError(
+            f"{instance}: nothing would use its GPU, which is most of its price; take "
+            "ml.c5.xlarge, say, or, with a container that has what it needs (serving/Dockerfile), "
+            "--set Backend=cuda"
+        )
+    if backend == "cuda" and not has_gpu:
+        raise UserError(f"--set Backend=cuda: {kind} has no GPU; leave it out, or take a ml.g type")
+    if re.fullmatch(BURSTABLE, family) and parameters["MinInstances"] != parameters["MaxInstances"]:
+        least = parameters["MinInstances"]
+        raise UserError(
+            f"{instance}: SageMaker doesn't scale burstable types; --set MaxInstances={least}, "
+            "or take ml.c5.large, say"
+        )
