@@ -9,7 +9,7 @@ help:  ## list the targets
 setup: $(addprefix .venv/,$(or $(EXTRA),train))  ## add extras of pyproject.toml to .venv: EXTRA=sweep, or EXTRA="timm audit"
 
 train: .venv/train  ## set up once, then train: on the pictures that ship, or as ARGS="data=folder data.root=DIR" says; GPUS=4 for several
-	$(BIN)/$(if $(GPUS),torchrun --standalone --nproc_per_node=$(GPUS),python) -m trainer $(ARGS)
+	$(BIN)/python $(if $(GPUS),-m trainer.distributed.torchrun --standalone --nproc_per_node=$(GPUS)) -m trainer $(ARGS)
 
 doctor: .venv/train  ## what this machine can do with a run of ARGS, how long it takes, what would make it faster
 	$(BIN)/python -m trainer.doctor $(ARGS)

@@ -18,6 +18,8 @@ VERBS = {
     "status": "list the runs, and everything that costs money now; "
     "--end ends what is past its limit",
     "logs": "show what a run prints; --follow until it ends",
+    "connect": "open a shell on a machine (target=box is one for that), "
+    "or show the address of the notebook",
     "stop": "stop a run after a checkpoint",
     "fetch": "bring a run's model package, report and metrics to this machine, verified",
     "cost": "dollars spent, dollars lost to work done twice, dollars per point of accuracy",
@@ -27,6 +29,7 @@ VERBS = {
     "and why the default is the default",
     "policy": "print the policy of a part, with the reason for each statement",
     "audit": "look for what is dangerous or wasteful in the account's ML resources",
+    "delete": "delete the notebook, with its disk; asks first",
     "down": "stop everything of this project, empty the bucket and delete all; lists it and asks",
 }
 

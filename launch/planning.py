@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -14,14 +15,16 @@ from launch import ceiling
 from launch.ceiling import Ceiling
 from launch.cloud import account_stack, s3, source
 from launch.cloud.prices import FALLBACK, Price, asked, price
+from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request, check
-from launch.cloud.session import Aws
+from launch.cloud.session import Aws, AwsError
 from launch.targets import attempt as notes
 from launch.targets.attempt import TAKEN, Attempt, Phase, State
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.instance_types import processes
 from launch.targets.spec import (
     NO_ACCOUNT,
+    account_of,
     load_config,
     only_here,
     resolved,
@@ -30,6 +33,7 @@ from launch.targets.spec import (
     weights_name,
     words_of,
 )
+from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.common.git import revision
 from trainer.settings import config as settings
@@ -122,7 +126,7 @@ def prepare(
     tarball = source.build(extras)
     if aws is None:
         account = NO_ACCOUNT
-        region = Aws(target.project, target.region).configured_region or FALLBACK
+        region = account_of(target).configured_region or FALLBACK
     else:
         account, region = aws.account, aws.region
     spec = Spec(
@@ -158,9 +162,11 @@ def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = Fals
     def send(spec: Spec, requests: list[Request]) -> Plan:
         return Plan(spec, tarball, stack, requests, before, state)
 
+    if state.phase is Phase.RUNNING:
+        spec.kind.check_running(before, spec)
     if state.phase is Phase.RUNNING or (state.phase is Phase.COMPLETE and not again):
         return send(spec, [])
-    restart = spec.kind.restart(before, state)
+    restart = spec.kind.restart(before, state, spec)
     if restart:
         return send(spec, restart)
     # It was noted, and refused, never sent, or not yet seen by AWS: the very same is safe to send
@@ -277,6 +283,8 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
         return lines
     if not plan.account_stack:
         lines.append(f"the foundation (bucket {aws.bucket}, roles): python -m launch up")
+    elif spec.own_data:
+        lines += own_pictures(aws, str(spec.data_uri))
     elif spec.data and data is None and not s3.listing(aws, f"data/{spec.data}/"):
         line = f"the pictures (s3://{aws.bucket}/data/{spec.data}/ is empty): "
         line += "add --data DIR to upload them"
@@ -285,6 +293,20 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
             line += f", or give one that is there as data.root=NAME: {', '.join(uploaded)}"
         lines.append(line)
     return lines
+
+
+def own_pictures(aws: Aws, uri: str) -> list[str]:
+    """Return what is missing of pictures that lie on S3 already, as far as this user may look."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    try:
+        found = aws.call("s3", "ListObjectsV2", Bucket=bucket, Prefix=f"{prefix}/train/", MaxKeys=1)
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return []  # the job's role may read what its user may not
+    if found.get("KeyCount"):
+        return []
+    return [f"the pictures: there is nothing below {uri}/train/; correct data.root"]
 
 
 def cost(plan: Plan, spot_price: float | None) -> dict[str, Any]:
@@ -340,11 +362,22 @@ def means(spec: Spec, data: Path | None) -> list[str]:
     return notes + settings.ignored(spec.config, spec.overrides, spec.kind.sweeps)
 
 
+def spot_price(aws: Aws | None, spec: Spec) -> float | None:
+    """Return today's spot price of an hour; None where AWS doesn't tell it, or not to this user."""
+    if aws is None:
+        return None
+    try:
+        return spec.kind.spot_price(aws, spec)
+    except AwsError as error:
+        log.warning("today's spot price is not known: %s", error)
+        return None
+
+
 def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> dict[str, Any]:
     """Return the plan as data. offline: why AWS can't be asked. Raise AwsError."""
     spec = plan.spec
     role = spec.kind.role
-    statements = account_stack.permissions(role, spec.project, spec.account, spec.region)
+    statements = account_stack.permissions(role, spec.place)
     state = None
     if plan.before is not None and plan.state is not None:
         state = f"attempt {plan.before.number}: {plan.state.phase} ({plan.state.detail})"
@@ -363,7 +396,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
         },
         "requests": [dataclasses.asdict(request) for request in plan.requests],
         "ceiling": None if plan.ceiling is None else dataclasses.asdict(plan.ceiling),
-        "cost": cost(plan, spec.kind.spot_price(aws, spec) if aws else None),
+        "cost": cost(plan, spot_price(aws, spec)),
         "may_touch": {
             spec.role(role): [
                 {

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.cloud import ownership, s3
+from launch.cloud.remedies import NO_CAPACITY, NOT_THIS_ONE
 from launch.cloud.request import Request
-from launch.cloud.session import NO_CAPACITY, NOT_THIS_ONE, Aws, AwsError
+from launch.cloud.session import Aws, AwsError
 from launch.following import follow, runs_on
 from launch.patience import Patience
 from launch.planning import Plan, means, missing, next_attempt
@@ -70,6 +71,8 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
             attempt = _again(aws, plan)
         else:
             attempt = plan.before
+            if not plan.spec.kind.trains:  # it is set going again as it is asked for now
+                attempt = dataclasses.replace(attempt, requests=plan.spec.kind.requests(plan.spec))
     elif not s3.claim(aws, attempt.key, attempt.dumps()):
         log.info("another submit of %s is under way; this one joins it", attempt.run)
         noted = notes.read(aws, attempt.key)

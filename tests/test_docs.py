@@ -21,7 +21,7 @@ from PIL import Image
 from serving import contract
 from serving.adapters import lambda_proxy
 from tests import reference
-from tests.conftest import PROJECT, make_pictures, run_module, run_trainer
+from tests.conftest import PROJECT, make_pictures, run_module, run_trainer, wait_for
 from tests.launch.conftest import Cloud, running
 from tests.launch.verbs.test_verbs import leave_results, run_of
 from tests.packages import CLASSES, make_contents, make_network
@@ -191,15 +191,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
         yield cloud
 
 
-def end_run(cloud: Cloud, target: str, run: str, package: bytes) -> None:
+def end_run(cloud: Cloud, target: str, run: str, package: bytes, attempt: int = 1) -> None:
     """Leave what a machine or SageMaker leaves when a run is complete."""
     s3 = cloud.client("s3")
     if target == "ec2":
         result = json.dumps({"top1": 0.8}).encode()
         s3.put_object(Bucket=BUCKET, Key=f"runs/{run}/output/model.tar.gz", Body=package)
         s3.put_object(Bucket=BUCKET, Key=f"runs/{run}/output/result.json", Body=result)
-        done = b'{"attempt": 1, "code": 0, "reason": "done"}'
-        s3.put_object(Bucket=BUCKET, Key=f"runs/{run}/attempts/1.json", Body=done)
+        done = json.dumps({"attempt": attempt, "code": 0, "reason": "done"}).encode()
+        s3.put_object(Bucket=BUCKET, Key=f"runs/{run}/attempts/{attempt}.json", Body=done)
     else:
         job = f"packhorse-{run}-1"
         cloud.post(
@@ -227,6 +227,8 @@ def test_the_launch_commands_of_a_page_succeed(place, server, name):
         rest = [argument for argument in rest if argument not in NOT_AS_IT_STANDS]
         if verb in ("up", "down"):
             rest += ["--yes", "--every", "0.05"]  # there is nobody to ask
+        if verb == "connect":
+            rest.append("--show")  # it would open a shell
         if verb in ("fetch", "cost") and submitted:
             end_run(server, *submitted.pop(), (place / "runs/NAME/model.tar.gz").read_bytes())
         code, said = server.launch("plan" if verb in NOT_AS_IT_STANDS else verb, *rest, cwd=place)
@@ -239,6 +241,54 @@ def test_the_launch_commands_of_a_page_succeed(place, server, name):
                 if argument.startswith("target=")
             ]
             submitted.append((target, run_of(said)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["first-ec2.md", "first-sagemaker.md", "spot.md"])
+def test_what_is_waited_for_comes_to_its_end_also_when_a_machine_is_taken_back(place, server, name):
+    """A page's commands with --wait, word for word; a spot machine is lost in the middle."""
+    server.reset()
+    assert server.launch("up", "--yes", "--every", "0.05")[0] == OK
+    package = (place / "runs/NAME/model.tar.gz").read_bytes()
+    shown = [line for line in lines(PAGES[NAMES.index(name)]) if "--wait" in line]
+    assert shown
+    for line in shown:
+        words = here(line, place)
+        target = next(word.partition("=")[2] for word in words if word.startswith("target="))
+        planned = server.launch("plan", *words[1:-1], "--json")[1]
+        run = json.loads(planned)["run"]
+        process = server.start(*words, "--every", "0.2")
+        attempt = 1
+        if target == "ec2":
+            [machine] = waited_for(lambda run=run: machines_of(server, run))
+            if "target.spot=true" in words:
+                server.post(
+                    "/strict/end_instance", instance=machine, code="Server.SpotInstanceTermination"
+                )
+                waited_for(lambda run=run: len(machines_of(server, run)) == 2)
+                attempt = 2
+        else:
+            waited_for(
+                lambda: server.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
+            )
+        end_run(server, target, run, package, attempt)
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == OK and "is complete" in printed, printed
+        assert ("asking for another" in printed) == (attempt == 2)
+
+
+def machines_of(cloud: Cloud, run: str) -> list[str]:
+    """The ids of a run's machines, the ended ones too."""
+    filters = [{"Name": "tag:run", "Values": [run]}]
+    groups = cloud.client("ec2").describe_instances(Filters=filters)["Reservations"]
+    return [each["InstanceId"] for group in groups for each in group["Instances"]]
+
+
+def waited_for(look):
+    """What `look` returns once that is anything."""
+    found = []
+    assert wait_for(lambda: found.append(look()) or found[-1], 300)
+    return found[-1]
 
 
 # --- serving ---

@@ -5,7 +5,6 @@
 
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
@@ -22,6 +21,11 @@ if sys.platform == "win32":
         "(wsl --install, then make setup there)\n"
     )
     sys.exit(2)
+
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
 
 import hydra
 from omegaconf import DictConfig
@@ -41,6 +45,7 @@ from trainer.settings.compose import CONF, explain_settings, resolve
 from trainer.settings.config import Config
 from trainer.training import complete, recipe
 from trainer.training.run import Run, open_run
+from trainer.training.stall import ended_on_stall
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -63,6 +68,7 @@ def train(config: Config | None, world: World) -> None:
         open_run(config, world, stop) as run,
         world.connected(config.train.timeout_seconds, stop),
         spot(stop),
+        ended_on_stall(config.train, world) as rescue,
     ):
         images = find_images(config, stop, sys.argv[1:])
         run, decided = recipe.settled(run, images)
@@ -85,13 +91,18 @@ def train(config: Config | None, world: World) -> None:
         from trainer.training.loop import fit
         from trainer.training.training import build_training
 
-        training = build_training(run, images, network=early.network(run, images))
+        network = early.network(run, images)
+        stop.check()
+        training = build_training(run, images, network=network)
+        rescue.save = training.rescue
         fit(training)
         tested = outcome.test(training)
         if not world.is_main_process:
             return
+        stop.check()
         if not result or any(complete.is_of_package(run, path) for path in wrong):
             outcome.build_package(training, tested)
+        stop.check()
         outcome.write_report(training, tested, decided)
         before, result = result, outcome.result(training, tested, time.monotonic() - started)
         if before:
@@ -132,6 +143,7 @@ def guarded(work: Callable[[], None]) -> int:
         work()
         return OK
     except Exception as error:
+        sessions.end_as_decided()  # torchrun ends the others when the first of them has ended
         world = current_world()
         code, line = verdict(error, world)
         if command.wants_traceback(code):
@@ -161,9 +173,7 @@ def main() -> int:
     multirun = len(words) < len(sys.argv) - 1 and not flags
     # Hydra then raises its errors, instead of printing them and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Until there is something to save, Ctrl-C ends the process: a KeyboardInterrupt inside an
-    # import is swallowed by some C extensions.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sessions.end_when_asked()  # until there is something to save
     to_terminal(expendable=True)  # the run has a log of its own
     settings.register()
     world = current_world()
@@ -177,6 +187,7 @@ def main() -> int:
         code = guarded(work)
     except SystemExit as end:  # of Hydra's function
         code = int(end.code or OK)
+    sessions.end_as_decided()
     world.leave(code)
     return code
 

@@ -10,6 +10,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,6 +44,7 @@ from trainer.training.training import build_network, make_loader, prepare_machin
 
 def main() -> int:
     """Look at the folder that the command line names; return the exit code."""
+    sessions.end_when_asked(clear=True)
     to_terminal()
     parser = argparse.ArgumentParser(
         prog="python -m trainer.care",
@@ -72,7 +78,7 @@ def examine(overrides: list[str], title: str, target: Path) -> None:
     world = World()
     with on_signals() as stop:
         machine = prepare_machine(config, world)
-        images = find_images(config)
+        images = find_images(config, stop)
         config = weights.resolve(recipe.glanced(config, machine.device.type), images)
         run = Run(config, world, stop, "care", target, target, target)
         images, reader = usable_images(config, images, stop, world)

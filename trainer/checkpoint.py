@@ -5,6 +5,11 @@ import json
 import sys
 from collections.abc import Iterable
 
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
+
 from trainer.common import streams
 from trainer.common.arguments import typed_path, whole
 from trainer.common.errors import MISTAKE, OK
@@ -12,6 +17,7 @@ from trainer.training import checkpoint
 
 
 def _main(arguments: Iterable[str]) -> int:
+    sessions.end_when_asked(clear=True)
     streams.outlive()
     parser = argparse.ArgumentParser(
         prog="python -m trainer.checkpoint", description="Look at the checkpoints of a run."

@@ -19,6 +19,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
+
 import numpy as np
 import torch
 
@@ -102,6 +107,7 @@ class Forecast:
 
 def main() -> int:
     """Examine what the command line asks for; return the exit code."""
+    sessions.end_when_asked(clear=True)
     to_terminal()
     parser = argparse.ArgumentParser(
         prog="python -m trainer.doctor",

@@ -6,6 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
+
 from trainer.common.arguments import typed_path
 from trainer.common.command import guarded
 from trainer.common.console import log, to_terminal
@@ -17,6 +22,7 @@ SURE = 0.05  # a difference that chance gives more seldom is one
 
 def main() -> int:
     """Show what the command line names; return the exit code."""
+    sessions.end_when_asked(clear=True)
     to_terminal()
     parser = argparse.ArgumentParser(
         prog="python -m trainer.runs", description="Lists runs, or compares two of them."

@@ -5,16 +5,17 @@ It is stacks/foundation.yaml, in which each statement of a policy has its reason
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.cloud.cloudformation import Content, Stack, load, parameters_of, parse, resolve
 from launch.cloud.logs import SHARED_GROUPS
-from launch.cloud.session import Aws, bucket_name, partition
+from launch.cloud.session import Aws, bucket_name, partition, role_name
 from trainer.common.errors import UserError
 
 TEMPLATE = Path(__file__).parent / "stacks" / "foundation.yaml"
+DEPLOYER = Path(__file__).parent / "stacks" / "deployer.yaml"
 
 # The resources of the template that hold each part's permissions.
 PARTS = {
@@ -22,6 +23,13 @@ PARTS = {
     "training": ("TrainingRole",),
     "ec2": ("Ec2Role",),
     "notebook": ("NotebookRole",),
+}
+# What a part may do besides where a parameter of `up` is given.
+BY_PARAMETER: dict[str, dict[str, tuple[str, ...]]] = {
+    "Image": {"OwnImagePolicy": ("training",)},
+    "PicturesBucket": {"OwnPicturesPolicy": ("training", "ec2")},
+    "KmsKey": {"OwnKeyPolicy": ("training", "ec2", "notebook")},
+    "OwnNetwork": {"OwnNetworkPolicy": ("training", "notebook")},
 }
 
 
@@ -51,8 +59,13 @@ class AccountStack(Stack):
             raise UserError(
                 f"{unknown}: there is no such parameter; allowed: {', '.join(declared)}"
             )
-        defaults = {name: each["Default"] for name, each in declared.items()}
-        values = defaults | parameters_of(before) | {"Project": self.aws.project} | {**given}
+        defaults = {name: each.get("Default", "") for name, each in declared.items()}
+        ours = {
+            "Project": self.aws.project,
+            "BucketName": self.aws.bucket,
+            "OwnBucket": "yes" if self.aws.own_bucket else "no",
+        }
+        values = defaults | parameters_of(before) | ours | {**given}
         return Content(TEMPLATE.read_text(), {name: values[name] for name in declared})
 
     # ---- log groups of the whole account, which the first edition put into the stack
@@ -79,7 +92,7 @@ class AccountStack(Stack):
         if after is None or after["StackStatus"] != "UPDATE_COMPLETE":
             raise UserError(
                 f"{self.name}: it would delete log groups of the whole account, and can't be "
-                "changed; its events in the console say why"
+                f"changed: {'; '.join(self.failures()) or 'its events in the console say why'}"
             )
 
     def delete_ours(self, stack: Mapping[str, Any]) -> None:
@@ -137,23 +150,39 @@ class Statement:
         return as_list(self.document["Resource"])
 
 
-def permissions(part: str, project: str, account: str, region: str) -> list[Statement]:
+@dataclass(frozen=True)
+class Place:
+    """Where a project is, and what its `up` was told. parameters: of the template."""
+
+    project: str
+    account: str
+    region: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+def permissions(part: str, place: Place) -> list[Statement]:
     """Return what a part may do, as IAM will read it. part: one of PARTS."""
+    project, account, region = place.project, place.account, place.region
+    given = {"BucketName": bucket_name(project, account, region)} | {**place.parameters}
     names = {}
     for name, each in load(TEMPLATE)["Parameters"].items():
+        value = given.get(name, each.get("Default", ""))
         is_list = each["Type"] == "CommaDelimitedList"
-        names[name] = each["Default"].split(",") if is_list else each["Default"]
+        names[name] = value.split(",") if is_list else value
     iam = f"arn:{partition(region)}:iam::{account}"
     names |= {
         "Project": project,
-        "Bucket.Arn": f"arn:{partition(region)}:s3:::{bucket_name(project, account, region)}",
-        "TrainingRole.Arn": f"{iam}:role/{project}-training",
-        "Ec2Role.Arn": f"{iam}:role/{project}-ec2",
-        "Ec2InstanceProfile.Arn": f"{iam}:instance-profile/{project}-ec2",
+        "TrainingRole.Arn": f"{iam}:role/{role_name(project, 'training', region)}",
+        "Ec2Role.Arn": f"{iam}:role/{role_name(project, 'ec2', region)}",
+        "Ec2InstanceProfile.Arn": f"{iam}:instance-profile/{role_name(project, 'ec2', region)}",
         "AWS::AccountId": account,
         "AWS::Region": region,
     }
-    return statements(TEMPLATE, PARTS[part], names)
+    resources = list(PARTS[part])
+    for name, policies in BY_PARAMETER.items():
+        if given.get(name, "no") not in ("", "no"):
+            resources += [policy for policy, parts in policies.items() if part in parts]
+    return statements(TEMPLATE, resources, names)
 
 
 def statements(path: Path, resources: Iterable[str], names: Mapping[str, Any]) -> list[Statement]:

@@ -16,4 +16,9 @@ def confirmed(question: str, yes: bool) -> bool:
         raise UserError(
             f"{question}: nobody can be asked here; look at what is shown above, then add --yes"
         )
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        answer = input(f"{question} [y/N] ")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
+    return answer.strip().lower() in ("y", "yes")

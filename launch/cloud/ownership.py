@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from launch.cloud.session import DENIED, Aws, AwsError
+from launch.cloud.remedies import DENIED
+from launch.cloud.session import Aws, AwsError
 
 # In what SageMaker answers about something that is not there.
 NOT_FOUND = r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"

@@ -13,7 +13,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from boto3.s3.transfer import TransferConfig
 
@@ -22,6 +22,7 @@ from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
 from trainer.common.files import TEMPORARY
 from trainer.images import identity
+from trainer.images.folder import below
 from trainer.images.names import as_shown, is_system
 
 # Bytes of a part: boto3's own, fixed here because the ETag of a large object depends on it.
@@ -68,10 +69,15 @@ def exists(aws: Aws, key: str) -> bool:
 def read(aws: Aws, key: str) -> tuple[bytes, datetime] | None:
     """Return an object's content and when it was written; None where there is no such object.
 
-    Raise AwsError.
+    None too where there is no bucket. Raise AwsError, also where the connection breaks half-way.
     """
-    answer = aws.find("s3", "GetObject", "NoSuchKey", Bucket=aws.bucket, Key=key)
-    return None if answer is None else (answer["Body"].read(), answer["LastModified"])
+    answer = aws.find("s3", "GetObject", "NoSuchKey|NoSuchBucket", Bucket=aws.bucket, Key=key)
+    if answer is None:
+        return None
+    try:
+        return answer["Body"].read(), answer["LastModified"]
+    except Exception as error:
+        raise explained(error, f"s3:GetObject {key}") from error
 
 
 def write(aws: Aws, key: str, data: bytes) -> None:
@@ -119,11 +125,12 @@ def files_of(folder: Path) -> dict[str, Path]:
         raise UserError(
             f"{folder}: there is no such folder; give the one that holds train, valid and test"
         )
-    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    found = below(str(folder))  # as the trainer sees it, which follows links
+    lying = sorted((PurePosixPath(file.name), file.path) for file in found if not file.reason)
     files = {
-        name.as_posix(): path
-        for name, path in paths.items()
-        if not any(map(is_system, name.parts)) and path.is_file()
+        str(name): Path(path)
+        for name, path in lying
+        if not any(map(is_system, name.parts)) and Path(path).is_file()
     }
     for name in files:
         if as_shown(name) != name:

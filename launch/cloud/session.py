@@ -4,9 +4,16 @@ Plain boto3 below: profiles, regions and AWS_ENDPOINT_URL work as in every AWS t
 and `serving/deploy` go through it.
 """
 
+import copy
+import json
+import os
 import re
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
+from getpass import getpass
+from pathlib import Path
 from typing import Any
 
 from boto3.exceptions import Boto3Error
@@ -14,74 +21,23 @@ from boto3.session import Session
 from botocore import exceptions, xform_name
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
+from botocore.utils import JSONFileCache
 
+from launch.cloud.remedies import CREDENTIALS, FOR_NOW, NO_REGION, NOT_THIS_ONE, remedy
 from launch.cloud.request import Request, check, core_session
 from trainer.common.errors import UserError
 
 CONNECT_TIMEOUT = 5  # seconds
 READ_TIMEOUT = 60  # seconds
+HURRIED = 2, 8  # attempts, and seconds to read: of what may go unanswered
 ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
 # Asking a model again because the answer was slow would pay for it twice.
 ONCE = ("lambda", "sagemaker-runtime")
 
-DENIED = "AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|403"
-NO_CAPACITY = (
-    "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|InsufficientHostCapacity"
-    "|SpotMaxPriceTooLow"
-)
-# A machine of another kind, in another zone, or bought otherwise may be had all the same.
-NOT_THIS_ONE = (
-    f"{NO_CAPACITY}|Unsupported|VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded"
-    "|MaxSpotInstanceCountExceeded"
-)
-# Refusals that end by themselves, or when somebody signs in again.
-FOR_NOW = (
-    r"ExpiredToken(Exception)?|RequestExpired|TokenRefreshRequired|RequestTimeTooSkewed"
-    r"|Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException"
-    r"|SlowDown|RequestThrottled"
-)
-PERMISSION = (
-    "ask who administers the account for it; "
-    "what this project needs: python -m launch policy --for launcher"
-)
-CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
-NO_REGION = (
-    "no AWS region is set: set AWS_REGION, "
-    "or give target.region=us-east-1 (python -m serving: --region us-east-1), say"
-)
-WAIT = "AWS asks for fewer calls: wait a minute and start the same command again"
-
-# What to do about an error, by AWS's code (a regular expression over the whole of it).
-REMEDIES = {
-    r"ExpiredToken(Exception)?|RequestExpired|TokenRefreshRequired": (
-        f"the credentials have expired: {CREDENTIALS}"
-    ),
-    r"InvalidClientTokenId|UnrecognizedClient(Exception)?|AuthFailure|InvalidAccessKeyId"
-    r"|SignatureDoesNotMatch|InvalidSignature(Exception)?": (
-        f"AWS does not know these credentials: {CREDENTIALS}; also check this machine's clock"
-    ),
-    DENIED: PERMISSION,
-    r"InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|Unsupported": (
-        "AWS has no such machine free there now: start the same command again later, "
-        "or take another instance type or region"
-    ),
-    r"VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded"
-    r"|MaxSpotInstanceCountExceeded|LimitExceeded(Exception)?": (
-        "the account's quota is too small: ask for more at "
-        "https://console.aws.amazon.com/servicequotas (new accounts start with 0 GPUs), "
-        "or take another instance type"
-    ),
-    r"Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException"
-    r"|SlowDown|RequestThrottled": WAIT,
-    r"OptInRequired|InvalidRegion|AuthorizationHeaderMalformed|PermanentRedirect"
-    r"|IllegalLocationConstraintException": (
-        "this belongs to another region, or the region is not enabled: "
-        "give the right one, in AWS_REGION say"
-    ),
-    r"NoSuchBucket": "there is no foundation here, which has the bucket: python -m launch up",
-    r"ServiceUnavailable(Exception)?|ServiceException|InternalError|InternalFailure"
-    r"|InternalServerError|500|503": "a fault at AWS: start the same command again later",
-}
+# Where the AWS CLI keeps what it got for an MFA code, so that it is asked for once an hour.
+CLI_CACHE = Path.home() / ".aws" / "cli" / "cache"
+CACHED_BY_CLI = ("assume-role", "assume-role-with-web-identity")  # botocore's providers
+WEB_PAGE = "text/html"
 
 
 def bucket_name(project: str, account: str, region: str) -> str:
@@ -89,13 +45,29 @@ def bucket_name(project: str, account: str, region: str) -> str:
     return f"{project}-{account}-{region}"
 
 
+def role_name(project: str, part: str, region: str) -> str:
+    """Return the name of a role of the account stack: IAM's names are of all regions together."""
+    return f"{project}-{part}-{region}"
+
+
+@cache
 def partition(region: str) -> str:
-    """Return which of AWS's worlds a region belongs to, as ARNs begin with it."""
-    if region.startswith("cn-"):
-        return "aws-cn"
-    if region.startswith("us-gov-"):
-        return "aws-us-gov"
-    return "aws"
+    """Return which of AWS's worlds a region belongs to, as ARNs begin with it.
+
+    Raise UserError for what is the name of no region.
+    """
+    try:
+        return str(core_session().get_partition_for_region(region))
+    except exceptions.UnknownRegionError as error:
+        raise UserError(f"{region}: AWS has no such region; give one like us-east-1") from error
+
+
+@cache
+def domain(region: str) -> str:
+    """Return the domain below which a region's services are reached, like amazonaws.com."""
+    known = core_session().get_data("partitions")["partitions"]
+    outputs = {each["id"]: each["outputs"] for each in known}
+    return str(outputs[partition(region)]["dnsSuffix"])
 
 
 class AwsError(UserError):
@@ -119,17 +91,31 @@ class AwsError(UserError):
 class Aws:
     """A project's account and region, through boto3."""
 
-    def __init__(self, project: str, region: str | None = None) -> None:
-        """region: None for the one that AWS's tools would take."""
-        self.project, self._given_region = project, region
+    def __init__(self, project: str, region: str | None = None, bucket: str | None = None) -> None:
+        """region: None for the one that AWS's tools would take. bucket: None for the project's."""
+        self.project, self._given_region, self.own_bucket = project, region, bucket
+        self._attempts, self._read_timeout = ATTEMPTS, READ_TIMEOUT
+        self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], Any] = {}
 
     @cached_property
     def _session(self) -> Session:
         try:
-            return Session(region_name=self._given_region, botocore_session=core_session())
+            core = core_session()
+            # AWS's other tools read AWS_REGION, boto3 AWS_DEFAULT_REGION alone.
+            region = self._given_region or os.environ.get("AWS_REGION")
+            session = Session(region_name=region, botocore_session=core)
+            _share_cli_cache(core)
+            return session
         except Exception as error:
             raise explained(error, "") from error
+
+    def hurried(self) -> "Aws":
+        """Return the same account for questions whose answers are worth seconds, not minutes."""
+        other = copy.copy(self)
+        other._clients = {}
+        other._attempts, other._read_timeout = HURRIED
+        return other
 
     def renew(self) -> None:
         """Forget the credentials that were read, so that those of a new sign-in are."""
@@ -169,7 +155,7 @@ class Aws:
 
     @property
     def bucket(self) -> str:
-        return bucket_name(self.project, self.account, self.region)
+        return self.own_bucket or bucket_name(self.project, self.account, self.region)
 
     def owns(self, tags: Iterable[Mapping[str, str]]) -> bool:
         """Return whether what has these tags is this project's (launch/cloud/ownership.py)."""
@@ -177,22 +163,35 @@ class Aws:
 
     def client(self, service: str, region: str | None = None) -> Any:
         """Return boto3's client, made once. Its methods may be called from several threads."""
-        key = (service, region or self.region)
+        with self._lock:  # boto3's session makes one client at a time
+            return self._client(service, region or self.region)
+
+    def _client(self, service: str, region: str) -> Any:
+        key = (service, region)
         if key not in self._clients:
-            retries = {"mode": "standard", "total_max_attempts": 1 if service in ONCE else ATTEMPTS}
+            attempts = 1 if service in ONCE else self._attempts
+            retries = {"mode": "standard", "total_max_attempts": attempts}
             config = Config(
                 retries=retries,
                 connect_timeout=CONNECT_TIMEOUT,
-                read_timeout=READ_TIMEOUT,
+                read_timeout=self._read_timeout,
                 max_pool_connections=32,
             )
             try:
-                self._clients[key] = self._session.client(
-                    service, region_name=key[1], config=config
-                )
+                client = self._session.client(service, region_name=key[1], config=config)
             except Exception as error:
                 raise explained(error, service) from error
+            if service == "s3":
+                client.meta.events.register("provide-client-params.s3", self._expect_owner)
+            self._clients[key] = client
         return self._clients[key]
+
+    def _expect_owner(self, params: dict[str, Any], model: Any, **_: Any) -> dict[str, Any]:
+        """Return an S3 call's parameters, held to this account: a bucket's name can be guessed."""
+        takes = "ExpectedBucketOwner" in model.input_shape.members
+        if takes and params.get("Bucket") == self.bucket:
+            params.setdefault("ExpectedBucketOwner", self.account)
+        return params
 
     def prepare(self, services: Iterable[str]) -> None:
         """Make the clients of services, which threads may share but not make. Raise AwsError."""
@@ -206,10 +205,9 @@ class Aws:
         client = self.client(service, region)
         try:
             answer: dict[str, Any] = getattr(client, xform_name(operation))(**parameters)
-            _check_sender(answer)
-            return answer
         except Exception as error:
             raise explained(error, f"{service}:{operation}") from error
+        return _checked(answer, f"{service}:{operation}")
 
     def find(
         self, service: str, operation: str, absent: str, **parameters: Any
@@ -243,29 +241,65 @@ class Aws:
         paginator = self.client(service).get_paginator(xform_name(operation))
         try:
             for page in paginator.paginate(**parameters):
-                _check_sender(page)
-                yield from page.get(key, [])
+                yield from _checked(page, f"{service}:{operation}").get(key, [])
         except Exception as error:
             raise explained(error, f"{service}:{operation}") from error
 
 
-def _check_sender(answer: Mapping[str, Any]) -> None:
-    """Raise ResponseParserError where a page in HTML came in the place of AWS's answer.
+def _share_cli_cache(core: Any) -> None:
+    """Keep what an MFA code was given for where the AWS CLI keeps it too."""
+    shared = JSONFileCache(str(CLI_CACHE))
+    resolver = core.get_component("credential_provider")
+    for name in CACHED_BY_CLI:
+        resolver.get_provider(name).cache = shared
+    # getpass itself would print warnings first where there is no terminal.
+    resolver.get_provider("assume-role")._prompter = _asked_code
 
-    A network that wants a sign-in first answers so, with status 200, and such a page may read as an
-    empty list, or as an object that is there. AWS names each request in a header or in the body.
-    """
-    metadata = answer["ResponseMetadata"]
-    headers = metadata.get("HTTPHeaders", {})
-    named = metadata.get("RequestId") or any(name.startswith("x-amz") for name in headers)
-    if "text/html" in headers.get("content-type", "") and not named:
-        raise ResponseParserError("it is a page in HTML")
+
+def _asked_code(prompt: str) -> str:
+    """Return the MFA code that the user types. Raise EOFError where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise EOFError(prompt)
+    return getpass(prompt)
+
+
+def _checked(answer: dict[str, Any], action: str) -> dict[str, Any]:
+    """Return AWS's answer. Raise AwsError for a web page: hotels answer so, with status 200."""
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    is_page = headers.get("content-type", "").startswith(WEB_PAGE)
+    # An object of S3's may be a page itself.
+    if is_page and not any(name.startswith("x-amz") for name in headers):
+        raise _not_aws(action, "a web page")
+    return answer
+
+
+def _not_aws(action: str, what: str) -> AwsError:
+    line = (
+        f"{action}: the answer is {what}, so it is not AWS's: sign in to this network (Wi-Fi of a "
+        "hotel, say), or check AWS_ENDPOINT_URL and proxies"
+    )
+    return AwsError(line, "ResponseParserError", line)
 
 
 def explained(error: Exception, action: str) -> Exception:
-    """Return an exception of boto3's as AwsError; any other as it is."""
+    """Return what went wrong in a call as AwsError, whatever it is; a UserError as it is.
+
+    Beside botocore's own, what its sources of credentials raise comes through it, and what Python
+    says of an endpoint that is no address.
+    """
+    if isinstance(error, UserError):
+        return error
     if isinstance(error, exceptions.ClientError):
         return _refusal(error, action)
+    # botocore looks up in an answer what must be there: a page of well-formed HTML lacks it.
+    if isinstance(error, ResponseParserError | LookupError):
+        return _not_aws(action, "unreadable")
+    line = _line(error, action or "the AWS profile")
+    return AwsError(" ".join(line.split()), type(error).__name__, str(error))
+
+
+def _line(error: Exception, action: str) -> str:
+    """Return what to do about an exception that is no answer of AWS's."""
     expired = f"the AWS session has expired ({error}): {CREDENTIALS}"
     unreachable = (
         f"{action}: AWS can't be reached ({error}): "
@@ -278,6 +312,9 @@ def explained(error: Exception, action: str) -> Exception:
             f"the AWS credentials are incomplete ({error}): {CREDENTIALS}"
         ),
         exceptions.ProfileNotFound: (f"{error}: name one that is in ~/.aws/config in AWS_PROFILE"),
+        exceptions.ConfigParseError: (
+            f"{error}: correct this file, or name another in AWS_CONFIG_FILE"
+        ),
         exceptions.SSOError: expired,
         exceptions.CredentialRetrievalError: f"no AWS credentials ({error}): {CREDENTIALS}",
         exceptions.TokenRetrievalError: expired,
@@ -285,33 +322,42 @@ def explained(error: Exception, action: str) -> Exception:
         exceptions.InvalidRegionError: f"{error}: give another region",
         exceptions.HTTPClientError: unreachable,
         exceptions.ConnectionError: unreachable,
-        ResponseParserError: (
-            f"{action}: the answer can't be read, so it is not AWS's: "
-            "check AWS_ENDPOINT_URL and proxies"
-        ),
         exceptions.BotoCoreError: f"{action}: {error}",
         Boto3Error: f"{action}: {error}",
+        EOFError: (
+            "the AWS profile asks for an MFA code, and nobody can be asked here: sign in once in "
+            "a terminal (aws sts get-caller-identity), whose session is then used here too"
+        ),
+        json.JSONDecodeError: (
+            f"{action}: what should be JSON is none ({error}): correct credential_process in "
+            "~/.aws/config, or the file that it reads"
+        ),
     }
     for kind, line in lines.items():
         if isinstance(error, kind):
-            return AwsError(" ".join(line.split()), type(error).__name__, str(error))
-    return error
+            return line
+    return (
+        f"{action}: {error or type(error).__name__}: check the profile in ~/.aws/config, and "
+        "AWS_ENDPOINT_URL, which is a whole address (http://...)"
+    )
 
 
 def _refusal(error: exceptions.ClientError, action: str) -> AwsError:
     """Return what AWS itself has answered, with the remedy for its code."""
     code = str(error.response["Error"].get("Code", ""))
     message = str(error.response["Error"].get("Message", ""))
-    denied = re.search(r"not authorized to perform:? (\S+)", message)
+    # EC2 says only "this operation", and its action is the call's own name.
+    denied = re.search(r"not authorized to perform:? ([\w-]+:\w+)", message)
     if denied:
-        action = denied[1].rstrip(".,")
+        action = denied[1]
+    encoded = re.search(r"Encoded authorization failure message: \S+", message)
+    shown = " ".join(message.replace(encoded[0], "").split()) if encoded else message
     line = f"{action}: {code}"
-    if message and message != code:
-        line += f" ({' '.join(message.split())})"
-    for pattern, remedy in REMEDIES.items():
-        if re.fullmatch(pattern, code):
-            line += f"; {remedy}"
-            break
+    if shown and shown != code:
+        line += f" ({' '.join(shown.split())})"
+    advice = remedy(code, message, action)
+    if advice:
+        line += f"; {advice}"
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     refused = 400 <= status < 500 or re.fullmatch(NOT_THIS_ONE, code) is not None
     return AwsError(line, code, message, refused)

@@ -5,9 +5,11 @@ Every function may raise AwsError.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from launch.cloud.ownership import NOT_FOUND, instances, listed, owned
+from launch.cloud.cloudformation import Stack
+from launch.cloud.ownership import NOT_FOUND, instances, listed, owned, stacks
 from launch.cloud.session import Aws
 from trainer.common.console import log
 
@@ -75,6 +77,64 @@ def end_notebooks(aws: Aws, every: float) -> None:
     kind = "NotebookInstanceLifecycleConfig"
     for script in owned(aws, kind):
         aws.call("sagemaker", f"Delete{kind}", **{f"{kind}Name": script[f"{kind}Name"]})
+
+
+def delete_notebook(aws: Aws, name: str, every: float) -> None:
+    """Stop a notebook, and delete it and its scripts once it has stopped, if they are there."""
+    which = {"NotebookInstanceName": name}
+
+    def status() -> str:
+        found = aws.find("sagemaker", "DescribeNotebookInstance", NOT_FOUND, **which)
+        return "gone" if found is None else str(found["NotebookInstanceStatus"])
+
+    if status() in ("InService", "Pending", "Updating"):
+        log.info("stopping %s", name)
+        aws.call("sagemaker", "StopNotebookInstance", **which)
+    _until(every, lambda: status() in ("Stopped", "Failed", "Deleting", "gone"))
+    if status() in ("Stopped", "Failed"):
+        log.info("deleting %s", name)
+        aws.call("sagemaker", "DeleteNotebookInstance", **which)
+    _until(every, lambda: status() == "gone")
+    kind = "NotebookInstanceLifecycleConfig"
+    aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
+    log.info("%s is deleted", name)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A user, group or role of the account that a policy of ours was attached to by hand."""
+
+    kind: str  # User, Group or Role
+    name: str
+    policy: str  # its ARN
+
+    def __str__(self) -> str:
+        return f"policy {self.policy.rpartition('/')[2]} from the {self.kind.lower()} {self.name}"
+
+
+def holders(aws: Aws) -> list[Holder]:
+    """Return to whom policies of our stacks are attached, but for the stacks' own roles.
+
+    `up` says whom to attach the launcher's to, and CloudFormation deletes none that is attached.
+    """
+    resources = [each for name in stacks(aws) for each in Stack(aws, name).resources()]
+    made = {each.get("PhysicalResourceId") for each in resources}
+    found = []
+    for each in resources:
+        if each["ResourceType"] != "AWS::IAM::ManagedPolicy":
+            continue
+        policy = each["PhysicalResourceId"]
+        answer = aws.find("iam", "ListEntitiesForPolicy", "NoSuchEntity", PolicyArn=policy) or {}
+        for kind in ("User", "Group", "Role"):
+            names = [entity[f"{kind}Name"] for entity in answer.get(f"Policy{kind}s", [])]
+            found += [Holder(kind, name, policy) for name in names if name not in made]
+    return found
+
+
+def detach(aws: Aws, holder: Holder) -> None:
+    """Take a policy of ours from whoever has it."""
+    who = {f"{holder.kind}Name": holder.name, "PolicyArn": holder.policy}
+    aws.find("iam", f"Detach{holder.kind}Policy", "NoSuchEntity", **who)
 
 
 def _statuses(aws: Aws, kind: str) -> Callable[[], dict[str, str]]:

@@ -17,17 +17,28 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+from launch.cloud.account_stack import Place
 from launch.cloud.request import Request
-from launch.cloud.session import Aws, bucket_name, partition
+from launch.cloud.session import Aws, bucket_name, domain, partition, role_name
 from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.instance_types import names_in
+from launch.targets.questions import Question
 from launch.targets.rented import Rented
 from trainer.common.console import log
+from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings.compose import CONF, options
 from trainer.settings.config import Config, setting
 
 NAMES = options(CONF, "target")
+# Where AWS's console is, by partition (AWS's guides to China, GovCloud and the European cloud).
+CONSOLES = {
+    "aws": "console.aws.amazon.com",
+    "aws-cn": "console.amazonaws.cn",
+    "aws-us-gov": "console.amazonaws-us-gov.com",
+    "aws-eusc": "console.amazonaws-eusc.eu",
+}
+S3 = "s3://"  # begins data.root of pictures that are on S3 already
 RUN = 48  # characters of a run's id: leaves room in a job's name for the attempt
 
 
@@ -38,8 +49,34 @@ class TargetConfig:
     name: str = setting(*NAMES)
     project: str = setting()
     region: str | None = setting()
+    bucket: str | None = setting()
+    role: str | None = setting()
+    tags: str | None = setting()
+    kms_key: str | None = setting()
+    subnet: str | None = setting()
+    security_groups: str | None = setting()
     instance_type: str = setting()
     hours: float = setting(above=0, at_most=120)
+
+    @property
+    def given_tags(self) -> dict[str, str]:
+        """`tags` as a dict. Raise UserError for what is no list of KEY=VALUE."""
+        pairs = [pair.partition("=") for pair in (self.tags or "").split(",") if pair]
+        if not all(key.strip() and equals for key, equals, _ in pairs):
+            raise UserError(
+                f"target.tags={self.tags} is not allowed; allowed: KEY=VALUE, several with commas"
+            )
+        return {key.strip(): value.strip() for key, _, value in pairs}
+
+    @property
+    def groups(self) -> list[str]:
+        """`security_groups` as a list."""
+        return [each.strip() for each in (self.security_groups or "").split(",") if each.strip()]
+
+    @property
+    def subnets(self) -> list[str]:
+        """`subnet` as a list: SageMaker takes several."""
+        return [each.strip() for each in (self.subnet or "").split(",") if each.strip()]
 
 
 @dataclass(frozen=True)
@@ -74,7 +111,7 @@ class Spec:
 
     @property
     def bucket(self) -> str:
-        return bucket_name(self.project, self.account, self.region)
+        return self.target.bucket or bucket_name(self.project, self.account, self.region)
 
     @property
     def job_name(self) -> str:
@@ -87,7 +124,7 @@ class Spec:
 
     @property
     def tags(self) -> dict[str, str]:
-        return {"project": self.project, "run": self.run}
+        return self.target.given_tags | {"project": self.project, "run": self.run}
 
     @property
     def tag_list(self) -> list[dict[str, str]]:
@@ -141,8 +178,47 @@ class Spec:
         return "/".join((f"s3://{self.bucket}", *parts))
 
     def role(self, part: str) -> str:
-        """Return the ARN of a role of the account stack: training, ec2, notebook or launcher."""
-        return f"arn:{partition(self.region)}:iam::{self.account}:role/{self.project}-{part}"
+        """Return the ARN of the role of a part, training, ec2 or notebook: the account stack's.
+
+        Or the one that is given, by its ARN or its name.
+        """
+        given = self.target.role
+        if given is not None and given.startswith("arn:"):
+            return given
+        name = given or role_name(self.project, part, self.region)
+        return f"arn:{partition(self.region)}:iam::{self.account}:role/{name}"
+
+    @property
+    def instance_profile(self) -> str:
+        """The name of the instance profile that hands its role to an EC2 machine."""
+        return self.target.role or role_name(self.project, "ec2", self.region)
+
+    @property
+    def place(self) -> Place:
+        """Where the project is, and what of it the target says otherwise."""
+        told = {}
+        if self.target.bucket:
+            told["BucketName"] = self.target.bucket
+        if self.target.kms_key:
+            told["KmsKey"] = self.target.kms_key
+        if self.target.subnet and self.kind.platform == "sagemaker":
+            told["OwnNetwork"] = "yes"
+        if self.own_data:
+            bucket, _, prefix = str(self.data).removeprefix(S3).partition("/")
+            told |= {"PicturesBucket": bucket, "PicturesPrefix": f"{prefix}/"}
+        return Place(self.project, self.account, self.region, told)
+
+    @property
+    def data_uri(self) -> str | None:
+        """Where the pictures lie on S3; None: the job writes them itself."""
+        if self.data is None or self.data.startswith(S3):
+            return self.data
+        return self.uri("data", self.data)
+
+    @property
+    def own_data(self) -> bool:
+        """Whether the pictures lie where the user has put them, and are only read."""
+        return self.data is not None and self.data.startswith(S3)
 
 
 class Target(ABC):
@@ -213,8 +289,18 @@ class Target(ABC):
         the trainer that it can't carry or do.
         """
 
-    def restart(self, attempt: Attempt, state: State) -> list[Request]:
-        """Return what sets an ended attempt going again as itself; [] where the next is another."""
+    def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
+        """Return what sets an ended attempt going again as itself; [] where the next is another.
+
+        spec: as it is asked for now.
+        """
+        return []
+
+    def check_running(self, attempt: Attempt, spec: Spec) -> None:  # noqa: B027 (see above)
+        """Raise UserError where what runs is not what is asked for now, and can't become it."""
+
+    def questions(self, spec: Spec) -> list[Question]:
+        """Return what is asked of AWS, read-only, before anything is rented."""
         return []
 
     def trials(self, request: Request) -> tuple[int, int]:
@@ -314,6 +400,26 @@ class Target(ABC):
         """Return the hours that a machine runs past the limit at which it ends itself; 0: none."""
         return 0.0
 
+    def connection(self, aws: Aws, attempt: Attempt, state: State) -> str | list[str]:
+        """Return the address of what runs, or the command that opens a shell on it.
+
+        Raise UserError where there is neither.
+        """
+        raise UserError(
+            f"{attempt.run}: nobody can be connected to a {self.name} job; "
+            "python -m launch logs shows what it does"
+        )
+
+    def deletes(self, attempt: Attempt) -> str:
+        """Return what `delete` deletes, in words. Raise UserError where that is nothing."""
+        raise UserError(
+            f"{attempt.run}: nothing of it costs money once it has ended; "
+            "python -m launch down deletes all of the project"
+        )
+
+    def delete(self, aws: Aws, attempt: Attempt, every: float) -> None:  # noqa: B027 (see above)
+        """Delete what `deletes` says. every: seconds between two looks."""
+
     # --- of every run, whatever its name: once for each class ---
 
     @classmethod
@@ -351,8 +457,8 @@ def of(attempt: Attempt) -> Target:
 
 def console_url(attempt: Attempt, region: str) -> str:
     """Return the address of the page of AWS's console that shows the attempt."""
-    suffix = "amazonaws.cn" if region.startswith("cn-") else "aws.amazon.com"
-    return f"https://{region}.console.{suffix}/{of(attempt).console(attempt, region)}"
+    host = CONSOLES.get(partition(region), f"console.{domain(region)}")
+    return f"https://{region}.{host}/{of(attempt).console(attempt, region)}"
 
 
 def fit(name: str, limit: int) -> str:

@@ -17,11 +17,12 @@ from datetime import UTC, datetime, timedelta
 from math import ceil, inf
 from typing import Any
 
-from launch.cloud import s3
+from launch.cloud import quotas, s3
 from launch.cloud.ownership import instances
 from launch.cloud.prices import ADDRESS_HOUR, GP3_GB_MONTH, HOURS_A_MONTH, asked
+from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request
-from launch.cloud.session import DENIED, Aws, AwsError
+from launch.cloud.session import Aws, AwsError
 from launch.targets.attempt import (
     YOUNG,
     Attempt,
@@ -33,8 +34,9 @@ from launch.targets.attempt import (
     read,
     seconds_between,
 )
-from launch.targets.base import Spec, Target, TargetConfig, tag_list, tag_values
+from launch.targets.base import RUN, Spec, Target, TargetConfig, fit, tag_list, tag_values
 from launch.targets.instance_types import check_trains, names_in
+from launch.targets.questions import Question, capacity, quota, way_to_s3
 from launch.targets.rented import Machines, Rented, rented
 from launch.targets.script import fill
 from trainer.common.console import log
@@ -71,7 +73,7 @@ class Ec2Config(TargetConfig):
     image: str | None = setting()
     ssm_parameter: str = setting()
     disk_gb: int = setting(at_least=75, at_most=16384)
-    subnet: str | None = setting()
+    public_ip: bool | None = setting()
 
 
 class Ec2(Target):
@@ -80,7 +82,7 @@ class Ec2(Target):
     platform = "ec2"
 
     def data_root(self, data: str) -> str:
-        return f"/opt/dlami/nvme/data/{data}"
+        return f"/opt/dlami/nvme/data/{fit(data, RUN)}"
 
     def looked_up(self, aws: Aws | None, spec: Spec) -> Spec:
         """Return the spec with an image: the one given, else AWS's newest."""
@@ -98,6 +100,17 @@ class Ec2(Target):
 
     def requests(self, spec: Spec) -> list[Request]:
         return [run_instances(spec, user_data(spec))]
+
+    def questions(self, spec: Spec) -> list[Question]:
+        target = _config(spec)
+        asked = [
+            capacity(spec.instance_types[0], spec.spot, spec.instances),
+            way_to_s3(target.subnet),
+        ]
+        counted = quotas.of_ec2(spec.instance_types[0], spec.spot, spec.instances)
+        if counted is not None:
+            asked.insert(0, quota(counted))
+        return asked
 
     def check(self, target: Ec2Config) -> None:
         for name in names_in(target.instance_type):
@@ -225,6 +238,11 @@ class Ec2(Target):
         answer = aws.find("ec2", "GetConsoleOutput", unseen, InstanceId=state.id, Latest=True)
         return str((answer or {}).get("Output", ""))
 
+    def connection(self, aws: Aws, attempt: Attempt, state: State) -> str | list[str]:
+        """Return the command for a shell through Session Manager."""
+        where = ["--target", str(state.id), "--region", aws.region]
+        return ["aws", "ssm", "start-session", *where]
+
     def results(self, aws: Aws, attempt: Attempt) -> str:
         return f"runs/{attempt.run}/output/"
 
@@ -251,11 +269,10 @@ class Ec2(Target):
             if running < PATIENCE.total_seconds() or not {"run", "attempt"} <= tags.keys():
                 continue
             key = attempt_key(tags["run"], int(tags["attempt"]), "request.json")
-            absent = "NoSuchKey|NoSuchBucket"
-            noted = aws.find("s3", "GetObject", absent, Bucket=aws.bucket, Key=key)
+            noted = s3.read(aws, key)
             if noted is None:
                 continue
-            attempt = loads(noted["Body"].read())
+            attempt = loads(noted[0])
             state = State(
                 Phase.RUNNING,
                 "running",
@@ -412,13 +429,15 @@ def run_instances(spec: Spec, user_data: str) -> Request:
         "Encrypted": True,
         "DeleteOnTermination": True,
     }
+    if target.kms_key:
+        root["KmsKeyId"] = target.kms_key
     parameters: dict[str, Any] = {
         "ImageId": target.image,
         "InstanceType": target.instance_type,
         "MinCount": 1,
         "MaxCount": 1,
         "UserData": user_data,
-        "IamInstanceProfile": {"Name": f"{spec.project}-ec2"},
+        "IamInstanceProfile": {"Name": spec.instance_profile},
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {
             "HttpTokens": "required",
@@ -430,8 +449,7 @@ def run_instances(spec: Spec, user_data: str) -> Request:
     if spec.spot:
         tagged.append("spot-instances-request")
     parameters["TagSpecifications"] = [{"ResourceType": each, "Tags": tags} for each in tagged]
-    if target.subnet:
-        parameters["SubnetId"] = target.subnet
+    parameters |= network(target)
     if spec.zone:
         parameters["Placement"] = {"AvailabilityZone": spec.zone}
     if spec.spot:
@@ -447,6 +465,22 @@ def run_instances(spec: Spec, user_data: str) -> Request:
     return Request("ec2", "RunInstances", parameters)
 
 
+def network(target: Ec2Config) -> dict[str, Any]:
+    """Return where the machine stands, as RunInstances has it.
+
+    A public address is given to an interface, which then takes subnet and groups for itself.
+    """
+    place: dict[str, Any] = {}
+    if target.subnet:
+        place["SubnetId"] = target.subnet
+    if target.public_ip is None:
+        return place | ({"SecurityGroupIds": target.groups} if target.groups else {})
+    place |= {"DeviceIndex": 0, "AssociatePublicIpAddress": target.public_ip}
+    if target.groups:
+        place["Groups"] = target.groups
+    return {"NetworkInterfaces": [place]}
+
+
 def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
     """Return the script that the instance runs at each boot.
 
@@ -460,7 +494,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         bucket=spec.uri(),
         region=spec.region,
         source_sha256=spec.source,
-        data=spec.data or "",
+        data=spec.data_uri or "",
         data_root=spec.data_root or "",
         weights=spec.weights or "",
         weights_root=spec.weights_root or "",

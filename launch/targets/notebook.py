@@ -4,15 +4,15 @@ As requests: first its scripts, which set the project up and stop the notebook w
 """
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.cloud import ownership
+from launch.cloud import ownership, s3, teardown
 from launch.cloud.logs import NOTEBOOK_GROUP
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
-from launch.targets.attempt import Attempt, Phase, State, now, seconds_between
+from launch.targets.attempt import UNSEEN, Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.rented import Machines, Rented, rented
 from launch.targets.sagemaker import OnSageMaker
@@ -20,6 +20,7 @@ from launch.targets.script import FOLDER, fill
 from trainer.common.errors import UserError
 from trainer.settings.config import Config, setting
 
+DELETED = "deleted"
 AL2023 = "notebook-al2023-v1"  # Amazon Linux 2023
 
 
@@ -33,6 +34,7 @@ class NotebookConfig(TargetConfig):
 class Notebook(OnSageMaker):
     config = NotebookConfig
     role = "notebook"
+    use = "notebook instance"
     thing = "NotebookInstance"
     page = "notebook-instances"
     log_group = NOTEBOOK_GROUP
@@ -45,11 +47,44 @@ class Notebook(OnSageMaker):
     def requests(self, spec: Spec) -> list[Request]:
         return [lifecycle_config(spec), notebook_instance(spec)]
 
-    def restart(self, attempt: Attempt, state: State) -> list[Request]:
-        if state.phase is Phase.ABSENT:
+    def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
+        """Return what starts it again, as it is asked for now, with the code of now."""
+        if state.phase is Phase.ABSENT or state.detail == DELETED:
             return []
         name = {"NotebookInstanceName": attempt.job}
-        return [Request("sagemaker", "StartNotebookInstance", name)]
+        return [*changes(spec), Request("sagemaker", "StartNotebookInstance", name)]
+
+    def check_running(self, attempt: Attempt, spec: Spec) -> None:
+        before = settled(attempt.requests[-1].parameters)
+        now = settled(notebook_instance(spec).parameters)
+        changed = [key for key in sorted(now) if before.get(key) != now[key]]
+        if changed and attempt.requests[-1].operation == "CreateNotebookInstance":
+            told = ", ".join(f"{key} {before.get(key)}, now {now[key]}" for key in changed)
+            raise UserError(
+                f"{attempt.job}: the notebook runs with other settings ({told}); stop it first: "
+                f"python -m launch stop {attempt.run}, then start the same submit again"
+            )
+
+    def connection(self, aws: Aws, attempt: Attempt, state: State) -> str | list[str]:
+        """Return the address of its page, good for half a day of work."""
+        name = {"NotebookInstanceName": attempt.job}
+        answer = aws.call("sagemaker", "CreatePresignedNotebookInstanceUrl", **name)
+        return str(answer["AuthorizedUrl"])
+
+    def deletes(self, attempt: Attempt) -> str:
+        return f"the notebook {attempt.job}, with its disk and all that lies on it"
+
+    def delete(self, aws: Aws, attempt: Attempt, every: float) -> None:
+        teardown.delete_notebook(aws, attempt.job, every)
+        # Noted, so that it isn't taken for one that is too young to be listed.
+        s3.write(aws, attempt.key_of("deleted"), b"")
+
+    def observe(self, aws: Aws, attempt: Attempt) -> State:
+        """Return how it is; one that was deleted is not on its way."""
+        state = super().observe(aws, attempt)
+        if state.detail == UNSEEN and s3.exists(aws, attempt.key_of("deleted")):
+            return State(Phase.STOPPED, DELETED, id=attempt.id)
+        return state
 
     def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
         status = described["NotebookInstanceStatus"]
@@ -97,7 +132,7 @@ def lifecycle_config(spec: Spec) -> Request:
 def notebook_instance(spec: Spec) -> Request:
     """Return the notebook; it refers to `lifecycle_config`, which must be there."""
     target = _config(spec)
-    parameters = {
+    parameters: dict[str, Any] = {
         "NotebookInstanceName": spec.job_name,
         "InstanceType": target.instance_type,
         "RoleArn": spec.role("notebook"),
@@ -109,7 +144,33 @@ def notebook_instance(spec: Spec) -> Request:
         "InstanceMetadataServiceConfiguration": {"MinimumInstanceMetadataServiceVersion": "2"},
         "Tags": spec.tag_list,
     }
+    if target.kms_key:
+        parameters["KmsKeyId"] = target.kms_key
+    if target.subnets:
+        parameters |= {"SubnetId": target.subnets[0], "SecurityGroupIds": target.groups}
     return Request("sagemaker", "CreateNotebookInstance", parameters)
+
+
+# What of a notebook can be changed while it is stopped, and is refused while it runs.
+CHANGEABLE = ("InstanceType", "VolumeSizeInGB", "RoleArn")
+
+
+def settled(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a notebook's request can be changed later."""
+    return {key: parameters[key] for key in CHANGEABLE if key in parameters}
+
+
+def changes(spec: Spec) -> list[Request]:
+    """Return what makes a stopped notebook, and its scripts, what is asked for now."""
+    scripts = {
+        key: value for key, value in lifecycle_config(spec).parameters.items() if key != "Tags"
+    }
+    made = notebook_instance(spec).parameters
+    names = {key: made[key] for key in ("NotebookInstanceName", "LifecycleConfigName")}
+    return [
+        Request("sagemaker", "UpdateNotebookInstanceLifecycleConfig", scripts),
+        Request("sagemaker", "UpdateNotebookInstance", names | settled(made)),
+    ]
 
 
 def on_create(spec: Spec) -> str:
@@ -131,6 +192,9 @@ def on_start(spec: Spec) -> str:
         region=spec.region,
         name=spec.job_name,
         idle_minutes=_config(spec).idle_minutes,
+        repository=_config(spec).repository or "",
+        source_uri=spec.uri("source", f"{spec.source}.tar.gz"),
+        source_sha256=spec.source,
     )
     return script.replace("@IDLE@\n", (FOLDER / "notebook_idle.py").read_text(encoding="utf-8"))
 

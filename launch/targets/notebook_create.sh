@@ -12,4 +12,5 @@ else
   echo "$source_sha256  /tmp/source.tar.gz" | sha256sum --check --quiet
   runuser -u ec2-user -- mkdir "$directory"
   runuser -u ec2-user -- tar -xzf /tmp/source.tar.gz -C "$directory"
+  echo "$source_sha256" | runuser -u ec2-user -- tee "$directory/.source" >/dev/null
 fi

@@ -11,6 +11,18 @@ PYTHON
 systemd-run --unit stop-when-idle --on-active 5min --on-unit-active 5min --setenv "AWS_DEFAULT_REGION=$region" \
   python3 /usr/local/bin/stop-when-idle https://localhost:8443 /run/last-active "$name" "$idle_minutes"
 
+# The code of today. What was changed in a clone stays as it is: git takes nothing then that would be lost.
+code=/home/ec2-user/SageMaker/$directory
+if [ -n "$repository" ]; then
+  runuser -u ec2-user -- git -C "$code" pull --ff-only --quiet || echo "the clone was changed here, so it is left as it is"
+elif [ "$(cat "$code/.source" 2>/dev/null)" != "$source_sha256" ]; then
+  aws s3 cp --only-show-errors "$source_uri" /tmp/source.tar.gz
+  echo "$source_sha256  /tmp/source.tar.gz" | sha256sum --check --quiet
+  runuser -u ec2-user -- mkdir -p "$code"
+  runuser -u ec2-user -- tar -xzf /tmp/source.tar.gz -C "$code"
+  echo "$source_sha256" | runuser -u ec2-user -- tee "$code/.source" >/dev/null
+fi
+
 # The project needs Python 3.11, Amazon Linux comes with 3.9.
 dnf install --assumeyes --quiet python3.12
 # In the background, because SageMaker gives this script five minutes: `journalctl -u set-up` shows its log. There is no GPU here.

@@ -4,7 +4,8 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from launch.cloud.session import DENIED, Aws, AwsError
+from launch.cloud.remedies import DENIED
+from launch.cloud.session import Aws, AwsError
 from launch.targets import base
 from launch.targets.attempt import Attempt, State
 from trainer.common.console import command

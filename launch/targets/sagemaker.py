@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from launch.cloud import hyperparameters as codec
-from launch.cloud import ownership, source
+from launch.cloud import ownership, quotas, source
 from launch.cloud.logs import TRAINING_GROUP, LogReader
 from launch.cloud.ownership import NOT_FOUND
 from launch.cloud.prices import HOURS_A_MONTH, ML_GB_MONTH
 from launch.cloud.request import Request
-from launch.cloud.session import Aws
+from launch.cloud.session import Aws, domain
 from launch.targets.attempt import TAKEN, Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, Target, TargetConfig
 from launch.targets.instance_types import check_trains, gpus, has_gpu, local_gb, names_in, processes
+from launch.targets.questions import Question, quota
 from launch.targets.rented import Machines, Rented, rented
 from trainer.common.console import log
 from trainer.common.errors import UserError
@@ -84,16 +85,30 @@ class OnSageMaker(Target):
     """What runs at SageMaker has in common, whatever it is there."""
 
     platform = "sagemaker"
+    use: ClassVar[str] = "training job"  # as SageMaker's quotas call what its machines are for
     thing: ClassVar[str]  # its name in SageMaker's operations: Describe..., Stop...
     page: ClassVar[str]  # of the console
     log_group: ClassVar[str] = TRAINING_GROUP
     log_streams: ClassVar[str] = "{job}/"  # how their names begin; then the host's follows
+
+    def check(self, target: Any) -> None:
+        if bool(target.subnets) != bool(target.groups):
+            raise UserError(
+                f"target.subnet={target.subnet} with target.security_groups="
+                f"{target.security_groups}: SageMaker takes both or none; give the other one too"
+            )
 
     def data_root(self, data: str) -> str:
         return f"/opt/ml/input/data/{CHANNEL}"
 
     def weights_root(self, weights: str) -> str:
         return f"/opt/ml/input/data/{WEIGHTS_CHANNEL}"
+
+    def questions(self, spec: Spec) -> list[Question]:
+        use = f"spot {self.use}" if spec.spot else self.use
+        parallel = self.trials(self.requests(spec)[0])[1]
+        count = spec.instances * parallel
+        return [quota(quotas.of_sagemaker(spec.instance_types[0], use, count))]
 
     def described(self, aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
         """Return what SageMaker says of it; None where it doesn't list it."""
@@ -163,6 +178,7 @@ class SageMaker(OnSageMaker):
     page = "jobs"
 
     def check(self, target: SageMakerConfig) -> None:
+        super().check(target)
         names = names_in(target.instance_type)
         if len(names) > self.most_types:
             raise UserError(
@@ -287,9 +303,8 @@ def image(target: SageMakerConfig, region: str) -> str:
             f"region {region}: the registry of AWS's PyTorch images is not known there; "
             "give one of them as target.image=URI"
         )
-    domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
     device = CUDA if has_gpu(first_type(target)) else "cpu"
-    registry = f"{REGISTRIES[region]}.dkr.ecr.{region}.{domain}"
+    registry = f"{REGISTRIES[region]}.dkr.ecr.{region}.{domain(region)}"
     return f"{registry}/pytorch:{PYTORCH}-{device}-amzn2023-sagemaker"
 
 
@@ -317,7 +332,10 @@ def first_type(target: SageMakerConfig) -> str:
 
 def machines(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
     """Return which machines a training job takes: of one kind, or the first that is free."""
-    volume = {"VolumeSizeInGB": target.disk_gb}
+    volume: dict[str, Any] = {"VolumeSizeInGB": target.disk_gb}
+    # AWS takes no key for the disks that a machine brings along: they are encrypted by themselves.
+    if target.kms_key and all(local_gb(name) is None for name in names_in(target.instance_type)):
+        volume["VolumeKmsKeyId"] = target.kms_key
     counted = [
         {"InstanceType": name, "InstanceCount": target.instances} for name in spec.instance_types
     ]
@@ -394,14 +412,14 @@ def start(spec: Spec, target: SageMakerConfig) -> dict[str, str]:
     return texts
 
 
-def channel(spec: Spec, name: str, place: str) -> dict[str, Any]:
-    """Return the channel that brings data/PLACE/ of the bucket into the container."""
+def channel(name: str, uri: str) -> dict[str, Any]:
+    """Return the channel that brings what lies below a place of S3's into the container."""
     return {
         "ChannelName": name,
         "DataSource": {
             "S3DataSource": {
                 "S3DataType": "S3Prefix",
-                "S3Uri": spec.uri("data", f"{place}/"),
+                "S3Uri": f"{uri.rstrip('/')}/",
                 "S3DataDistributionType": "FullyReplicated",
             }
         },
@@ -409,17 +427,30 @@ def channel(spec: Spec, name: str, place: str) -> dict[str, Any]:
     }
 
 
+def network(target: SageMakerConfig) -> dict[str, Any]:
+    """Return the network of the user's in which a job's machines stand, if there is one."""
+    if not target.subnets:
+        return {}
+    return {"VpcConfig": {"Subnets": target.subnets, "SecurityGroupIds": target.groups}}
+
+
 def definition(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
     """Return what a training job and a trial of a tuning job have in common."""
     inputs = [
-        channel(spec, name, place)
-        for name, place in ((CHANNEL, spec.data), (WEIGHTS_CHANNEL, spec.weights))
-        if place is not None
+        channel(name, uri)
+        for name, uri in (
+            (CHANNEL, spec.data_uri),
+            (WEIGHTS_CHANNEL, spec.weights and spec.uri("data", spec.weights)),
+        )
+        if uri is not None
     ]
     channels = {"InputDataConfig": inputs} if inputs else {}
     limits = {"MaxRuntimeInSeconds": round(3600 * spec.hours)}
     if target.spot:
         limits["MaxWaitTimeInSeconds"] = round(3600 * target.wait_hours)
+    output = {"S3OutputPath": spec.uri("runs", spec.run, "output")}
+    if target.kms_key:
+        output["KmsKeyId"] = target.kms_key
     environment = {"PYTHONUNBUFFERED": "1"}
     if spec.revision:
         environment["PACKHORSE_REVISION"] = spec.revision
@@ -431,7 +462,8 @@ def definition(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
         },
         "RoleArn": spec.role("training"),
         **channels,
-        "OutputDataConfig": {"S3OutputPath": spec.uri("runs", spec.run, "output")},
+        "OutputDataConfig": output,
+        **network(target),
         "StoppingCondition": limits,
         "EnableManagedSpotTraining": target.spot,
         "CheckpointConfig": {

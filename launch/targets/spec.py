@@ -18,7 +18,7 @@ from launch.cloud import s3
 from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt
-from launch.targets.base import NAMES, RUN, Spec, TargetConfig, fit, targets
+from launch.targets.base import NAMES, RUN, S3, Spec, TargetConfig, fit, targets
 from trainer.common.errors import UserError
 from trainer.common.paths import expanded
 from trainer.settings import config as settings
@@ -28,6 +28,7 @@ from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
 from trainer.settings.words import override, readable
 
 NO_ACCOUNT = "000000000000"  # stands in a plan where there are no credentials
+OURS = ("project", "run", "attempt", "Name")  # tags that say what is ours
 DIGEST = 16  # hexadecimal digits that tell folders of one name apart
 
 
@@ -78,13 +79,23 @@ def check_target(target: TargetConfig) -> None:
             f"target.project={target.project} is not allowed; "
             "allowed: 3 to 20 lower-case letters, digits and -, beginning with a letter"
         )
+    for key in target.given_tags:
+        if key in OURS:
+            raise UserError(
+                f"target.tags={target.tags}: the tag {key} is Packhorse's own; leave it out"
+            )
     targets()[target.name].check(target)
+
+
+def account_of(target: TargetConfig) -> Aws:
+    """Return the account and region that a target names."""
+    return Aws(target.project, target.region, target.bucket)
 
 
 def aws_of(overrides: Sequence[str]) -> Aws:
     """Return the account and region that overrides of the target name. Raise UserError."""
     target = load_target(overrides)
-    return Aws(target.project, target.region)
+    return account_of(target)
 
 
 def load_config(
@@ -119,9 +130,24 @@ def load_config(
             )
     if composed.data.labels is not None:
         _check_table(expanded(composed.data.labels), data)
-    name = pictures_name(data) if data else fit(Path(expanded(composed.data.root)).name, RUN)
+    name = given_name(str(composed.data.root)) if data is None else pictures_name(data)
     composed.data.root = targets()[target.name].data_root(name)
     return settings.load(composed), name
+
+
+def given_name(root: str) -> str:
+    """Return which pictures data.root names: s3://BUCKET/PREFIX whole, else a name in the bucket.
+
+    Raise UserError for what is no such place.
+    """
+    if not root.startswith(S3):
+        return fit(Path(expanded(root)).name, RUN)
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/\0]+)+/?", root):
+        raise UserError(
+            f"data.root={root} is not allowed; allowed: s3://BUCKET/PREFIX, below which train, "
+            "valid and test lie"
+        )
+    return root.rstrip("/")
 
 
 def resolved(target: TargetConfig, overrides: Sequence[str], data: Path | None = None) -> Resolved:

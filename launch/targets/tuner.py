@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -15,6 +16,7 @@ from launch.targets.base import Spec
 from launch.targets.rented import Rented
 from launch.targets.sagemaker import (
     SageMaker,
+    SageMakerConfig,
     checked,
     definition,
     for_job,
@@ -28,12 +30,20 @@ from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings import words
 from trainer.settings.compose import check_options, first_trial
-from trainer.settings.config import Config
+from trainer.settings.config import EPOCHS, Config, setting
 
 LEAST_RUNTIME = 120  # seconds of a tuning job's limit: SageMaker's own
 
 
+@dataclass
+class TunerConfig(SageMakerConfig):
+    warm_start: str | None = setting()
+    patience: int | None = setting(at_least=3, at_most=1000)
+    goal: float | None = setting(at_least=-1e9, at_most=1e9)
+
+
 class Tuner(SageMaker):
+    config = TunerConfig
     most_types = 6
     thing = "HyperParameterTuningJob"
     sweeps = True
@@ -140,12 +150,14 @@ def tuning_job(spec: Spec) -> Request:
         for override in for_job(fixed)
         if override.partition("=")[0].lstrip("+") not in tuned
     )
+    assert isinstance(target, TunerConfig)
     return Request(
         "sagemaker",
         "CreateHyperParameterTuningJob",
         {
             "HyperParameterTuningJobName": spec.job_name,
-            "HyperParameterTuningJobConfig": search(sweep, spec),
+            "HyperParameterTuningJobConfig": search(sweep, spec) | completion(target),
+            **warm_start(target),
             "TrainingJobDefinition": {
                 "StaticHyperParameters": static | start(spec, target),
                 **definition(spec, target),
@@ -154,6 +166,31 @@ def tuning_job(spec: Spec) -> Request:
             "Tags": spec.tag_list,
         },
     )
+
+
+def completion(target: TunerConfig) -> dict[str, Any]:
+    """Return what ends a search before its last trial, beside its ceiling."""
+    criteria: dict[str, Any] = {}
+    if target.patience is not None:
+        criteria["BestObjectiveNotImproving"] = {
+            "MaxNumberOfTrainingJobsNotImproving": target.patience
+        }
+    if target.goal is not None:
+        criteria["TargetObjectiveMetricValue"] = target.goal
+    return {"TuningJobCompletionCriteria": criteria} if criteria else {}
+
+
+def warm_start(target: TunerConfig) -> dict[str, Any]:
+    """Return the earlier tuning jobs whose trials this one learns from.
+
+    Their pictures and ranges may have been others: AWS calls that transfer learning.
+    """
+    names = [name.strip() for name in (target.warm_start or "").split(",") if name.strip()]
+    if not names:
+        return {}
+    parents = [{"HyperParameterTuningJobName": name} for name in names]
+    config = {"ParentHyperParameterTuningJobs": parents, "WarmStartType": "TransferLearning"}
+    return {"WarmStartConfig": config}
 
 
 def machines_of_trials(spec: Spec, disk_gb: int) -> dict[str, Any]:
@@ -176,6 +213,12 @@ def search(sweep: space.Sweep, spec: Spec) -> dict[str, Any]:
         # A grid has as many trials as it has points, and AWS takes no other number.
         points = ranges.get("CategoricalParameterRanges", [])
         trials = math.prod(len(entry["Values"]) for entry in points)
+    more: dict[str, Any] = {}
+    if (sweep.engine, sweep.sampler, sweep.pruner) == ("optuna", "random", "halving"):
+        # Random trials and successive halving: that is Hyperband (Li et al. 2018).
+        strategy, stops_early = "Hyperband", False
+        resource = {"MinResource": 1, "MaxResource": max(2, spec.config.train.epochs or EPOCHS)}
+        more = {"StrategyConfig": {"HyperbandStrategyConfig": resource}}
     parallel = min(sweep.parallel, trials)
     ceiling = {}
     if spec.paid_hours is not None:
@@ -183,6 +226,7 @@ def search(sweep: space.Sweep, spec: Spec) -> dict[str, Any]:
         ceiling = {"MaxRuntimeInSeconds": max(LEAST_RUNTIME, seconds)}
     return {
         "Strategy": strategy,
+        **more,
         "HyperParameterTuningJobObjective": {
             "Type": "Minimize" if sweep.minimize else "Maximize",
             "MetricName": sweep.objective,

@@ -60,7 +60,7 @@ fetch_and_train() {
   tar -xzf "$scratch/source.tar.gz" -C "$scratch/source" --no-same-owner
   if [ -n "$data" ]; then
     say "fetching the pictures"
-    aws s3 sync --only-show-errors "$bucket/data/$data" "$data_root"
+    aws s3 sync --only-show-errors "$data" "$data_root"
   fi
   if [ -n "$weights" ]; then
     say "fetching the weights"

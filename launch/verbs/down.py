@@ -36,14 +36,19 @@ def down(aws: Aws, every: float) -> int:
         log.info("s3://%s: deleted %d versions of objects", aws.bucket, s3.empty(aws))
     described = ours.describe()
     if described is not None and ours.is_ours(described):
+        for holder in teardown.holders(aws):
+            log.info("detaching %s", holder)
+            teardown.detach(aws, holder)
+        ours.mark_events()
         ours.delete_ours(described)
         if not _is_gone(ours):
             remaining.append(ours)
     for stack in remaining:
+        reasons = "; ".join(stack.failures()) or "its events in the console say why"
         log.error(
-            "%s: CloudFormation could not delete it; its events in the console say why; "
-            "then start down again",
+            "%s: CloudFormation could not delete it: %s; mend that, then start down again",
             stack.name,
+            reasons,
         )
     if remaining:
         return FAULT
@@ -78,11 +83,13 @@ def show(aws: Aws) -> None:
         log.info("deletes   notebook %s, with its disk", notebook["NotebookInstanceName"])
     for script in ownership.owned(aws, "NotebookInstanceLifecycleConfig"):
         log.info("deletes   notebook's script %s", script["NotebookInstanceLifecycleConfigName"])
+    for holder in teardown.holders(aws):
+        log.info("detaches  %s", holder)
     for name in ownership.stacks(aws):
         log.info("deletes   stack %s", name)
         for resource in Stack(aws, name).resources():
-            physical = resource.get("PhysicalResourceId", resource["LogicalResourceId"])
-            if physical not in SHARED_GROUPS:
+            physical = resource.get("PhysicalResourceId")
+            if physical and physical not in SHARED_GROUPS:
                 log.info("            %-26s %s", resource["ResourceType"], physical)
     owns = ownership.owns_bucket(aws)
     if owns:

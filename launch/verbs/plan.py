@@ -1,26 +1,37 @@
-"""`python -m launch plan`: what `submit` will send, and what it costs.
+"""`python -m launch plan`: what `submit` will do, how long it takes, and what it costs.
 
-Also what it may touch, and what is missing. Changes nothing; needs no credentials.
+Also what is missing. On one screen; --full adds what is sent, and what the machine may touch.
+Changes nothing; needs no credentials.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from launch.cloud.session import Aws
-from launch.planning import described, prepare
+from launch import pictures, readiness
+from launch.cloud.remedies import DENIED
+from launch.cloud.session import Aws, AwsError
+from launch.estimate import estimate
+from launch.planning import Plan, described, prepare
 from launch.targets import overdue
 from launch.targets.base import TargetConfig
-from launch.targets.spec import NO_ACCOUNT, load_target, split_overrides
+from launch.targets.instance_types import OFFERED
+from launch.targets.spec import NO_ACCOUNT, account_of, load_target, split_overrides
 from trainer.common.arguments import typed_path
 from trainer.common.console import command, log
 from trainer.common.errors import OK, UserError
 
+# Training pictures of the data sets that the trainer brings along.
+EMBEDDED_IMAGES = {"fashion_mnist": 2000}
+
 
 def show(what: dict[str, Any]) -> None:
-    """Print a plan (launch.planning.described)."""
+    """Print a plan (launch.planning.described and what `main` adds) on one screen."""
     log.info(
         "run       %s, attempt %d, in account %s, %s",
         what["run"],
@@ -28,10 +39,24 @@ def show(what: dict[str, Any]) -> None:
         what["account"],
         what["region"],
     )
-    for line in what["means"]:
-        log.info("means     %s", line)
     if what["state"]:
         log.info("before    %s", what["state"])
+    if not what["requests"]:
+        log.info("sends     nothing")
+    for line in what["means"]:
+        log.info("means     %s", line)
+    if what["pictures"]:
+        log.info("pictures  %s", what["pictures"])
+    show_cost(what)
+    for about, line in what["known"]:
+        log.info("%-9s %s", about, line)
+    for line in what["missing"]:
+        log.warning("missing: %s", line)
+
+
+def show_in_full(what: dict[str, Any]) -> None:
+    """Print all that is sent, where to, what the machine may touch, and whose prices these are."""
+    log.info("prices    %s", what["cost"]["basis"])
     for name, place in what["uploads"].items():
         if place:
             log.info("uploads   %s to %s", name, place)
@@ -42,41 +67,84 @@ def show(what: dict[str, Any]) -> None:
         log.info("sends     %s %s\n%s", request["service"], request["operation"], shown)
         if script is not None:
             log.info("UserData:\n%s", "\n".join(f"  | {line}" for line in script.splitlines()))
-    if not what["requests"]:
-        log.info("sends     nothing")
     for role, statements in what["may_touch"].items():
         log.info("may touch, as %s", role)
         for statement in statements:
             actions, resources = statement["actions"], statement["resources"]
             log.info("  %s\n    %s", statement["why"], ", ".join(actions))
             log.info("    on %s", ", ".join(resources))
-    show_cost(what["cost"])
-    for line in what["missing"]:
-        log.warning("missing: %s", line)
 
 
-def show_cost(cost: dict[str, Any]) -> None:
-    """Print what a plan costs (launch.planning.cost)."""
-    log.info(
-        "costs     %s, at most %g hours (%s)",
-        cost["machines"],
-        cost["time_limit_hours"],
-        cost["basis"],
-    )
-    this = " (this plan)" if cost["uses_spot"] else ""
-    for name, key in (("an hour", "per_hour"), ("at the time limit", "at_time_limit")):
-        if cost[key] is None:
-            continue
-        spot = cost[f"{key}_spot"]
-        text = f"${cost[key]:.2f}"
-        if spot is not None:
-            text += f", with spot about ${spot:.2f}{this}"
-        log.info("  %-18s %s", name, text)
+def show_cost(what: dict[str, Any]) -> None:
+    """Print on what a plan runs, how long, and what it costs."""
+    cost, expected = what["cost"], what["expected"]
+    hours = cost["time_limit_hours"]
+    took = ""
+    if expected:
+        took = f"about {_duration(expected['seconds'])} ({expected['by']}), "
+    log.info("runs      %s; %sat most %g h", cost["machines"], took, hours)
+    if cost["per_hour"] is None:
+        return
+    spot = cost["uses_spot"] and cost["per_hour_spot"] is not None
+    kind = "_spot" if spot else ""
+    parts = [f"${cost[f'per_hour{kind}']:.2f} an hour{' as spot' if spot else ''}"]
+    if not spot and cost["per_hour_spot"] is not None:
+        parts.append(f"as spot about ${cost['per_hour_spot']:.2f}")
+    if expected:
+        dollars = cost[f"per_hour{kind}"] * expected["seconds"] / 3600
+        parts.insert(0, f"about ${dollars:.2f} expected")
+    parts.append(f"${cost[f'at_time_limit{kind}']:.2f} at the time limit")
+    log.info("costs     %s (%s)", ", ".join(parts), cost["basis"].split(";")[0])
+    if what.get("ceiling"):
+        log.info("ceiling   $%.2f for the whole run", what["ceiling"]["dollars"])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90 * 60:
+        return f"{max(1, round(seconds / 60))} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def expected(plan: Plan, images: int | None) -> dict[str, Any] | None:
+    """Return how long the run takes, and by what that is known; None where nothing tells.
+
+    images: of training; None: not known.
+    """
+    spec = plan.spec
+    known = [each for each in OFFERED if each.name == spec.target.instance_type and each.trains]
+    if not known or images is None or not spec.kind.trains:
+        return None
+    machine = dataclasses.replace(known[0], count=spec.instances)
+    took = estimate(machine, spec.config, images)
+    if took is None:
+        return None
+    return {
+        "seconds": took.run(spec.config, images),
+        "by": "by the network's arithmetic, see docs/instances.md",
+    }
+
+
+def looked_up(aws: Aws | None, plan: Plan, what: dict[str, Any], data: Path | None) -> None:
+    """Add to a plan as data what its pictures and AWS say: pictures, expected, known, missing."""
+    spec = plan.spec
+    images = EMBEDDED_IMAGES.get(spec.config.data.source)
+    what["pictures"] = None
+    if data is not None:
+        try:
+            what["pictures"], images = pictures.look(spec.target, spec.overrides, data)
+        except UserError as error:
+            what["missing"].append(f"pictures that can be trained on: {error}")
+    what["expected"] = expected(plan, images)
+    what["known"] = []
+    if aws is not None and plan.requests:
+        ready = readiness.ask(aws, plan)
+        what["known"] = ready.known
+        what["missing"] += ready.missing
 
 
 def connect(target: TargetConfig) -> tuple[Aws | None, str]:
     """Return AWS, or None and why it can't be asked."""
-    aws = Aws(target.project, target.region)
+    aws = account_of(target)
     try:
         if aws.has_credentials() and aws.account:
             return aws, ""
@@ -86,6 +154,22 @@ def connect(target: TargetConfig) -> tuple[Aws | None, str]:
         f"credentials: there are none, so account {NO_ACCOUNT} stands for yours; "
         "sign in with aws sso login or aws configure"
     )
+
+
+def planned(
+    aws: Aws | None, target: TargetConfig, options: argparse.Namespace
+) -> tuple[Aws | None, Plan, str]:
+    """Return AWS and the plan; no AWS, and why, where this user may not look at what is there.
+
+    Raise UserError, AwsError.
+    """
+    words = target, options.overrides, options.data, options.again
+    try:
+        return aws, prepare(aws, *words), ""
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return None, prepare(None, *words), f"what is there already, since AWS refuses: {error}"
 
 
 def job_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
@@ -113,6 +197,9 @@ def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
     parser = job_parser("plan", __doc__)
     parser.add_argument("--json", action="store_true", help="the plan as one JSON document")
+    parser.add_argument(
+        "--full", action="store_true", help="also what is sent, and what the machine may touch"
+    )
     options = parser.parse_intermixed_args(rest)
     if options.json:
         log.setLevel(logging.WARNING)  # the document alone on standard output
@@ -120,11 +207,15 @@ def main(arguments: Sequence[str]) -> int:
     aws, offline = connect(target)
     if aws is not None:
         overdue.warn(aws, targets)
-    plan = prepare(aws, target, options.overrides, options.data, options.again)
-    what = described(aws, plan, options.data, offline)
+    aws, plan, denied = planned(aws, target, options)
+    what = described(aws, plan, options.data, offline or denied)
+    looked_up(aws, plan, what, options.data)
     if options.json:
         print(json.dumps(what, indent=2, default=str))
     else:
+        if options.full:
+            show_in_full(what)
         show(what)
-        log.info("next:\n  %s", command("launch", "submit", *arguments))
+        words = [word for word in arguments if word != "--full"]
+        log.info("next:\n  %s", command("launch", "submit", *words))
     return OK

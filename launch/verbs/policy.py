@@ -11,10 +11,11 @@ from typing import Any
 
 from launch.audit.account import needed_policy
 from launch.cloud import account_stack
-from launch.cloud.account_stack import Statement
+from launch.cloud.account_stack import DEPLOYER, TEMPLATE, Place, Statement
+from launch.cloud.cloudformation import load
 from launch.cloud.session import bucket_name, partition
 from launch.targets.spec import NO_ACCOUNT, aws_of, split_overrides
-from trainer.common.errors import OK
+from trainer.common.errors import OK, UserError
 
 SERVING = Path(__file__).parents[2] / "serving" / "stack.yaml"
 
@@ -25,6 +26,7 @@ PARTS = {
     "launcher": (
         "whoever starts and watches jobs: plan, submit, status, logs, stop, fetch, cost, prices"
     ),
+    "deployer": "whoever makes and removes the foundation: up, down",
     "training": "a SageMaker training job, and SageMaker for it",
     "ec2": "an EC2 machine that trains",
     "notebook": "the notebook: the launcher's, and its own log",
@@ -34,18 +36,22 @@ PARTS = {
 }
 
 
-def permissions(part: str, project: str, account: str, region: str) -> list[Statement]:
+def permissions(part: str, place: Place) -> list[Statement]:
     """Return what a part may do, as IAM will read it. part: one of PARTS."""
+    project, account, region = place.project, place.account, place.region
     if part in SERVING_PARTS:
         names = _serving_names(project, account, region)
         return account_stack.statements(SERVING, SERVING_PARTS[part], names)
+    if part == "deployer":
+        told = {"Project": project, "AWS::AccountId": account, "AWS::Region": region}
+        return account_stack.statements(DEPLOYER, ("DeployerPolicy",), told)
     if part == "audit":
         reason = (
             "The audit reads settings, of the whole account, since what is dangerous may lie "
             "anywhere. No action reads data, logs or code."
         )
         return [Statement(each["Sid"], reason, each) for each in needed_policy()["Statement"]]
-    return account_stack.permissions(part, project, account, region)
+    return account_stack.permissions(part, place)
 
 
 def document(statements: Sequence[Statement]) -> dict[str, Any]:
@@ -93,13 +99,28 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--account", help="the account's id (default: that of the credentials, where there are any)"
     )
-    options = parser.parse_args(rest)
+    parser.add_argument(
+        "parameters",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="parameters that up was given, like Image=ARN: a part may do more with some",
+    )
+    options = parser.parse_intermixed_args(rest)
+    parameters = dict(each.partition("=")[::2] for each in options.parameters)
+    unknown = ", ".join(parameters.keys() - load(TEMPLATE)["Parameters"].keys())
+    if unknown:
+        raise UserError(
+            f"{unknown}: there is no such parameter; "
+            f"allowed: {', '.join(load(TEMPLATE)['Parameters'])}"
+        )
     aws = aws_of(targets)
     region = aws.configured_region
     account = options.account
     if not account:
         account = aws.account if region and aws.has_credentials() else NO_ACCOUNT
-    statements = permissions(options.part, aws.project, account, region or "us-east-1")
+    statements = permissions(
+        options.part, Place(aws.project, account, region or "us-east-1", parameters)
+    )
     if options.json:
         print(json.dumps(document(statements), indent=2))
         return OK

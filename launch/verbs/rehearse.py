@@ -20,8 +20,8 @@ from launch.targets.spec import load_target, resolved, split_overrides, weights_
 from trainer.common.arguments import typed_path, whole
 from trainer.common.console import command, log
 from trainer.common.errors import MISTAKE, OK, RESUME, UserError
-from trainer.common.interrupt import heeded
 from trainer.common.paths import expanded
+from trainer.common.sessions import heeded
 
 
 def main(arguments: Sequence[str]) -> int:

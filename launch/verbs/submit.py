@@ -5,17 +5,23 @@ Every step sees what an earlier, killed submit has done already, so the same com
 """
 
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from launch.cloud.session import NO_CAPACITY, Aws, AwsError
-from launch.planning import Plan, next_attempt, prepare
+from launch import pictures
+from launch.cloud.confirm import confirmed
+from launch.cloud.remedies import NO_CAPACITY
+from launch.cloud.session import Aws, AwsError
+from launch.planning import Plan, described, next_attempt, prepare
 from launch.submission import ask_until_free, pause, submit, wait, with_elsewhere
 from launch.targets import overdue
 from launch.targets.base import console_url, of
 from launch.targets.spec import (
+    account_of,
     choose,
     load_target,
     noted_spec,
@@ -24,7 +30,7 @@ from launch.targets.spec import (
     weights_folder,
 )
 from launch.verbs.arguments import add_every
-from launch.verbs.plan import job_parser
+from launch.verbs.plan import expected, job_parser, show_cost
 from trainer.common.console import command, log
 from trainer.common.errors import OK, UserError
 
@@ -49,9 +55,25 @@ def _as_noted(aws: Aws, options: Namespace, targets: Sequence[str]) -> Plan:
             changed: Any = spec.target
             changed = replace(changed, max_dollars=given.max_dollars)
             spec = replace(spec, target=changed)
-        elif key not in ("target", "target.project", "target.region"):
+        elif key not in ("target", "target.project", "target.region", "target.bucket"):
             raise UserError(f"{word}: {attempt.run} goes on as it was submitted; leave it out")
     return next_attempt(aws, spec.kind.pinned(spec, attempt), b"", options.again)
+
+
+def agreed(aws: Aws, plan: Plan, data: Path | None, yes: bool) -> bool:
+    """Repeat what a plan costs; ask on a terminal. Raise UserError for pictures of no use."""
+    if not plan.requests:
+        return True
+    images = None
+    if data is not None:
+        line, images = pictures.look(plan.spec.target, plan.spec.overrides, data)
+        log.info("pictures  %s", line)
+    what = described(aws, plan, data, "")
+    what["expected"] = expected(plan, images)
+    show_cost(what)
+    if yes or not sys.stdin.isatty():
+        return True
+    return confirmed("Rent it?", yes)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,10 +85,11 @@ def main(arguments: Sequence[str]) -> int:
         help="wait for a machine where AWS has none, follow the log to the end, and ask again for "
         "a spot machine that AWS took back",
     )
+    parser.add_argument("--yes", action="store_true", help="do not ask, on a terminal either")
     add_every(parser, 10, "with --wait: how often AWS is asked")
     options = parser.parse_intermixed_args(rest)
     target = load_target(targets)
-    aws = Aws(target.project, target.region)
+    aws = account_of(target)
     weights = None
     runs = [word for word in options.overrides if "=" not in word]
     if runs:
@@ -77,6 +100,9 @@ def main(arguments: Sequence[str]) -> int:
         overdue.warn(aws, targets)
         plan = prepare(aws, target, options.overrides, options.data, options.again)
         weights = weights_folder(target, options.overrides, options.data)
+    if not agreed(aws, plan, options.data, options.yes):
+        log.info("nothing was sent")
+        return OK
     try:
         attempt = submit(aws, plan, options.data, weights)
     except AwsError as error:

@@ -80,8 +80,8 @@ def _clear_away(stack: AccountStack, before: Mapping[str, Any]) -> None:
     after = stack.settle()
     if after is not None:
         raise UserError(
-            f"{stack.name}: it can't be deleted ({after['StackStatus']}); its events in the "
-            "CloudFormation console say why"
+            f"{stack.name}: it can't be deleted ({after['StackStatus']}): "
+            f"{'; '.join(stack.failures()) or 'its events in the console say why'}"
         )
 
 

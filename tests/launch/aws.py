@@ -12,6 +12,7 @@ What the layer adds to moto 5.2:
   moto lacks: StopTrainingJob, DeleteTrainingJob, StopHyperParameterTuningJob,
   ListTrainingJobsForHyperParameterTuningJob, ListNotebookInstanceLifecycleConfigs, and the Price
   List's GetProducts;
+- the default VPC has a way to the internet, and Service Quotas answers (`/strict/quota`);
 - CloudFormation refuses a stack or a change set that is there already, and a change set is executed
   once;
 - a resource that outlives its stack (DeletionPolicy: Retain) stays where an update drops it; an
@@ -45,6 +46,7 @@ import base64
 import copy
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -79,6 +81,16 @@ ACCOUNT = "123456789012"
 REGION = "us-east-1"
 DLAMI = "/aws/service/deeplearning/ami/"
 RUNNING = "InProgress"
+# SageMaker's quotas: number and name.
+LISTED_QUOTAS = [
+    (f"L-{number:08X}", f"{machine} for {use} usage")
+    for number, (machine, use) in enumerate(
+        itertools.product(
+            ("ml.p3.2xlarge", "ml.g4dn.xlarge", "ml.m5.2xlarge", "ml.m5.large", "ml.t3.medium"),
+            ("training job", "spot training job", "notebook instance", "endpoint"),
+        )
+    )
+]
 PRICES = json.loads(
     (Path(__file__).parents[2] / "launch/cloud/prices.json").read_text(encoding="utf-8")
 )["regions"][REGION]["hours"]
@@ -115,6 +127,8 @@ class Strict:
         self._late = 0
         self._unseen: dict[str, int] = {}  # id or name -> answers in which it is not there yet
         self._named = False  # whether the client of the call at hand says who it is
+        self._quotas: dict[str, float] = {}  # by number, or name
+        self._closed = False  # whether the default VPC has no way out
         self._record.write_text("")
 
     def __call__(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
@@ -233,6 +247,8 @@ class Strict:
     def refuse(self, operation: str, code: str, message: str = "") -> None:
         """Answers the next call of an operation by an error."""
         self._refuse[operation] = (code, message)
+        if not code:  # no longer
+            del self._refuse[operation]
 
     def rude(self, how: str, answers: int, operation: str = "") -> None:
         """Answers the next so many calls of clients with a name badly. how: see `_rudely`."""
@@ -280,6 +296,14 @@ class Strict:
         found.state_reason.code, found.state_reason.message = code, message or code
         ended = utcnow() - timedelta(hours=hours)
         found._reason = f"Server or user ({ended:%Y-%m-%d %H:%M:%S GMT})"
+
+    def quota(self, number: str, value: float) -> None:
+        """Sets a quota of the account, by its number or its name."""
+        self._quotas[number] = value
+
+    def close(self) -> None:
+        """The default VPC has no way out, until `reset`."""
+        self._closed = True
 
     def age(self, instance: str, hours: float) -> None:
         """Lets an instance have started so many hours ago."""
@@ -521,6 +545,34 @@ class Strict:
         self._made(parameters["NotebookInstanceName"])
         return forward()
 
+    def _UpdateNotebookInstance(self, parameters, region, forward, start) -> list[bytes]:
+        notebooks = get_backend("sagemaker")[ACCOUNT][region].notebook_instances
+        notebook = _known(notebooks, parameters["NotebookInstanceName"])
+        if notebook.status != "Stopped":
+            raise Refused("ValidationException", f"Status ({notebook.status}) not in ([Stopped]).")
+        notebook.instance_type = parameters.get("InstanceType", notebook.instance_type)
+        size = parameters.get("VolumeSizeInGB", notebook.volume_size_in_gb)
+        notebook.volume_size_in_gb = size
+        return _answer(start, "200 OK", b"{}")
+
+    def _UpdateNotebookInstanceLifecycleConfig(
+        self, parameters, region, forward, start
+    ) -> list[bytes]:
+        scripts = get_backend("sagemaker")[ACCOUNT][
+            region
+        ].notebook_instance_lifecycle_configurations
+        script = _known(scripts, parameters["NotebookInstanceLifecycleConfigName"])
+        script.on_create, script.on_start = parameters["OnCreate"], parameters["OnStart"]
+        return _answer(start, "200 OK", b"{}")
+
+    def _CreatePresignedNotebookInstanceUrl(
+        self, parameters, region, forward, start
+    ) -> list[bytes]:
+        name = parameters["NotebookInstanceName"]
+        _known(get_backend("sagemaker")[ACCOUNT][region].notebook_instances, name)
+        url = f"https://{name}.notebook.{region}.sagemaker.aws?authToken=x"
+        return _answer(start, "200 OK", json.dumps({"AuthorizedUrl": url}).encode())
+
     def _DescribeNotebookInstance(self, parameters, region, forward, start) -> list[bytes]:
         if self._not_yet(parameters["NotebookInstanceName"]):
             raise Refused("ValidationException", "RecordNotFound")
@@ -714,6 +766,52 @@ class Strict:
             if named
             else _answer(start, "200 OK", b'{"events": []}')
         )
+
+    def _DescribeRouteTables(self, parameters, region, forward, start) -> list[bytes]:
+        """The default VPC has a way to the internet, as AWS makes it and moto doesn't."""
+        backend = get_backend("ec2")[ACCOUNT][region]
+        [vpc] = [each for each in backend.vpcs.values() if each.is_default]
+        [table] = [
+            each
+            for each in backend.route_tables.values()
+            if each.vpc_id == vpc.id and each.main_association_id
+        ]
+        if len(table.routes) == 1 and not self._closed:
+            gateway = backend.create_internet_gateway()
+            backend.attach_internet_gateway(gateway.id, vpc.id)
+            backend.create_route(table.id, "0.0.0.0/0", gateway_id=gateway.id)
+        return forward()
+
+    def _GetSpotPlacementScores(self, parameters, region, forward, start) -> list[bytes]:
+        score = f"<item><region>{region}</region><score>7</score></item>"
+        text = f"<spotPlacementScoreSet>{score}</spotPlacementScoreSet>"
+        body = f"<GetSpotPlacementScoresResponse>{text}</GetSpotPlacementScoresResponse>"
+        return _answer(start, "200 OK", body.encode(), "text/xml")
+
+    def _GetServiceQuota(self, parameters, region, forward, start) -> list[bytes]:
+        """Of what was never asked for, AWS has no value of its own here."""
+        number = parameters["QuotaCode"]
+        name = dict(LISTED_QUOTAS).get(number, number)
+        if name == number and number not in self._quotas:
+            raise Refused("NoSuchResourceException", "The request failed because it does not exist")
+        quota = {"QuotaCode": number, "QuotaName": name, "Value": self._quotas.get(name, 4.0)}
+        return _answer(start, "200 OK", json.dumps({"Quota": quota}).encode())
+
+    def _GetAWSDefaultServiceQuota(self, parameters, region, forward, start) -> list[bytes]:
+        quota = {"QuotaCode": parameters["QuotaCode"], "Value": 64.0}
+        return _answer(start, "200 OK", json.dumps({"Quota": quota}).encode())
+
+    def _ListServiceQuotas(self, parameters, region, forward, start) -> list[bytes]:
+        """In pages, as AWS lists the thousands of SageMaker's."""
+        first = int(parameters.get("NextToken", 0))
+        page = [
+            {"QuotaName": name, "QuotaCode": number, "Value": self._quotas.get(name, 4.0)}
+            for number, name in LISTED_QUOTAS[first : first + 8]
+        ]
+        answer: dict[str, Any] = {"Quotas": page}
+        if first + 8 < len(LISTED_QUOTAS):
+            answer["NextToken"] = str(first + 8)
+        return _answer(start, "200 OK", json.dumps(answer).encode())
 
     def _GetProducts(self, parameters, region, forward, start) -> list[bytes]:
         wanted = {each["Field"]: each["Value"] for each in parameters["Filters"]}

@@ -22,7 +22,7 @@ import boto3
 import pytest
 
 from launch import __main__ as command_line
-from launch.cloud import s3
+from launch.cloud import quotas, s3
 from launch.cloud.request import core_session
 from launch.targets.base import targets
 from launch.targets.spec import load_config, load_target
@@ -168,8 +168,9 @@ def founded(record: Path) -> Iterator[Cloud]:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_digests(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is known of the tests' pictures doesn't go into the user's cache."""
-    s3.DIGESTS = tmp_path_factory.mktemp("digests")
+    """What is known of the tests' pictures and quotas doesn't go into the user's cache."""
+    s3.DIGESTS = tmp_path_factory.mktemp("cache") / "digests"
+    quotas.NUMBERS = s3.DIGESTS.with_name("quotas.json")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import pytest
 
 from launch import __main__ as launch
 from launch.audit.finding import RULES
-from launch.cloud import account_stack, cloudformation, prices
+from launch.cloud import account_stack, cloudformation, prices, quotas
 from launch.verbs.audit import FOUND
 from launch.verbs.policy import PARTS
 from tests.conftest import PROJECT, make_pictures
@@ -66,8 +66,16 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     to `cloud` already.
     """
     patch.setenv("HOME", str(directory))
-    printed("up", "--yes", "--every", "0.05")  # by an administrator, so not of the record
-    found: dict[str, list[Ask]] = {"launcher": [], "lambda": [], "audit": []}
+    patch.setattr(quotas, "NUMBERS", directory / "quotas.json")
+    found: dict[str, list[Ask]] = {"deployer": [], "launcher": [], "lambda": [], "audit": []}
+
+    def deploy(verb: str) -> None:
+        before = len(cloud.calls())
+        printed(verb, "--yes", "--every", "0.05")
+        for call in cloud.calls()[before:]:
+            found["deployer"] += asks_of(call, verb)
+
+    deploy("up")
 
     def run(*arguments: str, codes: Iterable[int] = (OK,)) -> str:
         before = len(cloud.calls())
@@ -125,11 +133,38 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
         run("stop", name)
     run("stop", "ec2", "--now")
     run("submit", "target=notebook")
+    run("connect", "notebook")
+    run("delete", "notebook", "--yes", "--every", "0.05")
     # The refreshed prices are this account's, not the user's.
     patch.setattr(prices, "REFRESHED", directory / "prices.json")
     run("prices", "--refresh")
     found["lambda"] += _invoke(cloud, patch)
+    _seed_what_down_ends(cloud)
+    deploy("down")
     return found
+
+
+def _seed_what_down_ends(cloud: Cloud) -> None:
+    """A machine, jobs, a disk, an upload that was cut short, and policies that somebody has."""
+    for target in (
+        ["target=ec2"],
+        ["target=sagemaker"],
+        ["target=tuner", "sweep=head"],
+        ["target=notebook"],
+    ):
+        printed("submit", *target, f"name=last-{target[0].split('=')[1]}")
+    ec2, iam, s3 = cloud.client("ec2"), cloud.client("iam"), cloud.client("s3")
+    tags = [{"Key": "project", "Value": "packhorse"}]
+    ec2.create_volume(
+        AvailabilityZone=f"{REGION}a",
+        Size=1,
+        TagSpecifications=[{"ResourceType": "volume", "Tags": tags}],
+    )
+    s3.create_multipart_upload(Bucket=BUCKET, Key="runs/r/output/half")
+    iam.create_group(GroupName="vision")
+    policy = f"arn:aws:iam::{ACCOUNT}:policy/packhorse-launcher-{REGION}"
+    iam.attach_user_policy(UserName="ann", PolicyArn=policy)
+    iam.attach_group_policy(GroupName="vision", PolicyArn=policy)
 
 
 def _seed_endpoint(cloud: Cloud) -> None:
@@ -193,7 +228,7 @@ def _seed_more(cloud: Cloud) -> None:
     rewrite_role_policies(cloud)
     cloud.client("iam").create_user(UserName="ann")
     zipped = b"PK\x05\x06" + bytes(18)
-    role = f"arn:aws:iam::{ACCOUNT}:role/packhorse-training"
+    role = f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1"
     cloud.client("lambda").create_function(
         FunctionName=SERVING,
         Runtime="python3.13",

@@ -18,10 +18,20 @@ from typing import Any
 import yaml
 
 from launch.audit.account import CALLS
+from launch.cloud.account_stack import Place
 from launch.verbs.policy import PARTS, document, permissions
 from tests.conftest import PROJECT
 
 ACCOUNT, REGION, PROJECT_NAME = "123456789012", "us-east-1", "packhorse"
+# All that `up` can be told, so that what it grants besides is proven too.
+PARAMETERS = {
+    "Image": f"arn:aws:ecr:{REGION}:{ACCOUNT}:repository/own-image",
+    "PicturesBucket": "photos",
+    "PicturesPrefix": "dogs/",
+    "KmsKey": f"arn:aws:kms:{REGION}:{ACCOUNT}:key/own",
+    "OwnNetwork": "yes",
+}
+PLACE = Place(PROJECT_NAME, ACCOUNT, REGION, PARAMETERS)
 BUCKET = f"{PROJECT_NAME}-{ACCOUNT}-{REGION}"
 SIMULATOR = "@cloud-copilot/iam-simulate"  # its version: tests/launch/npm
 OURS = {"aws:ResourceTag/project": PROJECT_NAME}
@@ -44,16 +54,16 @@ class Ask:
 
 
 def policy(part: str) -> dict[str, Any]:
-    return document(permissions(part, PROJECT_NAME, ACCOUNT, REGION))
+    return document(permissions(part, PLACE))
 
 
 def effective_policy(part: str) -> dict[str, Any]:
     """With what else is attached to the role: the notebook is a launcher too."""
-    statements = permissions(part, PROJECT_NAME, ACCOUNT, REGION)
+    statements = permissions(part, PLACE)
     return document(
         [
             *statements,
-            *(permissions("launcher", PROJECT_NAME, ACCOUNT, REGION) if part == "notebook" else []),
+            *(permissions("launcher", PLACE) if part == "notebook" else []),
         ]
     )
 
@@ -99,6 +109,7 @@ def asks_of(call: Mapping[str, Any], by: str) -> list[Ask]:
     Reference.
     """
     name, given = _named(call)
+    operations = OPERATIONS if by not in ("up", "down") else OPERATIONS | DEPLOYS
     ours = (
         OURS if call["service"] == "sagemaker" and call["status"] == 200 else {}
     )  # what is not there has no tags
@@ -109,7 +120,7 @@ def asks_of(call: Mapping[str, Any], by: str) -> list[Ask]:
             {**ask.context, **(ours if ask.on_what_is_there else {})},
             f"{by}: {name}",
         )
-        for ask in OPERATIONS[call["service"], name](given)
+        for ask in operations[call["service"], name](given)
     ]
 
 
@@ -312,6 +323,20 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
         ("sagemaker", f"{verb}NotebookInstance"): _sagemaker(f"{verb}NotebookInstance", *NOTEBOOK)
         for verb in ("Describe", "Start", "Stop")
     },
+    **{
+        ("sagemaker", name): _sagemaker(name, *NOTEBOOK)
+        for name in (
+            "CreatePresignedNotebookInstanceUrl",
+            "DeleteNotebookInstance",
+            "UpdateNotebookInstance",
+        )
+    },
+    **{
+        ("sagemaker", f"{verb}NotebookInstanceLifecycleConfig"): _sagemaker(
+            f"{verb}NotebookInstanceLifecycleConfig", *SCRIPT
+        )
+        for verb in ("Delete", "Update")
+    },
     ("sagemaker", "DescribeNotebookInstanceLifecycleConfig"): _sagemaker(
         "DescribeNotebookInstanceLifecycleConfig", *SCRIPT
     ),
@@ -333,12 +358,24 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
         ("ec2", name): _everything(f"ec2:{name}")
         for name in (
             "DescribeInstances",
-            "DescribeVolumes",
-            "DescribeSpotPriceHistory",
             "DescribeInstanceTypeOfferings",
+            "DescribeRouteTables",
+            "DescribeSpotPriceHistory",
+            "DescribeSubnets",
+            "DescribeVolumes",
             "GetSpotPlacementScores",
         )
     },
+    **{
+        ("servicequotas", name): _everything(f"servicequotas:{name}")
+        for name in ("GetAWSDefaultServiceQuota", "ListServiceQuotas")
+    },
+    ("servicequotas", "GetServiceQuota"): lambda given: [
+        Ask(
+            "servicequotas:GetServiceQuota",
+            _arn("servicequotas", f"{given['ServiceCode']}/{given['QuotaCode']}"),
+        )
+    ],
     ("ec2", "GetConsoleOutput"): lambda given: [
         Ask("ec2:GetConsoleOutput", _arn("ec2", f"instance/{given['InstanceId']}"), OURS)
     ],
@@ -349,6 +386,56 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
         Ask("logs:FilterLogEvents", _arn("logs", f"log-group:{given['logGroupName']}:*"))
     ],
     ("pricing", "GetProducts"): _everything("pricing:GetProducts"),
+}
+
+
+DEPLOYS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
+    **{
+        ("cloudformation", name): lambda given, name=name: [
+            Ask(
+                f"cloudformation:{name}",
+                _arn("cloudformation", f"stack/{given['StackName']}/0123"),
+            )
+        ]
+        for name in (
+            "CreateChangeSet",
+            "DeleteChangeSet",
+            "DeleteStack",
+            "DescribeChangeSet",
+            "DescribeStackEvents",
+            "ExecuteChangeSet",
+            "ListStackResources",
+        )
+    },
+    ("cloudformation", "DescribeStacks"): _everything("cloudformation:DescribeStacks"),
+    ("s3", "GetBucketTagging"): _s3("GetBucketTagging", bucket_level=True),
+    ("s3", "ListMultipartUploads"): _s3("ListBucketMultipartUploads", bucket_level=True),
+    ("s3", "AbortMultipartUpload"): _s3("AbortMultipartUpload"),
+    ("s3", "DeleteObjects"): _s3("DeleteObjectVersion"),  # by their versions alone
+    **{
+        ("sagemaker", f"List{kind}s"): _sagemaker(f"List{kind}s")
+        for kind in ("HyperParameterTuningJob", "NotebookInstanceLifecycleConfig")
+    },
+    ("sagemaker", "DeleteTrainingJob"): _sagemaker("DeleteTrainingJob", *TRAINING),
+    ("sagemaker", "DeleteHyperParameterTuningJob"): _sagemaker(
+        "DeleteHyperParameterTuningJob", *TUNING
+    ),
+    ("ec2", "DeleteVolume"): lambda given: [
+        Ask("ec2:DeleteVolume", _arn("ec2", f"volume/{given['VolumeId']}"), OURS)
+    ],
+    ("iam", "ListEntitiesForPolicy"): lambda given: [
+        Ask("iam:ListEntitiesForPolicy", given["PolicyArn"])
+    ],
+    **{
+        ("iam", f"Detach{kind}Policy"): lambda given, kind=kind: [
+            Ask(
+                f"iam:Detach{kind}Policy",
+                f"arn:aws:iam::{ACCOUNT}:{kind.lower()}/{given[f'{kind}Name']}",
+                {"iam:PolicyARN": given["PolicyArn"]},
+            )
+        ]
+        for kind in ("Group", "User")
+    },
 }
 
 
@@ -443,7 +530,7 @@ class Grant:
 def grants(part: str) -> list[Grant]:
     return [
         Grant(statement.sid, statement.reason, action, resource)
-        for statement in permissions(part, PROJECT_NAME, ACCOUNT, REGION)
+        for statement in permissions(part, PLACE)
         for action in statement.actions
         for resource in statement.resources
         if _fits(action, resource)

@@ -1,21 +1,25 @@
 """The command line itself: quick, helpful, and one line for each mistake, AWS's errors included."""
 
+import hashlib
+import json
 import os
 import resource
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from botocore.exceptions import (
-    ClientError,
     EndpointConnectionError,
     NoCredentialsError,
     NoRegionError,
     ProfileNotFound,
 )
+from botocore.parsers import ResponseParserError
 
 from launch.__main__ import VERBS
-from launch.cloud.session import explained
+from launch.cloud.session import Aws, explained
 from launch.targets.base import NAMES
 from tests.conftest import PROJECT
 from trainer.common.errors import MISTAKE, OK
@@ -64,7 +68,7 @@ def test_help_is_answered_at_once_and_names_every_verb():
 @pytest.mark.parametrize("target", NAMES)
 def test_plan_works_without_credentials(target):
     more = ["sweep=head"] if target == "tuner" else []
-    code, printed = launch("plan", f"target={target}", *more)
+    code, printed = launch("plan", f"target={target}", *more, "--full")
     assert code == OK, printed
     assert (
         "000000000000" in printed
@@ -105,40 +109,107 @@ def test_a_mistake_is_one_line_with_a_remedy(arguments):
     )
 
 
-def client_error(code: str, message: str = "") -> ClientError:
-    return ClientError({"Error": {"Code": code, "Message": message}}, "RunInstances")
-
-
 ERRORS = {
-    "no such machine free": client_error("InsufficientInstanceCapacity"),
-    "quota": client_error(
-        "VcpuLimitExceeded",
-        "You have requested more vCPU capacity than your current vCPU limit of 0 allows",
-    ),
-    "quotas": client_error(
-        "ResourceLimitExceeded",
-        "The account-level service limit 'ml.g4dn.xlarge for training job usage' is 0 Instances",
-    ),
-    "have expired": client_error("ExpiredToken"),
-    "does not know these credentials": client_error("InvalidClientTokenId"),
-    "wait a minute": client_error("ThrottlingException", "Rate exceeded"),
-    "another region": client_error("OptInRequired"),
-    "python -m launch up": client_error("NoSuchBucket"),
-    "sagemaker:CreateTrainingJob": client_error(
-        "AccessDeniedException",
-        "User: x is not authorized to perform: sagemaker:CreateTrainingJob on resource: y",
-    ),
-    "policy --for launcher": client_error(
-        "UnauthorizedOperation", "You are not authorized to perform this operation."
-    ),
     "aws sso login": NoCredentialsError(),
     "AWS_PROFILE": ProfileNotFound(profile="nobody"),
     "target.region": NoRegionError(),
     "check the network": EndpointConnectionError(endpoint_url="https://nowhere"),
+    "nobody can be asked here": EOFError("Enter MFA code"),
+    "credential_process": json.JSONDecodeError("Expecting value", "hello", 0),
+    "a whole address": ValueError("Invalid endpoint: localhost:99"),
+    "it is not AWS's": ResponseParserError("not well-formed"),
 }
 
 
 @pytest.mark.parametrize("remedy", ERRORS)
-def test_an_error_of_aws_is_one_line_with_a_remedy(remedy):
+def test_whatever_goes_wrong_before_aws_answers_is_one_line_with_a_remedy(remedy):
     line = str(explained(ERRORS[remedy], "ec2:RunInstances"))
     assert remedy in line and "\n" not in line
+
+
+class WebPage(BaseHTTPRequestHandler):
+    """What answers in the place of AWS in a hotel."""
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        page = b"<html><body><p>Welcome</p></body></html>"
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    do_GET = do_POST = do_PUT = do_HEAD = answer  # noqa: N815 (http.server's names)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+PROFILES = """
+[profile keys]
+[profile mfa]
+role_arn = arn:aws:iam::123456789012:role/x
+source_profile = keys
+mfa_serial = arn:aws:iam::123456789012:mfa/me
+[profile process]
+credential_process = echo hello
+"""
+KEYS = "[keys]\naws_access_key_id = a\naws_secret_access_key = b\n"
+# Of a user's machine: its profile, the verb, and what is said of it.
+MACHINES = {
+    "MFA": ("mfa", ["status"], "asks for an MFA code, and nobody can be asked here"),
+    "no JSON": ("process", ["status"], "correct credential_process"),
+    "no scheme": ("keys", ["status"], "Invalid endpoint: localhost:99"),
+    "a page for XML": ("keys", ["up", "--yes"], "cloudformation:DescribeStacks: the answer is"),
+    "a page for JSON": ("keys", ["prices", "--refresh"], "the answer is a web page"),
+}
+
+
+@pytest.mark.parametrize("kind", MACHINES)
+def test_a_users_machine_that_is_not_ready_is_one_line(kind, tmp_path):
+    profile, verb, said = MACHINES[kind]
+    (tmp_path / "config").write_text(PROFILES)
+    (tmp_path / "credentials").write_text(KEYS)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WebPage)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    if kind == "no scheme":
+        address = "localhost:99"
+    code, printed = launch(
+        *verb,
+        AWS_CONFIG_FILE=str(tmp_path / "config"),
+        AWS_SHARED_CREDENTIALS_FILE=str(tmp_path / "credentials"),
+        AWS_PROFILE=profile,
+        AWS_REGION="us-east-1",
+        AWS_ENDPOINT_URL=address,
+    )
+    server.shutdown()
+    server.server_close()
+    assert code == MISTAKE and said in printed and len(printed.splitlines()) == 1, printed
+
+
+def test_what_an_mfa_code_was_given_for_is_where_the_aws_cli_keeps_it(tmp_path, monkeypatch):
+    """The CLI's own session, of an hour ago: nobody is asked for another code."""
+    (tmp_path / "config").write_text(PROFILES)
+    (tmp_path / "credentials").write_text(KEYS)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "mfa")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    given = {
+        "RoleArn": "arn:aws:iam::123456789012:role/x",
+        "SerialNumber": "arn:aws:iam::123456789012:mfa/me",
+    }
+    key = hashlib.sha1(json.dumps(given, sort_keys=True).encode()).hexdigest()
+    session = {
+        "AccessKeyId": "ASIACLI",
+        "SecretAccessKey": "s",
+        "SessionToken": "t",
+        "Expiration": "2099-01-01T00:00:00Z",
+    }
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f"{key}.json").write_text(json.dumps({"Credentials": session}))
+    monkeypatch.setattr("launch.cloud.session.CLI_CACHE", tmp_path / "cache")
+    aws = Aws("packhorse", "us-east-1")
+    assert aws.has_credentials()
+    assert aws.client("sts")._request_signer._credentials.access_key == "ASIACLI"

@@ -7,13 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn, Self
 
 from tqdm import tqdm
 
 from trainer.common import streams
+from trainer.common.watch import SLOW, watch
 
 log = logging.getLogger("packhorse")
 
@@ -129,6 +130,9 @@ class ProgressBar:
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total, self.done = what, total, done
+        self._watched = ExitStack()
+        # A single piece of work gives no sign before it is done.
+        self._watched.enter_context(watch.over(1.0 if total > 1 else SLOW))
         self._bar: tqdm[NoReturn] | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc=what, leave=False, dynamic_ncols=True)
@@ -137,6 +141,7 @@ class ProgressBar:
     def advance(self, count: int = 1) -> None:
         """Count that much more work as done, and show it."""
         self.done += count
+        watch.sign()
         if self._bar is not None:
             self._bar.update(count)
         elif time.monotonic() >= self._line_at:
@@ -151,5 +156,6 @@ class ProgressBar:
 
     def close(self) -> None:
         """Take the bar away."""
+        self._watched.close()
         if self._bar is not None:
             self._bar.close()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 
+from trainer.common import sessions
 from trainer.common.errors import PROJECT
 
 
@@ -18,10 +19,9 @@ def revision() -> str | None:
     command = ["git", "-C", str(PROJECT), "describe"]
     command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        # In a session of its own: a terminal that closes must not end it.
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10, start_new_session=True
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = sessions.run(command, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode != 0:
         return None
     return done.stdout.strip()

@@ -11,6 +11,8 @@ from types import FrameType
 
 from trainer.common.console import log
 from trainer.common.errors import Interrupted
+from trainer.common.sessions import heeded
+from trainer.common.watch import watch
 
 POLL_EVERY = 5.0  # seconds, as AWS recommends; the notice comes about two minutes ahead
 # Below the metadata address; each answers 404 until there is something to say.
@@ -30,21 +32,15 @@ class Stop:
         """Raise the flag; the first reason stays."""
         self.reason = self.reason or reason
 
+    def asked(self) -> bool:
+        """Return whether somebody has asked. To look is a sign of life."""
+        watch.sign()
+        return self.reason is not None
+
     def check(self) -> None:
         """Raise Interrupted once somebody has asked."""
-        if self.reason is not None:
+        if self.asked():
             raise Interrupted(self.reason)
-
-
-def heeded() -> list[signal.Signals]:
-    """Return the signals that ask a process to stop.
-
-    A closed terminal's SIGHUP is one, unless nohup has it ignored.
-    """
-    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        signals.remove(signal.SIGHUP)
-    return signals
 
 
 @contextlib.contextmanager
@@ -53,12 +49,15 @@ def on_signals() -> Iterator[Stop]:
 
     A second SIGINT ends the process at once.
     """
-    stop = Stop()
+    stop, pressed = Stop(), False
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.reason is not None and number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        nonlocal pressed
+        if number == signal.SIGINT:
+            if pressed:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            pressed = True
         stop.ask(signal.Signals(number).name)
 
     before = {number: signal.signal(number, ask) for number in heeded()}

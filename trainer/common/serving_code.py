@@ -18,6 +18,7 @@ SERVING_CODE = tuple(
         "trainer/__init__",
         "trainer/common/__init__",
         "trainer/common/errors",
+        "trainer/common/sessions",
         "trainer/common/temperature",
         "trainer/images/__init__",
         "trainer/images/apart",

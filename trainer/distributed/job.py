@@ -164,7 +164,7 @@ class Job(World):
 
     def rounds(self, batches: Iterable[T], stop: Stop) -> Iterator[T]:
         for batch in chain(batches, repeat(None)):
-            flags = torch.tensor([stop.reason is not None, batch is not None], dtype=torch.int32)
+            flags = torch.tensor([stop.asked(), batch is not None], dtype=torch.int32)
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             asked, more = flags.tolist()
             if asked:
@@ -178,6 +178,11 @@ class Job(World):
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def first(self, mine: tuple[int, float] | None) -> tuple[int, float] | None:
+        pairs: list[tuple[int, float] | None] = [None] * self.size
+        dist.all_gather_object(pairs, mine)
+        return min((pair for pair in pairs if pair), default=None)
 
     def gather(self, mine: list[Tensor]) -> list[Tensor]:
         parts: list[list[Tensor]] | None = None

@@ -142,6 +142,10 @@ class World:
         """Return the sums of all processes' values."""
         return values
 
+    def first(self, mine: tuple[int, float] | None) -> tuple[int, float] | None:
+        """Return the smallest of all processes' pairs, where one has any."""
+        return mine
+
     def gather(self, mine: "list[Tensor]") -> "list[Tensor]":
         """Return on rank 0 the tensors of all processes, elsewhere its own.
 

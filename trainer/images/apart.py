@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.common import sessions
 from trainer.images import decode
 
 MEMORY = 256 << 20  # bytes for the decoder's own threads and tables
@@ -39,12 +40,11 @@ class _Decoder:
             "OPENBLAS_NUM_THREADS": "1",
             "MALLOC_ARENA_MAX": "2",
         }
-        self.process = subprocess.Popen(
+        self.process = sessions.Child(
             [sys.executable, "-P", "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for us
         )
         weakref.finalize(self, _end, self.process)
 

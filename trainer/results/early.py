@@ -44,12 +44,11 @@ def network(run: Run, images: ImageFolder) -> Classifier:
     """
     machine = prepare_machine(run.config, run.world)
     network = build_network(run, images, machine)
-
-    def check() -> None:
+    if run.world.is_main_process:
         check_room(run, network)
         check_package(run, images, network)
-
-    run.world.broadcast_from_main(check)
+    # Not an exchange, which waits for train.timeout_seconds at most: an export may take longer.
+    run.world.barrier(run.stop)
     return network
 
 

@@ -277,7 +277,7 @@ def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) ->
             other=tested.other,
             findings=run.findings,
             recipe=recipe,
-            facts=_environment(run),
+            facts=_environment(run) | _rewinds(run),
             config=identity(run.config),
             next_steps=run.run.next_steps(),
         ),
@@ -292,6 +292,8 @@ def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
     beside: dict[str, Any] = {}
     if tested.other:
         beside[tested.other.how] = {**tested.other.metrics, "pictures": tested.other.pictures}
+    if run.progress.rewinds:
+        beside["rewinds"] = run.progress.rewinds
     return {
         "split": tested.split,
         **tested.metrics,
@@ -305,6 +307,18 @@ def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
         "weights_file": run.run.loaded_weights(),
         "files": complete.promise(run.run),
     }
+
+
+def _rewinds(run: Training) -> dict[str, str]:
+    """Return where training diverged and went back, by a name that is shown."""
+    places = [
+        f"epoch {each['epoch']}, at step {each['step']} (loss {each['loss']}, learning rate "
+        f"{each['lr']:.3g})"
+        for each in run.progress.rewinds
+    ]
+    if not places:
+        return {}
+    return {"diverged": f"{'; '.join(places)}: gone back each time, with half the learning rate"}
 
 
 def _environment(run: Training) -> dict[str, str]:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -33,7 +32,7 @@ from numpy.typing import NDArray
 from safetensors import torch as safetensors
 from torch import nn
 
-from trainer.common import files
+from trainer.common import files, sessions
 from trainer.common.errors import OK, UserError
 from trainer.common.model_package import FORMAT, MANIFEST, TENSORS
 from trainer.common.serving_code import FOR_AVIF, FOR_HEIC, REQUIREMENTS, SERVING_CODE
@@ -338,18 +337,8 @@ def _self_test(package: Path) -> None:
     command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
     environment = os.environ | {"PYTHONPATH": path}
     environment.pop("HYDRA_FULL_ERROR", None)  # it says in one line what is wrong
-    # In a session of its own: what a terminal sends to all of its processes (Ctrl-C, SIGHUP) is for
-    # the run itself, which saves or goes on. Until the child has made that session it may be hit
-    # too: then another one is started, and also where a disk failed once.
-    for _ in range(2):
-        result = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+    for _ in range(2):  # again where a disk failed once
+        result = sessions.run(command, env=environment)
         if result.returncode == OK:
             return
     said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]

@@ -167,6 +167,8 @@ class TrainConfig:
     processes: int | None = setting(at_least=1, at_most=100_000, identity=False)
     hosts: int | None = setting(at_least=1, at_most=100_000, identity=False)
     timeout_seconds: float = setting(above=0, at_most=604_800, identity=False)
+    stall_seconds: float | None = setting(at_least=0, at_most=604_800, identity=False)
+    on_nan: str = setting("stop", "rewind")
 
 
 @dataclass

@@ -14,6 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
+
 from omegaconf import OmegaConf
 
 from trainer.common import files
@@ -29,6 +34,7 @@ from trainer.settings.config import Config
 from trainer.sweep.process import BATCH_LOCK
 from trainer.training.loop import fit
 from trainer.training.run import open_run
+from trainer.training.stall import ended_on_stall
 from trainer.training.training import Diverged, build_training
 
 
@@ -53,11 +59,12 @@ def train_trial(config: Config, stop: Stop) -> dict[str, Any]:
 
     A loss that is not finite is the trial's failure, not the batch's.
     """
-    with open_run(config, World(), stop) as run:
+    with open_run(config, World(), stop) as run, ended_on_stall(config.train, World()) as rescue:
         images = find_images(config)
         # The best trial's own process looks at the images: here each trial would, again and again.
         run = dataclasses.replace(run.resolved(images), looks=False)
         training = build_training(run, images, network=early.network(run, images))
+        rescue.save = training.rescue
         try:
             fit(training)
         except Diverged as error:
@@ -76,11 +83,13 @@ def main() -> int:
     """Train the trials that the command line names; return the exit code."""
     directory, *numbers = sys.argv[1:]
     to_terminal(expendable=True)  # each trial has a log of its own
-    return guarded(
+    code = guarded(
         lambda: train(Path(directory), [int(number) for number in numbers]),
         log.log,
         explain_settings,
     )
+    sessions.end_as_decided()
+    return code
 
 
 if __name__ == "__main__":

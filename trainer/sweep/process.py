@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.common import files
+from trainer.common import files, sessions
 from trainer.common.errors import TRIAL
 from trainer.sweep import faults
 from trainer.sweep.faults import Fault
@@ -51,14 +51,13 @@ class TrialProcess:
             environment["CUDA_VISIBLE_DEVICES"] = devices[self.slot % len(devices)]
         self.memory_kills = faults.memory_kills()
         with self.output.open("ab") as output:
-            self.process = subprocess.Popen(
+            self.process = sessions.Child(  # which the driver ends, when it is asked to end
                 # -P: not the code in the current directory
                 [sys.executable, "-P", "-m", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the driver, which then ends its trials
                 preexec_fn=end_with_parent,
             )
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.common import files
+from trainer.common.console import log
+from trainer.common.watch import SLOW, watch
 from trainer.settings.config import CheckpointConfig
 from trainer.training import checkpoint
 
@@ -47,6 +50,38 @@ class Checkpoints:
         if self.writes and state["best"] is not None:
             self.best = checkpoint.snapshot(state["best"])
 
+    def save_beginning(self, epoch: int) -> None:
+        """Keep the state in which an epoch begins, until the next one, beside the checkpoints.
+
+        epoch: from 0.
+        """
+        if not self.writes:
+            return
+        self.wait()
+        checkpoint.write(self.root, _beginning(epoch), checkpoint.snapshot(self._take()))
+        for old in self.root.glob("epoch-*"):
+            if old.name != _beginning(epoch):
+                files.remove(old)
+
+    def beginning(self, epoch: int) -> dict[str, Any] | None:
+        """Return the state that `save_beginning` kept; None, and why, where it can't be read."""
+        self.wait()
+        try:
+            return checkpoint.load(self.root / _beginning(epoch))
+        except checkpoint.Damaged as error:
+            log.warning("%s", error)
+            return None
+
+    def go_back(self, step: int) -> None:
+        """Save the state of a training that went back to `step`, and forget what was after it."""
+        self.save()
+        self.wait()
+        kept = checkpoint.step_name(step, evaluated=True)
+        for path in checkpoint.steps(self.root):
+            if self.writes and path.name > kept:
+                self.good.discard(path.name)
+                files.remove(path)
+
     def due(self, epoch_ends: bool = False) -> bool:
         """Return whether to save now."""
         busy = self._writing is not None and not self._writing.done()
@@ -79,7 +114,8 @@ class Checkpoints:
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            with watch.over(SLOW):  # a disk in the network may be
+                writing.result()
 
     def _write(
         self, name: str, snapshot: checkpoint.Snapshot, best: checkpoint.Snapshot | None
@@ -89,3 +125,7 @@ class Checkpoints:
         self.good.add(name)
         checkpoint.prune(self.root, self.keep, self.good)
         self.cadence.saved(time.monotonic() - started)
+
+
+def _beginning(epoch: int) -> str:
+    return f"epoch-{epoch:08d}"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.common.watch import watch
 from trainer.images.loader import Batch
 from trainer.network import optim
 from trainer.network.device import Machine
-from trainer.training.training import Training
+from trainer.training.training import Diverged, Training
 
 
 def fit(run: Training) -> None:
@@ -24,8 +25,13 @@ def fit(run: Training) -> None:
         if run.is_probe():
             run.begin_from_probe(evaluate(run))
         while run.progress.epoch < run.epochs and not run.out_of_patience():
-            train_one_epoch(run)
-            metrics = evaluate(run)
+            try:
+                train_one_epoch(run)
+                metrics = evaluate(run)
+                run.check_metrics(metrics)
+            except Diverged as error:
+                run.rewind(error)
+                continue
             run.end_epoch(metrics)
             if run.is_best(metrics):
                 run.keep_best(metrics)
@@ -70,7 +76,7 @@ def train_one_step(run: Training, image: Tensor, target: Tensor) -> None:
             # Of the loss divided by the whole batch: the gradients add up to those of its mean.
             share = torch.full_like(loss, 1 / divisor)
             run.scaler.scale(loss).backward(share)  # type: ignore[no-untyped-call]
-            run.sums.add(loss, output, targets)
+            run.sums.add(run.progress.step, loss, output, targets)
     run.gradients.combine()
     if config.clip_norm is not None:
         run.scaler.unscale_(run.optimizer)
@@ -84,7 +90,8 @@ def evaluate(run: Training) -> dict[str, float]:
     """Return the metrics of valid, in all processes. Raises Interrupted when asked to stop."""
     run.gradients.share_buffers(run.eval_model)
     batches = run.data.eval_batches("valid")
-    logits, targets = predict(run, run.eval_model, batches, run.machine)
+    with run.unchanged():
+        logits, targets = predict(run, run.eval_model, batches, run.machine)
     return run.world.broadcast_from_main(partial(run.measure, logits, targets))
 
 
@@ -100,10 +107,11 @@ def predict(
     """
     model.eval()
     logits, targets = [], []
-    for image, target in run.world.rounds(batches, run.stop):
-        with machine.autocast():
-            logits.append(mean_logits(model, image.to(run.device, non_blocking=True)))
-        targets.append(target)
+    with watch.over():
+        for image, target in run.world.rounds(batches, run.stop):
+            with machine.autocast():
+                logits.append(mean_logits(model, image.to(run.device, non_blocking=True)))
+            targets.append(target)
     logits = run.world.gather([each.cpu() for each in logits])
     targets = run.world.gather(targets)
     if not logits:  # a process may have no batch

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import socket
 import time
@@ -149,26 +150,30 @@ class TrainSums:
 
     def __init__(self, sums: list[float]) -> None:
         self._loss, self._correct, self._count = sums
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        # The first step with a loss that is no finite number, and that loss.
+        self.bad: tuple[int, float] | None = None
 
-    def add(self, loss: Tensor, output: Tensor, target: Tensor) -> None:
+    def add(self, step: int, loss: Tensor, output: Tensor, target: Tensor) -> None:
         """Take in a microbatch.
 
-        loss: summed over its images; output: logits [N, classes]; target: classes int64 [N], or
-        probabilities [N, classes], of which none is counted as correct.
+        step: its number, from 0; loss: summed over its images; output: logits [N, classes]; target:
+        classes int64 [N], or probabilities [N, classes], of which none is counted as correct.
         """
-        self._pending.append((loss.detach(), output.detach(), target))
+        self._pending.append((step, loss.detach(), output.detach(), target))
         if len(self._pending) == self.FETCH_EVERY:
             self.fetch()
 
     def fetch(self) -> list[float]:
         """Return the sums so far. Waits for a GPU."""
         if self._pending:
-            losses, outputs, targets = zip(*self._pending, strict=True)
+            steps, losses, outputs, targets = zip(*self._pending, strict=True)
             self._pending = []
             # One by one, and not by `sum`, which since Python 3.12 rounds at its end alone.
-            for value in torch.stack(losses).tolist():
+            for step, value in zip(steps, torch.stack(losses).tolist(), strict=True):
                 self._loss += value
+                if self.bad is None and not math.isfinite(value):
+                    self.bad = step, value
             self._count += sum(map(len, targets))
             if targets[0].ndim == 1:
                 hits = torch.cat(outputs).argmax(1) == torch.cat(targets)

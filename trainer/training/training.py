@@ -1,12 +1,13 @@
 """A training: one object that is all of it, and the one function that builds and resumes it."""
 
 import math
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import Interrupted, Unreadable, UserError
 from trainer.common.randomness import Purpose, generator
+from trainer.common.text import listed
 from trainer.distributed.exact import Ordered
 from trainer.distributed.gradients import Gradients, Replicated
 from trainer.distributed.job import Job
@@ -38,9 +40,18 @@ from trainer.training.checkpoints import Checkpoints
 from trainer.training.metrics import MetricsFile, TrainSums, better, classification
 from trainer.training.run import Run
 
+REWINDS = 2  # how often a training that diverged goes back, each time with half the learning rate
+
 
 class Diverged(UserError):
-    """The loss is no longer a finite number."""
+    """The loss is no longer a finite number.
+
+    step: the first at which it was none, from 0, and its loss.
+    """
+
+    def __init__(self, message: str, step: int, loss: float) -> None:
+        super().__init__(message)
+        self.step, self.loss = step, loss
 
 
 @dataclass
@@ -60,6 +71,8 @@ class Progress:
     data_wait: float = 0.0  # of these, waiting for images
     best: dict[str, Any] | None = None  # epoch, value and metrics of the best weights
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
+    # Where it diverged and went back: epoch (from 1), step, loss (as text, "nan"), learning rate.
+    rewinds: list[dict[str, Any]] = field(default_factory=list)
 
 
 def build_training(
@@ -170,6 +183,9 @@ class Training:
         self.probe_logits: Tensor | None = None
         self.sums = TrainSums(self.progress.sums)
         self.metrics_file = _metrics_file(run)
+        # Held by the main thread, but where it changes nothing of what is saved.
+        self._changing = threading.Lock()
+        self._changing.acquire()
         self.checkpoints = Checkpoints(
             run.checkpoints, run.config.checkpoint, self.state, run.world.is_main_process
         )
@@ -309,6 +325,8 @@ class Training:
     def begin_epoch(self) -> None:
         """Begin an epoch, or go on in one, with its sums and its clock."""
         self._freeze_or_unfreeze()
+        if self.config.train.on_nan == "rewind" and self.progress.batch == 0:
+            self.checkpoints.save_beginning(self.progress.epoch)
         self.gradients.forward.train()
         sums = self.progress.sums if self.world.is_main_process else [0.0, 0.0, 0.0]
         self.sums = TrainSums(sums)
@@ -342,7 +360,8 @@ class Training:
     def _next(self, batches: Iterator[Batch]) -> Batch:
         asked = time.monotonic()
         try:
-            batch = next(batches)
+            with self.unchanged():
+                batch = next(batches)
         except Unreadable:
             if self.world.size == 1:  # with several, the others are in the next step by now
                 self.note_progress()
@@ -359,11 +378,20 @@ class Training:
 
     def lr_factor(self) -> float:
         """Return the share of the peak learning rate for the next step."""
+        return self._lr_factor(self.progress.step)
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step, that of the head."""
+        peak: float = self.optimizer.param_groups[-1]["peak_lr"]
+        return peak * self._lr_factor(step)
+
+    def _lr_factor(self, step: int) -> float:
         choice = self.config.optim
         schedule = optim.Schedule(
             choice.schedule, choice.warmup_epochs, choice.step_epochs, choice.step_factor
         )
-        return schedule.factor(self.progress.step, self.data.steps_per_epoch, self.epochs)
+        factor = schedule.factor(step, self.data.steps_per_epoch, self.epochs)
+        return factor * 0.5 ** len(self.progress.rewinds)
 
     def adjusted(self, output: Tensor) -> Tensor:
         """Return the logits [N, classes] that the loss is taken of.
@@ -406,12 +434,46 @@ class Training:
         self.note_progress()
         if action == Action.STOP:
             self.world.interrupt(self.stop)
-        self.checkpoints.save()
+        self.save()
 
     def _wish(self) -> Action:
-        if self.stop.reason:
+        if self.stop.asked():
             return Action.STOP
-        return Action.SAVE if self.checkpoints.due() else Action.GO
+        # A loss that is no number is told by `note_progress`, in all processes.
+        if self.sums.bad or self.checkpoints.due():
+            return Action.SAVE
+        return Action.GO
+
+    def save(self) -> None:
+        """Save, but no weights that are no longer finite: the loss of the next step will tell.
+
+        The checkpoint before them is the one to go on from.
+        """
+        finite = [parameter.isfinite().all() for parameter in self.parameters()]
+        if torch.stack(finite).all():
+            self.checkpoints.save()
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Change nothing of what is saved in this context: `rescue` may come in between."""
+        self._changing.release()
+        try:
+            yield
+        finally:
+            self._changing.acquire()
+
+    def rescue(self) -> bool:
+        """Save from another thread, where the main one hangs. Return whether that can be done.
+
+        It can between two steps and in an evaluation, of one process. What is saved then must not
+        change any more: the caller ends the process.
+        """
+        if self.world.size > 1 or not self._changing.acquire(blocking=False):
+            return False
+        self.note_progress()
+        self.save()
+        self.checkpoints.wait()
+        return True
 
     def note_progress(self) -> None:
         """Bring the epoch's sums and seconds up to date, with those of all processes.
@@ -424,13 +486,71 @@ class Training:
         self.check_loss()
 
     def check_loss(self) -> None:
-        """Raise Diverged where the epoch's loss is no finite number."""
-        loss = self.progress.sums[0]
+        """Raise Diverged where the epoch's loss is no finite number.
+
+        It is seen where it is fetched anyway: every TrainSums.FETCH_EVERY microbatches, at each
+        save, and at the epoch's end.
+        """
+        total = self.progress.sums[0]
+        if math.isfinite(total):
+            return
+        # Where each loss was finite their sum was too large.
+        step, loss = self.world.first(self.sums.bad) or (self.progress.step - 1, total)
+        self._diverged(f"the loss is {loss}", step, loss)
+
+    def check_metrics(self, metrics: dict[str, float]) -> None:
+        """Raise Diverged where the loss of valid is no finite number. metrics: of valid."""
+        loss = metrics["valid_loss"]
         if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss} in epoch {self.progress.epoch + 1}: training diverged; lower "
-                f"optim.lr (now {self.config.optim.lr}), or set train.clip_norm=1"
-            )
+            self._diverged(f"valid_loss is {loss}", self.progress.step - 1, loss)
+
+    def _diverged(self, what: str, step: int, loss: float) -> NoReturn:
+        """Raise Diverged. step: the first bad one, from 0."""
+        progress = self.progress
+        batch = progress.batch - (progress.step - step)
+        samples = self.loader.epoch(progress.epoch)[batch]
+        paths = self.loader.folder.splits["train"].paths
+        names = listed((paths[sample % len(paths)] for sample in samples), 2)
+        remedy = f"lower optim.lr (now {self.config.optim.lr}), or set train.clip_norm=1"
+        if self.config.train.on_nan == "stop":
+            remedy += " or train.on_nan=rewind"
+        raise Diverged(
+            f"{what} in epoch {progress.epoch + 1}, at step {step + 1}, with a learning rate of "
+            f"{self.lr_at(step):.3g} and a batch of {names}: training diverged; {remedy}",
+            step,
+            loss,
+        )
+
+    def rewind(self, error: Diverged) -> None:
+        """Go back to where the epoch began, and on with half the learning rate.
+
+        Not to the newest checkpoint: where that lies depends on the clock, and a run that was
+        interrupted would become another one. Raise `error` where that isn't wanted, or was done
+        REWINDS times.
+        """
+        progress = self.progress
+        if self.config.train.on_nan != "rewind" or len(progress.rewinds) == REWINDS:
+            raise error
+        state = self.world.broadcast_from_main(lambda: self.checkpoints.beginning(progress.epoch))
+        if state is None:
+            raise error
+        note = {
+            "epoch": progress.epoch + 1,
+            "step": error.step + 1,
+            "loss": str(error.loss),
+            "lr": self.lr_at(error.step),
+        }
+        log.warning("%s", error)
+        log.warning(
+            "back to the beginning of epoch %d, with half the learning rate (%d of %d times)",
+            progress.epoch + 1,
+            len(progress.rewinds) + 1,
+            REWINDS,
+        )
+        self.restore(state)
+        self.progress.rewinds = [*progress.rewinds, note]
+        self.metrics_file.restore(self.progress.rows)
+        self.checkpoints.go_back(self.progress.step)
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
         """Write the epoch's row, and begin the next one. metrics: of valid."""
@@ -503,13 +623,13 @@ class Training:
             yield
             self.checkpoints.save()
         except Interrupted:
-            self.checkpoints.save()
+            self.save()
             self.checkpoints.wait()
             self.world.farewell()  # torchrun ends all processes soon after the first has ended
             raise
         except Unreadable:
             if self.world.size == 1:  # what was trained until now is not lost by it
-                self.checkpoints.save()
+                self.save()
             raise
         finally:
             self.checkpoints.wait()

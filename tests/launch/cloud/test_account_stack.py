@@ -11,13 +11,20 @@ import yaml
 from cloudsplaining.scan.policy_document import PolicyDocument
 from policy_sentry.querying.actions import get_actions_that_support_wildcard_arns_only
 
-from launch.cloud.account_stack import PARTS, TEMPLATE, Statement, permissions
+from launch.cloud.account_stack import DEPLOYER, PARTS, TEMPLATE, Place, Statement, permissions
+from tests.launch.permissions import PARAMETERS
 
 MANAGED_POLICY = 6144  # characters that IAM allows
 ROLE_POLICIES = 10240
 # parliament wants all kinds of resources of RunInstances in one statement, and an account in the
 # ARN of AWS's own SSM parameters, which has none.
-MISJUDGED = {"RESOURCE_MISMATCH": ("'ec2:RunInstances'", "'ssm:GetParameter'")}
+MISJUDGED = {
+    "RESOURCE_MISMATCH": (
+        "'ec2:RunInstances'",
+        "'ssm:GetParameter'",
+        "'servicequotas:GetServiceQuota'",
+    )
+}
 CASES = [("packhorse", "us-east-1"), ("a-project-of-twentyy", "ap-southeast-1")]
 
 
@@ -28,13 +35,14 @@ def document(statements: list[Statement]) -> dict[str, object]:
 def all_statements(
     part: str, project: str = "packhorse", region: str = "us-east-1"
 ) -> list[Statement]:
-    return permissions(part, project, "123456789012", region)
+    return permissions(part, Place(project, "123456789012", region, PARAMETERS))
 
 
 def test_cfn_lint_finds_nothing():
     command = Path(sys.executable).with_name("cfn-lint")
+    templates = [TEMPLATE, DEPLOYER]
     done = subprocess.run(
-        [command, "--include-checks", "I", "--", TEMPLATE], capture_output=True, text=True
+        [command, "--include-checks", "I", "--", *templates], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
 
@@ -119,6 +127,7 @@ def test_everything_that_can_have_a_tag_has_the_projects():
     Loader.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
     untaggable = {
         "AWS::S3::BucketPolicy",
+        "AWS::IAM::Policy",
         "AWS::IAM::ManagedPolicy",
         "AWS::IAM::InstanceProfile",
     }  # in CloudFormation

@@ -205,12 +205,31 @@ def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
         "deletes   notebook packhorse-notebook-1",
         "deletes   notebook's script packhorse-notebook-1",
         "deletes   stack packhorse-foundation",
-        "AWS::IAM::Role             packhorse-training",
+        "AWS::IAM::Role             packhorse-training-us-east-1",
         f"AWS::S3::Bucket            {bucket}",
         f"deletes   every object of s3://{bucket}, all models and pictures in it: "
         f"{count} versions, 0.01 GB",
     ]
     assert [line for line in expected if line not in printed] == [], printed
+
+
+def test_down_takes_its_policies_from_whoever_has_them_and_says_so_before(cloud):
+    """As `up` says: attach the launcher's to who starts jobs. CloudFormation deletes none such."""
+    launch(cloud, "up", *FAST)
+    iam = cloud.client("iam")
+    iam.create_user(UserName="ann")
+    iam.create_group(GroupName="vision")
+    policy = f"arn:aws:iam::{ACCOUNT}:policy/packhorse-launcher-{REGION}"
+    iam.attach_user_policy(UserName="ann", PolicyArn=policy)
+    iam.attach_group_policy(GroupName="vision", PolicyArn=policy)
+    code, printed = cloud.launch("down")
+    name = policy.rpartition("/")[2]
+    assert code == MISTAKE and f"detaches  policy {name} from the user ann" in printed
+    assert f"detaches  policy {name} from the group vision" in printed
+    assert iam.list_attached_user_policies(UserName="ann")["AttachedPolicies"]
+    launch(cloud, "down", *FAST)
+    assert iam.list_attached_user_policies(UserName="ann")["AttachedPolicies"] == []
+    assert things(cloud)["stacks"] == []
 
 
 def test_a_bucket_or_stack_of_our_name_without_our_tag_is_anothers(cloud):
@@ -253,12 +272,17 @@ def first_edition() -> str:
             "      Tags: [{Key: project, Value: !Ref Project}]\n\n"
         )
     head, body = TEMPLATE.read_text().split("\nResources:\n")
+    head, known = head.split("\nConditions:\n")
+    conditions = f"{known}\n{conditions}"
     return f"{head}{parameters}\nConditions:\n{conditions}\nResources:\n{resources}{body}"
 
 
 def make_first_edition(cloud: Cloud, *made: str) -> None:
     """A stack as the first edition's `up` made it, with the log groups that were not there."""
-    given = {"Project": "packhorse"} | {f"{name}Logs": "make" for name in made}
+    bucket = f"packhorse-{ACCOUNT}-{REGION}"
+    given = {"Project": "packhorse", "BucketName": bucket} | {
+        f"{name}Logs": "make" for name in made
+    }
     cloud.client("cloudformation").create_stack(
         StackName="packhorse-foundation",
         TemplateBody=first_edition(),

@@ -19,6 +19,7 @@ from tests.launch.conftest import running
 from tests.launch.permissions import (
     ACCOUNT,
     BUCKET,
+    PARAMETERS,
     REGION,
     Ask,
     Evaluator,
@@ -116,7 +117,7 @@ def arn(service: str, resource: str, account: str = ACCOUNT) -> str:
 MACHINE = {
     "ec2:InstanceType": "g4dn.xlarge",
     "ec2:MetadataHttpTokens": "required",
-    "ec2:InstanceProfile": f"arn:aws:iam::{ACCOUNT}:instance-profile/packhorse-ec2",
+    "ec2:InstanceProfile": f"arn:aws:iam::{ACCOUNT}:instance-profile/packhorse-ec2-us-east-1",
     "aws:RequestTag/project": "packhorse",
 }
 INSTANCE = arn("ec2", "instance/i-0fedcba9876543210")
@@ -172,25 +173,25 @@ DANGEROUS = {
     ),
     "pass the training role to Lambda": Ask(
         "iam:PassRole",
-        f"arn:aws:iam::{ACCOUNT}:role/packhorse-training",
+        f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1",
         {"iam:PassedToService": "lambda.amazonaws.com"},
     ),
     "pass EC2's role to SageMaker": Ask(
         "iam:PassRole",
-        f"arn:aws:iam::{ACCOUNT}:role/packhorse-ec2",
+        f"arn:aws:iam::{ACCOUNT}:role/packhorse-ec2-us-east-1",
         {"iam:PassedToService": "sagemaker.amazonaws.com"},
     ),
     "become another role": Ask("sts:AssumeRole", f"arn:aws:iam::{ACCOUNT}:role/Administrator"),
     "give itself a policy": Ask(
-        "iam:PutRolePolicy", f"arn:aws:iam::{ACCOUNT}:role/packhorse-training"
+        "iam:PutRolePolicy", f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1"
     ),
     "attach full access": Ask(
         "iam:AttachRolePolicy",
-        f"arn:aws:iam::{ACCOUNT}:role/packhorse-training",
+        f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1",
         {"iam:PolicyARN": "arn:aws:iam::aws:policy/AdministratorAccess"},
     ),
     "change its own policy": Ask(
-        "iam:CreatePolicyVersion", f"arn:aws:iam::{ACCOUNT}:policy/packhorse-launcher"
+        "iam:CreatePolicyVersion", f"arn:aws:iam::{ACCOUNT}:policy/packhorse-launcher-us-east-1"
     ),
     "make a user's key": Ask("iam:CreateAccessKey", f"arn:aws:iam::{ACCOUNT}:user/ann"),
     "make a linked role for any service": Ask(
@@ -367,10 +368,37 @@ def test_there_are_forty_dangerous_calls_and_more():
     assert len(DANGEROUS) >= 40 and len({ask.key for ask in DANGEROUS.values()}) == len(DANGEROUS)
 
 
+# What the deployer is there for, on the project's own things: all else is denied to it too.
+DEPLOYS = [
+    "delete the bucket",
+    "make the bucket public",
+    "lift the block of public access",
+    "delete an old version for good",
+    "switch versioning off",
+    "change its own policy",
+]
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_dangerous_calls_are_denied(part, evaluator):
     answers = evaluator.decide([(effective_policy(part), ask) for ask in DANGEROUS.values()])
-    assert [what for what, allowed in zip(DANGEROUS, answers, strict=True) if allowed] == []
+    allowed = [what for what, allowed in zip(DANGEROUS, answers, strict=True) if allowed]
+    assert allowed == (DEPLOYS if part == "deployer" else [])
+
+
+def test_a_deployer_makes_no_role_that_the_boundary_does_not_hold(evaluator):
+    role = f"arn:aws:iam::{ACCOUNT}:role/packhorse-training-us-east-1"
+    asks = [
+        Ask(f"iam:{action}", role, context)
+        for action in ("CreateRole", "PutRolePolicy", "AttachRolePolicy")
+        for context in ({}, {"iam:PermissionsBoundary": "arn:aws:iam::aws:policy/PowerUserAccess"})
+    ]
+    asks += [
+        Ask("iam:DeleteRolePermissionsBoundary", role),
+        Ask("iam:CreatePolicyVersion", f"arn:aws:iam::{ACCOUNT}:policy/packhorse-boundary"),
+        Ask("iam:CreatePolicyVersion", f"arn:aws:iam::{ACCOUNT}:policy/packhorse-deployer"),
+    ]
+    assert not any(evaluator.decide([(policy("deployer"), ask) for ask in asks]))
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part != "audit"])
@@ -413,18 +441,28 @@ def test_the_list_by_hand_has_each_aws_command_of_the_machines_script():
 def test_what_iam_gets_is_what_is_proven(tmp_path, evaluator):
     """The template as moto's CloudFormation carries it out, against the policies read from it."""
     with running(tmp_path / "calls.jsonl", WHOLE) as cloud:
-        assert cloud.launch("up", "--yes", "--every", "0.05")[0] == OK
+        told = [f"{name}={value}" for name, value in PARAMETERS.items()]
+        code, printed = cloud.launch("up", "--yes", "--every", "0.05", *told)
+        assert code == OK, printed
         iam = cloud.client("iam")
         for part in ("training", "ec2", "notebook"):
-            assert statements(
-                documents.role_policy(cloud, f"packhorse-{part}", part)
-            ) == statements(policy(part))
+            role = f"packhorse-{part}-us-east-1"
+            made = [
+                statement
+                for name in iam.list_role_policies(RoleName=role)["PolicyNames"]
+                for statement in documents.role_policy(cloud, role, name)["Statement"]
+            ]
+            assert by_sid({"Statement": made}) == by_sid(policy(part))
         found = []
-        for name in ("packhorse-launcher", "packhorse-launcher-ec2"):
+        for name in ("packhorse-launcher-us-east-1", "packhorse-launcher-ec2-us-east-1"):
             found += iam.get_policy_version(
                 PolicyArn=f"arn:aws:iam::{ACCOUNT}:policy/{name}", VersionId="v1"
             )["PolicyVersion"]["Document"]["Statement"]
         assert statements({"Statement": found}) == statements(policy("launcher"))
+
+
+def by_sid(document: dict) -> dict[str, dict]:
+    return {statement["Sid"]: statement for statement in statements(document)}
 
 
 def statements(document: dict) -> list[dict]:

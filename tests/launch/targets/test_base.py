@@ -17,6 +17,12 @@ YAML = """
 name: toy
 project: packhorse
 region: us-east-1
+bucket: null
+role: null
+tags: null
+kms_key: null
+subnet: null
+security_groups: null
 instance_type: g4dn.xlarge
 hours: 2
 queue: slow
@@ -120,7 +126,9 @@ def test_a_target_is_one_file_and_one_yaml(project: Path) -> None:
     ]
     assert plan["cost"]["machines"] == "3 x g4dn.xlarge, 3 processes"
     assert plan["cost"]["at_time_limit"] == pytest.approx(2 * 3 * 0.526)
-    assert list(plan["may_touch"]) == ["arn:aws:iam::000000000000:role/packhorse-training"]
+    assert list(plan["may_touch"]) == [
+        "arn:aws:iam::000000000000:role/packhorse-training-us-east-1"
+    ]
 
 
 def test_its_settings_are_checked_and_its_name_is_offered(project: Path) -> None:

@@ -57,7 +57,7 @@ def test_it_ends_and_stays_closed() -> None:
     }
     ebs = {"VolumeSize": 100, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
     assert made["BlockDeviceMappings"] == [{"DeviceName": "/dev/xvda", "Ebs": ebs}]
-    assert made["IamInstanceProfile"] == {"Name": "packhorse-ec2"}
+    assert made["IamInstanceProfile"] == {"Name": "packhorse-ec2-eu-central-1"}
     assert (made["ImageId"], made["InstanceType"], made["MinCount"], made["MaxCount"]) == (
         IMAGE,
         "g4dn.xlarge",
@@ -162,7 +162,7 @@ def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
     expected = [
         "28800",
         "300",
-        "dogs",
+        "s3://packhorse-123456789012-eu-central-1/data/dogs",
         "/opt/dlami/nvme/data/dogs",
         "train",
         "closed",

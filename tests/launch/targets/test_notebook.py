@@ -58,7 +58,7 @@ def test_the_notebook() -> None:
     assert made.parameters == {
         "NotebookInstanceName": "packhorse-notebook-1",
         "InstanceType": "ml.t3.medium",
-        "RoleArn": "arn:aws:iam::123456789012:role/packhorse-notebook",
+        "RoleArn": "arn:aws:iam::123456789012:role/packhorse-notebook-us-east-1",
         "LifecycleConfigName": notebook.lifecycle_config(spec).parameters[
             "NotebookInstanceLifecycleConfigName"
         ],

@@ -59,7 +59,7 @@ def test_a_training_job_as_a_whole():
         == "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cu133-amzn2023-sagemaker"
     )
     assert job["AlgorithmSpecification"]["MetricDefinitions"] == settings.metric_definitions()
-    assert job["RoleArn"] == "arn:aws:iam::123456789012:role/packhorse-training"
+    assert job["RoleArn"] == "arn:aws:iam::123456789012:role/packhorse-training-us-east-1"
     assert (
         job["StoppingCondition"] == {"MaxRuntimeInSeconds": 7200, "MaxWaitTimeInSeconds": 10800}
         and job["EnableManagedSpotTraining"]
@@ -108,6 +108,34 @@ def test_every_target_passes_awss_own_model(target):
     for attempt in (1, 99):
         spec = make_spec(*sweep, "name=" + "n" * 60, target=[f"target={target}"], attempt=attempt)
         check(tuner.tuning_job(spec) if target == "tuner" else sagemaker.training_job(spec))
+
+
+def test_a_search_by_hyperband_that_learns_from_others_and_ends_when_it_is_good():
+    spec = make_spec(
+        "sweep=lr_batch",
+        "sweep.engine=optuna",
+        "sweep.sampler=random",
+        "train.epochs=9",
+        target=[
+            "target=tuner",
+            "target.warm_start=packhorse-a-1,packhorse-b-1",
+            "target.patience=5",
+            "target.goal=0.9",
+        ],
+    )
+    request = tuner.tuning_job(spec)
+    check(request)
+    tuning = request.parameters["HyperParameterTuningJobConfig"]
+    assert tuning["Strategy"] == "Hyperband" and tuning["TrainingJobEarlyStoppingType"] == "Off"
+    bounds = tuning["StrategyConfig"]["HyperbandStrategyConfig"]
+    assert bounds == {"MinResource": 1, "MaxResource": 9}
+    assert tuning["TuningJobCompletionCriteria"] == {
+        "BestObjectiveNotImproving": {"MaxNumberOfTrainingJobsNotImproving": 5},
+        "TargetObjectiveMetricValue": 0.9,
+    }
+    parents = request.parameters["WarmStartConfig"]["ParentHyperParameterTuningJobs"]
+    names = [each["HyperParameterTuningJobName"] for each in parents]
+    assert names == ["packhorse-a-1", "packhorse-b-1"]
 
 
 def test_a_tuning_job_has_the_sweeps_own_ranges():

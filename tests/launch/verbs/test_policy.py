@@ -5,6 +5,7 @@ import json
 import pytest
 
 from launch import __main__ as launch
+from launch.cloud.account_stack import Place
 from launch.verbs.policy import PARTS, permissions
 from trainer.common.errors import OK
 
@@ -25,7 +26,7 @@ def test_each_statement_has_a_reason_and_reads_as_iam_reads_it(part, capsys):
     blocks = capsys.readouterr().out.split("\n\n")
     assert blocks[0] == f"{part}: {PARTS[part]}"
     for block, statement in zip(
-        blocks[1:], permissions(part, "packhorse", ACCOUNT, "us-east-1"), strict=True
+        blocks[1:], permissions(part, Place("packhorse", ACCOUNT, "us-east-1")), strict=True
     ):
         reason, document = block.split("\n", 1)
         assert reason.removeprefix("# ").endswith(".") and len(reason) > 15

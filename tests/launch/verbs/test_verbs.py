@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import botocore.session
 import pytest
 from botocore.serialize import create_serializer
+from PIL import Image
 
 from launch.targets.base import NAMES
 from tests.conftest import make_pictures, wait_for
@@ -348,7 +349,7 @@ def test_pictures_lie_under_their_content_and_none_are_ever_removed(account, tmp
 
     # A picture less and another one changed: the running job's pictures stay as they are.
     (pictures / "train/circle/000.png").unlink()
-    (pictures / "train/circle/001.png").write_bytes(b"changed")
+    shutil.copy(pictures / "train/circle/002.png", pictures / "train/circle/001.png")
     code, printed = account.launch(*command, "name=third")
     assert code == OK and "12 of 12 files to upload" in printed
     assert (
@@ -383,9 +384,9 @@ def test_a_folder_of_weights_is_uploaded_beside_the_pictures(account, tmp_path):
 
 
 def test_two_folders_of_one_name_never_share_a_prefix(account, tmp_path):
-    for name, seed in (("a", b"1"), ("b", b"2")):
+    for name, colour in (("a", "red"), ("b", "blue")):
         make_pictures(tmp_path / name / "images", {"train": 2, "valid": 1})
-        (tmp_path / name / "images/train/circle/only.png").write_bytes(seed)
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name / "images/train/circle/only.png")
     for name in ("a", "b"):
         code, printed = account.launch(
             "submit",
@@ -475,6 +476,57 @@ def test_a_stopped_notebook_is_started_again(account):
     code, printed = account.launch("submit", "target=notebook")
     assert code == OK, printed
     assert "StartNotebookInstance" in [call["operation"] for call in account.calls()[before:]]
+
+
+def test_the_notebook_becomes_what_is_asked_for_is_opened_and_deleted(cloud):
+    cloud.launch("up", "--yes", "--every", "0.05")
+    submit = ("submit", "target=notebook", "target.disk_gb=30", "target.idle_minutes=30")
+    assert cloud.launch(*submit[:2])[0] == OK
+    code, printed = cloud.launch(*submit)
+    assert code == MISTAKE and "VolumeSizeInGB 20, now 30" in printed and "stop it first" in printed
+    assert cloud.launch("stop", "notebook")[0] == OK
+    for _ in range(2):  # the second time it runs as it is asked for
+        code, printed = cloud.launch(*submit)
+        assert code == OK, printed
+    sagemaker, name = cloud.client("sagemaker"), "packhorse-notebook-1"
+    made = sagemaker.describe_notebook_instance(NotebookInstanceName=name)
+    assert made["VolumeSizeInGB"] == 30 and made["NotebookInstanceStatus"] == "InService"
+    scripts = sagemaker.describe_notebook_instance_lifecycle_config(
+        NotebookInstanceLifecycleConfigName=name
+    )
+    assert "idle_minutes=30\n" in base64.b64decode(scripts["OnStart"][0]["Content"]).decode()
+    code, printed = cloud.launch("connect", "notebook")
+    assert code == OK and printed.startswith(f"https://{name}.notebook.us-east-1")
+    code, printed = cloud.launch("delete", "notebook")
+    assert code == MISTAKE and "with its disk" in printed and "--yes" in printed
+    code, printed = cloud.launch("delete", "notebook", "--yes", "--every", "0.05")
+    assert code == OK and sagemaker.list_notebook_instances()["NotebookInstances"] == []
+    code, printed = cloud.launch("submit", "target=notebook")
+    assert code == OK and "attempt 2" in printed, "it is gone, and not too young to be seen"
+
+
+def test_a_box_is_a_machine_with_a_shell_a_limit_and_a_price(account):
+    code, printed = account.launch("plan", "target=box", "target.hours=2")
+    assert code == OK and "at most 2 h" in printed and "$1.05 at the time limit" in printed
+    code, printed = account.launch("submit", "target=box", "target.hours=2")
+    assert code == OK and "launch fetch" not in printed, printed
+    [machine] = instance_of(account, "box")
+    sent = next(
+        call["parameters"]
+        for call in reversed(account.calls())
+        if call["operation"] == "RunInstances"
+    )
+    script = base64.b64decode(sent["UserData"]).decode()
+    assert "limit=7200\n" in script and "shutdown -h" in script and "trainer" not in script
+    code, printed = account.launch("connect", "box", "--show")
+    shell = f"aws ssm start-session --target {machine['InstanceId']} --region {REGION}\n"
+    assert code == OK and printed == shell
+    code, printed = account.launch("stop", "box")
+    assert code == OK and instance_of(account, "box")[0]["State"]["Name"] == "terminated"
+    code, printed = account.launch("connect", "box")
+    assert code == MISTAKE and "start it first" in printed
+    code, printed = account.launch("delete", "box", "--yes")
+    assert code == MISTAKE and "nothing of it costs money" in printed
 
 
 def test_down_leaves_nothing(cloud, tmp_path):

@@ -75,6 +75,8 @@ RUNS = {
         "train.processes=1",
         "train.hosts=1",
         "train.timeout_seconds=100",
+        "train.stall_seconds=500",
+        "train.on_nan=rewind",
         "checkpoint.minutes=1",
         "checkpoint.max_cost=0.5",
         "checkpoint.keep=3",
@@ -260,6 +262,12 @@ OTHERS = {
     "spot": "true",
     "subnet": "subnet-0123456789abcdef0",
     "disk_gb": "110",
+    "bucket": "own-bucket",
+    "role": "own-role",
+    "tags": "team=vision",
+    "kms_key": "arn:aws:kms:us-west-2:123456789012:key/own",
+    "security_groups": "sg-0123456789abcdef0",
+    "public_ip": "false",
     "instances": "2",
     "retries": "3",
     "idle_minutes": "30",
@@ -286,7 +294,10 @@ def test_each_setting_of_a_target_changes_what_is_sent(name, monkeypatch):
         # Of these AWS is asked: tests/launch
         if key in ("name", "ssm_parameter", "spot_patience"):
             continue
-        if key == "wait_hours":
+        if key in ("subnet", "security_groups") and name != "ec2":  # SageMaker takes both or none
+            both = (f"target.{each}={values[each]}" for each in ("subnet", "security_groups"))
+            assert sent(*both) != usual
+        elif key == "wait_hours":
             assert sent("target.wait_hours=20", "target.spot=true") != sent("target.spot=true")
         else:
             assert sent(f"target.{key}={values[key]}") != usual, f"target.{key} has no effect"

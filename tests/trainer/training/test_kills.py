@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Process, run_trainer, start_trainer, wait_for
+from tests.conftest import QUICK, Process, run_trainer, start_trainer, wait_for
 from tests.soak import KILLS, Trainer, soak
 from trainer.common.errors import OK, RESUME
 from trainer.images.datasets import materialize
@@ -58,12 +58,13 @@ def stopped_when(
     seen: Callable[[], bool],
     ask: Callable[[Process], None],
     *command: str,
+    before: str = "",
     **environment: str,
 ) -> str:
     """Starts the trainer, asks it to stop as soon as `seen`, and returns what it printed. It must
     end within seconds, and say that it can go on.
     """
-    process = start_trainer(cwd, *command, **environment)
+    process = start_trainer(cwd, *command, before=before, **environment)
     assert wait_for(lambda: seen() or process.poll() is not None)
     ask(process)
     output, _ = process.communicate(timeout=600)
@@ -82,16 +83,27 @@ def goes_on_to_the_end(cwd: Path, *command: str, **environment: str) -> str:
     return output
 
 
-def test_a_spot_notice_saves_and_the_next_start_goes_on(tmp_path, metadata):
-    checkpoints, command = (
-        tmp_path / "runs/run/checkpoints",
-        (*COMMAND, "platform=ec2", "train.epochs=4"),
-    )
+# Asks for the notice so often that a short run is long enough.
+OFTEN = """
+from trainer.common import interrupt
+interrupt.on_spot_notice.__wrapped__.__defaults__ = (0.02,)
+"""
+
+
+def test_a_spot_notice_saves_and_the_next_start_goes_on(tmp_path, pictures, metadata):
+    (tmp_path / "pictures").symlink_to(pictures)
+    checkpoints = tmp_path / "runs/run/checkpoints"
+    command = (
+        *COMMAND, *QUICK, "data=folder", "data.root=pictures", "model=small_cnn", "platform=ec2",
+        "platform.runs=runs", "platform.cache=cache", "train.epochs=40",
+    )  # fmt: skip
 
     def reclaim(process):
         metadata.notices = frozenset({"spot/instance-action"})
 
-    output = stopped_when(tmp_path, lambda: bool(checkpoint.steps(checkpoints)), reclaim, *command)
+    output = stopped_when(
+        tmp_path, lambda: bool(checkpoint.steps(checkpoints)), reclaim, *command, before=OFTEN
+    )
     assert "stopped by the spot interruption notice" in output
     checkpoint.verify(checkpoint.steps(checkpoints)[-1])
     metadata.notices = frozenset()

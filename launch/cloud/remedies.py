@@ -1,0 +1,321 @@
+"""What to do about each refusal of AWS that a person meets: one table, by AWS's code.
+
+The codes are from AWS's pages of errors: EC2's and S3's "Error codes", the "Common errors" of IAM,
+STS, CloudFormation and SageMaker, as of November 2026.
+"""
+
+import re
+from dataclasses import dataclass
+
+DENIED = "AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|AllAccessDisabled|403"
+NO_CAPACITY = (
+    "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|InsufficientHostCapacity"
+    "|SpotMaxPriceTooLow"
+)
+# A machine of another kind, in another zone, or bought otherwise may be had all the same.
+NOT_THIS_ONE = (
+    f"{NO_CAPACITY}|Unsupported|VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded"
+    "|MaxSpotInstanceCountExceeded"
+)
+# Refusals that end by themselves, or when somebody signs in again.
+FOR_NOW = (
+    r"ExpiredToken(Exception)?|RequestExpired|TokenRefreshRequired|RequestTimeTooSkewed"
+    r"|Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException"
+    r"|SlowDown|RequestThrottled"
+)
+CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
+NO_REGION = (
+    "no AWS region is set: set AWS_REGION, "
+    "or give target.region=us-east-1 (python -m serving: --region us-east-1), say"
+)
+CLOCK = "compare this machine's clock with the time (date -u), and set it right (sudo ntpdate -u)"
+QUOTAS = (
+    "ask for more at https://console.aws.amazon.com/servicequotas (new accounts start with 0 GPUs; "
+    "python -m launch plan names the quota), or take another instance type"
+)
+OPT_IN = (
+    "or the region is not enabled for this account: "
+    "aws account enable-region --region-name REGION, or take another region"
+)
+UP = "python -m launch up"
+LATER = "start the same command again later"
+NO_DEFAULT_SUBNET = (
+    "name a subnet that has a way to S3: target.subnet=subnet-..., "
+    "or bring the default one back: aws ec2 create-default-"
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What AWS answers, and what to do."""
+
+    code: str  # a regular expression over the whole of AWS's code
+    remedy: str
+    says: str = ""  # a regular expression that AWS's message holds
+
+
+# The first that fits counts.
+REFUSALS = (
+    # ---- who asks
+    Refusal(
+        "ExpiredToken(Exception)?|TokenRefreshRequired|ExpiredTokenId",
+        f"the credentials have expired: {CREDENTIALS}",
+    ),
+    Refusal(
+        "RequestExpired|RequestTimeTooSkewed|RequestInTheFuture",
+        f"the session has expired, or this machine's clock is wrong: {CREDENTIALS}, and {CLOCK}",
+    ),
+    Refusal(
+        "SignatureDoesNotMatch|InvalidSignature(Exception)?|AuthFailure",
+        f"this machine's clock is wrong: {CLOCK}",
+        says="(?i)expired|not yet current|too skewed|future",
+    ),
+    Refusal(
+        "SignatureDoesNotMatch|InvalidSignature(Exception)?",
+        f"the secret key does not belong to the key's id: {CREDENTIALS}; else {CLOCK}",
+    ),
+    Refusal(
+        "InvalidClientTokenId|UnrecognizedClient(Exception)?|AuthFailure|InvalidAccessKeyId"
+        "|InvalidToken",
+        f"AWS does not know these credentials there: {CREDENTIALS}, {OPT_IN}",
+    ),
+    Refusal(
+        "AccessDenied(Exception)?",
+        "the MFA code was wrong or used already: wait for the next one, "
+        "and start the same command again",
+        says="(?i)multifactorauthentication",
+    ),
+    Refusal(
+        "RegionDisabledException|InvalidRegion",
+        "the region is not enabled for this account: "
+        "aws account enable-region --region-name REGION, or take another region",
+    ),
+    Refusal(
+        "OptInRequired",
+        "accept the image's terms once, on the page that the message names, or take AWS's own "
+        "image: leave target.image out",
+        says="(?i)marketplace|accept terms",
+    ),
+    Refusal(
+        "OptInRequired|SubscriptionRequiredException|NotSignedUp",
+        "the account is not yet activated for this service (a new one takes up to 24 hours, and a "
+        f"card), {OPT_IN}",
+    ),
+    Refusal(
+        "PendingVerification",
+        "AWS is still verifying this account for the region: it takes minutes, at most 4 hours, "
+        f"and an e-mail tells the end; {LATER}",
+    ),
+    Refusal(
+        "Blocked|AccountProblem|AccountSuspended",
+        "AWS has blocked this account (an open bill, or a check): "
+        "its e-mails and https://console.aws.amazon.com/support say why",
+    ),
+    # ---- who may
+    Refusal(
+        DENIED,
+        "a policy of the organization forbids it, whatever this account allows: "
+        "ask who administers the organization",
+        says="(?i)service control policy|resource control policy|organization",
+    ),
+    Refusal(
+        DENIED,
+        "the permissions boundary of this user or role does not allow it: "
+        "ask who administers the account to widen it",
+        says="(?i)permissions boundary",
+    ),
+    Refusal(
+        DENIED,
+        "the key is another's: give the training role and yourself kms:GenerateDataKey and "
+        "kms:Decrypt in the key's own policy, or leave target.kms_key out",
+        says="kms:",
+    ),
+    # ---- no such machine
+    Refusal(
+        "SpotMaxPriceTooLow",
+        "spot machines cost more than that now: target.spot=false, or later",
+    ),
+    Refusal(
+        "MaxSpotInstanceCountExceeded",
+        "the account's quota of spot machines is too small, which is another than that on demand: "
+        f"{QUOTAS}, or target.spot=false",
+    ),
+    Refusal(
+        "Unsupported",
+        "the zone lacks this machine: name a subnet in one of the zones that the message names, "
+        "target.subnet=subnet-..., or take another instance type",
+        says="Availability Zone",
+    ),
+    Refusal(
+        "Unsupported|UnsupportedOperation",
+        "the region lacks this machine, or it can't be had with these settings: "
+        "aws ec2 describe-instance-type-offerings lists its machines; take another instance type",
+    ),
+    Refusal(
+        NO_CAPACITY,
+        "AWS has no such machine free there now: start the same command again later, "
+        "or take another instance type or region",
+    ),
+    Refusal(
+        "ResourceLimitExceeded|VcpuLimitExceeded",
+        "this quota is 0, as in a new account, and where the region lacks the machine: "
+        "ask for more at https://console.aws.amazon.com/servicequotas (where it is not listed, "
+        "there is no such machine), or take another instance type",
+        says="(?i) is 0 |limit of 0 ",
+    ),
+    Refusal(
+        "VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded",
+        f"the account's quota is too small: {QUOTAS}",
+    ),
+    Refusal(
+        "LimitExceeded(Exception)?",
+        "the account has as many of these as it may: delete what is no longer used, "
+        "or ask for more at https://console.aws.amazon.com/servicequotas",
+    ),
+    Refusal(
+        "InvalidParameterValue|ValidationException",
+        "AWS does not know this instance type there: python -m launch instances lists some; "
+        "take another target.instance_type",
+        says="(?i)instance ?type",
+    ),
+    # ---- the foundation
+    Refusal(
+        "ValidationException|InvalidParameterValue",
+        "IAM shows a new role everywhere only after some seconds, and this one for a minute not "
+        f"at all: where there is no foundation make it: {UP}",
+        says="(?i)could not assume role|instance profile|iamInstanceProfile",
+    ),
+    Refusal("NoSuchBucket", f"there is no foundation here, which has the bucket: {UP}"),
+    Refusal(
+        "EntityAlreadyExists|BucketAlreadyExists|BucketAlreadyOwnedByYou",
+        "this name is taken, by another project, or by what an older version made: "
+        "take another name for yours, target.project=NAME, or delete what has it",
+    ),
+    Refusal(
+        "DeleteConflict",
+        "something is still attached to it, by hand: the message names it; detach it, "
+        "then start the same command again",
+    ),
+    Refusal(
+        "AlreadyExistsException|OperationInProgressException|ResourceInUse(Exception)?"
+        "|OperationAborted|ConflictException|ConcurrentModification(Exception)?",
+        f"another command is changing the same now: wait until it is done, then {LATER}",
+    ),
+    Refusal(
+        "InsufficientCapabilities(Exception)?|MalformedPolicyDocument(Exception)?",
+        f"the foundation's template is not as it ships: bring it back (git status), then {UP}",
+    ),
+    # ---- the network
+    Refusal(
+        "VPCIdNotSpecified|DefaultVpcDoesNotExist",
+        f"this account has no default VPC in the region: {NO_DEFAULT_SUBNET}vpc",
+    ),
+    Refusal(
+        "MissingInput",
+        f"the default VPC has no subnet: {NO_DEFAULT_SUBNET}subnet --availability-zone ZONE",
+    ),
+    Refusal(
+        r"InvalidSubnetID\.(NotFound|Malformed)|InvalidSubnet",
+        "there is no such subnet in this region: aws ec2 describe-subnets lists them; "
+        "correct target.subnet",
+    ),
+    Refusal(
+        r"InvalidGroup\.NotFound|InvalidGroupId\.Malformed|InvalidSecurityGroupID\.NotFound",
+        "there is no such security group in the subnet's VPC: aws ec2 describe-security-groups "
+        "lists them; correct target.security_groups",
+    ),
+    Refusal(
+        "InsufficientFreeAddressesInSubnet",
+        "the subnet has no address left: name another one, target.subnet=subnet-...",
+    ),
+    # ---- images, disks, keys, objects
+    Refusal(
+        "ParameterNotFound",
+        "AWS publishes no such Deep Learning AMI in this region: name one of its own, "
+        "target.image=ami-..., or another target.ssm_parameter, or take another region",
+    ),
+    Refusal(
+        r"InvalidAMIID\.(NotFound|Malformed|Unavailable)",
+        "there is no such image in this region (ids differ by region): correct target.image, "
+        "or leave it out",
+    ),
+    Refusal(
+        "InvalidBlockDeviceMapping",
+        "the disk is smaller than the image, or named otherwise there: raise target.disk_gb",
+    ),
+    Refusal(
+        r"KMS\..*|InvalidKMSKey\..*|KMSAccessDeniedException|NotFoundException",
+        "the key can't be used: it is disabled, another region's, or not there; "
+        "correct target.kms_key, or enable it",
+        says="(?i)kms|key",
+    ),
+    Refusal(
+        "ValidationException|ClientError",
+        "the image can't be pulled: it is not there, or in a registry that the training role may "
+        f"not read; name its repository once: {UP} Image=URI",
+        says="(?i)pull|ecr|registry|image",
+    ),
+    Refusal(
+        "InvalidObjectState",
+        "the object is in an archive (Glacier): restore it first (aws s3api restore-object)",
+    ),
+    Refusal(
+        "NoSuchKey|NoSuchUpload",
+        "it was there and is gone: somebody deletes in the bucket; start the same command again",
+    ),
+    Refusal(
+        "AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraintException"
+        "|TemporaryRedirect",
+        "the bucket is in another region: give that one, in AWS_REGION or target.region say",
+    ),
+    # ---- now, not for ever
+    Refusal(
+        "Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException"
+        "|SlowDown|RequestThrottled(Exception)?|EC2ThrottledException",
+        "AWS asks for fewer calls: wait a minute and start the same command again",
+    ),
+    Refusal(
+        "ServiceUnavailable(Exception)?|ServiceException|InternalError|InternalFailure"
+        "|InternalServerError|InternalServiceError|Unavailable|RequestTimeout(Exception)?"
+        "|500|502|503|504",
+        f"a fault at AWS, or on the way there: {LATER}",
+    ),
+)
+
+# What whoever administers the account does, and a launcher doesn't.
+_DEPLOYER = re.compile(
+    r"cloudformation:.*|iam:(?!PassRole|CreateServiceLinkedRole).*|s3:(CreateBucket|DeleteBucket"
+    r"|PutBucket.*|PutEncryption.*|PutLifecycle.*|DeleteObjectVersion|ListMultipartUploads"
+    r"|ListBucketMultipartUploads|GetBucketTagging)|sagemaker:(Delete|List)(TrainingJob"
+    r"|HyperParameterTuningJob|NotebookInstanceLifecycleConfig)s?|ec2:DeleteVolume"
+)
+_AUDIT = re.compile(
+    r"access-analyzer:.*|cloudtrail:.*|iam:(List|Get)(?!Role\b|Policy\b).*"
+    r"|s3:GetBucket(Policy|Acl|Public).*|lambda:.*"
+)
+
+
+def remedy(code: str, message: str, action: str) -> str | None:
+    """Return what to do about a refusal, None where nothing is known.
+
+    action: what was refused, as IAM or as the call names it (service:Operation).
+    """
+    for refusal in REFUSALS:
+        if re.fullmatch(refusal.code, code) and re.search(refusal.says, message):
+            return refusal.remedy
+    if re.fullmatch(DENIED, code):
+        return permission(action)
+    return None
+
+
+def permission(action: str) -> str:
+    """Return whom to ask for the right to an action, and what prints all that is needed."""
+    part = "launcher"
+    if _DEPLOYER.fullmatch(action):
+        part = "deployer"
+    elif _AUDIT.fullmatch(action):
+        part = "audit"
+    return (
+        "ask who administers the account for it; "
+        f"what this project needs: python -m launch policy --for {part}"
+    )

@@ -1,0 +1,75 @@
+"""A machine with a shell, a time limit and a price, and nothing else."""
+
+from collections.abc import Iterator, Sequence
+
+from launch.cloud.request import Request
+from launch.cloud.session import Aws
+from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.base import RUN, Spec, fit
+from launch.targets.ec2 import Ec2, run_instances
+from launch.targets.rented import Rented
+from launch.targets.script import fill
+from trainer.common.errors import UserError
+from trainer.settings.config import Config
+
+
+class Box(Ec2):
+    trains = False
+
+    def run_id(self, config: Config, placed: Config, overrides: Sequence[str]) -> str:
+        """Return the name that is given, else the same for all: one box is enough for most."""
+        return fit(config.name, RUN) if config.name is not None else "box"
+
+    def requests(self, spec: Spec) -> list[Request]:
+        return [run_instances(spec, script(spec))]
+
+    def observe(self, aws: Aws, attempt: Attempt) -> State:
+        """Return how it is: one that has ended without a word has done what it was for."""
+        state = super().observe(aws, attempt)
+        if state.phase is not Phase.FAILED:
+            return state
+        return State(
+            Phase.STOPPED,
+            state.detail,
+            state.started,
+            state.ended,
+            state.machine_seconds,
+            id=state.id,
+        )
+
+    def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
+        """Terminate it: nothing on it looks whether it is asked to."""
+        super().stop_running(aws, attempt, state, at_once=True)
+
+    def results(self, aws: Aws, attempt: Attempt) -> str:
+        raise UserError(
+            f"{attempt.run}: a box leaves no model; name a run: python -m launch status"
+        )
+
+    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
+        return None
+
+    @classmethod
+    def overdue(cls, aws: Aws) -> Iterator[tuple[Attempt, State]]:
+        """Yield nothing: boxes are EC2 machines, looked at as such."""
+        yield from ()
+
+    @classmethod
+    def rented(cls, aws: Aws) -> Iterator[Rented]:
+        """Yield nothing: boxes are EC2 machines, listed as such."""
+        yield from ()
+
+
+TARGETS = (Box("box"),)
+
+
+def script(spec: Spec) -> str:
+    """Return the script that the machine runs at each boot."""
+    return fill(
+        "box.sh",
+        project=spec.project,
+        bucket=spec.uri(),
+        region=spec.region,
+        source_sha256=spec.source,
+        limit=round(3600 * spec.hours),
+    )

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# A machine with a shell: ends itself at its time limit, also after a reboot. Runs as root at each boot; launch/targets/box.py fills in the settings.
+set -uo pipefail
+
+@SETTINGS@
+
+state=/var/lib/packhorse
+per_boot=/var/lib/cloud/scripts/per-boot/packhorse # cloud-init runs what lies there from the second boot on
+mkdir -p "$state" "${per_boot%/*}"
+[ -s "$state/deadline" ] || echo $((EPOCHSECONDS + limit)) >"$state/deadline"
+[ -x "$per_boot" ] || install -m 755 "$0" "$per_boot"
+left=$(($(<"$state/deadline") - EPOCHSECONDS))
+shutdown -h "+$(((left > 0 ? left + 59 : 60) / 60))" # whoever is logged in is told; on shutdown the machine terminates
+
+# The code of this very checkout, in the home directory of whom Session Manager logs in.
+home=/home/ssm-user
+id ssm-user >/dev/null 2>&1 || useradd --create-home ssm-user
+if [ ! -d "$home/$project" ]; then
+  aws s3 cp --only-show-errors "$bucket/source/$source_sha256.tar.gz" /tmp/source.tar.gz --region "$region" &&
+    echo "$source_sha256  /tmp/source.tar.gz" | sha256sum --check --quiet &&
+    mkdir -p "$home/$project" && tar -xzf /tmp/source.tar.gz -C "$home/$project" --no-same-owner &&
+    chown -R ssm-user: "$home/$project"
+fi

@@ -1,0 +1,108 @@
+"""What a target asks of AWS before anything is rented, read-only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from launch.cloud import network, quotas
+from launch.cloud.quotas import Quota
+from launch.cloud.session import Aws
+
+REQUEST = "https://console.aws.amazon.com/servicequotas/home/services"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line; empty: nothing worth a line. missing: what would stop the run, with its remedy."""
+
+    line: str
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. about: a word for it."""
+
+    about: str
+    ask: Callable[[Aws], Answer]
+
+
+def quota(wanted: Quota) -> Question:
+    """Return the question whether a quota is large enough."""
+
+    def ask(aws: Aws) -> Answer:
+        limit, number = quotas.value(aws, wanted)
+        if limit is None:
+            return Answer(
+                f"{wanted.name}: AWS has no such quota in {aws.region}",
+                f"{wanted.name}: there is no such machine in {aws.region}; "
+                "take another target.instance_type or target.region",
+            )
+        line = f"{wanted.name} ({number}): {limit:g} {wanted.unit}, needs {wanted.needed}"
+        if limit >= wanted.needed:
+            return Answer(line)
+        page = f"{REQUEST}/{wanted.service}/quotas/{number}?region={aws.region}"
+        return Answer(
+            line,
+            f"quota {wanted.name} ({number}): it is {limit:g} {wanted.unit} in {aws.region}, and "
+            f"{wanted.needed} are needed; ask for more at {page} (it takes hours to days)",
+        )
+
+    return Question("quota", ask)
+
+
+def capacity(instance_type: str, spot: bool, instances: int) -> Question:
+    """Return the question where EC2 offers a machine, and for spot how well AWS rates the chances.
+
+    Whether one is free this minute AWS tells nobody before it is asked for.
+    """
+
+    def ask(aws: Aws) -> Answer:
+        zones = network.zones(aws, instance_type)
+        if not zones:
+            return Answer(
+                f"{aws.region} offers no {instance_type}",
+                f"{instance_type}: {aws.region} has no such machine; "
+                "take another target.instance_type or target.region",
+            )
+        line = f"{instance_type} is offered in {', '.join(zones)}"
+        if not spot:
+            return Answer(line)
+        scores = aws.call(
+            "ec2",
+            "GetSpotPlacementScores",
+            InstanceTypes=[instance_type],
+            TargetCapacity=instances,
+            RegionNames=[aws.region],
+        )["SpotPlacementScores"]
+        best = max((int(each["Score"]) for each in scores), default=None)
+        return Answer(line if best is None else f"{line}; spot is rated {best} of 10 now")
+
+    return Question("capacity", ask)
+
+
+def way_to_s3(subnet: str | None) -> Question:
+    """Return the question where machines would stand, and whether they reach S3 from there."""
+
+    def ask(aws: Aws) -> Answer:
+        found = network.subnets(aws, subnet)
+        if not found:
+            missing = (
+                f"a network: {aws.region} has no default VPC with subnets; name a subnet with a "
+                "way to S3, target.subnet=subnet-..., or: aws ec2 create-default-vpc"
+            )
+            if subnet is not None:
+                missing = f"target.subnet={subnet}: {aws.region} has no such subnet; correct it"
+            return Answer("none", missing)
+        cut_off = [each.id for each in found if each.way is None]
+        ways = ", ".join(dict.fromkeys(each.way or "none" for each in found))
+        named = f"subnet {subnet}" if subnet else f"{network.DEFAULT}, {len(found)} subnets"
+        line = f"{named} ({found[0].vpc}); way to S3: {ways}"
+        if len(cut_off) < len(found):
+            return Answer(line)
+        return Answer(
+            line,
+            f"a way to S3 from {', '.join(cut_off[:3])}: give the VPC a gateway endpoint of S3 "
+            "(aws ec2 create-vpc-endpoint), which costs nothing, or name another target.subnet",
+        )
+
+    return Question("network", ask)

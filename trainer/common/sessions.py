@@ -1,0 +1,93 @@
+"""What ends sessions: signals to a command, and to all that was started in its terminal.
+
+Standard library only, and quick to import: a command asks here before it imports what is slow. A
+copy travels in the model package.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from trainer.common.errors import RESUME
+
+# A terminal's, a session manager's or a machine's end sends them to whole groups of processes.
+ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+
+
+def heeded() -> list[signal.Signals]:
+    """Return the signals that ask this process to stop.
+
+    A closed terminal's SIGHUP is one, unless nohup has it ignored.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [each for each in ENDING if each != signal.SIGHUP or not ignored]
+
+
+def end_when_asked(clear: bool = False) -> None:
+    """Let a signal end this process with RESUME and one line, as long as it has nothing to save.
+
+    clear: whether to close what is open and remove what is temporary. Not while modules are
+    imported: an exception in the middle is swallowed by some C extensions, and leaves others half
+    imported. So without it the process ends where it stands.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with suppress(Exception):  # it may be in the middle of a print
+            sys.stdout.flush()
+        name = signal.Signals(number).name
+        with suppress(OSError):
+            os.write(2, f"warning: stopped by {name}; the same command starts again\n".encode())
+        if clear:
+            sys.exit(RESUME)
+        os._exit(RESUME)
+
+    for number in heeded():
+        signal.signal(number, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+def end_as_decided() -> None:
+    """Let no signal change the exit code any more: all is done, and Python's own end takes a while.
+
+    It would put back the signals' default, which is to kill.
+    """
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Child(subprocess.Popen[Any]):
+    """A process in a session of its own: what ends this one's session is for this one to handle.
+
+    A signal may come before the child has made its session. So it starts with these signals
+    blocked, and has them blocked until it asks for them (`end_when_asked`).
+    """
+
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        """options: those of subprocess.Popen."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
+            super().__init__(command, start_new_session=True, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run(
+    command: Sequence[str], timeout: float | None = None, **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Return what a `Child` has printed, and its exit code, when it has ended.
+
+    timeout: seconds, after which it is killed and subprocess.TimeoutExpired raised.
+    """
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Child(command, text=True, errors="replace", **pipes, **options) as child:
+        try:
+            output, errors = child.communicate(timeout=timeout)
+        except BaseException:
+            child.kill()
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, output, errors)

@@ -1,0 +1,68 @@
+"""torchrun that says what became of the run: `python -m trainer.distributed.torchrun ...`.
+
+Its options are torchrun's: --standalone --nproc_per_node=4 -m trainer data.root=DIR, say. torchrun
+itself ends with 1 and a traceback of its own, whatever its processes have said and ended with.
+"""
+
+import logging
+import signal
+import sys
+
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
+
+from torch.distributed import DistError, run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+
+from trainer.common.console import log, to_terminal
+from trainer.common.errors import MISTAKE, OK, RESUME
+
+
+def main(arguments: list[str]) -> int:
+    """Run torchrun; return the exit code of the process that ended the job."""
+    to_terminal(expendable=True)
+    # What ends a process is said by that process; torchrun's own log says it again, several times.
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        run.main([*_signals(), *arguments])
+        return OK
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _code(rank, failure.exitcode)
+    except SignalException:  # its processes have saved, and said so
+        return RESUME
+    except (RendezvousError, DistError) as error:
+        reason = str(error).splitlines()[0]
+        log.error("the processes don't find each other, or lost each other: %s", reason)
+        return MISTAKE
+
+
+def _signals() -> list[str]:
+    """Return the option by which torchrun leaves SIGHUP alone, where nohup has it ignored."""
+    option = "--signals-to-handle"
+    if signal.SIGHUP in sessions.heeded() or option not in run.get_args_parser().format_help():
+        return []
+    return [option, "SIGTERM,SIGINT,SIGQUIT"]
+
+
+def _code(rank: int, code: int) -> int:
+    if code >= 0:
+        return code
+    log.error(
+        "rank %d was killed by %s; the same command goes on from the newest checkpoint",
+        rank,
+        signal.Signals(-code).name,
+    )
+    return RESUME
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sessions.end_as_decided()
+    sys.exit(code)
