@@ -349,7 +349,16 @@ def machines_of(plan: Plan) -> list[str]:
 
 def means(spec: Spec, data: Path | None) -> list[str]:
     """Return a line for what the overrides mean and don't say, and for each without effect."""
-    notes = resolved(spec.target, spec.overrides, data).notes
+    notes = [*resolved(spec.target, spec.overrides, data).notes]
+    recipe = spec.config.recipe
+    if spec.config.model.name == settings.AUTO:
+        longest = "any time"
+        if recipe.minutes is not None:
+            longest = f"{recipe.minutes:g} minutes, or a tenth of the training if that is longer"
+        notes.append(
+            f"model={settings.AUTO} measures before it trains, for {longest}; how long training "
+            "takes is not known before, and the time limit is what it can cost at most"
+        )
     return notes + settings.ignored(spec.config, spec.overrides, spec.kind.sweeps)
 
 

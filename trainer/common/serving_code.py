@@ -19,6 +19,7 @@ SERVING_CODE = tuple(
         "trainer/common/__init__",
         "trainer/common/errors",
         "trainer/common/sessions",
+        "trainer/common/temperature",
         "trainer/images/__init__",
         "trainer/images/apart",
         "trainer/images/bounds",

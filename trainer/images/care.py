@@ -68,12 +68,14 @@ class Findings:
     """All that was noticed.
 
     leaked: path of each image of valid and test that is in train, to whether its bytes are the
-    same. unseen: what was not looked at, and why. balanced: training already makes up for classes
-    of different sizes, so nothing is proposed against them.
+    same. in_valid: paths of images of test that are in valid. unseen: what was not looked at, and
+    why. balanced: training already makes up for classes of different sizes, so nothing is proposed
+    against them.
     """
 
     all: list[Finding] = field(default_factory=list)
     leaked: dict[str, bool] = field(default_factory=dict)
+    in_valid: set[str] = field(default_factory=set)
     unseen: list[str] = field(default_factory=list)
     balanced: bool = False
 
@@ -203,6 +205,8 @@ def _compare(everything: list[Picture], same: "_Sets", alike: "_Sets", out: Find
         leaks = [index for index in group if everything[index].split != "train" and of_train]
         for index in leaks:
             out.leaked[everything[index].path] = same.first(index) in of_train
+        if any(picture.split == "valid" for picture in members):
+            out.in_valid |= {picture.path for picture in members if picture.split == "test"}
         two = len({picture.label for picture in members}) > 1
         if leaks:
             out.all.append(Finding("leak", _firsts(members, lambda each: each.split), note))

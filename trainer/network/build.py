@@ -8,6 +8,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from trainer.common import files
 from trainer.common.errors import TRANSIENT, Unreadable, UserError
 from trainer.common.model_package import is_package
 from trainer.images.identity import of_weights
+from trainer.network import hub
+from trainer.network.hub import Absent
 from trainer.network.weight_files import AUXILIARY, fill, head_of, state_dict
 from trainer.network.weight_folder import is_file, looked_for
 from trainer.network.weights import import_timm, torchvision_weights
@@ -155,10 +158,6 @@ def build(
     return network
 
 
-class Absent(Exception):
-    """Weights that a library could not download. The message says why."""
-
-
 def identity(network: Classifier) -> dict[str, str]:
     """Return what the network's backbone is, by its tensors, its architecture and its builder."""
     libraries = {"small_cnn": (), "timm": ("timm",)}
@@ -269,6 +268,8 @@ def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
     timm = import_timm(name)
     short = name.removeprefix("timm/")
     usual = timm.get_pretrained_cfg(short, allow_unregistered=True)
+    if pretrained and usual is not None:
+        _check_timm_server(usual)
     if usual is not None and usual.fixed_input_size and not _is_usual(name, size):
         try:
             return timm.create_model(short, num_classes=0, pretrained=pretrained, img_size=size)
@@ -276,6 +277,25 @@ def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
             if "img_size" not in str(error):
                 raise
     return timm.create_model(short, num_classes=0, pretrained=pretrained)
+
+
+def _check_timm_server(published: Any) -> None:
+    """Raise Absent where weights have to be downloaded and their server can't be reached."""
+    if not published.hf_hub_id:
+        _check_server(published.url)
+        return
+    import huggingface_hub  # imported here: it comes with timm
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=published.hf_hub_id, repo_type="model")
+    if not Path(huggingface_hub.constants.HF_HUB_CACHE, folder, "snapshots").exists():
+        hub.check(huggingface_hub.constants.ENDPOINT)
+
+
+def _check_server(url: str | None) -> None:
+    """Raise Absent where torch.hub has to download a file and its server can't be reached."""
+    if url and not Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1]).exists():
+        hub.check(url)
 
 
 def _width(backbone: Any, name: str, size: int | None) -> int:
@@ -307,6 +327,7 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
     published = torchvision_weights(name, weights)
     import torchvision  # imported here: it doubles the start-up time of a run that needs none
 
+    _check_server(published.url if published else None)
     extra: dict[str, Any] = {}
     if name in TRANSFORMING and published is None:
         extra = {"aux_logits": False, "init_weights": weights is None}

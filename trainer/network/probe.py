@@ -16,16 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.common import temperature
 from trainer.common.randomness import Purpose, generator
 
 FOLDS = 5
-FEW = 200  # validation pictures: with fewer, those of train judge too, each outside of its fold
 # Penalties per squared weight, for features of mean squared length 1, the weakest last. The search
 # ends where the loss rises again.
 PENALTIES = tuple(10 ** (-exponent / 2) for exponent in range(3, 14))  # 10**-1.5 to 10**-6.5
 ITERATIONS = 500
 SMALL = 100_000_000  # multiplications in a product
-TEMPERATURES = tuple(10 ** (step / 40) for step in range(-40, 41))  # 0.1 to 10
 # Of the gradient's largest entry, and of the loss's change: beyond them no decision is another.
 TOLERANCE, CHANGE = 1e-6, 1e-9
 
@@ -132,16 +131,17 @@ def correct(logits: Tensor, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def calibrated_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each image at the temperature with the least sum: float32 [N].
+    """Return the cross-entropy of each image at the temperature of all: float32 [N].
 
     logits: float32 [N, classes], labels: int64 [N]. Losses of two networks can be compared so,
-    however sure of themselves the two are.
+    however sure of themselves the two are. Logits that are no finite numbers are no better than
+    infinitely bad.
     """
-    losses = [
-        functional.cross_entropy(logits / temperature, labels, reduction="none")
-        for temperature in TEMPERATURES
-    ]
-    return min(losses, key=lambda each: each.sum().item())
+    if not logits.isfinite().all():
+        return torch.full((len(logits),), math.inf)
+    values, truth = logits.double().numpy(), labels.numpy()
+    warmth = temperature.optimum(values, truth, caution=0.0)
+    return torch.from_numpy(temperature.losses(values / warmth, truth)).float()
 
 
 def error_of_share(correct: NDArray[np.bool_]) -> float:

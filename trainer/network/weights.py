@@ -38,6 +38,7 @@ from trainer.settings.config import (
     epochs_for,
     fill_pixels,
     norm_stats_for,
+    solve_on_for,
 )
 
 ALL = frozenset(("data.size", "data.resize", "data.interpolation", "model.mean", "model.std"))
@@ -70,6 +71,7 @@ def resolve(config: Config, images: ImageFolder) -> Config:
     pictures = len(images.splits["train"].paths)
     config.train.epochs = epochs_for(config.train, pictures)
     config.model.norm_stats = norm_stats_for(config, pictures)
+    config.model.solve_on = solve_on_for(config, len(images.splits["valid"].paths))
     name, weights = config.model.name, config.model.weights
     if weights is None:
         return config  # `config.load` knew the rest

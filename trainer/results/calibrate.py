@@ -6,7 +6,8 @@ in 90 % of all pictures, by split conformal prediction (Angelopoulos & Bates, "A
 to conformal prediction", 2021, with the score 1 - p of Sadinle et al., 2019: its sets are the
 smallest). A picture's features tell whether it is like any class that was trained on.
 
-NumPy alone, and a copy travels in the package: what was fitted and what is served are one code.
+NumPy alone, and a copy travels in the package, as of the temperature (trainer/common): what was
+fitted and what is served are one code.
 """
 
 import math
@@ -17,10 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Of the temperature. The likelihood counts as if so many pictures more said that it is 1: of 37
-# pictures, some draws would else ask for half of what the others do.
-LEAST, MOST, CAUTION = 0.05, 20.0, 2.0
-STEPS = 50  # halvings of the interval, down to the last bits
+from trainer.common.temperature import losses, optimum, softmax
+
 # With fewer pictures, a temperature must help those that it was not fitted on, in so many folds.
 FEW, FOLDS = 200, 10
 
@@ -50,7 +49,7 @@ class Calibration:
 
     def probabilities(self, logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Return those of logits [N, classes]."""
-        return _softmax(logits.astype(np.float64) / self.temperature)
+        return softmax(logits.astype(np.float64) / self.temperature)
 
     def members(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_] | None:
         """Return which classes are in the set of each picture, [N, classes], where there are sets.
@@ -120,7 +119,7 @@ def temperature(
         return 1.0, [
             f"a temperature fitted on {len(labels)} pictures doesn't help others: it stays 1"
         ]
-    return _optimum(values, labels), []
+    return optimum(values, labels), []
 
 
 def _helps(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
@@ -131,47 +130,10 @@ def _helps(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
         inside, outside = folds != fold, folds == fold
         chosen = 1.0
         if inside.any():
-            chosen = _optimum(logits[inside], labels[inside])
-        before += _loss(logits[outside], labels[outside])
-        after += _loss(logits[outside] / chosen, labels[outside])
+            chosen = optimum(logits[inside], labels[inside])
+        before += float(losses(logits[outside], labels[outside]).sum())
+        after += float(losses(logits[outside] / chosen, labels[outside]).sum())
     return after < before
-
-
-def _loss(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """Return the summed negative log likelihood."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    own = shifted[np.arange(len(labels)), labels]
-    return float((np.log(np.exp(shifted).sum(axis=1)) - own).sum())
-
-
-def _optimum(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """Return the temperature with the least loss and CAUTION.
-
-    With b = 1 / temperature the loss of b * logits + CAUTION * (b - log b) is convex: where it no
-    longer falls is found by halving.
-    """
-    own = logits[np.arange(len(labels)), labels]
-
-    def falls(inverse: float) -> bool:
-        expected = (_softmax(logits * inverse) * logits).sum(axis=1)
-        return float((expected - own).sum()) + CAUTION * (1 - 1 / inverse) < 0
-
-    low, high = math.log(1 / MOST), math.log(1 / LEAST)
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        if falls(math.exp(middle)):
-            low = middle
-        else:
-            high = middle
-    return math.exp(-(low + high) / 2)
-
-
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    powers: NDArray[np.float64] = np.exp(
-        logits - logits.max(axis=1, keepdims=True, initial=-np.inf)
-    )
-    powers /= powers.sum(axis=1, keepdims=True)
-    return powers
 
 
 def _rank(count: int, percent: int) -> int:

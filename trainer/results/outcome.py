@@ -64,18 +64,18 @@ def load_best(run: Training) -> None:
     Raises UserError where they don't give the loss on valid that was noted for them.
     """
     checkpoints, progress = run.checkpoints, run.progress
-    best = run.world.broadcast_from_main(
-        lambda: checkpoints.best.state() if checkpoints.best else None
-    )
-    assert best is not None
-    run.load_eval_weights(best["network"])
+    best = run.load_best_weights()
     valid = run.data.eval_batches("valid")
     logits, targets = predict(run, run.eval_model, valid, run.machine)
 
     def check() -> None:
         assert progress.best is not None
         epoch = progress.best["epoch"]
-        losses = {row["epoch"]: row["valid_loss"] for row in progress.rows if "valid_loss" in row}
+        losses = {
+            row["epoch"]: row.get("seen_loss", row["valid_loss"])
+            for row in progress.rows
+            if "valid_loss" in row
+        }
         given = classification(logits, targets, "valid")["valid_loss"]
         same_place = best["environment"] == run.facts["environment"]
         relative, absolute = SAME_LOSS_HERE if same_place else SAME_LOSS_ELSEWHERE
@@ -101,9 +101,9 @@ def test(run: Training) -> Tested:
     assert run.progress.best is not None
     split = "test" if "test" in run.loader.folder.splits else "valid"
     means = mean_features(run)
-    logits, distance, targets = _predict(run, means, split)
+    logits, distance, targets = _unseen(run, means, split)
     paths = run.loader.folder.splits[split].paths
-    everything, clean = np.arange(len(paths)), _clean(run, paths)
+    everything, clean = np.arange(len(paths)), _clean(run, split)
     counted, beside, how = everything, clean, "without_leaks"
     if run.config.data.leaks == "drop" and len(clean):
         counted, beside, how = clean, everything, "with_leaks"
@@ -122,7 +122,7 @@ def test(run: Training) -> Tested:
         log.info(metric_line({"epoch": epoch} | values))
     valid = logits, distance, targets
     if split != "valid":
-        valid = _predict(run, means, "valid")
+        valid = _unseen(run, means, "valid")
     if run.world.is_main_process:
         logits, distance, targets = logits[counted], distance[counted], targets[counted]
     quality = run.world.broadcast_from_main(
@@ -173,18 +173,29 @@ def _predict(run: Training, means: Tensor, split: str) -> Predicted:
     return both[:, :-1], both[:, -1:].flatten(), targets  # a process may have no batch
 
 
+def _unseen(run: Training, means: Tensor, split: str) -> Predicted:
+    """Return what `_predict` does, of images that weren't trained on.
+
+    Where the head was solved on valid, its logits are by heads that were solved without the image.
+    """
+    logits, distance, targets = _predict(run, means, split)
+    if split == "valid" and run.head_saw_valid:
+        logits = run.unseen_logits("valid")
+    return logits, distance, targets
+
+
 def _quality(run: Training, valid: Predicted, split: str, counted: Predicted) -> Quality:
     """Return the calibration by valid, and how good it is on what is counted of a split.
 
     Of valid without images that are in train too, where there are others. Where these are few and
     the solved head is packaged, train counts too, by the heads that were solved without each image.
     """
-    chosen = _clean(run, run.loader.folder.splits["valid"].paths)
+    chosen = _clean(run, "valid")
     if not len(chosen):
         chosen = np.arange(len(valid[0]))
     logits, distance, targets = (each[chosen].numpy() for each in valid)
     if run.packages_probe() and run.probe_logits is not None:
-        logits = np.concatenate([logits, run.probe_logits.numpy()])
+        logits = np.concatenate([logits, run.unseen_logits("train").numpy()])
         targets = np.concatenate([targets, run.loader.folder.splits["train"].labels])
     calibration, notes = calibrate.fit(logits, targets, distance)
     logits, distance, targets = (each.numpy() for each in counted)
@@ -192,10 +203,12 @@ def _quality(run: Training, valid: Predicted, split: str, counted: Predicted) ->
     return replace(quality, notes=notes)
 
 
-def _clean(run: Training, paths: Sequence[str]) -> NDArray[np.int64]:
-    """Return the places of the images that are not in train too."""
-    leaked = run.findings.leaked
-    return np.array([place for place, path in enumerate(paths) if path not in leaked], np.int64)
+def _clean(run: Training, split: str) -> NDArray[np.int64]:
+    """Return the places of a split's images that are not in what was trained on too."""
+    seen, paths = set(run.findings.leaked), run.loader.folder.splits[split].paths
+    if split == "test" and run.head_saw_valid:
+        seen |= run.findings.in_valid
+    return np.array([place for place, path in enumerate(paths) if path not in seen], np.int64)
 
 
 def _bare(metrics: dict[str, float], split: str) -> dict[str, float]:

@@ -74,7 +74,7 @@ def setting(
 
 @dataclass
 class AugmentConfig:
-    scale: list[float] = setting(above=0, at_most=1, length=2)
+    scale: list[float] | None = setting(above=0, at_most=1, length=2)
     ratio: list[float] = setting(at_least=0.01, at_most=100, length=2)
     flip: bool | None = setting()
     vertical_flip: bool = setting()
@@ -118,6 +118,7 @@ class ModelConfig:
     weights_dir: str | None = setting(identity=False, path=True)
     freeze: str = setting("auto", "none", "backbone")
     head: str = setting("random", "probe")
+    solve_on: str = setting("auto", "train", "both", only_if="model.head=probe")
     head_hidden: int | None = setting(at_least=1, at_most=65536)
     cached_views: int | None = setting(at_least=1, at_most=1000, only_if="model.freeze=backbone")
     unfreeze_epochs: int | None = setting(
@@ -152,7 +153,7 @@ class TrainConfig:
     imbalance: str = setting("none", "sampler", "logits")
     tta: str = setting("none", "flip")
     ema_decay: float | None = setting(above=0, below=1)
-    monitor: str = setting("valid_top1", "valid_f1", "valid_loss")
+    monitor: str = setting("valid_refinement", "valid_top1", "valid_f1", "valid_loss")
     patience: int | None = setting(at_least=1, at_most=EPOCHS_MOST)
     margin: float = setting(at_least=-100, at_most=100, only_if="model.head=probe")
     device: str = setting("auto", "cpu", "cuda", "mps", identity=False)
@@ -319,7 +320,7 @@ def load(composed: DictConfig) -> Config:
             "its opposite; allowed: at most 0.5"
         )
     for key in ("scale", "ratio"):
-        low, high = getattr(augment, key)
+        low, high = getattr(augment, key) or (0.0, 0.0)
         if low > high:
             raise UserError(
                 f"data.augment.{key}=[{low},{high}]: the first number is the lower bound; "
@@ -364,11 +365,29 @@ def check_model(config: Config) -> None:
             f"model.head=probe with model.head_hidden={model.head_hidden}: only a linear head is "
             "solved; allowed: model.head_hidden=null, or model.head=random"
         )
+    reason = _valid_is_needed(config)
+    if model.head == "probe" and model.solve_on == "both" and reason:
+        raise UserError(
+            f"model.solve_on=both: {reason}, so no head may be solved on it; "
+            "allowed: model.solve_on=train"
+        )
     if epochs == 0 and model.name != AUTO and model.head != "probe":
         raise UserError(
             "train.epochs=0: a random head has to be trained; "
             "allowed: train.epochs=1 or more, or model.head=probe, which is solved"
         )
+
+
+def _valid_is_needed(config: Config) -> str | None:
+    """Return for what valid's pictures must be unseen by a solved head; None: for nothing."""
+    train = config.train
+    if train.epochs != 0:
+        return f"train.epochs={train.epochs}: valid judges what is trained on top of the head"
+    if train.tta == "flip":
+        return "train.tta=flip: heads that were solved without a picture judge its plain view alone"
+    if config.package.int8:
+        return "package.int8=true: what it costs is measured on valid"
+    return None
 
 
 def check_batch(train: TrainConfig) -> None:
@@ -576,6 +595,9 @@ LAYER_DECAY = 0.75
 # From here on, on all layers, pretrained weights are mostly forgotten.
 RUINOUS_LR = {"adamw": 1e-3, "sgd": 0.05}
 
+# Share of a picture's area that a random view shows: parts of it, or nearly all of it.
+CROPS = {"parts": (0.25, 1.0), "whole": (0.9, 1.0)}
+
 # Passes over the images, and optimizer steps at least: few images need more passes.
 EPOCHS, STEPS = 16, 200
 
@@ -591,6 +613,8 @@ def fill_recipe(config: Config) -> None:
             model.cached_views = None  # mixed images have no cached features
     if augment.flip is None:
         augment.flip = True
+    if augment.scale is None:
+        augment.scale = list(CROPS["parts"])
     if choice.layer_decay is None:
         choice.layer_decay = 1.0
         if model.head == "probe":
@@ -660,6 +684,23 @@ def norm_stats_for(config: Config, pictures: int) -> str:
     return "update"
 
 
+# With fewer validation pictures, each counts: train judges a recipe too, by k-fold, and a head that
+# is all that is trained is solved on them too.
+FEW_VALID = 200
+
+
+def solve_on_for(config: Config, pictures: int) -> str:
+    """Return what a head is solved on: `model.solve_on`, or what `auto` means.
+
+    pictures: of valid.
+    """
+    if config.model.solve_on != "auto":
+        return config.model.solve_on
+    if pictures < FEW_VALID and _valid_is_needed(config) is None:
+        return "both"
+    return "train"
+
+
 # --- the metric line: one definition for the log and for SageMaker's MetricDefinitions ---
 
 METRICS = (
@@ -668,6 +709,7 @@ METRICS = (
     "train_loss",
     "train_top1",
     "valid_loss",
+    "valid_refinement",
     "valid_top1",
     "valid_top5",
     "valid_f1",

@@ -56,6 +56,7 @@ from trainer.sweep.ledger import (
 )
 from trainer.sweep.pictures import Pictures, are_swept
 from trainer.sweep.process import TrialProcess, in_use
+from trainer.training import recipe
 from trainer.training.run import read_result
 
 T = TypeVar("T")
@@ -117,6 +118,10 @@ class Driver:
         self.pictures: Pictures | None = None  # of all trials, where these don't choose others
         if not are_swept(self.sweep):
             self.pictures = Pictures(self.directory, self.config, stop)
+        keys = [parameter.key for parameter in self.sweep.space]
+        auto = self.config.model.name == AUTO
+        # What model=auto stands for, where it is the same for all trials.
+        self.decides_once = auto and not recipe.may_differ_by(self.config, keys)
         self.ledger = self.open_ledger(directory)
         self.waiting: list[Trial] = []  # begun, but not running now
         self.later: list[
@@ -267,6 +272,8 @@ class Driver:
     def next_trials(self) -> list[Trial]:
         """Return the next trial, with those after it that can be batched with it."""
         trials: list[Trial] = []
+        if self.jobs and self.decides_once and self.decided() is None:
+            return trials  # the first one decides for all
         try:
             while taken := self.take():
                 trial, batched = taken
@@ -326,6 +333,21 @@ class Driver:
         files.write(where / "trial.json", json.dumps(trial.params))
         text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
         files.write(where / "config.yaml", text)
+        self.hand_on(where)
+
+    def decided(self) -> Path | None:
+        """Return the recipe of a trial that has decided what model=auto stands for."""
+        return next(iter(sorted(self.directory.glob(f"*/checkpoints/{recipe.FILE}"))), None)
+
+    def hand_on(self, where: Path) -> None:
+        """Give a trial what another one has decided for all."""
+        written = where / "checkpoints" / recipe.FILE
+        if not self.decides_once or written.exists():
+            return
+        first = self.decided()
+        if first is not None:
+            written.parent.mkdir(exist_ok=True)
+            files.write(written, first.read_text())
 
     def is_taken_over(self, job: TrialProcess) -> bool:
         """Return whether another driver goes on with the job's trials; then end its process."""

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.common.console import log, quiet
 from trainer.common.errors import Unreadable, UserError
 from trainer.distributed.world import World
+from trainer.images.augment import Augmentation
 from trainer.images.folder import ImageFolder, Split
 from trainer.images.loader import MIRRORED, PLAIN, ImageLoader, Reader
 from trainer.images.usable import usable_images
@@ -35,7 +36,7 @@ from trainer.network import probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.features import FeatureCache
-from trainer.settings.config import TOY, Config, identity
+from trainer.settings.config import CROPS, FEW_VALID, TOY, Config, identity, solve_on_for
 from trainer.training import recipe
 from trainer.training.loop import fit, predict
 from trainer.training.recipe import Candidate, Recipe
@@ -49,16 +50,21 @@ from trainer.training.training import (
 )
 
 SAMPLE = 500  # pictures on which candidates are compared at least, where time is short
-WITHIN = {"accuracy": 0.0, "balance": 1.0, "speed": 2.0}  # standard errors of the best
+# By recipe.prefer: standard errors by which a cheaper network may be worse than the best, and times
+# that the best must cost of it.
+TRADES = {"accuracy": (0.0, math.inf), "balance": (1.0, 2.0), "speed": (2.0, 1.0)}
 # Fine-tuning from a solved head needs fewer passes than training a random one.
 EPOCHS, STEPS = 8, 40
 TRIALS = "recipe"  # below the run's directory and its checkpoints, until it is decided
+APART = 6  # a sixth of train, by which a trial chooses its epoch
 HALVES = 2  # in which train and valid judge fine-tuning, where valid is small
 FEWEST_EPOCHS = 4  # fewer are no fine-tuning
 BATCH = 16  # pictures at a time that are timed
 BACKWARD = 3.0  # times a forward pass that a training step takes
 TUNE_MINUTES = {"cpu": 3.0}  # any time elsewhere
 FLIPS_HURT = 2.0  # standard errors by which a probe must be worse with mirrored pictures
+VIEWS = (PLAIN, 0)  # by which crops are compared: as served, and a random one
+CROPS_ON = 500  # pictures, at most
 SMALL, SMALLEST = 64, 16  # px: shorter sides at which a small network from scratch is tried
 LOOKED_AT = 100  # images whose size is looked at
 SCRATCH_SIZE = 64  # px
@@ -116,6 +122,14 @@ class Decision:
                 log.info(line)
         else:
             values = self.from_scratch()
+        chosen = recipe.applied(self.config, values)
+        if chosen.model.head == "probe":
+            few = self.images.count("valid")
+            if solve_on_for(chosen, few) == "both":
+                self.reasons.append(
+                    f"valid has {few} pictures, so the head is solved on them too; figures of "
+                    "valid are by heads that were solved without the picture"
+                )
         for line in self.reasons:
             log.info("recipe: %s", line)
         return Recipe(values, candidates, self.reasons)
@@ -192,7 +206,7 @@ class Decision:
 
     def pools(self, images: ImageFolder) -> bool:
         """Return whether valid is so small that train judges too, by k-fold."""
-        return images.count("valid") < probe.FEW
+        return images.count("valid") < FEW_VALID
 
     def measured(self, network: Network) -> Judged:
         """Judge a candidate by the plain view, and note how good it is."""
@@ -203,24 +217,37 @@ class Decision:
         return judged
 
     def cheapest(self, judged: Sequence[Judged]) -> int:
-        """Return the number of the cheapest that is good enough."""
+        """Return the number of the cheapest that is good enough.
+
+        What is cheaper than the best must save something to speak of, and must not be worse by more
+        than some standard errors of the difference, picture by picture.
+        """
         rows = [each.network.candidate for each in judged]
-        best = max(rows, key=lambda row: (row.accuracy, -row.gflops))
-        least = best.accuracy - WITHIN[self.config.recipe.prefer] * best.error
-        chosen = min(
-            (row for row in rows if row.accuracy >= least),
-            key=lambda row: (row.gflops, -row.accuracy),
-        )
-        reason = f"{chosen.name} is the most accurate"
-        if chosen is not best:
+
+        def cost(number: int) -> float:
+            return rows[number].gflops
+
+        best = max(range(len(rows)), key=lambda number: (rows[number].accuracy, -cost(number)))
+        within, saving = TRADES[self.config.recipe.prefer]
+        good = [
+            number
+            for number in range(len(rows))
+            if cost(number) * saving <= cost(best)
+            and _worse_by(judged[number], judged[best]) <= within
+        ]
+        chosen = min(good, key=lambda number: (cost(number), -rows[number].accuracy), default=best)
+        reason = f"{rows[chosen].name} is the most accurate"
+        if chosen != best:
+            less = rows[best].accuracy - rows[chosen].accuracy
             reason = (
-                f"{chosen.name} is the cheapest within {best.accuracy - least:.1%} of the most "
-                f"accurate, {best.name} (recipe.prefer={self.config.recipe.prefer})"
+                f"{rows[chosen].name} needs {cost(chosen) / cost(best):.0%} of the computing of "
+                f"the most accurate, {rows[best].name}, and is no worse beyond doubt ({less:.1%}; "
+                f"recipe.prefer={self.config.recipe.prefer})"
             )
         if len(rows) == 1:
-            reason = f"{chosen.name} is the only one that can be had"
+            reason = f"{rows[chosen].name} is the only one that can be had"
         self.reasons.append(reason)
-        return rows.index(chosen)
+        return chosen
 
     def with_flips(self, judged: Judged) -> dict[str, Any]:
         """Return whether views may be mirrored, where that isn't given.
@@ -237,6 +264,25 @@ class Decision:
         if hurts:
             self.reasons.append("mirrored pictures make it worse: data.augment.flip=false")
         return {"data.augment.flip": not hurts}
+
+    def with_crops(self, network: Network) -> dict[str, Any]:
+        """Return how much of a picture a random view shows, where that isn't given.
+
+        A part of a digit is another digit. Of a probe that has also seen parts, and one that has
+        also seen nearly whole pictures, the better one says it: neither is the safe choice.
+        """
+        if self.config.data.augment.scale is not None:
+            return {}
+        share = CROPS_ON / len(_labels(network.images))
+        if share < 1:
+            network = _sampled(network, share, self.config.seed)
+        parts, whole = (self.judge(_cropped(network, CROPS[each]), VIEWS) for each in CROPS)
+        chosen, words = "parts", "parts of pictures tell more than nearly whole ones"
+        if whole.losses.sum() < parts.losses.sum():
+            chosen, words = "whole", "nearly whole pictures tell more than parts of them"
+        low, high = CROPS[chosen]
+        self.reasons.append(f"{words}: data.augment.scale=[{low:g},{high:g}]")
+        return {"data.augment.scale": list(CROPS[chosen])}
 
     # --- how it is trained ---
 
@@ -270,6 +316,7 @@ class Decision:
             )
             return frozen
         tuned = frozen | {"model.freeze": "none", "train.epochs": fits}
+        tuned |= self.with_crops(judged.network)
         if few and not asked:
             gains, better = self.tuned_halves(judged.network, flips | tuned)
             words = f"{gains.mean():+.3f} +- {probe.standard_error(gains):.3f}"
@@ -300,7 +347,8 @@ class Decision:
         for number, (_, images) in enumerate(_halves(network.images, config.seed)):
             log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
             training = self.trial(config, images, network.loader.read, number)
-            logits, labels = self.answers(training)
+            # By the last weights: the best by these pictures would flatter it.
+            logits, labels = self.answers(training, "valid")
             losses = probe.calibrated_losses(logits, labels)
             assert training.probe_losses is not None
             gains.append((training.probe_losses - losses).double().numpy())
@@ -327,7 +375,7 @@ class Decision:
             "model.weights": None,
             "data.size": size,
             "data.resize": self.config.data.resize or size,
-            "data.augment.scale": [0.9, 1.0],  # all of it is seen, as of the demo's
+            "data.augment.scale": self.config.data.augment.scale or list(CROPS["whole"]),
         }
         with quiet():
             config = weights.resolve(recipe.applied(self.config, values), images)
@@ -337,7 +385,10 @@ class Decision:
         correct = np.zeros(len(judged.labels), np.bool_)
         for number, (places, part) in enumerate(parts):
             log.info("a small network from scratch: %d of %d", number + 1, len(parts))
-            logits, labels = self.answers(self.trial(config, part, None, number))
+            training = self.trial(config, _chosen_apart(part, config.seed), None, number)
+            # As a run keeps them: of the epoch that pictures chose which do not judge.
+            training.load_best_weights()
+            logits, labels = self.answers(training, "judged")
             correct[places] = probe.correct(logits, labels.numpy())
         self.forget_trials()
         gain = correct.astype(np.float64) - judged.correct
@@ -371,9 +422,9 @@ class Decision:
         fit(training)
         return training
 
-    def answers(self, training: Training) -> tuple[Tensor, Tensor]:
-        """Return the logits [N, classes] and labels [N] of valid, by the last weights."""
-        batches = training.data.eval_batches("valid")
+    def answers(self, training: Training, split: str) -> tuple[Tensor, Tensor]:
+        """Return the logits [N, classes] and labels [N] of a split, by the weights as they are."""
+        batches = training.data.eval_batches(split)
         return predict(training, training.eval_model, batches, self.machine)
 
     def forget_trials(self) -> None:
@@ -392,6 +443,29 @@ class Decision:
             "model.weights": None,
             "data.size": self.config.data.size or SCRATCH_SIZE,
         }
+
+
+def _cropped(network: Network, scale: tuple[float, float]) -> Network:
+    """Return the network with random views that show such a share of each image, and no more."""
+    augmentation = Augmentation(scale, network.loader.augmentation.ratio, flip=False, trivial=False)
+    loader = replace(network.loader, augmentation=augmentation)
+    return replace(network, loader=loader, cache=_cache_for(network, loader))
+
+
+def _cache_for(network: Network, loader: ImageLoader) -> FeatureCache:
+    """Return the cache of the network's features for other images, or other views of them."""
+    cache = network.cache
+    return FeatureCache(cache.network, loader, cache.machine, cache.cache.parent)
+
+
+def _worse_by(one: Judged, best: Judged) -> float:
+    """Return by how many standard errors of the difference a network's probe is worse than another.
+
+    Both answer for the same pictures, so what is hard for both doesn't count. With one answer more
+    that either alone gives: none of few that differ is no certainty.
+    """
+    losses = best.correct.astype(np.float64) - one.correct
+    return float(losses.mean() / probe.standard_error(np.append(losses, [1.0, -1.0])))
 
 
 def _about(minutes: float) -> str:
@@ -415,9 +489,7 @@ def _sampled(network: Network, fraction: float, seed: int) -> Network:
         splits[name] = Split(paths, split.labels[chosen])
     few = replace(images, splits=splits)
     loader = replace(network.loader, folder=few)
-    cache = network.cache
-    cache = FeatureCache(cache.network, loader, cache.machine, cache.cache.parent)
-    return replace(network, images=few, loader=loader, cache=cache)
+    return replace(network, images=few, loader=loader, cache=_cache_for(network, loader))
 
 
 def _halves(images: ImageFolder, seed: int) -> Iterator[tuple[NDArray[np.int64], ImageFolder]]:
@@ -434,6 +506,21 @@ def _halves(images: ImageFolder, seed: int) -> Iterator[tuple[NDArray[np.int64],
             for name, samples in (("train", rest), ("valid", chosen))
         }
         yield chosen, replace(images, splits=splits)
+
+
+def _chosen_apart(images: ImageFolder, seed: int) -> ImageFolder:
+    """Return the images with valid as "judged", and a part of train in the place of valid.
+
+    So the pictures by which a training chooses its best epoch are not those that judge it.
+    """
+    train, judged = images.splits["train"], images.splits["valid"]
+    chosen = probe.folds(train.labels, APART, seed)[0]
+    rest = np.setdiff1d(np.arange(len(train.labels)), chosen)
+    splits = {
+        name: Split(tuple(train.paths[sample] for sample in samples), train.labels[samples])
+        for name, samples in (("train", rest), ("valid", chosen))
+    }
+    return replace(images, splits=splits | {"judged": judged})
 
 
 def _side(paths: Sequence[str]) -> int:

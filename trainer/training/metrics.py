@@ -41,15 +41,18 @@ def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, flo
     return {f"{prefix}_{name}": round(value.item(), 6) for name, value in values.items()}
 
 
+LOWER_IS_BETTER = ("valid_loss", "valid_refinement")
+
+
 def better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: str) -> bool:
     """Return whether an epoch's metrics of valid beat the best so far, by the monitored one.
 
     Losses fall, everything else rises; where it is equal, as is common for few images, the lower
-    loss is better.
+    loss at its best temperature is better: a package is calibrated.
     """
     if metrics[monitor] == best[monitor]:
-        return metrics["valid_loss"] < best["valid_loss"]
-    if monitor.endswith("loss"):
+        return metrics["valid_refinement"] < best["valid_refinement"]
+    if monitor in LOWER_IS_BETTER:
         return metrics[monitor] < best[monitor]
     return metrics[monitor] > best[monitor]
 

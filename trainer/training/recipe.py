@@ -8,7 +8,7 @@ on a rented machine, follows what is written.
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,24 @@ def names(config: Config, device: str) -> Sequence[str]:
     if model.weights_dir is not None:
         return sorted({each.name for each in weight_folder.candidates(model.weights_dir)})
     return CANDIDATES.get(device, CANDIDATES["cpu"])
+
+
+def may_differ_by(config: Config, keys: Iterable[str]) -> bool:
+    """Return whether what model=auto decides may differ where these settings do.
+
+    Where it is given what is trained (model.freeze), nothing is trained in order to decide, and how
+    it is trained changes nothing; else a sweep's trials decide one by one.
+    """
+    schema = settings.schema()
+    for key in keys:
+        section, _, name = key.partition(".")
+        how = section == "optim" or (section == "train" and name not in ("epochs", "batch_size"))
+        if key in schema and not schema[key].metadata["identity"]:
+            continue
+        if section == "package" or (how and config.model.freeze != "auto"):
+            continue
+        return True
+    return False
 
 
 def probe_of(name: str) -> dict[str, Any]:

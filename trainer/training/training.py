@@ -34,7 +34,7 @@ from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
 from trainer.network.features import FeatureCache, FeatureLoader
-from trainer.settings.config import Config, metric_line
+from trainer.settings.config import FEW_VALID, Config, metric_line
 from trainer.training import care, checkpoint
 from trainer.training.checkpoints import Checkpoints
 from trainer.training.metrics import MetricsFile, TrainSums, better, classification
@@ -177,8 +177,9 @@ class Training:
         self.progress = Progress()
         # Of each image of valid, float32 [N]: the probe's loss, which training must better.
         self.probe_losses: Tensor | None = None
-        # Of each image of train, float32 [N, classes], by a head that was solved without it; None
-        # where valid has enough to calibrate with.
+        # Of each image of train, and after them of valid where the head is solved on these too:
+        # float32 [N, classes], by a head that was solved without it. None where there is no such
+        # head, or valid has enough to calibrate with.
         self.probe_logits: Tensor | None = None
         self.sums = TrainSums(self.progress.sums)
         self.metrics_file = _metrics_file(run)
@@ -201,21 +202,59 @@ class Training:
     # --- a head that is solved before the rest is trained: model.head=probe ---
 
     def solve_head(self) -> None:
-        """Make the head logistic regression on the features of train, plain and mirrored."""
+        """Make the head logistic regression on the features of train, plain and mirrored.
+
+        model.solve_on=both: of train and valid.
+        """
         config, stop = self.config, self.stop
         cache = FeatureCache(self.network, self.loader, self.machine, Path(config.platform.cache))
         kinds = [PLAIN, MIRRORED] if config.data.augment.flip else [PLAIN]
-        views = np.stack([cache.of("train", view, stop) for view in kinds], axis=1)
-        labels = self.loader.folder.splits["train"].labels
+        splits = ["train", "valid"] if self.head_saw_valid else ["train"]
+        views = np.concatenate(
+            [np.stack([cache.of(split, view, stop) for view in kinds], axis=1) for split in splits]
+        )
+        labels = np.concatenate([self.loader.folder.splits[split].labels for split in splits])
         with ProgressBar("solving the head", 1):
             solved = probe.fit(views, labels, self.loader.classes, config.seed, stop.check)
         head = self.network.head
         assert isinstance(head, nn.Linear)  # settings.config.check_model
         head.load_state_dict({"weight": solved.weight, "bias": solved.bias})
-        if self.loader.folder.count("valid") < probe.FEW:
+        if self.head_saw_valid or self.loader.folder.count("valid") < FEW_VALID:
             self.probe_logits = solved.logits
+        if self.head_saw_valid:
+            log.info(
+                "the head is solved on the %d pictures of train and valid; figures of valid are by "
+                "heads that were solved without the picture",
+                len(labels),
+            )
         if self.ema:
             self.ema.network.load_state_dict(self.model.state_dict())
+
+    @property
+    def head_saw_valid(self) -> bool:
+        """Return whether the solved head was fitted to the images of valid too.
+
+        Not where some are in test: they tell how good the head is.
+        """
+        model, splits = self.config.model, self.loader.folder.splits
+        if model.head != "probe" or model.solve_on != "both":
+            return False
+        if "test" not in splits:
+            return True
+        known = self.loader.folder.digests
+        valid, test = ({known[path] for path in splits[name].paths} for name in ("valid", "test"))
+        return not valid & test
+
+    def unseen_logits(self, split: str) -> Tensor:
+        """Return logits [N, classes] of train or valid, of each image by a head without it.
+
+        Of valid where the head has seen it.
+        """
+        assert self.probe_logits is not None
+        count = self.loader.folder.count("train")
+        if split == "train":
+            return self.probe_logits[:count]
+        return self.probe_logits[count:]
 
     def is_probe(self) -> bool:
         """Return whether nothing has been trained yet on top of a solved head."""
@@ -236,14 +275,27 @@ class Training:
     def measure(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the metrics of valid: logits float32 [N, classes], labels int64 [N].
 
+        Refinement is the loss at the temperature that is best for it (Berta et al., "Rethinking
+        early stopping: refine, then calibrate", 2025): the loss itself rises where a network grows
+        too sure of itself, though it tells more pictures, and a package is calibrated.
+
+        Where the head was solved on valid, the metrics are of heads that weren't, with the loss of
+        these logits beside: by it the weights are known again.
+
         After a solved head also by how much the loss is lower than the probe's, and the standard
         error of that: the losses of each image are compared, at the temperature that is best for
         each of the two (a package is calibrated).
         """
+        of_weights = classification(logits, labels, "valid")
+        if self.head_saw_valid:
+            logits = self.unseen_logits("valid")
+        losses = probe.calibrated_losses(logits, labels)
         metrics = classification(logits, labels, "valid")
+        metrics["valid_refinement"] = round(losses.mean().item(), 6)
+        if self.head_saw_valid:
+            return metrics | {"seen_loss": of_weights["valid_loss"]}
         if self.config.model.head != "probe":
             return metrics
-        losses = probe.calibrated_losses(logits, labels)
         if self.probe_losses is None:
             self.probe_losses = losses
             return metrics
@@ -534,7 +586,7 @@ class Training:
             return better(metrics, best, self.config.train.monitor)
         # What is trained on top of a probe must be better beyond doubt.
         margin = self.config.train.margin
-        if metrics["gain"] <= margin * metrics["gain_error"]:
+        if not metrics["gain"] > margin * metrics["gain_error"]:  # nor where it is NaN
             return False
         return margin < 0 or metrics["valid_top1"] >= best["valid_top1"]
 
@@ -544,6 +596,16 @@ class Training:
         self.progress.best = {"epoch": self.progress.epoch, "value": value} | metrics
         model = self.ema.network if self.ema else self.model
         self.checkpoints.keep_best(model.state_dict(), self.facts["environment"])
+
+    def load_best_weights(self) -> dict[str, Any]:
+        """Make the best weights those that are evaluated; return what is kept beside them."""
+        checkpoints = self.checkpoints
+        best = self.world.broadcast_from_main(
+            lambda: checkpoints.best.state() if checkpoints.best else None
+        )
+        assert best is not None
+        self.load_eval_weights(best["network"])
+        return best
 
     def load_eval_weights(self, weights: dict[str, Tensor]) -> None:
         """Make `weights` those that are evaluated and packaged."""
@@ -741,6 +803,7 @@ def make_loader(
     """Make what gives the images as batches. reader: of packed pixels; None decodes."""
     config = run.config
     augment = config.data.augment
+    assert augment.scale is not None  # settings.config.fill_recipe
     return ImageLoader(
         images,
         preprocessing(config),

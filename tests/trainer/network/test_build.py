@@ -2,6 +2,8 @@ import copy
 import errno
 import os
 import pickle
+import socket
+import urllib.request
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torchvision.transforms.v2.functional
 from trainer.common import files
 from trainer.common.errors import Unreadable, UserError
 from trainer.network import build as model
+from trainer.network import hub
 
 PIXELS = torch.randint(
     0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -179,6 +182,36 @@ def test_weights_without_a_network_end_in_one_clear_line(tmp_path, monkeypatch):
     )  # the discard port: every download is refused at once
     with pytest.raises(UserError, match=r"could not be downloaded.*model.weights=FILE"):
         model.build("squeezenet1_1", 3, weights="DEFAULT")
+
+
+def test_a_server_that_cannot_be_reached_is_asked_once_and_no_library_waits_for_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    asked = []
+
+    def refuse(address, patience):
+        asked.append(address)
+        raise TimeoutError
+
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
+    monkeypatch.setattr(torchvision.models, "get_model", None)  # would fail in another way
+    hub._reason.cache_clear()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"download.pytorch.org can't be reached: no answer"):
+            model.build("squeezenet1_1", 3, weights="DEFAULT")
+    assert asked == [("download.pytorch.org", 443)]
+    hub._reason.cache_clear()
+
+
+def test_a_server_that_answers_or_lies_behind_a_proxy_is_left_to_the_library(monkeypatch):
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hub.check(f"http://127.0.0.1:{server.getsockname()[1]}/file")
+    hub.check("file:///nowhere")
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://127.0.0.1:9"})
+    hub.check("https://no-such-host.invalid/file")
 
 
 @pytest.mark.parametrize("times", [2, 100])

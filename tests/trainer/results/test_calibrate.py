@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from trainer.common import temperature
 from trainer.results import calibrate
 from trainer.results.calibrate import Calibration, fit, measure
 
@@ -27,10 +28,9 @@ def test_the_temperature_is_what_the_labels_say(sharpness):
     assert chosen == pytest.approx(1 / sharpness, rel=0.05) and notes == []
 
 
-def test_the_temperature_is_the_optimum(monkeypatch):
-    monkeypatch.setattr(calibrate, "CAUTION", 0.0)
+def test_the_temperature_is_the_optimum():
     logits, labels = draw(300, 2.0)
-    chosen, _ = calibrate.temperature(logits, labels)
+    chosen = temperature.optimum(logits.astype(np.float64), labels, caution=0.0)
     steps = np.linspace(0.97, 1.03, 61) * chosen
     assert np.argmin([loss(logits, labels, step) for step in steps]) == 30
 
@@ -66,7 +66,7 @@ def test_what_says_nothing_changes_nothing_and_is_told(logits, labels, said):
     assert calibration.farthest is None and "too few to tell what is unlike" in notes[2]
 
 
-@pytest.mark.parametrize(("wrong", "end"), [(False, calibrate.LEAST), (True, calibrate.MOST)])
+@pytest.mark.parametrize(("wrong", "end"), [(False, temperature.LEAST), (True, temperature.MOST)])
 def test_the_temperature_has_two_bounds(wrong, end):
     labels = np.arange(3000) % 3
     logits = 0.01 * np.eye(3)[labels]

@@ -149,6 +149,7 @@ ELSEWHERE = {
     "model.candidates": ("training/test_recipe.py", "model.candidates=[squeezenet1_1]"),
     "train.margin": ("training/test_recipe.py", "train.margin=-5"),
     "model.head": ("training/test_recipe.py", "model.head=probe"),
+    "model.solve_on": ("training/test_recipe.py", "model.solve_on=both"),
     "recipe.minutes": ("training/test_recipe.py", "recipe.minutes=null"),
     "recipe.tune_minutes": ("training/test_recipe.py", "recipe.tune_minutes=0"),
     "recipe.prefer": ("training/test_recipe.py", "recipe.prefer=speed"),

@@ -22,6 +22,7 @@ from trainer.network.ema import ModelEma
 from trainer.training import checkpoint
 from trainer.training import training as training_module
 from trainer.training.loop import fit, predict, seed_dropout, train_one_epoch, train_one_step
+from trainer.training.metrics import better
 from trainer.training.training import Training
 
 
@@ -355,18 +356,31 @@ def test_the_head_is_trained_first_and_then_all_layers(tmp_path, pictures, confi
         ((0.6, 0.6, 0.5), (0.9, 1.0, 0.8), 1),
     ],
 )
-def test_of_equal_epochs_the_one_of_lower_loss_is_best(
-    tmp_path, pictures, configure, top1, loss, best
+def test_of_equal_epochs_the_one_of_lower_refinement_is_best(top1, loss, best):
+    rows = [
+        {"valid_top1": accuracy, "valid_refinement": its_loss}
+        for accuracy, its_loss in zip(top1, loss, strict=True)
+    ]
+    kept = 0
+    for number, row in enumerate(rows):
+        if better(row, rows[kept], "valid_top1"):
+            kept = number
+    assert kept + 1 == best
+
+
+def test_a_network_that_tells_more_is_better_however_sure_of_itself_it_is(
+    tmp_path, pictures, configure
 ):
     training = open_training(tmp_path, configure(*RECIPE), make_loader(pictures))
-    for accuracy, its_loss in zip(top1, loss, strict=True):
-        train_one_epoch(training)
-        metrics = {"valid_top1": accuracy, "valid_loss": its_loss}
-        training.end_epoch(metrics)
-        if training.is_best(metrics):
-            training.keep_best(metrics)
-    kept = training.progress.best
-    assert kept is not None and (kept["epoch"], kept["value"]) == (best, top1[best - 1])
+    labels = torch.arange(60) % 3
+    dull = torch.zeros(60, 3)
+    dull[:, 0] = 1e-3
+    knowing = torch.nn.functional.one_hot(labels, 3).float()
+    knowing[::4] = knowing[::4].roll(1, dims=1)  # a quarter is wrong, all are as sure as can be
+    first, second = (training.measure(20 * each, labels) for each in (dull, knowing))
+    assert second["valid_loss"] > first["valid_loss"]
+    assert better(second, first, "valid_refinement")
+    assert not better(second, first, "valid_loss")
 
 
 def test_clipping_bounds_the_update(tmp_path, pictures, configure):
