@@ -103,6 +103,7 @@ def train(config: Config | None, world: World) -> None:
         if not result or any(complete.is_of_package(run, path) for path in wrong):
             outcome.build_package(training, tested)
         stop.check()
+        outcome.write_predictions(training, tested)
         outcome.write_report(training, tested, decided)
         before, result = result, outcome.result(training, tested, time.monotonic() - started)
         if before:

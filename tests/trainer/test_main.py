@@ -1,3 +1,4 @@
+import csv
 import json
 import shutil
 import subprocess
@@ -5,6 +6,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image, features
 
@@ -50,6 +52,13 @@ def test_a_complete_run_says_so_and_trains_no_more(tmp_path):
         "result.json",
         "tensorboard",
     }
+    with (tmp_path / "runs/run/predictions.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [row["path"].split("/")[-2] for row in rows] == [row["true_label"] for row in rows]
+    result = json.loads((tmp_path / "runs/run/result.json").read_text())
+    hits = sum(row["correct"] == "true" for row in rows)
+    assert hits == sum(row["label"] == row["true_label"] for row in rows)
+    assert hits / len(rows) == pytest.approx(result["top1"], abs=1e-6)
 
 
 def test_on_windows_one_line_says_where_it_runs():

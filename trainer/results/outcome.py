@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.common import files
 from trainer.common.console import log
 from trainer.common.errors import AGAIN, UserError
 from trainer.common.git import revision
@@ -20,6 +21,8 @@ from trainer.network.distance import Features, Joined, WithDistance, class_means
 from trainer.network.weights import provenance
 from trainer.results import calibrate, package, quantize, report
 from trainer.results.calibrate import Quality
+from trainer.results.prediction import Prediction, predictions
+from trainer.results.predictions import SHOWN, Columns
 from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
 from trainer.training import complete
@@ -55,6 +58,7 @@ class Tested:
     probabilities: NDArray[np.float64]  # [N, classes], calibrated
     quality: Quality  # of the calibration, and how good it is on these images
     means: Tensor  # of the classes' features, [classes, width]
+    predictions: Sequence[Prediction]  # [N]
     other: Other | None = None
 
 
@@ -138,6 +142,9 @@ def test(run: Training) -> Tested:
         quality.calibration.probabilities(logits.numpy()),
         quality,
         means,
+        predictions(
+            quality.calibration, run.loader.folder.classes, logits.numpy(), distance.numpy()
+        ),
         other,
     )
 
@@ -284,6 +291,16 @@ def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) ->
         run.run.directory / "report.html",
         lambda path: folder.read_prepared(path, pixels),
     )
+
+
+def write_predictions(run: Training, tested: Tested) -> None:
+    """Write predictions.csv: a row a picture, by name."""
+    classes = run.loader.folder.classes
+    columns = Columns(min(SHOWN, len(classes)), labelled=True)
+    everything = zip(tested.paths, tested.labels, tested.predictions, strict=True)
+    rows = sorted(everything, key=lambda row: row[0])
+    lines = [columns.row(path, said, classes[label]) for path, label, said in rows]
+    files.write(run.run.directory / "predictions.csv", "".join([columns.head(), *lines]))
 
 
 def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:

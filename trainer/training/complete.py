@@ -16,7 +16,7 @@ from trainer.common.model_package import DAMAGE
 from trainer.training.run import Run
 
 # Of a run's directory, beside the package. Its log grows, and its config.yaml is written anew.
-FILES = ("report.html", "metrics.jsonl", "quarantine.txt", "care.csv")
+FILES = ("report.html", "predictions.csv", "metrics.jsonl", "quarantine.txt", "care.csv")
 PACKAGE = "package"  # the archive, or begins the names of what its directory holds
 CHUNK = 1 << 22  # bytes
 

@@ -19,7 +19,7 @@ from trainer.training import complete
 from trainer.training.run import open_run, read_result
 
 RUN = Path("runs/run")
-MADE = ("model.tar.gz", "report.html", "metrics.jsonl", "quarantine.txt")
+MADE = ("model.tar.gz", "report.html", "predictions.csv", "metrics.jsonl", "quarantine.txt")
 
 
 @pytest.fixture

@@ -107,6 +107,7 @@ def test_what_hangs_within_a_step_is_not_saved(tmp_path, pictures, configure, mo
 # --- real processes, which really hang ---
 
 LIMIT = 20  # train.stall_seconds: longer than a step takes on a busy machine
+SHORT = "train.stall_seconds=20"
 RUN = (
     "name=run", "platform=local", "platform.cache=cache",
     "data=folder", "data.root=pictures", "data.cache=none", "model=small_cnn",
@@ -130,7 +131,7 @@ def test_a_picture_whose_disk_no_longer_answers_ends_the_run_which_goes_on(
     tmp_path, undisturbed, workers
 ):
     shutil.copytree(undisturbed / "pictures", tmp_path / "pictures")
-    words = (*RUN, "train.epochs=60", f"train.stall_seconds={LIMIT}", f"data.workers={workers}")
+    words = (*RUN, "train.epochs=60", SHORT, f"data.workers={workers}")
     process = start_trainer(tmp_path, *words)
     checkpoints = tmp_path / "runs/run/checkpoints"
     assert wait_for(lambda: checkpoint.steps(checkpoints) or process.poll() is not None)
@@ -155,7 +156,7 @@ def test_a_picture_whose_disk_no_longer_answers_ends_the_run_which_goes_on(
 @pytest.mark.long
 def test_a_machine_that_sleeps_loses_nothing(tmp_path, undisturbed):
     (tmp_path / "pictures").symlink_to(undisturbed / "pictures")
-    process = start_trainer(tmp_path, *RUN, "train.epochs=60", f"train.stall_seconds={LIMIT}")
+    process = start_trainer(tmp_path, *RUN, "train.epochs=60", SHORT)
     checkpoints = tmp_path / "runs/run/checkpoints"
     assert wait_for(lambda: checkpoint.steps(checkpoints) or process.poll() is not None)
     os.killpg(process.pid, signal.SIGSTOP)
@@ -172,7 +173,7 @@ def test_of_several_processes_the_one_that_hangs_says_where(tmp_path, undisturbe
     other.mkdir()
     (tmp_path / "pictures").symlink_to(undisturbed / "pictures")
     shutil.copytree(undisturbed / "pictures", other / "pictures")
-    words = (*RUN, "train.epochs=6000", f"train.stall_seconds={LIMIT}", "data.workers=1")
+    words = (*RUN, "train.epochs=6000", SHORT, "data.workers=1")
     checkpoints = tmp_path / "runs/run/checkpoints"
     with together([tmp_path, other], "trainer", *words) as processes:
         assert wait_for(lambda: checkpoint.steps(checkpoints) or processes[0].poll() is not None)
