@@ -75,14 +75,18 @@ def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
         torch.random.fork_rng(devices=[]),
         tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=run.directory) as scratch,
     ):
-        _try(network, images.classes, pixels, Path(scratch))
+        _try(network, run.config.model.name, images.classes, pixels, Path(scratch))
     with suppress(OSError):  # it is tried again then
         known.parent.mkdir(parents=True, exist_ok=True)
         files.write(known, text)
 
 
 def _try(
-    network: Classifier, classes: tuple[str, ...], pixels: Preprocessing, scratch: Path
+    network: Classifier,
+    name: str,
+    classes: tuple[str, ...],
+    pixels: Preprocessing,
+    scratch: Path,
 ) -> None:
     side = max(pixels.size, pixels.resize)
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -92,7 +96,7 @@ def _try(
         classes=classes,
         preprocessing=pixels,
         metrics={},
-        config={},
+        config={"model.name": name},
         revision=None,
         golden=[str(picture)],
         means=torch.ones(len(classes), network.features_width),
