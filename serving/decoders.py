@@ -2,8 +2,9 @@
 
 A thread can't be ended while it decodes. What could keep it busy for ever is refused before
 (`trainer/images/bounds.py`), so a large picture takes seconds at most; but pictures that take 10 ms
-should not wait for it. So a thread that is busy for longer, while others wait, is replaced: it
-finishes its picture at a lower priority, and ends.
+should not wait for it. So large pictures have threads of their own, at a lower priority; and a
+thread that is busy for long with a small one, while others wait, is replaced: it finishes its
+picture at that priority, and ends.
 """
 
 import heapq
@@ -24,11 +25,11 @@ from serving.work import Abandoned, Work
 from trainer.images.decode import AVIF_BRANDS, BYTES_A_PIXEL, ImageError, Room
 
 Pixels = NDArray[np.uint8]  # [size, size, 3]
-Task = Callable[[], Pixels]
+Task = Callable[[bool], Pixels]  # told whether the picture may be large; raises Large
 
 PATIENCE = 0.25  # seconds that others wait for a picture before its thread is replaced
 REPLACED = 2  # threads that may be replaced at once, for each that decodes
-NICENESS = 10  # of a replaced thread: a tenth of the processor that others get (sched(7))
+NICENESS = 10  # of those of large pictures too: a tenth of the processor that others get (sched(7))
 SMALL = 1 << 20  # pixels that need no room: there are no more such pictures at once than threads
 MEMORY = 448 << 20  # bytes: a photo of 48 megapixels takes 300 MB as a JPEG, 440 MB as HEIC or PNG
 # Of memory, for each pixel that is decoded, at most: measured with 48 megapixels and Pillow 13.
@@ -36,11 +37,47 @@ JPEG, RGB, TRANSPARENT, LOSSY_WEBP, HEIC, AVIF = 6.5, 9.0, 13.0, 17.0, 9.4, 11.0
 PNG_PLAIN = {0, 2, 3}  # colour types without transparency
 
 
+class Large(BaseException):
+    """A picture is large. Decoding turns any Exception into one of the picture."""
+
+
 class Decoders:
-    """Threads that decode, so many at once."""
+    """Threads that decode, so many at once, and as many again for large pictures.
+
+    What a picture is, its head tells: a thread for small ones reads it, and hands large ones on.
+    """
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
+        self._large = _Lane(threads)
+        self._small = _Lane(threads, self._large)
+
+    def submit(self, number: int, task: Task) -> "Future[Pixels]":
+        """Have a picture decoded, and return what will have its pixels.
+
+        number: of the picture in its request, from 0.
+        """
+        future: Future[Pixels] = Future()
+        self._small.add(number, task, future)
+        return future
+
+    def relieve(self) -> None:
+        """Replace the threads that have been busy for long with small pictures, where more wait."""
+        self._small.relieve()
+
+    def hang(self, seconds: float) -> bool:
+        """Return whether no small picture is decoded, and hasn't been for `seconds`.
+
+        Large ones may take as long on a busy machine.
+        """
+        return self._small.hang(seconds)
+
+
+class _Lane:
+    """Threads for pictures of one kind."""
+
+    def __init__(self, threads: int, large: "_Lane | None" = None) -> None:
+        """Start so many. large: the threads for large pictures; these are they, if not given."""
+        self._threads, self._large = threads, large
         # First the first pictures of all requests, then the second ones: a request of many
         # pictures holds up none of one. One token in the queue for each: it waits without Python.
         self._heap: list[tuple[int, int, Task, Future[Pixels]]] = []
@@ -52,16 +89,11 @@ class Decoders:
         for _ in range(threads):
             self._start()
 
-    def submit(self, number: int, task: Task) -> "Future[Pixels]":
-        """Have a picture decoded, and return what will have its pixels.
-
-        number: of the picture in its request, from 0.
-        """
-        future: Future[Pixels] = Future()
+    def add(self, number: int, task: Task, future: "Future[Pixels]") -> None:
+        """Have a picture decoded."""
         with self._lock:
             heapq.heappush(self._heap, (number, next(self._order), task, future))
         self._tokens.put(None)
-        return future
 
     def relieve(self) -> None:
         """Replace the threads that have been busy for long, where pictures wait."""
@@ -74,7 +106,7 @@ class Decoders:
                 if thread in self._replaced or self._no_more():
                     continue
                 self._replaced.add(thread)
-                _lower(thread)
+                _lower(thread.native_id)
                 self._start()
 
     def hang(self, seconds: float) -> bool:
@@ -95,6 +127,8 @@ class Decoders:
 
     def _run(self) -> None:
         me = threading.current_thread()
+        if self._large is None:
+            _lower(me.native_id)
         while True:
             self._decode_next(me)
             with self._lock:
@@ -105,13 +139,17 @@ class Decoders:
     def _decode_next(self, me: threading.Thread) -> None:
         self._tokens.get()
         with self._lock:
-            _, _, task, future = heapq.heappop(self._heap)
-        if not future.set_running_or_notify_cancel():
+            number, _, task, future = heapq.heappop(self._heap)
+        # One that was handed on is running.
+        if not future.running() and not future.set_running_or_notify_cancel():
             return
         with self._lock:
             self._since[me] = time.monotonic()
         try:
-            pixels = task()
+            pixels = task(self._large is None)
+        except Large:
+            assert self._large
+            self._large.add(number, task, future)
         except BaseException as error:
             future.set_exception(error)
         else:
@@ -121,10 +159,10 @@ class Decoders:
                 del self._since[me]
 
 
-def _lower(thread: threading.Thread) -> None:
-    """Lower a thread's priority. On Linux each has its own; it can't be raised again."""
+def _lower(thread: int | None) -> None:
+    """Lower the priority of a thread, by its native id. On Linux each has its own, for good."""
     with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, thread.native_id or 0, NICENESS)
+        os.setpriority(os.PRIO_PROCESS, thread or 0, NICENESS)
 
 
 class Unwanted(BaseException):
@@ -141,9 +179,9 @@ class Rooms:
         self._changed = threading.Condition()
         self._line: deque[object] = deque()
 
-    def of(self, image: bytes, work: Work) -> Room:
-        """Return the room that a request's picture takes."""
-        return _Share(self, bytes_a_pixel(image), work)
+    def of(self, image: bytes, work: Work, may_be_large: bool) -> Room:
+        """Return the room that a request's picture takes. It raises Large where it may not be."""
+        return _Share(self, bytes_a_pixel(image), work, may_be_large)
 
     def take(self, size: int, work: Work) -> None:
         """Wait for so many bytes. Raise Unwanted where the work ends before."""
@@ -168,9 +206,10 @@ class Rooms:
 class _Share(Room):
     """What one picture takes of it."""
 
-    def __init__(self, rooms: Rooms, each: float, work: Work) -> None:
+    def __init__(self, rooms: Rooms, each: float, work: Work, may_be_large: bool) -> None:
         super().__init__(rooms.pixels)
         self._rooms, self._each, self._work = rooms, each, work
+        self._may_be_large = may_be_large
 
     @contextmanager
     def taken(self, pixels: int, image: str) -> Iterator[None]:
@@ -187,6 +226,8 @@ class _Share(Room):
             raise ImageError(
                 f"{image} take {size:,} bytes of memory; allowed: {self._rooms.memory:,}"
             )
+        if not self._may_be_large:
+            raise Large
         self._rooms.take(size, self._work)
         try:
             yield

@@ -100,9 +100,9 @@ class Engine:
                     return step.result()
                 self._decoders.relieve()
 
-    def _decode(self, image: bytes, work: Work) -> NDArray[np.uint8]:
+    def _decode(self, image: bytes, work: Work, may_be_large: bool) -> NDArray[np.uint8]:
         try:
-            return self.package.prepare(image, self._rooms.of(image, work))
+            return self.package.prepare(image, self._rooms.of(image, work, may_be_large))
         except Unwanted as error:
             raise TimeoutError from error
         except MemoryError as error:

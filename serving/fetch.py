@@ -203,9 +203,20 @@ def _connected(
         yield _Stream(connection, end, reserve)
 
 
-@functools.cache
+_reading_certificates = threading.Lock()
+
+
 def _tls() -> ssl.SSLContext:
-    """Return the one context: reading the system's certificates takes 30 ms of every fetch."""
+    """Return the one context: reading the system's certificates takes 30 ms of a processor.
+
+    functools.cache alone lets fetches that begin together read them each.
+    """
+    with _reading_certificates:
+        return _one_tls()
+
+
+@functools.cache
+def _one_tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 

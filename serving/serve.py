@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     with needed_by("serve", "serve"):
         # imported here: its libraries are those of the extra `serve`
         from serving import server
+    server.share_memory_and_threads()
     address = server.bind(options.host, options.port)
     package = load_for_command(package_of(options.package), cores(), options.backend)
     engine = Engine(

@@ -7,6 +7,7 @@ proven itself, so a server that answers at all is healthy.
 import asyncio
 import base64
 import contextlib
+import ctypes
 import errno
 import hashlib
 import ipaddress
@@ -17,6 +18,7 @@ import re
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -53,6 +55,12 @@ GRACE_SECONDS = 28.0  # after SIGTERM the process is gone, whatever hangs
 
 BACKLOG = 256  # connections that wait to be accepted
 FILES = 65_536  # open files that are asked for, where the system allows so many
+# Of Python's lock, which a thread that computes gives to one that waits: an answer needs it several
+# times. (Python's own: 5 ms.)
+SWITCH_SECONDS = 0.0005
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+LARGE_BLOCK = 1 << 20  # bytes
+ARENAS = 2
 SPARE = 192  # of them for other things than connections: fetches, decoders, libraries
 SAY_AGAIN = 60.0  # seconds after which it is said once more that there are no more files
 
@@ -74,6 +82,9 @@ IN_PROGRESS = Gauge("packhorse_requests_in_progress", "Requests whose head has c
 
 # Connections accepted in one turn of the event loop, which answers nobody meanwhile.
 ACCEPTED_AT_ONCE = 16
+# Turns after which asyncio has told that a client hung up whose end came with its request: to read
+# the end, to close, to wake who waits for it. Nothing is begun for that client.
+TURNS = 3
 GET = {"/", "/card", "/metrics", "/ping"}
 
 
@@ -239,6 +250,10 @@ class App:
         gone = asyncio.ensure_future(receive())  # what comes after a whole body is its end
         gone.add_done_callback(lambda _: work.abandon())
         try:
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+                if gone.done():
+                    raise _Gone
             return await asyncio.get_running_loop().run_in_executor(
                 self._threads, answer, self._engine, self._settings, request, work
             )
@@ -616,6 +631,19 @@ def allow_files() -> int:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def share_memory_and_threads() -> None:
+    """Have memory given back at once, and waiting threads woken soon. Before threads start.
+
+    glibc keeps what was freed in an arena a thread, and from a first large block on also large
+    blocks: requests of 16 URLs, one client's, left 419 MiB in use; with this 155 (2 cores, glibc 2.36).
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere than with glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(M_ARENA_MAX, ARENAS)
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def serve(

@@ -1,9 +1,10 @@
-"""`python -m tests.serving.soak --seconds 300` (make soak-serving): a server under eight attacks.
+"""`python -m tests.serving.soak --seconds 300` (make soak-serving): a server under nine attacks.
 
 One client each does what a fault that was found would need, again and again, all at once; another
 one asks with good pictures. It must be answered, within LATER times the 99th percentile of quiet
 times, and the server's memory, its decoders' too, must stay under MEMORY. Quiet and attacked times
-alternate, since this machine may have other work.
+alternate, since this machine may have other work. Attackers, and the web server that they have
+asked, have processors of their own in the world: here they get what the server leaves.
 """
 
 import argparse
@@ -11,13 +12,16 @@ import http.client
 import io
 import json
 import multiprocessing
+import os
 import socket
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +37,7 @@ from trainer.results.package import build
 
 LATER = 3.0
 MEMORY = 600 << 20  # bytes
+NICENESS = 19  # of attackers: a seventieth of the processor that the server gets (sched(7))
 PHASE = 6.0  # seconds, quiet and then attacked
 PAUSE = 0.05  # seconds between two asks of the good client, and of each attacker
 
@@ -181,8 +186,18 @@ ATTACKS: tuple[Callable[[int], None], ...] = (
 )
 
 
+def serve_large(port: Connection) -> None:
+    """Be somebody's web server until the process is ended. port: told where it listens."""
+    os.nice(NICENESS)
+    with Web() as web:
+        web.files = {"/large": bytes(16 << 20)}
+        port.send(web.port)
+        threading.Event().wait()
+
+
 def again(attack: Callable[[int], None], port: int) -> None:
     """Attack until the process is ended."""
+    os.nice(NICENESS)
     while True:
         with suppress(OSError, http.client.HTTPException):
             attack(port)
@@ -221,13 +236,13 @@ class Good:
 
 
 def memory(pid: int) -> int:
-    """Bytes of resident memory of a process and of its children."""
+    """Bytes of resident memory of a process and of the children of its threads."""
     total = 0
     pids = [pid]
-    with suppress(OSError):
-        pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     for each in pids:
         with suppress(OSError, IndexError):
+            for children in Path(f"/proc/{each}/task").glob("*/children"):
+                pids += map(int, children.read_text().split())
             total += int(Path(f"/proc/{each}/statm").read_text().split()[1]) * 4096
     return total
 
@@ -277,11 +292,14 @@ def main() -> None:
     options = parser.parse_args()
     attacks = tuple(each for each in ATTACKS if options.only in (None, each.__name__))
     LARGE = large()
-    with tempfile.TemporaryDirectory(prefix="soak-") as scratch, Web() as web:
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
+        told, tells = fork.Pipe(duplex=False)
+        web = fork.Process(target=serve_large, args=(tells,), daemon=True)
+        web.start()
         silent = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        web.files = {"/large": bytes(16 << 20)}
         place = Path(scratch)
-        ports = {"WEB_PORT": web.port, "SILENT_PORT": silent.getsockname()[1]}
+        ports = {"WEB_PORT": told.recv(), "SILENT_PORT": silent.getsockname()[1]}
         script = REDIRECT
         for name, port in ports.items():
             script = script.replace(name, str(port))
@@ -297,6 +315,7 @@ def main() -> None:
             print(f"drained in {time.monotonic() - began:.1f} s")
         finally:
             server.kill()
+            web.kill()
 
 
 if __name__ == "__main__":

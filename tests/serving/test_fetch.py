@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from serving.fetch import FORBIDDEN, MAX_REDIRECTS, FetchError, Refused, _tls, fetch, public
+from serving.fetch import FORBIDDEN, MAX_REDIRECTS, FetchError, Refused, _one_tls, fetch, public
 from tests.conftest import PROJECT
 
 PUBLIC, OTHER = "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"
@@ -579,7 +579,7 @@ def test_the_certificate_must_be_the_names_own_and_trusted(
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     if certified:
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
-    _tls.cache_clear()
+    _one_tls.cache_clear()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     asked: list[str | None] = []
@@ -597,7 +597,7 @@ def test_the_certificate_must_be_the_names_own_and_trusted(
         with pytest.raises(FetchError, match=message):
             get("https://pictures.example/")
     assert asked == ["pictures.example"]
-    _tls.cache_clear()
+    _one_tls.cache_clear()
 
 
 def test_the_module_needs_the_standard_library_only():
