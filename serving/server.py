@@ -637,7 +637,8 @@ def share_memory_and_threads() -> None:
     """Have memory given back at once, and waiting threads woken soon. Before threads start.
 
     glibc keeps what was freed in an arena a thread, and from a first large block on also large
-    blocks: requests of 16 URLs, one client's, left 419 MiB in use; with this 155 (2 cores, glibc 2.36).
+    blocks: while one client sent requests of 16 URLs, the server held up to 419 MiB; with this,
+    155 to 224 (2 cores, glibc 2.36).
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.suppress(OSError, AttributeError):  # elsewhere than with glibc

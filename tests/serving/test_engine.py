@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.decoders import Rooms
+from serving.decoders import Decoders, Large, Rooms
 from serving.engine import Engine
 from serving.handler import Settings, start_engine
 from serving.package import load
@@ -117,3 +117,20 @@ def test_the_memory_of_large_pictures_has_a_bound_by_their_kind(original):
     for kind in ("transparent", "webp"):
         with pytest.raises(ImageError, match="bytes of memory; allowed: 40,000,000"):
             engine.scores([files[kind]], soon())
+
+
+def test_large_pictures_hold_up_no_small_one_however_many_they_are():
+    decoders, finish = Decoders(threads=1), threading.Event()
+    small = np.zeros((2, 2, 3), np.uint8)
+
+    def large(may_be_large):
+        if not may_be_large:
+            raise Large
+        assert finish.wait(600)
+        return small
+
+    waiting = [decoders.submit(0, large) for _ in range(10)]
+    assert decoders.submit(0, lambda may_be_large: small).result(600) is small
+    assert not any(future.done() for future in waiting)
+    finish.set()
+    assert all(future.result(600) is small for future in waiting)

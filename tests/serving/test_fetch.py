@@ -12,12 +12,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from serving.fetch import FORBIDDEN, MAX_REDIRECTS, FetchError, Refused, _one_tls, fetch, public
+from serving.fetch import (
+    FORBIDDEN,
+    MAX_REDIRECTS,
+    FetchError,
+    Refused,
+    _one_tls,
+    _tls,
+    fetch,
+    public,
+)
 from tests.conftest import PROJECT
 
 PUBLIC, OTHER = "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"
@@ -613,3 +623,23 @@ def test_the_module_needs_the_standard_library_only():
         check=True,
     )
     assert set(done.stdout.split()) - set(sys.stdlib_module_names) == {"fetch"}
+
+
+def test_fetches_that_begin_together_read_the_certificates_once(monkeypatch):
+    _one_tls.cache_clear()
+    together, read = threading.Barrier(8), []
+
+    def create():
+        read.append(None)
+        time.sleep(0.05)
+        return read
+
+    def use():
+        together.wait()
+        return _tls()
+
+    monkeypatch.setattr(ssl, "create_default_context", create)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(use.result() is read for use in [pool.submit(use) for _ in range(8)])
+    _one_tls.cache_clear()
+    assert len(read) == 1
