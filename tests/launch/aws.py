@@ -733,19 +733,6 @@ class Strict:
                 )
         return forward()
 
-    def _GetSpotPlacementScores(self, parameters, region, forward, start) -> list[bytes]:
-        scores = "".join(
-            f"<item><region>{region}</region><availabilityZoneId>use1-az{number}"
-            f"</availabilityZoneId><score>{score}</score></item>"
-            for number, score in ((1, 3), (2, 9), (4, 1))
-        )
-        answer = (
-            '<GetSpotPlacementScoresResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">'
-            f"<requestId>1</requestId><spotPlacementScoreSet>{scores}</spotPlacementScoreSet>"
-            "</GetSpotPlacementScoresResponse>"
-        )
-        return _answer(start, "200 OK", answer.encode(), "text/xml")
-
     def _GetParameter(self, parameters, region, forward, start) -> list[bytes]:
         if not parameters["Name"].startswith(DLAMI):
             return forward()
@@ -783,10 +770,20 @@ class Strict:
         return forward()
 
     def _GetSpotPlacementScores(self, parameters, region, forward, start) -> list[bytes]:
-        score = f"<item><region>{region}</region><score>7</score></item>"
-        text = f"<spotPlacementScoreSet>{score}</spotPlacementScoreSet>"
-        body = f"<GetSpotPlacementScoresResponse>{text}</GetSpotPlacementScoresResponse>"
-        return _answer(start, "200 OK", body.encode(), "text/xml")
+        """Of the region, or of some of its zones where a single one is asked for."""
+        scores = f"<item><region>{region}</region><score>7</score></item>"
+        if parameters.get("SingleAvailabilityZone") == "true":
+            scores = "".join(
+                f"<item><region>{region}</region><availabilityZoneId>use1-az{number}"
+                f"</availabilityZoneId><score>{score}</score></item>"
+                for number, score in ((1, 3), (2, 9), (4, 1))
+            )
+        answer = (
+            '<GetSpotPlacementScoresResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">'
+            f"<requestId>1</requestId><spotPlacementScoreSet>{scores}</spotPlacementScoreSet>"
+            "</GetSpotPlacementScoresResponse>"
+        )
+        return _answer(start, "200 OK", answer.encode(), "text/xml")
 
     def _GetServiceQuota(self, parameters, region, forward, start) -> list[bytes]:
         """Of what was never asked for, AWS has no value of its own here."""

@@ -34,6 +34,7 @@ def account(server: Cloud) -> Iterator[Cloud]:
     """An account with the foundation, which the tests share: each has its own runs."""
     yield server
     server.post("/strict/late", answers=0)
+    server.post("/strict/sold_out", what="")
 
 
 def machines(cloud: Cloud, run: str) -> list[dict]:
