@@ -53,6 +53,7 @@ GROUPS = {
         "submit": _launch("submit", "send the run to EC2 or SageMaker"),
         "status": _launch("status", "the runs, and everything that costs money now"),
         "logs": _launch("logs", "what a run prints"),
+        "connect": _launch("connect", "a shell on a machine, or the notebook's address"),
         "stop": _launch("stop", "stop a run after a checkpoint"),
         "fetch": _launch("fetch", "bring a run's package and report to this machine"),
         "cost": _launch("cost", "dollars spent, and what they brought"),
@@ -61,6 +62,7 @@ GROUPS = {
         "rehearse": _launch("rehearse", "run a SageMaker job on this machine"),
         "policy": _launch("policy", "what a part may do in your account, and why"),
         "audit": _launch("audit", "what is dangerous or wasteful in the account"),
+        "delete": _launch("delete", "delete the notebook, with its disk; asks first"),
         "down": _launch("down", "stop and delete everything of this project; lists it and asks"),
     },
     "Deploy": {

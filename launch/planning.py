@@ -19,7 +19,7 @@ from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request, check
 from launch.cloud.session import Aws, AwsError
 from launch.targets import attempt as notes
-from launch.targets.attempt import TAKEN, Attempt, Phase, State
+from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.instance_types import processes
 from launch.targets.spec import (
@@ -175,7 +175,7 @@ def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = Fals
     if never_seen and before.may_be_on_its_way:
         return send(spec, before.requests)
     # What AWS made nothing of keeps its number: no machine has it.
-    if never_seen and before.refused not in (None, TAKEN):
+    if never_seen and before.refused is not None:
         return priced(aws, send(spec, []))
     return priced(aws, send(replace(spec, attempt=before.number + 1), []))
 

@@ -16,7 +16,7 @@ What the layer adds to moto 5.2:
 - CloudFormation refuses a stack or a change set that is there already, and a change set is executed
   once;
 - a resource that outlives its stack (DeletionPolicy: Retain) stays where an update drops it; an
-  update can change a log group;
+  update can change a log group, and adds what a condition has left out until then;
 - the tags of a notebook's scripts, which moto forgets;
 - AWS's public parameter of the Deep Learning AMI;
 - on request (`/strict/rude`) it answers the next so many calls as a network or AWS on a bad day:
@@ -733,19 +733,6 @@ class Strict:
                 )
         return forward()
 
-    def _GetSpotPlacementScores(self, parameters, region, forward, start) -> list[bytes]:
-        scores = "".join(
-            f"<item><region>{region}</region><availabilityZoneId>use1-az{number}"
-            f"</availabilityZoneId><score>{score}</score></item>"
-            for number, score in ((1, 3), (2, 9), (4, 1))
-        )
-        answer = (
-            '<GetSpotPlacementScoresResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">'
-            f"<requestId>1</requestId><spotPlacementScoreSet>{scores}</spotPlacementScoreSet>"
-            "</GetSpotPlacementScoresResponse>"
-        )
-        return _answer(start, "200 OK", answer.encode(), "text/xml")
-
     def _GetParameter(self, parameters, region, forward, start) -> list[bytes]:
         if not parameters["Name"].startswith(DLAMI):
             return forward()
@@ -783,10 +770,20 @@ class Strict:
         return forward()
 
     def _GetSpotPlacementScores(self, parameters, region, forward, start) -> list[bytes]:
-        score = f"<item><region>{region}</region><score>7</score></item>"
-        text = f"<spotPlacementScoreSet>{score}</spotPlacementScoreSet>"
-        body = f"<GetSpotPlacementScoresResponse>{text}</GetSpotPlacementScoresResponse>"
-        return _answer(start, "200 OK", body.encode(), "text/xml")
+        """Of the region, or of some of its zones where a single one is asked for."""
+        scores = f"<item><region>{region}</region><score>7</score></item>"
+        if parameters.get("SingleAvailabilityZone") == "true":
+            scores = "".join(
+                f"<item><region>{region}</region><availabilityZoneId>use1-az{number}"
+                f"</availabilityZoneId><score>{score}</score></item>"
+                for number, score in ((1, 3), (2, 9), (4, 1))
+            )
+        answer = (
+            '<GetSpotPlacementScoresResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">'
+            f"<requestId>1</requestId><spotPlacementScoreSet>{scores}</spotPlacementScoreSet>"
+            "</GetSpotPlacementScoresResponse>"
+        )
+        return _answer(start, "200 OK", answer.encode(), "text/xml")
 
     def _GetServiceQuota(self, parameters, region, forward, start) -> list[bytes]:
         """Of what was never asked for, AWS has no value of its own here."""
@@ -1018,6 +1015,25 @@ def outlive_stacks() -> None:
     ResourceMap._delete_resource = delete_unless_retained
 
 
+def add_what_was_never_made() -> None:
+    """Lets an update add a resource whose condition was false until now, as CloudFormation does.
+
+    moto changes it, although there is none.
+    """
+    diff = ResourceMap.build_resource_diff
+
+    def diff_of_what_there_is(
+        self: ResourceMap, template: dict[str, Any], parameters: dict[str, Any] | None = None
+    ) -> dict[str, list[str]]:
+        names = diff(self, template, parameters)
+        never_made = [name for name in names["Modify"] if name not in self._parsed_resources]
+        names["Modify"] = [name for name in names["Modify"] if name not in never_made]
+        names["Add"] += never_made  # made where its condition is true then
+        return names
+
+    ResourceMap.build_resource_diff = diff_of_what_there_is
+
+
 def update_log_group(
     original_resource: LogGroup,
     new_resource_name: str,
@@ -1033,6 +1049,7 @@ def update_log_group(
 def complete() -> None:
     """What moto's CloudFormation is completed by."""
     outlive_stacks()
+    add_what_was_never_made()
     LogGroup.update_from_cloudformation_json = staticmethod(update_log_group)
 
 

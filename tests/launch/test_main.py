@@ -80,7 +80,7 @@ def test_plan_works_without_credentials(target):
 
 MISTAKES = {
     ("fly",): "allowed: up, plan",
-    ("plan", "target=moon"): "allowed: ec2",
+    ("plan", "target=moon"): "allowed: box, ec2",
     ("plan", "target.hours=0"): "above 0",
     ("plan", "optim.lrr=1"): "did you mean optim.lr",
     ("plan", "data=folder"): "--data DIR",
@@ -93,7 +93,7 @@ MISTAKES = {
         "target=tuner",
         "model=small_cnn,resnet51",
     ): "model=resnet51: there is no such option; did you mean resnet50?",
-    ("plan", "target=null"): "allowed: ec2",
+    ("plan", "target=null"): "allowed: box, ec2",
     ("plan", "~target.hours"): "target.hours=VALUE",
     ("plan", "+target.eps=1"): "target.eps: there is no such setting",
     ("submit", "target=sagemaker"): "region",

@@ -21,7 +21,7 @@ from trainer.network.distance import Features, Joined, WithDistance, class_means
 from trainer.network.weights import provenance
 from trainer.results import calibrate, package, quantize, report
 from trainer.results.calibrate import Quality
-from trainer.results.prediction import Prediction, predictions
+from trainer.results.prediction import predictions
 from trainer.results.predictions import SHOWN, Columns
 from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
@@ -58,7 +58,8 @@ class Tested:
     probabilities: NDArray[np.float64]  # [N, classes], calibrated
     quality: Quality  # of the calibration, and how good it is on these images
     means: Tensor  # of the classes' features, [classes, width]
-    predictions: Sequence[Prediction]  # [N]
+    logits: NDArray[np.float32]  # [N, classes]
+    distance: NDArray[np.float32]  # [N], from the nearest class
     other: Other | None = None
 
 
@@ -142,9 +143,8 @@ def test(run: Training) -> Tested:
         quality.calibration.probabilities(logits.numpy()),
         quality,
         means,
-        predictions(
-            quality.calibration, run.loader.folder.classes, logits.numpy(), distance.numpy()
-        ),
+        logits.numpy(),
+        distance.numpy(),
         other,
     )
 
@@ -297,9 +297,10 @@ def write_predictions(run: Training, tested: Tested) -> None:
     """Write predictions.csv: a row a picture, by name."""
     classes = run.loader.folder.classes
     columns = Columns(min(SHOWN, len(classes)), labelled=True)
-    everything = zip(tested.paths, tested.labels, tested.predictions, strict=True)
+    said = predictions(tested.quality.calibration, classes, tested.logits, tested.distance)
+    everything = zip(tested.paths, tested.labels, said, strict=True)
     rows = sorted(everything, key=lambda row: row[0])
-    lines = [columns.row(path, said, classes[label]) for path, label, said in rows]
+    lines = [columns.row(path, each, classes[label]) for path, label, each in rows]
     files.write(run.run.directory / "predictions.csv", "".join([columns.head(), *lines]))
 
 

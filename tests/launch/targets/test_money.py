@@ -34,6 +34,7 @@ def account(server: Cloud) -> Iterator[Cloud]:
     """An account with the foundation, which the tests share: each has its own runs."""
     yield server
     server.post("/strict/late", answers=0)
+    server.post("/strict/sold_out", what="")
 
 
 def machines(cloud: Cloud, run: str) -> list[dict]:
@@ -235,7 +236,7 @@ def test_the_first_machine_is_waited_for_or_a_line_says_where_there_are_some(acc
     assert code == MISTAKE and "InsufficientInstanceCapacity" in printed, printed
     assert "g4dn.xlarge is made in us-east-1a" in printed and "use1-az2 9/10" in printed
     assert "on demand (target.spot=false) it is $0.526 an hour" in printed and "--wait" in printed
-    process = account.start(*words, "--wait", "--every", "0.1")
+    process = account.start(*words, "--wait", "--every", "0.02")
     asked = len(sent(account, "RunInstances", "first"))
     assert wait_for(lambda: len(sent(account, "RunInstances", "first")) > asked + 8, 120)
     account.post("/strict/sold_out", what="")
@@ -389,7 +390,7 @@ def test_replacements_that_get_no_further_have_an_end(account):
     replacement.
     """
     process = account.start(
-        "submit", "target=ec2", "target.spot=true", "name=vain", "--wait", "--every", "0.1"
+        "submit", "target=ec2", "target.spot=true", "name=vain", "--wait", "--every", "0.02"
     )
     assert wait_for(lambda: len(machines(account, "vain")) == 1, 120)
     end(account, "vain", "Server.InsufficientInstanceCapacity")

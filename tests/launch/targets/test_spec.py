@@ -264,6 +264,6 @@ def test_names_are_as_long_as_aws_allows(target):
 
 
 def test_arns_follow_the_partition():
-    assert make_spec().role("ec2") == "arn:aws:iam::123456789012:role/packhorse-ec2-us-east-1"
+    assert make_spec().role("ec2") == "arn:aws:iam::123456789012:role/packhorse-ec2-eu-west-1"
     assert make_spec(region="cn-north-1").role("training").startswith("arn:aws-cn:iam::")
     assert make_spec().uri("runs", "x") == "s3://packhorse-123456789012-eu-west-1/runs/x"

@@ -506,11 +506,11 @@ def test_the_notebook_becomes_what_is_asked_for_is_opened_and_deleted(cloud):
 
 
 def test_a_box_is_a_machine_with_a_shell_a_limit_and_a_price(account):
-    code, printed = account.launch("plan", "target=box", "target.hours=2")
+    code, printed = account.launch("plan", "target=box", "target.hours=2", "name=shell")
     assert code == OK and "at most 2 h" in printed and "$1.05 at the time limit" in printed
-    code, printed = account.launch("submit", "target=box", "target.hours=2")
+    code, printed = account.launch("submit", "target=box", "target.hours=2", "name=shell")
     assert code == OK and "launch fetch" not in printed, printed
-    [machine] = instance_of(account, "box")
+    [machine] = instance_of(account, "shell")
     sent = next(
         call["parameters"]
         for call in reversed(account.calls())
@@ -518,12 +518,12 @@ def test_a_box_is_a_machine_with_a_shell_a_limit_and_a_price(account):
     )
     script = base64.b64decode(sent["UserData"]).decode()
     assert "limit=7200\n" in script and "shutdown -h" in script and "trainer" not in script
-    code, printed = account.launch("connect", "box", "--show")
+    code, printed = account.launch("connect", "shell", "--show")
     shell = f"aws ssm start-session --target {machine['InstanceId']} --region {REGION}\n"
     assert code == OK and printed == shell
-    code, printed = account.launch("stop", "box")
-    assert code == OK and instance_of(account, "box")[0]["State"]["Name"] == "terminated"
-    code, printed = account.launch("connect", "box")
+    code, printed = account.launch("stop", "shell")
+    assert code == OK and instance_of(account, "shell")[0]["State"]["Name"] == "terminated"
+    code, printed = account.launch("connect", "shell")
     assert code == MISTAKE and "start it first" in printed
     code, printed = account.launch("delete", "box", "--yes")
     assert code == MISTAKE and "nothing of it costs money" in printed

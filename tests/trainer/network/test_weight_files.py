@@ -111,6 +111,7 @@ def test_torchvision_s_own_files_give_what_its_own_loading_does(tmp_path, name, 
     monkeypatch.setattr(
         type(default), "get_state_dict", lambda *arguments, **more: full.state_dict()
     )
+    monkeypatch.setattr("trainer.network.hub.check", lambda url: None)  # nothing is downloaded
     theirs = torchvision.models.get_model(name, weights=default).eval()
     theirs.fc = torch.nn.Identity()
     assert theirs.transform_input

@@ -19,6 +19,7 @@ from torch import nn
 from tests.conftest import PROJECT
 from tests.packages import SIZE, make_calibrated, make_contents, make_network
 from trainer.common.errors import MISTAKE, UserError
+from trainer.common.serving_code import SERVING_CODE
 from trainer.network.distance import WithDistance
 from trainer.results import package
 
@@ -45,18 +46,7 @@ def manifest(directory: Path) -> dict:
 def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built):
     with tarfile.open(built / "model.tar.gz") as tar:
         names = tar.getnames()
-    serving = ("__init__", "backends", "engine", "fetch", "handler", "package", "ray_app", "s3")
-    common = ("__init__", "errors", "sessions")
-    images = ("__init__", "apart", "bounds", "decode")
-    code = [
-        "inference.py",
-        "requirements.txt",
-        *(f"serving/{name}.py" for name in serving),
-        "trainer/__init__.py",
-        *(f"trainer/common/{name}.py" for name in common),
-        *(f"trainer/images/{name}.py" for name in images),
-        *(f"trainer/results/{name}.py" for name in ("__init__", "calibrate", "prediction")),
-    ]
+    code = sorted(["inference.py", "requirements.txt", "serving/ray_app.py", *SERVING_CODE])
     golden = ["0.jpg", "1.png", "2.webp", "expected.npz"]
     assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + [
         "model.onnx",

@@ -33,6 +33,8 @@ step, *rest = steps[min(count, len(steps)) - 1].split(" ", 2)
 
 stopped: list[int] = []
 signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+# As a child of `sessions` does, once it can answer.
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 epochs, seconds = 1, 0.0
 if step == "epochs":
     epochs, seconds = int(rest[0]), float(rest[1])

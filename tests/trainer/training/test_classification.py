@@ -25,14 +25,17 @@ def test_the_metrics_by_hand():
     ("monitor", "loss", "top1", "is_better"),
     [
         ("valid_loss", 0.9, 0.1, True),
+        ("valid_refinement", 0.9, 0.1, True),
+        ("valid_refinement", 1.1, 0.9, False),
         ("valid_loss", 1.1, 0.9, False),
         ("valid_top1", 1.1, 0.6, True),
         ("valid_top1", 0.9, 0.4, False),
-        ("valid_top1", 0.9, 0.5, True),  # equal: the lower loss
+        ("valid_top1", 0.9, 0.5, True),  # equal: the lower loss at its best temperature
         ("valid_top1", 1.1, 0.5, False),
         ("valid_loss", 1.0, 0.9, False),
     ],
 )
 def test_what_is_better(monitor, loss, top1, is_better):
-    best = {"valid_loss": 1.0, "valid_top1": 0.5}
-    assert better({"valid_loss": loss, "valid_top1": top1}, best, monitor) == is_better
+    best = {"valid_loss": 1.0, "valid_refinement": 1.0, "valid_top1": 0.5}
+    now = {"valid_loss": loss, "valid_refinement": loss, "valid_top1": top1}
+    assert better(now, best, monitor) == is_better
