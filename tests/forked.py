@@ -127,5 +127,9 @@ def _run(
     os.environ.update(environment)
     sys.argv = list(command)
     sys.path[:0] = [cwd, environment["PYTHONPATH"]]
-    exec(before, {})
-    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    try:
+        exec(before, {})
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # Python itself ends by the signal; multiprocessing with a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

@@ -318,8 +318,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the best weights not loaded before they are packaged",
-        OUTCOME,
-        '    run.load_eval_weights(best["network"])\n',
+        TRAINING,
+        '        self.load_eval_weights(best["network"])\n',
         "",
         "trainer/training/test_damage.py -k best_weights_are_packaged",
     ),
@@ -348,8 +348,8 @@ MUTATIONS = (
     Mutation(
         "the calibration fitted to test",
         OUTCOME,
-        '    if split != "valid":\n        valid = _predict',
-        '    if split == "":\n        valid = _predict',
+        '    if split != "valid":\n        valid = _unseen',
+        '    if split == "":\n        valid = _unseen',
         "trainer/results/test_outcome.py",
     ),
     Mutation(

@@ -7,6 +7,8 @@ STS, CloudFormation and SageMaker, as of November 2026.
 import re
 from dataclasses import dataclass
 
+from trainer.common.console import command
+
 DENIED = "AccessDenied(Exception)?|UnauthorizedOperation|UnauthorizedAccess|AllAccessDisabled|403"
 NO_CAPACITY = (
     "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|InsufficientHostCapacity"
@@ -317,5 +319,5 @@ def permission(action: str) -> str:
         part = "audit"
     return (
         "ask who administers the account for it; "
-        f"what this project needs: python -m launch policy --for {part}"
+        f"what this project needs: {command('launch', 'policy', '--for', part)}"
     )

@@ -17,6 +17,7 @@ from launch.targets.base import Spec, TargetConfig
 from launch.targets.rented import Machines, Rented, rented
 from launch.targets.sagemaker import OnSageMaker
 from launch.targets.script import FOLDER, fill
+from trainer.common.console import command
 from trainer.common.errors import UserError
 from trainer.settings.config import Config, setting
 
@@ -62,7 +63,7 @@ class Notebook(OnSageMaker):
             told = ", ".join(f"{key} {before.get(key)}, now {now[key]}" for key in changed)
             raise UserError(
                 f"{attempt.job}: the notebook runs with other settings ({told}); stop it first: "
-                f"python -m launch stop {attempt.run}, then start the same submit again"
+                f"{command('launch', 'stop', attempt.run)}, then start the same submit again"
             )
 
     def connection(self, aws: Aws, attempt: Attempt, state: State) -> str | list[str]:

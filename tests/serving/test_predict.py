@@ -5,6 +5,7 @@ import errno
 import fcntl
 import io
 import json
+import logging
 import random
 import shutil
 import subprocess
@@ -32,6 +33,8 @@ from trainer.results.predictions import whole_rows
 def asked(original, monkeypatch, tmp_path, capsys):
     """Runs the verb in an empty directory; returns its exit code, output and words."""
     monkeypatch.chdir(tmp_path)
+    # Another test may have sent the log to standard output, which is the table's.
+    monkeypatch.setattr(logging.getLogger("packhorse"), "handlers", [])
 
     def asked(*words: object) -> tuple[int, str, str]:
         code = main(["predict", str(original), *map(str, words)])
