@@ -7,10 +7,14 @@ how it ends, is the same either way.
 import difflib
 import runpy
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launch.verbs import VERBS as LAUNCH
 from trainer.common.errors import MISTAKE, OK, UserError
+
+WIDTH = 100  # columns
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,6 @@ class Verb:
     does: str  # in a line
     module: str
     words: tuple[str, ...] = ()
-
-
-def _launch(verb: str, does: str) -> Verb:
-    return Verb(does, "launch", (verb,))
 
 
 def _serving(verb: str, does: str) -> Verb:
@@ -47,24 +47,7 @@ GROUPS = {
         "serve": _serving("serve", "answer on HTTP, with a page to try the model"),
         "bench": _serving("bench", "measure a server, and say what to deploy for a load"),
     },
-    "Rent a machine": {
-        "up": _launch("up", "make the bucket and the roles in your account; asks first"),
-        "plan": _launch("plan", "what would be sent, what it costs and may touch; changes nothing"),
-        "submit": _launch("submit", "send the run to EC2 or SageMaker"),
-        "status": _launch("status", "the runs, and everything that costs money now"),
-        "logs": _launch("logs", "what a run prints"),
-        "connect": _launch("connect", "a shell on a machine, or the notebook's address"),
-        "stop": _launch("stop", "stop a run after a checkpoint"),
-        "fetch": _launch("fetch", "bring a run's package and report to this machine"),
-        "cost": _launch("cost", "dollars spent, and what they brought"),
-        "instances": _launch("instances", "the machines, and what an epoch costs on each"),
-        "prices": _launch("prices", "the prices that plans are reckoned with"),
-        "rehearse": _launch("rehearse", "run a SageMaker job on this machine"),
-        "policy": _launch("policy", "what a part may do in your account, and why"),
-        "audit": _launch("audit", "what is dangerous or wasteful in the account"),
-        "delete": _launch("delete", "delete the notebook, with its disk; asks first"),
-        "down": _launch("down", "stop and delete everything of this project; lists it and asks"),
-    },
+    "Rent a machine": {name: Verb(does, "launch", (name,)) for name, does in LAUNCH.items()},
     "Deploy": {
         "deploy": _serving("deploy", "endpoint, autoscaling and Lambda function; asks first"),
         "invoke": _serving("invoke", "ask the deployed function"),
@@ -79,7 +62,10 @@ def usage() -> str:
     """Return the page of --help."""
     blocks = ["usage: packhorse VERB ..."]
     for title, verbs in GROUPS.items():
-        lines = [f"  {name:<11} {verb.does}" for name, verb in verbs.items()]
+        lines = [
+            textwrap.fill(f"  {name:<11} {verb.does}", WIDTH, subsequent_indent=" " * 14)
+            for name, verb in verbs.items()
+        ]
         blocks.append("\n".join([f"{title}:", *lines]))
     blocks.append("packhorse VERB --help says more; packhorse --version which versions these are.")
     return "\n\n".join(blocks)

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ from serving import bulk
 from serving.backends import Scores
 from serving.package import Package, load_for_command
 from serving.serve import package_of
-from serving.sources import Source
-from trainer.common import files
+from serving.sources import Source, on_disk
 from trainer.common.arguments import typed_path
 from trainer.common.console import ProgressBar
 from trainer.common.errors import OK, Unreadable, UserError, needed_by
@@ -146,8 +144,7 @@ def _matched(found: Mapping[str, list[File]], classes: Sequence[str], root: Path
         left_out += [file.kind for file in members if file.kind]
         if name in classes:
             for file in images:
-                read = partial(_read, file.path)
-                labelled.pictures.append(Source(file.path, file.name, read))
+                labelled.pictures.append(on_disk(file.path, file.path, file.name))
                 labelled.labels[file.path] = classes.index(name)
         elif images:
             unknown.append(f"{_compared(name, classes)}, {len(images)} pictures")
@@ -171,10 +168,6 @@ def _compared(name: str, classes: Sequence[str]) -> str:
     if near is None:
         return name
     return f"{name} (the model has {near}: rename it)"
-
-
-def _read(path: str) -> bytes:
-    return files.patiently(path, lambda: folder.read(path)[0])
 
 
 def _scores(

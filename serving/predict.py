@@ -23,12 +23,11 @@ from trainer.common.arguments import typed_path, whole
 from trainer.common.console import ProgressBar
 from trainer.common.errors import MISTAKE, OK, Unreadable, UserError
 from trainer.common.interrupt import Stop, on_signals
-from trainer.common.paths import expanded
+from trainer.common.paths import expanded, user_cache
 from trainer.images.decode import ImageError
 from trainer.results.prediction import Prediction, predictions
 from trainer.results.predictions import SHOWN, Columns, whole_rows
 
-CACHE = Path(".cache")  # as platform.cache
 STANDARD_OUTPUT = "-"
 NAMED = 3  # pictures that a line names
 
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments[1:])
     # Standard output is the table's.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    pictures, left_out = sources.find(options.pictures, CACHE)
+    pictures, left_out = sources.find(options.pictures, user_cache())
     if left_out:
         _say(f"left out: {left_out}")
     package = load_for_command(package_of(options.model), bulk.THREADS)

@@ -17,11 +17,10 @@ from serving.package import load_for_command
 from trainer.common.arguments import whole
 from trainer.common.cpu import cores
 from trainer.common.errors import OK, UserError, needed_by
-from trainer.common.paths import expanded
+from trainer.common.paths import ARCHIVE, expanded
 
 MODEL = Path("/opt/ml/model")  # where SageMaker puts the package
 RUNS = Path("runs")
-RUN_PACKAGE = "model.tar.gz"  # in a run's directory
 NEWEST = "newest"
 
 
@@ -113,7 +112,7 @@ def package_of(model: str) -> Path:
     if model == NEWEST:
         return _newest()
     path = Path(expanded(model))
-    inside = path / RUN_PACKAGE
+    inside = path / ARCHIVE
     if inside.exists():
         return inside
     return path
@@ -123,7 +122,7 @@ def _newest() -> Path:
     """Return the package that SageMaker brought, or that of the newest run. Raises UserError."""
     if (MODEL / "package.json").exists():
         return MODEL
-    packages = RUNS.glob(f"*/{RUN_PACKAGE}")
+    packages = RUNS.glob(f"*/{ARCHIVE}")
     newest = max(packages, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise UserError(

@@ -80,8 +80,13 @@ def _of_word(word: str, cache: Path, left_out: list[str]) -> Iterator[Source]:
         raise UserError(f"{as_shown(word)}: there is no such file or folder")
 
 
+def on_disk(path: str, name: str, inner: str) -> Source:
+    """Return the picture in a file. name, inner: as of `Source`."""
+    return Source(name, inner, partial(_read, path))
+
+
 def _file(path: Path) -> Source:
-    return Source(_shown(path), as_shown(as_text(path.name)), partial(_read, str(path)))
+    return on_disk(str(path), _shown(path), as_shown(as_text(path.name)))
 
 
 def _matching(pattern: str, left_out: list[str]) -> Iterator[Source]:
@@ -106,7 +111,7 @@ def _in_folder(root: Path, shown: Path, left_out: list[str]) -> Iterator[Source]
             left_out.append(file.kind)
         else:
             inner = as_shown(file.name)
-            yield Source(f"{_shown(shown)}/{inner}", inner, partial(_read, file.path))
+            yield on_disk(file.path, f"{_shown(shown)}/{inner}", inner)
 
 
 def _shown(path: Path) -> str:

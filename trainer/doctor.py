@@ -34,6 +34,7 @@ from trainer.common.console import log, to_terminal
 from trainer.common.cpu import cores
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop, metadata
+from trainer.common.paths import ARCHIVE
 from trainer.common.text import amount
 from trainer.distributed.world import World
 from trainer.images import cache
@@ -213,7 +214,7 @@ def _run(config: Config, directory: Path) -> Run:
     # All layers: the epochs of the head alone are few, and their time is no measure of the others.
     model = dataclasses.replace(config.model, unfreeze_epochs=None)
     config = dataclasses.replace(config, checkpoint=never, model=model)
-    places = (directory, directory / "checkpoints", directory / "model.tar.gz")
+    places = (directory, directory / "checkpoints", directory / ARCHIVE)
     return Run(config, World(), Stop(), "doctor", *places)
 
 

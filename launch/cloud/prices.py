@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from trainer.common import files
 from trainer.common.console import log
 from trainer.common.errors import UserError
+from trainer.common.paths import user_cache
 
 if TYPE_CHECKING:  # whoever only reckons needs no boto3
     from launch.cloud.session import Aws
 
 TABLE = Path(__file__).with_name("prices.json")
-REFRESHED = Path.home() / ".cache" / "packhorse" / "prices.json"
+REFRESHED = user_cache() / "prices.json"
 FALLBACK = "us-east-1"  # the region that stands for those not in the table
 PRICE_LIST_REGION = "us-east-1"  # where the Price List API answers for all regions
 

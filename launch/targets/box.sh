@@ -4,13 +4,7 @@ set -uo pipefail
 
 @SETTINGS@
 
-state=/var/lib/packhorse
-per_boot=/var/lib/cloud/scripts/per-boot/packhorse # cloud-init runs what lies there from the second boot on
-mkdir -p "$state" "${per_boot%/*}"
-[ -s "$state/deadline" ] || echo $((EPOCHSECONDS + limit)) >"$state/deadline"
-[ -x "$per_boot" ] || install -m 755 "$0" "$per_boot"
-left=$(($(<"$state/deadline") - EPOCHSECONDS))
-shutdown -h "+$(((left > 0 ? left + 59 : 60) / 60))" # whoever is logged in is told; on shutdown the machine terminates
+@DEADLINE@
 
 # The code of this very checkout, in the home directory of whom Session Manager logs in.
 home=/home/ssm-user

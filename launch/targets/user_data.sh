@@ -4,18 +4,10 @@ set -uo pipefail
 
 @SETTINGS@
 
-# What a reboot must not lose: this script, when the machine has to end, and which machine it is.
-state=/var/lib/packhorse
-per_boot=/var/lib/cloud/scripts/per-boot/packhorse # cloud-init runs what lies there from the second boot on
-mkdir -p "$state" "${per_boot%/*}"
-[ -s "$state/deadline" ] || echo $((EPOCHSECONDS + limit)) >"$state/deadline"
-[ -s "$state/machine" ] || cat /var/lib/cloud/data/instance-id >"$state/machine" 2>/dev/null || cat /proc/sys/kernel/random/uuid >"$state/machine"
-[ -x "$per_boot" ] || install -m 755 "$0" "$per_boot"
-deadline=$(<"$state/deadline")
-left=$((${deadline:=$((EPOCHSECONDS + limit))} - EPOCHSECONDS))
+@DEADLINE@
 
-# Armed before anything else can go wrong, and kept by systemd even if this script dies. On shutdown the instance terminates.
-shutdown -h "+$(((left > 0 ? left + 59 : 60) / 60))"
+# Nor which machine it is.
+[ -s "$state/machine" ] || cat /var/lib/cloud/data/instance-id >"$state/machine" 2>/dev/null || cat /proc/sys/kernel/random/uuid >"$state/machine"
 
 scratch=/opt/dlami/nvme # as in conf/platform/ec2.yaml
 directory=$scratch/runs/$run

@@ -15,6 +15,7 @@ from launch.verbs.arguments import chosen, run_parser
 from trainer.common.arguments import typed_path
 from trainer.common.console import command, log
 from trainer.common.errors import FAULT, OK, UserError
+from trainer.common.paths import ARCHIVE
 
 
 def fetch(aws: Aws, run: str, prefix: str, folder: Path) -> list[Path]:
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     files = fetch(aws, attempt.run, prefix, folder)
     for path in sorted(files):
         log.info("%10.1f kB  %s", path.stat().st_size / 1e3, path)
-    package = folder / "model.tar.gz"
+    package = folder / ARCHIVE
     if package in files and verify(package) != OK:
         log.error(
             "%s: it does not pass its self-test: do not deploy it; "

@@ -35,6 +35,7 @@ def asked(original, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     # Another test may have sent the log to standard output, which is the table's.
     monkeypatch.setattr(logging.getLogger("packhorse"), "handlers", [])
+    monkeypatch.setenv("HOME", str(tmp_path))
 
     def asked(*words: object) -> tuple[int, str, str]:
         code = main(["predict", str(original), *map(str, words)])

@@ -16,10 +16,10 @@ from typing import Any
 
 from trainer.common import files
 from trainer.common.errors import UserError
+from trainer.common.paths import ARCHIVE
 
 MANIFEST = "package.json"
 TENSORS = "model.safetensors"
-ARCHIVE = "model.tar.gz"
 SETTINGS = "config.yaml"  # of a run, beside the archive
 FORMAT = 1  # of the manifest
 # A checkpoint's files: the state, and the best weights so far (absent before the first evaluation).

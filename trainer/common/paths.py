@@ -1,10 +1,13 @@
-"""Paths as people type them."""
+"""Paths as people type them, and where things are found."""
 
 import os
 import re
 import shlex
+from pathlib import Path
 
 from trainer.common.errors import UserError
+
+ARCHIVE = "model.tar.gz"  # the model package, in a run's directory
 
 
 def expanded(path: str) -> str:
@@ -29,3 +32,8 @@ def expanded(path: str) -> str:
     if "${" in whole:
         raise UserError(f"{path}: a path can't hold ${{; give another name")
     return whole
+
+
+def user_cache() -> Path:
+    """Return where what may be deleted at any time lies, as conf/platform/local.yaml has it."""
+    return Path(os.environ.get("HOME", "/tmp"), ".cache", "packhorse")

@@ -16,7 +16,8 @@ from trainer.images.decode import Preprocessing
 from trainer.results import calibrate, report
 from trainer.results.calibrate import Calibration
 from trainer.results.prediction import predictions
-from trainer.results.predictions import SHOWN, Columns
+from trainer.results.predictions import labelled
+from trainer.training.complete import PREDICTIONS
 from trainer.training.metrics import classification
 
 SPLIT = "test"  # what such pictures are to the model
@@ -60,7 +61,11 @@ def write(evaluated: Evaluated, directory: Path, noted: Mapping[str, Any]) -> di
         quality = calibrate.measure(
             evaluated.calibration, SPLIT, evaluated.logits, evaluated.labels, evaluated.distance
         )
-    _write_table(evaluated, directory / "predictions.csv")
+    said = predictions(
+        evaluated.calibration, evaluated.classes, evaluated.logits, evaluated.distance
+    )
+    table = labelled(evaluated.paths, evaluated.labels, evaluated.classes, said)
+    files.write(directory / PREDICTIONS, table)
     page = report.Report(
         title=evaluated.title,
         split=SPLIT,
@@ -93,14 +98,3 @@ def write(evaluated: Evaluated, directory: Path, noted: Mapping[str, Any]) -> di
         result["calibration"] = quality.facts()
     files.write(directory / "result.json", json.dumps(result, indent=2))
     return result
-
-
-def _write_table(evaluated: Evaluated, path: Path) -> None:
-    columns = Columns(min(SHOWN, len(evaluated.classes)), labelled=True)
-    said = predictions(
-        evaluated.calibration, evaluated.classes, evaluated.logits, evaluated.distance
-    )
-    lines = [columns.head()]
-    for name, label, each in zip(evaluated.paths, evaluated.labels, said, strict=True):
-        lines.append(columns.row(name, each, evaluated.classes[label]))
-    files.write(path, "".join(lines))

@@ -22,7 +22,7 @@ from trainer.network.weights import provenance
 from trainer.results import calibrate, package, quantize, report
 from trainer.results.calibrate import Quality
 from trainer.results.prediction import predictions
-from trainer.results.predictions import SHOWN, Columns
+from trainer.results.predictions import labelled
 from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
 from trainer.training import complete
@@ -296,12 +296,9 @@ def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) ->
 def write_predictions(run: Training, tested: Tested) -> None:
     """Write predictions.csv: a row a picture, by name."""
     classes = run.loader.folder.classes
-    columns = Columns(min(SHOWN, len(classes)), labelled=True)
     said = predictions(tested.quality.calibration, classes, tested.logits, tested.distance)
-    everything = zip(tested.paths, tested.labels, said, strict=True)
-    rows = sorted(everything, key=lambda row: row[0])
-    lines = [columns.row(path, each, classes[label]) for path, label, each in rows]
-    files.write(run.run.directory / "predictions.csv", "".join([columns.head(), *lines]))
+    table = labelled(tested.paths, tested.labels, classes, said)
+    files.write(run.run.directory / complete.PREDICTIONS, table)
 
 
 def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:

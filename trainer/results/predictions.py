@@ -4,6 +4,9 @@ import csv
 import io
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainer.results.prediction import Prediction
 
 SHOWN = 3  # of the most probable classes, where nobody says how many
@@ -47,6 +50,19 @@ class Columns:
             values["error"] = str(outcome)
         values["model"] = self.model or ""
         return _line([values.get(name, "") for name in self.names])
+
+
+def labelled(
+    paths: Sequence[str],
+    labels: Sequence[int] | NDArray[np.int64],
+    classes: Sequence[str],
+    said: Sequence[Prediction],
+) -> str:
+    """Return the table of N pictures whose classes are known, by name. labels: among `classes`."""
+    columns = Columns(min(SHOWN, len(classes)), labelled=True)
+    rows = sorted(zip(paths, labels, said, strict=True), key=lambda row: row[0])
+    lines = [columns.row(path, each, classes[label]) for path, label, each in rows]
+    return "".join([columns.head(), *lines])
 
 
 def whole_rows(data: bytes) -> tuple[list[list[str]], int]:

@@ -22,6 +22,8 @@ from trainer.common.errors import UserError
 from trainer.results.report import wilson_interval
 from trainer.results.text import duration, percent, setting
 from trainer.settings import config as settings
+from trainer.training.complete import PREDICTIONS
+from trainer.training.run import read_result
 
 COMPLETE, RUNNING, STOPPED = "complete", "running", "stopped"
 # Where a run keeps its settings; and what says which pictures, network and place, shown by itself.
@@ -72,7 +74,7 @@ def read(path: Path) -> Summary | None:
     with suppress(OSError, ValueError, OmegaConfBaseException, YAMLError):
         given = _flat(OmegaConf.to_container(OmegaConf.load(path / CONFIG)))
         rows = [row for row in _rows(path / "metrics.jsonl") if "valid_top1" in row]
-        result = _result(path)
+        result = read_result(path) or {}  # {}: the run has not come to it
         date = max(file.stat().st_mtime for file in path.iterdir() if file.is_file())
         state = COMPLETE
         if not result:
@@ -96,15 +98,6 @@ def read(path: Path) -> Summary | None:
             seconds=result.get("seconds"),
         )
     return None
-
-
-def _result(path: Path) -> dict[str, Any]:
-    """Return result.json, {} where the run has not come to it."""
-    try:
-        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return result if isinstance(result, dict) else {}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -260,11 +253,11 @@ _OUTCOMES = ((True, True), (True, False), (False, True), (False, False))
 
 def _right(run: Path) -> dict[str, bool]:
     """Return by picture whether a run had it right. Raise UserError."""
-    path = run / "predictions.csv"
+    path = run / PREDICTIONS
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return {row["path"]: row["correct"] == "true" for row in csv.DictReader(file)}
     except FileNotFoundError as error:
-        raise UserError(f"{run}: it has no predictions.csv; the run isn't complete") from error
+        raise UserError(f"{run}: it has no {PREDICTIONS}; the run isn't complete") from error
     except (KeyError, csv.Error) as error:
         raise UserError(f"{path}: it is no table of a run's predictions") from error

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.common import files
 from trainer.common.console import also_to_file, log
-from trainer.common.errors import UserError
+from trainer.common.errors import PROJECT, UserError
 from trainer.common.git import revision
 from trainer.common.interrupt import Stop
 from trainer.images.datasets import find_images
@@ -25,7 +25,6 @@ from trainer.settings.compose import check_options
 from trainer.settings.config import Config
 from trainer.sweep.pictures import are_swept
 
-PROJECT = Path(__file__).parents[2]
 SOURCE = ("trainer", "serving", "conf")  # what a run is made by
 FREE = ("sweep.trials", "sweep.parallel", "sweep.lost_seconds")  # may change when a sweep goes on
 DRIVERS = 1000  # that may share one directory

@@ -33,6 +33,7 @@ from trainer.common.errors import (
     needed_by,
 )
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
+from trainer.common.paths import ARCHIVE
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings import words
@@ -563,7 +564,7 @@ class Driver:
         where = self.place(trial)
         if trial.where:
             return
-        if read_result(where) and (where / "model.tar.gz").exists():
+        if read_result(where) and (where / ARCHIVE).exists():
             return
         log.info(
             "trial %d is the best: it goes on alone, to its model package and report",
@@ -658,7 +659,7 @@ class Driver:
                 100 * tested["top1"],
                 tested["pictures"],
             )
-            log.info("%-15s %s", "model package", self.place(best) / "model.tar.gz")
+            log.info("%-15s %s", "model package", self.place(best) / ARCHIVE)
         log.info("%-15s %s", "report", self.directory / "sweep.html")
         log.info("next:\n  %s", self.again(best))
 

@@ -15,8 +15,9 @@ from trainer.common.errors import UserError
 from trainer.common.model_package import DAMAGE
 from trainer.training.run import Run
 
+PREDICTIONS = "predictions.csv"
 # Of a run's directory, beside the package. Its log grows, and its config.yaml is written anew.
-FILES = ("report.html", "predictions.csv", "metrics.jsonl", "quarantine.txt", "care.csv")
+FILES = ("report.html", PREDICTIONS, "metrics.jsonl", "quarantine.txt", "care.csv")
 PACKAGE = "package"  # the archive, or begins the names of what its directory holds
 CHUNK = 1 << 22  # bytes
 

@@ -22,6 +22,7 @@ from trainer.common import files
 from trainer.common.console import also_to_file, command, log
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
+from trainer.common.paths import ARCHIVE
 from trainer.distributed.world import World
 from trainer.images.folder import ImageFolder
 from trainer.images.identity import (
@@ -300,7 +301,7 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     name = run_name(config)
     directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
     checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
-    package = Path(config.platform.package or directory / "model.tar.gz")
+    package = Path(config.platform.package or directory / ARCHIVE)
     run = Run(config, world, stop, name, directory, checkpoints, package)
     if not world.is_main_process:
         yield run

@@ -4,6 +4,7 @@ import pytest
 
 from tests.conftest import PROJECT, refusal, run_trainer
 from trainer.common.errors import MISTAKE
+from trainer.common.paths import user_cache
 from trainer.settings import config as settings
 from trainer.settings.config import (
     METRICS,
@@ -177,3 +178,7 @@ def test_the_platform_is_found_from_the_environment(configure, monkeypatch):
     monkeypatch.setenv("SM_MODEL_DIR", "/opt/ml/model")
     assert configure().platform.name == "sagemaker"
     assert configure("platform=local").platform.name == "local"
+
+
+def test_the_cache_is_known_alike_to_hydra_and_to_commands_without_it(configure):
+    assert configure("platform=local").platform.cache == str(user_cache())
