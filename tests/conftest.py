@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.forked import Forked
+from tests.shared import GRAPHS, shared_root
 from trainer.common.command import one_line
 from trainer.settings import config as settings
 from trainer.settings.compose import compose, explain_settings
@@ -34,6 +35,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The real configuration, shrunk to seconds.
 QUICK = ("train.epochs=2", "train.batch_size=8", "data.size=16", "data.resize=16", "platform=local")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_graphs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What forked runs export is traced once in a test run (tests/graphs.py)."""
+    os.environ[GRAPHS] = str(shared_root(tmp_path_factory) / "graphs")
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ FORKS = multiprocessing.get_context("forkserver")
 # All that a run imports on its way, but what an `-m trainer` runs as its own module.
 FORKS.set_forkserver_preload(
     [
-        "tests.warm",
         "trainer.results.outcome",
         "trainer.sweep.driver",
         "trainer.training.loop",
@@ -35,6 +34,7 @@ FORKS.set_forkserver_preload(
         "torch.onnx._internal.exporter._core",
         "torchmetrics.functional.classification",
         "torchvision",
+        "tests.warm",  # last, since it freezes what is there
     ]
 )
 
