@@ -14,17 +14,17 @@ import sys
 import tempfile
 import traceback
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import boto3
 import pytest
 
 from launch import __main__ as command_line
-from launch.cloud import quotas, s3
+from launch.cloud import account_stack, cloudformation, quotas, s3, source
 from launch.cloud.request import core_session
 from launch.targets.base import targets
 from launch.targets.spec import load_config, load_target
@@ -98,8 +98,7 @@ class Cloud:
         """Start it in a process forked from this one, which has imported everything already: half
         the time. It has a name by which AWS can kill it.
         """
-        do_once()
-        return Forked(arguments, cwd, self.environment())
+        return Forked(command_line.main, arguments, cwd, self.environment())
 
     def launch(self, *arguments: str, cwd: Path = PROJECT) -> tuple[int, str]:
         """As `run`, forked. A signal's code is negative."""
@@ -110,12 +109,23 @@ class Cloud:
 
 
 class Forked:
-    """The command line in a fork of this process, with as much of Popen as the tests use."""
+    """A command line in a fork of this process, with as much of Popen as the tests use."""
 
-    def __init__(self, arguments: Sequence[str], cwd: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        main: Callable[[Sequence[str]], int],
+        arguments: Sequence[str],
+        cwd: Path,
+        environment: dict[str, str],
+        apart: bool = False,
+    ) -> None:
+        """main: returns the exit code. apart: standard error comes by itself."""
+        do_once()
         self.returncode: int | None = None
         # Closed by `communicate`.
-        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._output = self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        if apart:
+            self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._pid = os.fork()
         if self._pid:
             return
@@ -124,28 +134,29 @@ class Forked:
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(environment | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"})
+            source.build = lambda extras: tarball(tuple(extras))
             sys.stdin = io.StringIO()
-            sys.stdout = sys.stderr = self._output
-            code = command_line.main(arguments)
+            sys.stdout, sys.stderr = self._output, self._errors
+            code = main(arguments)
         except SystemExit as end:
             code = int(end.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
             self._output.flush()
+            self._errors.flush()
             os._exit(code)
 
-    def communicate(self, timeout: float = 600) -> tuple[str, None]:
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
         """Wait for its end; return all that it has printed."""
         ended = wait_for(self._ended, timeout)
         if not ended:
             os.kill(self._pid, signal.SIGKILL)
             wait_for(self._ended)
-        with self._output:
-            self._output.seek(0)
-            output = self._output.read()
-        assert ended, f"it has not ended in {timeout} s:\n{output}"
-        return output, None
+        output = _all_of(self._output)
+        errors = "" if self._errors is self._output else _all_of(self._errors)
+        assert ended, f"it has not ended in {timeout} s:\n{output}{errors}"
+        return output, errors
 
     def _ended(self) -> bool:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -154,15 +165,29 @@ class Forked:
         return bool(pid)
 
 
+def _all_of(file: IO[str]) -> str:
+    with file:
+        file.seek(0)
+        return file.read()
+
+
+tarball = functools.cache(source.build)
+
+
 @functools.cache
 def do_once() -> None:
-    """Do what every command does once, for all that are forked: read models, and a grammar."""
+    """Do what every command does once, for all that are forked: read models and a grammar, and
+    pack the code.
+    """
     session = boto3.session.Session(
         "testing", "testing", region_name=REGION, botocore_session=core_session()
     )
     for service in SERVICES:
         session.client(service)
     load_config(load_target(["target=ec2"]), ["optim.lr=1"])
+    cloudformation.load(account_stack.TEMPLATE)
+    tarball(())
+    tarball(("timm",))
     # What is there already, a child's garbage collector need not look at, nor copy its memory so.
     gc.collect()
     gc.freeze()

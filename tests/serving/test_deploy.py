@@ -1,4 +1,4 @@
-"""`python -m serving plan ... destroy` as processes, against moto behind tests/serving/aws.py."""
+"""`python -m serving plan ... destroy` in forks, against moto behind tests/serving/aws.py."""
 
 import contextlib
 import gzip
@@ -14,10 +14,11 @@ import time
 import numpy as np
 import pytest
 
+from serving import __main__ as command_line
 from serving.deploy import bundle
 from serving.deploy.release import Place, Remote, build, idle_price, template
 from tests.conftest import PROJECT
-from tests.launch.conftest import running
+from tests.launch.conftest import Forked, running
 from tests.serving.runtime import Endpoint, Function, Neighbour, Quiet, unpack
 from trainer.common.errors import UserError
 
@@ -48,16 +49,15 @@ def cloud(server):
 def serving(cloud):
     def serving(*arguments, **environment):
         """Exit code, standard output and standard error."""
-        command = [sys.executable, "-P", "-m", "serving", *map(str, arguments)]
-        done = subprocess.run(
-            command,
-            env=cloud.environment() | environment,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=600,
+        forked = Forked(
+            command_line.main,
+            [str(argument) for argument in arguments],
+            PROJECT,
+            cloud.environment() | environment,
+            apart=True,
         )
-        return done.returncode, done.stdout, done.stderr
+        output, error = forked.communicate()
+        return forked.returncode, output, error
 
     return serving
 
