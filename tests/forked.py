@@ -30,6 +30,7 @@ FORKS.set_forkserver_preload(
         # imported late by these, and slow
         "onnxruntime",
         "onnxscript",
+        "optuna.storages",
         "torch._dynamo",
         "torch.onnx._internal.exporter._core",
         "torchmetrics.functional.classification",
