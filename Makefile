@@ -26,8 +26,9 @@ rehearse: .venv/rehearse  ## run a SageMaker job on this machine: TARGET=sagemak
 deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL --image URI"); asks before it changes anything
 	$(BIN)/python -m serving deploy $(ARGS)
 
+# What is compiled is kept: two workers and hundreds of processes import the same modules.
 test: .venv/dev  ## set up once, then run the tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 long: .venv/dev  ## the tests that take minutes: rehearsals, the EC2 script, kills at every AWS call, lost processes, every training command of the docs, a wheel
 	$(BIN)/python -m pytest -m long $(ARGS)
