@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from tests.forked import Forked
-from tests.shared import GRAPHS, shared_root
 from trainer.common.command import one_line
 from trainer.settings import config as settings
 from trainer.settings.compose import compose, explain_settings
@@ -42,12 +41,6 @@ def pytest_collection_finish() -> None:
     """What is imported stays: the garbage collector need not look at it with every test."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def shared_graphs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What forked runs export is traced once in a test run (tests/graphs.py)."""
-    os.environ[GRAPHS] = str(shared_root(tmp_path_factory) / "graphs")
 
 
 @pytest.fixture

@@ -7,23 +7,15 @@ from pathlib import Path
 
 import pytest
 
-GRAPHS = "PACKHORSE_TEST_GRAPHS"  # names the folder of tests/graphs.py: without it none is shared
-
-
-def shared_root(factory: pytest.TempPathFactory) -> Path:
-    """The folder that all processes of a test run have."""
-    root = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # the workers' own lie in it
-    return root
-
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """The folder `name`, which make(folder) has filled in this process or in another.
 
     Read what lies in it, don't change it.
     """
-    root = shared_root(factory)
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers' own lie in it
     folder, complete = root / name, root / f"{name}.complete"
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

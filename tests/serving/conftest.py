@@ -14,23 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from serving.decoders import Rooms
 from serving.engine import Engine
 from serving.package import load
-from tests import graphs
 from tests.conftest import PROJECT, wait_for
 from tests.packages import make_calibrated, make_network
 from trainer.results.package import build
-
-
-@pytest.fixture(autouse=True, scope="package")
-def traced_once() -> Iterator[None]:
-    """What these tests build is what it is served from: tests/graphs.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", graphs.export)
-        yield
 
 
 @pytest.fixture(scope="session")
