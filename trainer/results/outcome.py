@@ -27,7 +27,7 @@ from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
 from trainer.training import complete
 from trainer.training.loop import predict
-from trainer.training.metrics import classification
+from trainer.training.metrics import classification, mean_loss
 from trainer.training.recipe import Recipe
 from trainer.training.training import Training
 
@@ -81,7 +81,7 @@ def load_best(run: Training) -> None:
             for row in progress.rows
             if "valid_loss" in row
         }
-        given = classification(logits, targets, "valid")["valid_loss"]
+        given = mean_loss(logits, targets)
         same_place = best["environment"] == run.facts["environment"]
         relative, absolute = SAME_LOSS_HERE if same_place else SAME_LOSS_ELSEWHERE
         if not np.isclose(given, losses[epoch], relative, absolute, equal_nan=True):
