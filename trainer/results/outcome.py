@@ -19,7 +19,7 @@ from trainer.images import folder
 from trainer.images.names import suffix_of
 from trainer.network.distance import Features, Joined, WithDistance, class_means
 from trainer.network.weights import provenance
-from trainer.results import calibrate, package, quantize, report
+from trainer.results import calibrate, early, package, quantize, report
 from trainer.results.calibrate import Quality
 from trainer.results.prediction import predictions
 from trainer.results.predictions import labelled
@@ -241,6 +241,7 @@ def build_package(run: Training, tested: Tested) -> None:
         revision=revision(),
         weights=provenance(config),
         golden=[split.paths[first] for first in firsts],
+        graph=early.graph_of(config, run.network),
         suffixes=frozenset(
             suffix_of(path) for each in images.splits.values() for path in each.paths
         ),
