@@ -111,7 +111,7 @@ def main() -> None:
     settings.register()
     to_terminal()
     config = compose(BASE)
-    here.share_config(config if here.is_main_process else None)
+    here.share_config(config if here.is_main_process else None, Stop())
     with here.connected(60, Stop()):
         for name in names:
             scenario, _, rest = name.partition(":")  # NAME[:RUN[:STOP_AT]]
