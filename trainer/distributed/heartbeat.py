@@ -5,6 +5,7 @@ They talk through torchrun's store.
 
 import json
 import os
+import re
 import threading
 import time
 from typing import Any
@@ -14,7 +15,7 @@ from trainer.common.text import listed
 from trainer.distributed.world import ExitNotice
 
 BEAT = 1.0  # seconds between two signs of life
-BROKEN = 3  # failures in a row; PyTorch's connection to the store never comes back by itself
+BROKEN = 3  # times in a row that the connection to the store is closed: PyTorch makes no new one
 SILENT = 3 * BEAT  # without one for so long, a process is the likely cause of a failed exchange
 
 
@@ -34,7 +35,7 @@ class Heartbeat(threading.Thread):
         # When something new was heard last.
         self._at = dict.fromkeys(self._others, time.monotonic())
         self._contact = time.monotonic()  # when the store answered last
-        self._failures = 0  # since then
+        self._failures = 0  # since then, of a connection that is closed
         self.listened = threading.Event()  # once: what was said before this process came
         self._mine: dict[str, Any] = {
             "who": who,
@@ -69,8 +70,9 @@ class Heartbeat(threading.Thread):
                 self._listen()
                 self._contact, self._failures = time.monotonic(), 0
                 self.listened.set()
-            except RuntimeError:  # torch's DistError; what follows from it is `missing`
-                self._failures += 1
+            except RuntimeError as error:  # torch's DistError; what follows from it is `missing`
+                if re.search("closed|reset|broken pipe", str(error), re.IGNORECASE):
+                    self._failures += 1
                 self._wake.wait(BEAT)
             if os.getppid() != self._parent and self.stop is not None:
                 self.stop.ask("the end of torchrun")
