@@ -118,7 +118,7 @@ class Heartbeat(threading.Thread):
     def say(self, notice: ExitNotice, seconds: float) -> None:
         """Say why this process ends. Return when all others have heard it, or seem to be deaf.
 
-        seconds: for which those are waited for that have not been heard yet.
+        seconds: for which those are waited for that live, or have not been heard yet.
         """
         self._mine["notice"] = vars(notice)
         self._quick = True
@@ -126,8 +126,10 @@ class Heartbeat(threading.Thread):
         began = time.monotonic()
 
         def waits_for(other: int) -> bool:
-            patience = SILENT if other in self._heard else seconds
-            return not self._has_heard_me(other) and time.monotonic() < began + patience
+            now = time.monotonic()
+            if self._has_heard_me(other) or now > began + seconds:
+                return False
+            return other not in self._heard or now < max(began, self._at[other]) + SILENT
 
         while any(map(waits_for, self._others)):
             time.sleep(0.01)

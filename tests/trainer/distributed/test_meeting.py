@@ -20,6 +20,8 @@ RUN = (
     "trainer", "name=run", "data=folder", "data.root=pictures", "model=small_cnn",
     "data.size=16", "data.resize=16", "platform=local", "train.threads=1",
 )  # fmt: skip
+# However long the other one takes to hear it, on a busy machine.
+PATIENT = "from trainer.distributed import heartbeat, job\nheartbeat.SILENT = job.FAREWELL_SECONDS = 600\n"
 # Has a process hit when it calls a function the first time, before it has met the others.
 HIT = """
 import os
@@ -53,9 +55,9 @@ def hit(module: str, name: str, number: signal.Signals) -> str:
 def test_a_signal_before_they_have_met_ends_all_of_them(directory, rank, place, number):
     """Also the one that comes when the first has already said why it ends."""
     port = free_port()
-    before = ["", ""]
-    before[rank] = hit(*place, number)
-    before[1 - rank] = "import time; time.sleep(1)"
+    before = [PATIENT, PATIENT]
+    before[rank] += hit(*place, number)
+    before[1 - rank] += "import time; time.sleep(1)"
     processes = [
         start(directory, RUN, rank_environment(directory, each, 2, port), before=before[each])
         for each in range(2)
