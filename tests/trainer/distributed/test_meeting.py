@@ -21,7 +21,10 @@ RUN = (
     "data.size=16", "data.resize=16", "platform=local", "train.threads=1",
 )  # fmt: skip
 # However long the other one takes to hear it, on a busy machine.
-PATIENT = "from trainer.distributed import heartbeat, job\nheartbeat.SILENT = job.FAREWELL_SECONDS = 600\n"
+PATIENT = """
+from trainer.distributed import heartbeat, job
+heartbeat.SILENT = job.FAREWELL_SECONDS = 600
+"""
 # Has a process hit when it calls a function the first time, before it has met the others.
 HIT = """
 import os
