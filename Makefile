@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults mutations bench docs pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations bench docs pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -22,6 +22,9 @@ serve: .venv/train  ## answer on HTTP with the newest run's model, and a page to
 
 rehearse: .venv/rehearse  ## run a SageMaker job on this machine: TARGET=sagemaker|sagemaker_multi|tuner ARGS="train.epochs=1"
 	$(BIN)/python -m launch rehearse target=$(or $(TARGET),sagemaker) $(ARGS)
+
+plan: .venv/train  ## what a run on AWS would do, cost and touch; sends nothing: TARGET=ec2|sagemaker|tuner ARGS="data.root=DIR"
+	$(BIN)/python -m launch plan target=$(or $(TARGET),ec2) $(ARGS)
 
 deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL --image URI"); asks before it changes anything
 	$(BIN)/python -m serving deploy $(ARGS)

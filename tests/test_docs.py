@@ -20,7 +20,7 @@ from PIL import Image
 
 from serving import contract
 from serving.adapters import lambda_proxy
-from tests import reference
+from tests import picture, reference
 from tests.conftest import PROJECT, make_pictures, run_module, run_trainer, wait_for
 from tests.launch.conftest import Cloud, running
 from tests.launch.verbs.test_verbs import leave_results, run_of
@@ -211,6 +211,16 @@ def end_run(cloud: Cloud, target: str, run: str, package: bytes, attempt: int = 
             metrics={"test_top1": 0.8},
         )
         leave_results(cloud, f"runs/{run}/output/{job}/output", package, 0.8)
+
+
+@pytest.mark.parametrize("command", commands("make plan"))
+def test_what_make_plan_shows_is_planned(place, server, command):
+    shown = subprocess.run(
+        ["make", "-n", *shlex.split(command)[1:]], cwd=PROJECT, capture_output=True, text=True
+    ).stdout
+    line = next(line for line in shown.splitlines() if "-m launch plan" in line)
+    code, said = server.launch(*here(line, place), cwd=place)
+    assert code == OK and "costs" in said, said
 
 
 @pytest.mark.parametrize("name", pages_with("python -m launch"))
@@ -408,10 +418,59 @@ def test_the_configuration_page_is_current():
     assert reference.PAGE.read_text() == reference.page(), "run make docs"
 
 
+LINKED = [*PAGES, *sorted((PROJECT / "docs/decisions").glob("*.md")), *PROJECT.glob("*.md")]
+
+
+def sections(page: Path) -> dict[str, str]:
+    """The text below each heading of a page, by the name that GitHub gives it in links."""
+    _, *parts = re.split(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    names = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in parts[::2]]
+    return dict(zip(names, parts[1::2], strict=True))
+
+
 def test_every_link_leads_somewhere():
-    for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+    for page in LINKED:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if link.startswith(("http", "mailto:")):
+                continue
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in sections(target), f"{page.name}: {link}"
+
+
+def facts() -> list[tuple[list[str], str]]:
+    """What the README's first screen measures: the figures of each fact, and what it links to."""
+    first_screen = (PROJECT / "README.md").read_text().partition("\nYou need ")[0]
+    shown = re.findall(r"^- \*\*.+?\*\* (.+?)\n(?=- |\Z)", first_screen, re.MULTILINE | re.DOTALL)
+    return [
+        (re.findall(r"\*\*([\d.,]+)\*\*", fact), re.findall(r"\]\(([^)]+)\)", fact)[-1])
+        for fact in shown
+    ]
+
+
+def test_the_readme_has_five_facts_with_figures():
+    assert len(facts()) == 5
+    assert all(figures for figures, _ in facts())
+
+
+@pytest.mark.parametrize(("figures", "link"), facts())
+def test_every_figure_of_the_first_screen_stands_where_it_was_measured(figures, link):
+    """A benchmark that is run again changes its page: then the README's figure follows."""
+    path, _, anchor = link.partition("#")
+    page = PROJECT / path
+    measured = sections(page)[anchor] if anchor else page.read_text()
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", measured), (
+            f"{figure} is not in {link}: take the README's from there"
+        )
+
+
+def test_the_readme_shows_a_picture_of_a_report():
+    [shown] = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (PROJECT / "README.md").read_text())
+    with Image.open(PROJECT / shown) as opened:
+        assert opened.size == (picture.WIDTH, picture.HEIGHT)
+    assert (PROJECT / shown).stat().st_size <= picture.MAX_BYTES
 
 
 def messages_of(code: str) -> Iterator[str]:
