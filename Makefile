@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations bench docs pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations bench docs ends pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -55,6 +55,9 @@ bench: .venv/bench  ## measure against peers in one run, and write docs/benchmar
 
 docs: .venv/dev  ## write docs/configuration.md from the code
 	$(BIN)/python -m tests.reference
+
+ends: .venv/dev  ## until when AWS supports what is used here; fails 60 days before the first end, and where botocore knows something newer
+	$(BIN)/python -m tests.ends $(ARGS)
 
 pages: .venv/dev  ## install Chromium (apt-get) and open the pages in it
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }

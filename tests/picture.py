@@ -40,15 +40,17 @@ def main() -> None:
 
 def train(place: Path) -> Path:
     """Train as `make train` does, into `place`, and return the run's directory."""
-    settings = ["name=report", f"platform.runs={place}/runs"]
-    subprocess.run([sys.executable, "-m", "trainer", *settings], cwd=PROJECT, check=True)
-    return place / "runs/report"
+    command = [sys.executable, "-m", "trainer", f"platform.runs={place}/runs"]
+    subprocess.run(command, cwd=PROJECT, check=True)
+    [run] = (place / "runs").iterdir()
+    return run
 
 
 def take(report: Path, place: Path) -> bytes:
     """Return the report's first screen as WebP, at the best quality that fits MAX_BYTES."""
     with Browser(place / "profile") as browser:
         browser.look(WIDTH, HEIGHT, "light")
+        browser.call("Emulation.setScrollbarsHidden", hidden=True)
         browser.open(report.resolve().as_uri())
         browser.screenshot(place / "report.png")
     with Image.open(place / "report.png") as page:
