@@ -13,7 +13,9 @@ from pathlib import Path
 from tests.conftest import PROJECT
 
 LOCK = PROJECT / "requirements.lock"
-HEAD = "# Written by `make lock`: what `make train` installs, PyTorch excepted. Not edited by hand.\n"
+HEAD = (
+    "# Written by `make lock`: what `make train` installs, PyTorch excepted. Not edited by hand.\n"
+)
 PYTORCH = re.compile(r"(torch|torchvision|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 EXTRAS = ("aws", "serve")  # as .ci/setup train
 
