@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations bench docs ends pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench docs ends vulnerabilities lock matrix release site pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -35,8 +35,13 @@ test: .venv/dev  ## set up once, then run the tests
 long: .venv/dev  ## the tests that take minutes: rehearsals, the EC2 script, kills at every AWS call, lost processes, every training command of the docs, a wheel
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-check: .venv/dev  ## lint, format and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+check: .venv/dev  ## lint, format, types and spelling
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/codespell
+
+coverage: .venv/dev  ## the tests, with the share of the lines that they run, and which they don't (ARGS="tests/trainer")
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 soak: .venv/dev  ## end real runs 200 times at every stage, damage files in between, and compare each with an undisturbed one (KILLS=n SEED=n)
 	$(BIN)/python -m tests.soak --kills $(or $(KILLS),200) --seed $(or $(SEED),0)
@@ -59,6 +64,21 @@ docs: .venv/dev  ## write docs/configuration.md from the code
 ends: .venv/dev  ## until when AWS supports what is used here; fails 60 days before the first end, and where botocore knows something newer
 	$(BIN)/python -m tests.ends $(ARGS)
 
+vulnerabilities: .venv-tools/made  ## ask PyPI whether a version that is installed has a known vulnerability (pip-audit)
+	.venv-tools/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
+
+lock: .venv-tools/made  ## write requirements.lock, with hashes, from constraints.txt
+	.venv-tools/bin/python -m tests.lock
+
+matrix: .venv/train  ## the wheel with the oldest and the newest PyTorch, in environments of their own: 6 GB each (ARGS=oldest)
+	$(BIN)/python -m tests.matrix $(ARGS)
+
+release: .venv-tools/made  ## wheel and source archive, twice to the same bytes, and their bill of materials, in dist/ (ARGS=--tag)
+	.venv-tools/bin/python -m tests.release $(ARGS)
+
+site: .venv-tools/made  ## the documents as a site, in build/site, without a warning and without a network
+	.venv-tools/bin/python -m mkdocs build --strict --quiet --clean
+
 pages: .venv/dev  ## install Chromium (apt-get) and open the pages in it
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
 	$(BIN)/python -m pytest -m chromium
@@ -73,7 +93,11 @@ doors: .venv/dev  ## install TorchServe, AWS's toolkit, Ray Serve and Java (apt-
 	$(BIN)/python -m pytest -m '' tests/serving/test_adapters.py
 
 clean:  ## remove the virtual environment and caches; runs and data stay
-	rm -rf .venv .venv-doors build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-doors .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# What builds the site and a release has an environment of its own: its versions are not the trainer's.
+.venv-tools/made: requirements-tools.txt
+	python3 -m venv .venv-tools && .venv-tools/bin/pip install --quiet --disable-pip-version-check -r $< && touch $@
 
 # What is installed depends on these files alone, so a second make sets nothing up.
 .venv/%: pyproject.toml constraints.txt .ci/setup

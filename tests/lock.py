@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.conftest import PROJECT
+PROJECT = Path(__file__).parents[1]
 
 LOCK = PROJECT / "requirements.lock"
 HEAD = (

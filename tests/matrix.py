@@ -14,7 +14,7 @@ import time
 import tomllib
 from pathlib import Path
 
-from tests.conftest import PROJECT
+PROJECT = Path(__file__).parents[1]
 
 OLDEST = "oldest"  # what pyproject.toml says works
 NEWEST = "newest"  # what the index has
