@@ -65,7 +65,7 @@ ends: .venv/dev  ## until when AWS supports what is used here; fails 60 days bef
 	$(BIN)/python -m tests.ends $(ARGS)
 
 vulnerabilities: .venv-tools/made  ## ask PyPI whether a version that is installed has a known vulnerability (pip-audit)
-	.venv-tools/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
+	.venv-tools/bin/pip-audit --strict --requirement requirements.lock --no-deps --disable-pip
 
 lock: .venv-tools/made  ## write requirements.lock, with hashes, from constraints.txt
 	.venv-tools/bin/python -m tests.lock
