@@ -77,7 +77,7 @@ release: .venv-tools/made  ## wheel and source archive, twice to the same bytes,
 	.venv-tools/bin/python -m tests.release $(ARGS)
 
 site: .venv-tools/made  ## the documents as a site, in build/site, without a warning and without a network
-	.venv-tools/bin/python -m mkdocs build --strict --quiet --clean
+	NO_MKDOCS_2_WARNING=1 .venv-tools/bin/python -m mkdocs build --strict --quiet --clean
 
 pages: .venv/dev  ## install Chromium (apt-get) and open the pages in it
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from serving import contract
@@ -471,6 +472,21 @@ def test_the_readme_shows_a_picture_of_a_report():
     with Image.open(PROJECT / shown) as opened:
         assert opened.size == (picture.WIDTH, picture.HEIGHT)
     assert (PROJECT / shown).stat().st_size <= picture.MAX_BYTES
+
+
+def test_every_page_stands_once_in_the_sites_navigation():
+    def pages(entries) -> Iterator[str]:
+        for entry in entries:
+            [value] = entry.values()
+            if isinstance(value, str):
+                yield value
+            else:
+                yield from pages(value)
+
+    navigation = list(pages(yaml.safe_load((PROJECT / "mkdocs.yml").read_text())["nav"]))
+    assert len(navigation) == len(set(navigation))
+    lying = {page.name for page in (PROJECT / "docs").glob("*.md")}
+    assert lying <= set(navigation)
 
 
 def messages_of(code: str) -> Iterator[str]:
