@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench docs ends vulnerabilities lock matrix release site pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench docs ends vulnerabilities lock matrix release site transcripts pages hosts doors clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -78,6 +78,9 @@ release: .venv-tools/made  ## wheel and source archive, twice to the same bytes,
 
 site: .venv-tools/made  ## the documents as a site, in build/site, without a warning and without a network
 	NO_MKDOCS_2_WARNING=1 .venv-tools/bin/python -m mkdocs build --strict --quiet --clean
+
+transcripts: .venv/dev  ## write what the commands of the AWS pages say, by a stand-in for AWS, into docs/
+	WRITE_TRANSCRIPTS=1 $(BIN)/python -m pytest -q tests/test_docs.py -k test_the_launch_commands
 
 pages: .venv/dev  ## install Chromium (apt-get) and open the pages in it
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }

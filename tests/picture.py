@@ -1,7 +1,8 @@
-"""`python -m tests.picture` takes the README's picture: the report of `make train`, in Chromium.
+"""`python -m tests.picture` makes what the README shows of `make train`: its report and its output.
 
-It trains on the pictures that ship with the project, whose licence lets a README show them, or
-takes the report of the run that `--run` names. Needs Chromium (`make pages` installs it).
+It trains on the pictures that ship with the project, whose licence lets a README show them, takes
+the report's first screen in Chromium (`make pages` installs it), and writes what the run printed
+into the README. With `--run DIR` it takes the picture of another run, and leaves the text.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from tests.serving.browser import CHROMIUM, Browser
 
 PICTURE = PROJECT / "docs/images/report.webp"
 WIDTH, HEIGHT = 1200, 900  # CSS pixels of the window: what stands above the fold of the report
+SHOWN = "`make train` ends like this:\n\n```text\n"
+WIDEST = 140  # characters of a line
 MAX_BYTES = 200_000  # a README is looked at over slow lines too
 
 
@@ -31,19 +34,59 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         if run is None:
-            run = train(place)
+            run, printed = train(place)
+            show(sample(printed, place))
         shot = take(run / "report.html", place)
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_bytes(shot)
     print(f"{PICTURE.relative_to(PROJECT)}: {len(shot):,} bytes")
 
 
-def train(place: Path) -> Path:
-    """Train as `make train` does, into `place`, and return the run's directory."""
+def train(place: Path) -> tuple[Path, str]:
+    """Train as `make train` does, into `place`; return the run's directory, and what it printed."""
     command = [sys.executable, "-m", "trainer", f"platform.runs={place}/runs"]
-    subprocess.run(command, cwd=PROJECT, check=True)
+    process = subprocess.Popen(
+        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        printed.append(line)
+    if process.wait() != 0:
+        raise SystemExit(process.returncode)
     [run] = (place / "runs").iterdir()
-    return run
+    return run, "".join(printed)
+
+
+def sample(printed: str, place: Path) -> str:
+    """Return what a README shows of a run's output: its beginning and its end, in short lines."""
+    lines = printed.replace(f"{place}/", "").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("metrics: "))
+    last = max(number for number, line in enumerate(lines) if line.startswith("calibration: "))
+    shown = [
+        line
+        for line in lines[:first]
+        if line.startswith(("run ", "pictures: ", "model: ", "warning: "))
+    ]
+    shown += [lines[first], "...", *lines[last:]]
+    return "\n".join(cut(line) for line in shown)
+
+
+def cut(line: str) -> str:
+    """Return a line, or as many of its words as fit."""
+    if len(line) <= WIDEST:
+        return line
+    return line[:WIDEST].rpartition(" ")[0] + " ..."
+
+
+def show(text: str) -> None:
+    """Write the output into the README, in the place of the one that it shows."""
+    readme = PROJECT / "README.md"
+    page = readme.read_text()
+    begin = page.index(SHOWN) + len(SHOWN)
+    end = page.index("\n```\n", begin)
+    readme.write_text(page[:begin] + text + page[end:])
 
 
 def take(report: Path, place: Path) -> bytes:

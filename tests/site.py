@@ -86,6 +86,6 @@ def with_links_of_the_site(text: str, folder: str) -> str:
         if target.startswith("docs/"):
             return f"{image}[{label}]({up}{target.removeprefix('docs/')}{hash_}{anchor})"
         name = label.strip("`")
-        return label if name == target else f"{label} (`{target}`)"
+        return label if name == target else f"{label}, `{target}`"
 
     return LINK.sub(replaced, text)

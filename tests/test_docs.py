@@ -7,6 +7,7 @@ import ast
 import base64
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -62,7 +63,8 @@ NOT_AS_IT_STANDS = {
 def lines(page: Path) -> list[str]:
     """The lines of a page's fenced blocks, in their order and without comments."""
     shown = []
-    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for block in (text for language, text in blocks if language != "text"):  # text: what one sees
         for line in re.sub(r"\\\n\s*", "", block).splitlines():
             shown.append(re.sub(r"\s{2,}#.*", "", line).strip())
     return shown
@@ -224,6 +226,42 @@ def test_what_make_plan_shows_is_planned(place, server, command):
     assert code == OK and "costs" in said, said
 
 
+TRANSCRIPT = r"<!-- transcript: {} -->\n```text\n(.*?)```"
+
+
+def check_transcript(page: Path, verb: str, said: str, place: Path) -> None:
+    """Hold what a command says against what the page shows of it, the first time on the page.
+
+    `make transcripts` writes it into the page instead.
+    """
+    text = page.read_text()
+    shown = re.search(TRANSCRIPT.format(verb), text, re.DOTALL)
+    if shown is None:
+        return
+    said = timeless(said, place)
+    if "WRITE_TRANSCRIPTS" in os.environ:
+        page.write_text(text[: shown.start(1)] + said + text[shown.end(1) :])
+    else:
+        assert shown[1] == said, f"{page.name}: make transcripts writes what {verb} says"
+
+
+def timeless(said: str, place: Path) -> str:
+    """What a command says, without what differs from day to day and from machine to machine."""
+    for pattern, word in (
+        (rf"{re.escape(str(place))}/dogImages", "/data/dogImages"),
+        (r"\S+/bin/python(?= -m)", "python"),
+        (r"\d{4}-\d\d-\d\d", "2026-11-26"),
+        (r"\bi-[0-9a-f]{17}\b", "i-0123456789abcdef0"),
+        (r"\bvpc-[0-9a-f]{17}\b", "vpc-0123456789abcdef0"),
+        (r"\b[0-9a-f]{64}\b", "SHA256"),
+        (r"-[0-9a-f]{16}\b", "-DIGEST"),
+        (r"-[0-9a-f]{8}\b", "-ID"),
+        (r" *[\d.]+ (kB|MB)", r" ... \1"),
+    ):
+        said = re.sub(pattern, word, said)
+    return said
+
+
 @pytest.mark.parametrize("name", pages_with("python -m launch"))
 def test_the_launch_commands_of_a_page_succeed(place, server, name):
     server.reset()
@@ -233,6 +271,7 @@ def test_the_launch_commands_of_a_page_succeed(place, server, name):
     if not any(line.split()[3] == "up" for line in shown):
         assert server.launch("up", "--yes", "--every", "0.05")[0] == OK  # said on another page
     submitted: list[tuple[str, str]] = []  # (target, run)
+    told: set[str] = set()  # verbs whose transcript is held against the page
     for line in shown:
         verb, *rest = here(line, place)
         rest = [argument for argument in rest if argument not in NOT_AS_IT_STANDS]
@@ -245,6 +284,9 @@ def test_the_launch_commands_of_a_page_succeed(place, server, name):
         code, said = server.launch("plan" if verb in NOT_AS_IT_STANDS else verb, *rest, cwd=place)
         assert code == OK, f"{line}\n{said}"
         assert "Traceback" not in said
+        if verb not in told:
+            check_transcript(PAGES[NAMES.index(name)], verb, said, place)
+        told.add(verb)
         if verb == "submit":
             [target] = [
                 argument.removeprefix("target=")
