@@ -58,7 +58,7 @@ faults: .venv/dev  ## let one call to the system fail in each of 200 real runs, 
 bench: .venv/bench  ## measure against peers in one run, and write docs/benchmarks.md (ARGS="input loop start stall")
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-docs: .venv/dev  ## write docs/configuration.md from the code
+docs: .venv/dev  ## write what docs/ takes from the code: every setting, what AWS refuses
 	$(BIN)/python -m tests.reference
 
 ends: .venv/dev  ## until when AWS supports what is used here; fails 60 days before the first end, and where botocore knows something newer
