@@ -47,10 +47,15 @@ def main() -> None:
         "--minutes", metavar="N", help="begin nothing after so many minutes (recipe)"
     )
     parser.add_argument(
+        "--only",
+        metavar="SETS",
+        help="these sets of pictures, and draws, with + between them; the table has all (recipe)",
+    )
+    parser.add_argument(
         "--fastai", metavar="PYTHON", help="one that has fastai, torchvision and timm (recipe)"
     )
     options = parser.parse_args()
-    for name in ("photos", "weights", "results", "minutes", "fastai"):
+    for name in ("photos", "weights", "results", "minutes", "only", "fastai"):
         value = getattr(options, name)
         if value:
             os.environ[f"BENCH_{name.upper()}"] = value

