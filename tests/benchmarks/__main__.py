@@ -11,7 +11,7 @@ from pathlib import Path
 
 NAMES = (
     "input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care", "calibrate",
-    "recipe", "month",
+    "recipe", "averages", "month",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--photos",
         metavar="DIR",
-        help="train, valid and test with class folders of photos (care, calibrate, recipe)",
+        help="train, valid and test with class folders of photos (care, calibrate, recipe...)",
     )
     parser.add_argument(
         "--weights", metavar="FILE", help="of MobileNetV2, mean = std = 0.5 (calibrate, recipe)"
@@ -41,10 +41,10 @@ def main() -> None:
     parser.add_argument(
         "--results",
         metavar="FILE",
-        help="where each run's result is kept, and not measured again (recipe)",
+        help="where each run's result is kept, and not measured again (recipe, averages)",
     )
     parser.add_argument(
-        "--minutes", metavar="N", help="begin nothing after so many minutes (recipe)"
+        "--minutes", metavar="N", help="begin nothing after so many minutes (recipe, averages)"
     )
     parser.add_argument(
         "--only",

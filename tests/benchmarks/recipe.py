@@ -37,7 +37,7 @@ TITLE = "The recipe, and what else one might do"
 SEEDS, DRAWS = 3, 20
 LITE0, MOBILENET = "timm/tf_efficientnet_lite0", "mobilenet_v2"
 SIZE = 64  # px that a network sees; of photos and draws of them, which need more:
-PHOTO_SIZE, DRAW_SIZE = 96, 96
+PHOTO_SIZE = DRAW_SIZE = 64
 BATCH, PASSES, STEPS = 32, 4, 60  # pictures of a step; passes, and steps, of a peer at least
 LIMIT = 1800  # seconds of fastai's run
 # autogluon.multimodal 1.6.3, configs/optim/default.yaml; its batches of 128 are cut to BATCH too.
@@ -137,6 +137,13 @@ class Results:
     path: Path
     until: float  # of time.monotonic(): nothing is begun later
 
+    @classmethod
+    def of_environment(cls, scratch: Path) -> "Results":
+        """Return those of `--results`, until `--minutes` are over."""
+        minutes = float(os.environ.get("BENCH_MINUTES", math.inf))
+        path = Path(os.environ.get("BENCH_RESULTS", scratch / "results.jsonl"))
+        return cls(path, time.monotonic() + 60 * minutes)
+
     def rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
@@ -161,9 +168,7 @@ def measure(scratch: Path, rounds: int) -> Table:
     missing = [package for package in NEEDS if not installed(package)]
     if missing:
         return Table(TITLE, NOTE, COLUMNS, [], (), missing)
-    minutes = float(os.environ.get("BENCH_MINUTES", math.inf))
-    path = Path(os.environ.get("BENCH_RESULTS", scratch / "results.jsonl"))
-    results = Results(path, time.monotonic() + 60 * minutes)
+    results = Results.of_environment(scratch)
     weights = folder_of_weights(scratch / "weights")
     data_sets = list(sets())
     only = os.environ.get("BENCH_ONLY", "").split("+")
@@ -206,7 +211,7 @@ def sets() -> Iterator[Pictures]:
     if given:
         yield Pictures(given.name, PHOTO_SIZE, lambda root, seed: given)
     yield Pictures("clothes, 200", SIZE, clothes_of(200))
-    yield Pictures("clothes, 1000", SIZE, clothes_of(1000))
+    yield Pictures("clothes, 100", SIZE, clothes_of(100))
 
 
 def save(image: Image.Image, root: Path, split: str, label: str, number: int) -> None:

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,9 +189,10 @@ def test_what_a_head_cannot_be_is_refused(more):
 
 
 def test_a_folder_and_weights_are_all_that_it_needs(tmp_path, pictures, weights_dir):
-    code, output = run_trainer(tmp_path, *words(pictures, weights_dir))
+    given = words(pictures, weights_dir, "train.epochs=2")
+    code, output = run_trainer(tmp_path, *given)
     assert code == OK, output
-    assert "fine-tuning on one half of the pictures: 2 of 2" in output
+    assert "fine-tuning on one half of the pictures: 1 of 2" in output
     assert not (tmp_path / "runs/run/recipe").exists()
     assert not (tmp_path / "runs/run/checkpoints/recipe").exists()
     recipe = written(tmp_path)
@@ -203,7 +205,7 @@ def test_a_folder_and_weights_are_all_that_it_needs(tmp_path, pictures, weights_
     assert json.loads(rows[0])["epoch"] == 0, "the probe comes first"
     assert (tmp_path / "runs/run/model.tar.gz").exists()
     (tmp_path / "runs/run/checkpoints/recipe.json").unlink()  # each checkpoint holds it too
-    code, output = run_trainer(tmp_path, *words(pictures, weights_dir))
+    code, output = run_trainer(tmp_path, *given)
     assert code == OK and "this run is complete" in output, output
     assert written(tmp_path) == recipe and "recipe: " not in output
 
@@ -230,11 +232,11 @@ def test_flips_are_left_out_of_pictures_that_mirrored_are_of_another_class(tmp_p
 
 
 def test_what_ruins_a_network_is_not_kept(tmp_path, pictures, weights_dir):
-    ruinous = ("optim.lr=1", "train.clip_norm=1", "train.epochs=3", "model.freeze=none")
+    ruinous = ("optim.lr=1", "train.clip_norm=1", "train.epochs=2", "model.freeze=none")
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *ruinous))
     assert code == OK, output
     result = json.loads((tmp_path / "runs/run/result.json").read_text())
-    assert result["best_epoch"] == 0 and result["epochs"] == 3
+    assert result["best_epoch"] == 0 and result["epochs"] == 2
 
 
 def test_without_any_weights_it_trains_from_scratch_and_says_so(tmp_path, pictures):
@@ -251,6 +253,7 @@ def test_each_of_its_settings_has_its_effect(tmp_path, pictures, weights_dir):
         "recipe.prefer=speed",
         "recipe.tune_minutes=0",
         "model.candidates=[squeezenet1_1]",
+        "train.epochs=1",
     )
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *more))
     assert code == OK, output
@@ -405,7 +408,7 @@ def test_small_pictures_are_for_a_small_network_where_it_is_better_beyond_doubt(
     tmp_path, pictures, weights_dir
 ):
     # The features of this one, of random weights, tell little.
-    more = ("model.candidates=[shufflenet_v2_x0_5]", "train.epochs=20")
+    more = ("model.candidates=[shufflenet_v2_x0_5]", "train.epochs=12")
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *more))
     assert code == OK, output
     assert "these pictures are small, and it is better beyond doubt" in output
@@ -424,19 +427,26 @@ def test_a_kill_at_any_moment_gives_the_same_decision_and_bits(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for each in (whole, cut):
         each.mkdir()
+    began = time.time()
     code, output = run_trainer(whole, *command)
     assert code == OK, output
+    recipe = untimed(written(whole))
+    # As long as it takes to decide here, now: so the kills fall into it under any load.
+    deciding = (whole / "runs/run/checkpoints" / FILE).stat().st_mtime - began
     rng = random.Random(0)
-    for _ in range(kills):
+    for left in reversed(range(kills)):
         process = start_trainer(cut, *command)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0.5, 6.0))
+            process.wait(rng.uniform(0.05, 1.0) * deciding)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
+        if left and (cut / "runs/run/checkpoints" / FILE).exists():
+            assert untimed(written(cut)) == recipe
+            shutil.rmtree(cut)  # so that the next kill falls into a recipe too
+            cut.mkdir()
     code, output = ended(start_trainer(cut, *command))
     assert code == OK, output
-    recipes = [untimed(written(each)) for each in (whole, cut)]
-    assert recipes[0] == recipes[1]
+    assert untimed(written(cut)) == recipe
     assert difference(*(outcome(each / "runs/run") for each in (whole, cut))) is None
 
 
