@@ -60,6 +60,16 @@ def test_auto_is_held_to_the_best_simple_way_and_to_its_time():
     assert done(0.75, 240.0).met is False and done(0.77, 260.0).met is False
 
 
+def test_what_was_not_measured_is_said(tmp_path):
+    results = recipe.Results(tmp_path / "results.jsonl", until=float("inf"))
+    pets, signs = (recipe.Pictures(name, 64, lambda root, _: root) for name in ("pets", "signs"))
+    for method in recipe.METHODS:
+        for seed in range(recipe.SEEDS - (method == recipe.FASTAI)):
+            results.get(lambda: {"top1": 0.5}, method=method, pictures="pets", seed=seed)
+    assert recipe.not_had(results, [pets]) == ["fastai's fine_tune: pets (1 of 3 seeds)"]
+    assert recipe.not_had(results, [signs])[0] == "auto: signs"
+
+
 def test_a_result_is_kept_and_not_measured_again(tmp_path):
     results = recipe.Results(tmp_path / "results.jsonl", until=float("inf"))
     assert results.get(lambda: {"top1": 0.5}, method="auto", seed=0)
