@@ -64,8 +64,8 @@ def measure(scratch: Path, rounds: int) -> Table:
         for seed in range(min(rounds, SEEDS)):
             root = pictures.write(scratch / f"{pictures.name}-{seed}".replace(" ", "-"), seed)
             words = (
-                f"data.root={root}", f"model.weights_dir={weights}", f"data.size={pictures.size}",
-                f"seed={seed}", f"platform.runs={scratch}", f"platform.cache={scratch}/cache",
+                f"data.root={root}", f"model.weights_dir={weights}", f"seed={seed}",
+                f"platform.runs={scratch}", f"platform.cache={scratch}/cache",
                 f"name=run-{pictures.name}-{seed}".replace(", ", "-"),
             )  # fmt: skip
             keys = {"averaged": pictures.name, "seed": seed}

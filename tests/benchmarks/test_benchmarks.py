@@ -74,7 +74,7 @@ def test_auto_is_held_to_the_best_simple_way_and_to_its_time():
 
 def test_what_was_not_measured_is_said(tmp_path):
     results = recipe.Results(tmp_path / "results.jsonl", until=float("inf"))
-    pets, signs = (recipe.Pictures(name, 64, lambda root, _: root) for name in ("pets", "signs"))
+    pets, signs = (recipe.Pictures(name, lambda root, _: root) for name in ("pets", "signs"))
     for method in recipe.METHODS:
         for seed in range(recipe.SEEDS - (method == recipe.FASTAI)):
             results.get(lambda: {"top1": 0.5}, method=method, pictures="pets", seed=seed)
