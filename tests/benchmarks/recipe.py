@@ -28,8 +28,9 @@ from trainer.distributed.world import World
 from trainer.images.datasets import EMBEDDED, find_images
 from trainer.settings import config as settings
 from trainer.settings.compose import compose
+from trainer.settings.config import TOY
 from trainer.training.loop import fit, predict
-from trainer.training.recipe import settled
+from trainer.training.recipe import Recipe, settled
 from trainer.training.run import open_run
 from trainer.training.training import build_training
 
@@ -381,8 +382,19 @@ def run(scratch: Path, *words: str) -> dict[str, Any]:
     keys = ("epoch", "valid_refinement", "valid_top1")
     row["valid"] = [[each.get(key) for key in keys] for each in training.progress.rows]
     if recipe is not None:
-        row |= {"recipe": dataclasses.asdict(recipe), "network": recipe.settings["model.name"]}
+        row |= {"recipe": dataclasses.asdict(recipe), "network": pretrained_of(recipe)}
     return row
+
+
+def pretrained_of(recipe: Recipe) -> str:
+    """Return the network that was chosen; of a small one from scratch the one it was held against.
+
+    The peers start from pretrained weights.
+    """
+    name: str = recipe.settings["model.name"]
+    if name != TOY:
+        return name
+    return max(recipe.candidates, key=lambda candidate: candidate.accuracy).name
 
 
 def count(root: Path, split: str) -> int:
@@ -526,10 +538,12 @@ def words_of(row: Mapping[str, Any]) -> str:
     if "recipe" not in row:
         return ""
     chosen = row["recipe"]["settings"]
-    texts = [row["network"].rpartition("/")[2]]
+    texts = [chosen["model.name"].rpartition("/")[2]]
     if chosen.get("data.augment.flip") is False:
         texts.append("no flips")
-    if chosen["model.freeze"] == "backbone":
+    if chosen["model.name"] == TOY:
+        texts.append("from scratch")
+    elif chosen["model.freeze"] == "backbone":
         texts.append("the head alone")
     elif row["best_epoch"] == 0:
         texts.append("the head alone, fine-tuning was no better")
