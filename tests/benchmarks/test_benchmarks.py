@@ -8,6 +8,8 @@ from tests.benchmarks import compare, recipe
 from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.measure import paired, ratio
 from tests.benchmarks.table import HEAD, Row, Table, merge
+from trainer.settings.config import TOY
+from trainer.training.recipe import Candidate, Recipe
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,6 +72,12 @@ def test_auto_is_held_to_the_best_simple_way_and_to_its_time():
     row = done(0.77, 240.0)  # 0.8 less its standard error, 0.04
     assert row.met and row.target == "0.760 (the head alone, solved), 2.5x the time: 2.40x"
     assert done(0.75, 240.0).met is False and done(0.77, 260.0).met is False
+
+
+def test_peers_start_from_pretrained_weights():
+    measured = [Candidate("one", accuracy=0.7), Candidate("best", accuracy=0.9), Candidate("none")]
+    for chosen, network in (("one", "one"), (TOY, "best")):
+        assert recipe.pretrained_of(Recipe({"model.name": chosen}, measured, [])) == network
 
 
 def test_what_was_not_measured_is_said(tmp_path):
