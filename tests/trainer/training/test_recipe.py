@@ -464,12 +464,12 @@ def test_small_pictures_are_for_a_small_network_where_it_is_better_beyond_doubt(
     assert written(tmp_path)["settings"]["model.name"] == "small_cnn"
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_a_kill_at_any_moment_gives_the_same_decision_and_bits(
     tmp_path, pictures, weights_dir, kills
 ):
     command = words(
-        pictures, weights_dir, "recipe.minutes=null", "train.epochs=2",
+        pictures, weights_dir, "recipe.minutes=null", "train.epochs=1",
         "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
     )  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
