@@ -55,7 +55,7 @@ for the data, the package and the report, which cost all of ours the same. Auto 
 the pictures, the weights and the batch.
 
 The peers' defaults, on all layers, {PASSES} passes and more where these make fewer than {STEPS}
-steps. In our loop: timm's learning rate (SGD, 0.1 for batches of 256, of {BATCH} so much less),
+steps. In our loop, BatchNorm's statistics updated as theirs do: timm's learning rate (SGD, 0.1 for batches of 256, of {BATCH} so much less),
 ultralytics' (AdamW, 0.002 * 5 / (4 + classes)), and AutoGluon's preset (autogluon.multimodal 1.6.3,
 configs/optim/default.yaml: AdamW, 1e-4, 0.9 of it from layer to layer, weight decay 0.001, warm-up
 over a tenth, clipped at 1; the best epoch by accuracy; without its average of three epochs).
@@ -310,7 +310,10 @@ def compare(
     classes = len(list((root / "train").iterdir()))
     rate = round(0.002 * 5 / (4 + classes), 6)
     passes = passes_of(count(root, "train"))
-    everything = (f"model.name={network}", "model.freeze=none", f"train.epochs={passes}")
+    everything = (
+        f"model.name={network}", "model.freeze=none", f"train.epochs={passes}",
+        "model.norm_stats=update",  # as the peers do
+    )  # fmt: skip
     words = {
         PROBE: probe_of(network),
         TUNED: (f"model.name={network}", "model.freeze=none"),
