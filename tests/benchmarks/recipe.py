@@ -55,14 +55,14 @@ for the data, the package and the report, which cost all of ours the same. Auto 
 the pictures, the weights and the batch.
 
 The peers' defaults, on all layers, {PASSES} passes and more where these make fewer than {STEPS}
-steps. In our loop, BatchNorm's statistics updated as theirs do: timm's learning rate (SGD, 0.1 for batches of 256, of {BATCH} so much less),
-ultralytics' (AdamW, 0.002 * 5 / (4 + classes)), and AutoGluon's preset (autogluon.multimodal 1.6.3,
-configs/optim/default.yaml: AdamW, 1e-4, 0.9 of it from layer to layer, weight decay 0.001, warm-up
-over a tenth, clipped at 1; the best epoch by accuracy; without its average of three epochs).
-AutoGluon itself wants torch < 2.14 and timm < 1.0.7. fastai's is its own code: vision_learner,
-aug_transforms and fine_tune, with as many passes and one more of the head. "Our defaults" and "from
-scratch" make the trainer's default number of passes (16, and more where these make fewer than 200
-steps).
+steps. In our loop, with BatchNorm's statistics updated as theirs do it: timm's learning rate (SGD,
+0.1 for batches of 256, of {BATCH} so much less), ultralytics' (AdamW, 0.002 * 5 / (4 + classes)),
+and AutoGluon's preset (autogluon.multimodal 1.6.3, configs/optim/default.yaml: AdamW, 1e-4, 0.9 of
+it from layer to layer, weight decay 0.001, warm-up over a tenth, clipped at 1; the best epoch by
+accuracy; without its average of three epochs). AutoGluon itself wants torch < 2.14 and timm <
+1.0.7. fastai's is its own code: vision_learner, aug_transforms and fine_tune, with as many passes
+and one more of the head. "Our defaults" and "from scratch" make the trainer's default number of
+passes (16, and more where these make fewer than 200 steps).
 
 The pictures: the photos of `--photos DIR`; clothes, the Fashion-MNIST that ships with the project,
 with 100, 200 and 500 training pictures, a quarter as many of valid, 500 of test; scikit-learn's
