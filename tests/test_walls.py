@@ -38,8 +38,17 @@ BORROWS = {
     ),
 }
 # The one arrow beside these: in a container, the trainer is called and not started, so that what
-# ended it can be told to SageMaker.
-EXCEPTIONS = {("launch.local", "trainer.__main__")}
+# ended it can be told to SageMaker. And what Python imports (launch/python) is both of the others.
+EXCEPTIONS = {
+    ("launch.local", "trainer.__main__"),
+    ("launch.python", "serving.backends"),
+    ("launch.python", "serving.bulk"),
+    ("launch.python", "serving.package"),
+    ("launch.python", "serving.serve"),
+    ("launch.python", "serving.sources"),
+    ("launch.python", "trainer.results"),
+    ("launch.python", "trainer.training"),
+}
 
 
 @cache

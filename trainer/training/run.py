@@ -291,6 +291,15 @@ def _signed(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"sha256": digest}
 
 
+def places(config: Config) -> tuple[str, Path, Path, Path]:
+    """Return the name of the run of these settings, its directory, its checkpoints, its package."""
+    name = run_name(config)
+    directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
+    checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
+    package = Path(config.platform.package or directory / ARCHIVE)
+    return name, directory, checkpoints, package
+
+
 @contextmanager
 def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     """Open the run of these settings.
@@ -298,10 +307,7 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     Rank 0 alone makes its directory, locks it for this process and begins its log. Raises UserError
     where another process has it.
     """
-    name = run_name(config)
-    directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
-    checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
-    package = Path(config.platform.package or directory / ARCHIVE)
+    name, directory, checkpoints, package = places(config)
     run = Run(config, world, stop, name, directory, checkpoints, package)
     if not world.is_main_process:
         yield run
