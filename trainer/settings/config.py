@@ -163,6 +163,8 @@ class TrainConfig:
     deterministic: bool = setting()
     threads: int | None = setting(at_least=1, at_most=1024, identity=False)
     tensorboard: bool = setting(identity=False)
+    mlflow: str | None = setting(identity=False)
+    wandb: str | None = setting(identity=False)
     exact_shards: int | None = setting(at_least=1, at_most=BATCH_MOST)
     processes: int | None = setting(at_least=1, at_most=100_000, identity=False)
     hosts: int | None = setting(at_least=1, at_most=100_000, identity=False)

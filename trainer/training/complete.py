@@ -36,6 +36,12 @@ def promise(run: Run) -> Promise:
     return {name: _described(_place(run, name)) for name in names}
 
 
+def made(run: Run) -> list[Path]:
+    """Return what a complete run keeps where a team looks: its package, report and tables."""
+    paths = [run.package, *(run.directory / name for name in (*FILES, "config.yaml"))]
+    return [path for path in paths if path.exists()]
+
+
 def lacking(run: Run, promised: Promise) -> dict[str, str]:
     """Return what of a promise isn't kept: each file, and in words what is wrong with it.
 

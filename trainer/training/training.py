@@ -35,10 +35,11 @@ from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
 from trainer.network.features import FeatureCache, FeatureLoader
 from trainer.settings.config import FEW_VALID, Config, metric_line
-from trainer.training import care, checkpoint
+from trainer.training import care, checkpoint, tracking
 from trainer.training.checkpoints import Checkpoints
 from trainer.training.metrics import MetricsFile, TrainSums, better, classification
 from trainer.training.run import Run
+from trainer.training.tracking import Tracking
 
 REWINDS = 2  # how often a training that diverged goes back, each time with half the learning rate
 
@@ -699,6 +700,8 @@ class Training:
             if world.is_main_process:
                 self.solve_head()
             world.barrier(self.stop)
+        if newest is None:
+            self.metrics_file.tracking.begin()
         if newest is None and world.size > 1:
             # The same beginning, also where hosts of different kinds made their own.
             self.restore(world.broadcast_from_main(self.state))
@@ -859,9 +862,9 @@ def _share(run: Run, images: ImageFolder) -> Share:
 
 def _metrics_file(run: Run) -> MetricsFile:
     if not run.world.is_main_process:
-        return MetricsFile(None)
-    board = run.directory / "tensorboard" if run.config.train.tensorboard else None
-    return MetricsFile(run.directory / "metrics.jsonl", board)
+        return MetricsFile(None, Tracking())
+    trackers = Tracking() if run.trial else tracking.of_run(run)
+    return MetricsFile(run.directory / "metrics.jsonl", trackers)
 
 
 def _check_strays(run: Run, newest: Path | None) -> None:
