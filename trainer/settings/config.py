@@ -146,6 +146,7 @@ class OptimConfig:
 @dataclass
 class TrainConfig:
     epochs: int | None = setting(at_least=0, at_most=EPOCHS_MOST)
+    parent: str | None = setting(path=True)
     batch_size: int = setting(at_least=1, at_most=BATCH_MOST)
     accumulate: int = setting(at_least=1, at_most=BATCH_MOST)
     label_smoothing: float = setting(at_least=0, below=1)
@@ -356,6 +357,12 @@ def check_model(config: Config) -> None:
         raise UserError(
             f"model.weights={model.weights} with model={AUTO}: these are one network's; say which, "
             "by model.name=NAME, or give model.weights_dir=DIR, a folder of several"
+        )
+    parent = config.train.parent
+    if model.name == AUTO and parent is not None:
+        raise UserError(
+            f"train.parent={parent} with model={AUTO}: it goes on with the same network, and does "
+            f"not decide again; say which, by model.name=NAME, or give model.weights={parent}"
         )
     if model.name == AUTO and model.head_hidden is not None:
         raise UserError(

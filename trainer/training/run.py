@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from trainer.network.build import Classifier
 
 RESULT = "result.json"
+PARENT = "parent"  # in a run's identity: the digest of the state that it goes on from
 FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
 
 
@@ -81,6 +82,9 @@ class Run:
         if self.weights_file:
             del settings["model.weights"]  # its content counts, and not its place
         facts = settings | {"format": FORMAT, "pictures": pictures}
+        if self.config.train.parent is not None:
+            del facts["train.parent"]
+            facts[PARENT] = self.parent_digest()
         model = self.config.model
         given = model.weights is not None or model.freeze == "backbone"  # else the seed decides
         if network is not None and given:
@@ -114,6 +118,17 @@ class Run:
             return None
         return digests([path], Path(self.config.platform.cache, DIRECTORY))[path]
 
+    def parent_digest(self) -> str | None:
+        """Return the SHA-256 of the newest checkpoint's manifest of train.parent.
+
+        None where there is none (any more).
+        """
+        parent = self.config.train.parent
+        steps = sorted(Path(parent or "", "checkpoints").glob("step-*/manifest.json"))
+        if parent is None or not steps:
+            return None
+        return hashlib.sha256(files.patiently(steps[-1], steps[-1].read_bytes)).hexdigest()
+
     def loaded_weights(self) -> str | None:
         """Return the SHA-256 of the file that the network was built from; None: it was replaced."""
         if self.weights_digest == self.digest_weights():
@@ -143,6 +158,8 @@ class Run:
         What came out would be neither's. then, now: of `identity`. images: those of `now`.
         """
         where = self.checkpoints
+        if now.get(PARENT) is None and PARENT in then:
+            now = now | {PARENT: then[PARENT]}  # all of it is in this run's own checkpoints
         if then.get("format") != FORMAT:
             raise UserError(
                 f"{where}: another version of Packhorse began this run; go on with that version, "
@@ -156,9 +173,12 @@ class Run:
             differences = ", ".join(
                 f"{key}: {then.get(key)} then, {now.get(key)} now" for key in settings[:5]
             )
+            more = ""
+            if settings == ["train.epochs"] and now["train.epochs"] > then["train.epochs"]:
+                more = f"; train.parent={shlex.quote(str(self.directory))} goes on from its end"
             raise UserError(
                 f"{where}: this run began with other settings ({differences}); give the same again,"
-                " or start a new run with another name=..."
+                f" or start a new run with another name=...{more}"
             )
         if "pictures" in changed:
             what = f"the pictures have changed since this run began{self._changes(then, images)}"

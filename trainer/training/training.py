@@ -35,7 +35,7 @@ from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
 from trainer.network.features import FeatureCache, FeatureLoader
 from trainer.settings.config import FEW_VALID, Config, metric_line
-from trainer.training import care, checkpoint, tracking
+from trainer.training import care, checkpoint, lineage, tracking
 from trainer.training.checkpoints import Checkpoints
 from trainer.training.metrics import MetricsFile, TrainSums, better, classification
 from trainer.training.run import Run
@@ -696,18 +696,29 @@ class Training:
                 self.epochs,
                 progress.step,
             )
+        else:
+            self._begin()
+        self.metrics_file.restore(self.progress.rows)
+        if world.is_main_process:
+            run.note_pictures(self.loader.folder)
+
+    def _begin(self) -> None:
+        """Begin: with a parent's end, with a solved head, or with nothing trained."""
+        run, world = self.run, self.world
+        self.metrics_file.tracking.begin()
+        if self.config.train.parent is not None:
+            state = world.broadcast_from_main(
+                lambda: lineage.state_of_parent(run, self.facts["identity"], self.epochs)
+            )
+            self.restore(state)
+            self.checkpoints.begin_with(state)
         elif self.config.model.head == "probe":
             if world.is_main_process:
                 self.solve_head()
             world.barrier(self.stop)
-        if newest is None:
-            self.metrics_file.tracking.begin()
-        if newest is None and world.size > 1:
+        if world.size > 1:
             # The same beginning, also where hosts of different kinds made their own.
             self.restore(world.broadcast_from_main(self.state))
-        self.metrics_file.restore(self.progress.rows)
-        if world.is_main_process:
-            run.note_pictures(self.loader.folder)
 
 
 # --- its parts ---
