@@ -30,6 +30,7 @@ from trainer.training import complete, lineage
 from trainer.training.loop import predict
 from trainer.training.metrics import classification
 from trainer.training.recipe import Recipe
+from trainer.training.run import PREDICTIONS
 from trainer.training.training import Training
 
 # How far the loss of the best weights on valid may lie from what was noted for them: relative,
@@ -323,7 +324,7 @@ def write_predictions(run: Training, tested: Tested) -> None:
     classes = run.loader.folder.classes
     said = predictions(tested.quality.calibration, classes, tested.logits, tested.distance)
     table = labelled(tested.paths, tested.labels, classes, said)
-    files.write(run.run.directory / complete.PREDICTIONS, table)
+    files.write(run.run.directory / PREDICTIONS, table)
 
 
 def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from trainer.common import files
 from trainer.common.console import ProgressBar
 from trainer.common.errors import UserError
 from trainer.common.model_package import DAMAGE
-from trainer.training.run import Run
+from trainer.training.run import PREDICTIONS, Run
 
-PREDICTIONS = "predictions.csv"
 # Of a run's directory, beside the package. Its log grows, and its config.yaml is written anew.
 FILES = ("report.html", PREDICTIONS, "metrics.jsonl", "quarantine.txt", "care.csv")
 PACKAGE = "package"  # the archive, or begins the names of what its directory holds

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from trainer.network.build import Classifier
 
 RESULT = "result.json"
+PREDICTIONS = "predictions.csv"
 PARENT = "parent"  # in a run's identity: the digest of the state that it goes on from
 FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
 
@@ -230,7 +231,8 @@ class Run:
     def next_steps(self) -> list[str]:
         """Return commands that a person may want after it; in a job none.
 
-        The model on a page, and the same run as a SageMaker job on this machine.
+        What pictures show, the run beside the one that it goes on from, the model on a page, and
+        the same run as a SageMaker job on this machine.
         """
         if not self.package.name.endswith(".tar.gz"):
             return []
@@ -241,7 +243,15 @@ class Run:
             rehearse = "make rehearse"
             if settings:  # of which make itself reads the $ first
                 rehearse += f" ARGS={shlex.quote(shlex.join(settings).replace('$', '$$'))}"
-        return [command("serving", "serve", self.package), rehearse]
+        data = self.config.data
+        pictures = Path(data.test or Path(data.root, "test"))
+        if not pictures.is_dir():
+            pictures = Path(data.root)
+        steps = [command("serving", "predict", self.package, pictures)]
+        for before in (self.config.train.parent, self.config.model.weights):
+            if before is not None and Path(before, PREDICTIONS).is_file():
+                steps.append(command("trainer.runs", "--compare", before, self.directory))
+        return [*steps, command("serving", "serve", self.package), rehearse]
 
     def summarize(self, result: dict[str, Any]) -> None:
         """Show how good it is, where it lies, what to do next: the last thing on the terminal."""

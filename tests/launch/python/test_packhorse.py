@@ -2,6 +2,7 @@
 
 import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from packhorse import fitting
 
 from serving.__main__ import main as serving
-from tests.conftest import PROJECT, QUICK, environment, share_exports
+from tests.conftest import PROJECT, QUICK, environment, refusal, share_exports
 from tests.forked import Forked
 from trainer.results.text import percent
 
@@ -46,8 +47,21 @@ def there(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(pictures, forked, place):
+    """A run that Ctrl-C stopped after its first epoch, and that went on."""
+    read, pressed = fitting._read, []
+
+    def interrupted(output):
+        for part in read(output):
+            yield part
+            if "epoch=1 " in part and not pressed:
+                pressed.append(True)
+                raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setattr(fitting, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            packhorse.fit(pictures, name="first", **SETTINGS)
         return packhorse.fit(pictures, name="first", **SETTINGS)
 
 
@@ -133,25 +147,10 @@ def test_what_the_training_refuses_is_the_exception_too(forked, there):
         packhorse.fit("nowhere", model="small_cnn")
 
 
-def test_ctrl_c_saves_and_the_same_call_goes_on(forked, there, pictures, monkeypatch, capsys):
-    settings = SETTINGS | {"name": "stopped", "train.epochs": 4}
-    read = fitting._read
-    pressed = []
-
-    def interrupted(output):
-        for part in read(output):
-            yield part
-            if "epoch=1 " in part and not pressed:
-                pressed.append(True)
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(fitting, "_read", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        packhorse.fit(pictures, **settings)
-    assert "everything is saved" in capsys.readouterr().out
-    run = packhorse.fit(pictures, **settings)
-    assert "resumed from" in capsys.readouterr().out
-    assert [row["epoch"] for row in run.history if "train_loss" in row] == [1, 2, 3, 4]
+def test_ctrl_c_saves_and_the_same_call_goes_on(run):
+    log = (run.directory / "log.txt").read_text()
+    assert "stopped by SIGTERM" in log or "Interrupted: SIGTERM" in log
+    assert log.count("resumed from") == 1
 
 
 def test_where_bars_are_seen_the_training_has_a_terminal(monkeypatch):
@@ -184,3 +183,55 @@ def test_to_import_it_needs_no_torch():
         check=True,
     )
     assert done.stdout == "False\n"
+
+
+# --- the examples of docs/ ---
+
+EXAMPLES = PROJECT / "docs/examples"
+
+
+@pytest.fixture
+def example(run, there, pictures, monkeypatch, capsys):
+    """Runs a script of the docs on small pictures, in a run that is complete; returns its words."""
+    asked = []
+
+    def fit(root, **settings):
+        asked.append(settings)
+        return run
+
+    def example(name, *words):
+        monkeypatch.setattr(packhorse, "fit", fit)
+        monkeypatch.setattr("sys.argv", [name, *map(str, words)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name))
+        for settings in asked:
+            assert refusal(*fitting._words(pictures, settings)) is None
+        return capsys.readouterr().out
+
+    return example
+
+
+def test_each_example_has_a_test_and_is_a_screen_long():
+    names = {path.name for path in EXAMPLES.iterdir()}
+    assert names == {"first.py", "compare.py", "look.py"}
+    assert all(len((EXAMPLES / name).read_text().splitlines()) <= 30 for name in names)
+
+
+def test_the_example_that_trains_and_asks(example, run, pictures):
+    said = example("first.py", pictures)
+    assert f"accuracy {run.metrics['top1']:.1%}" in said
+    assert said.count("epoch ") == 2 and said.count(".png: ") == 5
+
+
+def test_the_example_that_compares(example, run, pictures):
+    said = example("compare.py", pictures)
+    assert said.count("learning rate ") == 3 and said.count("<- best") == 1
+    assert str(run.package) in said
+
+
+def test_the_example_that_sets_aside(example, run, pictures):
+    said = example("look.py", run.directory, pictures / "test")
+    count = len(list((pictures / "test").rglob("*.png")))
+    sure = int(said.split(" of ")[0])
+    assert f"{sure} of {count} are sure" in said
+    assert len(Path("look.csv").read_text().splitlines()) == 1 + count - sure

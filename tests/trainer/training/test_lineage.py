@@ -79,6 +79,7 @@ def test_other_pictures_go_on_by_the_weights(trained, tmp_path):
         trained("more", f"train.parent={tmp_path}/parent", "train.epochs=2", of=others)
 
 
+@pytest.mark.long
 def test_the_result_and_the_report_name_the_parent(pictures, tmp_path):
     words = (*QUICK, "model=small_cnn", f"data.root={pictures}", "optim.lr=1e-3")
     assert run_trainer(tmp_path, *words, "train.epochs=1", "name=first")[0] == OK
