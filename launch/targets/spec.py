@@ -200,6 +200,7 @@ def only_here(config: Config, folder: str) -> list[tuple[str, str]]:
     named = {
         "model.weights": config.model.weights,
         "model.weights_dir": config.model.weights_dir,
+        "model.code": config.model.code,
         "train.parent": config.train.parent,
     }
     return [

@@ -116,7 +116,9 @@ def test(run: Training) -> Tested:
         counted, beside, how = clean, everything, "with_leaks"
 
     def measure(numbers: NDArray[np.int64]) -> dict[str, float]:
-        return classification(logits[numbers], targets[numbers], split)
+        output, target = logits[numbers], targets[numbers]
+        own = run.own.figures(output, target, split)
+        return classification(output, target, split) | own
 
     values = run.world.broadcast_from_main(lambda: measure(counted))
     other: Other | None = None

@@ -27,6 +27,7 @@ from trainer.settings.hydra_errors import explain, unknown_key
 
 DEMO = "fashion_mnist"  # conf/data: the pictures that ship with this
 TOY = "small_cnn"  # conf/model: trained from scratch in seconds
+OWN = "own"  # conf/model: a person's own network, of the file model.code
 AUTO = "auto"  # conf/model: chosen by measuring on the pictures; for those of one's own
 
 # Limits beyond which a number is a slip of the hand, and what computes with it overflows.
@@ -113,6 +114,7 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     name: str = setting()
+    code: str | None = setting(path=True)
     weights: str | None = setting(path=True)
     candidates: list[str] | None = setting(only_if=f"model.name={AUTO}")
     weights_dir: str | None = setting(identity=False, path=True)
@@ -357,6 +359,11 @@ def check_model(config: Config) -> None:
         raise UserError(
             f"model.weights={model.weights} with model={AUTO}: these are one network's; say which, "
             "by model.name=NAME, or give model.weights_dir=DIR, a folder of several"
+        )
+    if model.name == OWN and model.code is None:
+        raise UserError(
+            f"model={OWN} without model.code: give model.code=FILE, a Python file that defines "
+            "network(size) (docs/python.md)"
         )
     parent = config.train.parent
     if model.name == AUTO and parent is not None:

@@ -83,6 +83,11 @@ class Run:
         if self.weights_file:
             del settings["model.weights"]  # its content counts, and not its place
         facts = settings | {"format": FORMAT, "pictures": pictures}
+        if self.config.model.code is not None:
+            # imported here: a complete run without a file of its own answers before PyTorch.
+            from trainer.network import own
+
+            facts["model.code"] = own.digest(self.config.model.code)
         if self.config.train.parent is not None:
             del facts["train.parent"]
             facts[PARENT] = self.parent_digest()

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import Interrupted, Unreadable, UserError
@@ -29,7 +30,7 @@ from trainer.images.loader import MIRRORED, PLAIN, Batch, ImageLoader, Loader, R
 from trainer.images.mixup import Mixing, mix
 from trainer.images.sampler import Share
 from trainer.images.usable import preprocessing, report_left_out, usable_images, workers
-from trainer.network import build, device, optim, probe, weights
+from trainer.network import build, device, optim, own, probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
@@ -141,6 +142,8 @@ class Training:
         self.machine, self.device = machine, machine.device
         self.network, self.loader, self.data = network.to(machine.device), loader, data
         self.findings = Findings()
+        self.own = own.load(run.config.model.code)
+        self.own.check_loss(data.classes, self.mixes)
         self.model: nn.Module = network.head if data.holds_features else network
         self.forward = self.model
         if run.config.train.compile:
@@ -292,6 +295,7 @@ class Training:
             logits = self.unseen_logits("valid")
         losses = probe.calibrated_losses(logits, labels)
         metrics = classification(logits, labels, "valid")
+        metrics |= self.own.figures(logits, labels, "valid")
         metrics["valid_refinement"] = round(losses.mean().item(), 6)
         if self.head_saw_valid:
             return metrics | {"seen_loss": of_weights["valid_loss"]}
@@ -393,6 +397,18 @@ class Training:
         )
         factor = schedule.factor(step, self.data.steps_per_epoch, self.epochs)
         return factor * 0.5 ** len(self.progress.rewinds)
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss, summed over the images, of logits [N, classes].
+
+        targets: classes, int64 [N], or probabilities [N, classes]. A loss of model.code does its
+        own smoothing.
+        """
+        output = self.adjusted(output)
+        if self.own.loss is not None:
+            return self.own.loss(output, targets)
+        smoothing = self.config.train.label_smoothing
+        return functional.cross_entropy(output, targets, label_smoothing=smoothing, reduction="sum")
 
     def adjusted(self, output: Tensor) -> Tensor:
         """Return the logits [N, classes] that the loss is taken of.
@@ -796,6 +812,7 @@ def new_network(config: Config, classes: Sequence[str]) -> Classifier:
     network = build.build(
         model.name,
         len(classes),
+        code=model.code,
         weights=model.weights,
         weights_dir=model.weights_dir,
         keep_head=weights.keeps_head(config, classes),

@@ -142,6 +142,7 @@ SWEEPS = {
 # the word that must stand in it.
 ELSEWHERE = {
     "model.name": ("settings/test_compose.py", "model.name=small_cnn"),
+    "model.code": ("network/test_own.py", "model.code=mine.py"),
     "model.weights_dir": ("network/test_weight_folder.py", "model.weights_dir=weights"),
     "train.compile": ("training/test_compile.py", "train.compile=true"),
     "train.tensorboard": ("test_main.py", "train.tensorboard=true"),
