@@ -41,6 +41,7 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
     name = ""  # of the architecture, as model.name has it
+    code = ""  # SHA-256 of the person's own file that it was built by, if so
 
     def __init__(
         self,
@@ -157,6 +158,8 @@ def build(
         mean, std = _without_transform(backbone, mean, std)
     network = Classifier(backbone, head, mean, std, frozen=freeze == "backbone")
     network.name = name
+    if name == OWN and code is not None:
+        network.code = own.digest(code)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     return network
@@ -164,10 +167,19 @@ def build(
 
 def identity(network: Classifier) -> dict[str, str]:
     """Return what the network's backbone is, by its tensors, its architecture and its builder."""
-    libraries = {"small_cnn": (), OWN: (), "timm": ("timm",)}
+    return of_weights(network.backbone, network.name, builder(network))
+
+
+def builder(network: Classifier) -> dict[str, str]:
+    """Return the versions of the libraries that built the network, by their names.
+
+    Of a person's own file its digest: what it computes is not seen in its layers.
+    """
+    if network.name == OWN:
+        return {"model.code": network.code}
+    libraries = {"small_cnn": (), "timm": ("timm",)}
     used = libraries.get(network.name.split("/")[0], ("torchvision",))
-    versions = {library: importlib.metadata.version(library) for library in used}
-    return of_weights(network.backbone, network.name, versions)
+    return {library: importlib.metadata.version(library) for library in used}
 
 
 def check(network: Classifier, name: str, size: int, count: int) -> None:

@@ -63,7 +63,7 @@ class Own:
         """Raise UserError where the loss isn't a scalar that sums over the images."""
         if self.loss is None:
             return
-        output = torch.linspace(-1, 1, 2 * classes).reshape(2, classes).requires_grad_()
+        output = torch.linspace(-1, 2, 2 * classes).reshape(2, classes).requires_grad_()
         target = torch.tensor([0, classes - 1])
         if mixes:
             target = torch.full((2, classes), 1 / classes)

@@ -19,7 +19,7 @@ from trainer.images import folder
 from trainer.images.names import suffix_of
 from trainer.network.distance import Features, Joined, WithDistance, class_means
 from trainer.network.weights import provenance
-from trainer.results import calibrate, package, quantize, report
+from trainer.results import calibrate, early, package, quantize, report
 from trainer.results.calibrate import Quality
 from trainer.results.card import Card
 from trainer.results.prediction import predictions
@@ -28,7 +28,7 @@ from trainer.results.report import Other
 from trainer.settings.config import data_name, identity, metric_line
 from trainer.training import complete, lineage
 from trainer.training.loop import predict
-from trainer.training.metrics import classification
+from trainer.training.metrics import classification, mean_loss
 from trainer.training.recipe import Recipe
 from trainer.training.run import PREDICTIONS
 from trainer.training.training import Training
@@ -83,7 +83,7 @@ def load_best(run: Training) -> None:
             for row in progress.rows
             if "valid_loss" in row
         }
-        given = classification(logits, targets, "valid")["valid_loss"]
+        given = mean_loss(logits, targets)
         same_place = best["environment"] == run.facts["environment"]
         relative, absolute = SAME_LOSS_HERE if same_place else SAME_LOSS_ELSEWHERE
         if not np.isclose(given, losses[epoch], relative, absolute, equal_nan=True):
@@ -246,6 +246,7 @@ def build_package(run: Training, tested: Tested) -> None:
         revision=revision(),
         weights=provenance(config),
         golden=[split.paths[first] for first in firsts],
+        graph=early.graph_of(config, run.network),
         suffixes=frozenset(
             suffix_of(path) for each in images.splits.values() for path in each.paths
         ),
