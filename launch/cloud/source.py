@@ -111,7 +111,7 @@ def extras(config: Config, pictures: Iterable[str] = ()) -> list[str]:
         "timm": config.model.name.startswith("timm/") or config.model.name == AUTO,
         "tensorboard": config.train.tensorboard,
         "mlflow": mlflow is not None and not mlflow.startswith("arn:"),
-        "managed-mlflow": mlflow is not None and mlflow.startswith("arn:"),
+        "sagemaker_mlflow": mlflow is not None and mlflow.startswith("arn:"),
         "wandb": config.train.wandb is not None,
         "flowers102": config.data.source == "flowers102",
     }
