@@ -48,9 +48,9 @@ MUTATIONS = (
     # --- settings to the loop ---
     Mutation(
         "label smoothing dropped in fit",
-        LOOP,
-        "label_smoothing=config.label_smoothing",
-        "label_smoothing=0.0",
+        TRAINING,
+        "smoothing = self.config.train.label_smoothing",
+        "smoothing = 0.0",
         wiring("label_smoothing"),
     ),
     Mutation(

@@ -100,20 +100,22 @@ def train_run(config: Config, world: World, stop: Stop, started: float) -> None:
         stop.check()
         training = build_training(run, images, network=network)
         rescue.save = training.rescue
-        fit(training)
-        tested = outcome.test(training)
-        if not world.is_main_process:
-            return
-        stop.check()
-        if not result or any(complete.is_of_package(run, path) for path in wrong):
-            outcome.build_package(training, tested)
-        stop.check()
-        outcome.write_predictions(training, tested)
-        outcome.write_report(training, tested, decided)
-        before, result = result, outcome.result(training, tested, time.monotonic() - started)
-        if before:
-            result["seconds"] = before["seconds"]  # what it took to train
-        run.finish(result)
+        with training.metrics_file.tracking.closed():
+            fit(training)
+            tested = outcome.test(training)
+            if not world.is_main_process:
+                return
+            stop.check()
+            if not result or any(complete.is_of_package(run, path) for path in wrong):
+                outcome.build_package(training, tested)
+            stop.check()
+            outcome.write_predictions(training, tested)
+            outcome.write_report(training, tested, decided)
+            before, result = result, outcome.result(training, tested, time.monotonic() - started)
+            if before:
+                result["seconds"] = before["seconds"]  # what it took to train
+            training.metrics_file.tracking.keep(complete.made(run))
+            run.finish(result)
         run.summarize(result)
 
 

@@ -106,10 +106,14 @@ def extras(config: Config, pictures: Iterable[str] = ()) -> list[str]:
 
     pictures: the names of the files that are uploaded for it.
     """
+    mlflow = config.train.mlflow
     needed = {
         "heic": not {suffix_of(name) for name in pictures}.isdisjoint(HEIC),
         "timm": config.model.name.startswith("timm/") or config.model.name == AUTO,
         "tensorboard": config.train.tensorboard,
+        "mlflow": mlflow is not None and not mlflow.startswith("arn:"),
+        "sagemaker_mlflow": mlflow is not None and mlflow.startswith("arn:"),
+        "wandb": config.train.wandb is not None,
         "flowers102": config.data.source == "flowers102",
     }
     return [name for name, is_needed in needed.items() if is_needed]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TextIO
 
 from tqdm import tqdm
 
@@ -125,6 +125,11 @@ def _python() -> str:
     return relative
 
 
+def shows_bars(stream: TextIO) -> bool:
+    """Return whether a person sees a bar there grow: on a terminal, or in a notebook."""
+    return stream.isatty() or type(stream).__module__.startswith("ipykernel.")
+
+
 class ProgressBar:
     """Counts long work: a tqdm bar on a terminal, elsewhere a line every LINE_EVERY seconds."""
 
@@ -134,7 +139,7 @@ class ProgressBar:
         # A single piece of work gives no sign before it is done.
         self._watched.enter_context(watch.over(1.0 if total > 1 else SLOW))
         self._bar: tqdm[NoReturn] | None = None
-        if sys.stderr.isatty():
+        if shows_bars(sys.stderr):
             self._bar = tqdm(total=total, initial=done, desc=what, leave=False, dynamic_ncols=True)
         self._line_at = time.monotonic() + LINE_EVERY
 

@@ -17,8 +17,8 @@ from trainer.results import calibrate, report
 from trainer.results.calibrate import Calibration
 from trainer.results.prediction import predictions
 from trainer.results.predictions import labelled
-from trainer.training.complete import PREDICTIONS
 from trainer.training.metrics import classification
+from trainer.training.run import PREDICTIONS
 
 SPLIT = "test"  # what such pictures are to the model
 

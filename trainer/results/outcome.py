@@ -21,14 +21,16 @@ from trainer.network.distance import Features, Joined, WithDistance, class_means
 from trainer.network.weights import provenance
 from trainer.results import calibrate, early, package, quantize, report
 from trainer.results.calibrate import Quality
+from trainer.results.card import Card
 from trainer.results.prediction import predictions
 from trainer.results.predictions import labelled
 from trainer.results.report import Other
-from trainer.settings.config import identity, metric_line
-from trainer.training import complete
+from trainer.settings.config import data_name, identity, metric_line
+from trainer.training import complete, lineage
 from trainer.training.loop import predict
 from trainer.training.metrics import classification, mean_loss
 from trainer.training.recipe import Recipe
+from trainer.training.run import PREDICTIONS
 from trainer.training.training import Training
 
 # How far the loss of the best weights on valid may lie from what was noted for them: relative,
@@ -114,7 +116,9 @@ def test(run: Training) -> Tested:
         counted, beside, how = clean, everything, "with_leaks"
 
     def measure(numbers: NDArray[np.int64]) -> dict[str, float]:
-        return classification(logits[numbers], targets[numbers], split)
+        output, target = logits[numbers], targets[numbers]
+        own = run.own.figures(output, target, split)
+        return classification(output, target, split) | own
 
     values = run.world.broadcast_from_main(lambda: measure(counted))
     other: Other | None = None
@@ -235,6 +239,7 @@ def build_package(run: Training, tested: Tested) -> None:
         classes=images.classes,
         preprocessing=pixels,
         metrics=metrics | {"epoch": run.progress.best["epoch"]},
+        card=_card(run, tested).text(),
         calibration=tested.quality.calibration,
         means=tested.means.cpu(),
         config=identity(config),
@@ -265,6 +270,29 @@ def build_package(run: Training, tested: Tested) -> None:
         ) from error
 
 
+def _card(run: Training, tested: Tested) -> Card:
+    """Return what README.md of the package says."""
+    images, config = run.loader.folder, run.config
+    notes = [f"Probabilities: {tested.quality.line()}."]
+    if tested.other:
+        words = tested.other.how.replace("_leaks", " the pictures that are in train too")
+        top1 = f"{100 * tested.other.metrics['top1']:.1f} %"
+        notes.append(f"{words.capitalize()}: top-1 accuracy {top1} of {tested.other.pictures:,}.")
+    return Card(
+        name=run.run.name,
+        network=config.model.name,
+        data=data_name(config.data.source, config.data.root),
+        classes=images.classes,
+        split=tested.split,
+        metrics=tested.metrics,
+        counts={name: images.count(name) for name in images.splits},
+        labels=tested.labels.tolist(),
+        weights=provenance(config),
+        findings=[line for line, _ in run.findings.lines()],
+        notes=notes,
+    )
+
+
 def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) -> None:
     """Write report.html. recipe: of model=auto."""
     assert run.progress.best is not None
@@ -285,7 +313,7 @@ def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) ->
             other=tested.other,
             findings=run.findings,
             recipe=recipe,
-            facts=_environment(run) | _rewinds(run),
+            facts=_environment(run) | _rewinds(run) | _parent(run),
             config=identity(run.config),
             next_steps=run.run.next_steps(),
         ),
@@ -299,7 +327,7 @@ def write_predictions(run: Training, tested: Tested) -> None:
     classes = run.loader.folder.classes
     said = predictions(tested.quality.calibration, classes, tested.logits, tested.distance)
     table = labelled(tested.paths, tested.labels, classes, said)
-    files.write(run.run.directory / complete.PREDICTIONS, table)
+    files.write(run.run.directory / PREDICTIONS, table)
 
 
 def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
@@ -310,6 +338,9 @@ def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
         beside[tested.other.how] = {**tested.other.metrics, "pictures": tested.other.pictures}
     if run.progress.rewinds:
         beside["rewinds"] = run.progress.rewinds
+    parent = lineage.of_run(run.run)
+    if parent:
+        beside["parent"] = parent
     return {
         "split": tested.split,
         **tested.metrics,
@@ -335,6 +366,15 @@ def _rewinds(run: Training) -> dict[str, str]:
     if not places:
         return {}
     return {"diverged": f"{'; '.join(places)}: gone back each time, with half the learning rate"}
+
+
+def _parent(run: Training) -> dict[str, str]:
+    """Return what the run goes on from, by a name that is shown."""
+    parent = lineage.of_run(run.run)
+    if parent is None:
+        return {}
+    what = {"state": "its end, with more epochs", "weights": "its weights"}[parent["what"]]
+    return {"goes on from": f"{parent['run']}: {what}"}
 
 
 def _environment(run: Training) -> dict[str, str]:

@@ -42,6 +42,7 @@ from trainer.results.calibrate import Calibration
 from trainer.results.graph import to_onnx
 
 MEANS = "distance.safetensors"  # the classes' mean features, for PyTorch; ONNX holds them too
+CARD = "README.md"
 PROJECT = Path(__file__).resolve().parents[2]
 
 # What travels as code/, and where it lies here.
@@ -87,6 +88,7 @@ class Contents:
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
     suffixes: frozenset[str] = frozenset()  # that the trained pictures' names end in
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)  # of float32's logits
+    card: str | None = None  # README.md, for whoever gets the package
     created: datetime | None = None  # None: now
     graph: Path | None = None  # where that of the network is kept, or will be; None: nowhere
 
@@ -179,6 +181,8 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> Co
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     _write(package / TENSORS, safetensors.save(weights))
     _write(package / "model.onnx", model)
+    if contents.card is not None:
+        _write(package / CARD, contents.card.encode(errors="replace"))
     _write(package / "code/requirements.txt", _requirements(contents.suffixes).encode())
     for name, source in CODE.items():
         _write(package / "code" / name, (PROJECT / source).read_bytes())

@@ -22,8 +22,7 @@ from trainer.common.errors import UserError
 from trainer.results.report import wilson_interval
 from trainer.results.text import duration, percent, setting
 from trainer.settings import config as settings
-from trainer.training.complete import PREDICTIONS
-from trainer.training.run import read_result
+from trainer.training.run import PREDICTIONS, read_result
 
 COMPLETE, RUNNING, STOPPED = "complete", "running", "stopped"
 # Where a run keeps its settings; and what says which pictures, network and place, shown by itself.

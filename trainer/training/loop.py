@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trainer.common.watch import watch
 from trainer.images.loader import Batch
@@ -67,12 +66,7 @@ def train_one_step(run: Training, image: Tensor, target: Tensor) -> None:
         for inputs, targets in run.gradients.microbatches(*mixed, config.accumulate):
             with run.machine.autocast():
                 output = run.gradients.forward(inputs).float()
-                loss = functional.cross_entropy(
-                    run.adjusted(output),
-                    targets,
-                    label_smoothing=config.label_smoothing,
-                    reduction="sum",
-                )
+                loss = run.loss(output, targets)
             # Of the loss divided by the whole batch: the gradients add up to those of its mean.
             share = torch.full_like(loss, 1 / divisor)
             run.scaler.scale(loss).backward(share)  # type: ignore[no-untyped-call]

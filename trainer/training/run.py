@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from trainer.network.build import Classifier
 
 RESULT = "result.json"
+PREDICTIONS = "predictions.csv"
+PARENT = "parent"  # in a run's identity: the digest of the state that it goes on from
 FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
 
 
@@ -81,6 +83,14 @@ class Run:
         if self.weights_file:
             del settings["model.weights"]  # its content counts, and not its place
         facts = settings | {"format": FORMAT, "pictures": pictures}
+        if self.config.model.code is not None:
+            # imported here: a complete run without a file of its own answers before PyTorch.
+            from trainer.network import own
+
+            facts["model.code"] = own.digest(self.config.model.code)
+        if self.config.train.parent is not None:
+            del facts["train.parent"]
+            facts[PARENT] = self.parent_digest()
         model = self.config.model
         given = model.weights is not None or model.freeze == "backbone"  # else the seed decides
         if network is not None and given:
@@ -114,6 +124,17 @@ class Run:
             return None
         return digests([path], Path(self.config.platform.cache, DIRECTORY))[path]
 
+    def parent_digest(self) -> str | None:
+        """Return the SHA-256 of the newest checkpoint's manifest of train.parent.
+
+        None where there is none (any more).
+        """
+        parent = self.config.train.parent
+        steps = sorted(Path(parent or "", "checkpoints").glob("step-*/manifest.json"))
+        if parent is None or not steps:
+            return None
+        return hashlib.sha256(files.patiently(steps[-1], steps[-1].read_bytes)).hexdigest()
+
     def loaded_weights(self) -> str | None:
         """Return the SHA-256 of the file that the network was built from; None: it was replaced."""
         if self.weights_digest == self.digest_weights():
@@ -143,6 +164,8 @@ class Run:
         What came out would be neither's. then, now: of `identity`. images: those of `now`.
         """
         where = self.checkpoints
+        if now.get(PARENT) is None and PARENT in then:
+            now = now | {PARENT: then[PARENT]}  # all of it is in this run's own checkpoints
         if then.get("format") != FORMAT:
             raise UserError(
                 f"{where}: another version of Packhorse began this run; go on with that version, "
@@ -156,9 +179,12 @@ class Run:
             differences = ", ".join(
                 f"{key}: {then.get(key)} then, {now.get(key)} now" for key in settings[:5]
             )
+            more = ""
+            if settings == ["train.epochs"] and now["train.epochs"] > then["train.epochs"]:
+                more = f"; train.parent={shlex.quote(str(self.directory))} goes on from its end"
             raise UserError(
                 f"{where}: this run began with other settings ({differences}); give the same again,"
-                " or start a new run with another name=..."
+                f" or start a new run with another name=...{more}"
             )
         if "pictures" in changed:
             what = f"the pictures have changed since this run began{self._changes(then, images)}"
@@ -210,7 +236,8 @@ class Run:
     def next_steps(self) -> list[str]:
         """Return commands that a person may want after it; in a job none.
 
-        The model on a page, and the same run as a SageMaker job on this machine.
+        What pictures show, the run beside the one that it goes on from, the model on a page, and
+        the same run as a SageMaker job on this machine.
         """
         if not self.package.name.endswith(".tar.gz"):
             return []
@@ -221,7 +248,15 @@ class Run:
             rehearse = "make rehearse"
             if settings:  # of which make itself reads the $ first
                 rehearse += f" ARGS={shlex.quote(shlex.join(settings).replace('$', '$$'))}"
-        return [command("serving", "serve", self.package), rehearse]
+        data = self.config.data
+        pictures = Path(data.test or Path(data.root, "test"))
+        if not pictures.is_dir():
+            pictures = Path(data.root)
+        steps = [command("serving", "predict", self.package, pictures)]
+        for before in (self.config.train.parent, self.config.model.weights):
+            if before is not None and Path(before, PREDICTIONS).is_file():
+                steps.append(command("trainer.runs", "--compare", before, self.directory))
+        return [*steps, command("serving", "serve", self.package), rehearse]
 
     def summarize(self, result: dict[str, Any]) -> None:
         """Show how good it is, where it lies, what to do next: the last thing on the terminal."""
@@ -291,6 +326,15 @@ def _signed(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"sha256": digest}
 
 
+def places(config: Config) -> tuple[str, Path, Path, Path]:
+    """Return the name of the run of these settings, its directory, its checkpoints, its package."""
+    name = run_name(config)
+    directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
+    checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
+    package = Path(config.platform.package or directory / ARCHIVE)
+    return name, directory, checkpoints, package
+
+
 @contextmanager
 def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     """Open the run of these settings.
@@ -298,10 +342,7 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     Rank 0 alone makes its directory, locks it for this process and begins its log. Raises UserError
     where another process has it.
     """
-    name = run_name(config)
-    directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
-    checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
-    package = Path(config.platform.package or directory / ARCHIVE)
+    name, directory, checkpoints, package = places(config)
     run = Run(config, world, stop, name, directory, checkpoints, package)
     if not world.is_main_process:
         yield run

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import Interrupted, Unreadable, UserError
@@ -29,13 +30,13 @@ from trainer.images.loader import MIRRORED, PLAIN, Batch, ImageLoader, Loader, R
 from trainer.images.mixup import Mixing, mix
 from trainer.images.sampler import Share
 from trainer.images.usable import preprocessing, report_left_out, usable_images, workers
-from trainer.network import build, device, optim, probe, weights
+from trainer.network import build, device, optim, own, probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
 from trainer.network.features import FeatureCache, FeatureLoader
 from trainer.settings.config import FEW_VALID, Config, metric_line
-from trainer.training import care, checkpoint
+from trainer.training import care, checkpoint, lineage, tracking
 from trainer.training.checkpoints import Checkpoints
 from trainer.training.metrics import (
     MetricsFile,
@@ -45,6 +46,7 @@ from trainer.training.metrics import (
     mean_loss,
 )
 from trainer.training.run import Run
+from trainer.training.tracking import Tracking
 
 REWINDS = 2  # how often a training that diverged goes back, each time with half the learning rate
 
@@ -146,6 +148,8 @@ class Training:
         self.machine, self.device = machine, machine.device
         self.network, self.loader, self.data = network.to(machine.device), loader, data
         self.findings = Findings()
+        self.own = own.load(run.config.model.code)
+        self.own.check_loss(data.classes, self.mixes)
         self.model: nn.Module = network.head if data.holds_features else network
         self.forward = self.model
         if run.config.train.compile:
@@ -297,6 +301,7 @@ class Training:
             logits = self.unseen_logits("valid")
         losses = probe.calibrated_losses(logits, labels)
         metrics = classification(logits, labels, "valid")
+        metrics |= self.own.figures(logits, labels, "valid")
         metrics["valid_refinement"] = round(losses.mean().item(), 6)
         if self.head_saw_valid:
             return metrics | {"seen_loss": loss_of_weights}
@@ -398,6 +403,18 @@ class Training:
         )
         factor = schedule.factor(step, self.data.steps_per_epoch, self.epochs)
         return factor * 0.5 ** len(self.progress.rewinds)
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss, summed over the images, of logits [N, classes].
+
+        targets: classes, int64 [N], or probabilities [N, classes]. A loss of model.code does its
+        own smoothing.
+        """
+        output = self.adjusted(output)
+        if self.own.loss is not None:
+            return self.own.loss(output, targets)
+        smoothing = self.config.train.label_smoothing
+        return functional.cross_entropy(output, targets, label_smoothing=smoothing, reduction="sum")
 
     def adjusted(self, output: Tensor) -> Tensor:
         """Return the logits [N, classes] that the loss is taken of.
@@ -701,16 +718,29 @@ class Training:
                 self.epochs,
                 progress.step,
             )
+        else:
+            self._begin()
+        self.metrics_file.restore(self.progress.rows)
+        if world.is_main_process:
+            run.note_pictures(self.loader.folder)
+
+    def _begin(self) -> None:
+        """Begin: with a parent's end, with a solved head, or with nothing trained."""
+        run, world = self.run, self.world
+        self.metrics_file.tracking.begin()
+        if self.config.train.parent is not None:
+            state = world.broadcast_from_main(
+                lambda: lineage.state_of_parent(run, self.facts["identity"], self.epochs)
+            )
+            self.restore(state)
+            self.checkpoints.begin_with(state)
         elif self.config.model.head == "probe":
             if world.is_main_process:
                 self.solve_head()
             world.barrier(self.stop)
-        if newest is None and world.size > 1:
+        if world.size > 1:
             # The same beginning, also where hosts of different kinds made their own.
             self.restore(world.broadcast_from_main(self.state))
-        self.metrics_file.restore(self.progress.rows)
-        if world.is_main_process:
-            run.note_pictures(self.loader.folder)
 
 
 # --- its parts ---
@@ -788,6 +818,7 @@ def new_network(config: Config, classes: Sequence[str]) -> Classifier:
     network = build.build(
         model.name,
         len(classes),
+        code=model.code,
         weights=model.weights,
         weights_dir=model.weights_dir,
         keep_head=weights.keeps_head(config, classes),
@@ -865,9 +896,9 @@ def _share(run: Run, images: ImageFolder) -> Share:
 
 def _metrics_file(run: Run) -> MetricsFile:
     if not run.world.is_main_process:
-        return MetricsFile(None)
-    board = run.directory / "tensorboard" if run.config.train.tensorboard else None
-    return MetricsFile(run.directory / "metrics.jsonl", board)
+        return MetricsFile(None, Tracking())
+    trackers = Tracking() if run.trial else tracking.of_run(run)
+    return MetricsFile(run.directory / "metrics.jsonl", trackers)
 
 
 def _check_strays(run: Run, newest: Path | None) -> None:

@@ -1,9 +1,11 @@
 """What a run makes of its best weights, from the pictures to a served answer."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
+import yaml
 
 from serving.package import load
 from tests.conftest import QUICK, make_pictures, run_trainer
@@ -53,3 +55,17 @@ def test_the_package_has_the_calibration_of_its_own_logits_on_valid(run, root):
     assert output.count("calibration: temperature ") == 1
     assert quality.line().split("; calibration error")[0] in output
     assert "How sure it is" in (directory / "report.html").read_text()
+
+
+def test_the_package_has_a_card_that_says_what_the_result_says(run):
+    directory, _ = run
+    result = json.loads((directory / "result.json").read_text())
+    with tarfile.open(directory / "model.tar.gz") as archive:
+        manifest = json.load(archive.extractfile("package.json"))
+        card = archive.extractfile("README.md").read().decode()
+    assert "README.md" in manifest["files"]
+    fields = yaml.safe_load(card.split("---\n")[1])
+    [figures] = fields["model-index"][0]["results"]
+    assert [each["value"] for each in figures["metrics"]] == [result["top1"], result["f1"]]
+    assert "12 train, 36 valid, 30 test pictures" in card
+    assert "trained from scratch" in card
