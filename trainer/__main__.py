@@ -6,7 +6,6 @@
 import logging
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -61,7 +60,6 @@ def train(config: Config | None, world: World) -> None:
     for line in settings.ignored(config, sys.argv[1:]):
         log.warning(line)
 
-    started = time.monotonic()
     spot = on_spot_notice if config.platform.name == "ec2" else nullcontext
     with (
         on_signals() as stop,
@@ -70,8 +68,10 @@ def train(config: Config | None, world: World) -> None:
         spot(stop),
         ended_on_stall(config.train, world) as rescue,
     ):
-        images = find_images(config, stop, sys.argv[1:])
-        run, decided = recipe.settled(run, images)
+        with run.stages.of("scan"):
+            images = find_images(config, stop, sys.argv[1:])
+        with run.stages.of("recipe"):
+            run, decided = recipe.settled(run, images)
         run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
         wrong: dict[str, str] = {}
@@ -95,19 +95,21 @@ def train(config: Config | None, world: World) -> None:
         stop.check()
         training = build_training(run, images, network=network)
         rescue.save = training.rescue
-        fit(training)
-        tested = outcome.test(training)
+        with run.stages.of("training"):
+            fit(training)
+        with run.stages.of("test"):
+            tested = outcome.test(training)
         if not world.is_main_process:
             return
         stop.check()
         if not result or any(complete.is_of_package(run, path) for path in wrong):
-            outcome.build_package(training, tested)
+            with run.stages.of("package"):
+                outcome.build_package(training, tested)
         stop.check()
-        outcome.write_predictions(training, tested)
-        outcome.write_report(training, tested, decided)
-        before, result = result, outcome.result(training, tested, time.monotonic() - started)
-        if before:
-            result["seconds"] = before["seconds"]  # what it took to train
+        with run.stages.of("report"):
+            outcome.write_predictions(training, tested)
+            outcome.write_report(training, tested, decided, result)
+            result = outcome.result(training, tested, result)
         run.finish(result)
         run.summarize(result)
 

@@ -71,6 +71,7 @@ def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
     if known.exists():
         return
     with (
+        run.stages.of("package"),
         ProgressBar("trying the model package", 1),
         torch.random.fork_rng(devices=[]),
         tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=run.directory) as scratch,

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from trainer.common import files
 from trainer.common.errors import UserError
-from trainer.results.report import wilson_interval
+from trainer.results.intervals import wilson_interval
 from trainer.results.text import duration, percent, setting
 from trainer.settings import config as settings
 from trainer.training.complete import PREDICTIONS

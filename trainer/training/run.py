@@ -9,7 +9,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +23,7 @@ from trainer.common.console import also_to_file, command, log
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.common.paths import ARCHIVE
+from trainer.common.stages import Stages, since_process_start
 from trainer.distributed.world import World
 from trainer.images.folder import ImageFolder
 from trainer.images.identity import (
@@ -38,6 +39,7 @@ from trainer.images.identity import (
 )
 from trainer.network import weight_folder, weights
 from trainer.settings.config import Config, identity, run_name
+from trainer.settings.words import key_of
 
 if TYPE_CHECKING:
     from trainer.network.build import Classifier
@@ -62,6 +64,7 @@ class Run:
     # SHA-256 of the file of model.weights, before the network was built from it.
     weights_digest: str | None = None
     recipe: dict[str, Any] | None = None  # what model=auto stood for
+    stages: Stages = field(default_factory=Stages)  # where its time goes
 
     def resolved(self, images: ImageFolder) -> "Run":
         """Return the run with a value for each setting that isn't given, written to config.yaml."""
@@ -214,14 +217,26 @@ class Run:
         """
         if not self.package.name.endswith(".tar.gz"):
             return []
-        task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-        settings = [override for override in task if not override.startswith("platform")]
+        settings = [word for word in typed() if not word.startswith("platform")]
         rehearse = command("launch", "rehearse", *settings)
         if rehearse.startswith(".venv"):  # in a clone, where make installs what a rehearsal needs
             rehearse = "make rehearse"
             if settings:  # of which make itself reads the $ first
                 rehearse += f" ARGS={shlex.quote(shlex.join(settings).replace('$', '$$'))}"
         return [command("serving", "serve", self.package), rehearse]
+
+    def again(self, *words: str) -> str:
+        """Return the command that trains once more, with these settings; in a job "".
+
+        It is another run, so it has another name.
+        """
+        if not self.package.name.endswith(".tar.gz"):
+            return ""
+        replaced = {key_of(word) for word in words} | {"name"}
+        if "model.name" in replaced:
+            replaced.add("model")
+        kept = [word for word in typed() if key_of(word) not in replaced]
+        return command("trainer", *kept, *words)
 
     def summarize(self, result: dict[str, Any]) -> None:
         """Show how good it is, where it lies, what to do next: the last thing on the terminal."""
@@ -255,6 +270,13 @@ class Run:
             log.info("%-15s %s", what, self.directory / name)
         if steps := self.next_steps():
             log.info("next:\n%s", "\n".join(f"  {command}" for command in steps))
+
+
+def typed() -> list[str]:
+    """Return the settings that were given, as words; none where Hydra didn't compose them."""
+    if not HydraConfig.initialized():
+        return []
+    return list(HydraConfig.get().overrides.task)
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
@@ -302,7 +324,8 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
     checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
     package = Path(config.platform.package or directory / ARCHIVE)
-    run = Run(config, world, stop, name, directory, checkpoints, package)
+    stages = Stages(since_process_start())
+    run = Run(config, world, stop, name, directory, checkpoints, package, stages=stages)
     if not world.is_main_process:
         yield run
         return

@@ -97,14 +97,17 @@ def build_training(
         network = build_network(run, images, machine)
     findings: Findings | None = None
     if loader is None:
-        images, reader = usable_images(run.config, images, run.stop, run.world)
+        with run.stages.of("scan"):
+            images, reader = usable_images(run.config, images, run.stop, run.world)
         if run.world.is_main_process:
             report_left_out(images, run.directory / "quarantine.txt")
         if run.looks or run.config.data.leaks != "warn":
-            images, findings = care.look(run, images, reader)
+            with run.stages.of("scan"):
+                images, findings = care.look(run, images, reader)
         loader = make_loader(run, images, reader, machine)
     if data is None:
-        data = _data(run, network, loader, machine)
+        with run.stages.of("features"):
+            data = _data(run, network, loader, machine)
     training = Training(run, machine, network, loader, data)
     if findings is not None:
         training.findings = findings
@@ -697,7 +700,8 @@ class Training:
             )
         elif self.config.model.head == "probe":
             if world.is_main_process:
-                self.solve_head()
+                with run.stages.of("training"):
+                    self.solve_head()
             world.barrier(self.stop)
         if newest is None and world.size > 1:
             # The same beginning, also where hosts of different kinds made their own.
