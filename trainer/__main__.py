@@ -30,7 +30,7 @@ import hydra
 from omegaconf import DictConfig
 
 from trainer.common import command
-from trainer.common.console import log, to_terminal
+from trainer.common.console import ProgressBar, log, to_terminal
 from trainer.common.errors import OK, RESUME, Interrupted, UserError
 from trainer.common.interrupt import on_signals, on_spot_notice
 from trainer.distributed.world import Ended, Lost, World, current_world
@@ -72,7 +72,8 @@ def train(config: Config | None, world: World) -> None:
             images = find_images(config, stop, sys.argv[1:])
         with run.stages.of("recipe"):
             run, decided = recipe.settled(run, images)
-        run = run.resolved(images)
+        with ProgressBar("looking at the weights", 1):
+            run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
         wrong: dict[str, str] = {}
         if result:
@@ -86,10 +87,11 @@ def train(config: Config | None, world: World) -> None:
             log.info("this run is complete; to train once more, give another name=... or seed=...")
             run.summarize(result)
             return
-        # imported here: a wrong setting or folder is answered before PyTorch is loaded.
-        from trainer.results import early, outcome
-        from trainer.training.loop import fit
-        from trainer.training.training import build_training
+        with ProgressBar("loading PyTorch", 1):
+            # imported here: a wrong setting or folder is answered before PyTorch is loaded.
+            from trainer.results import early, outcome
+            from trainer.training.loop import fit
+            from trainer.training.training import build_training
 
         network = early.network(run, images)
         stop.check()
@@ -97,7 +99,7 @@ def train(config: Config | None, world: World) -> None:
         rescue.save = training.rescue
         with run.stages.of("training"):
             fit(training)
-        with run.stages.of("test"):
+        with run.stages.of("test"), ProgressBar("testing", 1):
             tested = outcome.test(training)
         if not world.is_main_process:
             return
@@ -106,7 +108,7 @@ def train(config: Config | None, world: World) -> None:
             with run.stages.of("package"):
                 outcome.build_package(training, tested)
         stop.check()
-        with run.stages.of("report"):
+        with run.stages.of("report"), ProgressBar("report", 1):
             outcome.write_predictions(training, tested)
             outcome.write_report(training, tested, decided, result)
             result = outcome.result(training, tested, result)
@@ -171,13 +173,14 @@ def verdict(error: Exception, world: World) -> tuple[int, str]:
 
 def main() -> int:
     """Run the command line's training, or its sweep; return the exit code."""
+    shown, sys.argv[1:] = options.shown(sys.argv[1:])
     words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
     flags = any(word.startswith("-") for word in words)  # Hydra's own, --help say
     multirun = len(words) < len(sys.argv) - 1 and not flags
     # Hydra then raises its errors, instead of printing them and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sessions.end_when_asked()  # until there is something to save
-    to_terminal(expendable=True)  # the run has a log of its own
+    to_terminal(expendable=True, shown=shown)  # the run has a log of its own
     settings.register()
     world = current_world()
     work = partial(run, words)
@@ -226,4 +229,4 @@ def sweep(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

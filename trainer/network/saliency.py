@@ -48,9 +48,9 @@ def where(network: Classifier, pixels: NDArray[np.uint8], label: int) -> NDArray
         # Of the width that the last of them has: between two of these a layer may have its own.
         if gradient is None or _width(output) != _width(kept[-1]):
             continue
-        gradient, output = _places(gradient), _places(output)
-        if gradient is not None and output is not None and gradient.abs().sum() > 0:
-            return _share((gradient * output).sum(-1))
+        slopes, values = _places(gradient), _places(output)
+        if slopes is not None and values is not None and slopes.abs().sum() > 0:
+            return _share((slopes * values).sum(-1))
     return None
 
 
@@ -76,7 +76,7 @@ def _places(output: Tensor) -> Tensor | None:
         side = math.isqrt(output.shape[1])
         prefix = output.shape[1] - side**2
         if side > 1 and prefix <= PREFIX:  # [1, tokens, channels]
-            return output[0, prefix:].unflatten(0, (side, side))
+            return output[0, prefix:].reshape(side, side, -1)
     return None
 
 

@@ -18,6 +18,7 @@ LEARNED = 0.9  # accuracy on train from which there is nothing left to learn the
 FEW = 20  # pictures of a class to train on
 WIDE = 0.1  # an interval from end to end
 UNEVEN = 10.0  # times as many pictures in the largest class as in the smallest
+FALLS = 0.03  # share of the loss of valid, in the last fifth of the epochs
 WAITS = 0.3  # share of the training time
 
 Command = Callable[..., str]  # of settings as words: the run again, with these
@@ -101,10 +102,14 @@ def _overfits(known: Known) -> Iterator[Advice]:
 
 def _unfinished(known: Known) -> Iterator[Advice]:
     epochs = len(known.history)
-    if epochs > 2 and known.best_epoch == epochs:
+    if epochs < 5 or known.best_epoch != epochs or any(_overfits(known)):
+        return
+    losses = [row.get("valid_loss", 0.0) for row in known.history]
+    earlier = losses[-1 - epochs // 5]
+    if losses[-1] < (1 - FALLS) * earlier:
         yield Advice(
-            f"The last epoch was the best of {epochs}.",
-            "It was still getting better: train longer.",
+            f"The last epoch was the best of {epochs}, and the loss was still falling.",
+            "Train longer.",
             known.again(f"train.epochs={2 * epochs}"),
         )
 

@@ -8,6 +8,7 @@ noted in the cache. Whether the disk is large enough is looked at each time.
 import json
 import shutil
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def network(run: Run, images: ImageFolder) -> Classifier:
     Raise UserError where it can't be packaged, or where the disk is too small for it.
     """
     machine = prepare_machine(run.config, run.world)
-    network = build_network(run, images, machine)
+    with ProgressBar("building the network", 1):
+        network = build_network(run, images, machine)
     if run.world.is_main_process:
         check_room(run, network)
         check_package(run, images, network)
@@ -69,7 +71,10 @@ def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
     text = json.dumps(facts, sort_keys=True, indent=1)
     known = Path(run.config.platform.cache, DIRECTORY, f"{identity.of_bytes(text.encode())}.json")
     if known.exists():
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it is an estimate alone
+            run.stages.expected["package"] = float(json.loads(known.read_text())["seconds"])
         return
+    began = time.monotonic()
     with (
         run.stages.of("package"),
         ProgressBar("trying the model package", 1),
@@ -79,7 +84,8 @@ def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
         _try(network, run.config.model.name, images.classes, pixels, Path(scratch))
     with suppress(OSError):  # it is tried again then
         known.parent.mkdir(parents=True, exist_ok=True)
-        files.write(known, text)
+        run.stages.expected["package"] = seconds = round(time.monotonic() - began, 1)
+        files.write(known, json.dumps(facts | {"seconds": seconds}, sort_keys=True, indent=1))
 
 
 def _try(

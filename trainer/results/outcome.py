@@ -280,6 +280,7 @@ def write_report(
     images, pixels = run.loader.folder, run.loader.preprocessing
     history = [row for row in run.progress.rows if "train_loss" in row]
     config, best_epoch = identity(run.config), run.progress.best["epoch"]
+    data = data_name(run.config.data.source, run.config.data.root)
     counts = {
         name: np.bincount(split.labels, minlength=len(images.classes))
         for name, split in images.splits.items()
@@ -315,13 +316,13 @@ def write_report(
             facts=_environment(run) | _rewinds(run),
             config=config,
             next_steps=run.run.next_steps(),
-            about=_about(run),
+            about=_about(run, data),
             given={key_of(word) for word in typed()},
             counts=counts,
             views=views(run.loader, solved=run.packages_probe() and not history),
             advice=advice(known),
-            before=predecessor.find(run.run.directory, config),
-            stages=_times(run, before).get("stages", {}),
+            before=predecessor.find(run.run.directory, data, config),
+            stages=lambda: _times(run, before).get("stages", {}),
         ),
         run.run.directory / "report.html",
         lambda path: folder.read_prepared(path, pixels),
@@ -329,8 +330,11 @@ def write_report(
     )
 
 
-def _about(run: Training) -> list[str]:
-    """Return the subtitle of the report, a line each: network, pictures, machine."""
+def _about(run: Training, data: str) -> list[str]:
+    """Return the subtitle of the report, a line each: network, pictures, machine.
+
+    data: what the data set is called.
+    """
     config, images, known = run.config, run.loader.folder, provenance(run.config)
     parameters = sum(part.numel() for part in run.network.parameters())
     network = f"{config.model.name}, {parameters / 1e6:.1f} million parameters, "
@@ -340,7 +344,7 @@ def _about(run: Training) -> list[str]:
         licence = known["licence"] or "not stated"
         network += f"weights from {known['source']}, licence {licence}"
     splits = ", ".join(f"{len(split.paths):,} {name}" for name, split in images.splits.items())
-    pictures = f"{data_name(config.data.source, config.data.root)}: {splits} pictures, "
+    pictures = f"{data}: {splits} pictures, "
     pictures += f"{len(images.classes):,} classes"
     environment = run.machine.environment()
     where_run = environment["device"]

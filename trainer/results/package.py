@@ -33,6 +33,7 @@ from safetensors import torch as safetensors
 from torch import nn
 
 from trainer.common import files, sessions
+from trainer.common.console import ProgressBar
 from trainer.common.errors import OK, UserError
 from trainer.common.model_package import FORMAT, MANIFEST, TENSORS
 from trainer.common.serving_code import FOR_AVIF, FOR_HEIC, REQUIREMENTS, SERVING_CODE
@@ -126,11 +127,14 @@ def build(
         with tempfile.TemporaryDirectory(prefix=temporary, dir=place) as scratch:
             staged = Path(scratch) / "package"
             trained = copy.deepcopy(network).cpu().float().eval()
-            contents = _write_contents(trained, contents, staged)
-            _write_manifest(contents, staged)
-            _self_test(staged)
+            with ProgressBar("model package: exporting the network", 1):
+                contents = _write_contents(trained, contents, staged)
+                _write_manifest(contents, staged)
+            with ProgressBar("model package: checking it as a server does", 1):
+                _self_test(staged)
             if archive:
-                _archive(staged, Path(scratch) / target.name)
+                with ProgressBar("model package: packing", 1):
+                    _archive(staged, Path(scratch) / target.name)
                 (Path(scratch) / target.name).replace(target)
             else:
                 _move(staged, target)

@@ -8,7 +8,6 @@ from typing import Any
 from trainer.common.errors import UserError
 from trainer.results import runs
 from trainer.results.text import setting
-from trainer.settings import config as settings
 from trainer.training.complete import PREDICTIONS
 from trainer.training.run import RESULT
 
@@ -30,15 +29,15 @@ class Predecessor:
     verdict: str
 
 
-def find(directory: Path, config: Mapping[str, Any]) -> Predecessor | None:
-    """Return the run before that of `directory`, whose settings are `config`; None: the first.
+def find(directory: Path, data: str, config: Mapping[str, Any]) -> Predecessor | None:
+    """Return the run before that of `directory` on a data set; None: it is the first.
 
+    data: what the data set is called. config: the settings that decide what comes out of this run.
     A run that can't be read is none.
     """
     others = [path for path in directory.parent.iterdir() if path.name != directory.name]
     complete = [path for path in others if (path / RESULT).is_file()]
     newest = sorted(complete, key=lambda path: (path / RESULT).stat().st_mtime, reverse=True)
-    data = settings.data_name(str(config.get("data.source")), str(config.get("data.root")))
     for path in newest[:LOOKED_AT]:
         summary = runs.read(path)
         if summary is None or summary.test is None or summary.data != data:
@@ -48,9 +47,9 @@ def find(directory: Path, config: Mapping[str, Any]) -> Predecessor | None:
 
 
 def _changed(before: runs.Summary, config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    deciding = {key for key, entry in settings.schema().items() if entry.metadata["identity"]}
-    keys = [key for key in config if key in deciding and key != "name"]
-    pairs = [(key, setting(before.settings.get(key)), setting(config[key])) for key in keys]
+    pairs = [
+        (key, setting(before.settings.get(key)), setting(value)) for key, value in config.items()
+    ]
     return [each for each in pairs if each[1] != each[2]]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.common import files, templates
+from trainer.common.text import duration
 from trainer.images.care import Findings
 from trainer.results import confusion, mistakes
 from trainer.results.advice import Advice
@@ -24,7 +25,7 @@ from trainer.results.intervals import wilson_interval
 from trainer.results.mistakes import Looks
 from trainer.results.outcomes import Outcomes
 from trainer.results.predecessor import Predecessor
-from trainer.results.text import breakable, duration, number, percent, setting, share, shortened
+from trainer.results.text import breakable, number, percent, setting, share, shortened
 from trainer.results.views import Views
 from trainer.training.recipe import Recipe
 
@@ -68,7 +69,8 @@ class Report(Outcomes):
     findings: Findings = field(default_factory=Findings)  # what is wrong with the data set
     about: Sequence[str] = ()  # the subtitle: a line each
     given: Collection[str] = ()  # keys of the settings that were given, and not decided
-    stages: Mapping[str, float] = field(default_factory=dict)  # seconds of all the run's parts
+    # Gives the seconds of all parts of the run until then. It is asked last: the page is one.
+    stages: Callable[[], Mapping[str, float]] = dict
     # Images of each class, [C], of each split.
     counts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     views: Sequence[Views] = ()
@@ -109,7 +111,6 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
         charts=charts,
         reliability=_reliability(report.quality),
         timing=_timing(report.history),
-        stages=_stages(report.stages),
         pairs=mistakes.pairs(report, thumbnail),
         mistakes=mistakes.worst(report, thumbnail, looks),
         rows=rows,
@@ -126,6 +127,7 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
         epochs=_epochs(report.history),
         given=[key for key in report.config if key in report.given],
         counted=_counted(report.counts),
+        stages=_stages(report.stages()),
         script=templates.script(Path(__file__).with_name("report.js.j2")),
     )
     # A file name that is no UTF-8 holds surrogates, which can't be encoded: shown as \udcff.
@@ -197,11 +199,14 @@ class Stage:
     colour: str
 
 
-STAGE_COLOURS = ("grey", "teal", "violet", "blue", "orange")
+# As many as there are stages, so that no two of them look alike.
+STAGE_COLOURS = ("grey", "teal", "violet", "olive", "blue", "orange", "pink", "ink")
+SHORTEST = 0.05  # seconds; a stage that took less is not named
 
 
 def _stages(seconds: Mapping[str, float]) -> list[Stage]:
     """Return the parts of the run's time in their order; they add up to all of it."""
+    seconds = {name: spent for name, spent in seconds.items() if spent >= SHORTEST}
     total = sum(seconds.values()) or 1.0
     stages, left = [], 0.0
     for place, (name, spent) in enumerate(seconds.items()):

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.common import files
 from trainer.common.templates import render
 from trainer.results.charts import Axis, choice_axis, measured_axis, scale
-from trainer.results.text import share, shortened
+from trainer.results.text import percent, share, shortened
 from trainer.settings import words
 from trainer.settings.search_space import Categorical, Parameter, Sweep
 from trainer.settings.words import Value
@@ -68,18 +68,22 @@ def write(page: Page, path: Path) -> None:
         for trial in page.trials
         if trial.state in (COMPLETE, PRUNED) and trial.value is not None
     ]
+    objective_text = _text_of(page.sweep.objective)
     parameters = [_axis(parameter) for parameter in page.sweep.space]
     objective = (
-        measured_axis(page.sweep.objective, [_number(trial.value) for trial in known])
+        measured_axis(
+            page.sweep.objective, [_number(trial.value) for trial in known], objective_text
+        )
         if known
         else None
     )
-    filters = {"share": share, "value": words.text, "number": "{:.6g}".format}
+    filters = {"share": share, "value": words.text, "number": objective_text}
     html = render(
         Path(__file__).with_name("page.html.j2"),
         filters,
         page=page,
         best=page.best,
+        ties=_ties(page),
         epoch={trial.number: _best_epoch(page, trial) for trial in page.trials},
         states={
             state: sum(trial.state == state for trial in page.trials)
@@ -132,7 +136,11 @@ def _plots(
     if curves:
         rows = list(itertools.chain(*curves.values()))
         epochs = measured_axis("epoch", [row["epoch"] for row in rows])
-        heights = measured_axis(page.sweep.objective, [row[page.sweep.objective] for row in rows])
+        heights = measured_axis(
+            page.sweep.objective,
+            [row[page.sweep.objective] for row in rows],
+            _text_of(page.sweep.objective),
+        )
 
         def curve(trial: Trial) -> list[tuple[float, float]]:
             return [
@@ -163,6 +171,25 @@ def _marks(
     worst = max(len(values) - 1, 1)
     return [
         Mark(trial, points(trial), values.index(trial.value) / worst) for trial in reversed(trials)
+    ]
+
+
+def _text_of(objective: str) -> Callable[[float], str]:
+    """Return what writes a value of the objective as people do: shares in percent."""
+    if objective.rpartition("_")[2] in ("top1", "top5", "f1"):
+        return percent
+    return "{:.4g}".format
+
+
+def _ties(page: Page) -> list[int]:
+    """Return the numbers of the trials that are as good as the one that is called the best."""
+    best = page.best
+    if best is None:
+        return []
+    return [
+        trial.number
+        for trial in page.trials
+        if trial.state == COMPLETE and trial.value == best.value and trial.number != best.number
     ]
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +19,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from trainer.common import files
-from trainer.common.console import also_to_file, command, log
-from trainer.common.errors import UserError
+from trainer.common.console import RESULT as OUTCOME
+from trainer.common.console import also_to_file, command, log, painted
+from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop
 from trainer.common.paths import ARCHIVE
 from trainer.common.stages import Stages, since_process_start
@@ -245,15 +246,13 @@ class Run:
             best = "the solved head, nothing trained"
             if result["epochs"]:
                 best = f"the solved head: none of {result['epochs']} epochs was better beyond doubt"
-        log.info(
-            "\n%s accuracy  %.1f %%  (top-5 %.1f %%, macro F1 %.3f, %d pictures; %s)",
-            result["split"],
-            100 * result["top1"],
-            100 * result["top5"],
-            result["f1"],
-            result["pictures"],
-            best,
+        accuracy = f"{100 * result['top1']:.1f} %"
+        line = (
+            f"\n{result['split']} accuracy  {{}}  (top-5 {100 * result['top5']:.1f} %, "
+            f"macro F1 {result['f1']:.3f}, {result['pictures']} pictures; {best})"
         )
+        told = line.format(painted(accuracy, "bold", "green"))
+        log.log(OUTCOME, line.format(accuracy), extra={"for_people": told})
         for how in ("with", "without"):
             other = result.get(f"{how}_leaks")
             if other:
@@ -313,12 +312,17 @@ def _signed(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"sha256": digest}
 
 
+# What a run's directory holds before anything was trained.
+BEGUN = ("config.yaml", "log.txt", "quarantine.txt", "care.csv", "metrics.jsonl", ".lock")
+
+
 @contextmanager
 def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     """Open the run of these settings.
 
-    Rank 0 alone makes its directory, locks it for this process and begins its log. Raises UserError
-    where another process has it.
+    Rank 0 alone makes its directory, locks it for this process and begins its log. Where the user's
+    mistake or wish ends it before anything was trained, the directory that it made goes again: a
+    list of runs isn't a list of typing errors. Raises UserError where another process has it.
     """
     name = run_name(config)
     directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
@@ -329,6 +333,35 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     if not world.is_main_process:
         yield run
         return
+    is_new = not directory.exists()
+    try:
+        with _opened(run):
+            yield run
+    except (UserError, Interrupted):
+        if is_new:
+            _discard_untrained(run)
+        raise
+
+
+def _discard_untrained(run: Run) -> None:
+    """Remove the directory of a run that holds nothing but what a run begins with."""
+    if any(run.checkpoints.glob("*")):  # a checkpoint, or what model=auto has decided
+        return
+    if {path.name for path in run.directory.iterdir()} - {*BEGUN, run.checkpoints.name}:
+        return
+    with suppress(OSError):  # somebody else has put something there
+        for name in BEGUN:
+            if name != ".lock":
+                (run.directory / name).unlink(missing_ok=True)
+        for directory in (run.checkpoints, run.directory):
+            (directory / ".lock").unlink(missing_ok=True)
+            directory.rmdir()
+
+
+@contextmanager
+def _opened(run: Run) -> Iterator[None]:
+    """Make a run's directory, lock it and begin its log, while the context lasts."""
+    directory, checkpoints, package = run.directory, run.checkpoints, run.package
     for needed in (directory, checkpoints, package.parent):
         needed.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -345,6 +378,6 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
         for written in (package.parent, package):
             files.sweep(written, run.temporary)
         with also_to_file(directory / "log.txt"):
-            log.info("run %s in %s", name, directory)
+            log.info("run %s in %s", run.name, directory)
             run.write_settings()
-            yield run
+            yield

@@ -37,6 +37,7 @@ from trainer.network.features import FeatureCache, FeatureLoader
 from trainer.settings.config import FEW_VALID, Config, metric_line
 from trainer.training import care, checkpoint
 from trainer.training.checkpoints import Checkpoints
+from trainer.training.epoch_table import EpochTable
 from trainer.training.metrics import MetricsFile, TrainSums, better, classification
 from trainer.training.run import Run
 
@@ -186,6 +187,7 @@ class Training:
         self.probe_logits: Tensor | None = None
         self.sums = TrainSums(self.progress.sums)
         self.metrics_file = _metrics_file(run)
+        self.table = EpochTable(self.epochs)
         # Held by the main thread, but where it changes nothing of what is saved.
         self._changing = threading.Lock()
         self._changing.acquire()
@@ -271,7 +273,7 @@ class Training:
     def begin_from_probe(self, metrics: dict[str, float]) -> None:
         """Note the solved head as the best until now, of epoch 0. metrics: of valid."""
         row = {"epoch": 0, "step": 0, **metrics}
-        self._note(row)
+        self._note(row, metrics)
         self.keep_best(metrics)
         self.checkpoints.save()
 
@@ -570,15 +572,28 @@ class Training:
         evaluated = time.monotonic() - self._noted
         row |= {"data_wait": progress.data_wait, **metrics}
         row |= {"evaluate_seconds": evaluated, "seconds": progress.seconds + evaluated}
-        self._note(row)
+        self._note(row, metrics)
         progress.epoch += 1
         progress.batch, progress.sums = 0, [0.0, 0.0, 0.0]
         progress.seconds, progress.data_wait = 0.0, 0.0
 
-    def _note(self, row: dict[str, Any]) -> None:
+    def _note(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
         self.metrics_file.append(row)
         if not self.run.trial:
-            log.info(metric_line(row))
+            best = self.is_best(metrics)
+            told = self.table.row(self.metrics_file.rows, best, self._seconds_after())
+            log.info(metric_line(row), extra={"for_people": told})
+
+    def _seconds_after(self) -> float:
+        """Return about how long all will take that comes behind the last epoch."""
+        folder, rows = self.loader.folder, self.metrics_file.rows
+        seconds = sum(self.run.stages.expected.values())
+        if self.data.holds_features or "evaluate_seconds" not in rows[-1]:
+            return seconds
+        pictures = len(folder.splits["valid"].paths)
+        if "test" in folder.splits:
+            pictures += len(folder.splits["test"].paths)
+        return seconds + rows[-1]["evaluate_seconds"] * pictures / len(folder.splits["valid"].paths)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
