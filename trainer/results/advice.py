@@ -63,8 +63,8 @@ def _leaks(known: Known) -> Iterator[Advice]:
     leaks = len(known.findings.leaked)
     if leaks and known.config.get("data.leaks") == "warn":
         yield Advice(
-            f"{leaks} pictures of valid or test are in train too.",
-            "They flatter the figures: keep them out of these.",
+            f"Of valid or test {_counted(leaks, 'picture is', 'pictures are')} in train too.",
+            "That flatters the figures: keep it out of these.",
             known.again("data.leaks=drop"),
         )
 
@@ -73,9 +73,9 @@ def _labels(known: Known) -> Iterator[Advice]:
     doubts = len(known.findings.of("doubt")) + len(known.findings.of("labels"))
     if doubts:
         yield Advice(
-            f"{doubts} labels may be wrong.",
-            "Look at them below, put right those that are, and train again: the label of a test "
-            "picture counts as much as one of train.",
+            f"{_counted(doubts, 'label', 'labels')} may be wrong.",
+            "Look below, put right what is wrong, and train again: the label of a test picture "
+            "counts as much as one of train.",
             known.again(),
         )
 
@@ -182,6 +182,10 @@ def _waits(known: Known) -> Iterator[Advice]:
             "The processor that decodes them is the bottleneck, and not the one that computes: "
             "pack the pixels once (data.cache), or rent more cores.",
         )
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
 
 
 def _best(known: Known) -> Mapping[str, float]:

@@ -258,12 +258,24 @@ def choice_axis(name: str, choices: Sequence[Any], labels: Sequence[str]) -> Axi
     return Axis(name, -0.5, count - 0.5, False, ticks, choices)
 
 
-def measured_axis(name: str, values: Iterable[float], text: Text = "{:.3g}".format) -> Axis:
-    """Return the axis of what was measured, with some room around. text: writes a value."""
+def measured_axis(name: str, values: Iterable[float]) -> Axis:
+    """Return the axis of what was measured, with some room around."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     room = 0.06 * (high - low) or 0.5
-    return scale(name, low - room, high + room, log=False, text=text)
+    return scale(name, low - room, high + room, log=False)
+
+
+def share_axis(name: str, shares: Iterable[float]) -> Axis:
+    """Return the axis of measured shares, in percent: nothing lies below 0 or above 100 %."""
+    finite = [value for value in shares if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    room = max(0.06 * (high - low), 0.01)
+    return scale(name, max(low - room, 0.0), min(high + room, 1.0), log=False, text=_whole_percent)
+
+
+def _whole_percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def scale(name: str, low: float, high: float, log: bool, text: Text = "{:.3g}".format) -> Axis:

@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainer.common import files, templates
 from trainer.common.text import duration
-from trainer.results.charts import Axis, measured_axis, scale
+from trainer.results.charts import Axis, scale, share_axis
 from trainer.results.runs import COMPLETE, Summary, cells, own_settings
 from trainer.results.text import breakable, percent, share
 
 CURVES = 8  # runs that have a colour of their own, the newest
 REPORT = "report.html"
+# Seconds that are round to people: up to a minute, an hour, and four days.
+TIMES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)
+TIMES += (7200, 18_000, 36_000, 86_400, 172_800, 345_600)
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,11 @@ def _pareto(runs: Sequence[Summary]) -> Plot | None:
     """Draw accuracy against the time that it took, and the runs that none beats in both."""
     known = [(run, run.seconds, run.test) for run in runs if run.state == COMPLETE]
     placed = [(run, spent, right) for run, spent, right in known if spent and right is not None]
-    if not placed:
+    if len(placed) < 2:
         return None
     times = [spent for _, spent, _ in placed]
-    x = scale("wall time", min(times) / 1.3, max(times) * 1.3, log=True, text=duration)
-    y = measured_axis("test top-1", [right for _, _, right in placed], percent)
+    x = _time_axis(min(times), max(times))
+    y = share_axis("test top-1", [right for _, _, right in placed])
     dots = []
     for run, spent, right in placed:
         beaten = any(
@@ -142,6 +145,16 @@ def _pareto(runs: Sequence[Summary]) -> Plot | None:
     return Plot(x, y, dots, line)
 
 
+def _time_axis(shortest: float, longest: float) -> Axis:
+    """Return a logarithmic axis with ticks at times as people say them."""
+    low = max((time for time in TIMES if time <= shortest), default=TIMES[0] / 2)
+    high = min((time for time in TIMES if time >= longest), default=longest * 1.2)
+    axis = scale("wall time", low, high, log=True)
+    ticks = [time for time in TIMES if low <= time <= high]
+    ticks = ticks[:: max(1, math.ceil(len(ticks) / 6))]
+    return replace(axis, ticks=[(axis(time), duration(time)) for time in ticks])
+
+
 def _curves(runs: Sequence[Summary]) -> Plot | None:
     """Draw valid's accuracy by epoch, of all runs over each other."""
     drawn = [run for run in runs if len(run.curve) > 1]
@@ -149,7 +162,7 @@ def _curves(runs: Sequence[Summary]) -> Plot | None:
         return None
     epochs = [epoch for run in drawn for epoch, _ in run.curve]
     x = scale("epoch", min(epochs), max(epochs), log=False)
-    y = measured_axis("valid top-1", [right for run in drawn for _, right in run.curve], percent)
+    y = share_axis("valid top-1", [right for run in drawn for _, right in run.curve])
     curves = []
     for number, run in enumerate(drawn):
         points = (f"{x(epoch):.4f} {1 - y(right):.4f}" for epoch, right in run.curve)

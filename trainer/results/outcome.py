@@ -26,6 +26,7 @@ from trainer.results.calibrate import Quality
 from trainer.results.prediction import predictions
 from trainer.results.predictions import labelled
 from trainer.results.report import Other
+from trainer.results.text import percent
 from trainer.results.views import views
 from trainer.settings.config import data_name, identity, metric_line
 from trainer.settings.words import key_of
@@ -129,7 +130,11 @@ def test(run: Training) -> Tested:
     if split == "test":
         epoch = run.progress.best["epoch"]
         run.metrics_file.append({"epoch": epoch, "step": run.progress.step} | values)
-        log.info(metric_line({"epoch": epoch} | values))
+        told = (
+            f"test: {percent(values['test_top1'])}, top-5 {percent(values['test_top5'])}, "
+            f"macro F1 {percent(values['test_f1'])}, by the weights of epoch {epoch}"
+        )
+        log.info(metric_line({"epoch": epoch} | values), extra={"for_people": told})
     valid = logits, distance, targets
     if split != "valid":
         valid = _unseen(run, means, "valid")

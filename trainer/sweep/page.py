@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.common import files
 from trainer.common.templates import render
-from trainer.results.charts import Axis, choice_axis, measured_axis, scale
+from trainer.results.charts import Axis, choice_axis, measured_axis, scale, share_axis
 from trainer.results.text import percent, share, shortened
 from trainer.settings import words
 from trainer.settings.search_space import Categorical, Parameter, Sweep
@@ -68,16 +68,17 @@ def write(page: Page, path: Path) -> None:
         for trial in page.trials
         if trial.state in (COMPLETE, PRUNED) and trial.value is not None
     ]
-    objective_text = _text_of(page.sweep.objective)
     parameters = [_axis(parameter) for parameter in page.sweep.space]
     objective = (
-        measured_axis(
-            page.sweep.objective, [_number(trial.value) for trial in known], objective_text
-        )
+        _objective_axis(page.sweep.objective, [_number(trial.value) for trial in known])
         if known
         else None
     )
-    filters = {"share": share, "value": words.text, "number": objective_text}
+    filters = {
+        "share": share,
+        "value": words.text,
+        "number": percent if _is_share(page.sweep.objective) else "{:.4g}".format,
+    }
     html = render(
         Path(__file__).with_name("page.html.j2"),
         filters,
@@ -136,11 +137,8 @@ def _plots(
     if curves:
         rows = list(itertools.chain(*curves.values()))
         epochs = measured_axis("epoch", [row["epoch"] for row in rows])
-        heights = measured_axis(
-            page.sweep.objective,
-            [row[page.sweep.objective] for row in rows],
-            _text_of(page.sweep.objective),
-        )
+        values = [row[page.sweep.objective] for row in rows]
+        heights = _objective_axis(page.sweep.objective, values)
 
         def curve(trial: Trial) -> list[tuple[float, float]]:
             return [
@@ -174,11 +172,15 @@ def _marks(
     ]
 
 
-def _text_of(objective: str) -> Callable[[float], str]:
-    """Return what writes a value of the objective as people do: shares in percent."""
-    if objective.rpartition("_")[2] in ("top1", "top5", "f1"):
-        return percent
-    return "{:.4g}".format
+def _is_share(objective: str) -> bool:
+    """Return whether people write the objective in percent."""
+    return objective.rpartition("_")[2] in ("top1", "top5", "f1")
+
+
+def _objective_axis(objective: str, values: Sequence[float]) -> Axis:
+    if _is_share(objective):
+        return share_axis(objective, values)
+    return measured_axis(objective, values)
 
 
 def _ties(page: Page) -> list[int]:
