@@ -20,38 +20,76 @@ from trainer.network.build import Classifier
 PREFIX = 8  # tokens before those of the patches at most: the class's, and registers
 
 
-def where(network: Classifier, pixels: NDArray[np.uint8], label: int) -> NDArray[np.float32] | None:
-    """Return [h, w] in 0..1: how much each place speaks for a class.
+class Saliency:
+    """Finds where a network sees a class.
 
-    pixels: uint8 [size, size, 3], as the network sees them. None where no layer has places, or
-    none speaks for it.
+    The layer is looked for once, from the last one backwards. Of what comes before it no gradient
+    is computed: a picture costs little more than a prediction.
     """
-    network.eval()
-    kept: list[Tensor] = []
 
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad and _places(output) is not None:
-            kept.append(output)
+    def __init__(self, network: Classifier) -> None:
+        self._network = network
+        self._layer: nn.Module | None = None
 
-    hooks = [module.register_forward_hook(keep) for module in network.backbone.modules()]
-    try:
-        with torch.enable_grad():
-            image = torch.from_numpy(pixels)[None].to(network.mean).requires_grad_()
-            logits = network.head(network.features(image))
-            gradients = torch.autograd.grad(logits[0, label], kept, allow_unused=True)
-    except RuntimeError:  # a layer that has no gradient, or changed its output in place
+    def where(self, pixels: NDArray[np.uint8], label: int) -> NDArray[np.float32] | None:
+        """Return [h, w] in 0..1: how much each place speaks for a class.
+
+        pixels: uint8 [size, size, 3], as the network sees them. None where no layer has places, or
+        none speaks for it.
+        """
+        self._network.eval()
+        image = torch.from_numpy(pixels)[None].to(self._network.mean.device)
+        layers = [self._layer] if self._layer is not None else self._candidates(image)
+        for layer in layers:
+            try:
+                places, slopes = self._slopes(layer, image, label)
+            except RuntimeError:  # it has no gradient, or is used more than once
+                continue
+            if slopes.abs().sum() > 0:
+                self._layer = layer
+                return _share((slopes * places).sum(-1))
         return None
-    finally:
-        for hook in hooks:
+
+    def _candidates(self, image: Tensor) -> list[nn.Module]:
+        """Return the layers whose output has places, the last first.
+
+        Those of the width of the last of them: between two of these a layer may have its own.
+        """
+        seen: list[tuple[nn.Module, int]] = []
+
+        def note(layer: nn.Module, _inputs: Any, output: Any) -> None:
+            places = _places(output)
+            if places is not None:
+                seen.append((layer, places.shape[-1]))
+
+        hooks = [layer.register_forward_hook(note) for layer in self._network.backbone.modules()]
+        try:
+            with torch.no_grad():
+                self._network.features(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [layer for layer, width in reversed(seen) if width == seen[-1][1]]
+
+    def _slopes(self, layer: nn.Module, image: Tensor, label: int) -> tuple[Tensor, Tensor]:
+        """Return [h, w, channels] of a layer's output, and the gradient of the logit by it."""
+        kept: list[Tensor] = []
+
+        def begin(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            torch.set_grad_enabled(True)
+            kept.append(output.detach().requires_grad_())
+            return kept[-1].clone()  # which a later layer may change in place
+
+        hook = layer.register_forward_hook(begin)
+        try:
+            with torch.no_grad():
+                logits = self._network.head(self._network.features(image))
+                (gradient,) = torch.autograd.grad(logits[0, label], kept)
+        finally:
             hook.remove()
-    for output, gradient in zip(reversed(kept), reversed(gradients), strict=True):
-        # Of the width that the last of them has: between two of these a layer may have its own.
-        if gradient is None or _width(output) != _width(kept[-1]):
-            continue
-        slopes, values = _places(gradient), _places(output)
-        if slopes is not None and values is not None and slopes.abs().sum() > 0:
-            return _share((slopes * values).sum(-1))
-    return None
+        places, slopes = _places(kept[0].detach()), _places(gradient)
+        assert places is not None and slopes is not None
+        return places, slopes
 
 
 def _share(evidence: Tensor) -> NDArray[np.float32] | None:
@@ -64,8 +102,10 @@ def _share(evidence: Tensor) -> NDArray[np.float32] | None:
     return shares
 
 
-def _places(output: Tensor) -> Tensor | None:
+def _places(output: Any) -> Tensor | None:
     """Return [h, w, channels] of a layer's output of one image; None where it has no places."""
+    if not isinstance(output, Tensor):
+        return None
     if output.ndim == 4:
         _, first, second, third = output.shape
         if second == third > 1:  # [1, channels, h, w]
@@ -78,9 +118,3 @@ def _places(output: Tensor) -> Tensor | None:
         if side > 1 and prefix <= PREFIX:  # [1, tokens, channels]
             return output[0, prefix:].reshape(side, side, -1)
     return None
-
-
-def _width(output: Tensor) -> int:
-    places = _places(output)
-    assert places is not None
-    return places.shape[-1]

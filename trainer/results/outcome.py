@@ -18,7 +18,7 @@ from trainer.common.git import revision
 from trainer.images import folder
 from trainer.images.names import suffix_of
 from trainer.network.distance import Features, Joined, WithDistance, class_means
-from trainer.network.saliency import where
+from trainer.network.saliency import Saliency
 from trainer.network.weights import provenance
 from trainer.results import calibrate, package, predecessor, quantize, report
 from trainer.results.advice import Known, advice
@@ -290,6 +290,7 @@ def write_report(
         name: np.bincount(split.labels, minlength=len(images.classes))
         for name, split in images.splits.items()
     }
+    saliency = Saliency(run.network)
     known = Known(
         history=history,
         best_epoch=best_epoch,
@@ -331,7 +332,7 @@ def write_report(
         ),
         run.run.directory / "report.html",
         lambda path: folder.read_prepared(path, pixels),
-        lambda path, label: where(run.network, folder.read_prepared(path, pixels), label),
+        lambda path, label: saliency.where(folder.read_prepared(path, pixels), label),
     )
 
 

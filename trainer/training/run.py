@@ -333,7 +333,9 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     if not world.is_main_process:
         yield run
         return
-    is_new = not directory.exists()
+    # Elsewhere than here, and of several processes, its log is what tells what was wrong.
+    at_hand = config.platform.name == "local" and world.size == 1
+    is_new = at_hand and not directory.exists()
     try:
         with _opened(run):
             yield run
