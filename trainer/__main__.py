@@ -229,4 +229,7 @@ def sweep(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.leave(main())
+    code = main()
+    if vars(sys.modules["__main__"]) is globals():  # not where runpy runs it within a program
+        command.leave(code)
+    sys.exit(code)

@@ -488,7 +488,17 @@ MEASURE = """<!doctype html><title>wait</title>
 <script>onload = () => document.title = [...document.querySelectorAll("iframe")].map((frame) => {
   const page = frame.contentDocument
   page.querySelectorAll("details").forEach(details => details.open = true);
-  return page.documentElement.scrollWidth - page.documentElement.clientWidth;
+  const overflow = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+  const field = page.querySelector(".filter input");
+  const shown = (words) => {
+    field.value = words;
+    field.dispatchEvent(new Event("input"));
+    return page.querySelectorAll(".filterable tbody tr:not([hidden])").length;
+  };
+  const rows = page.querySelectorAll(".filterable tbody tr").length;
+  const first = page.querySelector(".filterable tbody th").textContent;
+  const found = shown(first) > 0 && shown("no such words") === 0 && shown("") === rows;
+  return `${overflow} ${found}`;
 }).join(" ");</script>"""
 
 FLAGS = [
@@ -537,7 +547,7 @@ def test_browser_shows_the_page_without_complaint_or_sideways_scrolling(
         (tmp_path / "measure.html").as_uri(),
     ]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    assert re.findall("<title>(.*?)</title>", shown.stdout) == ["0 0"]
+    assert re.findall("<title>(.*?)</title>", shown.stdout) == ["0 true 0 true"]
     assert not [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
 
 
