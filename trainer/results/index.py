@@ -15,7 +15,7 @@ from trainer.results.text import breakable, percent, share
 CURVES = 8  # runs that have a colour of their own, the newest
 REPORT = "report.html"
 # Seconds that are round to people: up to a minute, an hour, and four days.
-TIMES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)
+TIMES: tuple[int, ...] = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)
 TIMES += (7200, 18_000, 36_000, 86_400, 172_800, 345_600)
 
 

@@ -586,14 +586,13 @@ class Training:
 
     def _seconds_after(self) -> float:
         """Return about how long all will take that comes behind the last epoch."""
-        folder, rows = self.loader.folder, self.metrics_file.rows
+        folder, newest = self.loader.folder, self.metrics_file.rows[-1]
         seconds = sum(self.run.stages.expected.values())
-        if self.data.holds_features or "evaluate_seconds" not in rows[-1]:
+        if self.data.holds_features or "evaluate_seconds" not in newest:
             return seconds
-        pictures = len(folder.splits["valid"].paths)
-        if "test" in folder.splits:
-            pictures += len(folder.splits["test"].paths)
-        return seconds + rows[-1]["evaluate_seconds"] * pictures / len(folder.splits["valid"].paths)
+        per_picture: float = newest["evaluate_seconds"] / folder.count("valid")
+        evaluated = ["valid", "test"] if "test" in folder.splits else ["valid"]
+        return seconds + per_picture * sum(folder.count(split) for split in evaluated)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
