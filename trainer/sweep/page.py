@@ -76,7 +76,7 @@ def write(page: Page, path: Path) -> None:
     )
     filters = {
         "share": share,
-        "value": words.text,
+        "value": _short,
         "number": percent if _is_share(page.sweep.objective) else "{:.4g}".format,
     }
     html = render(
@@ -170,6 +170,13 @@ def _marks(
     return [
         Mark(trial, points(trial), values.index(trial.value) / worst) for trial in reversed(trials)
     ]
+
+
+def _short(value: Value) -> str:
+    """Return a setting with four digits; the command that trains it again has them all."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return words.text(value)
 
 
 def _is_share(objective: str) -> bool:
