@@ -26,7 +26,6 @@ class Stages:
         self._spent = {START: before}
         self._running = START
         self._since = time.monotonic()
-        self.expected: dict[str, float] = {}  # seconds that stages to come may take
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:

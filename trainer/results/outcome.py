@@ -20,7 +20,7 @@ from trainer.images.names import suffix_of
 from trainer.network.distance import Features, Joined, WithDistance, class_means
 from trainer.network.saliency import Saliency
 from trainer.network.weights import provenance
-from trainer.results import calibrate, package, predecessor, quantize, report
+from trainer.results import calibrate, early, package, predecessor, quantize, report
 from trainer.results.advice import Known, advice
 from trainer.results.calibrate import Quality
 from trainer.results.prediction import predictions
@@ -32,7 +32,7 @@ from trainer.settings.config import data_name, identity, metric_line
 from trainer.settings.words import key_of
 from trainer.training import complete
 from trainer.training.loop import predict
-from trainer.training.metrics import classification
+from trainer.training.metrics import classification, mean_loss
 from trainer.training.recipe import Recipe
 from trainer.training.run import typed
 from trainer.training.training import Training
@@ -87,7 +87,7 @@ def load_best(run: Training) -> None:
             for row in progress.rows
             if "valid_loss" in row
         }
-        given = classification(logits, targets, "valid")["valid_loss"]
+        given = mean_loss(logits, targets)
         same_place = best["environment"] == run.facts["environment"]
         relative, absolute = SAME_LOSS_HERE if same_place else SAME_LOSS_ELSEWHERE
         if not np.isclose(given, losses[epoch], relative, absolute, equal_nan=True):
@@ -251,6 +251,7 @@ def build_package(run: Training, tested: Tested) -> None:
         revision=revision(),
         weights=provenance(config),
         golden=[split.paths[first] for first in firsts],
+        graph=early.graph_of(config, run.network),
         suffixes=frozenset(
             suffix_of(path) for each in images.splits.values() for path in each.paths
         ),

@@ -38,7 +38,13 @@ from trainer.settings.config import FEW_VALID, Config, metric_line
 from trainer.training import care, checkpoint
 from trainer.training.checkpoints import Checkpoints
 from trainer.training.epoch_table import EpochTable
-from trainer.training.metrics import MetricsFile, TrainSums, better, classification
+from trainer.training.metrics import (
+    MetricsFile,
+    TrainSums,
+    better,
+    classification,
+    mean_loss,
+)
 from trainer.training.run import Run
 
 REWINDS = 2  # how often a training that diverged goes back, each time with half the learning rate
@@ -291,14 +297,14 @@ class Training:
         error of that: the losses of each image are compared, at the temperature that is best for
         each of the two (a package is calibrated).
         """
-        of_weights = classification(logits, labels, "valid")
+        loss_of_weights = mean_loss(logits, labels)
         if self.head_saw_valid:
             logits = self.unseen_logits("valid")
         losses = probe.calibrated_losses(logits, labels)
         metrics = classification(logits, labels, "valid")
         metrics["valid_refinement"] = round(losses.mean().item(), 6)
         if self.head_saw_valid:
-            return metrics | {"seen_loss": of_weights["valid_loss"]}
+            return metrics | {"seen_loss": loss_of_weights}
         if self.config.model.head != "probe":
             return metrics
         if self.probe_losses is None:
@@ -585,14 +591,15 @@ class Training:
             log.info(metric_line(row), extra={"for_people": told})
 
     def _seconds_after(self) -> float:
-        """Return about how long all will take that comes behind the last epoch."""
+        """Return about how long the tests behind the last epoch will take."""
         folder, newest = self.loader.folder, self.metrics_file.rows[-1]
-        seconds = sum(self.run.stages.expected.values())
-        if self.data.holds_features or "evaluate_seconds" not in newest:
-            return seconds
-        per_picture: float = newest["evaluate_seconds"] / folder.count("valid")
-        evaluated = ["valid", "test"] if "test" in folder.splits else ["valid"]
-        return seconds + per_picture * sum(folder.count(split) for split in evaluated)
+        if self.loader.views is not None:  # they see pixels again, as the features' making did
+            seconds = self.run.stages.seconds().get("features", 0.0)
+            pictures = self.loader.views * folder.count("train") + folder.count("valid")
+        else:
+            seconds, pictures = newest.get("evaluate_seconds", 0.0), folder.count("valid")
+        tested = ["valid", "test"] if "test" in folder.splits else ["valid"]
+        return seconds / pictures * sum(folder.count(split) for split in tested)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
