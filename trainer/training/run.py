@@ -347,11 +347,12 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
 
 def _discard_untrained(run: Run) -> None:
     """Remove the directory of a run that holds nothing but what a run begins with."""
-    if any(run.checkpoints.glob("*")):  # a checkpoint, or what model=auto has decided
+    # A checkpoint, say, or what model=auto has decided.
+    kept = {path.name for path in run.checkpoints.iterdir()} - {".lock"}
+    kept |= {path.name for path in run.directory.iterdir()} - {*BEGUN, run.checkpoints.name}
+    if kept:
         return
-    if {path.name for path in run.directory.iterdir()} - {*BEGUN, run.checkpoints.name}:
-        return
-    with suppress(OSError):  # somebody else has put something there
+    with suppress(OSError):  # somebody else has put something there meanwhile
         for name in BEGUN:
             if name != ".lock":
                 (run.directory / name).unlink(missing_ok=True)
