@@ -132,15 +132,15 @@ def _examples(
     examples = []
     for number in numbers:
         path, prediction = outcomes.paths[number], outcomes.predictions[number]
+        seen, where = None, None
         try:
             pixels = thumbnail(path)
+            if looks is not None:
+                where = looks(path, int(prediction))
         except (OSError, ValueError):
             continue
-        seen = None
-        if looks is not None:
-            where = looks(path, int(prediction))
-            if where is not None:
-                seen = picture(lit(pixels, where))
+        if where is not None:
+            seen = picture(lit(pixels, where))
         examples.append(
             Mistake(
                 picture=picture(pixels),

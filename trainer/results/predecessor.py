@@ -1,6 +1,7 @@
 """The run before: the newest complete one on the same data set, to hold a new run against."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,14 @@ def find(directory: Path, data: str, config: Mapping[str, Any]) -> Predecessor |
     """Return the run before that of `directory` on a data set; None: it is the first.
 
     data: what the data set is called. config: the settings that decide what comes out of this run.
-    A run that can't be read is none.
+    A run that can't be read is none: this is a word beside the figure, and no run ends for it.
     """
+    with suppress(OSError, ValueError):
+        return _newest(directory, data, config)
+    return None
+
+
+def _newest(directory: Path, data: str, config: Mapping[str, Any]) -> Predecessor | None:
     others = [path for path in directory.parent.iterdir() if path.name != directory.name]
     complete = [path for path in others if (path / RESULT).is_file()]
     newest = sorted(complete, key=lambda path: (path / RESULT).stat().st_mtime, reverse=True)

@@ -1,9 +1,11 @@
 """What the network saw while it was trained: a few pictures, each in some of its views."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.common.errors import UserError
 from trainer.images.loader import MIRRORED, PLAIN, ImageLoader
 from trainer.results.care import is_pixelated, picture
 
@@ -24,8 +26,14 @@ def views(loader: ImageLoader, solved: bool) -> list[Views]:
     """Return the views of PICTURES training images, spread over the classes.
 
     solved: the head was solved on plain and mirrored images, and nothing was trained on others.
-    Raise UserError where an image can no longer be read.
+    None where one of them can no longer be read: no run ends for that.
     """
+    with suppress(UserError):
+        return _views(loader, solved)
+    return []
+
+
+def _views(loader: ImageLoader, solved: bool) -> list[Views]:
     train = loader.folder.splits["train"]
     by_class = np.argsort(train.labels, kind="stable")
     count = min(PICTURES, len(by_class))
