@@ -14,7 +14,6 @@ def lit(pixels: NDArray[np.uint8], where: NDArray[np.float32]) -> NDArray[np.uin
     """
     height, width = pixels.shape[:2]
     mask = Image.fromarray(where).resize((width, height), Image.Resampling.BICUBIC)
-    # The root: an eye sees half the light as far more than half.
-    light = DARKEST + (1 - DARKEST) * np.sqrt(np.clip(np.asarray(mask), 0, 1))
+    light = DARKEST + (1 - DARKEST) * np.clip(np.asarray(mask), 0, 1)
     shown: NDArray[np.uint8] = (pixels * light[..., None]).round().astype(np.uint8)
     return shown
