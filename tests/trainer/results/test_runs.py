@@ -4,11 +4,12 @@ import fcntl
 import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.results.test_report import Page
+from tests.trainer.results.test_report import CHROMIUM, FLAGS, Page
 from trainer import runs as command
 from trainer.common.errors import UserError
 from trainer.results import predecessor, runs
@@ -188,3 +189,44 @@ def test_the_run_before_is_the_newest_on_the_same_pictures(make, tmp_path):
     (now / "predictions.csv").write_text("path,correct\nother,true\n")
     assert predecessor.find(now, "dogs", config).verdict == ""
     assert predecessor.find(now, "birds", config) is None
+
+
+MEASURE = """<!doctype html><title>wait</title>
+<iframe src="index.html" style="width: 390px"></iframe>
+<iframe src="index.html" style="width: 1280px"></iframe>
+<script>onload = () => document.title = [...document.querySelectorAll("iframe")].map((frame) => {
+  const page = frame.contentDocument;
+  const table = page.querySelector("table.sortable");
+  const sorted = () => {
+    [...table.querySelectorAll("thead button")][4].click();
+    return [...table.tBodies[0].rows].map((row) => row.cells[4].textContent).join(",");
+  };
+  const overflow = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+  return [overflow, sorted(), sorted()].join(" ");
+}).join(" ");</script>"""
+
+
+@pytest.mark.chromium
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_a_browser_sorts_the_runs_without_complaint_or_sideways_scrolling(make, tmp_path):
+    for name, test in (("a", 0.5), ("b", 0.9), ("c", None), ("d" * 120, 0.7)):
+        make(name, "data.root=/photos/dogs", "model.name=resnet18", test=test)
+    command.write_page(tmp_path / "runs")
+    (tmp_path / "runs/measure.html").write_text(MEASURE)
+    shown = subprocess.run(
+        [
+            str(CHROMIUM),
+            *FLAGS,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            (tmp_path / "runs/measure.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    falling, rising = "90.0%,70.0%,50.0%,", ",50.0%,70.0%,90.0%"
+    one = f"0 {falling} {rising}"
+    assert re.findall("<title>(.*?)</title>", shown.stdout) == [f"{one} {one}"]
+    assert not [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
