@@ -30,6 +30,7 @@ from safetensors import torch as safetensors
 from torch import nn
 
 from trainer.common import files, sessions
+from trainer.common.console import ProgressBar
 from trainer.common.errors import OK, UserError
 from trainer.common.model_package import FORMAT, MANIFEST, TENSORS
 from trainer.common.serving_code import FOR_AVIF, FOR_HEIC, REQUIREMENTS, SERVING_CODE
@@ -125,7 +126,8 @@ def build(
             trained = copy.deepcopy(network).cpu().float().eval()
             _stage(trained, contents, staged)
             if archive:
-                _archive(staged, Path(scratch) / target.name)
+                with ProgressBar("model package: packing", 1):
+                    _archive(staged, Path(scratch) / target.name)
                 (Path(scratch) / target.name).replace(target)
             else:
                 _move(staged, target)
@@ -139,8 +141,10 @@ def _stage(network: nn.Module, contents: Contents, staged: Path) -> None:
     """Write the package's files and have them checked."""
     graph_was_there = contents.graph is not None and contents.graph.exists()
     try:
-        _write_manifest(_write_contents(network, contents, staged), staged)
-        _self_test(staged)
+        with ProgressBar("model package: exporting the network", 1):
+            _write_manifest(_write_contents(network, contents, staged), staged)
+        with ProgressBar("model package: checking it as a server does", 1):
+            _self_test(staged)
     except SelfTestFailed:
         if not graph_was_there:
             raise

@@ -19,8 +19,9 @@ from yaml import YAMLError
 
 from trainer.common import files
 from trainer.common.errors import UserError
-from trainer.results.report import wilson_interval
-from trainer.results.text import duration, percent, setting
+from trainer.common.text import duration
+from trainer.results.intervals import wilson_interval
+from trainer.results.text import percent, setting
 from trainer.settings import config as settings
 from trainer.training.run import PREDICTIONS, read_result
 
@@ -36,7 +37,8 @@ class Summary:
     """A run, as its directory tells it.
 
     settings: by dotted key. valid, test: top-1 accuracies, of the best epoch. pictures: of test.
-    interval: of `test`, at 95 %. seconds: of training and all that comes after it.
+    interval: of `test`, at 95 %. seconds: of training and all that comes after it. curve: of each
+    epoch, the accuracy on valid.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Summary:
     pictures: int
     interval: tuple[float, float] | None
     seconds: float | None
+    curve: Sequence[tuple[int, float]] = ()
 
     @property
     def data(self) -> str:
@@ -95,6 +98,7 @@ def read(path: Path) -> Summary | None:
             pictures=int(result.get("pictures", 0)),
             interval=interval,
             seconds=result.get("seconds"),
+            curve=list(best.items()),
         )
     return None
 
@@ -135,19 +139,26 @@ def differing(runs: Sequence[Summary]) -> list[str]:
     return [key for key in keys if len({setting(run.settings.get(key)) for run in runs}) > 1]
 
 
-def table(runs: Sequence[Summary]) -> str:
-    """Return the runs as text, a line each, and what their columns are."""
+def own_settings(runs: Sequence[Summary]) -> list[list[str]]:
+    """Return of each run, as words, the settings that most of the others have otherwise."""
     keys = differing(runs)
     usual = {key: _usual([setting(run.settings.get(key)) for run in runs]) for key in keys}
-    head = ("date", "data", "model", "valid", "test", "95 %", "epochs", "time", "state", "run")
-    lines: list[tuple[str, ...]] = [(*head, "differs by")]
-    for run in runs:
-        own = [
+    return [
+        [
             f"{key}={setting(run.settings.get(key))}"
             for key in keys
             if setting(run.settings.get(key)) != usual[key]
         ]
-        lines.append((*_cells(run), _cut(" ".join(own))))
+        for run in runs
+    ]
+
+
+def table(runs: Sequence[Summary]) -> str:
+    """Return the runs as text, a line each, and what their columns are."""
+    head = ("date", "data", "model", "valid", "test", "95 %", "epochs", "time", "state", "run")
+    lines: list[tuple[str, ...]] = [(*head, "differs by")]
+    for run, own in zip(runs, own_settings(runs), strict=True):
+        lines.append((*cells(run), _cut(" ".join(own))))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     padded = [
         "  ".join(
@@ -158,7 +169,8 @@ def table(runs: Sequence[Summary]) -> str:
     return "\n".join(line.rstrip() for line in padded)
 
 
-def _cells(run: Summary) -> tuple[str, ...]:
+def cells(run: Summary) -> tuple[str, ...]:
+    """Return what the table's columns say of a run, up to its path."""
     interval, took = "", ""
     if run.interval is not None:
         low, high = run.interval

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from trainer.common.console import ProgressBar
 from trainer.common.watch import watch
 from trainer.images.loader import Batch
 from trainer.network import optim
@@ -84,7 +85,7 @@ def evaluate(run: Training) -> dict[str, float]:
     """Return the metrics of valid, in all processes. Raises Interrupted when asked to stop."""
     run.gradients.share_buffers(run.eval_model)
     batches = run.data.eval_batches("valid")
-    with run.unchanged():
+    with run.unchanged(), ProgressBar("evaluating", 1):
         logits, targets = predict(run, run.eval_model, batches, run.machine)
     return run.world.broadcast_from_main(partial(run.measure, logits, targets))
 

@@ -38,6 +38,7 @@ from trainer.network.features import FeatureCache, FeatureLoader
 from trainer.settings.config import FEW_VALID, Config, metric_line
 from trainer.training import care, checkpoint, lineage, tracking
 from trainer.training.checkpoints import Checkpoints
+from trainer.training.epoch_table import EpochTable
 from trainer.training.metrics import (
     MetricsFile,
     TrainSums,
@@ -105,14 +106,17 @@ def build_training(
         network = build_network(run, images, machine)
     findings: Findings | None = None
     if loader is None:
-        images, reader = usable_images(run.config, images, run.stop, run.world)
+        with run.stages.of("scan"):
+            images, reader = usable_images(run.config, images, run.stop, run.world)
         if run.world.is_main_process:
             report_left_out(images, run.directory / "quarantine.txt")
         if run.looks or run.config.data.leaks != "warn":
-            images, findings = care.look(run, images, reader)
+            with run.stages.of("scan"):
+                images, findings = care.look(run, images, reader)
         loader = make_loader(run, images, reader, machine)
     if data is None:
-        data = _data(run, network, loader, machine)
+        with run.stages.of("features"):
+            data = _data(run, network, loader, machine)
     training = Training(run, machine, network, loader, data)
     if findings is not None:
         training.findings = findings
@@ -193,6 +197,7 @@ class Training:
         self.probe_logits: Tensor | None = None
         self.sums = TrainSums(self.progress.sums)
         self.metrics_file = _metrics_file(run)
+        self.table = EpochTable(self.epochs)
         # Held by the main thread, but where it changes nothing of what is saved.
         self._changing = threading.Lock()
         self._changing.acquire()
@@ -278,7 +283,7 @@ class Training:
     def begin_from_probe(self, metrics: dict[str, float]) -> None:
         """Note the solved head as the best until now, of epoch 0. metrics: of valid."""
         row = {"epoch": 0, "step": 0, **metrics}
-        self._note(row)
+        self._note(row, metrics)
         self.keep_best(metrics)
         self.checkpoints.save()
 
@@ -590,15 +595,28 @@ class Training:
         evaluated = time.monotonic() - self._noted
         row |= {"data_wait": progress.data_wait, **metrics}
         row |= {"evaluate_seconds": evaluated, "seconds": progress.seconds + evaluated}
-        self._note(row)
+        self._note(row, metrics)
         progress.epoch += 1
         progress.batch, progress.sums = 0, [0.0, 0.0, 0.0]
         progress.seconds, progress.data_wait = 0.0, 0.0
 
-    def _note(self, row: dict[str, Any]) -> None:
+    def _note(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
         self.metrics_file.append(row)
         if not self.run.trial:
-            log.info(metric_line(row))
+            best = self.is_best(metrics)
+            told = self.table.row(self.metrics_file.rows, best, self._seconds_after())
+            log.info(metric_line(row), extra={"for_people": told})
+
+    def _seconds_after(self) -> float:
+        """Return about how long the tests behind the last epoch will take."""
+        folder, newest = self.loader.folder, self.metrics_file.rows[-1]
+        if self.loader.views is not None:  # they see pixels again, as the features' making did
+            seconds = self.run.stages.seconds().get("features", 0.0)
+            pictures = self.loader.views * folder.count("train") + folder.count("valid")
+        else:
+            seconds, pictures = newest.get("evaluate_seconds", 0.0), folder.count("valid")
+        tested = ["valid", "test"] if "test" in folder.splits else ["valid"]
+        return seconds / pictures * sum(folder.count(split) for split in tested)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
@@ -736,7 +754,8 @@ class Training:
             self.checkpoints.begin_with(state)
         elif self.config.model.head == "probe":
             if world.is_main_process:
-                self.solve_head()
+                with run.stages.of("training"):
+                    self.solve_head()
             world.barrier(self.stop)
         if world.size > 1:
             # The same beginning, also where hosts of different kinds made their own.
