@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from trainer.network.weights import SCRATCH
-from trainer.results.report import wilson_interval
+from trainer.results.intervals import wilson_interval
 from trainer.results.text import percent
 
 # The hub's own names of licences that pretrained weights come under; others have to be described.

@@ -9,8 +9,7 @@ from typing import Any
 from trainer.common.errors import UserError
 from trainer.results import runs
 from trainer.results.text import setting
-from trainer.training.complete import PREDICTIONS
-from trainer.training.run import RESULT
+from trainer.training.run import PREDICTIONS, RESULT
 
 LOOKED_AT = 30  # of the newest runs: reading the settings of thousands would take a while
 SURE = 0.05  # a difference that chance gives more seldom is one
