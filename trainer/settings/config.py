@@ -369,7 +369,7 @@ def check_model(config: Config) -> None:
     if model.name == AUTO and parent is not None:
         raise UserError(
             f"train.parent={parent} with model={AUTO}: it goes on with the same network, and does "
-            f"not decide again; say which, by model.name=NAME, or give model.weights={parent}"
+            "not decide again; say which, by model.name=NAME, or give model.weights=RUN instead"
         )
     if model.name == AUTO and model.head_hidden is not None:
         raise UserError(
