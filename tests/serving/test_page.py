@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.server import card, policy
+from serving.page import card, policy
 from tests.conftest import wait_for
 from tests.serving.browser import CHROMIUM, Browser
 
