@@ -42,7 +42,7 @@ from trainer.images.decode import Preprocessing
 
 log = logging.getLogger("packhorse.serving")
 
-NICENESS = 10  # a tenth of the processor that the server gets (sched(7))
+NICENESS = 5  # a third of the processor that the server gets (sched(7))
 LATE_SECONDS = 1.0  # after its deadline, for the answer that says so
 LOOK_SECONDS = 0.5  # between two looks whether the other one hangs
 OVERDUE_SECONDS = 10.0  # after a deadline: a process that has said nothing by then is ended

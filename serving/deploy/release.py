@@ -16,6 +16,7 @@ from typing import Any
 
 from launch.cloud.cloudformation import Content, load, resolve
 from launch.cloud.prices import ALARM_MONTH, HOURS_A_MONTH, PROVISIONED_GB_SECOND, price
+from launch.cloud.registries import registry_of
 from serving.deploy import bundle
 from serving.deploy.refusals import check_endpoint
 from trainer.common.errors import UserError
@@ -37,9 +38,14 @@ COMPUTED = {
     "ModelArn",
     "ModelDigest",
     "ImageArn",
+    "RayServeApp",
     "EndpointRelease",
     "FunctionRelease",
 }
+# AWS's own image, without which an endpoint would need one of the user's (aws.github.io/
+# deep-learning-containers/ray/changelog, 2026-05). It finds our application by this variable.
+RAY_IMAGE = "ray:serve-ml-sagemaker-cpu-v1.1.0"
+RAY_APP = "serving.ray_app:app"
 # Those that begin otherwise where the model runs inside Lambda: ten pictures a day should not pay
 # for a warm environment, and the network wants a whole processor (1,769 MB buy one).
 IN_LAMBDA = {"Memory": "2048", "ProvisionedConcurrency": "0"}
@@ -137,6 +143,15 @@ def build(
             "python -m serving deploy runs/NAME/model.tar.gz ..."
         )
     if mode == "endpoint":
+        if values["Image"] == "none":
+            remedy = "give one of yours with --image, or deploy with --mode lambda"
+            values["Image"] = f"{registry_of(place.region, remedy)}/{RAY_IMAGE}"
+        was_on_ray = deployed.get("RayServeApp", "") != ""
+        values["RayServeApp"] = ""
+        if _is_ray(values["Image"]):
+            values["RayServeApp"] = RAY_APP
+        if package is None and was_on_ray != _is_ray(values["Image"]):
+            raise UserError("another container needs the model.tar.gz again: give it")
         computed, uploads = _for_endpoint(place, package, values["Image"])
         check_endpoint(values, image_region(values["Image"]) or place.region, place.region)
     else:
@@ -160,9 +175,14 @@ def _for_endpoint(
     if package is None:
         return values, uploads
     if isinstance(package, Remote):
+        if _is_ray(image):
+            raise _not_here(package, "the archive for AWS's image")
         uri, digest = package.uri, package.digest
     else:
-        model = _named("the model package", package, ".tar.gz", place)
+        content: bytes | Path = package
+        if _is_ray(image):
+            content = bundle.endpoint(package)
+        model = _named("the model package", content, ".tar.gz", place)
         uploads.append(model)
         uri = f"s3://{place.bucket}/{model.key}"
         digest = Path(model.key).name.removesuffix(".tar.gz")
@@ -174,11 +194,21 @@ def _for_lambda(place: Place, package: Path | Remote | None) -> list[Upload]:
     if package is None:
         return []
     if isinstance(package, Remote):
-        raise UserError(
-            f"{package.uri}: the function with the model inside is built here and needs the file: "
-            f"aws s3 cp {shlex.quote(package.uri)} . and give model.tar.gz"
-        )
+        raise _not_here(package, "the function with the model inside")
     return [_named("the function with the model", bundle.direct(package), ".zip", place)]
+
+
+def _is_ray(image: str) -> bool:
+    """Return whether a container is AWS's Ray Serve image."""
+    parts = ECR.fullmatch(image)
+    return parts is not None and parts["repository"] == RAY_IMAGE.split(":")[0]
+
+
+def _not_here(package: Remote, what: str) -> UserError:
+    return UserError(
+        f"{package.uri}: {what} is built here and needs the file: "
+        f"aws s3 cp {shlex.quote(package.uri)} . and give model.tar.gz"
+    )
 
 
 def _check(given: Mapping[str, str]) -> None:
@@ -214,12 +244,10 @@ def _not_allowed(parameter: Mapping[str, Any], value: str) -> str | None:
 def _image_arn(image: str, place: Place) -> str:
     parts = ECR.fullmatch(image)
     if not parts:
-        what = f"--image {image}: this is no image in ECR with a tag or a digest"
-        if image == "none":
-            what = "an endpoint needs a container"
         raise UserError(
-            f"{what}; build serving/Dockerfile, push it and give "
-            "ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG, or deploy with --mode lambda"
+            f"--image {image}: this is no image in ECR with a tag or a digest; give "
+            "ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG of one built from serving/Dockerfile, "
+            "or leave it out for AWS's own"
         )
     where = f"{parts['region']}:{parts['account']}"
     return f"arn:{place.partition}:ecr:{where}:repository/{parts['repository']}"
