@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from launch.cloud.cloudformation import Content, load, resolve
-from launch.cloud.prices import ALARM_MONTH, HOURS_A_MONTH, PROVISIONED_GB_SECOND, price
+from launch.cloud.prices import (
+    ALARM_MONTH,
+    HOURS_A_MONTH,
+    PROVISIONED_GB_SECOND,
+    SNAPSHOT_GB_SECOND,
+    price,
+)
 from launch.cloud.registries import registry_of
 from serving.deploy import bundle
-from serving.deploy.refusals import check_endpoint
+from serving.deploy.refusals import check_endpoint, check_numbers
 from trainer.common.errors import UserError
 
 TEMPLATE = Path(__file__).parents[1] / "stack.yaml"
@@ -132,12 +138,10 @@ def build(
         if name in declared and (same_mode or name not in IN_LAMBDA)
     }
     values |= {**given, "Bucket": place.bucket}
-    if int(values["MaxInstances"]) < int(values["MinInstances"]):
-        raise UserError(
-            f"MaxInstances={values['MaxInstances']} is below "
-            f"MinInstances={values['MinInstances']}; set both with --set"
-        )
-    if package is None and (not deployed or not same_mode):
+    check_numbers(values)
+    # The function that holds the model also holds libraries for its processor.
+    same_files = mode == "endpoint" or values["Architecture"] == deployed.get("Architecture")
+    if package is None and (not deployed or not same_mode or not same_files):
         raise UserError(
             "which model? give a model.tar.gz, or its s3:// address: "
             "python -m serving deploy runs/NAME/model.tar.gz ..."
@@ -155,7 +159,7 @@ def build(
         computed, uploads = _for_endpoint(place, package, values["Image"])
         check_endpoint(values, image_region(values["Image"]) or place.region, place.region)
     else:
-        computed, uploads = {}, _for_lambda(place, package)
+        computed, uploads = {}, _for_lambda(place, package, values["Architecture"])
     values |= computed
     if uploads:
         values["CodeKey"] = uploads[0].key
@@ -190,12 +194,14 @@ def _for_endpoint(
     return values | {"ModelUrl": uri, "ModelArn": arn, "ModelDigest": digest}, uploads
 
 
-def _for_lambda(place: Place, package: Path | Remote | None) -> list[Upload]:
+def _for_lambda(place: Place, package: Path | Remote | None, architecture: str) -> list[Upload]:
     if package is None:
         return []
     if isinstance(package, Remote):
         raise _not_here(package, "the function with the model inside")
-    return [_named("the function with the model", bundle.direct(package), ".zip", place)]
+    return [
+        _named("the function with the model", bundle.direct(package, architecture), ".zip", place)
+    ]
 
 
 def _is_ray(image: str) -> bool:
@@ -350,6 +356,10 @@ def idle_price(
         what = f"{warm} x {megabytes} MB of Lambda kept warm"
         seconds = HOURS_A_MONTH * 3600
         items.append(Item(what, warm * megabytes / 1024 * seconds * PROVISIONED_GB_SECOND))
+    if parameters["SnapStart"] == "on":
+        seconds = HOURS_A_MONTH * 3600
+        what = f"a snapshot of {megabytes} MB"
+        items.append(Item(what, megabytes / 1024 * seconds * SNAPSHOT_GB_SECOND))
     alarms = sum(kind == "AWS::CloudWatch::Alarm" for kind in made.values())
     if "ScalingPolicy" in made:
         alarms += 2  # target tracking makes two more of its own
