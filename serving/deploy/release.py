@@ -360,12 +360,21 @@ def idle_price(
         seconds = HOURS_A_MONTH * 3600
         what = f"a snapshot of {megabytes} MB"
         items.append(Item(what, megabytes / 1024 * seconds * SNAPSHOT_GB_SECOND))
-    alarms = sum(kind == "AWS::CloudWatch::Alarm" for kind in made.values())
+    metrics = sum(map(_watched, made))
     if "ScalingPolicy" in made:
-        alarms += 2  # target tracking makes two more of its own
-    if alarms:
-        items.append(Item(f"{alarms} alarms", alarms * ALARM_MONTH))
+        metrics += 2  # target tracking makes two alarms more of its own
+    # By the metric; an account's first ten cost nothing.
+    items.append(Item(f"alarms on {metrics} metrics", metrics * ALARM_MONTH))
     return items
+
+
+def _watched(name: str) -> int:
+    """Return how many metrics a resource watches, which is what AWS asks money for."""
+    body = template()["Resources"][name]
+    if body["Type"] != "AWS::CloudWatch::Alarm":
+        return 0
+    metrics = body["Properties"].get("Metrics", [{"MetricStat": None}])
+    return sum("MetricStat" in metric for metric in metrics)
 
 
 def _instances(kind: str, count: int, region: str) -> Item:

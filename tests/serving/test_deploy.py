@@ -108,7 +108,7 @@ def test_from_nothing_to_service_to_a_new_model_to_nothing(
     assert re.search(
         r"endpoint +InService.*\ninstances +1 of ml\.m5\.large, 1 wanted, 1 to 3\n", output
     ), output
-    assert "version 1, 3 of 3 environments warm" in output and "$3.04 a day" in output, output
+    assert "version 1, 3 of 3 environments warm" in output and "$3.05 a day" in output, output
 
     # The function that was uploaded, under AWS's runtime client, with an endpoint that echoes.
     s3 = cloud.client("s3")
@@ -506,7 +506,7 @@ def test_what_is_not_given_stays_as_it_is_deployed(package):
     assert {name for name in first if first[name] != changed[name]} == {"MaxInstances"}
 
 
-def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest(
+def test_the_function_with_the_model_needs_no_endpoint_and_costs_next_to_nothing_at_rest(
     package, monkeypatch
 ):
     monkeypatch.setattr(
@@ -517,7 +517,8 @@ def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest
         release.parameters["Memory"] == "2048"
         and release.parameters["ProvisionedConcurrency"] == "0"
     )
-    assert idle_price(release.parameters, "us-east-1") == []
+    [alarms] = idle_price(release.parameters, "us-east-1")
+    assert (alarms.what, alarms.month) == ("alarms on 3 metrics", pytest.approx(0.3))
     assert [upload.what for upload in release.uploads] == ["the function with the model"]
     with pytest.raises(UserError, match="which model"):
         build(PLACE, None, {"Door": "endpoint", "Image": IMAGE}, release.parameters)
@@ -583,7 +584,7 @@ def test_what_an_idle_month_costs():
     }
     items = idle_price(defaults, "us-east-1")
     np.testing.assert_allclose(
-        [item.month for item in items], [0.115 * 730, 3 * 0.25 * 730 * 3600 * 0.0000041667, 0.4]
+        [item.month for item in items], [0.115 * 730, 3 * 0.25 * 730 * 3600 * 0.0000041667, 0.7]
     )
     unknown = idle_price(defaults | {"InstanceType": "ml.z9.large"}, "us-east-1")
     assert unknown[0].month is None
