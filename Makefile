@@ -23,7 +23,7 @@ serve: .venv/train  ## answer on HTTP with the newest run's model, and a page to
 rehearse: .venv/rehearse  ## run a SageMaker job on this machine: TARGET=sagemaker|sagemaker_multi|tuner ARGS="train.epochs=1"
 	$(BIN)/python -m launch rehearse target=$(or $(TARGET),sagemaker) $(ARGS)
 
-deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL --image URI"); asks before it changes anything
+deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL"); asks before it changes anything
 	$(BIN)/python -m serving deploy $(ARGS)
 
 test: .venv/dev  ## set up once, then run the tests
