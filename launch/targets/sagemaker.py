@@ -268,7 +268,7 @@ def image(target: SageMakerConfig, region: str) -> str:
     if target.image is not None:
         return target.image
     device = CUDA if has_gpu(first_type(target)) else "cpu"
-    registry = registry_of(region, "give an image of AWS's for PyTorch as target.image=URI")
+    registry = registry_of(region, "give one of AWS's for PyTorch as target.image=URI")
     return f"{registry}/pytorch:{PYTORCH}-{device}-amzn2023-sagemaker"
 
 
