@@ -26,7 +26,7 @@ rehearse: .venv/rehearse  ## run a SageMaker job on this machine: TARGET=sagemak
 plan: .venv/train  ## what a run on AWS would do, cost and touch; sends nothing: TARGET=ec2|sagemaker|tuner ARGS="data.root=DIR"
 	$(BIN)/python -m launch plan target=$(or $(TARGET),ec2) $(ARGS)
 
-deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL --image URI"); asks before it changes anything
+deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL"); asks before it changes anything
 	$(BIN)/python -m serving deploy $(ARGS)
 
 # What is compiled is kept: two workers and hundreds of processes import the same modules.

@@ -14,8 +14,8 @@ import numpy as np
 
 from serving import bulk
 from serving.backends import Scores
+from serving.locate import package_of
 from serving.package import Package, load_for_command
-from serving.serve import package_of
 from serving.sources import Source, on_disk
 from trainer.common.arguments import typed_path
 from trainer.common.console import ProgressBar, command

@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 from serving import bulk, sources
 from serving.backends import Scores
+from serving.locate import package_of
 from serving.package import Package, load_for_command
-from serving.serve import package_of
 from serving.sources import Source
 from trainer.common import files
 from trainer.common.arguments import typed_path, whole
