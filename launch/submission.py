@@ -73,7 +73,7 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
             attempt = plan.before
             if not plan.spec.kind.trains:  # it is set going again as it is asked for now
                 attempt = dataclasses.replace(attempt, requests=plan.spec.kind.requests(plan.spec))
-    elif not s3.claim(aws, attempt.key, attempt.dumps()):
+    elif not notes.claim(aws, attempt):
         log.info("another submit of %s is under way; this one joins it", attempt.run)
         noted = notes.read(aws, attempt.key)
         assert noted is not None
@@ -106,7 +106,7 @@ def _send_first_offer(
             if not error.refused:
                 raise
             attempt = dataclasses.replace(attempt, refused=error.code)
-            s3.write(aws, attempt.key, attempt.dumps())
+            notes.note(aws, attempt)
             if not re.fullmatch(NOT_THIS_ONE, error.code):
                 raise
             if lacking is None or re.fullmatch(NO_CAPACITY, error.code):
@@ -118,7 +118,7 @@ def _send_first_offer(
         plan = plan.next_offer
         log.info("no %s (%s); asking for %s", _offer(before), why, _offer(plan.spec))
         attempt = dataclasses.replace(plan.attempt, asked=attempt.asked)
-        s3.write(aws, attempt.key, attempt.dumps())
+        notes.note(aws, attempt)
 
 
 def _without_same_quota(plan: Plan, error: AwsError) -> Plan:
@@ -156,7 +156,7 @@ def _again(aws: Aws, plan: Plan) -> Attempt:
             before.run,
         )
         return before
-    s3.write(aws, plan.attempt.key, plan.attempt.dumps())
+    notes.note(aws, plan.attempt)
     return plan.attempt
 
 
@@ -167,7 +167,7 @@ def _confirm(aws: Aws, attempt: Attempt, id: str | None) -> Attempt:
     """
     sent = attempt.sent or (notes.now().isoformat() if id else None)
     attempt = dataclasses.replace(attempt, id=id, sent=sent, refused=None)
-    s3.write(aws, attempt.key, attempt.dumps())
+    notes.note(aws, attempt)
     return attempt
 
 

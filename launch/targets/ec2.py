@@ -2,9 +2,9 @@
 
 What the instance reads from and writes to the bucket (user_data.sh), below runs/RUN/:
 `checkpoints/` and `log.txt` once a minute, `output/` (model package, report, metrics, result),
-`attempts/N.json` ({"attempt", "code", "reason"}) when attempt N has ended, `attempts/N.machine`
-which machine has it. `attempts/N.stop` asks it to stop; a note of a later attempt
-(`M.request.json`) ends it without another word.
+`attempts/N.json` ({"attempt", "code", "reason"}) when attempt N has ended, which the index says
+too (attempt.py), `attempts/N.machine` which machine has it. `attempts/N.stop` asks it to stop; a
+note of a later attempt (`M.request.json`) ends it without another word.
 """
 
 import dataclasses
@@ -24,18 +24,20 @@ from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, AwsError
 from launch.targets.attempt import (
+    INDEX,
     YOUNG,
     Attempt,
+    Noted,
     Phase,
     State,
     attempt_key,
-    loads,
     now,
     read,
     seconds_between,
 )
 from launch.targets.base import RUN, Spec, Target, TargetConfig, fit, tag_list, tag_values
 from launch.targets.instance_types import check_trains, names_in
+from launch.targets.inventory import Inventory
 from launch.targets.questions import Question, capacity, quota, way_to_s3
 from launch.targets.rented import Machines, Rented, rented
 from launch.targets.script import fill
@@ -192,11 +194,18 @@ class Ec2(Target):
             return _ended_with_word(attempt, instance, json.loads(outcome[0]), outcome[1])
         if instance is None:
             return _unlisted(aws, attempt)
-        name, started = instance["State"]["Name"], instance["LaunchTime"]
-        if name in ("terminated", "stopped"):
-            return _ended_without_word(aws, attempt, instance)
-        seconds = seconds_between(started, now())
-        return State(Phase.RUNNING, name, started, None, seconds, id=instance["InstanceId"])
+        return _running(instance) or _ended_without_word(aws, attempt, instance)
+
+    def listed(self, inventory: Inventory, noted: Noted) -> State | None:
+        """Return how it is: what its machine said last, else that it runs."""
+        if noted.state is not None:
+            return noted.state
+        attempt = noted.attempt
+        machines = {each["InstanceId"]: each for each in inventory.instances()}
+        instance = machines.get(attempt.id or "")
+        if noted.word is not None and noted.said is not None:
+            return _ended_with_word(attempt, instance, noted.word, noted.said)
+        return None if instance is None else _running(instance)
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
         # Noted as any other stop, so that nobody takes a machine that is terminated for reclaimed.
@@ -262,30 +271,21 @@ class Ec2(Target):
         return past.total_seconds() / 3600 if past > PATIENCE else 0.0
 
     @classmethod
-    def overdue(cls, aws: Aws) -> Iterator[tuple[Attempt, State]]:
-        for instance in instances(aws, ("instance-state-name", "running")):
-            running = seconds_between(instance["LaunchTime"], now())
+    def overdue(cls, inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
+        for instance in inventory.instances():
+            state = _running(instance)
             tags = tag_values(instance.get("Tags", []))
-            if running < PATIENCE.total_seconds() or not {"run", "attempt"} <= tags.keys():
+            if instance["State"]["Name"] != "running" or not {"run", "attempt"} <= tags.keys():
                 continue
-            key = attempt_key(tags["run"], int(tags["attempt"]), "request.json")
-            noted = s3.read(aws, key)
-            if noted is None:
+            if state is None or state.machine_seconds < PATIENCE.total_seconds():
                 continue
-            attempt = loads(noted[0])
-            state = State(
-                Phase.RUNNING,
-                "running",
-                instance["LaunchTime"],
-                machine_seconds=running,
-                id=instance["InstanceId"],
-            )
-            if cls(attempt.target).past_limit(attempt, state):
+            attempt = inventory.attempts().get((tags["run"], int(tags["attempt"])))
+            if attempt is not None and cls(attempt.target).past_limit(attempt, state):
                 yield attempt, state
 
     @classmethod
-    def rented(cls, aws: Aws) -> Iterator[Rented]:
-        for instance in instances(aws):
+    def rented(cls, inventory: Inventory) -> Iterator[Rented]:
+        for instance in inventory.instances():
             if instance["State"]["Name"] in ("pending", "running"):
                 machines = Machines(
                     instance["InstanceType"],
@@ -293,7 +293,7 @@ class Ec2(Target):
                     spot=instance.get("InstanceLifecycle") == "spot",
                 )
                 run = tag_values(instance.get("Tags", [])).get("run")
-                yield rented(aws, "machine", instance["InstanceId"], machines, run)
+                yield rented(inventory.aws, "machine", instance["InstanceId"], machines, run)
 
 
 TARGETS = (Ec2("ec2"),)
@@ -492,6 +492,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         run=spec.run,
         attempt=spec.attempt,
         bucket=spec.uri(),
+        index=INDEX,
         region=spec.region,
         source_sha256=spec.source,
         data=spec.data_uri or "",
@@ -582,6 +583,15 @@ def _owner_of(aws: Aws, attempt: Attempt, instance: dict[str, Any] | None) -> di
     if owner is None or owner == instance["InstanceId"]:
         return instance
     return _instance_of(aws, dataclasses.replace(attempt, id=owner))
+
+
+def _running(instance: dict[str, Any]) -> State | None:
+    """Return the state of a machine that has not ended, None of one that has."""
+    name, started = instance["State"]["Name"], instance["LaunchTime"]
+    if name in ("terminated", "stopped"):
+        return None
+    seconds = seconds_between(started, now())
+    return State(Phase.RUNNING, name, started, None, seconds, id=instance["InstanceId"])
 
 
 def _asked_to_stop(aws: Aws, attempt: Attempt) -> bool:

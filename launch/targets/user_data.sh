@@ -142,6 +142,14 @@ spot_notice() {
   return 1
 }
 
+# Notes how it ended, also in the name of an object: a listing of all runs reads no objects.
+last_word() {
+  local word
+  word=$(printf '{"attempt": %d, "code": %d, "reason": "%s"}' "$attempt" "$code" "$reason")
+  aws s3 cp - "$s3_run/attempts/$attempt.json" <<<"$word"
+  aws s3 cp - "$bucket/$index$run/$attempt.end.$(base64 -w0 <<<"$word" | tr '+/' '-_')" </dev/null
+}
+
 rebooting() { systemctl list-jobs 2>/dev/null | grep -q 'reboot\.target'; }
 
 finish() {
@@ -160,8 +168,7 @@ finish() {
     say "$other: this machine leaves the run alone"
   else
     upload >>"$log" 2>&1
-    rebooting || # it goes on after that
-      printf '{"attempt": %d, "code": %d, "reason": "%s"}\n' "$attempt" "$code" "$reason" | aws s3 cp - "$s3_run/attempts/$attempt.json"
+    rebooting || last_word # it goes on after that
   fi
   tail -n 50 "$log" # to the instance's console, should S3 be out of reach
   rebooting || shutdown -h now
