@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults mutations bench docs pages hosts doors clean
+.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults mutations bench docs pages hosts doors engines clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -66,8 +66,15 @@ doors: .venv/dev  ## install TorchServe, AWS's toolkit, Ray Serve and Java (apt-
 	test -x .venv-doors/bin/ray || { $(BIN)/python -m venv .venv-doors && .venv-doors/bin/pip install -q -c .venv/constraints.txt -e '.[doors]'; }
 	$(BIN)/python -m pytest -m '' tests/serving/test_adapters.py
 
+engines: .venv/dev  ## install SkyPilot and dstack, and let them read what launch export writes; in .venv-engines
+	for engine in skypilot dstack; do \
+	  test -x .venv-engines/$$engine/bin/python || $(BIN)/python -m venv .venv-engines/$$engine; \
+	done
+	.venv-engines/skypilot/bin/pip install -q 'skypilot[aws]' && .venv-engines/dstack/bin/pip install -q dstack
+	$(BIN)/python -m pytest tests/launch/test_exports.py
+
 clean:  ## remove the virtual environment and caches; runs and data stay
-	rm -rf .venv .venv-doors build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-doors .venv-engines build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # What is installed depends on these files alone, so a second make sets nothing up.
 .venv/%: pyproject.toml constraints.txt .ci/setup

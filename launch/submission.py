@@ -49,6 +49,16 @@ def submit(aws: Aws, plan: Plan, data: Path | None = None, weights: Path | None 
         return plan.before if plan.before.id else _confirm(aws, plan.before, plan.state.id)
     for line in means(spec, data):
         log.info(line)
+    upload(aws, plan, data, weights)
+    return carry_out(aws, plan)
+
+
+def upload(aws: Aws, plan: Plan, data: Path | None, weights: Path | None) -> None:
+    """Upload what a run needs, as far as it isn't there. Raise UserError, AwsError.
+
+    data, weights: the folders of pictures and of weights; None: they are there, or not needed.
+    """
+    spec = plan.spec
     key = f"source/{spec.source}.tar.gz"
     if not s3.exists(aws, key):
         s3.write(aws, key, plan.source)
@@ -57,7 +67,6 @@ def submit(aws: Aws, plan: Plan, data: Path | None = None, weights: Path | None 
         s3.upload_folder(aws, data, f"data/{spec.data}/")
     if weights is not None and weights_name(weights) == spec.weights:
         s3.upload_folder(aws, weights, f"data/{spec.weights}/")
-    return carry_out(aws, plan)
 
 
 def carry_out(aws: Aws, plan: Plan) -> Attempt:
