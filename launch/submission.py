@@ -63,10 +63,13 @@ def upload(aws: Aws, plan: Plan, data: Path | None, weights: Path | None) -> Non
     if not s3.exists(aws, key):
         s3.write(aws, key, plan.source)
         log.info("uploaded the code (%.1f MB) to %s", len(plan.source) / 1e6, spec.uri(key))
+    folders = []
     if data is not None and spec.data is not None:
-        s3.upload_folder(aws, data, f"data/{spec.data}/")
+        folders.append((data, f"data/{spec.data}/"))
     if weights is not None and weights_name(weights) == spec.weights:
-        s3.upload_folder(aws, weights, f"data/{spec.weights}/")
+        folders.append((weights, f"data/{spec.weights}/"))
+    for folder, prefix in folders:
+        s3.upload_folder(aws, folder, prefix, s3.has_own_key(aws, key))
 
 
 def carry_out(aws: Aws, plan: Plan) -> Attempt:
