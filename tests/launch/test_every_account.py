@@ -112,7 +112,7 @@ def test_what_does_not_go_together_is_refused(words):
 
 
 def test_what_a_key_of_ones_own_encrypts_has_no_md5_as_its_etag(account, tmp_path, monkeypatch):
-    """Pictures that are there are known by name and size; results are still held to what S3 says."""
+    """Pictures that are there are known by name and size, results held to what S3 says."""
     for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": account.url}).items():
         monkeypatch.setenv(name, value)
     client, bucket = account.client("s3"), "company-keyed"

@@ -3,8 +3,11 @@
 `make engines` installs SkyPilot and dstack, whose own parsers then read what is written.
 """
 
+import importlib.util
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from launch.cloud.request import Request, check
 from launch.planning import Plan, prepare
 from launch.targets.spec import load_target
 from tests.conftest import PROJECT
-from trainer.common.errors import RESUME, UserError
+from tests.launch.conftest import running
+from trainer.common.errors import FAULT, OK, RESUME, UserError
 
 ENGINES = PROJECT / ".venv-engines"  # an environment each: what they need doesn't go together
 needs_engines = pytest.mark.skipif(not ENGINES.exists(), reason="make engines installs them")
@@ -130,3 +134,47 @@ def test_what_an_engine_cannot_carry_is_refused(engine, target):
     plan = prepare(None, load_target([f"target={target}"]), sweep)
     with pytest.raises(UserError, match=f"target={target}: .*give target="):
         exports.written(plan, engine, Path("a"))
+
+
+@pytest.mark.long
+def test_the_script_trains_and_keeps_one_limit_over_all_machines(tmp_path, monkeypatch):
+    """It goes on from the bucket, saves there, and is refused when its seconds are used up."""
+    monkeypatch.setattr(exports, "SCRATCH", str(tmp_path / "scratch"))
+    words = ("name=dogs", "train.epochs=1", "data.size=16", "data.resize=16", "train.threads=1")
+    plan = prepare(None, load_target(["target=ec2"]), words)
+    bucket = plan.spec.bucket
+    with running(tmp_path / "calls.jsonl") as cloud:
+        s3 = cloud.client("s3")
+        s3.create_bucket(Bucket=bucket)
+        s3.put_object(Bucket=bucket, Key=f"source/{plan.spec.source}.tar.gz", Body=plan.source)
+        script = tmp_path / "script.sh"
+        script.write_text(exports.script(plan.spec, 1.0))
+        setuptools = importlib.util.find_spec("setuptools")
+        assert setuptools is not None and setuptools.origin is not None
+        environment = cloud.environment() | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            # The set-up goes on top of the Python of the tests, and downloads nothing.
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(Path(setuptools.origin).parents[1]),
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",
+        }
+
+        def run() -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                ["bash", script], env=environment, capture_output=True, text=True, timeout=1200
+            )
+
+        first = run()
+        assert first.returncode == OK, first.stdout + first.stderr
+        keys = {
+            each["Key"]
+            for each in s3.list_objects_v2(Bucket=bucket, Prefix="runs/dogs/")["Contents"]
+        }
+        assert {"runs/dogs/output/result.json", "runs/dogs/log.txt"} <= keys
+        assert any("/checkpoints/" in key for key in keys)
+        used = s3.get_object(Bucket=bucket, Key="runs/dogs/exported.seconds")["Body"].read()
+        assert int(used) > 0
+        s3.put_object(Bucket=bucket, Key="runs/dogs/exported.seconds", Body=b"3600")
+        last = run()
+        assert last.returncode == FAULT and "used up its 3600 seconds" in last.stdout
