@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from launch.planning import Plan
-from launch.targets import ec2
+from launch.targets import ec2_request as ec2
 from launch.targets.base import Spec, fit
 from launch.targets.instance_types import has_gpu, names_in
 from launch.targets.sagemaker import SageMaker

@@ -7,7 +7,8 @@ from launch.cloud.request import Request
 from launch.cloud.session import Aws
 from launch.targets.attempt import Attempt, Noted, Phase, State
 from launch.targets.base import RUN, Spec, fit
-from launch.targets.ec2 import Ec2, run_instances
+from launch.targets.ec2 import Ec2
+from launch.targets.ec2_request import run_instances
 from launch.targets.inventory import Inventory
 from launch.targets.rented import Rented
 from launch.targets.script import fill

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains one run on this instance and terminates the instance, whatever happens. Runs as root at each boot; launch/targets/ec2.py fills in the settings.
+# Trains one run on this instance and terminates the instance, whatever happens. Runs as root at each boot; launch/targets/ec2_request.py fills in the settings.
 set -uo pipefail
 
 @SETTINGS@
