@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults mutations bench docs pages hosts doors engines clean
+.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults mutations bench bench-compare docs pages hosts doors engines clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -47,8 +47,11 @@ soak-serving: .venv/dev  ## nine attacks on a server at once while good pictures
 faults: .venv/dev  ## let one call to the system fail in each of 200 real runs, and compare each with an undisturbed one (COUNT=n SEED=n); needs a C compiler
 	$(BIN)/python -m tests.faults --count $(or $(COUNT),200) --seed $(or $(SEED),0)
 
-bench: .venv/bench  ## measure against peers in one run, and write docs/benchmarks.md (ARGS="input loop start stall")
+bench: .venv/bench  ## measure against peers in one run, and write docs/benchmarks.md (ARGS="input loop start stall"; ARGS=--quick)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-compare: .venv/bench  ## measure another revision and this one in turns (REV=v0.1.0 ARGS="input loop")
+	$(BIN)/python -m tests.benchmarks.compare $(or $(REV),$(error give REV=REVISION)) $(ARGS)
 
 docs: .venv/dev  ## write docs/configuration.md from the code
 	$(BIN)/python -m tests.reference

@@ -298,15 +298,15 @@ MUTATIONS = (
     Mutation(
         "macro F1 is micro F1",
         "trainer/training/metrics.py",
-        'multiclass_f1_score(logits, labels, classes, average="macro")',
-        'multiclass_f1_score(logits, labels, classes, average="micro")',
+        'multiclass_f1_score(first, labels, classes, average="macro")',
+        'multiclass_f1_score(first, labels, classes, average="micro")',
         "trainer/training/test_classification.py",
     ),
     Mutation(
         "top-5 is top-1",
         "trainer/training/metrics.py",
-        "top_k=min(5, classes)",
-        "top_k=1",
+        "logits.topk(min(5, classes)).indices",
+        "logits.topk(1).indices",
         "trainer/training/test_classification.py",
     ),
     Mutation(

@@ -6,6 +6,6 @@ PyTorch's exporter reads and registers some thousand operators when it is first 
 import numpy as np
 
 from trainer.network.build import build
-from trainer.results.package import to_onnx
+from trainer.results.graph import to_onnx
 
-to_onnx(build("small_cnn", 2).eval(), np.zeros((1, 16, 16, 3), np.uint8))
+to_onnx(build("small_cnn", 2).eval(), np.zeros((1, 16, 16, 3), np.uint8), ["logits"])

@@ -5,14 +5,19 @@ They are printed, and put into docs/benchmarks.md.
 
 import argparse
 import importlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 NAMES = (
     "input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care", "calibrate",
     "recipe", "month",
 )  # fmt: skip
+
+
+QUICK = ["input", "loop", "start", "stall"]  # some minutes, a round of each
 
 
 def main() -> None:
@@ -49,7 +54,15 @@ def main() -> None:
     parser.add_argument(
         "--fastai", metavar="PYTHON", help="one that has fastai, torchvision and timm (recipe)"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"one round of {', '.join(QUICK)}; no page is written"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="where the tables go as data too")
+    parser.add_argument("--no-page", action="store_true", help="docs/benchmarks.md stays as it is")
     options = parser.parse_args()
+    names = options.names or NAMES
+    if options.quick:
+        names, options.rounds, options.no_page = options.names or QUICK, 1, True
     for name in ("photos", "weights", "results", "minutes", "fastai"):
         value = getattr(options, name)
         if value:
@@ -61,15 +74,32 @@ def main() -> None:
     from tests.benchmarks import table
 
     modules = {name: importlib.import_module(f"tests.benchmarks.{name}") for name in NAMES}
-    for name in options.names or NAMES:
+    results: dict[str, Any] = {}
+    for name in names:
         with tempfile.TemporaryDirectory(prefix="packhorse-bench-") as scratch:
             measured = modules[name].measure(Path(scratch), options.rounds)
         text = measured.markdown()
         print(text, flush=True)
+        results[measured.title] = measured.as_json()
+        if options.json:
+            write(options.json, results)
+        if options.no_page:
+            continue
+        write(table.RESULTS, read(table.RESULTS) | results)
         page = table.PAGE.read_text() if table.PAGE.exists() else ""
         table.PAGE.write_text(
             table.merge(page, {measured.title: text}, [module.TITLE for module in modules.values()])
         )
+
+
+def read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    return dict(json.loads(path.read_text()))
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

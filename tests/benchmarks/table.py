@@ -9,13 +9,15 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+RESULTS = PAGE.with_suffix(".json")  # the same tables as data
 HEAD = """# Benchmarks
 
 Written by `make bench` (`python -m tests.benchmarks`); not edited by hand. The contenders of a
@@ -51,11 +53,21 @@ class Table:
         parts = [
             f"## {self.title}",
             self.note,
-            "\n".join(f"| {' | '.join(line)} |" for line in lines),
+            markdown_table(lines),
         ]
         if self.missing:
             parts.append(f"Left out, since not installed: {', '.join(self.missing)}.")
         return "\n\n".join([*parts, environment(self.packages)]) + "\n"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the same as data, for who compares two runs."""
+        rows = [{"name": row.name, "cells": row.cells, "target": _target(row)} for row in self.rows]
+        return {"columns": self.columns, "rows": rows, "where": environment(self.packages)}
+
+
+def markdown_table(lines: Iterable[Sequence[str]]) -> str:
+    """Return lines of cells as Markdown; the second one is the rule below the head."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _target(row: Row) -> str:

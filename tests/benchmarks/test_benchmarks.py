@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from tests.benchmarks import recipe
+from tests.benchmarks import compare, recipe
 from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.measure import paired, ratio
 from tests.benchmarks.table import HEAD, Row, Table, merge
@@ -41,6 +41,18 @@ def test_a_section_is_replaced_and_the_others_stay():
         merge(page, {"Other": other.replace("how", "how else")}, ["One", "Other"]).count("how else")
         == 1
     )
+
+
+def test_two_revisions_are_compared_round_by_round():
+    def run(value: str) -> compare.Cells:
+        rows = [Row("ours", (value, "0.5 s")), Row("theirs", ("1,000", "")), Row("text", ("", ""))]
+        return compare.numbers({"Loop": Table("Loop", "", ("ratio", "time"), rows).as_json()})
+
+    other, this = [run("2"), run("4")], [run("3"), run("4 (n=1)")]
+    text = compare.compared(other, this, "v0.1.0")
+    assert "| Loop | ours | ratio | 4 | 4 | 1.25 (n=2, 1 to 1.5) |" in text
+    assert "| Loop | theirs | ratio | 1000 | 1000 | 1 (n=2, 1 to 1) |" in text
+    assert "| Loop | ours | time | 0.5 | 0.5 | 1 (n=2, 1 to 1) |" in text and "text" not in text
 
 
 def test_auto_is_held_to_the_best_simple_way_and_to_its_time():

@@ -111,12 +111,13 @@ def resize(pixels: NDArray[np.uint8], size: int, interpolation: str) -> NDArray[
 
 def mirror(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return pixels uint8 [H, W, 3] mirrored, which NumPy would do pixel by pixel."""
-    # In strips so small that PyTorch does each in this thread: one that loads images should start
-    # no others.
+    image = torch.from_numpy(pixels)
+    if torch.get_num_threads() == 1:
+        mirrored: NDArray[np.uint8] = image.flip(1).numpy()
+        return mirrored
+    # In strips so small that PyTorch does each in this thread, and does not wait for others.
     rows = max(1, (GRAIN - 1) // pixels[0].size)
-    return torch.cat(
-        [strip.flip(1) for strip in torch.split(torch.from_numpy(pixels), rows)]
-    ).numpy()
+    return torch.cat([strip.flip(1) for strip in torch.split(image, rows)]).numpy()
 
 
 def random_box(

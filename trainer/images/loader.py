@@ -3,6 +3,7 @@
 Decoding and resizing release the GIL, so worker processes would only copy.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -78,7 +79,7 @@ def load(
             fill(0, 1)
             yield batch
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
+    pool = ThreadPoolExecutor(workers, "images", initializer=_work_alone)
     try:
         pending: deque[tuple[Batch, list[Future[None]]]] = deque()
         for number in range(len(batches) + AHEAD):
@@ -92,6 +93,24 @@ def load(
                 yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _work_alone() -> None:
+    """Have PyTorch use this thread alone for what it is asked to do here.
+
+    Threads that load are many enough: those that each of them would start are in their way.
+    PyTorch keeps the number for each thread, but what is set last is where a new one begins: so
+    another thread, which ends at once, sets it back.
+    """
+    with _one_at_a_time:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        restore.start()
+        restore.join()
 
 
 class Loader(Protocol):

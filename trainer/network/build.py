@@ -160,10 +160,14 @@ def build(
 
 def identity(network: Classifier) -> dict[str, str]:
     """Return what the network's backbone is, by its tensors, its architecture and its builder."""
+    return of_weights(network.backbone, network.name, builder(network))
+
+
+def builder(network: Classifier) -> dict[str, str]:
+    """Return the versions of the libraries that built the network, by their names."""
     libraries = {"small_cnn": (), "timm": ("timm",)}
     used = libraries.get(network.name.split("/")[0], ("torchvision",))
-    versions = {library: importlib.metadata.version(library) for library in used}
-    return of_weights(network.backbone, network.name, versions)
+    return {library: importlib.metadata.version(library) for library in used}
 
 
 def check(network: Classifier, name: str, size: int, count: int) -> None:

@@ -24,7 +24,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from trainer.common import files, journal
 from trainer.common.command import one_line
@@ -38,10 +37,10 @@ from trainer.network import build
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 
-FORMAT = 3  # of the files; 1 had no checksums, 2 other names
+FORMAT = 4  # of the files; 1 had no checksums, 2 other names, 3 a last block that was padded
 NAMES = {PLAIN: "plain", MIRRORED: "mirrored"}  # of the views that aren't random
 # Images at a time, whatever the training's batch: features differ by about 1e-6 from one size to
-# another.
+# another. The last block is the rest; its size too is a function of the pictures alone.
 BATCH = 64
 SAVE_EVERY = 10.0  # seconds of work that a kill may cost
 
@@ -261,14 +260,11 @@ def _opened(path: Path) -> FileIO:
 
 @torch.inference_mode()
 def compute(network: Classifier, batch: Batch, machine: Machine) -> NDArray[np.float32]:
-    """Return the features of at most BATCH images, float32 [N, width]."""
+    """Return the features of a batch of images, float32 [N, width]."""
     network.eval()
-    missing = BATCH - len(batch.image)
-    # The last batch too is computed in the full shape.
-    image = functional.pad(batch.image, (0, 0, 0, 0, 0, 0, 0, missing))
     with machine.autocast():
-        features = network.features(image.to(machine.device, non_blocking=True))
-    rows = features[: len(batch.image)].float().cpu()
+        features = network.features(batch.image.to(machine.device, non_blocking=True))
+    rows = features.float().cpu()
     array: NDArray[np.float32] = rows.contiguous().numpy()  # a ViT's are one token of many
     return array
 

@@ -2,7 +2,8 @@
 
 The network is exported and packaged before it is trained, by the functions that do it in the end,
 and serving loads the package. A machine does that once for each network and set of versions: it is
-noted in the cache. Whether the disk is large enough is looked at each time.
+noted in the cache, with the network's graph, so that the end needs no second export. Whether the
+disk is large enough is looked at each time.
 """
 
 import json
@@ -27,6 +28,7 @@ from trainer.images.usable import preprocessing
 from trainer.network import build
 from trainer.network.build import Classifier
 from trainer.results import package
+from trainer.settings.config import Config
 from trainer.training.run import Run
 from trainer.training.training import build_network, prepare_machine
 
@@ -58,16 +60,8 @@ def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
     Random numbers stay as they are.
     """
     pixels = preprocessing(run.config)
-    facts = {
-        "network": network.name,
-        "structure": identity.of_bytes(identity.structure(network).encode()),
-        "pixels": pixels.size,
-        "versions": package.versions(),
-        "built by": build.identity(network)["weights.versions"],
-        "code": [identity.of_file(path) for path in package.sources()],
-    }
-    text = json.dumps(facts, sort_keys=True, indent=1)
-    known = Path(run.config.platform.cache, DIRECTORY, f"{identity.of_bytes(text.encode())}.json")
+    facts = _facts(network, pixels)
+    known = _known(run.config, facts)
     if known.exists():
         return
     with (
@@ -75,18 +69,45 @@ def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
         torch.random.fork_rng(devices=[]),
         tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=run.directory) as scratch,
     ):
-        _try(network, run.config.model.name, images.classes, pixels, Path(scratch))
+        _try(network, images.classes, pixels, Path(scratch), _graph(known))
     with suppress(OSError):  # it is tried again then
         known.parent.mkdir(parents=True, exist_ok=True)
-        files.write(known, text)
+        files.write(known, facts)
+
+
+def graph_of(config: Config, network: Classifier) -> Path:
+    """Return where the graph of a network that was tried is kept, see `results.graph`."""
+    return _graph(_known(config, _facts(network, preprocessing(config))))
+
+
+def _facts(network: Classifier, pixels: Preprocessing) -> str:
+    """Return what a package's success is a function of, but for the weights: JSON."""
+    facts = {
+        "network": network.name,
+        "structure": identity.of_bytes(identity.structure(network).encode()),
+        "pixels": pixels.size,
+        "versions": package.versions(),
+        "built by": build.builder(network),
+        "code": [identity.of_file(path) for path in package.sources()],
+    }
+    return json.dumps(facts, sort_keys=True, indent=1)
+
+
+def _known(config: Config, facts: str) -> Path:
+    """Return where it is noted that a network was tried."""
+    return Path(config.platform.cache, DIRECTORY, f"{identity.of_bytes(facts.encode())}.json")
+
+
+def _graph(known: Path) -> Path:
+    return known.with_suffix(".graph")
 
 
 def _try(
     network: Classifier,
-    name: str,
     classes: tuple[str, ...],
     pixels: Preprocessing,
     scratch: Path,
+    graph: Path,
 ) -> None:
     side = max(pixels.size, pixels.resize)
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -96,11 +117,12 @@ def _try(
         classes=classes,
         preprocessing=pixels,
         metrics={},
-        config={"model.name": name},
+        config={"model.name": network.name},
         revision=None,
         golden=[str(picture)],
         means=torch.ones(len(classes), network.features_width),
         tolerance=TOLERANCE,
+        graph=graph,
     )
     try:
         package.build(network, contents, scratch / "model", archive=False)

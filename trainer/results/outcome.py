@@ -19,7 +19,7 @@ from trainer.images import folder
 from trainer.images.names import suffix_of
 from trainer.network.distance import Features, Joined, WithDistance, class_means
 from trainer.network.weights import provenance
-from trainer.results import calibrate, package, quantize, report
+from trainer.results import calibrate, early, package, quantize, report
 from trainer.results.calibrate import Quality
 from trainer.results.prediction import predictions
 from trainer.results.predictions import labelled
@@ -27,7 +27,7 @@ from trainer.results.report import Other
 from trainer.settings.config import identity, metric_line
 from trainer.training import complete
 from trainer.training.loop import predict
-from trainer.training.metrics import classification
+from trainer.training.metrics import classification, mean_loss
 from trainer.training.recipe import Recipe
 from trainer.training.training import Training
 
@@ -81,7 +81,7 @@ def load_best(run: Training) -> None:
             for row in progress.rows
             if "valid_loss" in row
         }
-        given = classification(logits, targets, "valid")["valid_loss"]
+        given = mean_loss(logits, targets)
         same_place = best["environment"] == run.facts["environment"]
         relative, absolute = SAME_LOSS_HERE if same_place else SAME_LOSS_ELSEWHERE
         if not np.isclose(given, losses[epoch], relative, absolute, equal_nan=True):
@@ -241,6 +241,7 @@ def build_package(run: Training, tested: Tested) -> None:
         revision=revision(),
         weights=provenance(config),
         golden=[split.paths[first] for first in firsts],
+        graph=early.graph_of(config, run.network),
         suffixes=frozenset(
             suffix_of(path) for each in images.splits.values() for path in each.paths
         ),

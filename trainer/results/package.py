@@ -11,15 +11,12 @@ import gzip
 import hashlib
 import io
 import json
-import logging
 import os
 import shutil
 import sys
 import tarfile
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -42,6 +39,7 @@ from trainer.network.build import Classifier
 from trainer.network.distance import WithDistance
 from trainer.results import calibrate, quantize
 from trainer.results.calibrate import Calibration
+from trainer.results.graph import to_onnx
 
 MEANS = "distance.safetensors"  # the classes' mean features, for PyTorch; ONNX holds them too
 PROJECT = Path(__file__).resolve().parents[2]
@@ -52,10 +50,6 @@ CODE = {
     "serving/ray_app.py": "serving/adapters/ray.py",
     **{name: name for name in SERVING_CODE},
 }
-
-# ONNX Runtime 1.17 and later read it, so what serving requires holds whatever PyTorch's default
-# becomes.
-OPSET = 20
 
 # How far serving's logits may lie from the trained network's: absolute + relative * the largest
 # logit of the golden images. Measured on ResNet-18 and MobileNetV2, as parts of that largest logit:
@@ -94,6 +88,7 @@ class Contents:
     suffixes: frozenset[str] = frozenset()  # that the trained pictures' names end in
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)  # of float32's logits
     created: datetime | None = None  # None: now
+    graph: Path | None = None  # where that of the network is kept, or will be; None: nowhere
 
 
 class SelfTestFailed(UserError):
@@ -126,9 +121,7 @@ def build(
         with tempfile.TemporaryDirectory(prefix=temporary, dir=place) as scratch:
             staged = Path(scratch) / "package"
             trained = copy.deepcopy(network).cpu().float().eval()
-            contents = _write_contents(trained, contents, staged)
-            _write_manifest(contents, staged)
-            _self_test(staged)
+            _stage(trained, contents, staged)
             if archive:
                 _archive(staged, Path(scratch) / target.name)
                 (Path(scratch) / target.name).replace(target)
@@ -138,6 +131,22 @@ def build(
     except OSError as error:
         error.filename = str(target)
         raise
+
+
+def _stage(network: nn.Module, contents: Contents, staged: Path) -> None:
+    """Write the package's files and have them checked."""
+    graph_was_there = contents.graph is not None and contents.graph.exists()
+    try:
+        _write_manifest(_write_contents(network, contents, staged), staged)
+        _self_test(staged)
+    except SelfTestFailed:
+        if not graph_was_there:
+            raise
+        assert contents.graph is not None
+        # It may be another network's, or of code that has changed since.
+        contents.graph.unlink(missing_ok=True)
+        shutil.rmtree(staged)
+        _stage(network, contents, staged)
 
 
 def _write_contents(network: nn.Module, contents: Contents, package: Path) -> Contents:
@@ -152,7 +161,7 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> Co
         _write(package / MEANS, safetensors.save({"means": contents.means}))
     scores = _scores(served, pixels)
     assert scores["logits"].shape == (len(golden), len(contents.classes)), scores["logits"].shape
-    model = to_onnx(served, pixels)
+    model = to_onnx(served, pixels, _outputs(served), contents.graph)
     if contents.int8:
         model, measured = quantize.int8(model, contents.int8, contents.max_drop)
         scores = quantize.scores(model, pixels)
@@ -235,7 +244,10 @@ def versions() -> dict[str, str]:
 
 def sources() -> list[Path]:
     """Return the files of ours that make a package, and those that load it."""
-    return [Path(__file__), *(PROJECT / source for source in CODE.values())]
+    makers = ("network/build.py", "network/distance.py", "results/graph.py", "results/package.py")
+    return [PROJECT / "trainer" / name for name in makers] + [
+        PROJECT / source for source in CODE.values()
+    ]
 
 
 def _read_image(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray[np.uint8]]:
@@ -276,58 +288,6 @@ def _scores(network: nn.Module, pixels: NDArray[np.uint8]) -> dict[str, NDArray[
             "lower optim.lr or set train.clip_norm"
         )
     return scores
-
-
-def to_onnx(network: nn.Module, pixels: NDArray[np.uint8]) -> bytes:
-    """Return the network as an ONNX model, for any batch.
-
-    It takes `pixels`, uint8 [batch, size, size, 3], to `logits`, float32 [batch, classes], and, if
-    it is one with distance, to `distance`, float32 [batch].
-    """
-    # Of two: the exporter takes a dimension of 1 for a constant.
-    example = torch.from_numpy(pixels[:1]).repeat(2, 1, 1, 1)
-    try:
-        with _silence():
-            program = torch.onnx.export(
-                network,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["pixels"],
-                output_names=_outputs(network),
-                opset_version=OPSET,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise UserError(
-            "PyTorch can't export this network as ONNX "
-            f"({str(error).strip().splitlines()[0]}); choose another model.name"
-        ) from error
-    assert program is not None
-    model = program.model_proto
-    # The exporter notes for each part from which line of which file it came. That is half of a
-    # small model, and this machine's paths.
-    for part in (
-        *model.graph.node,
-        *model.graph.initializer,
-        *model.graph.value_info,
-        *model.graph.input,
-        *model.graph.output,
-    ):
-        del part.metadata_props[:]
-    return bytes(model.SerializeToString())
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Hide what the exporter and its libraries log and warn of: the user can't act on it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _self_test(package: Path) -> None:

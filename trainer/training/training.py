@@ -38,7 +38,13 @@ from trainer.network.features import FeatureCache, FeatureLoader
 from trainer.settings.config import FEW_VALID, Config, metric_line
 from trainer.training import care, checkpoint
 from trainer.training.checkpoints import Checkpoints
-from trainer.training.metrics import MetricsFile, TrainSums, better, classification
+from trainer.training.metrics import (
+    MetricsFile,
+    TrainSums,
+    better,
+    classification,
+    mean_loss,
+)
 from trainer.training.run import Run
 
 REWINDS = 2  # how often a training that diverged goes back, each time with half the learning rate
@@ -287,14 +293,14 @@ class Training:
         error of that: the losses of each image are compared, at the temperature that is best for
         each of the two (a package is calibrated).
         """
-        of_weights = classification(logits, labels, "valid")
+        loss_of_weights = mean_loss(logits, labels)
         if self.head_saw_valid:
             logits = self.unseen_logits("valid")
         losses = probe.calibrated_losses(logits, labels)
         metrics = classification(logits, labels, "valid")
         metrics["valid_refinement"] = round(losses.mean().item(), 6)
         if self.head_saw_valid:
-            return metrics | {"seen_loss": of_weights["valid_loss"]}
+            return metrics | {"seen_loss": loss_of_weights}
         if self.config.model.head != "probe":
             return metrics
         if self.probe_losses is None:

@@ -173,7 +173,7 @@ STAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "epoch": ("trainer.training.loop", "train_one_step", ()),
     "evaluation": ("trainer.training.loop", "predict", ()),
     "test": ("trainer.results.outcome", "load_best", ()),
-    "export": ("trainer.results.package", "to_onnx", ()),
+    "export": ("trainer.results.graph", "to_onnx", ()),
     "self-test": ("trainer.results.package", "_self_test", ()),
     "archive": ("trainer.results.package", "_archive", ()),
 }  # fmt: skip

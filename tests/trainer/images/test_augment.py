@@ -102,8 +102,10 @@ def test_a_view_is_pillows_but_for_rounding(pixels, interpolation, levels, size)
         assert np.abs(view.astype(int) - np.asarray(expected)).max() <= levels
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 1, 3), (7, 5, 3), (300, 224, 3), (2, 20000, 3)])
-def test_mirroring_exchanges_left_and_right(shape):
+def test_mirroring_exchanges_left_and_right(shape, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     random = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     assert np.array_equal(mirror(random), random[:, ::-1])
 

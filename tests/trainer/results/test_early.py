@@ -29,6 +29,15 @@ def never(*arguments):
     raise AssertionError("tried again")
 early._try = never
 """
+ONCE = """
+import torch
+real, exported = torch.onnx.export, []
+def export(*arguments, **options):
+    exported.append(arguments)
+    assert len(exported) == 1, "exported again"
+    return real(*arguments, **options)
+torch.onnx.export = export
+"""
 FREE = """
 import shutil
 from trainer.results import early
@@ -71,10 +80,11 @@ def test_a_package_that_serving_cant_load_is_refused_before_the_first_step(tmp_p
 
 
 def test_a_network_is_tried_once_on_a_machine_and_that_changes_no_bit(tmp_path, pictures):
-    code, output = run(tmp_path, pictures, "name=first")
+    code, output = run(tmp_path, pictures, "name=first", before=ONCE)
     assert code == 0, output
-    (known,) = (tmp_path / "cache/exports").iterdir()
+    (known,) = (tmp_path / "cache/exports").glob("*.json")
     assert "onnxruntime" in json.loads(known.read_text())["versions"]
+    assert known.with_suffix(".graph").exists()
     code, output = run(tmp_path, pictures, "name=second", before=NEVER)
     assert code == 0 and rows(tmp_path, "first") == rows(tmp_path, "second"), output
     code, output = run(tmp_path, pictures, "name=third", "data.size=12", before=NEVER)

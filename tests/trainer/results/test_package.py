@@ -337,6 +337,24 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, smal
     assert not list(small_disk.rglob(".writing-*"))
 
 
+class Scaled(nn.Module):
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.scale, self.offset = nn.Parameter(torch.ones(3)), offset
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float().mean((1, 2)) * self.scale + self.offset
+
+
+def test_the_kept_graph_of_a_network_that_computes_otherwise_costs_no_package(tmp_path):
+    contents = replace(make_contents(tmp_path / "pictures"), graph=tmp_path / "kept.graph")
+    package.build(Scaled(0.0), contents, tmp_path / "first.tar.gz")
+    kept = contents.graph.read_bytes()
+    package.build(Scaled(1000.0), contents, tmp_path / "second.tar.gz")
+    assert contents.graph.read_bytes() != kept
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("code", [-signal.SIGKILL, MISTAKE])
 def test_a_self_test_that_the_machine_or_a_disk_ended_is_made_again(built, monkeypatch, code):
     real, hit = package.sessions.run, [code]

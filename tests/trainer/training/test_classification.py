@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from trainer.training.metrics import better, classification
 
@@ -19,6 +20,24 @@ def test_the_metrics_by_hand():
     chances = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
     loss = -chances[torch.arange(10), labels].log().mean().item()
     assert found["valid_loss"] == pytest.approx(loss, abs=2e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 40])
+def test_the_figures_are_those_of_torchmetrics_for_the_logits(classes):
+    random = torch.Generator().manual_seed(classes)
+    logits = torch.randn(300, classes, generator=random)
+    labels = torch.randint(0, classes, (300,), generator=random)
+    found = classification(logits, labels, "valid")
+    theirs = {
+        "valid_top1": multiclass_accuracy(logits, labels, classes, average="micro"),
+        "valid_top5": multiclass_accuracy(
+            logits, labels, classes, average="micro", top_k=min(5, classes)
+        ),
+        "valid_f1": multiclass_f1_score(logits, labels, classes, average="macro"),
+    }
+    assert {name: round(value.item(), 6) for name, value in theirs.items()} == {
+        name: found[name] for name in theirs
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""`python -m tests.benchmarks.compare REVISION [NAME ...]`: another revision against this one.
+
+The same benchmarks, those of this revision, measure both. They take turns, so what else the machine
+does falls on both.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.__main__ import NAMES, QUICK
+from tests.benchmarks.measure import ratio
+from tests.benchmarks.table import markdown_table
+
+PROJECT = Path(__file__).parents[2]
+NUMBER = re.compile(r"[\d,]+(\.\d+)?")
+
+Cells = dict[tuple[str, str, str], float]  # of title, row and column
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.compare",
+        description="Measure another revision and this one in turns, and print the ratios.",
+    )
+    parser.add_argument("revision", help="what git knows it by: a tag, a branch, a commit")
+    parser.add_argument("names", nargs="*", choices=[[], *NAMES], help="default: the quick ones")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
+    options = parser.parse_args()
+    names = options.names or QUICK
+    found: dict[str, list[Cells]] = {"other": [], "this": []}
+    with checked_out(options.revision) as other:
+        for number in range(options.rounds):
+            for which, project in (("other", other), ("this", PROJECT)):
+                print(f"round {number + 1} of {options.rounds}: {which}", file=sys.stderr)
+                found[which].append(measured(project, names))
+    print(compared(found["other"], found["this"], options.revision))
+
+
+@contextmanager
+def checked_out(revision: str) -> Iterator[Path]:
+    """Give a copy of the project at a revision, with the benchmarks of this one."""
+    with tempfile.TemporaryDirectory(prefix="packhorse-compare-") as scratch:
+        project = Path(scratch) / "project"
+        git = ["git", "-C", str(PROJECT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", project, revision], check=True)
+        try:
+            shutil.rmtree(project / "tests")
+            shutil.copytree(PROJECT / "tests", project / "tests")
+            yield project
+        finally:
+            subprocess.run([*git, "remove", "--force", project], check=True)
+
+
+def measured(project: Path, names: list[str]) -> Cells:
+    """Measure once, by the code of a project. Return the numbers of its tables."""
+    with tempfile.TemporaryDirectory(prefix="packhorse-compare-") as scratch:
+        results = Path(scratch) / "results.json"
+        command = [sys.executable, "-P", "-m", "tests.benchmarks", *names, "--rounds=1"]
+        environment = os.environ | {"PYTHONPATH": str(project)}
+        subprocess.run(
+            [*command, f"--json={results}", "--no-page"],
+            cwd=project,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        return numbers(json.loads(results.read_text()))
+
+
+def numbers(results: Mapping[str, Any]) -> Cells:
+    """Return the numbers of the cells that begin with one."""
+    cells: Cells = {}
+    for title, table in results.items():
+        for row in table["rows"]:
+            for column, text in zip(table["columns"], row["cells"], strict=False):
+                number = NUMBER.match(text)
+                if number:
+                    cells[title, row["name"], column] = float(number[0].replace(",", ""))
+    return cells
+
+
+def compared(other: list[Cells], this: list[Cells], revision: str) -> str:
+    """Return a table of what both have: the median of each, and the ratio round by round."""
+    values: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    for theirs, ours in zip(other, this, strict=True):
+        for place in theirs.keys() & ours.keys():
+            if theirs[place] and ours[place]:
+                values[place].append((theirs[place], ours[place]))
+    head = ["", "", "", revision, "this", "this, as a multiple"]
+    lines = [head, ["---"] * len(head)]
+    for place in [place for place in this[0] if place in values]:
+        pairs = values[place]
+        theirs, ours = zip(*pairs, strict=True)
+        middle = [f"{sorted(each)[len(each) // 2]:g}" for each in (theirs, ours)]
+        lines.append([*place, *middle, str(ratio(ours, theirs))])
+    return markdown_table(lines)
+
+
+if __name__ == "__main__":
+    main()
