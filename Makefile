@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse deploy test long check soak soak-serving faults mutations bench bench-compare docs pages hosts doors engines clean
+.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench bench-compare docs ends vulnerabilities lock matrix release site transcripts pages hosts doors engines clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -23,6 +23,9 @@ serve: .venv/train  ## answer on HTTP with the newest run's model, and a page to
 rehearse: .venv/rehearse  ## run a SageMaker job on this machine: TARGET=sagemaker|sagemaker_multi|tuner ARGS="train.epochs=1"
 	$(BIN)/python -m launch rehearse target=$(or $(TARGET),sagemaker) $(ARGS)
 
+plan: .venv/train  ## what a run on AWS would do, cost and touch; sends nothing: TARGET=ec2|sagemaker|tuner ARGS="data.root=DIR"
+	$(BIN)/python -m launch plan target=$(or $(TARGET),ec2) $(ARGS)
+
 deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL --image URI"); asks before it changes anything
 	$(BIN)/python -m serving deploy $(ARGS)
 
@@ -32,8 +35,13 @@ test: .venv/dev  ## set up once, then run the tests
 long: .venv/dev  ## the tests that take minutes: rehearsals, the EC2 script, kills at every AWS call, lost processes, every training command of the docs, a wheel
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-check: .venv/dev  ## lint, format and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+check: .venv/dev  ## lint, format, types and spelling
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/codespell
+
+coverage: .venv/dev  ## the tests, with the share of the lines that they run, and which they don't (ARGS="tests/trainer")
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 soak: .venv/dev  ## end real runs 200 times at every stage, damage files in between, and compare each with an undisturbed one (KILLS=n SEED=n)
 	$(BIN)/python -m tests.soak --kills $(or $(KILLS),200) --seed $(or $(SEED),0)
@@ -53,8 +61,29 @@ bench: .venv/bench  ## measure against peers in one run, and write docs/benchmar
 bench-compare: .venv/bench  ## measure another revision and this one in turns (REV=v0.1.0 ARGS="input loop")
 	$(BIN)/python -m tests.benchmarks.compare $(or $(REV),$(error give REV=REVISION)) $(ARGS)
 
-docs: .venv/dev  ## write docs/configuration.md from the code
+docs: .venv/dev  ## write what docs/ takes from the code: every setting, what AWS refuses
 	$(BIN)/python -m tests.reference
+
+ends: .venv/dev  ## until when AWS supports what is used here; fails 60 days before the first end, and where botocore knows something newer
+	$(BIN)/python -m tests.ends $(ARGS)
+
+vulnerabilities: .venv-tools/made  ## ask PyPI whether a version that is installed has a known vulnerability (pip-audit)
+	.venv-tools/bin/pip-audit --strict --requirement requirements.lock --no-deps --disable-pip
+
+lock: .venv-tools/made  ## write requirements.lock, with hashes, from constraints.txt
+	.venv-tools/bin/python -m tests.lock
+
+matrix: .venv/train  ## the wheel with the oldest and the newest PyTorch, in environments of their own: 6 GB each (ARGS=oldest)
+	$(BIN)/python -m tests.matrix $(ARGS)
+
+release: .venv-tools/made  ## wheel and source archive, twice to the same bytes, and their bill of materials, in dist/ (ARGS=--tag)
+	.venv-tools/bin/python -m tests.release $(ARGS)
+
+site: .venv-tools/made  ## the documents as a site, in build/site, without a warning and without a network
+	NO_MKDOCS_2_WARNING=1 .venv-tools/bin/python -m mkdocs build --strict --quiet --clean
+
+transcripts: .venv/dev  ## write what the commands of the AWS pages say, by a stand-in for AWS, into docs/
+	WRITE_TRANSCRIPTS=1 $(BIN)/python -m pytest -q tests/test_docs.py -k test_the_launch_commands
 
 pages: .venv/dev  ## install Chromium (apt-get) and open the pages in it
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
@@ -77,7 +106,11 @@ engines: .venv/dev  ## install SkyPilot and dstack, and let them read what launc
 	$(BIN)/python -m pytest tests/launch/test_exports.py
 
 clean:  ## remove the virtual environment and caches; runs and data stay
-	rm -rf .venv .venv-doors .venv-engines build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-doors .venv-engines .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# What builds the site and a release has an environment of its own: its versions are not the trainer's.
+.venv-tools/made: requirements-tools.txt
+	python3 -m venv .venv-tools && .venv-tools/bin/pip install --quiet --disable-pip-version-check -r $< && touch $@
 
 # What is installed depends on these files alone, so a second make sets nothing up.
 .venv/%: pyproject.toml constraints.txt .ci/setup

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
@@ -62,11 +63,16 @@ class Forked:
             self.stdout: TextIO | None = os.fdopen(reading, errors="replace")
         else:
             self.stdout, output = None, os.dup(output)
-        with Connection(output, readable=False) as to:
+        begun, begins = FORKS.Pipe(duplex=False)
+        with Connection(output, readable=False) as to, begun:
             self._process = FORKS.Process(
-                target=_run, args=(str(cwd), command, dict(environment), to, before)
+                target=_run, args=(str(cwd), command, dict(environment), to, before, begins)
             )
             self._process.start()
+            begins.close()
+            # Until it has a session and Python's own handlers, no signal acts as on a real start.
+            with suppress(EOFError):
+                begun.recv()
         assert self._process.pid is not None
         self.pid = self._process.pid
         self._reader: threading.Thread | None = None
@@ -110,7 +116,12 @@ class Forked:
 
 
 def _run(
-    cwd: str, command: Sequence[str], environment: dict[str, str], to: Connection, before: str
+    cwd: str,
+    command: Sequence[str],
+    environment: dict[str, str],
+    to: Connection,
+    before: str,
+    begins: Connection,
 ) -> None:
     """Be the process that `python -m COMMAND` in `cwd` would be."""
     os.setsid()
@@ -119,7 +130,6 @@ def _run(
     to.close()
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     # multiprocessing would have the child's children come from a fork server, too.
     multiprocessing.set_start_method(None, force=True)
     os.chdir(cwd)
@@ -128,6 +138,8 @@ def _run(
     sys.argv = list(command)
     sys.path[:0] = [cwd, environment["PYTHONPATH"]]
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        begins.close()
         exec(before, {})
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:  # Python itself ends by the signal; multiprocessing with a traceback

@@ -5,15 +5,23 @@ is, it passes. ARGS="WORD" tries those whose fault holds the word.
 """
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+# As tests/conftest.py and trainer/distributed/job.py have it: PyTorch reads it when it is loaded.
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+FORKS = multiprocessing.get_context("fork")
+# What is slow to import, and not ours: each test begins as a fork that has it.
+IMPORTED = ("torch", "torchvision", "torchmetrics.functional.classification", "onnxruntime")
 PROJECT = Path(__file__).parents[1]
 COPIED = ("trainer", "serving", "launch", "conf", "tests", "pyproject.toml", "Makefile")
 
@@ -385,12 +393,23 @@ MUTATIONS = (
 
 def mutated(mutation: Mutation, root: Path) -> str | None:
     """Put the fault into a copy of the code; return what is wrong with the mutation itself."""
-    path = root / mutation.file
-    text = path.read_text()
+    text = (PROJECT / mutation.file).read_text()
     if text.count(mutation.old) != 1:
         return f"{mutation.file} holds its text {text.count(mutation.old)} times"
-    path.write_text(text.replace(mutation.old, mutation.new))
+    _replace(root / mutation.file, text.replace(mutation.old, mutation.new))
     return None
+
+
+def mended(mutation: Mutation, root: Path) -> None:
+    """Put the code back as it is."""
+    _replace(root / mutation.file, (PROJECT / mutation.file).read_text())
+
+
+def _replace(path: Path, text: str) -> None:
+    path.write_text(text)
+    # What Python has compiled it to counts as new for as long as a second.
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+        compiled.unlink()
 
 
 def passes(test: str, root: Path) -> tuple[bool | None, str]:
@@ -399,35 +418,57 @@ def passes(test: str, root: Path) -> tuple[bool | None, str]:
     The exit codes are pytest's.
     """
     path, *chosen = test.split(" ")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, f"tests/{path}", *chosen],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    lines = result.stdout.strip().splitlines() or result.stderr.strip().splitlines()
+    words = ["-q", "-x", "-p", "no:cacheprovider", f"tests/{path}", *chosen]
+    with tempfile.TemporaryFile("w+") as output:
+        process = FORKS.Process(target=_pytest, args=(words, root, output.fileno()))
+        process.start()
+        process.join()
+        output.seek(0)
+        lines = output.read().strip().splitlines()
+    code = process.exitcode
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    said = [*failed, *lines[-1:]][0]
-    if result.returncode > 1:
+    said = [*failed, *lines[-1:], ""][0]
+    if code not in (0, 1):
         return None, said
-    return result.returncode == 0, said
+    return code == 0, said
+
+
+def _pytest(words: Sequence[str], root: Path, output: int) -> None:
+    """Be the process that `python -m pytest WORDS` in `root` would be, in a fork of this one."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(root)
+    os.environ["PYTHONPATH"] = str(root)
+    # Nothing of this copy of the code: what is imported is the other one.
+    own = [name for name in sys.modules if name.split(".")[0] in ("tests", "trainer")]
+    for name in own:
+        del sys.modules[name]
+    sys.path[:0] = [str(root)]
+    multiprocessing.set_start_method(None, force=True)
+    code = pytest.main(list(words))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def copy_of_the_code(root: Path) -> None:
+    """Make the folder `root`, and copy the code into it."""
+    root.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "node_modules")
+    for name in COPIED:
+        if (PROJECT / name).is_dir():
+            shutil.copytree(PROJECT / name, root / name, ignore=ignored)
+        else:
+            shutil.copy(PROJECT / name, root / name)
 
 
 def verdicts(chosen: Sequence[Mutation]) -> Iterator[tuple[Mutation, str | None, str]]:
     """Yield each mutation with what is wrong (None: it was noticed), and what pytest said."""
+    for name in IMPORTED:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="packhorse-mutations-") as scratch:
+        root = Path(scratch) / "code"
+        copy_of_the_code(root)
         for mutation in chosen:
-            root = Path(scratch) / "code"
-            shutil.rmtree(root, ignore_errors=True)
-            root.mkdir()
-            for name in COPIED:
-                if (PROJECT / name).is_dir():
-                    ignored = shutil.ignore_patterns("__pycache__", "node_modules")
-                    shutil.copytree(PROJECT / name, root / name, ignore=ignored)
-                else:
-                    shutil.copy(PROJECT / name, root / name)
             wrong, said = mutated(mutation, root), ""
             if wrong is None:
                 passed, said = passes(mutation.test, root)
@@ -435,6 +476,7 @@ def verdicts(chosen: Sequence[Mutation]) -> Iterator[tuple[Mutation, str | None,
                     wrong = "survived"
                 if passed is None:
                     wrong = "its test did not run"
+                mended(mutation, root)
             yield mutation, wrong, said
 
 

@@ -1,7 +1,9 @@
-"""`python -m tests.reference` writes docs/configuration.md."""
+"""`python -m tests.reference` writes what docs/ takes from the code: settings, AWS's refusals."""
 
+import re
 from pathlib import Path
 
+from launch.cloud.remedies import REFUSALS
 from launch.targets.base import targets
 from trainer.settings.reference import (
     GENERAL,
@@ -14,6 +16,8 @@ from trainer.settings.reference import (
 
 PROJECT = Path(__file__).parents[1]
 PAGE = PROJECT / "docs" / "configuration.md"
+TROUBLESHOOTING = PROJECT / "docs" / "troubleshooting.md"
+REFUSED = "## What AWS refuses, by its code\n"
 HEAD = """# Configuration
 
 Written by `make docs` from `conf/` and the dataclasses beside the code; not edited by hand.
@@ -68,5 +72,35 @@ def row(each: Explained, same: str | None = None) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
+def refusals() -> str:
+    """Return a section with each refusal of AWS that has a remedy, from the table in the code."""
+    rows = []
+    for refusal in REFUSALS:
+        codes = ", ".join(f"`{code}`" for code in alternatives(refusal.code))
+        says = ", ".join(f"`{text}`" for text in alternatives(refusal.says))
+        remedy = refusal.remedy.replace("|", chr(92) + "|")
+        rows.append(f"| {codes} | {says} | {remedy} |")
+    return (
+        f"{REFUSED}\nWritten by `make docs` from `launch/cloud/remedies.py`. The first line that "
+        "fits counts; where a text is named,\nAWS's message holds one of these. Whoever may not "
+        "make a call is told the action, and what prints the policy that allows it.\n\n"
+        f"{head('code', 'and says', 'do')}\n" + "\n".join(rows) + "\n"
+    )
+
+
+def alternatives(pattern: str) -> list[str]:
+    """Return what a regular expression of the table means, in words: its alternatives."""
+    plain = pattern.replace("(?i)", "").replace("(Exception)?", "")
+    plain = re.sub(r"\\\.\(([^)]*)\)", lambda found: "." + found[1].replace("|", "/"), plain)
+    plain = plain.replace(r"\..*", ".*").replace(" ?", " ").replace(chr(92), "")
+    return [each.strip() for each in plain.split("|") if each.strip()]
+
+
+def troubleshooting() -> str:
+    """Return the page of messages, with AWS's refusals at its end."""
+    return TROUBLESHOOTING.read_text().partition(REFUSED)[0] + refusals()
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())
+    TROUBLESHOOTING.write_text(troubleshooting())

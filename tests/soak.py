@@ -45,16 +45,17 @@ from trainer.common.errors import MISTAKE, OK, RESUME
 from trainer.common.model_package import MANIFEST
 from trainer.training import checkpoint
 
+EPOCHS = 8
 # Everything that has state is on, and saving happens all the time, so that many ends fall into it.
 SETTINGS = (
     "name=run", "platform=local", "platform.cache=cache", "data=folder", "model=small_cnn",
     "data.root=pictures", "data.size=16", "data.resize=18", "data.augment.trivial=true",
-    "train.epochs=16", "train.batch_size=8", "train.accumulate=2",
+    f"train.epochs={EPOCHS}", "train.batch_size=8", "train.accumulate=2",
     "train.ema_decay=0.9", "train.clip_norm=1", "train.threads=1", "optim.head_lr=3e-3",
     "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
 )  # fmt: skip
 STEPS_PER_EPOCH = 6  # 48 pictures in batches of 8
-STEPS = 16 * STEPS_PER_EPOCH
+STEPS = EPOCHS * STEPS_PER_EPOCH
 RUN = Path("runs/run")
 
 
@@ -63,11 +64,13 @@ class Variant:
     """What is trained.
 
     processes: how many may take part; another number each time. without: stages that it has not.
+    share: how often it is chosen.
     """
 
     settings: tuple[str, ...]
     processes: tuple[int, ...] = (1,)
     without: tuple[str, ...] = ("features", "recipe")
+    share: float = 1.0
 
 
 VARIANTS = {
@@ -97,11 +100,14 @@ VARIANTS = {
             "recipe.minutes=null", "recipe.tune_minutes=0",
         ),
         without=("epoch", "evaluation"),  # its head is solved, and nothing trained
+        share=0.2,  # it computes three times as much as another, and has as many ends
     ),
 }  # fmt: skip
 QUICK = ("whole network", "frozen backbone")  # of `make test`
 CANDIDATES = ("shufflenet_v2_x0_5", "squeezenet1_1")  # of the recipe
+LEAP = STEPS // 4  # that one life makes at most, so that a run has several
 HANG = 600.0  # seconds after which a life counts as hanging
+ALONE = 60.0  # seconds after which a launcher ends what remains of a job, one of which has ended
 
 GROUP, MAIN, CHILD = (
     "kill -9 of the process group",
@@ -331,6 +337,7 @@ class Life:
     def end(self) -> int | None:
         """Wait for its end; return the exit code (of rank 0), or None where it hung."""
         deadline, hung = time.monotonic() + HANG, False
+        self._end_what_is_alone(deadline)
         for process in self.processes:
             try:
                 process.wait(max(deadline - time.monotonic(), 1))
@@ -341,6 +348,21 @@ class Life:
         self._reader.join(10)  # what outlives it may hold the pipe
         self.close()
         return None if hung else self.processes[0].returncode
+
+    def _end_what_is_alone(self, deadline: float) -> None:
+        """Do what every launcher does: ask the other processes to stop when one has ended.
+
+        torchrun does it at once, and SIGKILL follows; here they have a while to see it themselves.
+        """
+        since: float | None = None
+        while not self.ended() and time.monotonic() < deadline:
+            if since is None and any(process.poll() is not None for process in self.processes):
+                since = time.monotonic()
+            if since is not None and time.monotonic() > since + ALONE:
+                for process in self.processes:
+                    process.send_signal(signal.SIGTERM)
+                return
+            time.sleep(0.02)
 
     # --- its stages ---
 
@@ -571,11 +593,17 @@ class Soak:
     """Runs that live and die until there were enough ends, or one failed."""
 
     def __init__(
-        self, root: Path, kills: int, seed: int, variants: Sequence[str], complete: bool
+        self,
+        root: Path,
+        kills: int,
+        seed: int,
+        variants: Sequence[str],
+        complete: bool,
+        note: Path | None = None,
     ) -> None:
-        """complete: whether complete runs are damaged too."""
+        """complete: whether complete runs are damaged too. note: where the tally is written."""
         self.root, self.wanted, self.seed, self.variants = root, kills, seed, variants
-        self.complete = complete
+        self.complete, self.note = complete, note
         self.tally, self.lock = Tally(), threading.Lock()
         self.expected: dict[str, object] = {}
         self.mounts = True  # whether a small disk can be had
@@ -616,7 +644,7 @@ class Soak:
 
     def live(self, rng: random.Random, variants: Sequence[str]) -> None:
         while not self.done():
-            variant = rng.choice(variants)
+            variant = rng.choices(variants, [VARIANTS[each].share for each in variants])[0]
             if variant not in self.expected and not self.undisturbed(variant, rng):
                 return
             with self.lock:
@@ -624,6 +652,9 @@ class Soak:
                 name = f"{self.tally.runs}-{variant.replace(' ', '-')}"
             with self.place(name) as directory:
                 self.disturbed(directory, variant, rng)
+            if self.note is not None:
+                with self.lock:
+                    self.note.write_text(f"{self.tally}\n")
 
     def undisturbed(self, variant: str, rng: random.Random) -> bool:
         """Note what comes of a run that nothing disturbs; return whether it ended well."""
@@ -639,7 +670,7 @@ class Soak:
     def disturbed(self, directory: Path, variant: str, rng: random.Random) -> None:
         """Live one run to its end, and compare what came of it."""
         where, harmed = directory.name, None
-        for number in range(rng.randint(3, 9)):
+        for number in range(rng.randint(3, 12)):
             if self.tally.failures:
                 return
             code, harmed = self.one_life(f"{where}, life {number}", directory, variant, rng, harmed)
@@ -679,7 +710,8 @@ class Soak:
             stage = "export"  # before, there hardly is one
         after = 0
         if "epoch" in stages:
-            after = rng.randint(newest_step(directory / RUN / "checkpoints"), STEPS)
+            newest = newest_step(directory / RUN / "checkpoints")
+            after = rng.randint(newest, min(newest + LEAP, STEPS))
         delay = rng.choice((0.0, rng.uniform(0, 0.2), rng.uniform(0, 2)))
         life = Life(directory, VARIANTS[variant], rng, terminal=how == TERMINAL)
         struck = life.wait_for(stage, after)
@@ -794,13 +826,14 @@ def soak(
     root: Path,
     variants: Sequence[str] = tuple(VARIANTS),
     complete: bool = True,
+    note: Path | None = None,
 ) -> Tally:
     """At least `kills` ends of lives, in two lanes side by side.
 
-    complete: damage runs that are complete, too.
+    complete: damage runs that are complete, too. note: where the tally is written after each run.
     """
     make_fixtures(root, variants)
-    found = Soak(root, kills, seed, variants, complete)
+    found = Soak(root, kills, seed, variants, complete, note)
     threads = [threading.Thread(target=found.lane, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
@@ -815,11 +848,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forked", action="store_true", help="quicker starts, by forks")
+    parser.add_argument("--note", type=Path, help="a file: the tally so far, after each run")
     options = parser.parse_args()
     Life.forked = options.forked
     print(f"seed {options.seed}: replay with make soak KILLS={options.kills} SEED={options.seed}")
     with tempfile.TemporaryDirectory(prefix="packhorse-soak-") as root:
-        tally = soak(options.kills, options.seed, Path(root))
+        tally = soak(options.kills, options.seed, Path(root), note=options.note)
     print(tally)
     return 1 if tally.failures else 0
 

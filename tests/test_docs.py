@@ -7,6 +7,7 @@ import ast
 import base64
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from serving import contract
 from serving.adapters import lambda_proxy
-from tests import reference
+from tests import picture, reference
 from tests.conftest import PROJECT, make_pictures, run_module, run_trainer, wait_for
 from tests.launch.conftest import Cloud, running
 from tests.launch.verbs.test_verbs import leave_results, run_of
@@ -61,7 +63,8 @@ NOT_AS_IT_STANDS = {
 def lines(page: Path) -> list[str]:
     """The lines of a page's fenced blocks, in their order and without comments."""
     shown = []
-    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for block in (text for language, text in blocks if language != "text"):  # text: what one sees
         for line in re.sub(r"\\\n\s*", "", block).splitlines():
             shown.append(re.sub(r"\s{2,}#.*", "", line).strip())
     return shown
@@ -213,6 +216,57 @@ def end_run(cloud: Cloud, target: str, run: str, package: bytes, attempt: int = 
         leave_results(cloud, f"runs/{run}/output/{job}/output", package, 0.8)
 
 
+@pytest.mark.parametrize("command", commands("make plan"))
+def test_what_make_plan_shows_is_planned(place, server, command):
+    shown = subprocess.run(
+        ["make", "-n", *shlex.split(command)[1:]], cwd=PROJECT, capture_output=True, text=True
+    ).stdout
+    line = next(line for line in shown.splitlines() if "-m launch plan" in line)
+    code, said = server.launch(*here(line, place), cwd=place)
+    assert code == OK and "costs" in said, said
+
+
+TRANSCRIPT = r"<!-- transcript: {} -->\n```text\n(.*?)```"
+
+
+def check_transcript(page: Path, verb: str, said: str, place: Path) -> None:
+    """Hold what a command says against what the page shows of it, the first time on the page.
+
+    `make transcripts` writes it into the page instead.
+    """
+    text = page.read_text()
+    shown = re.search(TRANSCRIPT.format(verb), text, re.DOTALL)
+    if shown is None:
+        return
+    said = timeless(said, place)
+    if "WRITE_TRANSCRIPTS" in os.environ:
+        page.write_text(text[: shown.start(1)] + said + text[shown.end(1) :])
+        return
+    # In this order. What a busy machine says in between, as that it waits, is not on the page.
+    lines_said = iter(said.splitlines())
+    for line in shown[1].splitlines():
+        assert line in lines_said, f"{page.name}: {verb}: {line}\nmake transcripts\n{said}"
+
+
+def timeless(said: str, place: Path) -> str:
+    """What a command says, without what differs from day to day and from machine to machine."""
+    for pattern, word in (
+        (rf"{re.escape(str(place))}/dogImages", "/data/dogImages"),
+        (r"\S+/bin/python(?= -m)", "python"),
+        (r"\d{4}-\d\d-\d\d", "2026-11-26"),
+        (r"\bi-[0-9a-f]{17}\b", "i-0123456789abcdef0"),
+        (r"\bvpc-[0-9a-f]{17}\b", "vpc-0123456789abcdef0"),
+        (r"\b[0-9a-f]{64}\b", "SHA256"),
+        (r"-[0-9a-f]{16}\b", "-DIGEST"),
+        (r"-[0-9a-f]{8}\b", "-ID"),
+        (r"(?m)^ *[\d.]+ kB", "  N kB"),
+        (r"\([\d.]+ MB\)", "(N MB)"),
+        (r"(?m)^[\w ]+: \d+ of \d+\n", ""),  # how far it is
+    ):
+        said = re.sub(pattern, word, said)
+    return said
+
+
 @pytest.mark.parametrize("name", pages_with("python -m launch"))
 def test_the_launch_commands_of_a_page_succeed(place, server, name):
     server.reset()
@@ -222,6 +276,7 @@ def test_the_launch_commands_of_a_page_succeed(place, server, name):
     if not any(line.split()[3] == "up" for line in shown):
         assert server.launch("up", "--yes", "--every", "0.05")[0] == OK  # said on another page
     submitted: list[tuple[str, str]] = []  # (target, run)
+    told: set[str] = set()  # verbs whose transcript is held against the page
     for line in shown:
         verb, *rest = here(line, place)
         rest = [argument for argument in rest if argument not in NOT_AS_IT_STANDS]
@@ -234,6 +289,9 @@ def test_the_launch_commands_of_a_page_succeed(place, server, name):
         code, said = server.launch("plan" if verb in NOT_AS_IT_STANDS else verb, *rest, cwd=place)
         assert code == OK, f"{line}\n{said}"
         assert "Traceback" not in said
+        if verb not in told:
+            check_transcript(PAGES[NAMES.index(name)], verb, said, place)
+        told.add(verb)
         if verb == "submit":
             [target] = [
                 argument.removeprefix("target=")
@@ -408,10 +466,78 @@ def test_the_configuration_page_is_current():
     assert reference.PAGE.read_text() == reference.page(), "run make docs"
 
 
+def test_the_troubleshooting_page_has_every_refusal_of_aws():
+    assert reference.TROUBLESHOOTING.read_text() == reference.troubleshooting(), "run make docs"
+
+
+LINKED = [*PAGES, *sorted((PROJECT / "docs/decisions").glob("*.md")), *PROJECT.glob("*.md")]
+
+
+def sections(page: Path) -> dict[str, str]:
+    """The text below each heading of a page, by the name that GitHub gives it in links."""
+    _, *parts = re.split(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    names = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in parts[::2]]
+    return dict(zip(names, parts[1::2], strict=True))
+
+
 def test_every_link_leads_somewhere():
-    for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+    for page in LINKED:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if link.startswith(("http", "mailto:")):
+                continue
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in sections(target), f"{page.name}: {link}"
+
+
+def facts() -> list[tuple[list[str], str]]:
+    """What the README's first screen measures: the figures of each fact, and what it links to."""
+    first_screen = (PROJECT / "README.md").read_text().partition("\nYou need ")[0]
+    shown = re.findall(r"^- \*\*.+?\*\* (.+?)\n(?=- |\Z)", first_screen, re.MULTILINE | re.DOTALL)
+    return [
+        (re.findall(r"\*\*([\d.,]+)\*\*", fact), re.findall(r"\]\(([^)]+)\)", fact)[-1])
+        for fact in shown
+    ]
+
+
+def test_the_readme_has_five_facts_with_figures():
+    assert len(facts()) == 5
+    assert all(figures for figures, _ in facts())
+
+
+@pytest.mark.parametrize(("figures", "link"), facts())
+def test_every_figure_of_the_first_screen_stands_where_it_was_measured(figures, link):
+    """A benchmark that is run again changes its page: then the README's figure follows."""
+    path, _, anchor = link.partition("#")
+    page = PROJECT / path
+    measured = sections(page)[anchor] if anchor else page.read_text()
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", measured), (
+            f"{figure} is not in {link}: take the README's from there"
+        )
+
+
+def test_the_readme_shows_a_picture_of_a_report():
+    [shown] = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (PROJECT / "README.md").read_text())
+    with Image.open(PROJECT / shown) as opened:
+        assert opened.size == (picture.WIDTH, picture.HEIGHT)
+    assert (PROJECT / shown).stat().st_size <= picture.MAX_BYTES
+
+
+def test_every_page_stands_once_in_the_sites_navigation():
+    def pages(entries) -> Iterator[str]:
+        for entry in entries:
+            [value] = entry.values()
+            if isinstance(value, str):
+                yield value
+            else:
+                yield from pages(value)
+
+    navigation = list(pages(yaml.safe_load((PROJECT / "mkdocs.yml").read_text())["nav"]))
+    assert len(navigation) == len(set(navigation))
+    lying = {page.name for page in (PROJECT / "docs").glob("*.md")}
+    assert lying <= set(navigation)
 
 
 def messages_of(code: str) -> Iterator[str]:
@@ -431,7 +557,7 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_code():
         for path in (PROJECT / folder).rglob("*.py")
         for message in messages_of(path.read_text())
     )
-    page = (PROJECT / "docs/troubleshooting.md").read_text()
+    page = reference.TROUBLESHOOTING.read_text().partition(reference.REFUSED)[0]
     shown = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
     assert len(shown) > 20
     missing = [message for message in shown if not (message in said or re.search(message, said))]

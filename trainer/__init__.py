@@ -1,3 +1,3 @@
 """The trainer: a folder of pictures becomes a model package."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -23,9 +23,10 @@ if sys.platform == "win32":
     sys.exit(2)
 
 from trainer.common import sessions
+from trainer.distributed.launched import one_of_several
 
 if __name__ == "__main__":
-    sessions.end_when_asked()  # before what takes seconds to import
+    sessions.end_when_asked(held=one_of_several())  # before what takes seconds to import
 
 import hydra
 from omegaconf import DictConfig
@@ -33,7 +34,7 @@ from omegaconf import DictConfig
 from trainer.common import command
 from trainer.common.console import log, to_terminal
 from trainer.common.errors import OK, RESUME, Interrupted, UserError
-from trainer.common.interrupt import on_signals, on_spot_notice
+from trainer.common.interrupt import Stop, on_signals, on_spot_notice
 from trainer.distributed.world import Ended, Lost, World, current_world
 from trainer.images.datasets import find_images
 from trainer.images.folder import ImageFolder
@@ -56,15 +57,19 @@ def hydra_main(composed: DictConfig) -> None:
 
 def train(config: Config | None, world: World) -> None:
     """Train one run, or this process's part of it. config: None where rank 0 has it."""
-    config = world.share_config(config)
-    world.check(config.train.processes, config.train.hosts)
-    for line in settings.ignored(config, sys.argv[1:]):
-        log.warning(line)
-
     started = time.monotonic()
+    with on_signals() as stop:
+        config = world.share_config(config, stop)
+        world.check(config.train.processes, config.train.hosts)
+        for line in settings.ignored(config, sys.argv[1:]):
+            log.warning(line)
+        train_run(config, world, stop, started)
+
+
+def train_run(config: Config, world: World, stop: Stop, started: float) -> None:
+    """Train the run of these settings. started: when, by time.monotonic()."""
     spot = on_spot_notice if config.platform.name == "ec2" else nullcontext
     with (
-        on_signals() as stop,
         open_run(config, world, stop) as run,
         world.connected(config.train.timeout_seconds, stop),
         spot(stop),
@@ -174,7 +179,7 @@ def main() -> int:
     multirun = len(words) < len(sys.argv) - 1 and not flags
     # Hydra then raises its errors, instead of printing them and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sessions.end_when_asked()  # until there is something to save
+    sessions.end_when_asked(held=one_of_several())  # until there is something to save
     to_terminal(expendable=True)  # the run has a log of its own
     settings.register()
     world = current_world()

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from trainer.common import files
+from trainer.common import files, programs
 from trainer.common.arguments import positive
 from trainer.common.command import guarded
 from trainer.common.console import log, to_terminal
@@ -139,6 +139,8 @@ def examine(overrides: list[str], seconds: float) -> None:
     instance = instance_type()
     machine = prepare_machine(config, World())
     log.info("this machine\n%s\n", _table(machine_facts(config, machine, instance)))
+    if lacking := programs.missing():
+        log.info("for other commands\n%s\n", _table(lacking))
     images = find_images(config, words=overrides)
     config = weights.resolve(recipe.glanced(config, machine.device.type), images)
     network = build_network(_run(config, Path()), images, machine)
@@ -634,7 +636,7 @@ def duration(seconds: float) -> str:
 
 
 def _table(facts: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:<17} {value}" for name, value in facts.items())
+    return "\n".join(f"  {name:<22} {value}" for name, value in facts.items())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from trainer.settings.config import Config
 
 # GPUs of NVIDIA in the machines that have several: AWS's tables of instance types (2026-11).
 _GPUS = {
-    2: "g3.8xlarge g5g.16xlarge g5g.metal g7e.12xlarge",
+    2: "g3.8xlarge g5g.16xlarge g5g.metal g7.12xlarge g7e.12xlarge",
     4: "g3.16xlarge g4dn.12xlarge g5.12xlarge g5.24xlarge g6.12xlarge g6.24xlarge "
-    "g6e.12xlarge g6e.24xlarge g7e.24xlarge p3.8xlarge",
-    8: "g4dn.metal g5.48xlarge g6.48xlarge g6e.48xlarge g7e.48xlarge p2.8xlarge p3.16xlarge "
-    "p3dn.24xlarge p4d.24xlarge p4de.24xlarge p5.48xlarge p5e.48xlarge p5en.48xlarge "
+    "g6e.12xlarge g6e.24xlarge g7.24xlarge g7e.24xlarge p3.8xlarge",
+    8: "g4dn.metal g5.48xlarge g6.48xlarge g6e.48xlarge g7.48xlarge g7e.48xlarge p2.8xlarge "
+    "p3.16xlarge p3dn.24xlarge p4d.24xlarge p4de.24xlarge p5.48xlarge p5e.48xlarge p5en.48xlarge "
     "p6-b200.48xlarge p6-b300.48xlarge",
     16: "p2.16xlarge",
 }  # fmt: skip
@@ -32,7 +32,7 @@ def gpus(instance_type: str) -> int:
 
 def has_gpu(instance_type: str) -> bool:
     """Return whether machines of this type, with or without `ml.`, have GPUs of NVIDIA."""
-    return re.match(r"(ml\.)?(p|g)\d", instance_type) is not None
+    return re.match(r"(ml\.)?(p|gr?)\d", instance_type) is not None
 
 
 # Families whose GPUs are none of NVIDIA's, or older than CUDA 13 serves (compute capability 7.5),
@@ -44,6 +44,7 @@ _USELESS = {
     "p3": "its V100 is older than CUDA 13 serves",
     "p3dn": "its V100 is older than CUDA 13 serves",
     "g4ad": "its GPU is AMD's",
+    "p6e-gb200": "its processor is ARM, and what runs there is built for x86",
 } | dict.fromkeys(
     ("trn1", "trn1n", "trn2", "inf1", "inf2", "dl1", "dl2q", "vt1", "f1", "f2"),
     "its accelerator is no GPU",
@@ -57,6 +58,8 @@ LOCAL_GB = {
            "16xlarge": 1900, "24xlarge": 3800, "48xlarge": 7600},
     "g6": {"xlarge": 250, "2xlarge": 450, "4xlarge": 600, "8xlarge": 900, "12xlarge": 3760,
            "16xlarge": 1880, "24xlarge": 3760, "48xlarge": 7520},
+    "g6e": {"xlarge": 250, "2xlarge": 450, "4xlarge": 600, "8xlarge": 900, "12xlarge": 3800,
+            "16xlarge": 1900, "24xlarge": 3800, "48xlarge": 7600},
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from trainer.common.errors import UserError
 from trainer.settings.config import Config, setting
 
 DELETED = "deleted"
-AL2023 = "notebook-al2023-v1"  # Amazon Linux 2023
+AL2023 = "notebook-al2023-v2"  # Amazon Linux 2023; tests/ends.py says until when
 
 
 @dataclass

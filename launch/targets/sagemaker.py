@@ -28,7 +28,7 @@ from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings.config import Config, setting
 
-PYTORCH = "2.13"  # the newest supported image of AWS (2026-11)
+PYTORCH = "2.13"  # as on the AMI of target=ec2; tests/ends.py says until when
 CUDA = "cu133"
 
 # Whose registry holds AWS's images in a region (aws/deep-learning-containers, 2026-11); no API

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains one run on this instance and terminates the instance, whatever happens. Runs as root at each boot; launch/targets/ec2_request.py fills in the settings.
 set -uo pipefail
+trap '' HUP # a session that ends, of whoever looks or has started this by hand, ends nothing; the trainer inherits it
 
 @SETTINGS@
 

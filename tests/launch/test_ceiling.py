@@ -291,6 +291,7 @@ def test_two_submits_at_once_leave_one_machine_that_works(common, model):
         ("ml.p2.xlarge", "CUDA 13"),
         ("g4ad.xlarge", "AMD"),
         ("ml.trn1.2xlarge", "no GPU"),
+        ("p6e-gb200.36xlarge", "ARM"),
     ],
 )
 def test_a_machine_that_can_not_train_is_refused(kind, why):

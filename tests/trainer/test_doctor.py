@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from tests.conftest import run_module
+from trainer.common import programs
 from trainer.doctor import Measured, limited_by
 
 TINY = (
@@ -38,6 +39,7 @@ def test_it_predicts_a_run_and_begins_none(tmp_path, pictures):
     assert told["all epochs"].endswith(" for 5")
     assert "not on EC2" in told["instance"] and "none found" in told["AWS credentials"]
     assert "frozen backbone" not in told
+    assert all(name in told for name in programs.missing())
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # no run
     assert list((tmp_path / "cache").iterdir()) == []  # no pixels left
 

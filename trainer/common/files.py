@@ -24,6 +24,7 @@ OWNER = "-owner"  # behind a lock's name: the file that tells whose it is
 TEMPORARY = ".writing-"  # begins the name of whatever is not complete yet
 # Seconds before another try to read what could not be read: a network's file system often recovers.
 PAUSES = (0.1, 0.3, 1.0)
+LOOKING = 0.5  # seconds that who only looks at a lock may have it for, on a busy machine
 # What a file system answers that has no such operation: flock, or fsync of a directory.
 UNSUPPORTED = frozenset(
     {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY}
@@ -124,7 +125,8 @@ def locked(
     The kernel has it; where it can't, or can for one machine alone, the `owner` has.
 
     waiting: called again and again meanwhile; it may raise, to give up. None: don't wait, but for
-    as long as it takes to tell whether an owner on another machine lives.
+    who only looks (`is_locked`), and for as long as it takes to tell whether an owner on another
+    machine lives.
     """
     claim = owner.Claim(directory / f"{name}{OWNER}")
     alone = not owner.kernel_knows(directory)
@@ -132,6 +134,8 @@ def locked(
 
         def take() -> bool:
             held = persistently(partial(try_lock, file))
+            if held is False and waiting is None:
+                held = persistently(partial(_take_after_looks, file))
             if held is None or (held and alone):
                 return persistently(claim.take)
             return held
@@ -157,15 +161,35 @@ def locked(
             claim.release()
 
 
+def _take_after_looks(file: IO[Any]) -> bool | None:
+    """Try to take the kernel's lock, for as long as somebody may only be looking at it."""
+    until = time.monotonic() + LOOKING
+    while (held := try_lock(file)) is False and time.monotonic() < until:
+        time.sleep(0.02)
+    return held
+
+
+def is_locked(directory: Path, name: str = ".lock") -> bool:
+    """Return whether a process has the lock. To look keeps nobody from taking it. Raise OSError."""
+    try:
+        with (directory / name).open("rb") as file:
+            shared = persistently(partial(try_lock, file, fcntl.LOCK_SH))
+    except FileNotFoundError:
+        return False
+    if shared is False:
+        return True
+    return owner.lives(directory / f"{name}{OWNER}")
+
+
 def owner_of(directory: Path, name: str = ".lock") -> str:
     """Return who has the lock, in words, where a file tells: " (process 7 on box)"."""
     return owner.named(directory / f"{name}{OWNER}")
 
 
-def try_lock(file: IO[Any]) -> bool | None:
+def try_lock(file: IO[Any], kind: int = fcntl.LOCK_EX) -> bool | None:
     """Return whether the kernel's lock is this process's; None where it has none there."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -11,7 +11,7 @@ from types import FrameType
 
 from trainer.common.console import log
 from trainer.common.errors import Interrupted
-from trainer.common.sessions import heeded
+from trainer.common.sessions import heed, heeded
 from trainer.common.watch import watch
 
 POLL_EVERY = 5.0  # seconds, as AWS recommends; the notice comes about two minutes ahead
@@ -47,6 +47,7 @@ class Stop:
 def on_signals() -> Iterator[Stop]:
     """Let SIGTERM, SIGINT and SIGHUP only raise the flag, while the context lasts.
 
+    Also those that were held until now.
     A second SIGINT ends the process at once.
     """
     stop, pressed = Stop(), False
@@ -61,6 +62,7 @@ def on_signals() -> Iterator[Stop]:
         stop.ask(signal.Signals(number).name)
 
     before = {number: signal.signal(number, ask) for number in heeded()}
+    heed()
     try:
         yield stop
     finally:

@@ -202,6 +202,28 @@ def named(path: Path) -> str:
         return ""
 
 
+def lives(path: Path) -> bool:
+    """Return whether the owner that a file names lives, whose place nobody is to take.
+
+    One on another machine is watched for as long as it takes to tell. Raise OSError.
+    """
+    first, began = None, time.monotonic()
+    while True:
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            return False
+        alive = _is_alive(text)
+        if alive is not None:
+            return alive
+        if first is not None and text != first:
+            return True
+        if time.monotonic() > began + DEAD_AFTER:
+            return False
+        first = text
+        time.sleep(RENEW_EVERY / 20)
+
+
 def _is_alive(text: bytes) -> bool | None:
     """Return whether the owner lives; None: it can't be told from here."""
     said, me = _parsed(text), _this_process()

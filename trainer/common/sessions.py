@@ -28,12 +28,14 @@ def heeded() -> list[signal.Signals]:
     return [each for each in ENDING if each != signal.SIGHUP or not ignored]
 
 
-def end_when_asked(clear: bool = False) -> None:
+def end_when_asked(clear: bool = False, held: bool = False) -> None:
     """Let a signal end this process with RESUME and one line, as long as it has nothing to save.
 
     clear: whether to close what is open and remove what is temporary. Not while modules are
     imported: an exception in the middle is swallowed by some C extensions, and leaves others half
     imported. So without it the process ends where it stands.
+    held: whether a signal waits until `heed` lets it through: of one of several processes, which
+    can't yet tell the others why it ends, and whose end they would not see.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -48,6 +50,14 @@ def end_when_asked(clear: bool = False) -> None:
 
     for number in heeded():
         signal.signal(number, end)
+    if held:
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    else:
+        heed()
+
+
+def heed() -> None:
+    """Let signals through, also those that have come while they were held."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 

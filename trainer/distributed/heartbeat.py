@@ -5,6 +5,7 @@ They talk through torchrun's store.
 
 import json
 import os
+import re
 import threading
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from trainer.common.text import listed
 from trainer.distributed.world import ExitNotice
 
 BEAT = 1.0  # seconds between two signs of life
+BROKEN = 3  # times in a row that the connection to the store is closed: PyTorch makes no new one
 SILENT = 3 * BEAT  # without one for so long, a process is the likely cause of a failed exchange
 
 
@@ -33,6 +35,8 @@ class Heartbeat(threading.Thread):
         # When something new was heard last.
         self._at = dict.fromkeys(self._others, time.monotonic())
         self._contact = time.monotonic()  # when the store answered last
+        self._failures = 0  # since then, of a connection that is closed
+        self.listened = threading.Event()  # once: what was said before this process came
         self._mine: dict[str, Any] = {
             "who": who,
             "beat": 0,
@@ -64,8 +68,11 @@ class Heartbeat(threading.Thread):
             try:
                 self._store.set(f"heartbeat/{self._rank}", json.dumps(self._mine))
                 self._listen()
-                self._contact = time.monotonic()
-            except RuntimeError:  # torch's DistError; what follows from it is `missing`
+                self._contact, self._failures = time.monotonic(), 0
+                self.listened.set()
+            except RuntimeError as error:  # torch's DistError; what follows from it is `missing`
+                if re.search("closed|reset|broken pipe", str(error), re.IGNORECASE):
+                    self._failures += 1
                 self._wake.wait(BEAT)
             if os.getppid() != self._parent and self.stop is not None:
                 self.stop.ask("the end of torchrun")
@@ -96,20 +103,35 @@ class Heartbeat(threading.Thread):
 
     def barrier_is_full(self) -> bool:
         """Return whether all others have come to the barrier too."""
-        everybody = all(
-            other in self._heard and self._heard[other]["barriers"] >= self._mine["barriers"]
-            for other in self._others
-        )
+        everybody = all(map(self._is_in_barrier, self._others))
         self._quick = self._quick and not everybody
         return everybody
 
-    def say(self, notice: ExitNotice) -> None:
-        """Say why this process ends. Return when all others have heard it, or seem to be deaf."""
+    def outside_barrier(self) -> str:
+        """Return who has not come to the barrier."""
+        late = [other for other in self._others if not self._is_in_barrier(other)]
+        return listed(map(self._called, late), 4)
+
+    def _is_in_barrier(self, other: int) -> bool:
+        return other in self._heard and self._heard[other]["barriers"] >= self._mine["barriers"]
+
+    def say(self, notice: ExitNotice, seconds: float) -> None:
+        """Say why this process ends. Return when all others have heard it, or seem to be deaf.
+
+        seconds: for which those are waited for that live, or have not been heard yet.
+        """
         self._mine["notice"] = vars(notice)
         self._quick = True
         self._wake.set()
-        until = time.monotonic() + SILENT
-        while time.monotonic() < until and not all(map(self._has_heard_me, self._others)):
+        began = time.monotonic()
+
+        def waits_for(other: int) -> bool:
+            now = time.monotonic()
+            if self._has_heard_me(other) or now > began + seconds:
+                return False
+            return other not in self._heard or now < max(began, self._at[other]) + SILENT
+
+        while any(map(waits_for, self._others)):
             time.sleep(0.01)
 
     def _has_heard_me(self, other: int) -> bool:
@@ -124,7 +146,7 @@ class Heartbeat(threading.Thread):
     def missing(self, seconds: float) -> str | None:
         """Return who has given no sign for so long; None where nobody is missing."""
         now = time.monotonic()
-        if now - self._contact > seconds:
+        if now - self._contact > seconds or self._failures >= BROKEN:
             return "the host of rank 0 no longer answers: it is gone, or the network to it"
         silent = [
             other

@@ -3,11 +3,13 @@
 import functools
 import ipaddress
 import json
+import logging
 import os
 import re
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from trainer.common.console import log
 from trainer.common.errors import OK, Interrupted, UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.heartbeat import BEAT, SILENT, Heartbeat
@@ -33,6 +36,8 @@ from trainer.settings.config import Config
 T = TypeVar("T")
 
 START_SECONDS = 300.0  # for all processes to begin
+FAREWELL_SECONDS = 10.0  # for the others to come and hear, when one ends before they have met
+SAID_AFTER, SAID_EVERY = 2.0, 15.0  # seconds of waiting for others, until that is said
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
@@ -54,26 +59,74 @@ class Job(World):
         self.timeout = START_SECONDS
         self.group: Any = None  # for gradients; None: gloo's
         self._configured = False
+        self._store: Any = None  # where all meet
+        self._opening: threading.Thread | None = None
+        self._refused: Exception | None = None  # by the network, what opens the store
         self._pending: tuple[Any, Tensor] | None = None  # the exchange of actions that is under way
         self._action = Action.GO  # sent with it
 
-    @functools.cached_property
-    def _store(self) -> Any:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
+    def _open_store(self) -> None:
+        """Find the store, and set it. Runs in a thread: PyTorch waits where no signal is heard."""
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Rank 0 or torchrun is asked for first: PyTorch's own waiting takes twice its timeout.
+        while self.rank != 0:
+            try:
+                socket.create_connection(address, BEAT).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        # It waits for nobody where it isn't told the number of processes.
+        url, timeout = "env://?world_size=-1", timedelta(seconds=START_SECONDS)
+        try:
+            store, _, _ = next(rendezvous(url, timeout=timeout))
+        except RuntimeError as error:  # torch's DistError
+            self._refused = error
+            return
         # After a restart by torchrun the store may still hold what was said before it.
-        return PrefixStore(f"packhorse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        self._store = PrefixStore(f"packhorse/{restart}", store)
+
+    def _meet(self, seconds: float, stop: Stop | None = None) -> None:
+        """Come to where all processes meet, and let them hear of this one.
+
+        Raise Lost where rank 0 isn't there within so many seconds, Interrupted when asked to stop,
+        UserError where rank 0 can't listen.
+        """
+        if self._opening is None:
+            self._opening = threading.Thread(target=self._open_store, name="store", daemon=True)
+            self._opening.start()
+        waiting, until = _Waiting(), time.monotonic() + seconds
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        while self._store is None:
+            self._opening.join(0.02)
+            if self._refused is not None:
+                first = str(self._refused).splitlines()[0]
+                if self.rank == 0:
+                    raise UserError(
+                        f"{where}: rank 0 can't listen there; give MASTER_PORT ({first})"
+                    )
+                raise Lost(f"rank 0 is not at {where}: {first}")
+            if stop is not None:
+                stop.check()
+            if time.monotonic() > until:
+                raise Lost(f"rank 0 did not come to {where} within {seconds:.0f} s")
+            if self.local_rank == 0 and stop is not None:
+                waiting.tell(lambda: f"rank 0 at {where}")
+        self._heartbeat.watch()
 
     @functools.cached_property
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(self._store, self.rank, self.size, self.who)
 
-    def share_config(self, config: Config | None) -> Config:
+    def share_config(self, config: Config | None, stop: Stop) -> Config:
+        self._meet(START_SECONDS, stop)
         with self._explained():
-            self._heartbeat.watch()
+            self._heartbeat.listened.wait(BEAT)  # whoever has ended may have said why
             if config is not None:
                 self._store.set("config", json.dumps(asdict(config)))
             while not self._store.check(["config"]):
                 self._look()
+                stop.check()
                 time.sleep(0.02)
             self._configured = True
             return config or settings.from_dict(json.loads(self._store.get("config")))
@@ -83,6 +136,7 @@ class Job(World):
         self._heartbeat.stop = stop
         if self.hosts > 1:
             _choose_interface()
+        self._meet(START_SECONDS, stop)
         with self._explained():
             self.barrier(stop)
             self.timeout = timeout
@@ -119,12 +173,14 @@ class Job(World):
         self.barrier(stop)  # whoever goes on before another one complains hears of its end too late
 
     def barrier(self, stop: Stop | None = None) -> None:
-        self._heartbeat.watch()
+        waiting = _Waiting()
         self._heartbeat.enter_barrier()
         while not self._heartbeat.barrier_is_full():
             self._look()
             if stop is not None:
                 stop.check()
+            if self.is_main_process:
+                waiting.tell(self._heartbeat.outside_barrier)
             time.sleep(0.005)
 
     def farewell(self) -> None:
@@ -226,9 +282,14 @@ class Job(World):
         if report:  # torchrun shows it as the cause
             message = {"message": f"{self.who}: {text}", "timestamp": int(time.time())}
             Path(report).write_text(json.dumps(message))
-        with suppress(RuntimeError):  # no store, no others
-            self._heartbeat.watch()
-            self._heartbeat.say(ExitNotice(self.who, self.node, code, text, asked))
+        try:
+            self._meet(FAREWELL_SECONDS)
+        except (Lost, UserError):
+            if not self.is_main_process:
+                log.setLevel(logging.INFO)  # nobody else is there to say it
+                show()
+            return
+        self._heartbeat.say(ExitNotice(self.who, self.node, code, text, asked), FAREWELL_SECONDS)
         # A mistake that all processes see is told by the first of them.
         told = any(notice.text == text for notice in self._heartbeat.notices(below=self.rank))
         if not self.is_main_process and not told:
@@ -241,9 +302,10 @@ class Job(World):
         # After --help, say, the others wait for settings.
         if self.is_main_process and not self._configured and code == OK:
             notice = ExitNotice(self.who, self.node, OK, "there is nothing to train", asked=False)
-            self._heartbeat.watch()
-            self._heartbeat.say(notice)
-            self._heartbeat.end()
+            with suppress(Lost):
+                self._meet(FAREWELL_SECONDS)
+                self._heartbeat.say(notice, FAREWELL_SECONDS)
+                self._heartbeat.end()
         sys.stdout.flush()
         sys.stderr.flush()
         # Python's own end would wait for processes that are no more, and abort the process where a
@@ -262,6 +324,22 @@ class Job(World):
         missing = self._heartbeat.missing(self.timeout)
         if missing:
             raise Lost(missing)
+
+
+class _Waiting:
+    """Says from time to time for whom this process waits."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + SAID_AFTER
+
+    def tell(self, whom: Callable[[], str]) -> None:
+        """Say it, when it is time. whom: gives the names."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + SAID_EVERY
+        # Also where the log of a rank is kept to errors: nobody else is there to say it.
+        text = f"waiting for {whom()}"
+        log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
 
 
 def _of_exchange(error: RuntimeError) -> bool:

@@ -8,7 +8,6 @@ has a `distributed.job.Job`. How the gradients of a batch come together is a mat
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from trainer.common.errors import PackhorseError, UserError
 from trainer.common.interrupt import Stop
+from trainer.distributed.launched import one_of_several
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +84,11 @@ class World:
         if hosts not in (None, self.hosts):
             raise UserError(f"train.hosts={hosts}, but the processes run on {self.hosts}: {START}")
 
-    def share_config(self, config: "Config | None") -> "Config":
-        """Give rank 0's settings to all processes; the others come with None."""
+    def share_config(self, config: "Config | None", stop: Stop) -> "Config":
+        """Give rank 0's settings to all processes; the others come with None.
+
+        Raises Interrupted when asked to stop meanwhile.
+        """
         assert config is not None
         return config
 
@@ -171,8 +174,7 @@ class World:
 @functools.cache
 def current_world() -> World:
     """Return where this process stands, read from torchrun's environment."""
-    started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    if not started <= os.environ.keys() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not one_of_several():
         return World()
     # imported here: only a job of several needs PyTorch to say where it stands.
     from trainer.distributed.job import Job

@@ -78,7 +78,7 @@ def read(path: Path) -> Summary | None:
         date = max(file.stat().st_mtime for file in path.iterdir() if file.is_file())
         state = COMPLETE
         if not result:
-            state = RUNNING if _is_held(path) else STOPPED
+            state = RUNNING if files.is_locked(path) else STOPPED
         best = {row["epoch"]: row["valid_top1"] for row in rows}
         test, interval = None, None
         if result.get("split") == "test":
@@ -107,15 +107,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             rows.append(json.loads(line))
     return rows
-
-
-def _is_held(path: Path) -> bool:
-    """Return whether a process has this run."""
-    try:
-        with files.locked(path) as ours:
-            return not ours
-    except OSError:
-        return False
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

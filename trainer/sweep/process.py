@@ -88,8 +88,7 @@ def end(jobs: Sequence[TrialProcess]) -> None:
 
 def in_use(run: Path) -> bool:
     """Return whether a process trains this trial, or is about to."""
-    with files.locked(run) as free, files.locked(run, name=BATCH_LOCK) as unclaimed:
-        return not (free and unclaimed)
+    return files.is_locked(run) or files.is_locked(run, BATCH_LOCK)
 
 
 def gpus() -> list[str]:

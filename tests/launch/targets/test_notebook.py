@@ -63,7 +63,7 @@ def test_the_notebook() -> None:
             "NotebookInstanceLifecycleConfigName"
         ],
         "VolumeSizeInGB": 30,
-        "PlatformIdentifier": "notebook-al2023-v1",
+        "PlatformIdentifier": "notebook-al2023-v2",
         "DirectInternetAccess": "Enabled",
         "RootAccess": "Disabled",
         "InstanceMetadataServiceConfiguration": {"MinimumInstanceMetadataServiceVersion": "2"},

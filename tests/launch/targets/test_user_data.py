@@ -286,6 +286,8 @@ def terminated(
     assert wait_for(lambda: "manifest.json" in str(bucket.keys(f"runs/{RUN}/checkpoints/step-"))), (
         machine.log.read_text()
     )
+    for each in (machine.script(), trainer):  # as the end of somebody's session would
+        os.kill(each, signal.SIGHUP)
     os.kill(machine.script(), signal.SIGTERM)
     assert wait_for(lambda: "stopping: SIGTERM" in machine.log.read_text())
     os.kill(trainer, signal.SIGCONT)

@@ -52,6 +52,31 @@ def here(**facts: object) -> dict[str, object]:
     return owner._this_process() | facts
 
 
+def test_who_looks_at_a_lock_keeps_nobody_from_taking_it(tmp_path):
+    assert not files.is_locked(tmp_path) and not list(tmp_path.iterdir())
+    with files.locked(tmp_path):
+        assert files.is_locked(tmp_path)
+    assert not files.is_locked(tmp_path)
+    with (tmp_path / ".lock").open("rb") as looked:  # by another process, in the very instant
+        assert files.try_lock(looked, fcntl.LOCK_SH)
+        assert not files.is_locked(tmp_path)
+        threading.Timer(0.1, looked.close).start()
+        with files.locked(tmp_path) as mine:
+            assert mine
+
+
+def test_a_look_at_an_owner_elsewhere_waits_for_a_sign_of_life(tmp_path, lockless):
+    (tmp_path / ".lock").touch()
+    assert not files.is_locked(tmp_path)
+    path = owned_by(tmp_path, beats=1)
+    assert not files.is_locked(tmp_path)  # there was none
+    assert path.exists()
+    threading.Timer(0.05, lambda: owned_by(tmp_path, beats=2)).start()
+    assert files.is_locked(tmp_path)
+    owned_by(tmp_path, **here())
+    assert files.is_locked(tmp_path)
+
+
 @pytest.mark.parametrize("number", NONE)
 def test_one_process_at_a_time_also_without_flock(tmp_path, monkeypatch, number):
     monkeypatch.setattr(fcntl, "flock", failing(number))

@@ -118,7 +118,7 @@ def test_a_command_is_ready_for_signals_before_what_is_slow_to_import(module):
     path = PROJECT / f"{name}.py"
     if not path.exists():
         path = PROJECT / name / "__main__.py"
-    before = path.read_text().split("sessions.end_when_asked()")[0]
+    before = path.read_text().split("sessions.end_when_asked(")[0]
     slow = ("import hydra", "import numpy", "import torch", "omegaconf", "trainer.training")
     assert not [word for word in slow if word in before]
 
@@ -237,3 +237,22 @@ with on_signals() as stop:
         [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGTERM\n")
+
+
+def test_a_signal_that_is_held_counts_when_it_is_heeded():
+    """Of one of several processes, which must tell the others first."""
+    script = """
+import os, signal
+from trainer.common import sessions
+from trainer.common.interrupt import on_signals
+sessions.end_when_asked(held=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("lives", flush=True)
+with on_signals() as stop:
+    print(stop.reason, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (RESUME, "lives\nSIGTERM\n"), done.stderr

@@ -15,6 +15,7 @@ def look(store) -> None:
 
 world = current_world()
 assert isinstance(world, Job)
+world._meet(600)
 for _ in range(4):
     threading.Thread(target=look, args=(world._store.clone(),), daemon=True).start()
 world._configured = True  # else rank 0 would tell the others that there is nothing to train

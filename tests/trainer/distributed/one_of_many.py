@@ -29,7 +29,7 @@ BASE = (
     "data=folder", "data.root=pictures", "data.size=16", "data.resize=18", "data.cache=none",
     "data.workers=0", "train.threads=1",
     "model=small_cnn",
-    "train.batch_size=11", "train.epochs=3", "train.ema_decay=0.9", "train.clip_norm=1",
+    "train.batch_size=11", "train.epochs=2", "train.ema_decay=0.9", "train.clip_norm=1",
     "optim.head_lr=3e-3",
     "platform=local", "platform.cache=cache", "train.timeout_seconds=60",
 )  # fmt: skip
@@ -111,7 +111,7 @@ def main() -> None:
     settings.register()
     to_terminal()
     config = compose(BASE)
-    here.share_config(config if here.is_main_process else None)
+    here.share_config(config if here.is_main_process else None, Stop())
     with here.connected(60, Stop()):
         for name in names:
             scenario, _, rest = name.partition(":")  # NAME[:RUN[:STOP_AT]]

@@ -55,6 +55,9 @@ def test_two_drivers_of_one_directory_killed_again_and_again_try_every_trial_onc
         output, _ = driver.communicate(timeout=600)
         assert driver.returncode == OK and "\nbest " in output, output
     trials = trials_of(str(cwd / "both.journal"))
+    # One that both began at the same moment is nobody's, and waits for a larger sweep.trials.
+    trials, nobodys = trials[:6], trials[6:]
+    assert all(state == "RUNNING" for _, state, _ in nobodys)
     assert [(number, state) for number, state, _ in trials] == [(n, "COMPLETE") for n in range(6)]
     if engine == "grid":
         assert [seed for _, _, seed in trials] == list(range(6))
