@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench bench-compare docs ends vulnerabilities lock matrix release site transcripts pages hosts doors trackers clean
+.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench bench-compare docs ends vulnerabilities lock matrix release site transcripts pages hosts doors trackers engines clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -103,8 +103,15 @@ trackers: .venv/dev  ## install MLflow and W&B, and look at a killed run in them
 	test -x .venv-trackers/bin/wandb || { $(BIN)/python -m venv .venv-trackers && .venv-trackers/bin/pip install -q -c .venv/constraints.txt -e '.[dev,mlflow,wandb]'; }
 	.venv-trackers/bin/python -m pytest -m '' tests/trainer/training/test_tracking.py
 
+engines: .venv/dev  ## install SkyPilot and dstack, and let them read what launch export writes; in .venv-engines
+	for engine in skypilot dstack; do \
+	  test -x .venv-engines/$$engine/bin/python || $(BIN)/python -m venv .venv-engines/$$engine; \
+	done
+	.venv-engines/skypilot/bin/pip install -q 'skypilot[aws]' && .venv-engines/dstack/bin/pip install -q dstack
+	$(BIN)/python -m pytest tests/launch/test_exports.py
+
 clean:  ## remove the virtual environment and caches; runs and data stay
-	rm -rf .venv .venv-doors .venv-trackers .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-doors .venv-trackers .venv-engines .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # What builds the site and a release has an environment of its own: its versions are not the trainer's.
 .venv-tools/made: requirements-tools.txt

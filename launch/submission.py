@@ -49,15 +49,27 @@ def submit(aws: Aws, plan: Plan, data: Path | None = None, weights: Path | None 
         return plan.before if plan.before.id else _confirm(aws, plan.before, plan.state.id)
     for line in means(spec, data):
         log.info(line)
+    upload(aws, plan, data, weights)
+    return carry_out(aws, plan)
+
+
+def upload(aws: Aws, plan: Plan, data: Path | None, weights: Path | None) -> None:
+    """Upload what a run needs, as far as it isn't there. Raise UserError, AwsError.
+
+    data, weights: the folders of pictures and of weights; None: they are there, or not needed.
+    """
+    spec = plan.spec
     key = f"source/{spec.source}.tar.gz"
     if not s3.exists(aws, key):
         s3.write(aws, key, plan.source)
         log.info("uploaded the code (%.1f MB) to %s", len(plan.source) / 1e6, spec.uri(key))
+    folders = []
     if data is not None and spec.data is not None:
-        s3.upload_folder(aws, data, f"data/{spec.data}/")
+        folders.append((data, f"data/{spec.data}/"))
     if weights is not None and weights_name(weights) == spec.weights:
-        s3.upload_folder(aws, weights, f"data/{spec.weights}/")
-    return carry_out(aws, plan)
+        folders.append((weights, f"data/{spec.weights}/"))
+    for folder, prefix in folders:
+        s3.upload_folder(aws, folder, prefix, s3.has_own_key(aws, key))
 
 
 def carry_out(aws: Aws, plan: Plan) -> Attempt:
@@ -73,7 +85,7 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
             attempt = plan.before
             if not plan.spec.kind.trains:  # it is set going again as it is asked for now
                 attempt = dataclasses.replace(attempt, requests=plan.spec.kind.requests(plan.spec))
-    elif not s3.claim(aws, attempt.key, attempt.dumps()):
+    elif not notes.claim(aws, attempt):
         log.info("another submit of %s is under way; this one joins it", attempt.run)
         noted = notes.read(aws, attempt.key)
         assert noted is not None
@@ -106,7 +118,7 @@ def _send_first_offer(
             if not error.refused:
                 raise
             attempt = dataclasses.replace(attempt, refused=error.code)
-            s3.write(aws, attempt.key, attempt.dumps())
+            notes.note(aws, attempt)
             if not re.fullmatch(NOT_THIS_ONE, error.code):
                 raise
             if lacking is None or re.fullmatch(NO_CAPACITY, error.code):
@@ -118,7 +130,7 @@ def _send_first_offer(
         plan = plan.next_offer
         log.info("no %s (%s); asking for %s", _offer(before), why, _offer(plan.spec))
         attempt = dataclasses.replace(plan.attempt, asked=attempt.asked)
-        s3.write(aws, attempt.key, attempt.dumps())
+        notes.note(aws, attempt)
 
 
 def _without_same_quota(plan: Plan, error: AwsError) -> Plan:
@@ -156,7 +168,7 @@ def _again(aws: Aws, plan: Plan) -> Attempt:
             before.run,
         )
         return before
-    s3.write(aws, plan.attempt.key, plan.attempt.dumps())
+    notes.note(aws, plan.attempt)
     return plan.attempt
 
 
@@ -167,7 +179,7 @@ def _confirm(aws: Aws, attempt: Attempt, id: str | None) -> Attempt:
     """
     sent = attempt.sent or (notes.now().isoformat() if id else None)
     attempt = dataclasses.replace(attempt, id=id, sent=sent, refused=None)
-    s3.write(aws, attempt.key, attempt.dumps())
+    notes.note(aws, attempt)
     return attempt
 
 

@@ -7,6 +7,7 @@ what is asked about.
 
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from launch.cloud.remedies import DENIED
@@ -23,6 +24,8 @@ LISTS = {
     "NotebookInstanceLifecycleConfig": "NotebookInstanceLifecycleConfigs",
     "Endpoint": "Endpoints",
 }
+LARGEST_PAGE = 100  # of SageMaker's lists
+BEHIND = timedelta(hours=1)  # how far SageMaker's search may be behind what is there
 JOBS = ("TrainingJob", "HyperParameterTuningJob")  # their names follow from name=...
 
 
@@ -41,11 +44,56 @@ def listed(aws: Aws, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
 def owned(aws: Aws, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
     """Yield SageMaker's things of a kind that are ours, as SageMaker lists them. Raise AwsError."""
     for thing in listed(aws, kind, **filters):
-        arn = thing[f"{kind}Arn"]
-        # All tags come in one answer; there is none where the thing is gone by now.
-        answer = aws.find("sagemaker", "ListTags", NOT_FOUND, ResourceArn=arn, MaxResults=100)
-        if answer is not None and aws.owns(answer["Tags"]):
+        if _has_our_tag(aws, thing[f"{kind}Arn"]):
             yield thing
+
+
+def training_jobs(aws: Aws) -> dict[str, dict[str, Any]]:
+    """Return our training jobs by name, trials too, as SageMaker describes them. Raise AwsError.
+
+    Two listings tell it, however many there are. Search is an index and may be behind, so a job
+    is asked for itself where it and the list of what runs don't agree.
+    """
+    ours = {"Name": "Tags.project", "Operator": "Equals", "Value": aws.project}
+    found = aws.pages(
+        "sagemaker",
+        "Search",
+        "Results",
+        Resource="TrainingJob",
+        SearchExpression={"Filters": [ours]},
+        # What IAM holds a search to (sagemaker:SearchVisibilityCondition): nobody else's jobs.
+        VisibilityConditions=[{"Key": "Tags.project", "Value": aws.project}],
+        PaginationConfig={"PageSize": LARGEST_PAGE},
+    )
+    jobs = {job["TrainingJobName"]: job for each in found if (job := each.get("TrainingJob"))}
+    jobs = {name: job for name, job in jobs.items() if aws.owns(job.get("Tags", []))}
+    running = {
+        job["TrainingJobName"]: job
+        for job in listed(
+            aws,
+            "TrainingJob",
+            StatusEquals="InProgress",
+            PaginationConfig={"PageSize": LARGEST_PAGE},
+        )
+    }
+    for name in jobs.keys() | running.keys():
+        searched = name in jobs and jobs[name]["TrainingJobStatus"] == "InProgress"
+        if searched == (name in running):
+            continue
+        # Search knows by now what is older, and so this is another project's.
+        if name not in jobs and datetime.now(UTC) - running[name]["CreationTime"] > BEHIND:
+            continue
+        job = aws.find("sagemaker", "DescribeTrainingJob", NOT_FOUND, TrainingJobName=name)
+        if job is not None and (name in jobs or _has_our_tag(aws, job["TrainingJobArn"])):
+            jobs[name] = job
+    return jobs
+
+
+def _has_our_tag(aws: Aws, arn: str) -> bool:
+    """Return whether something of SageMaker's is ours; not where it is gone by now."""
+    # All tags come in one answer.
+    answer = aws.find("sagemaker", "ListTags", NOT_FOUND, ResourceArn=arn, MaxResults=100)
+    return answer is not None and aws.owns(answer["Tags"])
 
 
 def anothers(aws: Aws, kind: str, name: str) -> str | None:

@@ -85,6 +85,15 @@ def write(aws: Aws, key: str, data: bytes) -> None:
     aws.call("s3", "PutObject", Bucket=aws.bucket, Key=key, Body=data)
 
 
+def has_own_key(aws: Aws, key: str) -> bool:
+    """Return whether S3 encrypts an object with a key of the account's: its ETag is no MD5 then.
+
+    Raise AwsError.
+    """
+    answer = aws.find("s3", "HeadObject", r"404|NoSuchKey", Bucket=aws.bucket, Key=key) or {}
+    return str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
+
+
 def claim(aws: Aws, key: str, data: bytes) -> bool:
     """Write an object that must not be there yet; return False where another was faster.
 
@@ -157,18 +166,21 @@ def digest(folder: Path) -> str:
     return of_all.hexdigest()
 
 
-def upload_folder(aws: Aws, folder: Path, prefix: str) -> None:
+def upload_folder(aws: Aws, folder: Path, prefix: str, is_encrypted: bool = False) -> None:
     """Upload the folder's visible files to `prefix`, as far as they aren't there.
 
     A job may be reading them. Raise UserError, AwsError. prefix: one that carries the folder's
-    digest, so that only an upload that was cut short leaves anything to do.
+    digest, so that only an upload that was cut short leaves anything to do. is_encrypted: with a
+    key of the account's (`has_own_key`), so that what is there is known by name and size alone.
     """
     files = files_of(folder)
     uploaded = listing(aws, prefix)
 
     def is_uploaded(name: str) -> bool:
         path, item = files[name], uploaded.get(name)
-        return item is not None and item.size == path.stat().st_size and etag(path) == item.etag
+        if item is None or item.size != path.stat().st_size:
+            return False
+        return is_encrypted or etag(path) == item.etag
 
     with ThreadPoolExecutor(WORKERS) as pool:
         flags = pool.map(is_uploaded, files)
@@ -213,7 +225,7 @@ def download(aws: Aws, objects: dict[str, Object], folder: Path) -> None:
     temporary = {name: (folder / name).with_name(TEMPORARY + Path(name).name) for name in missing}
     _transfer(aws, "download", [(str(temporary[name]), each.key) for name, each in missing.items()])
     for name, item in missing.items():
-        if not _equal(temporary[name], item):
+        if not _equal(temporary[name], item) and not _equals_encrypted(aws, temporary[name], item):
             raise UserError(
                 f"s3://{aws.bucket}/{item.key}: the copy in {temporary[name]} is not what S3 "
                 "holds; start the same command again"
@@ -272,6 +284,14 @@ def _equal(path: Path, item: Object) -> bool:
     if ("-" in item.etag) != ("-" in ours):
         ours = _md5(path.read_bytes()).hex()
     return ours == item.etag or "-" in item.etag
+
+
+def _equals_encrypted(aws: Aws, path: Path, item: Object) -> bool:
+    """Return whether a file is what S3 holds, encrypted with a key of the account's.
+
+    Its ETag says nothing then; botocore has held what came to the checksum that S3 sends.
+    """
+    return path.stat().st_size == item.size and has_own_key(aws, item.key)
 
 
 def _transfer(aws: Aws, direction: str, pairs: list[tuple[str, str]]) -> None:

@@ -3,9 +3,11 @@
 How an attempt is now, its target says (launch/targets/base.py).
 """
 
+import base64
 import dataclasses
 import json
 import re
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,6 +26,14 @@ YOUNG = timedelta(hours=1)
 UNSEEN = "sent, and not listed by AWS yet"
 TAKEN = "NameTaken"  # refused, since what has the job's name is another project's
 GONE = "AWS no longer lists it: it was deleted"
+# Of every attempt, what a list of all runs needs stands in the names of empty objects here, so that
+# one listing tells it: RUN/NUMBER.KIND.WORDS, KIND being one of the three below.
+INDEX = "runs/.all/attempts/"
+NOTE = "note"  # the attempt, each time that its note changed
+END = "end"  # what its machine said last (user_data.sh)
+STATE = "state"  # how it ended, as it was found out where nothing else says it
+LONGEST_KEY = 1024  # bytes: S3's limit
+TIMES = ("started", "ended")  # of a State
 
 
 class Phase(StrEnum):
@@ -130,6 +140,118 @@ class Attempt:
         return State(Phase.STOPPED, GONE, self.since, id=self.id)
 
 
+@dataclass(frozen=True)
+class Noted:
+    """What the bucket's index says of an attempt."""
+
+    attempt: Attempt  # without its requests, identity and words
+    word: dict[str, Any] | None = None  # what its machine said last
+    said: datetime | None = None  # when
+    state: State | None = None  # how it ended, where that was found out before
+
+
+def note(aws: Aws, attempt: Attempt) -> None:
+    """Write an attempt's note, and that it is there. Raise AwsError."""
+    write_index(aws, attempt)
+    s3.write(aws, attempt.key, attempt.dumps())
+
+
+def claim(aws: Aws, attempt: Attempt) -> bool:
+    """Write an attempt's first note; return False where another submit was faster.
+
+    Raise AwsError.
+    """
+    write_index(aws, attempt)
+    return s3.claim(aws, attempt.key, attempt.dumps())
+
+
+def write_index(aws: Aws, attempt: Attempt) -> None:
+    """Say in the index that an attempt is about to be noted so. Raise AwsError.
+
+    Before the note, so that a kill between them hides no machine.
+    """
+    fields = dataclasses.asdict(dataclasses.replace(attempt, requests=[], identity={}, words={}))
+    told = {key: value for key, value in fields.items() if value not in (None, [], {})}
+    _write_index(aws, attempt, NOTE, told | {"written": now().isoformat()})
+
+
+def note_state(aws: Aws, attempt: Attempt, state: State) -> None:
+    """Note how an attempt ended, so that it needn't be found out again. Raise AwsError."""
+    fields = dataclasses.asdict(state)
+    for name in TIMES:
+        fields[name] = fields[name] and fields[name].isoformat()
+    _write_index(aws, attempt, STATE, fields)
+
+
+def _write_index(aws: Aws, attempt: Attempt, kind: str, fields: dict[str, Any]) -> None:
+    packed = zlib.compress(json.dumps(fields, separators=(",", ":")).encode(), 9)
+    words = base64.urlsafe_b64encode(packed).decode()
+    key = f"{INDEX}{attempt.run}/{attempt.number}.{kind}.{words}"
+    # What doesn't fit is read from its note.
+    if len(key.encode()) <= LONGEST_KEY:
+        s3.write(aws, key, b"")
+
+
+def _read_index(kind: str, words: str) -> dict[str, Any]:
+    packed = base64.urlsafe_b64decode(words)
+    fields: dict[str, Any] = json.loads(packed if kind == END else zlib.decompress(packed))
+    return fields
+
+
+def every(aws: Aws) -> list[Noted]:
+    """Return every attempt of the project in order, as the index has it. Raise AwsError.
+
+    What an earlier version noted stands in no index: the notes of such runs are read one by one.
+    """
+    entries: dict[tuple[str, int], list[tuple[str, dict[str, Any], datetime]]] = {}
+    for name, item in s3.listing(aws, INDEX).items():
+        match = re.fullmatch(rf"([^/]+)/(\d+)\.({NOTE}|{END}|{STATE})\.([\w=-]+)", name)
+        if match:
+            entry = match[3], _read_index(match[3], match[4]), item.modified
+            entries.setdefault((match[1], int(match[2])), []).append(entry)
+    noted = {key: _noted(*key, told) for key, told in entries.items()}
+    indexed: dict[str, set[int]] = {}
+    for (run, number), each in noted.items():
+        if each is not None:
+            indexed.setdefault(run, set()).add(number)
+    runs = {run for run in s3.folders(aws, "runs/") if run != ".all"} | indexed.keys()
+    others = [run for run in runs if not _is_whole(indexed.get(run, set()))]
+    with ThreadPoolExecutor(s3.WORKERS) as pool:
+        read_ones = list(pool.map(lambda run: attempts(aws, run), others))
+    found = [each for each in noted.values() if each and each.attempt.run not in others]
+    found += [Noted(attempt) for tried in read_ones for attempt in tried]
+    return sorted(found, key=lambda each: (each.attempt.run, each.attempt.number))
+
+
+def _is_whole(numbers: set[int]) -> bool:
+    """Return whether these are all attempts up to the newest of them."""
+    return bool(numbers) and numbers == set(range(1, max(numbers) + 1))
+
+
+def _noted(run: str, number: int, told: list[tuple[str, dict[str, Any], datetime]]) -> Noted | None:
+    """Return what the index says of an attempt, None where its note is not there.
+
+    told: kind, words and time of each entry.
+    """
+    notes = [(when, fields["written"], fields) for kind, fields, when in told if kind == NOTE]
+    if not notes:
+        return None
+    _, _, newest = max(notes, key=lambda each: each[:2])  # S3's clock counts seconds
+    fields = {name: value for name, value in newest.items() if name != "written"}
+    fields["price"] = Price(**fields["price"])
+    attempt = Attempt(**({"requests": [], "identity": {}} | fields))
+    ends = [(fields, when) for kind, fields, when in told if kind == END]
+    states = [fields for kind, fields, _ in told if kind == STATE]
+    word, said = max(ends, key=lambda each: each[1], default=(None, None))
+    return Noted(attempt, word, said, _state(states[0]) if states else None)
+
+
+def _state(fields: dict[str, Any]) -> State:
+    """Return a state as `note_state` noted it."""
+    times = {name: fields[name] and datetime.fromisoformat(fields[name]) for name in TIMES}
+    return State(**(fields | times | {"phase": Phase(fields["phase"])}))
+
+
 def attempt_key(run: str, number: int, what: str) -> str:
     """Return the key in the bucket of something of an attempt, like "request.json"."""
     return f"runs/{run}/attempts/{number}.{what}"
@@ -149,17 +271,12 @@ def read(aws: Aws, key: str) -> Attempt | None:
     return None if entry is None else loads(entry[0])
 
 
-def attempts(aws: Aws, run: str | None = None) -> list[Attempt]:
-    """Return the attempts at a run in order, or at every run of the project. Raise AwsError."""
-    noted = s3.listing(aws, f"runs/{run}/attempts/" if run else "runs/").values()
-    pattern = r"runs/[^/]+/attempts/\d+\.request\.json"
-    keys = [item.key for item in noted if re.fullmatch(pattern, item.key)]
-    if run is not None:
-        entries = [read(aws, key) for key in keys]
-    else:
-        with ThreadPoolExecutor(s3.WORKERS) as pool:
-            entries = list(pool.map(lambda key: read(aws, key), keys))
-    return sorted(filter(None, entries), key=lambda attempt: (attempt.run, attempt.number))
+def attempts(aws: Aws, run: str) -> list[Attempt]:
+    """Return the attempts at a run in order. Raise AwsError."""
+    names = s3.listing(aws, f"runs/{run}/attempts/").items()
+    keys = [item.key for name, item in names if re.fullmatch(r"\d+\.request\.json", name)]
+    entries = [read(aws, key) for key in keys]
+    return sorted(filter(None, entries), key=lambda attempt: attempt.number)
 
 
 def latest(aws: Aws, run: str) -> Attempt | None:

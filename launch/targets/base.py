@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 from launch.cloud.account_stack import Place
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, bucket_name, domain, partition, role_name
-from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.attempt import Attempt, Noted, Phase, State
 from launch.targets.instance_types import names_in
+from launch.targets.inventory import Inventory
 from launch.targets.questions import Question
 from launch.targets.rented import Rented
 from trainer.common.console import log
@@ -339,6 +340,13 @@ class Target(ABC):
         Must not raise where AWS doesn't list it: `attempt.unseen()` tells what that means.
         """
 
+    def listed(self, inventory: Inventory, noted: Noted) -> State | None:
+        """Return how an attempt is by the listings of all of them; None where it must be asked.
+
+        It is what `observe` would return.
+        """
+        return None
+
     def stop(self, aws: Aws, attempt: Attempt, at_once: bool) -> None:
         """Ask for the end of an attempt, if it runs.
 
@@ -423,12 +431,12 @@ class Target(ABC):
     # --- of every run, whatever its name: once for each class ---
 
     @classmethod
-    def overdue(cls, aws: Aws) -> Iterator[tuple[Attempt, State]]:
+    def overdue(cls, inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
         """Yield the attempts whose machines run past their limits."""
         yield from ()
 
     @classmethod
-    def rented(cls, aws: Aws) -> Iterator[Rented]:
+    def rented(cls, inventory: Inventory) -> Iterator[Rented]:
         """Yield what of this project's costs money now, whoever started it and however."""
         yield from ()
 

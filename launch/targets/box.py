@@ -1,12 +1,15 @@
 """A machine with a shell, a time limit and a price, and nothing else."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
-from launch.targets.attempt import Attempt, Phase, State
+from launch.targets.attempt import Attempt, Noted, Phase, State
 from launch.targets.base import RUN, Spec, fit
-from launch.targets.ec2 import Ec2, run_instances
+from launch.targets.ec2 import Ec2
+from launch.targets.ec2_request import run_instances
+from launch.targets.inventory import Inventory
 from launch.targets.rented import Rented
 from launch.targets.script import fill
 from trainer.common.errors import UserError
@@ -25,17 +28,11 @@ class Box(Ec2):
 
     def observe(self, aws: Aws, attempt: Attempt) -> State:
         """Return how it is: one that has ended without a word has done what it was for."""
-        state = super().observe(aws, attempt)
-        if state.phase is not Phase.FAILED:
-            return state
-        return State(
-            Phase.STOPPED,
-            state.detail,
-            state.started,
-            state.ended,
-            state.machine_seconds,
-            id=state.id,
-        )
+        return _without_failure(super().observe(aws, attempt))
+
+    def listed(self, inventory: Inventory, noted: Noted) -> State | None:
+        state = super().listed(inventory, noted)
+        return None if state is None else _without_failure(state)
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
         """Terminate it: nothing on it looks whether it is asked to."""
@@ -50,17 +47,24 @@ class Box(Ec2):
         return None
 
     @classmethod
-    def overdue(cls, aws: Aws) -> Iterator[tuple[Attempt, State]]:
+    def overdue(cls, inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
         """Yield nothing: boxes are EC2 machines, looked at as such."""
         yield from ()
 
     @classmethod
-    def rented(cls, aws: Aws) -> Iterator[Rented]:
+    def rented(cls, inventory: Inventory) -> Iterator[Rented]:
         """Yield nothing: boxes are EC2 machines, listed as such."""
         yield from ()
 
 
 TARGETS = (Box("box"),)
+
+
+def _without_failure(state: State) -> State:
+    """Return a box's state: none of them fails."""
+    if state.phase is not Phase.FAILED:
+        return state
+    return dataclasses.replace(state, phase=Phase.STOPPED, is_sure=True)
 
 
 def script(spec: Spec) -> str:

@@ -14,6 +14,7 @@ from launch.cloud.request import Request
 from launch.cloud.session import Aws
 from launch.targets.attempt import UNSEEN, Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, TargetConfig
+from launch.targets.inventory import Inventory
 from launch.targets.rented import Machines, Rented, rented
 from launch.targets.sagemaker import OnSageMaker
 from launch.targets.script import FOLDER, fill
@@ -106,11 +107,12 @@ class Notebook(OnSageMaker):
         return None
 
     @classmethod
-    def rented(cls, aws: Aws) -> Iterator[Rented]:
-        for notebook in ownership.owned(aws, cls.thing):
+    def rented(cls, inventory: Inventory) -> Iterator[Rented]:
+        for notebook in ownership.owned(inventory.aws, cls.thing):
             if notebook["NotebookInstanceStatus"] in ("Pending", "InService", "Updating"):
                 machines = Machines(notebook["InstanceType"], notebook["LastModifiedTime"])
-                yield rented(aws, "notebook", notebook["NotebookInstanceName"], machines)
+                name = notebook["NotebookInstanceName"]
+                yield rented(inventory.aws, "notebook", name, machines)
 
 
 TARGETS = (Notebook("notebook"),)

@@ -5,16 +5,17 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from launch.cloud.remedies import DENIED
-from launch.cloud.session import Aws, AwsError
+from launch.cloud.session import AwsError
 from launch.targets import base
 from launch.targets.attempt import Attempt, State
+from launch.targets.inventory import Inventory
 from trainer.common.console import command
 
 
-def machines(aws: Aws) -> Iterator[tuple[Attempt, State]]:
+def machines(inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
     """Yield the attempts whose machines run past their limits. Raise AwsError."""
     for kind in base.kinds():
-        yield from kind.overdue(aws)
+        yield from kind.overdue(inventory)
 
 
 def line(attempt: Attempt, state: State) -> str:
@@ -27,7 +28,7 @@ def line(attempt: Attempt, state: State) -> str:
     )
 
 
-def warn(aws: Aws, targets: Sequence[str]) -> None:
+def warn(inventory: Inventory, targets: Sequence[str]) -> None:
     """Say what is past its limit.
 
     It goes to standard error, since standard output may be a document. targets: the overrides of
@@ -36,7 +37,7 @@ def warn(aws: Aws, targets: Sequence[str]) -> None:
     given = [override for override in targets if not override.startswith("target=")]
     end_it = command("launch", "status", "--end", *given)
     try:
-        for attempt, state in machines(aws):
+        for attempt, state in machines(inventory):
             _say(f"OVERDUE: {line(attempt, state)}; end it with: {end_it}")
     except AwsError as error:
         if not re.fullmatch(DENIED, error.code):
@@ -44,11 +45,11 @@ def warn(aws: Aws, targets: Sequence[str]) -> None:
         _say(f"whether a machine is past its limit is not known: {error}")
 
 
-def end(aws: Aws) -> None:
+def end(inventory: Inventory) -> None:
     """End what is past its limit. Raise AwsError."""
-    for attempt, state in list(machines(aws)):
+    for attempt, state in list(machines(inventory)):
         _say(f"OVERDUE: {line(attempt, state)}: it is ended")
-        base.of(attempt).stop_running(aws, attempt, state, at_once=True)
+        base.of(attempt).stop_running(inventory.aws, attempt, state, at_once=True)
 
 
 def _say(text: str) -> None:

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from launch.cloud import hyperparameters as codec
-from launch.cloud import ownership, quotas, source
+from launch.cloud import quotas, source
 from launch.cloud.logs import TRAINING_GROUP, LogReader
 from launch.cloud.ownership import NOT_FOUND
 from launch.cloud.prices import HOURS_A_MONTH, ML_GB_MONTH
 from launch.cloud.registries import registry_of
+from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request
-from launch.cloud.session import Aws
-from launch.targets.attempt import TAKEN, Attempt, Phase, State, now, seconds_between
+from launch.cloud.session import Aws, AwsError
+from launch.targets.attempt import TAKEN, Attempt, Noted, Phase, State, now, seconds_between
 from launch.targets.base import Spec, Target, TargetConfig
 from launch.targets.instance_types import check_trains, gpus, has_gpu, local_gb, names_in, processes
+from launch.targets.inventory import Inventory
 from launch.targets.questions import Question, quota
 from launch.targets.rented import Machines, Rented, rented
 from trainer.common.console import log
@@ -42,6 +44,7 @@ ON_STOP = (
 
 CHECKPOINTS = "/opt/ml/checkpoints"  # as in conf/platform/sagemaker.yaml
 CHANNEL = "training"  # holds the folders train, valid and test
+RUNNING = ("InProgress", "Stopping")  # TrainingJobStatus of what costs money
 WEIGHTS_CHANNEL = "weights"  # holds the files of model.weights_dir
 
 _NOT_FOR_A_JOB = re.compile(
@@ -91,6 +94,18 @@ class OnSageMaker(Target):
         if described is None:
             return attempt.unseen()
         return self.state(aws, attempt, described)
+
+    def listed(self, inventory: Inventory, noted: Noted) -> State | None:
+        if noted.state is not None or noted.attempt.refused == TAKEN:
+            return noted.state
+        described = self.of_listing(inventory, noted.attempt)
+        if described is None:
+            return None
+        return self.state(inventory.aws, noted.attempt, described)
+
+    def of_listing(self, inventory: Inventory, attempt: Attempt) -> dict[str, Any] | None:
+        """Return what listings say of an attempt, as if it was described; None: not enough."""
+        return None
 
     @abstractmethod
     def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
@@ -198,19 +213,25 @@ class SageMaker(OnSageMaker):
     def results(self, aws: Aws, attempt: Attempt) -> str:
         return job_results(attempt, attempt.job)
 
+    def of_listing(self, inventory: Inventory, attempt: Attempt) -> dict[str, Any] | None:
+        try:
+            return inventory.training_jobs().get(attempt.job)
+        except AwsError as error:
+            if not re.fullmatch(DENIED, error.code):
+                raise
+            return None  # who may not search may ask for each
+
     def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
         metrics = (self.described(aws, attempt) or {}).get("FinalMetricDataList", [])
         values = {metric["MetricName"]: float(metric["Value"]) for metric in metrics}
         return values.get("test_top1", values.get("valid_top1"))
 
     @classmethod
-    def rented(cls, aws: Aws) -> Iterator[Rented]:
+    def rented(cls, inventory: Inventory) -> Iterator[Rented]:
         """Yield the training jobs that run, the trials of tuning jobs too."""
-        for summary in ownership.owned(aws, "TrainingJob", StatusEquals="InProgress"):
-            name = summary["TrainingJobName"]
-            job = aws.find("sagemaker", "DescribeTrainingJob", NOT_FOUND, TrainingJobName=name)
-            if job is None:
-                continue  # listed, and not yet described
+        for name, job in inventory.training_jobs().items():
+            if job["TrainingJobStatus"] not in RUNNING:
+                continue
             taken = preferred_machine(job)
             machines = Machines(
                 taken["InstanceType"],
@@ -220,7 +241,7 @@ class SageMaker(OnSageMaker):
             )
             place = job.get("OutputDataConfig", {}).get("S3OutputPath", "")
             run = place.partition("/runs/")[2].partition("/")[0]
-            yield rented(aws, "training", name, machines, run or None)
+            yield rented(inventory.aws, "training", name, machines, run or None)
 
 
 TARGETS = (SageMaker("sagemaker"), SageMaker("sagemaker_multi"))

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.cloud import s3
 from launch.cloud.session import Aws
 from launch.targets import attempt as notes
-from launch.targets.attempt import Attempt
+from launch.targets.attempt import Attempt, Noted
 from launch.targets.base import NAMES, RUN, S3, Spec, TargetConfig, fit, targets
 from trainer.common.errors import UserError
 from trainer.common.paths import expanded
@@ -283,7 +283,7 @@ def noted_spec(aws: Aws, attempt: Attempt) -> Spec:
 
 
 def choose(
-    aws: Aws, arguments: Sequence[str], is_meant: Callable[[Attempt], bool] | None = None
+    aws: Aws, arguments: Sequence[str], is_meant: Callable[[Noted], bool] | None = None
 ) -> Attempt:
     """Return the newest attempt at the run that is meant.
 
@@ -305,18 +305,18 @@ def choose(
         config, data = load_config(target, overrides)
         run = run_id(target, config, data, overrides)
     else:
-        every = notes.attempts(aws)
+        every = notes.every(aws)
         if not every:
             raise UserError(
                 f"s3://{aws.bucket}/runs: no run was ever submitted; "
                 "begin with: python -m launch plan"
             )
-        newest = {attempt.run: attempt for attempt in every}.values()
-        meant = [attempt for attempt in newest if is_meant is not None and is_meant(attempt)]
+        newest = {each.attempt.run: each for each in every}.values()
+        meant = [each for each in newest if is_meant is not None and is_meant(each)]
         if len(meant) > 1:
-            runs = ", ".join(attempt.run for attempt in meant)
+            runs = ", ".join(each.attempt.run for each in meant)
             raise UserError(f"{len(meant)} runs are going: {runs}; name one of them")
-        return max(meant or newest, key=lambda attempt: attempt.noted)
+        run = max((each.attempt for each in meant or newest), key=lambda each: each.noted).run
     attempt = notes.latest(aws, run)
     if attempt is None:
         raise UserError(

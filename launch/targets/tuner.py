@@ -13,6 +13,7 @@ from launch.cloud.request import Request
 from launch.cloud.session import Aws, AwsError
 from launch.targets.attempt import Attempt, State, now, seconds_between
 from launch.targets.base import Spec
+from launch.targets.inventory import Inventory
 from launch.targets.rented import Rented
 from launch.targets.sagemaker import (
     SageMaker,
@@ -32,6 +33,7 @@ from trainer.settings import words
 from trainer.settings.compose import check_options, first_trial
 from trainer.settings.config import EPOCHS, Config, setting
 
+TRIALS = "trials"  # what SageMaker doesn't say in its description of a tuning job
 LEAST_RUNTIME = 120  # seconds of a tuning job's limit: SageMaker's own
 
 
@@ -67,10 +69,23 @@ class Tuner(SageMaker):
         limits = request.parameters["HyperParameterTuningJobConfig"]["ResourceLimits"]
         return limits["MaxNumberOfTrainingJobs"], limits["MaxParallelTrainingJobs"]
 
+    def of_listing(self, inventory: Inventory, attempt: Attempt) -> dict[str, Any] | None:
+        """Return what the lists of tuning jobs and of their trials say."""
+        listed = inventory.tuning_jobs().get(attempt.job)
+        # The list says that it failed, and not why.
+        if listed is None or listed["HyperParameterTuningJobStatus"] == "Failed":
+            return None
+        name = re.compile(rf"{re.escape(attempt.job)}-\d+-[0-9a-f]{{8}}")
+        jobs = inventory.training_jobs().items()
+        return listed | {TRIALS: [job for each, job in jobs if name.fullmatch(each)]}
+
     def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
+        trials = described.get(TRIALS)
+        if trials is None:
+            trials = trial_jobs(aws, attempt)
         seconds = sum(
             seconds_between(trial.get("TrainingStartTime"), trial.get("TrainingEndTime") or now())
-            for trial in trial_jobs(aws, attempt)
+            for trial in trials
         )
         counts = described.get("TrainingJobStatusCounters", {})
         counted = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -103,7 +118,7 @@ class Tuner(SageMaker):
         return float(metric["Value"]) if metric.get("MetricName", "").endswith("top1") else None
 
     @classmethod
-    def rented(cls, aws: Aws) -> Iterator[Rented]:
+    def rented(cls, inventory: Inventory) -> Iterator[Rented]:
         """Yield nothing: the trials are training jobs, listed as such."""
         yield from ()
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Trains one run on this instance and terminates the instance, whatever happens. Runs as root at each boot; launch/targets/ec2.py fills in the settings.
+# Trains one run on this instance and terminates the instance, whatever happens. Runs as root at each boot; launch/targets/ec2_request.py fills in the settings.
 set -uo pipefail
 trap '' HUP # a session that ends, of whoever looks or has started this by hand, ends nothing; the trainer inherits it
 
 @SETTINGS@
 
 @DEADLINE@
+
+@UPLOADS@
 
 # Nor which machine it is.
 [ -s "$state/machine" ] || cat /var/lib/cloud/data/instance-id >"$state/machine" 2>/dev/null || cat /proc/sys/kernel/random/uuid >"$state/machine"
@@ -14,9 +16,7 @@ scratch=/opt/dlami/nvme # as in conf/platform/ec2.yaml
 directory=$scratch/runs/$run
 log=/var/log/packhorse.log
 s3_run=$bucket/runs/$run
-not_output=(--exclude 'checkpoints/*' --exclude '.*' --exclude '*/.*') # hidden files are locks, and what is not complete yet
-
-job='' code=1 reason='' kill_at='' uploaded='' notes='' other=''
+job='' code=1 reason='' kill_at='' notes='' other=''
 export AWS_DEFAULT_REGION=$region PYTHONUNBUFFERED=1 PACKHORSE_REVISION=$revision
 
 say() { echo "$(date -u +%FT%TZ) $*" >>"$log"; }
@@ -45,7 +45,7 @@ fetch_and_train() {
   waited=0
   until mountpoint -q "$scratch" || ((waited++ == 60)); do sleep 1; done
   mountpoint -q "$scratch" || say "no disk is mounted at $scratch: using the root disk"
-  mkdir -p "$scratch/source" "$scratch/runs" "$scratch/restored/checkpoints"
+  mkdir -p "$scratch/source" "$scratch/runs"
 
   say "fetching the code"
   aws s3 cp --only-show-errors "$bucket/source/$source_sha256.tar.gz" "$scratch/source.tar.gz"
@@ -61,13 +61,7 @@ fetch_and_train() {
   fi
   if [ ! -d "$directory" ]; then # after a reboot the disk still has it, and newer than the bucket
     say "fetching what earlier attempts have saved"
-    # Without what says that the run is complete: who asks for one more attempt wants it tested and packaged again.
-    aws s3 sync --only-show-errors "$s3_run/output" "$scratch/restored" --exclude result.json --exclude model.tar.gz
-    aws s3 sync --only-show-errors "$s3_run/checkpoints" "$scratch/restored/checkpoints"
-    for checkpoint in "$scratch"/restored/checkpoints/*/; do # manifests are uploaded last: where there is none, the upload was cut short
-      [ -f "$checkpoint/manifest.json" ] || rm -rf "$checkpoint"
-    done
-    mv "$scratch/restored" "$directory" # from here on uploads may begin: they delete what the directory doesn't hold
+    restore
   fi
 
   cd "$scratch/source"
@@ -80,41 +74,7 @@ fetch_and_train() {
     exec .venv/bin/python -m trainer "${arguments[@]}"
   fi
   say "training in $processes processes"
-  rm -f "$scratch/code"
-  CODE=$scratch/code exec .venv/bin/python -m torch.distributed.run --standalone --nproc_per_node="$processes" \
-    --no-python bash -c "$worker" worker "${arguments[@]}"
-}
-
-# One of several processes. torchrun exits with 1 whatever their codes are, so the first that doesn't end well notes its own.
-# shellcheck disable=SC2016
-worker='
-  trap : TERM # the trainer gets it too, and this shell waits for its end
-  .venv/bin/python -m trainer "$@"
-  code=$?
-  ((code == 0)) || (set -C && echo "$code" >"$CODE") 2>/dev/null
-  exit "$code"
-'
-
-upload() {
-  if [ -d "$directory" ]; then
-    upload_checkpoints
-    aws s3 sync --only-show-errors "$directory" "$s3_run/output" "${not_output[@]}" --exclude result.json
-    # The result says that the run is complete, so it comes after everything else.
-    [ ! -f "$directory/result.json" ] || aws s3 cp --only-show-errors "$directory/result.json" "$s3_run/output/result.json"
-  fi
-  aws s3 cp --only-show-errors "$log" "$s3_run/log.txt"
-}
-
-# From hard links, so that the trainer may delete meanwhile. Manifests come last, and nothing is deleted before what replaces it is there.
-upload_checkpoints() {
-  local names staged=$scratch/staged
-  names=$(cd "$directory/checkpoints" && echo *)
-  [ "$names" != '*' ] && [ "$names" != "$uploaded" ] || return 0
-  rm -rf "$staged" && mkdir "$staged" && cp -al "$directory"/checkpoints/* "$staged" &&
-    aws s3 sync --only-show-errors "$staged" "$s3_run/checkpoints" --exclude '*/manifest.json' &&
-    aws s3 sync --only-show-errors "$staged" "$s3_run/checkpoints" &&
-    aws s3 sync --only-show-errors "$staged" "$s3_run/checkpoints" --delete &&
-    uploaded=$names
+  exec .venv/bin/python -m trainer.distributed.torchrun --standalone --nproc_per_node="$processes" -m trainer "${arguments[@]}"
 }
 
 # Whether the training has written nothing for too long. It says every 15 seconds how far it is.
@@ -143,6 +103,14 @@ spot_notice() {
   return 1
 }
 
+# Notes how it ended, also in the name of an object: a listing of all runs reads no objects.
+last_word() {
+  local word
+  word=$(printf '{"attempt": %d, "code": %d, "reason": "%s"}' "$attempt" "$code" "$reason")
+  aws s3 cp - "$s3_run/attempts/$attempt.json" <<<"$word"
+  aws s3 cp - "$bucket/$index$run/$attempt.end.$(base64 -w0 <<<"$word" | tr '+/' '-_')" </dev/null
+}
+
 rebooting() { systemctl list-jobs 2>/dev/null | grep -q 'reboot\.target'; }
 
 finish() {
@@ -161,8 +129,7 @@ finish() {
     say "$other: this machine leaves the run alone"
   else
     upload >>"$log" 2>&1
-    rebooting || # it goes on after that
-      printf '{"attempt": %d, "code": %d, "reason": "%s"}\n' "$attempt" "$code" "$reason" | aws s3 cp - "$s3_run/attempts/$attempt.json"
+    rebooting || last_word # it goes on after that
   fi
   tail -n 50 "$log" # to the instance's console, should S3 be out of reach
   rebooting || shutdown -h now
@@ -206,4 +173,3 @@ while kill -0 "$job" 2>/dev/null; do
 done
 wait "$job"
 code=$?
-if ((code != 0)) && [ -s "$scratch/code" ]; then code=$(<"$scratch/code"); fi

@@ -6,6 +6,8 @@ VERBS = {
     "plan": "show what submit will send, what it costs, what it may touch and what is missing",
     "submit": "upload the code, and --data DIR where it isn't there, and start the job; "
     "--wait follows it to its end",
+    "export": "write the same run for SkyPilot, dstack or AWS Batch, which supervise it without a "
+    "laptop: --to NAME",
     "status": "list the runs, and everything that costs money now; "
     "--end ends what is past its limit",
     "logs": "show what a run prints; --follow until it ends",

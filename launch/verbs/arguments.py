@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from launch.cloud.session import Aws
 from launch.targets import overdue
 from launch.targets.attempt import Attempt
+from launch.targets.inventory import Inventory
 from launch.targets.spec import aws_of, choose, split_overrides
 from trainer.common.arguments import positive
 
@@ -36,7 +37,7 @@ def account_of(words: Sequence[str]) -> Aws:
     """Return the account that the words for a run name, after what is past its limit there."""
     targets = split_overrides(words)[0]
     aws = aws_of(targets)
-    overdue.warn(aws, targets)
+    overdue.warn(Inventory(aws), targets)
     return aws
 
 

@@ -95,7 +95,8 @@ def main(arguments: Sequence[str]) -> int:
     if overrides or names_target(targets):
         only = choose(aws, options.run).run
     tried: dict[str, list[tuple[Attempt, State]]] = {}
-    for attempt in notes.attempts(aws, only):
+    every = [each.attempt for each in notes.every(aws) if only in (None, each.attempt.run)]
+    for attempt in every:
         tried.setdefault(attempt.run, []).append((attempt, of(attempt).observe(aws, attempt)))
     costs = [of_run(aws, attempts) for attempts in tried.values()]
     if options.json:

@@ -21,6 +21,7 @@ from launch.planning import Plan, described, prepare
 from launch.targets import overdue
 from launch.targets.base import TargetConfig
 from launch.targets.instance_types import OFFERED
+from launch.targets.inventory import Inventory
 from launch.targets.spec import NO_ACCOUNT, account_of, load_target, split_overrides
 from trainer.common.arguments import typed_path
 from trainer.common.console import command, log
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
     target = load_target(targets)
     aws, offline = connect(target)
     if aws is not None:
-        overdue.warn(aws, targets)
+        overdue.warn(Inventory(aws), targets)
     aws, plan, denied = planned(aws, target, options)
     what = described(aws, plan, options.data, offline or denied)
     looked_up(aws, plan, what, options.data)

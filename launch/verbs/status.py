@@ -4,6 +4,7 @@ With hours and dollars so far.
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,29 +12,32 @@ from dataclasses import asdict
 
 from launch.cloud import ownership, s3, teardown
 from launch.cloud.prices import price
-from launch.cloud.session import Aws, AwsError
+from launch.cloud.session import AwsError
 from launch.targets import attempt as notes
 from launch.targets import base, overdue
-from launch.targets.attempt import Attempt, Phase, State, now, seconds_between
+from launch.targets.attempt import Attempt, Noted, Phase, State, now, seconds_between
+from launch.targets.inventory import Inventory
 from launch.targets.rented import Machines, Rented, rented
 from launch.targets.spec import aws_of, split_overrides
 from trainer.common.console import log
 from trainer.common.errors import OK
 
+# Phases that an attempt at a training never leaves.
+ENDED = (Phase.COMPLETE, Phase.STOPPED, Phase.LOST, Phase.NO_CAPACITY, Phase.FAILED)
 SERVICES = ("ec2", "s3", "sagemaker")
 
 
-def all_rented(aws: Aws) -> tuple[list[Rented], list[str]]:
+def all_rented(inventory: Inventory) -> tuple[list[Rented], list[str]]:
     """Return what of this project costs money now, whoever started it, and what is not known.
 
     Each listing is asked for at the same time as the others, and may be denied without them.
     """
-    listings: list[Callable[[Aws], Iterator[Rented]]] = [kind.rented for kind in base.kinds()]
+    listings: list[Callable[[Inventory], Iterator[Rented]]] = [kind.rented for kind in base.kinds()]
     listings += [_endpoints, _disks]
 
-    def ask(listing: Callable[[Aws], Iterator[Rented]]) -> list[Rented] | AwsError:
+    def ask(listing: Callable[[Inventory], Iterator[Rented]]) -> list[Rented] | AwsError:
         try:
-            return list(listing(aws))
+            return list(listing(inventory))
         except AwsError as error:
             return error
 
@@ -43,30 +47,41 @@ def all_rented(aws: Aws) -> tuple[list[Rented], list[str]]:
     return rows, [str(answer) for answer in answers if isinstance(answer, AwsError)]
 
 
-def all_runs(aws: Aws) -> list[tuple[Attempt, State]]:
-    """Return each attempt and how it is, asked for at the same time. Raise AwsError.
+def all_runs(inventory: Inventory) -> list[tuple[Attempt, State]]:
+    """Return each attempt and how it is. Raise AwsError.
 
-    One that AWS says nothing of, now or to this user, is not known, and the others are.
+    The listings tell it of nearly all. The others are asked for at the same time, and what ended
+    is noted, so that the next look needn't ask again. One that AWS says nothing of, now or to this
+    user, is not known, and the others are.
     """
 
-    def observe(attempt: Attempt) -> tuple[Attempt, State]:
+    def look(noted: Noted) -> tuple[Attempt, State]:
+        attempt = noted.attempt
         try:
-            return attempt, base.of(attempt).observe(aws, attempt)
+            state = base.of(attempt).listed(inventory, noted)
+            if state is not None:
+                return attempt, state
+            state = base.of(attempt).observe(inventory.aws, attempt)
         except AwsError as error:
             return attempt, State(Phase.UNKNOWN, str(error), id=attempt.id)
+        if state.phase in ENDED and state.id is not None and base.of(attempt).trains:
+            with contextlib.suppress(AwsError):  # who may only read asks again
+                notes.note_state(inventory.aws, attempt, state)
+        return attempt, state
 
     with ThreadPoolExecutor(s3.WORKERS) as pool:
-        return list(pool.map(observe, notes.attempts(aws)))
+        return list(pool.map(look, inventory.noted()))
 
 
-def _disks(aws: Aws) -> Iterator[Rented]:
-    for volume in teardown.volumes(aws):
+def _disks(inventory: Inventory) -> Iterator[Rented]:
+    for volume in teardown.volumes(inventory.aws):
         hours = seconds_between(volume["CreateTime"], now()) / 3600
         size = f"{volume['Size']} GB"
         yield Rented("disk", volume["VolumeId"], size, hours, None, None, None)
 
 
-def _endpoints(aws: Aws) -> Iterator[Rented]:
+def _endpoints(inventory: Inventory) -> Iterator[Rented]:
+    aws = inventory.aws
     for summary in ownership.owned(aws, "Endpoint"):
         name = summary["EndpointName"]
         endpoint = aws.call("sagemaker", "DescribeEndpoint", EndpointName=name)
@@ -93,15 +108,18 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_intermixed_args(rest)
     aws = aws_of(targets)
-    if options.end:
-        overdue.end(aws)
-    else:
-        overdue.warn(aws, targets)
     account = aws.account  # asked for here, as clients are made here, not by several threads
     aws.prepare(SERVICES)
-    costs_now, unknown = all_rented(aws)
+    inventory = Inventory(aws)
+    inventory.prefetch()
+    if options.end:
+        overdue.end(inventory)
+        inventory = Inventory(aws)
+    else:
+        overdue.warn(inventory, targets)
+    costs_now, unknown = all_rented(inventory)
     try:
-        tried = all_runs(aws)
+        tried = all_runs(inventory)
     except AwsError as error:
         if not costs_now:
             raise

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from launch.targets.attempt import Attempt, Phase
+from launch.targets.attempt import Noted, Phase
 from launch.targets.base import of
+from launch.targets.inventory import Inventory
 from launch.targets.spec import choose
 from launch.verbs.arguments import account_of, run_parser
 from trainer.common.console import command, log
@@ -20,8 +21,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     aws = account_of(options.run)
 
-    def is_going(attempt: Attempt) -> bool:
-        return of(attempt).observe(aws, attempt).phase in (Phase.RUNNING, Phase.ABSENT)
+    inventory = Inventory(aws)
+
+    def is_going(noted: Noted) -> bool:
+        kind = of(noted.attempt)
+        state = kind.listed(inventory, noted) or kind.observe(aws, noted.attempt)
+        return state.phase in (Phase.RUNNING, Phase.ABSENT)
 
     attempt = choose(aws, options.run, is_going)
     of(attempt).stop(aws, attempt, options.now)

@@ -20,6 +20,7 @@ from launch.planning import Plan, described, next_attempt, prepare
 from launch.submission import ask_until_free, pause, submit, wait, with_elsewhere
 from launch.targets import overdue
 from launch.targets.base import console_url, of
+from launch.targets.inventory import Inventory
 from launch.targets.spec import (
     account_of,
     choose,
@@ -93,11 +94,11 @@ def main(arguments: Sequence[str]) -> int:
     weights = None
     runs = [word for word in options.overrides if "=" not in word]
     if runs:
-        overdue.warn(aws, targets)
+        overdue.warn(Inventory(aws), targets)
         plan = _as_noted(aws, options, targets)
     else:
         resolved(target, options.overrides, options.data)  # a mistake is named before AWS is asked
-        overdue.warn(aws, targets)
+        overdue.warn(Inventory(aws), targets)
         plan = prepare(aws, target, options.overrides, options.data, options.again)
         weights = weights_folder(target, options.overrides, options.data)
     if not agreed(aws, plan, options.data, options.yes):

@@ -351,6 +351,22 @@ class Strict:
         for trial in _trials(found):
             self.end(trial.training_job_name, status, hours, billed, metrics)
 
+    def many(self, bucket: str, objects: dict[str, str], job: str, jobs: dict[str, str]) -> None:
+        """Makes many things at once: objects by their keys, and jobs like one that is there, by
+        their names, each of a status.
+        """
+        stored = get_backend("s3")[ACCOUNT]["aws"]
+        for key, text in objects.items():
+            stored.put_object(bucket, key, text.encode())
+        there = get_backend("sagemaker")[ACCOUNT][REGION].training_jobs
+        for name, status in jobs.items():
+            made = copy.copy(there[job])
+            made.training_job_name, made.arn = name, made.arn.replace(job, name)
+            there[name] = made
+            _set_status(made, status)
+            if status != RUNNING:
+                self.end(name, status, billed=1800.0)
+
     def calls(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._record.read_text().splitlines()]
 
@@ -472,6 +488,41 @@ class Strict:
             if job.training_job_status == "Stopping":
                 self.end(job.training_job_name, "Stopped")
         return answer
+
+    def _ListObjectsV2(self, parameters, region, forward, start) -> list[bytes]:
+        """Of what a key of KMS's encrypts, the ETag is no MD5."""
+        answer = forward()
+        bucket = get_backend("s3")[ACCOUNT]["aws"].buckets.get(parameters.get("Bucket", ""))
+        if bucket is None or "aws:kms" not in str(bucket.encryption):
+            return answer
+        text = b"".join(answer)
+        return [re.sub(rb"(<ETag>[^<]*?)[0-9a-f]{4}", rb"\1beef", text)]
+
+    def _Search(self, parameters, region, forward, start) -> list[bytes]:
+        """In pages, as AWS answers, each job as DescribeTrainingJob has it, with its tags."""
+        jobs = get_backend("sagemaker")[ACCOUNT][region].training_jobs.values()
+        [wanted] = parameters["SearchExpression"]["Filters"]
+        tag = {"Key": wanted["Name"].removeprefix("Tags."), "Value": wanted["Value"]}
+        [visible] = parameters["VisibilityConditions"]  # what the policies need
+        if visible != {"Key": wanted["Name"], "Value": wanted["Value"]}:
+            raise Refused("AccessDeniedException", "not authorized to perform: sagemaker:Search")
+        found = [
+            job
+            for job in jobs
+            if tag in job.tags and not (self._named and self._unseen.get(job.training_job_name))
+        ]
+        first, size = int(parameters.get("NextToken", 0)), parameters.get("MaxResults", 10)
+        page = [
+            {
+                "TrainingJob": job.gen_response_object()
+                | {"TrainingJobArn": job.arn, "Tags": job.tags}
+            }
+            for job in found[first : first + size]
+        ]
+        answer: dict[str, Any] = {"Results": page}
+        if first + size < len(found):
+            answer["NextToken"] = str(first + size)
+        return _answer(start, "200 OK", json.dumps(answer, default=_unix).encode())
 
     def _ListHyperParameterTuningJobs(self, parameters, region, forward, start) -> list[bytes]:
         answer = forward()
@@ -876,6 +927,11 @@ def _trials(job: Any) -> list[Any]:
         for trial in jobs
         if name is not None and trial.training_job_name.startswith(f"{name}-")
     ]
+
+
+def _unix(value: Any) -> float:
+    """A time as JSON has it."""
+    return float(value.timestamp())
 
 
 # --- the wire ---

@@ -26,7 +26,7 @@ from launch import ceiling, following, patience, planning, submission
 from launch.cloud.prices import ADDRESS_HOUR, GP3_GB_MONTH, HOURS_A_MONTH, S3_GB_MONTH
 from launch.cloud.session import Aws, AwsError
 from launch.targets import attempt as notes
-from launch.targets import ec2
+from launch.targets import ec2_offers, ec2_request, ec2_state
 from launch.targets.base import Spec
 from launch.targets.spec import load_config, load_target
 from trainer.common.console import log
@@ -377,7 +377,7 @@ class Model(Aws):
     def _TerminateInstances(self, **asked: Any) -> dict[str, Any]:
         for machine in self.life.machines:
             if machine.id in asked["InstanceIds"] and machine.until is None:
-                machine.end(self.clock.time, ec2.BY_HAND)
+                machine.end(self.clock.time, ec2_state.BY_HAND)
         return {}
 
     # --- the machines' own time ---
@@ -398,7 +398,7 @@ class Model(Aws):
     def _minute(self, machine: Machine, at: datetime) -> None:
         """One minute of a machine's script."""
         if machine.began is None and not self._claims(machine, at):
-            machine.end(at + timedelta(seconds=5), ec2.BY_ITSELF)
+            machine.end(at + timedelta(seconds=5), ec2_state.BY_ITSELF)
             return
         price = self.weather.spot_price(machine.kind, machine.zone, at)
         dear = machine.spot and machine.bid is not None and price > machine.bid
@@ -406,14 +406,14 @@ class Model(Aws):
             told = machine.chance.random() < 0.8  # else it is gone before anybody knows
             if told and at < machine.fails["script"]:
                 self._save(machine, at)
-                self._word(machine, at, RESUME, ec2.SPOT_NOTICE)
-            machine.end(at + timedelta(seconds=30 * told), ec2.RECLAIMED[0])
+                self._word(machine, at, RESUME, ec2_state.SPOT_NOTICE)
+            machine.end(at + timedelta(seconds=30 * told), ec2_state.RECLAIMED[0])
         elif at >= machine.fails["hardware"]:
             machine.end(at, "Server.InternalError")
         elif at >= machine.fails["script"]:
             # systemd ends the machine, at the whole minute after its deadline
             if at >= machine.deadline:
-                machine.end(at + timedelta(minutes=1), ec2.BY_ITSELF)
+                machine.end(at + timedelta(minutes=1), ec2_state.BY_ITSELF)
         elif machine.fails["reboot"] <= at < machine.fails["reboot"] + timedelta(minutes=2):
             pass
         else:
@@ -440,22 +440,22 @@ class Model(Aws):
         if at - machine.began > timedelta(minutes=SET_UP) and not hangs:
             machine.done += 1
         if self._newest() > machine.attempt:
-            machine.end(at + timedelta(seconds=10), ec2.BY_ITSELF)
+            machine.end(at + timedelta(seconds=10), ec2_state.BY_ITSELF)
         elif machine.done >= self.life.need:
             self._save(machine, at)
             self._word(machine, at, OK, "done")
-            machine.end(at + timedelta(seconds=30), ec2.BY_ITSELF)
+            machine.end(at + timedelta(seconds=30), ec2_state.BY_ITSELF)
         elif f"{key}.stop" in self.current:
             self._save(machine, at)
             self._word(machine, at, RESUME, "asked to stop")
-            machine.end(at + timedelta(seconds=30), ec2.BY_ITSELF)
+            machine.end(at + timedelta(seconds=30), ec2_state.BY_ITSELF)
         elif at >= machine.deadline - timedelta(seconds=machine.grace):
             self._save(machine, at)
             self._word(machine, at, RESUME, "time limit")
-            machine.end(at + timedelta(seconds=60), ec2.BY_ITSELF)
+            machine.end(at + timedelta(seconds=60), ec2_state.BY_ITSELF)
         elif hangs and (at - machine.fails["hang"]).total_seconds() > machine.idle > 0:
-            self._word(machine, at, 137, ec2.IDLE)
-            machine.end(at + timedelta(seconds=30), ec2.BY_ITSELF)
+            self._word(machine, at, 137, ec2_state.IDLE)
+            machine.end(at + timedelta(seconds=30), ec2_state.BY_ITSELF)
         elif machine.done - machine.saved >= SAVES:
             self._save(machine, at)
 
@@ -505,7 +505,7 @@ def template(seed: int) -> Spec:
 
 
 def spec_of(common: Spec, life: Life) -> Spec:
-    assert isinstance(common.target, ec2.Ec2Config)
+    assert isinstance(common.target, ec2_request.Ec2Config)
     target = dataclasses.replace(common.target, spot=life.market, max_dollars=life.max_dollars)
     return dataclasses.replace(common, run=life.run, target=target)
 
@@ -692,12 +692,12 @@ def could_finish(life: Life, weather: Weather) -> bool:
         return False
     saved = (re.search(r"/step-(\d+)/manifest\.json$", each.key) for each in life.versions)
     done = max((int(match[1]) for match in saved if match), default=0)
-    minutes = life.need - done + SET_UP + ceiling.AROUND / 60 + ec2.GRACE / 60
+    minutes = life.need - done + SET_UP + ceiling.AROUND / 60 + ec2_request.GRACE / 60
     kind = "g4dn.xlarge"
     hour = HOURLY[kind]
     end = max((each.until for each in life.machines if each.until), default=BEGIN)
     if life.market == "true":
-        hour = ec2.HEADROOM * max(weather.spot_price(kind, zone, end) for zone in ZONES)
+        hour = ec2_offers.HEADROOM * max(weather.spot_price(kind, zone, end) for zone in ZONES)
     return bill(life, weather) + (hour + PARTS) * max(minutes, 10) / 60 < life.limit
 
 
@@ -727,7 +727,9 @@ class Month:
             "machines left": sum(m.until is None for life in lives for m in life.machines),
             "longest time of two machines": max(rented for rented, _ in overlaps),
             "longest time of two that work": max(worked for _, worked in overlaps),
-            "reclaims": sum(m.reason in ec2.RECLAIMED for life in lives for m in life.machines),
+            "reclaims": sum(
+                m.reason in ec2_state.RECLAIMED for life in lives for m in life.machines
+            ),
             "refusals": sum(life.refusals for life in lives),
             "calls without an answer": sum(life.outages for life in lives),
             "dead laptops": sum(life.deaths for life in lives),

@@ -274,6 +274,15 @@ def _terminate(given: Mapping[str, Any]) -> list[Ask]:
     ]
 
 
+def _search(given: Mapping[str, Any]) -> list[Ask]:
+    """Held to what the search says that it may see."""
+    seen = {
+        f"sagemaker:SearchVisibilityCondition/{each['Key']}/EqualsIfExists": each["Value"]
+        for each in given.get("VisibilityConditions", [])
+    }
+    return [Ask("sagemaker:Search", "*", seen)]
+
+
 def _nothing(given: Mapping[str, Any]) -> list[Ask]:
     return []
 
@@ -347,8 +356,14 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
     ("sagemaker", "InvokeEndpoint"): _sagemaker("InvokeEndpoint", "endpoint", "EndpointName"),
     **{
         ("sagemaker", name): _sagemaker(name)
-        for name in ("ListTrainingJobs", "ListNotebookInstances", "ListEndpoints")
+        for name in (
+            "ListEndpoints",
+            "ListHyperParameterTuningJobs",
+            "ListNotebookInstances",
+            "ListTrainingJobs",
+        )
     },
+    ("sagemaker", "Search"): _search,
     ("sagemaker", "ListTags"): lambda given: [
         Ask("sagemaker:ListTags", given["ResourceArn"], on_what_is_there=True)
     ],

@@ -13,7 +13,7 @@ from launch import ceiling, planning, submission
 from launch.cloud.prices import Price
 from launch.cloud.session import AwsError
 from launch.planning import prepare
-from launch.targets import ec2
+from launch.targets import ec2_offers, ec2_request
 from launch.targets.attempt import Phase, State
 from launch.targets.base import Spec
 from launch.targets.instance_types import check_trains
@@ -70,7 +70,7 @@ def model() -> Iterator[Model]:
 
 def spec(common: Spec, model: Model, **settings) -> Spec:
     made = spec_of(common, model.life)
-    assert isinstance(made.target, ec2.Ec2Config)
+    assert isinstance(made.target, ec2_request.Ec2Config)
     return dataclasses.replace(made, target=dataclasses.replace(made.target, **settings))
 
 
@@ -108,7 +108,7 @@ def test_it_is_of_the_run_over_all_its_attempts(common, model):
     for _ in range(3):
         limits.append(submit(model, wish).hours)
         reclaim(model, 1.0)
-    bid = 0.3 * G4DN * ec2.HEADROOM
+    bid = 0.3 * G4DN * ec2_offers.HEADROOM
     assert limits[0] == pytest.approx(1.0 / (bid + PARTS) - ceiling.AROUND / 3600, abs=0.02)
     assert all(0.75 < before - after < 1.1 for before, after in pairwise(limits))
     for _ in range(9):

@@ -1,11 +1,14 @@
 """Accounts that are not empty and new: a second region, and things of one's own that are used."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 
+from launch.cloud import s3
+from launch.cloud.session import Aws
 from launch.targets.spec import load_target
-from tests.launch.conftest import Cloud, running
+from tests.launch.conftest import CREDENTIALS, REGION, Cloud, running
 from trainer.common.errors import MISTAKE, OK, UserError
 
 OWN, PHOTOS = "company-ml", "company-photos"
@@ -18,11 +21,11 @@ KEY = "arn:aws:kms:us-east-1:123456789012:key/01234567-89ab-cdef-0123-456789abcd
 def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     """With a foundation in a bucket of the company's, and pictures in another one."""
     with running(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        s3 = cloud.client("s3")
+        client = cloud.client("s3")
         for bucket in (OWN, PHOTOS):
-            s3.create_bucket(Bucket=bucket)
-        s3.put_object(Bucket=OWN, Key="theirs", Body=b"1")
-        s3.put_object(Bucket=PHOTOS, Key="dogs/train/beagle/1.jpg", Body=b"1")
+            client.create_bucket(Bucket=bucket)
+        client.put_object(Bucket=OWN, Key="theirs", Body=b"1")
+        client.put_object(Bucket=PHOTOS, Key="dogs/train/beagle/1.jpg", Body=b"1")
         launch(cloud, "up", f"target.bucket={OWN}", *FAST, f"PicturesBucket={PHOTOS}")
         yield cloud
 
@@ -106,3 +109,32 @@ MISTAKES = {
 def test_what_does_not_go_together_is_refused(words):
     with pytest.raises(UserError, match=MISTAKES[words]):
         load_target(words)
+
+
+def test_what_a_key_of_ones_own_encrypts_has_no_md5_as_its_etag(account, tmp_path, monkeypatch):
+    """Pictures that are there are known by name and size, results held to what S3 says."""
+    for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": account.url}).items():
+        monkeypatch.setenv(name, value)
+    client, bucket = account.client("s3"), "company-keyed"
+    client.create_bucket(Bucket=bucket)
+    rule = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": KEY}
+    encryption = {"Rules": [{"ApplyServerSideEncryptionByDefault": rule}]}
+    client.put_bucket_encryption(Bucket=bucket, ServerSideEncryptionConfiguration=encryption)
+    folder = tmp_path / "dogs"
+    (folder / "train").mkdir(parents=True)
+    (folder / "train/1.jpg").write_bytes(b"a picture")
+    aws = Aws("packhorse", REGION, bucket)
+    s3.write(aws, "source/code", b"")
+    assert s3.has_own_key(aws, "source/code") and not s3.has_own_key(aws, "source/none")
+    for _ in range(2):
+        s3.upload_folder(aws, folder, "data/x/", is_encrypted=True)
+    uploads = [
+        call["parameters"]["Key"] for call in account.calls() if call["operation"] == "PutObject"
+    ]
+    assert uploads.count("data/x/train/1.jpg") == 1
+    [(name, item)] = s3.listing(aws, "data/x/").items()
+    assert item.etag != s3.etag(folder / name)
+    s3.download(aws, {name: item}, tmp_path / "fetched")
+    assert (tmp_path / "fetched" / name).read_bytes() == b"a picture"
+    with pytest.raises(UserError, match="is not what S3 holds"):
+        s3.download(aws, {name: dataclasses.replace(item, size=3)}, tmp_path / "other")

@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn, Self, TextIO
@@ -171,8 +171,11 @@ class ProgressBar:
 
     _pieces = 0  # single pieces that run
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
-        self.what, self.total, self.done = what, total, done
+    def __init__(
+        self, what: str, total: int, done: int = 0, more: Callable[[], str] | None = None
+    ) -> None:
+        """more: what each of the lines says at its end."""
+        self.what, self.total, self.done, self._more = what, total, done, more
         self._watched = ExitStack()
         # A single piece of work gives no sign before it is done.
         self._watched.enter_context(watch.over(1.0 if total > 1 else SLOW))
@@ -214,7 +217,11 @@ class ProgressBar:
             self._bar.update(count)
         elif time.monotonic() >= self._line_at:
             self._line_at = time.monotonic() + LINE_EVERY
-            log.info("%s: %d of %d", self.what, self.done, self.total)
+            more = ""
+            if self._more is not None and log.isEnabledFor(logging.INFO):
+                more = self._more()
+            told = f" ({more})" if more else ""
+            log.info("%s: %d of %d%s", self.what, self.done, self.total, told)
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.common import usage
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import Interrupted, Unreadable, UserError
 from trainer.common.randomness import Purpose, generator
@@ -366,7 +367,7 @@ class Training:
     def train_batches(self) -> Generator[Batch, None, None]:
         """Yield the rest of the epoch's batches, on the device."""
         epoch, first, steps = self.progress.epoch, self.progress.batch, self.data.steps_per_epoch
-        bar = ProgressBar(f"epoch {epoch + 1}/{self.epochs}", steps, first)
+        bar = ProgressBar(f"epoch {epoch + 1}/{self.epochs}", steps, first, usage.told)
         with bar, closing(self.data.train_batches(epoch, first)) as batches:
             for _ in range(first, steps):
                 image, target = self._next(batches)

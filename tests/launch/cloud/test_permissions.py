@@ -146,6 +146,12 @@ DANGEROUS = {
     "list every bucket of the project's name elsewhere": Ask(
         "s3:ListBucket", f"arn:aws:s3:::packhorse-{OTHER}-{REGION}"
     ),
+    "search the jobs of all": Ask("sagemaker:Search", "*"),
+    "search another project's jobs": Ask(
+        "sagemaker:Search",
+        "*",
+        {"sagemaker:SearchVisibilityCondition/Tags.project/EqualsIfExists": "packhorse-dev"},
+    ),
     "delete the bucket": Ask("s3:DeleteBucket", f"arn:aws:s3:::{BUCKET}"),
     "make the bucket public": Ask("s3:PutBucketPolicy", f"arn:aws:s3:::{BUCKET}"),
     "lift the block of public access": Ask(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.cloud import request, source
-from launch.targets import ec2
+from launch.targets import ec2_request
 from launch.targets.base import Spec
 from launch.targets.spec import load_config, load_target, run_id
 from trainer.common.errors import UserError
@@ -147,7 +147,7 @@ def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
     """Whatever a value holds, bash gives it back, and nothing runs."""
     spec = make_spec("data=folder", "data.root=dogs", "model=resnet50")
     spec = replace(spec, overrides=tuple(f"name={value}" for value in NASTY), weights="closed")
-    settings = ec2.user_data(spec).split("\n\n")[1]
+    settings = ec2_request.user_data(spec).split("\n\n")[1]
     shown = subprocess.run(
         [
             "bash",
@@ -167,7 +167,7 @@ def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
         "train",
         "closed",
         "/opt/dlami/nvme/data/closed",
-        *ec2.arguments(spec),
+        *ec2_request.arguments(spec),
     ]
     assert shown.stdout.decode().split("\0")[:-1] == expected
     assert expected[7 : 7 + len(NASTY)] == list(spec.overrides)
@@ -176,7 +176,7 @@ def test_bash_reads_the_settings_as_they_were_written(tmp_path: Path) -> None:
 
 def test_where_things_lie_is_not_the_users_to_say(configure) -> None:
     spec = make_spec("data=folder", "platform.run_dir=/elsewhere", "name=mine", "data.root=dogs")
-    config = configure(*ec2.arguments(spec))
+    config = configure(*ec2_request.arguments(spec))
     assert (config.platform.name, config.platform.run_dir, config.name) == (
         "ec2",
         "/opt/dlami/nvme/runs/mine",
@@ -187,18 +187,18 @@ def test_where_things_lie_is_not_the_users_to_say(configure) -> None:
 
 @pytest.mark.parametrize("run", ["1e5", "true", "null", "007"])
 def test_a_run_whose_name_reads_as_a_number(run: str, configure) -> None:
-    config = configure(*ec2.arguments(replace(make_spec(), run=run)))
+    config = configure(*ec2_request.arguments(replace(make_spec(), run=run)))
     assert (config.name, config.platform.run_dir) == (run, f"/opt/dlami/nvme/runs/{run}")
 
 
 def test_the_extras_that_a_run_needs() -> None:
-    assert "\nextras=timm,tensorboard\n" in ec2.user_data(
+    assert "\nextras=timm,tensorboard\n" in ec2_request.user_data(
         make_spec("model=torchvision", "model.name=timm/resnet18", "train.tensorboard=true")
     )
 
 
 def test_the_script_fits_and_is_clean() -> None:
-    script = ec2.user_data(make_spec("model.name='it is'", spot=True))
+    script = ec2_request.user_data(make_spec("model.name='it is'", spot=True))
     assert len(script.encode()) < 10240, "the rest is for settings"
     checked = subprocess.run(
         [Path(sys.executable).parent / "shellcheck", "-"],
@@ -212,13 +212,13 @@ def test_the_script_fits_and_is_clean() -> None:
 def test_a_script_that_is_too_long() -> None:
     spec = replace(make_spec(), overrides=("name=" + "x" * 16384,))
     with pytest.raises(UserError, match="EC2 allows 16384; put settings into a file"):
-        ec2.user_data(spec)
+        ec2_request.user_data(spec)
 
 
 def test_the_instance_knows_the_revision_of_its_code() -> None:
-    script = ec2.user_data(replace(make_spec(), revision="0123abc-dirty"))
+    script = ec2_request.user_data(replace(make_spec(), revision="0123abc-dirty"))
     assert "revision=0123abc-dirty\n" in script and "PACKHORSE_REVISION=$revision" in script
-    assert "revision=''\n" in ec2.user_data(make_spec())
+    assert "revision=''\n" in ec2_request.user_data(make_spec())
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_training_that_writes_nothing_is_idle(tmp_path, began, written, idle, 
         if ago is not None:
             path.touch()
             os.utime(path, (now - ago, now - ago))
-    script = ec2.user_data(make_spec(idle_minutes=idle / 60))
+    script = ec2_request.user_data(make_spec(idle_minutes=idle / 60))
     [function] = re.findall(r"^idles\(\) \{\n.*?^\}\n", script, re.MULTILINE | re.DOTALL)
     assert f"\nidle={idle}\n" in script
     places = f"scratch={tmp_path} directory={tmp_path}/run booted={int(now) - 200} idle={idle}"

@@ -427,14 +427,15 @@ def test_of_two_machines_the_one_that_has_the_attempt_counts(account):
 def test_stop_without_a_name_stops_what_is_going(monkeypatch):
     """Not the newest, which may have ended; and asks which where several are going."""
     names = ("old", "older", "newest")
-    every = [noted(name, f"2026-11-2{day}") for day, name in enumerate(names)]
-    monkeypatch.setattr(notes, "attempts", lambda aws: every)
+    every = {name: noted(name, f"2026-11-2{day}") for day, name in enumerate(names)}
+    monkeypatch.setattr(notes, "every", lambda aws: [notes.Noted(each) for each in every.values()])
+    monkeypatch.setattr(notes, "latest", lambda aws, run: every[run])
     aws = Aws("packhorse", REGION)
-    assert choose(aws, [], lambda attempt: attempt.run == "older").run == "older"
-    assert choose(aws, [], lambda attempt: False).run == "newest"
+    assert choose(aws, [], lambda each: each.attempt.run == "older").run == "older"
+    assert choose(aws, [], lambda each: False).run == "newest"
     assert choose(aws, []).run == "newest"
     with pytest.raises(UserError, match="2 runs are going: old, older; name one of them"):
-        choose(aws, [], lambda attempt: attempt.run != "newest")
+        choose(aws, [], lambda each: each.attempt.run != "newest")
 
 
 def noted(run: str, when: str) -> notes.Attempt:

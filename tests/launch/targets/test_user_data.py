@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from launch.cloud import source
-from launch.targets import ec2
+from launch.targets import ec2_request
 from launch.targets.attempt import attempt_key
 from launch.targets.base import Spec
 from launch.targets.spec import load_config, load_target
@@ -256,7 +256,7 @@ def broken(
         "unconnected": (make_spec(run="unconnected", code=code), unreachable),
     }
     return {
-        run: Machine(root / run, ec2.user_data(spec), cloud.url, **environment)
+        run: Machine(root / run, ec2_request.user_data(spec), cloud.url, **environment)
         for run, (spec, environment) in machines.items()
     }
 
@@ -273,7 +273,7 @@ def terminated(
     spec = make_spec(*TINY, "checkpoint.max_cost=1", code=code)
     machine = Machine(
         tmp_path_factory.mktemp("machines") / "first",
-        ec2.user_data(spec, upload_every=2),
+        ec2_request.user_data(spec, upload_every=2),
         cloud.url,
     )
     assert wait_for(
@@ -314,7 +314,9 @@ def test_the_next_attempt_goes_on_and_completes(
         f"runs/{RUN}/checkpoints/step-99999999/tensors.safetensors", b"an upload that was cut short"
     )
     spec = make_spec(*TINY, code=code, attempt=2)
-    machine = Machine(tmp_path / "machine", ec2.user_data(spec), cloud.url, terminated.nvme).wait()
+    machine = Machine(
+        tmp_path / "machine", ec2_request.user_data(spec), cloud.url, terminated.nvme
+    ).wait()
     log = bucket.text(f"runs/{RUN}/log.txt")
     assert machine.shutdowns == ["-h +480", "-h now"]
     assert bucket.outcome(RUN, 2) == {"attempt": 2, "code": OK, "reason": "done"}, log
@@ -350,7 +352,9 @@ def test_a_failing_trainer(
         run="failing",
         code=code,
     )
-    machine = Machine(tmp_path / "machine", ec2.user_data(spec), cloud.url, terminated.nvme).wait()
+    machine = Machine(
+        tmp_path / "machine", ec2_request.user_data(spec), cloud.url, terminated.nvme
+    ).wait()
     assert machine.shutdowns == ["-h +480", "-h now"]
     log = bucket.text("runs/failing/log.txt")
     assert bucket.outcome("failing") == {"attempt": 1, "code": MISTAKE, "reason": "failed"}, log
@@ -421,7 +425,7 @@ def setting_up(
     tmp_path: Path, cloud: Cloud, code: str, endless: Path, request: pytest.FixtureRequest
 ) -> Machine:
     """A machine that is at its set-up; its run is named by the test."""
-    script = ec2.user_data(make_spec(run=request.param, code=code), upload_every=2)
+    script = ec2_request.user_data(make_spec(run=request.param, code=code), upload_every=2)
     machine = Machine(tmp_path / "machine", script, cloud.url, PYTHON=str(endless))
     reaches_set_up(machine)
     return machine
@@ -504,7 +508,9 @@ def test_every_gpu_trains(
     )
     (smi / "nvidia-smi").chmod(0o755)
     with_smi = f"{path}/bin:{smi}:{BIN}:{os.environ['PATH']}"
-    machine = Machine(path, ec2.user_data(spec), cloud.url, terminated.nvme, PATH=with_smi).wait()
+    machine = Machine(
+        path, ec2_request.user_data(spec), cloud.url, terminated.nvme, PATH=with_smi
+    ).wait()
     log = bucket.text(f"runs/{run}/log.txt")
     assert machine.shutdowns == ["-h +480", "-h now"] and "training in 2 processes" in log
     expected = {"code": MISTAKE, "reason": "failed"} if fails else {"code": OK, "reason": "done"}

@@ -1,0 +1,126 @@
+"""Which machines EC2 is asked for where, and at which price at most."""
+
+import re
+from datetime import datetime
+from math import ceil, inf
+
+from launch.cloud.remedies import DENIED
+from launch.cloud.session import Aws, AwsError
+from launch.targets.attempt import (
+    now,
+)
+from launch.targets.base import Spec
+from launch.targets.ec2_request import settings_of
+from launch.targets.instance_types import names_in
+
+HEADROOM = 1.25  # of the highest price for spot over what EC2 asks when it is asked for
+
+
+def zones_of(aws: Aws | None, spec: Spec) -> dict[str, list[str | None]]:
+    """Return the zones in which each kind of machine is asked for, in order.
+
+    None is where AWS likes: the first, unless target.zones says where, and all there is where a
+    subnet is given, or AWS can't or may not be asked. Raise AwsError.
+    """
+    target = settings_of(spec)
+    names = spec.instance_types
+    if target.subnet is not None:
+        return {name: [None] for name in names}
+    given: list[str | None] = [*names_in(target.zones)] or [None]
+    if aws is None:
+        return {name: list(given) for name in names}
+    try:
+        listed = list(
+            aws.pages(
+                "ec2",
+                "DescribeInstanceTypeOfferings",
+                "InstanceTypeOfferings",
+                LocationType="availability-zone",
+                Filters=[{"Name": "instance-type", "Values": names}],
+            )
+        )
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return {name: list(given) for name in names}
+    made: dict[str, list[str | None]] = {}
+    for offering in sorted(listed, key=lambda each: str(each["Location"])):
+        made.setdefault(offering["InstanceType"], []).append(offering["Location"])
+    wanted = names_in(target.zones)
+    if wanted:
+        return {name: [zone for zone in wanted if zone in made.get(name, [])] for name in names}
+    return {name: [None, *made[name]] for name in names if name in made}
+
+
+def by_price(zones: list[str | None], prices: dict[str, float]) -> list[str | None]:
+    """Return zones of one kind of machine, the cheapest for spot first, unless they were given.
+
+    Where AWS likes (None) may be where spot is dear, and is not asked for where prices are known.
+    """
+    if not prices or None not in zones:
+        return zones
+    named = [zone for zone in zones if zone is not None]
+    return [*sorted(named, key=lambda zone: prices.get(zone, inf))]
+
+
+def spot_prices(
+    aws: Aws,
+    instance_type: str,
+    zone: str | None = None,
+    between: tuple[datetime | None, datetime | None] = (None, None),
+) -> dict[str, float]:
+    """Return the highest dollars an hour of a spot machine by zone; {} where it may not be asked.
+
+    zone: None for all. between: a beginning and an end; None is now. Raise AwsError.
+    """
+    begin, end = (each or now() for each in between)
+    where = {"AvailabilityZone": zone} if zone else {}
+    try:
+        history = aws.pages(
+            "ec2",
+            "DescribeSpotPriceHistory",
+            "SpotPriceHistory",
+            InstanceTypes=[instance_type],
+            ProductDescriptions=["Linux/UNIX"],
+            StartTime=begin,
+            EndTime=end,
+            **where,
+        )
+        highest: dict[str, float] = {}
+        for entry in history:
+            name, price = entry["AvailabilityZone"], float(entry["SpotPrice"])
+            highest[name] = max(price, highest.get(name, 0.0))
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return {}
+    return highest
+
+
+def highest_bid(prices: dict[str, float], zone: str | None) -> float | None:
+    """Return what EC2 may bill for an hour of a spot machine at most, in dollars.
+
+    Some headroom above what it asks now; above that EC2 takes the machine back. None, the price on
+    demand, where the price is not known.
+    """
+    asked_now = prices.get(zone) if zone else max(prices.values(), default=None)
+    if asked_now is None:
+        return None
+    return ceil(asked_now * HEADROOM * 1e4) / 1e4
+
+
+def spot_scores(aws: Aws, spec: Spec) -> dict[str, int]:
+    """Return how likely a spot request comes through now, from 1 to 10, by zone. Raise AwsError."""
+    answer = aws.call(
+        "ec2",
+        "GetSpotPlacementScores",
+        InstanceTypes=spec.instance_types,
+        TargetCapacity=spec.instances,
+        SingleAvailabilityZone=True,
+        RegionNames=[aws.region],
+    )
+    scores = {
+        str(each.get("AvailabilityZoneId") or each["Region"]): int(each["Score"])
+        for each in answer["SpotPlacementScores"]
+    }
+    return dict(sorted(scores.items(), key=lambda item: -item[1])[:3])

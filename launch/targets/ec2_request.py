@@ -1,0 +1,172 @@
+"""What is sent to EC2 for one machine: a pure function of its Spec, with the script it runs."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from launch.cloud.request import Request
+from launch.targets.attempt import (
+    INDEX,
+)
+from launch.targets.base import Spec, TargetConfig, tag_list
+from launch.targets.script import fill
+from trainer.common.errors import UserError
+from trainer.settings.config import Config, setting
+
+USER_DATA_BYTES = 16384  # EC2's limit, before base64
+ROOT_DEVICE = "/dev/xvda"  # of Amazon Linux
+UPLOAD_EVERY = 60  # seconds
+# Seconds before the time limit, in which a run saves and uploads; a tenth of short limits.
+GRACE = 300
+
+
+@dataclass
+class Ec2Config(TargetConfig):
+    spot: str = setting("false", "true", "auto")
+    spot_patience: float = setting(at_least=0, at_most=10080, only_if="target.spot=auto")
+    zones: str | None = setting()
+    max_dollars: float | None = setting(above=0, at_most=1000000)
+    idle_minutes: float = setting(at_least=0, at_most=10080)
+    image: str | None = setting()
+    ssm_parameter: str = setting()
+    disk_gb: int = setting(at_least=75, at_most=16384)
+    public_ip: bool | None = setting()
+
+
+def run_instances(spec: Spec, user_data: str) -> Request:
+    """Return the request for one instance.
+
+    The same attempt with the same content has the same ClientToken, so it can't start twice.
+    """
+    target = settings_of(spec)
+    tags = tag_list({"Name": spec.job_name} | spec.tags | {"attempt": str(spec.attempt)})
+    tagged = ["instance", "volume", "network-interface"]
+    root = {
+        "VolumeSize": target.disk_gb,
+        "VolumeType": "gp3",
+        "Encrypted": True,
+        "DeleteOnTermination": True,
+    }
+    if target.kms_key:
+        root["KmsKeyId"] = target.kms_key
+    parameters: dict[str, Any] = {
+        "ImageId": target.image,
+        "InstanceType": target.instance_type,
+        "MinCount": 1,
+        "MaxCount": 1,
+        "UserData": user_data,
+        "IamInstanceProfile": {"Name": spec.instance_profile},
+        "InstanceInitiatedShutdownBehavior": "terminate",
+        "MetadataOptions": {
+            "HttpTokens": "required",
+            "HttpPutResponseHopLimit": 1,
+            "HttpEndpoint": "enabled",
+        },
+        "BlockDeviceMappings": [{"DeviceName": ROOT_DEVICE, "Ebs": root}],
+    }
+    if spec.spot:
+        tagged.append("spot-instances-request")
+    parameters["TagSpecifications"] = [{"ResourceType": each, "Tags": tags} for each in tagged]
+    parameters |= network(target)
+    if spec.zone:
+        parameters["Placement"] = {"AvailabilityZone": spec.zone}
+    if spec.spot:
+        options = {
+            "SpotInstanceType": "one-time",
+            "InstanceInterruptionBehavior": "terminate",
+        }
+        if spec.bid is not None:
+            options["MaxPrice"] = f"{spec.bid:.4f}"
+        parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
+    content = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
+    parameters["ClientToken"] = f"{spec.run}-{spec.attempt}-{content[:8]}"
+    return Request("ec2", "RunInstances", parameters)
+
+
+def network(target: Ec2Config) -> dict[str, Any]:
+    """Return where the machine stands, as RunInstances has it.
+
+    A public address is given to an interface, which then takes subnet and groups for itself.
+    """
+    place: dict[str, Any] = {}
+    if target.subnet:
+        place["SubnetId"] = target.subnet
+    if target.public_ip is None:
+        return place | ({"SecurityGroupIds": target.groups} if target.groups else {})
+    place |= {"DeviceIndex": 0, "AssociatePublicIpAddress": target.public_ip}
+    if target.groups:
+        place["Groups"] = target.groups
+    return {"NetworkInterfaces": [place]}
+
+
+def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
+    """Return the script that the instance runs at each boot.
+
+    upload_every: seconds. Raise UserError where it comes out longer than EC2 allows.
+    """
+    limit = round(3600 * spec.hours)
+    script = fill(
+        "user_data.sh",
+        run=spec.run,
+        attempt=spec.attempt,
+        bucket=spec.uri(),
+        index=INDEX,
+        region=spec.region,
+        source_sha256=spec.source,
+        data=spec.data_uri or "",
+        data_root=spec.data_root or "",
+        weights=spec.weights or "",
+        weights_root=spec.weights_root or "",
+        extras=",".join(spec.extras) or "train",
+        limit=limit,
+        grace=min(GRACE, limit // 10),
+        every=upload_every,
+        idle=round(60 * settings_of(spec).idle_minutes),
+        processes=processes(spec.config),
+        arguments=arguments(spec),
+        revision=spec.revision or "",
+    )
+    size = len(script.encode())
+    if size > USER_DATA_BYTES:
+        raise UserError(
+            f"user data: {size} bytes, EC2 allows {USER_DATA_BYTES}; put settings into a file of "
+            "conf/experiment and give experiment=NAME"
+        )
+    return script
+
+
+def processes(config: Config) -> str:
+    """Return how many processes train; empty: as many as the instance has GPUs."""
+    if config.train.device == "cpu":
+        return "1"
+    return str(config.train.processes or "")
+
+
+def arguments(spec: Spec) -> list[str]:
+    """Return the trainer's command line.
+
+    The user's overrides, then where things lie on the instance, whatever the overrides say.
+    """
+    places = [
+        "platform=ec2",
+        f"name='{spec.run}'",
+        f"platform.run_dir=/opt/dlami/nvme/runs/{spec.run}",
+        "platform.checkpoints=null",
+        "platform.package=null",
+    ]
+    if spec.data_root:
+        places.append(f"data.root={spec.data_root}")
+    if spec.weights_root:
+        places.append(f"model.weights_dir={spec.weights_root}")
+    return [*spec.overrides, *places]
+
+
+def settings_of(spec: Spec) -> Ec2Config:
+    assert isinstance(spec.target, Ec2Config)
+    return spec.target
+
+
+def with_image(spec: Spec, image: str) -> Spec:
+    return dataclasses.replace(spec, target=dataclasses.replace(settings_of(spec), image=image))

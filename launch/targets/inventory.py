@@ -1,0 +1,76 @@
+"""What AWS and the bucket list of a project at one moment: each listing is asked for once.
+
+So a look at hundreds of runs takes as many calls as a look at one.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from launch.cloud import ownership
+from launch.cloud.session import Aws, AwsError
+from launch.targets import attempt as notes
+from launch.targets.attempt import Noted
+
+
+class Inventory:
+    """The listings. Each method may be called from several threads, and raises AwsError."""
+
+    def __init__(self, aws: Aws) -> None:
+        self.aws = aws
+        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+        self._answers: dict[str, Any] = {}
+
+    def noted(self) -> list[Noted]:
+        """Return every attempt, in order."""
+        return list(self._once("noted", lambda: notes.every(self.aws)))
+
+    def attempts(self) -> dict[tuple[str, int], notes.Attempt]:
+        """Return every attempt by its run and number."""
+        return {(each.attempt.run, each.attempt.number): each.attempt for each in self.noted()}
+
+    def instances(self) -> list[dict[str, Any]]:
+        """Return our EC2 instances as EC2 describes them, those that ended of late too."""
+        return list(self._once("instances", lambda: ownership.instances(self.aws)))
+
+    def training_jobs(self) -> dict[str, dict[str, Any]]:
+        """Return our training jobs by name, trials too, as SageMaker describes them."""
+        return dict(self._once("training jobs", lambda: ownership.training_jobs(self.aws)))
+
+    def tuning_jobs(self) -> dict[str, dict[str, Any]]:
+        """Return what may be our tuning jobs by name, as SageMaker lists them."""
+        kind = "HyperParameterTuningJob"
+        return dict(
+            self._once(
+                "tuning jobs",
+                lambda: {each[f"{kind}Name"]: each for each in ownership.listed(self.aws, kind)},
+            )
+        )
+
+    def prefetch(self) -> None:
+        """Ask for what a look at all runs needs, at the same time."""
+
+        def ask(listing: Callable[[], object]) -> None:
+            with contextlib.suppress(AwsError):  # raised again for whoever needs it
+                listing()
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(ask, (self.noted, self.instances, self.training_jobs)))
+
+    def _once(self, name: str, ask: Callable[[], Any]) -> Any:
+        """Return the answer that was given before, or ask; raise the refusal likewise."""
+        with self._lock:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            if name not in self._answers:
+                try:
+                    self._answers[name] = ask()
+                except AwsError as error:
+                    self._answers[name] = error
+        answer = self._answers[name]
+        if isinstance(answer, AwsError):
+            raise answer
+        return answer
