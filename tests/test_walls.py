@@ -44,7 +44,7 @@ EXCEPTIONS = {
     ("launch.python", "serving.backends"),
     ("launch.python", "serving.bulk"),
     ("launch.python", "serving.package"),
-    ("launch.python", "serving.serve"),
+    ("launch.python", "serving.locate"),
     ("launch.python", "serving.sources"),
     ("launch.python", "trainer.results"),
     ("launch.python", "trainer.training"),

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from serving import bulk, sources
 from serving.backends import Scores
+from serving.locate import NEWEST, package_of
 from serving.package import Package, load_for_command
-from serving.serve import NEWEST, package_of
 from serving.sources import Source
 from trainer.common.console import ProgressBar
 from trainer.common.errors import UserError
