@@ -45,6 +45,7 @@ class Heartbeat(threading.Thread):
             "heard": [],
             "done": False,
         }
+        self._told: list[int] = []  # whose notices the others know to have been heard here
         self._wake, self._quick = threading.Event(), False
         self.stop: Stop | None = None  # asked when torchrun has gone
 
@@ -65,8 +66,10 @@ class Heartbeat(threading.Thread):
         while not done:
             self._mine["beat"] += 1
             done = self._mine["done"]
+            heard = self._mine["heard"]
             try:
                 self._store.set(f"heartbeat/{self._rank}", json.dumps(self._mine))
+                self._told = heard
                 self._listen()
                 self._contact, self._failures = time.monotonic(), 0
                 self.listened.set()
@@ -118,7 +121,8 @@ class Heartbeat(threading.Thread):
     def say(self, notice: ExitNotice, seconds: float) -> None:
         """Say why this process ends. Return when all others have heard it, or seem to be deaf.
 
-        seconds: for which those are waited for that live, or have not been heard yet.
+        Who ends too need not hear it, but that rank 0, whose store it is, ends last. seconds: for
+        which those are waited for that live, or have not been heard yet.
         """
         self._mine["notice"] = vars(notice)
         self._quick = True
@@ -127,7 +131,9 @@ class Heartbeat(threading.Thread):
 
         def waits_for(other: int) -> bool:
             now = time.monotonic()
-            if self._has_heard_me(other) or now > began + seconds:
+            if self._has_heard_me(other) or self._is_done(other) or now > began + seconds:
+                return False
+            if self._failures >= BROKEN or (self._rank != 0 and other in self._told):
                 return False
             return other not in self._heard or now < max(began, self._at[other]) + SILENT
 

@@ -295,6 +295,7 @@ class Job(World):
         self._heartbeat.say(ExitNotice(self.who, self.node, code, text, asked), FAREWELL_SECONDS)
         # A mistake that all processes see is told by the first of them.
         told = any(notice.text == text for notice in self._heartbeat.notices(below=self.rank))
+        self._heartbeat.end()
         if not self.is_main_process and not told:
             show()
 
