@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench bench-compare docs ends vulnerabilities lock matrix release site transcripts pages hosts doors engines clean
+.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench bench-compare docs ends vulnerabilities lock matrix release site transcripts pages hosts doors trackers engines clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -26,11 +26,12 @@ rehearse: .venv/rehearse  ## run a SageMaker job on this machine: TARGET=sagemak
 plan: .venv/train  ## what a run on AWS would do, cost and touch; sends nothing: TARGET=ec2|sagemaker|tuner ARGS="data.root=DIR"
 	$(BIN)/python -m launch plan target=$(or $(TARGET),ec2) $(ARGS)
 
-deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL --image URI"); asks before it changes anything
+deploy: .venv/train  ## endpoint, autoscaling and Lambda function on AWS (ARGS="MODEL"); asks before it changes anything
 	$(BIN)/python -m serving deploy $(ARGS)
 
+# What is compiled is kept: two workers and hundreds of processes import the same modules.
 test: .venv/dev  ## set up once, then run the tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 long: .venv/dev  ## the tests that take minutes: rehearsals, the EC2 script, kills at every AWS call, lost processes, every training command of the docs, a wheel
 	$(BIN)/python -m pytest -m long $(ARGS)
@@ -98,6 +99,10 @@ doors: .venv/dev  ## install TorchServe, AWS's toolkit, Ray Serve and Java (apt-
 	test -x .venv-doors/bin/ray || { $(BIN)/python -m venv .venv-doors && .venv-doors/bin/pip install -q -c .venv/constraints.txt -e '.[doors]'; }
 	$(BIN)/python -m pytest -m '' tests/serving/test_adapters.py
 
+trackers: .venv/dev  ## install MLflow and W&B, and look at a killed run in them; in .venv-trackers
+	test -x .venv-trackers/bin/wandb || { $(BIN)/python -m venv .venv-trackers && .venv-trackers/bin/pip install -q -c .venv/constraints.txt -e '.[dev,mlflow,wandb]'; }
+	.venv-trackers/bin/python -m pytest -m '' tests/trainer/training/test_tracking.py
+
 engines: .venv/dev  ## install SkyPilot and dstack, and let them read what launch export writes; in .venv-engines
 	for engine in skypilot dstack; do \
 	  test -x .venv-engines/$$engine/bin/python || $(BIN)/python -m venv .venv-engines/$$engine; \
@@ -106,7 +111,7 @@ engines: .venv/dev  ## install SkyPilot and dstack, and let them read what launc
 	$(BIN)/python -m pytest tests/launch/test_exports.py
 
 clean:  ## remove the virtual environment and caches; runs and data stay
-	rm -rf .venv .venv-doors .venv-engines .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-doors .venv-trackers .venv-engines .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # What builds the site and a release has an environment of its own: its versions are not the trainer's.
 .venv-tools/made: requirements-tools.txt

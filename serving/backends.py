@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # The mean features of the classes, for PyTorch; the ONNX network holds them too.
 MEANS = "distance.safetensors"
 CUDA = "CUDAExecutionProvider"
+OWN = "own"  # model.name of such a network
 
 
 class NetworkError(ValueError):
@@ -150,6 +151,11 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
     # TF32's 10 bits of mantissa would not reproduce the golden images' logits.
     torch.backends.cudnn.allow_tf32 = False
     config = manifest["config"]
+    if config["model.name"] == OWN:
+        raise UserError(
+            "--backend=torch: its network is a file of its author's own (model.code), which isn't "
+            "in the package; --backend=cuda runs it on a GPU"
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from serving.contract import Form
 from serving.handler import write
+from serving.locate import package_of
 from serving.package import Package, load_for_command
-from serving.serve import package_of
 from trainer.common.errors import OK, UserError
 from trainer.results.calibrate import COVERAGE
 

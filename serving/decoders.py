@@ -2,43 +2,46 @@
 
 A thread can't be ended while it decodes. What could keep it busy for ever is refused before
 (`trainer/images/bounds.py`), so a large picture takes seconds at most; but pictures that take 10 ms
-should not wait for it. So large pictures have threads of their own, at a lower priority; and a
-thread that is busy for long with a small one, while others wait, is replaced: it finishes its
-picture at that priority, and ends.
+should not wait for it. So large pictures have threads of their own, or are left to another process
+(`worker.py`); and a thread that is busy for long with a small one, while others wait, is replaced:
+it finishes its picture, and ends. No thread has a lower priority than another: it would hold
+Python's lock while it waits for a processor, and all others would wait with it.
 """
 
 import heapq
 import itertools
-import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.work import Abandoned, Work
-from trainer.images.decode import AVIF_BRANDS, BYTES_A_PIXEL, ImageError, Room
+from serving.work import Abandoned, Heavy, Work
+from trainer.images.decode import (
+    AVIF_BRANDS,
+    BYTES_A_PIXEL,
+    ImageError,
+    Preprocessing,
+    Room,
+    prepare,
+)
 
 Pixels = NDArray[np.uint8]  # [size, size, 3]
-Task = Callable[[bool], Pixels]  # told whether the picture may be large; raises Large
+Task = Callable[[bool], Pixels]  # told whether the picture may be large; raises Heavy
 
 PATIENCE = 0.25  # seconds that others wait for a picture before its thread is replaced
 REPLACED = 2  # threads that may be replaced at once, for each that decodes
-NICENESS = 10  # of those of large pictures too: a tenth of the processor that others get (sched(7))
 SMALL = 1 << 20  # pixels that need no room: there are no more such pictures at once than threads
 MEMORY = 448 << 20  # bytes: a photo of 48 megapixels takes 300 MB as a JPEG, 440 MB as HEIC or PNG
 # Of memory, for each pixel that is decoded, at most: measured with 48 megapixels and Pillow 13.
 JPEG, RGB, TRANSPARENT, LOSSY_WEBP, HEIC, AVIF = 6.5, 9.0, 13.0, 17.0, 9.4, 11.0
 PNG_PLAIN = {0, 2, 3}  # colour types without transparency
-
-
-class Large(BaseException):
-    """A picture is large. Decoding turns any Exception into one of the picture."""
 
 
 class Decoders:
@@ -47,9 +50,12 @@ class Decoders:
     What a picture is, its head tells: a thread for small ones reads it, and hands large ones on.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._large = _Lane(threads)
-        self._small = _Lane(threads, self._large)
+    def __init__(self, threads: int, large: bool = True) -> None:
+        """Start them. large: whether large pictures are decoded; else they raise Heavy."""
+        handed_on = None
+        if large:
+            handed_on = _Lane(threads, may_be_large=True)
+        self._small = _Lane(threads, large=handed_on)
 
     def submit(self, number: int, task: Task) -> "Future[Pixels]":
         """Have a picture decoded, and return what will have its pixels.
@@ -75,9 +81,11 @@ class Decoders:
 class _Lane:
     """Threads for pictures of one kind."""
 
-    def __init__(self, threads: int, large: "_Lane | None" = None) -> None:
-        """Start so many. large: the threads for large pictures; these are they, if not given."""
-        self._threads, self._large = threads, large
+    def __init__(
+        self, threads: int, *, may_be_large: bool = False, large: "_Lane | None" = None
+    ) -> None:
+        """Start so many. large: the threads that large pictures are handed on to, if any."""
+        self._threads, self._may_be_large, self._large = threads, may_be_large, large
         # First the first pictures of all requests, then the second ones: a request of many
         # pictures holds up none of one. One token in the queue for each: it waits without Python.
         self._heap: list[tuple[int, int, Task, Future[Pixels]]] = []
@@ -106,7 +114,6 @@ class _Lane:
                 if thread in self._replaced or self._no_more():
                     continue
                 self._replaced.add(thread)
-                _lower(thread.native_id)
                 self._start()
 
     def hang(self, seconds: float) -> bool:
@@ -127,8 +134,6 @@ class _Lane:
 
     def _run(self) -> None:
         me = threading.current_thread()
-        if self._large is None:
-            _lower(me.native_id)
         while True:
             self._decode_next(me)
             with self._lock:
@@ -146,10 +151,12 @@ class _Lane:
         with self._lock:
             self._since[me] = time.monotonic()
         try:
-            pixels = task(self._large is None)
-        except Large:
-            assert self._large
-            self._large.add(number, task, future)
+            pixels = task(self._may_be_large)
+        except Heavy as error:
+            if self._large is None:
+                future.set_exception(error)
+            else:
+                self._large.add(number, task, future)
         except BaseException as error:
             future.set_exception(error)
         else:
@@ -159,12 +166,6 @@ class _Lane:
                 del self._since[me]
 
 
-def _lower(thread: int | None) -> None:
-    """Lower the priority of a thread, by its native id. On Linux each has its own, for good."""
-    with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, thread or 0, NICENESS)
-
-
 class Unwanted(BaseException):
     """Nobody wants what was to be decoded. Decoding turns any Exception into one of the picture."""
 
@@ -172,15 +173,18 @@ class Unwanted(BaseException):
 class Rooms:
     """Memory for large pictures that are decoded at once; who came first is first."""
 
-    def __init__(self, pixels: int, memory: int = MEMORY) -> None:
-        """Make it. pixels: of one picture, at most. memory: bytes, for all."""
-        self.pixels, self.memory = pixels, memory
+    def __init__(self, pixels: int, memory: int = MEMORY, *, large: bool = True) -> None:
+        """Make it. pixels: of one picture, at most. memory: bytes, for all.
+
+        large: whether large pictures are decoded here; else they raise Heavy.
+        """
+        self.pixels, self.memory, self.large = pixels, memory, large
         self._left = memory
         self._changed = threading.Condition()
         self._line: deque[object] = deque()
 
     def of(self, image: bytes, work: Work, may_be_large: bool) -> Room:
-        """Return the room that a request's picture takes. It raises Large where it may not be."""
+        """Return the room that a request's picture takes. It raises Heavy where it may not be."""
         return _Share(self, bytes_a_pixel(image), work, may_be_large)
 
     def take(self, size: int, work: Work) -> None:
@@ -227,7 +231,7 @@ class _Share(Room):
                 f"{image} take {size:,} bytes of memory; allowed: {self._rooms.memory:,}"
             )
         if not self._may_be_large:
-            raise Large
+            raise Heavy
         self._rooms.take(size, self._work)
         try:
             yield
@@ -264,3 +268,64 @@ def _left(work: Work) -> float:
         return work.left()
     except (TimeoutError, Abandoned) as error:
         raise Unwanted from error
+
+
+class Preparation:
+    """Images' files to the network's pixels, for callers on any number of threads."""
+
+    def __init__(self, preprocessing: Preprocessing, rooms: Rooms, threads: int) -> None:
+        """Start so many threads."""
+        self._preprocessing, self._rooms = preprocessing, rooms
+        self._decoders = Decoders(threads, rooms.large)
+
+    def pixels(self, images: Sequence[bytes], work: Work) -> Iterator[Pixels]:
+        """Yield those of each image's file, in order, while the others are decoded.
+
+        Raises ImageError, TimeoutError where the deadline comes first, Abandoned, and Heavy.
+        """
+        decoding = [
+            self._decoders.submit(number, partial(self._decode, image, work))
+            for number, image in enumerate(images)
+        ]
+        try:
+            for step in decoding:
+                work.add(step)
+            for number, step in enumerate(decoding, 1):
+                try:
+                    yield self._result(step, work)
+                except ImageError as error:
+                    if len(images) == 1:
+                        raise
+                    raise ImageError(f"picture {number} of {len(images)}: {error}") from error
+        finally:
+            for step in decoding:
+                step.cancel()
+
+    def hangs(self, seconds: float) -> bool:
+        """Return whether nothing is decoded any more, and hasn't been for `seconds`."""
+        return self._decoders.hang(seconds)
+
+    def _result(self, step: "Future[Pixels]", work: Work) -> Pixels:
+        """Wait for a step's result while the work is wanted."""
+        while True:
+            seconds = min(work.left(), PATIENCE)
+            try:
+                return step.result(seconds)
+            except CancelledError as error:
+                raise Abandoned from error
+            except TimeoutError:
+                if step.done():  # by then, or it is the step's own
+                    return step.result()
+                self._decoders.relieve()
+
+    def _decode(self, image: bytes, work: Work, may_be_large: bool) -> Pixels:
+        room = self._rooms.of(image, work, may_be_large)
+        try:
+            return prepare(image, self._preprocessing, room)
+        except Unwanted as error:
+            raise TimeoutError from error
+        except MemoryError as error:
+            if image[4:8] != b"ftyp":
+                raise
+            # AVIF and HEIC are decoded in a process that gets memory by what their headers say.
+            raise ImageError("decoding it takes more memory than its size allows") from error

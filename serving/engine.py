@@ -7,23 +7,19 @@ waits up to `delay` for more images.
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.backends import Scores
-from serving.decoders import PATIENCE, Decoders, Rooms, Unwanted
+from serving.decoders import PATIENCE, Preparation, Rooms
 from serving.package import Package
-from serving.work import Abandoned, Work
-from trainer.images.decode import ImageError
+from serving.work import Work
 
 One = Future[Scores]  # of one image
-T = TypeVar("T")
 
 
 class Engine:
@@ -46,8 +42,7 @@ class Engine:
         """
         self.package = package
         self.observe: Callable[[int], object] = lambda size: None  # called with each batch's size
-        self._rooms = rooms
-        self._decoders = Decoders(workers)
+        self._preparation = Preparation(package.preprocessing, rooms, workers)
         self._waiting: queue.SimpleQueue[tuple[NDArray[np.uint8], One]] = queue.SimpleQueue()
         runners = 1
         if batch == 1:
@@ -60,56 +55,33 @@ class Engine:
     def scores(self, images: Sequence[bytes], work: Work) -> Scores:
         """Return what the network says of N images' files.
 
-        Raises ImageError, TimeoutError where the deadline comes first, and Abandoned.
+        Raises ImageError, TimeoutError where the deadline comes first, Abandoned, and Heavy.
         """
-        decoding = [
-            self._decoders.submit(number, partial(self._decode, image, work))
-            for number, image in enumerate(images)
-        ]
+        return self.run(self._preparation.pixels(images, work), work)
+
+    def run(self, pixels: Iterable[NDArray[np.uint8]], work: Work) -> Scores:
+        """Return what the network says of N images, each [size, size, 3]. Raises as `scores`."""
         running: list[One] = []
         try:
-            for step in decoding:
-                work.add(step)
-            for number, step in enumerate(decoding, 1):
-                try:
-                    running.append(self._submit(self._result(step, work)))
-                except ImageError as error:
-                    if len(images) == 1:
-                        raise
-                    raise ImageError(f"picture {number} of {len(images)}: {error}") from error
+            running += map(self._submit, pixels)
             return Scores.joined([self._result(step, work) for step in running])
         finally:
-            unfinished: list[Future[Any]] = [*decoding, *running]
-            for each in unfinished:
+            for each in running:
                 each.cancel()
 
     def hangs(self, seconds: float) -> bool:
         """Return whether nothing is decoded any more, and hasn't been for `seconds`."""
-        return self._decoders.hang(seconds)
+        return self._preparation.hangs(seconds)
 
-    def _result(self, step: "Future[T]", work: Work) -> T:
+    def _result(self, step: One, work: Work) -> Scores:
         """Wait for a step's result while the work is wanted."""
         while True:
             seconds = min(work.left(), PATIENCE)
             try:
                 return step.result(seconds)
-            except CancelledError as error:
-                raise Abandoned from error
             except TimeoutError:
                 if step.done():  # by then, or it is the step's own
                     return step.result()
-                self._decoders.relieve()
-
-    def _decode(self, image: bytes, work: Work, may_be_large: bool) -> NDArray[np.uint8]:
-        try:
-            return self.package.prepare(image, self._rooms.of(image, work, may_be_large))
-        except Unwanted as error:
-            raise TimeoutError from error
-        except MemoryError as error:
-            if image[4:8] != b"ftyp":
-                raise
-            # AVIF and HEIC are decoded in a process that gets memory by what their headers say.
-            raise ImageError("decoding it takes more memory than its size allows") from error
 
     def _submit(self, pixels: NDArray[np.uint8]) -> One:
         future: One = Future()

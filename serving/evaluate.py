@@ -14,11 +14,11 @@ import numpy as np
 
 from serving import bulk
 from serving.backends import Scores
+from serving.locate import package_of
 from serving.package import Package, load_for_command
-from serving.serve import package_of
 from serving.sources import Source, on_disk
 from trainer.common.arguments import typed_path
-from trainer.common.console import ProgressBar
+from trainer.common.console import ProgressBar, command
 from trainer.common.errors import OK, Unreadable, UserError, needed_by
 from trainer.common.interrupt import Stop, on_signals
 from trainer.common.text import listed
@@ -77,6 +77,11 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{words}macro F1 {result['f1']:.3f}, {result['pictures']} pictures")
     print(f"report       {options.to / 'report.html'}")
     print(f"predictions  {options.to / 'predictions.csv'}")
+    root = "DIR"
+    if (options.folder / "train").is_dir():
+        root = str(options.folder)
+    going_on = command("trainer", f"data.root={root}", f"model.weights={path}")
+    print(f"next, to train on from it: {going_on}")
     return OK
 
 

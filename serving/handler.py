@@ -21,7 +21,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -174,27 +174,47 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A request's images, and what the network says of them."""
+
+    scores: Scores
+    form: Form
+    top: int
+    collecting: float  # seconds until all files were there
+
+
+def score(engine: Engine, settings: Settings, request: Request, work: Work) -> Scored:
+    """Return what the network says of a request's images. Raises whatever goes wrong."""
+    began = time.monotonic()
+    query = read(request.body, request.content_type, settings)
+    form = contract.choose(query, request.accept)
+    with collect(query, settings, work) as images:
+        collecting = time.monotonic() - began
+        return Scored(engine.scores(images, work), form, query.top, collecting)
+
+
 def answer(
-    engine: Engine, settings: Settings, request: Request, work: Work | None = None
+    engine: Engine,
+    settings: Settings,
+    request: Request,
+    work: Work | None = None,
+    scorer: Callable[[Engine, Settings, Request, Work], Scored | Answer] = score,
 ) -> Answer:
     """Return the answer to a request, whatever goes wrong.
 
     work: the request's, for who may abandon it; with a deadline from now on, if not given.
+    scorer: what does it, in place of `score`; it may return an answer.
     """
     began = time.monotonic()
-    work = work or Work(settings.seconds)
     try:
-        query = read(request.body, request.content_type, settings)
-        form = contract.choose(query, request.accept)
-        with collect(query, settings, work) as images:
-            collected = time.monotonic()
-            scores = engine.scores(images, work)
-        predicted = time.monotonic()
-        timing = (
-            f"collect;dur={1000 * (collected - began):.1f}, "
-            f"predict;dur={1000 * (predicted - collected):.1f}"
-        )
-        body = write(scores, engine.package, form, query.top)
+        scored = scorer(engine, settings, request, work or Work(settings.seconds))
+        if isinstance(scored, Answer):
+            return scored
+        form, collecting = scored.form, scored.collecting
+        predicting = time.monotonic() - began - collecting
+        timing = f"collect;dur={1000 * collecting:.1f}, predict;dur={1000 * predicting:.1f}"
+        body = write(scored.scores, engine.package, form, scored.top)
         return Answer(200, body, {"Server-Timing": timing, "Content-Type": form.content_type})
     except Exception as error:
         return failure(error, request.id)

@@ -15,12 +15,12 @@ from typing import BinaryIO
 
 from serving import bulk, sources
 from serving.backends import Scores
+from serving.locate import package_of
 from serving.package import Package, load_for_command
-from serving.serve import package_of
 from serving.sources import Source
 from trainer.common import files
 from trainer.common.arguments import typed_path, whole
-from trainer.common.console import ProgressBar
+from trainer.common.console import ProgressBar, command
 from trainer.common.errors import MISTAKE, OK, Unreadable, UserError
 from trainer.common.interrupt import Stop, on_signals
 from trainer.common.paths import expanded, user_cache
@@ -61,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.csv not in (None, STANDARD_OUTPUT):
         where = f": {options.csv}"
     _say(_told(tally) + where)
+    labelled = command("serving", "evaluate", options.model, "DIR")
+    _say(f"next, on pictures in a folder for each class: {labelled}")
     if tally.unreadable:
         raise UserError(
             f"{len(tally.unreadable)} can't be read now, the first: {tally.unreadable[0]}"

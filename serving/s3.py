@@ -47,6 +47,11 @@ def fetch(
         raise FetchError("the S3 object can't be read with this server's role") from error
 
 
+def forget_connections() -> None:
+    """Have the next look at S3 make connections of its own."""
+    _client.cache_clear()
+
+
 def listed(uri: str) -> list[str]:
     """Return the URIs of the objects at s3://bucket/prefix, or below it, sorted.
 

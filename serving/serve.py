@@ -1,27 +1,20 @@
 """`python -m serving serve [PACKAGE]`: the settings of a server, from flags and variables."""
 
 import argparse
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from serving.backends import BACKENDS
 from serving.decoders import Rooms
 from serving.engine import Engine
 from serving.handler import Settings, convert, settings_from
+from serving.locate import MODEL, NEWEST, RUNS, package_of
 from serving.package import load_for_command
 from trainer.common.arguments import whole
 from trainer.common.cpu import cores
 from trainer.common.errors import OK, UserError, needed_by
-from trainer.common.paths import ARCHIVE, expanded
-
-MODEL = Path("/opt/ml/model")  # where SageMaker puts the package
-RUNS = Path("runs")
-NEWEST = "newest"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,20 +33,18 @@ def main(arguments: Sequence[str]) -> int:
         )
     with needed_by("serve", "serve"):
         # imported here: its libraries are those of the extra `serve`
-        from serving import server
-    server.share_memory_and_threads()
+        from serving import process, server
+    process.share_memory_and_threads()
     address = server.bind(options.host, options.port)
     package = load_for_command(package_of(options.package), cores(), options.backend)
     engine = Engine(
         package,
-        Rooms(settings.max_pixels, settings.max_decoded),
+        Rooms(settings.max_pixels, settings.max_decoded, large=False),
         workers=settings.workers or cores(),
         batch=settings.batch,
         delay=settings.batch_delay,
     )
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
-    )
+    process.log_to_stdout()
     server.serve(package, engine, settings, options.host, address)
     return OK
 
@@ -102,31 +93,3 @@ def _parser(defaults: Settings) -> argparse.ArgumentParser:
 
 def _flag(setting: str) -> str:
     return f"--{setting.replace('_', '-')}"
-
-
-def package_of(model: str) -> Path:
-    """Return the package that a person means. Raises UserError.
-
-    model: a package, a run's directory, or "newest": what SageMaker brought, or the newest run's.
-    """
-    if model == NEWEST:
-        return _newest()
-    path = Path(expanded(model))
-    inside = path / ARCHIVE
-    if inside.exists():
-        return inside
-    return path
-
-
-def _newest() -> Path:
-    """Return the package that SageMaker brought, or that of the newest run. Raises UserError."""
-    if (MODEL / "package.json").exists():
-        return MODEL
-    packages = RUNS.glob(f"*/{ARCHIVE}")
-    newest = max(packages, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        raise UserError(
-            f"{RUNS}/: there is no model package; train one (make train), "
-            "or name one: python -m serving serve PACKAGE"
-        )
-    return newest

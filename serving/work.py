@@ -12,6 +12,13 @@ class Abandoned(Exception):
     """Nobody waits for the answer any more."""
 
 
+class Heavy(BaseException):
+    """What is asked takes long: it is for the process that prepares (`worker.py`).
+
+    Decoding turns any Exception into one of the picture.
+    """
+
+
 class Work:
     """One request's: whoever does it asks now and then how much time it has left."""
 

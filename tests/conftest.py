@@ -1,5 +1,6 @@
 """What the tests share: pictures on disk, composed settings, and the trainer as a real process."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -34,6 +35,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The real configuration, shrunk to seconds.
 QUICK = ("train.epochs=2", "train.batch_size=8", "data.size=16", "data.resize=16", "platform=local")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not look at it with every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

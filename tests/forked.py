@@ -24,7 +24,6 @@ FORKS = multiprocessing.get_context("forkserver")
 # All that a run imports on its way, but what an `-m trainer` runs as its own module.
 FORKS.set_forkserver_preload(
     [
-        "tests.warm",
         "trainer.results.outcome",
         "trainer.sweep.driver",
         "trainer.training.loop",
@@ -32,10 +31,12 @@ FORKS.set_forkserver_preload(
         # imported late by these, and slow
         "onnxruntime",
         "onnxscript",
+        "optuna.storages",
         "torch._dynamo",
         "torch.onnx._internal.exporter._core",
         "torchmetrics.functional.classification",
         "torchvision",
+        "tests.warm",  # last, since it freezes what is there
     ]
 )
 

@@ -215,7 +215,9 @@ def told(run: Path) -> dict[str, object]:
             {key: value for key, value in row.items() if key not in TIMES} for row in rows
         ],
         "result.json": {
-            key: value for key, value in result.items() if key not in ("seconds", "files", "sha256")
+            key: value
+            for key, value in result.items()
+            if key not in ("seconds", "stages", "files", "sha256")
         },
         "report.html": "</html>" in (run / "report.html").read_text(),
     }

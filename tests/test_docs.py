@@ -147,7 +147,9 @@ def test_a_training_command_trains(place, tmp_path, configure, command):
     arguments = [
         argument
         for argument in arguments
-        if not argument.startswith(("model.weights=", "train.epochs=", "sweep.trials="))
+        if not argument.startswith(
+            ("model.weights=", "train.parent=", "train.epochs=", "sweep.trials=")
+        )
     ]
     arguments += [
         *own,

@@ -99,8 +99,8 @@ def test_pip_takes_an_extra_from_where_the_project_lies(tmp_path):
         (
             "torch.utils.tensorboard",
             "tensorboard",
-            "from pathlib import Path as P; from trainer.training.metrics import MetricsFile as M; "
-            "M(None, P('x'))",
+            "from pathlib import Path; from trainer.training.tracking import TensorBoard as T; "
+            "T(Path('x'))",
         ),
         ("boto3", "aws", "from launch.__main__ import run; run('status', [])"),
         ("boto3", "aws", "from serving.__main__ import run; run(['plan'])"),

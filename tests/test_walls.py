@@ -38,8 +38,17 @@ BORROWS = {
     ),
 }
 # The one arrow beside these: in a container, the trainer is called and not started, so that what
-# ended it can be told to SageMaker.
-EXCEPTIONS = {("launch.local", "trainer.__main__")}
+# ended it can be told to SageMaker. And what Python imports (launch/python) is both of the others.
+EXCEPTIONS = {
+    ("launch.local", "trainer.__main__"),
+    ("launch.python", "serving.backends"),
+    ("launch.python", "serving.bulk"),
+    ("launch.python", "serving.package"),
+    ("launch.python", "serving.locate"),
+    ("launch.python", "serving.sources"),
+    ("launch.python", "trainer.results"),
+    ("launch.python", "trainer.training"),
+}
 
 
 @cache
@@ -264,9 +273,13 @@ def loaded_by(code: str) -> set[str]:
 
 
 def import_all(program: str) -> str:
-    """The statement that imports a program, but for what of serving talks to AWS."""
-    names = [name for name in modules() if below(name, (program,))]
-    return "import " + ", ".join(name for name in names if not below(name, ("serving.deploy",)))
+    """The statement that imports a program.
+
+    But for what of serving talks to AWS, and for what Python imports by another name.
+    """
+    others = ("serving.deploy", "launch.python")
+    names = [name for name in modules() if below(name, (program,)) and not below(name, others)]
+    return "import " + ", ".join(names)
 
 
 @pytest.mark.parametrize(
@@ -324,9 +337,16 @@ def test_the_tests_mirror_the_tree():
         for program in PROGRAMS
         for path in (PROJECT / "tests" / program).rglob("test_*.py")
     }
+    folders.discard(Path("launch/python"))  # which is on Python's path itself
     assert [folder for folder in folders if not (PROJECT / folder / "__init__.py").exists()] == []
     # Rehearsed by its verb's tests; and what serves is tested as one, from tests/serving.
-    elsewhere = {Path("launch/local"), Path("serving/deploy"), Path("serving/adapters")}
+    # What Python imports as packhorse is tested from tests/launch/python.
+    elsewhere = {
+        Path("launch/local"),
+        Path("launch/python/packhorse"),
+        Path("serving/deploy"),
+        Path("serving/adapters"),
+    }
     rooms = {
         path.parent.relative_to(PROJECT) for name, path in modules().items() if name.count(".") == 2
     }

@@ -6,7 +6,6 @@
 import logging
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ import hydra
 from omegaconf import DictConfig
 
 from trainer.common import command
-from trainer.common.console import log, to_terminal
+from trainer.common.console import ProgressBar, log, to_terminal
 from trainer.common.errors import OK, RESUME, Interrupted, UserError
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
 from trainer.distributed.world import Ended, Lost, World, current_world
@@ -57,17 +56,16 @@ def hydra_main(composed: DictConfig) -> None:
 
 def train(config: Config | None, world: World) -> None:
     """Train one run, or this process's part of it. config: None where rank 0 has it."""
-    started = time.monotonic()
     with on_signals() as stop:
         config = world.share_config(config, stop)
         world.check(config.train.processes, config.train.hosts)
         for line in settings.ignored(config, sys.argv[1:]):
             log.warning(line)
-        train_run(config, world, stop, started)
+        train_run(config, world, stop)
 
 
-def train_run(config: Config, world: World, stop: Stop, started: float) -> None:
-    """Train the run of these settings. started: when, by time.monotonic()."""
+def train_run(config: Config, world: World, stop: Stop) -> None:
+    """Train the run of these settings."""
     spot = on_spot_notice if config.platform.name == "ec2" else nullcontext
     with (
         open_run(config, world, stop) as run,
@@ -75,9 +73,12 @@ def train_run(config: Config, world: World, stop: Stop, started: float) -> None:
         spot(stop),
         ended_on_stall(config.train, world) as rescue,
     ):
-        images = find_images(config, stop, sys.argv[1:])
-        run, decided = recipe.settled(run, images)
-        run = run.resolved(images)
+        with run.stages.of("scan"):
+            images = find_images(config, stop, sys.argv[1:])
+        with run.stages.of("recipe"):
+            run, decided = recipe.settled(run, images)
+        with ProgressBar("looking at the weights", 1):
+            run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
         wrong: dict[str, str] = {}
         if result:
@@ -91,29 +92,34 @@ def train_run(config: Config, world: World, stop: Stop, started: float) -> None:
             log.info("this run is complete; to train once more, give another name=... or seed=...")
             run.summarize(result)
             return
-        # imported here: a wrong setting or folder is answered before PyTorch is loaded.
-        from trainer.results import early, outcome
-        from trainer.training.loop import fit
-        from trainer.training.training import build_training
+        with ProgressBar("loading PyTorch", 1):
+            # imported here: a wrong setting or folder is answered before PyTorch is loaded.
+            from trainer.results import early, outcome
+            from trainer.training.loop import fit
+            from trainer.training.training import build_training
 
         network = early.network(run, images)
         stop.check()
         training = build_training(run, images, network=network)
         rescue.save = training.rescue
-        fit(training)
-        tested = outcome.test(training)
-        if not world.is_main_process:
-            return
-        stop.check()
-        if not result or any(complete.is_of_package(run, path) for path in wrong):
-            outcome.build_package(training, tested)
-        stop.check()
-        outcome.write_predictions(training, tested)
-        outcome.write_report(training, tested, decided)
-        before, result = result, outcome.result(training, tested, time.monotonic() - started)
-        if before:
-            result["seconds"] = before["seconds"]  # what it took to train
-        run.finish(result)
+        with training.metrics_file.tracking.closed():
+            with run.stages.of("training"):
+                fit(training)
+            with run.stages.of("test"), ProgressBar("testing", 1):
+                tested = outcome.test(training)
+            if not world.is_main_process:
+                return
+            stop.check()
+            if not result or any(complete.is_of_package(run, path) for path in wrong):
+                with run.stages.of("package"):
+                    outcome.build_package(training, tested)
+            stop.check()
+            with run.stages.of("report"), ProgressBar("report", 1):
+                outcome.write_predictions(training, tested)
+                outcome.write_report(training, tested, decided, result)
+                result = outcome.result(training, tested, result)
+            training.metrics_file.tracking.keep(complete.made(run))
+            run.finish(result)
         run.summarize(result)
 
 
@@ -174,13 +180,14 @@ def verdict(error: Exception, world: World) -> tuple[int, str]:
 
 def main() -> int:
     """Run the command line's training, or its sweep; return the exit code."""
+    shown, sys.argv[1:] = options.shown(sys.argv[1:])
     words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
     flags = any(word.startswith("-") for word in words)  # Hydra's own, --help say
     multirun = len(words) < len(sys.argv) - 1 and not flags
     # Hydra then raises its errors, instead of printing them and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sessions.end_when_asked(held=one_of_several())  # until there is something to save
-    to_terminal(expendable=True)  # the run has a log of its own
+    to_terminal(expendable=True, shown=shown)  # the run has a log of its own
     settings.register()
     world = current_world()
     work = partial(run, words)
@@ -229,4 +236,7 @@ def sweep(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if vars(sys.modules["__main__"]) is globals():  # not where runpy runs it within a program
+        command.leave(code)
+    sys.exit(code)

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 from trainer.common.arguments import typed_path
 from trainer.common.command import guarded
 from trainer.common.console import log, to_terminal
-from trainer.results import runs
+from trainer.results import index, runs
 from trainer.results.runs import Comparison
 
 SURE = 0.05  # a difference that chance gives more seldom is one
@@ -35,6 +35,11 @@ def main() -> int:
         metavar="DIR",
         help="that holds the runs (default %(default)s)",
     )
+    parser.add_argument(
+        "--html",
+        action="store_true",
+        help="write DIR/index.html: a table, curves, a Pareto picture",
+    )
     parser.add_argument("--json", action="store_true", help="as one JSON document")
     parser.add_argument(
         "--compare",
@@ -46,6 +51,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.compare:
         return guarded(lambda: compare(*options.compare), log.log)
+    if options.html:
+        return guarded(lambda: write_page(options.folder), log.log)
     return guarded(lambda: show(options.folder, options.json), log.log)
 
 
@@ -58,6 +65,13 @@ def show(folder: Path, as_json: bool) -> None:
         print(runs.table(found))
     else:
         print(f"{folder}: no run yet")
+
+
+def write_page(folder: Path) -> None:
+    """Write index.html into a folder of runs. Raise UserError where there is no such folder."""
+    path = folder / "index.html"
+    index.write(runs.find(folder), path)
+    print(path)
 
 
 def compare(first: Path, second: Path) -> None:

@@ -26,6 +26,7 @@ PRICE_LIST_REGION = "us-east-1"  # where the Price List API answers for all regi
 # US dollars in us-east-1, from AWS's pages of November 2026 (/lambda, /cloudwatch, /ebs and /vpc
 # pricing): what is no machine.
 PROVISIONED_GB_SECOND = 0.0000041667  # Lambda's provisioned concurrency, x86
+SNAPSHOT_GB_SECOND = 0.0000015046  # of a SnapStart snapshot that is kept (Python)
 ALARM_MONTH = 0.10  # CloudWatch, one metric
 GP3_GB_MONTH = 0.08
 ML_GB_MONTH = 0.14  # SageMaker's disks for training (/sagemaker/pricing)

@@ -49,9 +49,10 @@ def build(extras: Sequence[str] = (), project: Path = PROJECT) -> bytes:
     contents = {name: path.read_bytes() for name, path in files(project).items()}
     contents["requirements.txt"] = requirements(extras, project).encode()
     archive = io.BytesIO()
-    # Neither time nor owner nor name goes into the bytes.
+    # Neither time nor owner nor name goes into the bytes. Level 9 takes twice as long as 6,
+    # for 0.2 % fewer of them.
     with (
-        gzip.GzipFile(fileobj=archive, mode="wb", filename="", mtime=0) as packed,
+        gzip.GzipFile("", "wb", compresslevel=6, fileobj=archive, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w") as tar,
     ):
         # The requirements come last, as what is made for the container.
@@ -105,10 +106,14 @@ def extras(config: Config, pictures: Iterable[str] = ()) -> list[str]:
 
     pictures: the names of the files that are uploaded for it.
     """
+    mlflow = config.train.mlflow
     needed = {
         "heic": not {suffix_of(name) for name in pictures}.isdisjoint(HEIC),
         "timm": config.model.name.startswith("timm/") or config.model.name == AUTO,
         "tensorboard": config.train.tensorboard,
+        "mlflow": mlflow is not None and not mlflow.startswith("arn:"),
+        "sagemaker_mlflow": mlflow is not None and mlflow.startswith("arn:"),
+        "wandb": config.train.wandb is not None,
         "flowers102": config.data.source == "flowers102",
     }
     return [name for name, is_needed in needed.items() if is_needed]

@@ -14,9 +14,10 @@ from launch.cloud import quotas, source
 from launch.cloud.logs import TRAINING_GROUP, LogReader
 from launch.cloud.ownership import NOT_FOUND
 from launch.cloud.prices import HOURS_A_MONTH, ML_GB_MONTH
+from launch.cloud.registries import registry_of
 from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request
-from launch.cloud.session import Aws, AwsError, domain
+from launch.cloud.session import Aws, AwsError
 from launch.targets.attempt import TAKEN, Attempt, Noted, Phase, State, now, seconds_between
 from launch.targets.base import Spec, Target, TargetConfig
 from launch.targets.instance_types import check_trains, gpus, has_gpu, local_gb, names_in, processes
@@ -30,38 +31,6 @@ from trainer.settings.config import Config, setting
 
 PYTORCH = "2.13"  # as on the AMI of target=ec2; tests/ends.py says until when
 CUDA = "cu133"
-
-# Whose registry holds AWS's images in a region (aws/deep-learning-containers, 2026-11); no API
-# tells.
-_SHARED = (
-    "us-east-1 us-east-2 us-west-1 us-west-2 ca-central-1 eu-central-1 eu-west-1 eu-west-2 "
-    "eu-west-3 eu-north-1 ap-south-1 ap-northeast-1 ap-northeast-2 ap-southeast-1 "
-    "ap-southeast-2 sa-east-1"
-)
-REGISTRIES = dict.fromkeys(_SHARED.split(), "763104351884") | {
-    "af-south-1": "626614931356",
-    "ap-east-1": "871362719292",
-    "ap-east-2": "975050140332",
-    "ap-northeast-3": "364406365360",
-    "ap-south-2": "772153158452",
-    "ap-southeast-3": "907027046896",
-    "ap-southeast-4": "457447274322",
-    "ap-southeast-5": "550225433462",
-    "ap-southeast-6": "633930458069",
-    "ap-southeast-7": "590183813437",
-    "ca-west-1": "204538143572",
-    "eu-central-2": "380420809688",
-    "eu-south-1": "692866216735",
-    "eu-south-2": "503227376785",
-    "il-central-1": "780543022126",
-    "me-central-1": "914824155844",
-    "me-south-1": "217643126080",
-    "mx-central-1": "637423239942",
-    "cn-north-1": "727897471807",
-    "cn-northwest-1": "727897471807",
-    "us-gov-west-1": "442386744353",
-    "us-gov-east-1": "446045086412",
-}
 
 # AWS's image runs the toolkit's `train` under a shell that keeps SIGTERM for itself. This one
 # hands it to the whole process group: the toolkit ignores it, the trainer saves, and the container
@@ -319,13 +288,8 @@ def image(target: SageMakerConfig, region: str) -> str:
     """
     if target.image is not None:
         return target.image
-    if region not in REGISTRIES:
-        raise UserError(
-            f"region {region}: the registry of AWS's PyTorch images is not known there; "
-            "give one of them as target.image=URI"
-        )
     device = CUDA if has_gpu(first_type(target)) else "cpu"
-    registry = f"{REGISTRIES[region]}.dkr.ecr.{region}.{domain(region)}"
+    registry = registry_of(region, "give one of AWS's for PyTorch as target.image=URI")
     return f"{registry}/pytorch:{PYTORCH}-{device}-amzn2023-sagemaker"
 
 

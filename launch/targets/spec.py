@@ -197,7 +197,12 @@ def only_here(config: Config, folder: str) -> list[tuple[str, str]]:
     Each as it was given, and as it is to be given where they lie in the folder of pictures, which
     the job has as `folder`.
     """
-    named = {"model.weights": config.model.weights, "model.weights_dir": config.model.weights_dir}
+    named = {
+        "model.weights": config.model.weights,
+        "model.weights_dir": config.model.weights_dir,
+        "model.code": config.model.code,
+        "train.parent": config.train.parent,
+    }
     return [
         (f"{key}={place}", shlex.quote(f"{key}={folder}/{Path(place).name}"))
         for key, place in named.items()

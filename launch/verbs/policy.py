@@ -70,6 +70,7 @@ def _serving_names(project: str, account: str, region: str) -> dict[str, Any]:
         "AWS::StackName": name,
         "AWS::AccountId": account,
         "AWS::Region": region,
+        "Bucket": bucket,
         "ModelArn": f"{arn}:s3:::{bucket}/serving/{name}/model.tar.gz",
         "ImageArn": f"{arn}:ecr:{region}:{account}:repository/{name}",
         "EndpointLogs.Arn": f"{logs}:/aws/sagemaker/Endpoints/{name}:*",

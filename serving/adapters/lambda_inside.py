@@ -7,10 +7,12 @@ SERVING_... are the settings. In the function's zip this file is `serving/lambda
 
 import functools
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 from serving import handler as core
+from serving import s3
 from serving.adapters import lambda_events as events
 from serving.engine import Engine
 from serving.fetch import RequestError
@@ -43,6 +45,21 @@ def handler(event: Any, context: Any) -> Any:
     return events.answer(event, request_id, result.status, result.body.decode(), headers)
 
 
+def renew() -> None:
+    """Renew, where a snapshot of this process was restored (SnapStart), what each must have alone.
+
+    Those are connections, which have been closed since, and Python's random numbers; the system's
+    own, of which request ids and TLS are made, Lambda renews.
+    """
+    random.seed()
+    s3.forget_connections()
+
+
 if "AWS_LAMBDA_RUNTIME_API" in os.environ:
     # Before the first request: Lambda gives a function's start more processor than its calls.
     engine()
+if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start":
+    # imported here: only Lambda has it
+    from snapshot_restore_py import register_after_restore
+
+    register_after_restore(renew)

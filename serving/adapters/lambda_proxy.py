@@ -156,7 +156,7 @@ def _fetch(url: str, end: float, limit: fetch.ByteLimit) -> bytes:
 
 @functools.cache
 def client() -> Any:
-    """Return the one client of this environment, made when it is first needed."""
+    """Return the one client of this environment."""
     # imported here: botocore is slow to import
     import boto3
     from botocore.config import Config
@@ -211,5 +211,6 @@ def _failed(response: "Mapping[str, Any]") -> RequestError:
 
 if "AWS_LAMBDA_RUNTIME_API" in os.environ:
     check_environment()
-if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "provisioned-concurrency":
-    client()  # made before there is a caller to wait for it
+    # Before the first request: Lambda gives a function's start more processor than its calls, and
+    # nobody waits for a start that is provisioned.
+    client()

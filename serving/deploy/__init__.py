@@ -94,7 +94,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         )
         add(
             "--image",
-            help="the endpoint's container in ECR: of serving/Dockerfile, or AWS's Ray Serve image",
+            help="the endpoint's container in ECR, of serving/Dockerfile (default: AWS's Ray Serve "
+            "image, and all that it lacks in the archive)",
         )
         add(
             "--set",

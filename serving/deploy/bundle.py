@@ -1,5 +1,6 @@
-"""The zips that Lambda runs: the function before an endpoint, and the one that holds the model."""
+"""What is uploaded: the functions' zips, and the archive of an endpoint on AWS's own image."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -8,8 +9,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from serving.manifest import MANIFEST
@@ -31,11 +31,14 @@ DIRECT = {
     "serving/adapters/lambda_events.py": "serving/adapters/lambda_events.py",
     **{name: name for name in SERVING_CODE},
 }
+REQUIRED = "code/requirements.txt"  # of a package
 PACKAGE = "package"  # where the direct zip holds the model package, unpacked
 
-RUNTIME = "3.13"  # Python of stack.yaml's Runtime
-# What Lambda's Amazon Linux 2023 (glibc 2.34) runs.
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64")
+RUNTIME = "3.13"  # Python of stack.yaml's Runtime, and of AWS's Ray Serve image
+LIBRARIES = Path(__file__).with_name("libraries.txt")
+# What Amazon Linux 2023 (glibc 2.34) runs, in Lambda and in that image.
+PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux2014")
+MACHINES = {"x86_64": "x86_64", "arm64": "aarch64"}  # Lambda's words and Python's
 UNUSED = (
     "onnxruntime/quantization/",
     "onnxruntime/tools/",
@@ -57,14 +60,27 @@ def proxy() -> bytes:
     )
 
 
-def direct(package: Path) -> bytes:
+def endpoint(package: Path) -> bytes:
+    """Return the archive of an endpoint on AWS's Ray Serve image. Raise UserError.
+
+    It brings the libraries that the image lacks, in `code/`, which is on Python's path there; and
+    no requirements.txt, which the image would install from a network that an isolated endpoint
+    hasn't. package: a model.tar.gz that loads.
+    """
+    contents = _members(package, _needed_by_endpoint)
+    libraries_ = libraries(*_needed(package))
+    contents |= {f"code/{name}": data for name, data in libraries_.items()}
+    return _tar(_sealed(contents))
+
+
+def direct(package: Path, architecture: str = "x86_64") -> bytes:
     """Return the zip of the function that holds the model. Raise UserError where it is too large.
 
     package: a model.tar.gz that loads.
     """
     contents = {name: (PROJECT / source).read_bytes() for name, source in DIRECT.items()}
     contents |= {f"{PACKAGE}/{name}": data for name, data in slim(package).items()}
-    contents |= libraries(*_needed(package))
+    contents |= libraries(*_needed(package), architecture=architecture)
     size = sum(map(len, contents.values()))
     if size > MAX_UNPACKED:
         raise UserError(
@@ -79,13 +95,24 @@ def slim(package: Path) -> dict[str, bytes]:
 
     It leaves out what is for PyTorch, a second copy of the weights, and the code.
     """
+    return _sealed(_members(package, _served))
+
+
+def _members(package: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """Return those of a package's files that are wanted, by name."""
     with tarfile.open(package) as tar:
         members = {str(PurePosixPath(member.name)): member for member in tar if member.isreg()}
-        files = {name: tar.extractfile(each) for name, each in members.items() if _served(name)}
-        contents = {name: file.read() for name, file in files.items() if file}
+        files = {name: tar.extractfile(each) for name, each in members.items() if wanted(name)}
+        return {name: file.read() for name, file in files.items() if file}
+
+
+def _sealed(contents: dict[str, bytes]) -> dict[str, bytes]:
+    """Return a package of these files: its manifest lists them and no others."""
     manifest = json.loads(contents[MANIFEST])
     manifest["files"] = {
-        name: digest for name, digest in manifest["files"].items() if _served(name)
+        name: hashlib.sha256(data).hexdigest()
+        for name, data in sorted(contents.items())
+        if name != MANIFEST
     }
     del manifest["sha256"]
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -96,36 +123,45 @@ def _served(name: str) -> bool:
     return not name.endswith(".safetensors") and not name.startswith("code/")
 
 
+def _needed_by_endpoint(name: str) -> bool:
+    return not name.endswith(".safetensors") and name != REQUIRED
+
+
 def _needed(package: Path) -> tuple[str, ...]:
     """Return the libraries that this package needs beside those of all."""
     with tarfile.open(package) as tar:
-        file = tar.extractfile("code/requirements.txt")
+        file = tar.extractfile(REQUIRED)
         assert file is not None
         said = file.read().decode()
     return tuple(name for name in FOR_HEIC if name in said)
 
 
-def libraries(*more: str) -> dict[str, bytes]:
-    """Return the runtime's libraries for Lambda's Python, by path, in the versions installed here.
+def libraries(*more: str, architecture: str = "x86_64") -> dict[str, bytes]:
+    """Return the runtime's libraries for AWS's Python, by path, as libraries.txt pins them.
 
-    Raise UserError where pip can't get them.
+    architecture: Lambda's word for the processor. Raise UserError where pip can't get them.
     """
-    pinned = [f"{name}=={version(name)}" for name in (*REQUIREMENTS, *more)]
-    with tempfile.TemporaryDirectory(prefix="libraries-") as directory:
+    names = (*REQUIREMENTS, *more)
+    lines = [line for line in LIBRARIES.read_text().splitlines() if line.split("==")[0] in names]
+    print(f"bringing {', '.join(names)} for Python {RUNTIME} on {architecture}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="libraries-") as scratch:
+        directory = Path(scratch) / "unpacked"
+        pinned = Path(scratch) / "pinned.txt"
+        pinned.write_text("\n".join(lines))
         command = [sys.executable, "-P", "-m", "pip", "install", "--quiet", "--no-deps"]
         command += ["--only-binary=:all:", "--no-compile", f"--python-version={RUNTIME}"]
-        command += [f"--platform={platform}" for platform in PLATFORMS]
-        command += [f"--target={directory}", *pinned]
+        command += [f"--platform={platform}_{MACHINES[architecture]}" for platform in PLATFORMS]
+        command += ["--require-hashes", f"--target={directory}", f"--requirement={pinned}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or "no output").splitlines()[-1]
             raise UserError(
-                f"pip: can't get {', '.join(pinned)} for Lambda's Python {RUNTIME} ({reason}); "
+                f"pip: can't get {', '.join(names)} for AWS's Python {RUNTIME} ({reason}); "
                 "see that pip reaches its package index"
             )
         paths = {
             path.relative_to(directory).as_posix(): path
-            for path in Path(directory).rglob("*")
+            for path in directory.rglob("*")
             if path.is_file()
         }
         return {
@@ -145,4 +181,18 @@ def archive(contents: Mapping[str, bytes], compression: int) -> bytes:
             entry.external_attr = 0o644 << 16
             entry.compress_type = compression
             file.writestr(entry, contents[name])
+    return buffer.getvalue()
+
+
+def _tar(contents: Mapping[str, bytes]) -> bytes:
+    """Return a gzipped tar archive: equal contents give equal bytes (with the same zlib)."""
+    buffer = io.BytesIO()
+    with (
+        gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=buffer, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w") as tar,
+    ):
+        for name in sorted(contents):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(contents[name])
+            tar.addfile(entry, io.BytesIO(contents[name]))
     return buffer.getvalue()

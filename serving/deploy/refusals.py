@@ -44,6 +44,29 @@ def check_instance(kind: str, priced: Iterable[str]) -> None:
         raise UserError(f"--set InstanceType={kind}: endpoints don't run on it; try one of {near}")
 
 
+def check_numbers(parameters: Mapping[str, str]) -> None:
+    """Raise UserError for parameters of the template that don't fit each other."""
+    least, most = int(parameters["MinInstances"]), int(parameters["MaxInstances"])
+    warm, reserved = parameters["ProvisionedConcurrency"], parameters["ReservedConcurrency"]
+    if most < least:
+        raise UserError(f"MaxInstances={most} is below MinInstances={least}; set both with --set")
+    if parameters["CanaryPercent"] != "0" and least < 2:
+        raise UserError(
+            f"--set CanaryPercent={parameters['CanaryPercent']}: a part of one instance can't take "
+            "traffic first; --set MinInstances=2 too, or leave it out"
+        )
+    if reserved != "0" and int(reserved) < int(warm):
+        raise UserError(
+            f"--set ReservedConcurrency={reserved}: {warm} are kept warm already "
+            "(ProvisionedConcurrency); set one of both"
+        )
+    if parameters["SnapStart"] == "on" and warm != "0":
+        raise UserError(
+            "--set SnapStart=on: Lambda doesn't take it with provisioned concurrency; "
+            "--set ProvisionedConcurrency=0 too"
+        )
+
+
 def check_endpoint(parameters: Mapping[str, str], image_region: str, region: str) -> None:
     """Raise UserError for an endpoint that can't work, or whose machine nothing would use.
 

@@ -15,9 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from launch.cloud.cloudformation import Content, load, resolve
-from launch.cloud.prices import ALARM_MONTH, HOURS_A_MONTH, PROVISIONED_GB_SECOND, price
+from launch.cloud.prices import (
+    ALARM_MONTH,
+    HOURS_A_MONTH,
+    PROVISIONED_GB_SECOND,
+    SNAPSHOT_GB_SECOND,
+    price,
+)
+from launch.cloud.registries import registry_of
 from serving.deploy import bundle
-from serving.deploy.refusals import check_endpoint
+from serving.deploy.refusals import check_endpoint, check_numbers
 from trainer.common.errors import UserError
 
 TEMPLATE = Path(__file__).parents[1] / "stack.yaml"
@@ -37,9 +44,14 @@ COMPUTED = {
     "ModelArn",
     "ModelDigest",
     "ImageArn",
+    "RayServeApp",
     "EndpointRelease",
     "FunctionRelease",
 }
+# AWS's own image, without which an endpoint would need one of the user's (aws.github.io/
+# deep-learning-containers/ray/changelog, 2026-05). It finds our application by this variable.
+RAY_IMAGE = "ray:serve-ml-sagemaker-cpu-v1.1.0"
+RAY_APP = "serving.ray_app:app"
 # Those that begin otherwise where the model runs inside Lambda: ten pictures a day should not pay
 # for a warm environment, and the network wants a whole processor (1,769 MB buy one).
 IN_LAMBDA = {"Memory": "2048", "ProvisionedConcurrency": "0"}
@@ -126,21 +138,28 @@ def build(
         if name in declared and (same_mode or name not in IN_LAMBDA)
     }
     values |= {**given, "Bucket": place.bucket}
-    if int(values["MaxInstances"]) < int(values["MinInstances"]):
-        raise UserError(
-            f"MaxInstances={values['MaxInstances']} is below "
-            f"MinInstances={values['MinInstances']}; set both with --set"
-        )
-    if package is None and (not deployed or not same_mode):
+    check_numbers(values)
+    # The function that holds the model also holds libraries for its processor.
+    same_files = mode == "endpoint" or values["Architecture"] == deployed.get("Architecture")
+    if package is None and (not deployed or not same_mode or not same_files):
         raise UserError(
             "which model? give a model.tar.gz, or its s3:// address: "
             "python -m serving deploy runs/NAME/model.tar.gz ..."
         )
     if mode == "endpoint":
+        if values["Image"] == "none":
+            remedy = "give one of yours with --image, or deploy with --mode lambda"
+            values["Image"] = f"{registry_of(place.region, remedy)}/{RAY_IMAGE}"
+        was_on_ray = deployed.get("RayServeApp", "") != ""
+        values["RayServeApp"] = ""
+        if _is_ray(values["Image"]):
+            values["RayServeApp"] = RAY_APP
+        if package is None and was_on_ray != _is_ray(values["Image"]):
+            raise UserError("another container needs the model.tar.gz again: give it")
         computed, uploads = _for_endpoint(place, package, values["Image"])
         check_endpoint(values, image_region(values["Image"]) or place.region, place.region)
     else:
-        computed, uploads = {}, _for_lambda(place, package)
+        computed, uploads = {}, _for_lambda(place, package, values["Architecture"])
     values |= computed
     if uploads:
         values["CodeKey"] = uploads[0].key
@@ -160,9 +179,14 @@ def _for_endpoint(
     if package is None:
         return values, uploads
     if isinstance(package, Remote):
+        if _is_ray(image):
+            raise _not_here(package, "the archive for AWS's image")
         uri, digest = package.uri, package.digest
     else:
-        model = _named("the model package", package, ".tar.gz", place)
+        content: bytes | Path = package
+        if _is_ray(image):
+            content = bundle.endpoint(package)
+        model = _named("the model package", content, ".tar.gz", place)
         uploads.append(model)
         uri = f"s3://{place.bucket}/{model.key}"
         digest = Path(model.key).name.removesuffix(".tar.gz")
@@ -170,15 +194,27 @@ def _for_endpoint(
     return values | {"ModelUrl": uri, "ModelArn": arn, "ModelDigest": digest}, uploads
 
 
-def _for_lambda(place: Place, package: Path | Remote | None) -> list[Upload]:
+def _for_lambda(place: Place, package: Path | Remote | None, architecture: str) -> list[Upload]:
     if package is None:
         return []
     if isinstance(package, Remote):
-        raise UserError(
-            f"{package.uri}: the function with the model inside is built here and needs the file: "
-            f"aws s3 cp {shlex.quote(package.uri)} . and give model.tar.gz"
-        )
-    return [_named("the function with the model", bundle.direct(package), ".zip", place)]
+        raise _not_here(package, "the function with the model inside")
+    return [
+        _named("the function with the model", bundle.direct(package, architecture), ".zip", place)
+    ]
+
+
+def _is_ray(image: str) -> bool:
+    """Return whether a container is AWS's Ray Serve image."""
+    parts = ECR.fullmatch(image)
+    return parts is not None and parts["repository"] == RAY_IMAGE.split(":")[0]
+
+
+def _not_here(package: Remote, what: str) -> UserError:
+    return UserError(
+        f"{package.uri}: {what} is built here and needs the file: "
+        f"aws s3 cp {shlex.quote(package.uri)} . and give model.tar.gz"
+    )
 
 
 def _check(given: Mapping[str, str]) -> None:
@@ -214,12 +250,10 @@ def _not_allowed(parameter: Mapping[str, Any], value: str) -> str | None:
 def _image_arn(image: str, place: Place) -> str:
     parts = ECR.fullmatch(image)
     if not parts:
-        what = f"--image {image}: this is no image in ECR with a tag or a digest"
-        if image == "none":
-            what = "an endpoint needs a container"
         raise UserError(
-            f"{what}; build serving/Dockerfile, push it and give "
-            "ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG, or deploy with --mode lambda"
+            f"--image {image}: this is no image in ECR with a tag or a digest; give "
+            "ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG of one built from serving/Dockerfile, "
+            "or leave it out for AWS's own"
         )
     where = f"{parts['region']}:{parts['account']}"
     return f"arn:{place.partition}:ecr:{where}:repository/{parts['repository']}"
@@ -322,12 +356,25 @@ def idle_price(
         what = f"{warm} x {megabytes} MB of Lambda kept warm"
         seconds = HOURS_A_MONTH * 3600
         items.append(Item(what, warm * megabytes / 1024 * seconds * PROVISIONED_GB_SECOND))
-    alarms = sum(kind == "AWS::CloudWatch::Alarm" for kind in made.values())
+    if parameters["SnapStart"] == "on":
+        seconds = HOURS_A_MONTH * 3600
+        what = f"a snapshot of {megabytes} MB"
+        items.append(Item(what, megabytes / 1024 * seconds * SNAPSHOT_GB_SECOND))
+    metrics = sum(map(_watched, made))
     if "ScalingPolicy" in made:
-        alarms += 2  # target tracking makes two more of its own
-    if alarms:
-        items.append(Item(f"{alarms} alarms", alarms * ALARM_MONTH))
+        metrics += 2  # target tracking makes two alarms more of its own
+    # By the metric; an account's first ten cost nothing.
+    items.append(Item(f"alarms on {metrics} metrics", metrics * ALARM_MONTH))
     return items
+
+
+def _watched(name: str) -> int:
+    """Return how many metrics a resource watches, which is what AWS asks money for."""
+    body = template()["Resources"][name]
+    if body["Type"] != "AWS::CloudWatch::Alarm":
+        return 0
+    metrics = body["Properties"].get("Metrics", [{"MetricStat": None}])
+    return sum("MetricStat" in metric for metric in metrics)
 
 
 def _instances(kind: str, count: int, region: str) -> Item:

@@ -13,7 +13,7 @@ from typing import Any
 
 NAMES = (
     "input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care", "calibrate",
-    "recipe", "month",
+    "recipe", "averages", "month",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--photos",
         metavar="DIR",
-        help="train, valid and test with class folders of photos (care, calibrate, recipe)",
+        help="train, valid and test with class folders of photos (care, calibrate, recipe...)",
     )
     parser.add_argument(
         "--weights", metavar="FILE", help="of MobileNetV2, mean = std = 0.5 (calibrate, recipe)"
@@ -46,10 +46,15 @@ def main() -> None:
     parser.add_argument(
         "--results",
         metavar="FILE",
-        help="where each run's result is kept, and not measured again (recipe)",
+        help="where each run's result is kept, and not measured again (recipe, averages)",
     )
     parser.add_argument(
-        "--minutes", metavar="N", help="begin nothing after so many minutes (recipe)"
+        "--minutes", metavar="N", help="begin nothing after so many minutes (recipe, averages)"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="SETS",
+        help="these sets of pictures, and draws, with + between them; the table has all (recipe)",
     )
     parser.add_argument(
         "--fastai", metavar="PYTHON", help="one that has fastai, torchvision and timm (recipe)"
@@ -63,7 +68,7 @@ def main() -> None:
     names = options.names or NAMES
     if options.quick:
         names, options.rounds, options.no_page = options.names or QUICK, 1, True
-    for name in ("photos", "weights", "results", "minutes", "fastai"):
+    for name in ("photos", "weights", "results", "minutes", "only", "fastai"):
         value = getattr(options, name)
         if value:
             os.environ[f"BENCH_{name.upper()}"] = value

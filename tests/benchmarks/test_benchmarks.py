@@ -8,6 +8,8 @@ from tests.benchmarks import compare, recipe
 from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.measure import paired, ratio
 from tests.benchmarks.table import HEAD, Row, Table, merge
+from trainer.settings.config import TOY
+from trainer.training.recipe import Candidate, Recipe
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,6 +74,22 @@ def test_auto_is_held_to_the_best_simple_way_and_to_its_time():
     assert done(0.75, 240.0).met is False and done(0.77, 260.0).met is False
 
 
+def test_peers_start_from_pretrained_weights():
+    measured = [Candidate("one", accuracy=0.7), Candidate("best", accuracy=0.9), Candidate("none")]
+    for chosen, network in (("one", "one"), (TOY, "best")):
+        assert recipe.pretrained_of(Recipe({"model.name": chosen}, measured, [])) == network
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    results = recipe.Results(tmp_path / "results.jsonl", until=float("inf"))
+    pets, signs = (recipe.Pictures(name, lambda root, _: root) for name in ("pets", "signs"))
+    for method in recipe.METHODS:
+        for seed in range(recipe.SEEDS - (method == recipe.FASTAI)):
+            results.get(lambda: {"top1": 0.5}, method=method, pictures="pets", seed=seed)
+    assert recipe.not_had(results, [pets]) == ["fastai's fine_tune: pets (1 of 3 seeds)"]
+    assert recipe.not_had(results, [signs])[0] == "auto: signs"
+
+
 def test_a_result_is_kept_and_not_measured_again(tmp_path):
     results = recipe.Results(tmp_path / "results.jsonl", until=float("inf"))
     assert results.get(lambda: {"top1": 0.5}, method="auto", seed=0)
@@ -83,4 +101,4 @@ def test_a_result_is_kept_and_not_measured_again(tmp_path):
 def test_clothes_come_in_the_numbers_asked_for(tmp_path):
     root = recipe.clothes_of(40)(tmp_path / "clothes", 0)
     assert [recipe.count(root, split) for split in ("train", "valid", "test")] == [40, 10, 500]
-    assert recipe.epochs_of(root) == 200
+    assert recipe.passes_of(40) == 60

@@ -4,29 +4,31 @@ user starts it.
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import boto3
 import pytest
 
 from launch import __main__ as command_line
-from launch.cloud import quotas, s3
+from launch.cloud import account_stack, cloudformation, quotas, s3, source
 from launch.cloud.request import core_session
 from launch.targets.base import targets
 from launch.targets.spec import load_config, load_target
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, wait_for
 from trainer.common.errors import OK
 
 REGION = "us-east-1"
@@ -78,64 +80,117 @@ class Cloud:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         return kept | CREDENTIALS | {"AWS_ENDPOINT_URL": self.url, "PYTHONPATH": str(PROJECT)}
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """The command line, with a name by which AWS can kill it."""
-        line = 'export AWS_SDK_UA_APP_ID=pid-$$; exec "$0" -m launch "$@"'
-        return subprocess.Popen(
-            ["bash", "-c", line, sys.executable, *arguments],
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """The command line as a user starts it: its exit code and all it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", *arguments],
             cwd=PROJECT,
             env=self.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            timeout=600,
         )
+        return done.returncode, done.stdout
 
-    def run(self, *arguments: str) -> tuple[int, str]:
-        """Its exit code and all it printed."""
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=600)
-        return process.returncode, output
+    def start(self, *arguments: str, cwd: Path = PROJECT) -> "Forked":
+        """Start it in a process forked from this one, which has imported everything already: half
+        the time. It has a name by which AWS can kill it.
+        """
+        return Forked(command_line.main, arguments, cwd, self.environment())
 
     def launch(self, *arguments: str, cwd: Path = PROJECT) -> tuple[int, str]:
-        """As `run`, in a process forked from this one, which has imported everything already: half
-        the time. A signal's code is negative.
-        """
+        """As `run`, forked. A signal's code is negative."""
+        forked = self.start(*arguments, cwd=cwd)
+        output, _ = forked.communicate()
+        assert forked.returncode is not None
+        return forked.returncode, output
+
+
+class Forked:
+    """A command line in a fork of this process, with as much of Popen as the tests use."""
+
+    def __init__(
+        self,
+        main: Callable[[Sequence[str]], int],
+        arguments: Sequence[str],
+        cwd: Path,
+        environment: dict[str, str],
+        apart: bool = False,
+    ) -> None:
+        """main: returns the exit code. apart: standard error comes by itself."""
         do_once()
-        with tempfile.TemporaryFile("w+") as output:
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    os.chdir(cwd)
-                    os.environ.clear()
-                    os.environ.update(
-                        self.environment() | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"}
-                    )
-                    sys.stdin = io.StringIO()
-                    sys.stdout = sys.stderr = output
-                    code = command_line.main(arguments)
-                except SystemExit as end:
-                    code = int(end.code or 0)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    output.flush()
-                    os._exit(code)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            output.seek(0)
-            return code, output.read()
+        self.returncode: int | None = None
+        # Closed by `communicate`.
+        self._output = self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        if apart:
+            self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._pid = os.fork()
+        if self._pid:
+            return
+        code = 1
+        try:
+            os.chdir(cwd)
+            os.environ.clear()
+            os.environ.update(environment | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"})
+            source.build = lambda extras: tarball(tuple(extras))
+            sys.stdin = io.StringIO()
+            sys.stdout, sys.stderr = self._output, self._errors
+            code = main(arguments)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            self._output.flush()
+            self._errors.flush()
+            os._exit(code)
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """Wait for its end; return all that it has printed."""
+        ended = wait_for(self._ended, timeout)
+        if not ended:
+            os.kill(self._pid, signal.SIGKILL)
+            wait_for(self._ended)
+        output = _all_of(self._output)
+        errors = "" if self._errors is self._output else _all_of(self._errors)
+        assert ended, f"it has not ended in {timeout} s:\n{output}{errors}"
+        return output, errors
+
+    def _ended(self) -> bool:
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        if pid:
+            self.returncode = os.waitstatus_to_exitcode(status)
+        return bool(pid)
+
+
+def _all_of(file: IO[str]) -> str:
+    with file:
+        file.seek(0)
+        return file.read()
+
+
+tarball = functools.cache(source.build)
 
 
 @functools.cache
 def do_once() -> None:
-    """Do what every command does once, for all that are forked: read models, and a grammar."""
+    """Do what every command does once, for all that are forked: read models and a grammar, and
+    pack the code.
+    """
     session = boto3.session.Session(
         "testing", "testing", region_name=REGION, botocore_session=core_session()
     )
     for service in SERVICES:
         session.client(service)
     load_config(load_target(["target=ec2"]), ["optim.lr=1"])
+    cloudformation.load(account_stack.TEMPLATE)
+    tarball(())
+    tarball(("timm",))
+    # What is there already, a child's garbage collector need not look at, nor copy its memory so.
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager

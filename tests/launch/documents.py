@@ -19,11 +19,11 @@ import pytest
 
 from launch import __main__ as launch
 from launch.audit.finding import RULES
-from launch.cloud import account_stack, cloudformation, prices, quotas
+from launch.cloud import account_stack, cloudformation, prices, quotas, source
 from launch.verbs.audit import FOUND
 from launch.verbs.policy import PARTS
 from tests.conftest import PROJECT, make_pictures
-from tests.launch.conftest import Cloud, running
+from tests.launch.conftest import Cloud, running, tarball
 from tests.launch.permissions import (
     ACCOUNT,
     BUCKET,
@@ -67,6 +67,7 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     """
     patch.setenv("HOME", str(directory))
     patch.setattr(quotas, "NUMBERS", directory / "quotas.json")
+    patch.setattr(source, "build", lambda extras: tarball(tuple(extras)))
     found: dict[str, list[Ask]] = {"deployer": [], "launcher": [], "lambda": [], "audit": []}
 
     def deploy(verb: str) -> None:

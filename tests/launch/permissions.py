@@ -468,9 +468,21 @@ def audit_asks(call: Mapping[str, Any]) -> list[Ask]:
 # --- deciding ---
 
 
-@dataclass(frozen=True)
 class Evaluator:
-    package: Path
+    """One process, which reads what AWS's actions are once."""
+
+    def __init__(self, package: Path) -> None:
+        script = Path(__file__).with_name("evaluate.mjs")
+        self._process = subprocess.Popen(
+            ["node", str(script), str(package)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def close(self) -> None:
+        self._process.communicate()
 
     def decide(self, questions: Sequence[tuple[dict[str, Any], Ask]]) -> list[bool]:
         """Return whether each policy allows what is asked.
@@ -500,16 +512,12 @@ class Evaluator:
         # The ARN of a parameter of AWS's own has no account, which the evaluator takes for no
         # parameter's ARN.
         given = given.replace(f":ssm:{REGION}::parameter/", f":ssm:{REGION}:aws:parameter/")
-        script = Path(__file__).with_name("evaluate.mjs")
-        done = subprocess.run(
-            ["node", str(script), str(self.package)],
-            input=given,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        answers = json.loads(done.stdout)
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._process.stdin.write(f"{given}\n")
+        self._process.stdin.flush()
+        answered = self._process.stdout.readline()
+        assert answered, self._process.stderr.read()
+        answers = json.loads(answered)
         refused = [
             (ask.action, ask.resource, dict(ask.context), answer)
             for (_, ask), answer in zip(questions, answers, strict=True)

@@ -111,9 +111,13 @@ class Server:
         return self.invoke(json.dumps(asked).encode(), "application/json", **headers)
 
     def memory(self, which: str = "VmRSS") -> int:
-        """Bytes of resident memory: now, or the most so far ("VmHWM")."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(rf"{which}:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
+        """Bytes of resident memory, with the worker's: now, or the most so far ("VmHWM")."""
+        processes = [self.process.pid]
+        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            processes += map(int, children.read_text().split())
+        statuses = [Path(f"/proc/{each}/status").read_text() for each in processes]
+        sizes = [re.search(rf"{which}:\s+(\d+)", status)[1] for status in statuses]  # type: ignore[index]
+        return 1024 * sum(map(int, sizes))
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""

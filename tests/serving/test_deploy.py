@@ -1,4 +1,4 @@
-"""`python -m serving plan ... destroy` as processes, against moto behind tests/serving/aws.py."""
+"""`python -m serving plan ... destroy` in forks, against moto behind tests/serving/aws.py."""
 
 import contextlib
 import gzip
@@ -14,12 +14,15 @@ import time
 import numpy as np
 import pytest
 
+from serving import __main__ as command_line
 from serving.deploy import bundle
 from serving.deploy.release import Place, Remote, build, idle_price, template
+from serving.package import load
 from tests.conftest import PROJECT
-from tests.launch.conftest import running
+from tests.launch.conftest import Forked, running
 from tests.serving.runtime import Endpoint, Function, Neighbour, Quiet, unpack
 from trainer.common.errors import UserError
+from trainer.common.serving_code import FOR_HEIC, REQUIREMENTS
 
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/dogs/serving:1"
 BUCKET = "packhorse-123456789012-us-east-1"
@@ -48,16 +51,15 @@ def cloud(server):
 def serving(cloud):
     def serving(*arguments, **environment):
         """Exit code, standard output and standard error."""
-        command = [sys.executable, "-P", "-m", "serving", *map(str, arguments)]
-        done = subprocess.run(
-            command,
-            env=cloud.environment() | environment,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=600,
+        forked = Forked(
+            command_line.main,
+            [str(argument) for argument in arguments],
+            PROJECT,
+            cloud.environment() | environment,
+            apart=True,
         )
-        return done.returncode, done.stdout, done.stderr
+        output, error = forked.communicate()
+        return forked.returncode, output, error
 
     return serving
 
@@ -106,7 +108,7 @@ def test_from_nothing_to_service_to_a_new_model_to_nothing(
     assert re.search(
         r"endpoint +InService.*\ninstances +1 of ml\.m5\.large, 1 wanted, 1 to 3\n", output
     ), output
-    assert "version 1, 3 of 3 environments warm" in output and "$3.04 a day" in output, output
+    assert "version 1, 3 of 3 environments warm" in output and "$3.05 a day" in output, output
 
     # The function that was uploaded, under AWS's runtime client, with an endpoint that echoes.
     s3 = cloud.client("s3")
@@ -356,6 +358,10 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
         (["--set", "Backend=cuda"], "ml.m5.large has no GPU"),
         (["--image", IMAGE.replace("us-east-1", "eu-west-1")], "takes one of us-east-1 only"),
         (["--set", "Origins=everybody"], "what matches"),
+        (["--set", "CanaryPercent=10"], "--set MinInstances=2 too"),
+        (["--set", "ReservedConcurrency=2"], "3 are kept warm already"),
+        (["--set", "SnapStart=on"], "--set ProvisionedConcurrency=0 too"),
+        (["--set", "RayServeApp=x:y"], "there is no such setting"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -394,7 +400,6 @@ def test_what_can_work_is_planned(given):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["deploy", "PACKAGE", "--yes"], "an endpoint needs a container"),
         (["deploy", "--image", IMAGE, "--yes"], "which model?"),
         (["deploy", "s3://nowhere/model.tar.gz", "--image", IMAGE, "--yes"], "no such object"),
         (["deploy", "absent.tar.gz", "--yes"], "absent.tar.gz: there is no such file"),
@@ -501,24 +506,67 @@ def test_what_is_not_given_stays_as_it_is_deployed(package):
     assert {name for name in first if first[name] != changed[name]} == {"MaxInstances"}
 
 
-def test_the_function_with_the_model_needs_no_endpoint_and_costs_nothing_at_rest(
+def test_the_function_with_the_model_needs_no_endpoint_and_costs_next_to_nothing_at_rest(
     package, monkeypatch
 ):
     monkeypatch.setattr(
-        bundle, "libraries", lambda *more: {"numpy/__init__.py": b""}
+        bundle, "libraries", lambda *more, architecture: {"numpy/__init__.py": b""}
     )  # pip's index is not for tests
     release = build(PLACE, package, {"Door": "lambda"}, {})
     assert (
         release.parameters["Memory"] == "2048"
         and release.parameters["ProvisionedConcurrency"] == "0"
     )
-    assert idle_price(release.parameters, "us-east-1") == []
+    [alarms] = idle_price(release.parameters, "us-east-1")
+    assert (alarms.what, alarms.month) == ("alarms on 3 metrics", pytest.approx(0.3))
     assert [upload.what for upload in release.uploads] == ["the function with the model"]
     with pytest.raises(UserError, match="which model"):
         build(PLACE, None, {"Door": "endpoint", "Image": IMAGE}, release.parameters)
-    monkeypatch.setattr(bundle, "libraries", lambda *more: {"large": bytes(bundle.MAX_UNPACKED)})
+    too_much = {"large": bytes(bundle.MAX_UNPACKED)}
+    monkeypatch.setattr(bundle, "libraries", lambda *more, architecture: too_much)
     with pytest.raises(UserError, match="--mode endpoint"):
         build(PLACE, package, {"Door": "lambda"}, {})
+
+
+def test_without_an_image_the_endpoint_is_awss_and_its_archive_brings_what_that_lacks(
+    package, monkeypatch, tmp_path
+):
+    brought = {"numpy/__init__.py": b"", "numpy.libs/a.so": b"a"}
+    monkeypatch.setattr(bundle, "libraries", lambda *more: brought)  # pip's index is not for tests
+    release = build(PLACE, package, {}, {})
+    given = release.parameters
+    assert given["Image"] == (
+        "763104351884.dkr.ecr.us-east-1.amazonaws.com/ray:serve-ml-sagemaker-cpu-v1.1.0"
+    )
+    assert given["ImageArn"] == "arn:aws:ecr:us-east-1:763104351884:repository/ray"
+    assert given["RayServeApp"] == "serving.ray_app:app"
+    [model] = [upload for upload in release.uploads if upload.what == "the model package"]
+    assert build(PLACE, package, {}, {}).parameters == given, "equal packages give equal bytes"
+    with tarfile.open(fileobj=io.BytesIO(model.content)) as tar:
+        tar.extractall(tmp_path, filter="data")
+    assert (tmp_path / "code/serving/ray_app.py").is_file()
+    # The image would install it from a network, which an isolated endpoint hasn't.
+    assert not (tmp_path / "code/requirements.txt").exists()
+    assert not [*tmp_path.rglob("*.safetensors")]
+    load(tmp_path)  # every file of it is listed, with its SHA-256
+
+    own = build(PLACE, package, {"Image": IMAGE}, given).parameters
+    assert own["RayServeApp"] == ""
+    with pytest.raises(UserError, match=r"another container needs the model\.tar\.gz again"):
+        build(PLACE, None, {"Image": IMAGE}, given)
+    with pytest.raises(UserError, match="is built here and needs the file"):
+        build(PLACE, Remote("s3://b/model.tar.gz", "x"), {}, {})
+
+
+def test_the_libraries_are_pinned_by_hash_in_the_versions_of_the_constraints():
+    constraints = (PROJECT / "constraints.txt").read_text().splitlines()
+    lines = [line.split() for line in bundle.LIBRARIES.read_text().splitlines() if "==" in line]
+    pinned = {name: hashes for name, *hashes in lines if not name.startswith("#")}
+    assert {name.split("==")[0] for name in pinned} == {*REQUIREMENTS, *FOR_HEIC}
+    for name, hashes in pinned.items():
+        assert name in constraints
+        assert len({*hashes}) == 2  # of both processors
+        assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", each) for each in hashes)
 
 
 def test_the_function_reads_heic_where_its_model_was_trained_on_it(tmp_path):
@@ -536,7 +584,7 @@ def test_what_an_idle_month_costs():
     }
     items = idle_price(defaults, "us-east-1")
     np.testing.assert_allclose(
-        [item.month for item in items], [0.115 * 730, 3 * 0.25 * 730 * 3600 * 0.0000041667, 0.4]
+        [item.month for item in items], [0.115 * 730, 3 * 0.25 * 730 * 3600 * 0.0000041667, 0.7]
     )
     unknown = idle_price(defaults | {"InstanceType": "ml.z9.large"}, "us-east-1")
     assert unknown[0].month is None

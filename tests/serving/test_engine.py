@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.decoders import Decoders, Large, Rooms
+from serving.decoders import Decoders, Rooms
 from serving.engine import Engine
 from serving.handler import Settings, start_engine
 from serving.package import load
-from serving.work import Work
+from serving.work import Heavy, Work
 from tests import hostile
 from trainer.images.decode import ImageError
 
@@ -125,7 +125,7 @@ def test_large_pictures_hold_up_no_small_one_however_many_they_are():
 
     def large(may_be_large):
         if not may_be_large:
-            raise Large
+            raise Heavy
         assert finish.wait(600)
         return small
 

@@ -394,7 +394,7 @@ def loaded(directory, code, **environment):
     return set(done.stdout.split())
 
 
-def test_the_client_is_made_when_needed_or_ahead_where_somebody_pays_for_that(proxy_zip):
+def test_the_client_is_made_before_the_first_request_and_only_in_lambda(proxy_zip):
     modules = loaded(proxy_zip, "import lambda_function")
     assert "boto3" not in modules
     assert {name.split(".")[0] for name in modules} <= set(sys.stdlib_module_names) | {
@@ -405,8 +405,35 @@ def test_the_client_is_made_when_needed_or_ahead_where_somebody_pays_for_that(pr
     assert "boto3" in loaded(
         proxy_zip,
         "import lambda_function",
-        AWS_LAMBDA_INITIALIZATION_TYPE="provisioned-concurrency",
+        AWS_LAMBDA_RUNTIME_API="127.0.0.1:1",
+        ENDPOINT_NAME="dogs",
     )
+
+
+FIRST = """
+import json, time
+import lambda_function
+sent = []
+class Client:
+    def invoke_endpoint(self, **asked):
+        sent.append(asked)
+        import io
+        return {"Body": io.BytesIO(b"[[0.5, 1.5]]")}
+lambda_function.client = Client
+event = {"base64": "aGFsbG8="}
+class Context: aws_request_id = "r"
+import sys
+before = {*sys.modules}
+answer = lambda_function.handler(event, Context)
+assert answer["statusCode"] == 200 and len(sent) == 1, answer
+assert not [name for name in {*sys.modules} - before if name.startswith(("boto", "urllib3"))]
+"""
+
+
+def test_the_first_request_imports_nothing_of_botocores_any_more(proxy_zip):
+    """So it takes a few milliseconds; no clock says so here, since a busy machine's would not."""
+    environment = {"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:1", "ENDPOINT_NAME": "dogs"}
+    assert "boto3" in loaded(proxy_zip, FIRST, **environment)
 
 
 PLAIN = """

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.server import card, policy
+from serving.page import card, policy
 from tests.conftest import wait_for
 from tests.serving.browser import CHROMIUM, Browser
 
@@ -18,6 +18,19 @@ GIVE = """
   const event = "%s" === "drop"
     ? new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true })
     : new ClipboardEvent("paste", { clipboardData: files, bubbles: true });
+  document.getElementById("drop").dispatchEvent(event);
+})()
+"""
+
+
+# A picture's address, as another page's drag or a copied link gives it.
+GIVE_URL = """
+(() => {
+  const text = new DataTransfer();
+  text.setData("text/plain", "http://127.0.0.1/a.jpg");
+  const event = "%s" === "drop"
+    ? new DragEvent("drop", { dataTransfer: text, bubbles: true, cancelable: true })
+    : new ClipboardEvent("paste", { clipboardData: text, bubbles: true });
   document.getElementById("drop").dispatchEvent(event);
 })()
 """
@@ -89,6 +102,38 @@ class TestInChromium:
     def test_a_dropped_and_a_pasted_picture(self, browser, server, picture, how):
         browser.run(GIVE % (base64.b64encode(picture).decode(), how))
         check_answer(browser, server, picture)
+
+    def test_the_same_file_twice_an_error_and_a_clear_page(
+        self, browser, server, original, tmp_path
+    ):
+        picture = original / "package/golden/0.jpg"
+        browser.run(
+            "window.calls = 0, window.really = fetch, fetch = (...all) => (calls++, really(...all))"
+        )
+        for count in (1, 2):
+            browser.choose_file("#file", picture)
+            assert wait_for(lambda count=count: browser.run("calls") == count)
+            bars(browser)
+        (tmp_path / "no.jpg").write_text("no picture")
+        browser.choose_file("#file", tmp_path / "no.jpg")
+        status = "document.getElementById('status').textContent"
+        assert wait_for(lambda: "can't be read" in browser.run(status))
+        # No picture beside the message, which holds no number of ours.
+        assert browser.run("document.querySelectorAll('#drop img').length") == 0
+        assert browser.run(f"/[0-9a-f]{{32}}/.test({status})") is False
+        browser.choose_file("#file", picture)
+        bars(browser)
+        browser.run("document.getElementById('clear').click()")
+        assert browser.run(status) == "No picture yet."
+        assert browser.run("document.querySelectorAll('#drop img, #bars li').length") == 0
+
+    @pytest.mark.parametrize("how", ["drop", "paste"])
+    def test_a_url_that_is_dropped_or_pasted_is_asked_about(self, browser, how):
+        browser.run(GIVE_URL % how)
+        assert wait_for(
+            lambda: "not allowed" in browser.run("document.getElementById('status').textContent")
+        )
+        assert browser.run("document.getElementById('url').value") == "http://127.0.0.1/a.jpg"
 
     def test_a_url_by_keyboard_alone_and_its_refusal_told_to_screen_readers(self, browser):
         for key in ("Tab", "Tab"):  # the file, the URL

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serving import app as app_module
+from serving import connections
 from serving import server as server_module
 from serving.handler import Settings
+from serving.names import known_hosts
 from serving.serve import main as serve_main
 from tests import hostile
 from tests.conftest import PROJECT, wait_for
@@ -111,7 +114,7 @@ def test_a_name_that_is_not_ours_is_refused_where_only_this_machine_is_listened_
     ],
 )
 def test_which_names_a_server_goes_by(host, names, known):
-    assert server_module.known_hosts(host, Settings(hosts=names).hosts) == known
+    assert known_hosts(host, Settings(hosts=names).hosts) == known
 
 
 def test_whose_pages_may_read_answers_is_a_setting(start, original, picture):
@@ -364,8 +367,11 @@ socket.create_connection = redirect
 def test_fetched_pictures_have_a_bound_in_sum(start, original, picture, tmp_path):
     with Web() as web:
         redirect = REDIRECT.replace("WEB_PORT", str(web.port)).replace("PUBLIC", repr(PUBLIC))
-        (tmp_path / "sitecustomize.py").write_text(redirect)
-        server = start(str(original / "package"), PYTHONPATH=f"{tmp_path}:{PROJECT}")
+        # A busy machine has as long as it needs.
+        patient = "import serving.handler\nserving.handler.FETCH_SECONDS = 600\n"
+        (tmp_path / "sitecustomize.py").write_text(redirect + patient)
+        options = ("--seconds", "600")
+        server = start(str(original / "package"), *options, PYTHONPATH=f"{tmp_path}:{PROJECT}")
         web.files = {"/large": bytes(16 << 20), "/small": picture}
         large = {"instances": [{"url": f"http://{PUBLIC}/large"}] * 16}
         before = server.memory("VmRSS")
@@ -417,14 +423,14 @@ def test_one_slow_url_does_not_hold_up_the_others(start, original, picture, tmp_
     assert not replies
     for thread in slow:
         thread.join()
-    assert replies == [400] * 8
+    assert len(replies) == 8 and {*replies} <= {400, 503}
 
 
 @pytest.fixture
 def impatient(engine, monkeypatch):
     """The port of a server in this process that waits 0.25 s for a head and 0.5 s for a body."""
-    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.25)
-    monkeypatch.setattr(server_module, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.25)
+    monkeypatch.setattr(app_module, "BODY_SECONDS", 0.5)
     made = server_module.make(engine.package, engine, Settings(queue=8), "127.0.0.1")
     address = server_module.bind("127.0.0.1", 0)
     thread = threading.Thread(target=made.run, args=([address],))

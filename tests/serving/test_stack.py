@@ -29,6 +29,7 @@ DEFAULTS = {name: str(body.get("Default", "")) for name, body in template()["Par
 VALUES = DEFAULTS | {
     "ModelArn": "arn:aws:s3:::dogs/serving/model.tar.gz",
     "ImageArn": f"arn:aws:ecr:us-east-1:{NO_ACCOUNT}:repository/dogs",
+    "Bucket": "dogs",
 }
 
 
@@ -42,7 +43,7 @@ def resolve(node):
     if not rest and key == "Ref":
         return VALUES[value]
     if not rest and key == "Fn::Sub":
-        return re.sub(r"\$\{([\w:]+)\}", lambda part: PSEUDO[part[1]], value)
+        return re.sub(r"\$\{([\w:]+)\}", lambda part: (PSEUDO | VALUES)[part[1]], value)
     if not rest and key == "Fn::GetAtt":
         return ARN[value[0]]
     if not rest and key == "Fn::If":
@@ -93,7 +94,7 @@ def test_a_star_stands_only_where_the_action_has_no_resource_level(policy):
                 or "cloudwatch:namespace" in statement["Condition"]["StringEquals"]
             )
         else:
-            assert "*" not in statement["Resource"].removesuffix(":*")
+            assert "*" not in statement["Resource"].removesuffix(":*").removesuffix("/captured/*")
 
 
 def test_the_function_may_call_one_endpoint_and_nothing_can_make_a_log_group():
@@ -146,11 +147,7 @@ def test_an_update_is_blue_green_and_rolled_back_by_both_alarms():
     alarms = [
         alarm["AlarmName"]["Ref"] for alarm in deployment["AutoRollbackConfiguration"]["Alarms"]
     ]
-    assert alarms == [
-        name
-        for name, body in template()["Resources"].items()
-        if body["Type"] == "AWS::CloudWatch::Alarm"
-    ]
+    assert alarms == ["ErrorAlarm", "LatencyAlarm"]
     for name in ("Model", "EndpointConfig"):
         assert "EndpointRelease" in set(references(properties(name))), (
             "it can only be replaced under another name"
@@ -168,14 +165,44 @@ def test_the_url_is_off_signed_and_of_the_alias():
 
 def test_each_setting_makes_just_what_it_needs():
     everything = set(template()["Resources"])
-    assert set(resources(DEFAULTS)) == everything - {"Url"}
-    assert set(resources(DEFAULTS | {"MaxInstances": "1"})) == everything - {
-        "Url",
+    asked_for = {"Url", "Email", "Board"}
+    assert set(resources(DEFAULTS)) == everything - asked_for
+    assert set(resources(DEFAULTS | {"MaxInstances": "1"})) == everything - asked_for - {
         "ScalableTarget",
         "ScalingPolicy",
     }
-    inside = resources(DEFAULTS | {"Door": "lambda"})
-    assert set(inside) == {"FunctionLogs", "FunctionRole", "Function", "Version", "Alias"}
+    function = {"FunctionLogs", "FunctionRole", "Function", "Version", "Alias"}
+    watched = {"FunctionFaults", "FunctionAlarm", "Topic"}
+    assert set(resources(DEFAULTS | {"Door": "lambda"})) == function | watched
+    more = {"AlarmEmail": "a@b.example", "Dashboard": "on"}
+    assert set(resources(DEFAULTS | more)) - set(resources(DEFAULTS)) == {"Email", "Board"}
+    theirs = {"AlarmTopic": "arn:aws:sns:us-east-1:123456789012:ours", "AlarmEmail": "a@b.example"}
+    assert not {"Topic", "Email"} & set(resources(DEFAULTS | theirs))
+
+
+def test_every_alarm_tells_somebody_and_the_functions_faults_are_counted():
+    alarms = [
+        body["Properties"]
+        for body in template()["Resources"].values()
+        if body["Type"] == "AWS::CloudWatch::Alarm"
+    ]
+    topic = [{"Fn::If": ["HasOwnTopic", {"Ref": "Topic"}, {"Ref": "AlarmTopic"}]}]
+    assert len(alarms) == 3
+    assert all(alarm["AlarmActions"] == alarm["OKActions"] == topic for alarm in alarms)
+    [made] = properties("FunctionFaults")["MetricTransformations"]
+    [watched] = [
+        metric["MetricStat"]["Metric"]
+        for metric in properties("FunctionAlarm")["Metrics"]
+        if metric["Id"] == "faults"
+    ]
+    assert watched["Namespace"] == made["MetricNamespace"]
+    assert watched["MetricName"] == made["MetricName"]
+    assert properties("Function")["LoggingConfig"]["LogFormat"] == "JSON"  # what the filter reads
+
+
+def test_the_dashboard_is_json():
+    body = properties("Board")["DashboardBody"]["Fn::Sub"]
+    assert len(json.loads(body)["widgets"]) == 4
 
 
 def test_the_endpoint_has_a_network_only_where_it_fetches():

@@ -3,9 +3,13 @@
 Standard library only: what explains Hydra's errors, and what shows a line, is handed in.
 """
 
+import atexit
 import logging
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 from trainer.common.errors import (
     FAULT,
@@ -41,6 +45,19 @@ def guarded(work: Callable[[], int | None], say: Say, explain: Explain | None = 
             raise
         say(level(error), line)
         return code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, with what was registered for its end done.
+
+    Python would take down each module and thread first. With PyTorch and the exporter loaded that
+    is seconds in which the prompt isn't back, and nothing is left to be done in them.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def wants_traceback(code: int) -> bool:

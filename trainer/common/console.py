@@ -5,11 +5,12 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TextIO
 
 from tqdm import tqdm
 
@@ -19,30 +20,61 @@ from trainer.common.watch import SLOW, watch
 log = logging.getLogger("packhorse")
 
 LINE_EVERY = 15.0  # seconds between two plain progress lines where no terminal shows a bar
+TICK = 0.5  # seconds between two signs of a single piece of work on a terminal
+
+# What comes out, which -q shows too; it is no warning.
+RESULT = logging.INFO + 5
+logging.addLevelName(RESULT, "RESULT")
+# What a terminal shows with -q, by default, and with -v.
+QUIET, USUAL, VERBOSE = RESULT, logging.INFO, logging.DEBUG
+
+COLOURS = {"red": 31, "green": 32, "yellow": 33, "soft": 2, "bold": 1}
 
 
 class _Terminal(logging.Handler):
-    """Writes log lines above a progress bar instead of through it."""
+    """Writes log lines above a progress bar instead of through it.
+
+    A record may have another text for a person at a terminal than for a program: `for_people`.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        text = self.format(record)
+        told = getattr(record, "for_people", None)
+        if told is not None and self.level == USUAL and sys.stdout.isatty():
+            text = told
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
-def to_terminal(expendable: bool = False) -> None:
+def to_terminal(expendable: bool = False, shown: int = USUAL) -> None:
     """Send the log to standard output, once however often it is called.
 
     A terminal or a pipe that goes away ends nothing.
 
-    expendable: whether what a full disk does not take may be lost too.
+    expendable: whether what a full disk does not take may be lost too. shown: the least level.
     """
     streams.outlive(expendable)
-    log.setLevel(logging.INFO)
+    log.setLevel(min(shown, logging.INFO))
     log.propagate = False
     if not any(isinstance(handler, _Terminal) for handler in log.handlers):
-        handler = _Terminal()
+        handler = _Terminal(shown)
         handler.setFormatter(_Plain())
         log.addHandler(handler)
+
+
+def painted(text: str, *colours: str) -> str:
+    """Return text in colour, where a terminal shows it and NO_COLOR (no-color.org) is not set."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or not sys.stdout.isatty():
+        return text
+    codes = ";".join(str(COLOURS[colour]) for colour in colours)
+    return f"\033[{codes}m{text}\033[0m"
+
+
+def _is_quiet() -> bool:
+    """Return whether progress is hidden: by -q, or while the log is kept to errors."""
+    terminals = [handler.level for handler in log.handlers if isinstance(handler, _Terminal)]
+    return log.level > logging.INFO or any(level > logging.INFO for level in terminals)
 
 
 class _File(logging.Handler):
@@ -74,9 +106,10 @@ class _Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
-        if record.levelno <= logging.INFO:
+        if record.levelno <= RESULT:
             return message
-        return f"{record.levelname.lower()}: {message}"
+        colour = "yellow" if record.levelno < logging.ERROR else "red"
+        return f"{painted(f'{record.levelname.lower()}:', colour)} {message}"
 
 
 @contextmanager
@@ -125,8 +158,18 @@ def _python() -> str:
     return relative
 
 
+def shows_bars(stream: TextIO) -> bool:
+    """Return whether a person sees a bar there grow: on a terminal, or in a notebook."""
+    return stream.isatty() or type(stream).__module__.startswith("ipykernel.")
+
+
 class ProgressBar:
-    """Counts long work: a tqdm bar on a terminal, elsewhere a line every LINE_EVERY seconds."""
+    """Counts long work: a tqdm bar on a terminal, elsewhere a line every LINE_EVERY seconds.
+
+    Of a single piece of work the seconds are shown. Within another one it isn't shown.
+    """
+
+    _pieces = 0  # single pieces that run
 
     def __init__(
         self, what: str, total: int, done: int = 0, more: Callable[[], str] | None = None
@@ -137,9 +180,34 @@ class ProgressBar:
         # A single piece of work gives no sign before it is done.
         self._watched.enter_context(watch.over(1.0 if total > 1 else SLOW))
         self._bar: tqdm[NoReturn] | None = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=what, leave=False, dynamic_ncols=True)
-        self._line_at = time.monotonic() + LINE_EVERY
+        self._ended = threading.Event()
+        self._began = time.monotonic()
+        self._line_at = self._began + LINE_EVERY
+        self._single = total <= 1
+        ProgressBar._pieces += self._single
+        if self._single and ProgressBar._pieces > 1:
+            return
+        if shows_bars(sys.stderr) and not _is_quiet():
+            form = "{desc} {elapsed}" if self._single else None
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc=what,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format=form,
+            )
+        if self._single:
+            threading.Thread(target=self._tick, name="progress", daemon=True).start()
+
+    def _tick(self) -> None:
+        """Give signs of a single piece of work, from a thread of its own, until it is done."""
+        while not self._ended.wait(TICK):
+            if self._bar is not None:
+                self._bar.refresh()
+            elif time.monotonic() >= self._line_at:
+                self._line_at += LINE_EVERY
+                log.info("%s: %.0f s", self.what, time.monotonic() - self._began)
 
     def advance(self, count: int = 1) -> None:
         """Count that much more work as done, and show it."""
@@ -164,5 +232,9 @@ class ProgressBar:
     def close(self) -> None:
         """Take the bar away."""
         self._watched.close()
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        ProgressBar._pieces -= self._single
         if self._bar is not None:
             self._bar.close()

@@ -207,7 +207,8 @@ def lives(path: Path) -> bool:
 
     One on another machine is watched for as long as it takes to tell. Raise OSError.
     """
-    first, began = None, time.monotonic()
+    first: bytes | None = None
+    began = time.monotonic()
     while True:
         try:
             text = path.read_bytes()

@@ -1,5 +1,6 @@
 """Words for people."""
 
+import math
 from collections.abc import Iterable
 
 
@@ -17,3 +18,23 @@ def amount(size: float) -> str:
     if size >= 1e9:
         return f"{size / 1e9:.3g} GB"
     return f"{size / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    """Return in seconds, minutes or hours, whichever fits."""
+    if not math.isfinite(seconds):
+        return "n/a"
+    if seconds == 0:
+        return "0 s"
+    if seconds < 0.0005:
+        return "< 1 ms"
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    if rest == 0:
+        return f"{minutes} min"
+    return f"{minutes} min {rest} s"

@@ -67,24 +67,27 @@ class Job(World):
 
     def _open_store(self) -> None:
         """Find the store, and set it. Runs in a thread: PyTorch waits where no signal is heard."""
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # Rank 0 or torchrun is asked for first: PyTorch's own waiting takes twice its timeout.
-        while self.rank != 0:
-            try:
-                socket.create_connection(address, BEAT).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        # It waits for nobody where it isn't told the number of processes.
-        url, timeout = "env://?world_size=-1", timedelta(seconds=START_SECONDS)
         try:
+            self._wait_for_rank_0()
+            # It waits for nobody where it isn't told the number of processes.
+            url, timeout = "env://?world_size=-1", timedelta(seconds=START_SECONDS)
             store, _, _ = next(rendezvous(url, timeout=timeout))
-        except RuntimeError as error:  # torch's DistError
+        except (RuntimeError, ValueError, OverflowError) as error:  # torch's DistError; no port
             self._refused = error
             return
         # After a restart by torchrun the store may still hold what was said before it.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self._store = PrefixStore(f"packhorse/{restart}", store)
+
+    def _wait_for_rank_0(self) -> None:
+        """Return when rank 0 or torchrun listens: PyTorch's own waiting takes twice its timeout."""
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        while self.rank != 0:
+            try:
+                socket.create_connection(address, BEAT).close()
+                return
+            except OSError:
+                time.sleep(0.1)
 
     def _meet(self, seconds: float, stop: Stop | None = None) -> None:
         """Come to where all processes meet, and let them hear of this one.
@@ -302,7 +305,7 @@ class Job(World):
         # After --help, say, the others wait for settings.
         if self.is_main_process and not self._configured and code == OK:
             notice = ExitNotice(self.who, self.node, OK, "there is nothing to train", asked=False)
-            with suppress(Lost):
+            with suppress(Lost, UserError):
                 self._meet(FAREWELL_SECONDS)
                 self._heartbeat.say(notice, FAREWELL_SECONDS)
                 self._heartbeat.end()

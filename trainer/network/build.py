@@ -18,12 +18,12 @@ from trainer.common import files
 from trainer.common.errors import TRANSIENT, Unreadable, UserError
 from trainer.common.model_package import is_package
 from trainer.images.identity import of_weights
-from trainer.network import hub
+from trainer.network import hub, own
 from trainer.network.hub import Absent
 from trainer.network.weight_files import AUXILIARY, fill, head_of, state_dict
 from trainer.network.weight_folder import is_file, looked_for
 from trainer.network.weights import import_timm, torchvision_weights
-from trainer.settings.config import PLAIN
+from trainer.settings.config import OWN, PLAIN
 
 # torchvision's networks whose pretrained weights want another normalisation than they say, and
 # make it themselves.
@@ -41,6 +41,7 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
     name = ""  # of the architecture, as model.name has it
+    code = ""  # SHA-256 of the person's own file that it was built by, if so
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ def build(
     name: str,
     classes: int,
     *,
+    code: str | None = None,
     weights: str | None = None,
     weights_dir: str | None = None,
     keep_head: bool = False,
@@ -130,13 +132,16 @@ def build(
 ) -> Classifier:
     """Return the classifier `small_cnn`, `timm/NAME`, or that of a name of torchvision's.
 
-    weights: a name of torchvision's, a file with a state dict, one of our packages, or None for
-    random ones. weights_dir: where a file was looked for in vain. keep_head: take the head of the
-    package too; else it is new and random, and the caller seeds torch. size: of the square that the
-    network will see, in pixels; None: what it was made for. mean, std: of the channels, in 0..1.
-    Raise UserError for a name or weights that don't exist or don't fit.
+    code: a person's own file, whose network is `own`. weights: a name of torchvision's, a file with
+    a state dict, one of our packages, or None for random ones. weights_dir: where a file was looked
+    for in vain. keep_head: take the head of the package too; else it is new and random, and the
+    caller seeds torch. size: of the square that the network will see, in pixels; None: what it was
+    made for. mean, std: of the channels, in 0..1. Raise UserError for a name or weights that don't
+    exist or don't fit.
     """
     builder = BUILDERS.get(name.split("/")[0], _torchvision)
+    if name == OWN:
+        builder = partial(_own, code)
     try:
         backbone, features = builder(name, weights, size)
     except Absent as error:
@@ -153,6 +158,8 @@ def build(
         mean, std = _without_transform(backbone, mean, std)
     network = Classifier(backbone, head, mean, std, frozen=freeze == "backbone")
     network.name = name
+    if name == OWN and code is not None:
+        network.code = own.digest(code)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     return network
@@ -164,7 +171,12 @@ def identity(network: Classifier) -> dict[str, str]:
 
 
 def builder(network: Classifier) -> dict[str, str]:
-    """Return the versions of the libraries that built the network, by their names."""
+    """Return the versions of the libraries that built the network, by their names.
+
+    Of a person's own file its digest: what it computes is not seen in its layers.
+    """
+    if network.name == OWN:
+        return {"model.code": network.code}
     libraries = {"small_cnn": (), "timm": ("timm",)}
     used = libraries.get(network.name.split("/")[0], ("torchvision",))
     return {library: importlib.metadata.version(library) for library in used}
@@ -218,6 +230,18 @@ def _small_cnn(name: str, weights: str | None, size: int | None) -> tuple[nn.Mod
             raise Absent("nobody publishes any")
         fill(backbone, state_dict(name, weights), weights)
     return backbone, 128 * 9
+
+
+def _own(
+    code: str | None, name: str, weights: str | None, size: int | None
+) -> tuple[nn.Module, int]:
+    """Return the network of a person's own file."""
+    backbone, width = own.load(code).backbone(size or PLAIN.size)
+    if weights is not None:
+        if not is_file(weights):
+            raise Absent("nobody publishes any")
+        fill(backbone, state_dict(name, weights), weights)
+    return backbone, width
 
 
 def _timm(name: str, weights: str | None, size: int | None) -> tuple[nn.Module, int]:

@@ -28,6 +28,7 @@ from trainer.network.weight_folder import (
     rank,
 )
 from trainer.settings.config import (
+    OWN,
     PLAIN,
     RUINOUS_LR,
     TOY,
@@ -233,6 +234,8 @@ def _wants(name: str, weights: str) -> Wants:
 def _of_library(name: str, weights: str) -> Wants:
     if name == TOY:
         return Wants(TOY_PIXELS, [])
+    if name == OWN:
+        return Wants(PLAIN, [])
     if name.startswith("timm/"):
         return Wants(*_of_timm(name))
     return Wants(*_of_torchvision(name, weights))
@@ -278,7 +281,7 @@ def _of_file(name: str, weights: str, member: str) -> Wants:
 
 def _published_name(name: str, weights: str) -> str:
     """Return which weights a library downloads for a name such as DEFAULT: see `_published`."""
-    if name == TOY:
+    if name in (TOY, OWN):
         return ""
     if name.startswith("timm/"):
         pretrained = import_timm(name).get_pretrained_cfg(name.removeprefix("timm/"))
@@ -292,7 +295,7 @@ def _published(name: str, path: Path) -> str | None:
 
     torchvision's name of them, or timm's model with its tag.
     """
-    if name == TOY:
+    if name in (TOY, OWN):
         return None
     if name.startswith("timm/"):
         candidate = named(path)

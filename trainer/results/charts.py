@@ -266,8 +266,23 @@ def measured_axis(name: str, values: Iterable[float]) -> Axis:
     return scale(name, low - room, high + room, log=False)
 
 
-def scale(name: str, low: float, high: float, log: bool) -> Axis:
-    """Return an axis with ticks at powers of ten, or at about five round numbers."""
+def share_axis(name: str, shares: Iterable[float]) -> Axis:
+    """Return the axis of measured shares, in percent: nothing lies below 0 or above 100 %."""
+    finite = [value for value in shares if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    room = max(0.06 * (high - low), 0.01)
+    return scale(name, max(low - room, 0.0), min(high + room, 1.0), log=False, text=_whole_percent)
+
+
+def _whole_percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def scale(name: str, low: float, high: float, log: bool, text: Text = "{:.3g}".format) -> Axis:
+    """Return an axis with ticks at powers of ten, or at about five round numbers.
+
+    text: writes a value.
+    """
     if log and high / low >= 100:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
         ticks = [10.0**power for power in range(first, last + 1)]
@@ -275,8 +290,16 @@ def scale(name: str, low: float, high: float, log: bool) -> Axis:
     elif log:
         ticks = [low * (high / low) ** (number / 3) for number in range(4)]
     else:
-        step = _round_step((high - low) / 4)
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        ticks = [number * step for number in range(first, last + 1)]
+        ticks = _ticks_within(low, high)
     axis = Axis(name, low, high, log, ())
-    return Axis(name, low, high, log, [(axis(tick), f"{tick:.3g}") for tick in ticks])
+    return Axis(name, low, high, log, [(axis(tick), text(tick)) for tick in ticks])
+
+
+def _ticks_within(low: float, high: float) -> list[float]:
+    """Return the round numbers between low and high, with steps so wide that there are three."""
+    for parts in (4, 6, 10, 20):
+        step = _round_step((high - low) / parts)
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first >= 2:
+            break
+    return [number * step for number in range(first, last + 1)]

@@ -45,7 +45,8 @@ def network(run: Run, images: ImageFolder) -> Classifier:
     Raise UserError where it can't be packaged, or where the disk is too small for it.
     """
     machine = prepare_machine(run.config, run.world)
-    network = build_network(run, images, machine)
+    with ProgressBar("building the network", 1):
+        network = build_network(run, images, machine)
     if run.world.is_main_process:
         check_room(run, network)
         check_package(run, images, network)
@@ -65,6 +66,7 @@ def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
     if known.exists():
         return
     with (
+        run.stages.of("package"),
         ProgressBar("trying the model package", 1),
         torch.random.fork_rng(devices=[]),
         tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=run.directory) as scratch,

@@ -15,10 +15,11 @@ from trainer.images import folder
 from trainer.images.decode import Preprocessing
 from trainer.results import calibrate, report
 from trainer.results.calibrate import Calibration
+from trainer.results.intervals import wilson_interval
 from trainer.results.prediction import predictions
 from trainer.results.predictions import labelled
-from trainer.training.complete import PREDICTIONS
 from trainer.training.metrics import classification
+from trainer.training.run import PREDICTIONS
 
 SPLIT = "test"  # what such pictures are to the model
 
@@ -86,7 +87,7 @@ def write(evaluated: Evaluated, directory: Path, noted: Mapping[str, Any]) -> di
     spec = evaluated.preprocessing
     report.write(page, directory / "report.html", lambda path: folder.read_prepared(path, spec))
     hits = int((page.predictions == evaluated.labels).sum())
-    interval = report.wilson_interval(hits, len(evaluated.labels))
+    interval = wilson_interval(hits, len(evaluated.labels))
     result = {
         **metrics,
         "pictures": len(evaluated.labels),

@@ -18,17 +18,24 @@ from trainer.common.git import revision
 from trainer.images import folder
 from trainer.images.names import suffix_of
 from trainer.network.distance import Features, Joined, WithDistance, class_means
+from trainer.network.saliency import Saliency
 from trainer.network.weights import provenance
-from trainer.results import calibrate, early, package, quantize, report
+from trainer.results import calibrate, early, package, predecessor, quantize, report
+from trainer.results.advice import Known, advice
 from trainer.results.calibrate import Quality
+from trainer.results.card import Card
 from trainer.results.prediction import predictions
 from trainer.results.predictions import labelled
 from trainer.results.report import Other
-from trainer.settings.config import identity, metric_line
-from trainer.training import complete
+from trainer.results.text import percent
+from trainer.results.views import views
+from trainer.settings.config import data_name, identity, metric_line
+from trainer.settings.words import key_of
+from trainer.training import complete, lineage
 from trainer.training.loop import predict
 from trainer.training.metrics import classification, mean_loss
 from trainer.training.recipe import Recipe
+from trainer.training.run import PREDICTIONS, typed
 from trainer.training.training import Training
 
 # How far the loss of the best weights on valid may lie from what was noted for them: relative,
@@ -114,7 +121,9 @@ def test(run: Training) -> Tested:
         counted, beside, how = clean, everything, "with_leaks"
 
     def measure(numbers: NDArray[np.int64]) -> dict[str, float]:
-        return classification(logits[numbers], targets[numbers], split)
+        output, target = logits[numbers], targets[numbers]
+        own = run.own.figures(output, target, split)
+        return classification(output, target, split) | own
 
     values = run.world.broadcast_from_main(lambda: measure(counted))
     other: Other | None = None
@@ -124,7 +133,11 @@ def test(run: Training) -> Tested:
     if split == "test":
         epoch = run.progress.best["epoch"]
         run.metrics_file.append({"epoch": epoch, "step": run.progress.step} | values)
-        log.info(metric_line({"epoch": epoch} | values))
+        told = (
+            f"test: {percent(values['test_top1'])}, top-5 {percent(values['test_top5'])}, "
+            f"macro F1 {percent(values['test_f1'])}, by the weights of epoch {epoch}"
+        )
+        log.info(metric_line({"epoch": epoch} | values), extra={"for_people": told})
     valid = logits, distance, targets
     if split != "valid":
         valid = _unseen(run, means, "valid")
@@ -235,6 +248,7 @@ def build_package(run: Training, tested: Tested) -> None:
         classes=images.classes,
         preprocessing=pixels,
         metrics=metrics | {"epoch": run.progress.best["epoch"]},
+        card=_card(run, tested).text(),
         calibration=tested.quality.calibration,
         means=tested.means.cpu(),
         config=identity(config),
@@ -265,16 +279,64 @@ def build_package(run: Training, tested: Tested) -> None:
         ) from error
 
 
-def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) -> None:
-    """Write report.html. recipe: of model=auto."""
+def _card(run: Training, tested: Tested) -> Card:
+    """Return what README.md of the package says."""
+    images, config = run.loader.folder, run.config
+    notes = [f"Probabilities: {tested.quality.line()}."]
+    if tested.other:
+        words = tested.other.how.replace("_leaks", " the pictures that are in train too")
+        top1 = f"{100 * tested.other.metrics['top1']:.1f} %"
+        notes.append(f"{words.capitalize()}: top-1 accuracy {top1} of {tested.other.pictures:,}.")
+    return Card(
+        name=run.run.name,
+        network=config.model.name,
+        data=data_name(config.data.source, config.data.root),
+        classes=images.classes,
+        split=tested.split,
+        metrics=tested.metrics,
+        counts={name: images.count(name) for name in images.splits},
+        labels=tested.labels.tolist(),
+        weights=provenance(config),
+        findings=[line for line, _ in run.findings.lines()],
+        notes=notes,
+    )
+
+
+def write_report(
+    run: Training,
+    tested: Tested,
+    recipe: Recipe | None = None,
+    before: dict[str, Any] | None = None,
+) -> None:
+    """Write report.html. recipe: of model=auto. before: as in `result`."""
     assert run.progress.best is not None
     images, pixels = run.loader.folder, run.loader.preprocessing
+    history = [row for row in run.progress.rows if "train_loss" in row]
+    config, best_epoch = identity(run.config), run.progress.best["epoch"]
+    data = data_name(run.config.data.source, run.config.data.root)
+    counts = {
+        name: np.bincount(split.labels, minlength=len(images.classes))
+        for name, split in images.splits.items()
+    }
+    saliency = Saliency(run.network)
+    known = Known(
+        history=history,
+        best_epoch=best_epoch,
+        config=config,
+        counts=counts,
+        split=tested.split,
+        hits=int((tested.probabilities.argmax(1) == tested.labels).sum()),
+        pictures=len(tested.labels),
+        findings=run.findings,
+        recipe=recipe,
+        again=run.run.again,
+    )
     report.write(
         report.Report(
             title=run.run.name,
             split=tested.split,
-            history=[row for row in run.progress.rows if "train_loss" in row],
-            best_epoch=run.progress.best["epoch"],
+            history=history,
+            best_epoch=best_epoch,
             metrics=tested.metrics,
             classes=images.classes,
             labels=tested.labels,
@@ -285,13 +347,45 @@ def write_report(run: Training, tested: Tested, recipe: Recipe | None = None) ->
             other=tested.other,
             findings=run.findings,
             recipe=recipe,
-            facts=_environment(run) | _rewinds(run),
-            config=identity(run.config),
+            facts=_environment(run) | _rewinds(run) | _parent(run),
+            config=config,
             next_steps=run.run.next_steps(),
+            about=_about(run, data),
+            given={key_of(word) for word in typed()},
+            counts=counts,
+            views=views(run.loader, solved=run.packages_probe() and not history),
+            advice=advice(known),
+            before=predecessor.find(run.run.directory, data, config),
+            stages=lambda: _times(run, before).get("stages", {}),
         ),
         run.run.directory / "report.html",
         lambda path: folder.read_prepared(path, pixels),
+        lambda path, label: saliency.where(folder.read_prepared(path, pixels), label),
     )
+
+
+def _about(run: Training, data: str) -> list[str]:
+    """Return the subtitle of the report, a line each: network, pictures, machine.
+
+    data: what the data set is called.
+    """
+    config, images, known = run.config, run.loader.folder, provenance(run.config)
+    parameters = sum(part.numel() for part in run.network.parameters())
+    network = f"{config.model.name}, {parameters / 1e6:.1f} million parameters, "
+    if config.model.weights is None:
+        network += f"weights {known['source']}"
+    else:
+        licence = known["licence"] or "not stated"
+        network += f"weights from {known['source']}, licence {licence}"
+    splits = ", ".join(f"{len(split.paths):,} {name}" for name, split in images.splits.items())
+    pictures = f"{data}: {splits} pictures, "
+    pictures += f"{len(images.classes):,} classes"
+    environment = run.machine.environment()
+    where_run = environment["device"]
+    if where_run == "cpu":
+        where_run = f"{os.cpu_count()} cores ({platform.machine()})"
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return [network, pictures, f"on {where_run} in {environment['precision']}, {when}"]
 
 
 def write_predictions(run: Training, tested: Tested) -> None:
@@ -299,17 +393,23 @@ def write_predictions(run: Training, tested: Tested) -> None:
     classes = run.loader.folder.classes
     said = predictions(tested.quality.calibration, classes, tested.logits, tested.distance)
     table = labelled(tested.paths, tested.labels, classes, said)
-    files.write(run.run.directory / complete.PREDICTIONS, table)
+    files.write(run.run.directory / PREDICTIONS, table)
 
 
-def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
-    """Return what says that the run is complete. seconds: that it took."""
+def result(run: Training, tested: Tested, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what says that the run is complete.
+
+    before: what said so when it was trained, where its files are made again.
+    """
     assert run.progress.best is not None
     beside: dict[str, Any] = {}
     if tested.other:
         beside[tested.other.how] = {**tested.other.metrics, "pictures": tested.other.pictures}
     if run.progress.rewinds:
         beside["rewinds"] = run.progress.rewinds
+    parent = lineage.of_run(run.run)
+    if parent:
+        beside["parent"] = parent
     return {
         "split": tested.split,
         **tested.metrics,
@@ -318,11 +418,19 @@ def result(run: Training, tested: Tested, seconds: float) -> dict[str, Any]:
         "best_epoch": run.progress.best["epoch"],
         "epochs": run.progress.epoch,
         "calibration": tested.quality.facts(),
-        "seconds": round(seconds, 1),
+        **_times(run, before),
         "identity": run.facts["identity"],
         "weights_file": run.run.loaded_weights(),
         "files": complete.promise(run.run),
     }
+
+
+def _times(run: Training, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the seconds that it took to train: of all, and of each stage."""
+    if before:
+        return {key: before[key] for key in ("seconds", "stages") if key in before}
+    stages = {name: round(spent, 1) for name, spent in run.run.stages.seconds().items()}
+    return {"seconds": round(sum(stages.values()), 1), "stages": stages}
 
 
 def _rewinds(run: Training) -> dict[str, str]:
@@ -335,6 +443,15 @@ def _rewinds(run: Training) -> dict[str, str]:
     if not places:
         return {}
     return {"diverged": f"{'; '.join(places)}: gone back each time, with half the learning rate"}
+
+
+def _parent(run: Training) -> dict[str, str]:
+    """Return what the run goes on from, by a name that is shown."""
+    parent = lineage.of_run(run.run)
+    if parent is None:
+        return {}
+    what = {"state": "its end, with more epochs", "weights": "its weights"}[parent["what"]]
+    return {"goes on from": f"{parent['run']}: {what}"}
 
 
 def _environment(run: Training) -> dict[str, str]:

@@ -30,6 +30,7 @@ from safetensors import torch as safetensors
 from torch import nn
 
 from trainer.common import files, sessions
+from trainer.common.console import ProgressBar
 from trainer.common.errors import OK, UserError
 from trainer.common.model_package import FORMAT, MANIFEST, TENSORS
 from trainer.common.serving_code import FOR_AVIF, FOR_HEIC, REQUIREMENTS, SERVING_CODE
@@ -42,6 +43,7 @@ from trainer.results.calibrate import Calibration
 from trainer.results.graph import to_onnx
 
 MEANS = "distance.safetensors"  # the classes' mean features, for PyTorch; ONNX holds them too
+CARD = "README.md"
 PROJECT = Path(__file__).resolve().parents[2]
 
 # What travels as code/, and where it lies here.
@@ -87,6 +89,7 @@ class Contents:
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
     suffixes: frozenset[str] = frozenset()  # that the trained pictures' names end in
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)  # of float32's logits
+    card: str | None = None  # README.md, for whoever gets the package
     created: datetime | None = None  # None: now
     graph: Path | None = None  # where that of the network is kept, or will be; None: nowhere
 
@@ -123,7 +126,8 @@ def build(
             trained = copy.deepcopy(network).cpu().float().eval()
             _stage(trained, contents, staged)
             if archive:
-                _archive(staged, Path(scratch) / target.name)
+                with ProgressBar("model package: packing", 1):
+                    _archive(staged, Path(scratch) / target.name)
                 (Path(scratch) / target.name).replace(target)
             else:
                 _move(staged, target)
@@ -137,8 +141,10 @@ def _stage(network: nn.Module, contents: Contents, staged: Path) -> None:
     """Write the package's files and have them checked."""
     graph_was_there = contents.graph is not None and contents.graph.exists()
     try:
-        _write_manifest(_write_contents(network, contents, staged), staged)
-        _self_test(staged)
+        with ProgressBar("model package: exporting the network", 1):
+            _write_manifest(_write_contents(network, contents, staged), staged)
+        with ProgressBar("model package: checking it as a server does", 1):
+            _self_test(staged)
     except SelfTestFailed:
         if not graph_was_there:
             raise
@@ -179,6 +185,8 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> Co
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     _write(package / TENSORS, safetensors.save(weights))
     _write(package / "model.onnx", model)
+    if contents.card is not None:
+        _write(package / CARD, contents.card.encode(errors="replace"))
     _write(package / "code/requirements.txt", _requirements(contents.suffixes).encode())
     for name, source in CODE.items():
         _write(package / "code" / name, (PROJECT / source).read_bytes())

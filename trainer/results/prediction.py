@@ -3,6 +3,7 @@
 NumPy and the standard library alone, and a copy travels in the package.
 """
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,17 @@ class Prediction:
     def probability(self) -> float:
         """The probability of `label`."""
         return self.probabilities[0]
+
+    def _repr_html_(self) -> str:
+        """Return the likeliest classes as a table, for notebooks."""
+        rows = "".join(
+            f"<tr><td>{html.escape(label)}</td><td>{100 * probability:.1f} %</td></tr>"
+            for label, probability in zip(self.labels[:3], self.probabilities[:3], strict=True)
+        )
+        note = ""
+        if self.unlike:
+            note = "<caption>unlike anything that was trained on</caption>"
+        return f"<table>{note}{rows}</table>"
 
 
 def predictions(

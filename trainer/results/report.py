@@ -1,38 +1,38 @@
-"""The run report: one HTML page that needs no network, no script and no other file.
+"""The run report: one HTML page that needs no network and no other file.
 
-This module computes what the page shows; `report.html.j2` beside it says how it looks.
+This module computes what the page shows; `report.html.j2` beside it says how it looks. Its parts
+have files of their own: mistakes, confusion, advice, views, predecessor, care.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from trainer.common import files
-from trainer.common.templates import render
+from trainer.common import files, templates
+from trainer.common.text import duration
 from trainer.images.care import Findings
+from trainer.results import confusion, mistakes
+from trainer.results.advice import Advice
 from trainer.results.calibrate import COVERAGE, Quality
-from trainer.results.care import Thumbnail, data_uri, is_pixelated, picture, sections
+from trainer.results.care import Thumbnail, sections
 from trainer.results.charts import Chart, EpochCharts, Series, reliability_chart
-from trainer.results.text import breakable, duration, number, percent, setting, share, shortened
+from trainer.results.intervals import wilson_interval
+from trainer.results.mistakes import Looks
+from trainer.results.outcomes import Outcomes
+from trainer.results.predecessor import Predecessor
+from trainer.results.text import breakable, number, percent, setting, share, shortened
+from trainer.results.views import Views
 from trainer.training.recipe import Recipe
 
 # What a page holds at most, so that it stays below about 3 MB whatever the run was.
-PAIRS, PAIR_IMAGES, MISTAKES = 6, 4, 12
 EPOCH_ROWS = 200
 BROKEN_ROWS = 1000
-CELLS = 1500  # cells of the confusion matrix that name their classes
 CLASS_ROWS = 20  # rows of the per-class table before the rest is folded away
-LABEL_LENGTH = 17  # characters of a class name along the confusion matrix
-
-LABELLED_CLASSES = 40  # more than this and the names along the confusion matrix would overlap
-COUNTED_CLASSES = 20  # more than this and the numbers in its cells would
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Other:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Outcomes):
     """What a run has to say. The predictions are of one split: N pictures, C classes."""
 
     title: str  # the run's name
@@ -58,10 +58,6 @@ class Report:
     history: list[dict[str, float]]
     best_epoch: int
     metrics: dict[str, float]  # of `split`: loss, top1, top5, f1
-    classes: Sequence[str]  # [C]
-    labels: NDArray[np.int64]  # [N]
-    probabilities: NDArray[np.floating[Any]]  # [N, C]
-    paths: Sequence[str]  # [N]
     broken: Sequence[tuple[str, str]]  # pictures put into quarantine: path, reason
     facts: dict[str, str]  # the environment, in the order shown
     config: dict[str, Any]  # the resolved settings by dotted key
@@ -71,29 +67,24 @@ class Report:
     other: Other | None = None
     recipe: Recipe | None = None  # of model=auto
     findings: Findings = field(default_factory=Findings)  # what is wrong with the data set
-
-    @cached_property
-    def predictions(self) -> NDArray[np.int64]:
-        """[N]: the most probable class of each picture."""
-        predictions: NDArray[np.int64] = self.probabilities.argmax(axis=1)
-        return predictions
-
-    @cached_property
-    def confusion(self) -> NDArray[np.int64]:
-        """[C, C] counts: the row is the true class, the column the predicted one."""
-        counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
-        np.add.at(counts, (self.labels, self.predictions), 1)
-        return counts
+    about: Sequence[str] = ()  # the subtitle: a line each
+    given: Collection[str] = ()  # keys of the settings that were given, and not decided
+    # Gives the seconds of all parts of the run until then. It is asked last: the page is one.
+    stages: Callable[[], Mapping[str, float]] = dict
+    # Images of each class, [C], of each split.
+    counts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    views: Sequence[Views] = ()
+    advice: Sequence[Advice] = ()
+    before: Predecessor | None = None
 
 
-def write(report: Report, path: Path, thumbnail: Thumbnail) -> None:
+def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None = None) -> None:
     """Write the page to `path`, whole or not at all.
 
     thumbnail: gives the [S, S, 3] uint8 square of an image's path as the network saw it. Where it
-    raises OSError or ValueError (the image has gone since) the page leaves the image out. Raise
-    OSError where `path` can't be written.
+    raises OSError or ValueError (the image has gone since) the page leaves the image out. looks:
+    where in it the network saw a class. Raise OSError where `path` can't be written.
     """
-    hits = int((report.predictions == report.labels).sum())
     charts: list[Chart] = []
     if report.history:
         charts = _charts(report)
@@ -108,47 +99,39 @@ def write(report: Report, path: Path, thumbnail: Thumbnail) -> None:
         "breakable": breakable,
         "filename": lambda path: Path(path).name,
     }
-    page = render(
+    rows = mistakes.table(report)
+    folder = mistakes.common_folder(rows)
+    page = templates.render(
         Path(__file__).with_name("report.html.j2"),
         filters,
         report=report,
         chance=1 / len(report.classes),
-        hits=hits,
-        interval=wilson_interval(hits, len(report.labels)),
+        hits=report.hits,
+        interval=wilson_interval(report.hits, len(report.labels)),
         charts=charts,
         reliability=_reliability(report.quality),
         timing=_timing(report.history),
-        pairs=_pairs(report, thumbnail),
-        mistakes=_mistakes(report, thumbnail),
-        matrix=_matrix(report),
-        per_class=_per_class(report),
+        pairs=mistakes.pairs(report, thumbnail),
+        mistakes=mistakes.worst(report, thumbnail, looks),
+        rows=rows,
+        folder=folder,
+        csv=mistakes.table_uri(rows),
+        matrix=confusion.matrix(report),
+        per_class=confusion.per_class(report),
         class_rows=CLASS_ROWS,
         asked_coverage=COVERAGE,
-        label_length=LABEL_LENGTH,
+        label_length=confusion.LABEL_LENGTH,
         broken_rows=BROKEN_ROWS,
         care=sections(report.findings, thumbnail),
         epoch_columns=list(EPOCH_COLUMNS),
         epochs=_epochs(report.history),
+        given=[key for key in report.config if key in report.given],
+        counted=_counted(report.counts),
+        stages=_stages(report.stages()),
+        script=templates.script(Path(__file__).with_name("report.js.j2")),
     )
     # A file name that is no UTF-8 holds surrogates, which can't be encoded: shown as \udcff.
     files.write(path, page.encode("utf-8", "backslashreplace"))
-
-
-def wilson_interval(hits: int, total: int) -> tuple[float, float]:
-    """Return the 95% interval of a proportion, 0 to 1.
-
-    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal
-    of the American Statistical Association 22 (1927), 209-212. Unlike the normal approximation it
-    holds for few images and near 0 and 1.
-    """
-    if total == 0:
-        return 0.0, 1.0
-    z = 1.959964  # the normal distribution's 0.975 quantile
-    share = hits / total
-    centre = share + z**2 / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    scale = 1 + z**2 / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 # --- how training went ---
@@ -202,179 +185,63 @@ def _reliability(quality: Quality | None) -> Chart | None:
     return reliability_chart(quality.before, quality.after, percent)
 
 
-# --- where the model fails ---
+# --- where the run's time went ---
 
 
 @dataclass(frozen=True)
-class Mistake:
-    picture: str  # data URI
-    pixelated: bool
-    path: str
-    label: str
-    prediction: str
-    probability: float
+class Stage:
+    """A part of the run's time. colour: a class of the style sheet. left: where it is drawn."""
 
-
-@dataclass(frozen=True)
-class Pair:
-    label: str
-    prediction: str
-    count: int
-    total: int  # pictures of `label`
-    examples: list[Mistake]
-
-
-@dataclass(frozen=True)
-class Cell:
-    row: int
-    column: int
-    count: int
-    total: int  # of the row
-
-
-@dataclass(frozen=True)
-class Matrix:
-    picture: str  # data URI: a pixel a cell
-    cells: list[Cell]
-    gutter: float  # room for the longest label, in rem
-    labelled: bool
-    counted: bool
-
-
-@dataclass(frozen=True)
-class ClassRow:
     name: str
-    hits: int
-    total: int
-    recall: float
-    interval: tuple[float, float]
-    precision: float
-    rival: str  # what its pictures are most often taken for
-    rival_count: int
+    seconds: float
+    share: float
+    left: float
+    colour: str
 
 
-def _off_diagonal(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The mistakes alone."""
-    return confusion * (1 - np.eye(len(confusion), dtype=np.int64))
+# As many as there are stages, so that no two of them look alike.
+STAGE_COLOURS = ("grey", "teal", "violet", "olive", "blue", "orange", "pink", "ink")
+SHORTEST = 0.05  # seconds; a stage that took less is not named
 
 
-def _pairs(report: Report, thumbnail: Thumbnail) -> list[Pair]:
-    """Return the pairs of classes most often confused.
+def _stages(seconds: Mapping[str, float]) -> list[Stage]:
+    """Return the parts of the run's time in their order; they add up to all of it."""
+    seconds = {name: spent for name, spent in seconds.items() if spent >= SHORTEST}
+    total = sum(seconds.values()) or 1.0
+    stages, left = [], 0.0
+    for place, (name, spent) in enumerate(seconds.items()):
+        colour = STAGE_COLOURS[place % len(STAGE_COLOURS)]
+        stages.append(Stage(name, spent, spent / total, left / total, colour))
+        left += spent
+    return stages
 
-    Among equal counts those come first that concern the larger share of their class.
-    """
-    confusion = report.confusion
-    totals = confusion.sum(axis=1)
-    wrong = _off_diagonal(confusion)
-    rows, columns = np.nonzero(wrong)
-    order = np.lexsort((-wrong[rows, columns] / totals[rows], -wrong[rows, columns]))[:PAIRS]
-    pairs = []
-    for row, column in zip(rows[order], columns[order], strict=True):
-        among = (report.labels == row) & (report.predictions == column)
-        pairs.append(
-            Pair(
-                label=report.classes[row],
-                prediction=report.classes[column],
-                count=int(wrong[row, column]),
-                total=int(totals[row]),
-                examples=_examples(report, _surest(report, among)[:PAIR_IMAGES], thumbnail),
-            )
+
+# --- the pictures of each class ---
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How many images a class has: by split, and in the split that has most of any, as a share."""
+
+    label: int
+    by_split: list[int]
+    share: float
+
+
+def _counted(counts: Mapping[str, NDArray[np.int64]]) -> list[Counted]:
+    """Return the classes with their images, those with most to train on first."""
+    if not counts:
+        return []
+    first = next(iter(counts.values()))
+    order = np.argsort(-first, kind="stable")
+    return [
+        Counted(
+            int(label),
+            [int(each[label]) for each in counts.values()],
+            float(first[label] / max(first.max(), 1)),
         )
-    return pairs
-
-
-def _mistakes(report: Report, thumbnail: Thumbnail) -> list[Mistake]:
-    """The wrong predictions that the model was surest of."""
-    surest = _surest(report, report.predictions != report.labels)
-    return _examples(report, surest[:MISTAKES], thumbnail)
-
-
-def _surest(report: Report, among: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Indices of the pictures in `among`, most confident prediction first."""
-    indices = np.flatnonzero(among)
-    return indices[np.argsort(-report.probabilities[indices].max(axis=1), kind="stable")]
-
-
-def _examples(report: Report, indices: NDArray[np.int64], thumbnail: Thumbnail) -> list[Mistake]:
-    examples = []
-    for index in indices:
-        try:
-            pixels = thumbnail(report.paths[index])
-        except (OSError, ValueError):
-            continue
-        prediction = report.predictions[index]
-        examples.append(
-            Mistake(
-                picture=picture(pixels),
-                pixelated=is_pixelated(pixels),
-                path=report.paths[index],
-                label=report.classes[report.labels[index]],
-                prediction=report.classes[prediction],
-                probability=float(report.probabilities[index, prediction]),
-            )
-        )
-    return examples
-
-
-# The matrix' colours; their opacity is the value, so that they suit a light and a dark page.
-CORRECT, WRONG = (47, 111, 196), (222, 92, 30)
-
-
-def _matrix(report: Report) -> Matrix:
-    """Return the confusion matrix as a heat map.
-
-    Opacity grows with the square root of the share of the row, so that single mistakes show. It
-    ends at 0.75: up to there a number in the ink of the page is readable on it.
-    """
-    confusion = report.confusion
-    totals = confusion.sum(axis=1)
-    size = len(confusion)
-    share = confusion / np.maximum(totals, 1)[:, None]
-    alpha = np.where(confusion > 0, 0.2 + 0.55 * np.sqrt(share), 0.0)
-    pixels = np.empty((size, size, 4), dtype=np.uint8)
-    pixels[..., :3] = np.where(np.eye(size, dtype=bool)[..., None], CORRECT, WRONG)
-    pixels[..., 3] = np.round(alpha * 255)
-    rows, columns = np.nonzero(confusion)
-    order = np.argsort(-confusion[rows, columns], kind="stable")[:CELLS]
-    cells = [
-        Cell(int(row), int(column), int(confusion[row, column]), int(totals[row]))
-        for row, column in zip(rows[order], columns[order], strict=True)
+        for label in order
     ]
-    labelled = size <= LABELLED_CLASSES
-    gutter = 1.5
-    if labelled:
-        longest = max(len(shortened(name, LABEL_LENGTH)) for name in report.classes)
-        gutter = 1.0 + 0.4 * longest
-    return Matrix(
-        data_uri(Image.fromarray(pixels), "PNG"),
-        cells,
-        gutter,
-        labelled,
-        counted=size <= COUNTED_CLASSES,
-    )
-
-
-def _per_class(report: Report) -> list[ClassRow]:
-    """A row a class, the least accurate first, classes without a picture last."""
-    confusion = report.confusion
-    totals, hits = confusion.sum(axis=1), confusion.diagonal()
-    with np.errstate(invalid="ignore"):  # of a class without a picture, or never predicted: NaN
-        recalls, precisions = hits / totals, hits / confusion.sum(axis=0)
-    wrong = _off_diagonal(confusion)
-    rows = [
-        ClassRow(
-            name=name,
-            hits=int(hits[index]),
-            total=int(totals[index]),
-            recall=recalls[index],
-            interval=wilson_interval(int(hits[index]), int(totals[index])),
-            precision=precisions[index],
-            rival=report.classes[wrong[index].argmax()],
-            rival_count=int(wrong[index].max()),
-        )
-        for index, name in enumerate(report.classes)
-    ]
-    return sorted(rows, key=lambda row: (row.total == 0, row.recall))
 
 
 # --- every epoch in a table ---

@@ -19,11 +19,11 @@ from yaml import YAMLError
 
 from trainer.common import files
 from trainer.common.errors import UserError
-from trainer.results.report import wilson_interval
-from trainer.results.text import duration, percent, setting
+from trainer.common.text import duration
+from trainer.results.intervals import wilson_interval
+from trainer.results.text import percent, setting
 from trainer.settings import config as settings
-from trainer.training.complete import PREDICTIONS
-from trainer.training.run import read_result
+from trainer.training.run import PREDICTIONS, read_result
 
 COMPLETE, RUNNING, STOPPED = "complete", "running", "stopped"
 # Where a run keeps its settings; and what says which pictures, network and place, shown by itself.
@@ -37,7 +37,8 @@ class Summary:
     """A run, as its directory tells it.
 
     settings: by dotted key. valid, test: top-1 accuracies, of the best epoch. pictures: of test.
-    interval: of `test`, at 95 %. seconds: of training and all that comes after it.
+    interval: of `test`, at 95 %. seconds: of training and all that comes after it. curve: of each
+    epoch, the accuracy on valid.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Summary:
     pictures: int
     interval: tuple[float, float] | None
     seconds: float | None
+    curve: Sequence[tuple[int, float]] = ()
 
     @property
     def data(self) -> str:
@@ -78,7 +80,7 @@ def read(path: Path) -> Summary | None:
         date = max(file.stat().st_mtime for file in path.iterdir() if file.is_file())
         state = COMPLETE
         if not result:
-            state = RUNNING if files.is_locked(path) else STOPPED
+            state = RUNNING if _is_held(path) else STOPPED
         best = {row["epoch"]: row["valid_top1"] for row in rows}
         test, interval = None, None
         if result.get("split") == "test":
@@ -96,6 +98,7 @@ def read(path: Path) -> Summary | None:
             pictures=int(result.get("pictures", 0)),
             interval=interval,
             seconds=result.get("seconds"),
+            curve=list(best.items()),
         )
     return None
 
@@ -107,6 +110,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             rows.append(json.loads(line))
     return rows
+
+
+def _is_held(path: Path) -> bool:
+    """Return whether a process has this run."""
+    try:
+        return files.is_locked(path)
+    except OSError:
+        return False
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -128,19 +139,26 @@ def differing(runs: Sequence[Summary]) -> list[str]:
     return [key for key in keys if len({setting(run.settings.get(key)) for run in runs}) > 1]
 
 
-def table(runs: Sequence[Summary]) -> str:
-    """Return the runs as text, a line each, and what their columns are."""
+def own_settings(runs: Sequence[Summary]) -> list[list[str]]:
+    """Return of each run, as words, the settings that most of the others have otherwise."""
     keys = differing(runs)
     usual = {key: _usual([setting(run.settings.get(key)) for run in runs]) for key in keys}
-    head = ("date", "data", "model", "valid", "test", "95 %", "epochs", "time", "state", "run")
-    lines: list[tuple[str, ...]] = [(*head, "differs by")]
-    for run in runs:
-        own = [
+    return [
+        [
             f"{key}={setting(run.settings.get(key))}"
             for key in keys
             if setting(run.settings.get(key)) != usual[key]
         ]
-        lines.append((*_cells(run), _cut(" ".join(own))))
+        for run in runs
+    ]
+
+
+def table(runs: Sequence[Summary]) -> str:
+    """Return the runs as text, a line each, and what their columns are."""
+    head = ("date", "data", "model", "valid", "test", "95 %", "epochs", "time", "state", "run")
+    lines: list[tuple[str, ...]] = [(*head, "differs by")]
+    for run, own in zip(runs, own_settings(runs), strict=True):
+        lines.append((*cells(run), _cut(" ".join(own))))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     padded = [
         "  ".join(
@@ -151,7 +169,8 @@ def table(runs: Sequence[Summary]) -> str:
     return "\n".join(line.rstrip() for line in padded)
 
 
-def _cells(run: Summary) -> tuple[str, ...]:
+def cells(run: Summary) -> tuple[str, ...]:
+    """Return what the table's columns say of a run, up to its path."""
     interval, took = "", ""
     if run.interval is not None:
         low, high = run.interval

@@ -29,20 +29,6 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
-    """Return in seconds, minutes or hours, whichever fits."""
-    if not math.isfinite(seconds):
-        return "n/a"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    if rest == 0:
-        return f"{minutes} min"
-    return f"{minutes} min {rest} s"
-
-
 def share(share: float) -> str:
     """Return as an SVG length.
 

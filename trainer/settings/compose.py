@@ -207,11 +207,12 @@ def _model_by_name(
     if OmegaConf.is_missing(composed.model, "name"):
         return None
     name, choice = composed.model.name, choices["model"]
-    if choice == name or (name not in (AUTO, TOY) and choice not in (AUTO, TOY)):
+    named = (AUTO, TOY, settings.OWN)
+    if choice == name or (name not in named and choice not in named):
         return None
     option, instead = "torchvision", f"model=torchvision model.name={name}"
     reason = f"model.name={name} is not {choice}"
-    if name in (AUTO, TOY):
+    if name in named:
         option, instead = name, f"model={name} alone"
     else:
         reason += "; it comes with its pretrained weights unless model.weights says otherwise"

@@ -27,6 +27,7 @@ from trainer.settings.hydra_errors import explain, unknown_key
 
 DEMO = "fashion_mnist"  # conf/data: the pictures that ship with this
 TOY = "small_cnn"  # conf/model: trained from scratch in seconds
+OWN = "own"  # conf/model: a person's own network, of the file model.code
 AUTO = "auto"  # conf/model: chosen by measuring on the pictures; for those of one's own
 
 # Limits beyond which a number is a slip of the hand, and what computes with it overflows.
@@ -113,6 +114,7 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     name: str = setting()
+    code: str | None = setting(path=True)
     weights: str | None = setting(path=True)
     candidates: list[str] | None = setting(only_if=f"model.name={AUTO}")
     weights_dir: str | None = setting(identity=False, path=True)
@@ -146,6 +148,7 @@ class OptimConfig:
 @dataclass
 class TrainConfig:
     epochs: int | None = setting(at_least=0, at_most=EPOCHS_MOST)
+    parent: str | None = setting(path=True)
     batch_size: int = setting(at_least=1, at_most=BATCH_MOST)
     accumulate: int = setting(at_least=1, at_most=BATCH_MOST)
     label_smoothing: float = setting(at_least=0, below=1)
@@ -163,6 +166,8 @@ class TrainConfig:
     deterministic: bool = setting()
     threads: int | None = setting(at_least=1, at_most=1024, identity=False)
     tensorboard: bool = setting(identity=False)
+    mlflow: str | None = setting(identity=False)
+    wandb: str | None = setting(identity=False)
     exact_shards: int | None = setting(at_least=1, at_most=BATCH_MOST)
     processes: int | None = setting(at_least=1, at_most=100_000, identity=False)
     hosts: int | None = setting(at_least=1, at_most=100_000, identity=False)
@@ -354,6 +359,17 @@ def check_model(config: Config) -> None:
         raise UserError(
             f"model.weights={model.weights} with model={AUTO}: these are one network's; say which, "
             "by model.name=NAME, or give model.weights_dir=DIR, a folder of several"
+        )
+    if model.name == OWN and model.code is None:
+        raise UserError(
+            f"model={OWN} without model.code: give model.code=FILE, a Python file that defines "
+            "network(size) (docs/python.md)"
+        )
+    parent = config.train.parent
+    if model.name == AUTO and parent is not None:
+        raise UserError(
+            f"train.parent={parent} with model={AUTO}: it goes on with the same network, and does "
+            "not decide again; say which, by model.name=NAME, or give model.weights=RUN instead"
         )
     if model.name == AUTO and model.head_hidden is not None:
         raise UserError(

@@ -7,9 +7,17 @@ from importlib import metadata
 from hydra._internal.utils import get_args_parser
 
 from trainer import __version__
+from trainer.common import console
 from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings import reference
+
+LEVELS = {
+    "-q": console.QUIET,
+    "--quiet": console.QUIET,
+    "-v": console.VERBOSE,
+    "--verbose": console.VERBOSE,
+}
 
 
 def answer(words: Sequence[str]) -> str | None:
@@ -24,6 +32,17 @@ def answer(words: Sequence[str]) -> str | None:
         return versions()
     _check(words)
     return None
+
+
+def shown(words: Sequence[str]) -> tuple[int, list[str]]:
+    """Return what the terminal is to show, by -q and -v, and the other words."""
+    level, others = console.USUAL, []
+    for word in words:
+        if word in LEVELS:
+            level = LEVELS[word]
+        else:
+            others.append(word)
+    return level, others
 
 
 def versions() -> str:

@@ -30,7 +30,8 @@ HEAD = (
 )
 TAIL = (
     "python -m trainer --help WORD shows the settings of one section, or those with WORD in their "
-    "name. --cfg job shows what would run, -m tries several values (docs/sweeps.md)."
+    "name. --cfg job shows what would run, -m tries several values (docs/sweeps.md). -q shows "
+    "warnings and the result alone, -v each metric line and the seconds of each stage."
 )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from trainer.common import files
 from trainer.common.templates import render
-from trainer.results.charts import Axis, choice_axis, measured_axis, scale
-from trainer.results.text import share, shortened
+from trainer.results.charts import Axis, choice_axis, measured_axis, scale, share_axis
+from trainer.results.text import percent, share, shortened
 from trainer.settings import words
 from trainer.settings.search_space import Categorical, Parameter, Sweep
 from trainer.settings.words import Value
@@ -70,16 +70,21 @@ def write(page: Page, path: Path) -> None:
     ]
     parameters = [_axis(parameter) for parameter in page.sweep.space]
     objective = (
-        measured_axis(page.sweep.objective, [_number(trial.value) for trial in known])
+        _objective_axis(page.sweep.objective, [_number(trial.value) for trial in known])
         if known
         else None
     )
-    filters = {"share": share, "value": words.text, "number": "{:.6g}".format}
+    filters = {
+        "share": share,
+        "value": _short,
+        "number": percent if _is_share(page.sweep.objective) else "{:.4g}".format,
+    }
     html = render(
         Path(__file__).with_name("page.html.j2"),
         filters,
         page=page,
         best=page.best,
+        ties=_ties(page),
         epoch={trial.number: _best_epoch(page, trial) for trial in page.trials},
         states={
             state: sum(trial.state == state for trial in page.trials)
@@ -132,7 +137,8 @@ def _plots(
     if curves:
         rows = list(itertools.chain(*curves.values()))
         epochs = measured_axis("epoch", [row["epoch"] for row in rows])
-        heights = measured_axis(page.sweep.objective, [row[page.sweep.objective] for row in rows])
+        values = [row[page.sweep.objective] for row in rows]
+        heights = _objective_axis(page.sweep.objective, values)
 
         def curve(trial: Trial) -> list[tuple[float, float]]:
             return [
@@ -163,6 +169,36 @@ def _marks(
     worst = max(len(values) - 1, 1)
     return [
         Mark(trial, points(trial), values.index(trial.value) / worst) for trial in reversed(trials)
+    ]
+
+
+def _short(value: Value) -> str:
+    """Return a setting with four digits; the command that trains it again has them all."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return words.text(value)
+
+
+def _is_share(objective: str) -> bool:
+    """Return whether people write the objective in percent."""
+    return objective.rpartition("_")[2] in ("top1", "top5", "f1")
+
+
+def _objective_axis(objective: str, values: Sequence[float]) -> Axis:
+    if _is_share(objective):
+        return share_axis(objective, values)
+    return measured_axis(objective, values)
+
+
+def _ties(page: Page) -> list[int]:
+    """Return the numbers of the trials that are as good as the one that is called the best."""
+    best = page.best
+    if best is None:
+        return []
+    return [
+        trial.number
+        for trial in page.trials
+        if trial.state == COMPLETE and trial.value == best.value and trial.number != best.number
     ]
 
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.common import files
-from trainer.common.console import log
+from trainer.common.console import ProgressBar, log
 from trainer.images import care
 from trainer.images.cache import Packed
 from trainer.images.care import Finding, Findings
@@ -51,7 +51,8 @@ def tell(run: Run, findings: Findings, data: Loader, machine: Machine) -> None:
         features: Features = {"train": lambda: _mean(views), "valid": lambda: np.asarray(valid)}
         # What judges them needs decompositions and 64 bits, which Apple's GPUs have not.
         device = torch.device("cpu") if machine.device.type == "mps" else machine.device
-        judge(findings, data.loader.folder, features, device)
+        with ProgressBar("looking for wrong labels", 1):
+            judge(findings, data.loader.folder, features, device)
     write(findings, run.directory / "care.csv")
 
 

@@ -47,6 +47,10 @@ class Checkpoints:
     def go_on_from(self, path: Path, state: dict[str, Any]) -> None:
         """Take the best weights from a checkpoint that was found whole."""
         self.good.add(path.name)
+        self.begin_with(state)
+
+    def begin_with(self, state: dict[str, Any]) -> None:
+        """Take the best weights of a state, another run's perhaps."""
         if self.writes and state["best"] is not None:
             self.best = checkpoint.snapshot(state["best"])
 

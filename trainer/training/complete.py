@@ -13,9 +13,8 @@ from trainer.common import files
 from trainer.common.console import ProgressBar
 from trainer.common.errors import UserError
 from trainer.common.model_package import DAMAGE
-from trainer.training.run import Run
+from trainer.training.run import PREDICTIONS, Run
 
-PREDICTIONS = "predictions.csv"
 # Of a run's directory, beside the package. Its log grows, and its config.yaml is written anew.
 FILES = ("report.html", PREDICTIONS, "metrics.jsonl", "quarantine.txt", "care.csv")
 PACKAGE = "package"  # the archive, or begins the names of what its directory holds
@@ -34,6 +33,12 @@ def promise(run: Run) -> Promise:
     elif run.package.is_file():
         names.append(PACKAGE)
     return {name: _described(_place(run, name)) for name in names}
+
+
+def made(run: Run) -> list[Path]:
+    """Return what a complete run keeps where a team looks: its package, report and tables."""
+    paths = [run.package, *(run.directory / name for name in (*FILES, "config.yaml"))]
+    return [path for path in paths if path.exists()]
 
 
 def lacking(run: Run, promised: Promise) -> dict[str, str]:

@@ -339,7 +339,8 @@ class Decision:
         """Fine-tune on each half of train and valid, and answer for the other half.
 
         Return by how much the loss of each image is lower than by the solved head alone, float [N],
-        and whether fine-tuning is better beyond doubt.
+        and whether fine-tuning is better beyond doubt. Where it isn't better at all for one half
+        the other isn't asked: it could hardly leave no doubt.
         """
         gains, hits = [], 0.0
         with quiet():
@@ -354,6 +355,8 @@ class Decision:
             gains.append((training.probe_losses - losses).double().numpy())
             before = training.metrics_file.rows[0]["valid_top1"] * len(labels)
             hits += probe.correct(logits, labels.numpy()).sum() - before
+            if gains[-1].mean() <= 0:
+                break
         self.forget_trials()
         all_gains = np.concatenate(gains)
         doubt = probe.standard_error(all_gains)
@@ -382,16 +385,21 @@ class Decision:
         parts = [(np.arange(images.count("valid")), images)]
         if self.pools(images):
             parts = [*_halves(images, config.seed)]
-        correct = np.zeros(len(judged.labels), np.bool_)
+        gains = []  # of each image: 1 where it alone is right, -1 where the solved head alone is
+        correct = np.zeros(0, np.bool_)
         for number, (places, part) in enumerate(parts):
             log.info("a small network from scratch: %d of %d", number + 1, len(parts))
             training = self.trial(config, _chosen_apart(part, config.seed), None, number)
             # As a run keeps them: of the epoch that pictures chose which do not judge.
             training.load_best_weights()
             logits, labels = self.answers(training, "judged")
-            correct[places] = probe.correct(logits, labels.numpy())
+            answers = probe.correct(logits, labels.numpy())
+            correct = np.append(correct, answers)
+            gains.append(answers.astype(np.float64) - judged.correct[places])
+            if gains[-1].mean() <= 0:  # for one half: the other could hardly leave no doubt
+                break
         self.forget_trials()
-        gain = correct.astype(np.float64) - judged.correct
+        gain = np.concatenate(gains)
         words = f"{TOY} from scratch, at {size} px, tells {correct.mean():.1%}"
         if gain.mean() <= probe.standard_error(gain):
             self.reasons.append(f"{words}, which isn't better beyond doubt")

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from trainer.common.console import ProgressBar
 from trainer.common.watch import watch
 from trainer.images.loader import Batch
 from trainer.network import optim
@@ -67,12 +67,7 @@ def train_one_step(run: Training, image: Tensor, target: Tensor) -> None:
         for inputs, targets in run.gradients.microbatches(*mixed, config.accumulate):
             with run.machine.autocast():
                 output = run.gradients.forward(inputs).float()
-                loss = functional.cross_entropy(
-                    run.adjusted(output),
-                    targets,
-                    label_smoothing=config.label_smoothing,
-                    reduction="sum",
-                )
+                loss = run.loss(output, targets)
             # Of the loss divided by the whole batch: the gradients add up to those of its mean.
             share = torch.full_like(loss, 1 / divisor)
             run.scaler.scale(loss).backward(share)  # type: ignore[no-untyped-call]
@@ -90,7 +85,7 @@ def evaluate(run: Training) -> dict[str, float]:
     """Return the metrics of valid, in all processes. Raises Interrupted when asked to stop."""
     run.gradients.share_buffers(run.eval_model)
     batches = run.data.eval_batches("valid")
-    with run.unchanged():
+    with run.unchanged(), ProgressBar("evaluating", 1):
         logits, targets = predict(run, run.eval_model, batches, run.machine)
     return run.world.broadcast_from_main(partial(run.measure, logits, targets))
 

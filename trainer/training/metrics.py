@@ -1,12 +1,8 @@
 """What a run reports of itself: classification metrics, and the ledger with one row an epoch."""
 
-import io
 import json
 import math
-import os
-import socket
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.common import files
-from trainer.common.command import one_line
-from trainer.common.console import log
-from trainer.common.errors import needed_by
+from trainer.training.tracking import Tracking
 
 PLACES = 6  # after the point, of a metric that is noted
 
@@ -75,27 +69,26 @@ def better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: str
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a row, in step with the checkpoints.
 
-    path: None where another process writes it.
+    path: None where another process writes it. tracking: where a team looks.
 
     The rows belong to the checkpoint too: a run that resumes goes on from the rows that its
     checkpoint holds, so no row is lost or written twice.
     """
 
-    def __init__(self, path: Path | None, tensorboard: Path | None = None) -> None:
+    def __init__(self, path: Path | None, tracking: Tracking) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self._board: Board | None = None
-        if tensorboard is not None:
-            self._board = Board(tensorboard)
+        self.tracking = tracking
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
         """Make the file hold these rows, and no others."""
         self.rows = list(rows)
         if self.path is not None:
             files.write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.tracking.send(self.rows)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row, to the file and to TensorBoard."""
+        """Add a row, to the file and where a team looks."""
         self.rows.append(row)
         if self.path is not None:
             try:
@@ -104,53 +97,7 @@ class MetricsFile:
             except OSError as error:  # a write names no file
                 error.filename = str(self.path)
                 raise
-        if self._board is not None:
-            try:
-                self._board.append(row)
-            except OSError as error:  # the rows are in the other file too
-                reason = one_line(error) or error
-                log.warning("nothing more is written for TensorBoard: %s", reason)
-                self._board = None
-
-
-class Board:
-    """The scalars of rows for TensorBoard, in a file of their own below a directory.
-
-    By TensorBoard's own functions, but at once: `SummaryWriter` writes in a thread, which prints
-    the traceback of a full disk, and raises it later.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        with needed_by("train.tensorboard=true", "tensorboard"):
-            # imported here: optional.
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.summary.writer.record_writer import RecordWriter
-            from torch.utils.tensorboard.summary import scalar
-        self._event, self._writer = Event, RecordWriter
-        self._scalar: Callable[[str, float], Any] = scalar
-        place = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._path = directory / f"events.out.tfevents.{place}"
-        self._version: list[Any] = [Event(wall_time=time.time(), file_version="brain.Event:2")]
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add the scalars of a row. Raise OSError."""
-        now, step = time.time(), row["step"]
-        events = [
-            self._event(wall_time=now, step=step, summary=self._scalar(name, value))
-            for name, value in row.items()
-        ]
-        records = io.BytesIO()
-        writer = self._writer(records)
-        for event in self._version + events:
-            writer.write(event.SerializeToString())
-        self._version = []  # at the beginning of the file alone
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                file.write(records.getvalue())
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
+        self.tracking.send(self.rows)  # with those that were missed until now
 
 
 class TrainSums:

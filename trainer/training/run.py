@@ -8,8 +8,8 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,10 +19,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from trainer.common import files
-from trainer.common.console import also_to_file, command, log
-from trainer.common.errors import UserError
+from trainer.common.console import RESULT as OUTCOME
+from trainer.common.console import also_to_file, command, log, painted
+from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop
 from trainer.common.paths import ARCHIVE
+from trainer.common.stages import Stages, since_process_start
 from trainer.distributed.world import World
 from trainer.images.folder import ImageFolder
 from trainer.images.identity import (
@@ -38,11 +40,14 @@ from trainer.images.identity import (
 )
 from trainer.network import weight_folder, weights
 from trainer.settings.config import Config, identity, run_name
+from trainer.settings.words import key_of
 
 if TYPE_CHECKING:
     from trainer.network.build import Classifier
 
 RESULT = "result.json"
+PREDICTIONS = "predictions.csv"
+PARENT = "parent"  # in a run's identity: the digest of the state that it goes on from
 FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
 
 
@@ -62,6 +67,7 @@ class Run:
     # SHA-256 of the file of model.weights, before the network was built from it.
     weights_digest: str | None = None
     recipe: dict[str, Any] | None = None  # what model=auto stood for
+    stages: Stages = field(default_factory=Stages)  # where its time goes
 
     def resolved(self, images: ImageFolder) -> "Run":
         """Return the run with a value for each setting that isn't given, written to config.yaml."""
@@ -81,6 +87,14 @@ class Run:
         if self.weights_file:
             del settings["model.weights"]  # its content counts, and not its place
         facts = settings | {"format": FORMAT, "pictures": pictures}
+        if self.config.model.code is not None:
+            # imported here: a complete run without a file of its own answers before PyTorch.
+            from trainer.network import own
+
+            facts["model.code"] = own.digest(self.config.model.code)
+        if self.config.train.parent is not None:
+            del facts["train.parent"]
+            facts[PARENT] = self.parent_digest()
         model = self.config.model
         given = model.weights is not None or model.freeze == "backbone"  # else the seed decides
         if network is not None and given:
@@ -114,6 +128,17 @@ class Run:
             return None
         return digests([path], Path(self.config.platform.cache, DIRECTORY))[path]
 
+    def parent_digest(self) -> str | None:
+        """Return the SHA-256 of the newest checkpoint's manifest of train.parent.
+
+        None where there is none (any more).
+        """
+        parent = self.config.train.parent
+        steps = sorted(Path(parent or "", "checkpoints").glob("step-*/manifest.json"))
+        if parent is None or not steps:
+            return None
+        return hashlib.sha256(files.patiently(steps[-1], steps[-1].read_bytes)).hexdigest()
+
     def loaded_weights(self) -> str | None:
         """Return the SHA-256 of the file that the network was built from; None: it was replaced."""
         if self.weights_digest == self.digest_weights():
@@ -143,6 +168,8 @@ class Run:
         What came out would be neither's. then, now: of `identity`. images: those of `now`.
         """
         where = self.checkpoints
+        if now.get(PARENT) is None and PARENT in then:
+            now = now | {PARENT: then[PARENT]}  # all of it is in this run's own checkpoints
         if then.get("format") != FORMAT:
             raise UserError(
                 f"{where}: another version of Packhorse began this run; go on with that version, "
@@ -156,9 +183,12 @@ class Run:
             differences = ", ".join(
                 f"{key}: {then.get(key)} then, {now.get(key)} now" for key in settings[:5]
             )
+            more = ""
+            if settings == ["train.epochs"] and now["train.epochs"] > then["train.epochs"]:
+                more = f"; train.parent={shlex.quote(str(self.directory))} goes on from its end"
             raise UserError(
                 f"{where}: this run began with other settings ({differences}); give the same again,"
-                " or start a new run with another name=..."
+                f" or start a new run with another name=...{more}"
             )
         if "pictures" in changed:
             what = f"the pictures have changed since this run began{self._changes(then, images)}"
@@ -210,18 +240,39 @@ class Run:
     def next_steps(self) -> list[str]:
         """Return commands that a person may want after it; in a job none.
 
-        The model on a page, and the same run as a SageMaker job on this machine.
+        What pictures show, the run beside the one that it goes on from, the model on a page, and
+        the same run as a SageMaker job on this machine.
         """
         if not self.package.name.endswith(".tar.gz"):
             return []
-        task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-        settings = [override for override in task if not override.startswith("platform")]
+        settings = [word for word in typed() if not word.startswith("platform")]
         rehearse = command("launch", "rehearse", *settings)
         if rehearse.startswith(".venv"):  # in a clone, where make installs what a rehearsal needs
             rehearse = "make rehearse"
             if settings:  # of which make itself reads the $ first
                 rehearse += f" ARGS={shlex.quote(shlex.join(settings).replace('$', '$$'))}"
-        return [command("serving", "serve", self.package), rehearse]
+        data = self.config.data
+        pictures = Path(data.test or Path(data.root, "test"))
+        if not pictures.is_dir():
+            pictures = Path(data.root)
+        steps = [command("serving", "predict", self.package, pictures)]
+        for before in (self.config.train.parent, self.config.model.weights):
+            if before is not None and Path(before, PREDICTIONS).is_file():
+                steps.append(command("trainer.runs", "--compare", before, self.directory))
+        return [*steps, command("serving", "serve", self.package), rehearse]
+
+    def again(self, *words: str) -> str:
+        """Return the command that trains once more, with these settings; in a job "".
+
+        It is another run, so it has another name.
+        """
+        if not self.package.name.endswith(".tar.gz"):
+            return ""
+        replaced = {key_of(word) for word in words} | {"name"}
+        if "model.name" in replaced:
+            replaced.add("model")
+        kept = [word for word in typed() if key_of(word) not in replaced]
+        return command("trainer", *kept, *words)
 
     def summarize(self, result: dict[str, Any]) -> None:
         """Show how good it is, where it lies, what to do next: the last thing on the terminal."""
@@ -230,15 +281,13 @@ class Run:
             best = "the solved head, nothing trained"
             if result["epochs"]:
                 best = f"the solved head: none of {result['epochs']} epochs was better beyond doubt"
-        log.info(
-            "\n%s accuracy  %.1f %%  (top-5 %.1f %%, macro F1 %.3f, %d pictures; %s)",
-            result["split"],
-            100 * result["top1"],
-            100 * result["top5"],
-            result["f1"],
-            result["pictures"],
-            best,
+        accuracy = f"{100 * result['top1']:.1f} %"
+        line = (
+            f"\n{result['split']} accuracy  {{}}  (top-5 {100 * result['top5']:.1f} %, "
+            f"macro F1 {result['f1']:.3f}, {result['pictures']} pictures; {best})"
         )
+        told = line.format(painted(accuracy, "bold", "green"))
+        log.log(OUTCOME, line.format(accuracy), extra={"for_people": told})
         for how in ("with", "without"):
             other = result.get(f"{how}_leaks")
             if other:
@@ -255,6 +304,13 @@ class Run:
             log.info("%-15s %s", what, self.directory / name)
         if steps := self.next_steps():
             log.info("next:\n%s", "\n".join(f"  {command}" for command in steps))
+
+
+def typed() -> list[str]:
+    """Return the settings that were given, as words; none where Hydra didn't compose them."""
+    if not HydraConfig.initialized():
+        return []
+    return list(HydraConfig.get().overrides.task)
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
@@ -291,21 +347,65 @@ def _signed(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"sha256": digest}
 
 
-@contextmanager
-def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
-    """Open the run of these settings.
-
-    Rank 0 alone makes its directory, locks it for this process and begins its log. Raises UserError
-    where another process has it.
-    """
+def places(config: Config) -> tuple[str, Path, Path, Path]:
+    """Return the name of the run of these settings, its directory, its checkpoints, its package."""
     name = run_name(config)
     directory = Path(config.platform.run_dir or Path(config.platform.runs) / name)
     checkpoints = Path(config.platform.checkpoints or directory / "checkpoints")
     package = Path(config.platform.package or directory / ARCHIVE)
-    run = Run(config, world, stop, name, directory, checkpoints, package)
+    return name, directory, checkpoints, package
+
+
+# What a run's directory holds before anything was trained.
+BEGUN = ("config.yaml", "log.txt", "quarantine.txt", "care.csv", "metrics.jsonl", ".lock")
+
+
+@contextmanager
+def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
+    """Open the run of these settings.
+
+    Rank 0 alone makes its directory, locks it for this process and begins its log. Where the user's
+    mistake or wish ends it before anything was trained, the directory that it made goes again: a
+    list of runs isn't a list of typing errors. Raises UserError where another process has it.
+    """
+    name, directory, checkpoints, package = places(config)
+    stages = Stages(since_process_start())
+    run = Run(config, world, stop, name, directory, checkpoints, package, stages=stages)
     if not world.is_main_process:
         yield run
         return
+    # Elsewhere than here, and of several processes, its log is what tells what was wrong.
+    at_hand = config.platform.name == "local" and world.size == 1
+    is_new = at_hand and not directory.exists()
+    try:
+        with _opened(run):
+            yield run
+    except (UserError, Interrupted):
+        if is_new:
+            _discard_untrained(run)
+        raise
+
+
+def _discard_untrained(run: Run) -> None:
+    """Remove the directory of a run that holds nothing but what a run begins with."""
+    # A checkpoint, say, or what model=auto has decided.
+    kept = {path.name for path in run.checkpoints.iterdir()} - {".lock"}
+    kept |= {path.name for path in run.directory.iterdir()} - {*BEGUN, run.checkpoints.name}
+    if kept:
+        return
+    with suppress(OSError):  # somebody else has put something there meanwhile
+        for name in BEGUN:
+            if name != ".lock":
+                (run.directory / name).unlink(missing_ok=True)
+        for directory in (run.checkpoints, run.directory):
+            (directory / ".lock").unlink(missing_ok=True)
+            directory.rmdir()
+
+
+@contextmanager
+def _opened(run: Run) -> Iterator[None]:
+    """Make a run's directory, lock it and begin its log, while the context lasts."""
+    directory, checkpoints, package = run.directory, run.checkpoints, run.package
     for needed in (directory, checkpoints, package.parent):
         needed.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -322,6 +422,6 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
         for written in (package.parent, package):
             files.sweep(written, run.temporary)
         with also_to_file(directory / "log.txt"):
-            log.info("run %s in %s", name, directory)
+            log.info("run %s in %s", run.name, directory)
             run.write_settings()
-            yield run
+            yield

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trainer.common import usage
 from trainer.common.console import ProgressBar, log
@@ -30,14 +31,15 @@ from trainer.images.loader import MIRRORED, PLAIN, Batch, ImageLoader, Loader, R
 from trainer.images.mixup import Mixing, mix
 from trainer.images.sampler import Share
 from trainer.images.usable import preprocessing, report_left_out, usable_images, workers
-from trainer.network import build, device, optim, probe, weights
+from trainer.network import build, device, optim, own, probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.ema import ModelEma, trained_part
 from trainer.network.features import FeatureCache, FeatureLoader
 from trainer.settings.config import FEW_VALID, Config, metric_line
-from trainer.training import care, checkpoint
+from trainer.training import care, checkpoint, lineage, tracking
 from trainer.training.checkpoints import Checkpoints
+from trainer.training.epoch_table import EpochTable
 from trainer.training.metrics import (
     MetricsFile,
     TrainSums,
@@ -46,6 +48,7 @@ from trainer.training.metrics import (
     mean_loss,
 )
 from trainer.training.run import Run
+from trainer.training.tracking import Tracking
 
 REWINDS = 2  # how often a training that diverged goes back, each time with half the learning rate
 
@@ -104,14 +107,17 @@ def build_training(
         network = build_network(run, images, machine)
     findings: Findings | None = None
     if loader is None:
-        images, reader = usable_images(run.config, images, run.stop, run.world)
+        with run.stages.of("scan"):
+            images, reader = usable_images(run.config, images, run.stop, run.world)
         if run.world.is_main_process:
             report_left_out(images, run.directory / "quarantine.txt")
         if run.looks or run.config.data.leaks != "warn":
-            images, findings = care.look(run, images, reader)
+            with run.stages.of("scan"):
+                images, findings = care.look(run, images, reader)
         loader = make_loader(run, images, reader, machine)
     if data is None:
-        data = _data(run, network, loader, machine)
+        with run.stages.of("features"):
+            data = _data(run, network, loader, machine)
     training = Training(run, machine, network, loader, data)
     if findings is not None:
         training.findings = findings
@@ -147,6 +153,8 @@ class Training:
         self.machine, self.device = machine, machine.device
         self.network, self.loader, self.data = network.to(machine.device), loader, data
         self.findings = Findings()
+        self.own = own.load(run.config.model.code)
+        self.own.check_loss(data.classes, self.mixes)
         self.model: nn.Module = network.head if data.holds_features else network
         self.forward = self.model
         if run.config.train.compile:
@@ -190,6 +198,7 @@ class Training:
         self.probe_logits: Tensor | None = None
         self.sums = TrainSums(self.progress.sums)
         self.metrics_file = _metrics_file(run)
+        self.table = EpochTable(self.epochs)
         # Held by the main thread, but where it changes nothing of what is saved.
         self._changing = threading.Lock()
         self._changing.acquire()
@@ -275,7 +284,7 @@ class Training:
     def begin_from_probe(self, metrics: dict[str, float]) -> None:
         """Note the solved head as the best until now, of epoch 0. metrics: of valid."""
         row = {"epoch": 0, "step": 0, **metrics}
-        self._note(row)
+        self._note(row, metrics)
         self.keep_best(metrics)
         self.checkpoints.save()
 
@@ -298,6 +307,7 @@ class Training:
             logits = self.unseen_logits("valid")
         losses = probe.calibrated_losses(logits, labels)
         metrics = classification(logits, labels, "valid")
+        metrics |= self.own.figures(logits, labels, "valid")
         metrics["valid_refinement"] = round(losses.mean().item(), 6)
         if self.head_saw_valid:
             return metrics | {"seen_loss": loss_of_weights}
@@ -399,6 +409,18 @@ class Training:
         )
         factor = schedule.factor(step, self.data.steps_per_epoch, self.epochs)
         return factor * 0.5 ** len(self.progress.rewinds)
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss, summed over the images, of logits [N, classes].
+
+        targets: classes, int64 [N], or probabilities [N, classes]. A loss of model.code does its
+        own smoothing.
+        """
+        output = self.adjusted(output)
+        if self.own.loss is not None:
+            return self.own.loss(output, targets)
+        smoothing = self.config.train.label_smoothing
+        return functional.cross_entropy(output, targets, label_smoothing=smoothing, reduction="sum")
 
     def adjusted(self, output: Tensor) -> Tensor:
         """Return the logits [N, classes] that the loss is taken of.
@@ -574,15 +596,28 @@ class Training:
         evaluated = time.monotonic() - self._noted
         row |= {"data_wait": progress.data_wait, **metrics}
         row |= {"evaluate_seconds": evaluated, "seconds": progress.seconds + evaluated}
-        self._note(row)
+        self._note(row, metrics)
         progress.epoch += 1
         progress.batch, progress.sums = 0, [0.0, 0.0, 0.0]
         progress.seconds, progress.data_wait = 0.0, 0.0
 
-    def _note(self, row: dict[str, Any]) -> None:
+    def _note(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
         self.metrics_file.append(row)
         if not self.run.trial:
-            log.info(metric_line(row))
+            best = self.is_best(metrics)
+            told = self.table.row(self.metrics_file.rows, best, self._seconds_after())
+            log.info(metric_line(row), extra={"for_people": told})
+
+    def _seconds_after(self) -> float:
+        """Return about how long the tests behind the last epoch will take."""
+        folder, newest = self.loader.folder, self.metrics_file.rows[-1]
+        if self.loader.views is not None:  # they see pixels again, as the features' making did
+            seconds = self.run.stages.seconds().get("features", 0.0)
+            pictures = self.loader.views * folder.count("train") + folder.count("valid")
+        else:
+            seconds, pictures = newest.get("evaluate_seconds", 0.0), folder.count("valid")
+        tested = ["valid", "test"] if "test" in folder.splits else ["valid"]
+        return seconds / pictures * sum(folder.count(split) for split in tested)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's metrics are better than those of all before it."""
@@ -702,16 +737,30 @@ class Training:
                 self.epochs,
                 progress.step,
             )
-        elif self.config.model.head == "probe":
-            if world.is_main_process:
-                self.solve_head()
-            world.barrier(self.stop)
-        if newest is None and world.size > 1:
-            # The same beginning, also where hosts of different kinds made their own.
-            self.restore(world.broadcast_from_main(self.state))
+        else:
+            self._begin()
         self.metrics_file.restore(self.progress.rows)
         if world.is_main_process:
             run.note_pictures(self.loader.folder)
+
+    def _begin(self) -> None:
+        """Begin: with a parent's end, with a solved head, or with nothing trained."""
+        run, world = self.run, self.world
+        self.metrics_file.tracking.begin()
+        if self.config.train.parent is not None:
+            state = world.broadcast_from_main(
+                lambda: lineage.state_of_parent(run, self.facts["identity"], self.epochs)
+            )
+            self.restore(state)
+            self.checkpoints.begin_with(state)
+        elif self.config.model.head == "probe":
+            if world.is_main_process:
+                with run.stages.of("training"):
+                    self.solve_head()
+            world.barrier(self.stop)
+        if world.size > 1:
+            # The same beginning, also where hosts of different kinds made their own.
+            self.restore(world.broadcast_from_main(self.state))
 
 
 # --- its parts ---
@@ -789,6 +838,7 @@ def new_network(config: Config, classes: Sequence[str]) -> Classifier:
     network = build.build(
         model.name,
         len(classes),
+        code=model.code,
         weights=model.weights,
         weights_dir=model.weights_dir,
         keep_head=weights.keeps_head(config, classes),
@@ -866,9 +916,9 @@ def _share(run: Run, images: ImageFolder) -> Share:
 
 def _metrics_file(run: Run) -> MetricsFile:
     if not run.world.is_main_process:
-        return MetricsFile(None)
-    board = run.directory / "tensorboard" if run.config.train.tensorboard else None
-    return MetricsFile(run.directory / "metrics.jsonl", board)
+        return MetricsFile(None, Tracking())
+    trackers = Tracking() if run.trial else tracking.of_run(run)
+    return MetricsFile(run.directory / "metrics.jsonl", trackers)
 
 
 def _check_strays(run: Run, newest: Path | None) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import urllib.request
 from datetime import UTC, datetime, timedelta
 
@@ -19,8 +17,9 @@ from launch import __main__ as launch
 from launch.audit.account import CALLS, needed_policy
 from launch.audit.finding import RULES
 from launch.verbs.audit import FOUND
+from serving import __main__ as serving
 from tests.conftest import PROJECT
-from tests.launch.conftest import running
+from tests.launch.conftest import Forked, running
 from tests.launch.documents import finish_bucket, rewrite_role_policies
 from tests.launch.whole import WHOLE
 from tests.packages import make_contents, make_network
@@ -489,14 +488,13 @@ def test_what_up_and_deploy_make_has_nothing_above_low(aws, capsys, monkeypatch,
     with running(tmp_path / "calls.jsonl", WHOLE) as cloud:
         monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
         image = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/dogs/serving:1"
-        for command in (
-            ["-m", "launch", "up", "--yes", "--every", "0.05"],
-            ["-m", "serving", "deploy", str(tmp_path / "model.tar.gz"), "--image", image, "--yes"],
+        for main, command in (
+            (launch.main, ["up", "--yes", "--every", "0.05"]),
+            (serving.main, ["deploy", str(tmp_path / "model.tar.gz"), "--image", image, "--yes"]),
         ):
-            done = subprocess.run(
-                [sys.executable, *command], cwd=PROJECT, capture_output=True, text=True, timeout=600
-            )
-            assert done.returncode == OK, done.stdout + done.stderr
+            done = Forked(main, command, PROJECT, cloud.environment())
+            output, _ = done.communicate()
+            assert done.returncode == OK, output
         finish_bucket(cloud)
         rewrite_role_policies(cloud)
         code, report = audit(capsys)

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,14 @@ from trainer.common.errors import OK
 
 
 @pytest.fixture(scope="session")
-def evaluator() -> Evaluator:
+def evaluator() -> Iterator[Evaluator]:
     evaluator = find_evaluator()
     if isinstance(evaluator, str):
         if os.environ.get("CI"):
             pytest.fail(f"{evaluator}; CI proves least privilege")
         pytest.skip(evaluator)
-    return evaluator
+    yield evaluator
+    evaluator.close()
 
 
 @pytest.fixture(scope="module")

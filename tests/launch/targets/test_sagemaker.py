@@ -286,7 +286,9 @@ def test_images_by_region():
         == "727897471807.dkr.ecr.cn-north-1.amazonaws.com.cn/pytorch:2.13-cu133-amzn2023-sagemaker"
     )
     assert sagemaker.image(replace(target, image="mine:1"), "moon-1") == "mine:1"
-    with pytest.raises(UserError, match=r"region moon-1: .* give one of them as target.image=URI"):
+    with pytest.raises(
+        UserError, match=r"region moon-1: .* give one of AWS's for PyTorch as target.image=URI"
+    ):
         sagemaker.image(target, "moon-1")
 
 

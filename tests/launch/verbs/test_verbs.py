@@ -67,7 +67,7 @@ def as_sent(request: dict) -> dict:
 @pytest.mark.parametrize("target", NAMES)
 def test_submit_sends_what_plan_shows_and_plan_changes_nothing(account, target):
     before = len(account.calls())
-    code, printed = account.run("plan", *arguments(target), "--json")
+    code, printed = account.launch("plan", *arguments(target), "--json")
     assert code == OK, printed
     assert all(READS.match(call["operation"]) for call in account.calls()[before:])
     planned = json.loads(printed)
@@ -83,7 +83,7 @@ def test_submit_sends_what_plan_shows_and_plan_changes_nothing(account, target):
         and "estimate" in planned["cost"]["basis"]
     )
     before = len(account.calls())
-    code, printed = account.run("submit", *arguments(target))
+    code, printed = account.launch("submit", *arguments(target))
     assert code == OK, printed
     sent = [
         call
@@ -96,7 +96,7 @@ def test_submit_sends_what_plan_shows_and_plan_changes_nothing(account, target):
     assert [as_sent(each) for each in planned["requests"]] == [call["parameters"] for call in sent]
     assert "console" in printed and f"launch stop {planned['run']}" in printed
 
-    code, printed = account.run("submit", *arguments(target))
+    code, printed = account.launch("submit", *arguments(target))
     assert code == OK and "nothing is sent" in printed
 
 

@@ -85,9 +85,10 @@ def test_a_process_that_waits_for_rank_0_says_so_and_hears_signals(directory):
     assert code == RESUME and re.fullmatch("warning: stopped by SIGINT; .*\n", output), output
 
 
-def test_a_port_that_is_taken_is_said_by_rank_0(directory):
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_port_that_rank_0_can_not_have_is_one_line(directory, taken):
     with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+        port = other.getsockname()[1] if taken else 70_000
         code, output = ended(start(directory, RUN, rank_environment(directory, 0, 2, port)), 900)
     assert code == MISTAKE and len(output.splitlines()) == 1, output
     assert re.match(rf"error: 127.0.0.1:{port}: rank 0 can't listen there; give MASTER", output)

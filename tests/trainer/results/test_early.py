@@ -63,10 +63,9 @@ def test_a_network_that_cant_be_exported_is_refused_before_the_first_step(tmp_pa
     code, output = run(tmp_path, pictures, "name=odd", before=ODD)
     last = output.splitlines()[-1]
     assert code == 2 and "PyTorch can't export this network as ONNX" in last, output
-    assert "Traceback" not in output and not (tmp_path / "runs/odd/metrics.jsonl").exists()
+    assert "Traceback" not in output
     assert not list((tmp_path / "cache").glob("*/*"))  # no picture was packed
-    left = {path.name for path in (tmp_path / "runs/odd").iterdir()}
-    assert left == {".lock", "checkpoints", "config.yaml", "log.txt"}
+    assert not (tmp_path / "runs/odd").exists()  # nothing was trained
 
 
 def test_a_package_that_serving_cant_load_is_refused_before_the_first_step(tmp_path, pictures):

@@ -3,15 +3,19 @@
 import fcntl
 import hashlib
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.trainer.results.test_report import CHROMIUM, FLAGS, Page
 from trainer import runs as command
 from trainer.common.errors import UserError
-from trainer.results import runs
+from trainer.results import predecessor, runs
 from trainer.results.runs import Comparison
 from trainer.settings.config import data_name
+from trainer.training.run import _signed
 
 
 @pytest.fixture
@@ -143,3 +147,86 @@ def test_runs_of_other_pictures_are_not_compared(tmp_path):
     (b / "predictions.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="it is no table of a run's predictions"):
         runs.compare(a, b)
+
+
+def test_the_page_sorts_runs_and_says_which_none_beats(make, tmp_path):
+    for name, test, seconds in (("slow", 0.9, 100), ("quick", 0.8, 10), ("beaten", 0.7, 50)):
+        path = make(name, "data.root=/photos/<dogs>", "model.name=resnet18", test=test)
+        result = json.loads((path / "result.json").read_text()) | {"seconds": seconds}
+        del result["sha256"]
+        (path / "result.json").write_text(json.dumps(_signed(result)))
+    make("other", "data.root=/photos/cats", "model.name=resnet18")
+    (tmp_path / "runs/quick/report.html").touch()
+    command.write_page(tmp_path / "runs")
+    page = Page((tmp_path / "runs/index.html").read_text())
+    circles = {each["class"] for each in page.attributes("circle")}
+    dots = re.findall(
+        r'class="(front|beaten)".*?<title>(\w+):', (tmp_path / "runs/index.html").read_text()
+    )
+    assert circles == {"front", "beaten"}
+    assert set(dots) == {("front", "slow"), ("front", "quick"), ("beaten", "beaten")}
+    links = [each["href"] for each in page.attributes("a")]
+    assert links == ["quick/report.html"]
+    assert "valid 60.0%" not in page.text and "90.0%" in page.text
+    assert {each.get("aria-sort") for each in page.attributes("th")} == {None, "descending"}
+    assert len([each for each in page.attributes("path") if "curve" in each["class"]]) == 4
+
+
+def test_the_run_before_is_the_newest_on_the_same_pictures(make, tmp_path):
+    first = make("first", "data.root=/photos/dogs", "model.name=resnet18", test=0.6)
+    make("cats", "data.root=/photos/cats", "model.name=resnet18", test=0.9)
+    now = make("now", "data.root=/photos/dogs", "model.name=resnet18", "optim.lr=0.01")
+    config = dict(runs.read(now).settings)
+    for path, right in ((first, "tttfff"), (now, "tttttf")):
+        rows = "".join(
+            f"{place},{'true' if each == 't' else 'false'}\n" for place, each in enumerate(right)
+        )
+        (path / "predictions.csv").write_text(f"path,correct\n{rows}")
+    before = predecessor.find(now, "dogs", {key: config[key] for key in ("optim.lr", "seed")})
+    assert before.name == "first" and before.summary.test == 0.6
+    assert before.changed == [("optim.lr", "0.001", "0.01")] or before.changed[0][0] == "optim.lr"
+    assert before.verdict.startswith("+33.3 points, not distinguishable on 6 pictures: 2 pictures")
+    (now / "predictions.csv").write_text("path,correct\nother,true\n")
+    assert predecessor.find(now, "dogs", config).verdict == ""
+    assert predecessor.find(now, "birds", config) is None
+
+
+MEASURE = """<!doctype html><title>wait</title>
+<iframe src="index.html" style="width: 390px"></iframe>
+<iframe src="index.html" style="width: 1280px"></iframe>
+<script>onload = () => document.title = [...document.querySelectorAll("iframe")].map((frame) => {
+  const page = frame.contentDocument;
+  const table = page.querySelector("table.sortable");
+  const sorted = () => {
+    [...table.querySelectorAll("thead button")][4].click();
+    return [...table.tBodies[0].rows].map((row) => row.cells[4].textContent).join(",");
+  };
+  const overflow = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+  return [overflow, sorted(), sorted()].join(" ");
+}).join(" ");</script>"""
+
+
+@pytest.mark.chromium
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_a_browser_sorts_the_runs_without_complaint_or_sideways_scrolling(make, tmp_path):
+    for name, test in (("a", 0.5), ("b", 0.9), ("c", None), ("d" * 120, 0.7)):
+        make(name, "data.root=/photos/dogs", "model.name=resnet18", test=test)
+    command.write_page(tmp_path / "runs")
+    (tmp_path / "runs/measure.html").write_text(MEASURE)
+    shown = subprocess.run(
+        [
+            str(CHROMIUM),
+            *FLAGS,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            (tmp_path / "runs/measure.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    falling, rising = "90.0%,70.0%,50.0%,", ",50.0%,70.0%,90.0%"
+    one = f"0 {falling} {rising}"
+    assert re.findall("<title>(.*?)</title>", shown.stdout) == [f"{one} {one}"]
+    assert not [line for line in shown.stderr.splitlines() if "CONSOLE" in line]

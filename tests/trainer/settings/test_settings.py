@@ -142,9 +142,13 @@ SWEEPS = {
 # the word that must stand in it.
 ELSEWHERE = {
     "model.name": ("settings/test_compose.py", "model.name=small_cnn"),
+    "model.code": ("network/test_own.py", "model.code=mine.py"),
     "model.weights_dir": ("network/test_weight_folder.py", "model.weights_dir=weights"),
     "train.compile": ("training/test_compile.py", "train.compile=true"),
     "train.tensorboard": ("test_main.py", "train.tensorboard=true"),
+    "train.mlflow": ("training/test_tracking.py", "train.mlflow=sqlite:///mlflow.db"),
+    "train.parent": ("training/test_lineage.py", "train.parent=runs/first"),
+    "train.wandb": ("training/test_tracking.py", "train.wandb=team"),
     "train.on_nan": ("training/test_diverged.py", "train.on_nan=rewind"),
     "train.stall_seconds": ("training/test_stall.py", "train.stall_seconds=20"),
     "platform.name": ("training/test_kills.py", "platform=ec2"),
@@ -209,7 +213,10 @@ def test_a_run_with_every_setting_at_another_value(cwd, configure, kind):
     package = cwd / str(chosen["platform.package"] or run / "model.tar.gz")
     assert json.loads((run / "result.json").read_text())["pictures"] == 9
     assert package.is_file()
-    serve, rehearse = (shlex.split(line) for line in said.split("next:\n")[1].splitlines()[:2])
+    steps = [shlex.split(line) for line in said.split("next:\n")[1].splitlines()[:3]]
+    predict, serve, rehearse = steps
+    assert predict[2:4] == ["serving", "predict"] and (cwd / predict[4]).samefile(package)
+    assert (cwd / predict[5]).is_dir()
     assert serve[1:4] == ["-m", "serving", "serve"] and (cwd / serve[4]).samefile(package)
     if rehearse[0] == "make":
         rehearse = shlex.split(rehearse[2].removeprefix("ARGS=").replace("$$", "$"))

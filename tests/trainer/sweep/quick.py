@@ -6,7 +6,6 @@ What a trial does is the same, but that it runs the project's code and not the s
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,12 +14,13 @@ from typing import IO
 
 from tqdm import tqdm
 
+from trainer.common import sessions
 from trainer.common.console import log
 from trainer.sweep import process
 
 
-class Popen:
-    """As much of subprocess.Popen as a driver uses."""
+class Child:
+    """As much of trainer.common.sessions.Child as a driver uses."""
 
     def __init__(
         self,
@@ -29,13 +29,14 @@ class Popen:
         stdout: IO[bytes],
         stderr: int,
         env: dict[str, str],
-        start_new_session: bool,
         preexec_fn: Callable[[], None],
     ) -> None:
         self.returncode: int | None = None
         sys.stdout.flush()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, sessions.ENDING)
         self.pid = os.fork()
         if self.pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return
         code = 1
         try:
@@ -81,5 +82,4 @@ class Popen:
 
 def fork_trials() -> None:
     """Let the driver in this process fork its trials."""
-    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT")}
-    vars(process)["subprocess"] = SimpleNamespace(Popen=Popen, **names)
+    vars(process)["sessions"] = SimpleNamespace(Child=Child)

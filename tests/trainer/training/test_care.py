@@ -54,7 +54,7 @@ def test_the_test_figure_is_given_with_and_without_leaks(train, tmp_path, monkey
     assert sorted(finding.kind for finding in training.findings.all) == ["copy", "leak", "leak"]
     assert (tmp_path / "warn/care.csv").read_text().count("leak") == 4
     tested = results.test(training)
-    result = results.result(training, tested, seconds=1)
+    result = results.result(training, tested)
     assert result["pictures"] == 10 and result["without_leaks"]["pictures"] == 9
     assert len(tested.paths) == len(tested.labels) == 10
 
@@ -63,7 +63,7 @@ def test_the_test_figure_is_given_with_and_without_leaks(train, tmp_path, monkey
     # What is dropped is part of what the pictures are: the run, started again, finds them the same.
     assert dropping.facts["identity"]["pictures"] == training.facts["identity"]["pictures"]
     dropped = results.test(dropping)
-    result = results.result(dropping, dropped, seconds=1)
+    result = results.result(dropping, dropped)
     assert result["pictures"] == 9 and result["with_leaks"]["pictures"] == 10
     assert len(dropped.paths) == len(dropped.labels) == len(dropped.probabilities) == 9
     assert not set(dropped.paths) & training.findings.leaked.keys()

@@ -1,10 +1,13 @@
 import contextlib
+import copy
 import json
 import math
+import operator
 import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +22,9 @@ from tests.soak import difference, outcome
 from trainer.common.errors import OK
 from trainer.images.folder import ImageFolder, Split
 from trainer.results import outcome as outcome_module
-from trainer.settings.config import solve_on_for
+from trainer.settings import config as settings
+from trainer.settings.compose import compose
+from trainer.settings.config import Config, solve_on_for
 from trainer.training import decision as decision_module
 from trainer.training.decision import EPOCHS, Decision, Judged
 from trainer.training.recipe import FILE, FORMAT, Candidate, applied, may_differ_by
@@ -70,10 +75,20 @@ def judged(name: str, gflops: float, correct: int, of: int = 100, first: int = 0
     return Judged(network, logits, np.zeros(of, np.int64))  # type: ignore[arg-type]
 
 
-def decision(configure: Any, *overrides: str) -> Decision:
-    """One that has measured nothing."""
+@pytest.fixture(scope="module")
+def undecided() -> Config:
+    """The settings of model=auto, composed once."""
+    settings.register()
+    return compose(["data.root=/nowhere", "model=auto"])
+
+
+def decision(undecided: Config, values: dict[str, Any] | None = None) -> Decision:
+    """One that has measured nothing. values: of settings, by dotted key."""
     made = object.__new__(Decision)
-    made.config = configure("data.root=/nowhere", "model=auto", *overrides)
+    made.config = copy.deepcopy(undecided)
+    for key, value in (values or {}).items():
+        section, _, name = key.rpartition(".")
+        setattr(operator.attrgetter(section)(made.config), name, value)
     made.reasons = []
     return made
 
@@ -82,11 +97,11 @@ def decision(configure: Any, *overrides: str) -> Decision:
     ("prefer", "chosen"), [("accuracy", "large"), ("balance", "half"), ("speed", "small")]
 )
 def test_what_is_cheaper_must_be_no_worse_beyond_doubt_picture_by_picture(
-    configure, prefer, chosen
+    undecided, prefer, chosen
 ):
     rows = [judged("small", 0.3, 88), judged("half", 2, 90), judged("large", 4, 91)]
     rows += [judged("hardly cheaper", 3, 90), judged("waste", 9, 90), judged("bad", 0.1, 80)]
-    made = decision(configure, f"recipe.prefer={prefer}")
+    made = decision(undecided, {"recipe.prefer": prefer})
     assert rows[made.cheapest(rows)].network.candidate.name == chosen
     assert chosen in made.reasons[0]
 
@@ -99,39 +114,39 @@ def test_what_is_hard_for_both_networks_is_no_doubt():
     assert decision_module._worse_by(best, best) == 0
 
 
-def test_a_balance_asks_for_half_the_computing(configure):
+def test_a_balance_asks_for_half_the_computing(undecided):
     # 2,000 clothes: 0.820 for 0.38 GFLOP is better than 0.792 for 0.30.
     rows = [judged("dearer", 0.38, 410, 500), judged("cheaper", 0.30, 396, 500, first=10)]
-    made = decision(configure)
+    made = decision(undecided)
     assert rows[made.cheapest(rows)].network.candidate.name == "dearer"
     assert "is the most accurate" in made.reasons[0]
 
 
-def test_flips_are_off_only_where_they_hurt_beyond_doubt(configure, monkeypatch):
+def test_flips_are_off_only_where_they_hurt_beyond_doubt(undecided, monkeypatch):
     plain = judged("one", 1, 90)
     for correct, flip in ((60, False), (89, True), (95, True)):
-        made = decision(configure)
+        made = decision(undecided)
         monkeypatch.setattr(made, "judge", lambda *_, correct=correct: judged("one", 1, correct))
         assert made.with_flips(plain) == {"data.augment.flip": flip}, correct
-    assert decision(configure, "data.augment.flip=true").with_flips(plain) == {}
+    assert decision(undecided, {"data.augment.flip": True}).with_flips(plain) == {}
 
 
-def test_parts_of_pictures_are_shown_where_they_tell_more(configure, monkeypatch):
+def test_parts_of_pictures_are_shown_where_they_tell_more(undecided, monkeypatch):
     network = SimpleNamespace(images=SimpleNamespace(
         splits={split: SimpleNamespace(labels=np.zeros(50)) for split in ("train", "valid")}
     ))  # fmt: skip
     monkeypatch.setattr(decision_module, "_cropped", lambda _, scale: scale)
     for correct, scale in ((60, [0.9, 1.0]), (89, [0.9, 1.0]), (95, [0.25, 1.0])):
-        made = decision(configure)
+        made = decision(undecided)
         seen = {(0.25, 1.0): correct, (0.9, 1.0): 90}
         monkeypatch.setattr(made, "judge", lambda cut, _, seen=seen: judged("one", 1, seen[cut]))
         chosen = made.with_crops(network)  # type: ignore[arg-type]
         assert chosen == {"data.augment.scale": scale}, correct
-    given = decision(configure, "data.augment.scale=[0.5,1]")
+    given = decision(undecided, {"data.augment.scale": [0.5, 1.0]})
     assert given.with_crops(network) == {}  # type: ignore[arg-type]
 
 
-def test_everything_is_fine_tuned_where_the_time_is_there(configure):
+def test_everything_is_fine_tuned_where_the_time_is_there(undecided):
     row = judged("one", 1, 90)
     row.network.candidate.milliseconds = 3
     object.__setattr__(row, "network", SimpleNamespace(
@@ -139,31 +154,65 @@ def test_everything_is_fine_tuned_where_the_time_is_there(configure):
     ))  # fmt: skip
     device = SimpleNamespace(device=SimpleNamespace(type="cpu"))
 
-    def values(*overrides: str) -> dict[str, Any]:
-        made = decision(configure, *overrides)
+    def values(given: dict[str, Any]) -> dict[str, Any]:
+        made = decision(undecided, given)
         made.machine = device  # type: ignore[assignment]
         made.with_crops = lambda _: {}  # type: ignore[method-assign]
         return made.training(row, {})
 
-    usual = values()  # a pass takes 3 ms * 3 * 2000, 0.3 minutes
+    usual = values({})  # a pass takes 3 ms * 3 * 2000, 0.3 minutes
     assert usual["model.freeze"] == "none" and usual["train.epochs"] == EPOCHS
-    assert values("recipe.tune_minutes=1.6")["train.epochs"] == 5
-    assert values("recipe.tune_minutes=0.9")["train.epochs"] == 0
-    assert values("recipe.tune_minutes=0")["model.freeze"] == "backbone"
-    assert values("model.freeze=backbone")["train.epochs"] == 0
-    assert values("model.freeze=none", "recipe.tune_minutes=0")["train.epochs"] == EPOCHS
-    assert values("train.epochs=20")["train.epochs"] == 10
-    assert values("train.epochs=20", "recipe.minutes=null")["train.epochs"] == 20
+    assert values({"recipe.tune_minutes": 1.6})["train.epochs"] == 5
+    assert values({"recipe.tune_minutes": 0.9})["train.epochs"] == 0
+    assert values({"recipe.tune_minutes": 0})["model.freeze"] == "backbone"
+    assert values({"model.freeze": "backbone"})["train.epochs"] == 0
+    asked = {"model.freeze": "none", "recipe.tune_minutes": 0}
+    assert values(asked)["train.epochs"] == EPOCHS
+    assert values({"train.epochs": 20})["train.epochs"] == 10
+    assert values({"train.epochs": 20, "recipe.minutes": None})["train.epochs"] == 20
 
 
-def test_a_recipe_is_settings(configure):
-    config = configure("data.root=/nowhere", "model=auto")
-    assert config.optim.lr is None
+@pytest.mark.parametrize(("better", "trials"), [(True, [0, 1]), (False, [0])])
+def test_a_half_that_is_no_better_is_enough(undecided, monkeypatch, better, trials):
+    made, asked = decision(undecided), []
+    folder = SimpleNamespace(splits={"train": SimpleNamespace(paths=())}, count=lambda _: 4)
+    network = SimpleNamespace(images=folder, loader=SimpleNamespace(read=None))
+    halves = [(np.arange(4), folder), (np.arange(4, 8), folder)]
+    monkeypatch.setattr(decision_module, "_halves", lambda *_: halves)
+    monkeypatch.setattr(decision_module, "_chosen_apart", lambda part, _: part)
+    monkeypatch.setattr(decision_module, "_side", lambda _: 16)
+    monkeypatch.setattr(decision_module.weights, "resolve", lambda config, _: config)
+
+    def trial(*arguments: Any) -> SimpleNamespace:
+        asked.append(arguments[-1])
+        return SimpleNamespace(
+            probe_losses=torch.full((4,), float(better)),
+            metrics_file=SimpleNamespace(rows=[{"valid_top1": 0.5}]),
+            load_best_weights=lambda: None,
+        )
+
+    every_one_right = torch.tensor([[50.0, 0.0]] * 4), torch.zeros(4, dtype=torch.int64)
+    for name, work in (
+        ("trial", trial), ("answers", lambda *_: every_one_right),
+        ("forget_trials", lambda: None), ("pools", lambda _: True),
+    ):  # fmt: skip
+        monkeypatch.setattr(made, name, work)
+    assert made.tuned_halves(network, {})[1] == better  # type: ignore[arg-type]
+    assert asked == trials
+    asked.clear()
+    head = judged("one", 1, 0 if better else 8, of=8)
+    object.__setattr__(head, "network", network)
+    assert (made.small(head, {}) is not None) == better
+    assert asked == trials
+
+
+def test_a_recipe_is_settings(undecided):
+    assert undecided.optim.lr is None
     done = applied(
-        config, {"model.name": "resnet18", "model.freeze": "none", "model.head": "probe"}
+        undecided, {"model.name": "resnet18", "model.freeze": "none", "model.head": "probe"}
     )
     assert done.model.name == "resnet18" and done.optim.lr == 1e-4
-    assert config.model.name == "auto", "the settings that were given stay as they are"
+    assert undecided.model.name == "auto", "the settings that were given stay as they are"
 
 
 @pytest.mark.parametrize(
@@ -188,9 +237,10 @@ def test_what_a_head_cannot_be_is_refused(more):
 
 
 def test_a_folder_and_weights_are_all_that_it_needs(tmp_path, pictures, weights_dir):
-    code, output = run_trainer(tmp_path, *words(pictures, weights_dir))
+    given = words(pictures, weights_dir, "train.epochs=2")
+    code, output = run_trainer(tmp_path, *given)
     assert code == OK, output
-    assert "fine-tuning on one half of the pictures: 2 of 2" in output
+    assert "fine-tuning on one half of the pictures: 1 of 2" in output
     assert not (tmp_path / "runs/run/recipe").exists()
     assert not (tmp_path / "runs/run/checkpoints/recipe").exists()
     recipe = written(tmp_path)
@@ -203,7 +253,7 @@ def test_a_folder_and_weights_are_all_that_it_needs(tmp_path, pictures, weights_
     assert json.loads(rows[0])["epoch"] == 0, "the probe comes first"
     assert (tmp_path / "runs/run/model.tar.gz").exists()
     (tmp_path / "runs/run/checkpoints/recipe.json").unlink()  # each checkpoint holds it too
-    code, output = run_trainer(tmp_path, *words(pictures, weights_dir))
+    code, output = run_trainer(tmp_path, *given)
     assert code == OK and "this run is complete" in output, output
     assert written(tmp_path) == recipe and "recipe: " not in output
 
@@ -230,11 +280,11 @@ def test_flips_are_left_out_of_pictures_that_mirrored_are_of_another_class(tmp_p
 
 
 def test_what_ruins_a_network_is_not_kept(tmp_path, pictures, weights_dir):
-    ruinous = ("optim.lr=1", "train.clip_norm=1", "train.epochs=3", "model.freeze=none")
+    ruinous = ("optim.lr=1", "train.clip_norm=1", "train.epochs=2", "model.freeze=none")
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *ruinous))
     assert code == OK, output
     result = json.loads((tmp_path / "runs/run/result.json").read_text())
-    assert result["best_epoch"] == 0 and result["epochs"] == 3
+    assert result["best_epoch"] == 0 and result["epochs"] == 2
 
 
 def test_without_any_weights_it_trains_from_scratch_and_says_so(tmp_path, pictures):
@@ -251,6 +301,7 @@ def test_each_of_its_settings_has_its_effect(tmp_path, pictures, weights_dir):
         "recipe.prefer=speed",
         "recipe.tune_minutes=0",
         "model.candidates=[squeezenet1_1]",
+        "train.epochs=1",
     )
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *more))
     assert code == OK, output
@@ -405,7 +456,7 @@ def test_small_pictures_are_for_a_small_network_where_it_is_better_beyond_doubt(
     tmp_path, pictures, weights_dir
 ):
     # The features of this one, of random weights, tell little.
-    more = ("model.candidates=[shufflenet_v2_x0_5]", "train.epochs=20")
+    more = ("model.candidates=[shufflenet_v2_x0_5]", "train.epochs=12")
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, *more))
     assert code == OK, output
     assert "these pictures are small, and it is better beyond doubt" in output
@@ -413,30 +464,37 @@ def test_small_pictures_are_for_a_small_network_where_it_is_better_beyond_doubt(
     assert written(tmp_path)["settings"]["model.name"] == "small_cnn"
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_a_kill_at_any_moment_gives_the_same_decision_and_bits(
     tmp_path, pictures, weights_dir, kills
 ):
     command = words(
-        pictures, weights_dir, "recipe.minutes=null", "train.epochs=2",
+        pictures, weights_dir, "recipe.minutes=null", "train.epochs=1",
         "checkpoint.minutes=1e-4", "checkpoint.max_cost=1",
     )  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for each in (whole, cut):
         each.mkdir()
+    began = time.time()
     code, output = run_trainer(whole, *command)
     assert code == OK, output
+    recipe = untimed(written(whole))
+    # As long as it takes to decide here, now: so the kills fall into it under any load.
+    deciding = (whole / "runs/run/checkpoints" / FILE).stat().st_mtime - began
     rng = random.Random(0)
-    for _ in range(kills):
+    for left in reversed(range(kills)):
         process = start_trainer(cut, *command)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0.5, 6.0))
+            process.wait(rng.uniform(0.05, 1.0) * deciding)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
+        if left and (cut / "runs/run/checkpoints" / FILE).exists():
+            assert untimed(written(cut)) == recipe
+            shutil.rmtree(cut)  # so that the next kill falls into a recipe too
+            cut.mkdir()
     code, output = ended(start_trainer(cut, *command))
     assert code == OK, output
-    recipes = [untimed(written(each)) for each in (whole, cut)]
-    assert recipes[0] == recipes[1]
+    assert untimed(written(cut)) == recipe
     assert difference(*(outcome(each / "runs/run") for each in (whole, cut))) is None
 
 

@@ -1,0 +1,363 @@
+"""The application behind our own server: what each path answers, and what requests hold meanwhile.
+
+/invocations and /ping are as SageMaker asks for them, /metrics is for Prometheus, and / is a page
+to try the model.
+"""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from serving import page
+from serving.connections import Connections
+from serving.contract import PREFLIGHT, RETRY, cross_origin
+from serving.engine import Engine
+from serving.fetch import RequestError
+from serving.handler import (
+    Answer,
+    Request,
+    Scored,
+    Settings,
+    answer,
+    failure,
+    new_id,
+    score,
+)
+from serving.names import without_port
+from serving.package import Package
+from serving.work import Heavy, Work
+from serving.worker import Worker
+
+log = logging.getLogger("packhorse.serving")
+
+BODY_SECONDS = 20.0  # for a request's body
+LIGHT = 1 << 19  # bytes of a body that is read here
+BODIES = 64 << 20  # bytes of all bodies together: what the queue may hold in memory
+# Turns after which asyncio has told that a client hung up whose end came with its request: to read
+# the end, to close, to wake who waits for it. Nothing is begun for that client.
+TURNS = 3
+GET = {"/", "/card", "/metrics", "/ping"}
+NO_HEADERS: Mapping[str, str] = {}
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+REQUESTS = Counter("packhorse_requests", "Requests to /invocations, by status.", ["status"])
+SECONDS = Histogram(
+    "packhorse_request_seconds",
+    "From head to answer.",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+BATCHES = Histogram(
+    "packhorse_batch_size", "Pictures in a run of the network.", buckets=(1, 2, 4, 8, 16, 32, 64)
+)
+IN_PROGRESS = Gauge("packhorse_requests_in_progress", "Requests whose head has come.")
+
+
+class Slots:
+    """What whole requests hold while they are worked on: one of so many here, or of those aside.
+
+    From any thread. What takes long, or waits for other machines, is aside, in the worker's
+    process: it holds up nobody who brings a small picture along.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._working = self._aside = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Hold one. Raise RequestError where there is none."""
+        with self._lock:
+            if self._working >= self._most:
+                raise RequestError(503, "too many requests are waiting; try again")
+            self._working += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._working -= 1
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Hold one of those aside, in the place of the other. Raise as `working`."""
+        with self._lock:
+            if self._aside >= self._most:
+                message = "too many requests fetch pictures, or bring large ones; try again"
+                raise RequestError(503, message)
+            self._aside += 1
+            self._working -= 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._aside -= 1
+                self._working += 1
+
+
+class _Work(Work):
+    """That of a request to this server, which fetches nothing here."""
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        raise Heavy
+        yield
+
+
+class App:
+    """The ASGI application."""
+
+    def __init__(
+        self, package: Package, engine: Engine, settings: Settings, hosts: frozenset[str]
+    ) -> None:
+        """Make it. hosts: names that it goes by; none: any."""
+        self.draining = False
+        self.connections = Connections(settings.connections)
+        self._engine, self._settings, self._hosts = engine, settings, hosts
+        self._slots = Slots(settings.queue)
+        self._worker = Worker(package.preprocessing, settings)
+        self._held = 0  # bytes of all bodies
+        self._coming: dict[_Body, None] = {}  # those that aren't whole, the oldest first
+        # A thread for every request in the queue: while some wait for a slow URL, the others go on.
+        self._threads = _started(2 * settings.queue)
+        self._page = page.read()
+        self._page_headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": page.policy(self._page),
+        }
+        self._card = json.dumps(page.card(package)).encode()
+        engine.observe = BATCHES.observe
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        method, path = scope["method"], scope["path"]
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        try:
+            self._check_host(headers.get("host", ""), path)
+            match method, path:
+                case "POST", "/invocations":
+                    await self._invoke(headers, receive, send)
+                case "OPTIONS", "/invocations":
+                    allowed = cross_origin(self._settings.origins, headers.get("origin", ""))
+                    await self._send(send, 204, b"", {**PREFLIGHT, **allowed})
+                case "GET" | "HEAD", _ if path in GET:
+                    await self._get(path, send)
+                case _, "/invocations":
+                    message = "a prediction is asked for by POST"
+                    raise RequestError(405, message, {"Allow": "POST, OPTIONS"})
+                case _ if path in GET:
+                    message = f"{path} is read by GET; POST is for /invocations"
+                    raise RequestError(405, message, {"Allow": "GET, HEAD"})
+                case _:
+                    raise RequestError(404, "there is no such page")
+        except RequestError as error:
+            request_id = new_id()
+            await self._answer(send, failure(error, request_id), request_id)
+
+    def _check_host(self, host: str, path: str) -> None:
+        """Raise RequestError for a name that is not ours.
+
+        A page of any site may have a name of its own that leads here (DNS rebinding), and would be
+        taken for ours. Whoever balances a load asks /ping by address.
+        """
+        if self._hosts and path != "/ping" and without_port(host) not in self._hosts:
+            raise RequestError(
+                421, "this server does not go by that name; python -m serving serve --hosts NAME"
+            )
+
+    async def _get(self, path: str, send: Send) -> None:
+        if path == "/":
+            await self._send(send, 200, self._page, self._page_headers)
+        elif path == "/card":
+            await self._send(send, 200, self._card)
+        elif path == "/metrics":
+            kind = {"Content-Type": CONTENT_TYPE_LATEST}
+            await self._send(send, 200, generate_latest(REGISTRY), kind)
+        elif self.draining:
+            await self._send(send, 503, b'{"status": "draining"}', RETRY)
+        elif self._engine.hangs(self._settings.seconds):
+            await self._send(send, 503, b'{"status": "every decoder hangs"}', RETRY)
+        else:
+            await self._send(send, 200, b'{"status": "healthy"}')
+
+    async def _invoke(self, headers: dict[str, str], receive: Receive, send: Send) -> None:
+        began = time.monotonic()
+        request_id = new_id(headers.get("x-request-id", ""))
+        body = _Body()
+        IN_PROGRESS.inc()
+        size = 0
+        try:
+            await self._read(receive, headers, body)
+            size = body.size
+            content_type, accept = headers.get("content-type", ""), headers.get("accept", "")
+            request = Request(b"", content_type, accept, request_id)
+            with self._slots.working():
+                result = await self._work(request, body, receive)
+        except _Gone:
+            return
+        except RequestError as error:
+            result = failure(error, request_id)
+        finally:
+            self._held -= body.counted
+            IN_PROGRESS.dec()
+        seconds = time.monotonic() - began
+        REQUESTS.labels(result.status).inc()
+        SECONDS.observe(seconds)
+        log.info("%s %d %.0f ms %d bytes", request_id, result.status, 1000 * seconds, size)
+        await self._answer(send, result, request_id, headers.get("origin", ""))
+
+    async def _work(self, request: Request, body: "_Body", receive: Receive) -> Answer:
+        """Return the answer to a whole request. What is done for a client that leaves is ended.
+
+        request: without its body.
+        """
+        work = _Work(self._settings.seconds)
+        gone = asyncio.ensure_future(receive())  # what comes after a whole body is its end
+        gone.add_done_callback(lambda _: work.abandon())
+        try:
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+                if gone.done():
+                    raise _Gone
+            scorer = partial(self._score, body.chunks)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, answer, self._engine, self._settings, request, work, scorer
+            )
+        finally:
+            gone.cancel()
+
+    def _score(
+        self, chunks: list[bytes], engine: Engine, settings: Settings, request: Request, work: Work
+    ) -> Scored | Answer:
+        """Do what takes a moment here, and leave the rest to the worker's process."""
+        if sum(map(len, chunks)) <= LIGHT:
+            whole = replace(request, body=b"".join(chunks))
+            with suppress(Heavy):
+                return score(engine, settings, whole, work)
+        with self._slots.aside():
+            prepared = self._worker.prepare(request, chunks, work)
+        if isinstance(prepared, Answer):
+            return prepared
+        scores = engine.run(prepared.pixels, work)
+        return Scored(scores, prepared.form, prepared.top, prepared.collecting)
+
+    async def _read(self, receive: Receive, headers: dict[str, str], body: "_Body") -> None:
+        """Fill `body`.
+
+        Raises RequestError for one that is too large, too slow or too much for now, and _Gone.
+        """
+        allowed = self._settings.max_body
+        length = int(headers.get("content-length", "0"))
+        if length > allowed:
+            raise RequestError(413, f"the body has {length:,} bytes; allowed: {allowed:,}")
+        self._coming[body] = None
+        try:
+            async with asyncio.timeout(BODY_SECONDS) as body.deadline:
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _Gone
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    if chunk:
+                        body.chunks.append(chunk)
+                    body.size += len(chunk)
+                    body.counted += len(chunk)
+                    self._held += len(chunk)
+                    if body.size > allowed:
+                        raise RequestError(
+                            413, f"the body has more than the allowed {allowed:,} bytes"
+                        )
+                    self._make_room(body)
+        except TimeoutError as error:
+            if body.given_up:
+                raise RequestError(503, TOO_LARGE) from error
+            raise RequestError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from error
+        finally:
+            del self._coming[body]
+
+    def _make_room(self, body: "_Body") -> None:
+        """Give up bodies where all together are too large: first the one that has taken longest."""
+        for other in self._coming:
+            if self._held <= BODIES:
+                return
+            if other is not body and not other.given_up and other.counted:
+                other.give_up()
+                self._held -= other.counted
+                other.counted = 0
+        if self._held > BODIES:
+            raise RequestError(503, TOO_LARGE)
+
+    async def _answer(self, send: Send, result: Answer, request_id: str, origin: str = "") -> None:
+        headers = {
+            "X-Request-Id": request_id,
+            **cross_origin(self._settings.origins, origin),
+            **result.headers,
+        }
+        await self._send(send, result.status, result.body, headers)
+
+    async def _send(
+        self, send: Send, status: int, body: bytes, headers: Mapping[str, str] = NO_HEADERS
+    ) -> None:
+        sent = {
+            "Content-Type": "application/json",
+            "X-Content-Type-Options": "nosniff",
+            **headers,
+            "Content-Length": str(len(body)),
+        }
+        if status == 204:
+            del sent["Content-Type"], sent["Content-Length"]
+        if self.draining:
+            sent["Connection"] = "close"
+        pairs = [(name.lower().encode(), value.encode()) for name, value in sent.items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _started(threads: int) -> ThreadPoolExecutor:
+    """Return so many threads, all of them started: to start one holds up the event loop."""
+    pool = ThreadPoolExecutor(threads, "request")
+    all_run = threading.Barrier(threads)
+    for _ in range(threads):
+        pool.submit(all_run.wait)
+    return pool
+
+
+TOO_LARGE = "too many large requests are waiting; try again"
+
+
+class _Body:
+    """A body on its way."""
+
+    def __init__(self) -> None:
+        # As they came: to join a large one takes the event loop from all others.
+        self.chunks: list[bytes] = []
+        self.size = 0  # bytes
+        self.counted = 0  # of them, among those of all bodies
+        self.given_up = False
+        self.deadline: asyncio.Timeout | None = None
+
+    def give_up(self) -> None:
+        """Have it given up at once, by who reads it."""
+        self.given_up = True
+        self.chunks.clear()
+        if self.deadline:
+            self.deadline.reschedule(0)
+
+
+class _Gone(Exception):
+    """The client hung up before its request was whole."""

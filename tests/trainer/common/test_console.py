@@ -1,0 +1,126 @@
+"""What a person at a terminal sees of the log, and what a program does."""
+
+import io
+import logging
+import re
+
+import pytest
+
+from trainer.common import console
+from trainer.common.console import log, painted
+from trainer.common.stages import Stages
+from trainer.settings import options
+from trainer.training.epoch_table import EpochTable
+
+ROW = {"train_loss": 1.5, "train_top1": 0.5, "valid_loss": 1.25, "valid_top1": 0.625}
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Gives what is printed of some records. screen: whether to a terminal."""
+    handlers, level = list(log.handlers), log.level
+
+    def shown(level: int, screen: bool) -> str:
+        log.handlers.clear()
+        stream = Screen() if screen else io.StringIO()
+        monkeypatch.setattr("sys.stdout", stream)
+        monkeypatch.setattr(console.streams, "outlive", lambda expendable: None)
+        console.to_terminal(shown=level)
+        log.debug("a stage")
+        log.info("metrics: epoch=1", extra={"for_people": "1/2  50%"})
+        log.log(console.RESULT, "test accuracy")
+        log.warning("look")
+        return stream.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    yield shown
+    log.handlers[:] = handlers
+    log.setLevel(level)
+
+
+def test_a_terminal_shows_the_row_and_a_program_the_metric_line(shown):
+    assert shown(console.USUAL, screen=False) == "metrics: epoch=1\ntest accuracy\nwarning: look\n"
+    seen = shown(console.USUAL, screen=True)
+    assert seen == "1/2  50%\ntest accuracy\n\033[33mwarning:\033[0m look\n"
+    assert shown(console.QUIET, screen=False) == "test accuracy\nwarning: look\n"
+    assert "a stage\nmetrics: epoch=1\n" in shown(console.VERBOSE, screen=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colour_can_be_refused(shown, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert "\033" not in shown(console.USUAL, screen=True)
+
+
+def test_q_and_v_are_no_settings():
+    assert options.shown(["a=1", "-q", "-m"]) == (console.QUIET, ["a=1", "-m"])
+    assert options.shown(["--verbose"]) == (console.VERBOSE, [])
+    assert options.shown(["a=1"]) == (console.USUAL, ["a=1"])
+
+
+def test_the_table_marks_the_best_and_says_what_is_left():
+    table, rows = EpochTable(4), []
+    lines = []
+    for number, best in ((1, True), (2, False), (3, True)):
+        rows.append(ROW | {"epoch": number, "seconds": 2.0 * number})
+        lines += table.row(rows, best, after=30.0).splitlines()
+    head, *lines = lines
+    assert head.split()[0] == "epoch" and "left, about" in head
+    assert [line.endswith(" *") for line in lines] == [True, False, True]
+    assert [line.split()[0] for line in lines] == ["1/4", "2/4", "3/4"]
+    assert "50.0%" in lines[0] and "62.5%" in lines[0]
+    # 3 epochs of 2 s, and then the rest of the run; 2 of 3 s; 1 of 4 s
+    left = [re.search(r"(\d+) s(?: \*)?$", line) for line in lines]
+    assert [int(each[1]) for each in left if each] == [36, 36, 34]
+    solved = EpochTable(0).row([{"epoch": 0, "valid_top1": 0.5}], best=True, after=0.0)
+    assert "head" in solved
+
+
+def test_the_head_alone_tells_no_time_that_nobody_knows():
+    assert "nan" not in EpochTable(3).row([{"epoch": 0, "valid_f1": float("nan")}], True, 9.0)
+
+
+def test_stages_add_up_and_what_is_within_one_is_its(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("trainer.common.stages.time.monotonic", lambda: clock[0])
+
+    def passes(seconds: float) -> None:
+        clock[0] += seconds
+
+    stages = Stages(before=2.0)
+    passes(1)
+    with stages.of("recipe"):
+        passes(3)
+        with stages.of("features"):  # for the decision
+            passes(4)
+    with stages.of("features"):
+        passes(5)
+    with pytest.raises(ValueError, match="torn"), stages.of("training"):
+        passes(6)
+        raise ValueError("torn")
+    passes(1)
+    assert stages.seconds() == {"start": 4, "recipe": 7, "features": 5, "training": 6}
+
+
+def test_work_in_one_piece_gives_signs_without_a_terminal_too(shown, monkeypatch):
+    monkeypatch.setattr(console, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(console, "TICK", 0.001)
+    said: list[logging.LogRecord] = []
+    monkeypatch.setattr(log, "handle", said.append)
+    log.setLevel(logging.INFO)
+    with console.ProgressBar("packing", 1), console.ProgressBar("within", 1):
+        while not said:
+            pass
+    assert said[0].getMessage() == "packing: 0 s"
+
+
+def test_painted_is_plain_where_nobody_looks():
+    assert painted("text", "red") == "text"

@@ -1,0 +1,66 @@
+"""Where a command's time goes: each second belongs to one stage, so the stages add up to it all.
+
+Standard library only.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.common.console import log
+
+START = "start"  # all that belongs to no other stage: Python itself, imports, building the network
+LONGEST_START = 600.0  # seconds; more is a clock that stood still, or another's
+
+
+class Stages:
+    """The seconds of each stage, in the order in which they began.
+
+    A stage within another belongs to the outer one.
+    """
+
+    def __init__(self, before: float = 0.0) -> None:
+        """before: seconds that were spent when this began."""
+        self._spent = {START: before}
+        self._running = START
+        self._since = time.monotonic()
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Count the time of this context as that of a stage."""
+        if self._running != START:
+            yield
+            return
+        self._enter(name)
+        try:
+            yield
+        finally:
+            log.debug("%s: %.1f s", name, self._enter(START))
+
+    def _enter(self, name: str) -> float:
+        """Let another stage run; return the seconds that the one until now has taken."""
+        now = time.monotonic()
+        self._spent[self._running] = self._spent.get(self._running, 0.0) + now - self._since
+        ended, self._running, self._since = self._running, name, now
+        return self._spent[ended]
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage until now; their sum is all the time there was."""
+        self._enter(self._running)
+        return dict(self._spent)
+
+
+def since_process_start() -> float:
+    """Return the seconds since this process began, as Linux knows them; elsewhere 0."""
+    try:
+        text = Path("/proc/self/stat").read_text()
+        # The 22nd field, counted behind the name, which may hold spaces: clock ticks since boot.
+        began = int(text.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        spent = time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+    if not 0 <= spent < LONGEST_START:
+        return 0.0
+    return spent

@@ -1,0 +1,192 @@
+"""What a run knows that may help the next one: each thing with the command that tries it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.images.care import Findings
+from trainer.results.intervals import wilson_interval
+from trainer.results.text import percent
+from trainer.training.recipe import Recipe
+
+# Found by eye on the project's own sets; what they say is advice, and decides nothing.
+OVERFITS = 0.1  # points of accuracy between train and valid
+LEARNED = 0.9  # accuracy on train from which there is nothing left to learn there
+FEW = 20  # pictures of a class to train on
+WIDE = 0.1  # an interval from end to end
+UNEVEN = 10.0  # times as many pictures in the largest class as in the smallest
+FALLS = 0.03  # share of the loss of valid, in the last fifth of the epochs
+WAITS = 0.3  # share of the training time
+
+Command = Callable[..., str]  # of settings as words: the run again, with these
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What was seen, what helps, and the command; "" where there is none."""
+
+    seen: str
+    helps: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What advice is given from.
+
+    history: as in `Report`. counts: images of each class [C], by split. hits: right ones, of the
+    `pictures` of `split`. again: gives the command.
+    """
+
+    history: Sequence[Mapping[str, float]]
+    best_epoch: int
+    config: Mapping[str, Any]
+    counts: Mapping[str, NDArray[np.int64]]
+    split: str
+    hits: int
+    pictures: int
+    findings: Findings
+    recipe: Recipe | None
+    again: Command
+
+
+def advice(known: Known) -> list[Advice]:
+    """Return what there is to say, the weightiest first."""
+    parts = (_leaks, _labels, _overfits, _unfinished, _uneven, _few, _wide, _tie, _waits)
+    return [each for part in parts for each in part(known)]
+
+
+def _leaks(known: Known) -> Iterator[Advice]:
+    leaks = len(known.findings.leaked)
+    if leaks and known.config.get("data.leaks") == "warn":
+        yield Advice(
+            f"Of valid or test {_counted(leaks, 'picture is', 'pictures are')} in train too.",
+            "That flatters the figures: keep it out of these.",
+            known.again("data.leaks=drop"),
+        )
+
+
+def _labels(known: Known) -> Iterator[Advice]:
+    doubts = len(known.findings.of("doubt")) + len(known.findings.of("labels"))
+    if doubts:
+        yield Advice(
+            f"{_counted(doubts, 'label', 'labels')} may be wrong.",
+            "Look below, put right what is wrong, and train again: the label of a test picture "
+            "counts as much as one of train.",
+            known.again(),
+        )
+
+
+def _overfits(known: Known) -> Iterator[Advice]:
+    row = _best(known)
+    train, valid = row.get("train_top1", 0.0), row.get("valid_top1", 1.0)
+    if train < LEARNED or train - valid < OVERFITS:
+        return
+    words = []
+    if known.config.get("model.freeze") == "backbone":
+        words = ["optim.weight_decay=0.1"]
+    elif not known.config.get("data.augment.trivial"):
+        words = ["data.augment.trivial=true"]
+    elif not known.config.get("data.augment.mixup"):
+        words = ["data.augment.mixup=0.2"]
+    yield Advice(
+        f"It overfits: {percent(train)} on train, {percent(valid)} on valid.",
+        "It has learned its training pictures by heart. More pictures help most; without any, make "
+        "them vary more, or hold the weights smaller.",
+        known.again(*words) if words else "",
+    )
+
+
+def _unfinished(known: Known) -> Iterator[Advice]:
+    epochs = len(known.history)
+    if epochs < 5 or known.best_epoch != epochs or any(_overfits(known)):
+        return
+    losses = [row.get("valid_loss", 0.0) for row in known.history]
+    earlier = losses[-1 - epochs // 5]
+    if losses[-1] < (1 - FALLS) * earlier:
+        yield Advice(
+            f"The last epoch was the best of {epochs}, and the loss was still falling.",
+            "Train longer.",
+            known.again(f"train.epochs={2 * epochs}"),
+        )
+
+
+def _uneven(known: Known) -> Iterator[Advice]:
+    counts = known.counts.get("train", np.zeros(0))
+    counts = counts[counts > 0]
+    if not len(counts) or known.config.get("train.imbalance") != "none":
+        return
+    most, least = int(counts.max()), int(counts.min())
+    if most >= UNEVEN * least:
+        yield Advice(
+            f"The largest class has {most:,} training pictures, the smallest {least:,}.",
+            "Rare classes are learned last. Where each class matters alike, let them count alike: "
+            "macro F1 rises, accuracy may fall a little.",
+            known.again("train.imbalance=logits", "train.monitor=valid_f1"),
+        )
+
+
+def _few(known: Known) -> Iterator[Advice]:
+    counts = known.counts.get("train", np.zeros(0))
+    if not len(counts) or np.median(counts) >= FEW:
+        return
+    typical = int(np.median(counts))
+    yield Advice(
+        f"There are few pictures: {typical} of a typical class to train on.",
+        f"Below {FEW} or so each one more counts. Ten more of each class, and first of the least "
+        "accurate ones below, will do more than any setting.",
+    )
+
+
+def _wide(known: Known) -> Iterator[Advice]:
+    low, high = wilson_interval(known.hits, known.pictures)
+    if known.pictures and high - low > WIDE:
+        yield Advice(
+            f"{known.pictures:,} {known.split} pictures tell the accuracy to "
+            f"{50 * (high - low):.0f} points either way.",
+            "A smaller difference between two runs need not be one. For half of that it takes four "
+            "times as many test pictures.",
+        )
+
+
+def _tie(known: Known) -> Iterator[Advice]:
+    measured = [each for each in (known.recipe.candidates if known.recipe else ()) if each.accuracy]
+    chosen = str(known.config.get("model.name"))
+    own = next((each for each in measured if each.name == chosen), None)
+    if own is None:
+        return
+    near = [
+        each
+        for each in measured
+        if each is not own and abs(each.accuracy - own.accuracy) <= max(each.error, own.error)
+    ]
+    if near:
+        best = max(near, key=lambda each: each.accuracy)
+        yield Advice(
+            f"{chosen} and {best.name} are as good as equal: {percent(own.accuracy)} and "
+            f"{percent(best.accuracy)}, each give or take {percent(own.error)}.",
+            "Train the other one too, and let the test pictures say.",
+            known.again(f"model.name={best.name}"),
+        )
+
+
+def _waits(known: Known) -> Iterator[Advice]:
+    seconds = sum(row.get("seconds", 0.0) for row in known.history)
+    wait = sum(row.get("data_wait", 0.0) for row in known.history)
+    if seconds > 60 and wait > WAITS * seconds:
+        yield Advice(
+            f"{percent(wait / seconds)} of the training time went into waiting for pictures.",
+            "The processor that decodes them is the bottleneck, and not the one that computes: "
+            "pack the pixels once (data.cache), or rent more cores.",
+        )
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
+
+
+def _best(known: Known) -> Mapping[str, float]:
+    return next((row for row in known.history if row["epoch"] == known.best_epoch), {})

@@ -1,0 +1,170 @@
+"""`runs/index.html`: all runs of a folder on one page, those on one data set beside each other."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainer.common import files, templates
+from trainer.common.text import duration
+from trainer.results.charts import Axis, scale, share_axis
+from trainer.results.runs import COMPLETE, Summary, cells, own_settings
+from trainer.results.text import breakable, percent, share
+
+CURVES = 8  # runs that have a colour of their own, the newest
+REPORT = "report.html"
+# Seconds that are round to people: up to a minute, an hour, and four days.
+TIMES: tuple[int, ...] = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)
+TIMES += (7200, 18_000, 36_000, 86_400, 172_800, 345_600)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A run in the picture of accuracy against time. front: no other is both faster and better."""
+
+    run: Summary
+    x: float
+    y: float
+    front: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's accuracy on valid by epoch, as SVG's path data. colour: its number, or CURVES."""
+
+    run: Summary
+    path: str
+    colour: int
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Two axes, and what is drawn on them."""
+
+    x: Axis
+    y: Axis
+    dots: Sequence[Dot] = ()
+    front: str = ""
+    curves: Sequence[Curve] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: texts, and what each is sorted by."""
+
+    run: Summary
+    cells: Sequence[tuple[str, Any]]
+    report: str | None  # its address from the page
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs on one data set, the newest first."""
+
+    data: str
+    rows: Sequence[Row]
+    pareto: Plot | None
+    curves: Plot | None
+
+
+HEAD = ("run", "date", "model", "valid", "test", "95 %", "epochs", "time", "state", "differs by")
+
+
+def write(runs: Sequence[Summary], path: Path) -> None:
+    """Write the page to `path`, whole or not at all. runs: the newest first."""
+    names = list(dict.fromkeys(run.data for run in runs))
+    groups = [_group(name, [run for run in runs if run.data == name], path) for name in names]
+    filters: dict[str, Callable[..., Any]] = {
+        "share": share,
+        "percent": percent,
+        "duration": duration,
+        "breakable": breakable,
+    }
+    page = templates.render(
+        Path(__file__).with_name("index.html.j2"),
+        filters,
+        title=path.parent.resolve().name,
+        count=len(runs),
+        groups=groups,
+        head=HEAD,
+        most=CURVES,
+        script=templates.script(Path(__file__).with_name("index.js.j2")),
+    )
+    files.write(path, page.encode("utf-8", "backslashreplace"))
+
+
+def _group(data: str, runs: Sequence[Summary], path: Path) -> Group:
+    differing = own_settings(runs)
+    rows = []
+    for run, differs in zip(runs, differing, strict=True):
+        date, _, model, valid, test, interval, epochs, took, state, _ = cells(run)
+        values: list[tuple[str, Any]] = [
+            (date, run.date),
+            (model, model),
+            (valid, _sortable(run.valid)),
+            (test, _sortable(run.test)),
+            (interval, _sortable(run.interval[0] if run.interval else None)),
+            (epochs, run.epochs),
+            (took, _sortable(run.seconds)),
+            (state, state),
+            (" ".join(differs), " ".join(differs)),
+        ]
+        report = None
+        if (run.path / REPORT).is_file() and run.path.parent == path.parent:
+            report = f"{run.path.name}/{REPORT}"
+        rows.append(Row(run, values, report))
+    return Group(data, rows, _pareto(runs), _curves(runs))
+
+
+def _sortable(value: float | None) -> float:
+    """Return a number that is sorted behind all others where there is none."""
+    return -math.inf if value is None else value
+
+
+def _pareto(runs: Sequence[Summary]) -> Plot | None:
+    """Draw accuracy against the time that it took, and the runs that none beats in both."""
+    known = [(run, run.seconds, run.test) for run in runs if run.state == COMPLETE]
+    placed = [(run, spent, right) for run, spent, right in known if spent and right is not None]
+    if len(placed) < 2:
+        return None
+    times = [spent for _, spent, _ in placed]
+    x = _time_axis(min(times), max(times))
+    y = share_axis("test top-1", [right for _, _, right in placed])
+    dots = []
+    for run, spent, right in placed:
+        beaten = any(
+            other_spent <= spent
+            and other_right >= right
+            and (other_spent, other_right) != (spent, right)
+            for _, other_spent, other_right in placed
+        )
+        dots.append(Dot(run, x(spent), 1 - y(right), not beaten))
+    front = sorted((dot.x, dot.y) for dot in dots if dot.front)
+    line = "M" + "L".join(f"{across:.4f} {down:.4f}" for across, down in front)
+    return Plot(x, y, dots, line)
+
+
+def _time_axis(shortest: float, longest: float) -> Axis:
+    """Return a logarithmic axis with ticks at times as people say them."""
+    low = max((time for time in TIMES if time <= shortest), default=TIMES[0] / 2)
+    high = min((time for time in TIMES if time >= longest), default=longest * 1.2)
+    axis = scale("wall time", low, high, log=True)
+    ticks = [time for time in TIMES if low <= time <= high]
+    ticks = ticks[:: max(1, math.ceil(len(ticks) / 6))]
+    return replace(axis, ticks=[(axis(time), duration(time)) for time in ticks])
+
+
+def _curves(runs: Sequence[Summary]) -> Plot | None:
+    """Draw valid's accuracy by epoch, of all runs over each other."""
+    drawn = [run for run in runs if len(run.curve) > 1]
+    if not drawn:
+        return None
+    epochs = [epoch for run in drawn for epoch, _ in run.curve]
+    x = scale("epoch", min(epochs), max(epochs), log=False)
+    y = share_axis("valid top-1", [right for run in drawn for _, right in run.curve])
+    curves = []
+    for number, run in enumerate(drawn):
+        points = (f"{x(epoch):.4f} {1 - y(right):.4f}" for epoch, right in run.curve)
+        curves.append(Curve(run, "M" + "L".join(points), min(number, CURVES)))
+    return Plot(x, y, curves=curves[::-1])  # the newest above the others
