@@ -428,7 +428,9 @@ def test_the_evaluator_would_allow_them(evaluator):
 
 
 def test_the_list_by_hand_has_each_aws_command_of_the_machines_script():
-    script = (PROJECT / "launch/targets/user_data.sh").read_text().replace("\\\n", " ")
+    parts = ("user_data.sh", "uploads.sh")
+    script = "".join((PROJECT / "launch/targets" / name).read_text() for name in parts)
+    script = script.replace("\\\n", " ")
     commands = {
         " ".join(found.split())
         for found in re.findall(r"(?<=[^#\w])(aws [a-z0-9-]+ [^;|&>)\n]+)", script)

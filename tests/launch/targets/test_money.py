@@ -213,7 +213,8 @@ def test_status_shows_what_it_may_know(account):
     assert account.launch("submit", "target=ec2", "name=unseen-too")[0] == OK
     for operation in ("ListEndpoints", "ListNotebookInstances"):
         account.post("/strict/rude", how="deny", answers=1, operation=operation)
-    account.post("/strict/rude", how="deny", answers=9, operation="DescribeTrainingJob")
+    for operation in ("Search", "DescribeTrainingJob"):
+        account.post("/strict/rude", how="deny", answers=9, operation=operation)
     code, printed = account.launch("status")
     account.post("/strict/calm")
     assert code == OK and re.search("unseen-too .* running", printed), printed
