@@ -4,6 +4,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from trainer.common import sessions
+
 MEMINFO = Path("/proc/meminfo")  # Linux's, in KiB
 ASK = ("--query-gpu=utilization.gpu,memory.used,memory.total", "--format=csv,noheader,nounits")
 PATIENCE = 5  # seconds for the driver's answer
@@ -34,9 +36,7 @@ def gpus() -> list[str]:
     if program is None:
         return []
     try:
-        answer = subprocess.run(
-            [program, *ASK], capture_output=True, text=True, timeout=PATIENCE, check=True
-        )
+        answer = sessions.run([program, *ASK], timeout=PATIENCE)
         rows = [line.split(",") for line in answer.stdout.splitlines() if line.strip()]
         # The memory is in MiB.
         return [

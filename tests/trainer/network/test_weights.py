@@ -175,7 +175,9 @@ def test_a_tag_that_timm_has_not_is_one_line(resolved):
 # --- what is set against it ---
 
 
-def test_what_a_person_sets_against_the_weights_is_kept_and_said_in_one_line(pictures, tmp_path):
+def test_what_a_person_sets_against_the_weights_is_kept_and_said_in_one_line(
+    pictures, tmp_path, resolved
+):
     given = ("data.size=96", "data.interpolation=bicubic", "model.mean=[0.5,0.5,0.5]")
     code, output = run_trainer(
         tmp_path,
@@ -197,12 +199,9 @@ def test_what_a_person_sets_against_the_weights_is_kept_and_said_in_one_line(pic
     ):
         assert said in line, line
     assert "resize" not in line and "std" not in line
-    written = yaml.safe_load((tmp_path / "runs/run/config.yaml").read_text())
-    assert (written["data"]["resize"], written["data"]["size"], written["model"]["mean"]) == (
-        110,
-        96,
-        [0.5, 0.5, 0.5],
-    )
+    config = resolved("model=torchvision", "model.name=resnet18", *given)
+    assert (config.data.resize, config.data.size) == (110, 96)
+    assert config.model.mean == [0.5, 0.5, 0.5]
 
 
 def test_what_the_weights_expect_may_be_given_without_a_word(resolved, caplog):

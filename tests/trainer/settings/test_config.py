@@ -32,6 +32,7 @@ def test_every_option_of_every_group_composes(group, configure):
     for path in sorted((PROJECT / "conf" / group).glob("*.yaml")):
         given = ["data.root=somewhere"] if group in ("data", "experiment") else []
         given += ["model.name=resnet18"] if path.stem == "torchvision" else []
+        given += ["model.code=own.py"] if path.stem == "own" else []
         assert isinstance(configure(f"{group}={path.stem}", *given), Config)
 
 
