@@ -636,7 +636,7 @@ def duration(seconds: float) -> str:
 
 
 def _table(facts: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:<22} {value}" for name, value in facts.items())
+    return "\n".join(f"  {name:<23} {value}" for name, value in facts.items())
 
 
 if __name__ == "__main__":

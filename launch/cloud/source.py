@@ -74,6 +74,8 @@ def files(project: Path = PROJECT) -> dict[str, Path]:
         for path in project.glob(pattern)
         if "__pycache__" not in path.parts
     }
+    # What Python imports as packhorse is for who has a notebook, and lies elsewhere once installed.
+    paths = {name: path for name, path in paths.items() if not name.startswith("launch/python/")}
     paths |= {name: beside(name, project) for name in BESIDE}
     for path in paths.values():
         if path.is_symlink():

@@ -33,8 +33,8 @@ def installed(tmp_path_factory):
 
 def packed():
     """The names of what a wheel is built from."""
-    deploy = [str(path.relative_to(PROJECT)) for path in PROJECT.glob("serving/deploy/*.py")]
-    return sorted({*source.files(), *deploy})
+    others = [*PROJECT.glob("serving/deploy/*.py"), *PROJECT.glob("launch/python/packhorse/*.py")]
+    return sorted({*source.files(), *(str(path.relative_to(PROJECT)) for path in others)})
 
 
 def run(installed, directory, *command):
