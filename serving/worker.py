@@ -96,7 +96,7 @@ class _Life:
         ours, its = socket.socketpair()
         with its:
             self._process = sessions.Child(
-                [sys.executable, "-P", "-m", "serving.worker", str(its.fileno())],
+                [*sessions.python(), "-m", "serving.worker", str(its.fileno())],
                 pass_fds=[its.fileno()],
                 env=os.environ
                 | {

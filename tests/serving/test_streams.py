@@ -36,7 +36,9 @@ class Shown(Server):
         os.close(written)
         text = b""
         while not (running := re.search(rb"running on http://127\.0\.0\.1:(\d+)\D", text)):
-            text += os.read(looking, 4096)
+            part = os.read(looking, 4096)
+            assert part, text  # the server has ended
+            text += part
         self.port = int(running[1])
         os.close(looking)
 

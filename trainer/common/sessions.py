@@ -86,6 +86,18 @@ class Child(subprocess.Popen[Any]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def python() -> list[str]:
+    """Return how a command begins that starts this Python again.
+
+    What lies in the current directory can't take the place of a module. Where this one writes no
+    bytecode, beside a package's code say, neither does the other.
+    """
+    command = [sys.executable, "-P"]
+    if sys.dont_write_bytecode:
+        command.append("-B")
+    return command
+
+
 def run(
     command: Sequence[str], timeout: float | None = None, **options: Any
 ) -> "subprocess.CompletedProcess[str]":

@@ -41,7 +41,7 @@ class _Decoder:
             "MALLOC_ARENA_MAX": "2",
         }
         self.process = sessions.Child(
-            [sys.executable, "-P", "-m", __name__],
+            [*sessions.python(), "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
