@@ -319,11 +319,11 @@ class Decision:
         tuned |= self.with_crops(judged.network)
         if few and not asked:
             gains, better = self.tuned_halves(judged.network, flips | tuned)
-            words = f"{gains.mean():+.3f} +- {probe.standard_error(gains):.3f}"
             if not better:
+                change = f"{-gains.mean():+.3f} +- {probe.standard_error(gains):.3f}"
                 self.reasons.append(
                     "the head alone is solved: to fine-tune everything on one half of the pictures "
-                    f"isn't better on the other beyond doubt (its loss: {words} less)"
+                    f"isn't better on the other beyond doubt (loss {change})"
                 )
                 return frozen
             tuned["train.margin"] = -1.0  # what few pictures of valid say is worth less
