@@ -55,8 +55,8 @@ def checked_out(revision: str) -> Iterator[Path]:
         git = ["git", "-C", str(PROJECT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", project, revision], check=True)
         try:
-            shutil.rmtree(project / "tests")
-            shutil.copytree(PROJECT / "tests", project / "tests")
+            shutil.rmtree(project / "tests/benchmarks", ignore_errors=True)
+            shutil.copytree(PROJECT / "tests/benchmarks", project / "tests/benchmarks")
             yield project
         finally:
             subprocess.run([*git, "remove", "--force", project], check=True)

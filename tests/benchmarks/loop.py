@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,7 +17,7 @@ from tests.benchmarks.table import Row, Table, installed
 from tests.trainer.trainings import make_run
 from trainer.images.augment import Augmentation
 from trainer.images.decode import Preprocessing
-from trainer.images.folder import ImageFolder
+from trainer.images.folder import ImageFolder, Split
 from trainer.images.loader import Batch, ImageLoader
 from trainer.images.sampler import Share
 from trainer.network import build as model
@@ -203,7 +204,10 @@ def compose_settings(*overrides: str) -> Config:
 
 def open_in_memory(run: Run, network: model.Classifier, data: InMemory) -> Training:
     """Build a training on batches from memory, by the function that builds every training."""
-    folder = ImageFolder(tuple(map(str, range(data.classes))), {}, (), "in memory")
+    # A data set is known by its pictures; this one is never opened.
+    train = Split(("in memory",), np.zeros(1, np.int64))
+    classes = tuple(map(str, range(data.classes)))
+    folder = ImageFolder(classes, {"train": train}, (), digests={"in memory": ""})
     size = data.batches[0].image.shape[1]
     loader = ImageLoader(
         folder,

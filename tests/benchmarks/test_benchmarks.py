@@ -4,10 +4,13 @@ import importlib
 
 import pytest
 
-from tests.benchmarks import compare, recipe
+from tests.benchmarks import compare, loop, recipe
 from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.measure import paired, ratio
 from tests.benchmarks.table import HEAD, Row, Table, merge
+from tests.trainer.trainings import make_run
+from trainer.images.sampler import Share
+from trainer.network import build
 from trainer.settings.config import TOY
 from trainer.training.recipe import Candidate, Recipe
 
@@ -43,6 +46,15 @@ def test_a_section_is_replaced_and_the_others_stay():
         merge(page, {"Other": other.replace("how", "how else")}, ["One", "Other"]).count("how else")
         == 1
     )
+
+
+def test_a_training_in_memory_trains_by_the_trainers_own_loop(tmp_path):
+    run = make_run(tmp_path, loop.compose_settings())
+    network = build.build("small_cnn", loop.CLASSES)
+    data = loop.InMemory(loop.make_batches(16, 4, 2), Share())
+    training = loop.open_in_memory(run, network, data)
+    loop.train_epoch_again(training)
+    assert training.progress.step > 0
 
 
 def test_two_revisions_are_compared_round_by_round():
