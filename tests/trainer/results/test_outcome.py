@@ -81,7 +81,9 @@ def test_the_report_says_what_the_run_was_and_its_times_add_up(run):
     told = page.attributes("svg")
     (wall,) = (each["aria-label"] for each in told if "Wall" in each.get("aria-label", ""))
     shown = [each.partition(" ")[0] for each in wall.removeprefix("Wall time: ").split(", ")]
-    assert shown == [name for name, spent in result["stages"].items() if spent >= 0.05]
+    lasted = [name for name, spent in result["stages"].items() if spent >= 0.05]
+    # While the report is written it can't say how long that took.
+    assert {*shown} | {"report"} == {*lasted, "report"}
     for said in (
         "small_cnn, 0.2 million parameters, weights from scratch",
         ": 12 train, 36 valid, 30 test pictures, 3 classes",
