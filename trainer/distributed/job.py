@@ -276,6 +276,7 @@ class Job(World):
             # On its own host the process that ended has spoken for itself.
             if self.local_rank == 0 and error.notice.node != self.node:
                 show()
+            self._heartbeat.end()  # who spoke waits until it was heard
             return
         if self.is_main_process:
             show()

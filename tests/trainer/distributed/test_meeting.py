@@ -12,7 +12,7 @@ import torch
 from tests.conftest import ended, make_pictures, start
 from tests.ports import free_port
 from tests.trainer.distributed.together import all_ended, rank_environment
-from trainer.common.errors import MISTAKE, RESUME
+from trainer.common.errors import MISTAKE, OK, RESUME
 from trainer.distributed import heartbeat
 from trainer.distributed.heartbeat import Heartbeat
 
@@ -71,6 +71,22 @@ def test_a_signal_before_they_have_met_ends_all_of_them(directory, rank, place, 
     stops = [line for line in said if "stopped by" in line]
     assert len(stops) == 1 and f"stopped by {number.name}" in stops[0], outputs
     assert not [line for line in said if line.startswith("error: ") or "Traceback" in line]
+
+
+@pytest.mark.parametrize(("words", "expected"), [("train.epochs=0", MISTAKE), ("--help", OK)])
+def test_what_rank_0_alone_has_to_say_keeps_nobody(directory, words, expected):
+    port = free_port()
+    processes = [
+        start(
+            directory,
+            ("trainer", words),
+            rank_environment(directory, rank, 2, port),
+            before=PATIENT,
+        )
+        for rank in range(2)
+    ]
+    codes, outputs = all_ended(processes, 500)
+    assert codes == [expected, expected] and outputs[1] == "", outputs
 
 
 def test_a_process_that_waits_for_rank_0_says_so_and_hears_signals(directory):
