@@ -191,7 +191,7 @@ def script(spec: Spec, hours: float) -> str:
         extras=",".join(spec.extras) or "train",
         scratch=SCRATCH,
         limit=limit,
-        grace=min(ec2.GRACE, limit // 10),
+        grace=ec2.grace_of(limit),
         every=ec2.UPLOAD_EVERY,
         processes=ec2.processes(spec.config),
         arguments=[*spec.overrides, "platform=ec2", f"name='{spec.run}'", *named],

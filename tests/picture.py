@@ -7,6 +7,7 @@ into the README. With `--run DIR` it takes the picture of another run, and leave
 
 import argparse
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,8 +46,15 @@ def main() -> None:
 def train(place: Path) -> tuple[Path, str]:
     """Train as `make train` does, into `place`; return the run's directory, and what it printed."""
     command = [sys.executable, "-m", "trainer", f"platform.runs={place}/runs"]
+    # The tests' environment has one thread, and other bits than a person's.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     process = subprocess.Popen(
-        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=PROJECT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert process.stdout is not None
     printed = []

@@ -18,8 +18,7 @@ from trainer.settings.config import Config, setting
 USER_DATA_BYTES = 16384  # EC2's limit, before base64
 ROOT_DEVICE = "/dev/xvda"  # of Amazon Linux
 UPLOAD_EVERY = 60  # seconds
-# Seconds before the time limit, in which a run saves and uploads; a tenth of short limits.
-GRACE = 300
+GRACE = 300  # see `grace_of`
 
 
 @dataclass
@@ -121,7 +120,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         weights_root=spec.weights_root or "",
         extras=",".join(spec.extras) or "train",
         limit=limit,
-        grace=min(GRACE, limit // 10),
+        grace=grace_of(limit),
         every=upload_every,
         idle=round(60 * settings_of(spec).idle_minutes),
         processes=processes(spec.config),
@@ -170,3 +169,11 @@ def settings_of(spec: Spec) -> Ec2Config:
 
 def with_image(spec: Spec, image: str) -> Spec:
     return dataclasses.replace(spec, target=dataclasses.replace(settings_of(spec), image=image))
+
+
+def grace_of(limit: int) -> int:
+    """Return the seconds before a time limit in which a run saves and uploads.
+
+    A tenth of short limits. limit: seconds.
+    """
+    return min(GRACE, limit // 10)

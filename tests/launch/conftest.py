@@ -32,6 +32,7 @@ from tests.conftest import PROJECT, wait_for
 from trainer.common.errors import OK
 
 REGION = "us-east-1"
+BUCKET = f"packhorse-123456789012-{REGION}"  # of the account that moto has
 SERVICES = ("cloudformation", "ec2", "iam", "logs", "s3", "sagemaker", "ssm", "sts")
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",

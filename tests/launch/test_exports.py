@@ -115,7 +115,8 @@ def test_what_is_written_is_what_is_meant(engine):
     script = exports.script(plan.spec, 1.0)
     assert "arguments=(" in script and f"limit={3600 * 8}" in text
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert "limit=3600" in script and "train.epochs=3" in script
+    assert "limit=3600" in script and "grace=300" in script and "train.epochs=3" in script
+    assert "limit=600" in (short := exports.script(plan.spec, 1 / 6)) and "grace=60" in short
 
 
 def test_the_dearest_machine_keeps_the_ceiling():

@@ -14,13 +14,12 @@ from launch.cloud.prices import Price
 from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.attempt import END, INDEX, Attempt, attempt_key
-from tests.launch.conftest import CREDENTIALS, REGION, Cloud, founded
+from tests.launch.conftest import BUCKET, CREDENTIALS, REGION, Cloud, founded
 from trainer.common.errors import OK
 
 RUNS = 250
 CALLS = 12
 OLD = timedelta(days=3)
-BUCKET = f"packhorse-123456789012-{REGION}"
 ROLE = f"arn:aws:iam::123456789012:role/packhorse-training-{REGION}"
 
 

@@ -14,7 +14,7 @@ import signal
 import pytest
 
 from launch.targets.attempt import INDEX, NOTE
-from tests.launch.conftest import Cloud
+from tests.launch.conftest import BUCKET, Cloud
 from trainer.common.errors import OK
 
 TARGETS = {
@@ -46,7 +46,7 @@ def moments(calls: list[str], kind: str) -> list[tuple[int, str]]:
 def final_state(cloud: Cloud, name: str) -> dict[str, object]:
     """All that a submit leaves in AWS, without what time and chance decide (ids, dates)."""
     s3, sagemaker, ec2 = cloud.client("s3"), cloud.client("sagemaker"), cloud.client("ec2")
-    bucket = "packhorse-123456789012-us-east-1"
+    bucket = BUCKET
     keys = [item["Key"] for item in s3.list_objects_v2(Bucket=bucket).get("Contents", [])]
     attempts = [
         json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
@@ -88,7 +88,7 @@ def clear(cloud: Cloud) -> None:
     """Removes runs and code, and leaves the foundation."""
     cloud.post("/strict/forget")
     s3 = cloud.client("s3")
-    bucket = "packhorse-123456789012-us-east-1"
+    bucket = BUCKET
     keys = [{"Key": item["Key"]} for item in s3.list_objects_v2(Bucket=bucket).get("Contents", [])]
     if keys:
         s3.delete_objects(Bucket=bucket, Delete={"Objects": keys})

@@ -509,7 +509,8 @@ def test_the_packages_own_code_decodes_an_avif_in_a_process_of_its_own(original,
         "from trainer.images import apart, decode;"
         "print(decode.shrink('picture.avif', 16, 'bilinear').shape, apart.__file__)"
     )
-    result = run("-I", "-B", "-c", script, str(code), cwd=tmp_path)
+    said = {"PYTHONDONTWRITEBYTECODE": ""}  # Python takes an empty one for none
+    result = run("-I", "-B", "-c", script, str(code), cwd=tmp_path, **said)
     assert result.stdout == f"(16, 24, 3) {code}/trainer/images/apart.py\n", result.stderr
     assert not [*code.rglob("__pycache__")]  # -B holds for it too
 

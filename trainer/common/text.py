@@ -1,7 +1,12 @@
-"""Words for people."""
+"""Words and figures for people."""
 
 import math
 from collections.abc import Iterable
+
+
+def noted(value: float) -> float:
+    """Return a metric as it is noted, with six places: more are the machine's."""
+    return round(value, 6)
 
 
 def listed(items: Iterable[str], limit: int = 5) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from trainer.common import files
 from trainer.common.errors import UserError
+from trainer.common.text import noted
 
 NAMES = ("network", "loss", "metric")
 OURS = {"loss", "refinement", "top1", "top5", "f1"}  # figures that have their meaning
@@ -85,7 +86,7 @@ class Own:
             return {}
         with _Told(self.path, "metric"):
             said = self.metric(output, target)
-            values = {name: round(float(value), 6) for name, value in said.items()}
+            values = {name: noted(float(value)) for name, value in said.items()}
         for name in values:
             if not name.isidentifier() or name in OURS:
                 raise self._wrong(

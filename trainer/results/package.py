@@ -13,7 +13,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -301,8 +300,7 @@ def _scores(network: nn.Module, pixels: NDArray[np.uint8]) -> dict[str, NDArray[
 def _self_test(package: Path) -> None:
     """Have serving load the package in a process without torch. Raise SelfTestFailed."""
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    # -P: a folder named `serving` in the user's current directory must not be taken for ours.
-    command = [sys.executable, "-P", "-m", "serving", "check", str(package)]
+    command = [*sessions.python(), "-m", "serving", "check", str(package)]
     environment = os.environ | {"PYTHONPATH": path}
     environment.pop("HYDRA_FULL_ERROR", None)  # it says in one line what is wrong
     for _ in range(2):  # again where a disk failed once

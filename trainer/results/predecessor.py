@@ -77,11 +77,6 @@ def verdict(before: Path, now: Path) -> str:
     if result.p > SURE:
         return (
             f"{points:+.1f} points, not distinguishable on {result.pictures} pictures: {alone}, "
-            f"which chance alone gives in {percent_of(result.p)} of cases."
+            f"which chance alone gives in {result.p:.0%} of cases."
         )
     return f"{points:+.1f} points: {alone}, which chance alone seldom gives."
-
-
-def percent_of(p: float) -> str:
-    """Return a probability in whole percent."""
-    return f"{100 * p:.0f}%"

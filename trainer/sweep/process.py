@@ -52,8 +52,7 @@ class TrialProcess:
         self.memory_kills = faults.memory_kills()
         with self.output.open("ab") as output:
             self.process = sessions.Child(  # which the driver ends, when it is asked to end
-                # -P: not the code in the current directory
-                [sys.executable, "-P", "-m", *arguments],
+                [*sessions.python(), "-m", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -91,4 +91,4 @@ def _number(value: float | None) -> str:
 def _percent(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return ""
-    return f"{100 * value:.1f}%"
+    return f"{value:.1%}"

@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.common import files
+from trainer.common.text import noted
 from trainer.training.tracking import Tracking
-
-PLACES = 6  # after the point, of a metric that is noted
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> float:
-    """Return the mean cross-entropy in nats, as it is noted: with six places.
+    """Return the mean cross-entropy in nats, as it is noted.
 
     logits: float32 [N, classes]; labels: int64 [N].
     """
-    return round(functional.cross_entropy(logits, labels).item(), PLACES)
+    return noted(functional.cross_entropy(logits, labels).item())
 
 
 def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
@@ -46,7 +45,7 @@ def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, flo
     }
     metrics = {f"{prefix}_loss": mean_loss(logits, labels)}
     for name, value in values.items():
-        metrics[f"{prefix}_{name}"] = round(value.item(), PLACES)
+        metrics[f"{prefix}_{name}"] = noted(value.item())
     return metrics
 
 

@@ -18,7 +18,7 @@ from trainer.common import usage
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import Interrupted, Unreadable, UserError
 from trainer.common.randomness import Purpose, generator
-from trainer.common.text import listed
+from trainer.common.text import listed, noted
 from trainer.distributed.exact import Ordered
 from trainer.distributed.gradients import Gradients, Replicated
 from trainer.distributed.job import Job
@@ -308,7 +308,7 @@ class Training:
         losses = probe.calibrated_losses(logits, labels)
         metrics = classification(logits, labels, "valid")
         metrics |= self.own.figures(logits, labels, "valid")
-        metrics["valid_refinement"] = round(losses.mean().item(), 6)
+        metrics["valid_refinement"] = noted(losses.mean().item())
         if self.head_saw_valid:
             return metrics | {"seen_loss": loss_of_weights}
         if self.config.model.head != "probe":
@@ -318,7 +318,7 @@ class Training:
             return metrics
         gains = self.probe_losses - losses
         error = probe.standard_error(gains.numpy())
-        return metrics | {"gain": round(gains.mean().item(), 6), "gain_error": round(error, 6)}
+        return metrics | {"gain": noted(gains.mean().item()), "gain_error": noted(error)}
 
     # --- an epoch, as loop.fit drives it ---
 

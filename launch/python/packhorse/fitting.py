@@ -155,9 +155,8 @@ def _start(words: list[str]) -> tuple["subprocess.Popen[Any]", int]:
     else:
         output, its = os.pipe()
     try:
-        # -P: a folder named `trainer` in the current directory must not be taken for ours.
         child = sessions.Child(
-            [sys.executable, "-P", "-m", "trainer", *words],
+            [*sessions.python(), "-m", "trainer", *words],
             env=os.environ | {"PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=its,

@@ -16,11 +16,9 @@ from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.spec import choose
 from tests.conftest import make_pictures, wait_for
-from tests.launch.conftest import REGION, Cloud, founded
+from tests.launch.conftest import BUCKET, REGION, Cloud, founded
 from tests.launch.test_kills import KILLED
 from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, UserError
-
-BUCKET = f"packhorse-123456789012-{REGION}"
 
 
 @pytest.fixture(scope="module")

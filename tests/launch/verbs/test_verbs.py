@@ -19,12 +19,11 @@ from PIL import Image
 
 from launch.targets.base import NAMES
 from tests.conftest import make_pictures, wait_for
-from tests.launch.conftest import REGION, Cloud, founded
+from tests.launch.conftest import BUCKET, REGION, Cloud, founded
 from tests.packages import make_contents, make_network
 from trainer.common.errors import MISTAKE, OK
 from trainer.results.package import build
 
-BUCKET = f"packhorse-123456789012-{REGION}"
 READS = re.compile("Get|Head|List|Describe|Filter")
 MORE = {"tuner": ["sweep=head"]}
 

@@ -46,6 +46,47 @@ def test_a_transformer_that_asks_its_class_token_alone_has_places():
     assert all(each is not None and each.shape == (4, 4) and each.max() == 1 for each in found)
 
 
+class Attention(nn.Module):
+    """As timm's: queries, keys and values are the output of one layer, wider than the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(8), nn.Linear(8, 24)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(self.norm(tokens)).chunk(3, -1)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        return tokens + attended
+
+
+class Tokens(nn.Module):
+    """A patch a token, behind one that stands for the class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.first = nn.Conv2d(3, 8, 8, stride=8), nn.Parameter(torch.rand(1, 1, 8))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(images).flatten(2).transpose(1, 2)
+        return torch.cat([self.first.expand(len(images), -1, -1), patches], dim=1)
+
+
+class First(nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, 0]
+
+
+def test_places_are_those_of_the_tokens_and_not_of_what_is_made_of_them():
+    torch.manual_seed(0)
+    layers = (Tokens(), Attention(), nn.LayerNorm(8), First())
+    network = Classifier(nn.Sequential(*layers), nn.Linear(8, 2), MEAN, STD)
+    found = Saliency(network)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    where = [found.where(pixels, label) for label in (0, 1)]
+    assert any(each is not None and each.shape == (4, 4) for each in where)
+    assert found._layer is network.backbone[1].norm
+
+
 def test_a_network_without_places_shows_none():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
     network = Classifier(flat, nn.Linear(4, 2), MEAN, STD)

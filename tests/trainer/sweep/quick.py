@@ -82,4 +82,4 @@ class Child:
 
 def fork_trials() -> None:
     """Let the driver in this process fork its trials."""
-    vars(process)["sessions"] = SimpleNamespace(Child=Child)
+    vars(process)["sessions"] = SimpleNamespace(Child=Child, python=sessions.python)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from tests.conftest import QUICK, make_pictures, run_trainer
 from tests.soak import difference
@@ -13,14 +12,6 @@ from trainer.training.loop import fit
 
 RECIPE = ("model=small_cnn", "data.size=16", "data.resize=18", "train.batch_size=8", "seed=7")
 CONSTANT = ("optim.schedule=constant", "optim.warmup_epochs=0.5", "optim.lr=3e-3")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

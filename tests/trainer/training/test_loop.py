@@ -25,15 +25,6 @@ from trainer.training.loop import fit, predict, seed_dropout, train_one_epoch, t
 from trainer.training.metrics import better
 from trainer.training.training import Training
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 RECIPE = (
     "model=small_cnn", "data.size=16", "data.resize=18", "train.epochs=2", "train.batch_size=8",
     "train.accumulate=2", "train.ema_decay=0.9", "optim.lr=3e-3", "optim.head_lr=1e-2",

@@ -1,0 +1,34 @@
+import pytest
+
+from trainer.common import stages
+from trainer.common.stages import START, Stages
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved: clock[0] is its time."""
+    now = [100.0]
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_each_second_belongs_to_one_stage_and_the_outer_one_of_two(clock):
+    spent = Stages(before=2.0)
+    clock[0] += 1
+    with spent.of("training"):
+        clock[0] += 4
+        with spent.of("features"):
+            clock[0] += 8
+        clock[0] += 16
+    with pytest.raises(ValueError, match="ends it"), spent.of("package"):
+        clock[0] += 32
+        raise ValueError("what ends it is no matter")
+    clock[0] += 64
+    assert spent.seconds() == {START: 67.0, "training": 28.0, "package": 32.0}
+    with spent.of("training"):  # once more
+        clock[0] += 128
+        assert spent.seconds()["training"] == 156.0
+
+
+def test_a_process_knows_when_it_began():
+    assert 0 <= stages.since_process_start() < stages.LONGEST_START
