@@ -457,13 +457,7 @@ def _cropped(network: Network, scale: tuple[float, float]) -> Network:
     """Return the network with random views that show such a share of each image, and no more."""
     augmentation = Augmentation(scale, network.loader.augmentation.ratio, flip=False, trivial=False)
     loader = replace(network.loader, augmentation=augmentation)
-    return replace(network, loader=loader, cache=_cache_for(network, loader))
-
-
-def _cache_for(network: Network, loader: ImageLoader) -> FeatureCache:
-    """Return the cache of the network's features for other images, or other views of them."""
-    cache = network.cache
-    return FeatureCache(cache.network, loader, cache.machine, cache.cache.parent)
+    return replace(network, loader=loader, cache=network.cache.of_other(loader))
 
 
 def _worse_by(one: Judged, best: Judged) -> float:
@@ -497,7 +491,7 @@ def _sampled(network: Network, fraction: float, seed: int) -> Network:
         splits[name] = Split(paths, split.labels[chosen])
     few = replace(images, splits=splits)
     loader = replace(network.loader, folder=few)
-    return replace(network, images=few, loader=loader, cache=_cache_for(network, loader))
+    return replace(network, images=few, loader=loader, cache=network.cache.of_other(loader))
 
 
 def _halves(images: ImageFolder, seed: int) -> Iterator[tuple[NDArray[np.int64], ImageFolder]]:

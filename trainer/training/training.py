@@ -779,6 +779,7 @@ def prepare_machine(config: Config, world: World) -> Machine:
         processes=processes,
         local_rank=world.local_rank,
         local_size=world.local_size,
+        frozen=config.model.freeze in ("backbone", "auto"),
     )
     if config.train.compile:
         device.check_compiler(machine.device)
