@@ -16,6 +16,7 @@ from trainer.common.console import log
 from trainer.common.errors import AGAIN, UserError
 from trainer.common.git import revision
 from trainer.images import folder
+from trainer.images.loader import PLAIN
 from trainer.images.names import suffix_of
 from trainer.network.distance import Features, Joined, WithDistance, class_means
 from trainer.network.saliency import Saliency
@@ -165,11 +166,20 @@ def test(run: Training) -> Tested:
 def mean_features(run: Training) -> Tensor:
     """Return the direction of each class's mean features, float32 [classes, width].
 
-    Of the plain views of FOR_MEANS images of each class. Not of cached features: random crops show
-    bare walls too, and the means would be near to what shows nothing (docs/decisions).
+    Of the plain views of FOR_MEANS images of each class. Not of random crops: they show bare walls
+    too, and the means would be near to what shows nothing (docs/decisions).
     """
     train, classes = run.loader.folder.splits["train"], run.loader.classes
     chosen = _spread(train.labels)
+    if run.config.model.head == "probe" and run.data.holds_features:
+        # They are in the cache: the head was solved on them.
+        return run.world.broadcast_from_main(
+            lambda: class_means(
+                run.feature_cache.of("train", PLAIN, run.stop)[chosen],
+                train.labels[chosen],
+                classes,
+            )
+        )
     batches = run.loader.eval_batches("train", chosen)
     features, targets = predict(run, Features(run.network), batches, run.machine.in_float32())
     return run.world.broadcast_from_main(

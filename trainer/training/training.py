@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -222,8 +223,7 @@ class Training:
 
         model.solve_on=both: of train and valid.
         """
-        config, stop = self.config, self.stop
-        cache = FeatureCache(self.network, self.loader, self.machine, Path(config.platform.cache))
+        config, stop, cache = self.config, self.stop, self.feature_cache
         kinds = [PLAIN, MIRRORED] if config.data.augment.flip else [PLAIN]
         splits = ["train", "valid"] if self.head_saw_valid else ["train"]
         views = np.concatenate(
@@ -245,6 +245,12 @@ class Training:
             )
         if self.ema:
             self.ema.network.load_state_dict(self.model.state_dict())
+
+    @cached_property
+    def feature_cache(self) -> FeatureCache:
+        """Return where the features of the network lie, as long as its backbone is what it was."""
+        cache = Path(self.config.platform.cache)
+        return FeatureCache(self.network, self.loader, self.machine, cache)
 
     @property
     def head_saw_valid(self) -> bool:
