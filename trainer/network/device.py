@@ -86,8 +86,9 @@ def prepare(
 ) -> Machine:
     """Set the device up: auto, cpu, cuda or mps, in precision auto, fp32, bf16 or fp16.
 
-    frozen: whether a backbone is frozen, or may be. local_rank: this process's number among the local_size ones of this host, each of which has a
-    GPU of its own. Raise UserError for what this machine hasn't.
+    frozen: whether a backbone is frozen, or may be. local_rank: this process's number among the
+    local_size ones of this host, each of which has a GPU of its own. Raise UserError for what this
+    machine hasn't.
     """
     where = choose(device, local_rank, local_size)
     if where.type == "cpu":
