@@ -610,7 +610,7 @@ class Training:
     def _note(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
         self.metrics_file.append(row)
         if not self.run.trial:
-            best = self.is_best(metrics)
+            best = self.config.train.keep == "best" and self.is_best(metrics)
             told = self.table.row(self.metrics_file.rows, best, self._seconds_after())
             log.info(metric_line(row), extra={"for_people": told})
 
@@ -626,9 +626,9 @@ class Training:
         return seconds / pictures * sum(folder.count(split) for split in tested)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
-        """Return whether an epoch's metrics are better than those of all before it."""
+        """Return whether an epoch's weights are to be kept: it is the best one, or the last."""
         best = self.progress.best
-        if best is None:
+        if best is None or self.config.train.keep == "last":
             return True
         if best["epoch"] > 0 or self.config.model.head != "probe":
             return better(metrics, best, self.config.train.monitor)

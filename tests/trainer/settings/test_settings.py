@@ -71,6 +71,7 @@ RUNS = {
         "train.ema_decay=null",
         "train.monitor=valid_top1",
         "train.patience=2",
+        "train.keep=last",
         "train.device=cpu",
         "train.precision=fp32",
         "train.channels_last=false",
