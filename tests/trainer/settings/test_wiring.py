@@ -164,11 +164,6 @@ WIRES = (
     Wire("train.tta=flip", {"mirrored too"} | SCORES),
     Wire("train.ema_decay=null", KEPT),
     Wire("train.ema_decay=1e-9", KEPT),
-    Wire(
-        "train.keep=last",
-        {"best epoch"} | KEPT - {"valid's figures"},
-        ("train.epochs=4", "optim.lr=100"),
-    ),
     Wire("train.monitor=valid_top1", {"best epoch"} | KEPT - {"valid's figures"}),
     Wire(
         "train.patience=1",
