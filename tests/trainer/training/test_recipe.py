@@ -205,7 +205,8 @@ def test_a_half_that_is_no_better_is_enough(undecided, monkeypatch, better, tria
     ):  # fmt: skip
         monkeypatch.setattr(made, name, work)
     ways = made.ways()
-    tried = made.tuned_halves(network, {"model.head": "probe"}, ways)  # type: ignore[arg-type]
+    values = {"model.head": "probe", "model.freeze": "none", "model.weights": "DEFAULT"}
+    tried = made.tuned_halves(network, values, ways)  # type: ignore[arg-type]
     assert tried.better == better and asked == trials
     assert rates == [1e-4, 2e-4, 2e-4][: len(rates)], "one way alone goes on to the other half"
     assert not better or tried.way == ways[1]
@@ -429,9 +430,12 @@ def test_what_chooses_a_small_networks_epoch_does_not_judge_it():
     assert np.bincount(apart["valid"].labels).tolist() == [2, 2, 2]
 
 
-def test_a_margin_says_what_counts_as_better(tmp_path, pictures, weights_dir):
+@pytest.mark.parametrize("word", ["train.margin=-5", "train.keep=last"])
+def test_what_counts_as_better_than_a_solved_head_can_be_said(
+    tmp_path, pictures, weights_dir, word
+):
     more = ("model.name=shufflenet_v2_x0_5", "model.head=probe", "model.freeze=none")
-    given = words(pictures, weights_dir, *more, "train.epochs=1", "train.margin=-5")
+    given = words(pictures, weights_dir, *more, "train.epochs=1", word)
     code, said = run_trainer(tmp_path, *given)
     assert code == OK, said
     result = json.loads((tmp_path / "runs/run/result.json").read_text())
