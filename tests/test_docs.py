@@ -277,7 +277,7 @@ def timeless(said: str, place: Path) -> str:
         (r"\bvpc-[0-9a-f]{17}\b", "vpc-0123456789abcdef0"),
         (r"\b[0-9a-f]{64}\b", "SHA256"),
         (r"-[0-9a-f]{16}\b", "-DIGEST"),
-        (r"(?<!\bL)-[0-9a-f]{8}\b", "-ID"),  # a quota is L-12345678
+        (r"-[0-9a-f]{8}\b", "-ID"),
         (r"^ *[\d.]+ kB", "  N kB"),
         (r"\([\d.]+ MB\)", "(N MB)"),
         (r"^[\w ]+: \d+ of \d+\n", ""),  # how far it is

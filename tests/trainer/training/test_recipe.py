@@ -422,7 +422,7 @@ def test_what_chooses_a_small_networks_epoch_does_not_judge_it():
 
 
 def test_a_margin_says_what_counts_as_better(tmp_path, pictures, weights_dir):
-    more = ("model.name=squeezenet1_1", "model.head=probe", "model.freeze=none")
+    more = ("model.name=shufflenet_v2_x0_5", "model.head=probe", "model.freeze=none")
     given = words(pictures, weights_dir, *more, "train.epochs=1", "train.margin=-5")
     code, said = run_trainer(tmp_path, *given)
     assert code == OK, said
