@@ -36,7 +36,7 @@ from trainer.training import complete, lineage
 from trainer.training.loop import predict
 from trainer.training.metrics import classification, mean_loss
 from trainer.training.recipe import Recipe
-from trainer.training.run import PREDICTIONS, typed
+from trainer.training.run import PREDICTIONS
 from trainer.training.training import Training
 
 # How far the loss of the best weights on valid may lie from what was noted for them: relative,
@@ -361,7 +361,7 @@ def write_report(
             config=config,
             next_steps=run.run.next_steps(),
             about=_about(run, data),
-            given={key_of(word) for word in typed()},
+            given={key_of(word) for word in run.run.given},
             counts=counts,
             views=views(run.loader, solved=run.packages_probe() and not history),
             advice=advice(known),
