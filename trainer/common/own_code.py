@@ -112,7 +112,8 @@ def load(code: OwnCode) -> Any:
 def _load(setting: str, name: str | None, *paths: Path, content: str) -> Any:
     with told(setting, "import", *paths):
         if name is not None:
-            return pkgutil.resolve_name(name)
+            # With a colon, what stands before it is a module, and no attribute of one.
+            return pkgutil.resolve_name(name if ":" in name else f"{name}:")
     [path] = paths
     called = f"packhorse_own_{content[:12]}"
     spec = importlib.util.spec_from_file_location(called, path)
