@@ -125,5 +125,5 @@ def test_who_has_no_credentials_sees_the_runs_of_this_machine(make, tmp_path, mo
 
 def test_a_target_that_is_not_allowed_is_a_mistake(account, make, tmp_path):
     make("here", "data.root=/photos/dogs", "model.name=resnet18")
-    code, printed = account.launch("runs", "target.projct=x", cwd=tmp_path)
-    assert code == MISTAKE and "target.projct" in printed and "Traceback" not in printed
+    code, printed = account.launch("runs", "target.nowhere=x", cwd=tmp_path)
+    assert code == MISTAKE and "target.nowhere" in printed and "Traceback" not in printed
