@@ -64,6 +64,25 @@ class State:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What a run has found out; None: not known.
+
+    valid, test: top-1 accuracies (0..1). pictures: of test. seconds: of wall time.
+    """
+
+    valid: float | None = None
+    test: float | None = None
+    pictures: int | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Return the one on test, or on valid where that is all there is."""
+        return self.valid if self.test is None else self.test
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One attempt at a run, noted in the bucket before it is sent.
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from launch.cloud.account_stack import Place
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, bucket_name, domain, partition, role_name
-from launch.targets.attempt import Attempt, Noted, Phase, State
+from launch.targets.attempt import Attempt, Figures, Noted, Phase, State
 from launch.targets.instance_types import names_in
 from launch.targets.inventory import Inventory
 from launch.targets.questions import Question
@@ -397,8 +397,8 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
-        """Return the share of test pictures that the run names correctly, None if not known."""
+    def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
+        """Return what the run has found out so far."""
 
     @abstractmethod
     def console(self, attempt: Attempt, region: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
-from launch.targets.attempt import Attempt, Noted, Phase, State
+from launch.targets.attempt import Attempt, Figures, Noted, Phase, State
 from launch.targets.base import RUN, Spec, fit
 from launch.targets.ec2 import Ec2
 from launch.targets.ec2_request import run_instances
@@ -43,8 +43,8 @@ class Box(Ec2):
             f"{attempt.run}: a box leaves no model; name a run: python -m launch status"
         )
 
-    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
-        return None
+    def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
+        return Figures()
 
     @classmethod
     def overdue(cls, inventory: Inventory) -> Iterator[tuple[Attempt, State]]:

@@ -18,6 +18,7 @@ from launch.cloud.request import Request
 from launch.cloud.session import Aws, AwsError
 from launch.targets.attempt import (
     Attempt,
+    Figures,
     Noted,
     Phase,
     State,
@@ -230,9 +231,24 @@ class Ec2(Target):
     def results(self, aws: Aws, attempt: Attempt) -> str:
         return f"runs/{attempt.run}/output/"
 
-    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
-        entry = s3.read(aws, f"runs/{attempt.run}/output/result.json")
-        return float(json.loads(entry[0])["top1"]) if entry else None
+    def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
+        """Return what the run's own files say: result.json, and metrics.jsonl of its best epoch."""
+        place = self.results(inventory.aws, attempt)
+        entry = s3.read(inventory.aws, f"{place}result.json")
+        if entry is None:
+            return Figures()
+        result = json.loads(entry[0])
+        lines = s3.read(inventory.aws, f"{place}metrics.jsonl")
+        rows = [json.loads(line) for line in lines[0].splitlines()] if lines else []
+        best = [row for row in rows if row.get("epoch") == result.get("best_epoch")]
+        valid = next((row["valid_top1"] for row in best if "valid_top1" in row), None)
+        return Figures(
+            valid=result["top1"] if result.get("split") == "valid" else valid,
+            test=None if result.get("split") == "valid" else result["top1"],
+            pictures=result.get("pictures"),
+            epochs=result.get("epochs"),
+            seconds=result.get("seconds"),
+        )
 
     def console(self, attempt: Attempt, region: str) -> str:
         return f"ec2/home?region={region}#InstanceDetails:instanceId={attempt.id}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from trainer.common import files
+from trainer.common import files, own_code
 from trainer.common.console import RESULT as OUTCOME
 from trainer.common.console import also_to_file, command, log, painted
 from trainer.common.errors import Interrupted, UserError
@@ -88,10 +88,7 @@ class Run:
             del settings["model.weights"]  # its content counts, and not its place
         facts = settings | {"format": FORMAT, "pictures": pictures}
         if self.config.model.code is not None:
-            # imported here: a complete run without a file of its own answers before PyTorch.
-            from trainer.network import own
-
-            facts["model.code"] = own.digest(self.config.model.code)
+            facts["model.code"] = own_code.find("model.code", self.config.model.code).digest
         if self.config.train.parent is not None:
             del facts["train.parent"]
             facts[PARENT] = self.parent_digest()
