@@ -290,6 +290,9 @@ class Target(ABC):
         the trainer that it can't carry or do.
         """
 
+    def sent(self, aws: Aws, attempt: Attempt, before: Attempt | None) -> None:  # noqa: B027
+        """Do what is due once an attempt was sent. before: the one before it, if there was one."""
+
     def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
         """Return what sets an ended attempt going again as itself; [] where the next is another.
 

@@ -13,6 +13,8 @@ What the layer adds to moto 5.2:
   ListTrainingJobsForHyperParameterTuningJob, ListNotebookInstanceLifecycleConfigs, and the Price
   List's GetProducts;
 - the default VPC has a way to the internet, and Service Quotas answers (`/strict/quota`);
+- placement groups, which moto lacks: EC2 starts machines in one that is there, in one zone, and
+  deletes one that no machine is in;
 - CloudFormation refuses a stack or a change set that is there already, and a change set is executed
   once;
 - a resource that outlives its stack (DeletionPolicy: Retain) stays where an update drops it; an
@@ -124,6 +126,8 @@ class Strict:
         self._slow_iam = 0
         self._sold_out: dict[str, str] = {}  # what fits TYPE ZONE MARKET -> AWS's code
         self._asked: dict[str, float] = {}  # dollars an hour by service, in the Price List
+        self._grouped: dict[str, list[str]] = {}  # ids of the machines in them
+        self._groups: dict[str, dict[str, str]] = {}  # placement groups: their tags by name
         self._late = 0
         self._unseen: dict[str, int] = {}  # id or name -> answers in which it is not there yet
         self._named = False  # whether the client of the call at hand says who it is
@@ -760,12 +764,66 @@ class Strict:
         for what, code in self._sold_out.items():
             if re.fullmatch(what, asked):
                 raise Refused(code, f"We currently do not have sufficient capacity: {asked}")
+        group = parameters.get("Placement.GroupName")
+        if group is not None:
+            self._check_group(group)
         answer = forward()
         self._tokens[token] = (content, answer)
-        found = re.search(r"<instanceId>(i-\w+)</instanceId>", b"".join(answer).decode())
+        found = re.findall(r"<instanceId>(i-\w+)</instanceId>", b"".join(answer).decode())
         if found:
-            self._made(found[1])
+            self._made(found[0])
+            self._grouped.setdefault(group or "", []).extend(found)
         return answer
+
+    def _CreatePlacementGroup(self, parameters, region, forward, start) -> list[bytes]:
+        name = parameters["GroupName"]
+        if name in self._groups:
+            raise Refused(
+                "InvalidPlacementGroup.Duplicate", f"The Placement Group '{name}' already exists."
+            )
+        given = [
+            key for key in parameters if re.fullmatch(r"TagSpecification\.1\.Tag\.\d+\.Key", key)
+        ]
+        self._groups[name] = {
+            parameters[key]: parameters[key.removesuffix("Key") + "Value"] for key in given
+        }
+        return _xml(start, "CreatePlacementGroup", "<return>true</return>")
+
+    def _DescribePlacementGroups(self, parameters, region, forward, start) -> list[bytes]:
+        key, value = (
+            parameters["Filter.1.Name"].removeprefix("tag:"),
+            parameters["Filter.1.Value.1"],
+        )
+        found = "".join(
+            f"<item><groupName>{name}</groupName><strategy>cluster</strategy></item>"
+            for name, tags in self._groups.items()
+            if tags.get(key) == value
+        )
+        body = f"<placementGroupSet>{found}</placementGroupSet>"
+        return _xml(start, "DescribePlacementGroups", body)
+
+    def _DeletePlacementGroup(self, parameters, region, forward, start) -> list[bytes]:
+        name = parameters["GroupName"]
+        self._check_group(name)
+        if any(_is_alive(each) for each in self._in_group(name, region)):
+            raise Refused("InvalidPlacementGroup.InUse", f"The placement group '{name}' is in use.")
+        del self._groups[name]
+        return _xml(start, "DeletePlacementGroup", "<return>true</return>")
+
+    def _check_group(self, name: str) -> None:
+        if name not in self._groups:
+            raise Refused(
+                "InvalidPlacementGroup.Unknown", f"The Placement Group '{name}' is unknown."
+            )
+
+    def _in_group(self, name: str, region: str) -> list[Any]:
+        reservations = get_backend("ec2")[ACCOUNT][region].reservations.values()
+        return [
+            each
+            for group in reservations
+            for each in group.instances
+            if each.id in self._grouped.get(name, ())
+        ]
 
     def _DescribeInstances(self, parameters, region, forward, start) -> list[bytes]:
         reservations = get_backend("ec2")[ACCOUNT][region].reservations
@@ -942,6 +1000,19 @@ def _answer(
 ) -> list[bytes]:
     start(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
     return [body]
+
+
+def _xml(start: Any, operation: str, body: str) -> list[bytes]:
+    """An answer of EC2's."""
+    text = (
+        f'<{operation}Response xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">'
+        f"<requestId>1</requestId>{body}</{operation}Response>"
+    )
+    return _answer(start, "200 OK", text.encode(), "text/xml")
+
+
+def _is_alive(instance: Any) -> bool:
+    return instance.state in ("pending", "running", "shutting-down")
 
 
 def _refusal(
