@@ -6,6 +6,7 @@ To add one: a module in this folder whose TARGETS holds an object of its class, 
 conf/target/NAME.yaml. Nothing else knows a target's name.
 """
 
+import dataclasses
 import hashlib
 import pkgutil
 import re
@@ -358,7 +359,9 @@ class Target(ABC):
         """
         state = self.observe(aws, attempt)
         if state.phase is Phase.RUNNING:
-            self.stop_running(aws, attempt, state, at_once)
+            # Asked for by somebody, whatever else it would end for.
+            asked = dataclasses.replace(state, ends_by=None)
+            self.stop_running(aws, attempt, asked, at_once)
         elif (
             state.phase is Phase.ABSENT
             and attempt.may_be_on_its_way

@@ -216,7 +216,9 @@ class Ec2(Target):
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
         # Noted as any other stop, so that nobody takes a machine that is terminated for reclaimed.
-        self.stop_early(aws, attempt)
+        # What is left of several machines ends since one is gone, and that is no stop.
+        if state.ends_by is None:
+            self.stop_early(aws, attempt)
         unseen = r"InvalidInstanceID\.NotFound"
         ids = [str(state.id)]
         if attempt.instances > 1:

@@ -30,7 +30,7 @@ BY_ITSELF = "Client.InstanceInitiatedShutdown"
 FORGOTTEN = "ended without a word; EC2 no longer says why"
 NO_NOTE = "; without a note: it did not reach the bucket, or another machine has the run"
 
-SPOT_NOTICE, IDLE = "spot notice", "idle"  # in user_data.sh's words
+SPOT_NOTICE, IDLE, TIME_LIMIT = "spot notice", "idle", "time limit"  # in user_data.sh's words
 
 
 def instance_of(aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
@@ -161,7 +161,7 @@ def phase_told(word: dict[str, Any], reason: str) -> Phase:
     """
     if word["code"] == OK:
         return Phase.COMPLETE
-    if word["reason"] in ("asked to stop", "time limit"):
+    if word["reason"] in ("asked to stop", TIME_LIMIT):
         return Phase.STOPPED
     if word["reason"] == SPOT_NOTICE:
         return Phase.LOST

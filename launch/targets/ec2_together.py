@@ -14,6 +14,7 @@ from launch.targets.ec2_state import (
     PATIENCE,
     RECLAIMED,
     SPOT_NOTICE,
+    TIME_LIMIT,
     asked_to_stop,
     claimed_by,
     ended_at,
@@ -153,13 +154,9 @@ def _phase(aws: Aws, attempt: Attempt, machines: list[Machine], lost: list[Machi
         return Phase.COMPLETE
     if asked_to_stop(aws, attempt):
         return Phase.STOPPED
-    if (
-        main is not None
-        and phase_told(main, "") is Phase.STOPPED
-        and main["reason"] == "time limit"
-    ):
-        return Phase.STOPPED
     said = [each.word["reason"] for each in machines if each.word is not None]
+    if TIME_LIMIT in said:
+        return Phase.STOPPED
     reasons = [each.reason for each in machines]
     if SPOT_NOTICE in said or any(reason in RECLAIMED for reason in reasons):
         return Phase.LOST

@@ -12,7 +12,8 @@ What the layer adds to moto 5.2:
   moto lacks: StopTrainingJob, DeleteTrainingJob, StopHyperParameterTuningJob,
   ListTrainingJobsForHyperParameterTuningJob, ListNotebookInstanceLifecycleConfigs, and the Price
   List's GetProducts;
-- the default VPC has a way to the internet, and Service Quotas answers (`/strict/quota`);
+- the default VPC has a way to the internet, and a group whose members reach each other; Service
+  Quotas answers (`/strict/quota`);
 - placement groups, which moto lacks: EC2 starts machines in one that is there, in one zone, and
   deletes one that no machine is in;
 - CloudFormation refuses a stack or a change set that is there already, and a change set is executed
@@ -758,12 +759,7 @@ class Strict:
                 f"Value ({parameters['IamInstanceProfile.Name']}) for parameter "
                 "iamInstanceProfile.name is invalid. Invalid IAM Instance Profile name",
             )
-        market = parameters.get("InstanceMarketOptions.MarketType", "on-demand")
-        zone = parameters.get("Placement.AvailabilityZone", "-")
-        asked = f"{parameters['InstanceType']} {zone} {market}"
-        for what, code in self._sold_out.items():
-            if re.fullmatch(what, asked):
-                raise Refused(code, f"We currently do not have sufficient capacity: {asked}")
+        self._check_capacity(parameters)
         group = parameters.get("Placement.GroupName")
         if group is not None:
             self._check_group(group)
@@ -775,15 +771,23 @@ class Strict:
             self._grouped.setdefault(group or "", []).extend(found)
         return answer
 
+    def _check_capacity(self, parameters: dict[str, Any]) -> None:
+        """Refuses what is sold out: of several machines all, where one is."""
+        market = parameters.get("InstanceMarketOptions.MarketType", "on-demand")
+        zone = parameters.get("Placement.AvailabilityZone", "-")
+        asked = f"{parameters['InstanceType']} {zone} {market}"
+        for what, code in self._sold_out.items():
+            if re.fullmatch(what, asked):
+                raise Refused(code, f"We currently do not have sufficient capacity: {asked}")
+
     def _CreatePlacementGroup(self, parameters, region, forward, start) -> list[bytes]:
         name = parameters["GroupName"]
         if name in self._groups:
             raise Refused(
                 "InvalidPlacementGroup.Duplicate", f"The Placement Group '{name}' already exists."
             )
-        given = [
-            key for key in parameters if re.fullmatch(r"TagSpecification\.1\.Tag\.\d+\.Key", key)
-        ]
+        tag = r"TagSpecification\.1\.Tag\.\d+\.Key"
+        given = [key for key in parameters if re.fullmatch(tag, key)]
         self._groups[name] = {
             parameters[key]: parameters[key.removesuffix("Key") + "Value"] for key in given
         }
@@ -876,6 +880,17 @@ class Strict:
             gateway = backend.create_internet_gateway()
             backend.attach_internet_gateway(gateway.id, vpc.id)
             backend.create_route(table.id, "0.0.0.0/0", gateway_id=gateway.id)
+        return forward()
+
+    def _DescribeSecurityGroups(self, parameters, region, forward, start) -> list[bytes]:
+        """A VPC's default group lets its own members in, as AWS makes it and moto doesn't."""
+        backend = get_backend("ec2")[ACCOUNT][region]
+        for group in backend.describe_security_groups(filters={"group-name": ["default"]}):
+            if not group.ingress_rules:
+                own = [{"GroupId": group.id}]
+                backend.authorize_security_group_ingress(
+                    group.id, "-1", "-1", "-1", [], source_groups=own
+                )
         return forward()
 
     def _GetSpotPlacementScores(self, parameters, region, forward, start) -> list[bytes]:

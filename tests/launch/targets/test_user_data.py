@@ -163,9 +163,14 @@ class Bucket:
 
 
 def make_spec(
-    *overrides: str, run: str = RUN, attempt: int = 1, hours: float = 8, code: str = ""
+    *overrides: str,
+    run: str = RUN,
+    attempt: int = 1,
+    hours: float = 8,
+    code: str = "",
+    instances: int = 1,
 ) -> Spec:
-    target = load_target(["target=ec2", f"target.hours={hours}"])
+    target = load_target(["target=ec2", f"target.hours={hours}", f"target.instances={instances}"])
     config, name = load_config(target, overrides)
     return Spec(target, config, overrides, run, ACCOUNT, REGION, name, code, None, attempt)
 
