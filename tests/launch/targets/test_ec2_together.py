@@ -150,8 +150,8 @@ def test_the_ceiling_counts_all_of_them(account):
     for each in of_attempt(account, "dear"):
         account.post("/strict/age", instance=each["InstanceId"], hours=2)
     assert state_of(account, "dear")["hours"] == pytest.approx(4, abs=0.1)
-    code, printed = account.launch("plan", *TWO, "name=cheap", "target.max_dollars=2")
-    assert code == OK and "at most 1.7" in printed, printed
+    code, printed = account.launch("submit", *TWO, "name=cheap", "target.max_dollars=2")
+    assert code == OK and "this attempt ends after 1.7" in printed, printed
 
 
 def test_a_group_that_keeps_its_members_apart_is_said_before(account):
