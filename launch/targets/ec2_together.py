@@ -91,12 +91,15 @@ def observe(aws: Aws, attempt: Attempt) -> State:
         return dataclasses.replace(state, machine_seconds=state.machine_seconds * attempt.instances)
     machines = _machines(attempt, instances, words)
     lost = sorted((each for each in machines if each.is_lost), key=lambda each: str(each.ended))
+    id = attempt.id
+    if id is None and machines[0].instance is not None:
+        id = machines[0].instance["InstanceId"]
     seconds = sum(seconds_between(each.started, each.ended or now()) for each in machines)
     state = State(
         Phase.RUNNING,
         started=min(each.started for each in machines),
         machine_seconds=seconds,
-        id=attempt.id or (machines[0].instance and machines[0].instance["InstanceId"]),
+        id=id,
     )
     going = [each for each in machines if each.ended is None]
     if not going:

@@ -567,7 +567,6 @@ def pair(
 
 
 def test_two_machines_train_one_run_until_one_is_taken_back(
-    terminated: Machine,
     tmp_path: Path,
     cloud: Cloud,
     bucket: Bucket,
@@ -575,6 +574,7 @@ def test_two_machines_train_one_run_until_one_is_taken_back(
     metadata_of: Callable[[int], Any],
 ) -> None:
     """The first one has the run; both end when the second one is reclaimed, and both go on."""
+    prepared = None
     for attempt in (1, 2):
         spec = make_spec(
             *TINY, "checkpoint.max_cost=1", run="pair", code=code, instances=2, attempt=attempt
@@ -582,13 +582,15 @@ def test_two_machines_train_one_run_until_one_is_taken_back(
         services = [metadata_of(0), metadata_of(1)]
         script = ec2_request.user_data(spec, upload_every=2)
         root = tmp_path / str(attempt)
-        first, second = pair(root, script, cloud, services, prepared=terminated.nvme)
+        first, second = pair(root, script, cloud, services, prepared=prepared)
         if attempt == 1:
             assert wait_for(
                 lambda log=first.log: log.exists() and "metrics: epoch=1 " in log.read_text()
             ), first.console.read_text()
             services[1].notices = frozenset({"spot/instance-action"})
-        first.wait(), second.wait()
+        first.wait()
+        second.wait()
+        prepared = first.nvme
         log = first.log.read_text()
         said = [
             json.loads(bucket.text(f"runs/pair/attempts/{attempt}{number}.json"))["reason"]
