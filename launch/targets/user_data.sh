@@ -104,7 +104,7 @@ fetch_and_train() {
   processes=$((processes > 0 ? processes : 1))
   together=(--standalone)
   if ((instances > 1)); then
-    say "training on $instances machines, of which this is number $((index + 1)), in $processes processes on each"
+    say "training on $instances machines, of which this is number $((index + 1)); processes on each: $processes"
     together=(--nnodes="$instances" --node_rank="$index" --master_addr="$host" --master_port=29500)
   elif ((processes == 1)); then
     say "training"
