@@ -244,6 +244,7 @@ def test_a_training_that_writes_nothing_is_idle(tmp_path, began, written, idle, 
     script = ec2_request.user_data(make_spec(idle_minutes=idle / 60))
     [function] = re.findall(r"^idles\(\) \{\n.*?^\}\n", script, re.MULTILINE | re.DOTALL)
     assert f"\nidle={idle}\n" in script
-    places = f"scratch={tmp_path} directory={tmp_path}/run booted={int(now) - 200} idle={idle} index=0"
+    places = f"scratch={tmp_path} directory={tmp_path}/run booted={int(now) - 200}"
+    places += f" idle={idle} index=0"
     done = subprocess.run(["bash", "-uc", f"{places}\n{function}idles"])
     assert (done.returncode == 0) == is_idle
