@@ -64,10 +64,10 @@ noted() { grep -q " $attempt\.$1\$" <<<"$notes"; }
 # Whether another one of several machines has ended, and not well.
 alone() {
   local note
-  for note in $(grep -oE " $attempt(\.[0-9]+)?\.json$" <<<"$notes"); do
+  while read -r note; do
     [ "$note" != "$attempt.$word" ] || continue
     aws s3 cp --only-show-errors "$s3_run/attempts/$note" - 2>>"$log" | grep -q '"code": 0,' || return 0
-  done
+  done < <(grep -oE " $attempt(\.[0-9]+)?\.json$" <<<"$notes")
   return 1
 }
 
