@@ -61,6 +61,8 @@ class State:
     id: str | None = None
     # Whether AWS or the machine itself said when it ended; else that is the last that was heard.
     is_sure: bool = True
+    # By when all its machines end, since one of several has; None: all of them are there.
+    ends_by: datetime | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ To add one: a module in this folder whose TARGETS holds an object of its class, 
 conf/target/NAME.yaml. Nothing else knows a target's name.
 """
 
+import dataclasses
 import hashlib
 import pkgutil
 import re
@@ -290,6 +291,9 @@ class Target(ABC):
         the trainer that it can't carry or do.
         """
 
+    def sent(self, aws: Aws, attempt: Attempt, before: Attempt | None) -> None:  # noqa: B027
+        """Do what is due once an attempt was sent. before: the one before it, if there was one."""
+
     def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
         """Return what sets an ended attempt going again as itself; [] where the next is another.
 
@@ -355,7 +359,9 @@ class Target(ABC):
         """
         state = self.observe(aws, attempt)
         if state.phase is Phase.RUNNING:
-            self.stop_running(aws, attempt, state, at_once)
+            # Asked for by somebody, whatever else it would end for.
+            asked = dataclasses.replace(state, ends_by=None)
+            self.stop_running(aws, attempt, asked, at_once)
         elif (
             state.phase is Phase.ABSENT
             and attempt.may_be_on_its_way
