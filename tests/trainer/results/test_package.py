@@ -48,7 +48,9 @@ def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built)
         names = tar.getnames()
     code = sorted(["inference.py", "requirements.txt", "serving/ray_app.py", *SERVING_CODE])
     golden = ["0.jpg", "1.png", "2.webp", "expected.npz"]
-    assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + [
+    assert names == ["bom.json"] + [f"code/{name}" for name in code] + [
+        f"golden/{name}" for name in golden
+    ] + [
         "model.onnx",
         "model.safetensors",
         "package.json",
