@@ -2,16 +2,20 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import tarfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 
 from serving.__main__ import main
 from serving.adapters import lambda_inside, toolkit
@@ -19,22 +23,9 @@ from serving.manifest import PackageError
 from serving.package import load
 from serving.signature import as_text, public_key
 from tests.conftest import PROJECT
-from tests.launch.conftest import Cloud, running
+from tests.launch.conftest import CREDENTIALS
+from tests.serving.keys import make_key
 from trainer.common.errors import MISTAKE, OK, UserError
-
-PEM, PKCS8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-
-
-def make_key(place: Path, key=None, password: bytes | None = None) -> Path:
-    """Write a private key, and its public half beside it as NAME.pub."""
-    key = key or ec.generate_private_key(ec.SECP256R1())
-    how = serialization.NoEncryption()
-    if password:
-        how = serialization.BestAvailableEncryption(password)
-    place.write_bytes(key.private_bytes(PEM, PKCS8, how))
-    public = key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    place.with_suffix(".pub").write_bytes(public)
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +61,10 @@ def test_a_signed_package_is_the_same_with_one_file_more(signed, original):
     assert load(signed / "package", signed_by=str(signed / "key.pub")).golden == 3
 
 
-def test_a_package_that_nobody_or_somebody_else_has_signed_is_refused(signed, original, capsys):
+def test_a_package_that_nobody_or_somebody_else_has_signed_is_refused(
+    signed, original, capsys, monkeypatch
+):
+    monkeypatch.setattr("serving.server.bind", lambda *arguments: None)
     key = signed / "key.pub"
     assert "it isn't signed" in refused(capsys, "check", original / "package", "--signed-by", key)
     line = refused(capsys, "check", signed / "signed.tar.gz", "--signed-by", signed / "other.pub")
@@ -178,7 +172,7 @@ def test_keys_of_every_curve_sign_and_others_are_refused_in_one_line(
         said = capsys.readouterr().out
         load(package, signed_by=said.split("public key: ")[1].split("\n")[0])
     locked = make_key(tmp_path / "locked.pem", password=b"secret")
-    monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: PTH123, SIM115
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     assert "give it in SERVING_KEY_PASSWORD" in refused(capsys, "sign", package, "--key", locked)
     monkeypatch.setenv("SERVING_KEY_PASSWORD", "wrong")
     assert "its password is another" in refused(capsys, "sign", package, "--key", locked)
@@ -192,25 +186,58 @@ def test_keys_of_every_curve_sign_and_others_are_refused_in_one_line(
         assert "P-256, P-384 or P-521" in refused(capsys, "sign", package, "--key", wrong)
     assert "no private key" in refused(capsys, "sign", package, "--key", tmp_path / "text")
     assert "can't read this key" in refused(capsys, "sign", package, "--key", tmp_path / "none")
-    for text, said in (
-        ("none", "can't read this public key"),
-        (tmp_path / "text", "no public key"),
-    ):
-        with pytest.raises(UserError, match=said):
-            public_key(str(text))
+    with pytest.raises(UserError, match="can't read this public key"):
+        public_key("none")
+    with pytest.raises(UserError, match="no public key"):
+        public_key(str(tmp_path / "text"))
+
+
+class Kms(BaseHTTPRequestHandler):
+    """AWS KMS with one key, as it is documented: what it is given to sign is a digest already.
+
+    moto's signs the digest of that.
+    """
+
+    key = ec.generate_private_key(ec.SECP384R1())
+
+    def do_POST(self) -> None:
+        said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status, answer = 400, {"__type": "NotFoundException", "message": "Alias is not found."}
+        if said["KeyId"] == "alias/mine":
+            status, answer = 200, getattr(self, self.headers["X-Amz-Target"].split(".")[1])(said)
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def GetPublicKey(self, said: dict) -> dict:
+        public = self.key.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        return {"PublicKey": base64.b64encode(public).decode()}
+
+    def Sign(self, said: dict) -> dict:
+        assert (said["MessageType"], said["SigningAlgorithm"]) == ("DIGEST", "ECDSA_SHA_384")
+        algorithm = ec.ECDSA(Prehashed(hashes.SHA384()))
+        signature = self.key.sign(base64.b64decode(said["Message"]), algorithm)
+        return {"Signature": base64.b64encode(signature).decode()}
+
+    def log_message(self, *arguments: object) -> None: ...
 
 
 def test_a_key_of_kms_signs_without_leaving_it(original, tmp_path, capsys, monkeypatch):
     package = Path(shutil.copytree(original / "package", tmp_path / "package"))
-    with running(tmp_path) as cloud:
-        assert isinstance(cloud, Cloud)
-        for name, value in cloud.environment.items():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Kms) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": url}).items():
             monkeypatch.setenv(name, value)
-        made = cloud.client("kms").create_key(KeySpec="ECC_NIST_P256", KeyUsage="SIGN_VERIFY")
-        assert main(["sign", str(package), "--kms", made["KeyMetadata"]["KeyId"]]) == OK
+        assert main(["sign", str(package), "--kms", "alias/mine"]) == OK
         public = capsys.readouterr().out.split("public key: ")[1].split("\n")[0]
         assert load(package, signed_by=public).golden == 3
-        assert "NotFound" in refused(capsys, "sign", package, "--kms", "alias/none")
+        assert "Alias is not found" in refused(capsys, "sign", package, "--kms", "alias/none")
+        server.shutdown()
 
 
 # --- OpenSSF's own library ---
@@ -219,7 +246,9 @@ LIBRARY = Path(os.environ.get("MODEL_SIGNING", PROJECT / ".venv-sign/bin/model_s
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not LIBRARY.exists(), reason="model-signing is not installed: make signing")
+@pytest.mark.skipif(
+    not LIBRARY.exists(), reason="model-signing is not installed: `make signatures` installs it"
+)
 def test_openssf_verifies_ours_and_ours_verifies_openssf(signed, tmp_path):
     def model_signing(*words: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run([LIBRARY, *words], capture_output=True, text=True)
@@ -234,5 +263,5 @@ def test_openssf_verifies_ours_and_ours_verifies_openssf(signed, tmp_path):
     load(package, signed_by=str(signed / "key.pub"))
     rename_class(package)
     assert model_signing(*verify).returncode != 0
-    with pytest.raises(PackageError, match="package.json isn't what was signed"):
+    with pytest.raises(PackageError, match=r"package\.json isn't what was signed"):
         load(package, signed_by=str(signed / "key.pub"))
