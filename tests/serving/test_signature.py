@@ -255,9 +255,9 @@ def test_openssf_verifies_ours_and_ours_verifies_openssf(signed, tmp_path):
 
     package = Path(shutil.copytree(signed / "package", tmp_path / "package"))
     file = package / "model.sig"
-    verify = ("verify", "key", package, "--signature", file, "--public-key", signed / "key.pub")
+    verify = ("verify", "key", package, "--signature", file, "--public_key", signed / "key.pub")
     assert model_signing(*verify).returncode == 0, model_signing(*verify)
-    theirs = ("sign", "key", package, "--signature", file, "--private-key", signed / "key.pem")
+    theirs = ("sign", "key", package, "--signature", file, "--private_key", signed / "key.pem")
     file.unlink()
     assert model_signing(*theirs).returncode == 0, model_signing(*theirs)
     load(package, signed_by=str(signed / "key.pub"))
