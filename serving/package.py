@@ -42,6 +42,7 @@ GOLDEN = {
 MAX_BYTES = 8 << 30
 MAX_MEMBERS = 10_000  # of an archive; a package has fifty
 BESIDE = {MANIFEST, signature.SIGNATURE}  # files that the manifest doesn't list
+MAX_EXAMPLE = 1 << 20  # bytes of a golden image that is kept
 MAX_EXPECTED = 1 << 30  # bytes of what is recorded of the golden images
 # What the system says of a name that can't be unpacked.
 NO_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL}
@@ -64,6 +65,7 @@ class Package:
     allowed: float  # the largest difference that would have passed
     network: Network  # takes pixels as `prepare` gives them
     calibration: Calibration  # how its logits become an answer
+    examples: tuple[tuple[str, bytes], ...] = ()  # name and bytes of the smaller golden images
 
     def prepare(
         self, source: str | os.PathLike[str] | bytes | BinaryIO, room: Room | None = None
@@ -197,6 +199,15 @@ def _prove(directory: Path, threads: int | None, backend: str) -> Package:
         allowed=allowed,
         network=network,
         calibration=calibration,
+        examples=_examples(directory, manifest["golden"]),
+    )
+
+
+def _examples(directory: Path, names: Sequence[str]) -> tuple[tuple[str, bytes], ...]:
+    """Return the golden images that are small enough to be kept in memory, to be tried with."""
+    paths = (directory / name for name in names)
+    return tuple(
+        (path.name, path.read_bytes()) for path in paths if path.stat().st_size <= MAX_EXAMPLE
     )
 
 
