@@ -260,7 +260,10 @@ class TestMoreInChromium:
         browser.look(390, 800, "light")
         browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
         assert browser.run(shown) == "block"
-        assert browser.run("document.getElementById('camera').capture") == "environment"
+        assert (
+            browser.run("document.getElementById('camera').getAttribute('capture')")
+            == "environment"
+        )
 
     @pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: .ci/setup dev")
     @pytest.mark.parametrize("width", [390, 1280])
