@@ -187,8 +187,8 @@ class App:
         elif path == "/card":
             await self._send(send, 200, self._card)
         elif path in self._examples:
-            kind, data = self._examples[path]
-            await self._send(send, 200, data, {"Content-Type": kind})
+            content_type, data = self._examples[path]
+            await self._send(send, 200, data, {"Content-Type": content_type})
         elif path == "/metrics":
             kind = {"Content-Type": CONTENT_TYPE_LATEST}
             await self._send(send, 200, generate_latest(REGISTRY), kind)

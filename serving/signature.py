@@ -121,7 +121,8 @@ def public_key(text: str) -> "EllipticCurvePublicKey":
                 f"{text}: this is no public key in PEM; of a private one it is made by: "
                 "openssl ec -in KEY -pubout"
             ) from error
-    return checked(key, text)
+    usable: EllipticCurvePublicKey = checked(key, text)
+    return usable
 
 
 def checked(key: Any, name: str) -> Any:

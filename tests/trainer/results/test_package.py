@@ -124,7 +124,7 @@ def test_the_code_requires_what_the_project_requires(built):
 
 def test_a_package_asks_for_what_reads_the_pictures_that_it_was_trained_on():
     extra = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    lines = package._requirements(frozenset({".jpg", ".heic", ".avif"})).splitlines()
+    lines = [*package._requirements(frozenset({".jpg", ".heic", ".avif"})).values()]
     assert lines == ["numpy>=1.26", "pillow>=11.3", "onnxruntime>=1.19", "pillow-heif>=1.1"]
     assert lines[-1:] == extra["optional-dependencies"]["heic"]
 
@@ -211,6 +211,7 @@ def test_a_directory_that_exists_gets_the_files_of_an_older_package_replaced(tmp
         (target / older).write_text("older")
     package.build(make_network(), make_contents(tmp_path / "pictures"), target, archive=False)
     assert sorted(path.name for path in target.iterdir()) == [
+        "bom.json",
         "code",
         "golden",
         "mine.txt",
