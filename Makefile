@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench bench-compare docs ends vulnerabilities lock matrix release site transcripts pages hosts doors trackers engines clean
+.PHONY: help setup train doctor care serve rehearse plan deploy test long check soak soak-serving faults mutations coverage bench bench-compare docs ends vulnerabilities lock matrix release site transcripts pages hosts doors signatures trackers engines clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -99,6 +99,10 @@ doors: .venv/dev  ## install TorchServe, AWS's toolkit, Ray Serve and Java (apt-
 	test -x .venv-doors/bin/ray || { $(BIN)/python -m venv .venv-doors && .venv-doors/bin/pip install -q -c .venv/constraints.txt -e '.[doors]'; }
 	$(BIN)/python -m pytest -m '' tests/serving/test_adapters.py
 
+signatures: .venv/dev  ## install OpenSSF's model-signing, and let it and us verify each other's signatures; in .venv-sign
+	test -x .venv-sign/bin/model_signing || { $(BIN)/python -m venv .venv-sign && .venv-sign/bin/pip install -q 'model-signing>=1.1' pyopenssl; }
+	$(BIN)/python -m pytest -m '' tests/serving/test_signature.py
+
 trackers: .venv/dev  ## install MLflow and W&B, and look at a killed run in them; in .venv-trackers
 	test -x .venv-trackers/bin/wandb || { $(BIN)/python -m venv .venv-trackers && .venv-trackers/bin/pip install -q -c .venv/constraints.txt -e '.[dev,mlflow,wandb]'; }
 	.venv-trackers/bin/python -m pytest -m '' tests/trainer/training/test_tracking.py
@@ -111,7 +115,7 @@ engines: .venv/dev  ## install SkyPilot and dstack, and let them read what launc
 	$(BIN)/python -m pytest tests/launch/test_exports.py
 
 clean:  ## remove the virtual environment and caches; runs and data stay
-	rm -rf .venv .venv-doors .venv-trackers .venv-engines .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-doors .venv-sign .venv-trackers .venv-engines .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # What builds the site and a release has an environment of its own: its versions are not the trainer's.
 .venv-tools/made: requirements-tools.txt

@@ -137,7 +137,9 @@ class App:
             "Content-Type": "text/html; charset=utf-8",
             "Content-Security-Policy": page.policy(self._page),
         }
-        self._card = json.dumps(page.card(package)).encode()
+        self._card = json.dumps(page.card(package, settings)).encode()
+        offered = page.examples(package, settings)
+        self._examples = {f"/{address}": example for address, example in offered.items()}
         engine.observe = BATCHES.observe
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -154,7 +156,7 @@ class App:
                 case "OPTIONS", "/invocations":
                     allowed = cross_origin(self._settings.origins, headers.get("origin", ""))
                     await self._send(send, 204, b"", {**PREFLIGHT, **allowed})
-                case "GET" | "HEAD", _ if path in GET:
+                case "GET" | "HEAD", _ if path in GET or path in self._examples:
                     await self._get(path, send)
                 case _, "/invocations":
                     message = "a prediction is asked for by POST"
@@ -184,6 +186,9 @@ class App:
             await self._send(send, 200, self._page, self._page_headers)
         elif path == "/card":
             await self._send(send, 200, self._card)
+        elif path in self._examples:
+            content_type, data = self._examples[path]
+            await self._send(send, 200, data, {"Content-Type": content_type})
         elif path == "/metrics":
             kind = {"Content-Type": CONTENT_TYPE_LATEST}
             await self._send(send, 200, generate_latest(REGISTRY), kind)

@@ -27,8 +27,15 @@ def main(arguments: Sequence[str]) -> int:
         "package",
         help="a model.tar.gz, the directory that it was unpacked into, a run's, or newest",
     )
-    path = package_of(parser.parse_args(arguments[1:]).package)
-    package = load_for_command(path)
+    parser.add_argument(
+        "--signed-by",
+        metavar="KEY",
+        default="",
+        help="the public key that must have signed it: its PEM file, or the text that sign printed",
+    )
+    options = parser.parse_args(arguments[1:])
+    path = package_of(options.package)
+    package = load_for_command(path, signed_by=options.signed_by)
     _check_answers(package, path)
     classes = ", ".join(package.classes[:SHOWN])
     if len(package.classes) > SHOWN:

@@ -80,6 +80,9 @@ class Settings:
         30.0, "for one request; what is not answered by then gets 503", least=0.1, most=86_400
     )
     urls: bool = _setting(True, "fetch pictures from public URLs")
+    examples: bool = _setting(
+        True, "show the package's golden pictures on the page, to try it with"
+    )
     s3: bool = _setting(False, "fetch pictures from S3, where this machine's role may read them")
     queue: int = _setting(
         64,

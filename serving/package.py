@@ -2,7 +2,8 @@
 
 Every file must have its SHA-256, the network must fit the classes and the preprocessing, and the
 golden images must give their recorded pixels exactly and their recorded logits within the package's
-tolerance. That shows damage and train/serve skew; it does not show who built the package.
+tolerance. That shows damage and train/serve skew; who built the package, its signature shows
+(`serving/signature.py`), which is looked at where a key is given.
 """
 
 import errno
@@ -24,6 +25,7 @@ import PIL
 from numpy.typing import NDArray
 
 from serving import manifest as manifests
+from serving import signature
 from serving.backends import BACKENDS, Network, NetworkError, Scores
 from serving.manifest import EXPECTED, MANIFEST, MODEL, PackageError
 from trainer.common.errors import UserError, machine_fault
@@ -39,6 +41,8 @@ GOLDEN = {
 # Bytes unpacked. An ONNX file ends at 2 GiB (protobuf's limit), and the weights lie there twice.
 MAX_BYTES = 8 << 30
 MAX_MEMBERS = 10_000  # of an archive; a package has fifty
+BESIDE = {MANIFEST, signature.SIGNATURE}  # files that the manifest doesn't list
+MAX_EXAMPLE = 1 << 20  # bytes of a golden image that is kept
 MAX_EXPECTED = 1 << 30  # bytes of what is recorded of the golden images
 # What the system says of a name that can't be unpacked.
 NO_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL}
@@ -61,6 +65,7 @@ class Package:
     allowed: float  # the largest difference that would have passed
     network: Network  # takes pixels as `prepare` gives them
     calibration: Calibration  # how its logits become an answer
+    examples: tuple[tuple[str, bytes], ...] = ()  # name and bytes of the smaller golden images
 
     def prepare(
         self, source: str | os.PathLike[str] | bytes | BinaryIO, room: Room | None = None
@@ -76,10 +81,12 @@ class Package:
         return self.network(pixels).logits
 
 
-def load_for_command(path: Path, threads: int | None = None, backend: str = "onnx") -> Package:
+def load_for_command(
+    path: Path, threads: int | None = None, backend: str = "onnx", signed_by: str = ""
+) -> Package:
     """Return the package as `load` does. Raises UserError, which names the path."""
     try:
-        return load(path, threads, backend)
+        return load(path, threads, backend, signed_by)
     except PackageError as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
@@ -87,19 +94,25 @@ def load_for_command(path: Path, threads: int | None = None, backend: str = "onn
         raise UserError(machine_fault(error) or f"{path}: {error}") from error
 
 
-def load(path: Path, threads: int | None = None, backend: str = "onnx") -> Package:
+def load(
+    path: Path, threads: int | None = None, backend: str = "onnx", signed_by: str = ""
+) -> Package:
     """Return the package in a directory or a model.tar.gz, proven.
 
     threads: of the network on a CPU, one a core if not given. backend: a name of BACKENDS.
-    Raises PackageError, and OSError where the machine is at fault.
+    signed_by: the public key that must have signed it (`signature.public_key`); "": anybody may
+    have built it. Raises PackageError, UserError for a key that is none, and OSError where the
+    machine is at fault.
     """
     if path.is_dir():
-        return _prove(path, threads, backend, whole=False)
+        _check_origin(path, signed_by, whole=False)
+        return _prove(path, threads, backend)
     if not path.is_file():
         raise PackageError("there is no such file or directory")
     with tempfile.TemporaryDirectory(prefix="package-") as directory:
         _unpack(path, Path(directory))
-        return _prove(Path(directory), threads, backend, whole=True)
+        _check_origin(Path(directory), signed_by, whole=True)
+        return _prove(Path(directory), threads, backend)
 
 
 def _unpack(archive: Path, directory: Path) -> None:
@@ -148,10 +161,20 @@ def _check_member(member: tarfile.TarInfo, size: int) -> None:
         )
 
 
-def _prove(directory: Path, threads: int | None, backend: str, whole: bool) -> Package:
-    """Return the package in a directory. whole: whether it may hold no other file."""
+def _check_origin(directory: Path, signed_by: str, whole: bool) -> None:
+    """Raise PackageError unless a package's files are those that it was built of, by that key.
+
+    signed_by: as `load`'s. whole: whether it may hold no other file.
+    """
+    listed = manifests.read(directory)["files"]
+    _check_files(directory, listed, whole)
+    if signed_by:
+        signature.check(directory, listed, signed_by)
+
+
+def _prove(directory: Path, threads: int | None, backend: str) -> Package:
+    """Return the package in a directory, whose files are as they were built."""
     manifest = manifests.read(directory)
-    _check_files(directory, manifest["files"], whole)
     try:
         network = BACKENDS[backend](directory, manifest, threads)
     except NetworkError as error:
@@ -176,6 +199,15 @@ def _prove(directory: Path, threads: int | None, backend: str, whole: bool) -> P
         allowed=allowed,
         network=network,
         calibration=calibration,
+        examples=_examples(directory, manifest["golden"]),
+    )
+
+
+def _examples(directory: Path, names: Sequence[str]) -> tuple[tuple[str, bytes], ...]:
+    """Return the golden images that are small enough to be kept in memory, to be tried with."""
+    paths = (directory / name for name in names)
+    return tuple(
+        (path.name, path.read_bytes()) for path in paths if path.stat().st_size <= MAX_EXAMPLE
     )
 
 
@@ -200,7 +232,7 @@ def _check_files(directory: Path, listed: dict[str, str], whole: bool) -> None:
         place = directory
     for path in sorted(place.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if name in listed or name == MANIFEST or (path.is_dir() and not path.is_symlink()):
+        if name in listed or name in BESIDE or (path.is_dir() and not path.is_symlink()):
             continue
         if not _is_own_cache(path, directory, listed):
             raise PackageError(

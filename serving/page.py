@@ -6,7 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+from serving.handler import Settings
 from serving.package import Package
+
+# Those of golden pictures that browsers show.
+SHOWN = {
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+    ".bmp": "image/bmp",
+    ".avif": "image/avif",
+}
+EXAMPLES = "examples/"  # begins their address, relative to the page's
 
 
 def read() -> bytes:
@@ -14,9 +27,23 @@ def read() -> bytes:
     return Path(__file__).with_name("page.html").read_bytes()
 
 
-def card(package: Package) -> dict[str, Any]:
-    """Return what the page says of the model."""
+def examples(package: Package, settings: Settings) -> dict[str, tuple[str, bytes]]:
+    """Return the golden pictures that the page offers: content type and bytes, by address."""
+    if not settings.examples:
+        return {}
+    kinds = [(Path(name).suffix, name, data) for name, data in package.examples]
     return {
+        f"{EXAMPLES}{name}": (SHOWN[suffix], data)
+        for suffix, name, data in kinds
+        if suffix in SHOWN
+    }
+
+
+def card(package: Package, settings: Settings) -> dict[str, Any]:
+    """Return what the page says of the model, and what it may offer."""
+    return {
+        "examples": [*examples(package, settings)],
+        "urls": settings.urls,
         "classes": list(package.classes),
         "metrics": package.metrics,
         "created": package.created,

@@ -12,6 +12,7 @@ from serving.engine import Engine
 from serving.handler import Settings, convert, settings_from
 from serving.locate import MODEL, NEWEST, RUNS, package_of
 from serving.package import load_for_command
+from serving.signature import SIGNED_BY
 from trainer.common.arguments import whole
 from trainer.common.cpu import cores
 from trainer.common.errors import OK, UserError, needed_by
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
         from serving import process, server
     process.share_memory_and_threads()
     address = server.bind(options.host, options.port)
-    package = load_for_command(package_of(options.package), cores(), options.backend)
+    path = package_of(options.package)
+    package = load_for_command(path, cores(), options.backend, options.signed_by)
     engine = Engine(
         package,
         Rooms(settings.max_pixels, settings.max_decoded, large=False),
@@ -78,6 +80,13 @@ def _parser(defaults: Settings) -> argparse.ArgumentParser:
         default=os.environ.get("SERVING_BACKEND", "onnx"),
         choices=[*BACKENDS],
         help="what runs the network; cuda and torch are for GPUs (default %(default)s)",
+    )
+    parser.add_argument(
+        "--signed-by",
+        metavar="KEY",
+        default=os.environ.get(SIGNED_BY, ""),
+        help="serve a package that this public key has signed, and no other: its PEM file, or the "
+        f"text that sign has printed (variable {SIGNED_BY})",
     )
     for setting in fields(Settings):
         shown = getattr(defaults, setting.name)

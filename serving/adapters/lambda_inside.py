@@ -17,6 +17,7 @@ from serving.adapters import lambda_events as events
 from serving.engine import Engine
 from serving.fetch import RequestError
 from serving.package import load
+from serving.signature import SIGNED_BY
 
 
 @functools.cache
@@ -24,7 +25,9 @@ def engine() -> tuple[Engine, core.Settings]:
     """Return the one engine of this environment, and its settings."""
     settings = core.settings_from(os.environ)
     root = Path(os.environ.get("LAMBDA_TASK_ROOT", "."))
-    package = load(root / os.environ.get("MODEL_DIR", "package"))
+    package = load(
+        root / os.environ.get("MODEL_DIR", "package"), signed_by=os.environ.get(SIGNED_BY, "")
+    )
     return core.start_engine(package, settings), settings
 
 

@@ -15,6 +15,7 @@ from serving.fetch import RequestError
 from serving.handler import Answer, answer, failure, new_id, settings_from, start_engine
 from serving.handler import Request as Asked
 from serving.package import load
+from serving.signature import SIGNED_BY
 from serving.work import Work
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ class Model:
 
     def __init__(self, package: str) -> None:
         self._settings = settings_from(os.environ)
-        self._engine = start_engine(load(Path(package)), self._settings)
+        self._engine = start_engine(
+            load(Path(package), signed_by=os.environ.get(SIGNED_BY, "")), self._settings
+        )
 
     async def __call__(self, request: "Request") -> "Response":
         # imported here: only Ray Serve's environment has it

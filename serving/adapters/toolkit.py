@@ -16,6 +16,7 @@ from serving.contract import Query
 from serving.engine import Engine
 from serving.handler import Answer, Settings
 from serving.package import Package, load
+from serving.signature import SIGNED_BY
 from serving.work import Work
 
 
@@ -42,7 +43,9 @@ def settings() -> Settings:
 
 def model_fn(model_dir: str) -> Engine:
     """Return the engine of the package in a directory. Raises PackageError."""
-    return handler.start_engine(load(Path(model_dir)), settings())
+    return handler.start_engine(
+        load(Path(model_dir), signed_by=os.environ.get(SIGNED_BY, "")), settings()
+    )
 
 
 def input_fn(body: bytes | bytearray | str, content_type: str) -> Query | Answer:

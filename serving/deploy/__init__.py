@@ -35,6 +35,7 @@ from serving.deploy.release import (
     resources,
 )
 from serving.deploy.stack import ServingStack
+from serving.signature import as_text, public_key
 from trainer.common.arguments import positive
 from trainer.common.console import command
 from trainer.common.errors import OK, RESUME, UserError
@@ -96,6 +97,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             "--image",
             help="the endpoint's container in ECR, of serving/Dockerfile (default: AWS's Ray Serve "
             "image, and all that it lacks in the archive)",
+        )
+        add(
+            "--signed-by",
+            metavar="KEY",
+            help="refuse a model that this public key has not signed, now and in later deployments "
+            "until --set SignedBy=: its PEM file, or the text that sign printed",
         )
         add(
             "--set",
@@ -221,7 +228,9 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> DeploymentPlan:
     if described:
         _check_status(options.name, described["StackStatus"])
     deployed = parameters_of(described)
-    release = build(place, _package(asked, options.package), given, deployed)
+    signed_by = given.get("SignedBy", deployed.get("SignedBy", ""))
+    package = _package(asked, options.package, signed_by)
+    release = build(place, package, given, deployed)
     _check_scaling(deployed, release.parameters)
 
     if not asked:
@@ -291,10 +300,16 @@ def _given(options: argparse.Namespace) -> dict[str, str]:
         given[name] = value
     # The template's name for the mode stays: under another one every endpoint would be replaced.
     flags = {"Door": options.mode, "Image": options.image}
+    if options.signed_by is not None:
+        given["SignedBy"] = as_text(public_key(expanded(options.signed_by)))
     return given | {name: value for name, value in flags.items() if value is not None}
 
 
-def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
+def _package(aws: Aws | None, package: str | None, signed_by: str) -> Path | Remote | None:
+    """Return the package to deploy, which that key has signed ("": anybody). Raise UserError.
+
+    Of one in S3 the container looks at the signature, when it starts: it isn't brought here.
+    """
     if package is None:
         return None
     if package.startswith("s3://"):
@@ -308,7 +323,7 @@ def _package(aws: Aws | None, package: str | None) -> Path | Remote | None:
     if path.is_dir():
         raise UserError(f"{path}: a directory can't be deployed; give the model.tar.gz")
     try:
-        load(path)
+        load(path, signed_by=signed_by)
     except (PackageError, OSError) as error:
         raise UserError(f"{path}: {error}") from error
     return path

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from serving.manifest import MANIFEST
+from serving.signature import SIGNATURE
 from trainer.common.errors import PROJECT, UserError
 from trainer.common.serving_code import FOR_HEIC, REQUIREMENTS, SERVING_CODE
 
@@ -120,11 +121,11 @@ def _sealed(contents: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def _served(name: str) -> bool:
-    return not name.endswith(".safetensors") and not name.startswith("code/")
+    return not name.endswith(".safetensors") and name != SIGNATURE and not name.startswith("code/")
 
 
 def _needed_by_endpoint(name: str) -> bool:
-    return not name.endswith(".safetensors") and name != REQUIRED
+    return not name.endswith(".safetensors") and name not in (REQUIRED, SIGNATURE)
 
 
 def _needed(package: Path) -> tuple[str, ...]:

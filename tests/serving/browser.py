@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from base64 import b64decode
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -108,9 +109,12 @@ class Browser:
         return answer["result"].get("value")
 
     def choose_file(self, selector: str, path: Path) -> None:
+        self.choose_files(selector, [path])
+
+    def choose_files(self, selector: str, paths: Sequence[Path]) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
 
     def press(self, key: str, text: str = "") -> None:
         for kind in ("keyDown", "keyUp"):

@@ -243,7 +243,8 @@ def test_ray_serve_answers_as_our_server(run, original, golden, ours, tmp_path):
         f"serve.start(http_options={{'host': '127.0.0.1', 'port': {port}}})\n"
         "from serving.ray_app import app\nserve.run(app)\nthreading.Event().wait()\n"
     )
-    package = original / "package"
+    # A copy: Python leaves what it has compiled beside the code that runs.
+    package = shutil.copytree(original / "package", tmp_path / "package")
     environment = {
         "MODEL_DIR": str(package),
         "PYTHONPATH": str(package / "code"),

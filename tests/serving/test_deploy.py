@@ -16,10 +16,11 @@ import pytest
 
 from serving import __main__ as command_line
 from serving.deploy import bundle
-from serving.deploy.release import Place, Remote, build, idle_price, template
+from serving.deploy.release import Place, Remote, _holds, build, idle_price, template
 from serving.package import load
 from tests.conftest import PROJECT
 from tests.launch.conftest import Forked, running
+from tests.serving.keys import make_key
 from tests.serving.runtime import Endpoint, Function, Neighbour, Quiet, unpack
 from trainer.common.errors import UserError
 from trainer.common.serving_code import FOR_HEIC, REQUIREMENTS
@@ -443,6 +444,33 @@ def test_a_damaged_package_is_not_deployed(serving, package, tmp_path):
     assert (
         code == 2 and error.startswith(f"{tmp_path}/model.tar.gz: ") and error.count("\n") == 1
     ), error
+
+
+def test_a_model_that_another_key_has_signed_is_not_deployed(tmp_path, package, capsys):
+    make_key(tmp_path / "key.pem")
+    make_key(tmp_path / "other.pem")
+    signed = tmp_path / "signed.tar.gz"
+    sign = ["sign", str(package), "--key", str(tmp_path / "key.pem"), "--to", str(signed)]
+    assert command_line.main(sign) == 0
+    capsys.readouterr()
+    plan = ("plan", "--image", IMAGE, "--region", "us-east-1", "--signed-by")
+    assert command_line.main([*plan, str(tmp_path / "key.pub"), str(signed)]) == 0
+    assert re.search(r"^  SignedBy +MF\S{120,}$", capsys.readouterr().out, re.MULTILINE)
+    for model, said in ((package, "it isn't signed"), (signed, "by another key")):
+        assert command_line.main([*plan, str(tmp_path / "other.pub"), str(model)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
+def test_the_key_of_a_deployment_reaches_a_container_of_ones_own_and_stays(package):
+    container = template()["Resources"]["Model"]["Properties"]["PrimaryContainer"]
+    checks = {"Condition": "ChecksSignature"}
+    own = build(PLACE, package, {"Image": IMAGE, "SignedBy": "MF=="}, {}).parameters
+    set_to = container["Environment"]["SERVING_SIGNED_BY"]["Fn::If"]
+    assert set_to[:2] == ["ChecksSignature", {"Ref": "SignedBy"}] and _holds(checks, own)
+    assert build(PLACE, None, {}, own).parameters["SignedBy"] == "MF=="
+    aws = {**own, "RayServeApp": "serving.ray_app:app"}  # it runs the code of the archive itself
+    assert not _holds(checks, aws) and not _holds(checks, {**own, "SignedBy": ""})
 
 
 def test_a_plan_needs_no_credentials(package, tmp_path, monkeypatch):

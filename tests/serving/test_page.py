@@ -1,12 +1,20 @@
 import base64
+import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from serving.handler import Settings
 from serving.page import card, policy
-from tests.conftest import wait_for
+from tests.conftest import PROJECT, wait_for
 from tests.serving.browser import CHROMIUM, Browser
 
+# The variable names another one.
+AXE = Path(os.environ.get("AXE", PROJECT / ".venv/npm/node_modules/axe-core/axe.min.js"))
 PAGE = (Path(__file__).parents[2] / "serving/page.html").read_bytes()
 
 # Puts a file that was fetched from the page itself through the events of a drop or a paste.
@@ -45,7 +53,9 @@ def test_the_page_brings_all_it_needs():
 
 
 def test_the_card_holds_what_the_page_shows(engine):
-    assert card(engine.package).keys() == {
+    assert card(engine.package, Settings()).keys() == {
+        "examples",
+        "urls",
         "classes",
         "metrics",
         "created",
@@ -53,6 +63,17 @@ def test_the_card_holds_what_the_page_shows(engine):
         "model",
         "size",
     }
+
+
+def test_the_page_offers_golden_pictures_unless_told_not_to(server, engine, original):
+    paths = server.ask("GET", "/card").json["examples"]
+    assert paths == ["examples/0.jpg", "examples/1.png", "examples/2.webp"]
+    for path in paths:
+        reply = server.ask("GET", f"/{path}")
+        assert reply.headers["Content-Type"].startswith("image/")
+        assert reply.body == (original / "package/golden" / Path(path).name).read_bytes()
+    assert server.ask("GET", "/examples/expected.npz").status == 404
+    assert card(engine.package, Settings(examples=False))["examples"] == []
 
 
 @pytest.fixture
@@ -169,6 +190,97 @@ class TestInChromium:
         assert browser.run("document.documentElement.scrollWidth") <= width
         light, dark = contrast(browser, "body"), contrast(browser, "#status")
         assert light > 7 and dark > 4.5  # WCAG 2.2: 4.5 for text
+
+
+@pytest.mark.chromium
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+class TestMoreInChromium:
+    def test_several_pictures_are_answered_in_turn_and_shown_by_choice(
+        self, browser, server, original, tmp_path
+    ):
+        (tmp_path / "no.jpg").write_text("no picture")
+        golden = [original / "package/golden" / name for name in ("0.jpg", "1.png")]
+        browser.choose_files("#file", [*golden, tmp_path / "no.jpg"])
+        texts = "[...document.querySelectorAll('#asked button')].map(each => each.textContent)"
+        assert wait_for(lambda: browser.run(texts)[2:] == ["no answer"])
+        assert all(text == "Not sure" or text.endswith("%") for text in browser.run(texts)[:2])
+        assert [message for message in browser.messages if "400" not in message] == []
+        browser.messages.clear()  # Chromium itself tells of a refusal
+        check_answer(browser, server, golden[0].read_bytes())  # the first is shown
+        browser.run("document.querySelectorAll('#asked button')[1].click()")
+        check_answer(browser, server, golden[1].read_bytes())
+        pressed = "[...document.querySelectorAll('#asked button')].map(each => each.ariaPressed)"
+        assert browser.run(pressed) == ["false", "true", "false"]
+        browser.run("document.querySelectorAll('#asked button')[2].click()")
+        status = "document.getElementById('status').textContent"
+        assert "can't be read" in browser.run(status)
+        browser.choose_files("#file", golden[:1])  # one alone needs no list
+        check_answer(browser, server, golden[0].read_bytes())
+        assert browser.run("document.getElementById('several').hidden")
+
+    def test_an_example_is_asked_about_and_its_json_and_commands_can_be_copied(
+        self, browser, server, picture, tmp_path
+    ):
+        browser.run("document.querySelector('#golden button').click()")
+        check_answer(browser, server, picture)
+        shown = json.loads(browser.run("document.getElementById('json').textContent"))
+        assert len(shown[0]["labels"]) == 3
+        browser.run("document.querySelector('#raw button').click()")
+        assert wait_for(
+            lambda: browser.run("document.querySelector('#raw button').textContent") == "Copied"
+        )
+        # What the page shows to be typed is typed.
+        (tmp_path / "picture.jpg").write_bytes(picture)
+        curl, program = (
+            browser.run(f"document.getElementById('{name}').textContent")
+            for name in ("curl", "python")
+        )
+        for command in (shlex.split(curl), [sys.executable, "-c", program]):
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+            assert "'label'" in done.stdout or json.loads(done.stdout) == shown
+
+    def test_classes_are_searched(self, browser):
+        browser.run("document.querySelector('#card summary').click()")
+        browser.run("document.getElementById('search').focus()")
+        browser.call("Input.insertText", text="O")
+        found = "[...document.querySelectorAll('#found li')].map(each => each.textContent)"
+        assert browser.run(found) == ["dog"]
+        assert "1 of 3" in browser.run("document.getElementById('card').textContent")
+
+    def test_a_server_that_fetches_nothing_offers_no_url(self, browser):
+        browser.run("offer({ examples: [], urls: false })")
+        assert browser.run("document.getElementById('by-url').hidden")
+        browser.run(GIVE_URL % "paste")
+        status = browser.run("document.getElementById('status').textContent")
+        assert "fetches no pictures" in status
+
+    def test_a_phone_offers_its_camera(self, browser):
+        shown = "getComputedStyle(document.querySelector('label[for=camera]')).display"
+        assert browser.run(shown) == "none"
+        browser.look(390, 800, "light")
+        browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        assert browser.run(shown) == "block"
+        assert (
+            browser.run("document.getElementById('camera').getAttribute('capture')")
+            == "environment"
+        )
+
+    @pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: .ci/setup dev")
+    @pytest.mark.parametrize("width", [390, 1280])
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_axe_finds_nothing(self, browser, original, width, scheme):
+        """Everything is open: the strip of several pictures, the JSON, the classes."""
+        browser.look(width, 900, scheme)
+        golden = original / "package/golden"
+        browser.choose_files("#file", [golden / "0.jpg", golden / "1.png"])
+        bars(browser)
+        browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+        browser.run(AXE.read_text() + ";0")
+        broken = (
+            "axe.run().then(told => told.violations.map(each => "
+            "[each.id, each.nodes.map(node => node.html)]))"
+        )
+        assert browser.run(broken) == []
 
 
 # What the page says of an answer, in a page of its own.

@@ -14,6 +14,7 @@ SERVING_CODE = tuple(
         "serving/manifest",
         "serving/package",
         "serving/s3",
+        "serving/signature",
         "serving/work",
         "trainer/__init__",
         "trainer/common/__init__",

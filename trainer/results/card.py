@@ -11,14 +11,12 @@ from typing import Any
 import yaml
 
 from trainer.network.weights import SCRATCH
+from trainer.results.bom import SPDX
 from trainer.results.intervals import wilson_interval
 from trainer.results.text import percent
 
 # The hub's own names of licences that pretrained weights come under; others have to be described.
-LICENCES = {
-    "apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc-by-4.0", "cc-by-sa-4.0",
-    "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc0-1.0", "openrail", "gpl-3.0", "agpl-3.0",
-}  # fmt: skip
+LICENCES = {*map(str.lower, SPDX), "openrail"}
 LISTED = 50  # classes by name
 FEW = 10  # pictures of a class in the test, with which its own figure says little
 SHARES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}

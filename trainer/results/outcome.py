@@ -264,6 +264,7 @@ def build_package(run: Training, tested: Tested) -> None:
         config=identity(config),
         revision=revision(),
         weights=provenance(config),
+        data=data_name(config.data.source, config.data.root),
         golden=[split.paths[first] for first in firsts],
         graph=early.graph_of(config, run.network),
         suffixes=frozenset(

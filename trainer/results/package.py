@@ -15,7 +15,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -37,7 +37,7 @@ from trainer.images.decode import ImageError, Preprocessing, prepare
 from trainer.images.names import AVIF, HEIC
 from trainer.network.build import Classifier
 from trainer.network.distance import WithDistance
-from trainer.results import calibrate, quantize
+from trainer.results import bom, calibrate, quantize
 from trainer.results.calibrate import Calibration
 from trainer.results.graph import to_onnx
 
@@ -80,6 +80,7 @@ class Contents:
     identity: dict[str, str] = field(default_factory=dict)
     # Where the first weights were from, and their licence.
     weights: dict[str, str | None] = field(default_factory=dict)
+    data: str = "pictures"  # what the data set is called
     calibration: Calibration | None = None  # None: plain softmax
     # The classes' mean features [classes, width]; None: the network gives no distance.
     means: torch.Tensor | None = None
@@ -186,7 +187,10 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> Co
     _write(package / "model.onnx", model)
     if contents.card is not None:
         _write(package / CARD, contents.card.encode(errors="replace"))
-    _write(package / "code/requirements.txt", _requirements(contents.suffixes).encode())
+    requirements = _requirements(contents.suffixes)
+    lines = "".join(f"{requirement}\n" for requirement in requirements.values())
+    _write(package / "code/requirements.txt", lines.encode())
+    _write(package / bom.BOM, _bill(contents, package, requirements).encode())
     for name, source in CODE.items():
         _write(package / "code" / name, (PROJECT / source).read_bytes())
     return contents
@@ -200,14 +204,28 @@ def _calibrated(model: bytes, contents: Contents) -> Calibration:
     return fitted
 
 
-def _requirements(suffixes: frozenset[str]) -> str:
-    """Return what serving needs to be installed, to read what was trained on."""
+def _bill(contents: Contents, package: Path, libraries: Iterable[str]) -> str:
+    """Return the bill of materials. libraries: the names of those that serving needs."""
+    return bom.Materials(
+        network=str(contents.config["model.name"]),
+        data=contents.data,
+        classes=contents.classes,
+        files={name: _sha256(package / name) for name in (TENSORS, "model.onnx")},
+        identity=contents.identity,
+        weights=contents.weights,
+        libraries={name: version(name) for name in libraries},
+        metrics=contents.metrics,
+    ).text()
+
+
+def _requirements(suffixes: frozenset[str]) -> dict[str, str]:
+    """Return what serving needs to be installed to read what was trained on, by library."""
     needed = dict(REQUIREMENTS)
     if suffixes & AVIF:
         needed |= FOR_AVIF
     if suffixes & HEIC:
         needed |= FOR_HEIC
-    return "".join(f"{requirement}\n" for requirement in needed.values())
+    return needed
 
 
 def _write_manifest(contents: Contents, package: Path) -> None:
@@ -232,10 +250,7 @@ def _write_manifest(contents: Contents, package: Path) -> None:
         **calibration,
         "golden": _golden_names(contents),
         "versions": versions(),
-        "files": {
-            path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in _files(package)
-        },
+        "files": {path.relative_to(package).as_posix(): _sha256(path) for path in _files(package)},
     }
     # Over the rest of the manifest as canonical JSON: a class renamed by hand is noticed. It proves
     # integrity, not who wrote it.
@@ -251,8 +266,8 @@ def versions() -> dict[str, str]:
 
 def sources() -> list[Path]:
     """Return the files of ours that make a package, and those that load it."""
-    makers = ("network/build.py", "network/distance.py", "results/graph.py", "results/package.py")
-    return [PROJECT / "trainer" / name for name in makers] + [
+    names = ("network/build", "network/distance", "results/bom", "results/graph", "results/package")
+    return [PROJECT / "trainer" / f"{name}.py" for name in names] + [
         PROJECT / source for source in CODE.values()
     ]
 
@@ -341,6 +356,10 @@ def _move(package: Path, target: Path) -> None:
         if old.is_dir():
             shutil.rmtree(old)
         path.replace(old)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _files(package: Path) -> list[Path]:

@@ -48,7 +48,9 @@ def test_an_archive_holds_all_that_serving_needs_and_nothing_else_is_left(built)
         names = tar.getnames()
     code = sorted(["inference.py", "requirements.txt", "serving/ray_app.py", *SERVING_CODE])
     golden = ["0.jpg", "1.png", "2.webp", "expected.npz"]
-    assert names == [f"code/{name}" for name in code] + [f"golden/{name}" for name in golden] + [
+    assert names == ["bom.json"] + [f"code/{name}" for name in code] + [
+        f"golden/{name}" for name in golden
+    ] + [
         "model.onnx",
         "model.safetensors",
         "package.json",
@@ -122,7 +124,7 @@ def test_the_code_requires_what_the_project_requires(built):
 
 def test_a_package_asks_for_what_reads_the_pictures_that_it_was_trained_on():
     extra = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    lines = package._requirements(frozenset({".jpg", ".heic", ".avif"})).splitlines()
+    lines = [*package._requirements(frozenset({".jpg", ".heic", ".avif"})).values()]
     assert lines == ["numpy>=1.26", "pillow>=11.3", "onnxruntime>=1.19", "pillow-heif>=1.1"]
     assert lines[-1:] == extra["optional-dependencies"]["heic"]
 
@@ -209,6 +211,7 @@ def test_a_directory_that_exists_gets_the_files_of_an_older_package_replaced(tmp
         (target / older).write_text("older")
     package.build(make_network(), make_contents(tmp_path / "pictures"), target, archive=False)
     assert sorted(path.name for path in target.iterdir()) == [
+        "bom.json",
         "code",
         "golden",
         "mine.txt",
