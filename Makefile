@@ -84,7 +84,7 @@ site: .venv-tools/made  ## the documents as a site, in build/site, without a war
 	NO_MKDOCS_2_WARNING=1 .venv-tools/bin/python -m mkdocs build --strict --quiet --clean
 
 transcripts: .venv/dev  ## write what the commands of the AWS pages say, by a stand-in for AWS, into docs/
-	WRITE_TRANSCRIPTS=1 $(BIN)/python -m pytest -q tests/test_docs.py -k test_the_launch_commands
+	WRITE_TRANSCRIPTS=1 $(BIN)/python -m pytest -q tests/test_docs.py -k "test_the_launch_commands or test_the_serving_commands"
 
 pages: .venv/dev  ## install Chromium (apt-get) and open the pages in it
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }

@@ -86,7 +86,10 @@ def at_most(aws: Aws, attempt: Attempt, state: State) -> float:
 
     Raise AwsError.
     """
-    if attempt.per_hour is None or state.phase in (Phase.ABSENT, Phase.NO_CAPACITY):
+    if attempt.per_hour is None or state.phase is Phase.ABSENT:
+        return 0.0
+    # One of several machines that never came keeps others waiting that did.
+    if state.phase is Phase.NO_CAPACITY and not state.machine_seconds:
         return 0.0
     if (state.ended is not None and state.is_sure) or state.discounted:
         machine_hours = state.machine_seconds / 3600 + attempt.instances * 60 / 3600

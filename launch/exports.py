@@ -147,6 +147,11 @@ def rented(spec: Spec) -> ec2.Ec2Config:
             f"target={spec.target.name}: SkyPilot and dstack rent machines of EC2's; "
             "give target=ec2"
         )
+    if spec.instances > 1:
+        raise UserError(
+            f"target.instances={spec.instances}: what is exported trains on one machine; "
+            "give target.instances=1, or submit it here"
+        )
     return spec.target
 
 

@@ -37,7 +37,7 @@ GROUPS = {
         "sweep": Verb("train with several values: optim.lr=1e-3,1e-2", "trainer", ("-m",)),
         "doctor": Verb("what this machine can do, and how long a run takes", "trainer.doctor"),
         "care": Verb("look for duplicates, leaks and doubtful labels in a folder", "trainer.care"),
-        "runs": Verb("the runs so far; --compare RUN RUN: which is better", "trainer.runs"),
+        "runs": Verb(LAUNCH["runs"], "launch", ("runs",)),
         "checkpoint": Verb("list and verify a run's checkpoints", "trainer.checkpoint"),
     },
     "Use a model": {
@@ -48,7 +48,9 @@ GROUPS = {
         "serve": _serving("serve", "answer on HTTP, with a page to try the model"),
         "bench": _serving("bench", "measure a server, and say what to deploy for a load"),
     },
-    "Rent a machine": {name: Verb(does, "launch", (name,)) for name, does in LAUNCH.items()},
+    "Rent a machine": {
+        name: Verb(does, "launch", (name,)) for name, does in LAUNCH.items() if name != "runs"
+    },
     "Deploy": {
         "deploy": _serving("deploy", "endpoint, autoscaling and Lambda function; asks first"),
         "invoke": _serving("invoke", "ask the deployed function"),

@@ -25,6 +25,7 @@ from launch.targets.instance_types import processes
 from launch.targets.spec import (
     NO_ACCOUNT,
     account_of,
+    carried,
     load_config,
     only_here,
     resolved,
@@ -121,9 +122,12 @@ def prepare(
     aws: None without credentials. data: the folder to upload. again: also where the run is
     complete. Raise UserError, AwsError.
     """
+    overrides, own_files = carried(overrides)
     config, name = load_config(target, overrides, data)
     extras = source.extras(config, s3.files_of(data) if data else ())
     tarball = source.build(extras)
+    if own_files:
+        tarball = source.with_files(tarball, own_files)
     if aws is None:
         account = NO_ACCOUNT
         region = account_of(target).configured_region or FALLBACK

@@ -28,7 +28,11 @@ from trainer.common.errors import FAULT, OK, RESUME, UserError
 # AWS's ways to say that something of this name was made already. Ours follow from run and attempt,
 # so it is the very thing, if it is this project's.
 ALREADY = r"ResourceInUse|already exists|must be unique|duplicate"
-YOUNG_ROLE = "Could not assume role|Invalid IAM Instance Profile"
+# What AWS says of what was just made and is not seen everywhere yet.
+YOUNG = {
+    "Could not assume role|Invalid IAM Instance Profile": "role",
+    "Placement Group .* unknown": "placement group",
+}
 IAM_TRIES, IAM_PAUSE = 10, 3.0  # seconds between two
 CAPACITY_PAUSE = 30  # times --every, between two requests for a machine that AWS does not have
 REPLACEMENTS = 3  # in a row for machines that were taken back, none of which got further
@@ -92,6 +96,7 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
         attempt, plan = noted, dataclasses.replace(plan, requests=noted.requests, others=())
     attempt, made = _send_first_offer(aws, plan, attempt)
     attempt = _confirm(aws, attempt, _id(made[-1]) or base.of(attempt).observe(aws, attempt).id)
+    base.of(attempt).sent(aws, attempt, plan.before)
     log.info("sent attempt %d at %s: %s", attempt.number, attempt.run, attempt.id or attempt.job)
     if attempt.ceiling is not None:
         log.info(
@@ -186,7 +191,7 @@ def _confirm(aws: Aws, attempt: Attempt, id: str | None) -> Attempt:
 def _send(aws: Aws, request: Request) -> dict[str, Any]:
     """Return AWS's answer, empty where an earlier submit was first."""
     try:
-        return _send_once_iam_knows(aws, request)
+        return _send_once_seen(aws, request)
     except AwsError as error:
         if not re.search(ALREADY, f"{error.code}: {error.message}"):
             raise
@@ -195,19 +200,23 @@ def _send(aws: Aws, request: Request) -> dict[str, Any]:
         return {}
 
 
-def _send_once_iam_knows(aws: Aws, request: Request) -> dict[str, Any]:
-    """Send a request, again for a while where the role in it is too young to be seen.
+def _send_once_seen(aws: Aws, request: Request) -> dict[str, Any]:
+    """Send a request, again for a while where what it names is too young to be seen.
 
-    IAM is eventually consistent: a role that `up` has just made is there some seconds later.
+    IAM and EC2 are eventually consistent: a role that `up` has just made is there some seconds
+    later.
     """
     for left in reversed(range(IAM_TRIES)):
         try:
             return aws.send(request)
         except AwsError as error:
-            if not left or not re.search(YOUNG_ROLE, error.message):
+            young = [what for says, what in YOUNG.items() if re.search(says, error.message)]
+            if not left or not young:
                 raise
             if left == IAM_TRIES - 1:
-                log.info("%s; a role that was just made is not seen at once: asking again", error)
+                log.info(
+                    "%s; a %s that was just made is not seen at once: asking again", error, young[0]
+                )
             time.sleep(IAM_PAUSE)
     raise AssertionError("the last try returns or raises")
 

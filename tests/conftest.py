@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.forked import Forked
+from tests.parsed_once import parse_once
 from trainer.common.command import one_line
 from trainer.settings import config as settings
 from trainer.settings.compose import compose, explain_settings
@@ -27,6 +28,8 @@ PROJECT = Path(__file__).parents[1]
 # One thread: the promise of equal bits is for an equal number of threads, and small tests run
 # faster so.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+parse_once()
 
 # A shell ignores SIGINT in what it starts in the background, nohup ignores SIGHUP, and every
 # process started from there inherits that; here both are tested.
@@ -155,9 +158,9 @@ def share_exports(cwd: Path, words: Sequence[str]) -> None:
         own.symlink_to(shared)
 
 
-def run_trainer(cwd: Path, *overrides: str, **variables: str) -> tuple[int, str]:
-    """Its exit code and everything it printed."""
-    return ended(start_trainer(cwd, *overrides, **variables))
+def run_trainer(cwd: Path, *overrides: str, before: str = "", **variables: str) -> tuple[int, str]:
+    """Its exit code and everything it printed. before: as `start` takes it."""
+    return ended(start_trainer(cwd, *overrides, before=before, **variables))
 
 
 def run_module(cwd: Path, *command: str, **variables: str) -> tuple[int, str]:

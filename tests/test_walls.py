@@ -38,9 +38,11 @@ BORROWS = {
     ),
 }
 # The one arrow beside these: in a container, the trainer is called and not started, so that what
-# ended it can be told to SageMaker. And what Python imports (launch/python) is both of the others.
+# ended it can be told to SageMaker. What Python imports (launch/python) is both of the others. And
+# the runs in the bucket stand in the trainer's table of runs.
 EXCEPTIONS = {
     ("launch.local", "trainer.__main__"),
+    ("launch.verbs", "trainer.runs"),
     ("launch.python", "serving.backends"),
     ("launch.python", "serving.bulk"),
     ("launch.python", "serving.package"),

@@ -1,19 +1,33 @@
 """What the first run of a process does once for all: imported by the process that others fork from.
 
-PyTorch's exporter reads and registers some thousand operators each time that it is used.
+PyTorch's exporter reads and registers some thousand operators each time that it is used, the
+pages' templates are compiled, and the settings' files are parsed.
 """
 
 import functools
 import gc
+from pathlib import Path
 
 import numpy as np
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from tests.parsed_once import parse_once
+from trainer.common.templates import environment
 from trainer.network.build import build
+from trainer.results import report
 from trainer.results.graph import to_onnx
+from trainer.settings import config as settings
+from trainer.settings.compose import compose
 
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 to_onnx(build("small_cnn", 2).eval(), np.zeros((1, 16, 16, 3), np.uint8), ["logits"])
+parse_once()
+settings.register()
+compose(["data.root=/nowhere", "model=small_cnn"])
+PAGES = Path(report.__file__).parent
+environment(PAGES).filters.update(report.FILTERS)
+for page in PAGES.rglob("*.j2"):
+    environment(PAGES).get_template(str(page.relative_to(PAGES)))
 # A child's garbage collector need not look at what is there already, nor copy its memory so.
 gc.collect()
 gc.freeze()

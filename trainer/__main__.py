@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ if __name__ == "__main__":
     sessions.end_when_asked(held=one_of_several())  # before what takes seconds to import
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from trainer.common import command
@@ -41,8 +42,9 @@ from trainer.images.identity import of_images
 from trainer.images.usable import are_those, usable_images
 from trainer.settings import config as settings
 from trainer.settings import options
-from trainer.settings.compose import CONF, explain_settings, resolve
+from trainer.settings.compose import CONF, explain_settings, is_hydras, resolve
 from trainer.settings.config import Config
+from trainer.settings.words import key_of
 from trainer.training import complete, recipe
 from trainer.training.run import Run, open_run
 from trainer.training.stall import ended_on_stall
@@ -51,24 +53,28 @@ from trainer.training.stall import ended_on_stall
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_main(composed: DictConfig) -> None:
     """Train with what Hydra has composed, and exit with the code that says how it went."""
-    sys.exit(guarded(lambda: train(settings.load(composed), current_world())))
+    given = list(HydraConfig.get().overrides.task)
+    sys.exit(guarded(lambda: train(settings.load(composed), current_world(), given)))
 
 
-def train(config: Config | None, world: World) -> None:
-    """Train one run, or this process's part of it. config: None where rank 0 has it."""
+def train(config: Config | None, world: World, given: Sequence[str] = ()) -> None:
+    """Train one run, or this process's part of it.
+
+    config: None where rank 0 has it. given: the settings that were typed or implied, as words.
+    """
     with on_signals() as stop:
         config = world.share_config(config, stop)
         world.check(config.train.processes, config.train.hosts)
         for line in settings.ignored(config, sys.argv[1:]):
             log.warning(line)
-        train_run(config, world, stop)
+        train_run(config, world, stop, given)
 
 
-def train_run(config: Config, world: World, stop: Stop) -> None:
+def train_run(config: Config, world: World, stop: Stop, given: Sequence[str]) -> None:
     """Train the run of these settings."""
     spot = on_spot_notice if config.platform.name == "ec2" else nullcontext
     with (
-        open_run(config, world, stop) as run,
+        open_run(config, world, stop, given) as run,
         world.connected(config.train.timeout_seconds, stop),
         spot(stop),
         ended_on_stall(config.train, world) as rescue,
@@ -206,7 +212,7 @@ def main() -> int:
 
 
 def run(words: list[str]) -> None:
-    """Train one run, by Hydra: it gets what was typed and what that implies."""
+    """Train one run, with what was typed and what that implies."""
     if answer := options.answer(words):
         print(answer)
         return
@@ -215,11 +221,14 @@ def run(words: list[str]) -> None:
     resolved = resolve(typed)
     own = [word for word in words if word not in typed]
     sys.argv[1:] = own + resolved.words
-    if not flags:
-        settings.load(resolved.composed)  # a wrong setting is all that is said
-        for line in resolved.notes:
-            log.info(line)
-    hydra_main()
+    if flags or any(is_hydras(key_of(word)) for word in typed):
+        hydra_main()
+        return
+    config = settings.load(resolved.composed)  # a wrong setting is all that is said
+    for line in resolved.notes:
+        log.info(line)
+    # Hydra itself would compose the same twice more.
+    train(config, current_world(), resolved.words)
 
 
 def sweep(words: list[str]) -> None:

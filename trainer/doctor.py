@@ -289,7 +289,7 @@ def _extract_rate(
 ) -> float:
     count, started = 0, time.monotonic()
     for batch in _until(loader.ordered_batches("train", 0, features.BATCH), seconds):
-        features.compute(network, batch, machine)
+        features.compute(network, batch, machine.for_frozen())
         count += len(batch.target)
     return count / (time.monotonic() - started)
 

@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from trainer.common import sessions
 
@@ -15,13 +17,19 @@ from trainer.common.arguments import typed_path
 from trainer.common.command import guarded
 from trainer.common.console import log, to_terminal
 from trainer.results import index, runs
-from trainer.results.runs import Comparison
+from trainer.results.runs import Comparison, Summary
 
 SURE = 0.05  # a difference that chance gives more seldom is one
 
+# What runs there are in other places, as `runs.elsewhere` takes them.
+Elsewhere = Callable[[], Sequence[Mapping[str, Any]]]
 
-def main() -> int:
-    """Show what the command line names; return the exit code."""
+
+def main(arguments: Sequence[str] | None = None, elsewhere: Elsewhere = list) -> int:
+    """Show what the command line names; return the exit code.
+
+    arguments: None for those of the process. elsewhere: asked where all runs are shown.
+    """
     sessions.end_when_asked(clear=True)
     to_terminal()
     parser = argparse.ArgumentParser(
@@ -48,17 +56,33 @@ def main() -> int:
         metavar="RUN",
         help="say whether one is better than the other on the same test pictures",
     )
-    options = parser.parse_args()
+    parser.add_argument(
+        "--local", action="store_true", help="leave out the runs in the bucket on AWS"
+    )
+    options = parser.parse_args(arguments)
+    if options.local:
+        elsewhere = list
     if options.compare:
         return guarded(lambda: compare(*options.compare), log.log)
     if options.html:
-        return guarded(lambda: write_page(options.folder), log.log)
-    return guarded(lambda: show(options.folder, options.json), log.log)
+        return guarded(lambda: write_page(options.folder, elsewhere), log.log)
+    return guarded(lambda: show(options.folder, options.json, elsewhere), log.log)
 
 
-def show(folder: Path, as_json: bool) -> None:
-    """Print the runs below a folder. Raise UserError where there is no such folder."""
-    found = runs.find(folder)
+def found_in(folder: Path, elsewhere: Elsewhere) -> list[Summary]:
+    """Return the runs below a folder and those elsewhere, the newest first.
+
+    Raise UserError where there is neither a run elsewhere nor such a folder.
+    """
+    others = [runs.elsewhere(told) for told in elsewhere()]
+    if others and not folder.is_dir():
+        return runs.together([], others)
+    return runs.together(runs.find(folder), others)
+
+
+def show(folder: Path, as_json: bool, elsewhere: Elsewhere = list) -> None:
+    """Print the runs. Raise UserError where there is no such folder."""
+    found = found_in(folder, elsewhere)
     if as_json:
         print(json.dumps([dataclasses.asdict(run) for run in found], default=str, indent=1))
     elif found:
@@ -67,10 +91,12 @@ def show(folder: Path, as_json: bool) -> None:
         print(f"{folder}: no run yet")
 
 
-def write_page(folder: Path) -> None:
+def write_page(folder: Path, elsewhere: Elsewhere = list) -> None:
     """Write index.html into a folder of runs. Raise UserError where there is no such folder."""
     path = folder / "index.html"
-    index.write(runs.find(folder), path)
+    found = found_in(folder, elsewhere)
+    folder.mkdir(parents=True, exist_ok=True)
+    index.write(found, path)
     print(path)
 
 

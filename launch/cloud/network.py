@@ -47,6 +47,18 @@ def zones(aws: Aws, instance_type: str) -> list[str]:
     return sorted(each["Location"] for each in offered)
 
 
+def lets_its_own_in(group: dict[str, Any]) -> bool:
+    """Return whether members of a security group reach each other on every port of TCP."""
+    for rule in group["IpPermissions"]:
+        whole = rule["IpProtocol"] == "-1"
+        if rule["IpProtocol"] == "tcp":
+            whole = rule["FromPort"] <= 1024 and rule["ToPort"] == 65535
+        sources = [pair["GroupId"] for pair in rule.get("UserIdGroupPairs", [])]
+        if whole and group["GroupId"] in sources:
+            return True
+    return False
+
+
 def _way(subnet: dict[str, Any], tables: list[dict[str, Any]]) -> str | None:
     """Return the way from a subnet to S3 by its route table, the VPC's main one without its own."""
     of_vpc = [each for each in tables if each["VpcId"] == subnet["VpcId"]]

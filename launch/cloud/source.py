@@ -9,7 +9,7 @@ import io
 import re
 import tarfile
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -62,6 +62,33 @@ def build(extras: Sequence[str] = (), project: Path = PROJECT) -> bytes:
             member.mode = 0o755 if name in EXECUTABLE else 0o644
             tar.addfile(member, io.BytesIO(contents[name]))
     data = archive.getvalue()
+    check(data)
+    return data
+
+
+def with_files(tarball: bytes, more: Mapping[str, Path]) -> bytes:
+    """Return a tarball with files of a person's own beside the project's, by their places in it.
+
+    Raise UserError where one would take the place of the project's, and as `check` does.
+    """
+    packed = gzip.decompress(tarball)
+    archive = io.BytesIO(packed)
+    with tarfile.open(fileobj=archive, mode="r:") as tar:
+        tops = {name.split("/")[0] for name in tar.getnames()}
+    for name, path in more.items():
+        if name.split("/")[0] in tops:
+            raise UserError(
+                f"{path}: a job has {name.split('/')[0]} of Packhorse itself; "
+                "give your module another name"
+            )
+    archive.seek(0)
+    with tarfile.open(fileobj=archive, mode="a:") as tar:
+        for name, path in sorted(more.items()):
+            content = path.read_bytes()
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o644
+            tar.addfile(member, io.BytesIO(content))
+    data = gzip.compress(archive.getvalue(), compresslevel=6, mtime=0)
     check(data)
     return data
 

@@ -28,6 +28,13 @@ def volumes(aws: Aws) -> list[dict[str, Any]]:
     return [each for each in every if each["State"] == "available"]
 
 
+def placement_groups(aws: Aws) -> list[str]:
+    """Return the names of our placement groups, which runs on several machines leave."""
+    tagged = [{"Name": "tag:project", "Values": [aws.project]}]
+    answer = aws.call("ec2", "DescribePlacementGroups", Filters=tagged)
+    return [each["GroupName"] for each in answer["PlacementGroups"]]
+
+
 def end_jobs(aws: Aws, every: float) -> None:
     """Stop jobs, wait for their end, and delete their records, which carry the tag.
 
@@ -50,7 +57,10 @@ def _end_jobs(aws: Aws, kind: str, every: float) -> None:
 
 
 def end_machines(aws: Aws, every: float) -> None:
-    """Terminate instances, wait for their end, and delete disks that are attached to nothing."""
+    """Terminate instances, wait for their end, and delete what they leave.
+
+    That is disks that are attached to nothing, and placement groups. every: see `end_jobs`.
+    """
     ids = [each["InstanceId"] for each in machines(aws)]
     if ids:
         log.info("terminating %s", ", ".join(ids))
@@ -59,6 +69,9 @@ def end_machines(aws: Aws, every: float) -> None:
     for volume in volumes(aws):
         log.info("deleting the disk %s", volume["VolumeId"])
         aws.find("ec2", "DeleteVolume", r"InvalidVolume\.NotFound", VolumeId=volume["VolumeId"])
+    for name in placement_groups(aws):
+        unknown = r"InvalidPlacementGroup\.Unknown"
+        aws.find("ec2", "DeletePlacementGroup", unknown, GroupName=name)
 
 
 def end_notebooks(aws: Aws, every: float) -> None:

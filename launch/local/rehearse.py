@@ -278,7 +278,7 @@ def expected_metrics(job: TrainingJob, channels: dict[str, Path]) -> list[str]:
 
 def _has_test(folder: Path, labels: str | None) -> bool:
     if labels is not None:
-        return "test" in table.splits(folder / labels)
+        return "test" in table.splits(folder / labels, str(folder))
     return any(
         path.is_dir() and path.name.casefold() in SPLIT_NAMES["test"] for path in folder.iterdir()
     )

@@ -61,6 +61,27 @@ class State:
     id: str | None = None
     # Whether AWS or the machine itself said when it ended; else that is the last that was heard.
     is_sure: bool = True
+    # By when all its machines end, since one of several has; None: all of them are there.
+    ends_by: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run has found out; None: not known.
+
+    valid, test: top-1 accuracies (0..1). pictures: of test. seconds: of wall time.
+    """
+
+    valid: float | None = None
+    test: float | None = None
+    pictures: int | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Return the one on test, or on valid where that is all there is."""
+        return self.valid if self.test is None else self.test
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ To add one: a module in this folder whose TARGETS holds an object of its class, 
 conf/target/NAME.yaml. Nothing else knows a target's name.
 """
 
+import dataclasses
 import hashlib
 import pkgutil
 import re
@@ -20,7 +21,7 @@ from typing import Any, ClassVar
 from launch.cloud.account_stack import Place
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, bucket_name, domain, partition, role_name
-from launch.targets.attempt import Attempt, Noted, Phase, State
+from launch.targets.attempt import Attempt, Figures, Noted, Phase, State
 from launch.targets.instance_types import names_in
 from launch.targets.inventory import Inventory
 from launch.targets.questions import Question
@@ -290,6 +291,9 @@ class Target(ABC):
         the trainer that it can't carry or do.
         """
 
+    def sent(self, aws: Aws, attempt: Attempt, before: Attempt | None) -> None:  # noqa: B027
+        """Do what is due once an attempt was sent. before: the one before it, if there was one."""
+
     def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
         """Return what sets an ended attempt going again as itself; [] where the next is another.
 
@@ -355,7 +359,9 @@ class Target(ABC):
         """
         state = self.observe(aws, attempt)
         if state.phase is Phase.RUNNING:
-            self.stop_running(aws, attempt, state, at_once)
+            # Asked for by somebody, whatever else it would end for.
+            asked = dataclasses.replace(state, ends_by=None)
+            self.stop_running(aws, attempt, asked, at_once)
         elif (
             state.phase is Phase.ABSENT
             and attempt.may_be_on_its_way
@@ -397,8 +403,8 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
-        """Return the share of test pictures that the run names correctly, None if not known."""
+    def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
+        """Return what the run has found out so far."""
 
     @abstractmethod
     def console(self, attempt: Attempt, region: str) -> str:

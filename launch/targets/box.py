@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
-from launch.targets.attempt import Attempt, Noted, Phase, State
+from launch.targets.attempt import Attempt, Figures, Noted, Phase, State
 from launch.targets.base import RUN, Spec, fit
 from launch.targets.ec2 import Ec2
-from launch.targets.ec2_request import run_instances
+from launch.targets.ec2_request import Ec2Config, run_instances
 from launch.targets.inventory import Inventory
 from launch.targets.rented import Rented
 from launch.targets.script import fill
@@ -22,6 +22,13 @@ class Box(Ec2):
     def run_id(self, config: Config, placed: Config, overrides: Sequence[str]) -> str:
         """Return the name that is given, else the same for all: one box is enough for most."""
         return fit(config.name, RUN) if config.name is not None else "box"
+
+    def check(self, target: Ec2Config) -> None:
+        super().check(target)
+        if target.instances > 1:
+            raise UserError(
+                f"target.instances={target.instances}: a box is one machine; give each a name=..."
+            )
 
     def requests(self, spec: Spec) -> list[Request]:
         return [run_instances(spec, script(spec))]
@@ -43,8 +50,8 @@ class Box(Ec2):
             f"{attempt.run}: a box leaves no model; name a run: python -m launch status"
         )
 
-    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
-        return None
+    def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
+        return Figures()
 
     @classmethod
     def overdue(cls, inventory: Inventory) -> Iterator[tuple[Attempt, State]]:

@@ -1,23 +1,29 @@
-"""One EC2 instance: everything makes it end by itself and stay closed.
+"""EC2 instances of one run: everything makes them end by themselves and stay closed.
 
 What the instance reads from and writes to the bucket (user_data.sh), below runs/RUN/:
 `checkpoints/` and `log.txt` once a minute, `output/` (model package, report, metrics, result),
 `attempts/N.json` ({"attempt", "code", "reason"}) when attempt N has ended, which the index says
 too (attempt.py), `attempts/N.machine` which machine has it. `attempts/N.stop` asks it to stop; a
-note of a later attempt (`M.request.json`) ends it without another word.
+note of a later attempt (`M.request.json`) ends it without another word. Of several machines
+(`target.instances`) the first has the run, and the claim; the others write `attempts/N.K.json` and
+`log.K.txt`.
 """
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 from launch.cloud import quotas, s3
 from launch.cloud.prices import ADDRESS_HOUR, GP3_GB_MONTH, HOURS_A_MONTH, asked
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, AwsError
+from launch.targets import ec2_together
 from launch.targets.attempt import (
     Attempt,
+    Figures,
     Noted,
     Phase,
     State,
@@ -27,6 +33,7 @@ from launch.targets.base import RUN, Spec, Target, fit, tag_values
 from launch.targets.ec2_offers import by_price, highest_bid, spot_prices, spot_scores, zones_of
 from launch.targets.ec2_request import (
     Ec2Config,
+    placement_group,
     run_instances,
     settings_of,
     user_data,
@@ -45,7 +52,7 @@ from launch.targets.ec2_state import (
 )
 from launch.targets.instance_types import check_trains, names_in
 from launch.targets.inventory import Inventory
-from launch.targets.questions import Question, capacity, quota, way_to_s3
+from launch.targets.questions import Question, capacity, quota, together, way_to_s3
 from launch.targets.rented import Machines, Rented, rented
 from trainer.common.console import log
 from trainer.common.errors import UserError
@@ -73,10 +80,25 @@ class Ec2(Target):
 
     def pinned(self, spec: Spec, attempt: Attempt) -> Spec:
         """Return the spec with an attempt's image: a newer one could change what comes out."""
-        return with_image(spec, attempt.requests[0].parameters["ImageId"])
+        return with_image(spec, _machines_of(attempt)["ImageId"])
 
     def requests(self, spec: Spec) -> list[Request]:
-        return [run_instances(spec, user_data(spec))]
+        several = spec.instances > 1
+        count = spec.config.train.processes
+        if several and count is not None and count % spec.instances:
+            raise UserError(
+                f"train.processes={count}: they don't spread evenly over "
+                f"target.instances={spec.instances}; give a multiple of it, or leave it out"
+            )
+        machines = run_instances(spec, user_data(spec))
+        return [placement_group(spec), machines] if several else [machines]
+
+    def sent(self, aws: Aws, attempt: Attempt, before: Attempt | None) -> None:
+        """Delete the placement group of the attempt before: its machines have ended."""
+        if before is None or before.instances == 1 or before.job == attempt.job:
+            return
+        others = r"InvalidPlacementGroup\.(Unknown|InUse)"
+        aws.find("ec2", "DeletePlacementGroup", others, GroupName=before.job)
 
     def questions(self, spec: Spec) -> list[Question]:
         target = settings_of(spec)
@@ -87,11 +109,18 @@ class Ec2(Target):
         counted = quotas.of_ec2(spec.instance_types[0], spec.spot, spec.instances)
         if counted is not None:
             asked.insert(0, quota(counted))
+        if spec.instances > 1:
+            asked.append(together(target.subnet, target.groups))
         return asked
 
     def check(self, target: Ec2Config) -> None:
         for name in names_in(target.instance_type):
             check_trains(name)
+            if target.instances > 1 and re.match(r"t\d", name):
+                raise UserError(
+                    f"target.instances={target.instances}: EC2 keeps no {name} close to another "
+                    "one (placement groups); take another target.instance_type"
+                )
 
     def offers(self, aws: Aws | None, spec: Spec, waited: float) -> list[Spec]:
         """Return each kind of machine where AWS likes, then in each zone; spot before on demand.
@@ -145,7 +174,7 @@ class Ec2(Target):
     def hour_at_most(self, aws: Aws, attempt: Attempt, state: State) -> float:
         """Return what it was at most by the zone's price history, below what was bid."""
         hour = attempt.per_hour or 0.0
-        parameters = attempt.requests[0].parameters
+        parameters = _machines_of(attempt)
         options = parameters.get("InstanceMarketOptions", {}).get("SpotOptions", {})
         zone = parameters.get("Placement", {}).get("AvailabilityZone")
         if state.ended is None or zone is None or "MaxPrice" not in options:
@@ -161,6 +190,8 @@ class Ec2(Target):
         return min(spot_prices(aws, spec.instance_types[0]).values(), default=None)
 
     def observe(self, aws: Aws, attempt: Attempt) -> State:
+        if attempt.instances > 1:
+            return ec2_together.observe(aws, attempt)
         if attempt.id is None:  # nobody heard EC2's answer, and a machine may have it all the same
             attempt = dataclasses.replace(attempt, id=claimed_by(aws, attempt))
         instance = owner_of(aws, attempt, instance_of(aws, attempt))
@@ -176,6 +207,8 @@ class Ec2(Target):
         if noted.state is not None:
             return noted.state
         attempt = noted.attempt
+        if attempt.instances > 1:
+            return None  # each of them is to be looked at
         machines = {each["InstanceId"]: each for each in inventory.instances()}
         instance = machines.get(attempt.id or "")
         if noted.word is not None and noted.said is not None:
@@ -184,18 +217,24 @@ class Ec2(Target):
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
         # Noted as any other stop, so that nobody takes a machine that is terminated for reclaimed.
-        self.stop_early(aws, attempt)
+        # What is left of several machines ends since one is gone, and that is no stop.
+        if state.ends_by is None:
+            self.stop_early(aws, attempt)
         unseen = r"InvalidInstanceID\.NotFound"
+        ids = [str(state.id)]
+        if attempt.instances > 1:
+            found = ec2_together.instances_of(aws, attempt)
+            ids = [each["InstanceId"] for each in found if running(each) is not None] or ids
         if not at_once:
             text = (
                 "asked %s to stop: it looks once a minute, saves, uploads and terminates; "
                 "--now does not wait for it"
             )
-        elif aws.find("ec2", "TerminateInstances", unseen, InstanceIds=[str(state.id)]) is None:
+        elif aws.find("ec2", "TerminateInstances", unseen, InstanceIds=ids) is None:
             text = "EC2 does not list %s yet: it is asked to stop, and ends when it has started"
         else:
             text = "terminating %s; what it did since its last checkpoint is lost"
-        log.info(text, state.id)
+        log.info(text, ", ".join(ids))
 
     def stop_early(self, aws: Aws, attempt: Attempt) -> bool:
         s3.write(aws, attempt.key_of("stop"), b"")
@@ -230,9 +269,24 @@ class Ec2(Target):
     def results(self, aws: Aws, attempt: Attempt) -> str:
         return f"runs/{attempt.run}/output/"
 
-    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
-        entry = s3.read(aws, f"runs/{attempt.run}/output/result.json")
-        return float(json.loads(entry[0])["top1"]) if entry else None
+    def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
+        """Return what the run's own files say: result.json, and metrics.jsonl of its best epoch."""
+        place = self.results(inventory.aws, attempt)
+        entry = s3.read(inventory.aws, f"{place}result.json")
+        if entry is None:
+            return Figures()
+        result = json.loads(entry[0])
+        lines = s3.read(inventory.aws, f"{place}metrics.jsonl")
+        rows = [json.loads(line) for line in lines[0].splitlines()] if lines else []
+        best = [row for row in rows if row.get("epoch") == result.get("best_epoch")]
+        valid = next((row["valid_top1"] for row in best if "valid_top1" in row), None)
+        return Figures(
+            valid=result["top1"] if result.get("split") == "valid" else valid,
+            test=None if result.get("split") == "valid" else result["top1"],
+            pictures=result.get("pictures"),
+            epochs=result.get("epochs"),
+            seconds=result.get("seconds"),
+        )
 
     def console(self, attempt: Attempt, region: str) -> str:
         return f"ec2/home?region={region}#InstanceDetails:instanceId={attempt.id}"
@@ -242,11 +296,14 @@ class Ec2(Target):
             return 0.0
         if state.detail == "shutting-down":
             return 0.0
+        if state.ends_by is not None and now() > state.ends_by:
+            return (now() - state.ends_by).total_seconds() / 3600
         past = now() - state.started - timedelta(hours=attempt.hours)
         return past.total_seconds() / 3600 if past > PATIENCE else 0.0
 
     @classmethod
     def overdue(cls, inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
+        seen: list[Attempt] = []  # those of several machines: each once
         for instance in inventory.instances():
             state = running(instance)
             tags = tag_values(instance.get("Tags", []))
@@ -255,6 +312,11 @@ class Ec2(Target):
             if state is None or state.machine_seconds < PATIENCE.total_seconds():
                 continue
             attempt = inventory.attempts().get((tags["run"], int(tags["attempt"])))
+            if attempt is not None and attempt.instances > 1:
+                if attempt in seen:
+                    continue
+                seen.append(attempt)
+                state = ec2_together.observe(inventory.aws, attempt)
             if attempt is not None and cls(attempt.target).past_limit(attempt, state):
                 yield attempt, state
 
@@ -272,3 +334,8 @@ class Ec2(Target):
 
 
 TARGETS = (Ec2("ec2"),)
+
+
+def _machines_of(attempt: Attempt) -> dict[str, Any]:
+    """Return what EC2 was asked for as the attempt's machines: the last of its requests."""
+    return attempt.requests[-1].parameters

@@ -1,4 +1,4 @@
-"""What is sent to EC2 for one machine: a pure function of its Spec, with the script it runs."""
+"""What is sent to EC2 for a run's machines: a pure function of its Spec, with their script."""
 
 import dataclasses
 import hashlib
@@ -23,6 +23,7 @@ GRACE = 300  # see `grace_of`
 
 @dataclass
 class Ec2Config(TargetConfig):
+    instances: int = setting(at_least=1, at_most=20)
     spot: str = setting("false", "true", "auto")
     spot_patience: float = setting(at_least=0, at_most=10080, only_if="target.spot=auto")
     zones: str | None = setting()
@@ -35,7 +36,7 @@ class Ec2Config(TargetConfig):
 
 
 def run_instances(spec: Spec, user_data: str) -> Request:
-    """Return the request for one instance.
+    """Return the request for an attempt's instances: EC2 starts all of them, or none.
 
     The same attempt with the same content has the same ClientToken, so it can't start twice.
     """
@@ -53,8 +54,8 @@ def run_instances(spec: Spec, user_data: str) -> Request:
     parameters: dict[str, Any] = {
         "ImageId": target.image,
         "InstanceType": target.instance_type,
-        "MinCount": 1,
-        "MaxCount": 1,
+        "MinCount": spec.instances,
+        "MaxCount": spec.instances,
         "UserData": user_data,
         "IamInstanceProfile": {"Name": spec.instance_profile},
         "InstanceInitiatedShutdownBehavior": "terminate",
@@ -69,8 +70,11 @@ def run_instances(spec: Spec, user_data: str) -> Request:
         tagged.append("spot-instances-request")
     parameters["TagSpecifications"] = [{"ResourceType": each, "Tags": tags} for each in tagged]
     parameters |= network(target)
-    if spec.zone:
-        parameters["Placement"] = {"AvailabilityZone": spec.zone}
+    placement = {"AvailabilityZone": spec.zone} if spec.zone else {}
+    if spec.instances > 1:
+        placement["GroupName"] = spec.job_name
+    if placement:
+        parameters["Placement"] = placement
     if spec.spot:
         options = {
             "SpotInstanceType": "one-time",
@@ -82,6 +86,20 @@ def run_instances(spec: Spec, user_data: str) -> Request:
     content = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
     parameters["ClientToken"] = f"{spec.run}-{spec.attempt}-{content[:8]}"
     return Request("ec2", "RunInstances", parameters)
+
+
+def placement_group(spec: Spec) -> Request:
+    """Return the request for the group that keeps an attempt's machines close to each other.
+
+    Each attempt has its own: a cluster group lies in one zone as long as a machine is in it.
+    """
+    tags = tag_list({"Name": spec.job_name} | spec.tags | {"attempt": str(spec.attempt)})
+    parameters = {
+        "GroupName": spec.job_name,
+        "Strategy": "cluster",
+        "TagSpecifications": [{"ResourceType": "placement-group", "Tags": tags}],
+    }
+    return Request("ec2", "CreatePlacementGroup", parameters)
 
 
 def network(target: Ec2Config) -> dict[str, Any]:
@@ -111,7 +129,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         run=spec.run,
         attempt=spec.attempt,
         bucket=spec.uri(),
-        index=INDEX,
+        ends=INDEX,
         region=spec.region,
         source_sha256=spec.source,
         data=spec.data_uri or "",
@@ -123,7 +141,8 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         grace=grace_of(limit),
         every=upload_every,
         idle=round(60 * settings_of(spec).idle_minutes),
-        processes=processes(spec.config),
+        processes=processes(spec.config, spec.instances),
+        instances=spec.instances,
         arguments=arguments(spec),
         revision=spec.revision or "",
     )
@@ -136,11 +155,11 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
     return script
 
 
-def processes(config: Config) -> str:
-    """Return how many processes train; empty: as many as the instance has GPUs."""
-    if config.train.device == "cpu":
-        return "1"
-    return str(config.train.processes or "")
+def processes(config: Config, instances: int = 1) -> str:
+    """Return how many processes train on each machine; empty: as many as it has GPUs."""
+    if config.train.processes is not None:
+        return str(config.train.processes // instances)
+    return "1" if config.train.device == "cpu" and instances == 1 else ""
 
 
 def arguments(spec: Spec) -> list[str]:

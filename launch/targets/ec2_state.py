@@ -30,7 +30,7 @@ BY_ITSELF = "Client.InstanceInitiatedShutdown"
 FORGOTTEN = "ended without a word; EC2 no longer says why"
 NO_NOTE = "; without a note: it did not reach the bucket, or another machine has the run"
 
-SPOT_NOTICE, IDLE = "spot notice", "idle"  # in user_data.sh's words
+SPOT_NOTICE, IDLE, TIME_LIMIT = "spot notice", "idle", "time limit"  # in user_data.sh's words
 
 
 def instance_of(aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
@@ -46,8 +46,9 @@ def instance_of(aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
 def claimed_by(aws: Aws, attempt: Attempt) -> str | None:
     """Return the id of the machine that has claimed an attempt, None where none has."""
     claimed = s3.read(aws, attempt.key_of("machine"))
-    owner = claimed[0].decode(errors="replace").strip() if claimed else ""
-    return owner if owner.startswith("i-") else None
+    # The first of several machines says more: their request and its address.
+    owner = claimed[0].decode(errors="replace").split()[:1] if claimed else []
+    return owner[0] if owner and owner[0].startswith("i-") else None
 
 
 def owner_of(aws: Aws, attempt: Attempt, instance: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -55,7 +56,7 @@ def owner_of(aws: Aws, attempt: Attempt, instance: dict[str, Any] | None) -> dic
 
     Two submits at once may rent two machines; the one that is later ends itself.
     """
-    if instance is None or _reason(instance) != BY_ITSELF:
+    if instance is None or reason_of(instance) != BY_ITSELF:
         return instance
     owner = claimed_by(aws, attempt)
     if owner is None or owner == instance["InstanceId"]:
@@ -72,7 +73,7 @@ def running(instance: dict[str, Any]) -> State | None:
     return State(Phase.RUNNING, name, started, None, seconds, id=instance["InstanceId"])
 
 
-def _asked_to_stop(aws: Aws, attempt: Attempt) -> bool:
+def asked_to_stop(aws: Aws, attempt: Attempt) -> bool:
     return s3.exists(aws, attempt.key_of("stop"))
 
 
@@ -84,10 +85,10 @@ def ended_with_word(
     reason = ""
     if instance is not None:
         started = instance["LaunchTime"]
-        reason = _reason(instance)
+        reason = reason_of(instance)
     detail = f"{word['reason']}, exit code {word['code']}"
     seconds = seconds_between(started, written)
-    return State(_phase_told(word, reason), detail, started, written, seconds, id=attempt.id)
+    return State(phase_told(word, reason), detail, started, written, seconds, id=attempt.id)
 
 
 def unlisted(aws: Aws, attempt: Attempt) -> State:
@@ -118,7 +119,7 @@ def unlisted(aws: Aws, attempt: Attempt) -> State:
     if now() - alive < YOUNG:
         return attempt.unseen(alive)
     phase, detail = Phase.FAILED, FORGOTTEN
-    if _asked_to_stop(aws, attempt):
+    if asked_to_stop(aws, attempt):
         phase, detail = Phase.STOPPED, "asked to stop"
     seconds = seconds_between(started, ended)
     return State(phase, detail, started, ended, seconds, id=attempt.id, is_sure=False)
@@ -126,35 +127,41 @@ def unlisted(aws: Aws, attempt: Attempt) -> State:
 
 def ended_without_word(aws: Aws, attempt: Attempt, instance: dict[str, Any]) -> State:
     """Return the state of an attempt without a word, by what EC2 says of its machine."""
-    started, reason = instance["LaunchTime"], _reason(instance)
+    started, reason = instance["LaunchTime"], reason_of(instance)
     why = instance.get("StateTransitionReason", "")
-    at = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", why)
-    ended = datetime.fromisoformat(at[1]).replace(tzinfo=UTC) if at else now()
+    ended = ended_at(instance)
     seconds = seconds_between(started, ended)
     if reason == NO_CAPACITY:
         seconds = 0.0
     detail = instance.get("StateReason", {}).get("Message", "") or why or "terminated"
-    phase = _phase_of_reason(reason)
-    if _asked_to_stop(aws, attempt):
+    phase = phase_of_reason(reason)
+    if asked_to_stop(aws, attempt):
         phase = Phase.STOPPED
     elif reason == BY_ITSELF:
         detail += NO_NOTE
     return State(phase, detail, started, ended, seconds, id=instance["InstanceId"])
 
 
-def _reason(instance: dict[str, Any]) -> str:
+def ended_at(instance: dict[str, Any]) -> datetime:
+    """Return when EC2 ended an instance, as it says; now, where it doesn't."""
+    why = instance.get("StateTransitionReason", "")
+    at = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", why)
+    return datetime.fromisoformat(at[1]).replace(tzinfo=UTC) if at else now()
+
+
+def reason_of(instance: dict[str, Any]) -> str:
     """Return AWS's code for why an instance ended, empty where it has none."""
     return str(instance.get("StateReason", {}).get("Code", ""))
 
 
-def _phase_told(word: dict[str, Any], reason: str) -> Phase:
+def phase_told(word: dict[str, Any], reason: str) -> Phase:
     """Return the phase by what an instance said last (user_data.sh).
 
     word: its code, the trainer's or the set-up's, and why it ended. reason: AWS's, or empty.
     """
     if word["code"] == OK:
         return Phase.COMPLETE
-    if word["reason"] in ("asked to stop", "time limit"):
+    if word["reason"] in ("asked to stop", TIME_LIMIT):
         return Phase.STOPPED
     if word["reason"] == SPOT_NOTICE:
         return Phase.LOST
@@ -165,7 +172,7 @@ def _phase_told(word: dict[str, Any], reason: str) -> Phase:
     return Phase.LOST if reason in RECLAIMED else Phase.STOPPED
 
 
-def _phase_of_reason(reason: str) -> Phase:
+def phase_of_reason(reason: str) -> Phase:
     """Return the phase of an instance that ended without a word, by AWS's reason."""
     if reason in RECLAIMED:
         return Phase.LOST

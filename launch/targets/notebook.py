@@ -12,7 +12,7 @@ from launch.cloud import ownership, s3, teardown
 from launch.cloud.logs import NOTEBOOK_GROUP
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
-from launch.targets.attempt import UNSEEN, Attempt, Phase, State, now, seconds_between
+from launch.targets.attempt import UNSEEN, Attempt, Figures, Phase, State, now, seconds_between
 from launch.targets.base import Spec, TargetConfig
 from launch.targets.inventory import Inventory
 from launch.targets.rented import Machines, Rented, rented
@@ -103,8 +103,8 @@ class Notebook(OnSageMaker):
             f"{attempt.run}: a notebook leaves no model; name a run: python -m launch status"
         )
 
-    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
-        return None
+    def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
+        return Figures()
 
     @classmethod
     def rented(cls, inventory: Inventory) -> Iterator[Rented]:

@@ -22,6 +22,8 @@ def line(attempt: Attempt, state: State) -> str:
     """Return what is to be known of a machine past its limit."""
     spent = attempt.dollars(state)
     cost = "price unknown" if spent is None else f"${spent:.2f} so far"
+    if state.ends_by is not None:
+        return f"run {attempt.run} on {state.id}: {state.detail}, {cost}"
     late = base.of(attempt).past_limit(attempt, state)
     return (
         f"run {attempt.run} on {state.id}, {late:.1f} h past its {attempt.hours:g} h limit, {cost}"

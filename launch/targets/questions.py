@@ -1,6 +1,7 @@
 """What a target asks of AWS before anything is rented, read-only."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.cloud import network, quotas
@@ -78,6 +79,38 @@ def capacity(instance_type: str, spot: bool, instances: int) -> Question:
         return Answer(line if best is None else f"{line}; spot is rated {best} of 10 now")
 
     return Question("capacity", ask)
+
+
+def together(subnet: str | None, groups: Sequence[str]) -> Question:
+    """Return the question whether several machines of a run reach each other.
+
+    groups: their security groups; without any they have the VPC's default one, which AWS makes
+    with a rule that lets its own members talk.
+    """
+
+    def ask(aws: Aws) -> Answer:
+        filters = [{"Name": "group-id", "Values": list(groups)}]
+        if not groups:
+            vpcs = sorted({each.vpc for each in network.subnets(aws, subnet)})
+            filters = [
+                {"Name": "group-name", "Values": ["default"]},
+                {"Name": "vpc-id", "Values": vpcs},
+            ]
+        found = list(aws.pages("ec2", "DescribeSecurityGroups", "SecurityGroups", Filters=filters))
+        names = ", ".join(each["GroupId"] for each in found)
+        if any(network.lets_its_own_in(each) for each in found):
+            return Answer(f"the machines reach each other by {names}")
+        if not found:
+            return Answer("no security group is found")
+        rule = ["aws", "ec2", "authorize-security-group-ingress", "--group-id"]
+        rule += [found[0]["GroupId"], "--protocol", "tcp", "--port", "0-65535"]
+        rule += ["--source-group", found[0]["GroupId"], "--region", aws.region]
+        return Answer(
+            f"{names} keeps the machines from each other",
+            f"a rule by which the machines of {names} reach each other: {shlex.join(rule)}",
+        )
+
+    return Question("together", ask)
 
 
 def way_to_s3(subnet: str | None) -> Question:

@@ -18,7 +18,16 @@ from launch.cloud.registries import registry_of
 from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, AwsError
-from launch.targets.attempt import TAKEN, Attempt, Noted, Phase, State, now, seconds_between
+from launch.targets.attempt import (
+    TAKEN,
+    Attempt,
+    Figures,
+    Noted,
+    Phase,
+    State,
+    now,
+    seconds_between,
+)
 from launch.targets.base import Spec, Target, TargetConfig
 from launch.targets.instance_types import check_trains, gpus, has_gpu, local_gb, names_in, processes
 from launch.targets.inventory import Inventory
@@ -221,10 +230,19 @@ class SageMaker(OnSageMaker):
                 raise
             return None  # who may not search may ask for each
 
-    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
-        metrics = (self.described(aws, attempt) or {}).get("FinalMetricDataList", [])
+    def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
+        """Return the last of each metric that SageMaker has seen in the log."""
+        job = self.of_listing(inventory, attempt) or self.described(inventory.aws, attempt) or {}
+        metrics = job.get("FinalMetricDataList", [])
         values = {metric["MetricName"]: float(metric["Value"]) for metric in metrics}
-        return values.get("test_top1", values.get("valid_top1"))
+        epochs = values.get("epoch")
+        return Figures(
+            valid=values.get("valid_top1"),
+            test=values.get("test_top1"),
+            epochs=None if epochs is None else round(epochs),
+            seconds=seconds_between(job.get("TrainingStartTime"), job.get("TrainingEndTime"))
+            or None,
+        )
 
     @classmethod
     def rented(cls, inventory: Inventory) -> Iterator[Rented]:

@@ -19,6 +19,7 @@ from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt, Noted
 from launch.targets.base import NAMES, RUN, S3, Spec, TargetConfig, fit, targets
+from trainer.common import own_code
 from trainer.common.errors import UserError
 from trainer.common.paths import expanded
 from trainer.settings import config as settings
@@ -170,6 +171,34 @@ def _resolved(target: str, overrides: tuple[str, ...], data: Path | None) -> Res
         return resolve(words)
 
 
+OWN = "own"  # where a file of a person's own lies in the source tarball
+CODE, LABELS = "model.code", "data.labels"  # what names code; a table lies among the pictures
+
+
+def carried(overrides: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Path]]:
+    """Return the overrides as a job has them, and the files of a person's own code that travel.
+
+    They go into the source tarball, by their places there: a file under its content's name, a
+    module under its own. What isn't here is a path of the job's. Raise UserError.
+    """
+    words: list[str] = []
+    files: dict[str, Path] = {}
+    for word in overrides:
+        key, _, said = word.partition("=")
+        path = expanded(said.strip("'\""))
+        setting, is_file = key.lstrip("+"), Path(path).is_file()
+        if setting == CODE and is_file:
+            name = f"{OWN}/{own_code.find(setting, path).digest[:DIGEST]}.py"
+            files[name] = Path(path)
+            word = override(key, name)
+        elif setting in (CODE, LABELS) and not is_file and own_code.is_named(path):
+            code = own_code.find(setting, path)
+            files |= code.files
+            word = override(key, str(code.name))
+        words.append(word)
+    return tuple(words), files
+
+
 def weights_folder(
     target: TargetConfig, overrides: Sequence[str], data: Path | None = None
 ) -> Path | None:
@@ -200,7 +229,6 @@ def only_here(config: Config, folder: str) -> list[tuple[str, str]]:
     named = {
         "model.weights": config.model.weights,
         "model.weights_dir": config.model.weights_dir,
-        "model.code": config.model.code,
         "train.parent": config.train.parent,
     }
     return [
@@ -211,7 +239,12 @@ def only_here(config: Config, folder: str) -> list[tuple[str, str]]:
 
 
 def _check_table(labels: str, data: Path | None) -> None:
-    """Raise UserError unless the table of labels is named by its path in the folder of pictures."""
+    """Raise UserError unless the table of labels is named by its path in the folder of pictures.
+
+    A module travels as code does.
+    """
+    if not Path(labels).is_file() and own_code.is_named(labels):
+        return
     inside = Path(labels)
     if not inside.is_absolute() and (data is None or (data / inside).is_file()):
         return
@@ -302,6 +335,7 @@ def choose(
         run = names[0]
     elif overrides or names_target(ours):
         target = load_target(ours)
+        overrides, _ = carried(overrides)
         config, data = load_config(target, overrides)
         run = run_id(target, config, data, overrides)
     else:

@@ -11,7 +11,7 @@ from launch.cloud import hyperparameters as codec
 from launch.cloud.ownership import NOT_FOUND
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, AwsError
-from launch.targets.attempt import Attempt, State, now, seconds_between
+from launch.targets.attempt import Attempt, Figures, State, now, seconds_between
 from launch.targets.base import Spec
 from launch.targets.inventory import Inventory
 from launch.targets.rented import Rented
@@ -111,11 +111,13 @@ class Tuner(SageMaker):
             )
         return job_results(attempt, best["TrainingJobName"])
 
-    def accuracy(self, aws: Aws, attempt: Attempt) -> float | None:
+    def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
         """Return the best objective, where that is an accuracy."""
-        best = self.best(aws, attempt) or {}
+        best = self.best(inventory.aws, attempt) or {}
         metric = best.get("FinalHyperParameterTuningJobObjectiveMetric", {})
-        return float(metric["Value"]) if metric.get("MetricName", "").endswith("top1") else None
+        if not metric.get("MetricName", "").endswith("top1"):
+            return Figures()
+        return Figures(valid=float(metric["Value"]))
 
     @classmethod
     def rented(cls, inventory: Inventory) -> Iterator[Rented]:

@@ -9,6 +9,13 @@ trap '' HUP # a session that ends, of whoever looks or has started this by hand,
 
 @UPLOADS@
 
+# What EC2's metadata service says of this machine under a name.
+meta() {
+  local metadata=${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}/latest token
+  token=$(curl -sf -m 2 --noproxy '*' -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' "$metadata/api/token") || return 1
+  curl -sf -m 2 --noproxy '*' -H "X-aws-ec2-metadata-token: $token" "$metadata/meta-data/$1"
+}
+
 # Nor which machine it is.
 [ -s "$state/machine" ] || cat /var/lib/cloud/data/instance-id >"$state/machine" 2>/dev/null || cat /proc/sys/kernel/random/uuid >"$state/machine"
 
@@ -16,16 +23,31 @@ scratch=/opt/dlami/nvme # as in conf/platform/ec2.yaml
 directory=$scratch/runs/$run
 log=/var/log/packhorse.log
 s3_run=$bucket/runs/$run
-job='' code=1 reason='' kill_at='' notes='' other=''
+job='' code=1 reason='' kill_at='' notes='' other='' lost_at='' index=0 group='' host='' word=json
 export AWS_DEFAULT_REGION=$region PYTHONUNBUFFERED=1 PACKHORSE_REVISION=$revision
 
 say() { echo "$(date -u +%FT%TZ) $*" >>"$log"; }
 
-# One run has one machine, that of its newest attempt, and of several for one attempt the first. Any other one writes nothing and ends.
+# Which of several machines this is: the first one, 0, has the run; the others say their own words. Its claim tells them whose they are, and where it is.
+count() {
+  until index=$(meta ami-launch-index) && group=$(meta reservation-id) && host=$(meta local-ipv4); do
+    ((SECONDS < 300)) || return 1
+    sleep 2
+  done
+  grep -q ' ' "$state/machine" || echo "$(<"$state/machine") $group $host" >"$state/machine"
+  ((index == 0)) || word=$index.json
+}
+
+# One run has one machine, or the machines of one request: that of its newest attempt, and of several for one attempt the first. Any other one writes nothing and ends.
 claim() {
   local note=attempts/$attempt.machine owner
-  aws s3api put-object --bucket "${bucket#s3://}" --key "runs/$run/$note" --if-none-match '*' --body "$state/machine" >/dev/null 2>&1
-  owner=$(aws s3 cp --only-show-errors "$s3_run/$note" - 2>>"$log") || return 1
+  ((index > 0)) || aws s3api put-object --bucket "${bucket#s3://}" --key "runs/$run/$note" --if-none-match '*' --body "$state/machine" >/dev/null 2>&1
+  until owner=$(aws s3 cp --only-show-errors "$s3_run/$note" - 2>>"$log"); do
+    ((index > 0 && SECONDS < 900)) || return 1 # the first machine may come up later
+    sleep 5
+  done
+  host=${owner##* }
+  if ((index > 0)) && [[ $owner == *" $group "* ]]; then return; fi
   [ "$owner" = "$(<"$state/machine")" ] || other='another machine has this attempt'
 }
 
@@ -38,6 +60,16 @@ look() {
 }
 
 noted() { grep -q " $attempt\.$1\$" <<<"$notes"; }
+
+# Whether another one of several machines has ended, and not well.
+alone() {
+  local note
+  while read -r note; do
+    [ "$note" != "$attempt.$word" ] || continue
+    aws s3 cp --only-show-errors "$s3_run/attempts/$note" - 2>>"$log" | grep -q '"code": 0,' || return 0
+  done < <(grep -oE " $attempt(\.[0-9]+)?\.json$" <<<"$notes")
+  return 1
+}
 
 fetch_and_train() {
   set -e
@@ -59,7 +91,7 @@ fetch_and_train() {
     say "fetching the weights"
     aws s3 sync --only-show-errors "$bucket/data/$weights" "$weights_root"
   fi
-  if [ ! -d "$directory" ]; then # after a reboot the disk still has it, and newer than the bucket
+  if ((index == 0)) && [ ! -d "$directory" ]; then # after a reboot the disk still has it, and newer than the bucket
     say "fetching what earlier attempts have saved"
     restore
   fi
@@ -69,18 +101,24 @@ fetch_and_train() {
   .ci/setup "$extras"
   touch "$scratch/training"
   processes=${processes:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
-  if ((processes < 2)); then
+  processes=$((processes > 0 ? processes : 1))
+  together=(--standalone)
+  if ((instances > 1)); then
+    say "training on $instances machines, of which this is number $((index + 1)); processes on each: $processes"
+    together=(--nnodes="$instances" --node_rank="$index" --master_addr="$host" --master_port=29500)
+  elif ((processes == 1)); then
     say "training"
     exec .venv/bin/python -m trainer "${arguments[@]}"
+  else
+    say "training in $processes processes"
   fi
-  say "training in $processes processes"
-  exec .venv/bin/python -m trainer.distributed.torchrun --standalone --nproc_per_node="$processes" -m trainer "${arguments[@]}"
+  exec .venv/bin/python -m trainer.distributed.torchrun "${together[@]}" --nproc_per_node="$processes" -m trainer "${arguments[@]}"
 }
 
 # Whether the training has written nothing for too long. It says every 15 seconds how far it is.
 idles() {
   local began newest
-  ((idle > 0)) && began=$(stat -c %Y "$scratch/training" 2>/dev/null) && ((began >= booted)) || return 1
+  ((idle > 0 && index == 0)) && began=$(stat -c %Y "$scratch/training" 2>/dev/null) && ((began >= booted)) || return 1
   newest=$(stat -c %Y "$directory/log.txt" 2>/dev/null || echo 0)
   ((EPOCHSECONDS - (newest > began ? newest : began) > idle))
 }
@@ -95,20 +133,20 @@ stop() {
 
 # Whether AWS is about to take this machine back.
 spot_notice() {
-  local metadata=${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}/latest token notice
-  token=$(curl -sf -m 2 --noproxy '*' -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' "$metadata/api/token") || return 1
-  for notice in spot/instance-action events/recommendations/rebalance; do
-    if curl -sf -m 2 --noproxy '*' -o /dev/null -H "X-aws-ec2-metadata-token: $token" "$metadata/meta-data/$notice"; then return 0; fi
-  done
-  return 1
+  meta spot/instance-action >/dev/null || meta events/recommendations/rebalance >/dev/null
+}
+
+# The run is the first machine's; the others have a log to save.
+save() {
+  if ((index == 0)); then upload; else aws s3 cp --only-show-errors "$log" "$s3_run/log.$index.txt"; fi
 }
 
 # Notes how it ended, also in the name of an object: a listing of all runs reads no objects.
 last_word() {
-  local word
-  word=$(printf '{"attempt": %d, "code": %d, "reason": "%s"}' "$attempt" "$code" "$reason")
-  aws s3 cp - "$s3_run/attempts/$attempt.json" <<<"$word"
-  aws s3 cp - "$bucket/$index$run/$attempt.end.$(base64 -w0 <<<"$word" | tr '+/' '-_')" </dev/null
+  local said
+  said=$(printf '{"attempt": %d, "code": %d, "reason": "%s"}' "$attempt" "$code" "$reason")
+  aws s3 cp - "$s3_run/attempts/$attempt.$word" <<<"$said"
+  ((index > 0)) || aws s3 cp - "$bucket/$ends$run/$attempt.end.$(base64 -w0 <<<"$said" | tr '+/' '-_')" </dev/null
 }
 
 rebooting() { systemctl list-jobs 2>/dev/null | grep -q 'reboot\.target'; }
@@ -128,7 +166,7 @@ finish() {
   if [ -n "$other" ]; then
     say "$other: this machine leaves the run alone"
   else
-    upload >>"$log" 2>&1
+    save >>"$log" 2>&1
     rebooting || last_word # it goes on after that
   fi
   tail -n 50 "$log" # to the instance's console, should S3 be out of reach
@@ -137,10 +175,12 @@ finish() {
 trap finish EXIT
 
 # The log of earlier attempts, where there is one, comes first; after a reboot it is here already.
-[ -f "$log" ] || aws s3 cp --only-show-errors "$s3_run/log.txt" "$log" 2>/dev/null
+((instances == 1)) || count || other='the metadata service does not say which of the machines this is'
+[ -z "$other" ] || exit
+((index > 0)) || [ -f "$log" ] || aws s3 cp --only-show-errors "$s3_run/log.txt" "$log" 2>/dev/null
 say "attempt $attempt at run $run, ends at the latest in $left seconds"
 if ! claim || ! look; then exit; fi # the bucket is out of reach
-if [ -z "$other" ] && noted json; then other='this attempt has ended before'; fi
+if [ -z "$other" ] && { noted json || noted "$word"; }; then other='this attempt has ended before'; fi
 [ -z "$other" ] || exit
 if ((left <= 0)); then
   code=75 reason='time limit'
@@ -162,8 +202,13 @@ while kill -0 "$job" 2>/dev/null; do
     if [ -n "$other" ]; then
       stop "$other"
     else
-      upload >>"$log" 2>&1
+      save >>"$log" 2>&1
       if noted stop; then stop 'asked to stop'; fi
+      # Who trains sees by itself that another one is gone, and saves; unless it waits for it, or hangs.
+      if ((instances > 1)) && alone; then
+        lost_at=${lost_at:-$SECONDS}
+        if [ ! -f "$scratch/training" ] || ((SECONDS > lost_at + 900)); then stop 'another machine has ended'; fi
+      fi
     fi
     upload_at=$((SECONDS + every))
   fi

@@ -10,6 +10,7 @@ VERBS = {
     "laptop: --to NAME",
     "status": "list the runs, and everything that costs money now; "
     "--end ends what is past its limit",
+    "runs": "the runs so far, here and in the bucket; --compare RUN RUN: which is better",
     "logs": "show what a run prints; --follow until it ends",
     "connect": "open a shell on a machine (target=box is one for that), "
     "or show the address of the notebook",

@@ -13,6 +13,7 @@ from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.base import of
+from launch.targets.inventory import Inventory
 from launch.targets.spec import choose, names_target, split_overrides
 from launch.verbs.arguments import account_of, run_parser
 from trainer.common.console import log
@@ -45,7 +46,7 @@ def of_run(aws: Aws, tried: Sequence[tuple[Attempt, State]]) -> Cost:
     last = tried[-1][0]
     saves = _saves(aws, last.run)
     spent = sum(attempt.dollars(state) or 0.0 for attempt, state in tried)
-    accuracy = of(last).accuracy(aws, last)
+    accuracy = of(last).figures(Inventory(aws), last).accuracy
     kept = stored(aws, last.run)
     return Cost(
         run=last.run,

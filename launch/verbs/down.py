@@ -79,6 +79,8 @@ def show(aws: Aws) -> None:
         log.info("ends      machine %s (%s)", machine["InstanceId"], machine["InstanceType"])
     for volume in teardown.volumes(aws):
         log.info("deletes   disk %s (%d GB)", volume["VolumeId"], volume["Size"])
+    for group in teardown.placement_groups(aws):
+        log.info("deletes   placement group %s", group)
     for notebook in ownership.owned(aws, "NotebookInstance"):
         log.info("deletes   notebook %s, with its disk", notebook["NotebookInstanceName"])
     for script in ownership.owned(aws, "NotebookInstanceLifecycleConfig"):

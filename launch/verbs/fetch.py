@@ -1,21 +1,27 @@
 """`python -m launch fetch`: a run's model package, report and metrics, copied here and verified."""
 
+import contextlib
 import importlib.util
+import json
 import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launch.cloud import s3
-from launch.cloud.session import Aws
+from launch.cloud.session import Aws, AwsError
+from launch.targets import attempt as notes
 from launch.targets.attempt import Phase
 from launch.targets.base import of
 from launch.verbs.arguments import chosen, run_parser
+from launch.verbs.overview import dollars, run_uri
 from trainer.common.arguments import typed_path
 from trainer.common.console import command, log
 from trainer.common.errors import FAULT, OK, UserError
-from trainer.common.paths import ARCHIVE
+from trainer.common.files import write
+from trainer.common.paths import ARCHIVE, RENTED
 
 
 def fetch(aws: Aws, run: str, prefix: str, folder: Path) -> list[Path]:
@@ -37,6 +43,15 @@ def fetch(aws: Aws, run: str, prefix: str, folder: Path) -> list[Path]:
             archive.extractall(folder, filter="data")  # refuses names that lead out of the folder
             files += [folder / name for name in archive.getnames() if (folder / name).is_file()]
     return files
+
+
+def write_cost(aws: Aws, run: str, folder: Path) -> None:
+    """Write beside what was fetched where it lies and what it has cost, for `packhorse runs`."""
+    told: dict[str, Any] = {"uri": run_uri(aws, run), "dollars": None}
+    with contextlib.suppress(AwsError):  # who may not ask has the model all the same
+        states = [(each, of(each).observe(aws, each)) for each in notes.attempts(aws, run)]
+        told["dollars"] = dollars(states)
+    write(folder / RENTED, json.dumps(told) + "\n")
 
 
 def verify(package: Path) -> int:
@@ -63,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = options.to or Path("runs") / attempt.run
     folder.mkdir(parents=True, exist_ok=True)
     files = fetch(aws, attempt.run, prefix, folder)
+    write_cost(aws, attempt.run, folder)
     for path in sorted(files):
         log.info("%10.1f kB  %s", path.stat().st_size / 1e3, path)
     package = folder / ARCHIVE

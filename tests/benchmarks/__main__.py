@@ -13,7 +13,7 @@ from typing import Any
 
 NAMES = (
     "input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care", "calibrate",
-    "recipe", "averages", "month",
+    "recipe", "averages", "month", "where",
 )  # fmt: skip
 
 

@@ -95,8 +95,8 @@ from pathlib import Path
 import fastai
 import torch
 from fastai.vision.all import (
-    ImageDataLoaders, Normalize, Resize, accuracy, aug_transforms, get_image_files, set_seed,
-    vision_learner,
+    ImageDataLoaders, Normalize, Resize, accuracy, aug_transforms, default_split,
+    get_image_files, model_meta, set_seed, vision_learner,
 )
 root, name, weights, size, epochs, seed = sys.argv[1:]
 root, size, epochs, seed = Path(root), int(size), int(epochs), int(seed)
@@ -120,8 +120,10 @@ data = ImageDataLoaders.from_folder(
     item_tfms=Resize(2 * size),
     batch_tfms=[*aug_transforms(size=size, min_scale=0.75), Normalize.from_stats(half, half)],
 )
-cut = -2 if name.startswith("timm/") else -1  # without what pools and classifies
-learner = vision_learner(data, network, cut=cut, normalize=False, metrics=accuracy)
+# Without what pools and classifies. vision_learner of fastai 2.8 takes a cut and drops it.
+cut = -2 if name.startswith("timm/") else -1
+model_meta[network] = {"cut": cut, "split": default_split}
+learner = vision_learner(data, network, normalize=False, metrics=accuracy)
 with learner.no_bar(), learner.no_logging():
     learner.fine_tune(epochs)
     test = data.test_dl(get_image_files(root / "test"), with_labels=True)

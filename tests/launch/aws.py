@@ -12,7 +12,10 @@ What the layer adds to moto 5.2:
   moto lacks: StopTrainingJob, DeleteTrainingJob, StopHyperParameterTuningJob,
   ListTrainingJobsForHyperParameterTuningJob, ListNotebookInstanceLifecycleConfigs, and the Price
   List's GetProducts;
-- the default VPC has a way to the internet, and Service Quotas answers (`/strict/quota`);
+- the default VPC has a way to the internet, and a group whose members reach each other; Service
+  Quotas answers (`/strict/quota`);
+- placement groups, which moto lacks: EC2 starts machines in one that is there, in one zone, and
+  deletes one that no machine is in;
 - CloudFormation refuses a stack or a change set that is there already, and a change set is executed
   once;
 - a resource that outlives its stack (DeletionPolicy: Retain) stays where an update drops it; an
@@ -124,6 +127,8 @@ class Strict:
         self._slow_iam = 0
         self._sold_out: dict[str, str] = {}  # what fits TYPE ZONE MARKET -> AWS's code
         self._asked: dict[str, float] = {}  # dollars an hour by service, in the Price List
+        self._grouped: dict[str, list[str]] = {}  # ids of the machines in them
+        self._groups: dict[str, dict[str, str]] = {}  # placement groups: their tags by name
         self._late = 0
         self._unseen: dict[str, int] = {}  # id or name -> answers in which it is not there yet
         self._named = False  # whether the client of the call at hand says who it is
@@ -754,18 +759,75 @@ class Strict:
                 f"Value ({parameters['IamInstanceProfile.Name']}) for parameter "
                 "iamInstanceProfile.name is invalid. Invalid IAM Instance Profile name",
             )
+        self._check_capacity(parameters)
+        group = parameters.get("Placement.GroupName")
+        if group is not None:
+            self._check_group(group)
+        answer = forward()
+        self._tokens[token] = (content, answer)
+        found = re.findall(r"<instanceId>(i-\w+)</instanceId>", b"".join(answer).decode())
+        if found:
+            self._made(found[0])
+            self._grouped.setdefault(group or "", []).extend(found)
+        return answer
+
+    def _check_capacity(self, parameters: dict[str, Any]) -> None:
+        """Refuses what is sold out: of several machines all, where one is."""
         market = parameters.get("InstanceMarketOptions.MarketType", "on-demand")
         zone = parameters.get("Placement.AvailabilityZone", "-")
         asked = f"{parameters['InstanceType']} {zone} {market}"
         for what, code in self._sold_out.items():
             if re.fullmatch(what, asked):
                 raise Refused(code, f"We currently do not have sufficient capacity: {asked}")
-        answer = forward()
-        self._tokens[token] = (content, answer)
-        found = re.search(r"<instanceId>(i-\w+)</instanceId>", b"".join(answer).decode())
-        if found:
-            self._made(found[1])
-        return answer
+
+    def _CreatePlacementGroup(self, parameters, region, forward, start) -> list[bytes]:
+        name = parameters["GroupName"]
+        if name in self._groups:
+            raise Refused(
+                "InvalidPlacementGroup.Duplicate", f"The Placement Group '{name}' already exists."
+            )
+        tag = r"TagSpecification\.1\.Tag\.\d+\.Key"
+        given = [key for key in parameters if re.fullmatch(tag, key)]
+        self._groups[name] = {
+            parameters[key]: parameters[key.removesuffix("Key") + "Value"] for key in given
+        }
+        return _xml(start, "CreatePlacementGroup", "<return>true</return>")
+
+    def _DescribePlacementGroups(self, parameters, region, forward, start) -> list[bytes]:
+        key, value = (
+            parameters["Filter.1.Name"].removeprefix("tag:"),
+            parameters["Filter.1.Value.1"],
+        )
+        found = "".join(
+            f"<item><groupName>{name}</groupName><strategy>cluster</strategy></item>"
+            for name, tags in self._groups.items()
+            if tags.get(key) == value
+        )
+        body = f"<placementGroupSet>{found}</placementGroupSet>"
+        return _xml(start, "DescribePlacementGroups", body)
+
+    def _DeletePlacementGroup(self, parameters, region, forward, start) -> list[bytes]:
+        name = parameters["GroupName"]
+        self._check_group(name)
+        if any(_is_alive(each) for each in self._in_group(name, region)):
+            raise Refused("InvalidPlacementGroup.InUse", f"The placement group '{name}' is in use.")
+        del self._groups[name]
+        return _xml(start, "DeletePlacementGroup", "<return>true</return>")
+
+    def _check_group(self, name: str) -> None:
+        if name not in self._groups:
+            raise Refused(
+                "InvalidPlacementGroup.Unknown", f"The Placement Group '{name}' is unknown."
+            )
+
+    def _in_group(self, name: str, region: str) -> list[Any]:
+        reservations = get_backend("ec2")[ACCOUNT][region].reservations.values()
+        return [
+            each
+            for group in reservations
+            for each in group.instances
+            if each.id in self._grouped.get(name, ())
+        ]
 
     def _DescribeInstances(self, parameters, region, forward, start) -> list[bytes]:
         reservations = get_backend("ec2")[ACCOUNT][region].reservations
@@ -818,6 +880,17 @@ class Strict:
             gateway = backend.create_internet_gateway()
             backend.attach_internet_gateway(gateway.id, vpc.id)
             backend.create_route(table.id, "0.0.0.0/0", gateway_id=gateway.id)
+        return forward()
+
+    def _DescribeSecurityGroups(self, parameters, region, forward, start) -> list[bytes]:
+        """A VPC's default group lets its own members in, as AWS makes it and moto doesn't."""
+        backend = get_backend("ec2")[ACCOUNT][region]
+        for group in backend.describe_security_groups(filters={"group-name": ["default"]}):
+            if not group.ingress_rules:
+                own = [{"GroupId": group.id}]
+                backend.authorize_security_group_ingress(
+                    group.id, "-1", "-1", "-1", [], source_groups=own
+                )
         return forward()
 
     def _GetSpotPlacementScores(self, parameters, region, forward, start) -> list[bytes]:
@@ -942,6 +1015,19 @@ def _answer(
 ) -> list[bytes]:
     start(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
     return [body]
+
+
+def _xml(start: Any, operation: str, body: str) -> list[bytes]:
+    """An answer of EC2's."""
+    text = (
+        f'<{operation}Response xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">'
+        f"<requestId>1</requestId>{body}</{operation}Response>"
+    )
+    return _answer(start, "200 OK", text.encode(), "text/xml")
+
+
+def _is_alive(instance: Any) -> bool:
+    return instance.state in ("pending", "running", "shutting-down")
 
 
 def _refusal(

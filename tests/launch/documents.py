@@ -109,6 +109,10 @@ def record(cloud: Cloud, directory: Path, patch: pytest.MonkeyPatch) -> dict[str
     cloud.post("/strict/sold_out", what=".* spot")
     run("submit", "target=ec2", "target.spot=true", "name=sold-out", codes=(MISTAKE,))
     cloud.post("/strict/sold_out", what="")
+    run("plan", "target=ec2", "target.instances=2", "name=pair")
+    run("submit", "target=ec2", "target.instances=2", "name=pair")
+    run("stop", "pair", "--now")
+    run("submit", "target=ec2", "target.instances=2", "name=pair")  # deletes the first's group
     run("submit", "target=ec2", "name=silent")
     silent = cloud.client("ec2").describe_instances(
         Filters=[{"Name": "tag:run", "Values": ["silent"]}]

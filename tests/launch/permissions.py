@@ -227,6 +227,7 @@ def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
             tags.setdefault(kind, {})[f"aws:RequestTag/{value}"] = given[
                 f"TagSpecification.{match[1]}.Tag.{match[2]}.Value"
             ]
+    group = given.get("Placement.GroupName")
     profile = f"arn:aws:iam::{ACCOUNT}:instance-profile/{given['IamInstanceProfile.Name']}"
     instance = {
         "ec2:InstanceType": given["InstanceType"],
@@ -248,6 +249,8 @@ def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
             "security-group/sg-01234567",
         )
     ]
+    if group is not None:
+        asks.append(Ask("ec2:RunInstances", _arn("ec2", f"placement-group/{group}"), OURS))
     for kind, (identifier, context) in made.items():
         arn = _arn("ec2", f"{kind}/{identifier}")
         asks.append(Ask("ec2:RunInstances", arn, context | tags.get(kind, {})))
@@ -263,6 +266,19 @@ def _run_instances(given: Mapping[str, Any]) -> list[Ask]:
         )
     )
     return asks
+
+
+def _make_placement_group(given: Mapping[str, Any]) -> list[Ask]:
+    """With its tags, which are all given at its start."""
+    arn = _arn("ec2", f"placement-group/{given['GroupName']}")
+    names = [name for name in given if name.endswith(".Key")]
+    tags = {
+        f"aws:RequestTag/{given[name]}": given[name.removesuffix("Key") + "Value"] for name in names
+    }
+    return [
+        Ask("ec2:CreatePlacementGroup", arn, tags),
+        Ask("ec2:CreateTags", arn, tags | {"ec2:CreateAction": "CreatePlacementGroup"}),
+    ]
 
 
 def _terminate(given: Mapping[str, Any]) -> list[Ask]:
@@ -368,6 +384,10 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
         Ask("sagemaker:ListTags", given["ResourceArn"], on_what_is_there=True)
     ],
     ("ec2", "RunInstances"): _run_instances,
+    ("ec2", "CreatePlacementGroup"): _make_placement_group,
+    ("ec2", "DeletePlacementGroup"): lambda given: [
+        Ask("ec2:DeletePlacementGroup", _arn("ec2", f"placement-group/{given['GroupName']}"), OURS)
+    ],
     ("ec2", "TerminateInstances"): _terminate,
     **{
         ("ec2", name): _everything(f"ec2:{name}")
@@ -375,6 +395,7 @@ OPERATIONS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
             "DescribeInstances",
             "DescribeInstanceTypeOfferings",
             "DescribeRouteTables",
+            "DescribeSecurityGroups",
             "DescribeSpotPriceHistory",
             "DescribeSubnets",
             "DescribeVolumes",
@@ -435,6 +456,7 @@ DEPLOYS: dict[tuple[str, str], Callable[[Mapping[str, Any]], list[Ask]]] = {
     ("sagemaker", "DeleteHyperParameterTuningJob"): _sagemaker(
         "DeleteHyperParameterTuningJob", *TUNING
     ),
+    ("ec2", "DescribePlacementGroups"): _everything("ec2:DescribePlacementGroups"),
     ("ec2", "DeleteVolume"): lambda given: [
         Ask("ec2:DeleteVolume", _arn("ec2", f"volume/{given['VolumeId']}"), OURS)
     ],

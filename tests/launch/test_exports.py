@@ -137,6 +137,12 @@ def test_what_an_engine_cannot_carry_is_refused(engine, target):
         exports.written(plan, engine, Path("a"))
 
 
+@pytest.mark.parametrize("engine", ["skypilot", "dstack"])
+def test_an_engine_rents_one_machine(engine):
+    with pytest.raises(UserError, match=r"instances=2: .*one machine"):
+        exports.ENGINES[engine](planned("target=ec2", "target.instances=2"))
+
+
 @pytest.mark.long
 def test_the_script_trains_and_keeps_one_limit_over_all_machines(tmp_path, monkeypatch):
     """It goes on from the bucket, saves there, and is refused when its seconds are used up."""

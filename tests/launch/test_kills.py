@@ -100,16 +100,16 @@ def foundation(cloud: Cloud) -> None:
     assert code == OK, printed
 
 
-# A job of several machines and a notebook are sent as a job of one is.
+# A job of several machines, a tuning job and a notebook are sent as a job of one is.
 MOMENTS = [
     ("ec2", "states"),
     ("sagemaker", "states"),
-    ("tuner", "states"),
     *(
         pytest.param(target, kind, marks=pytest.mark.long)
         for target, kind in (
             ("ec2", "changes"),
             ("sagemaker_multi", "states"),
+            ("tuner", "states"),
             ("notebook", "states"),
         )
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from trainer.common.errors import UserError
 
 ARCHIVE = "model.tar.gz"  # the model package, in a run's directory
+RENTED = "rented.json"  # there: where a run on rented machines lies in S3, and what it cost
 
 
 def expanded(path: str) -> str:

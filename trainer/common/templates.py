@@ -1,6 +1,7 @@
 """HTML pages from Jinja templates: one environment for the report, the sweep and the audit."""
 
 import base64
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +14,21 @@ from markupsafe import Markup
 
 def render(template: Path, filters: dict[str, Callable[..., Any]], **values: Any) -> str:
     """Return the page of a template; text is escaped, and an unknown name is an error."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
+    made = environment(template.parent)
+    made.filters.update(filters)
+    return made.get_template(template.name).render(values)
+
+
+@functools.cache
+def environment(folder: Path) -> jinja2.Environment:
+    """Return what reads the templates of a folder, and keeps what it has compiled."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(filters)
-    return environment.get_template(template.name).render(values)
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,12 @@ def table_path(labels: str, root: str, given: Mapping[str, str | None]) -> Path:
     for place in (Path(labels), Path(root, labels)):
         if place.is_file():
             return place
+    if table.is_code(labels) and not labels.endswith(".py"):  # imported by its name
+        return Path(labels)
     raise UserError(
         f"data.labels={labels}: there is no such file, nor in {root}; "
-        "give a CSV file with the columns path, label and optionally split"
+        "give a CSV file with the columns path, label and optionally split, or a Python file that "
+        "defines pictures(root)"
     )
 
 

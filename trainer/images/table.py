@@ -1,4 +1,13 @@
-"""A table of labels in the place of class folders: a CSV file, as Kaggle's data sets come."""
+"""A table of labels in the place of class folders: a CSV file, as Kaggle's data sets come.
+
+Or a data set of a person's own: code (trainer/common/own_code.py) with a function
+
+    def pictures(root): yield of each image its path, absolute or in the folder root, its label, and
+        where there are splits the one that it is of: (path, label) or (path, label, split), str.
+
+What it yields is held to what a table is. So the data set is its images and labels, whatever code
+named them.
+"""
 
 import csv
 import os
@@ -8,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from trainer.common import own_code
 from trainer.common.errors import UserError
 from trainer.common.text import listed
 from trainer.images import folder
@@ -47,7 +57,7 @@ def scan(table: Path, root: str, valid_fraction: float, index: Path | None = Non
     Without a valid split, `valid_fraction` of each class is split off train. index: as in
     `folder.scan`. Raise UserError, which names the line and the column, and Unreadable.
     """
-    rows = list(_rows(table))
+    rows = list(_rows(table, root))
     _check_rows(table, rows)
     lying = {file.name: file for file in folder.below(root)}
     classes = tuple(sorted({row.label for row in rows if row.split == "train"}))
@@ -73,7 +83,7 @@ def by_class(table: Path, root: str, split: str | None = None) -> dict[str, list
 
     root: the folder that its paths begin in. Raise UserError as `scan` does, and Unreadable.
     """
-    rows = [row for row in _rows(table) if split in (None, row.split)]
+    rows = [row for row in _rows(table, root) if split in (None, row.split)]
     lying = {file.name: file for file in folder.below(root)}
     found: dict[str, list[File]] = {}
     for row, file in _located(table, rows, root, lying):
@@ -107,9 +117,9 @@ def _located(
         raise UserError(f"{listed(missing, 1)}; correct the table, or data.root={root}")
 
 
-def splits(table: Path) -> set[str]:
+def splits(table: Path, root: str) -> set[str]:
     """Return the splits that a table has rows of. Raise UserError."""
-    return {row.split for row in _rows(table)}
+    return {row.split for row in _rows(table, root)}
 
 
 def _is_same(path: str, table: Path) -> bool:
@@ -152,9 +162,45 @@ class _Names:
 # --- the table ---
 
 
-def _rows(table: Path) -> Iterator[Row]:
+def is_code(said: str) -> bool:
+    """Return whether data.labels names code, and no table."""
+    return said.endswith(".py") or (not Path(said).is_file() and own_code.is_named(said))
+
+
+def _from_code(said: str, root: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield what the function `pictures` of a person's own code yields, as lines of a table.
+
+    Raise UserError.
+    """
+    code = own_code.find("data.labels", said)
+    function = getattr(own_code.load(code), "pictures", None)
+    if not callable(function):
+        raise UserError(
+            f"{code.setting}: it defines no function pictures(root); docs/python.md says what it "
+            "takes and returns"
+        )
+    with own_code.told(code.setting, "pictures", *code.files.values()):
+        told = list(function(root))
+    yield 1, ["path", "label", "split"]
+    for number, row in enumerate(told, 2):
+        texts = isinstance(row, tuple | list) and [
+            os.fspath(each) for each in row if _is_text(each)
+        ]
+        if not texts or len(texts) != len(row) or len(texts) not in (2, 3):
+            raise UserError(
+                f"{code.setting}: pictures: it gives {row!r} as number {number - 1}; it must give "
+                "(path, label) or (path, label, split), which are text"
+            )
+        yield number, [*texts, "train"][:3]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _rows(table: Path, root: str) -> Iterator[Row]:
     """Yield the rows of a table. Raise UserError, which names the line and the column."""
-    lines = csv_lines(table)
+    lines = _from_code(str(table), root) if is_code(str(table)) else csv_lines(table)
     header = next(lines, (1, []))[1]
     columns = _columns(table, header)
     for number, cells in lines:

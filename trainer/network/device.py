@@ -31,6 +31,8 @@ class Machine:
     device: torch.device
     precision: torch.dtype  # of matrix products
     processes: int | str = 1  # where their number makes a difference
+    # In which a frozen backbone may see the pictures of train; None: in `precision`.
+    frozen: torch.dtype | None = None
 
     def __str__(self) -> str:
         return str(self.precision).removeprefix("torch.")
@@ -41,6 +43,7 @@ class Machine:
             "PyTorch": torch.__version__,
             "the device": self.device.type,
             "the precision": str(self),
+            "the precision of frozen features": str(self.for_frozen()),
         }
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -53,9 +56,13 @@ class Machine:
         """Return the same machine, computing in float32."""
         return replace(self, precision=torch.float32)
 
+    def for_frozen(self) -> "Machine":
+        """Return the same machine, computing as a frozen backbone may see the pictures of train."""
+        return replace(self, precision=self.frozen or self.precision)
+
     def environment(self) -> dict[str, Any]:
         """Return what must be equal for a resumed run to give an uninterrupted one's bits."""
-        return {
+        values: dict[str, Any] = {
             "torch": torch.__version__,
             "pillow": f"{PIL.__version__}, libjpeg {features.version('libjpeg_turbo')}",
             "device": _name(self.device),
@@ -64,6 +71,9 @@ class Machine:
             "precision": str(self),
             "processes": self.processes,
         }
+        if self.frozen is not None:
+            values["features"] = str(self.for_frozen())
+        return values
 
 
 def prepare(
@@ -72,16 +82,21 @@ def prepare(
     processes: int | str = 1,
     local_rank: int = 0,
     local_size: int = 1,
+    frozen: bool = False,
 ) -> Machine:
     """Set the device up: auto, cpu, cuda or mps, in precision auto, fp32, bf16 or fp16.
 
-    local_rank: this process's number among the local_size ones of this host, each of which has a
-    GPU of its own. Raise UserError for what this machine hasn't.
+    frozen: whether a backbone is frozen, or may be. local_rank: this process's number among the
+    local_size ones of this host, each of which has a GPU of its own. Raise UserError for what this
+    machine hasn't.
     """
     where = choose(device, local_rank, local_size)
     if where.type == "cpu":
         keep_freed_memory()
-    return Machine(where, choose_precision(precision, where), processes)
+    machine = Machine(where, choose_precision(precision, where), processes)
+    if frozen and precision == "auto" and where.type == "cpu" and _has_bfloat16(where):
+        machine = replace(machine, frozen=torch.bfloat16)
+    return machine
 
 
 def choose(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
@@ -134,12 +149,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     A T4 claims bfloat16 by emulation, many times slower than float16, so only native support
     counts. Raise UserError for what the device can't do well.
     """
-    if device.type == "mps":
-        native = False
-    elif device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = _has_bfloat16(device)
     if name == "bf16" and not native:
         raise UserError(
             f"train.precision=bf16: this {_name(device)} has no native bfloat16; "
@@ -157,6 +167,15 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if native:
         return torch.bfloat16
     return torch.float16
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies matrices in bfloat16 by itself."""
+    if device.type == "mps":
+        return False
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def make_deterministic() -> None:

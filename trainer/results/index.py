@@ -9,7 +9,7 @@ from typing import Any
 from trainer.common import files, templates
 from trainer.common.text import duration
 from trainer.results.charts import Axis, scale, share_axis
-from trainer.results.runs import COMPLETE, Summary, cells, own_settings
+from trainer.results.runs import COMPLETE, Summary, cells, dollars, own_settings
 from trainer.results.text import breakable, percent, share
 
 CURVES = 8  # runs that have a colour of their own, the newest
@@ -40,8 +40,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Plot:
-    """Two axes, and what is drawn on them."""
+    """Two axes, and what is drawn on them. title: above it."""
 
+    title: str
     x: Axis
     y: Axis
     dots: Sequence[Dot] = ()
@@ -64,21 +65,29 @@ class Group:
 
     data: str
     rows: Sequence[Row]
-    pareto: Plot | None
+    pareto: Sequence[Plot]
     curves: Plot | None
 
 
-HEAD = ("run", "date", "model", "valid", "test", "95 %", "epochs", "time", "state", "differs by")
+HEAD = (
+    "run", "date", "model", "valid", "test", "95 %", "epochs", "time", "dollars", "state",
+    "differs by",
+)  # fmt: skip
+DOLLARS = HEAD.index("dollars")
 
 
 def write(runs: Sequence[Summary], path: Path) -> None:
     """Write the page to `path`, whole or not at all. runs: the newest first."""
     names = list(dict.fromkeys(run.data for run in runs))
+    paid = any(run.dollars is not None for run in runs)
     groups = [_group(name, [run for run in runs if run.data == name], path) for name in names]
+    if not paid:  # no column for what nobody has paid
+        groups = [replace(group, rows=[_unpaid(row) for row in group.rows]) for group in groups]
     filters: dict[str, Callable[..., Any]] = {
         "share": share,
         "percent": percent,
         "duration": duration,
+        "dollars": dollars,
         "breakable": breakable,
     }
     page = templates.render(
@@ -87,7 +96,7 @@ def write(runs: Sequence[Summary], path: Path) -> None:
         title=path.parent.resolve().name,
         count=len(runs),
         groups=groups,
-        head=HEAD,
+        head=[name for name in HEAD if paid or name != "dollars"],
         most=CURVES,
         script=templates.script(Path(__file__).with_name("index.js.j2")),
     )
@@ -98,15 +107,16 @@ def _group(data: str, runs: Sequence[Summary], path: Path) -> Group:
     differing = own_settings(runs)
     rows = []
     for run, differs in zip(runs, differing, strict=True):
-        date, _, model, valid, test, interval, epochs, took, state, _ = cells(run)
+        date, _, model, valid, test, interval, epochs, took, cost, state, _ = cells(run)
         values: list[tuple[str, Any]] = [
             (date, run.date),
             (model, model),
             (valid, _sortable(run.valid)),
             (test, _sortable(run.test)),
             (interval, _sortable(run.interval[0] if run.interval else None)),
-            (epochs, run.epochs),
+            (epochs, _sortable(run.epochs)),
             (took, _sortable(run.seconds)),
+            (cost, _sortable(run.dollars)),
             (state, state),
             (" ".join(differs), " ".join(differs)),
         ]
@@ -114,7 +124,16 @@ def _group(data: str, runs: Sequence[Summary], path: Path) -> Group:
         if (run.path / REPORT).is_file() and run.path.parent == path.parent:
             report = f"{run.path.name}/{REPORT}"
         rows.append(Row(run, values, report))
-    return Group(data, rows, _pareto(runs), _curves(runs))
+    pictures = [
+        _pareto("Accuracy against time", runs, [run.seconds for run in runs], _time_axis),
+        _pareto("Accuracy against dollars", runs, [run.dollars for run in runs], _dollar_axis),
+    ]
+    return Group(data, rows, [plot for plot in pictures if plot], _curves(runs))
+
+
+def _unpaid(row: Row) -> Row:
+    place = DOLLARS - 1  # the name stands before the cells
+    return replace(row, cells=[*row.cells[:place], *row.cells[place + 1 :]])
 
 
 def _sortable(value: float | None) -> float:
@@ -122,14 +141,23 @@ def _sortable(value: float | None) -> float:
     return -math.inf if value is None else value
 
 
-def _pareto(runs: Sequence[Summary]) -> Plot | None:
-    """Draw accuracy against the time that it took, and the runs that none beats in both."""
-    known = [(run, run.seconds, run.test) for run in runs if run.state == COMPLETE]
+def _pareto(
+    title: str,
+    runs: Sequence[Summary],
+    costs: Sequence[float | None],
+    axis: Callable[[float, float], Axis],
+) -> Plot | None:
+    """Draw accuracy against what it cost, and the runs that none beats in both."""
+    known = [
+        (run, spent, run.test)
+        for run, spent in zip(runs, costs, strict=True)
+        if run.state == COMPLETE
+    ]
     placed = [(run, spent, right) for run, spent, right in known if spent and right is not None]
     if len(placed) < 2:
         return None
-    times = [spent for _, spent, _ in placed]
-    x = _time_axis(min(times), max(times))
+    spent_in_all = [spent for _, spent, _ in placed]
+    x = axis(min(spent_in_all), max(spent_in_all))
     y = share_axis("test top-1", [right for _, _, right in placed])
     dots = []
     for run, spent, right in placed:
@@ -142,7 +170,7 @@ def _pareto(runs: Sequence[Summary]) -> Plot | None:
         dots.append(Dot(run, x(spent), 1 - y(right), not beaten))
     front = sorted((dot.x, dot.y) for dot in dots if dot.front)
     line = "M" + "L".join(f"{across:.4f} {down:.4f}" for across, down in front)
-    return Plot(x, y, dots, line)
+    return Plot(title, x, y, dots, line)
 
 
 def _time_axis(shortest: float, longest: float) -> Axis:
@@ -153,6 +181,21 @@ def _time_axis(shortest: float, longest: float) -> Axis:
     ticks = [time for time in TIMES if low <= time <= high]
     ticks = ticks[:: max(1, math.ceil(len(ticks) / 6))]
     return replace(axis, ticks=[(axis(time), duration(time)) for time in ticks])
+
+
+def _dollar_axis(least: float, most: float) -> Axis:
+    """Return a logarithmic axis with ticks at 1, 2 and 5 of each power of ten."""
+    steps = [
+        digit * 10.0**power
+        for power in range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+        for digit in (1, 2, 5)
+    ]
+    low = max((step for step in steps if step <= least), default=least)
+    high = min((step for step in steps if step > most), default=2 * most)
+    axis = scale("dollars", low, high, log=True)
+    ticks = [step for step in steps if low <= step <= high]
+    ticks = ticks[:: max(1, math.ceil(len(ticks) / 6))]
+    return replace(axis, ticks=[(axis(step), dollars(step)) for step in ticks])
 
 
 def _curves(runs: Sequence[Summary]) -> Plot | None:
@@ -167,4 +210,6 @@ def _curves(runs: Sequence[Summary]) -> Plot | None:
     for number, run in enumerate(drawn):
         points = (f"{x(epoch):.4f} {1 - y(right):.4f}" for epoch, right in run.curve)
         curves.append(Curve(run, "M" + "L".join(points), min(number, CURVES)))
-    return Plot(x, y, curves=curves[::-1])  # the newest above the others
+    return Plot(
+        "Accuracy on valid by epoch", x, y, curves=curves[::-1]
+    )  # the newest above the others

@@ -16,6 +16,7 @@ from trainer.common.console import log
 from trainer.common.errors import AGAIN, UserError
 from trainer.common.git import revision
 from trainer.images import folder
+from trainer.images.loader import PLAIN
 from trainer.images.names import suffix_of
 from trainer.network.distance import Features, Joined, WithDistance, class_means
 from trainer.network.saliency import Saliency
@@ -35,7 +36,7 @@ from trainer.training import complete, lineage
 from trainer.training.loop import predict
 from trainer.training.metrics import classification, mean_loss
 from trainer.training.recipe import Recipe
-from trainer.training.run import PREDICTIONS, typed
+from trainer.training.run import PREDICTIONS
 from trainer.training.training import Training
 
 # How far the loss of the best weights on valid may lie from what was noted for them: relative,
@@ -165,11 +166,20 @@ def test(run: Training) -> Tested:
 def mean_features(run: Training) -> Tensor:
     """Return the direction of each class's mean features, float32 [classes, width].
 
-    Of the plain views of FOR_MEANS images of each class. Not of cached features: random crops show
-    bare walls too, and the means would be near to what shows nothing (docs/decisions).
+    Of the plain views of FOR_MEANS images of each class. Not of random crops: they show bare walls
+    too, and the means would be near to what shows nothing (docs/decisions).
     """
     train, classes = run.loader.folder.splits["train"], run.loader.classes
     chosen = _spread(train.labels)
+    if run.config.model.head == "probe" and run.data.holds_features:
+        # They are in the cache: the head was solved on them.
+        return run.world.broadcast_from_main(
+            lambda: class_means(
+                run.feature_cache.of("train", PLAIN, run.stop)[chosen],
+                train.labels[chosen],
+                classes,
+            )
+        )
     batches = run.loader.eval_batches("train", chosen)
     features, targets = predict(run, Features(run.network), batches, run.machine.in_float32())
     return run.world.broadcast_from_main(
@@ -352,7 +362,7 @@ def write_report(
             config=config,
             next_steps=run.run.next_steps(),
             about=_about(run, data),
-            given={key_of(word) for word in typed()},
+            given={key_of(word) for word in run.run.given},
             counts=counts,
             views=views(run.loader, solved=run.packages_probe() and not history),
             advice=advice(known),

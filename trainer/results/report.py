@@ -78,6 +78,19 @@ class Report(Outcomes):
     before: Predecessor | None = None
 
 
+FILTERS: dict[str, Callable[..., Any]] = {
+    "percent": percent,
+    "number": number,
+    "duration": duration,
+    "share": share,
+    "setting": setting,
+    "count": "{:,}".format,
+    "name": shortened,
+    "breakable": breakable,
+    "filename": lambda path: Path(path).name,
+}
+
+
 def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None = None) -> None:
     """Write the page to `path`, whole or not at all.
 
@@ -88,22 +101,11 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
     charts: list[Chart] = []
     if report.history:
         charts = _charts(report)
-    filters: dict[str, Callable[..., Any]] = {
-        "percent": percent,
-        "number": number,
-        "duration": duration,
-        "share": share,
-        "setting": setting,
-        "count": "{:,}".format,
-        "name": shortened,
-        "breakable": breakable,
-        "filename": lambda path: Path(path).name,
-    }
     rows = mistakes.table(report)
     folder = mistakes.common_folder(rows)
     page = templates.render(
         Path(__file__).with_name("report.html.j2"),
-        filters,
+        FILTERS,
         report=report,
         chance=1 / len(report.classes),
         hits=report.hits,

@@ -4,6 +4,7 @@ Read from the files that a run leaves, without PyTorch.
 """
 
 import csv
+import dataclasses
 import json
 import math
 import time
@@ -19,6 +20,7 @@ from yaml import YAMLError
 
 from trainer.common import files
 from trainer.common.errors import UserError
+from trainer.common.paths import RENTED
 from trainer.common.text import duration
 from trainer.results.intervals import wilson_interval
 from trainer.results.text import percent, setting
@@ -38,20 +40,30 @@ class Summary:
 
     settings: by dotted key. valid, test: top-1 accuracies, of the best epoch. pictures: of test.
     interval: of `test`, at 95 %. seconds: of training and all that comes after it. curve: of each
-    epoch, the accuracy on valid.
+    epoch, the accuracy on valid. dollars: for machines; None: for one's own. uri: where it lies in
+    a bucket, where it does.
     """
 
     path: Path
     state: str
     date: float  # of its last word, seconds since 1970
     settings: Mapping[str, Any]
-    epochs: int
+    epochs: int | None
     valid: float | None
     test: float | None
     pictures: int
     interval: tuple[float, float] | None
     seconds: float | None
     curve: Sequence[tuple[int, float]] = ()
+    dollars: float | None = None
+    uri: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is: its directory here, or its address in a bucket."""
+        if self.uri is not None and not self.path.is_dir():
+            return self.uri
+        return str(self.path)
 
     @property
     def data(self) -> str:
@@ -87,6 +99,7 @@ def read(path: Path) -> Summary | None:
             test = float(result["top1"])
             interval = wilson_interval(round(test * result["pictures"]), result["pictures"])
         epoch = result.get("best_epoch", max(best, key=lambda each: best[each], default=None))
+        rented = _rented(path)
         return Summary(
             path,
             state,
@@ -99,8 +112,43 @@ def read(path: Path) -> Summary | None:
             interval=interval,
             seconds=result.get("seconds"),
             curve=list(best.items()),
+            dollars=rented.get("dollars"),
+            uri=rented.get("uri"),
         )
     return None
+
+
+def _rented(path: Path) -> dict[str, Any]:
+    """Return what `launch fetch` has written about where a run came from; {}: nothing."""
+    with suppress(OSError, ValueError):
+        told = json.loads((path / RENTED).read_bytes())
+        if isinstance(told, dict):
+            return told
+    return {}
+
+
+def elsewhere(told: Mapping[str, Any]) -> Summary:
+    """Return a run that lies in a bucket, of what `launch` says of it in plain data."""
+    fields = dict(told)
+    test, pictures = fields.get("test"), fields.get("pictures") or 0
+    interval = None
+    if test is not None and pictures:
+        interval = wilson_interval(round(test * pictures), pictures)
+    fields |= {"path": Path(fields.pop("name")), "pictures": pictures, "interval": interval}
+    return Summary(**fields)
+
+
+def together(here: Sequence[Summary], others: Sequence[Summary]) -> list[Summary]:
+    """Return the runs of a folder and those of a bucket, each once, the newest first.
+
+    One that was fetched is shown as it lies here, with what it has cost by now.
+    """
+    by_uri = {run.uri: run for run in others}
+    kept = []
+    for run in here:
+        other = by_uri.pop(run.uri, None) if run.uri else None
+        kept.append(run if other is None else dataclasses.replace(run, dollars=other.dollars))
+    return sorted([*kept, *by_uri.values()], key=lambda run: run.date, reverse=True)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -136,30 +184,45 @@ def differing(runs: Sequence[Summary]) -> list[str]:
     """Return the settings that decide a result and that not all of these runs have alike."""
     deciding = {key for key, entry in settings.schema().items() if entry.metadata["identity"]}
     keys = sorted({key for run in runs for key in run.settings} & deciding - {*SHOWN_APART})
-    return [key for key in keys if len({setting(run.settings.get(key)) for run in runs}) > 1]
+    return [key for key in keys if len(set(_values(runs, key))) > 1]
+
+
+def _values(runs: Sequence[Summary], key: str) -> list[str]:
+    """Return a setting's values, of the runs that tell it."""
+    return [setting(run.settings[key]) for run in runs if key in run.settings]
 
 
 def own_settings(runs: Sequence[Summary]) -> list[list[str]]:
     """Return of each run, as words, the settings that most of the others have otherwise."""
     keys = differing(runs)
-    usual = {key: _usual([setting(run.settings.get(key)) for run in runs]) for key in keys}
+    usual = {key: _usual(_values(runs, key)) for key in keys}
     return [
         [
-            f"{key}={setting(run.settings.get(key))}"
+            f"{key}={setting(run.settings[key])}"
             for key in keys
-            if setting(run.settings.get(key)) != usual[key]
+            if key in run.settings and setting(run.settings[key]) != usual[key]
         ]
         for run in runs
     ]
 
 
+HEAD = (
+    "date", "data", "model", "valid", "test", "95 %", "epochs", "time", "dollars", "state", "run",
+)  # fmt: skip
+
+
 def table(runs: Sequence[Summary]) -> str:
-    """Return the runs as text, a line each, and what their columns are."""
-    head = ("date", "data", "model", "valid", "test", "95 %", "epochs", "time", "state", "run")
-    lines: list[tuple[str, ...]] = [(*head, "differs by")]
+    """Return the runs as text, a line each, and what their columns are.
+
+    Dollars have a column where a run has cost some.
+    """
+    lines: list[tuple[str, ...]] = [(*HEAD, "differs by")]
     for run, own in zip(runs, own_settings(runs), strict=True):
         lines.append((*cells(run), _cut(" ".join(own))))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    if not any(run.dollars is not None for run in runs):
+        place = HEAD.index("dollars")
+        lines = [(*line[:place], *line[place + 1 :]) for line in lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
     padded = [
         "  ".join(
             [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]
@@ -184,11 +247,21 @@ def cells(run: Summary) -> tuple[str, ...]:
         _percent(run.valid),
         _percent(run.test),
         interval,
-        str(run.epochs),
+        "" if run.epochs is None else str(run.epochs),
         took,
+        dollars(run.dollars),
         run.state,
-        str(run.path),
+        run.place,
     )
+
+
+def dollars(value: float | None) -> str:
+    """Return what a run cost, to the cent where that is one, else with two digits; "" for none."""
+    if value is None:
+        return ""
+    if value >= 0.1 or value == 0:
+        return f"${value:,.2f}"
+    return f"${value:.2g}"
 
 
 def _percent(value: float | None) -> str:

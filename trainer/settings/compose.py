@@ -254,7 +254,7 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
                 f"{word}: ranges are settings with several values, and need -m: "
                 "optim.lr=1e-3,1e-2, or sweep=NAME, a file of conf/sweep"
             )
-        elif key not in (*keys, *sections) and not _is_hydras(key):
+        elif key not in (*keys, *sections) and not is_hydras(key):
             raise UserError(unknown_key(key, keys))
         elif "=" not in word:
             raise UserError(f"{word} has no value: give {key}=...")
@@ -264,13 +264,13 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
             )
 
 
-def _is_hydras(key: str) -> bool:
+def is_hydras(key: str) -> bool:
     """Return whether a key is of Hydra's own settings, or says in its way where an option goes."""
     return key.split(".")[0] == "hydra" or "/" in key or "@" in key
 
 
 def _check_deletion(word: str, key: str, keys: list[str], several: Collection[str]) -> None:
-    if key == "experiment" or _is_hydras(key):
+    if key == "experiment" or is_hydras(key):
         return
     if key not in keys and key not in several:
         raise UserError(unknown_key(key, keys))

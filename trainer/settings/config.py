@@ -157,6 +157,7 @@ class TrainConfig:
     tta: str = setting("none", "flip")
     ema_decay: float | None = setting(above=0, below=1)
     monitor: str = setting("valid_refinement", "valid_top1", "valid_f1", "valid_loss")
+    keep: str = setting("best", "last")
     patience: int | None = setting(at_least=1, at_most=EPOCHS_MOST)
     margin: float = setting(at_least=-100, at_most=100, only_if="model.head=probe")
     device: str = setting("auto", "cpu", "cuda", "mps", identity=False)

@@ -30,13 +30,21 @@ from trainer.common.errors import Unreadable, UserError
 from trainer.distributed.world import World
 from trainer.images.augment import Augmentation
 from trainer.images.folder import ImageFolder, Split
-from trainer.images.loader import MIRRORED, PLAIN, ImageLoader, Reader
+from trainer.images.loader import MIRRORED, PLAIN, ImageLoader
 from trainer.images.usable import usable_images
 from trainer.network import probe, weights
 from trainer.network.build import Classifier
 from trainer.network.device import Machine
 from trainer.network.features import FeatureCache
-from trainer.settings.config import CROPS, FEW_VALID, TOY, Config, identity, solve_on_for
+from trainer.settings.config import (
+    CROPS,
+    FEW_VALID,
+    LEARNING_RATES,
+    TOY,
+    Config,
+    identity,
+    solve_on_for,
+)
 from trainer.training import recipe
 from trainer.training.loop import fit, predict
 from trainer.training.recipe import Candidate, Recipe
@@ -53,11 +61,12 @@ SAMPLE = 500  # pictures on which candidates are compared at least, where time i
 # By recipe.prefer: standard errors by which a cheaper network may be worse than the best, and times
 # that the best must cost of it.
 TRADES = {"accuracy": (0.0, math.inf), "balance": (1.0, 2.0), "speed": (2.0, 1.0)}
-# Fine-tuning from a solved head needs fewer passes than training a random one.
-EPOCHS, STEPS = 8, 40
+# Fine-tuning from a solved head needs fewer passes, and steps, than training a random one.
+EPOCHS, STEPS = 8, 120
 TRIALS = "recipe"  # below the run's directory and its checkpoints, until it is decided
 APART = 6  # a sixth of train, by which a trial chooses its epoch
 HALVES = 2  # in which train and valid judge fine-tuning, where valid is small
+WAYS_ON = 500  # pictures, at most, on which ways to fine-tune are compared where valid isn't small
 FEWEST_EPOCHS = 4  # fewer are no fine-tuning
 BATCH = 16  # pictures at a time that are timed
 BACKWARD = 3.0  # times a forward pass that a training step takes
@@ -98,6 +107,29 @@ class Judged:
     def correct(self) -> NDArray[np.bool_]:
         """Return whether the answer is right for each image, bool [N]."""
         return probe.correct(self.logits, self.labels)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A way to fine-tune, and what it was good for on pictures that it didn't see.
+
+    way: settings. gains: by how much the loss of each image is lower than by the solved head alone,
+    float [N]; hits: how many more of them are told right.
+    """
+
+    way: dict[str, Any]
+    gains: NDArray[np.float64]
+    hits: float
+
+    @property
+    def better(self) -> bool:
+        """Return whether fine-tuning on all pictures is taken to be better than the solved head.
+
+        On half of them it has less to learn from, and the head suffers less from that: so to be
+        better by half of the standard error, and not to tell fewer right, is enough.
+        """
+        doubt = probe.standard_error(self.gains)
+        return bool(self.gains.mean() > doubt / 2 and self.hits > -0.5)
 
 
 class Decision:
@@ -297,18 +329,12 @@ class Decision:
             return frozen
         steps = max(train // self.config.train.batch_size, 1)
         epochs = self.config.train.epochs or max(EPOCHS, math.ceil(STEPS / steps))
-        minutes = BACKWARD * candidate.milliseconds * train / 60_000  # of an epoch
-        allowed = self.config.recipe.tune_minutes
-        if allowed is None:
-            allowed = TUNE_MINUTES.get(self.machine.device.type, math.inf)
-            if self.config.recipe.minutes is None:
-                allowed = math.inf  # nothing may depend on a clock
-        asked = self.config.model.freeze == "none"
-        if few and not asked:
-            minutes *= 1 + HALVES / 2 * len(_labels(judged.network.images)) / train
+        asked, ways = self.config.model.freeze == "none", self.ways()
+        halves = few and not asked
+        minutes = self.minutes_of(judged.network, ways, halves)  # of an epoch, with its trials
         fits = epochs
         if not asked:
-            fits = int(min(epochs, allowed / minutes))
+            fits = int(min(epochs, self.minutes_to_tune() / minutes))
         if fits < min(FEWEST_EPOCHS, epochs):
             self.reasons.append(
                 "the head alone is solved: to fine-tune everything would take "
@@ -317,50 +343,117 @@ class Decision:
             return frozen
         tuned = frozen | {"model.freeze": "none", "train.epochs": fits}
         tuned |= self.with_crops(judged.network)
-        if few and not asked:
-            gains, better = self.tuned_halves(judged.network, flips | tuned)
-            if not better:
+        if halves:
+            tried = self.tuned_halves(judged.network, flips | tuned, ways)
+            if not tried.better:
+                gains = tried.gains
                 change = f"{-gains.mean():+.3f} +- {probe.standard_error(gains):.3f}"
                 self.reasons.append(
                     "the head alone is solved: to fine-tune everything on one half of the pictures "
-                    f"isn't better on the other beyond doubt (loss {change})"
+                    f"isn't better on the other (loss {change})"
                 )
                 return frozen
-            tuned["train.margin"] = -1.0  # what few pictures of valid say is worth less
+            tuned |= tried.way
+            tuned["train.keep"] = "last"  # as it was judged; to choose by few pictures is chance
+        elif len(ways) > 1:
+            tuned |= self.better_way(judged.network, flips | tuned, ways)
+        kept = "what comes out is kept where it is better"
+        if halves:
+            kept = "on halves of the pictures that was better than the head alone"
         self.reasons.append(
-            f"everything is fine-tuned from the solved head, in {_about(minutes * fits)}; "
-            "what comes out is kept where it is better"
+            f"everything is fine-tuned from the solved head, in {_about(minutes * fits)}; {kept}"
         )
+        if len(ways) > 1:
+            self.reasons.append(_words_of(tuned))
         return tuned
 
+    def minutes_of(self, network: Network, ways: Sequence[dict[str, Any]], halves: bool) -> float:
+        """Return how long an epoch of fine-tuning takes, with its share of the trials before."""
+        train = network.images.count("train")
+        minutes = BACKWARD * network.candidate.milliseconds * train / 60_000
+        if halves:  # each way on one half, one of them on the other
+            return minutes * (1 + (len(ways) + 1) / HALVES * len(_labels(network.images)) / train)
+        if len(ways) > 1:
+            return minutes * (1 + len(ways) * min(1.0, WAYS_ON / train))
+        return minutes
+
+    def minutes_to_tune(self) -> float:
+        """Return how long fine-tuning may take, with the trials that decide about it."""
+        allowed = self.config.recipe.tune_minutes
+        if allowed is not None:
+            return allowed
+        if self.config.recipe.minutes is None:  # nothing may depend on a clock
+            return math.inf
+        return TUNE_MINUTES.get(self.machine.device.type, math.inf)
+
+    def ways(self) -> list[dict[str, Any]]:
+        """Return the rates that fine-tuning may have; none to choose from where one is given.
+
+        The small ones of a solved head stay near what the weights know: best where that fits the
+        pictures. Those of a new head on pretrained weights, for all layers alike, lead away from
+        it: best where the pictures are unlike those that the weights saw.
+        """
+        choice = self.config.optim
+        if (choice.lr, choice.head_lr, choice.layer_decay) != (None, None, None):
+            return [{}]
+        lr, head_lr = LEARNING_RATES[choice.name]["pretrained"]
+        further = {"optim.lr": lr, "optim.head_lr": head_lr, "optim.layer_decay": 1.0}
+        return [{}, further]
+
     def tuned_halves(
-        self, network: Network, values: dict[str, Any]
-    ) -> tuple[NDArray[np.float64], bool]:
+        self, network: Network, values: dict[str, Any], ways: Sequence[dict[str, Any]]
+    ) -> Tried:
         """Fine-tune on each half of train and valid, and answer for the other half.
 
-        Return by how much the loss of each image is lower than by the solved head alone, float [N],
-        and whether fine-tuning is better beyond doubt. Where it isn't better at all for one half
-        the other isn't asked: it could hardly leave no doubt.
+        The first half chooses the way, by the loss. Where no way is better at all than the solved
+        head for it the other half isn't asked: it could hardly leave no doubt.
         """
-        gains, hits = [], 0.0
-        with quiet():
-            config = weights.resolve(recipe.applied(self.config, values), network.images)
-        for number, (_, images) in enumerate(_halves(network.images, config.seed)):
-            log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
-            training = self.trial(config, images, network.loader.read, number)
-            # By the last weights: the best by these pictures would flatter it.
-            logits, labels = self.answers(training, "valid")
-            losses = probe.calibrated_losses(logits, labels)
-            assert training.probe_losses is not None
-            gains.append((training.probe_losses - losses).double().numpy())
-            before = training.metrics_file.rows[0]["valid_top1"] * len(labels)
-            hits += probe.correct(logits, labels.numpy()).sum() - before
-            if gains[-1].mean() <= 0:
-                break
+        tried = []
+        for number, (_, images) in enumerate(_halves(network.images, self.config.seed)):
+            for way in ways:
+                log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
+                training = self.trial(self.of_way(network, values | way), images, network, number)
+                # By the last weights: the best by these pictures would flatter it.
+                logits, labels = self.answers(training, "valid")
+                losses = probe.calibrated_losses(logits, labels)
+                assert training.probe_losses is not None
+                gains = (training.probe_losses - losses).double().numpy()
+                before = training.metrics_file.rows[0]["valid_top1"] * len(labels)
+                hits = probe.correct(logits, labels.numpy()).sum() - before
+                tried.append(Tried(way, gains, float(hits)))
+            if number == 0:
+                tried = [max(tried, key=lambda each: float(each.gains.mean()))]
+                ways = [tried[0].way]
+                if tried[0].gains.mean() <= 0:
+                    break
         self.forget_trials()
-        all_gains = np.concatenate(gains)
-        doubt = probe.standard_error(all_gains)
-        return all_gains, bool(all_gains.mean() > doubt and hits > -0.5)
+        gains = np.concatenate([each.gains for each in tried])
+        return Tried(tried[0].way, gains, sum(each.hits for each in tried))
+
+    def better_way(
+        self, network: Network, values: dict[str, Any], ways: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the way that is best on some of the pictures, by the loss on theirs of valid."""
+        share = min(1.0, WAYS_ON / len(_labels(network.images)))
+        if share < 1:
+            network = _sampled(network, share, self.config.seed)
+        steps = max(network.images.count("train") // self.config.train.batch_size, 1)
+        values = values | {"train.epochs": math.ceil(STEPS / steps)}
+        losses = []
+        for number, way in enumerate(ways):
+            log.info("fine-tuning on some of the pictures: %d of %d", number + 1, len(ways))
+            training = self.trial(
+                self.of_way(network, values | way), network.images, network, number
+            )
+            logits, labels = self.answers(training, "valid")
+            losses.append(float(probe.calibrated_losses(logits, labels).mean()))
+        self.forget_trials()
+        return ways[int(np.argmin(losses))]
+
+    def of_way(self, network: Network, values: dict[str, Any]) -> Config:
+        """Return the settings of a trial of the network."""
+        with quiet():
+            return weights.resolve(recipe.applied(self.config, values), network.images)
 
     def small(self, judged: Judged, flips: dict[str, Any]) -> dict[str, Any] | None:
         """Return the settings of a small network from scratch, where that is better beyond doubt.
@@ -410,9 +503,9 @@ class Decision:
     # --- trainings that only a decision needs ---
 
     def trial(
-        self, config: Config, images: ImageFolder, read: Reader | None, number: int
+        self, config: Config, images: ImageFolder, network: Network | None, number: int
     ) -> Training:
-        """Train on the images' train, to the end. read: their packed pixels; None decodes."""
+        """Train on the images' train, to the end. network: whose pixels they are; None decodes."""
         # Of these settings alone: after a kill the clock may say another number of epochs.
         settings = json.dumps(identity(config), sort_keys=True).encode()
         place = Path(TRIALS, f"{hashlib.sha256(settings).hexdigest()[:8]}-{number}")
@@ -424,6 +517,7 @@ class Decision:
             trial=True,
         )
         run.directory.mkdir(parents=True, exist_ok=True)
+        read = network.loader.read if network else None
         loader = make_loader(run, images, read, self.machine)
         with quiet():
             training = build_training(run, images, loader=loader)
@@ -457,13 +551,7 @@ def _cropped(network: Network, scale: tuple[float, float]) -> Network:
     """Return the network with random views that show such a share of each image, and no more."""
     augmentation = Augmentation(scale, network.loader.augmentation.ratio, flip=False, trivial=False)
     loader = replace(network.loader, augmentation=augmentation)
-    return replace(network, loader=loader, cache=_cache_for(network, loader))
-
-
-def _cache_for(network: Network, loader: ImageLoader) -> FeatureCache:
-    """Return the cache of the network's features for other images, or other views of them."""
-    cache = network.cache
-    return FeatureCache(cache.network, loader, cache.machine, cache.cache.parent)
+    return replace(network, loader=loader, cache=network.cache.of_other(loader))
 
 
 def _worse_by(one: Judged, best: Judged) -> float:
@@ -474,6 +562,16 @@ def _worse_by(one: Judged, best: Judged) -> float:
     """
     losses = best.correct.astype(np.float64) - one.correct
     return float(losses.mean() / probe.standard_error(np.append(losses, [1.0, -1.0])))
+
+
+def _words_of(tuned: dict[str, Any]) -> str:
+    """Return in words which way to fine-tune was taken."""
+    if "optim.lr" not in tuned:
+        return "small rates are best for it: the weights know such pictures"
+    return (
+        f"larger rates are best for it (optim.lr={tuned['optim.lr']:g} for all layers): the "
+        "weights have much to learn from such pictures"
+    )
 
 
 def _about(minutes: float) -> str:
@@ -497,7 +595,7 @@ def _sampled(network: Network, fraction: float, seed: int) -> Network:
         splits[name] = Split(paths, split.labels[chosen])
     few = replace(images, splits=splits)
     loader = replace(network.loader, folder=few)
-    return replace(network, images=few, loader=loader, cache=_cache_for(network, loader))
+    return replace(network, images=few, loader=loader, cache=network.cache.of_other(loader))
 
 
 def _halves(images: ImageFolder, seed: int) -> Iterator[tuple[NDArray[np.int64], ImageFolder]]:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from trainer.common import files
+from trainer.common import files, own_code
 from trainer.common.console import RESULT as OUTCOME
 from trainer.common.console import also_to_file, command, log, painted
 from trainer.common.errors import Interrupted, UserError
@@ -62,6 +61,7 @@ class Run:
     directory: Path
     checkpoints: Path
     package: Path  # the archive, or on SageMaker the directory that it archives itself
+    given: Sequence[str] = ()  # the settings that were typed or implied, as words
     looks: bool = True  # for what is wrong with its images, and tells it
     trial: bool = False  # of a decision: its metrics are nobody else's business
     # SHA-256 of the file of model.weights, before the network was built from it.
@@ -88,10 +88,7 @@ class Run:
             del settings["model.weights"]  # its content counts, and not its place
         facts = settings | {"format": FORMAT, "pictures": pictures}
         if self.config.model.code is not None:
-            # imported here: a complete run without a file of its own answers before PyTorch.
-            from trainer.network import own
-
-            facts["model.code"] = own.digest(self.config.model.code)
+            facts["model.code"] = own_code.find("model.code", self.config.model.code).digest
         if self.config.train.parent is not None:
             del facts["train.parent"]
             facts[PARENT] = self.parent_digest()
@@ -245,7 +242,7 @@ class Run:
         """
         if not self.package.name.endswith(".tar.gz"):
             return []
-        settings = [word for word in typed() if not word.startswith("platform")]
+        settings = [word for word in self.given if not word.startswith("platform")]
         rehearse = command("launch", "rehearse", *settings)
         if rehearse.startswith(".venv"):  # in a clone, where make installs what a rehearsal needs
             rehearse = "make rehearse"
@@ -271,7 +268,7 @@ class Run:
         replaced = {key_of(word) for word in words} | {"name"}
         if "model.name" in replaced:
             replaced.add("model")
-        kept = [word for word in typed() if key_of(word) not in replaced]
+        kept = [word for word in self.given if key_of(word) not in replaced]
         return command("trainer", *kept, *words)
 
     def summarize(self, result: dict[str, Any]) -> None:
@@ -304,13 +301,6 @@ class Run:
             log.info("%-15s %s", what, self.directory / name)
         if steps := self.next_steps():
             log.info("next:\n%s", "\n".join(f"  {command}" for command in steps))
-
-
-def typed() -> list[str]:
-    """Return the settings that were given, as words; none where Hydra didn't compose them."""
-    if not HydraConfig.initialized():
-        return []
-    return list(HydraConfig.get().overrides.task)
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
@@ -361,7 +351,7 @@ BEGUN = ("config.yaml", "log.txt", "quarantine.txt", "care.csv", "metrics.jsonl"
 
 
 @contextmanager
-def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
+def open_run(config: Config, world: World, stop: Stop, given: Sequence[str] = ()) -> Iterator[Run]:
     """Open the run of these settings.
 
     Rank 0 alone makes its directory, locks it for this process and begins its log. Where the user's
@@ -370,7 +360,7 @@ def open_run(config: Config, world: World, stop: Stop) -> Iterator[Run]:
     """
     name, directory, checkpoints, package = places(config)
     stages = Stages(since_process_start())
-    run = Run(config, world, stop, name, directory, checkpoints, package, stages=stages)
+    run = Run(config, world, stop, name, directory, checkpoints, package, given, stages=stages)
     if not world.is_main_process:
         yield run
         return

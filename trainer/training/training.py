@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -222,8 +223,7 @@ class Training:
 
         model.solve_on=both: of train and valid.
         """
-        config, stop = self.config, self.stop
-        cache = FeatureCache(self.network, self.loader, self.machine, Path(config.platform.cache))
+        config, stop, cache = self.config, self.stop, self.feature_cache
         kinds = [PLAIN, MIRRORED] if config.data.augment.flip else [PLAIN]
         splits = ["train", "valid"] if self.head_saw_valid else ["train"]
         views = np.concatenate(
@@ -245,6 +245,12 @@ class Training:
             )
         if self.ema:
             self.ema.network.load_state_dict(self.model.state_dict())
+
+    @cached_property
+    def feature_cache(self) -> FeatureCache:
+        """Return where the features of the network lie, as long as its backbone is what it was."""
+        cache = Path(self.config.platform.cache)
+        return FeatureCache(self.network, self.loader, self.machine, cache)
 
     @property
     def head_saw_valid(self) -> bool:
@@ -604,7 +610,7 @@ class Training:
     def _note(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
         self.metrics_file.append(row)
         if not self.run.trial:
-            best = self.is_best(metrics)
+            best = self.config.train.keep == "best" and self.is_best(metrics)
             told = self.table.row(self.metrics_file.rows, best, self._seconds_after())
             log.info(metric_line(row), extra={"for_people": told})
 
@@ -620,9 +626,9 @@ class Training:
         return seconds / pictures * sum(folder.count(split) for split in tested)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
-        """Return whether an epoch's metrics are better than those of all before it."""
+        """Return whether an epoch's weights are to be kept: it is the best one, or the last."""
         best = self.progress.best
-        if best is None:
+        if best is None or self.config.train.keep == "last":
             return True
         if best["epoch"] > 0 or self.config.model.head != "probe":
             return better(metrics, best, self.config.train.monitor)
@@ -779,6 +785,7 @@ def prepare_machine(config: Config, world: World) -> Machine:
         processes=processes,
         local_rank=world.local_rank,
         local_size=world.local_size,
+        frozen=config.model.freeze in ("backbone", "auto"),
     )
     if config.train.compile:
         device.check_compiler(machine.device)

@@ -35,7 +35,7 @@ MODULE = '''
 from dataclasses import dataclass
 
 from launch.cloud.request import Request
-from launch.targets.attempt import State
+from launch.targets.attempt import Figures, State
 from launch.targets.base import Target, TargetConfig
 from trainer.settings.config import setting
 
@@ -70,8 +70,8 @@ class Toy(Target):
     def results(self, aws, attempt):
         return f"runs/{attempt.run}/output/"
 
-    def accuracy(self, aws, attempt):
-        return None
+    def figures(self, inventory, attempt):
+        return Figures()
 
     def console(self, attempt, region):
         return "batch"

@@ -3,12 +3,16 @@ names that follow from them.
 """
 
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import re
+import tarfile
 
 import pytest
 
+from launch.cloud import source
 from launch.planning import described, missing, prepare
 from launch.targets.base import NAMES, RUN, Spec, fit, targets
 from launch.targets.sagemaker import for_job
@@ -173,6 +177,50 @@ def test_a_table_of_labels_lies_among_the_pictures(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=rf"put it into {dogs}, .*data.labels={allowed}$"):
             load_config(load_target([]), [f"data.labels={given}"], dogs)
+
+
+def test_code_of_ones_own_travels_with_the_source(tmp_path, monkeypatch):
+    """A file under its content's name, a module under its own, as an entry point stands for it."""
+    tarball = source.build()
+    monkeypatch.setattr("launch.cloud.source.build", lambda extras: tarball)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    about = "kennel-1.dist-info"
+    for name, text in {
+        "mine.py": "network = 1",
+        "site/kennel/__init__.py": "raise SystemExit('planning imports it')",
+        "site/kennel/sub/dogs.py": "loss = 1",
+        f"site/{about}/METADATA": "Metadata-Version: 2.1\nName: kennel\nVersion: 1\n",
+        f"site/{about}/entry_points.txt": "[packhorse]\nfocal = kennel.sub.dogs:Focal\n",
+        "site/launch/x.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    package = {"kennel/__init__.py", "kennel/sub/dogs.py"}
+    digest = hashlib.sha256(b"network = 1").hexdigest()[:16]
+    data = ["data.root=dogs"]
+    for words, sent, travels in (
+        (["model.code=mine.py"], f"own/{digest}.py", {f"own/{digest}.py"}),
+        (["model.code=focal"], "kennel.sub.dogs:Focal", package),
+        (["data.labels=kennel.sub.dogs"], "kennel.sub.dogs", package),
+        (["model.code=/opt/ml/input/data/training/mine.py"], "training/mine.py", set()),
+    ):
+        for target in ("ec2", "sagemaker"):
+            plan = prepare(None, load_target([f"target={target}"]), [*data, *words])
+            with tarfile.open(fileobj=io.BytesIO(plan.source)) as tar:
+                names = set(tar.getnames())
+            with tarfile.open(fileobj=io.BytesIO(tarball)) as tar:
+                assert names - set(tar.getnames()) == travels
+            assert sent in json.dumps([request.parameters for request in plan.requests])
+            assert plan.spec.source == hashlib.sha256(plan.source).hexdigest()
+            assert not missing(None, plan, None)
+            again = prepare(None, load_target([f"target={target}"]), [*data, *words])
+            assert again.source == plan.source
+    before = prepare(None, load_target([]), [*data, "model.code=mine.py"]).spec
+    (tmp_path / "mine.py").write_text("network = 2")
+    assert prepare(None, load_target([]), [*data, "model.code=mine.py"]).spec.run != before.run
+    with pytest.raises(UserError, match="a job has launch of Packhorse itself; give your module"):
+        source.with_files(tarball, {"launch/x.py": tmp_path / "site/launch/x.py"})
 
 
 def test_the_run_of_a_table_is_found_again_from_any_directory(tmp_path, monkeypatch):

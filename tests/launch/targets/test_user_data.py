@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from launch.targets import ec2_request
 from launch.targets.attempt import attempt_key
 from launch.targets.base import Spec
 from launch.targets.spec import load_config, load_target
-from tests.conftest import wait_for
+from tests.conftest import Metadata, wait_for
 from tests.launch.conftest import REGION, Cloud, running
 from trainer.common.errors import MISTAKE, OK, RESUME
 
@@ -163,9 +165,14 @@ class Bucket:
 
 
 def make_spec(
-    *overrides: str, run: str = RUN, attempt: int = 1, hours: float = 8, code: str = ""
+    *overrides: str,
+    run: str = RUN,
+    attempt: int = 1,
+    hours: float = 8,
+    code: str = "",
+    instances: int = 1,
 ) -> Spec:
-    target = load_target(["target=ec2", f"target.hours={hours}"])
+    target = load_target(["target=ec2", f"target.hours={hours}", f"target.instances={instances}"])
     config, name = load_config(target, overrides)
     return Spec(target, config, overrides, run, ACCOUNT, REGION, name, code, None, attempt)
 
@@ -515,3 +522,120 @@ def test_every_gpu_trains(
     assert machine.shutdowns == ["-h +480", "-h now"] and "training in 2 processes" in log
     expected = {"code": MISTAKE, "reason": "failed"} if fails else {"code": OK, "reason": "done"}
     assert bucket.outcome(run) == {"attempt": 1} | expected, log
+
+
+@pytest.fixture
+def metadata_of() -> Iterator[Callable[[int], Any]]:
+    """Makes the metadata service of one of several machines; it returns its handler."""
+    servers = []
+
+    def make(index: int, group: str = "r-one") -> Any:
+        said = {
+            "ami-launch-index": str(index),
+            "reservation-id": group,
+            "local-ipv4": "127.0.0.1",
+        }
+        handler = type("Handler", (Metadata,), {"answers": said})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        handler.url = f"http://127.0.0.1:{server.server_port}"
+        return handler
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def pair(
+    root: Path, script: str, cloud: Cloud, services: list[Any], *more: dict[str, str], **given: Any
+) -> list[Machine]:
+    """Two machines of one request. more: of the environment of each."""
+    each = more or ({}, {})
+    return [
+        Machine(
+            root / str(number),
+            script,
+            cloud.url,
+            **given,
+            AWS_EC2_METADATA_SERVICE_ENDPOINT=service.url,
+            **each[number],
+        )
+        for number, service in enumerate(services)
+    ]
+
+
+def test_two_machines_train_one_run_until_one_is_taken_back(
+    tmp_path: Path,
+    cloud: Cloud,
+    bucket: Bucket,
+    code: str,
+    metadata_of: Callable[[int], Any],
+) -> None:
+    """The first one has the run; both end when the second one is reclaimed, and both go on."""
+    prepared = None
+    for attempt in (1, 2):
+        spec = make_spec(
+            *TINY, "checkpoint.max_cost=1", run="pair", code=code, instances=2, attempt=attempt
+        )
+        services = [metadata_of(0), metadata_of(1)]
+        script = ec2_request.user_data(spec, upload_every=2)
+        root = tmp_path / str(attempt)
+        first, second = pair(root, script, cloud, services, prepared=prepared)
+        if attempt == 1:
+            assert wait_for(
+                lambda log=first.log: log.exists() and "metrics: epoch=1 " in log.read_text()
+            ), first.console.read_text()
+            services[1].notices = frozenset({"spot/instance-action"})
+        first.wait()
+        second.wait()
+        prepared = first.nvme
+        log = first.log.read_text()
+        said = [
+            json.loads(bucket.text(f"runs/pair/attempts/{attempt}{number}.json"))["reason"]
+            for number in ("", ".1")
+        ]
+        if attempt == 1:
+            assert said == ["interrupted", "spot notice"], log
+        else:
+            assert said == ["done", "done"], log
+            assert "resumed from" in log
+        assert "training on 2 machines, of which this is number 1" in log
+        assert "2 on 2 hosts" in log, log
+    assert "result.json" in bucket.keys("runs/pair/output/")
+    assert "of which this is number 2" in bucket.text("runs/pair/log.1.txt")
+    assert not (second.nvme / "runs/pair").exists(), "the run is the first one's"
+
+
+def test_one_of_two_that_fails_ends_the_other_before_it_trains(
+    tmp_path: Path,
+    cloud: Cloud,
+    bucket: Bucket,
+    code: str,
+    endless: Path,
+    metadata_of: Callable[[int], Any],
+) -> None:
+    script = ec2_request.user_data(make_spec(run="half", code=code, instances=2), upload_every=2)
+    pythons = ({"PYTHON": str(endless)}, {"PYTHON": "/nowhere"})
+    machines = pair(tmp_path, script, cloud, [metadata_of(0), metadata_of(1)], *pythons)
+    for machine in machines:
+        assert machine.wait().shutdowns == ["-h +480", "-h now"]
+    assert bucket.outcome("half")["reason"] == "another machine has ended"
+    assert json.loads(bucket.text("runs/half/attempts/1.1.json"))["reason"] == "failed"
+
+
+def test_a_machine_of_another_request_leaves_the_run_alone(
+    tmp_path: Path,
+    cloud: Cloud,
+    bucket: Bucket,
+    code: str,
+    metadata_of: Callable[..., Any],
+) -> None:
+    bucket.put("runs/rival/attempts/1.machine", b"i-0 r-one 127.0.0.1\n")
+    script = ec2_request.user_data(make_spec(run="rival", code=code, instances=2))
+    services = [metadata_of(0, "r-two"), metadata_of(1, "r-two")]
+    for machine in pair(tmp_path, script, cloud, services):
+        assert machine.wait().shutdowns == ["-h +480", "-h now"]
+        assert "another machine has this attempt" in machine.console.read_text()
+    assert bucket.keys("runs/rival/") == {"attempts/1.machine"}

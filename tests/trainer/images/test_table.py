@@ -86,7 +86,7 @@ def test_splits_are_taken_by_any_of_their_names(root):
     path = written(root, text)
     folder = scan(path, str(root), 0.25)
     assert [len(folder.splits[name].paths) for name in ("train", "valid", "test")] == [2, 2, 2]
-    assert splits(path) == {"train", "valid", "test"}
+    assert splits(path, str(root)) == {"train", "valid", "test"}
 
 
 def test_paths_of_this_machine_may_be_given_where_they_lie_in_the_root(root):
@@ -152,3 +152,42 @@ def test_a_name_that_two_pictures_have_is_refused(root):
         scan(written(root, KAGGLE), str(root), 0.25)
     text = lines("id,breed", "train/{id},{label}")
     assert pictures(scan(written(root, text), str(root), 0.25)) == EXPECTED
+
+
+CODE = """
+from pathlib import Path
+
+def pictures(root):
+    for path in Path(root).glob("train/*.jpg"):
+        number = int(path.stem[2:])
+        yield path, "ab"[number % 2], "test" if number > 5 else "train"
+"""
+
+
+def test_code_of_ones_own_names_the_pictures_as_a_table_does(root):
+    code = written(root, CODE, "mine.py")
+    rows = [
+        f"id{number},{'ab'[number % 2]},{'test' if number > 5 else 'train'}" for number in range(8)
+    ]
+    table = written(root, "\n".join(["id,label,split", *rows, ""]))
+    images = scan(code, str(root), 0.5)
+    assert pictures(images) == EXPECTED
+    assert of_images(images) == of_images(scan(table, str(root), 0.5))
+    assert splits(code, str(root)) == {"train", "test"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x = 1", "it defines no function pictures"),
+        ("def pictures(root):\n  return 1 / 0", ", line 2: pictures: ZeroDivisionError"),
+        ("def pictures(root):\n  yield 'a.jpg'", "gives 'a.jpg' as number 1; it must give (path"),
+        ("def pictures(root):\n  yield 'a.jpg', 7", "gives ('a.jpg', 7) as number 1"),
+        ("def pictures(root):\n  yield 'no.jpg', 'a'\n  yield 'n.jpg', 'b'", "there is no such"),
+    ],
+)
+def test_code_that_keeps_no_contract_is_one_line(root, tmp_path, text, reason):
+    with pytest.raises(UserError) as error:
+        scan(written(tmp_path, text, "mine.py"), str(root), 0.5)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+    assert "mine.py" in str(error.value)

@@ -36,3 +36,25 @@ def test_dropout_on_apples_gpu_is_seeded_by_its_own_generator(monkeypatch):
         seed_dropout(torch.device("mps"), 7, step, shard)
     assert seeds[0] == seeds[3] and len(set(seeds)) == 3
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("native", "precision", "frozen", "expected"),
+    [
+        (True, "auto", True, torch.bfloat16),
+        (True, "auto", False, torch.float32),
+        (True, "fp32", True, torch.float32),
+        (False, "auto", True, torch.float32),
+    ],
+)
+def test_a_cpu_sees_a_frozen_backbones_pictures_in_bfloat16_where_it_has_that(
+    monkeypatch, native, precision, frozen, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    machine = device.prepare("cpu", precision, frozen=frozen)
+    assert machine.precision == torch.float32
+    assert machine.for_frozen().precision == expected
+    assert ("features" in machine.environment()) == (expected == torch.bfloat16)
+    assert machine.facts()["the precision of frozen features"] == str(machine.for_frozen())
+    assert machine.in_float32().precision == torch.float32

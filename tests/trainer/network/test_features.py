@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import QUICK
 from tests.trainer.trainings import make_loader, open_training
+from trainer.common.console import log
 from trainer.common.errors import Interrupted
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
-from trainer.images.loader import ImageLoader
+from trainer.images.loader import PLAIN, ImageLoader
 from trainer.network import build as model
 from trainer.network import features
 from trainer.network.device import Machine
 from trainer.network.features import FeatureCache, FeatureLoader
+from trainer.results.outcome import mean_features
 from trainer.training.loop import fit
 
 MACHINE = Machine(torch.device("cpu"), torch.float32)
@@ -77,6 +80,43 @@ def test_the_views_differ_and_the_epochs_take_them_in_turn(tmp_path, feed):
     for epoch in range(4):
         first = feed.epoch(epoch)[0]
         assert np.array_equal(shown[epoch].numpy(), extracted.views[epoch % 2][first])
+
+
+def test_the_classes_means_are_of_the_features_that_a_head_was_solved_on(
+    tmp_path, feed, configure, monkeypatch
+):
+    config = configure("model=small_cnn", f"platform.cache={tmp_path}/cache", *QUICK)
+    network = frozen_network()
+    data = extract(network, feed, tmp_path / "cache")
+    training = open_training(tmp_path / "run", config, feed, network, data=data)
+    by_pixels = mean_features(training)
+    training.feature_cache.of("train", PLAIN, Stop())
+    config.model.head = "probe"
+    monkeypatch.setattr(ImageLoader, "eval_batches", None)  # no pixel is looked at again
+    torch.testing.assert_close(mean_features(training), by_pixels, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("most", "rounded"), [(1.0, True), (0.0, False)])
+def test_train_alone_is_rounded_and_only_where_that_changes_little(
+    tmp_path, feed, monkeypatch, caplog, most, rounded
+):
+    caplog.set_level("INFO", log.name)
+    monkeypatch.setattr(features, "ROUNDING", most)
+    exact = extract(frozen_network(), feed, tmp_path / "exact")
+    machine = dataclasses.replace(MACHINE, frozen=torch.bfloat16)
+    cache = FeatureCache(frozen_network(), feed, machine, tmp_path / "cache")
+    both = cache.extract(Stop(), World())
+    assert np.array_equal(both.valid, exact.valid)
+    for view, other in zip(both.views, exact.views, strict=True):
+        assert np.array_equal(view, other) != rounded
+        assert np.abs(view - other).max() < 0.05 * np.abs(other).max()
+    words = "bfloat16" if rounded else "float32"
+    assert f"features of train: in {words}; rounding to bfloat16 is 0." in caplog.text
+    # What was found isn't computed again, for other pictures of the same network neither.
+    monkeypatch.setattr(features, "compute", None)
+    again = FeatureCache(frozen_network(), feed, machine, tmp_path / "cache")
+    assert equal(again.extract(Stop(), World()), both)
+    assert again.of_other(feed).of("train", 0, Stop()).shape == both.views[0].shape
 
 
 def test_an_epoch_goes_on_from_any_batch(tmp_path, feed):

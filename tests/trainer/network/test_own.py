@@ -1,6 +1,8 @@
 """A person's own network, loss and metric: a Python file, held to its contract."""
 
 import json
+import re
+import sys
 import tarfile
 
 import pytest
@@ -105,6 +107,54 @@ def test_what_keeps_no_contract_is_one_line(write, text, line):
         mine.figures(torch.eye(3), torch.arange(3), "valid")
     assert str(error.value).startswith(f"model.code={path}")
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+LIBRARY = {
+    "kennel/__init__.py": "from kennel import parts",
+    "kennel/parts.py": "def figures(output, target):\n    return {'worst': 0.25}",
+    "kennel/dogs.py": """
+from kennel.parts import figures as metric
+class Strict:
+    def metric(output, target):
+        return 1 / 0
+""",
+    "kennel-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: kennel\nVersion: 1.0\n",
+    "kennel-1.0.dist-info/entry_points.txt": "[packhorse]\nstrict = kennel.dogs:Strict\n",
+}
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """An installed package that has code for us, and offers some of it."""
+    for name, text in LIBRARY.items():
+        path = tmp_path / "site" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield tmp_path / "site"
+    for name in [name for name in sys.modules if name.split(".")[0] == "kennel"]:
+        del sys.modules[name]
+
+
+def test_code_is_named_as_a_module_or_as_what_a_package_offers(library):
+    mine = own.load("kennel.dogs")
+    assert mine.figures(torch.eye(2), torch.tensor([0, 1]), "valid") == {"valid_worst": 0.25}
+    place = "model.code=strict, line 5 of dogs.py: metric: ZeroDivisionError: division by zero"
+    with pytest.raises(UserError, match=re.escape(place)):
+        own.load("strict").figures(torch.eye(2), torch.tensor([0, 1]), "valid")
+    before = own.digest("strict"), own.digest("kennel.dogs")
+    assert before[0] == before[1], "all of the package is what it is"
+    (library / "kennel/parts.py").write_text("def figures(output, target):\n    return {}")
+    assert own.digest("strict") != before[0]
+    for said, line in (
+        ("kennel.cats", "import: ModuleNotFoundError: No module named 'kennel.cats'"),
+        (
+            "kennels",
+            r"no installed package offers it \(entry points of the group packhorse \(.*str",
+        ),
+    ):
+        with pytest.raises(UserError, match=line):
+            own.load(said)
 
 
 def test_what_can_be_known_at_once_is_refused_at_once(tmp_path, pictures):

@@ -154,6 +154,7 @@ ELSEWHERE = {
     "platform.name": ("training/test_kills.py", "platform=ec2"),
     "model.candidates": ("training/test_recipe.py", "model.candidates=[squeezenet1_1]"),
     "train.margin": ("training/test_recipe.py", "train.margin=-5"),
+    "train.keep": ("training/test_recipe.py", "train.keep=last"),
     "model.head": ("training/test_recipe.py", "model.head=probe"),
     "model.solve_on": ("training/test_recipe.py", "model.solve_on=both"),
     "recipe.minutes": ("training/test_recipe.py", "recipe.minutes=null"),

@@ -36,8 +36,17 @@ def kill_after(driver: Process, cwd: Path, trials: int) -> None:
     driver.communicate()
 
 
-@pytest.mark.parametrize("engine", ["grid", pytest.param("optuna", marks=pytest.mark.long)])
-def test_two_drivers_of_one_directory_killed_again_and_again_try_every_trial_once(cwd, engine):
+@pytest.mark.parametrize(
+    ("engine", "kills"),
+    [
+        ("grid", (0, 1)),
+        *(pytest.param(each, (0, 1, 0, 1), marks=pytest.mark.long) for each in ("grid", "optuna")),
+    ],
+)
+def test_two_drivers_of_one_directory_killed_again_and_again_try_every_trial_once(
+    cwd, engine, kills
+):
+    """kills: which of them is killed, in turn."""
     (cwd / "script.json").write_text(json.dumps({"all": ["epochs 3 0.1"]}))
     words = (
         *SHARED,
@@ -48,7 +57,7 @@ def test_two_drivers_of_one_directory_killed_again_and_again_try_every_trial_onc
     )
     rng = random.Random(engine)
     drivers: list[Process] = [start(cwd, *words) for _ in range(2)]
-    for which in (0, 1, 0, 1):
+    for which in kills:
         kill_after(drivers[which], cwd, begun(cwd) + rng.randrange(1, 3))
         drivers[which] = start(cwd, *words)
     for driver in drivers:

@@ -133,20 +133,26 @@ def test_a_run_killed_at_its_end_packages_the_same(tmp_path, train, variant, mon
     assert difference(result, train(tmp_path, *VARIANTS[variant])) is None
 
 
-def test_one_damage_anywhere_costs_no_bit(tmp_path, train):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_one_damage_anywhere_costs_no_bit(tmp_path, train, every):
+    """every: each harm to each file; else one harm to each, another one from file to file."""
     whole = train(tmp_path / "whole")
     forget_the_end(tmp_path / "whole")
     found = checkpoint.steps(tmp_path / "whole" / ROOT)
     previous, newest = [path.relative_to(tmp_path / "whole") for path in found]
-    for directory, harms in ((previous, [flip_a_bit]), (newest, HARMS)):
-        names = sorted(path.name for path in (tmp_path / "whole" / directory).iterdir())
-        assert len(names) == 5
-        for file, harm in product((directory / name for name in names), harms):
-            damaged = tmp_path / f"{file.parent.name}-{file.name}-{harm.__name__}"
-            shutil.copytree(tmp_path / "whole", damaged)
-            harm(damaged / file)
-            assert difference(whole, train(damaged)) is None, damaged.name
-            shutil.rmtree(damaged)
+    names = sorted(path.name for path in (tmp_path / "whole" / newest).iterdir())
+    assert len(names) == 5
+    damages = [(previous / name, flip_a_bit) for name in names]
+    damages += [(newest / name, harm) for name, harm in product(names, HARMS)]
+    if not every:
+        turns = [(newest / names[turn % 5], harm) for turn, harm in enumerate(HARMS)]
+        damages = [damages[0], *turns, *((newest / name, flip_a_bit) for name in names[2:])]
+    for file, harm in damages:
+        damaged = tmp_path / f"{file.parent.name}-{file.name}-{harm.__name__}"
+        shutil.copytree(tmp_path / "whole", damaged)
+        harm(damaged / file)
+        assert difference(whole, train(damaged)) is None, damaged.name
+        shutil.rmtree(damaged)
 
 
 def test_a_file_that_cannot_be_read_costs_no_bit(tmp_path, train, monkeypatch):
