@@ -298,6 +298,14 @@ def seal(package: Path) -> None:
     (package / "package.json").write_text(json.dumps(manifest))
 
 
+def test_a_tolerance_beyond_numpys_numbers_is_read_without_a_warning(package):
+    path = package / "package.json"
+    tolerance = {"absolute": 1e300, "relative": 1e300}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tolerance": tolerance}))
+    seal(package)
+    assert load(package).allowed > 1e299
+
+
 def change_weights(package: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Changes the largest weight tensor of the ONNX network."""
     model = onnx.load(package / "model.onnx")
