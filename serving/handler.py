@@ -81,7 +81,9 @@ class Settings:
     )
     urls: bool = _setting(True, "fetch pictures from public URLs")
     examples: bool = _setting(
-        True, "show the package's golden pictures on the page, to try it with"
+        False,
+        "show the package's golden pictures, which are some of yours, on the page; by default "
+        "where it listens to this machine alone",
     )
     s3: bool = _setting(False, "fetch pictures from S3, where this machine's role may read them")
     queue: int = _setting(

@@ -9,7 +9,7 @@ def known_hosts(host: str, names: str) -> frozenset[str]:
     host: that it listens on. names: the setting.
     """
     if not names:
-        if not _is_loopback(host):
+        if not is_loopback(host):
             return frozenset()
         names = f"localhost,127.0.0.1,::1,{host}"
     words = frozenset(word.strip().strip("[]").lower() for word in names.split(","))
@@ -18,7 +18,8 @@ def known_hosts(host: str, names: str) -> frozenset[str]:
     return words
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a server that listens there hears this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -11,6 +11,7 @@ from serving.decoders import Rooms
 from serving.engine import Engine
 from serving.handler import Settings, convert, settings_from
 from serving.locate import MODEL, NEWEST, RUNS, package_of
+from serving.names import is_loopback
 from serving.package import load_for_command
 from serving.signature import SIGNED_BY
 from trainer.common.arguments import whole
@@ -22,12 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     """Answer on HTTP until told to end. arguments: the verb and its own. Raises UserError."""
     defaults = settings_from(os.environ)
     options = _parser(defaults).parse_args(arguments[1:])
-    changes: dict[str, Any] = {}
-    for setting in fields(Settings):
-        text = getattr(options, setting.name)
-        if text is not None:
-            changes[setting.name] = convert(_flag(setting.name), text, setting)
-    settings = replace(defaults, **changes)
+    settings = _chosen(options, defaults)
     if options.backend not in BACKENDS:  # of the variable; argparse looks at flags alone
         raise UserError(
             f"SERVING_BACKEND={options.backend} is not allowed; allowed: {', '.join(BACKENDS)}"
@@ -49,6 +45,18 @@ def main(arguments: Sequence[str]) -> int:
     process.log_to_stdout()
     server.serve(package, engine, settings, options.host, address)
     return OK
+
+
+def _chosen(options: argparse.Namespace, defaults: Settings) -> Settings:
+    """Return the settings by the flags, else by the variables. Raise UserError."""
+    changes: dict[str, Any] = {}
+    for setting in fields(Settings):
+        text = getattr(options, setting.name)
+        if text is not None:
+            changes[setting.name] = convert(_flag(setting.name), text, setting)
+    if "SERVING_EXAMPLES" not in os.environ:
+        changes.setdefault("examples", is_loopback(options.host))
+    return replace(defaults, **changes)
 
 
 def _parser(defaults: Settings) -> argparse.ArgumentParser:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.handler import Settings
+from serving import serve
+from serving.handler import Settings, settings_from
 from serving.page import card, policy
 from tests.conftest import PROJECT, wait_for
 from tests.serving.browser import CHROMIUM, Browser
@@ -65,7 +66,7 @@ def test_the_card_holds_what_the_page_shows(engine):
     }
 
 
-def test_the_page_offers_golden_pictures_unless_told_not_to(server, engine, original):
+def test_the_page_offers_golden_pictures(server, engine, original):
     paths = server.ask("GET", "/card").json["examples"]
     assert paths == ["examples/0.jpg", "examples/1.png", "examples/2.webp"]
     for path in paths:
@@ -74,6 +75,25 @@ def test_the_page_offers_golden_pictures_unless_told_not_to(server, engine, orig
         assert reply.body == (original / "package/golden" / Path(path).name).read_bytes()
     assert server.ask("GET", "/examples/expected.npz").status == 404
     assert card(engine.package, Settings(examples=False))["examples"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "shown"),
+    [
+        ("", None, True),
+        ("--host 0.0.0.0", None, False),
+        ("--host 0.0.0.0 --examples on", None, True),
+        ("--examples off", None, False),
+        ("--host 0.0.0.0", "1", True),
+    ],
+)
+def test_pictures_of_yours_are_shown_to_this_machine_alone(monkeypatch, words, variable, shown):
+    monkeypatch.delenv("SERVING_EXAMPLES", raising=False)
+    if variable:
+        monkeypatch.setenv("SERVING_EXAMPLES", variable)
+    defaults = settings_from(os.environ)
+    options = serve._parser(defaults).parse_args(words.split())
+    assert serve._chosen(options, defaults).examples == shown
 
 
 @pytest.fixture
