@@ -84,7 +84,7 @@ def test_the_page_offers_golden_pictures(server, engine, original):
         ("--host 0.0.0.0", None, False),
         ("--host 0.0.0.0 --examples on", None, True),
         ("--examples off", None, False),
-        ("--host 0.0.0.0", "1", True),
+        ("--host 0.0.0.0", "on", True),
     ],
 )
 def test_pictures_of_yours_are_shown_to_this_machine_alone(monkeypatch, words, variable, shown):
