@@ -123,12 +123,18 @@ class FeatureCache:
         self.cache = cache / "features"
         self._weights = build.identity(network)
         self._of_train: Machine | None = None  # which computes train, when that is known
+        self._why = ""  # that one, in words
 
     def of_other(self, loader: ImageLoader) -> "FeatureCache":
         """Return the cache of the same network for other images, or other views of them."""
         other = copy.copy(self)
         other.loader = loader
         return other
+
+    def tell(self) -> None:
+        """Say how exactly train was seen, where there was a choice."""
+        if self._why:
+            log.info("features of train: %s", self._why)
 
     def extract(self, stop: Stop, world: World) -> FeatureLoader:
         """Return the features of every training view and of valid.
@@ -179,11 +185,11 @@ class FeatureCache:
         noise = np.square(rounded - exact).sum()
         share = float(noise / max(np.square(exact - exact.mean(0)).sum(), 1e-30))
         words = f"rounding to {quick} is {share:.1%} of what sets the pictures apart"
+        chosen = quick
         if share > ROUNDING:
-            log.info("features of train: in %s; %s", self.machine, words)
-            return self.machine
-        log.info("features of train: in %s; %s", quick, words)
-        return quick
+            chosen = self.machine
+        self._why = f"in {chosen}; {words}"
+        return chosen
 
     def _computed_by(
         self, machine: Machine, split: str, view: int, count: int, stop: Stop

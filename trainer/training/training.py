@@ -134,8 +134,11 @@ def _data(run: Run, network: Classifier, loader: ImageLoader, machine: Machine) 
     cache = FeatureCache(network, loader, machine, Path(run.config.platform.cache))
     if run.config.model.head == "probe":  # solved on these, and not on random views
         train, valid = (cache.of(split, PLAIN, run.stop) for split in ("train", "valid"))
-        return FeatureLoader(loader, (train,), valid)
-    return cache.extract(run.stop, run.world)
+        data = FeatureLoader(loader, (train,), valid)
+    else:
+        data = cache.extract(run.stop, run.world)
+    cache.tell()
+    return data
 
 
 class Training:
