@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image, features
 
+import trainer.__main__ as main
 from tests.conftest import PROJECT, make_pictures, run_trainer
 from trainer.common.command import one_line
 from trainer.common.errors import MISTAKE, OK
+from trainer.settings import config as settings
 from trainer.settings.compose import explain_settings
 
 RUN = (
@@ -131,3 +133,21 @@ def test_a_folder_as_the_world_has_it_trains_to_the_end_on_a_terminal_without_um
         manifest, requirements = map(package.extractfile, ("package.json", "code/requirements.txt"))
         assert json.load(manifest)["classes"] == ["b", "\u00e4", "日本"]
         assert (b"pillow>=11.3\n" in requirements.read()) == features.check("avif")
+
+
+@pytest.mark.parametrize(
+    ("word", "by"), [("seed=3", "us"), ("hydra.verbose=false", "Hydra"), ("--cfg=job", "Hydra")]
+)
+def test_hydra_composes_a_run_only_where_it_is_meant(monkeypatch, word, by):
+    asked = []
+    monkeypatch.setattr(sys, "argv", ["trainer"])
+    monkeypatch.setattr(main, "hydra_main", lambda: asked.append("Hydra"))
+    monkeypatch.setattr(main, "train", lambda config, world, given: asked.append((config, given)))
+    settings.register()
+    main.run(["model=small_cnn", word])
+    [answer] = asked
+    if by == "Hydra":
+        assert answer == by and word in sys.argv
+        return
+    config, given = answer
+    assert config.seed == 3 and {"model=small_cnn", word} <= {*given}

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.common import files, templates
 from trainer.common.text import duration
 from trainer.results.charts import Axis, scale, share_axis
-from trainer.results.runs import COMPLETE, Summary, cells, dollars, own_settings
+from trainer.results.runs import COLUMNS, COMPLETE, Summary, cells, dollars, own_settings
 from trainer.results.text import breakable, percent, share
 
 CURVES = 8  # runs that have a colour of their own, the newest
@@ -69,10 +69,8 @@ class Group:
     curves: Plot | None
 
 
-HEAD = (
-    "run", "date", "model", "valid", "test", "95 %", "epochs", "time", "dollars", "state",
-    "differs by",
-)  # fmt: skip
+# The table's columns. The name leads, with a link to the report; the data has a heading of its own.
+HEAD = ("run", *(name for name in COLUMNS if name not in ("data", "run")), "differs by")
 DOLLARS = HEAD.index("dollars")
 
 

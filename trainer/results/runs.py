@@ -206,7 +206,7 @@ def own_settings(runs: Sequence[Summary]) -> list[list[str]]:
     ]
 
 
-HEAD = (
+COLUMNS = (
     "date", "data", "model", "valid", "test", "95 %", "epochs", "time", "dollars", "state", "run",
 )  # fmt: skip
 
@@ -216,11 +216,11 @@ def table(runs: Sequence[Summary]) -> str:
 
     Dollars have a column where a run has cost some.
     """
-    lines: list[tuple[str, ...]] = [(*HEAD, "differs by")]
+    lines: list[tuple[str, ...]] = [(*COLUMNS, "differs by")]
     for run, own in zip(runs, own_settings(runs), strict=True):
         lines.append((*cells(run), _cut(" ".join(own))))
     if not any(run.dollars is not None for run in runs):
-        place = HEAD.index("dollars")
+        place = COLUMNS.index("dollars")
         lines = [(*line[:place], *line[place + 1 :]) for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
     padded = [

@@ -134,7 +134,7 @@ def _data(run: Run, network: Classifier, loader: ImageLoader, machine: Machine) 
     cache = FeatureCache(network, loader, machine, Path(run.config.platform.cache))
     if run.config.model.head == "probe":  # solved on these, and not on random views
         train, valid = (cache.of(split, PLAIN, run.stop) for split in ("train", "valid"))
-        data = FeatureLoader(loader, (train,), valid)
+        data = FeatureLoader(loader, (train,), valid, cache=cache)
     else:
         data = cache.extract(run.stop, run.world)
     cache.tell()
@@ -252,6 +252,8 @@ class Training:
     @cached_property
     def feature_cache(self) -> FeatureCache:
         """Return where the features of the network lie, as long as its backbone is what it was."""
+        if isinstance(self.data, FeatureLoader) and self.data.cache is not None:
+            return self.data.cache
         cache = Path(self.config.platform.cache)
         return FeatureCache(self.network, self.loader, self.machine, cache)
 
@@ -630,13 +632,16 @@ class Training:
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether an epoch's weights are to be kept: it is the best one, or the last."""
-        best = self.progress.best
-        if best is None or self.config.train.keep == "last":
+        best, probes = self.progress.best, self.config.model.head == "probe"
+        margin = self.config.train.margin
+        if best is None:
             return True
-        if best["epoch"] > 0 or self.config.model.head != "probe":
+        if self.config.train.keep == "last":
+            # But a network that was ruined: worse than the solved head beyond doubt, or NaN.
+            return not probes or metrics["gain"] > -abs(margin) * metrics["gain_error"]
+        if best["epoch"] > 0 or not probes:
             return better(metrics, best, self.config.train.monitor)
         # What is trained on top of a probe must be better beyond doubt.
-        margin = self.config.train.margin
         if not metrics["gain"] > margin * metrics["gain_error"]:  # nor where it is NaN
             return False
         return margin < 0 or metrics["valid_top1"] >= best["valid_top1"]

@@ -433,14 +433,14 @@ def test_what_chooses_a_small_networks_epoch_does_not_judge_it():
     assert np.bincount(apart["valid"].labels).tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("word", ["train.margin=-5", "train.keep=last"])
+@pytest.mark.parametrize("said", [["train.margin=-5"], ["train.keep=last", "train.margin=5"]])
 def test_what_counts_as_better_than_a_solved_head_can_be_said(
-    tmp_path, pictures, weights_dir, word
+    tmp_path, pictures, weights_dir, said
 ):
     more = ("model.name=shufflenet_v2_x0_5", "model.head=probe", "model.freeze=none")
-    given = words(pictures, weights_dir, *more, "train.epochs=1", word)
-    code, said = run_trainer(tmp_path, *given)
-    assert code == OK, said
+    given = words(pictures, weights_dir, *more, "train.epochs=1", *said)
+    code, output = run_trainer(tmp_path, *given)
+    assert code == OK, output
     result = json.loads((tmp_path / "runs/run/result.json").read_text())
     assert result["best_epoch"] == 1
 
@@ -464,8 +464,11 @@ def test_what_is_trained_on_a_solved_head_must_be_better_by_the_margin(gain, top
     )
     metrics = {"gain": gain, "gain_error": 0.02, "valid_top1": top1}
     assert Training.is_best(training, metrics) == better  # type: ignore[arg-type]
-    training.config.train.keep = "last"
-    assert Training.is_best(training, metrics)  # type: ignore[arg-type]
+    # The last is kept, but where it is worse than the solved head beyond doubt.
+    training.config.train.keep, training.config.train.margin = "last", 1.0
+    assert Training.is_best(training, metrics) == (gain > -0.02)  # type: ignore[arg-type]
+    training.progress.best["epoch"] = 3
+    assert Training.is_best(training, metrics) == (gain > -0.02)  # type: ignore[arg-type]
 
 
 def accuracy(output: str) -> str:
