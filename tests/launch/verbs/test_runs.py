@@ -82,8 +82,12 @@ def test_runs_in_the_bucket_stand_beside_those_of_this_machine(account, aws, mak
     assert len(calls) <= 12 and "GetObject" in first, calls
     assert calls.count("GetObject") == 1, "settings and figures are kept in one object"
 
-    account.client("s3").put_object(Bucket=BUCKET, Key=FIGURES, Body=b"{torn")
-    assert shown(account, tmp_path)[0].endswith(table)
+    s3 = account.client("s3")
+    kept = json.loads(s3.get_object(Bucket=BUCKET, Key=FIGURES)["Body"].read())
+    kept["box-1"] |= {"attempt": kept["box-1"]["attempt"] - 1, "test": 0.1}
+    for before in (b"{torn", json.dumps(kept).encode()):  # the second of an attempt before
+        s3.put_object(Bucket=BUCKET, Key=FIGURES, Body=before)
+        assert shown(account, tmp_path)[0].endswith(table)
     assert URI not in shown(account, tmp_path, "--local")[0]
 
     # What was fetched lies here, and stands there once.

@@ -19,6 +19,7 @@ from trainer.network import build as model
 from trainer.network import features
 from trainer.network.device import Machine
 from trainer.network.features import FeatureCache, FeatureLoader
+from trainer.results import outcome
 from trainer.results.outcome import mean_features
 from trainer.training.loop import fit
 
@@ -85,6 +86,7 @@ def test_the_views_differ_and_the_epochs_take_them_in_turn(tmp_path, feed):
 def test_the_classes_means_are_of_the_features_that_a_head_was_solved_on(
     tmp_path, feed, configure, monkeypatch
 ):
+    monkeypatch.setattr(outcome, "FOR_MEANS", 2)  # of each class
     config = configure("model=small_cnn", f"platform.cache={tmp_path}/cache", *QUICK)
     network = frozen_network()
     data = extract(network, feed, tmp_path / "cache")

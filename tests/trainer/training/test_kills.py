@@ -113,15 +113,23 @@ def test_a_spot_notice_saves_and_the_next_start_goes_on(tmp_path, pictures, meta
     assert "resumed from" in goes_on_to_the_end(tmp_path, *command)
 
 
-# Each picture takes long enough that the signal falls into the packing, whatever the load.
+# The second picture waits until the signal has come, so it falls into the packing, whatever the
+# load. Each is noted.
 SLOWLY = """
 import time
+from trainer.common.interrupt import Stop
 from trainer.images import cache
-shrink = cache.shrink
+asked, shrunk = [], open("shrunk", "a")
+ask, shrink = Stop.ask, cache.shrink
+def heard(self, reason):
+    asked.append(reason)
+    ask(self, reason)
 def slowly(*arguments, **more):
-    time.sleep(0.2)
+    print(1, file=shrunk, flush=True)
+    while shrunk.tell() > 2 and not asked:
+        time.sleep(0.01)
     return shrink(*arguments, **more)
-cache.shrink = slowly
+Stop.ask, cache.shrink = heard, slowly
 """
 
 
@@ -137,6 +145,8 @@ def test_sigterm_while_pictures_are_packed(tmp_path, pictures):
         before=SLOWLY,
     )
     assert "model:" in output and "metrics:" not in output
+    packed = len((tmp_path / "shrunk").read_text().splitlines())
+    assert packed < len(list(pictures.rglob("*.png"))), "the rest isn't packed first"
     goes_on_to_the_end(tmp_path, *command)
 
 
