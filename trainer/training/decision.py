@@ -325,11 +325,11 @@ class Decision:
 
         flips: of `with_flips`.
         """
-        candidate, train = judged.network.candidate, judged.network.images.count("train")
+        candidate = judged.network.candidate
         frozen, few = recipe.probe_of(candidate.name), self.pools(judged.network.images)
         if self.config.model.freeze == "backbone" or self.config.train.epochs == 0:
             return frozen
-        steps = max(train // self.config.train.batch_size, 1)
+        steps = self.steps_of(judged.network)
         epochs = self.config.train.epochs or max(EPOCHS, math.ceil(STEPS / steps))
         asked, ways = self.config.model.freeze == "none", self.ways()
         halves = few and not asked
@@ -435,12 +435,15 @@ class Decision:
     def better_way(
         self, network: Network, values: dict[str, Any], ways: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
-        """Return the way that is best on some of the pictures, by the loss on theirs of valid."""
+        """Return the way that is best on some of the pictures, by the loss on theirs of valid.
+
+        In as many steps as the training will have, and in STEPS at most.
+        """
+        steps = min(STEPS, values["train.epochs"] * self.steps_of(network))
         share = min(1.0, WAYS_ON / len(_labels(network.images)))
         if share < 1:
             network = _sampled(network, share, self.config.seed)
-        steps = max(network.images.count("train") // self.config.train.batch_size, 1)
-        values = values | {"train.epochs": math.ceil(STEPS / steps)}
+        values = values | {"train.epochs": math.ceil(steps / self.steps_of(network))}
         losses = []
         for number, way in enumerate(ways):
             log.info("fine-tuning on some of the pictures: %d of %d", number + 1, len(ways))
@@ -451,6 +454,10 @@ class Decision:
             losses.append(float(probe.calibrated_losses(logits, labels).mean()))
         self.forget_trials()
         return ways[int(np.argmin(losses))]
+
+    def steps_of(self, network: Network) -> int:
+        """Return the steps of an epoch."""
+        return max(network.images.count("train") // self.config.train.batch_size, 1)
 
     def of_way(self, network: Network, values: dict[str, Any]) -> Config:
         """Return the settings of a trial of the network."""

@@ -218,6 +218,37 @@ def test_a_half_that_is_no_better_is_enough(undecided, monkeypatch, better, tria
     assert asked == trials
 
 
+@pytest.mark.parametrize(("epochs", "tried"), [(8, 15), (2, 5)])
+def test_where_valid_is_large_the_way_is_what_is_best_on_some_pictures(
+    undecided, monkeypatch, epochs, tried
+):
+    made, asked = decision(undecided, {"train.batch_size": 50}), []
+    many = SimpleNamespace(images=SimpleNamespace(count=lambda _: 1000))
+    some = SimpleNamespace(images=SimpleNamespace(count=lambda _: 400))
+    monkeypatch.setattr(decision_module, "_labels", lambda _: np.zeros(1250))
+    monkeypatch.setattr(decision_module, "_sampled", lambda *_: some)
+    monkeypatch.setattr(decision_module.weights, "resolve", lambda config, _: config)
+
+    def trial(config: Any, images: Any, network: Any, number: int) -> float:
+        assert images is some.images and network is some
+        asked.append((config.train.epochs, config.optim.lr))
+        return [1.0, 5.0][number]  # the second way is surer of what is right
+
+    def answers(sureness: float, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        assert split == "valid"
+        logits = sureness * torch.tensor([[1.0, 0.0]] * 9 + [[0.2, 0.0]])
+        return logits, torch.tensor([0] * 9 + [int(sureness < 2)])
+
+    for name, work in (("trial", trial), ("answers", answers), ("forget_trials", lambda: None)):
+        monkeypatch.setattr(made, name, work)
+    values = {"model.head": "probe", "model.freeze": "none", "model.weights": "DEFAULT"}
+    ways = made.ways()
+    chosen = made.better_way(many, values | {"train.epochs": epochs}, ways)  # type: ignore[arg-type]
+    assert chosen == ways[1]
+    # 400 pictures are 8 steps: in as many as the training has, 20 in an epoch, and at most 120.
+    assert asked == [(tried, 1e-4), (tried, 2e-4)]
+
+
 def test_a_recipe_is_settings(undecided):
     assert undecided.optim.lr is None
     done = applied(
