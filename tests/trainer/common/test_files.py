@@ -44,7 +44,10 @@ def owned_by(place: Path, **facts: object) -> Path:
     """Leave the file of an owner there, by default of one on another machine."""
     path = place / ".lock-owner"
     other = {"host": "other", "boot": "b", "processes": "", "pid": 7, "began": "1", "token": "t"}
-    path.write_text(json.dumps(other | facts))
+    # A sign of life is one write in place, as the owner's own is: nobody reads half of it.
+    written = path.with_name("written")
+    written.write_text(json.dumps(other | facts))
+    written.replace(path)
     return path
 
 
