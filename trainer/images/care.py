@@ -121,12 +121,12 @@ class Findings:
 
 def _blind(read: Read | None, side: int, count: int) -> str | None:
     """Return why the pixels of `count` images can't be compared, if so."""
-    if read is None:
-        return "the pixels are not packed (data.cache)"
     if side < LEAST:
         return f"at {side} pixels all look alike"
     if count > MOST:
         return f"there are more than {MOST:,}"
+    if read is None:  # last: it may be so in one attempt of a run, and not in the next
+        return "the pixels are not packed (data.cache)"
     return None
 
 

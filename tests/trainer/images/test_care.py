@@ -83,6 +83,10 @@ def test_equal_bytes_are_told_without_any_pixels(root: Path):
     assert "near duplicates" in findings.unseen[0]
 
 
+def test_what_is_too_small_to_compare_is_said_alike_by_each_attempt_packed_or_not(root: Path):
+    assert look(root, side=16, read=None).unseen == look(root, side=16).unseen != []
+
+
 def test_a_copy_within_a_split_is_no_leak(root: Path):
     shutil.copy(root / "train/dog/1.jpg", root / "train/dog/9.jpg")
     shutil.copy(root / "test/dog/1.jpg", root / "valid/dog/9.jpg")
