@@ -22,7 +22,7 @@ from trainer.images.datasets import find_images, materialize
 from trainer.images.decode import Preprocessing, prepare
 from trainer.network import build as model
 from trainer.network import weights
-from trainer.settings.config import Config, norm_stats_for, run_name
+from trainer.settings.config import Config, norm_stats_for, run_name, warmup_for
 
 OFFLINE = {
     "TORCH_HOME": "torch",
@@ -406,6 +406,19 @@ def test_statistics_of_pretrained_weights_are_kept_where_they_are_better(
     configure, pictures, words, stats
 ):
     assert norm_stats_for(configure(*words.split()), pictures) == stats
+
+
+@pytest.mark.parametrize(
+    ("words", "pictures", "epochs"),
+    [
+        ("", 185, 10), ("", 50, 20), ("", 64 * 20, 1), ("", 8000, 1),
+        ("train.batch_size=8", 80, 2), ("optim.warmup_epochs=1", 185, 1),
+        ("optim.warmup_epochs=0", 185, 0),
+    ],
+)  # fmt: skip
+def test_a_warm_up_has_an_epoch_and_twenty_steps_at_least(words, pictures, epochs):
+    # Two steps left MobileNetV2 at chance on 185 photos: a new head, all layers.
+    assert warmup_for(configure(*words.split()), pictures) == epochs
 
 
 # --- a pretrained network keeps what it knows ---
