@@ -42,13 +42,15 @@ UNNAMED = LEFT_TO_THE_IMAGE[:2]  # not even named to pip
 # installs from it on an EC2 box. In SageMaker's container the wheels are a channel.
 WHEELS_LOCK = "wheels.lock"
 WHEELS_CHANNEL = "wheels"
-FROM_WHEELS = ("--no-index", f"--find-links /opt/ml/input/data/{WHEELS_CHANNEL}", "--require-hashes")
+FROM_WHEELS = (
+    "--no-index",
+    f"--find-links /opt/ml/input/data/{WHEELS_CHANNEL}",
+    "--require-hashes",
+)
 MAX_MB = 50  # every job downloads it; code and the pictures that ship take 2
 
 
-def build(
-    extras: Sequence[str] = (), project: Path = PROJECT, lock: str | None = None
-) -> bytes:
+def build(extras: Sequence[str] = (), project: Path = PROJECT, lock: str | None = None) -> bytes:
     """Return the tarball (.tar.gz) of the project with the requirements of `extras`.
 
     lock: of the wheelhouse that a job in a closed network installs from. Raise UserError for what

@@ -56,11 +56,13 @@ def made(extras: Sequence[str], project: Path = PROJECT) -> tuple[str, str]:
     try:
         _make(temporary, recipe, project)
         name = _name(temporary)
-        if kept(name) is None:
-            temporary.replace(KEPT / name)
+        folder = KEPT / name
+        if folder.is_dir() and _name(folder) != name:  # it was changed here since
+            remove(folder)
+        if not folder.is_dir():
+            temporary.replace(folder)
     finally:
         remove(temporary)
-    folder = KEPT / name
     megabytes = sum(wheel.stat().st_size for wheel in folder.iterdir()) / 1e6
     log.info("wheelhouse %s: %d wheels, %.0f MB", name, len(list(folder.iterdir())), megabytes)
     write(note, name)
