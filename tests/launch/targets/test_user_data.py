@@ -2,6 +2,7 @@
 moto's S3. Only `shutdown` is a stub.
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from launch.cloud import source
+from launch.cloud import source, wheelhouse
 from launch.targets import ec2_request
 from launch.targets.attempt import attempt_key
 from launch.targets.base import Spec
@@ -522,6 +524,39 @@ def test_every_gpu_trains(
     assert machine.shutdowns == ["-h +480", "-h now"] and "training in 2 processes" in log
     expected = {"code": MISTAKE, "reason": "failed"} if fails else {"code": OK, "reason": "done"}
     assert bucket.outcome(run) == {"attempt": 1} | expected, log
+
+
+def test_in_a_closed_network_it_installs_from_the_bucket_by_hash_alone(
+    tmp_path: Path, cloud: Cloud, bucket: Bucket
+) -> None:
+    """A wheel that somebody has changed there is not installed, and nothing is trained with it."""
+    wheel = tmp_path / "closed-1.0-py3-none-any.whl"
+    info = "closed-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as packed:
+        packed.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: closed\nVersion: 1.0\n")
+        kind = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        packed.writestr(f"{info}/WHEEL", kind)
+        packed.writestr(f"{info}/RECORD", "")
+    tarball = source.build(lock=wheelhouse.lock_of(tmp_path))
+    digest = hashlib.sha256(tarball).hexdigest()
+    bucket.put(f"source/{digest}.tar.gz", tarball)
+    bucket.put(f"data/wheels-good/{wheel.name}", wheel.read_bytes())
+    bucket.put(f"data/wheels-changed/{wheel.name}", wheel.read_bytes() + b"another's")
+    # An index that would never answer, as from a closed network.
+    nowhere = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0"}
+    machines = {}
+    for wheels in ("good", "changed"):
+        spec = make_spec(*TINY, "train.epochs=1", run=wheels, code=digest)
+        script = ec2_request.user_data(dataclasses.replace(spec, wheels=f"wheels-{wheels}"))
+        machines[wheels] = Machine(tmp_path / wheels, script, cloud.url, **nowhere)
+    for wheels, machine in machines.items():
+        assert machine.wait().shutdowns == ["-h +480", "-h now"]
+        log = bucket.text(f"runs/{wheels}/log.txt")
+        assert "1 packages from /opt/dlami/nvme/wheels, each by its hash" in log
+        ended = {"good": (OK, "done"), "changed": (1, "failed")}[wheels]
+        code, reason = ended
+        assert bucket.outcome(wheels) == {"attempt": 1, "code": code, "reason": reason}, log
+        assert ("DO NOT MATCH THE HASHES" in log) is (wheels == "changed")
 
 
 @pytest.fixture
