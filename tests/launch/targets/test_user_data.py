@@ -5,11 +5,13 @@ moto's S3. Only `shutdown` is a stub.
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ from launch.targets import ec2_request
 from launch.targets.attempt import attempt_key
 from launch.targets.base import Spec
 from launch.targets.spec import load_config, load_target
-from tests.conftest import Metadata, wait_for
+from tests.conftest import Metadata, environment, wait_for
 from tests.launch.conftest import REGION, Cloud, running
 from trainer.common.errors import MISTAKE, OK, RESUME
 
@@ -137,7 +139,7 @@ class Machine:
 
     def wait(self) -> "Machine":
         """Until the machine's end."""
-        self.process.wait(timeout=300)
+        self.process.wait(timeout=3600)  # as long as a very busy machine may take
         self.shutdowns = (self.root / "shutdowns").read_text().splitlines()
         return self
 
@@ -601,6 +603,13 @@ def pair(
     ]
 
 
+def weights_in(package: bytes) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+        file = archive.extractfile("model.safetensors")
+        assert file is not None
+        return file.read()
+
+
 def test_two_machines_train_one_run_until_one_is_taken_back(
     tmp_path: Path,
     cloud: Cloud,
@@ -608,7 +617,10 @@ def test_two_machines_train_one_run_until_one_is_taken_back(
     code: str,
     metadata_of: Callable[[int], Any],
 ) -> None:
-    """The first one has the run; both end when the second one is reclaimed, and both go on."""
+    """The first one has the run; both end when the second one is reclaimed, and both go on.
+
+    To the very weights of a run that nobody has ended.
+    """
     prepared = None
     for attempt in (1, 2):
         spec = make_spec(
@@ -623,8 +635,8 @@ def test_two_machines_train_one_run_until_one_is_taken_back(
                 lambda log=first.log: log.exists() and "metrics: epoch=1 " in log.read_text()
             ), first.console.read_text()
             services[1].notices = frozenset({"spot/instance-action"})
-        first.wait()
-        second.wait()
+        for machine in (first, second):
+            assert machine.wait().shutdowns == ["-h +480", "-h now"], "nothing is left"
         prepared = first.nvme
         log = first.log.read_text()
         said = [
@@ -639,6 +651,16 @@ def test_two_machines_train_one_run_until_one_is_taken_back(
         assert "training on 2 machines, of which this is number 1" in log
         assert "2 on 2 hosts" in log, log
     assert "result.json" in bucket.keys("runs/pair/output/")
+    # What two processes make of the same that nobody ends.
+    command = [sys.executable, "-m", "trainer.distributed.torchrun", "--standalone"]
+    command += ["--nproc_per_node=2", "-m", "trainer", *TINY, "name=pair", "platform=local"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = (tmp_path / "runs/pair/model.tar.gz").read_bytes()
+    reclaimed = bucket.client.get_object(Bucket=bucket.name, Key="runs/pair/output/model.tar.gz")
+    assert weights_in(reclaimed["Body"].read()) == weights_in(whole)
     assert "of which this is number 2" in bucket.text("runs/pair/log.1.txt")
     assert not (second.nvme / "runs/pair").exists(), "the run is the first one's"
 
