@@ -201,7 +201,8 @@ def _pip(*arguments: str, **environment: str) -> None:
     if done.returncode == 0:
         return
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-    said = (errors or done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    # The first one names the package, the last one how to ask for help.
+    said = (errors or done.stderr.strip().splitlines()[-1:] or ["it said nothing"])[0]
     raise UserError(
         f"wheelhouse: pip {arguments[0]}: {said.removeprefix('ERROR: ')}; make it where an index "
         "of packages can be reached (pip's own settings say which), or give target.wheels=false"

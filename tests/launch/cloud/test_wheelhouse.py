@@ -150,7 +150,7 @@ def test_what_the_index_has_otherwise_is_refused_and_nothing_is_left(project, tm
     with pytest.raises(UserError, match=r"plain-1.0-py3-none-any.whl: the index gives other bytes"):
         wheelhouse.made([], project)
     (tmp_path / "index/sourced-3.0.tar.gz").unlink()
-    with pytest.raises(UserError, match=r"pip wheel: No matching distribution .*target.wheels=fal"):
+    with pytest.raises(UserError, match=r"pip wheel: .*sourced==3.0.*target.wheels=false"):
         wheelhouse.made([], project)
     assert list((tmp_path / "kept").iterdir()) == []
     (project / "requirements.lock").unlink()
