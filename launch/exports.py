@@ -193,6 +193,7 @@ def script(spec: Spec, hours: float) -> str:
         data_root=data_root,
         weights=spec.weights or "",
         weights_root=weights_root,
+        wheels=spec.wheels or "",
         extras=",".join(spec.extras) or "train",
         scratch=SCRATCH,
         limit=limit,

@@ -13,14 +13,14 @@ from typing import Any
 
 from launch import ceiling
 from launch.ceiling import Ceiling
-from launch.cloud import account_stack, s3, source
+from launch.cloud import account_stack, network, s3, source, wheelhouse
 from launch.cloud.prices import FALLBACK, Price, asked, price
 from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request, check
 from launch.cloud.session import Aws, AwsError
 from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt, Phase, State
-from launch.targets.base import Spec, TargetConfig
+from launch.targets.base import Spec, TargetConfig, targets
 from launch.targets.instance_types import processes
 from launch.targets.spec import (
     NO_ACCOUNT,
@@ -125,7 +125,12 @@ def prepare(
     overrides, own_files = carried(overrides)
     config, name = load_config(target, overrides, data)
     extras = source.extras(config, s3.files_of(data) if data else ())
-    tarball = source.build(extras)
+    wheels = None
+    if takes_wheels(aws, target):
+        wheels, lock = wheelhouse.made(extras)
+        tarball = source.build(extras, lock=lock)
+    else:
+        tarball = source.build(extras)
     if own_files:
         tarball = source.with_files(tarball, own_files)
     if aws is None:
@@ -145,8 +150,31 @@ def prepare(
         revision=revision(),
         extras=tuple(extras),
         weights=weights_name(weights_folder(target, overrides, data)),
+        wheels=wheels,
     )
     return next_attempt(aws, spec, tarball, again)
+
+
+def takes_wheels(aws: Aws | None, target: TargetConfig) -> bool:
+    """Return whether a job installs from a wheelhouse in the bucket, and from no index.
+
+    `target.wheels` says so. Where it says nothing, a job does whose subnets lead nowhere but to
+    S3, as far as this user may look. Raise AwsError.
+    """
+    kind = targets()[target.name]
+    asked: bool | None = getattr(target, "wheels", None)
+    if not kind.trains or asked is not None or aws is None:
+        return bool(kind.trains and asked)
+    named, public_ip = kind.stands_in(target)
+    if not named and public_ip is not False:
+        return False
+    try:
+        found = network.subnets(aws, named, public_ip)
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return False
+    return bool(found) and all(each.is_closed for each in found)
 
 
 def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = False) -> Plan:
@@ -354,6 +382,11 @@ def machines_of(plan: Plan) -> list[str]:
 def means(spec: Spec, data: Path | None) -> list[str]:
     """Return a line for what the overrides mean and don't say, and for each without effect."""
     notes = [*resolved(spec.target, spec.overrides, data).notes]
+    if spec.wheels is not None:
+        why = "target.wheels=true"
+        if getattr(spec.target, "wheels", None) is None:
+            why = "its subnet leads nowhere but to S3"
+        notes.append(f"{why}: the job installs from the bucket, and asks no index of packages")
     recipe = spec.config.recipe
     if spec.config.model.name == settings.AUTO:
         longest = "any time"
@@ -397,6 +430,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
             "source": f"{spec.uri('source', spec.source)}.tar.gz",
             "data": spec.uri("data", spec.data) if spec.data and data else None,
             "weights": spec.uri("data", spec.weights) if spec.weights else None,
+            "wheels": spec.uri("data", spec.wheels) if spec.wheels else None,
         },
         "requests": [dataclasses.asdict(request) for request in plan.requests],
         "ceiling": None if plan.ceiling is None else dataclasses.asdict(plan.ceiling),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.cloud import ownership, s3
+from launch.cloud import ownership, s3, wheelhouse
 from launch.cloud.remedies import NO_CAPACITY, NOT_THIS_ONE
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, AwsError
@@ -72,6 +72,10 @@ def upload(aws: Aws, plan: Plan, data: Path | None, weights: Path | None) -> Non
         folders.append((data, f"data/{spec.data}/"))
     if weights is not None and weights_name(weights) == spec.weights:
         folders.append((weights, f"data/{spec.weights}/"))
+    if spec.wheels is not None:
+        made = wheelhouse.kept(spec.wheels)
+        if made is not None:  # an attempt before this one, sent from elsewhere, has uploaded it
+            folders.append((made, f"data/{spec.wheels}/"))
     for folder, prefix in folders:
         s3.upload_folder(aws, folder, prefix, s3.has_own_key(aws, key))
 

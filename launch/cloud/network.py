@@ -1,5 +1,6 @@
 """Where an EC2 machine would stand: its subnets, and whether they have a way to S3."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,29 +11,42 @@ DEFAULT = "the default VPC"
 
 @dataclass(frozen=True)
 class Subnet:
-    """A subnet, and how a machine in it comes to S3; way: None for none."""
+    """A subnet, and how a machine in it comes to S3; way: None for none.
+
+    is_closed: whether nothing else is reached from it, so no index of packages either.
+    """
 
     id: str
     zone: str
     vpc: str
     way: str | None
+    is_closed: bool
 
 
-def subnets(aws: Aws, given: str | None) -> list[Subnet]:
-    """Return the subnet that is given, else those of the default VPC. Raise AwsError."""
+def subnets(aws: Aws, given: Sequence[str], public_ip: bool | None = None) -> list[Subnet]:
+    """Return the subnets that are given, else those of the default VPC.
+
+    public_ip: whether machines have a public address there; None: as each subnet says. Raise
+    AwsError.
+    """
     wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
-    if given is not None:
-        wanted = {"Filters": [{"Name": "subnet-id", "Values": [given]}]}
+    if given:
+        wanted = {"Filters": [{"Name": "subnet-id", "Values": list(given)}]}
     found = list(aws.pages("ec2", "DescribeSubnets", "Subnets", **wanted))
     if not found:
         return []
+    if public_ip is not None:
+        found = [each | {"MapPublicIpOnLaunch": public_ip} for each in found]
     vpcs = sorted({each["VpcId"] for each in found})
     of_vpcs = [{"Name": "vpc-id", "Values": vpcs}]
     tables = list(aws.pages("ec2", "DescribeRouteTables", "RouteTables", Filters=of_vpcs))
-    return [
-        Subnet(each["SubnetId"], each["AvailabilityZone"], each["VpcId"], _way(each, tables))
-        for each in sorted(found, key=lambda each: str(each["AvailabilityZone"]))
-    ]
+    known = []
+    for each in sorted(found, key=lambda each: str(each["AvailabilityZone"])):
+        routes = _routes(each, tables)
+        leads_out = any(_leads_out(each, route) for route in routes)
+        place = each["SubnetId"], each["AvailabilityZone"], each["VpcId"]
+        known.append(Subnet(*place, _way(each, routes), not leads_out))
+    return known
 
 
 def zones(aws: Aws, instance_type: str) -> list[str]:
@@ -59,21 +73,33 @@ def lets_its_own_in(group: dict[str, Any]) -> bool:
     return False
 
 
-def _way(subnet: dict[str, Any], tables: list[dict[str, Any]]) -> str | None:
-    """Return the way from a subnet to S3 by its route table, the VPC's main one without its own."""
+def _routes(subnet: dict[str, Any], tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the routes of a subnet: of its own table, else of the VPC's main one."""
     of_vpc = [each for each in tables if each["VpcId"] == subnet["VpcId"]]
     own = [each for each in of_vpc if subnet["SubnetId"] in _associated(each)]
     main = [each for each in of_vpc if any(one.get("Main") for one in each["Associations"])]
-    for table in (own or main)[:1]:
-        for route in table["Routes"]:
-            gateway = route.get("GatewayId", "")
-            if gateway.startswith("vpce-"):
-                return "an endpoint of S3"
-            if gateway.startswith("igw-"):
-                return "the internet" if subnet.get("MapPublicIpOnLaunch") else None
-            if route.get("NatGatewayId") or route.get("TransitGatewayId"):
-                return "a NAT or transit gateway"
-    return None
+    routes = [route for table in (own or main)[:1] for route in table["Routes"]]
+    # What a route led to may be gone: AWS drops what is sent there.
+    return [each for each in routes if each.get("State") != "blackhole"]
+
+
+def _way(subnet: dict[str, Any], routes: list[dict[str, Any]]) -> str | None:
+    """Return the way from a subnet to S3 by its routes."""
+    if any(each.get("GatewayId", "").startswith("vpce-") for each in routes):
+        return "an endpoint of S3"
+    if any(each.get("NatGatewayId") or each.get("TransitGatewayId") for each in routes):
+        return "a NAT or transit gateway"
+    out = any(_leads_out(subnet, each) for each in routes)
+    return "the internet" if out else None
+
+
+def _leads_out(subnet: dict[str, Any], route: dict[str, Any]) -> bool:
+    """Return whether a route leads to all addresses, for a machine in the subnet."""
+    if route.get("DestinationCidrBlock") != "0.0.0.0/0":
+        return False
+    if route.get("GatewayId", "").startswith("igw-"):
+        return bool(subnet.get("MapPublicIpOnLaunch"))
+    return True
 
 
 def _associated(table: dict[str, Any]) -> set[str]:

@@ -38,16 +38,30 @@ NEEDED = (
 # They come with the image, built for its GPU: pip must find them there, and never bring others.
 LEFT_TO_THE_IMAGE = ("torch", "torchvision", "numpy", "pillow")
 UNNAMED = LEFT_TO_THE_IMAGE[:2]  # not even named to pip
+# The lock of a wheelhouse (launch/cloud/wheelhouse.py), by its name in the tarball: `.ci/setup`
+# installs from it on an EC2 box. In SageMaker's container the wheels are a channel.
+WHEELS_LOCK = "wheels.lock"
+WHEELS_CHANNEL = "wheels"
+FROM_WHEELS = (
+    "--no-index",
+    f"--find-links /opt/ml/input/data/{WHEELS_CHANNEL}",
+    "--require-hashes",
+)
 MAX_MB = 50  # every job downloads it; code and the pictures that ship take 2
 
 
-def build(extras: Sequence[str] = (), project: Path = PROJECT) -> bytes:
+def build(extras: Sequence[str] = (), project: Path = PROJECT, lock: str | None = None) -> bytes:
     """Return the tarball (.tar.gz) of the project with the requirements of `extras`.
 
-    Raise UserError for what the container would refuse.
+    lock: of the wheelhouse that a job in a closed network installs from. Raise UserError for what
+    the container would refuse.
     """
     contents = {name: path.read_bytes() for name, path in files(project).items()}
-    contents["requirements.txt"] = requirements(extras, project).encode()
+    if lock is None:
+        contents["requirements.txt"] = requirements(extras, project).encode()
+    else:
+        contents["requirements.txt"] = from_wheels(lock, project).encode()
+        contents[WHEELS_LOCK] = lock.encode()
     archive = io.BytesIO()
     # Neither time nor owner nor name goes into the bytes. Level 9 takes twice as long as 6,
     # for 0.2 % fewer of them.
@@ -171,6 +185,23 @@ def requirements(extras: Sequence[str], project: Path = PROJECT) -> str:
     return "".join(lines)
 
 
+def build_requirements(project: Path = PROJECT) -> str:
+    """Return what the project itself is installed with, as requirements."""
+    about = tomllib.loads(beside("pyproject.toml", project).read_text())["build-system"]
+    return "".join(f"{line}\n" for line in about["requires"])
+
+
+def from_wheels(lock: str, project: Path = PROJECT) -> str:
+    """Return requirements.txt for a container that installs from a wheelhouse alone.
+
+    lock: of the wheelhouse; what the image brings is left out, and what only EC2's box needs.
+    """
+    others = {_name(line) for line in build_requirements(project).splitlines()}
+    others |= set(LEFT_TO_THE_IMAGE)
+    lines = [line for line in lock.splitlines() if _name(line) not in others]
+    return "".join(f"{line}\n" for line in (*FROM_WHEELS, *lines))
+
+
 def check(tarball: bytes) -> None:
     """Raise UserError for a tarball with which a job could not start."""
     members, listed = _opened(tarball)
@@ -226,8 +257,10 @@ def check_requirements(text: str) -> None:
     Also for one that would replace the image's own PyTorch.
     """
     for line in _lines(text):
+        if line in FROM_WHEELS:
+            continue
         try:
-            requirement = Requirement(line)
+            requirement = Requirement(line.split(" --hash=")[0])
         except InvalidRequirement as error:
             raise UserError(
                 f"requirements.txt: {line}: no requirement that pip reads; "

@@ -34,6 +34,7 @@ CHANNELS = {
     "test": "data.test",
     "weights": "model.weights_dir",
 }
+INSTALLED = "wheels"  # a channel from which the toolkit has installed, before this starts
 FAILURE_CHARACTERS = 1024  # as many of the failure file become the job's FailureReason
 
 # What helps, for what the trainer's own words don't say since they know nothing of jobs.
@@ -106,6 +107,7 @@ def overrides(environment: Mapping[str, str]) -> list[str]:
     hyperparameters = json.loads((config / "hyperparameters.json").read_text(encoding="utf-8"))
     arguments = codec.decode(hyperparameters)
     channels = json.loads(environment.get("SM_CHANNELS", "[]"))
+    channels = [name for name in channels if name != INSTALLED]
     for name in channels:
         directory = Path(environment[f"SM_CHANNEL_{name.upper()}"])
         if name not in CHANNELS:

@@ -98,6 +98,7 @@ class Spec:
     attempt: int = 1
     extras: tuple[str, ...] = ()  # of pyproject.toml, that the run needs
     weights: str | None = None  # model.weights_dir is data/THIS/ in the bucket; None: there is none
+    wheels: str | None = None  # it installs from data/THIS/ in the bucket; None: from an index
     # Hours of its jobs, all together, that its ceiling still allows; None: all that it asks for.
     paid_hours: float | None = None
     bid: float | None = None  # dollars an hour of a spot machine at most; None: as on demand
@@ -247,6 +248,13 @@ class Target(ABC):
 
         target: of the class `config`, each value within its own limits.
         """
+
+    def stands_in(self, target: Any) -> tuple[list[str], bool | None]:
+        """Return the subnets of a job's machines, and whether these have a public address.
+
+        No subnets: AWS's own for it. None: as the subnet says.
+        """
+        return [], None
 
     @abstractmethod
     def data_root(self, data: str) -> str:

@@ -30,6 +30,11 @@ class Box(Ec2):
                 f"target.instances={target.instances}: a box is one machine; give each a name=..."
             )
 
+        if target.wheels:
+            raise UserError(
+                f"target.wheels={target.wheels}: nothing is installed on a box; leave it out"
+            )
+
     def requests(self, spec: Spec) -> list[Request]:
         return [run_instances(spec, script(spec))]
 

@@ -78,6 +78,9 @@ class Ec2(Target):
         answer = aws.call("ssm", "GetParameter", Name=target.ssm_parameter)
         return with_image(spec, str(answer["Parameter"]["Value"]))
 
+    def stands_in(self, target: Ec2Config) -> tuple[list[str], bool | None]:
+        return target.subnets, target.public_ip
+
     def pinned(self, spec: Spec, attempt: Attempt) -> Spec:
         """Return the spec with an attempt's image: a newer one could change what comes out."""
         return with_image(spec, _machines_of(attempt)["ImageId"])
@@ -104,7 +107,7 @@ class Ec2(Target):
         target = settings_of(spec)
         asked = [
             capacity(spec.instance_types[0], spec.spot, spec.instances),
-            way_to_s3(target.subnet),
+            way_to_s3(target.subnet, target.public_ip),
         ]
         counted = quotas.of_ec2(spec.instance_types[0], spec.spot, spec.instances)
         if counted is not None:

@@ -33,6 +33,7 @@ class Ec2Config(TargetConfig):
     ssm_parameter: str = setting()
     disk_gb: int = setting(at_least=75, at_most=16384)
     public_ip: bool | None = setting()
+    wheels: bool | None = setting()
 
 
 def run_instances(spec: Spec, user_data: str) -> Request:
@@ -136,6 +137,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
         data_root=spec.data_root or "",
         weights=spec.weights or "",
         weights_root=spec.weights_root or "",
+        wheels=spec.wheels or "",
         extras=",".join(spec.extras) or "train",
         limit=limit,
         grace=grace_of(limit),

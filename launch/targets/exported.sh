@@ -19,8 +19,9 @@ get() {
   tar -xzf "$scratch/source.tar.gz" -C "$scratch/source" --no-same-owner || return
   [ -z "$data" ] || aws s3 sync --only-show-errors "$data" "$data_root" || return
   [ -z "$weights" ] || aws s3 sync --only-show-errors "$bucket/data/$weights" "$weights_root" || return
+  [ -z "$wheels" ] || aws s3 sync --only-show-errors "$bucket/data/$wheels" "$scratch/wheels" || return
   [ -d "$directory" ] || restore || return
-  cd "$scratch/source" && .ci/setup "$extras"
+  cd "$scratch/source" && PACKHORSE_WHEELS=${wheels:+$scratch/wheels} .ci/setup "$extras"
 }
 
 # A run that this engine has started before has used some of its time, on all its machines together.

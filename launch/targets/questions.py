@@ -91,7 +91,7 @@ def together(subnet: str | None, groups: Sequence[str]) -> Question:
     def ask(aws: Aws) -> Answer:
         filters = [{"Name": "group-id", "Values": list(groups)}]
         if not groups:
-            vpcs = sorted({each.vpc for each in network.subnets(aws, subnet)})
+            vpcs = sorted({each.vpc for each in network.subnets(aws, [subnet] if subnet else [])})
             filters = [
                 {"Name": "group-name", "Values": ["default"]},
                 {"Name": "vpc-id", "Values": vpcs},
@@ -113,11 +113,14 @@ def together(subnet: str | None, groups: Sequence[str]) -> Question:
     return Question("together", ask)
 
 
-def way_to_s3(subnet: str | None) -> Question:
-    """Return the question where machines would stand, and whether they reach S3 from there."""
+def way_to_s3(subnet: str | None, public_ip: bool | None = None) -> Question:
+    """Return the question where machines would stand, and whether they reach S3 from there.
+
+    public_ip: whether they have a public address; None: as the subnet says.
+    """
 
     def ask(aws: Aws) -> Answer:
-        found = network.subnets(aws, subnet)
+        found = network.subnets(aws, [subnet] if subnet else [], public_ip)
         if not found:
             missing = (
                 f"a network: {aws.region} has no default VPC with subnets; name a subnet with a "

@@ -159,6 +159,7 @@ class SageMakerConfig(TargetConfig):
     image: str | None = setting()
     disk_gb: int = setting(at_least=1, at_most=16384)
     retries: int = setting(at_least=1, at_most=30)
+    wheels: bool | None = setting()
 
 
 class SageMaker(OnSageMaker):
@@ -198,6 +199,11 @@ class SageMaker(OnSageMaker):
                 f"{target.hours:g}: it counts training and waiting together; "
                 "allowed: target.wait_hours >= target.hours"
             )
+
+    def stands_in(self, target: SageMakerConfig) -> tuple[list[str], bool | None]:
+        if not target.subnets:
+            return [], None
+        return target.subnets, False  # SageMaker gives its machines no public address there
 
     def requests(self, spec: Spec) -> list[Request]:
         return [training_job(spec)]
@@ -444,6 +450,7 @@ def definition(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
         for name, uri in (
             (CHANNEL, spec.data_uri),
             (WEIGHTS_CHANNEL, spec.weights and spec.uri("data", spec.weights)),
+            (source.WHEELS_CHANNEL, spec.wheels and spec.uri("data", spec.wheels)),
         )
         if uri is not None
     ]

@@ -274,7 +274,7 @@ def run_id(target: TargetConfig, config: Config, data: str | None, overrides: Se
 
 def words_of(spec: Spec) -> dict[str, Any]:
     """Return what a spec was made of, as JSON can hold it: `noted_spec` makes it again."""
-    plain = ("overrides", "data", "source", "revision", "extras", "weights")
+    plain = ("overrides", "data", "source", "revision", "extras", "weights", "wheels")
     return {"target": dataclasses.asdict(spec.target)} | {
         name: getattr(spec, name) for name in plain
     }
@@ -312,6 +312,7 @@ def noted_spec(aws: Aws, attempt: Attempt) -> Spec:
         revision=words["revision"],
         extras=tuple(words["extras"]),
         weights=words["weights"],
+        wheels=words.get("wheels"),  # an attempt of an earlier version has none
     )
 
 

@@ -73,7 +73,7 @@ alone() {
 
 fetch_and_train() {
   set -e
-  # The AMI formats and mounts the NVMe disk itself. Where there is none, the same directories lie on the root disk.
+  # The AMI formats and mounts the NVMe disk itself; without one, this is the root disk.
   waited=0
   until mountpoint -q "$scratch" || ((waited++ == 60)); do sleep 1; done
   mountpoint -q "$scratch" || say "no disk is mounted at $scratch: using the root disk"
@@ -91,14 +91,15 @@ fetch_and_train() {
     say "fetching the weights"
     aws s3 sync --only-show-errors "$bucket/data/$weights" "$weights_root"
   fi
-  if ((index == 0)) && [ ! -d "$directory" ]; then # after a reboot the disk still has it, and newer than the bucket
+  [ -z "$wheels" ] || aws s3 sync --only-show-errors "$bucket/data/$wheels" "$scratch/wheels"
+  if ((index == 0)) && [ ! -d "$directory" ]; then # after a reboot it is there, and newer
     say "fetching what earlier attempts have saved"
     restore
   fi
 
   cd "$scratch/source"
   say "setting up"
-  .ci/setup "$extras"
+  PACKHORSE_WHEELS=${wheels:+$scratch/wheels} .ci/setup "$extras"
   touch "$scratch/training"
   processes=${processes:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
   processes=$((processes > 0 ? processes : 1))

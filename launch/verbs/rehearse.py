@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cloud import hyperparameters as codec
+from launch.cloud import source, wheelhouse
 from launch.local.rehearse import faults_of, jobs_of, objective_of, preflight
 from launch.local.sagemaker import INSIDE, LocalSageMaker, Outcome, namespaces
 from launch.planning import Plan
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     weights = weights_folder(spec.target, spec.overrides, options.data)
     if weights is not None:
         channels[sagemaker.WEIGHTS_CHANNEL] = weights
+    if spec.wheels is not None:
+        channels[source.WHEELS_CHANNEL] = wheelhouse.KEPT / spec.wheels
     jobs = jobs_of(request, options.trials, spec.region)
     preflight(request, jobs, plan.source, channels, spec.config)
     directory = (options.directory or Path("runs/rehearsed") / spec.run).resolve()

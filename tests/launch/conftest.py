@@ -135,7 +135,7 @@ class Forked:
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(environment | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"})
-            source.build = lambda extras: tarball(tuple(extras))
+            source.build = lambda extras, **lock: tarball(tuple(extras), **lock)
             sys.stdin = io.StringIO()
             sys.stdout, sys.stderr = self._output, self._errors
             code = main(arguments)

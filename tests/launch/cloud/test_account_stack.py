@@ -1,6 +1,7 @@
 """The account stack's template and policies, by others' linters and by what AWS documents."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,14 @@ def test_everything_that_can_have_a_tag_has_the_projects():
     for name, resource in yaml.load(TEMPLATE.read_text(), Loader)["Resources"].items():
         tagged = {"Key": "project", "Value": "Project"} in resource["Properties"].get("Tags", [])
         assert tagged != (resource["Type"] in untaggable), name
+
+
+def test_checkpoints_that_were_replaced_cost_one_day_and_their_manifests_stay():
+    """A run writes them every few minutes: kept for a month they cost as much as its machine."""
+    text = re.sub(r"!(\w+)", "", Path(TEMPLATE).read_text())
+    bucket = yaml.safe_load(text)["Resources"]["Bucket"]["Properties"]
+    rules = {rule["Id"]: rule for rule in bucket["LifecycleConfiguration"]["Rules"]}
+    rule = rules["checkpoints-that-were-replaced"]
+    assert (rule["Prefix"], rule["Status"]) == ("runs/", "Enabled")
+    assert rule["NoncurrentVersionExpiration"] == {"NoncurrentDays": 1}
+    assert int(rule["ObjectSizeGreaterThan"]) >= 10000, "a manifest says when it was saved"

@@ -4,9 +4,13 @@ end by itself.
 
 import base64
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +20,7 @@ from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.spec import choose
 from tests.conftest import make_pictures, wait_for
-from tests.launch.conftest import BUCKET, REGION, Cloud, founded
+from tests.launch.conftest import BUCKET, CREDENTIALS, REGION, Cloud, founded
 from tests.launch.test_kills import KILLED
 from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, UserError
 
@@ -531,3 +535,28 @@ def test_the_settings_say_how_many_processes(account):
         )
     code, printed = account.launch(*arguments, "train.processes=3")
     assert code == MISTAKE and "train.processes=3" in printed and "4 would run" in printed
+
+
+def test_one_more_attempt_at_a_complete_run_begins_without_its_result(account, tmp_path):
+    """With the result it would be complete at once, and the machine paid for nothing."""
+    assert account.launch("submit", "target=ec2", "name=more")[0] == OK
+    put(account, "runs/more/attempts/1.json", {"attempt": 1, "code": 0, "reason": "done"})
+    for name in ("result.json", "model.tar.gz", "metrics.jsonl"):
+        put(account, f"runs/more/output/{name}", {})
+    end(account, "more", "Client.InstanceInitiatedShutdown")
+    code, printed = account.launch("submit", "target=ec2", "name=more")
+    assert code == OK and "nothing is sent" in printed and len(machines(account, "more")) == 1
+    code, printed = account.launch("submit", "target=ec2", "name=more", "--again")
+    assert code == OK and len(machines(account, "more")) == 2, printed
+
+    # The part of the machine's script that brings what was saved, by AWS's own command line.
+    text = script(account, machines(account, "more")[-1])
+    restore = text[text.index("restore() {") : text.index("upload() {")]
+    places = f"scratch={tmp_path} directory={tmp_path}/run s3_run=s3://{BUCKET}/runs/more\n"
+    environment = CREDENTIALS | {
+        "AWS_ENDPOINT_URL": account.url,
+        "AWS_DEFAULT_REGION": REGION,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    subprocess.run(["bash", "-euc", f"{places}{restore}\nrestore"], env=environment, check=True)
+    assert [path.name for path in (tmp_path / "run").glob("*.*")] == ["metrics.jsonl"]

@@ -2,14 +2,18 @@
 moto's S3. Only `shutdown` is a stub.
 """
 
+import dataclasses
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -17,12 +21,12 @@ from typing import Any
 
 import pytest
 
-from launch.cloud import source
+from launch.cloud import source, wheelhouse
 from launch.targets import ec2_request
 from launch.targets.attempt import attempt_key
 from launch.targets.base import Spec
 from launch.targets.spec import load_config, load_target
-from tests.conftest import Metadata, wait_for
+from tests.conftest import Metadata, environment, wait_for
 from tests.launch.conftest import REGION, Cloud, running
 from trainer.common.errors import MISTAKE, OK, RESUME
 
@@ -135,7 +139,7 @@ class Machine:
 
     def wait(self) -> "Machine":
         """Until the machine's end."""
-        self.process.wait(timeout=300)
+        self.process.wait(timeout=3600)  # as long as a very busy machine may take
         self.shutdowns = (self.root / "shutdowns").read_text().splitlines()
         return self
 
@@ -524,6 +528,39 @@ def test_every_gpu_trains(
     assert bucket.outcome(run) == {"attempt": 1} | expected, log
 
 
+def test_in_a_closed_network_it_installs_from_the_bucket_by_hash_alone(
+    tmp_path: Path, cloud: Cloud, bucket: Bucket
+) -> None:
+    """A wheel that somebody has changed there is not installed, and nothing is trained with it."""
+    wheel = tmp_path / "closed-1.0-py3-none-any.whl"
+    info = "closed-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as packed:
+        packed.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: closed\nVersion: 1.0\n")
+        kind = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        packed.writestr(f"{info}/WHEEL", kind)
+        packed.writestr(f"{info}/RECORD", "")
+    tarball = source.build(lock=wheelhouse.lock_of(tmp_path))
+    digest = hashlib.sha256(tarball).hexdigest()
+    bucket.put(f"source/{digest}.tar.gz", tarball)
+    bucket.put(f"data/wheels-good/{wheel.name}", wheel.read_bytes())
+    bucket.put(f"data/wheels-changed/{wheel.name}", wheel.read_bytes() + b"another's")
+    # An index that would never answer, as from a closed network.
+    nowhere = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0"}
+    machines = {}
+    for wheels in ("good", "changed"):
+        spec = make_spec(*TINY, "train.epochs=1", run=wheels, code=digest)
+        script = ec2_request.user_data(dataclasses.replace(spec, wheels=f"wheels-{wheels}"))
+        machines[wheels] = Machine(tmp_path / wheels, script, cloud.url, **nowhere)
+    for wheels, machine in machines.items():
+        assert machine.wait().shutdowns == ["-h +480", "-h now"]
+        log = bucket.text(f"runs/{wheels}/log.txt")
+        assert "1 packages from /opt/dlami/nvme/wheels, each by its hash" in log
+        ended = {"good": (OK, "done"), "changed": (1, "failed")}[wheels]
+        code, reason = ended
+        assert bucket.outcome(wheels) == {"attempt": 1, "code": code, "reason": reason}, log
+        assert ("DO NOT MATCH THE HASHES" in log) is (wheels == "changed")
+
+
 @pytest.fixture
 def metadata_of() -> Iterator[Callable[[int], Any]]:
     """Makes the metadata service of one of several machines; it returns its handler."""
@@ -566,6 +603,13 @@ def pair(
     ]
 
 
+def weights_in(package: bytes) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+        file = archive.extractfile("model.safetensors")
+        assert file is not None
+        return file.read()
+
+
 def test_two_machines_train_one_run_until_one_is_taken_back(
     tmp_path: Path,
     cloud: Cloud,
@@ -573,7 +617,10 @@ def test_two_machines_train_one_run_until_one_is_taken_back(
     code: str,
     metadata_of: Callable[[int], Any],
 ) -> None:
-    """The first one has the run; both end when the second one is reclaimed, and both go on."""
+    """The first one has the run; both end when the second one is reclaimed, and both go on.
+
+    To the very weights of a run that nobody has ended.
+    """
     prepared = None
     for attempt in (1, 2):
         spec = make_spec(
@@ -588,8 +635,8 @@ def test_two_machines_train_one_run_until_one_is_taken_back(
                 lambda log=first.log: log.exists() and "metrics: epoch=1 " in log.read_text()
             ), first.console.read_text()
             services[1].notices = frozenset({"spot/instance-action"})
-        first.wait()
-        second.wait()
+        for machine in (first, second):
+            assert machine.wait().shutdowns == ["-h +480", "-h now"], "nothing is left"
         prepared = first.nvme
         log = first.log.read_text()
         said = [
@@ -604,6 +651,16 @@ def test_two_machines_train_one_run_until_one_is_taken_back(
         assert "training on 2 machines, of which this is number 1" in log
         assert "2 on 2 hosts" in log, log
     assert "result.json" in bucket.keys("runs/pair/output/")
+    # What two processes make of the same that nobody ends.
+    command = [sys.executable, "-m", "trainer.distributed.torchrun", "--standalone"]
+    command += ["--nproc_per_node=2", "-m", "trainer", *TINY, "name=pair", "platform=local"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = (tmp_path / "runs/pair/model.tar.gz").read_bytes()
+    reclaimed = bucket.client.get_object(Bucket=bucket.name, Key="runs/pair/output/model.tar.gz")
+    assert weights_in(reclaimed["Body"].read()) == weights_in(whole)
     assert "of which this is number 2" in bucket.text("runs/pair/log.1.txt")
     assert not (second.nvme / "runs/pair").exists(), "the run is the first one's"
 

@@ -502,7 +502,8 @@ def test_channels_that_the_trainer_has_no_use_for(tmp_path):
         enter(tmp_path, {}, **channels)[2],
     )
     (tmp_path / "failure").unlink()
-    assert enter(tmp_path, {"data": '"folder"'})[2].startswith(
+    wheels = {"SM_CHANNELS": '["wheels"]', "SM_CHANNEL_WHEELS": str(tmp_path)}  # pip's, not ours
+    assert enter(tmp_path, {"data": '"folder"'}, **wheels)[2].startswith(
         "data=folder: the job has no channel with pictures"
     )
 
