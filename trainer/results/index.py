@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.common import files, templates
-from trainer.common.text import duration
+from trainer.common.text import dollars, duration
 from trainer.results.charts import Axis, scale, share_axis
-from trainer.results.runs import COLUMNS, COMPLETE, Summary, cells, dollars, own_settings
+from trainer.results.runs import COLUMNS, COMPLETE, Summary, cells, own_settings
 from trainer.results.text import breakable, percent, share
 
 CURVES = 8  # runs that have a colour of their own, the newest

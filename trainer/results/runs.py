@@ -21,7 +21,7 @@ from yaml import YAMLError
 from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.common.paths import RENTED
-from trainer.common.text import duration
+from trainer.common.text import dollars, duration
 from trainer.results.intervals import wilson_interval
 from trainer.results.text import percent, setting
 from trainer.settings import config as settings
@@ -112,7 +112,7 @@ def read(path: Path) -> Summary | None:
             interval=interval,
             seconds=result.get("seconds"),
             curve=list(best.items()),
-            dollars=rented.get("dollars"),
+            dollars=rented.get("dollars") or result.get("dollars"),
             uri=rented.get("uri"),
         )
     return None
@@ -249,19 +249,10 @@ def cells(run: Summary) -> tuple[str, ...]:
         interval,
         "" if run.epochs is None else str(run.epochs),
         took,
-        dollars(run.dollars),
+        "" if run.dollars is None else dollars(run.dollars),
         run.state,
         run.place,
     )
-
-
-def dollars(value: float | None) -> str:
-    """Return what a run cost, to the cent where that is one, else with two digits; "" for none."""
-    if value is None:
-        return ""
-    if value >= 0.1 or value == 0:
-        return f"${value:,.2f}"
-    return f"${value:.2g}"
 
 
 def _percent(value: float | None) -> str:

@@ -6,6 +6,7 @@ It holds the settings, the log, and the result that says that the run is complet
 import dataclasses
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 PREDICTIONS = "predictions.csv"
+TIMES = "times.json"  # beside the checkpoints: what the starts until then have taken
 PARENT = "parent"  # in a run's identity: the digest of the state that it goes on from
 FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
 
@@ -220,6 +222,12 @@ class Run:
     def note_pictures(self, images: ImageFolder) -> None:
         """Write beside the checkpoints of which pictures they are, to name those that change."""
         note(self.checkpoints / INDEX, samples(images))
+
+    def note_times(self) -> None:
+        """Write beside the checkpoints how long each stage took, for the start after a kill."""
+        if self.world.is_main_process and not self.trial:
+            told = {"starts": self.stages.starts, "stages": self.stages.in_all()}
+            files.write(self.checkpoints / TIMES, json.dumps(told) + "\n")
 
     def result(self) -> dict[str, Any] | None:
         """Return what the complete run wrote last, or None. Raise Unreadable."""
@@ -413,5 +421,15 @@ def _opened(run: Run) -> Iterator[None]:
             files.sweep(written, run.temporary)
         with also_to_file(directory / "log.txt"):
             log.info("run %s in %s", run.name, directory)
+            _count_earlier(run)
             run.write_settings()
             yield
+
+
+def _count_earlier(run: Run) -> None:
+    """Let the run's times be those of all its starts, as far as they were noted."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a word in the report
+        told = json.loads((run.checkpoints / TIMES).read_bytes())
+        stages = {str(name): float(spent) for name, spent in told["stages"].items()}
+        if all(0 <= spent < math.inf for spent in stages.values()):
+            run.stages.go_on_from(stages, int(told["starts"]))
