@@ -395,7 +395,7 @@ def _about(run: Training, data: str) -> list[str]:
     pictures += f"{len(images.classes):,} classes"
     environment = run.machine.environment()
     where_run = environment["device"]
-    if where_run == "cpu":
+    if run.device.type == "cpu":
         where_run = f"{os.cpu_count()} cores ({platform.machine()})"
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return [network, pictures, f"on {where_run} in {environment['precision']}, {when}"]

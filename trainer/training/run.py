@@ -5,8 +5,10 @@ It holds the settings, the log, and the result that says that the run is complet
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -39,8 +41,8 @@ from trainer.images.identity import (
     samples,
 )
 from trainer.network import weight_folder, weights
-from trainer.settings.config import Config, identity, run_name
-from trainer.settings.words import key_of
+from trainer.settings.config import Config, identity, run_name, schema
+from trainer.settings.words import key_of, override
 
 if TYPE_CHECKING:
     from trainer.network.build import Classifier
@@ -269,7 +271,8 @@ class Run:
     def again(self, *words: str) -> str:
         """Return the command that trains once more, with these settings; in a job "".
 
-        It is another run, so it has another name.
+        It is another run, so it has another name. Where no setting decides it (the pictures were
+        changed, say), the command gives one that is free.
         """
         if not self.package.name.endswith(".tar.gz"):
             return ""
@@ -277,7 +280,16 @@ class Run:
         if "model.name" in replaced:
             replaced.add("model")
         kept = [word for word in self.given if key_of(word) not in replaced]
+        known = schema()
+        if not any(known[key_of(word)].metadata["identity"] for word in words):
+            kept.append(override("name", self._next_name()))
         return command("trainer", *kept, *words)
+
+    def _next_name(self) -> str:
+        """Return the name with the next number for which there is no run here."""
+        base = re.sub(r"-\d{1,3}$", "", self.name)
+        numbers = (f"{base}-{number}" for number in itertools.count(2))
+        return next(name for name in numbers if not (self.directory.parent / name).exists())
 
     def summarize(self, result: dict[str, Any]) -> None:
         """Show how good it is, where it lies, what to do next: the last thing on the terminal."""

@@ -563,7 +563,7 @@ def test_the_page_shows_how_sure_the_network_is(tmp_path: Path) -> None:
         "that 200 pictures chose that it wasn't trained on",
         "Note: a <word> of it.",
         f"{quality.error_before:.3g}",
-        "asked 90%",
+        "asked: 90%",
         "Unlike those trained on",
     ):
         assert said in page.text, said

@@ -11,6 +11,7 @@ import pytest
 
 from tests.trainer.results.test_report import CHROMIUM, FLAGS, Page
 from trainer import runs as command
+from trainer.common import text as words
 from trainer.common.errors import UserError
 from trainer.results import predecessor, runs
 from trainer.results.runs import Comparison
@@ -230,3 +231,12 @@ def test_a_browser_sorts_the_runs_without_complaint_or_sideways_scrolling(make, 
     one = f"0 {falling} {rising}"
     assert re.findall("<title>(.*?)</title>", shown.stdout) == [f"{one} {one}"]
     assert not [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.parametrize(
+    ("amount", "told"),
+    [(0, "$0.00"), (0.00001, "< $0.0001"), (0.00364, "$0.0036"), (0.0949, "$0.095"),
+     (0.0999, "$0.10"), (0.526, "$0.53"), (1234.5, "$1,234.50")],
+)  # fmt: skip
+def test_dollars_as_people_write_them(amount, told):
+    assert words.dollars(amount) == told
