@@ -94,7 +94,10 @@ def show_cost(what: dict[str, Any]) -> None:
         parts.append(f"as spot about {dollars(cost['per_hour_spot'])}")
     if expected:
         spent = cost[f"per_hour{kind}"] * expected["seconds"] / 3600
-        parts.insert(0, f"about {dollars(spent)} expected")
+        told = dollars(spent)
+        if not told.startswith("<"):
+            told = f"about {told}"
+        parts.insert(0, f"{told} expected")
     parts.append(f"{dollars(cost[f'at_time_limit{kind}'])} at the time limit")
     log.info("costs     %s (%s)", ", ".join(parts), cost["basis"].split(";")[0])
     if what.get("ceiling"):

@@ -48,7 +48,7 @@ def status(options: argparse.Namespace) -> int:
         unknown = ", without what has no known price"
     print(
         f"cost         {dollars(day)} a day as it stands, "
-        f"about {dollars(day * days)} in {days:.1f} days so far"
+        f"about {dollars(round(day * days, 2))} in {days:.1f} days so far"
     )
     basis = price(parameters["InstanceType"], aws.region).basis
     print(f"             ({basis}; requests are extra{unknown})")
