@@ -36,7 +36,6 @@ from trainer.settings.config import (
     Config,
     ModelConfig,
     PixelSpec,
-    data_name,
     epochs_for,
     fill_pixels,
     norm_stats_for,
@@ -174,8 +173,7 @@ def _continue(config: Config, images: ImageFolder) -> None:
         return
     config.model.head_hidden = hidden
     log.info("model.weights=%s has the same classes: its head goes on too", weights)
-    here = data_name(config.data.source, config.data.root)
-    if before["config"].get("model.solve_on") == "both" and before.get("data") == here:
+    if before["config"].get("model.solve_on") == "both":
         log.warning(
             "that head was solved on pictures of valid too: where these are the same pictures, "
             "valid's figures are too good; go by those of test"
