@@ -203,6 +203,7 @@ def _curves(runs: Sequence[Summary]) -> Plot | None:
         return None
     epochs = [epoch for run in drawn for epoch, _ in run.curve]
     x = scale("epoch", min(epochs), max(epochs), log=False)
+    x = replace(x, ticks=[(at, text) for at, text in x.ticks if "." not in text])  # whole epochs
     y = share_axis("valid top-1", [right for run in drawn for _, right in run.curve])
     curves = []
     for number, run in enumerate(drawn):
