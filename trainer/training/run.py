@@ -264,8 +264,13 @@ class Run:
             pictures = Path(data.root)
         steps = [command("serving", "predict", self.package, pictures)]
         for before in (self.config.train.parent, self.config.model.weights):
-            if before is not None and Path(before, PREDICTIONS).is_file():
-                steps.append(command("trainer.runs", "--compare", before, self.directory))
+            if before is None:
+                continue
+            place = Path(before)
+            if place.name == ARCHIVE:  # the package of a run
+                place = place.parent
+            if (place / PREDICTIONS).is_file():
+                steps.append(command("trainer.runs", "--compare", place, self.directory))
         return [*steps, command("serving", "serve", self.package), rehearse]
 
     def again(self, *words: str) -> str:

@@ -17,7 +17,7 @@ from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
 from trainer.results import early, package, runs
 from trainer.training import complete
-from trainer.training.run import TIMES, open_run, read_result
+from trainer.training.run import TIMES, Run, open_run, read_result
 
 RUN = Path("runs/run")
 MADE = ("model.tar.gz", "report.html", "metrics.jsonl", "quarantine.txt", "predictions.csv")
@@ -248,3 +248,11 @@ def test_the_command_to_train_again_begins_another_run(tmp_path, configure, pict
         (tmp_path / "dogs-2").mkdir()
         assert run.again("data.cache=packed").endswith(f"{begin} name=dogs-3 data.cache=packed")
         assert run.again("train.epochs=9").endswith(f"{begin} train.epochs=9")
+
+
+@pytest.mark.parametrize("weights", [RUN, RUN / "model.tar.gz"])
+def test_a_run_that_goes_on_from_another_is_compared_with_it(cwd, weights, configure, monkeypatch):
+    monkeypatch.chdir(cwd)
+    config = configure(*SETTINGS, f"model.weights={weights}", "data.root=.", "name=on")
+    run = Run(config, World(), Stop(), "on", Path("runs/on"), Path("on"), Path("on/model.tar.gz"))
+    assert any(step.endswith(f"trainer.runs --compare {RUN} runs/on") for step in run.next_steps())
