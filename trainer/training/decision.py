@@ -2,9 +2,9 @@
 
 Of each candidate a linear probe is solved on the features of one plain view; the cheapest of those
 that are within one standard error of the best is taken. Then everything is fine-tuned from the
-solved head (LP-FT: Kumar et al., ICLR 2022) where the time for it is there, in the better of two
-ways. Where valid is large it judges what comes out: that is kept only where it is better than the
-probe by more than the standard error of the difference (`Training.is_best`). Where it is small,
+solved head (LP-FT: Kumar et al., ICLR 2022) where the time for it is there, in one of two ways.
+Where valid is large it judges what comes out: that is kept only where it is better than the probe
+by more than the standard error of the difference (`Training.is_best`). Where it is small,
 fine-tuning on halves of the pictures judges first, and valid has to see no ruin. So a fine-tuning
 that ruins the network costs time and no accuracy.
 """
