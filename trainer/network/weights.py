@@ -40,6 +40,7 @@ from trainer.settings.config import (
     fill_pixels,
     norm_stats_for,
     solve_on_for,
+    warmup_for,
 )
 
 ALL = frozenset(("data.size", "data.resize", "data.interpolation", "model.mean", "model.std"))
@@ -71,6 +72,7 @@ def resolve(config: Config, images: ImageFolder) -> Config:
     config = copy.deepcopy(config)
     pictures = len(images.splits["train"].paths)
     config.train.epochs = epochs_for(config.train, pictures)
+    config.optim.warmup_epochs = warmup_for(config, pictures)
     config.model.norm_stats = norm_stats_for(config, pictures)
     config.model.solve_on = solve_on_for(config, len(images.splits["valid"].paths))
     name, weights = config.model.name, config.model.weights

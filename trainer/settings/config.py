@@ -140,7 +140,7 @@ class OptimConfig:
     weight_decay: float = setting(at_least=0, at_most=LARGEST)
     momentum: float = setting(at_least=0, below=1, only_if="optim.name=sgd")
     schedule: str = setting("cosine", "step", "constant")
-    warmup_epochs: float = setting(at_least=0, at_most=EPOCHS_MOST)
+    warmup_epochs: float | None = setting(at_least=0, at_most=EPOCHS_MOST)
     step_epochs: float = setting(above=0, at_most=EPOCHS_MOST, only_if="optim.schedule=step")
     step_factor: float = setting(above=0, at_most=1, only_if="optim.schedule=step")
 
@@ -618,6 +618,10 @@ CROPS = {"parts": (0.25, 1.0), "whole": (0.9, 1.0)}
 
 # Passes over the images, and optimizer steps at least: few images need more passes.
 EPOCHS, STEPS = 16, 200
+# Steps of warm-up at least. An epoch of few pictures has two: then a new head's first gradients,
+# which AdamW takes whole steps for, ruin the weights below it. MobileNetV2, 185 photos of 37 breeds
+# at 64 px, all layers: 2 steps of warm-up give a test accuracy of 5 %, 20 give 51 %.
+WARMUP_STEPS = 20
 
 
 def fill_recipe(config: Config) -> None:
@@ -680,8 +684,22 @@ def epochs_for(train: TrainConfig, pictures: int) -> int:
     """
     if train.epochs is not None:
         return train.epochs
-    steps_per_epoch = pictures // min(train.batch_size, pictures)
-    return max(EPOCHS, math.ceil(STEPS / steps_per_epoch))
+    return max(EPOCHS, math.ceil(STEPS / steps_per_epoch(train, pictures)))
+
+
+def warmup_for(config: Config, pictures: int) -> float:
+    """Return over how many epochs the learning rate rises from 0.
+
+    `optim.warmup_epochs`, or one, and more where that makes fewer than WARMUP_STEPS steps.
+    """
+    if config.optim.warmup_epochs is not None:
+        return config.optim.warmup_epochs
+    return max(1.0, WARMUP_STEPS / steps_per_epoch(config.train, pictures))
+
+
+def steps_per_epoch(train: TrainConfig, pictures: int) -> int:
+    """Return the optimizer steps of a pass over the training images."""
+    return pictures // min(train.batch_size, pictures)
 
 
 # Fewer pictures than that, at once or in all, give BatchNorm poorer statistics than those that come

@@ -46,6 +46,7 @@ from trainer.settings.config import (
     Config,
     identity,
     solve_on_for,
+    steps_per_epoch,
 )
 from trainer.training import recipe
 from trainer.training.loop import fit, predict
@@ -495,7 +496,7 @@ class Decision:
 
     def steps_of(self, network: Network) -> int:
         """Return the steps of an epoch."""
-        return max(network.images.count("train") // self.config.train.batch_size, 1)
+        return steps_per_epoch(self.config.train, network.images.count("train"))
 
     def of_way(self, network: Network, values: dict[str, Any]) -> Config:
         """Return the settings of a trial of the network."""

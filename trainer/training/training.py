@@ -419,6 +419,7 @@ class Training:
 
     def _lr_factor(self, step: int) -> float:
         choice = self.config.optim
+        assert choice.warmup_epochs is not None  # network.weights.resolve
         schedule = optim.Schedule(
             choice.schedule, choice.warmup_epochs, choice.step_epochs, choice.step_factor
         )
