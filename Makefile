@@ -103,9 +103,12 @@ signatures: .venv/dev  ## install OpenSSF's model-signing, and let it and us ver
 	test -x .venv-sign/bin/model_signing || { $(BIN)/python -m venv .venv-sign && .venv-sign/bin/pip install -q 'model-signing>=1.1' pyopenssl; }
 	$(BIN)/python -m pytest -m '' tests/serving/test_signature.py
 
+# On top of .venv, so that PyTorch is not installed twice.
 trackers: .venv/dev  ## install MLflow and W&B, and look at a killed run in them; in .venv-trackers
-	test -x .venv-trackers/bin/wandb || { $(BIN)/python -m venv .venv-trackers && .venv-trackers/bin/pip install -q -c .venv/constraints.txt -e '.[dev,mlflow,wandb]'; }
-	.venv-trackers/bin/python -m pytest -m '' tests/trainer/training/test_tracking.py
+	test -x .venv-trackers/bin/wandb || { $(BIN)/python -m venv .venv-trackers \
+	  && $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo .venv-trackers/lib/python3.*/site-packages)/below.pth \
+	  && .venv-trackers/bin/python -m pip install -q -c .venv/constraints.txt -e '.[mlflow,wandb]'; }
+	nice -n 15 .venv-trackers/bin/python -m pytest -m '' tests/trainer/training/test_tracking.py
 
 engines: .venv/dev  ## install SkyPilot and dstack, and let them read what launch export writes; in .venv-engines
 	for engine in skypilot dstack; do \

@@ -13,6 +13,7 @@ from launch.targets import attempt as notes
 from launch.targets.attempt import Attempt, Phase, State, now, seconds_between
 from launch.targets.base import Spec, of
 from trainer.common.errors import UserError
+from trainer.common.text import dollars
 
 # Seconds of an attempt that AWS bills and that its own limit doesn't count: before its script or
 # container starts, and while it shuts down, in whole minutes.
@@ -63,6 +64,17 @@ def hourly(spec: Spec, price: Price) -> float | None:
     if spec.bid is not None:
         machine = min(machine, spec.bid)
     return machine + spec.kind.parts_per_hour(spec)
+
+
+def expected_hourly(spec: Spec, price: Price) -> float | None:
+    """Return dollars an hour that all of a job's machines will probably cost, with what they need.
+
+    None where the price is not known.
+    """
+    machine = price.spot if spec.spot else price.on_demand
+    if machine is None:
+        return None
+    return round((machine + spec.kind.parts_per_hour(spec)) * spec.instances, 4)
 
 
 def of_run(spec: Spec, price: Price, trials: int) -> float | None:
@@ -116,11 +128,12 @@ def limited(spec: Spec, price: Price, ceiling: Ceiling, trials: int) -> Spec:
     paid = (ceiling.dollars - ceiling.spent) / (hour * spec.instances) - trials * AROUND / 3600
     least = min(LEAST / 3600, spec.target.hours)
     if paid < least - 1e-6:
+        left = dollars(max(0.0, ceiling.dollars - ceiling.spent))
         raise UserError(
-            f"{spec.run}: ${max(0.0, ceiling.dollars - ceiling.spent):.2f} is left of its ceiling "
-            f"of ${ceiling.dollars:.2f}, too little for {least * 60:.0f} minutes of "
-            f"{spec.target.instance_type} at ${hour:.4f} an hour: nothing is sent; "
-            f"target.max_dollars={_more(ceiling, hour * spec.instances, spec)} is a higher one"
+            f"{spec.run}: {left} is left of its ceiling of {dollars(ceiling.dollars)}, too little "
+            f"for {least * 60:.0f} minutes of {spec.target.instance_type} at ${hour:.4f} an hour: "
+            f"nothing is sent; target.max_dollars={_more(ceiling, hour * spec.instances, spec)} "
+            "is a higher one"
         )
     # In whole minutes, so that cents of storage don't make another request of the same one.
     if paid >= spec.target.hours * trials - 1e-6:

@@ -232,6 +232,10 @@ def priced(aws: Aws | None, plan: Plan) -> Plan:
     names = dict.fromkeys(name for offer in offers for name in offer.instance_types)
     prices = {name: asked(aws, name) if aws else price(name, spec.region) for name in names}
     plan = replace(plan, prices=prices)
+    offers = [
+        replace(offer, dollars_hour=ceiling.expected_hourly(offer, dearest(offer, prices)))
+        for offer in offers
+    ]
     cost = dearest(offers[0], prices)
     trials, _ = spec.kind.trials(spec.kind.requests(offers[0])[0])
     dollars = ceiling.of_run(offers[0], cost, trials)

@@ -24,6 +24,7 @@ from launch.targets.base import Spec
 from launch.targets.spec import weights_name
 from trainer.common.console import log
 from trainer.common.errors import FAULT, OK, RESUME, UserError
+from trainer.common.text import dollars
 
 # AWS's ways to say that something of this name was made already. Ours follow from run and attempt,
 # so it is the very thing, if it is this project's.
@@ -104,8 +105,8 @@ def carry_out(aws: Aws, plan: Plan) -> Attempt:
     log.info("sent attempt %d at %s: %s", attempt.number, attempt.run, attempt.id or attempt.job)
     if attempt.ceiling is not None:
         log.info(
-            "the run costs $%.2f at most; this attempt ends after %.3g h",
-            attempt.ceiling,
+            "the run costs %s at most; this attempt ends after %.3g h",
+            dollars(attempt.ceiling),
             attempt.hours,
         )
     return attempt

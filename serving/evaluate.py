@@ -77,9 +77,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{words}macro F1 {result['f1']:.3f}, {result['pictures']} pictures")
     print(f"report       {options.to / 'report.html'}")
     print(f"predictions  {options.to / 'predictions.csv'}")
-    root = "DIR"
-    if (options.folder / "train").is_dir():
-        root = str(options.folder)
+    around = (options.folder, options.folder.parent)  # of a whole data set, or of one part of it
+    root = next((each for each in around if (each / "train").is_dir()), "DIR")
     going_on = command("trainer", f"data.root={root}", f"model.weights={path}")
     print(f"next, to train on from it: {going_on}")
     return OK

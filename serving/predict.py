@@ -61,8 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.csv not in (None, STANDARD_OUTPUT):
         where = f": {options.csv}"
     _say(_told(tally) + where)
-    labelled = command("serving", "evaluate", options.model, "DIR")
-    _say(f"next, on pictures in a folder for each class: {labelled}")
+    _say(_next(options.model, options.pictures, package.classes))
     if tally.unreadable:
         raise UserError(
             f"{len(tally.unreadable)} can't be read now, the first: {tally.unreadable[0]}"
@@ -159,6 +158,24 @@ def _told(tally: Tally) -> str:
     if tally.broken:
         words += f", {tally.broken} broken (the column error says why)"
     return words
+
+
+def _next(model: str, pictures: Sequence[str], classes: Sequence[str]) -> str:
+    """Return the command that says how good the model is, on these pictures if they are labelled.
+
+    They are where a folder was given that has a folder of a class, or such folders in test/.
+    """
+    given = [Path(expanded(each)) for each in pictures]
+    labelled = [
+        folder
+        for folder in given
+        for inside in (folder, folder / "test")
+        if any((inside / name).is_dir() for name in classes)
+    ]
+    if labelled:
+        return f"next, how often it is right: {command('serving', 'evaluate', model, labelled[0])}"
+    told = command("serving", "evaluate", model, "DIR")
+    return f"next, on pictures in a folder for each class: {told}"
 
 
 def _say(line: str) -> None:

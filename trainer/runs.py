@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,8 @@ def show(folder: Path, as_json: bool, elsewhere: Elsewhere = list) -> None:
     if as_json:
         print(json.dumps([dataclasses.asdict(run) for run in found], default=str, indent=1))
     elif found:
-        print(runs.table(found))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(runs.table(found, width))
     else:
         print(f"{folder}: no run yet")
 

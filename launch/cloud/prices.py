@@ -135,11 +135,6 @@ def instance_types() -> list[str]:
     return sorted({name for listed in rates().values() for name in listed})
 
 
-def dollars(amount: float | None) -> str:
-    """Return an amount as it is shown."""
-    return "unknown" if amount is None else f"${amount:,.2f}"
-
-
 def refresh(aws: "Aws") -> None:
     """Ask AWS for the region's price of every machine, and keep the answers in REFRESHED.
 

@@ -42,6 +42,7 @@ CONSOLES = {
 }
 S3 = "s3://"  # begins data.root of pictures that are on S3 already
 RUN = 48  # characters of a run's id: leaves room in a job's name for the attempt
+PRICE = "platform.dollars_hour"  # the trainer's setting
 
 
 @dataclass
@@ -103,6 +104,8 @@ class Spec:
     paid_hours: float | None = None
     bid: float | None = None  # dollars an hour of a spot machine at most; None: as on demand
     zone: str | None = None  # where its machines are asked for; None: where AWS likes
+    # Dollars that an hour of all its machines will probably cost; None: not known.
+    dollars_hour: float | None = None
 
     @property
     def kind(self) -> "Target":
@@ -165,6 +168,14 @@ class Spec:
         if self.paid_hours is None:
             return self.target.hours
         return min(self.target.hours, self.paid_hours)
+
+    @property
+    def price_words(self) -> list[str]:
+        """The setting that tells the run what its machines cost, for its report."""
+        told = any(word.lstrip("+").startswith(f"{PRICE}=") for word in self.overrides)
+        if self.dollars_hour is None or told:
+            return []
+        return [f"{PRICE}={self.dollars_hour}"]
 
     @property
     def max_dollars(self) -> float | None:

@@ -180,7 +180,7 @@ def arguments(spec: Spec) -> list[str]:
         places.append(f"data.root={spec.data_root}")
     if spec.weights_root:
         places.append(f"model.weights_dir={spec.weights_root}")
-    return [*spec.overrides, *places]
+    return [*spec.overrides, *places, *spec.price_words]
 
 
 def settings_of(spec: Spec) -> Ec2Config:

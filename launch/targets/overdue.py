@@ -10,6 +10,7 @@ from launch.targets import base
 from launch.targets.attempt import Attempt, State
 from launch.targets.inventory import Inventory
 from trainer.common.console import command
+from trainer.common.text import dollars
 
 
 def machines(inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
@@ -21,7 +22,7 @@ def machines(inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
 def line(attempt: Attempt, state: State) -> str:
     """Return what is to be known of a machine past its limit."""
     spent = attempt.dollars(state)
-    cost = "price unknown" if spent is None else f"${spent:.2f} so far"
+    cost = "price unknown" if spent is None else f"{dollars(spent)} so far"
     if state.ends_by is not None:
         return f"run {attempt.run} on {state.id}: {state.detail}, {cost}"
     late = base.of(attempt).past_limit(attempt, state)

@@ -293,7 +293,8 @@ def training_job(spec: Spec) -> Request:
     target = checked(spec)
     parameters: dict[str, Any] = {
         "TrainingJobName": spec.job_name,
-        "HyperParameters": codec.encode(for_job(spec.overrides)) | start(spec, target),
+        "HyperParameters": codec.encode([*for_job(spec.overrides), *spec.price_words])
+        | start(spec, target),
         **definition(spec, target),
         "ResourceConfig": machines(spec, target),
         "Tags": spec.tag_list,

@@ -164,7 +164,7 @@ def tuning_job(spec: Spec) -> Request:
     tuned = {parameter.key for parameter in sweep.space}
     static = codec.encode(
         override
-        for override in for_job(fixed)
+        for override in [*for_job(fixed), *spec.price_words]
         if override.partition("=")[0].lstrip("+") not in tuned
     )
     assert isinstance(target, TunerConfig)

@@ -18,6 +18,7 @@ from launch.targets.spec import choose, names_target, split_overrides
 from launch.verbs.arguments import account_of, run_parser
 from trainer.common.console import log
 from trainer.common.errors import OK
+from trainer.common.text import dollars
 
 
 @dataclass(frozen=True)
@@ -107,22 +108,22 @@ def main(arguments: Sequence[str]) -> int:
     for cost in costs:
         basis = tried[cost.run][-1][0].price.basis
         log.info(
-            "%-48s %d attempts %7.2f h  $%.2f%s, of it $%.2f lost to work done twice%s; "
-            "%.2f GB in S3, $%.2f so far, $%.2f a month",
+            "%-48s %d attempts %7.2f h  %s%s, of it %s lost to work done twice%s; "
+            "%.2f GB in S3, %s so far, %s a month",
             cost.run,
             cost.attempts,
             cost.hours,
-            cost.dollars,
-            "" if cost.ceiling is None else f" of at most ${cost.ceiling:.2f}",
-            cost.lost,
+            dollars(cost.dollars),
+            "" if cost.ceiling is None else f" of at most {dollars(cost.ceiling)}",
+            dollars(cost.lost),
             _point(cost),
             cost.stored_gb,
-            cost.storage,
-            cost.storage_a_month,
+            dollars(cost.storage),
+            dollars(cost.storage_a_month),
         )
     log.info(
-        "$%.2f in all, machines by the prices noted at each submit (%s), and S3",
-        sum(cost.dollars + cost.storage for cost in costs),
+        "%s in all, machines by the prices noted at each submit (%s), and S3",
+        dollars(sum(cost.dollars + cost.storage for cost in costs)),
         basis,
     )
     return OK
@@ -132,4 +133,4 @@ def _point(cost: Cost) -> str:
     """Return what a point of accuracy cost, empty where that is not known."""
     if cost.per_point is None:
         return ""
-    return f"  {100 * (cost.accuracy or 0):.1f} % accuracy, ${cost.per_point:.4f} a point"
+    return f"  {100 * (cost.accuracy or 0):.1f} % accuracy, {dollars(cost.per_point)} a point"

@@ -17,6 +17,7 @@ from trainer.common.arguments import typed_path
 from trainer.common.console import command, log
 from trainer.common.errors import OK, UserError
 from trainer.common.files import write
+from trainer.common.text import dollars
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
     write(file, text)
     if plan.ceiling is not None:
         log.info(
-            "ceiling   $%.2f for the whole run, by the limit of %.3g h that goes with it",
-            plan.ceiling.dollars,
+            "ceiling   %s for the whole run, by the limit of %.3g h that goes with it",
+            dollars(plan.ceiling.dollars),
             hours(plan),
         )
     log.info("wrote %s", file)

@@ -15,6 +15,7 @@ from launch.targets.instance_types import OFFERED, InstanceType
 from launch.targets.spec import load_config, load_target, split_overrides
 from trainer.common.arguments import whole
 from trainer.common.errors import OK
+from trainer.common.text import dollars
 from trainer.settings import config as settings
 from trainer.settings.config import Config
 
@@ -59,8 +60,8 @@ class Workload:
         if took and machine.trains:
             before, epoch = _time(took.before), _time(took.epoch)
             if hour:
-                epoch_dollars = _dollars(took.epoch * hour / 3600)
-                run_dollars = _dollars(took.run(self.config, self.images) * hour / 3600)
+                epoch_dollars = dollars(took.epoch * hour / 3600)
+                run_dollars = dollars(took.run(self.config, self.images) * hour / 3600)
         return (
             mark,
             machine.name if machine.count == 1 else f"{machine.count} x {machine.name}",
@@ -111,14 +112,14 @@ def reasons(job: Workload) -> list[str]:
     if not (ec2 and training and plain and four):
         return [first, last]
     return [
-        f"{first} This run takes {_time(ec2[0])} for {_dollars(ec2[1])} there, against "
-        f"{_time(plain[0])} for {_dollars(plain[1])} on the 8 processors of ml.m5.2xlarge: "
+        f"{first} This run takes {_time(ec2[0])} for {dollars(ec2[1])} there, against "
+        f"{_time(plain[0])} for {dollars(plain[1])} on the 8 processors of ml.m5.2xlarge: "
         f"{plain[0] / ec2[0]:.0f} times faster, at {ec2[1] / plain[1]:.0%} of the price.",
         "target=sagemaker and target=tuner take the same machine as ml.g4dn.xlarge: "
         f"{training[1] / ec2[1] - 1:.0%} dearer by the hour, and nothing to set up, end or clean "
         "up; the trials of a search run side by side.",
         f"target=sagemaker_multi takes 4 x ml.m5.2xlarge: {_time(four[0])} for "
-        f"{_dollars(four[1])}. It needs no GPU quota, and general-purpose machines are hardly "
+        f"{dollars(four[1])}. It needs no GPU quota, and general-purpose machines are hardly "
         "ever sold out; it is the way to train when no GPU can be had, not a cheaper one.",
         last,
     ]
@@ -189,9 +190,3 @@ def _time(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _dollars(amount: float) -> str:
-    if amount >= 0.1:
-        return f"${amount:.2f}"
-    return f"${amount:.4f}" if amount >= 0.0001 else "< $0.0001"

@@ -26,6 +26,7 @@ from launch.targets.spec import NO_ACCOUNT, account_of, load_target, split_overr
 from trainer.common.arguments import typed_path
 from trainer.common.console import command, log
 from trainer.common.errors import OK, UserError
+from trainer.common.text import dollars
 
 # Training pictures of the data sets that the trainer brings along.
 EMBEDDED_IMAGES = {"fashion_mnist": 2000}
@@ -88,16 +89,19 @@ def show_cost(what: dict[str, Any]) -> None:
         return
     spot = cost["uses_spot"] and cost["per_hour_spot"] is not None
     kind = "_spot" if spot else ""
-    parts = [f"${cost[f'per_hour{kind}']:.2f} an hour{' as spot' if spot else ''}"]
+    parts = [f"{dollars(cost[f'per_hour{kind}'])} an hour{' as spot' if spot else ''}"]
     if not spot and cost["per_hour_spot"] is not None:
-        parts.append(f"as spot about ${cost['per_hour_spot']:.2f}")
+        parts.append(f"as spot about {dollars(cost['per_hour_spot'])}")
     if expected:
-        dollars = cost[f"per_hour{kind}"] * expected["seconds"] / 3600
-        parts.insert(0, f"about ${dollars:.2f} expected")
-    parts.append(f"${cost[f'at_time_limit{kind}']:.2f} at the time limit")
+        spent = cost[f"per_hour{kind}"] * expected["seconds"] / 3600
+        told = dollars(spent)
+        if not told.startswith("<"):
+            told = f"about {told}"
+        parts.insert(0, f"{told} expected")
+    parts.append(f"{dollars(cost[f'at_time_limit{kind}'])} at the time limit")
     log.info("costs     %s (%s)", ", ".join(parts), cost["basis"].split(";")[0])
     if what.get("ceiling"):
-        log.info("ceiling   $%.2f for the whole run", what["ceiling"]["dollars"])
+        log.info("ceiling   %s for the whole run", dollars(what["ceiling"]["dollars"]))
 
 
 def _duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from launch.targets.rented import Machines, Rented, rented
 from launch.targets.spec import aws_of, split_overrides
 from trainer.common.console import log
 from trainer.common.errors import OK
+from trainer.common.text import dollars
 
 # Phases that an attempt at a training never leaves.
 ENDED = (Phase.COMPLETE, Phase.STOPPED, Phase.LOST, Phase.NO_CAPACITY, Phase.FAILED)
@@ -158,12 +159,12 @@ def show_runs(tried: Sequence[tuple[Attempt, State]]) -> None:
         spent[attempt.run] += attempt.dollars(state) or 0.0
     for attempt, state in newest.values():
         log.info(
-            "  %-48s %-15s attempt %d  %-13s $%8.2f  %s",
+            "  %-48s %-15s attempt %d  %-13s %9s  %s",
             attempt.run,
             attempt.target,
             attempt.number,
             state.phase,
-            spent[attempt.run],
+            dollars(spent[attempt.run]),
             state.detail,
         )
     if not newest:
@@ -175,7 +176,7 @@ def show_costs(rows: Sequence[Rented]) -> None:
     for row in rows:
         so_far = "price unknown"
         if row.dollars is not None:
-            so_far = f"${row.dollars:.2f} so far, ${row.per_hour:.4f} an hour"
+            so_far = f"{dollars(row.dollars)} so far, ${row.per_hour:.4f} an hour"
         log.info(
             "  %-9s %-50s %-22s %7.2f h  %s", row.kind, row.name, row.machines, row.hours, so_far
         )

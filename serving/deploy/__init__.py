@@ -17,7 +17,7 @@ from pathlib import Path
 from launch.cloud import s3
 from launch.cloud.cloudformation import IN_SERVICE, STUCK, parameters_of
 from launch.cloud.confirm import confirmed
-from launch.cloud.prices import dollars, instance_types, price
+from launch.cloud.prices import instance_types, price
 from launch.cloud.session import Aws, bucket_name, explained
 from serving.deploy import operate
 from serving.deploy.refusals import check_instance, check_region
@@ -40,6 +40,7 @@ from trainer.common.arguments import positive
 from trainer.common.console import command
 from trainer.common.errors import OK, RESUME, UserError
 from trainer.common.paths import expanded
+from trainer.common.text import dollars
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -375,7 +376,8 @@ def _print_price(release: Release) -> None:
     print(f"price of a month at idle ({price(parameters['InstanceType'], region).basis}):")
     items = idle_price(parameters, region)
     for item in items:
-        print(f"  {dollars(item.month):>12}  {item.what}")
+        month = "unknown" if item.month is None else dollars(item.month)
+        print(f"  {month:>12}  {item.what}")
     print(f"  {_total(items):>12}  together")
     if "ScalingPolicy" in resources(parameters):
         most = idle_price(parameters, region, int(parameters["MaxInstances"]))

@@ -14,13 +14,14 @@ from typing import Any
 
 from launch.cloud.cloudformation import parameters_of
 from launch.cloud.logs import LogReader
-from launch.cloud.prices import HOURS_A_MONTH, dollars, price
+from launch.cloud.prices import HOURS_A_MONTH, price
 from launch.cloud.session import Aws
 from serving.deploy.release import idle_price
 from serving.deploy.stack import ServingStack
 from trainer.common import streams
 from trainer.common.errors import FAULT, OK, UserError
 from trainer.common.paths import expanded
+from trainer.common.text import dollars
 
 FOLLOW = 2.0  # seconds between two looks at the logs
 MAX_CALL = 6_291_456  # bytes of a call to Lambda or to an endpoint
@@ -47,7 +48,7 @@ def status(options: argparse.Namespace) -> int:
         unknown = ", without what has no known price"
     print(
         f"cost         {dollars(day)} a day as it stands, "
-        f"about {dollars(day * days)} in {days:.1f} days so far"
+        f"about {dollars(round(day * days, 2))} in {days:.1f} days so far"
     )
     basis = price(parameters["InstanceType"], aws.region).basis
     print(f"             ({basis}; requests are extra{unknown})")

@@ -96,6 +96,8 @@ def test_by_default_it_is_the_price_of_the_time_limit_on_demand(common, model):
     assert attempt.hours == 8
     assert attempt.ceiling == pytest.approx((G4DN + PARTS) * (8 + ceiling.AROUND / 3600))
     assert model.life.machines[0].limit == 8 * 3600
+    script = str(attempt.requests[0].parameters["UserData"])
+    assert f"platform.dollars_hour={round(G4DN + PARTS, 4)}" in script  # for the report
 
 
 def test_it_is_of_the_run_over_all_its_attempts(common, model):
@@ -182,6 +184,10 @@ def test_sagemaker_ends_a_job_at_the_ceiling(words, seconds, monkeypatch):
     plan = prepare(None, load_target(words), ["train.epochs=1"])
     limit = plan.requests[0].parameters["StoppingCondition"]["MaxRuntimeInSeconds"]
     assert limit == pytest.approx(seconds, abs=61) and plan.attempt.hours == limit / 3600
+    told = float(
+        json.loads(plan.requests[0].parameters["HyperParameters"]["platform.dollars_hour"])
+    )
+    assert told == pytest.approx(0.746 if "target=sagemaker" in words else 4 * 0.4706, abs=0.01)
 
 
 def test_the_tuner_ends_all_its_trials_at_the_ceiling(monkeypatch):
@@ -193,6 +199,8 @@ def test_the_tuner_ends_all_its_trials_at_the_ceiling(monkeypatch):
     assert limits["MaxParallelTrainingJobs"] == 2
     hours = 10 / 0.746 - trials * 300 / 3600
     assert limits["MaxRuntimeInSeconds"] == pytest.approx(hours * 3600 / 2, abs=61)
+    given = plan.requests[0].parameters["TrainingJobDefinition"]["StaticHyperParameters"]
+    assert float(given["platform.dollars_hour"]) == pytest.approx(0.746, abs=0.01)
 
 
 def test_a_price_that_nobody_knows_is_refused(common, model, monkeypatch):

@@ -62,6 +62,9 @@ def test_the_figures_are_those_of_its_answers(asked, photos, engine):
     assert "broken.jpg" in page
     assert "Confusion matrix" in page
     assert "How training went" not in page
+    assert "-m trainer data.root=DIR model.weights=" in out
+    (photos.parent / "train").mkdir()  # now it is a part of a data set
+    assert f"-m trainer data.root={photos.parent} model.weights=" in asked(photos)[1]
 
 
 def test_a_split_or_a_table_is_evaluated_too(asked, photos, tmp_path):

@@ -294,3 +294,10 @@ def test_a_kill_loses_nothing_and_does_no_picture_twice(asked, original, tmp_pat
         assert b"the same command goes on from here" in told
     assert asked(photos, "--csv", "all.csv")[0] == OK
     assert table.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("place", "told"), [("", True), ("test", True), ("loose", False)])
+def test_the_next_command_names_the_pictures_where_they_are_labelled(tmp_path, place, told):
+    (tmp_path / place / "hen").mkdir(parents=True)
+    said = predict._next("newest", ["*.jpg", str(tmp_path)], ["cow", "hen"])
+    assert said.endswith(f"serving evaluate newest {tmp_path if told else 'DIR'}")

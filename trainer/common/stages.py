@@ -5,7 +5,7 @@ Standard library only.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,8 @@ LONGEST_START = 600.0  # seconds; more is a clock that stood still, or another's
 class Stages:
     """The seconds of each stage, in the order in which they began.
 
-    A stage within another belongs to the outer one.
+    A stage within another belongs to the outer one. A run that was interrupted has several starts,
+    each a process of its own; what the earlier ones took counts too (`go_on_from`).
     """
 
     def __init__(self, before: float = 0.0) -> None:
@@ -26,6 +27,12 @@ class Stages:
         self._spent = {START: before}
         self._running = START
         self._since = time.monotonic()
+        self.starts = 1
+        self._earlier: Mapping[str, float] = {}
+
+    def go_on_from(self, earlier: Mapping[str, float], starts: int) -> None:
+        """Count what `starts` earlier processes of the same work took, in seconds by stage."""
+        self._earlier, self.starts = earlier, starts + 1
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -47,9 +54,25 @@ class Stages:
         return self._spent[ended]
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each stage until now; their sum is all the time there was."""
+        """Return this process's seconds of each stage until now.
+
+        Their sum is all the time there was.
+        """
         self._enter(self._running)
         return dict(self._spent)
+
+    def in_all(self) -> dict[str, float]:
+        """Return the seconds of each stage until now, of all starts together."""
+        spent = self.seconds()
+        names = dict.fromkeys([*spent, *self._earlier])
+        return {name: spent.get(name, 0.0) + self._earlier.get(name, 0.0) for name in names}
+
+
+def cost(seconds: float, dollars_hour: float | None) -> float | None:
+    """Return the dollars for machines that work so long; None where their price isn't known."""
+    if dollars_hour is None:
+        return None
+    return seconds * dollars_hour / 3600
 
 
 def since_process_start() -> float:

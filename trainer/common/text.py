@@ -25,6 +25,15 @@ def amount(size: float) -> str:
     return f"{size / 1e6:.3g} MB"
 
 
+def dollars(amount: float) -> str:
+    """Return US dollars: to the cent, and what is below ten cents with two digits."""
+    if amount == 0 or amount >= 0.095:
+        return f"${amount:,.2f}"
+    if amount < 0.0001:
+        return "< $0.0001"
+    return f"${amount:.2g}"
+
+
 def duration(seconds: float) -> str:
     """Return in seconds, minutes or hours, whichever fits."""
     if not math.isfinite(seconds):

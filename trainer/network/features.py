@@ -202,7 +202,8 @@ class FeatureCache:
         directory = self.cache / _key(facts | {"weights": self._weights})
         shape = (count, self.network.features_width)
         numbers = range(math.ceil(shape[0] / BATCH))
-        with ProgressBar(f"features, {name}", shape[0]) as bar:
+        told = f"features of {split}, {NAMES.get(view, f'view {view + 1}')}"
+        with ProgressBar(told, shape[0]) as bar:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
                 with (
@@ -216,9 +217,7 @@ class FeatureCache:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                log.warning(
-                    "features, %s: kept in memory alone: %s", name, one_line(error) or error
-                )
+                log.warning("%s: kept in memory alone: %s", told, one_line(error) or error)
             features = np.empty(shape, np.float32)
             bar.advance(-bar.done)
             for number, rows in self._blocks(machine, split, view, numbers, stop, bar):

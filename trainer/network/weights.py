@@ -175,6 +175,11 @@ def _continue(config: Config, images: ImageFolder) -> None:
         return
     config.model.head_hidden = hidden
     log.info("model.weights=%s has the same classes: its head goes on too", weights)
+    if before["config"].get("model.solve_on") == "both":
+        log.warning(
+            "that head was solved on pictures of valid too: where these are the same pictures, "
+            "valid's figures are too good; go by those of test"
+        )
     if config.model.freeze == "backbone" and before["config"].get("model.freeze") == "none":
         log.info(
             "model.freeze=backbone: only the head is trained on; "

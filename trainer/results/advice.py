@@ -137,7 +137,8 @@ def _few(known: Known) -> Iterator[Advice]:
     yield Advice(
         f"There are few pictures: {typical} of a typical class to train on.",
         f"Below {FEW} or so each one more counts. Ten more of each class, and first of the least "
-        "accurate ones below, will do more than any setting.",
+        "accurate ones below, will do more than any setting. Add them, and train again.",
+        known.again(),
     )
 
 

@@ -200,7 +200,7 @@ def reliability_chart(before: Sequence[Bin], after: Sequence[Bin], text: Text) -
         dots = [(each.confidence, 1 - each.right) for each in bins]
         total = sum(each.count for each in bins)
         radii = [max(2, round(LARGEST * math.sqrt(each.count / total))) for each in bins]
-        error = f"{calibration_error(bins):.3f}"
+        error = text(calibration_error(bins))
         lines.append(Line(name, colour, "", dots, error, False, radii))
     columns: dict[int, list[str]] = {}
     for name, bins in (("before", before), ("after", after)):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.common import files, templates
-from trainer.common.text import duration
+from trainer.common.text import dollars, duration
 from trainer.results.charts import Axis, scale, share_axis
-from trainer.results.runs import COLUMNS, COMPLETE, Summary, cells, dollars, own_settings
+from trainer.results.runs import COLUMNS, COMPLETE, Summary, cells, own_settings
 from trainer.results.text import breakable, percent, share
 
 CURVES = 8  # runs that have a colour of their own, the newest
@@ -203,6 +203,7 @@ def _curves(runs: Sequence[Summary]) -> Plot | None:
         return None
     epochs = [epoch for run in drawn for epoch, _ in run.curve]
     x = scale("epoch", min(epochs), max(epochs), log=False)
+    x = replace(x, ticks=[(at, text) for at, text in x.ticks if "." not in text])  # whole epochs
     y = share_axis("valid top-1", [right for run in drawn for _, right in run.curve])
     curves = []
     for number, run in enumerate(drawn):

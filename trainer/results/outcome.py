@@ -15,6 +15,7 @@ from trainer.common import files
 from trainer.common.console import log
 from trainer.common.errors import AGAIN, UserError
 from trainer.common.git import revision
+from trainer.common.stages import cost
 from trainer.images import folder
 from trainer.images.loader import PLAIN
 from trainer.images.names import suffix_of
@@ -368,6 +369,7 @@ def write_report(
             advice=advice(known),
             before=predecessor.find(run.run.directory, data, config),
             stages=lambda: _times(run, before).get("stages", {}),
+            dollars_hour=run.config.platform.dollars_hour,
         ),
         run.run.directory / "report.html",
         lambda path: folder.read_prepared(path, pixels),
@@ -393,7 +395,7 @@ def _about(run: Training, data: str) -> list[str]:
     pictures += f"{len(images.classes):,} classes"
     environment = run.machine.environment()
     where_run = environment["device"]
-    if where_run == "cpu":
+    if run.device.type == "cpu":
         where_run = f"{os.cpu_count()} cores ({platform.machine()})"
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return [network, pictures, f"on {where_run} in {environment['precision']}, {when}"]
@@ -437,11 +439,16 @@ def result(run: Training, tested: Tested, before: dict[str, Any] | None = None) 
 
 
 def _times(run: Training, before: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the seconds that it took to train: of all, and of each stage."""
+    """Return the seconds that it took to train: of all, and of each stage; and what they cost."""
     if before:
-        return {key: before[key] for key in ("seconds", "stages") if key in before}
-    stages = {name: round(spent, 1) for name, spent in run.run.stages.seconds().items()}
-    return {"seconds": round(sum(stages.values()), 1), "stages": stages}
+        return {key: before[key] for key in ("seconds", "stages", "dollars") if key in before}
+    stages = {name: round(spent, 1) for name, spent in run.run.stages.in_all().items()}
+    seconds = round(sum(stages.values()), 1)
+    times: dict[str, Any] = {"seconds": seconds, "stages": stages}
+    dollars = cost(seconds, run.config.platform.dollars_hour)
+    if dollars is not None:
+        times["dollars"] = round(dollars, 6)
+    return times
 
 
 def _rewinds(run: Training) -> dict[str, str]:
@@ -465,6 +472,14 @@ def _parent(run: Training) -> dict[str, str]:
     return {"goes on from": f"{parent['run']}: {what}"}
 
 
+def _starts(run: Training) -> dict[str, str]:
+    """Return how often the run was begun, where it was interrupted, by a name that is shown."""
+    starts = run.run.stages.starts
+    if starts == 1:
+        return {}
+    return {"starts": f"{starts}; the times are of all of them together"}
+
+
 def _environment(run: Training) -> dict[str, str]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -472,5 +487,6 @@ def _environment(run: Training) -> dict[str, str]:
         "platform": run.config.platform.name,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
+        **_starts(run),
         **{key: str(value) for key, value in run.machine.environment().items()},
     }

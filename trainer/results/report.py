@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.common import files, templates
-from trainer.common.text import duration
+from trainer.common.stages import cost
+from trainer.common.text import dollars, duration
 from trainer.images.care import Findings
 from trainer.results import confusion, mistakes
 from trainer.results.advice import Advice
@@ -76,12 +77,14 @@ class Report(Outcomes):
     views: Sequence[Views] = ()
     advice: Sequence[Advice] = ()
     before: Predecessor | None = None
+    dollars_hour: float | None = None  # of the machines; None: not known
 
 
 FILTERS: dict[str, Callable[..., Any]] = {
     "percent": percent,
     "number": number,
     "duration": duration,
+    "dollars": dollars,
     "share": share,
     "setting": setting,
     "count": "{:,}".format,
@@ -101,6 +104,8 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
     charts: list[Chart] = []
     if report.history:
         charts = _charts(report)
+    stages = _stages(report.stages())
+    took = sum(stage.seconds for stage in stages)
     rows = mistakes.table(report)
     folder = mistakes.common_folder(rows)
     page = templates.render(
@@ -129,7 +134,9 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
         epochs=_epochs(report.history),
         given=[key for key in report.config if key in report.given],
         counted=_counted(report.counts),
-        stages=_stages(report.stages()),
+        stages=stages,
+        took=took,
+        cost=cost(took, report.dollars_hour),
         script=templates.script(Path(__file__).with_name("report.js.j2")),
     )
     # A file name that is no UTF-8 holds surrogates, which can't be encoded: shown as \udcff.

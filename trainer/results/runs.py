@@ -21,7 +21,7 @@ from yaml import YAMLError
 from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.common.paths import RENTED
-from trainer.common.text import duration
+from trainer.common.text import dollars, duration
 from trainer.results.intervals import wilson_interval
 from trainer.results.text import percent, setting
 from trainer.settings import config as settings
@@ -112,7 +112,7 @@ def read(path: Path) -> Summary | None:
             interval=interval,
             seconds=result.get("seconds"),
             curve=list(best.items()),
-            dollars=rented.get("dollars"),
+            dollars=rented.get("dollars") or result.get("dollars"),
             uri=rented.get("uri"),
         )
     return None
@@ -209,19 +209,36 @@ def own_settings(runs: Sequence[Summary]) -> list[list[str]]:
 COLUMNS = (
     "date", "data", "model", "valid", "test", "95 %", "epochs", "time", "dollars", "state", "run",
 )  # fmt: skip
+NAMES = ("run", "data", "model")  # columns that a narrow terminal shows on a line of their own
 
 
-def table(runs: Sequence[Summary]) -> str:
+def table(runs: Sequence[Summary], width: int | None = None) -> str:
     """Return the runs as text, a line each, and what their columns are.
 
-    Dollars have a column where a run has cost some.
+    Dollars have a column where a run has cost some. width: of the terminal, in characters. Where a
+    line would be longer, each run has several: its figures, its names, what it differs by.
     """
-    lines: list[tuple[str, ...]] = [(*COLUMNS, "differs by")]
+    head = (*COLUMNS, "differs by")
+    lines: list[tuple[str, ...]] = [head]
     for run, own in zip(runs, own_settings(runs), strict=True):
         lines.append((*cells(run), _cut(" ".join(own))))
-    if not any(run.dollars is not None for run in runs):
-        place = COLUMNS.index("dollars")
-        lines = [(*line[:place], *line[place + 1 :]) for line in lines]
+    paid = any(run.dollars is not None for run in runs)
+    shown = [name for name in head if name != "dollars" or paid]
+    text = _aligned([tuple(line[head.index(name)] for name in shown) for line in lines])
+    if width is None or max(map(len, text)) <= width:
+        return "\n".join(text)
+    figures = [name for name in shown if name not in (*NAMES, "differs by")]
+    first = _aligned([tuple(line[head.index(name)] for name in figures) for line in lines])
+    told = [first[0]]
+    for line, begin in zip(lines[1:], first[1:], strict=True):
+        told += [begin, "  " + "  ".join(line[head.index(name)] for name in NAMES)]
+        if line[-1]:
+            told.append(f"  differs by {line[-1]}")
+    return "\n".join(told)
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines with their cells below each other."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
     padded = [
         "  ".join(
@@ -229,7 +246,7 @@ def table(runs: Sequence[Summary]) -> str:
         )
         for line in lines
     ]
-    return "\n".join(line.rstrip() for line in padded)
+    return [line.rstrip() for line in padded]
 
 
 def cells(run: Summary) -> tuple[str, ...]:
@@ -249,19 +266,10 @@ def cells(run: Summary) -> tuple[str, ...]:
         interval,
         "" if run.epochs is None else str(run.epochs),
         took,
-        dollars(run.dollars),
+        "" if run.dollars is None else dollars(run.dollars),
         run.state,
         run.place,
     )
-
-
-def dollars(value: float | None) -> str:
-    """Return what a run cost, to the cent where that is one, else with two digits; "" for none."""
-    if value is None:
-        return ""
-    if value >= 0.1 or value == 0:
-        return f"${value:,.2f}"
-    return f"${value:.2g}"
 
 
 def _percent(value: float | None) -> str:

@@ -211,11 +211,11 @@ def _model_by_name(
     if choice == name or (name not in named and choice not in named):
         return None
     option, instead = "torchvision", f"model=torchvision model.name={name}"
-    reason = f"model.name={name} is not {choice}"
+    reason = f"the settings that go with {name}"
     if name in named:
         option, instead = name, f"model={name} alone"
-    else:
-        reason += "; it comes with its pretrained weights unless model.weights says otherwise"
+    elif "model.weights" not in given:
+        reason += ", with its own pretrained weights"
     if "model" in given:
         raise UserError(
             f"model={choice} with model.name={name}: these are two models; give {instead}"

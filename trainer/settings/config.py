@@ -205,6 +205,7 @@ class PlatformConfig:
     checkpoints: str | None = setting(identity=False, path=True)
     package: str | None = setting(identity=False, path=True)
     cache: str = setting(identity=False, path=True)
+    dollars_hour: float | None = setting(at_least=0, at_most=100_000, identity=False)
 
 
 @dataclass

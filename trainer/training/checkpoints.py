@@ -18,8 +18,8 @@ from trainer.training import checkpoint
 class Checkpoints:
     """Written in the background, one at a time, by rank 0 alone.
 
-    take: returns the state to save, with references to the live tensors. writes: False in the other
-    processes, where nothing here does anything.
+    take: returns the state to save, with references to the live tensors. noted: called with each
+    save. writes: False in the other processes, where nothing here does anything.
     """
 
     def __init__(
@@ -27,6 +27,7 @@ class Checkpoints:
         root: Path,
         config: CheckpointConfig,
         take: Callable[[], dict[str, Any]],
+        noted: Callable[[], None],
         writes: bool,
     ) -> None:
         self.root, self.keep, self.writes = root, config.keep, writes
@@ -34,7 +35,7 @@ class Checkpoints:
         self.good: set[str] = set()  # names known to be whole: written or verified by this process
         # The best weights so far, and where they were evaluated: they lie in each checkpoint.
         self.best: checkpoint.Snapshot | None = None
-        self._take = take
+        self._take, self._noted = take, noted
         self._memory: Tensor | None = None  # of the last snapshot, for the next one
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -110,6 +111,7 @@ class Checkpoints:
         progress = state["progress"]
         name = checkpoint.step_name(progress["step"], evaluated=progress["batch"] == 0)
         self._writing = self._writer.submit(self._write, name, snapshot, self.best)
+        self._noted()
 
     def wait(self) -> None:
         """Return when the last snapshot is on disk.

@@ -12,7 +12,7 @@ from trainer.common.text import duration
 
 RECENT = 5  # epochs whose time the rest is taken to need; the first ones of a run are slower
 HEAD = ("epoch", "train loss", "train", "valid loss", "valid", "top-5", "F1", "time", "left, about")
-WIDTHS = (9, 12, 7, 12, 7, 7, 7, 8, 13)  # 82 columns in all
+WIDTHS = (7, 11, 7, 11, 7, 7, 7, 8, 12)  # 77 columns in all: with the mark, a terminal of 80
 
 
 class EpochTable:
@@ -54,7 +54,8 @@ class EpochTable:
         if self._headed:
             return text
         self._headed = True
-        return f"{painted(f'{_line(HEAD)}   * best so far', 'soft')}\n{text}"
+        head = f"* the best so far\n{_line(HEAD)}"
+        return f"{painted(head, 'soft')}\n{text}"
 
     def _left(self, rows: Sequence[Mapping[str, Any]], after: float) -> str:
         """Return how long the run will go on."""
@@ -76,7 +77,13 @@ def _rounded(seconds: float) -> float:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+    """Return in seconds, or as a clock shows minutes and hours."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _line(cells: Sequence[str]) -> str:

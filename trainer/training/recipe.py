@@ -103,6 +103,7 @@ def _decided(run: Run, images: ImageFolder) -> Recipe:
 
     recipe = Decision(run, images).recipe()
     _write(run.checkpoints / FILE, recipe)
+    run.note_times()
     return recipe
 
 

@@ -5,7 +5,10 @@ It holds the settings, the log, and the result that says that the run is complet
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,14 +41,15 @@ from trainer.images.identity import (
     samples,
 )
 from trainer.network import weight_folder, weights
-from trainer.settings.config import Config, identity, run_name
-from trainer.settings.words import key_of
+from trainer.settings.config import Config, identity, run_name, schema
+from trainer.settings.words import key_of, override
 
 if TYPE_CHECKING:
     from trainer.network.build import Classifier
 
 RESULT = "result.json"
 PREDICTIONS = "predictions.csv"
+TIMES = "times.json"  # beside the checkpoints: what the starts until then have taken
 PARENT = "parent"  # in a run's identity: the digest of the state that it goes on from
 FORMAT = 2  # of a run's identity; 1 knew pictures by name and size, and weights by path
 
@@ -221,6 +225,12 @@ class Run:
         """Write beside the checkpoints of which pictures they are, to name those that change."""
         note(self.checkpoints / INDEX, samples(images))
 
+    def note_times(self) -> None:
+        """Write beside the checkpoints how long each stage took, for the start after a kill."""
+        if self.world.is_main_process and not self.trial:
+            told = {"starts": self.stages.starts, "stages": self.stages.in_all()}
+            files.write(self.checkpoints / TIMES, json.dumps(told) + "\n")
+
     def result(self) -> dict[str, Any] | None:
         """Return what the complete run wrote last, or None. Raise Unreadable."""
         return read_result(self.directory)
@@ -254,14 +264,20 @@ class Run:
             pictures = Path(data.root)
         steps = [command("serving", "predict", self.package, pictures)]
         for before in (self.config.train.parent, self.config.model.weights):
-            if before is not None and Path(before, PREDICTIONS).is_file():
-                steps.append(command("trainer.runs", "--compare", before, self.directory))
+            if before is None:
+                continue
+            place = Path(before)
+            if place.name == ARCHIVE:  # the package of a run
+                place = place.parent
+            if (place / PREDICTIONS).is_file():
+                steps.append(command("trainer.runs", "--compare", place, self.directory))
         return [*steps, command("serving", "serve", self.package), rehearse]
 
     def again(self, *words: str) -> str:
         """Return the command that trains once more, with these settings; in a job "".
 
-        It is another run, so it has another name.
+        It is another run, so it has another name. Where no setting decides it (the pictures were
+        changed, say), the command gives one that is free.
         """
         if not self.package.name.endswith(".tar.gz"):
             return ""
@@ -269,7 +285,16 @@ class Run:
         if "model.name" in replaced:
             replaced.add("model")
         kept = [word for word in self.given if key_of(word) not in replaced]
+        known = schema()
+        if not any(known[key_of(word)].metadata["identity"] for word in words):
+            kept.append(override("name", self._next_name()))
         return command("trainer", *kept, *words)
+
+    def _next_name(self) -> str:
+        """Return the name with the next number for which there is no run here."""
+        base = re.sub(r"-\d{1,3}$", "", self.name)
+        numbers = (f"{base}-{number}" for number in itertools.count(2))
+        return next(name for name in numbers if not (self.directory.parent / name).exists())
 
     def summarize(self, result: dict[str, Any]) -> None:
         """Show how good it is, where it lies, what to do next: the last thing on the terminal."""
@@ -413,5 +438,15 @@ def _opened(run: Run) -> Iterator[None]:
             files.sweep(written, run.temporary)
         with also_to_file(directory / "log.txt"):
             log.info("run %s in %s", run.name, directory)
+            _count_earlier(run)
             run.write_settings()
             yield
+
+
+def _count_earlier(run: Run) -> None:
+    """Let the run's times be those of all its starts, as far as they were noted."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a word in the report
+        told = json.loads((run.checkpoints / TIMES).read_bytes())
+        stages = {str(name): float(spent) for name, spent in told["stages"].items()}
+        if all(0 <= spent < math.inf for spent in stages.values()):
+            run.stages.go_on_from(stages, int(told["starts"]))

@@ -207,7 +207,11 @@ class Training:
         self._changing = threading.Lock()
         self._changing.acquire()
         self.checkpoints = Checkpoints(
-            run.checkpoints, run.config.checkpoint, self.state, run.world.is_main_process
+            run.checkpoints,
+            run.config.checkpoint,
+            self.state,
+            run.note_times,
+            run.world.is_main_process,
         )
 
     def _gradients(self) -> Gradients:

@@ -105,7 +105,7 @@ def test_status_lists_runs_and_what_costs_money(account):
     code, printed = account.run("status")
     assert code == OK and "shown " in printed
     assert re.search(
-        r"machine +i-\w+ +1 x g4dn.xlarge .*\$\d+\.\d\d so far, \$0.5260 an hour", printed
+        r"machine +i-\w+ +1 x g4dn.xlarge .*\$\d+\.\d+ so far, \$0.5260 an hour", printed
     )
     assert re.search(
         r"training +packhorse-shown-too-1 +4 x ml.m5.2xlarge .*\$1.8440 an hour", printed

@@ -72,7 +72,8 @@ def test_the_table_marks_the_best_and_says_what_is_left():
     for number, best in ((1, True), (2, False), (3, True)):
         rows.append(ROW | {"epoch": number, "seconds": 2.0 * number})
         lines += table.row(rows, best, after=30.0).splitlines()
-    head, *lines = lines
+    mark, head, *lines = lines
+    assert mark == "* the best so far"
     assert head.split()[0] == "epoch" and "left, about" in head
     assert [line.endswith(" *") for line in lines] == [True, False, True]
     assert [line.split()[0] for line in lines] == ["1/4", "2/4", "3/4"]
@@ -82,6 +83,17 @@ def test_the_table_marks_the_best_and_says_what_is_left():
     assert [int(each[1]) for each in left if each] == [36, 36, 34]
     solved = EpochTable(0).row([{"epoch": 0, "valid_top1": 0.5}], best=True, after=0.0)
     assert "head" in solved
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(9.0, "9.0 s"), (90, "1:30"), (3690, "1:01:30")])
+def test_a_row_fits_a_terminal_of_80_columns(seconds, told):
+    row = {"epoch": 100, "train_loss": 0.000123, "train_top1": 1.0, "valid_loss": 1.23e-5}
+    row |= {"valid_top1": 1.0, "valid_top5": 1.0, "valid_f1": 1.0, "seconds": seconds}
+    lines = EpochTable(120).row([row], best=True, after=seconds).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].split()[:8] == [
+        "100/120", "0.000123", "100.0%", "1.23e-05", "100.0%", "100.0%", "100.0%", told.split()[0],
+    ]  # fmt: skip
 
 
 def test_the_head_alone_tells_no_time_that_nobody_knows():

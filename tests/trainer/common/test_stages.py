@@ -30,5 +30,16 @@ def test_each_second_belongs_to_one_stage_and_the_outer_one_of_two(clock):
         assert spent.seconds()["training"] == 156.0
 
 
+def test_what_earlier_starts_took_counts_too(clock):
+    spent = Stages()
+    spent.go_on_from({"recipe": 5.0, START: 1.0}, 2)
+    clock[0] += 2
+    with spent.of("training"):
+        clock[0] += 4
+    assert spent.seconds() == {START: 2.0, "training": 4.0}
+    assert spent.in_all() == {START: 3.0, "training": 4.0, "recipe": 5.0}
+    assert spent.starts == 3
+
+
 def test_a_process_knows_when_it_began():
     assert 0 <= stages.since_process_start() < stages.LONGEST_START

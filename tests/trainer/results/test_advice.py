@@ -43,7 +43,7 @@ def test_where_all_is_well_there_is_nothing_to_say():
     [
         ({"history": LEARNED}, "overfits: 100% on train, 84.0%", "again data.augment.trivial=true"),
         ({"history": FALLING, "best_epoch": 10}, "best of 10", "again train.epochs=20"),
-        ({"counts": {"train": np.array([9, 9, 0])}}, "few pictures: 9 ", ""),
+        ({"counts": {"train": np.array([9, 9, 0])}}, "few pictures: 9 ", "again"),
         (
             {"counts": {"train": np.array([900, 30])}},
             "900 training pictures, the smallest 30",

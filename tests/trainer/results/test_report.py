@@ -562,14 +562,14 @@ def test_the_page_shows_how_sure_the_network_is(tmp_path: Path) -> None:
         "How sure it is",
         "that 200 pictures chose that it wasn't trained on",
         "Note: a <word> of it.",
-        f"{quality.error_before:.3g}",
-        "asked 90%",
+        percent(quality.error_before),
+        "asked: 90%",
         "Unlike those trained on",
     ):
         assert said in page.text, said
     labels_of_plots = [svg.get("aria-label", "") for svg in page.attributes("svg")]
     assert any(
-        label.startswith("Right answers by their probability by probability, before 0.")
+        label.startswith("Right answers by their probability by probability, before ")
         for label in labels_of_plots
     )
     points = [each for each in page.attributes("circle") if each["class"] == "blue"]
@@ -582,7 +582,7 @@ def test_the_reliability_chart_stands_on_its_diagonal_where_all_is_as_it_should_
     chart = reliability_chart(bins, bins, percent)
     assert all(x == pytest.approx(1 - y) for line in chart.lines for x, y in line.dots)
     assert [line.radii for line in chart.lines] == [(), [9, 9, 9], [9, 9, 9]]
-    assert [line.best for line in chart.lines] == ["", "0.000", "0.000"]
+    assert [line.best for line in chart.lines] == ["", "0%", "0%"]
     assert [readout.left * calibrate.BINS for readout in chart.readouts] == pytest.approx(
         [1, 7, 13]
     )

@@ -11,6 +11,7 @@ import pytest
 
 from tests.trainer.results.test_report import CHROMIUM, FLAGS, Page
 from trainer import runs as command
+from trainer.common import text as words
 from trainer.common.errors import UserError
 from trainer.results import predecessor, runs
 from trainer.results.runs import Comparison
@@ -55,6 +56,11 @@ def test_the_table_tells_runs_apart(make, tmp_path):
     assert by_name["a"].endswith("/a")
     assert "stopped" in by_name["c"]
     assert " 70.0% " in by_name["c"]  # its best epoch so far
+    head, *lines = runs.table(runs.find(tmp_path / "runs"), width=80).splitlines()
+    assert head.split() == ["date", "valid", "test", "95", "%", "epochs", "time", "state"]
+    assert lines.count("  differs by optim.lr=0.01") == 1 and len(lines) == 7
+    assert f"  {tmp_path}/runs/a  dogs  resnet18" in lines
+    assert all(len(line) <= 80 for line in (head, *lines) if str(tmp_path) not in line)
 
 
 def test_a_run_that_a_process_has_is_running(make):
@@ -230,3 +236,12 @@ def test_a_browser_sorts_the_runs_without_complaint_or_sideways_scrolling(make, 
     one = f"0 {falling} {rising}"
     assert re.findall("<title>(.*?)</title>", shown.stdout) == [f"{one} {one}"]
     assert not [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.parametrize(
+    ("amount", "told"),
+    [(0, "$0.00"), (0.00001, "< $0.0001"), (0.00364, "$0.0036"), (0.0949, "$0.095"),
+     (0.0999, "$0.10"), (0.526, "$0.53"), (1234.5, "$1,234.50")],
+)  # fmt: skip
+def test_dollars_as_people_write_them(amount, told):
+    assert words.dollars(amount) == told

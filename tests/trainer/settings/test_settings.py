@@ -111,6 +111,7 @@ RUNS = {
         "data.valid_fraction=0.5",
         "platform.runs=#1, ä",
         "platform.cache=c=c",
+        "platform.dollars_hour=36",
         "name=007",
     ),
 }

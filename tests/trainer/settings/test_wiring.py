@@ -207,6 +207,7 @@ WIRES = (
         shows={"package's place": ["there"]},
     ),
     Wire("platform.cache=there", {"cache's place"}, shows={"cache's place": ["there/digests"]}),
+    Wire("platform.dollars_hour=2", {"price"}, shows={"price": 2}),
 )  # fmt: skip
 
 

@@ -213,6 +213,7 @@ class Observer:
 
     def see_report(self, contents: report.Report, path: Path, *how: Any) -> None:
         self.facts["reported"] = digest(contents.probabilities)
+        self.facts["price"] = contents.dollars_hour
         path.write_text("report")
 
 

@@ -1,6 +1,7 @@
 """A complete run keeps what its result.json promises, or makes it again, or says that it can't."""
 
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from trainer.common import files
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop
 from trainer.distributed.world import World
-from trainer.results import early, package
+from trainer.results import early, package, runs
 from trainer.training import complete
-from trainer.training.run import open_run, read_result
+from trainer.training.run import TIMES, Run, open_run, read_result
 
 RUN = Path("runs/run")
 MADE = ("model.tar.gz", "report.html", "metrics.jsonl", "quarantine.txt", "predictions.csv")
@@ -209,3 +210,49 @@ def test_one_process_at_a_time_has_a_run_or_its_checkpoints(tmp_path, configure,
     shutil.rmtree("runs")
     with opened(configure, elsewhere):
         pass
+
+
+def test_the_times_and_dollars_are_those_of_all_starts(cwd, train):
+    told = json.loads((cwd / RUN / "checkpoints" / TIMES).read_text())
+    assert told["starts"] == 1 and {"scan", "training"} <= told["stages"].keys()
+    (cwd / RUN / "result.json").unlink()  # as if it had been killed before its last word
+    earlier = {"starts": 2, "stages": {"training": 1000.0, "features": 80.0}}
+    (cwd / RUN / "checkpoints" / TIMES).write_text(json.dumps(earlier))
+    train(cwd, "platform.dollars_hour=36")
+    result = read_result(cwd / RUN)
+    assert result["stages"]["features"] == 80 and result["stages"]["training"] >= 1000
+    assert result["seconds"] == pytest.approx(sum(result["stages"].values()))
+    assert result["dollars"] == pytest.approx(result["seconds"] / 100)
+    page = (cwd / RUN / "report.html").read_text()
+    assert "3; the times are of all of them together" in page
+    assert re.search(r"took <a [^>]*>\d+ min.*</a>, about \$\d+\.\d\d at \$36\.00 an hour", page)
+    assert runs.read(cwd / RUN).dollars == result["dollars"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"starts": 2}', '{"starts": 2, "stages": {"a": NaN}}'])
+def test_times_that_cannot_be_read_count_as_none(text, tmp_path, configure, pictures):
+    config = configure(*SETTINGS, f"data.root={pictures}", f"platform.run_dir={tmp_path}")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / TIMES).write_text(text)
+    with open_run(config, World(), Stop()) as run:
+        assert run.stages.starts == 1
+
+
+def test_the_command_to_train_again_begins_another_run(tmp_path, configure, pictures):
+    """Where the pictures have changed, the same command would be refused."""
+    words = ["data=folder", f"data.root={pictures}", "model=small_cnn", "name=dogs"]
+    config = configure(*words, f"platform.runs={tmp_path}")
+    with open_run(config, World(), Stop(), words) as run:
+        begin = f"-m trainer data=folder data.root={pictures} model=small_cnn"
+        assert run.again().endswith(f"{begin} name=dogs-2")
+        (tmp_path / "dogs-2").mkdir()
+        assert run.again("data.cache=packed").endswith(f"{begin} name=dogs-3 data.cache=packed")
+        assert run.again("train.epochs=9").endswith(f"{begin} train.epochs=9")
+
+
+@pytest.mark.parametrize("weights", [RUN, RUN / "model.tar.gz"])
+def test_a_run_that_goes_on_from_another_is_compared_with_it(cwd, weights, configure, monkeypatch):
+    monkeypatch.chdir(cwd)
+    config = configure(*SETTINGS, f"model.weights={weights}", "data.root=.", "name=on")
+    run = Run(config, World(), Stop(), "on", Path("runs/on"), Path("on"), Path("on/model.tar.gz"))
+    assert any(step.endswith(f"trainer.runs --compare {RUN} runs/on") for step in run.next_steps())
