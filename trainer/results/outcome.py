@@ -286,7 +286,7 @@ def build_package(run: Training, tested: Tested) -> None:
         package.build(run.network, contents, target, archive=archive, temporary=run.run.temporary)
     except package.SelfTestFailed as error:
         raise UserError(
-            f"{target}: {error}; what was trained is saved: mend that, {AGAIN}"
+            f"{target}: {error}; what was trained is saved: fix that, {AGAIN}"
         ) from error
 
 

@@ -279,7 +279,7 @@ class Decision:
                 f"recipe.prefer={self.config.recipe.prefer})"
             )
         if len(rows) == 1:
-            reason = f"{rows[chosen].name} is the only one that can be had"
+            reason = f"{rows[chosen].name} is the only one available"
         self.reasons.append(reason)
         return chosen
 
@@ -296,7 +296,7 @@ class Decision:
         hurts = gain.mean() < -FLIPS_HURT * probe.standard_error(gain)
         hurts = hurts and both.correct.sum() < judged.correct.sum()
         if hurts:
-            self.reasons.append("mirrored pictures make it worse: data.augment.flip=false")
+            self.reasons.append("mirroring the pictures makes it worse: data.augment.flip=false")
         return {"data.augment.flip": not hurts}
 
     def with_crops(self, network: Network) -> dict[str, Any]:
@@ -311,9 +311,9 @@ class Decision:
         if share < 1:
             network = _sampled(network, share, self.config.seed)
         parts, whole = (self.judge(_cropped(network, CROPS[each]), VIEWS) for each in CROPS)
-        chosen, words = "parts", "parts of pictures tell more than nearly whole ones"
+        chosen, words = "parts", "smaller crops of the pictures work better than nearly whole ones"
         if whole.losses.sum() < parts.losses.sum():
-            chosen, words = "whole", "nearly whole pictures tell more than parts of them"
+            chosen, words = "whole", "nearly whole pictures work better than smaller crops"
         low, high = CROPS[chosen]
         self.reasons.append(f"{words}: data.augment.scale=[{low:g},{high:g}]")
         return {"data.augment.scale": list(CROPS[chosen])}
@@ -359,7 +359,7 @@ class Decision:
             tuned["train.keep"] = "last"  # as it was judged; to choose by few pictures is chance
         elif len(ways) > 1:
             tuned |= self.better_way(judged.network, flips | tuned, ways)
-        kept = "what comes out is kept where it is better"
+        kept = "the result is kept only if it is better"
         if halves:
             kept = "on halves of the pictures that was better than the head alone"
         self.reasons.append(
@@ -546,8 +546,8 @@ class Decision:
     def from_scratch(self) -> dict[str, Any]:
         """Return the settings where no weights can be had: a small network on small pictures."""
         self.reasons.append(
-            f"no weights of any candidate can be had: {TOY} is trained from scratch, which is far "
-            "less accurate; give model.weights_dir=DIR, a folder with weights"
+            f"the weights of no candidate are available: {TOY} is trained from scratch, which "
+            "is far less accurate; give model.weights_dir=DIR, a folder with weights"
         )
         return {
             "model.name": TOY,
@@ -576,10 +576,10 @@ def _worse_by(one: Judged, best: Judged) -> float:
 def _words_of(tuned: dict[str, Any]) -> str:
     """Return in words which way to fine-tune was taken."""
     if "optim.lr" not in tuned:
-        return "small rates are best for it: the weights know such pictures"
+        return "small learning rates work best: the weights know such pictures"
     return (
-        f"larger rates are best for it (optim.lr={tuned['optim.lr']:g} for all layers): the "
-        "weights have much to learn from such pictures"
+        f"larger learning rates work best (optim.lr={tuned['optim.lr']:g} for all layers): "
+        "the weights have much to learn from these pictures"
     )
 
 

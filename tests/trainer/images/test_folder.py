@@ -466,7 +466,7 @@ def test_more_broken_pictures_than_allowed_are_counted_and_named(folder):
     )
     assert message.count(".jpg (broken ") == 5
     assert message.endswith(
-        "/train/a/5.jpg (broken 5.jpg) and 11 more; mend or remove them, or allow more"
+        "/train/a/5.jpg (broken 5.jpg) and 11 more; fix or remove them, or allow more"
     )
 
 
