@@ -184,7 +184,7 @@ def test_a_wait_lives_through_whatever_ends_by_itself(account):
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == OK and "Traceback" not in printed, printed
     [machine] = [each for each in machines(account, "outage") if each["State"]["Code"] != 48]
-    assert "outage goes on without us on i-" in printed and "for 8 h at most" in printed
+    assert "outage keeps running without us on i-" in printed and "for 8 h at most" in printed
     assert 1 <= printed.count("AWS answers again") <= 4 and machine["InstanceId"] in printed
 
 
