@@ -119,7 +119,7 @@ def reasons(job: Workload) -> list[str]:
         "clean up; the trials of a search run side by side.",
         f"target=sagemaker_multi takes 4 x ml.m5.2xlarge: {_time(four[0])} for "
         f"{_dollars(four[1])}. It needs no GPU quota, and general-purpose machines are hardly "
-        "ever sold out; it is the way to train when no GPU can be had, not a cheaper one.",
+        "ever sold out; it is the way to train when no GPU is available, not a cheaper one.",
         last,
     ]
 
