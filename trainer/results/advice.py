@@ -63,8 +63,9 @@ def _leaks(known: Known) -> Iterator[Advice]:
     leaks = len(known.findings.leaked)
     if leaks and known.config.get("data.leaks") == "warn":
         yield Advice(
-            f"Of valid or test {_counted(leaks, 'picture is', 'pictures are')} in train too.",
-            "That flatters the figures: keep it out of these.",
+            f"{_counted(leaks, 'picture of valid or test is', 'pictures of valid or test are')} "
+            "in train too.",
+            "The figures look better than they are. Leave these pictures out of them.",
             known.again("data.leaks=drop"),
         )
 
