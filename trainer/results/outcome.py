@@ -462,7 +462,7 @@ def _parent(run: Training) -> dict[str, str]:
     if parent is None:
         return {}
     what = {"state": "its end, with more epochs", "weights": "its weights"}[parent["what"]]
-    return {"goes on from": f"{parent['run']}: {what}"}
+    return {"continues from": f"{parent['run']}: {what}"}
 
 
 def _environment(run: Training) -> dict[str, str]:

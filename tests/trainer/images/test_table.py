@@ -131,8 +131,8 @@ REFUSED = {
         "line 4, column label: train has no class c",
     ),
     "quotes": (f'{KAGGLE}"id1,a\n', "line 10: not valid CSV"),
-    "no text": (b"id,breed\nid0,\xe4\n", "line 2: no UTF-8"),
-    "UTF-16": (KAGGLE.encode("utf-16"), "line 1: no UTF-8"),
+    "no text": (b"id,breed\nid0,\xe4\n", "line 2: not UTF-8"),
+    "UTF-16": (KAGGLE.encode("utf-16"), "line 1: not UTF-8"),
     "control": (f"{KAGGLE}id1,a\x07\n", "line 10, column breed: the class 'a\\x07' has control"),
 }  # fmt: skip
 
@@ -182,7 +182,7 @@ def test_code_of_ones_own_names_the_pictures_as_a_table_does(root):
         ("x = 1", "it defines no function pictures"),
         ("def pictures(root):\n  return 1 / 0", ", line 2: pictures: ZeroDivisionError"),
         ("def pictures(root):\n  yield 'a.jpg'", "item 1 is 'a.jpg'; each must be (path"),
-        ("def pictures(root):\n  yield 'a.jpg', 7", "gives ('a.jpg', 7) as number 1"),
+        ("def pictures(root):\n  yield 'a.jpg', 7", "item 1 is ('a.jpg', 7)"),
         ("def pictures(root):\n  yield 'no.jpg', 'a'\n  yield 'n.jpg', 'b'", "there is no such"),
     ],
 )

@@ -43,8 +43,8 @@ def test_a_range_has_the_type_of_its_setting(override: str, configure: Configure
 
 MISTAKES = {
     "optim.lrr=1,2": "did you mean optim.lr",
-    "optim.lr=5": "is no range",
-    "optim.lr=glob(*)": "is no range",
+    "optim.lr=5": "is not a range",
+    "optim.lr=glob(*)": "is not a range",
     "optim.lr=[1": "can't be read",
     "optim.lr=-1,1": "above 0",
     "optim.lr=interval(0,1)": "above 0",
