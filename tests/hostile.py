@@ -301,7 +301,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "TIFF: strips that share packed bytes": (
         lambda: shared_strips(20_000, b"\x78\x9c" + NOTHING * 10_000 + zlib.compress(bytes(4))[2:]),
-        "on each other",
+        "overlapping pixels",
     ),
     "TIFF: scans of JPEG": (
         lambda: scans_in_tiles(40, 1024),
