@@ -40,7 +40,11 @@ EXAMPLES = [
     ("AccessDenied", KEY, "kms:GenerateDataKey and kms:Decrypt"),
     ("MaxSpotInstanceCountExceeded", "", "quota of spot machines"),
     ("Unsupported", ZONE + "Zone (us-east-1e)", "the zone doesn't have this machine"),
-    ("Unsupported", "The requested configuration is currently not supported", "the region doesn't have"),
+    (
+        "Unsupported",
+        "The requested configuration is currently not supported",
+        "the region doesn't have",
+    ),
     ("InsufficientInstanceCapacity", "", "no such machine free there now"),
     ("CapacityError", "", "no such machine free there now"),
     ("ResourceLimitExceeded", NO_QUOTA, "this quota is 0"),
