@@ -69,7 +69,7 @@ EXAMPLES = [
     ("MissingInput", "No subnets found for the default VPC 'vpc-1'.", "create-default-subnet"),
     ("InvalidSubnetID.NotFound", "", "correct target.subnet"),
     ("InvalidGroup.NotFound", "", "correct target.security_groups"),
-    ("InsufficientFreeAddressesInSubnet", "", "no address left"),
+    ("InsufficientFreeAddressesInSubnet", "", "no free address left"),
     ("ParameterNotFound", "", "target.image=ami-"),
     ("InvalidAMIID.NotFound", "", "ids differ by region"),
     ("InvalidBlockDeviceMapping", "", "raise target.disk_gb"),

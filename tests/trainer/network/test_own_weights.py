@@ -53,7 +53,7 @@ def test_ten_more_epochs(cwd, pictures):
     code, said = more(cwd, pictures, "model.weights=runs/first", "train.epochs=10")
     assert code == OK, said
     assert "model.name=small_cnn: the network of model.weights=runs/first" in said
-    assert "no model was given" not in said and "learns from nothing" not in said
+    assert "no model was given" not in said and "starts from random" not in said
     assert "model.weights=runs/first has the same classes: its head is kept too" in said
     assert "model.freeze=none trains all layers on, as before" in said
     assert "weights from runs/first (from scratch)" in said and "assumed" not in said

@@ -250,7 +250,7 @@ NOTES: list[tuple[object, str]] = [
     ({"interpolation": "nearest"}, "interpolation=nearest is not allowed; allowed: bilinear"),
     ({"licence": ["MIT"]}, "licence=.*allowed: a line of text"),
     ({"source": "a\nb"}, "source=.*allowed: a line of text"),
-    ({"name": "resnet17"}, "name=resnet17 is no network"),
+    ({"name": "resnet17"}, "name=resnet17 is not a network"),
     ([1], "it holds no keys with values"),
     ("{", "it is not JSON"),
 ]
@@ -314,7 +314,7 @@ def test_a_large_network_from_scratch_on_few_pictures_is_one_warning(
     config = configure("data=folder", "data.root=x", *words)
     weights.warn_of_scratch(config, int(parameters), pictures)
     assert len(caplog.records) == warned
-    assert ("learns from nothing" in caplog.text) == warned
+    assert ("starts from random weights" in caplog.text) == warned
 
 
 def test_timms_files_are_seen_where_timm_is_missing(tmp_path, monkeypatch):
