@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     ),
     "git's pointer": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "git's pointer to them.*git lfs pull",
+        "git's pointer to the weights.*git lfs pull",
     ),
     "half a file": (
         lambda path: (torch.save({"a": torch.zeros(99)}, path), path.write_bytes(
