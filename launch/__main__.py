@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return guarded(lambda: run(verb, rest), log.log)
     except KeyboardInterrupt:
-        log.warning("interrupted; what runs at AWS goes on: python -m launch status")
+        log.warning("interrupted; what runs on AWS keeps running: python -m launch status shows it")
         return MISTAKE
 
 

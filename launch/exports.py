@@ -144,13 +144,12 @@ def rented(spec: Spec) -> ec2.Ec2Config:
     """Return the settings of the machine. Raise UserError where it is not one of EC2's."""
     if not isinstance(spec.target, ec2.Ec2Config) or not spec.kind.trains:
         raise UserError(
-            f"target={spec.target.name}: SkyPilot and dstack rent machines of EC2's; "
-            "give target=ec2"
+            f"target={spec.target.name}: SkyPilot and dstack rent EC2 machines; give target=ec2"
         )
     if spec.instances > 1:
         raise UserError(
-            f"target.instances={spec.instances}: what is exported trains on one machine; "
-            "give target.instances=1, or submit it here"
+            f"target.instances={spec.instances}: an exported run trains on one machine; give "
+            "target.instances=1, or submit it here"
         )
     return spec.target
 

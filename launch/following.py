@@ -50,4 +50,4 @@ def follow(
 def runs_on(attempt: Attempt) -> str:
     """Return what goes on at AWS while it can't be asked."""
     machine = attempt.id or attempt.job
-    return f"{attempt.run} goes on without us on {machine}, for {attempt.hours:.3g} h at most"
+    return f"{attempt.run} keeps running without us on {machine}, for {attempt.hours:.3g} h at most"

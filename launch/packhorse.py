@@ -44,7 +44,7 @@ GROUPS = {
         "predict": _serving("predict", "say what pictures show, in lines or a table"),
         "evaluate": _serving("evaluate", "how good a model is on other labelled pictures"),
         "check": _serving("check", "verify a model package"),
-        "sign": _serving("sign", "say in a model package who built it, by a key"),
+        "sign": _serving("sign", "sign a model package, so that others can check who built it"),
         "serve": _serving("serve", "answer on HTTP, with a page to try the model"),
         "bench": _serving("bench", "measure a server, and say what to deploy for a load"),
     },

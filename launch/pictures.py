@@ -81,7 +81,7 @@ def _decoded(paths: Sequence[str]) -> dict[str, str]:
 
     found = {}
     threads = ThreadPoolExecutor(cores(), thread_name_prefix="look")
-    with threads, ProgressBar("looking at pictures", len(paths)) as progress:
+    with threads, ProgressBar("checking pictures", len(paths)) as progress:
         for path, why in zip(paths, threads.map(reason, paths), strict=True):
             progress.advance()
             if why is not None:

@@ -305,15 +305,15 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
     folder = spec.data_root or "/opt/ml/input/data/training"
     for given, instead in only_here(spec.config, folder):
         lines.append(
-            f"{given} is on this machine alone: put it into the folder of pictures, "
-            f"and give {instead}"
+            f"{given} is on this machine only: put it into the folder of pictures, and give "
+            f"{instead}"
         )
     resent = plan.before is not None and plan.requests == plan.before.requests
     if plan.price.on_demand is None and plan.requests and not resent:
         lines.append(
             f"the price of {plan.price.instance_type}: neither AWS's Price List nor the table "
-            "has it, so no ceiling can be held: take another target.instance_type, "
-            "or start python -m launch prices --refresh with the right to pricing:GetProducts"
+            "has it, so no ceiling can be held: choose another target.instance_type, or run "
+            "python -m launch prices --refresh as a user who may call pricing:GetProducts"
         )
     if aws is None:
         return lines
@@ -397,8 +397,9 @@ def means(spec: Spec, data: Path | None) -> list[str]:
         if recipe.minutes is not None:
             longest = f"{recipe.minutes:g} minutes, or a tenth of the training if that is longer"
         notes.append(
-            f"model={settings.AUTO} measures before it trains, for {longest}; how long training "
-            "takes is not known before, and the time limit is what it can cost at most"
+            f"model={settings.AUTO} measures before it trains, for {longest}; only then is it "
+            "known how long training takes, so the price at the time limit is the most that "
+            "it can cost"
         )
     return notes + settings.ignored(spec.config, spec.overrides, spec.kind.sweeps)
 

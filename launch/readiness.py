@@ -54,8 +54,8 @@ def clock(aws: Aws) -> Answer:
     minutes = round(off.total_seconds() / 60)
     return Answer(
         f"{minutes} minutes off",
-        f"the right time: this machine's clock is {minutes} minutes off, and AWS refuses what is "
-        "signed so; set it (sudo ntpdate -u pool.ntp.org)",
+        f"the right time: this machine's clock is {minutes} minutes off, so AWS refuses its "
+        "requests; set it (sudo ntpdate -u pool.ntp.org)",
     )
 
 

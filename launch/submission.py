@@ -173,7 +173,7 @@ def _again(aws: Aws, plan: Plan) -> Attempt:
     assert before is not None
     if before.refused is None:
         log.info(
-            "attempt %d at %s was noted before: it is sent as it was noted",
+            "attempt %d at %s was recorded earlier: sending it as recorded",
             before.number,
             before.run,
         )
@@ -201,7 +201,7 @@ def _send(aws: Aws, request: Request) -> dict[str, Any]:
         if not re.search(ALREADY, f"{error.code}: {error.message}"):
             raise
         _check_owner(aws, request)
-        log.info("%s: found what an earlier submit has made", request.operation)
+        log.info("%s: found what an earlier submit created", request.operation)
         return {}
 
 
@@ -220,7 +220,9 @@ def _send_once_seen(aws: Aws, request: Request) -> dict[str, Any]:
                 raise
             if left == IAM_TRIES - 1:
                 log.info(
-                    "%s; a %s that was just made is not seen at once: asking again", error, young[0]
+                    "%s; a new %s takes a moment to be seen everywhere: asking again",
+                    error,
+                    young[0],
                 )
             time.sleep(IAM_PAUSE)
     raise AssertionError("the last try returns or raises")
@@ -237,7 +239,7 @@ def _check_owner(aws: Aws, request: Request) -> None:
     name = request.parameters[f"{kind}Name"]
     whose = ownership.anothers(aws, kind, name)
     if whose is not None:
-        line = f"{name}: what has this name at AWS belongs to {whose}; give another name=..."
+        line = f"{name}: on AWS this name belongs to {whose}; give another name=..."
         raise AwsError(line, TAKEN, line, refused=True)
 
 
@@ -282,12 +284,13 @@ def check_vain(attempt: Attempt, state: State, in_vain: int) -> None:
     """Raise UserError where too many machines in a row got no further than the one before."""
     if in_vain > REPLACEMENTS:
         raise UserError(
-            f"{attempt.run}: {in_vain} machines in a row were taken back ({state.detail}) before "
-            "a new checkpoint was saved; no other is asked for: give target.spot=false, or a lower "
-            "checkpoint.minutes, or start the same submit again later"
+            f"{attempt.run}: {in_vain} machines in a row were taken back ({state.detail}) "
+            "before a new checkpoint was saved; not asking for another: give "
+            "target.spot=false, or a lower checkpoint.minutes, or start the same submit "
+            "again later"
         )
     log.info(
-        "attempt %d lost its machine (%s); asking for another, which goes on from the last "
+        "attempt %d lost its machine (%s); asking for another, which continues from the last "
         "checkpoint",
         attempt.number,
         state.detail,
@@ -302,7 +305,7 @@ def ask_until_free(
     planned: makes the plan, anew each time. folders: to upload, as `submit` takes them. Raise
     UserError, AwsError.
     """
-    patience = Patience(aws, every, "what was sent before goes on")
+    patience = Patience(aws, every, "what was sent before keeps running")
     while True:
         try:
             return patience.ask(lambda: submit(aws, planned(), *folders))

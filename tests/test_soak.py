@@ -150,7 +150,7 @@ def test_each_damage_changes_one_file_and_can_be_mended(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "wrong"),
     [
-        (["run x", "error: runs/run/step-9/state.json can't be read: mend that"], None),
+        (["run x", "error: runs/run/step-9/state.json can't be read: fix that"], None),
         (["error: checkpoints/step-9: it is damaged"], None),
         (["error: something is wrong"], "the line does not name"),
         (["error: state.json", "error: state.json"], "2 lines of error"),

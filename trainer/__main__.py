@@ -93,9 +93,9 @@ def train_run(config: Config, world: World, stop: Stop, given: Sequence[str]) ->
             wrong = world.broadcast_from_main(lambda: complete.lacking(run, promised))
         if result and wrong:
             world.broadcast_from_main(lambda: complete.check_can_be_made_again(run, wrong))
-            log.warning("%s; it is made again from the checkpoints", complete.in_words(wrong))
+            log.warning("%s; rebuilding it from the checkpoints", complete.in_words(wrong))
         elif result:
-            log.info("this run is complete; to train once more, give another name=... or seed=...")
+            log.info("this run is complete; to train again, give another name=... or seed=...")
             run.summarize(result)
             return
         with ProgressBar("loading PyTorch", 1):
@@ -177,7 +177,9 @@ def verdict(error: Exception, world: World) -> tuple[int, str]:
     if isinstance(error, Ended):
         return error.notice.code, str(error)
     if isinstance(error, Lost):
-        return RESUME, world.signed(f"{error}; the same command goes on from the newest checkpoint")
+        return RESUME, world.signed(
+            f"{error}; start the same command again to continue from the newest checkpoint"
+        )
     code, line = command.verdict(error, explain_settings)
     if isinstance(error, Interrupted):
         return code, line

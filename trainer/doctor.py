@@ -424,17 +424,18 @@ def propose(
     if measured.wait > WAITING:
         lines.append(_faster_reading(config, measured))
     if not config.train.channels_last and measured.extract is None:
-        lines.append("train.channels_last=true: convolutions are faster so on most machines")
+        lines.append("train.channels_last=true: convolutions are faster that way on most machines")
     if machine.device.type == "cuda" and machine.precision == torch.float32:
         lines.append("train.precision=auto: half precision is several times as fast on this GPU")
     if NVME.is_mount() and config.platform.name == "local":
         lines.append(
-            f"platform=ec2: runs and cache on the fast disk {NVME}, and spot notices are heeded"
+            f"platform=ec2: runs and cache on the fast disk {NVME}, and the run saves when a "
+            "spot notice comes"
         )
     if instance and instance.startswith("t") and machine.device.type == "cpu":
         lines.append(
-            f"another instance than {instance}: it may only compute in bursts; "
-            "see python -m launch instances"
+            f"an instance other than {instance}, whose full speed lasts for short bursts "
+            "only; see python -m launch instances"
         )
     free = shutil.disk_usage(config.platform.cache).free
     packed = packed_bytes(images, measured)
@@ -458,12 +459,12 @@ def _used_gpu(machine: Machine) -> list[str]:
             "see pytorch.org/get-started"
         )
     if machine.device.type == "cpu" and torch.cuda.is_available():
-        lines.append("train.device=cuda: there is a GPU, and it is not used")
+        lines.append("train.device=cuda: this machine's GPU is idle")
     return lines
 
 
 def _faster_reading(config: Config, measured: Measured) -> str:
-    waited = f"{measured.wait:.0%} of the time goes by waiting for"
+    waited = f"{measured.wait:.0%} of the time is spent waiting for"
     if not reads_more_than_once(config):
         return f"data.cache=packed: {waited} pictures to be decoded"
     threads = config.data.workers
@@ -490,7 +491,7 @@ def machine_facts(config: Config, machine: Machine, instance: str | None) -> dic
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     held = credentials(instance) or "none found"
     return {
-        "instance": instance or "not on EC2, as far as can be seen",
+        "instance": instance or "not on EC2, it seems",
         "processor": (
             f"{platform.machine()}, {cores()} of {os.cpu_count()} cores may be used, {capability}"
         ),
@@ -510,7 +511,7 @@ def measured_facts(measured: Measured, machine: Machine) -> dict[str, str]:
     """Return the measured rates, as a table's names and values."""
     facts = {
         "decoding": f"{measured.decode:,.0f} pictures/s",
-        "random views": f"{measured.load:,.0f} pictures/s, with nobody training",
+        "random views": f"{measured.load:,.0f} pictures/s, without training",
         "frozen backbone": f"{measured.extract:,.1f} pictures/s" if measured.extract else "",
         "training": (
             f"{measured.train:,.1f} pictures/s, {measured.wait:.0%} of the time waiting for them"
@@ -553,8 +554,8 @@ def run_facts(
         ),
         "limited by": limited_by(measured),
         "once, before": (
-            f"{duration(prediction.once)}, limited by {once_limit}; "
-            "nothing where it is in the cache already"
+            f"{duration(prediction.once)}, limited by {once_limit}; skipped where it is "
+            "cached already"
         ),
         "all epochs": f"{duration(total)} for {epochs}",
         "packed pixels": packed,

@@ -62,8 +62,7 @@ def full_access(account: Account) -> Iterator[Finding]:
 @rule(
     "role/wildcard-action",
     Severity.HIGH,
-    "It grants what the service will offer tomorrow too, and deleting and sharing besides what "
-    "the job does.",
+    "It also grants whatever the service adds later, and deleting and sharing, which no job needs.",
 )
 def wildcard_action(account: Account) -> Iterator[Finding]:
     for identity, policy, statement in allowing(account):
@@ -89,8 +88,8 @@ def not_action(account: Account) -> Iterator[Finding]:
 @rule(
     "role/wildcard-resource",
     Severity.HIGH,
-    "The statement reaches every resource of the account, other projects' models, data and "
-    "functions too, where this identity needs a few.",
+    "This identity needs a few resources, and the statement reaches all of the account: "
+    "other projects' models, data and functions too.",
 )
 def wildcard_resource(account: Account) -> Iterator[Finding]:
     for identity, policy, statement in allowing(account):
@@ -163,8 +162,7 @@ def aws_warning(account: Account) -> Iterator[Finding]:
 @rule(
     "role/shared",
     Severity.MEDIUM,
-    "A fault in one service then has the rights of all: what only trains can answer requests, "
-    "what only answers can train.",
+    "Whoever breaks into one of these services then has the rights of all of them.",
 )
 def shared(account: Account) -> Iterator[Finding]:
     for identity in account.identities:
@@ -175,7 +173,7 @@ def shared(account: Account) -> Iterator[Finding]:
             yield Finding(identity.arn, what, change)
 
 
-@rule("role/unused", Severity.LOW, "Rights that nobody uses are only of use to an attacker.")
+@rule("role/unused", Severity.LOW, "Rights that nobody uses help only an attacker.")
 def unused(account: Account) -> Iterator[Finding]:
     for identity in account.identities:
         last = identity.used or identity.created

@@ -23,8 +23,8 @@ IDLE_CPU = 5.0  # percent; a machine whose processor never did more in any hour 
 @rule(
     "endpoint/idle",
     Severity.MEDIUM,
-    "An endpoint is paid for every hour that it is up, called or not; forgotten ones are the "
-    "commonest surprise on a bill.",
+    "An endpoint costs money every hour that it is up, called or not; forgotten ones are the "
+    "most common surprise on a bill.",
 )
 def idle_endpoint(account: Account) -> Iterator[Finding]:
     for endpoint in account.endpoints:
@@ -45,7 +45,9 @@ def idle_endpoint(account: Account) -> Iterator[Finding]:
 
 
 @rule(
-    "instance/idle", Severity.MEDIUM, "A running instance is paid by the second, whatever it does."
+    "instance/idle",
+    Severity.MEDIUM,
+    "A running instance costs money every second, whatever it does.",
 )
 def idle_instance(account: Account) -> Iterator[Finding]:
     for instance in account.instances:
@@ -68,7 +70,7 @@ def idle_instance(account: Account) -> Iterator[Finding]:
 @rule(
     "notebook/idle",
     Severity.MEDIUM,
-    "A notebook in service is paid day and night; a job trains without it.",
+    "A notebook in service costs money day and night; a job trains without it.",
 )
 def idle_notebook(account: Account) -> Iterator[Finding]:
     for notebook in account.notebooks:
@@ -88,7 +90,7 @@ def idle_notebook(account: Account) -> Iterator[Finding]:
 @rule(
     "function/warm-unused",
     Severity.MEDIUM,
-    "Provisioned concurrency is paid for every second that it is set, called or not.",
+    "Provisioned concurrency costs money every second that it is set, called or not.",
 )
 def warm_function(account: Account) -> Iterator[Finding]:
     for function in account.functions:
@@ -114,7 +116,7 @@ def warm_function(account: Account) -> Iterator[Finding]:
 @rule(
     "volume/unattached",
     Severity.MEDIUM,
-    "A disk is paid by its size until it is deleted, also when its instance is long gone.",
+    "A disk costs money by its size until it is deleted, even when its instance is long gone.",
 )
 def unattached_volume(account: Account) -> Iterator[Finding]:
     for volume in account.volumes:
@@ -152,7 +154,7 @@ def stopped_instance(account: Account) -> Iterator[Finding]:
 @rule(
     "address/unused",
     Severity.LOW,
-    "A public address is paid by the hour, more so when nothing uses it.",
+    "A public address costs money by the hour, whether anything uses it or not.",
 )
 def unused_address(account: Account) -> Iterator[Finding]:
     for address in account.addresses:
@@ -166,7 +168,11 @@ def unused_address(account: Account) -> Iterator[Finding]:
             )
 
 
-@rule("logs/for-ever", Severity.LOW, "Logs without a limit are kept, and paid, for ever.")
+@rule(
+    "logs/for-ever",
+    Severity.LOW,
+    "Logs without a limit are kept for ever, and so cost money for ever.",
+)
 def endless_logs(account: Account) -> Iterator[Finding]:
     for group in account.log_groups:
         if "retentionInDays" not in group:

@@ -26,7 +26,7 @@ def as_text(account: Account, groups: Groups) -> str:
             # A command is not wrapped: it is there to be copied.
             lines.append(" " * 12 + finding.change)
         lines.append("")
-    lines += [f"not seen, since this caller may not: {entry}" for entry in account.unread]
+    lines += [f"not checked, since this user may not: {entry}" for entry in account.unread]
     if account.unread:
         lines.append("python -m launch audit --policy prints the policy that it needs")
     return "\n".join(lines).rstrip()

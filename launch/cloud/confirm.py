@@ -14,7 +14,7 @@ def confirmed(question: str, yes: bool) -> bool:
         return True
     if not sys.stdin.isatty():
         raise UserError(
-            f"{question}: nobody can be asked here; look at what is shown above, then add --yes"
+            f"{question}: there is no terminal to ask on; check what is shown above, then add --yes"
         )
     try:
         answer = input(f"{question} [y/N] ")

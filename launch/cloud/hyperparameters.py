@@ -35,23 +35,21 @@ def encode(overrides: Iterable[str]) -> dict[str, str]:
         if not key or not (equals or key.startswith("~")) or key.startswith("-"):
             raise UserError(f"{override}: a job takes settings only; give key=value")
         if RESERVED.fullmatch(key):
-            raise UserError(
-                f"{key}: SageMaker keeps this name for itself; give the setting another name"
-            )
+            raise UserError(f"{key}: SageMaker reserves this name; give the setting another name")
         if "\0" in override:
             raise UserError(
-                f"{override!r}: no command line carries the character NUL; leave it out"
+                f"{override!r}: a command line can't contain the character NUL; leave it out"
             )
         texts.pop(key, None)  # given twice: the last one counts, in its place
         texts[key] = encode_value(value) if equals else ""
         for text in (key, texts[key]):
             if _length(text) > LIMIT:
                 raise UserError(
-                    f"{key}: {_length(text)} characters, and SageMaker carries {LIMIT}; {_INSTEAD}"
+                    f"{key}: {_length(text)} characters, and SageMaker allows {LIMIT}; {_INSTEAD}"
                 )
     _check_order(texts)
     if len(texts) > ENTRIES:
-        raise UserError(f"{len(texts)} settings, and SageMaker carries {ENTRIES}; {_INSTEAD}")
+        raise UserError(f"{len(texts)} settings, and SageMaker allows {ENTRIES}; {_INSTEAD}")
     return texts
 
 

@@ -43,6 +43,6 @@ def registry_of(region: str, remedy: str) -> str:
     """
     if region not in REGISTRIES:
         raise UserError(
-            f"region {region}: the registry of AWS's images is not known there; {remedy}"
+            f"region {region}: Packhorse doesn't know the registry of AWS's images there; {remedy}"
         )
     return f"{REGISTRIES[region]}.dkr.ecr.{region}.{domain(region)}"

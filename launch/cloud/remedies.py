@@ -27,23 +27,23 @@ FOR_NOW = (
 )
 CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
 NO_REGION = (
-    "no AWS region is set: set AWS_REGION, "
-    "or give target.region=us-east-1 (python -m serving: --region us-east-1), say"
+    "no AWS region is set: set AWS_REGION, or give one, such as target.region=us-east-1 "
+    "(python -m serving: --region us-east-1)"
 )
 CLOCK = "compare this machine's clock with the time (date -u), and set it right (sudo ntpdate -u)"
 QUOTAS = (
-    "ask for more at https://console.aws.amazon.com/servicequotas (new accounts start with 0 GPUs; "
-    "python -m launch plan names the quota), or take another instance type"
+    "ask for more at https://console.aws.amazon.com/servicequotas (new accounts start with 0 "
+    "GPUs; python -m launch plan names the quota), or choose another instance type"
 )
 OPT_IN = (
-    "or the region is not enabled for this account: "
-    "aws account enable-region --region-name REGION, or take another region"
+    "or the region is not enabled for this account: aws account enable-region --region-name "
+    "REGION, or choose another region"
 )
 UP = "python -m launch up"
 LATER = "start the same command again later"
 NO_DEFAULT_SUBNET = (
-    "name a subnet that has a way to S3: target.subnet=subnet-..., "
-    "or bring the default one back: aws ec2 create-default-"
+    "name a subnet that can reach S3: target.subnet=subnet-..., or create the default one "
+    "again: aws ec2 create-default-"
 )
 
 
@@ -89,8 +89,8 @@ REFUSALS = (
     ),
     Refusal(
         "RegionDisabledException|InvalidRegion",
-        "the region is not enabled for this account: "
-        "aws account enable-region --region-name REGION, or take another region",
+        "the region is not enabled for this account: aws account enable-region --region-name "
+        "REGION, or choose another region",
     ),
     Refusal(
         "OptInRequired",
@@ -105,8 +105,8 @@ REFUSALS = (
     ),
     Refusal(
         "PendingVerification",
-        "AWS is still verifying this account for the region: it takes minutes, at most 4 hours, "
-        f"and an e-mail tells the end; {LATER}",
+        "AWS is still verifying this account for the region: it takes minutes, at most 4 "
+        f"hours, and AWS sends an e-mail when it is done; {LATER}",
     ),
     Refusal(
         "Blocked|AccountProblem|AccountSuspended",
@@ -128,8 +128,8 @@ REFUSALS = (
     ),
     Refusal(
         DENIED,
-        "the key is another's: give the training role and yourself kms:GenerateDataKey and "
-        "kms:Decrypt in the key's own policy, or leave target.kms_key out",
+        "the key's policy doesn't allow it: give the training role and yourself "
+        "kms:GenerateDataKey and kms:Decrypt there, or leave target.kms_key out",
         says="kms:",
     ),
     # ---- no such machine
@@ -139,30 +139,30 @@ REFUSALS = (
     ),
     Refusal(
         "MaxSpotInstanceCountExceeded",
-        "the account's quota of spot machines is too small, which is another than that on demand: "
-        f"{QUOTAS}, or target.spot=false",
+        "the account's quota of spot machines, which is separate from that on demand, is too "
+        f"small: {QUOTAS}, or target.spot=false",
     ),
     Refusal(
         "Unsupported",
-        "the zone lacks this machine: name a subnet in one of the zones that the message names, "
-        "target.subnet=subnet-..., or take another instance type",
+        "the zone doesn't have this machine: name a subnet in one of the zones that the "
+        "message names, target.subnet=subnet-..., or choose another instance type",
         says="Availability Zone",
     ),
     Refusal(
         "Unsupported|UnsupportedOperation",
-        "the region lacks this machine, or it can't be had with these settings: "
-        "aws ec2 describe-instance-type-offerings lists its machines; take another instance type",
+        "the region doesn't have this machine, or not with these settings: aws ec2 "
+        "describe-instance-type-offerings lists its machines; choose another instance type",
     ),
     Refusal(
         NO_CAPACITY,
-        "AWS has no such machine free there now: start the same command again later, "
-        "or take another instance type or region",
+        "AWS has no such machine free there now: start the same command again later, or "
+        "choose another instance type or region",
     ),
     Refusal(
         "ResourceLimitExceeded|VcpuLimitExceeded",
-        "this quota is 0, as in a new account, and where the region lacks the machine: "
-        "ask for more at https://console.aws.amazon.com/servicequotas (where it is not listed, "
-        "there is no such machine), or take another instance type",
+        "this quota is 0, as in a new account, or where the region doesn't have the machine: "
+        "ask for more at https://console.aws.amazon.com/servicequotas (where it is not "
+        "listed, there is no such machine), or choose another instance type",
         says="(?i) is 0 |limit of 0 ",
     ),
     Refusal(
@@ -171,41 +171,41 @@ REFUSALS = (
     ),
     Refusal(
         "LimitExceeded(Exception)?",
-        "the account has as many of these as it may: delete what is no longer used, "
-        "or ask for more at https://console.aws.amazon.com/servicequotas",
+        "the account has reached its limit of these: delete what is no longer used, or ask "
+        "for more at https://console.aws.amazon.com/servicequotas",
     ),
     Refusal(
         "InvalidParameterValue|ValidationException",
         "AWS does not know this instance type there: python -m launch instances lists some; "
-        "take another target.instance_type",
+        "choose another target.instance_type",
         says="(?i)instance ?type",
     ),
     # ---- the foundation
     Refusal(
         "ValidationException|InvalidParameterValue",
-        "IAM shows a new role everywhere only after some seconds, and this one for a minute not "
-        f"at all: where there is no foundation make it: {UP}",
+        "IAM needs some seconds to show a new role everywhere, but didn't show this one for "
+        f"a minute: if there is no foundation, make it: {UP}",
         says="(?i)could not assume role|instance profile|iamInstanceProfile",
     ),
     Refusal("NoSuchBucket", f"there is no foundation here, which has the bucket: {UP}"),
     Refusal(
         "EntityAlreadyExists|BucketAlreadyExists|BucketAlreadyOwnedByYou",
-        "this name is taken, by another project, or by what an older version made: "
-        "take another name for yours, target.project=NAME, or delete what has it",
+        "this name is taken, by another project or by an older version: choose another, "
+        "target.project=NAME, or delete what has it",
     ),
     Refusal(
         "DeleteConflict",
-        "something is still attached to it, by hand: the message names it; detach it, "
-        "then start the same command again",
+        "something that Packhorse didn't make is still attached to it: the message names it; "
+        "detach it, then start the same command again",
     ),
     Refusal(
         "AlreadyExistsException|OperationInProgressException|ResourceInUse(Exception)?"
         "|OperationAborted|ConflictException|ConcurrentModification(Exception)?",
-        f"another command is changing the same now: wait until it is done, then {LATER}",
+        f"another command is changing the same thing now: wait until it is done, then {LATER}",
     ),
     Refusal(
         "InsufficientCapabilities(Exception)?|MalformedPolicyDocument(Exception)?",
-        f"the foundation's template is not as it ships: bring it back (git status), then {UP}",
+        f"the foundation's template was changed: restore it (git status), then {UP}",
     ),
     # ---- the network
     Refusal(
@@ -228,13 +228,13 @@ REFUSALS = (
     ),
     Refusal(
         "InsufficientFreeAddressesInSubnet",
-        "the subnet has no address left: name another one, target.subnet=subnet-...",
+        "the subnet has no free address left: name another one, target.subnet=subnet-...",
     ),
     # ---- images, disks, keys, objects
     Refusal(
         "ParameterNotFound",
         "AWS publishes no such Deep Learning AMI in this region: name one of its own, "
-        "target.image=ami-..., or another target.ssm_parameter, or take another region",
+        "target.image=ami-..., or another target.ssm_parameter, or choose another region",
     ),
     Refusal(
         r"InvalidAMIID\.(NotFound|Malformed|Unavailable)",
@@ -259,16 +259,17 @@ REFUSALS = (
     ),
     Refusal(
         "InvalidObjectState",
-        "the object is in an archive (Glacier): restore it first (aws s3api restore-object)",
+        "the object is archived (Glacier): restore it first (aws s3api restore-object)",
     ),
     Refusal(
         "NoSuchKey|NoSuchUpload",
-        "it was there and is gone: somebody deletes in the bucket; start the same command again",
+        "it was there and is gone: something deletes objects in the bucket; start the same "
+        "command again",
     ),
     Refusal(
         "AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraintException"
         "|TemporaryRedirect",
-        "the bucket is in another region: give that one, in AWS_REGION or target.region say",
+        "the bucket is in another region: give that region, in AWS_REGION or target.region",
     ),
     # ---- now, not for ever
     Refusal(
@@ -280,7 +281,7 @@ REFUSALS = (
         "ServiceUnavailable(Exception)?|ServiceException|InternalError|InternalFailure"
         "|InternalServerError|InternalServiceError|Unavailable|RequestTimeout(Exception)?"
         "|500|502|503|504",
-        f"a fault at AWS, or on the way there: {LATER}",
+        f"AWS, or the network to it, had a fault: {LATER}",
     ),
 )
 

@@ -127,8 +127,8 @@ def files_of(folder: Path) -> dict[str, Path]:
     """
     if folder.is_file():
         raise UserError(
-            f"{folder}: a job takes a folder of pictures, and no archive; "
-            "unpack it, and give its folder"
+            f"{folder}: a job takes a folder of pictures, not an archive; unpack it, and give "
+            "its folder"
         )
     if not folder.is_dir():
         raise UserError(

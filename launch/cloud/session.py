@@ -275,8 +275,8 @@ def _checked(answer: dict[str, Any], action: str) -> dict[str, Any]:
 
 def _not_aws(action: str, what: str) -> AwsError:
     line = (
-        f"{action}: the answer is {what}, so it is not AWS's: sign in to this network (Wi-Fi of a "
-        "hotel, say), or check AWS_ENDPOINT_URL and proxies"
+        f"{action}: the answer is {what}, so it didn't come from AWS: sign in to this network "
+        "(a hotel's Wi-Fi, for example), or check AWS_ENDPOINT_URL and proxies"
     )
     return AwsError(line, "ResponseParserError", line)
 
@@ -311,7 +311,7 @@ def _line(error: Exception, action: str) -> str:
         exceptions.PartialCredentialsError: (
             f"the AWS credentials are incomplete ({error}): {CREDENTIALS}"
         ),
-        exceptions.ProfileNotFound: (f"{error}: name one that is in ~/.aws/config in AWS_PROFILE"),
+        exceptions.ProfileNotFound: (f"{error}: set AWS_PROFILE to one that is in ~/.aws/config"),
         exceptions.ConfigParseError: (
             f"{error}: correct this file, or name another in AWS_CONFIG_FILE"
         ),
@@ -329,7 +329,7 @@ def _line(error: Exception, action: str) -> str:
             "a terminal (aws sts get-caller-identity), whose session is then used here too"
         ),
         json.JSONDecodeError: (
-            f"{action}: what should be JSON is none ({error}): correct credential_process in "
+            f"{action}: what should be JSON isn't ({error}): correct credential_process in "
             "~/.aws/config, or the file that it reads"
         ),
     }

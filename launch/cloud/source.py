@@ -140,7 +140,7 @@ def beside(name: str, project: Path = PROJECT) -> Path:
             return Path(str(file.locate()))
     raise UserError(
         f"{name}: it lies neither beside {project}/trainer nor in the installed package; "
-        "install Packhorse anew from its checkout"
+        "install Packhorse again from its checkout"
     )
 
 
@@ -263,8 +263,8 @@ def check_requirements(text: str) -> None:
             requirement = Requirement(line.split(" --hash=")[0])
         except InvalidRequirement as error:
             raise UserError(
-                f"requirements.txt: {line}: no requirement that pip reads; "
-                "write it as NAME==VERSION"
+                f"requirements.txt: {line}: pip can't read this requirement; write it as "
+                "NAME==VERSION"
             ) from error
         if _name(requirement.name) in UNNAMED or requirement.name.startswith("nvidia-"):
             raise UserError(

@@ -90,7 +90,7 @@ def main() -> int:
     if code == RESUME and not reasons.text:
         report(
             failure,
-            "stopped as asked; everything is saved: submit again, and it goes on from there",
+            "stopped as asked; everything is saved: submit again to continue",
         )
     elif code != OK and reasons.text:
         report(failure, reasons.text)
@@ -112,8 +112,8 @@ def overrides(environment: Mapping[str, str]) -> list[str]:
         directory = Path(environment[f"SM_CHANNEL_{name.upper()}"])
         if name not in CHANNELS:
             raise UserError(
-                f"channel {name}: the trainer has no use for it; allowed: training (holds "
-                f"train, valid, test), or {', '.join(list(CHANNELS)[1:])}"
+                f"channel {name}: the trainer doesn't use it; allowed: training (holds train, "
+                f"valid, test), or {', '.join(list(CHANNELS)[1:])}"
             )
         if not directory.is_dir() or not any(directory.iterdir()):
             raise UserError(

@@ -154,10 +154,11 @@ def _check_channels(definition: dict[str, Any], channels: dict[str, Path]) -> No
         name, uri = channel["ChannelName"], channel["DataSource"]["S3DataSource"]["S3Uri"]
         if name not in CHANNELS:
             allowed = ", ".join(CHANNELS)
-            raise UserError(f"channel {name}: the trainer has no use for it; allowed: {allowed}")
+            raise UserError(f"channel {name}: the trainer doesn't use it; allowed: {allowed}")
         if not uri.endswith("/"):
             raise UserError(
-                f"channel {name}: {uri} would also match its longer neighbours; end it with /"
+                f"channel {name}: {uri} also matches every prefix that begins with it; end it "
+                "with /"
             )
         if name not in channels or not any(channels[name].iterdir()):
             raise UserError(
@@ -286,7 +287,7 @@ def _has_test(folder: Path, labels: str | None) -> bool:
 
 def remedy(outcome: Outcome) -> str:
     """Return what to change after a failure, by the trainer's own words or the toolkit's."""
-    failure = outcome.failure or "the container ended without a word; see the log"
+    failure = outcome.failure or "the container ended without a message; see the log"
     if not failure.startswith(TOOLKIT):
         return failure.splitlines()[0]  # the trainer's
     text = "\n".join([failure, *outcome.log[-200:]])

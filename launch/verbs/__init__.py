@@ -18,7 +18,7 @@ VERBS = {
     "fetch": "bring a run's model package, report and metrics to this machine, verified",
     "cost": "dollars spent, dollars lost to work done twice, dollars per point of accuracy",
     "rehearse": "run a SageMaker job on this machine, with AWS's own toolkit",
-    "prices": "the prices that plans are reckoned with; --refresh asks AWS",
+    "prices": "the prices that plans use; --refresh asks AWS",
     "instances": "the machines for this job, what an epoch costs on each, "
     "and why the default is the default",
     "policy": "print the policy of a part, with the reason for each statement",

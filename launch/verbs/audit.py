@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         type=positive,
         default=3,
         metavar="N",
-        help="idle is what did nothing for so many days (default: 3)",
+        help="call idle what did nothing for so many days (default: 3)",
     )
     parser.add_argument(
         "--fail-on",

@@ -46,7 +46,7 @@ def down(aws: Aws, every: float) -> int:
     for stack in remaining:
         reasons = "; ".join(stack.failures()) or "its events in the console say why"
         log.error(
-            "%s: CloudFormation could not delete it: %s; mend that, then start down again",
+            "%s: CloudFormation could not delete it: %s; fix that, then start down again",
             stack.name,
             reasons,
         )

@@ -32,7 +32,7 @@ def fetch(aws: Aws, run: str, prefix: str, folder: Path) -> list[Path]:
     objects = s3.listing(aws, prefix)
     if not objects:
         raise UserError(
-            f"s3://{aws.bucket}/{prefix} is empty: the run has left nothing yet; "
+            f"s3://{aws.bucket}/{prefix} is empty: the run has saved nothing yet; "
             f"{command('launch', 'logs', run)} says how far it is"
         )
     s3.download(aws, objects, folder)
@@ -68,13 +68,15 @@ def verify(package: Path) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     parser = run_parser("fetch", __doc__, "the newest")
-    parser.add_argument("--to", type=typed_path, metavar="DIR", help="where to; default runs/RUN")
+    parser.add_argument(
+        "--to", type=typed_path, metavar="DIR", help="the folder to copy to (default runs/RUN)"
+    )
     options = parser.parse_intermixed_args(arguments)
     aws, attempt = chosen(options.run)
     prefix = of(attempt).results(aws, attempt)
     state = of(attempt).observe(aws, attempt)
     if state.phase is not Phase.COMPLETE:
-        log.warning("%s: what it has left so far is copied", attempt.told(state))
+        log.warning("%s: copied what it has saved so far", attempt.told(state))
     folder = options.to or Path("runs") / attempt.run
     folder.mkdir(parents=True, exist_ok=True)
     files = fetch(aws, attempt.run, prefix, folder)

@@ -116,11 +116,11 @@ def reasons(job: Workload) -> list[str]:
         f"{_time(plain[0])} for {dollars(plain[1])} on the 8 processors of ml.m5.2xlarge: "
         f"{plain[0] / ec2[0]:.0f} times faster, at {ec2[1] / plain[1]:.0%} of the price.",
         "target=sagemaker and target=tuner take the same machine as ml.g4dn.xlarge: "
-        f"{training[1] / ec2[1] - 1:.0%} dearer by the hour, and nothing to set up, end or clean "
-        "up; the trials of a search run side by side.",
+        f"{training[1] / ec2[1] - 1:.0%} more by the hour, and nothing to set up, end or "
+        "clean up; the trials of a search run side by side.",
         f"target=sagemaker_multi takes 4 x ml.m5.2xlarge: {_time(four[0])} for "
         f"{dollars(four[1])}. It needs no GPU quota, and general-purpose machines are hardly "
-        "ever sold out; it is the way to train when no GPU can be had, not a cheaper one.",
+        "ever sold out; it is the way to train when no GPU is available, not a cheaper one.",
         last,
     ]
 

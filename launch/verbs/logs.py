@@ -16,7 +16,9 @@ CONSOLE_LINES = 60  # the last of a machine that could not reach the bucket
 
 def main(arguments: Sequence[str]) -> int:
     parser = run_parser("logs", __doc__, "the newest")
-    parser.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
+    parser.add_argument(
+        "--follow", "-f", action="store_true", help="keep showing lines until the run ends"
+    )
     add_every(parser, 10, "with --follow: how often to look")
     options = parser.parse_intermixed_args(arguments)
     aws, attempt = chosen(options.run)

@@ -174,7 +174,7 @@ def planned(
     except AwsError as error:
         if not re.fullmatch(DENIED, error.code):
             raise
-        return None, prepare(None, *words), f"what is there already, since AWS refuses: {error}"
+        return None, prepare(None, *words), f"what exists already, since AWS refuses: {error}"
 
 
 def job_parser(verb: str, description: str | None) -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from trainer.common.errors import OK
 def main(arguments: Sequence[str]) -> int:
     targets, rest = split_overrides(arguments)
     parser = argparse.ArgumentParser(
-        prog="python -m launch prices", description="Dollars an hour, as Packhorse reckons them."
+        prog="python -m launch prices", description="Shows the prices an hour that plans use."
     )
     parser.add_argument(
         "--refresh",

@@ -154,7 +154,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--directory",
         type=typed_path,
         metavar="DIR",
-        help="where S3 and /opt/ml lie (runs/rehearsed/RUN); kept, so that a stopped run goes on",
+        help=(
+            "where S3 and /opt/ml lie (runs/rehearsed/RUN); kept, so that a stopped run can "
+            "continue"
+        ),
     )
     parser.add_argument(
         "--trials",

@@ -141,13 +141,15 @@ def main(arguments: Sequence[str]) -> int:
         log.warning("  not known: %s", line)
     if not costs_now and not unknown:
         log.info(
-            "  nothing by the hour; what lies in s3://%s costs about $0.023 per GB and month",
+            "  nothing by the hour; what is stored in s3://%s costs about $0.023 per GB and month",
             aws.bucket,
         )
     log.info("prices: %s", price("ml.g4dn.xlarge", aws.region).basis)
     newest = {attempt.run: state for attempt, state in tried}
     if any(state.phase is Phase.LOST for state in newest.values()):
-        log.info("a reclaimed run goes on from its last checkpoint when you start its submit again")
+        log.info(
+            "start the submit of a reclaimed run again, and it continues from its last checkpoint"
+        )
     return OK
 
 

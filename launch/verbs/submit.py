@@ -44,8 +44,8 @@ def _as_noted(aws: Aws, options: Namespace, targets: Sequence[str]) -> Plan:
     words = options.overrides
     if len(words) > 1 or options.data is not None:
         raise UserError(
-            f"{' '.join(words)}: a run that is named goes on as it was submitted; "
-            "give its name alone, or all its settings as KEY=VALUE"
+            f"{' '.join(words)}: a run given by its name continues as it was submitted; give "
+            "its name alone, or all its settings as KEY=VALUE"
         )
     attempt = choose(aws, words)
     spec = noted_spec(aws, attempt)
@@ -57,7 +57,7 @@ def _as_noted(aws: Aws, options: Namespace, targets: Sequence[str]) -> Plan:
             changed = replace(changed, max_dollars=given.max_dollars)
             spec = replace(spec, target=changed)
         elif key not in ("target", "target.project", "target.region", "target.bucket"):
-            raise UserError(f"{word}: {attempt.run} goes on as it was submitted; leave it out")
+            raise UserError(f"{word}: {attempt.run} continues as it was submitted; leave it out")
     return next_attempt(aws, spec.kind.pinned(spec, attempt), b"", options.again)
 
 

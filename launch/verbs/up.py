@@ -26,8 +26,8 @@ def up(aws: Aws, given: Mapping[str, str], yes: bool, every: float) -> int:
     if before is not None and not stack.is_ours(before):
         raise UserError(
             f"{stack.name}: account {aws.account} has a stack of this name without the tag "
-            f"project={aws.project}, so it is another's; "
-            "take another name for yours: target.project=NAME"
+            f"project={aws.project}, so it isn't yours; choose another name: "
+            "target.project=NAME"
         )
     if before is not None and before["StackStatus"] in STUCK:
         _clear_away(stack, before)
@@ -38,8 +38,8 @@ def up(aws: Aws, given: Mapping[str, str], yes: bool, every: float) -> int:
             "%s owns log groups of the whole account: %s", stack.name, ", ".join(leaving.values())
         )
         log.info(
-            "first they are made to outlive it; then they leave it and stay as they are, "
-            "with all that is in them"
+            "this takes two steps: the first marks them to be kept, the second takes them "
+            "out of the stack; their logs stay"
         )
         if not confirmed("Do the first step?", yes):
             log.info("nothing was changed")
@@ -109,7 +109,7 @@ def _show(stack: str, changes: Sequence[Mapping[str, Any]], leaving: Mapping[str
             note,
         )
     log.info(
-        "it costs nothing itself; what will lie in the bucket costs about $0.023 per GB and month"
+        "it costs nothing itself; what you store in the bucket costs about $0.023 per GB and month"
     )
 
 

@@ -117,7 +117,7 @@ ERRORS = {
     "nobody can be asked here": EOFError("Enter MFA code"),
     "credential_process": json.JSONDecodeError("Expecting value", "hello", 0),
     "a whole address": ValueError("Invalid endpoint: localhost:99"),
-    "it is not AWS's": ResponseParserError("not well-formed"),
+    "it didn't come from AWS": ResponseParserError("not well-formed"),
 }
 
 

@@ -96,7 +96,7 @@ def test_a_network_without_a_way_to_s3_is_missing(cloud):
 READ = [
     ("GetServiceQuota", "quota"),
     ("DescribeSubnets", "network"),
-    ("GetParameter", "what is there already"),
+    ("GetParameter", "what exists already"),
 ]
 
 

@@ -66,7 +66,7 @@ def test_a_server_is_measured(server, capsys):
         (["http://127.0.0.1:9"], "no request was answered"),
         (["127.0.0.1:8080"], "not a server's URL"),
         (["http://a", "--clients", "0"], "at least 1"),
-        (["http://a", "--picture", "nowhere.jpg"], "nowhere.jpg: it is not there"),
+        (["http://a", "--picture", "nowhere.jpg"], "nowhere.jpg: it is missing"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys):

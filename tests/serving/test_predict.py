@@ -291,7 +291,7 @@ def test_a_kill_loses_nothing_and_does_no_picture_twice(asked, original, tmp_pat
     process.terminate()
     _, told = process.communicate()
     if process.returncode == RESUME:  # the last rows may have been faster than the signal
-        assert b"the same command goes on from here" in told
+        assert b"start the same command again to continue" in told
     assert asked(photos, "--csv", "all.csv")[0] == OK
     assert table.read_bytes() == whole
 

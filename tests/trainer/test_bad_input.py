@@ -368,7 +368,9 @@ def test_broken_pictures_are_left_out_by_name_and_the_run_goes_on(finished):
     lines = (cwd / "runs/mine/quarantine.txt").read_text().splitlines()
     reasons = {Path(path).name: reason for path, reason in (line.split("\t") for line in lines)}
     others = {"notes.txt": ".txt"}
-    others |= dict.fromkeys([".ipynb_checkpoints", "__MACOSX"], "hidden or a system's own")
+    others |= dict.fromkeys(
+        [".ipynb_checkpoints", "__MACOSX"], "hidden, or made by an operating system"
+    )
     assert {name: reasons.pop(name) for name in others} == others
     assert reasons.keys() == {*BROKEN, *NEVER_OPENED, *NOT_TEXT.values()}
     assert all(reasons.values())
@@ -380,7 +382,9 @@ def test_broken_pictures_are_left_out_by_name_and_the_run_goes_on(finished):
     for text in (output, (cwd / "runs/mine/log.txt").read_text()):
         assert "3 classes" in text
         assert text.count("left out: pictures/train/circle/") == 10
-        counts = f"{len(reasons)} that can't be used, 2 hidden or a system's own, 1 .txt"
+        counts = (
+            f"{len(reasons)} that can't be used, 2 hidden, or made by an operating system, 1 .txt"
+        )
         assert f"left out: {counts}; see runs/mine/quarantine.txt" in text
 
 
@@ -389,7 +393,7 @@ def test_broken_pictures_are_left_out_by_name_and_the_run_goes_on(finished):
 
 def test_a_file_in_the_place_of_a_directory_is_one_line(cwd):
     (cwd / "file").touch()
-    said = ["file/", "a file is where a directory must be made", "platform.runs=DIR"]
+    said = ["file/", "a file is in the place of its directory", "platform.runs=DIR"]
     check_refused(run_trainer(cwd, *FOLDER, "platform.runs=file"), cwd, *said)
 
 
@@ -398,7 +402,7 @@ def test_a_cache_that_can_not_be_made_is_said_and_the_run_goes_on(cwd):
     code, output = run_trainer(cwd, *FOLDER, "platform.cache=file")
     assert code == OK, output
     (line,) = (line for line in output.splitlines() if line.startswith("warning: pictures are"))
-    for part in ("decoded in each epoch", "a file is where", "platform.cache=DIR"):
+    for part in ("decoded in each epoch", "a file is in the place", "platform.cache=DIR"):
         assert part in line
 
 
@@ -419,7 +423,7 @@ CHANGED = {
     "data.root=pictures": [
         "runs/mine/checkpoints: the pictures have changed since this run began: 1 missing: "
         "train/circle/000.png",
-        "bring them back",
+        "restore them",
     ],
     "seed=1": [
         "runs/mine/checkpoints: this run began with other settings (seed: 0 then, 1 now)",
@@ -461,12 +465,12 @@ FORBIDDEN = {
     "pictures/train/square": (
         0,
         [],
-        ["pictures/train/square: permission denied", "let this user use it"],
+        ["pictures/train/square: permission denied", "give this user access"],
     ),
     "pictures/test/square/000.png": (
         0,
         ["data.max_broken=1"],
-        ["pictures/test/square/000.png: permission denied", "let this user use it"],
+        ["pictures/test/square/000.png: permission denied", "give this user access"],
     ),
     "clothes": (
         0o555,

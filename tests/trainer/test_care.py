@@ -36,14 +36,14 @@ def test_it_writes_a_page_and_a_list(look, tmp_path: Path):
     assert code == 0, said
     assert "pictures in train, and in valid or test too: 1 the same file, 0 nearly: " in said
     assert "pictures in two classes: 1: train/" in said
-    assert "not looked at for wrong labels" in said and "a pretrained network is needed" in said
+    assert "not checked for wrong labels" in said and "a pretrained network is needed" in said
     rows = csv.DictReader((tmp_path / "out/care.csv").read_text().splitlines())
     assert {row["kind"] for row in rows} == {"leak", "labels"}
     page = Page((tmp_path / "out/care.html").read_text())
     assert len(page.attributes("img")) == 4
     assert all(image["src"].startswith("data:image/") for image in page.attributes("img"))
     assert {"script", "link", "b>dog"}.isdisjoint(tag for tag, _ in page.tags)
-    assert "not looked at" in page.text.lower() and CLASSES[1] in page.text
+    assert "not checked" in page.text.lower() and CLASSES[1] in page.text
 
 
 def test_leaks_can_end_it_with_an_error(look, tmp_path: Path):

@@ -75,7 +75,7 @@ def level(error: Exception) -> int:
 def verdict(error: Exception, explain: Explain | None = None) -> tuple[int, str]:
     """Return the exit code for what went wrong, and the line that the user sees."""
     if isinstance(error, Interrupted):
-        saved = "everything is saved: the same command goes on from here"
+        saved = "everything is saved: start the same command again to continue"
         return RESUME, f"stopped by {error}; {saved}"
     line = one_line(error, explain)
     if line is None:

@@ -59,8 +59,8 @@ ELSEWHERE = (
     "whichever it lies in"
 )
 MEMORY_FULL = (
-    "this machine's memory is full: end what else uses it, "
-    f"or lower data.workers or train.batch_size, {AGAIN}"
+    "this machine is out of memory: close other programs, or lower data.workers or "
+    f"train.batch_size, {AGAIN}"
 )
 # Every error that a file operation can end with, by what is to be done. Names, since a system may
 # lack some of them. What the standard gives to bugs alone (EFAULT) is no one's to mend, and isn't
@@ -71,29 +71,29 @@ _REMEDIES = {
     "EFBIG": (
         f"the file is larger than its file system or ulimit -f allows: allow more, or {ELSEWHERE}"
     ),
-    "EMLINK": f"its directory can hold no more: remove some of it, or {ELSEWHERE}",
-    "EACCES": f"permission denied: let this user use it, run as one who may, or {ELSEWHERE}",
+    "EMLINK": f"its directory is full: delete some of its files, or {ELSEWHERE}",
+    "EACCES": f"permission denied: give this user access, run as a user who has it, or {ELSEWHERE}",
     "EPERM": f"not permitted: run as a user who may use it, or {ELSEWHERE}",
     "EROFS": f"the file system is read-only: {ELSEWHERE}",
-    "EEXIST": f"a file is where this directory must be made: move it away, or {ELSEWHERE}",
-    "ENOTDIR": f"a file is where a directory must be made for it: move it away, or {ELSEWHERE}",
-    "EISDIR": f"a directory is where this file must be: move it away, {AGAIN}",
-    "ENOTEMPTY": f"a directory is in its place, and isn't empty: move it away, {AGAIN}",
+    "EEXIST": f"a file is in the place of this directory: move the file away, or {ELSEWHERE}",
+    "ENOTDIR": f"a file is in the place of its directory: move the file away, or {ELSEWHERE}",
+    "EISDIR": f"a directory is in the place of this file: move the directory away, {AGAIN}",
+    "ENOTEMPTY": f"a directory that isn't empty is in its place: move it away, {AGAIN}",
     "ENAMETOOLONG": "the name is too long: give a shorter one",
     "EILSEQ EINVAL": (
         "its file system doesn't take this name or this operation (a Windows disk allows no "
         f'":" in names, say): rename it, or {ELSEWHERE}'
     ),
-    "EOVERFLOW": f"its file system gives numbers that this system can't hold: {ELSEWHERE}",
-    "ELOOP": f"its symbolic links lead in a circle: mend them, {AGAIN}",
+    "EOVERFLOW": f"its file system returns numbers too large for this system: {ELSEWHERE}",
+    "ELOOP": f"its symbolic links form a loop: fix them, {AGAIN}",
     "EXDEV": f"its directory lies on two file systems: {ELSEWHERE}",
-    "EBUSY ETXTBSY": f"something else uses it: end that, {AGAIN}",
+    "EBUSY ETXTBSY": f"another program is using it: close that program, {AGAIN}",
     "EIO": (
-        "the disk, or the network to it, fails (input/output error): "
-        f"mend that (dmesg may say more), {AGAIN}"
+        "the disk, or the network to it, fails (input/output error): fix that (dmesg may say "
+        f"more), {AGAIN}"
     ),
     "EREMOTEIO ENODATA EHWPOISON ENOMEDIUM EMEDIUMTYPE": (
-        f"the disk fails: mend that (dmesg may say more), {AGAIN}"
+        f"the disk fails: fix that (dmesg may say more), {AGAIN}"
     ),
     "EUCLEAN EBADMSG": (
         f"its file system is damaged: have it checked (fsck, zpool scrub, btrfs scrub), {AGAIN}"
@@ -101,12 +101,12 @@ _REMEDIES = {
     "ENOKEY EKEYEXPIRED EKEYREVOKED EKEYREJECTED": (
         f"it is encrypted, and its key isn't loaded or has expired: unlock it, {AGAIN}"
     ),
-    "ESTALE": f"the network's file system has lost it (stale file handle): mount it anew, {AGAIN}",
-    "ENOENT": f"it is not there, or not any more: bring it back, {AGAIN}",
+    "ESTALE": f"the network's file system has lost it (stale file handle): mount it again, {AGAIN}",
+    "ENOENT": f"it is missing, or was removed meanwhile: put it back, {AGAIN}",
     "EMFILE": f"this process has too many files open: allow more with ulimit -n 65536, {AGAIN}",
-    "ENFILE": f"this machine has too many files open: end what holds them, {AGAIN}",
+    "ENFILE": f"this machine has too many files open: close the programs that hold them, {AGAIN}",
     "ENOMEM ENOBUFS": (
-        f"no memory is left for it: end what else uses it, or lower data.workers, {AGAIN}"
+        f"no memory is left for it: close other programs, or lower data.workers, {AGAIN}"
     ),
     "EINTR EAGAIN EDEADLK": f"its file system was too busy to do it: {LATER}",
     "ENOSYS EOPNOTSUPP ENOTSUP ENOLCK ENOTTY ESPIPE": (
@@ -170,7 +170,7 @@ def machine_fault(error: OSError) -> str | None:
     remedy = REMEDIES.get(number)
     if remedy is None and number in LOST:
         reason = (error.strerror or "").lower()
-        remedy = f"its file system does not answer ({reason}): mend that, {AGAIN}"
+        remedy = f"its file system does not answer ({reason}): fix that, {AGAIN}"
     if remedy is None:
         return None
     return f"{error.filename or 'a file of this run'}: {remedy}"

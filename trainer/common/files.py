@@ -87,7 +87,7 @@ def _reason(path: str | Path, error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return f"{path}: {MEMORY_FULL}"
     error.filename = str(path)
-    reason = f"{path}: it can't be read ({error.strerror or error}): mend that, {AGAIN}"
+    reason = f"{path}: it can't be read ({error.strerror or error}): fix that, {AGAIN}"
     return machine_fault(error) or reason
 
 
@@ -101,7 +101,7 @@ def sweep(directory: Path, prefix: str = TEMPORARY) -> None:
         try:
             remove(path)
         except OSError as error:
-            log.warning("%s: what a killed run left can't be removed (%s)", path, error.strerror)
+            log.warning("%s: can't remove what a killed run left (%s)", path, error.strerror)
 
 
 def remove(path: Path) -> None:
@@ -144,7 +144,7 @@ def locked(
                 log.info("%s: waiting for another process that is writing there", directory)
             elif claim.undecided:
                 log.info(
-                    "%s: seeing whether its owner%s lives, for up to %.0f s",
+                    "%s: checking whether its owner%s is still alive, for up to %.0f s",
                     directory,
                     owner_of(directory, name),
                     owner.DEAD_AFTER,

@@ -86,13 +86,13 @@ def on_spot_notice(stop: Stop, every: float = POLL_EVERY) -> Iterator[None]:
             try:
                 notice = _notice()
                 if notice is not None:
-                    log.warning("%s has come: saving", notice)
+                    log.warning("received %s: saving", notice)
                     stop.ask(notice)
             except OSError as error:
                 if not warned:
                     log.warning(
                         "the spot notice can't be read from EC2's metadata service (%s); "
-                        "asking on every %g s",
+                        "trying again every %g s",
                         error,
                         every,
                     )

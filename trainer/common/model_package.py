@@ -106,9 +106,9 @@ def _place(weights: str) -> Path:
     best = next(filter(_is_checkpoint, steps), None)
     if best is None:
         raise UserError(
-            f"model.weights={weights}: a directory without a model package ({ARCHIVE}, which a run "
-            "writes when it is complete) or checkpoints; go on with that run first, "
-            "or give a file of weights"
+            f"model.weights={weights}: a directory without a model package ({ARCHIVE}, which "
+            "a run writes at its end) or checkpoints; finish that run first, or give a file "
+            "of weights"
         )
     return best
 
@@ -136,8 +136,8 @@ def _manifest(weights: str, place: Path, changed: int, size: int) -> dict[str, A
         raise UserError(f"model.weights={weights}: its {MANIFEST} is damaged") from error
     if written != FORMAT or not isinstance(name, str) or not isinstance(classes, list):
         raise UserError(
-            f"model.weights={weights}: its {MANIFEST} has format {written!r}, this version reads "
-            f"{FORMAT}; give the package of a run of this version"
+            f"model.weights={weights}: its {MANIFEST} has format {written!r}, this version "
+            f"reads {FORMAT}; give a package that this version wrote"
         )
     assert isinstance(said, dict)
     return said
@@ -183,5 +183,7 @@ def _read(weights: str, place: Path, name: str) -> bytes:
 
     data = files.patiently(place, search)
     if data is None:
-        raise UserError(f"model.weights={weights} holds no {name}: it is no model package of ours")
+        raise UserError(
+            f"model.weights={weights} holds no {name}: it is not a Packhorse model package"
+        )
     return data

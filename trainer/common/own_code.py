@@ -118,7 +118,7 @@ def _load(setting: str, name: str | None, *paths: Path, content: str) -> Any:
     called = f"packhorse_own_{content[:12]}"
     spec = importlib.util.spec_from_file_location(called, path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{setting}: it is no Python file: its name must end with .py")
+        raise UserError(f"{setting}: not a Python file: its name must end with .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[called] = module  # dataclasses in it, and pickles of them, look it up
     with told(setting, "import", path):

@@ -183,8 +183,8 @@ class Claim:
                     os.close(handle)
                 if not mine:
                     log.error(
-                        "%s: another process has taken this over, while this one gave no sign of "
-                        "life; it ends here",
+                        "%s: another process has taken this over, because this one gave no "
+                        "sign of life; this one stops",
                         self._path.parent,
                     )
                     os._exit(MISTAKE)

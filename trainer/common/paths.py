@@ -26,8 +26,8 @@ def expanded(path: str) -> str:
     unset = [name for name in re.findall(r"\$\{?([A-Za-z_]\w*)", home) if name not in os.environ]
     if unset and not os.path.lexists(home):
         raise UserError(
-            f"{path}: the environment has no {unset[0]}; "
-            f"set it (export {shlex.quote(unset[0])}=...), or write out what it stands for"
+            f"{path}: the environment variable {unset[0]} isn't set; set it (export "
+            f"{shlex.quote(unset[0])}=...), or write the path out"
         )
     whole = os.path.expandvars(home)
     if "${" in whole:

@@ -43,7 +43,10 @@ def end_when_asked(clear: bool = False, held: bool = False) -> None:
             sys.stdout.flush()
         name = signal.Signals(number).name
         with suppress(OSError):
-            os.write(2, f"warning: stopped by {name}; the same command starts again\n".encode())
+            os.write(
+                2,
+                f"warning: stopped by {name}; start the same command again\n".encode(),
+            )
         if clear:
             sys.exit(RESUME)
         os._exit(RESUME)

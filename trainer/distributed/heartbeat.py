@@ -153,7 +153,7 @@ class Heartbeat(threading.Thread):
         """Return who has given no sign for so long; None where nobody is missing."""
         now = time.monotonic()
         if now - self._contact > seconds or self._failures >= BROKEN:
-            return "the host of rank 0 no longer answers: it is gone, or the network to it"
+            return "the host of rank 0 no longer answers: it, or the network to it, is down"
         silent = [
             other
             for other in self._others

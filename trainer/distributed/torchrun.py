@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         return RESUME
     except (RendezvousError, DistError) as error:
         reason = str(error).splitlines()[0]
-        log.error("the processes don't find each other, or lost each other: %s", reason)
+        log.error("the processes can't reach each other: %s", reason)
         return MISTAKE
 
 
@@ -55,7 +55,8 @@ def _code(rank: int, code: int) -> int:
     if code >= 0:
         return code
     log.error(
-        "rank %d was killed by %s; the same command goes on from the newest checkpoint",
+        "rank %d was killed by %s; start the same command again to continue from the newest "
+        "checkpoint",
         rank,
         signal.Signals(-code).name,
     )

@@ -154,7 +154,7 @@ def _unpack(archive: Path, target: Path, check: Callable[[], None]) -> dict[str,
         raise type(error)(f"{archive}: {error}") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         name = os.path.relpath(error.filename, target)
-        raise UserError(f"{archive}: {name} is a file and a folder; pack it anew") from error
+        raise UserError(f"{archive}: {name} is both a file and a folder; pack it again") from error
     except DAMAGED as error:
         raise UserError(_damaged(archive, error)) from error
     except OSError as error:
@@ -167,8 +167,8 @@ def _unpack(archive: Path, target: Path, check: Callable[[], None]) -> dict[str,
 def _damaged(archive: Path, error: Exception) -> str:
     reason = " ".join(str(error).split(":")[0].split())  # tarfile adds what each format says
     return (
-        f"{archive}: neither a folder nor a whole zip or tar archive ({reason}); "
-        "give a folder, or fetch or pack the archive anew"
+        f"{archive}: neither a folder nor a whole zip or tar archive ({reason}); give a "
+        "folder, or download or pack the archive again"
     )
 
 
@@ -176,7 +176,7 @@ def _safe_parts(archive: Path, name: str) -> tuple[str, ...]:
     """Return the folders and the name of a member. Raise UserError where it leads elsewhere."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise UserError(f"{name!r} would be unpacked outside of its folder; pack it anew")
+        raise UserError(f"{name!r} would be unpacked outside of its folder; pack it again")
     # As this machine's file system takes them: in some locales that is ASCII, and bytes.
     return tuple(os.fsdecode(part.encode(errors="surrogateescape")) for part in path.parts)
 
@@ -194,8 +194,9 @@ def _check_spelling(target: Path, parts: tuple[str, ...], spelled: dict[str, str
         first = spelled.setdefault(f"/{_folded(name)}", name)
         if first != name and _is_there(target / name):
             raise UserError(
-                f"{first} and {name} are one to this file system, in {target.parent}; rename one "
-                "and pack it anew, or give platform.cache=DIR on a disk that tells them apart"
+                f"{first} and {name} are the same name to this file system, in "
+                f"{target.parent}; rename one and pack it again, or give platform.cache=DIR "
+                "on a disk that tells them apart"
             )
         spelled[name] = name
 
@@ -211,13 +212,14 @@ def _is_there(path: Path) -> bool:
 def _check_size(archive: Path, total: int, allowed: int, room: int) -> None:
     if total > room:
         raise MachineFault(
-            f"unpacked it has {total / 1e9:.1f} GB or more, and {max(room, 0) / 1e9:.1f} GB are "
-            "free in the cache; free some, or give platform.cache=DIR on a larger disk"
+            f"unpacked it takes at least {total / 1e9:.1f} GB, and the cache has "
+            f"{max(room, 0) / 1e9:.1f} GB free; free some, or give platform.cache=DIR on a "
+            "larger disk"
         )
     if total > allowed:
         raise UserError(
-            f"unpacked it has more than {allowed / 1e9:.1f} GB, which pictures never have that "
-            "were packed so small; unpack it yourself, and give the folder"
+            f"unpacked it takes more than {allowed / 1e9:.1f} GB, far more than pictures "
+            "packed into so few bytes do; unpack it yourself, and give the folder"
         )
 
 

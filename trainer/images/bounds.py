@@ -328,7 +328,7 @@ def tiff(data: bytes) -> str | None:
             return f"{cut} for {width} x {height} pixels: decoding it could take minutes"
     size = sum(packed)
     if layout.get(COMPRESSION, 1) != 1 and size > max(MAX_VALUES, 2 * len(data)):
-        return f"{size:,} bytes of pixels, on each other: decoding it could take minutes"
+        return f"{size:,} bytes of overlapping pixels: decoding it could take minutes"
     if layout.get(COMPRESSION) in JPEG_IN_TIFF:
         across, down = strip
         if tile[0]:
@@ -434,7 +434,7 @@ def _exif(block: bytes) -> str | None:
                 break
             size += length
             if size > max(MAX_VALUES, 2 * len(block)):
-                return "values of tags that lie on each other: reading them could take minutes"
+                return "overlapping values of tags: reading them could take minutes"
     return None
 
 

@@ -134,7 +134,7 @@ class Packed:
         data, _ = files.patiently(path, lambda: read(path))
         if identity.of_bytes(data) != entry.content:
             raise Changed(
-                f"{path}: the picture has changed since the run began; bring the first one back, "
+                f"{path}: the picture has changed since the run began; restore the original, "
                 "or start a new run with another name=..."
             )
         pixels = files.patiently(path, lambda: self._shrink(data))
@@ -303,9 +303,8 @@ class PixelCache:
         if needed > room:
             raise TooLarge(
                 f"{self.directory}: the packed pixels of {count} pictures need about "
-                f"{amount(needed)}, and {left}; give data.cache=none, "
-                "or platform.cache=DIR on a larger disk, "
-                f"or remove what you no longer need of {self.root}"
+                f"{amount(needed)}, and {left}; give data.cache=none, or platform.cache=DIR "
+                f"on a larger disk, or delete what you no longer need in {self.root}"
             )
 
 

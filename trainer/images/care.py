@@ -90,13 +90,13 @@ class Findings:
             if findings:
                 yield f"pictures {self._told(kind, findings)}", spoils
         for what in self.unseen:
-            yield f"pictures not looked at for {what}", False
+            yield f"pictures not checked for {what}", False
 
     def _told(self, kind: str, findings: list[Finding]) -> str:
         if kind == "uneven":
             text = f"in {KINDS[kind][0]}: {findings[0].note}"
             if not self.balanced:
-                text += "; train.imbalance=sampler or logits has all classes count alike"
+                text += "; train.imbalance=sampler or logits makes all classes count alike"
             return text
         text = f"{KINDS[kind][0]}: {len(findings)}"
         if kind == "leak":
@@ -104,7 +104,7 @@ class Findings:
             text = f"{KINDS[kind][0]}: {same} the same file, {len(self.leaked) - same} nearly"
         text += f": {listed(map(_shown, findings), NAMED)}"
         if kind == "leak":
-            text += "; data.leaks=drop keeps them out of the figures"
+            text += "; data.leaks=drop leaves them out of the figures"
         return text
 
     def csv(self) -> str:
@@ -175,7 +175,7 @@ def look(
     single = [index for index in range(len(paths)) if same.first(index) == index]
     reason = _blind(read, side, len(single))
     if reason:
-        findings.unseen.append(f"near duplicates and blank pictures, since {reason}")
+        findings.unseen.append(f"near duplicates and blank pictures: {reason}")
     if read is not None and not reason:
         with _mapping(workers) as mapped:
             squares = mapped(lambda index: likeness.square(read(paths[index])), single)

@@ -54,8 +54,8 @@ def find_images(config: Config, stop: Stop | None = None, words: Iterable[str] =
         )
     if "test" not in images.splits:
         log.warning(
-            "there is no test folder: the final figures are of valid, "
-            "which also chose the best epoch, so they flatter"
+            "there is no test folder: the final figures come from valid, which also chose "
+            "the best epoch, so they are optimistic"
         )
     return images
 
@@ -143,8 +143,8 @@ def materialize(source: str, root: Path) -> None:
         root.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(
-            f"{error.filename}: not a folder, so data.root={root} can't be made; "
-            "give another data.root=DIR"
+            f"{error.filename}: not a folder, so data.root={root} can't be created; give "
+            "another data.root=DIR"
         ) from error
     _sweep(root)
     partial = root.with_name(f".{root.name}.{socket.gethostname()}.{os.getpid()}.partial")

@@ -266,9 +266,9 @@ def quarantine(
     total = len(paths) + len(folder.broken)
     if len(broken) > max_broken * total:
         raise UserError(
-            f"{len(broken)} of {total} pictures can't be used, "
-            f"more than data.max_broken={max_broken:g} allows: {_listed(broken)}; "
-            "mend or remove them, or allow more"
+            f"{len(broken)} of {total} pictures can't be used, more than "
+            f"data.max_broken={max_broken:g} allows: {_listed(broken)}; fix or remove them, "
+            "or allow more"
         )
     splits = {name: _without(split, refused) for name, split in folder.splits.items()}
     for label, name in enumerate(folder.classes):
@@ -281,13 +281,13 @@ def quarantine(
             ]
             raise UserError(
                 f"class {name}: none of its training pictures can be used: {_listed(lost)}; "
-                "mend them or add others"
+                "fix them or add others"
             )
     for name, split in splits.items():
         if not split.paths:
             raise UserError(
-                f"data.{name}: none of its pictures can be used: {_listed(broken)}; "
-                "mend them or add others"
+                f"data.{name}: none of its pictures can be used: {_listed(broken)}; fix them "
+                "or add others"
             )
     return replace(folder, splits=splits, broken=broken)
 
@@ -310,8 +310,8 @@ def _readable() -> Iterator[None]:
         yield
     except PermissionError as error:
         raise UserError(
-            f"{error.filename}: permission denied; "
-            "let this user read the folder, or run as one who may"
+            f"{error.filename}: permission denied; give this user read access to the folder, "
+            "or run as a user who has it"
         ) from error
 
 
@@ -385,7 +385,7 @@ def _compared(name: str, classes: Iterable[str]) -> str:
     other = alike(name, classes)
     if other is None:
         return name
-    return f"{name} (but {other}, which is written otherwise)"
+    return f"{name} (but {other}, which is spelt differently)"
 
 
 def _loose(name: str) -> str:

@@ -132,7 +132,11 @@ class Digests:
                     with self._index.open("ab") as file:
                         file.write(_lines(new, known))
         except OSError as error:
-            log.info("%s: not written (%s): pictures are read again", self._index, error.strerror)
+            log.info(
+                "%s: can't be written (%s): the next run reads the pictures again",
+                self._index,
+                error.strerror,
+            )
 
 
 def _read(index: Path) -> tuple[list[Any], bool]:

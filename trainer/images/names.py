@@ -38,7 +38,7 @@ SYSTEM = frozenset(
 )  # fmt: skip
 
 # Kinds of what is left out, beside the extensions.
-OF_SYSTEM = "hidden or a system's own"
+OF_SYSTEM = "hidden, or made by an operating system"
 LOOSE = "loose (in no class folder)"
 NO_EXTENSION = "without extension"
 UNLISTED = "not in the table of labels"
@@ -124,8 +124,8 @@ def class_name(name: str, where: str) -> str:
         )
     if not text.strip() or any(unicodedata.category(character) == "Cc" for character in text):
         raise UserError(
-            f"{where}: the class {text!r} has control characters in its name, or nothing else "
-            "than spaces; rename it"
+            f"{where}: the class {text!r} has control characters in its name, or only spaces; "
+            "rename it"
         )
     return text
 

@@ -188,8 +188,8 @@ def _from_code(said: str, root: str) -> Iterator[tuple[int, list[str]]]:
         ]
         if not texts or len(texts) != len(row) or len(texts) not in (2, 3):
             raise UserError(
-                f"{code.setting}: pictures: it gives {row!r} as number {number - 1}; it must give "
-                "(path, label) or (path, label, split), which are text"
+                f"{code.setting}: pictures: item {number - 1} is {row!r}; each must be (path, "
+                "label) or (path, label, split), all strings"
             )
         yield number, [*texts, "train"][:3]
 
@@ -229,8 +229,8 @@ def csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{table}, line {line}: no UTF-8; save it as CSV in UTF-8 (a spreadsheet itself, .xlsx "
-            "or .ods, is not read)"
+            f"{table}, line {line}: not UTF-8; save it as CSV in UTF-8 (.xlsx and .ods can't "
+            "be read)"
         ) from error
     first = text.partition("\n")[0]
     separator = max(SEPARATORS, key=first.count)
@@ -241,7 +241,7 @@ def csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, cells
     except csv.Error as error:
         raise UserError(
-            f"{table}, line {reader.line_num}: it is no CSV ({error}); save it as CSV anew"
+            f"{table}, line {reader.line_num}: not valid CSV ({error}); save it as CSV again"
         ) from error
 
 
@@ -252,8 +252,8 @@ def _columns(table: Path, header: list[str]) -> tuple[int, int, int | None]:
     path = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
     if path is None:
         raise UserError(
-            f"{table}, line 1: no column says where a picture lies "
-            f"(they are {listed(header) or 'none'}); {UNDERSTOOD}"
+            f"{table}, line 1: no column holds the pictures' paths (its columns: "
+            f"{listed(header) or 'none'}); {UNDERSTOOD}"
         )
     others = [number for number in range(len(names)) if number not in (path, split)]
     labels = [number for number in others if names[number] in LABEL_COLUMNS]

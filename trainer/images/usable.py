@@ -108,7 +108,10 @@ def _packed(
     try:
         return store.pack(paths, threads, step, keep=False)
     except OSError as error:
-        log.info("which pictures can be used isn't remembered: %s", one_line(error) or error)
+        log.info(
+            "the next run checks the pictures again: the result can't be cached: %s",
+            one_line(error) or error,
+        )
     return store.check(paths, threads, step)
 
 

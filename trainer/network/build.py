@@ -345,8 +345,8 @@ def _width(backbone: Any, name: str, size: int | None) -> int:
     backbone.train(training)
     if not torch.is_tensor(features) or features.ndim != 2:
         raise UserError(
-            f"model.name={name} gives no list of features for a picture, "
-            "so it can't have a head of ours; choose another model.name"
+            f"model.name={name} doesn't return one list of features for each picture, so no "
+            "classifier can be put on it; choose another model.name"
         )
     return features.shape[1]
 

@@ -217,7 +217,7 @@ class FeatureCache:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                log.warning("%s: kept in memory alone: %s", told, one_line(error) or error)
+                log.warning("%s: kept in memory only: %s", told, one_line(error) or error)
             features = np.empty(shape, np.float32)
             bar.advance(-bar.done)
             for number, rows in self._blocks(machine, split, view, numbers, stop, bar):

@@ -51,8 +51,8 @@ class Own:
         if not torch.is_tensor(features) or features.shape != (2, width):
             shape = list(features.shape) if torch.is_tensor(features) else type(features).__name__
             raise self._wrong(
-                f"the network gives {shape} of 2 images of {size} px, and not [2, {width}], "
-                "features of the width that network(size) returns"
+                f"for 2 images of {size} px the network returns {shape}; expected [2, "
+                f"{width}]: features of the width that network(size) returns"
             )
         return backbone, width
 
@@ -86,8 +86,8 @@ class Own:
         for name in values:
             if not name.isidentifier() or name in OURS:
                 raise self._wrong(
-                    f"metric names a figure {name!r}; allowed: a name as Python's, but none of "
-                    f"{', '.join(sorted(OURS))}"
+                    f"metric returns a figure named {name!r}; allowed: a Python name, but "
+                    f"none of {', '.join(sorted(OURS))}"
                 )
         return {f"{prefix}_{name}": value for name, value in values.items()}
 

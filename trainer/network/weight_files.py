@@ -74,8 +74,8 @@ def state_dict(name: str, weights: str) -> State:
         data = files.patiently(path, path.read_bytes)
         if data.startswith(b"version https://git-lfs"):
             raise UserError(
-                f"model.weights={weights} is not the weights, but git's pointer to them; "
-                "get the file itself with git lfs pull"
+                f"model.weights={weights} is git's pointer to the weights, not the weights; "
+                "fetch them with git lfs pull"
             )
         try:
             state = load(data) if _is_safetensors(path, data) else _unpickled(weights, data)
@@ -91,7 +91,7 @@ def state_dict(name: str, weights: str) -> State:
         )
     wrapper, tensors = found
     if wrapper in AVERAGES:
-        log.info("model.weights=%s: its moving average, %s, is taken", weights, wrapper)
+        log.info("model.weights=%s: using its moving average, %s", weights, wrapper)
     return tensors
 
 
@@ -115,17 +115,17 @@ def _unpickled(weights: str, data: bytes) -> Any:
         code = re.search(r"GLOBAL (\S+) was not an allowed global", reason)
         if code:
             raise UserError(
-                f"model.weights={weights} holds more than tensors ({code[1]}), "
-                "which is not loaded for safety: it would run code"
+                f"model.weights={weights} holds more than tensors ({code[1]}); it is refused, "
+                "since loading it would run code"
             ) from error
         if "TorchScript" in reason:
             raise UserError(
-                f"model.weights={weights} holds a program (TorchScript), which is not run for "
-                "safety"
+                f"model.weights={weights} holds a program (TorchScript); it is refused, since "
+                "loading it would run code"
             ) from error
         raise UserError(
-            f"model.weights={weights} is damaged, or holds more than tensors, "
-            "which is not loaded for safety"
+            f"model.weights={weights} is damaged, or holds more than tensors; it is refused, "
+            "since loading it could run code"
         ) from error
 
 

@@ -81,7 +81,7 @@ def note_of(weights: str | Path) -> Note:
     for key, value in said.items():
         _check(path, key, value)
     if "crop" in said and "resize" in said:
-        raise UserError(f"{path}: crop and resize say the same; allowed: one of them")
+        raise UserError(f"{path}: crop and resize mean the same; allowed: one of them")
     size, resize = said.get("size"), said.get("resize")
     if size is not None and resize is not None and resize < size:
         raise UserError(f"{path}: resize={resize} is not allowed; allowed: at least size={size}")
@@ -94,7 +94,7 @@ def note_of(weights: str | Path) -> Note:
 def _check(path: Path, key: str, value: Any) -> None:
     """Raise UserError for a key of a note that there is not, or a value that it can't have."""
     if key not in KEYS:
-        raise UserError(f"{path}: {key} is no key of it; allowed: {', '.join(KEYS)}")
+        raise UserError(f"{path}: {key} is not a known key; allowed: {', '.join(KEYS)}")
     numbers = list(value) if isinstance(value, list) else [value]
     is_number = all(type(number) in (int, float) for number in numbers)
     wrong = f"{path}: {key}={json.dumps(value)} is not allowed; allowed: "
@@ -189,8 +189,8 @@ def _candidate(path: Path) -> WeightsFile | None:
     if said is not None:
         if not is_known(said):
             raise UserError(
-                f"{path.with_suffix(NOTE)}: name={said} is no network; "
-                "allowed: a name as model.name has it"
+                f"{path.with_suffix(NOTE)}: name={said} is not a network; allowed: what "
+                "model.name takes"
             )
         return WeightsFile(said, path, exact=True)
     return named(path)

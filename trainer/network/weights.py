@@ -146,7 +146,7 @@ def _found_in_folder(model: ModelConfig) -> Wants | None:
     how = ""
     if not first.exact:
         how = ", by the beginning of its name"
-    log.info("model.weights_dir=%s: %s is taken for %s%s", folder, first.path, model.name, how)
+    log.info("model.weights_dir=%s: using %s for %s%s", folder, first.path, model.name, how)
     model.weights = str(first.path)
     return _of_file(model.name, str(first.path), weights)
 
@@ -174,7 +174,7 @@ def _continue(config: Config, images: ImageFolder) -> None:
         )
         return
     config.model.head_hidden = hidden
-    log.info("model.weights=%s has the same classes: its head goes on too", weights)
+    log.info("model.weights=%s has the same classes: its head is kept too", weights)
     if before["config"].get("model.solve_on") == "both":
         log.warning(
             "that head was solved on pictures of valid too: where these are the same pictures, "
@@ -210,8 +210,8 @@ def warn_of_scratch(config: Config, parameters: int, pictures: int) -> None:
     unwise = parameters > SCRATCH_PARAMETERS and pictures < SCRATCH_PICTURES
     if config.model.weights is None and name != TOY and unwise:
         log.warning(
-            "%s learns from nothing, and %d pictures are few for it: "
-            "pretrained weights (model.weights=DEFAULT, or a file) are nearly always better",
+            "%s starts from random weights, and %d pictures are few for that: pretrained "
+            "weights (model.weights=DEFAULT, or a file) are nearly always better",
             name,
             pictures,
         )
@@ -266,8 +266,8 @@ def _of_file(name: str, weights: str, member: str) -> Wants:
         resize = round(size / note.crop)
     if resize < size:
         raise UserError(
-            f"{weights}: the note beside it says resize={resize}, and no size, which is then "
-            f"{size}; let it say size too"
+            f"{weights}: the note beside it says resize={resize}, and no size, which would be "
+            f"{size}; add size to the note"
         )
     said = {
         "data.size": note.size,
@@ -334,8 +334,8 @@ def _of_package(name: str, weights: str) -> Wants:
     tensors = model_package.network(weights, load(model_package.tensors(weights)))
     if "mean" not in tensors:
         raise UserError(
-            f"model.weights={weights}: the checkpoints of a frozen backbone hold the head alone; "
-            "go on with that run until it is complete, and give its package"
+            f"model.weights={weights}: the checkpoints of a frozen backbone hold the head "
+            "alone; finish that run, and give its package"
         )
     # Its buffers, since the setting's values aren't all (see build.build).
     mean, std = (
@@ -481,7 +481,7 @@ def _of_timm(name: str) -> tuple[PixelSpec, list[str]]:
         notes.append(f"timm pads pictures of {resize} px to {size}, here they are shrunk to {size}")
     interpolation = expects["interpolation"]
     if interpolation not in FILTERS:
-        notes.append(f"they expect {interpolation}, here bilinear is taken")
+        notes.append(f"they expect {interpolation}, here bilinear is used")
         interpolation = "bilinear"
     other = {"squash": "squeezes a picture into", "border": "pads a picture to"}
     if expects["crop_mode"] in other:

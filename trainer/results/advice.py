@@ -63,8 +63,9 @@ def _leaks(known: Known) -> Iterator[Advice]:
     leaks = len(known.findings.leaked)
     if leaks and known.config.get("data.leaks") == "warn":
         yield Advice(
-            f"Of valid or test {_counted(leaks, 'picture is', 'pictures are')} in train too.",
-            "That flatters the figures: keep it out of these.",
+            f"{_counted(leaks, 'picture of valid or test is', 'pictures of valid or test are')} "
+            "in train too.",
+            "The figures look better than they are. Leave these pictures out of them.",
             known.again("data.leaks=drop"),
         )
 
@@ -74,8 +75,8 @@ def _labels(known: Known) -> Iterator[Advice]:
     if doubts:
         yield Advice(
             f"{_counted(doubts, 'label', 'labels')} may be wrong.",
-            "Look below, put right what is wrong, and train again: the label of a test picture "
-            "counts as much as one of train.",
+            "Check them below, correct the wrong ones, and train again: a wrong label in "
+            "test harms the figures as one in train harms the network.",
             known.again(),
         )
 
@@ -94,8 +95,8 @@ def _overfits(known: Known) -> Iterator[Advice]:
         words = ["data.augment.mixup=0.2"]
     yield Advice(
         f"It overfits: {percent(train)} on train, {percent(valid)} on valid.",
-        "It has learned its training pictures by heart. More pictures help most; without any, make "
-        "them vary more, or hold the weights smaller.",
+        "It has memorised its training pictures. More pictures help most; without any, "
+        "augment them more, or regularise more.",
         known.again(*words) if words else "",
     )
 
@@ -123,8 +124,8 @@ def _uneven(known: Known) -> Iterator[Advice]:
     if most >= UNEVEN * least:
         yield Advice(
             f"The largest class has {most:,} training pictures, the smallest {least:,}.",
-            "Rare classes are learned last. Where each class matters alike, let them count alike: "
-            "macro F1 rises, accuracy may fall a little.",
+            "The network learns rare classes last. If all classes matter equally, give them "
+            "equal weight: macro F1 rises, accuracy may fall a little.",
             known.again("train.imbalance=logits", "train.monitor=valid_f1"),
         )
 
@@ -136,8 +137,8 @@ def _few(known: Known) -> Iterator[Advice]:
     typical = int(np.median(counts))
     yield Advice(
         f"There are few pictures: {typical} of a typical class to train on.",
-        f"Below {FEW} or so each one more counts. Ten more of each class, and first of the least "
-        "accurate ones below, will do more than any setting. Add them, and train again.",
+        f"Below about {FEW} a class, each further one helps. Ten more of each class, the least "
+        "accurate ones below first, help more than any setting. Add them, and train again.",
         known.again(),
     )
 
@@ -148,8 +149,8 @@ def _wide(known: Known) -> Iterator[Advice]:
         yield Advice(
             f"{known.pictures:,} {known.split} pictures tell the accuracy to "
             f"{50 * (high - low):.0f} points either way.",
-            "A smaller difference between two runs need not be one. For half of that it takes four "
-            "times as many test pictures.",
+            "A smaller difference between two runs may be chance. To halve that, you need "
+            "four times as many test pictures.",
         )
 
 
@@ -169,7 +170,7 @@ def _tie(known: Known) -> Iterator[Advice]:
         yield Advice(
             f"{chosen} and {best.name} are as good as equal: {percent(own.accuracy)} and "
             f"{percent(best.accuracy)}, each give or take {percent(own.error)}.",
-            "Train the other one too, and let the test pictures say.",
+            "Train the other one too, and compare both on the test pictures.",
             known.again(f"model.name={best.name}"),
         )
 
@@ -179,9 +180,9 @@ def _waits(known: Known) -> Iterator[Advice]:
     wait = sum(row.get("data_wait", 0.0) for row in known.history)
     if seconds > 60 and wait > WAITS * seconds:
         yield Advice(
-            f"{percent(wait / seconds)} of the training time went into waiting for pictures.",
-            "The processor that decodes them is the bottleneck, and not the one that computes: "
-            "pack the pixels once (data.cache), or rent more cores.",
+            f"{percent(wait / seconds)} of the training time was spent waiting for pictures.",
+            "Decoding is the bottleneck, not the network: pack the pixels once (data.cache), "
+            "or rent more cores.",
         )
 
 

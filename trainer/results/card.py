@@ -114,7 +114,10 @@ class Card:
         rows.append(f"| loss | {self.metrics['loss']:.3f} | |")
         said = f"On the {pictures:,} pictures of {self.split}:"
         if self.split != "test":
-            said += " there is no test; these pictures chose the best epoch too, which flatters."
+            said += (
+                " there is no test; these pictures chose the best epoch too, so the figures "
+                "are optimistic."
+            )
         return "\n\n".join([said, "\n".join(rows), *self.notes])
 
     def _data(self) -> str:
@@ -140,7 +143,7 @@ class Card:
             "Other cameras, places or seasons than those of its pictures: its figures were "
             "measured on pictures of the same collection. Measure it on yours first: "
             "`python -m serving evaluate`.",
-            "Decisions about people's health, safety or rights, without a person who looks.",
+            "Decisions about people's health, safety or rights, unless a person reviews them.",
         ]
         counts = dict.fromkeys(self.classes, 0)
         for label in self.labels:

@@ -21,20 +21,20 @@ PICTURE_SIDE = 128  # pixels
 # What a page shows at most: findings of a kind, and images of a finding.
 SHOWN, MEMBERS = 12, 4
 EXPLAINED = {
-    "leak": "Valid chooses the best epoch and test gives the figure: what is in train too says "
-    "nothing new there. Remove it from one of the two, or give data.leaks=drop.",
+    "leak": "Valid chooses the best epoch and test gives the figure: a picture that is in train "
+    "too proves nothing there. Remove it from one of the two, or give data.leaks=drop.",
     "labels": "One of the two classes is wrong, or a picture shows both.",
-    "doubt": "What a pretrained network sees in them fits another class, by a probe that was "
-    "fitted without the picture. The surest first. Look before you change one: it may be the "
-    "network that errs.",
-    "copy": "Each counts more than once. What was saved again, at another size or shifted a "
-    "little, is a copy too.",
-    "unlike": "To a pretrained network they are the least like any other picture: perhaps they "
-    "are not what they should be.",
+    "doubt": "A classifier that was fitted without the picture, on a pretrained network's "
+    "features, says another class. The surest come first. Look before you change one: "
+    "the network may be wrong.",
+    "copy": "Each counts more than once. A picture that was saved again, resized or shifted a "
+    "little is a copy too.",
+    "unlike": "To a pretrained network they look least like any other picture: check that they "
+    "belong here.",
     "dark": "Nothing in them is brighter than a tenth of white.",
     "blank": "Their values hardly differ.",
     "small": "They are enlarged to what the network sees.",
-    "uneven": "Rare classes are learned last; macro F1 counts each class alike.",
+    "uneven": "The network learns rare classes last; macro F1 counts each class equally.",
 }
 
 

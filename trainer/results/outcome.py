@@ -287,7 +287,7 @@ def build_package(run: Training, tested: Tested) -> None:
         package.build(run.network, contents, target, archive=archive, temporary=run.run.temporary)
     except package.SelfTestFailed as error:
         raise UserError(
-            f"{target}: {error}; what was trained is saved: mend that, {AGAIN}"
+            f"{target}: {error}; what was trained is saved: fix that, {AGAIN}"
         ) from error
 
 
@@ -469,7 +469,7 @@ def _parent(run: Training) -> dict[str, str]:
     if parent is None:
         return {}
     what = {"state": "its end, with more epochs", "weights": "its weights"}[parent["what"]]
-    return {"goes on from": f"{parent['run']}: {what}"}
+    return {"continues from": f"{parent['run']}: {what}"}
 
 
 def _starts(run: Training) -> dict[str, str]:

@@ -279,8 +279,7 @@ def _read_image(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray
         pixels = prepare(data, preprocessing)
     except ImageError as error:
         raise UserError(
-            f"{path}: this picture was to go into the model package, but: {error}; "
-            "put it right and run again"
+            f"{path}: the model package needs this picture, but: {error}; fix it and run again"
         ) from error
     return data, pixels
 

@@ -80,8 +80,8 @@ def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
     from_nothing = choices["model"] == TOY and composed.model.weights is None
     if from_nothing and choices["data"] != DEMO and composed.data.size is None:
         notes.append(
-            f"model={TOY}: it learns from nothing, and from pictures of {settings.PLAIN.size} px; "
-            "data.size=64 is many times as quick"
+            f"model={TOY}: it starts from random weights, with pictures of "
+            f"{settings.PLAIN.size} px; data.size=64 is many times faster"
         )
     return Resolved(words, notes, composed)
 
@@ -241,8 +241,7 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
         elif key in sections and not value.startswith("{"):
             inside = [name for name in keys if name.startswith(f"{key}.")]
             raise UserError(
-                f"{word}: {key} is no setting, but holds some; "
-                f"give one of them, such as {inside[0]}=..."
+                f"{word}: {key} is a group of settings; give one of them, such as {inside[0]}=..."
             )
         elif key.startswith(HYDRAS_PLACES):
             raise UserError(
@@ -260,7 +259,8 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
             raise UserError(f"{word} has no value: give {key}=...")
         elif word.startswith("+") and not word.startswith("++"):
             raise UserError(
-                f"{word}: a setting is given, and not added; give {shlex.quote(word[1:])}"
+                f"{word}: the setting exists already, so it needs no +; give "
+                f"{shlex.quote(word[1:])}"
             )
 
 
@@ -284,7 +284,9 @@ def _check_deletion(word: str, key: str, keys: list[str], several: Collection[st
 
 def _check_option(word: str, group: str, value: str, allowed: list[str]) -> None:
     if word.startswith("+"):
-        raise UserError(f"{word}: an option is chosen, and not added; give {word.lstrip('+')}")
+        raise UserError(
+            f"{word}: the option exists already, so it needs no +; give {word.lstrip('+')}"
+        )
     names = [value]
     if group == "experiment" and value == "null":
         return

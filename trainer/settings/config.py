@@ -323,8 +323,8 @@ def load(composed: DictConfig) -> Config:
         )
     if augment.jitter[3] > 0.5:
         raise UserError(
-            f"data.augment.jitter={augment.jitter}: the last number is of hue, which 0.5 turns to "
-            "its opposite; allowed: at most 0.5"
+            f"data.augment.jitter={augment.jitter}: the last number is for hue, and 0.5 "
+            "already turns it to its opposite; allowed: at most 0.5"
         )
     for key in ("scale", "ratio"):
         low, high = getattr(augment, key) or (0.0, 0.0)
@@ -359,8 +359,8 @@ def check_model(config: Config) -> None:
         )
     if model.name == AUTO and model.weights != "DEFAULT":
         raise UserError(
-            f"model.weights={model.weights} with model={AUTO}: these are one network's; say which, "
-            "by model.name=NAME, or give model.weights_dir=DIR, a folder of several"
+            f"model.weights={model.weights} with model={AUTO}: these belong to one network; "
+            "name it by model.name=NAME, or give model.weights_dir=DIR, a folder of several"
         )
     if model.name == OWN and model.code is None:
         raise UserError(
@@ -370,8 +370,9 @@ def check_model(config: Config) -> None:
     parent = config.train.parent
     if model.name == AUTO and parent is not None:
         raise UserError(
-            f"train.parent={parent} with model={AUTO}: it goes on with the same network, and does "
-            "not decide again; say which, by model.name=NAME, or give model.weights=RUN instead"
+            f"train.parent={parent} with model={AUTO}: it continues with the same network and "
+            "does not choose again; name it by model.name=NAME, or give model.weights=RUN "
+            "instead"
         )
     if model.name == AUTO and model.head_hidden is not None:
         raise UserError(

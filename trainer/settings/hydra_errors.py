@@ -46,7 +46,7 @@ def explain(error: Exception, keys: list[str]) -> str:
 
 def several_values(word: str) -> str:
     """Return the line for a list of values where one is wanted."""
-    return f"{word} are several values: to try one after the other, add -m (at AWS: target=tuner)"
+    return f"{word} are several values: to try each of them, add -m (on AWS: target=tuner)"
 
 
 def character_of(error: Exception) -> str:

@@ -171,7 +171,8 @@ def parameter(key: str, text: str, config: Config) -> Parameter:
     kinds = settings.kinds(settings.schema()[key])
     if not kinds & {int, float}:
         raise UserError(
-            f"{key}={text}: this setting is no number; allowed: a list of values, such as {key}=a,b"
+            f"{key}={text}: this setting is not a number; allowed: a list of values, such as "
+            f"{key}=a,b"
         )
     assert value.start is not None and value.end is not None
     bounds: list[int | float] = [value.start, value.end]
@@ -189,8 +190,8 @@ def parameter(key: str, text: str, config: Config) -> Parameter:
         raise UserError(f"{key}={text}: allowed: interval(low, high) with low below high")
     if log and low <= 0:
         raise UserError(
-            f"{key}={text}: a logarithmic scale has no {low}; "
-            "allowed: bounds above 0, or no tag(log, ...)"
+            f"{key}={text}: a logarithmic scale can't contain {low}; allowed: bounds above 0, "
+            "or no tag(log, ...)"
         )
     if float in kinds:
         return Continuous(key, float(low), float(high), log)
@@ -221,7 +222,7 @@ def _listed(override: Override, key: str, text: str) -> list[Any]:
     """Return the values of a list or range, in the order given."""
     value = override.value()
     if not isinstance(value, ChoiceSweep | RangeSweep):
-        raise UserError(f"{key}={text} is no range; allowed: {RANGES}")
+        raise UserError(f"{key}={text} is not a range; allowed: {RANGES}")
     return [
         getattr(element, "text", element)  # of a quoted string
         for element in override.sweep_iterator(Transformer.identity)

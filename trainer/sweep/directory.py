@@ -77,7 +77,7 @@ def opened(
             frozen = json.loads(known.read_bytes())
         except ValueError as error:
             raise UserError(
-                f"{known} is damaged: bring back a copy, or start a new sweep with another name=..."
+                f"{known} is damaged: restore a copy, or start a new sweep with another name=..."
             ) from error
         if changed := words_of(asked) ^ words_of(frozen):
             raise UserError(

@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> None:
     """
     fixed, swept = space.split(arguments)
     for word in filter(words.is_one_path, arguments):
-        log.info("%s: one path, since it is there; several stand in quotes: 'a','b'", word)
+        log.info("%s: taken as one path, because it exists; put several in quotes: 'a','b'", word)
     config, notes = base(CONF, fixed, swept)
     for line in notes:
         log.info(line)
@@ -171,7 +171,7 @@ class Driver:
             log.info("%d trials over %s", self.ledger.total, keys)
             done = len(trials) - len(running)
             if trials:
-                log.info("%d of them are done already; %d go on", done, len(held))
+                log.info("%d of them are done already; %d continue", done, len(held))
             with ProgressBar("trials", self.ledger.total, done) as bar:
                 while self.patiently(self.step):
                     done = sum(trial.state != RUNNING for trial in self.ledger.trials())
@@ -324,8 +324,8 @@ class Driver:
         noted = read_json(where / "trial.json")
         if noted not in (None, trial.params):
             log.warning(
-                "trial %d: the ledger has lost what %s holds, a trial of other values: it is "
-                "deleted",
+                "trial %d: %s holds a trial of other values, which the ledger no longer "
+                "lists: deleting it",
                 trial.number,
                 where,
             )
@@ -529,7 +529,7 @@ class Driver:
         self.doubts += DOUBTS[fault.whose]
         if self.doubts >= ENOUGH:
             raise Interrupted(f"this machine, which failed each of {self.failures()}")
-        log.warning("%s: %s; the others go on", which, fault.reason)
+        log.warning("%s: %s; the others continue", which, fault.reason)
 
     def settle_aside(self) -> None:
         """Tell what is final of the trials that the machine failed each time.
@@ -567,7 +567,7 @@ class Driver:
         if read_result(where) and (where / ARCHIVE).exists():
             return
         log.info(
-            "trial %d is the best: it goes on alone, to its model package and report",
+            "trial %d is the best: it alone trains to the end, for its model package and report",
             trial.number,
         )
         where.mkdir(exist_ok=True)

@@ -89,7 +89,7 @@ class Grid:
                 entry = json.loads(line)
                 self._trials[entry["number"]] = Trial(params=self.points[entry["number"]], **entry)
             except (ValueError, TypeError, LookupError):
-                log.warning("%s: line %d is damaged, and passed over", path, number)
+                log.warning("%s: line %d is damaged: skipping it", path, number)
 
     def trials(self) -> list[Trial]:
         return [self._trials[number] for number in sorted(self._trials)]

@@ -434,7 +434,7 @@ def _journal(path: Path, shared: bool) -> BaseStorage:
             json.loads(line)
         except ValueError as error:
             raise UserError(
-                f"{path}: line {number} is damaged; bring back a copy, or keep what is before it "
+                f"{path}: line {number} is damaged; restore a copy, or keep what is before it "
                 f"(head -n {number - 1}): trials noted after it are begun again"
             ) from error
     return JournalStorage(JournalFileBackend(str(path), lock))
@@ -448,7 +448,7 @@ def shown(storage: str | Path) -> str:
 def unreachable(storage: str | Path, error: Exception) -> str:
     """Return the line for a storage that doesn't answer."""
     reason = first_line(error.__cause__ or error)
-    return f"sweep.storage={shown(storage)}: it does not answer ({reason}): mend that, {AGAIN}"
+    return f"sweep.storage={shown(storage)}: it does not answer ({reason}): fix that, {AGAIN}"
 
 
 def first_line(error: BaseException) -> str:

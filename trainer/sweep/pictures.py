@@ -41,14 +41,14 @@ class Pictures:
         except UserError as error:
             if then is None or isinstance(error, MachineFault):
                 raise
-            raise MachineFault(f"the pictures are not where they were: {error}") from error
+            raise MachineFault(f"the pictures were moved or removed: {error}") from error
         if then is None:
             identity.note(self._index, now)
         elif identity.of_samples(then) != identity.of_samples(now):
             raise UserError(
                 f"{self._directory}: the pictures have changed since this sweep began: "
-                f"{identity.changes(then, now)}; bring them back and start the same command again, "
-                "or start a new sweep with another name=..."
+                f"{identity.changes(then, now)}; restore them and start the same command "
+                "again, or start a new sweep with another name=..."
             )
 
     def digest(self) -> str:

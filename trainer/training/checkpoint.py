@@ -232,14 +232,14 @@ def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
         return path, state
     if all(isinstance(reason, CutOff) for reason in passed_over):
         for reason in passed_over:
-            log.warning("%s: its copy was cut off; starting from the beginning", reason)
+            log.warning("%s: it was not copied whole; starting from the beginning", reason)
         return None
     for reason in passed_over:
         if isinstance(reason, OtherFormat):
             raise reason
     raise UserError(
         f"{root}: none of its {len(checkpoints)} checkpoints is whole ({passed_over[0]}); "
-        "bring back a copy of one, or delete the directory to start from the beginning"
+        "restore a copy of one, or delete the directory to start from the beginning"
     )
 
 
@@ -320,8 +320,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     if written != FORMAT:
         raise OtherFormat(
             f"{path}: another version of Packhorse wrote this checkpoint (format {written}, "
-            f"this version reads {FORMAT}); go on with that version, or start a new run with "
-            "another name=..."
+            f"this version reads {FORMAT}); use that version, or start a new run with another "
+            "name=..."
         )
     named = set(listed) in (set(STATE), {*STATE, *BEST})
     if not named or not all(isinstance(size, int) for size in sizes):

@@ -48,7 +48,7 @@ def lacking(run: Run, promised: Promise) -> dict[str, str]:
     """
     wrong = {}
     size = sum(written["size"] for written in promised.values())
-    with ProgressBar("looking whether all is there (MB)", size >> 20) as bar:
+    with ProgressBar("checking that nothing is missing (MB)", size >> 20) as bar:
         packed = _packed(run, promised)
         for name, written in promised.items():
             path = _place(run, name)
@@ -92,8 +92,8 @@ def check_can_be_made_again(run: Run, wrong: dict[str, str]) -> None:
     if any(run.checkpoints.glob("step-*")):
         return
     raise UserError(
-        f"{in_words(wrong)}, and no checkpoint is left in {run.checkpoints} to make it of: bring "
-        f"one of them back, or delete {run.directory / 'result.json'} to train again"
+        f"{in_words(wrong)}, and no checkpoint is left in {run.checkpoints} to rebuild it "
+        f"from: restore one, or delete {run.directory / 'result.json'} to train again"
     )
 
 

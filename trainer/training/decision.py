@@ -300,7 +300,7 @@ class Decision:
                 f"recipe.prefer={self.config.recipe.prefer})"
             )
         if len(rows) == 1:
-            reason = f"{rows[chosen].name} is the only one that can be had"
+            reason = f"{rows[chosen].name} is the only one available"
         self.reasons.append(reason)
         return chosen
 
@@ -317,7 +317,7 @@ class Decision:
         hurts = gain.mean() < -FLIPS_HURT * probe.standard_error(gain)
         hurts = hurts and both.correct.sum() < judged.correct.sum()
         if hurts:
-            self.reasons.append("mirrored pictures make it worse: data.augment.flip=false")
+            self.reasons.append("mirroring the pictures makes it worse: data.augment.flip=false")
         return {"data.augment.flip": not hurts}
 
     def with_crops(self, network: Network) -> dict[str, Any]:
@@ -334,9 +334,12 @@ class Decision:
             network = _sampled(network, share, self.config.seed)
         parts, whole = (self.judge(_cropped(network, CROPS[each]), VIEWS) for each in CROPS)
         gains = (parts.losses - whole.losses).double().numpy()
-        chosen, words = "parts", "parts of pictures tell no less than nearly whole ones"
+        chosen, words = (
+            "parts",
+            "smaller crops of the pictures work no worse than nearly whole ones",
+        )
         if gains.mean() > probe.standard_error(gains):
-            chosen, words = "whole", "nearly whole pictures tell more than parts of them"
+            chosen, words = "whole", "nearly whole pictures work better than smaller crops"
         low, high = CROPS[chosen]
         self.reasons.append(f"{words}: data.augment.scale=[{low:g},{high:g}]")
         return {"data.augment.scale": list(CROPS[chosen])}
@@ -383,7 +386,7 @@ class Decision:
             tuned["train.keep"] = "last"  # as it was judged; to choose by few pictures is chance
         elif len(ways) > 1:
             tuned |= self.better_way(judged.network, flips | tuned, ways)
-        kept = "what comes out is kept where it is better"
+        kept = "the result is kept only if it is better"
         if halves:
             kept = "on halves of the pictures that was better than the head alone"
             if tried.needed < 0:
@@ -585,8 +588,8 @@ class Decision:
     def from_scratch(self) -> dict[str, Any]:
         """Return the settings where no weights can be had: a small network on small pictures."""
         self.reasons.append(
-            f"no weights of any candidate can be had: {TOY} is trained from scratch, which is far "
-            "less accurate; give model.weights_dir=DIR, a folder with weights"
+            f"the weights of no candidate are available: {TOY} is trained from scratch, which "
+            "is far less accurate; give model.weights_dir=DIR, a folder with weights"
         )
         return {
             "model.name": TOY,
@@ -615,10 +618,10 @@ def _worse_by(one: Judged, best: Judged) -> float:
 def _words_of(tuned: dict[str, Any]) -> str:
     """Return in words which way to fine-tune was taken."""
     if "optim.lr" not in tuned:
-        return "it is done at small rates, which keep what the weights know"
+        return "small learning rates keep what the weights know"
     return (
-        f"it is done at larger rates (optim.lr={tuned['optim.lr']:g} for all layers), by which the "
-        "weights learn more from these pictures"
+        f"larger learning rates (optim.lr={tuned['optim.lr']:g} for all layers) let the weights "
+        "learn more from these pictures"
     )
 
 

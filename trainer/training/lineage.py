@@ -26,14 +26,14 @@ def state_of_parent(run: Run, identity: dict[str, Any], epochs: int) -> dict[str
     newest = checkpoint.newest(Path(parent, "checkpoints"))
     if newest is None:
         raise UserError(
-            f"train.parent={parent}: it has no checkpoints; give a run's directory, or go on from "
-            "the weights of a package: model.weights=FILE"
+            f"train.parent={parent}: it has no checkpoints; give a run's directory, or start "
+            "from the weights of a package: model.weights=FILE"
         )
     path, state = newest
     then = state["facts"]["identity"]
     keys = (then.keys() | identity.keys()) - {*MAY_DIFFER}
     changed = sorted(key for key in keys if then.get(key) != identity.get(key))
-    instead = f"model.weights={parent} goes on from its weights alone"
+    instead = f"model.weights={parent} starts from its weights alone"
     if changed == ["pictures"]:
         raise UserError(f"train.parent={parent}: it was trained on other pictures; {instead}")
     if changed:
@@ -50,7 +50,7 @@ def state_of_parent(run: Run, identity: dict[str, Any], epochs: int) -> dict[str
             f"train.parent={parent}: it has {progress['epoch']} epochs already, and "
             f"train.epochs={epochs} is not more; raise it"
         )
-    log.info("goes on from %s: %d of %d epochs", path, progress["epoch"], epochs)
+    log.info("continues from %s: %d of %d epochs", path, progress["epoch"], epochs)
     return state
 
 

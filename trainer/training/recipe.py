@@ -128,7 +128,7 @@ def _kept(run: Run) -> Recipe | None:
         return None
     recipe = _parsed(newest[1]["facts"]["recipe"])
     _write(run.checkpoints / FILE, recipe)
-    log.info("model=%s: as it was decided before, by %s", AUTO, newest[0])
+    log.info("model=%s: as decided earlier, by %s", AUTO, newest[0])
     return recipe
 
 
@@ -181,7 +181,7 @@ def glanced(config: Config, device: str) -> Config:
     candidates = names(config, device)
     if config.model.name != AUTO or not candidates:
         return config
-    log.info("model=%s: looked at with %s, the first of its candidates", AUTO, candidates[0])
+    log.info("model=%s: checked with %s, the first of its candidates", AUTO, candidates[0])
     return applied(config, {"model.name": candidates[0]})
 
 
@@ -217,9 +217,11 @@ def _written(path: Path) -> Recipe | None:
             return None
         recipe = _parsed(json.loads(text))
     except (Unreadable, AssertionError, ValueError, TypeError, KeyError):
-        log.warning("%s can't be read; what it said is taken from a checkpoint or measured", path)
+        log.warning(
+            "%s can't be read; taking the decision from a checkpoint, or measuring again", path
+        )
         return None
-    log.info("model=%s: as it was decided before, by %s", AUTO, path)
+    log.info("model=%s: as decided earlier, by %s", AUTO, path)
     return recipe
 
 

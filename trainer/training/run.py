@@ -173,8 +173,8 @@ class Run:
             now = now | {PARENT: then[PARENT]}  # all of it is in this run's own checkpoints
         if then.get("format") != FORMAT:
             raise UserError(
-                f"{where}: another version of Packhorse began this run; go on with that version, "
-                "or start a new run with another name=..."
+                f"{where}: another version of Packhorse began this run; use that version, or "
+                "start a new run with another name=..."
             )
         changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
         if not changed:
@@ -186,7 +186,7 @@ class Run:
             )
             more = ""
             if settings == ["train.epochs"] and now["train.epochs"] > then["train.epochs"]:
-                more = f"; train.parent={shlex.quote(str(self.directory))} goes on from its end"
+                more = f"; train.parent={shlex.quote(str(self.directory))} continues from its end"
             raise UserError(
                 f"{where}: this run began with other settings ({differences}); give the same again,"
                 f" or start a new run with another name=...{more}"
@@ -200,9 +200,7 @@ class Run:
             )
         else:
             what = f"model.weights={self.config.model.weights} has changed since this run began"
-        raise UserError(
-            f"{where}: {what}; bring them back, or start a new run with another name=..."
-        )
+        raise UserError(f"{where}: {what}; restore them, or start a new run with another name=...")
 
     def _changes(self, then: dict[str, Any], images: ImageFolder) -> str:
         """Return which pictures have changed, as far as that was noted: ": ..."."""
@@ -350,7 +348,7 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         digest, result = None, {}
     if digest != _signed(result)["sha256"]:
-        log.warning("%s is damaged: the run goes on from its newest checkpoint", path)
+        log.warning("%s is damaged: the run continues from its newest checkpoint", path)
         return None
     assert isinstance(result, dict)
     return result

@@ -39,17 +39,17 @@ def _end(rescue: Rescue, world: World, seconds: float) -> None:
     latest.start()
     try:
         # Not as a warning of several processes: those of rank 0 alone are shown.
-        log.error("nothing was done for %g s; where its threads stand:\n%s", seconds, stacks())
+        log.error("no progress for %g s; where its threads are:\n%s", seconds, stacks())
         saved = False
         if rescue.save is not None:
             with suppress(Exception):  # what can't be saved is not what ends it
                 saved = rescue.save()
         state = "from the newest checkpoint"
         if saved:
-            state = "from here, everything is saved"
+            state = "from here: everything is saved"
         line = (
-            f"stopped: nothing was done for {seconds:g} s (train.stall_seconds), the log has where "
-            f"each thread stands; the same command goes on {state}"
+            f"stopped: no progress for {seconds:g} s (train.stall_seconds), the log has where "
+            f"each thread was; start the same command again to continue {state}"
         )
         line = world.signed(line)
         world.tell(Lost(line), RESUME, line, lambda: log.error(line))

@@ -108,7 +108,7 @@ class Tracking:
             work()
         except Exception as error:  # of whichever library; metrics.jsonl has it all
             if tracker.name not in self._warned:
-                log.warning("%s can't be given all: %s", tracker.name, _reason(error))
+                log.warning("%s didn't get everything: %s", tracker.name, _reason(error))
             self._warned.add(tracker.name)
 
 

@@ -47,7 +47,9 @@ class Run:
         """What result.json holds. Raise UserError where the run is not complete (any more)."""
         result = read_result(self.directory)
         if result is None:
-            raise UserError(f"{self.directory}: this run isn't complete; fit goes on with it")
+            raise UserError(
+                f"{self.directory}: this run isn't complete; call fit again to finish it"
+            )
         return result
 
     @property

@@ -144,13 +144,13 @@ def test_order_is_kept_where_it_matters():
     [
         (
             "name=" + "x" * 255,
-            "name: 257 characters, and SageMaker carries 256; "
+            "name: 257 characters, and SageMaker allows 256; "
             "write it into conf/experiment/NAME.yaml",
         ),
         ("name=" + "🐕" * 128, "258 characters"),
         ("--multirun", "a job takes settings only"),
         ("epochs", "a job takes settings only"),
-        ("sagemaker_program=x.py", "SageMaker keeps this name"),
+        ("sagemaker_program=x.py", "SageMaker reserves this name"),
         ("name=a\0b", "NUL"),
     ],
 )
@@ -160,7 +160,7 @@ def test_what_cannot_be_carried_is_refused(override, message):
 
 
 def test_more_settings_than_sagemaker_takes():
-    with pytest.raises(UserError, match="101 settings, and SageMaker carries 100"):
+    with pytest.raises(UserError, match="101 settings, and SageMaker allows 100"):
         codec.encode([f"a{number}=1" for number in range(101)])
 
 

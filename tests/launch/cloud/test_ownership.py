@@ -152,7 +152,7 @@ def test_a_name_that_another_projects_job_has_is_not_taken_for_ours(cloud, targe
         code, printed = cloud.launch("submit", *target, "name=dev-x")
         assert code == MISTAKE, printed
         last = printed.splitlines()[-1]
-        assert "packhorse-dev-x-1: what has this name at AWS belongs to the project" in last
+        assert "packhorse-dev-x-1: on AWS this name belongs to the project" in last
         assert "the project packhorse-dev; give another name=" in last
     [row] = json.loads(launch(cloud, "status", "--json"))["runs"]
     assert row["state"] == "never started"

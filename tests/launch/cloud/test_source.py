@@ -156,7 +156,7 @@ def link(name, target):
         ),
         (
             {"requirements.txt": b"hydra core 1.3\n"},
-            "requirements.txt: hydra core 1.3: no requirement that pip reads",
+            "requirements.txt: hydra core 1.3: pip can't read this requirement",
         ),
         ({"requirements.txt": b"torch==2.14\n"}, "torch==2.14 would replace what the image brings"),
     ],

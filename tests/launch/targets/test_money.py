@@ -148,7 +148,7 @@ def test_what_may_be_on_its_way_is_not_sent_otherwise(account):
     code, printed = account.launch(*command, "target.instance_type=g5.xlarge")
     assert code == OK, printed
     [machine] = machines(account, "halfway")
-    assert machine["InstanceType"] == "g4dn.xlarge" and "sent as it was noted" in printed
+    assert machine["InstanceType"] == "g4dn.xlarge" and "sending it as recorded" in printed
 
 
 def test_what_aws_has_refused_may_be_sent_otherwise(account):
@@ -188,7 +188,7 @@ def test_a_wait_lives_through_whatever_ends_by_itself(account):
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == OK and "Traceback" not in printed, printed
     [machine] = [each for each in machines(account, "outage") if each["State"]["Code"] != 48]
-    assert "outage goes on without us on i-" in printed and "for 8 h at most" in printed
+    assert "outage keeps running without us on i-" in printed and "for 8 h at most" in printed
     assert 1 <= printed.count("AWS answers again") <= 4 and machine["InstanceId"] in printed
 
 
@@ -229,7 +229,7 @@ def test_a_role_that_was_just_made_is_waited_for(account, monkeypatch):
     for target in ("ec2", "sagemaker"):
         account.post("/strict/slow_iam", calls=3)
         code, printed = account.launch("submit", f"target={target}", f"name=young-{target}")
-        assert code == OK and printed.count("a role that was just made") == 1, printed
+        assert code == OK and printed.count("a new role takes a moment") == 1, printed
 
 
 def test_the_first_machine_is_waited_for_or_a_line_says_where_there_are_some(account):
@@ -300,7 +300,7 @@ def test_a_run_goes_on_by_its_name_alone(account, tmp_path):
     shutil.rmtree(tmp_path / "dogs")
     shutil.rmtree(tmp_path / "weights")
     code, printed = account.launch("submit", "by-name", "target.disk_gb=200")
-    assert code == MISTAKE and "target.disk_gb=200: by-name goes on as it was" in printed, printed
+    assert code == MISTAKE and "target.disk_gb=200: by-name continues as it was" in printed, printed
     code, printed = account.launch("submit", "by-name", "target.max_dollars=9")
     assert code == OK, printed
     first, second = (script(account, each).splitlines() for each in machines(account, "by-name"))

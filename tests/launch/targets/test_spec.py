@@ -232,7 +232,7 @@ def test_the_run_of_a_table_is_found_again_from_any_directory(tmp_path, monkeypa
 
 def test_what_a_job_cannot_have_is_refused_before_it_is_read(tmp_path):
     (tmp_path / "dogs.zip").touch()
-    with pytest.raises(UserError, match=r"dogs.zip: a job takes a folder of pictures, and no arch"):
+    with pytest.raises(UserError, match=r"dogs.zip: a job takes a folder of pictures, not an arch"):
         pictures_name(tmp_path / "dogs.zip")
     (tmp_path / "a").mkdir()
     (tmp_path / os.fsdecode(b"a/caf\xe9.jpg")).touch()

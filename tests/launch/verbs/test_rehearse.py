@@ -234,12 +234,12 @@ FAULTS = {
     "wrong channel": (
         "InputDataConfig/0/ChannelName",
         "images",
-        "channel images: the trainer has no use for it; allowed: training, train, valid",
+        "channel images: the trainer doesn't use it; allowed: training, train, valid",
     ),
     "open prefix": (
         "InputDataConfig/0/DataSource/S3DataSource/S3Uri",
         "s3://b/data/dogs",
-        "would also match its longer neighbours; end it with /",
+        "also matches every prefix that begins with it; end it with /",
     ),
     "empty channel": (
         "InputDataConfig/0/ChannelName",
@@ -353,7 +353,7 @@ def test_weights_of_this_machine(planned, tmp_path, key):
         check(plan, folder, config=config)
     spec = replace(plan.spec, config=config)
     (line,) = missing(None, replace(plan, spec=spec), folder)
-    assert line.startswith(f"model.{key}={weights} is on this machine alone")
+    assert line.startswith(f"model.{key}={weights} is on this machine only")
     assert f"give model.{key}={place}" in line
 
 
@@ -375,7 +375,7 @@ def test_weights_of_this_machine(planned, tmp_path, key):
             "platform.runs=/tmp/runs: what lies outside /opt/ml is lost when the job ends",
         ),
         (["train.epochs=0"], "train.epochs=0 is not allowed"),
-        (["name=" + "x" * 300], "302 characters, and SageMaker carries 256"),
+        (["name=" + "x" * 300], "302 characters, and SageMaker allows 256"),
     ],
 )
 def test_a_command_line_that_would_fail_says_what_to_change(arguments, line):
@@ -492,7 +492,7 @@ def test_a_mistake_that_the_trainer_sees_is_the_failure(tmp_path):
 def test_channels_that_the_trainer_has_no_use_for(tmp_path):
     channels = {"SM_CHANNELS": '["images"]', "SM_CHANNEL_IMAGES": str(tmp_path)}
     assert enter(tmp_path, {}, **channels)[2].startswith(
-        "channel images: the trainer has no use for it"
+        "channel images: the trainer doesn't use it"
     )
     (tmp_path / "failure").unlink()
     (tmp_path / "none").mkdir()
@@ -564,7 +564,7 @@ def test_a_script_that_writes_outside_and_prints_no_metrics(tmp_path, planned):
             "can't be unpacked: build it with launch/cloud/source.py",
         ),
         ("Framework Error: \nsomething else", "something else; see the log"),
-        (None, "the container ended without a word"),
+        (None, "the container ended without a message"),
     ],
 )
 def test_remedies_for_what_the_toolkit_says(failure, line):

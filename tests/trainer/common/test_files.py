@@ -130,7 +130,7 @@ def test_an_owner_elsewhere_that_lives_keeps_what_it_has(tmp_path, lockless, mon
     with caplog.at_level("INFO", "packhorse"), files.locked(tmp_path) as mine:
         assert not mine
     thread.join()
-    assert "seeing whether its owner (process 7 on other) lives" in caplog.text
+    assert "checking whether its owner (process 7 on other) is still alive" in caplog.text
 
 
 def test_of_two_that_find_an_owner_dead_one_replaces_it(tmp_path, lockless):

@@ -44,7 +44,7 @@ def test_a_child_lives_through_what_hits_its_group_before_it_has_a_session():
     )  # fmt: skip
     # One that asks for the signals gets what came before, and ends in order. Nothing stays blocked.
     assert done.stdout.splitlines() == ["lives", f"{RESUME} True", "set()"], done.stderr
-    assert done.stderr == "warning: stopped by SIGHUP; the same command starts again\n"
+    assert done.stderr == "warning: stopped by SIGHUP; start the same command again\n"
 
 
 def test_a_child_that_takes_too_long_is_ended():
@@ -86,7 +86,7 @@ with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
         [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (RESUME, "said before\n")
-    line = f"warning: stopped by {number.name}; the same command starts again\n"
+    line = f"warning: stopped by {number.name}; start the same command again\n"
     assert done.stderr == line and len(list(tmp_path.iterdir())) == (not clear)
 
 

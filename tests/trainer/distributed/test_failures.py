@@ -51,7 +51,7 @@ def test_one_is_asked_to_stop_and_all_do_then_one_hangs_and_the_other_ends_in_ti
         processes[1].send_signal(signal.SIGTERM)
         codes, outputs = all_ended(processes, 60)
     assert codes == [RESUME] * 2, "\n".join(outputs)
-    assert re.search("stopped by SIGTERM .rank 1 on .*the same command goes on", outputs[0])
+    assert re.search("stopped by SIGTERM .rank 1 on .*start the same command again", outputs[0])
     assert not outputs[1]
     saved = steps(directory)[-1]
     checkpoint.verify(saved)
@@ -64,7 +64,7 @@ def test_one_is_asked_to_stop_and_all_do_then_one_hangs_and_the_other_ends_in_ti
         assert time.monotonic() - started < LIMIT + 120
     assert processes[0].returncode == RESUME and "resumed from" in output, output
     assert re.search(
-        "error: rank 1 on .* no longer answers: .*goes on from the newest checkpoint", output
+        "error: rank 1 on .* no longer answers: .*continue from the newest checkpoint", output
     )
     checkpoint.verify(steps(directory)[-1])
 

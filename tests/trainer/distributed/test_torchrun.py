@@ -35,8 +35,8 @@ ENDS = {
     "a fault": (ended(FAULT, -signal.SIGTERM), FAULT, ""),
     "killed": (ended(-signal.SIGKILL, RESUME), RESUME, "rank 0 was killed by SIGKILL"),
     "torchrun is asked": (SignalException("", signal.SIGTERM), RESUME, ""),
-    "nobody comes": (RendezvousTimeoutError("too late\nlong"), MISTAKE, "don't find each other"),
-    "no network": (DistNetworkError("no route"), MISTAKE, "lost each other: no route"),
+    "nobody comes": (RendezvousTimeoutError("too late\nlong"), MISTAKE, "can't reach each other"),
+    "no network": (DistNetworkError("no route"), MISTAKE, "can't reach each other: no route"),
 }
 
 

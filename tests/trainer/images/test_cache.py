@@ -365,12 +365,12 @@ def test_nothing_but_broken_pictures_is_no_fault(tmp_path):
 def test_what_can_not_be_read_or_has_no_memory_is_not_broken(tmp_path, monkeypatch):
     path = tmp_path / "1.png"
     monkeypatch.setattr(files, "PAUSES", (0.0,))
-    with pytest.raises(Unreadable, match=f"{path}: it is not there"):
+    with pytest.raises(Unreadable, match=f"{path}: it is missing"):
         packed([str(path)], tmp_path / "store")
     draw(path, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "resize", lambda *_: bytearray(1 << 62))
-        with pytest.raises(Unreadable, match=f"{path}: this machine's memory is full"):
+        with pytest.raises(Unreadable, match=f"{path}: this machine is out of memory"):
             packed(settle([str(path)]), tmp_path / "store")
     check(packed([str(path)], tmp_path / "store"), [str(path)])
 

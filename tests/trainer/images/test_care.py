@@ -61,7 +61,7 @@ def test_a_file_of_train_in_test_is_a_leak(root: Path):
     (line, spoils), *more = findings.lines()
     assert line == (
         "pictures in train, and in valid or test too: 1 the same file, 0 nearly: "
-        "train/dog/1.jpg = test/dog/9.jpg; data.leaks=drop keeps them out of the figures"
+        "train/dog/1.jpg = test/dog/9.jpg; data.leaks=drop leaves them out of the figures"
     )
     assert spoils and not more
 
@@ -126,8 +126,8 @@ def test_classes_of_very_different_sizes(root: Path):
         scene(100 + number, 40, 30).save(root / f"train/cat/more-{number}.jpg")
     lines = [line for line, _ in look(root).lines()]
     assert lines == [
-        "pictures in classes of very different sizes: train has 44 of class cat and 4 of class dog"
-        "; train.imbalance=sampler or logits has all classes count alike"
+        "pictures in classes of very different sizes: train has 44 of class cat and 4 of "
+        "class dog; train.imbalance=sampler or logits makes all classes count alike"
     ]
     findings = replace(look(root), balanced=True)
     assert [line for line, _ in findings.lines()] == [lines[0].split(";")[0]]

@@ -466,7 +466,7 @@ def test_more_broken_pictures_than_allowed_are_counted_and_named(folder):
     )
     assert message.count(".jpg (broken ") == 5
     assert message.endswith(
-        "/train/a/5.jpg (broken 5.jpg) and 11 more; mend or remove them, or allow more"
+        "/train/a/5.jpg (broken 5.jpg) and 11 more; fix or remove them, or allow more"
     )
 
 
@@ -479,7 +479,7 @@ def test_what_scan_found_broken_counts_too(tmp_path):
     assert quarantine(folder, refuse(), 0, 1 / 25, ignore).broken == folder.broken
     with pytest.raises(
         UserError,
-        match=r"1 of 25 pictures can't be used, .*nowhere.jpg \(no such file or directory\); mend",
+        match=r"1 of 25 pictures can't be used, .*nowhere.jpg \(no such file or directory\); fix",
     ):
         quarantine(folder, refuse(), 0, 0.03, ignore)
 

@@ -83,7 +83,7 @@ def test_a_class_is_called_the_same_however_its_accents_are_written():
         ("caf\udce9", r"train: the class caf\xe9 is not named in UTF-8"),
         ("a\nb", "control"),
         ("\x7f", "control characters"),
-        (" ", "nothing else than spaces"),
+        (" ", "only spaces"),
     ],
 )
 def test_a_class_name_that_cannot_be_written_is_refused(name, expected):

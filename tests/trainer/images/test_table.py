@@ -110,11 +110,11 @@ def test_what_the_pictures_are_follows_the_labels(root):
 
 
 REFUSED = {
-    "no path": ("foo,bar\n1,2\n", "no column says where a picture lies (they are foo, bar)"),
-    "no header": ("id0.jpg,a\nid1.jpg,b\n", "line 1: no column says where a picture lies"),
+    "no path": ("foo,bar\n1,2\n", "no column holds the pictures' paths (its columns: foo, bar)"),
+    "no header": ("id0.jpg,a\nid1.jpg,b\n", "line 1: no column holds the pictures' paths"),
     "one-hot": ("id,healthy,rust\nid0,0,1\n", "line 1: which column holds the label can't be told"),
     "no label column": ("id\nid0\n", "line 1: which column holds the label can't be told (there"),
-    "empty": ("", "line 1: no column says"),
+    "empty": ("", "line 1: no column holds"),
     "a short line": (f"{KAGGLE}id1\n", "line 10: it has 1 columns, and the first line 2"),
     "no label": (f"{KAGGLE}id1,\n", "line 10, column breed: no label"),
     "no name": (f"{KAGGLE},a\n", "line 10, column id: no path"),
@@ -130,9 +130,9 @@ REFUSED = {
         "id,label,split\nid0,a,train\nid1,b,train\nid2,c,test\n",
         "line 4, column label: train has no class c",
     ),
-    "quotes": (f'{KAGGLE}"id1,a\n', "line 10: it is no CSV"),
-    "no text": (b"id,breed\nid0,\xe4\n", "line 2: no UTF-8"),
-    "UTF-16": (KAGGLE.encode("utf-16"), "line 1: no UTF-8"),
+    "quotes": (f'{KAGGLE}"id1,a\n', "line 10: not valid CSV"),
+    "no text": (b"id,breed\nid0,\xe4\n", "line 2: not UTF-8"),
+    "UTF-16": (KAGGLE.encode("utf-16"), "line 1: not UTF-8"),
     "control": (f"{KAGGLE}id1,a\x07\n", "line 10, column breed: the class 'a\\x07' has control"),
 }  # fmt: skip
 
@@ -181,8 +181,8 @@ def test_code_of_ones_own_names_the_pictures_as_a_table_does(root):
     [
         ("x = 1", "it defines no function pictures"),
         ("def pictures(root):\n  return 1 / 0", ", line 2: pictures: ZeroDivisionError"),
-        ("def pictures(root):\n  yield 'a.jpg'", "gives 'a.jpg' as number 1; it must give (path"),
-        ("def pictures(root):\n  yield 'a.jpg', 7", "gives ('a.jpg', 7) as number 1"),
+        ("def pictures(root):\n  yield 'a.jpg'", "item 1 is 'a.jpg'; each must be (path"),
+        ("def pictures(root):\n  yield 'a.jpg', 7", "item 1 is ('a.jpg', 7)"),
         ("def pictures(root):\n  yield 'no.jpg', 'a'\n  yield 'n.jpg', 'b'", "there is no such"),
     ],
 )

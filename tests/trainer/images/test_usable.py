@@ -27,15 +27,15 @@ def test_all_that_is_left_out_is_one_line_and_a_list(tmp_path, said):
     assert [line for _, line in named] == [f"left out: {a} ({b})" for a, b in broken[:10]]
     assert last == (
         "WARNING",
-        "left out: 12 that can't be used, 2 .jxl, 1 loose (in no class folder), "
-        f"1 hidden or a system's own; see {path}",
+        "left out: 12 that can't be used, 2 .jxl, 1 loose (in no class folder), 1 hidden, or "
+        f"made by an operating system; see {path}",
     )
 
 
 def test_nobody_is_warned_of_what_systems_put_there(tmp_path, said):
     path = tmp_path / "quarantine.txt"
     report_left_out(ImageFolder((), {}, (), (("a/.DS_Store", OF_SYSTEM),)), path)
-    assert said() == [("INFO", f"left out: 1 hidden or a system's own; see {path}")]
+    assert said() == [("INFO", f"left out: 1 hidden, or made by an operating system; see {path}")]
 
 
 def test_nothing_left_out_is_no_line_and_an_empty_list(tmp_path, said):

@@ -79,7 +79,7 @@ def test_a_transformer_is_trained_at_another_size_and_goes_on(pictures, tmp_path
     words += (f"model.weights={package}", "model.freeze=none", "data.size=48", "name=more")
     code, said = run_trainer(tmp_path, *words)
     assert code == OK, said
-    assert "its head goes on too" in said and "data.size=48, they were trained for 32" in said
+    assert "its head is kept too" in said and "data.size=48, they were trained for 32" in said
 
 
 @pytest.mark.parametrize("name", QUICKLY)

@@ -292,7 +292,7 @@ def test_a_cache_folder_that_vanishes_or_can_not_be_written_costs_time_alone(
     whole = extract(frozen_network(), feed, tmp_path / "good")
     (tmp_path / "file").write_text("where the folder should be")
     assert equal(extract(frozen_network(), feed, tmp_path / "file"), whole)
-    assert "kept in memory alone" in caplog.text
+    assert "kept in memory only" in caplog.text
     network = frozen_network()
     network.backbone.register_forward_pre_hook(
         lambda *_: shutil.rmtree(tmp_path / "gone", ignore_errors=True)

@@ -86,14 +86,20 @@ NETWORK = "from torch import nn\ndef network(size):\n    return "
         ("import nothing_like_it", ", line 1: import: ModuleNotFoundError: No module named"),
         ("def network(size)\n  pass", ", line 1: import: SyntaxError: expected ':'"),
         (NETWORK + "nn.Flatten()", "network(size) must return (nn.Module, width)"),
-        (NETWORK + "nn.Flatten(), 7", "gives [2, 768] of 2 images of 16 px, and not [2, 7]"),
+        (
+            NETWORK + "nn.Flatten(), 7",
+            "for 2 images of 16 px the network returns [2, 768]; expected [2, 7]",
+        ),
         (NETWORK + "nn.Linear(5, 2), 2", ": the network: RuntimeError: "),
         (NETWORK + "size / 0, 2", ", line 3: network: ZeroDivisionError: division by zero"),
         ("def loss(output, target): return output.mean()", "must be the sum over the images"),
         ("def loss(output, target): return output.detach().sum()", "a scalar with a gradient"),
         ("def loss(output, target): return output", "a scalar with a gradient"),
         ("def loss(output, target):\n  raise KeyError", ", line 2: loss: KeyError"),
-        ("def metric(output, target): return {'top1': 1}", "a figure 'top1'; allowed: a name"),
+        (
+            "def metric(output, target): return {'top1': 1}",
+            "a figure named 'top1'; allowed: a Python name",
+        ),
         ("def metric(output, target): return {'a': None}", "metric: TypeError: "),
     ],
 )

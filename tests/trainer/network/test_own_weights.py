@@ -53,8 +53,8 @@ def test_ten_more_epochs(cwd, pictures):
     code, said = more(cwd, pictures, "model.weights=runs/first", "train.epochs=10")
     assert code == OK, said
     assert "model.name=small_cnn: the network of model.weights=runs/first" in said
-    assert "no model was given" not in said and "learns from nothing" not in said
-    assert "model.weights=runs/first has the same classes: its head goes on too" in said
+    assert "no model was given" not in said and "starts from random" not in said
+    assert "model.weights=runs/first has the same classes: its head is kept too" in said
     assert "model.freeze=none trains all layers on, as before" in said
     assert "weights from runs/first (from scratch)" in said and "assumed" not in said
     written = yaml.safe_load((cwd / "runs/more/config.yaml").read_text())
@@ -124,7 +124,7 @@ def test_checkpoints_of_a_head_alone_are_one_line(cwd, pictures):
     assert code == OK, said
     (cwd / "runs/more/model.tar.gz").unlink()
     code, said = more(cwd, pictures, "model.weights=runs/more", "name=third")
-    assert code == MISTAKE and "hold the head alone; go on with that run until" in said
+    assert code == MISTAKE and "hold the head alone; finish that run" in said
 
 
 def test_other_classes_get_a_new_head(cwd, pictures, configure, caplog):
@@ -175,7 +175,11 @@ WRONG = {
     "another model": (None, ("model=resnet50",), "holds small_cnn, and the model here is resnet50"),
     "an unfinished run": (no_result, (), "a directory without a model package"),
     "cut off": (cut_off, (), "is damaged: not a whole gzipped tar archive"),
-    "something else": (other_archive, (), "holds no package.json: it is no model package of ours"),
+    "something else": (
+        other_archive,
+        (),
+        "holds no package.json: it is not a Packhorse model package",
+    ),
 }
 
 

@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     ),
     "git's pointer": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "git's pointer to them.*git lfs pull",
+        "git's pointer to the weights.*git lfs pull",
     ),
     "half a file": (
         lambda path: (torch.save({"a": torch.zeros(99)}, path), path.write_bytes(
@@ -197,7 +197,7 @@ def test_what_can_not_be_loaded_is_refused_with_its_reason(tmp_path, kind):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_program_is_not_run(tmp_path):
     save_program(tmp_path / "file.pth")
-    with pytest.raises(UserError, match="a program \\(TorchScript\\), which is not run"):
+    with pytest.raises(UserError, match="a program \\(TorchScript\\); it is refused"):
         model.build("mobilenet_v2", 3, weights=str(tmp_path / "file.pth"))
 
 

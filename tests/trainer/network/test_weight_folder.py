@@ -123,7 +123,7 @@ def test_the_likeliest_file_is_taken(resolved, folder, caplog, names, model, wan
         assert f"model.weights_dir={folder} holds no weights of {model} (looked for " in caplog.text
         return
     assert config.model.weights == str(folder / taken)
-    assert f"{folder / taken} is taken for {model}" in caplog.text
+    assert f"using {folder / taken} for {model}" in caplog.text
     exact = "mine" not in taken
     assert ("by the beginning of its name" in caplog.text) == (not exact)
 
@@ -184,7 +184,7 @@ def test_a_run_with_it_names_the_file_its_source_and_its_licence(pictures, tmp_p
     assert code == OK, said
     assert "; weights from a friend, licence MIT" in said
     assert "assumed: data.interpolation=bilinear, model.std=[0.5,0.5,0.5]\n" in said
-    assert "small_cnn_mine.pth is taken for small_cnn, by the beginning of its name" in said
+    assert "small_cnn_mine.pth for small_cnn, by the beginning of its name" in said
     written = yaml.safe_load((tmp_path / "runs/run/config.yaml").read_text())
     assert written["model"]["weights"] == "weights/small_cnn_mine.pth"
     assert (written["data"]["size"], written["data"]["resize"]) == (16, 32)
@@ -233,8 +233,8 @@ def test_what_a_note_does_not_say_is_assumed_and_said(resolved, folder, caplog):
 
 
 NOTES: list[tuple[object, str]] = [
-    ({"means": [0.5] * 3}, "means is no key of it; allowed: mean, std, size"),
-    ({"license": "MIT"}, "license is no key of it"),
+    ({"means": [0.5] * 3}, "means is not a known key; allowed: mean, std, size"),
+    ({"license": "MIT"}, "license is not a known key"),
     ({"mean": [0.5, 0.5]}, r"mean=\[0.5, 0.5\] holds 2 values; allowed: exactly 3"),
     ({"mean": 0.5}, "mean=0.5 is not allowed; allowed: a list of three numbers"),
     ({"mean": [127, 127, 127]}, "mean=.*allowed: at least 0 and at most 1"),
@@ -246,11 +246,11 @@ NOTES: list[tuple[object, str]] = [
     ({"size": 224, "resize": 200}, "resize=200 is not allowed; allowed: at least size=224"),
     ({"resize": 200}, "the note beside it says resize=200, and no size"),
     ({"crop": 1.5}, "crop=1.5 is not allowed"),
-    ({"crop": 0.9, "resize": 256}, "crop and resize say the same"),
+    ({"crop": 0.9, "resize": 256}, "crop and resize mean the same"),
     ({"interpolation": "nearest"}, "interpolation=nearest is not allowed; allowed: bilinear"),
     ({"licence": ["MIT"]}, "licence=.*allowed: a line of text"),
     ({"source": "a\nb"}, "source=.*allowed: a line of text"),
-    ({"name": "resnet17"}, "name=resnet17 is no network"),
+    ({"name": "resnet17"}, "name=resnet17 is not a network"),
     ([1], "it holds no keys with values"),
     ("{", "it is not JSON"),
 ]
@@ -314,7 +314,7 @@ def test_a_large_network_from_scratch_on_few_pictures_is_one_warning(
     config = configure("data=folder", "data.root=x", *words)
     weights.warn_of_scratch(config, int(parameters), pictures)
     assert len(caplog.records) == warned
-    assert ("learns from nothing" in caplog.text) == warned
+    assert ("starts from random weights" in caplog.text) == warned
 
 
 def test_timms_files_are_seen_where_timm_is_missing(tmp_path, monkeypatch):

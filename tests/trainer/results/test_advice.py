@@ -55,7 +55,7 @@ def test_where_all_is_well_there_is_nothing_to_say():
             "resnet18 and resnet50 are as good as equal",
             "again model.name=resnet50",
         ),
-        ({"findings": Findings(leaked={"a": True})}, "1 picture is in", "again data.leaks=drop"),
+        ({"findings": Findings(leaked={"a": True})}, "1 picture of valid", "again data.leaks=drop"),
         ({"findings": Findings([Finding("doubt", ())])}, "1 label may be wrong", "again"),
         ({"history": WAITING}, "50.0% of the training time", ""),
     ],

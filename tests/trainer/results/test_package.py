@@ -292,8 +292,8 @@ def test_a_network_that_can_not_be_packaged_leaves_what_was_there(
     ("name", "data", "message"),
     [
         ("gone.png", None, "it is not there"),
-        ("broken.png", b"GIF8", "this picture was to go into the model package, but: "),
-        ("text.jpg", b"hello", "this picture was to go into the model package, but: not a JPEG"),
+        ("broken.png", b"GIF8", "the model package needs this picture, but: "),
+        ("text.jpg", b"hello", "the model package needs this picture, but: not a JPEG"),
     ],
 )
 def test_a_golden_picture_that_can_not_be_read_is_named(tmp_path, name, data, message):

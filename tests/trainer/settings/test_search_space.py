@@ -43,8 +43,8 @@ def test_a_range_has_the_type_of_its_setting(override: str, configure: Configure
 
 MISTAKES = {
     "optim.lrr=1,2": "did you mean optim.lr",
-    "optim.lr=5": "is no range",
-    "optim.lr=glob(*)": "is no range",
+    "optim.lr=5": "is not a range",
+    "optim.lr=glob(*)": "is not a range",
     "optim.lr=[1": "can't be read",
     "optim.lr=-1,1": "above 0",
     "optim.lr=interval(0,1)": "above 0",
@@ -52,9 +52,9 @@ MISTAKES = {
     "optim.lr=1,1.0": "names a value twice",
     "optim.lr=tag(log,interval(0.1,0.01))": "low below high",
     "optim.lr=tag(log2,interval(0.1,1))": "log2 is not known",
-    "optim.weight_decay=tag(log,interval(0,1))": "logarithmic scale has no 0",
+    "optim.weight_decay=tag(log,interval(0,1))": "logarithmic scale can't contain 0",
     "train.batch_size=interval(8.5,64)": "integer",
-    "optim.name=interval(1,2)": "no number",
+    "optim.name=interval(1,2)": "not a number",
     "optim.name=adamw,lion": "adamw, sgd",
     "name=a,b": "can't try this setting",
     "platform.cache=a,b": "can't try this setting",

@@ -47,7 +47,8 @@ def test_a_machine_that_fails_every_trial_stops_the_sweep_and_mended_it_goes_on(
     assert starts(cwd) == {0: 1, 1: 3, 2: 3}  # and the others weren't burnt
     assert said.splitlines()[-1] == (
         "warning: stopped by this machine, which failed each of 3 tries of trial 1, 2 "
-        "(/runs: no space is left); everything is saved: the same command goes on from here"
+        "(/runs: no space is left); everything is saved: start the same command again to "
+        "continue"
     )
     assert (
         "/runs: no space is left (the machine&#39;s fault: it is tried again)"
@@ -98,15 +99,15 @@ def test_pictures_that_go_away_are_no_trials_fault_and_changed_ones_stop_the_swe
     program.write_text(f"{program.read_text()}\nif number == '0001': {hidden}\n")
     code, said = sweep(cwd, {"1": ["ok"]}, SEEDS)
     assert code == RESUME and states(cwd) == ["complete", "complete", "running"], said
-    assert "the pictures are not where they were: data.root=pictures" in said.splitlines()[-1]
+    assert "the pictures were moved or removed: data.root=pictures" in said.splitlines()[-1]
     (cwd / "elsewhere").rename(cwd / "pictures")
     added = cwd / "pictures/train/circle/new.png"
     shutil.copy(cwd / "pictures/train/square/000.png", added)
     code, said = sweep(cwd, {}, SEEDS)
     assert code == MISTAKE and said.splitlines()[-1] == (
         "error: runs/s: the pictures have changed since this sweep began: 1 new: "
-        "train/circle/new.png; bring them back and start the same command again, "
-        "or start a new sweep with another name=..."
+        "train/circle/new.png; restore them and start the same command again, or start a new "
+        "sweep with another name=..."
     )
     assert states(cwd) == ["complete", "complete", "running"]
     added.unlink()
@@ -154,7 +155,7 @@ def test_a_ledger_that_is_cut_off_or_damaged_costs_a_look_at_the_trials_it_hits(
     rows.write_bytes(rows.read_bytes() + b"\0\0\n[]\n")
     (cwd / "runs/s/0001/result.json").write_bytes(b"")
     code, said = sweep(cwd, {}, SEEDS)
-    assert code == OK and "trials.jsonl: line 4 is damaged, and passed over" in said
+    assert code == OK and "trials.jsonl: line 4 is damaged: skipping it" in said
     assert "trial 1 complete" in said and "trial 0 complete" not in said
 
 
@@ -166,7 +167,7 @@ def test_asked_to_stop_it_saves_and_goes_on(cwd):
     assert second.returncode == MISTAKE and "another process runs this sweep" in other
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == RESUME and "the same command goes on" in output
+    assert process.returncode == RESUME and "start the same command again" in output
     for number in (0, 1):  # each has saved, and none was counted as failed by the machine
         assert "everything is saved" in (cwd / f"runs/s/000{number}/output.txt").read_text()
     assert states(cwd) == ["running", "running"] and "tried again" not in output
@@ -178,7 +179,7 @@ def test_asked_to_stop_in_a_pause_it_stops_at_once(cwd):
     assert wait_for(lambda: "tried again in 3000" in said_in(cwd / "runs/s/log.txt"))
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == RESUME and "the same command goes on" in output
+    assert process.returncode == RESUME and "start the same command again" in output
 
 
 @pytest.mark.parametrize(

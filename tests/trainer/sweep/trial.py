@@ -50,7 +50,7 @@ top1 = 1 / (2 + int(number))
 for epoch in range(done + 1, epochs + 1):
     time.sleep(seconds)
     if stopped:
-        print("stopped by SIGTERM; everything is saved: the same command goes on from here")
+        print("stopped by SIGTERM; everything is saved: start the same command again to continue")
         sys.exit(75)
     with rows.open("a") as file:
         file.write(json.dumps({"epoch": epoch, "valid_loss": 1.0, "valid_top1": top1}) + "\n")

@@ -228,7 +228,7 @@ def test_checkpoints_that_can_not_be_listed_are_not_missing(tmp_path, monkeypatc
     monkeypatch.setattr(os, "listdir", failing(number, 2, os.listdir))
     assert checkpoint.steps(tmp_path) == [path]
     monkeypatch.setattr(os, "listdir", failing(number))
-    with pytest.raises(UserError, match=r"again|let this user"):
+    with pytest.raises(UserError, match=r"again|give this user"):
         checkpoint.newest(tmp_path)
 
 

@@ -84,7 +84,7 @@ def test_what_is_there_is_not_made_again_and_what_is_not_is(cwd, train, caplog):
         harm(cwd / RUN / name)
         # Only a damaged package is built again: an equal one would have another date.
         assert len(train(cwd)) == (name == "model.tar.gz"), name
-        assert f"{name} " in caplog.text and "made again from the checkpoints" in caplog.text
+        assert f"{name} " in caplog.text and "rebuilding it from the checkpoints" in caplog.text
         caplog.clear()
     now, result = contents(cwd), read_result(cwd / RUN)
     assert {key: now[key] for key in MADE[2:]} == {key: whole[key] for key in MADE[2:]}

@@ -72,7 +72,7 @@ def stopped_when(
     ask(process)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == RESUME, output
-    assert "the same command goes on" in output.splitlines()[-1]
+    assert "start the same command again" in output.splitlines()[-1]
     return output
 
 

@@ -75,9 +75,9 @@ def test_the_result_and_the_report_name_the_parent(pictures, tmp_path):
     words = (*QUICK, "model=small_cnn", f"data.root={pictures}", "optim.lr=1e-3")
     assert run_trainer(tmp_path, *words, "train.epochs=1", "name=first")[0] == OK
     code, said = run_trainer(tmp_path, *words, "name=first")  # of two epochs
-    assert code == MISTAKE and "train.parent=runs/first goes on from its end" in said
+    assert code == MISTAKE and "train.parent=runs/first continues from its end" in said
     code, said = run_trainer(tmp_path, *words, "name=second", "train.parent=runs/first")
-    assert code == OK and "goes on from runs/first/checkpoints/step-" in said
+    assert code == OK and "continues from runs/first/checkpoints/step-" in said
     assert "epoch=1 " not in said and "epoch=2 " in said
     code, said = run_trainer(tmp_path, *words, "name=third", "model.weights=runs/second")
     assert code == OK, said

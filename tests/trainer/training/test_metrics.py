@@ -31,7 +31,7 @@ def test_what_tensorboard_can_not_be_given_is_said_once_and_ends_nothing(tmp_pat
     file = MetricsFile(tmp_path / "metrics.jsonl", Tracking([TensorBoard(tmp_path / "board")]))
     for row in ROWS:
         file.append(row)
-    assert caplog.text.count("TensorBoard can't be given all: ") == 1
+    assert caplog.text.count("TensorBoard didn't get everything: ") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -366,8 +366,8 @@ def test_flips_are_left_out_of_pictures_that_mirrored_are_of_another_class(tmp_p
     code, output = run_trainer(tmp_path, *words(tmp_path / "signs", weights_dir, *more))
     assert code == OK, output
     assert "left out: timm/no_such_network" in output
-    assert "the only one that can be had" in output
-    assert "mirrored pictures make it worse: data.augment.flip=false" in output
+    assert "the only one available" in output
+    assert "mirroring the pictures makes it worse: data.augment.flip=false" in output
     assert written(tmp_path)["settings"]["data.augment.flip"] is False
 
 
@@ -618,4 +618,4 @@ def test_a_repeated_run_follows_what_is_written(tmp_path, pictures, weights_dir)
     (place / FILE).write_text(json.dumps(recipe | {"candidates": [], "reasons": []}))
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, "train.epochs=0"))
     assert code == OK and f"model: {SMALL[0]}," in output, output
-    assert "as it was decided before" in output
+    assert "as decided earlier" in output

@@ -141,7 +141,7 @@ def test_a_picture_whose_disk_no_longer_answers_ends_the_run_which_goes_on(
     os.mkfifo(picture)  # to open it waits for somebody who writes
     output, _ = process.communicate(timeout=600)
     assert process.returncode == RESUME, output
-    assert "stopped: nothing was done for 20 s (train.stall_seconds)" in output
+    assert "stopped: no progress for 20 s (train.stall_seconds)" in output
     assert "everything is saved" in output
     log = (tmp_path / "runs/run/log.txt").read_text()
     assert "trainer/images/folder.py" in log and "Traceback" not in output
@@ -163,7 +163,7 @@ def test_a_machine_that_sleeps_loses_nothing(tmp_path, undisturbed):
     time.sleep(1.5 * LIMIT)
     os.killpg(process.pid, signal.SIGCONT)
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == OK and "nothing was done" not in output, output
+    assert process.returncode == OK and "no progress" not in output, output
     assert difference(*[outcome(place / "runs/run") for place in (tmp_path, undisturbed)]) is None
 
 
@@ -183,5 +183,5 @@ def test_of_several_processes_the_one_that_hangs_says_where(tmp_path, undisturbe
         codes, outputs = all_ended(processes, 600)
     assert codes == [RESUME] * 2, outputs
     assert "trainer/images/folder.py" in outputs[1], outputs
-    assert "goes on from the newest checkpoint" in "".join(outputs)  # both see it: one says so
+    assert "continue from the newest checkpoint" in "".join(outputs)  # both see it: one says so
     checkpoint.verify(checkpoint.steps(checkpoints)[-1])

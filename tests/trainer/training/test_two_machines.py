@@ -51,6 +51,6 @@ def test_the_second_is_told_and_takes_over_once_the_first_is_dead(cwd, undisturb
     os.killpg(first.pid, signal.SIGKILL)
     ended(first)
     code, output = run_trainer(cwd, *RUN, **on("second", 0.5))
-    assert code == OK and "on first) lives" in output and "resumed from" in output, output
+    assert code == OK and "on first) is still alive" in output and "resumed from" in output, output
     check_equal(cwd, undisturbed)
     assert not list((cwd / "runs").rglob("*-owner*"))
