@@ -18,7 +18,7 @@ log = logging.getLogger("packhorse.serving")
 
 HEAD_SECONDS = 10.0  # for a request's head, or a connection is closed
 ANSWER_SECONDS = 20.0  # for a client to read what was written to it
-NO_REQUEST = object()
+NO_REQUEST = object()  # not the connection itself: a circle is left to the garbage collector
 TURN_SECONDS = 0.005  # between two requests that were sent before the last one was answered
 SAY_AGAIN = 60.0  # seconds after which it is said once more that there are no more files
 
@@ -105,9 +105,8 @@ class Protocol(H11Protocol):
         self._open.remove(self)
         self.resume_writing()
         super().connection_lost(exc)
-        # The request refers to this, and this to it; asyncio's transport refers to itself. They
-        # would be left to the garbage collector, which stops everybody while it frees thousands.
-        self.cycle = None  # type: ignore[assignment]
+        # asyncio's transport refers to itself. It would be left to the garbage collector, which
+        # stops everybody while it frees thousands.
         for name, value in vars(self.transport).items():
             if getattr(value, "__self__", None) is self.transport:
                 setattr(self.transport, name, None)

@@ -11,7 +11,6 @@ FILES = 65_536  # open files that are asked for, where the system allows so many
 # Of Python's lock, which a thread that computes gives to one that waits: an answer needs it several
 # times. (Python's own: 5 ms.)
 SWITCH_SECONDS = 0.0005
-FULL_COLLECTION = 1000  # collections of what is neither young nor old, between two of everything
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
 LARGE_BLOCK = 1 << 20  # bytes
 ARENAS = 2
@@ -45,14 +44,11 @@ def share_memory_and_threads() -> None:
 
 
 def spare_the_collector() -> None:
-    """Have Python's garbage collector seldom look at what is old. After the start.
+    """Have Python's garbage collector look only at what is made from now on. After the start.
 
-    A full collection looks at every object and stops all threads meanwhile: with 1,024 connections
-    there was one every few seconds, of 40 to 250 ms. What a request leaves behind is found young.
+    A full collection looks at every object, and stops all threads meanwhile.
     """
-    gc.freeze()  # what the libraries have made stays
-    young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, FULL_COLLECTION)
+    gc.freeze()
 
 
 def log_to_stdout() -> None:

@@ -87,11 +87,7 @@ def test_one_large_body_goes_on_in_a_turn_of_the_event_loop():
     assert asyncio.run(most_in_a_turn()) == 1
 
 
-def test_full_collections_are_seldom_and_young_ones_as_before():
-    before = gc.get_threshold()
-    try:
-        spare_the_collector()
-        young, middle, old = gc.get_threshold()
-        assert (young, middle) == before[:2] and old >= 1000 and gc.get_freeze_count() > 1000
-    finally:
-        gc.set_threshold(*before)
+def test_collections_leave_out_what_the_libraries_have_made():
+    gc.unfreeze()
+    spare_the_collector()
+    assert gc.get_freeze_count() > 1000
