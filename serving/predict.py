@@ -21,7 +21,7 @@ from serving.sources import Source
 from trainer.common import files
 from trainer.common.arguments import typed_path, whole
 from trainer.common.console import ProgressBar, command
-from trainer.common.errors import MISTAKE, OK, Unreadable, UserError
+from trainer.common.errors import MISTAKE, OK, Unreadable, UserError, naming
 from trainer.common.interrupt import Stop, on_signals
 from trainer.common.paths import expanded, user_cache
 from trainer.images.decode import ImageError
@@ -239,7 +239,9 @@ def _table(name: str | None, columns: Columns) -> Iterator[_Table]:
         return
     path = Path(expanded(name))
     # Unbuffered: a row is there whole, or cut off and done again.
-    with path.open("ab+", buffering=0) as file:
+    with naming(path):
+        opened = path.open("ab+", buffering=0)
+    with opened as file:
         if files.try_lock(file) is False:
             raise UserError(f"{name}: another process is writing it; wait for its end")
         file.seek(0)

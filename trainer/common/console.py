@@ -15,6 +15,7 @@ from typing import NoReturn, Self, TextIO
 from tqdm import tqdm
 
 from trainer.common import streams
+from trainer.common.errors import naming
 from trainer.common.watch import SLOW, watch
 
 log = logging.getLogger("packhorse")
@@ -84,17 +85,16 @@ class _File(logging.Handler):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self._path = path
+        # Before anything knows this handler: what can't be opened can't be closed at the exit.
         # Unbuffered: a buffer would try again to write, and fail again, when it is closed.
-        self._file = path.open("ab", buffering=0)
+        with naming(path):
+            self._file = path.open("ab", buffering=0)
+        super().__init__()
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with naming(self._path):
             self._file.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
 
     def close(self) -> None:
         self._file.close()

@@ -22,6 +22,16 @@ MACHINE = 74
 TRIAL = "PACKHORSE_TRIAL"
 
 
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Let an OSError within name `path`: a write, and a search for a file's end, name no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 class PackhorseError(Exception):
     """What this project raises of its own accord. The message is one line, for a person."""
 

@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 
 from trainer.common import owner
 from trainer.common.console import log
-from trainer.common.errors import AGAIN, MEMORY_FULL, TRANSIENT, Unreadable, machine_fault
+from trainer.common.errors import AGAIN, MEMORY_FULL, TRANSIENT, Unreadable, machine_fault, naming
 
 T = TypeVar("T")
 
@@ -45,10 +45,8 @@ def write(path: Path, data: bytes | str) -> None:
         flush_directory(path.parent)
 
     try:
-        persistently(replace)
-    except OSError as error:
-        error.filename = str(path)
-        raise
+        with naming(path):
+            persistently(replace)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -225,16 +223,13 @@ def write_at(
     Unbuffered: what fails on a full disk fails here, and once. Raise OSError with `path` as its
     file name.
     """
-    try:
+    with naming(path):
         rest = memoryview(data).cast("B")
         while rest:
             written = os.pwrite(handle, rest, offset)
             rest, offset = rest[written:], offset + written
         if flush:
             sync(handle)
-    except OSError as error:
-        error.filename = str(path)
-        raise
 
 
 def flush_directory(path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.common.console import log
+from trainer.common.errors import naming
 from trainer.settings import search_space as space
 from trainer.settings.search_space import Sweep
 from trainer.settings.words import Value
@@ -126,14 +127,10 @@ class Grid:
             "reason": trial.reason,
         }
         mend(self._path)
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self._trials[trial.number] = trial
         return trial
 
@@ -150,7 +147,7 @@ def mend(path: Path) -> None:
 
     Nothing was done about that line yet.
     """
-    with path.open("ab+") as file:
+    with naming(path), path.open("ab+") as file:
         end = file.tell()
         file.seek(max(end - 1, 0))
         if file.read() not in (b"", b"\n"):

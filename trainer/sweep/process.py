@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.common import files, sessions
-from trainer.common.errors import TRIAL
+from trainer.common.errors import TRIAL, naming
 from trainer.sweep import faults
 from trainer.sweep.faults import Fault
 from trainer.sweep.ledger import Trial
@@ -50,7 +50,9 @@ class TrialProcess:
         if gpu and len(devices := gpus()) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = devices[self.slot % len(devices)]
         self.memory_kills = faults.memory_kills()
-        with self.output.open("ab") as output:
+        with naming(self.output):
+            opened = self.output.open("ab")
+        with opened as output:
             self.process = sessions.Child(  # which the driver ends, when it is asked to end
                 [*sessions.python(), "-m", *arguments],
                 stdin=subprocess.DEVNULL,

@@ -2,9 +2,9 @@
 
 Of each candidate a linear probe is solved on the features of one plain view; the cheapest of those
 that are within one standard error of the best is taken. Then everything is fine-tuned from the
-solved head (LP-FT: Kumar et al., ICLR 2022) where the time for it is there, in the better of two
-ways. Where valid is large it judges what comes out: that is kept only where it is better than the
-probe by more than the standard error of the difference (`Training.is_best`). Where it is small,
+solved head (LP-FT: Kumar et al., ICLR 2022) where the time for it is there, in one of two ways.
+Where valid is large it judges what comes out: that is kept only where it is better than the probe
+by more than the standard error of the difference (`Training.is_best`). Where it is small,
 fine-tuning on halves of the pictures judges first, and valid has to see no ruin. So a fine-tuning
 that ruins the network costs time and no accuracy.
 """
@@ -68,6 +68,7 @@ EPOCHS, STEPS = 8, 120
 TRIALS = "recipe"  # below the run's directory and its checkpoints, until it is decided
 APART = 6  # a sixth of train, by which a trial chooses its epoch
 HALVES = 2  # in which train and valid judge fine-tuning, where valid is small
+MANY = 10  # pictures of a class, from which on fine-tuning is mostly better than a solved head
 WAYS_ON = 500  # pictures, at most, on which ways to fine-tune are compared where valid isn't small
 FEWEST_EPOCHS = 4  # fewer are no fine-tuning
 BATCH = 16  # pictures at a time that are timed
@@ -116,22 +117,41 @@ class Tried:
     """A way to fine-tune, and what it was good for on pictures that it didn't see.
 
     way: settings. gains: by how much the loss of each image is lower than by the solved head alone,
-    float [N]; hits: how many more of them are told right.
+    float [N]; hits: how many more of them are told right. needed: see `needed_gain`.
     """
 
     way: dict[str, Any]
     gains: NDArray[np.float64]
     hits: float
+    needed: float
+
+    @property
+    def hopeless(self) -> bool:
+        """Return whether it is so bad for one half that the other need not be asked."""
+        return bool(self.gains.mean() <= min(self.needed, 0) * probe.standard_error(self.gains))
 
     @property
     def better(self) -> bool:
-        """Return whether fine-tuning on all pictures is taken to be better than the solved head.
+        """Return whether fine-tuning on all pictures is taken to be better than the solved head."""
+        enough = self.gains.mean() > self.needed * probe.standard_error(self.gains)
+        return bool(enough and self.hits > -0.5)
 
-        On half of them it has less to learn from, and the head suffers less from that: so to be
-        better by half of the standard error, and not to tell fewer right, is enough.
-        """
-        doubt = probe.standard_error(self.gains)
-        return bool(self.gains.mean() > doubt / 2 and self.hits > -0.5)
+
+def needed_gain(images: ImageFolder) -> float:
+    """Return by how many standard errors fine-tuning on halves must be better than a solved head.
+
+    Half of the pictures is less for fine-tuning to learn from, and hurts the head less; so to be
+    certain of it there is too much to ask. With many pictures of a class fine-tuning is mostly
+    better (Kornblith et al., CVPR 2019): then it is enough that nothing speaks against it.
+    """
+    if is_many(images):
+        return -0.5
+    return 0.5
+
+
+def is_many(images: ImageFolder) -> bool:
+    """Return whether there are many pictures of a class, in the mean."""
+    return len(_labels(images)) >= MANY * len(images.classes)
 
 
 class Decision:
@@ -302,8 +322,9 @@ class Decision:
     def with_crops(self, network: Network) -> dict[str, Any]:
         """Return how much of a picture a random view shows, where that isn't given.
 
-        A part of a digit is another digit. Of a probe that has also seen parts, and one that has
-        also seen nearly whole pictures, the better one says it: neither is the safe choice.
+        A part of a digit is another digit: then a probe that has also seen parts is worse beyond
+        doubt than one that has also seen nearly whole pictures. Where it isn't, parts are shown:
+        what is fine-tuned on whole ones alone soon knows them by heart.
         """
         if self.config.data.augment.scale is not None:
             return {}
@@ -311,8 +332,9 @@ class Decision:
         if share < 1:
             network = _sampled(network, share, self.config.seed)
         parts, whole = (self.judge(_cropped(network, CROPS[each]), VIEWS) for each in CROPS)
-        chosen, words = "parts", "parts of pictures tell more than nearly whole ones"
-        if whole.losses.sum() < parts.losses.sum():
+        gains = (parts.losses - whole.losses).double().numpy()
+        chosen, words = "parts", "parts of pictures tell no less than nearly whole ones"
+        if gains.mean() > probe.standard_error(gains):
             chosen, words = "whole", "nearly whole pictures tell more than parts of them"
         low, high = CROPS[chosen]
         self.reasons.append(f"{words}: data.augment.scale=[{low:g},{high:g}]")
@@ -331,7 +353,7 @@ class Decision:
             return frozen
         steps = self.steps_of(judged.network)
         epochs = self.config.train.epochs or max(EPOCHS, math.ceil(STEPS / steps))
-        asked, ways = self.config.model.freeze == "none", self.ways()
+        asked, ways = self.config.model.freeze == "none", self.ways(judged.network.images)
         halves = few and not asked
         minutes = self.minutes_of(judged.network, ways, halves)  # of an epoch, with its trials
         fits = epochs
@@ -350,6 +372,7 @@ class Decision:
             if not tried.better:
                 gains = tried.gains
                 change = f"{-gains.mean():+.3f} +- {probe.standard_error(gains):.3f}"
+                change += f", {tried.hits:+.0f} of {len(gains)} right"
                 self.reasons.append(
                     "the head alone is solved: to fine-tune everything on one half of the pictures "
                     f"isn't better on the other (loss {change})"
@@ -362,6 +385,8 @@ class Decision:
         kept = "what comes out is kept where it is better"
         if halves:
             kept = "on halves of the pictures that was better than the head alone"
+            if tried.needed < 0:
+                kept = "on halves of the pictures nothing spoke against it"
         self.reasons.append(
             f"everything is fine-tuned from the solved head, in {_about(minutes * fits)}; {kept}"
         )
@@ -373,7 +398,7 @@ class Decision:
         """Return how long an epoch of fine-tuning takes, with its share of the trials before."""
         train = network.images.count("train")
         minutes = BACKWARD * network.candidate.milliseconds * train / 60_000
-        if halves:  # each way on one half, one of them on the other
+        if halves:  # at worst: each way on one half, one of them on the other
             return minutes * (1 + (len(ways) + 1) / HALVES * len(_labels(network.images)) / train)
         if len(ways) > 1:
             return minutes * (1 + len(ways) * min(1.0, WAYS_ON / train))
@@ -388,18 +413,21 @@ class Decision:
             return math.inf
         return TUNE_MINUTES.get(self.machine.device.type, math.inf)
 
-    def ways(self) -> list[dict[str, Any]]:
-        """Return the rates that fine-tuning may have; none to choose from where one is given.
+    def ways(self, images: ImageFolder) -> list[dict[str, Any]]:
+        """Return the rates that fine-tuning may have, the likelier ones first.
 
         The small ones of a solved head stay near what the weights know: best where that fits the
-        pictures. Those of a new head on pretrained weights, for all layers alike, lead away from
-        it: best where the pictures are unlike those that the weights saw.
+        pictures, or where there are few. Those of a new head on pretrained weights, for all layers
+        alike, lead away from it: best where the pictures are unlike those that the weights saw.
+        None to choose from where a rate is given.
         """
         choice = self.config.optim
         if (choice.lr, choice.head_lr, choice.layer_decay) != (None, None, None):
             return [{}]
         lr, head_lr = LEARNING_RATES[choice.name]["pretrained"]
         further = {"optim.lr": lr, "optim.head_lr": head_lr, "optim.layer_decay": 1.0}
+        if is_many(images):
+            return [further, {}]
         return [{}, further]
 
     def tuned_halves(
@@ -407,30 +435,40 @@ class Decision:
     ) -> Tried:
         """Fine-tune on each half of train and valid, and answer for the other half.
 
-        The first half chooses the way, by the loss. Where no way is better at all than the solved
-        head for it the other half isn't asked: it could hardly leave no doubt.
+        The first way that isn't hopeless on the first half is taken, and goes on to the other one.
         """
-        tried = []
-        for number, (_, images) in enumerate(_halves(network.images, self.config.seed)):
-            for way in ways:
-                log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
-                training = self.trial(self.of_way(network, values | way), images, network, number)
-                # By the last weights: the best by these pictures would flatter it.
-                logits, labels = self.answers(training, "valid")
-                losses = probe.calibrated_losses(logits, labels)
-                assert training.probe_losses is not None
-                gains = (training.probe_losses - losses).double().numpy()
-                before = training.metrics_file.rows[0]["valid_top1"] * len(labels)
-                hits = probe.correct(logits, labels.numpy()).sum() - before
-                tried.append(Tried(way, gains, float(hits)))
-            if number == 0:
-                tried = [max(tried, key=lambda each: float(each.gains.mean()))]
-                ways = [tried[0].way]
-                if tried[0].gains.mean() <= 0:
-                    break
+        first, second = (half for _, half in _halves(network.images, self.config.seed))
+        for way in ways:
+            tried = self.tried(network, values, way, first, 0)
+            if not tried.hopeless:
+                other = self.tried(network, values, way, second, 1)
+                tried = replace(
+                    tried,
+                    gains=np.append(tried.gains, other.gains),
+                    hits=tried.hits + other.hits,
+                )
+                break
         self.forget_trials()
-        gains = np.concatenate([each.gains for each in tried])
-        return Tried(tried[0].way, gains, sum(each.hits for each in tried))
+        return tried
+
+    def tried(
+        self,
+        network: Network,
+        values: dict[str, Any],
+        way: dict[str, Any],
+        half: ImageFolder,
+        number: int,
+    ) -> Tried:
+        """Fine-tune in one way on one half, and answer for the other one, which is its valid."""
+        log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
+        training = self.trial(self.of_way(network, values | way), half, network, number)
+        # By the last weights: the best by these pictures would flatter it.
+        logits, labels = self.answers(training, "valid")
+        assert training.probe_losses is not None
+        gains = training.probe_losses - probe.calibrated_losses(logits, labels)
+        before = training.metrics_file.rows[0]["valid_top1"] * len(labels)
+        hits = float(probe.correct(logits, labels.numpy()).sum() - before)
+        return Tried(way, gains.double().numpy(), hits, needed_gain(network.images))
 
     def better_way(
         self, network: Network, values: dict[str, Any], ways: Sequence[dict[str, Any]]
@@ -576,10 +614,10 @@ def _worse_by(one: Judged, best: Judged) -> float:
 def _words_of(tuned: dict[str, Any]) -> str:
     """Return in words which way to fine-tune was taken."""
     if "optim.lr" not in tuned:
-        return "small rates are best for it: the weights know such pictures"
+        return "it is done at small rates, which keep what the weights know"
     return (
-        f"larger rates are best for it (optim.lr={tuned['optim.lr']:g} for all layers): the "
-        "weights have much to learn from such pictures"
+        f"it is done at larger rates (optim.lr={tuned['optim.lr']:g} for all layers), by which the "
+        "weights learn more from these pictures"
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.common import files
+from trainer.common.errors import naming
 from trainer.common.text import noted
 from trainer.training.tracking import Tracking
 
@@ -90,12 +91,8 @@ class MetricsFile:
         """Add a row, to the file and where a team looks."""
         self.rows.append(row)
         if self.path is not None:
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:  # a write names no file
-                error.filename = str(self.path)
-                raise
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         self.tracking.send(self.rows)  # with those that were missed until now
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from trainer.common import files
 from trainer.common.command import one_line
 from trainer.common.console import log
-from trainer.common.errors import UserError, needed_by
+from trainer.common.errors import UserError, naming, needed_by
 from trainer.settings import config as settings
 from trainer.training.run import Run
 
@@ -190,13 +190,10 @@ class TensorBoard:
         for event in self._version + events:
             writer.write(event.SerializeToString())
         self._version = []  # at the beginning of the file alone
-        try:
+        with naming(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as file:
                 file.write(records.getvalue())
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
 
     def keep(self, paths: Sequence[Path]) -> None:
         """Keep nothing: TensorBoard shows no files."""

@@ -124,3 +124,12 @@ def test_work_in_one_piece_gives_signs_without_a_terminal_too(shown, monkeypatch
 
 def test_painted_is_plain_where_nobody_looks():
     assert painted("text", "red") == "text"
+
+
+def test_a_log_that_cannot_be_opened_is_named_and_leaves_nothing_to_close(tmp_path):
+    path = tmp_path / "log.txt"
+    path.symlink_to("/proc/self/mem")  # its end can't be found, and Python names no file
+    known = len(logging._handlerList)  # what logging closes at the process's end
+    with pytest.raises(OSError, match=r"log\.txt") as raised, console.also_to_file(path):
+        pass
+    assert len(logging._handlerList) == known, raised

@@ -2,10 +2,14 @@
 
 import errno
 import os
+from unittest.mock import Mock
 
 import pytest
 
+from serving import predict
 from trainer.common.errors import machine_fault
+from trainer.sweep import ledger
+from trainer.training.metrics import MetricsFile
 
 # What the manual pages of open, read, write, fsync, rename, flock, mkdir, unlink, stat, mmap and
 # ftruncate name, and what file systems of a network, in user space, encrypted or damaged add.
@@ -41,3 +45,20 @@ def test_what_names_no_file_may_be_of_a_socket(name):
 def test_a_full_disk_is_told_also_where_the_system_names_no_file():
     line = machine_fault(OSError(errno.ENOSPC, "No space left on device"))
     assert line is not None and line.startswith("a file of this run: no space is left")
+
+
+@pytest.mark.parametrize(
+    "append",
+    [
+        lambda path: ledger.mend(path),
+        lambda path: MetricsFile(path, Mock()).append({"epoch": 1}),
+        lambda path: predict._table(str(path), Mock()).__enter__(),
+    ],
+    ids=["ledger", "metrics", "predictions"],
+)
+def test_a_file_whose_end_cannot_be_found_is_named(tmp_path, append):
+    path = tmp_path / "file"
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError) as raised:
+        append(path)
+    assert raised.value.filename == str(path)

@@ -26,7 +26,7 @@ from trainer.settings import config as settings
 from trainer.settings.compose import compose
 from trainer.settings.config import Config, solve_on_for
 from trainer.training import decision as decision_module
-from trainer.training.decision import EPOCHS, Decision, Judged
+from trainer.training.decision import EPOCHS, Decision, Judged, Tried, needed_gain
 from trainer.training.recipe import FILE, FORMAT, Candidate, applied, may_differ_by
 from trainer.training.training import Training
 
@@ -82,6 +82,14 @@ def undecided() -> Config:
     return compose(["data.root=/nowhere", "model=auto"])
 
 
+FOLDER = SimpleNamespace(
+    splits={split: SimpleNamespace(labels=np.arange(4), paths=()) for split in ("train", "valid")},
+    classes=tuple("abcd"),
+    count=lambda _: 4,
+)
+HALVES = [(np.arange(4), FOLDER), (np.arange(4, 8), FOLDER)]
+
+
 def decision(undecided: Config, values: dict[str, Any] | None = None) -> Decision:
     """One that has measured nothing. values: of settings, by dotted key."""
     made = object.__new__(Decision)
@@ -131,15 +139,16 @@ def test_flips_are_off_only_where_they_hurt_beyond_doubt(undecided, monkeypatch)
     assert decision(undecided, {"data.augment.flip": True}).with_flips(plain) == {}
 
 
-def test_parts_of_pictures_are_shown_where_they_tell_more(undecided, monkeypatch):
+def test_parts_of_pictures_are_shown_unless_they_tell_less_beyond_doubt(undecided, monkeypatch):
     network = SimpleNamespace(images=SimpleNamespace(
         splits={split: SimpleNamespace(labels=np.zeros(50)) for split in ("train", "valid")}
     ))  # fmt: skip
     monkeypatch.setattr(decision_module, "_cropped", lambda _, scale: scale)
-    for correct, scale in ((60, [0.9, 1.0]), (89, [0.9, 1.0]), (95, [0.25, 1.0])):
+    for correct, scale in ((60, [0.9, 1.0]), (89, [0.25, 1.0]), (95, [0.25, 1.0])):
         made = decision(undecided)
-        seen = {(0.25, 1.0): correct, (0.9, 1.0): 90}
-        monkeypatch.setattr(made, "judge", lambda cut, _, seen=seen: judged("one", 1, seen[cut]))
+        # They are wrong about other pictures, so one answer more is no certainty.
+        seen = {(0.25, 1.0): judged("one", 1, correct, first=20), (0.9, 1.0): judged("one", 1, 90)}
+        monkeypatch.setattr(made, "judge", lambda cut, _, seen=seen: seen[cut])
         chosen = made.with_crops(network)  # type: ignore[arg-type]
         assert chosen == {"data.augment.scale": scale}, correct
     given = decision(undecided, {"data.augment.scale": [0.5, 1.0]})
@@ -150,7 +159,8 @@ def test_everything_is_fine_tuned_where_the_time_is_there(undecided):
     row = judged("one", 1, 90)
     row.network.candidate.milliseconds = 3
     object.__setattr__(row, "network", SimpleNamespace(
-        candidate=row.network.candidate, images=SimpleNamespace(count=lambda _: 2000),
+        candidate=row.network.candidate,
+        images=SimpleNamespace(**vars(FOLDER) | {"count": lambda _: 2000}),
     ))  # fmt: skip
     device = SimpleNamespace(device=SimpleNamespace(type="cpu"))
 
@@ -175,28 +185,75 @@ def test_everything_is_fine_tuned_where_the_time_is_there(undecided):
     assert values({"train.epochs": 20, "recipe.minutes": None})["train.epochs"] == 20
 
 
-@pytest.mark.parametrize(("better", "trials"), [(True, [0, 0, 1]), (False, [0, 0])])
-def test_a_half_that_is_no_better_is_enough(undecided, monkeypatch, better, trials):
-    made, asked = decision(undecided), []
-    folder = SimpleNamespace(splits={"train": SimpleNamespace(paths=())}, count=lambda _: 4)
-    network = SimpleNamespace(images=folder, loader=SimpleNamespace(read=None))
-    halves = [(np.arange(4), folder), (np.arange(4, 8), folder)]
-    monkeypatch.setattr(decision_module, "_halves", lambda *_: halves)
-    monkeypatch.setattr(decision_module, "_chosen_apart", lambda part, _: part)
-    monkeypatch.setattr(decision_module, "_side", lambda _: 16)
+@pytest.mark.parametrize(
+    ("gains", "way", "trials"),
+    [((0, 0), 1, [0, 0]), ((0, 1, 1), 1, [0, 0, 1]), ((1, 1), 0, [0, 1]), ((1, -2), 0, [0, 1])],
+    ids=["both hopeless", "the second", "the first", "the other half says no"],
+)
+def test_the_first_way_that_is_not_hopeless_on_one_half_is_asked_of_the_other(
+    undecided, monkeypatch, gains, way, trials
+):
+    made, asked, rates = decision(undecided), [], []
+    network = SimpleNamespace(images=FOLDER, loader=SimpleNamespace(read=None))
+    monkeypatch.setattr(decision_module, "_halves", lambda *_: HALVES)
     monkeypatch.setattr(decision_module.weights, "resolve", lambda config, _: config)
-
-    rates = []
 
     def trial(config: Any, *arguments: Any) -> SimpleNamespace:
         asked.append(arguments[-1])
         rates.append(config.optim.lr)
-        # The second way is better by more.
         return SimpleNamespace(
-            probe_losses=torch.full((4,), float(better) * (len(rates) % 3)),
+            probe_losses=torch.full((4,), float(gains[len(rates) - 1])),
             metrics_file=SimpleNamespace(rows=[{"valid_top1": 0.5}]),
-            load_best_weights=lambda: None,
         )
+
+    every_one_right = torch.tensor([[50.0, 0.0]] * 4), torch.zeros(4, dtype=torch.int64)
+    for name, work in (
+        ("trial", trial), ("answers", lambda *_: every_one_right), ("forget_trials", lambda: None)
+    ):  # fmt: skip
+        monkeypatch.setattr(made, name, work)
+    ways = made.ways(FOLDER)  # type: ignore[arg-type]
+    values = {"model.head": "probe", "model.freeze": "none", "model.weights": "DEFAULT"}
+    tried = made.tuned_halves(network, values, ways)  # type: ignore[arg-type]
+    assert asked == trials and tried.way == ways[way]
+    assert rates == [1e-4, 2e-4, 2e-4][: len(rates)] if way else [1e-4, 1e-4]
+    assert tried.better == (sum(gains) > 0)
+
+
+def test_with_many_pictures_of_a_class_fine_tuning_is_taken_unless_something_speaks_against_it(
+    undecided,
+):
+    labels = np.arange(4).repeat(10)
+    splits = {"train": SimpleNamespace(labels=labels), "valid": SimpleNamespace(labels=labels[:0])}
+    many = SimpleNamespace(splits=splits, classes=tuple("abcd"))
+    further, small = decision(undecided).ways(many)  # type: ignore[arg-type]
+    assert further["optim.lr"] == 2e-4 and small == {}
+    assert decision(undecided).ways(FOLDER) == [small, further]  # type: ignore[arg-type]
+    doubt = np.array([1.0, -1.0] * 8)  # a standard error of 0.26
+    for gain, hits, of_many, of_few in (
+        (-0.2, 1, False, False), (-0.1, 1, True, False), (0.1, 1, True, False),
+        (0.2, 1, True, True), (0.2, -1, False, False),
+    ):  # fmt: skip
+        for images, better in ((many, of_many), (FOLDER, of_few)):
+            needed = needed_gain(images)  # type: ignore[arg-type]
+            assert Tried({}, doubt + gain, hits, needed).better == better, (gain, hits, needed)
+    assert Tried({}, doubt - 0.2, 0, needed_gain(many)).hopeless  # type: ignore[arg-type]
+    assert not Tried({}, doubt - 0.1, 0, needed_gain(many)).hopeless  # type: ignore[arg-type]
+    assert Tried({}, doubt - 0.1, 0, needed_gain(FOLDER)).hopeless  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("better", "trials"), [(True, [0, 1]), (False, [0])])
+def test_a_small_network_is_asked_of_the_other_half_only_where_it_is_better_on_the_first(
+    undecided, monkeypatch, better, trials
+):
+    made, asked = decision(undecided), []
+    monkeypatch.setattr(decision_module, "_halves", lambda *_: HALVES)
+    monkeypatch.setattr(decision_module, "_chosen_apart", lambda part, _: part)
+    monkeypatch.setattr(decision_module, "_side", lambda _: 16)
+    monkeypatch.setattr(decision_module.weights, "resolve", lambda config, _: config)
+
+    def trial(*arguments: Any) -> SimpleNamespace:
+        asked.append(arguments[-1])
+        return SimpleNamespace(load_best_weights=lambda: None)
 
     every_one_right = torch.tensor([[50.0, 0.0]] * 4), torch.zeros(4, dtype=torch.int64)
     for name, work in (
@@ -204,16 +261,8 @@ def test_a_half_that_is_no_better_is_enough(undecided, monkeypatch, better, tria
         ("forget_trials", lambda: None), ("pools", lambda _: True),
     ):  # fmt: skip
         monkeypatch.setattr(made, name, work)
-    ways = made.ways()
-    values = {"model.head": "probe", "model.freeze": "none", "model.weights": "DEFAULT"}
-    tried = made.tuned_halves(network, values, ways)  # type: ignore[arg-type]
-    assert tried.better == better and asked == trials
-    assert rates == [1e-4, 2e-4, 2e-4][: len(rates)], "one way alone goes on to the other half"
-    assert not better or tried.way == ways[1]
-    trials = [*dict.fromkeys(trials)]
-    asked.clear()
     head = judged("one", 1, 0 if better else 8, of=8)
-    object.__setattr__(head, "network", network)
+    object.__setattr__(head, "network", SimpleNamespace(images=FOLDER))
     assert (made.small(head, {}) is not None) == better
     assert asked == trials
 
@@ -223,6 +272,7 @@ def test_where_valid_is_large_the_way_is_what_is_best_on_some_pictures(
     undecided, monkeypatch, epochs, tried
 ):
     made, asked = decision(undecided, {"train.batch_size": 50}), []
+    ways = made.ways(FOLDER)  # type: ignore[arg-type]
     many = SimpleNamespace(images=SimpleNamespace(count=lambda _: 1000))
     some = SimpleNamespace(images=SimpleNamespace(count=lambda _: 400))
     monkeypatch.setattr(decision_module, "_labels", lambda _: np.zeros(1250))
@@ -242,7 +292,6 @@ def test_where_valid_is_large_the_way_is_what_is_best_on_some_pictures(
     for name, work in (("trial", trial), ("answers", answers), ("forget_trials", lambda: None)):
         monkeypatch.setattr(made, name, work)
     values = {"model.head": "probe", "model.freeze": "none", "model.weights": "DEFAULT"}
-    ways = made.ways()
     chosen = made.better_way(many, values | {"train.epochs": epochs}, ways)  # type: ignore[arg-type]
     assert chosen == ways[1]
     # 400 pictures are 8 steps: in as many as the training has, 20 in an epoch, and at most 120.
