@@ -18,6 +18,7 @@ log = logging.getLogger("packhorse.serving")
 
 HEAD_SECONDS = 10.0  # for a request's head, or a connection is closed
 ANSWER_SECONDS = 20.0  # for a client to read what was written to it
+NO_REQUEST = object()  # not the connection itself: a circle is left to the garbage collector
 TURN_SECONDS = 0.005  # between two requests that were sent before the last one was answered
 SAY_AGAIN = 60.0  # seconds after which it is said once more that there are no more files
 
@@ -92,7 +93,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._last: object = self  # no request
+        self._last: object = NO_REQUEST
         self._unread: asyncio.TimerHandle | None = None
         self._has_answered = self._waits = False
         self._open: Connections = self.config.app.connections  # type: ignore[union-attr]
@@ -104,6 +105,11 @@ class Protocol(H11Protocol):
         self._open.remove(self)
         self.resume_writing()
         super().connection_lost(exc)
+        # asyncio's transport refers to itself. It would be left to the garbage collector, which
+        # stops everybody while it frees thousands.
+        for name, value in vars(self.transport).items():
+            if getattr(value, "__self__", None) is self.transport:
+                setattr(self.transport, name, None)
 
     def data_received(self, data: bytes) -> None:
         self._open.touch(self)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import logging
 import resource
 import sys
@@ -40,6 +41,14 @@ def share_memory_and_threads() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_ARENA_MAX, ARENAS)
         library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def spare_the_collector() -> None:
+    """Have Python's garbage collector look only at what is made from now on. After the start.
+
+    A full collection looks at every object, and stops all threads meanwhile.
+    """
+    gc.freeze()
 
 
 def log_to_stdout() -> None:

@@ -22,7 +22,7 @@ from serving.engine import Engine
 from serving.handler import Settings
 from serving.names import known_hosts
 from serving.package import Package
-from serving.process import allow_files
+from serving.process import allow_files, spare_the_collector
 from trainer.common.errors import UserError
 
 # After SIGTERM, new requests are still answered for so long: whoever sends them has yet to notice.
@@ -137,6 +137,7 @@ def serve(
         address.listen(BACKLOG)
     except OSError as error:
         raise _no_address(error, host, address.getsockname()[1]) from error
+    spare_the_collector()
     server.run([address])
     # Python would wait here for every thread, and one that hangs in a decoder can't be stopped.
     logging.shutdown()

@@ -34,7 +34,7 @@ from serving.contract import Form
 from serving.decoders import Preparation, Rooms
 from serving.fetch import RequestError
 from serving.handler import Answer, Request, Settings
-from serving.process import ARENAS, LARGE_BLOCK, log_to_stdout
+from serving.process import ARENAS, LARGE_BLOCK, log_to_stdout, spare_the_collector
 from serving.work import Abandoned, Work
 from trainer.common import sessions
 from trainer.common.cpu import cores
@@ -259,6 +259,7 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     with suppress(EOFError, OSError):
         preparer = _Preparer(connection, json.loads(connection.recv_bytes()))
+        spare_the_collector()
         while not preparer.hangs():
             if connection.poll(LOOK_SECONDS):
                 preparer.take()

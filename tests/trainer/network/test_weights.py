@@ -416,7 +416,7 @@ def test_statistics_of_pretrained_weights_are_kept_where_they_are_better(
         ("optim.warmup_epochs=0", 185, 0),
     ],
 )  # fmt: skip
-def test_a_warm_up_has_an_epoch_and_twenty_steps_at_least(words, pictures, epochs):
+def test_a_warm_up_has_an_epoch_and_twenty_steps_at_least(configure, words, pictures, epochs):
     # Two steps left MobileNetV2 at chance on 185 photos: a new head, all layers.
     assert warmup_for(configure(*words.split()), pictures) == epochs
 

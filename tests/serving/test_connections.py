@@ -1,0 +1,93 @@
+"""What keeps the event loop free: no circles of closed connections, and large bodies in turns."""
+
+import asyncio
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+
+from serving.app import App
+from serving.connections import Connections, Protocol
+from serving.process import spare_the_collector
+
+
+async def _application(scope: Any, receive: Any, send: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1"],
+    ids=["nothing", "half a body"],
+)
+def test_a_closed_connection_leaves_nothing_to_the_collector(sent):
+    made: list[weakref.ref[Any]] = []
+
+    async def ask() -> None:
+        app: Any = _application
+        app.connections = Connections(8)
+        config = uvicorn.Config(app, http=Protocol, log_config=None, interface="asgi3")
+        config.load()
+        config.app = config.loaded_app = app
+        state = uvicorn.server.ServerState()
+
+        def protocol() -> Protocol:
+            opened = Protocol(config, state, {})
+            made.append(weakref.ref(opened))
+            return opened
+
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(protocol, "127.0.0.1", 0)
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(sent)
+        while not made:
+            await asyncio.sleep(0)
+        connection = made[0]()
+        assert connection
+        made.append(weakref.ref(connection.transport))
+        while sent and not state.tasks:
+            await asyncio.sleep(0)
+        writer.close()
+        del connection
+        while state.connections or state.tasks:
+            await asyncio.sleep(0)
+        for _ in range(5):  # what was scheduled meanwhile
+            await asyncio.sleep(0)
+        server.close()
+        assert [each() for each in made] == [None, None]
+
+    gc.disable()
+    try:
+        asyncio.run(ask())
+    finally:
+        gc.enable()
+
+
+def test_one_large_body_goes_on_in_a_turn_of_the_event_loop():
+    async def most_in_a_turn() -> int:
+        app: Any = SimpleNamespace(_turn=asyncio.Lock())
+        gone_on = 0
+
+        async def body() -> None:
+            nonlocal gone_on
+            await App._wait_for_turn(app)
+            gone_on += 1
+
+        bodies = [asyncio.ensure_future(body()) for _ in range(5)]
+        most = before = 0
+        while not all(each.done() for each in bodies):
+            await asyncio.sleep(0)
+            most, before = max(most, gone_on - before), gone_on
+        return most
+
+    assert asyncio.run(most_in_a_turn()) == 1
+
+
+def test_collections_leave_out_what_the_libraries_have_made():
+    gc.unfreeze()
+    spare_the_collector()
+    assert gc.get_freeze_count() > 1000
