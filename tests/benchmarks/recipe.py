@@ -181,7 +181,7 @@ def measure(scratch: Path, rounds: int) -> Table:
     weights = folder_of_weights(scratch / "weights")
     data_sets = list(sets())
     only = os.environ.get("BENCH_ONLY", "").split("+")
-    for methods in ((AUTO, PROBE, *PEERS), SIMPLE):  # what matters most, first
+    for methods in ((AUTO, PROBE, TUNED), PEERS, (SCRATCH,)):  # what matters most, first
         for seed in range(min(rounds, SEEDS)):
             for pictures in data_sets:
                 if pictures.name in only or only == [""]:
@@ -308,7 +308,7 @@ def compare(
     first = results.get(lambda: run(scratch, *common), method=AUTO, **keys)
     if first is None:
         return
-    network = first.get("network", LITE0)
+    network = first["network"]
     classes = len(list((root / "train").iterdir()))
     rate = round(0.002 * 5 / (4 + classes), 6)
     passes = passes_of(count(root, "train"))
@@ -331,6 +331,7 @@ def compare(
         file = weights / f"{network.replace('/', '--')}.pth"
         return fine_tune(*map(str, (root, network, file, SIZE, passes, seed)))
 
+    keys["network"] = network  # where auto now chooses another one, so must the others
     for method in methods:
         if method != AUTO and (method != FASTAI or fastai()):
             results.get(lambda method=method: work(method), method=method, **keys)
@@ -472,10 +473,12 @@ def rows_of(results: Results, pictures: Pictures) -> list[Row]:
 
 
 def runs_of(results: Results, pictures: Pictures, method: str) -> list[dict[str, Any]]:
+    of_pictures = [row for row in results.rows() if row.get("pictures") == pictures.name]
+    networks = {row["seed"]: row["network"] for row in of_pictures if row["method"] == AUTO}
     return [
         row
-        for row in results.rows()
-        if row.get("pictures") == pictures.name and row["method"] == method and "top1" in row
+        for row in of_pictures
+        if row["method"] == method and row["network"] == networks[row["seed"]] and "top1" in row
     ]
 
 

@@ -128,8 +128,12 @@ class Tried:
 
     @property
     def hopeless(self) -> bool:
-        """Return whether it is so bad for one half that the other need not be asked."""
-        return bool(self.gains.mean() <= min(self.needed, 0) * probe.standard_error(self.gains))
+        """Return whether it is so bad for one half that the other need not be asked.
+
+        One half alone leaves more doubt than both.
+        """
+        least = (self.needed - 0.5) * probe.standard_error(self.gains)
+        return bool(self.gains.mean() <= least)
 
     @property
     def better(self) -> bool:
