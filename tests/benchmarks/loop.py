@@ -197,8 +197,8 @@ def compose_settings(*overrides: str) -> Config:
     """Return the settings of a training whose epochs are timed: all alike, and without an end."""
     config.register()
     fixed = ["optim=sgd", "optim.lr=0.01", "optim.weight_decay=1e-4", "optim.momentum=0.9"]
-    fixed += ["optim.schedule=constant", "train.epochs=1000000", "train.ema_decay=null"]
-    fixed += ["train.device=cpu", "train.precision=fp32"]
+    fixed += ["optim.schedule=constant", "optim.warmup_epochs=1", "train.epochs=1000000"]
+    fixed += ["train.ema_decay=null", "train.device=cpu", "train.precision=fp32"]
     return compose([*fixed, *overrides])
 
 

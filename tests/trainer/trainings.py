@@ -62,6 +62,8 @@ def make_network(dropout: float = 0.0) -> Classifier:
 
 def make_run(root: Path, config: Config) -> Run:
     root.mkdir(exist_ok=True)
+    if config.optim.warmup_epochs is None:  # which a whole run takes from its pictures
+        config.optim.warmup_epochs = 1.0
     package = root / "model.tar.gz"
     return Run(config, World(), Stop(), "run", root, root / "checkpoints", package)
 

@@ -30,7 +30,7 @@ BASE = (
     "data.workers=0", "train.threads=1",
     "model=small_cnn",
     "train.batch_size=11", "train.epochs=2", "train.ema_decay=0.9", "train.clip_norm=1",
-    "optim.head_lr=3e-3",
+    "optim.head_lr=3e-3", "optim.warmup_epochs=1",
     "platform=local", "platform.cache=cache", "train.timeout_seconds=60",
 )  # fmt: skip
 EXACT = (
