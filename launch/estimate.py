@@ -36,6 +36,11 @@ T4_PEAK = 65e12  # FLOP/s in float16, NVIDIA's data sheet
 T4_SHARE = 0.15
 TRAINING_PASSES = 3  # a backward pass costs two forward ones
 
+# Seconds that a machine is paid for before it trains: it starts, installs, and fetches pictures.
+# What users of SageMaker report (4 to 5 minutes, sagemaker-python-sdk#143), and for EC2 an
+# assumption.
+START = 300.0
+
 # Of 4 machines training one network, from the bytes of its gradients and 5 Gbit/s
 # (docs/instances.md); a frozen backbone sends its head's only. By model.freeze.
 EFFICIENCY = {"none": 0.93, "backbone": 0.99}

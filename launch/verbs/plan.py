@@ -16,7 +16,7 @@ from typing import Any
 from launch import pictures, readiness
 from launch.cloud.remedies import DENIED
 from launch.cloud.session import Aws, AwsError
-from launch.estimate import estimate
+from launch.estimate import START, estimate
 from launch.planning import Plan, described, prepare
 from launch.targets import overdue
 from launch.targets.base import TargetConfig
@@ -111,7 +111,7 @@ def _duration(seconds: float) -> str:
 
 
 def expected(plan: Plan, images: int | None) -> dict[str, Any] | None:
-    """Return how long the run takes, and by what that is known; None where nothing tells.
+    """Return how long its machines are paid for, and by what that is known; None: nothing tells.
 
     images: of training; None: not known.
     """
@@ -124,8 +124,8 @@ def expected(plan: Plan, images: int | None) -> dict[str, Any] | None:
     if took is None:
         return None
     return {
-        "seconds": took.run(spec.config, images),
-        "by": "by the network's arithmetic, see docs/instances.md",
+        "seconds": START + took.run(spec.config, images),
+        "by": f"{START / 60:.0f} to start, then the network's arithmetic: docs/instances.md",
     }
 
 

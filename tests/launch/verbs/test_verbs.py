@@ -17,6 +17,7 @@ import pytest
 from botocore.serialize import create_serializer
 from PIL import Image
 
+from launch.estimate import START
 from launch.targets.base import NAMES
 from tests.conftest import make_pictures, wait_for
 from tests.launch.conftest import BUCKET, REGION, Cloud, founded
@@ -71,6 +72,8 @@ def test_submit_sends_what_plan_shows_and_plan_changes_nothing(account, target):
     assert all(READS.match(call["operation"]) for call in account.calls()[before:])
     planned = json.loads(printed)
     assert planned["missing"] == []
+    if planned["expected"]:  # to start is paid for, too
+        assert planned["expected"]["seconds"] > START
     assert (
         planned["cost"]["per_hour"] > 0
         and planned["cost"]["at_time_limit"]
