@@ -14,7 +14,7 @@ USAGE = """usage: python -m serving VERB ...
   check     verify a package: its files, its network, and that its golden pictures reproduce
   predict   say what pictures show: a line or a row of a table for each
   evaluate  how good a model is on other labelled pictures, with the report
-  sign      say in a package who built it, by a key
+  sign      sign a package, so that others can check who built it
   serve     answer on HTTP, with a page to try the model
   bench     measure a server, and say what to deploy for a load
   plan      what deploying would make and cost; changes nothing

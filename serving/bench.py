@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--instance",
         metavar="TYPE",
         default="ml.m5.large",
-        help="what this machine stands for (default %(default)s)",
+        help="the instance type that this machine represents (default %(default)s)",
     )
     return parser
 

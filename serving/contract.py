@@ -201,7 +201,7 @@ def _bytes(body: bytes | bytearray | str) -> bytes:
     try:
         return body.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(400, "the body is no text: it has half a character") from error
+        raise RequestError(400, "the body is not valid UTF-8") from error
 
 
 def _media_type(text: str) -> Message:

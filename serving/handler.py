@@ -241,7 +241,7 @@ def failure(error: Exception, request_id: str) -> Answer:
         log.error("%s: this machine is short of memory or open files: %s", request_id, error)
         status, message = 503, "too much at once for this machine; try again"
     else:
-        log.error("%s: a fault of ours", request_id, exc_info=error)
+        log.error("%s: a bug in this server", request_id, exc_info=error)
         status = 500
         message = "a fault of this server; its log has more under this request_id"
     if isinstance(error, Refused):

@@ -100,7 +100,9 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--host {host}: this is no address; give one like 127.0.0.1") from error
+        raise UserError(
+            f"--host {host}: this is not an address; give one like 127.0.0.1"
+        ) from error
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -118,7 +118,7 @@ def told(first: Path, second: Path, result: Comparison) -> str:
     if points == 0:
         return f"{second} and {first} are equally good on {result.pictures} pictures ({alone})"
     better, worse = (second, first) if points > 0 else (first, second)
-    verdict = "a difference that chance seldom makes"
+    verdict = "chance alone rarely gives such a difference"
     if result.p > SURE:
         verdict = f"not distinguishable on {result.pictures} pictures"
     return f"{better} is better than {worse} by {abs(points):.1f} points: {verdict} ({alone})"

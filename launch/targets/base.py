@@ -387,8 +387,8 @@ class Target(ABC):
             and self.stop_early(aws, attempt)
         ):
             log.info(
-                "attempt %d at %s may be on its way: it is asked to stop, "
-                "and looks when it has started",
+                "attempt %d at %s may be on its way: asked it to stop, which it does when it has "
+                "started",
                 attempt.number,
                 attempt.run,
             )

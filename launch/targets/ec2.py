@@ -122,7 +122,7 @@ class Ec2(Target):
             if target.instances > 1 and re.match(r"t\d", name):
                 raise UserError(
                     f"target.instances={target.instances}: EC2 keeps no {name} close to another "
-                    "one (placement groups); take another target.instance_type"
+                    "one (placement groups); choose another target.instance_type"
                 )
 
     def offers(self, aws: Aws | None, spec: Spec, waited: float) -> list[Spec]:
@@ -152,7 +152,7 @@ class Ec2(Target):
                 places = f"none of target.zones={target.zones} in {spec.region}"
             raise UserError(
                 f"{places} has {target.instance_type}; "
-                "take another target.instance_type, or another target.region"
+                "choose another target.instance_type, or another target.region"
             )
         return offers
 
@@ -230,7 +230,7 @@ class Ec2(Target):
             ids = [each["InstanceId"] for each in found if running(each) is not None] or ids
         if not at_once:
             text = (
-                "asked %s to stop: it looks once a minute, saves, uploads and terminates; "
+                "asked %s to stop: it checks once a minute, then saves, uploads and terminates; "
                 "--now does not wait for it"
             )
         elif aws.find("ec2", "TerminateInstances", unseen, InstanceIds=ids) is None:

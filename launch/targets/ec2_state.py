@@ -27,7 +27,7 @@ RECLAIMED = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")
 NO_CAPACITY = "Server.InsufficientInstanceCapacity"
 BY_HAND = "Client.UserInitiatedShutdown"  # `stop --now`, the console, or any other call
 BY_ITSELF = "Client.InstanceInitiatedShutdown"
-FORGOTTEN = "ended without a word; EC2 no longer says why"
+FORGOTTEN = "ended without a message; EC2 no longer says why"
 NO_NOTE = "; without a note: it did not reach the bucket, or another machine has the run"
 
 SPOT_NOTICE, IDLE, TIME_LIMIT = "spot notice", "idle", "time limit"  # in user_data.sh's words

@@ -44,7 +44,7 @@ _USELESS = {
     "p3": "its V100 is older than CUDA 13 serves",
     "p3dn": "its V100 is older than CUDA 13 serves",
     "g4ad": "its GPU is AMD's",
-    "p6e-gb200": "its processor is ARM, and what runs there is built for x86",
+    "p6e-gb200": "its processor is ARM, and the code there is built for x86",
 } | dict.fromkeys(
     ("trn1", "trn1n", "trn2", "inf1", "inf2", "dl1", "dl2q", "vt1", "f1", "f2"),
     "its accelerator is no GPU",
@@ -77,7 +77,7 @@ def check_trains(instance_type: str) -> None:
     family = instance_type.removeprefix("ml.").partition(".")[0]
     why = _USELESS.get(family)
     if re.match(r"[a-z]+\d+[a-z]*g[a-z]*$", family) or family == "a1":
-        why = "its processor is ARM, and what runs there is built for x86"
+        why = "its processor is ARM, and the code there is built for x86"
     if why:
         raise UserError(
             f"target.instance_type={instance_type} can't train: {why}; "

@@ -36,7 +36,7 @@ def quota(wanted: Quota) -> Question:
             return Answer(
                 f"{wanted.name}: AWS has no such quota in {aws.region}",
                 f"{wanted.name}: there is no such machine in {aws.region}; "
-                "take another target.instance_type or target.region",
+                "choose another target.instance_type or target.region",
             )
         line = f"{wanted.name} ({number}): {limit:g} {wanted.unit}, needs {wanted.needed}"
         if limit >= wanted.needed:
@@ -63,7 +63,7 @@ def capacity(instance_type: str, spot: bool, instances: int) -> Question:
             return Answer(
                 f"{aws.region} offers no {instance_type}",
                 f"{instance_type}: {aws.region} has no such machine; "
-                "take another target.instance_type or target.region",
+                "choose another target.instance_type or target.region",
             )
         line = f"{instance_type} is offered in {', '.join(zones)}"
         if not spot:
@@ -106,7 +106,7 @@ def together(subnet: str | None, groups: Sequence[str]) -> Question:
         rule += [found[0]["GroupId"], "--protocol", "tcp", "--port", "0-65535"]
         rule += ["--source-group", found[0]["GroupId"], "--region", aws.region]
         return Answer(
-            f"{names} keeps the machines from each other",
+            f"{names} stops the machines from reaching each other",
             f"a rule by which the machines of {names} reach each other: {shlex.join(rule)}",
         )
 
@@ -137,7 +137,7 @@ def way_to_s3(subnet: str | None, public_ip: bool | None = None) -> Question:
             return Answer(line)
         return Answer(
             line,
-            f"a way to S3 from {', '.join(cut_off[:3])}: give the VPC a gateway endpoint of S3 "
+            f"a route to S3 from {', '.join(cut_off[:3])}: give the VPC a gateway endpoint of S3 "
             "(aws ec2 create-vpc-endpoint), which costs nothing, or name another target.subnet",
         )
 

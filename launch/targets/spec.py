@@ -350,7 +350,7 @@ def choose(
         meant = [each for each in newest if is_meant is not None and is_meant(each)]
         if len(meant) > 1:
             runs = ", ".join(each.attempt.run for each in meant)
-            raise UserError(f"{len(meant)} runs are going: {runs}; name one of them")
+            raise UserError(f"{len(meant)} runs are active: {runs}; name one of them")
         run = max((each.attempt for each in meant or newest), key=lambda each: each.noted).run
     attempt = notes.latest(aws, run)
     if attempt is None:

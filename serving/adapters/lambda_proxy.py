@@ -89,8 +89,10 @@ def predict(query: Query, form: Form) -> str:
     try:
         rows = contract.rows_of(text, len(query.sources), form.output)
     except (ValueError, RecursionError) as error:
-        log.error("endpoint %s: its answer is none (%s)", os.environ["ENDPOINT_NAME"], error)
-        raise RequestError(502, "the endpoint's answer is none") from error
+        log.error(
+            "endpoint %s: its answer has the wrong form (%s)", os.environ["ENDPOINT_NAME"], error
+        )
+        raise RequestError(502, "the endpoint's answer has the wrong form") from error
     if form.lines:
         return contract.as_lines(rows)
     return text

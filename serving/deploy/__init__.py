@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         return run(options)
     except KeyboardInterrupt:
         print(
-            "interrupted; what AWS has begun goes on: "
+            "interrupted; what AWS has begun keeps running: "
             f"{command('serving', 'status', '--name', options.name)}",
             file=sys.stderr,
         )
@@ -123,7 +123,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         )
         add("--labels", action="store_true", help="the most probable classes instead of logits")
     if verb == "logs":
-        add("--follow", action="store_true", help="go on until Ctrl-C")
+        add("--follow", action="store_true", help="keep showing lines until Ctrl-C")
         add("--minutes", type=positive, default=60, help="how far back (default: %(default)s)")
     return parser
 

@@ -89,7 +89,7 @@ def check_endpoint(parameters: Mapping[str, str], image_region: str, region: str
         raise UserError(f"{instance}: on Ray Serve the network runs on the processor, not the GPU")
     if has_gpu and backend not in GPU_BACKENDS:
         raise UserError(
-            f"{instance}: nothing would use its GPU, which is most of its price; take "
+            f"{instance}: nothing here uses its GPU, which is most of its price; take "
             "ml.c5.xlarge, say, or, with a container that has what it needs (serving/Dockerfile), "
             "--set Backend=cuda"
         )

@@ -338,7 +338,7 @@ def test_an_endpoint_out_of_reach_is_502(start):
 def test_an_answer_of_the_endpoint_that_is_none_is_502(function, endpoint, body):
     endpoint.answer = lambda: (200, body.encode("latin-1"), {})
     told = error(function.invoke({"base64": base64.b64encode(PICTURE).decode()}))
-    assert told == (502, "the endpoint's answer is none")
+    assert told == (502, "the endpoint's answer has the wrong form")
 
 
 @pytest.mark.parametrize(

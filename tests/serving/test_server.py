@@ -626,7 +626,7 @@ def test_a_port_that_is_taken_is_told_before_the_package_is_read(tmp_path, serve
     """In one line, as other mistakes are; here in this process."""
     for words, said in (
         (["--port", str(server.port)], f"--port {server.port}: address already in use; give"),
-        (["--host", "nowhere.invalid"], "--host nowhere.invalid: this is no address"),
+        (["--host", "nowhere.invalid"], "--host nowhere.invalid: this is not an address"),
         (["--host", "203.0.113.7"], "--host 203.0.113.7 --port 8080: cannot assign requested"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):

@@ -188,7 +188,7 @@ def test_keys_of_every_curve_sign_and_others_are_refused_in_one_line(
     assert "can't read this key" in refused(capsys, "sign", package, "--key", tmp_path / "none")
     with pytest.raises(UserError, match="can't read this public key"):
         public_key("none")
-    with pytest.raises(UserError, match="no public key"):
+    with pytest.raises(UserError, match="not a public key"):
         public_key(str(tmp_path / "text"))
 
 

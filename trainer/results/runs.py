@@ -331,7 +331,7 @@ def compare(first: Path, second: Path) -> Comparison:
     if right[0].keys() != right[1].keys():
         shared = len(right[0].keys() & right[1].keys())
         raise UserError(
-            f"{first} and {second} were tested on other pictures ({len(right[0])} and "
+            f"{first} and {second} were tested on different pictures ({len(right[0])} and "
             f"{len(right[1])}, {shared} of them the same); evaluate both on one folder: "
             "python -m serving evaluate RUN DIR"
         )
@@ -351,4 +351,4 @@ def _right(run: Path) -> dict[str, bool]:
     except FileNotFoundError as error:
         raise UserError(f"{run}: it has no {PREDICTIONS}; the run isn't complete") from error
     except (KeyError, csv.Error) as error:
-        raise UserError(f"{path}: it is no table of a run's predictions") from error
+        raise UserError(f"{path}: not a table of a run's predictions") from error

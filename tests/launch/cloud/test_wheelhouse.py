@@ -218,7 +218,7 @@ def test_a_subnet_that_leads_nowhere_but_to_s3_is_taken_for_closed(account):
         code, printed = account.launch("plan", *target, *words)
         assert code == OK and (what in printed) is is_closed, (words, printed)
     code, printed = account.launch("plan", "target=ec2", "target.public_ip=false")
-    assert "missing: a way to S3" in printed, "the default VPC leads to the internet by addresses"
+    assert "missing: a route to S3" in printed, "the default VPC leads to the internet by addresses"
 
 
 def test_submit_uploads_it_once_and_every_attempt_installs_from_it(account):

@@ -383,7 +383,7 @@ def test_an_end_that_ec2_has_forgotten_is_no_reclaim(account):
         noted | {"noted": "2026-01-01T00:00:00+00:00", "sent": "2026-01-01T00:00:00+00:00"},
     )
     code, printed = account.launch("logs", "forgotten")
-    assert code == OK and "is failed (ended without a word" in printed
+    assert code == OK and "is failed (ended without a message" in printed
     put(account, "runs/forgotten/log.txt", "written a moment ago")
     assert "is running" in account.launch("logs", "forgotten")[1]
 
@@ -437,7 +437,7 @@ def test_stop_without_a_name_stops_what_is_going(monkeypatch):
     assert choose(aws, [], lambda each: each.attempt.run == "older").run == "older"
     assert choose(aws, [], lambda each: False).run == "newest"
     assert choose(aws, []).run == "newest"
-    with pytest.raises(UserError, match="2 runs are going: old, older; name one of them"):
+    with pytest.raises(UserError, match="2 runs are active: old, older; name one of them"):
         choose(aws, [], lambda each: each.attempt.run != "newest")
 
 
