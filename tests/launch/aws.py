@@ -31,6 +31,7 @@ What the layer adds to moto 5.2:
   (`/strict/sold_out`);
 - on request (`/strict/late`) what was just made is not there yet for as many answers as a test
   says, each time that one asks for it; a client without a name (below) sees it at once;
+- spot machines have a price;
 - instances end as a test says, with AWS's reasons (`/strict/end_instance`), and are as old as it
   says (`/strict/age`);
 - on request it kills the client at its Nth call, before the call reaches AWS or after AWS has
@@ -892,6 +893,10 @@ class Strict:
                     group.id, "-1", "-1", "-1", [], source_groups=own
                 )
         return forward()
+
+    def _DescribeSpotPriceHistory(self, parameters, region, forward, start) -> list[bytes]:
+        """A price that a spot machine may have, as long as moto's, of which nobody pays any."""
+        return [part.replace(b"0.00001", b"0.21040") for part in forward()]
 
     def _GetSpotPlacementScores(self, parameters, region, forward, start) -> list[bytes]:
         """Of the region, or of some of its zones where a single one is asked for."""

@@ -678,6 +678,10 @@ def check_sizes(data: DataConfig) -> None:
         )
 
 
+# Settings whose values follow the number of pictures, where they aren't given.
+OF_PICTURES = ("train.epochs", "optim.warmup_epochs", "model.norm_stats", "model.solve_on")
+
+
 def epochs_for(train: TrainConfig, pictures: int) -> int:
     """Return how often the training images are passed.
 

@@ -41,7 +41,7 @@ from trainer.images.identity import (
     samples,
 )
 from trainer.network import weight_folder, weights
-from trainer.settings.config import Config, identity, run_name, schema
+from trainer.settings.config import OF_PICTURES, Config, identity, run_name, schema
 from trainer.settings.words import key_of, override
 
 if TYPE_CHECKING:
@@ -180,6 +180,9 @@ class Run:
         if not changed:
             return
         settings = [key for key in changed if key != "pictures" and not key.startswith("weights.")]
+        if "pictures" in changed:  # what they alone have changed is no other fault
+            given = {key_of(word) for word in self.given}
+            settings = [key for key in settings if key not in OF_PICTURES or key in given]
         if settings:
             differences = ", ".join(
                 f"{key}: {then.get(key)} then, {now.get(key)} now" for key in settings[:5]

@@ -28,7 +28,12 @@ def forked():
 
         def child(command, *, env, stdout, **_):
             share_exports(Path.cwd(), command)
-            return Forked(Path.cwd(), command[3:], env | environment(Path.cwd()), output=stdout)
+            return Forked(
+                Path.cwd(),
+                command[command.index("-m") + 1 :],
+                env | environment(Path.cwd()),
+                output=stdout,
+            )
 
         patch.setattr(fitting.sessions, "Child", child)
         yield

@@ -365,10 +365,11 @@ def test_a_share_of_train_that_nobody_asks_for_is_told(own, configure, caplog, m
     find_images(configure(*words))
     assert told not in caplog.text  # nobody gave it
     find_images(configure(*words), words=words)
-    assert caplog.text.count(told) == 1
+    assert told in caplog.text
+    caplog.clear()
     shutil.rmtree("own/val")
     images = find_images(configure(*words), words=words)
-    assert counts(images) == {"train": 6, "valid": 6, "test": 3} and caplog.text.count(told) == 1
+    assert counts(images) == {"train": 6, "valid": 6, "test": 3} and told not in caplog.text
 
 
 def test_unpacking_stops_when_asked(own, configure):

@@ -291,7 +291,7 @@ def test_a_network_that_can_not_be_packaged_leaves_what_was_there(
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("gone.png", None, "it is not there"),
+        ("gone.png", None, "it is missing"),
         ("broken.png", b"GIF8", "the model package needs this picture, but: "),
         ("text.jpg", b"hello", "the model package needs this picture, but: not a JPEG"),
     ],

@@ -146,7 +146,7 @@ def test_checkpoints_that_were_cut_off_are_none(tmp_path, missing, caplog):
     for file in missing:
         (checkpoint.save(tmp_path, "step-00000001", state()) / file).unlink()
     assert checkpoint.newest(tmp_path) is None
-    assert "cut off" in caplog.text
+    assert "not copied whole" in caplog.text
 
 
 def test_cut_off_and_damaged_is_still_damage(tmp_path):
