@@ -97,9 +97,20 @@ def test_what_was_not_measured_is_said(tmp_path):
     pets, signs = (recipe.Pictures(name, lambda root, _: root) for name in ("pets", "signs"))
     for method in recipe.METHODS:
         for seed in range(recipe.SEEDS - (method == recipe.FASTAI)):
-            results.get(lambda: {"top1": 0.5}, method=method, pictures="pets", seed=seed)
+            keys = {"method": method, "pictures": "pets", "seed": seed, "network": "one"}
+            results.get(lambda: {"top1": 0.5}, **keys)
     assert recipe.not_had(results, [pets]) == ["fastai's fine_tune: pets (1 of 3 seeds)"]
     assert recipe.not_had(results, [signs])[0] == "auto: signs"
+
+
+def test_a_row_of_another_network_than_auto_has_now_does_not_count(tmp_path):
+    results = recipe.Results(tmp_path / "results.jsonl", until=float("inf"))
+    pets = recipe.Pictures("pets", lambda root, _: root)
+    for method, network in ((recipe.AUTO, "new"), (recipe.TIMM, "old"), (recipe.PROBE, "new")):
+        keys = {"method": method, "pictures": "pets", "seed": 0, "network": network}
+        results.get(lambda: {"top1": 0.5}, **keys)
+    counted = [len(recipe.runs_of(results, pets, each)) for each in (recipe.TIMM, recipe.PROBE)]
+    assert counted == [0, 1]
 
 
 def test_a_result_is_kept_and_not_measured_again(tmp_path):

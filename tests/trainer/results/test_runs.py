@@ -147,7 +147,7 @@ def test_two_runs_are_compared_picture_by_picture(tmp_path):
 
 def test_runs_of_other_pictures_are_not_compared(tmp_path):
     a, b = predicted(tmp_path / "a", "++-"), predicted(tmp_path / "b", "++")
-    with pytest.raises(UserError, match=r"other pictures \(3 and 2, 2 of them the same\)"):
+    with pytest.raises(UserError, match=r"different pictures \(3 and 2, 2 of them the same\)"):
         runs.compare(a, b)
     with pytest.raises(UserError, match=r"it has no predictions\.csv"):
         runs.compare(a, tmp_path)
