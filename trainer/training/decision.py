@@ -69,7 +69,9 @@ EPOCHS, STEPS = 8, 120
 TRIALS = "recipe"  # below the run's directory and its checkpoints, until it is decided
 APART = 6  # a sixth of train, by which a trial chooses its epoch
 HALVES = 2  # in which train and valid judge fine-tuning, where valid is small
-MANY = 10  # pictures of a class, from which on fine-tuning is mostly better than a solved head
+# Pictures of a class, in the mean: with fewer, a half has one or two of each, which tell nothing of
+# fine-tuning; from MANY on it is mostly better than a solved head.
+ENOUGH, MANY = 4, 10
 WAYS_ON = 500  # pictures, at most, on which ways to fine-tune are compared where valid isn't small
 FEWEST_EPOCHS = 4  # fewer are no fine-tuning
 BATCH = 16  # pictures at a time that are timed
@@ -141,6 +143,19 @@ class Tried:
         enough = self.gains.mean() > self.needed * probe.standard_error(self.gains)
         return bool(enough and self.hits > -0.5)
 
+    @property
+    def words(self) -> str:
+        """Return in words what halves said of it."""
+        if self.better and self.needed < 0:
+            return "on halves of the pictures nothing spoke against it"
+        if self.better:
+            return "on halves of the pictures that was better than the head alone"
+        change = f"{-self.gains.mean():+.3f} +- {probe.standard_error(self.gains):.3f}"
+        return (
+            "to fine-tune everything on one half of the pictures isn't better on the other "
+            f"(loss {change}, {self.hits:+.0f} of {len(self.gains)} right)"
+        )
+
 
 def needed_gain(images: ImageFolder) -> float:
     """Return by how many standard errors fine-tuning on halves must be better than a solved head.
@@ -156,7 +171,7 @@ def needed_gain(images: ImageFolder) -> float:
 
 def is_many(images: ImageFolder) -> bool:
     """Return whether there are many pictures of a class, in the mean."""
-    return len(_labels(images)) >= MANY * len(images.classes)
+    return _of_a_class(images) >= MANY
 
 
 class Decision:
@@ -367,34 +382,28 @@ class Decision:
         fits = epochs
         if not asked:
             fits = int(min(epochs, self.minutes_to_tune() / minutes))
-        if fits < min(FEWEST_EPOCHS, epochs):
-            self.reasons.append(
-                "the head alone is solved: to fine-tune everything would take "
-                f"{_about(minutes * epochs)} (recipe.tune_minutes)"
-            )
+        too_little = None
+        if halves and _of_a_class(judged.network.images) < ENOUGH:
+            too_little = f"fewer than {ENOUGH} pictures of a class can't judge fine-tuning"
+        elif fits < min(FEWEST_EPOCHS, epochs):
+            took = _about(minutes * epochs)
+            too_little = f"to fine-tune everything would take {took} (recipe.tune_minutes)"
+        if too_little:
+            self.reasons.append(f"the head alone is solved: {too_little}")
             return frozen
         tuned = frozen | {"model.freeze": "none", "train.epochs": fits}
         tuned |= self.with_crops(judged.network)
+        kept = "the result is kept only if it is better"
         if halves:
             tried = self.tuned_halves(judged.network, flips | tuned, ways)
             if not tried.better:
-                gains = tried.gains
-                change = f"{-gains.mean():+.3f} +- {probe.standard_error(gains):.3f}"
-                change += f", {tried.hits:+.0f} of {len(gains)} right"
-                self.reasons.append(
-                    "the head alone is solved: to fine-tune everything on one half of the pictures "
-                    f"isn't better on the other (loss {change})"
-                )
+                self.reasons.append(f"the head alone is solved: {tried.words}")
                 return frozen
             tuned |= tried.way
+            kept = tried.words
             tuned["train.keep"] = "last"  # as it was judged; to choose by few pictures is chance
         elif len(ways) > 1:
             tuned |= self.better_way(judged.network, flips | tuned, ways)
-        kept = "the result is kept only if it is better"
-        if halves:
-            kept = "on halves of the pictures that was better than the head alone"
-            if tried.needed < 0:
-                kept = "on halves of the pictures nothing spoke against it"
         self.reasons.append(
             f"everything is fine-tuned from the solved head, in {_about(minutes * fits)}; {kept}"
         )
@@ -633,6 +642,11 @@ def _about(minutes: float) -> str:
     if minutes < 1:
         return "less than a minute"
     return f"about {minutes:.0f} minutes"
+
+
+def _of_a_class(images: ImageFolder) -> float:
+    """Return how many pictures a class has in train and valid together, in the mean."""
+    return len(_labels(images)) / len(images.classes)
 
 
 def _labels(images: ImageFolder) -> NDArray[np.int64]:

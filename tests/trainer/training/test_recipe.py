@@ -241,6 +241,25 @@ def test_with_many_pictures_of_a_class_fine_tuning_is_taken_unless_something_spe
     assert Tried({}, doubt - 0.1, 0, needed_gain(FOLDER)).hopeless  # type: ignore[arg-type]
 
 
+def test_with_fewer_than_four_pictures_of_a_class_the_head_alone_is_solved(undecided):
+    made = decision(undecided, {"train.batch_size": 4, "recipe.tune_minutes": 99.0})
+    made.with_crops = lambda _: {}  # type: ignore[method-assign]
+    made.tuned_halves = lambda *_: Tried({}, np.ones(2), 1, 0.5)  # type: ignore[method-assign]
+    few = Candidate("one", milliseconds=1)
+    for of_train, freeze in ((2, "backbone"), (3, "none")):
+        counts = {"train": of_train, "valid": 1}
+        splits = {
+            split: SimpleNamespace(labels=np.arange(4).repeat(count), paths=())
+            for split, count in counts.items()
+        }
+        images = SimpleNamespace(
+            splits=splits, classes=tuple("abcd"), count=lambda split, c=counts: 4 * c[split]
+        )
+        network = SimpleNamespace(candidate=few, images=images)
+        row = Judged(network, torch.zeros(1, 4), np.zeros(1, np.int64))  # type: ignore[arg-type]
+        assert made.training(row, {})["model.freeze"] == freeze, of_train
+
+
 @pytest.mark.parametrize(("better", "trials"), [(True, [0, 1]), (False, [0])])
 def test_a_small_network_is_asked_of_the_other_half_only_where_it_is_better_on_the_first(
     undecided, monkeypatch, better, trials
