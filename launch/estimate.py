@@ -38,7 +38,7 @@ TRAINING_PASSES = 3  # a backward pass costs two forward ones
 
 # Seconds that a machine is paid for before it trains: it starts, installs, and fetches pictures.
 # What users of SageMaker report (4 to 5 minutes, sagemaker-python-sdk#143), and for EC2 an
-# assumption.
+# assumption. It is what one may expect; what a ceiling allows for is ceiling.AROUND.
 START = 300.0
 
 # Of 4 machines training one network, from the bytes of its gradients and 5 Gbit/s

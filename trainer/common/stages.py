@@ -24,9 +24,10 @@ class Stages:
 
     def __init__(self, before: float = 0.0) -> None:
         """before: seconds that were spent when this began."""
-        self._spent = {START: before}
-        self._running = START
-        self._since = time.monotonic()
+        # Seconds by stage, the one that runs, and since when: replaced as one, since another
+        # thread, which writes checkpoints, reads it.
+        self._state: tuple[Mapping[str, float], str, float]
+        self._state = {START: before}, START, time.monotonic()
         self.starts = 1
         self._earlier: Mapping[str, float] = {}
 
@@ -37,7 +38,7 @@ class Stages:
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
         """Count the time of this context as that of a stage."""
-        if self._running != START:
+        if self._state[1] != START:
             yield
             return
         self._enter(name)
@@ -48,18 +49,21 @@ class Stages:
 
     def _enter(self, name: str) -> float:
         """Let another stage run; return the seconds that the one until now has taken."""
-        now = time.monotonic()
-        self._spent[self._running] = self._spent.get(self._running, 0.0) + now - self._since
-        ended, self._running, self._since = self._running, name, now
-        return self._spent[ended]
+        now, (_, ended, _) = time.monotonic(), self._state
+        spent = self._until(now)
+        self._state = spent, name, now
+        return spent[ended]
+
+    def _until(self, now: float) -> dict[str, float]:
+        spent, running, since = self._state
+        return {**spent, running: spent.get(running, 0.0) + now - since}
 
     def seconds(self) -> dict[str, float]:
         """Return this process's seconds of each stage until now.
 
         Their sum is all the time there was.
         """
-        self._enter(self._running)
-        return dict(self._spent)
+        return self._until(time.monotonic())
 
     def in_all(self) -> dict[str, float]:
         """Return the seconds of each stage until now, of all starts together."""

@@ -18,8 +18,9 @@ from trainer.training import checkpoint
 class Checkpoints:
     """Written in the background, one at a time, by rank 0 alone.
 
-    take: returns the state to save, with references to the live tensors. noted: called with each
-    save. writes: False in the other processes, where nothing here does anything.
+    take: returns the state to save, with references to the live tensors. noted: called after each
+    write, in the background. writes: False in the other processes, where nothing here does
+    anything.
     """
 
     def __init__(
@@ -111,7 +112,6 @@ class Checkpoints:
         progress = state["progress"]
         name = checkpoint.step_name(progress["step"], evaluated=progress["batch"] == 0)
         self._writing = self._writer.submit(self._write, name, snapshot, self.best)
-        self._noted()
 
     def wait(self) -> None:
         """Return when the last snapshot is on disk.
@@ -128,6 +128,7 @@ class Checkpoints:
     ) -> None:
         started = time.monotonic()
         checkpoint.write(self.root, name, snapshot, best)
+        self._noted()
         self.good.add(name)
         checkpoint.prune(self.root, self.keep, self.good)
         self.cadence.saved(time.monotonic() - started)
