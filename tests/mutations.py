@@ -349,8 +349,8 @@ MUTATIONS = (
     Mutation(
         "a page: a stage within another is counted by itself",
         "trainer/common/stages.py",
-        "if self._running != START:",
-        "if self._running == name:",
+        "if self._state[1] != START:",
+        "if self._state[1] == name:",
         "trainer/common/test_console.py",
     ),
     Mutation(
