@@ -20,6 +20,8 @@ def revision() -> str | None:
     command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = sessions.run(command, timeout=10)
+        if done.returncode < 0:  # killed, for memory say: two packages of one run would differ
+            done = sessions.run(command, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode != 0:

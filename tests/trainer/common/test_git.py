@@ -51,6 +51,19 @@ def test_a_rented_machine_is_told(checkout):
     assert revision(checkout, PACKHORSE_REVISION="0123abc-dirty") == "0123abc-dirty"
 
 
+def test_a_git_that_was_killed_is_asked_again(checkout, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bin")
+    killed = folder / "git"
+    real = shutil.which("git")
+    killed.write_text(
+        f"#!/bin/sh\n[ -e {folder}/once ] || {{ touch {folder}/once; kill -9 $$; }}\n"
+        f'exec {real} "$@"\n'
+    )
+    killed.chmod(0o755)
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert revision(checkout, PATH=f"{folder}:/usr/bin:/bin") == commit
+
+
 def test_an_installed_package_is_not_the_repository_that_it_lies_in(checkout):
     (checkout / "pyproject.toml").unlink()
     assert revision(checkout) == "None"
