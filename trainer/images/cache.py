@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import numpy as np
 import PIL
@@ -415,7 +415,8 @@ class _Store:
         if self._generation == 0:
             self._generation = 1
             files.write(self._path("index"), b"")
-        values, whole = journal.parse(self._path("index").read_bytes())
+        index = self._path("index").read_bytes()
+        values, whole = journal.parse(index, *get_type_hints(Entry).values())
         entries = [Entry(*value) for value in values]
         if not whole:
             files.write(self._path("index"), journal.lines(entries))

@@ -141,7 +141,7 @@ class Digests:
 
 def _read(index: Path) -> tuple[list[Any], bool]:
     try:
-        return journal.parse(index.read_bytes())
+        return journal.parse(index.read_bytes(), str, list, str)
     except FileNotFoundError:
         return [], True
     except OSError:
@@ -253,7 +253,7 @@ def note(path: Path, chosen: Iterable[Sample]) -> None:
 def noted(path: Path) -> list[Sample] | None:
     """Return the pictures that were noted; None where they weren't, or not all can be read."""
     try:
-        lines, whole = journal.parse(path.read_bytes())
+        lines, whole = journal.parse(path.read_bytes(), str, str, str, str)
     except OSError:
         return None
     if not whole:

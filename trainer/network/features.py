@@ -258,7 +258,7 @@ class _Blocks:
         with ExitStack() as opened:
             self._data = opened.enter_context(_opened(self._path))
             self._sums = opened.enter_context(_opened(self._path.with_suffix(".sums")))
-            written, self._whole = journal.parse(self._sums.readall())
+            written, self._whole = journal.parse(self._sums.readall(), int, int)
             self._files = opened.pop_all()
         self._checksums: dict[int, int] = dict(written)
         return self

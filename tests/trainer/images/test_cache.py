@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import PIL
@@ -119,7 +120,7 @@ def contents(root):
 def entries(root):
     """The index of the only store."""
     (data,) = (data for name, data in contents(root).items() if name.endswith(".index"))
-    values, whole = journal.parse(data)
+    values, whole = journal.parse(data, *get_type_hints(cache.Entry).values())
     assert whole
     return [cache.Entry(*value) for value in values]
 
@@ -387,6 +388,7 @@ def test_a_file_too_long_for_a_picture_is_never_read(tmp_path):
 PACKER = """
 import hashlib, os, signal, sys
 from pathlib import Path
+from typing import get_type_hints
 from trainer.images import cache
 root, point, *paths = sys.argv[1:]
 cache.COMMIT_EVERY = 3
@@ -476,11 +478,16 @@ def test_after_a_crash_damaged_pixels_are_found_by_their_checksum(
     assert len(decoded) == COUNT + 1
 
 
-def test_a_garbled_index_line_loses_that_picture_alone(tmp_path, shared_pictures, decoded):
+@pytest.mark.parametrize(
+    "line",
+    [b"\0\n", *(journal.lines([each]) for each in (("content", 7, "x"), 5, {"content": 1}, ["a"]))],
+    ids=["zeros", "another file's", "a number", "a mapping", "too short"],
+)
+def test_a_garbled_index_line_loses_that_picture_alone(tmp_path, shared_pictures, decoded, line):
     packed(shared_pictures, tmp_path)
     (directory,) = tmp_path.iterdir()
     lines = (directory / "1.index").read_bytes().splitlines(keepends=True)
-    lines[12] = b"\0" * len(lines[12]) + b"\n"
+    lines[12] = line
     (directory / "1.index").write_bytes(b"".join(lines))
     for _ in range(2):
         check(packed(shared_pictures, tmp_path), shared_pictures)

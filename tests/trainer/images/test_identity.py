@@ -164,6 +164,7 @@ def test_what_looks_unchanged_is_not_read_again(tmp_path, paths, read):
         lambda data: bytes(len(data)),
         lambda data: re.sub(rb"[0-9a-f]{60}", b"0" * 60, data, count=2),
         lambda data: data + b"more",
+        lambda data: data + journal.lines([("train", "cat", "0" * 64, "a.png"), [7, 7, 7], 5]),
     ],
 )
 def test_a_damaged_index_costs_time_alone(tmp_path, paths, how):
@@ -173,7 +174,7 @@ def test_a_damaged_index_costs_time_alone(tmp_path, paths, how):
     file.write_bytes(how(file.read_bytes()))
     for _ in range(2):
         assert identity.digests(paths, index) == expected(paths)
-    values, whole = journal.parse(file.read_bytes())
+    values, whole = journal.parse(file.read_bytes(), str, list, str)
     assert whole and len(values) >= len(paths)
 
 
@@ -191,7 +192,7 @@ def test_touching_for_ever_does_not_grow_the_index_for_ever(tmp_path, paths):
         settle(paths)
         identity.digests(paths, tmp_path / "index")
     (file,) = (tmp_path / "index").glob("*.index")
-    assert len(journal.parse(file.read_bytes())[0]) <= 8 * len(paths)
+    assert len(journal.parse(file.read_bytes(), str, list, str)[0]) <= 8 * len(paths)
 
 
 # --- weights ---

@@ -10,6 +10,7 @@ import torch
 
 from tests.conftest import QUICK
 from tests.trainer.trainings import make_loader, open_training
+from trainer.common import journal
 from trainer.common.console import log
 from trainer.common.errors import Interrupted
 from trainer.common.interrupt import Stop
@@ -265,6 +266,7 @@ HARMS = {
     "empty": lambda path: path.write_bytes(b""),
     "gone": Path.unlink,
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "another's": lambda path: path.write_bytes(journal.lines([("a", "b", 1), ("a", [])])),
 }
 
 
