@@ -4,13 +4,17 @@ import io
 import random
 import shutil
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 
 from tests import soak
-from tests.conftest import QUICK, run_trainer
+from tests.conftest import QUICK, environment, run_trainer
+from tests.forked import Forked
 from trainer.common.errors import MISTAKE, OK
 
 
@@ -168,3 +172,12 @@ def test_each_end_of_a_life_has_its_exit_codes():
     for how in soak.KILLS:
         assert OK in soak.allowed(how) and 1 not in soak.allowed(how)
         assert (MISTAKE in soak.allowed(how)) == (how == soak.DISK)
+
+
+def test_two_threads_that_ask_for_an_exit_code_both_have_it(tmp_path, monkeypatch):
+    read = forkserver.read_signed
+    monkeypatch.setattr(forkserver, "read_signed", lambda end: time.sleep(0.2) or read(end))
+    process = Forked(tmp_path, ["this"], environment(tmp_path))
+    assert process.stdout is not None
+    with process.stdout, ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: process.wait(60), range(2))) == [0, 0]
