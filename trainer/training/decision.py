@@ -77,7 +77,7 @@ FEWEST_EPOCHS = 4  # fewer are no fine-tuning
 BATCH = 16  # pictures at a time that are timed
 BACKWARD = 3.0  # times a forward pass that a training step takes
 TUNE_MINUTES = {"cpu": 3.0}  # any time elsewhere
-FLIPS_HURT = 2.0  # standard errors by which a probe must be worse with mirrored pictures
+HURTS = 2.0  # standard errors by which a probe must be worse with mirrored pictures, or with parts
 VIEWS = (PLAIN, 0)  # by which crops are compared: as served, and a random one
 CROPS_ON = 500  # pictures, at most
 SMALL, SMALLEST = 64, 16  # px: shorter sides at which a small network from scratch is tried
@@ -139,9 +139,13 @@ class Tried:
 
     @property
     def better(self) -> bool:
-        """Return whether fine-tuning on all pictures is taken to be better than the solved head."""
+        """Return whether fine-tuning on all pictures is taken to be better than the solved head.
+
+        Where it must prove itself, it must not tell fewer right, either. Else the loss says it
+        alone: answers that differ are few, so their count is mostly chance.
+        """
         enough = self.gains.mean() > self.needed * probe.standard_error(self.gains)
-        return bool(enough and self.hits > -0.5)
+        return bool(enough and (self.needed < 0 or self.hits > -0.5))
 
     @property
     def words(self) -> str:
@@ -333,7 +337,7 @@ class Decision:
             return {}
         both = self.judge(judged.network, (PLAIN, MIRRORED))
         gain = (judged.losses - both.losses).numpy()
-        hurts = gain.mean() < -FLIPS_HURT * probe.standard_error(gain)
+        hurts = gain.mean() < -HURTS * probe.standard_error(gain)
         hurts = hurts and both.correct.sum() < judged.correct.sum()
         if hurts:
             self.reasons.append("mirroring the pictures makes it worse: data.augment.flip=false")
@@ -357,7 +361,7 @@ class Decision:
             "parts",
             "smaller crops of the pictures work no worse than nearly whole ones",
         )
-        if gains.mean() > probe.standard_error(gains):
+        if gains.mean() > HURTS * probe.standard_error(gains):
             chosen, words = "whole", "nearly whole pictures work better than smaller crops"
         low, high = CROPS[chosen]
         self.reasons.append(f"{words}: data.augment.scale=[{low:g},{high:g}]")
