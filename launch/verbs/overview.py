@@ -23,6 +23,7 @@ from launch.targets.spec import DIGEST, aws_of
 from launch.verbs.status import ENDED, SERVICES, all_runs
 from trainer.common.console import ProgressBar
 from trainer.common.errors import UserError
+from trainer.common.objects import parsed
 from trainer.settings import config as settings
 
 FIGURES = "runs/.all/figures.json"  # by run: the attempt, its settings and figures
@@ -81,11 +82,7 @@ def overview(aws: Aws) -> list[Mapping[str, Any]]:
 def _kept(aws: Aws) -> dict[str, Any]:
     """Return what the last look has kept; {} where that isn't readable. Raise AwsError."""
     entry = s3.read(aws, FIGURES)
-    with contextlib.suppress(ValueError):
-        kept = json.loads(entry[0]) if entry else {}
-        if isinstance(kept, dict):
-            return kept
-    return {}
+    return (parsed(entry[0]) if entry else None) or {}
 
 
 def _facts(

@@ -19,6 +19,7 @@ from typing import Any
 
 from trainer.common.console import log
 from trainer.common.errors import MISTAKE
+from trainer.common.objects import parsed
 
 RENEW_EVERY = 2.0  # seconds
 DEAD_AFTER = 30.0  # seconds without a sign of life, of an owner on another machine
@@ -190,13 +191,13 @@ class Claim:
                     os._exit(MISTAKE)
 
     def _is_mine(self, text: bytes) -> bool:
-        return bool(_parsed(text).get("token") == self._me["token"])
+        return bool((parsed(text) or {}).get("token") == self._me["token"])
 
 
 def named(path: Path) -> str:
     """Return who owns it, in words, as far as its file tells: " (process 7 on box)"."""
     try:
-        said = _parsed(path.read_bytes())
+        said = parsed(path.read_bytes()) or {}
         return f" (process {said['pid']} on {said['host']})"
     except (OSError, KeyError):
         return ""
@@ -227,7 +228,7 @@ def lives(path: Path) -> bool:
 
 def _is_alive(text: bytes) -> bool | None:
     """Return whether the owner lives; None: it can't be told from here."""
-    said, me = _parsed(text), _this_process()
+    said, me = parsed(text) or {}, _this_process()
     if any(said.get(key) != me[key] for key in ("host", "boot", "processes")):
         return None
     try:
@@ -238,14 +239,6 @@ def _is_alive(text: bytes) -> bool | None:
     except PermissionError:
         pass
     return said.get("began") == _began(pid)
-
-
-def _parsed(text: bytes) -> dict[str, Any]:
-    try:
-        said = json.loads(text)
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}
 
 
 def _this_process() -> dict[str, Any]:

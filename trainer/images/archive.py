@@ -20,6 +20,7 @@ from typing import IO
 from trainer.common import files
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import MachineFault, UserError
+from trainer.common.objects import parsed
 from trainer.images import identity
 from trainer.images.names import SPLITS, is_system
 
@@ -107,9 +108,11 @@ def _digest(archive: Path, check: Callable[[], None]) -> str:
 def _is_whole(target: Path) -> bool:
     """Return whether all that was unpacked is there."""
     try:
-        sizes = json.loads((target / CONTENTS).read_bytes())
+        sizes = parsed((target / CONTENTS).read_bytes())
+        if sizes is None:
+            return False
         return all((target / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except OSError:
         return False
 
 

@@ -5,7 +5,6 @@ Read from the files that a run leaves, without PyTorch.
 
 import csv
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from yaml import YAMLError
 
 from trainer.common import files
 from trainer.common.errors import UserError
+from trainer.common.objects import parsed
 from trainer.common.paths import RENTED
 from trainer.common.text import dollars, duration
 from trainer.results.intervals import wilson_interval
@@ -120,10 +120,8 @@ def read(path: Path) -> Summary | None:
 
 def _rented(path: Path) -> dict[str, Any]:
     """Return what `launch fetch` has written about where a run came from; {}: nothing."""
-    with suppress(OSError, ValueError):
-        told = json.loads((path / RENTED).read_bytes())
-        if isinstance(told, dict):
-            return told
+    with suppress(OSError):
+        return parsed((path / RENTED).read_bytes()) or {}
     return {}
 
 
@@ -153,11 +151,9 @@ def together(here: Sequence[Summary], others: Sequence[Summary]) -> list[Summary
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl; one that is being written is left out."""
-    rows: list[dict[str, Any]] = []
-    with suppress(OSError, ValueError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            rows.append(json.loads(line))
-    return rows
+    with suppress(OSError):
+        return [row for line in path.read_bytes().splitlines() if (row := parsed(line))]
+    return []
 
 
 def _is_held(path: Path) -> bool:

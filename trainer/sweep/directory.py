@@ -17,6 +17,7 @@ from trainer.common.console import also_to_file, log
 from trainer.common.errors import PROJECT, UserError
 from trainer.common.git import revision
 from trainer.common.interrupt import Stop
+from trainer.common.objects import parsed
 from trainer.images.datasets import find_images
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
@@ -73,12 +74,11 @@ def opened(
             if not known.exists():
                 inputs = [path for path in settings.inputs(config) if Path(path).exists()]
                 freeze(directory, asked | {"shared": shared, "inputs": inputs})
-        try:
-            frozen = json.loads(known.read_bytes())
-        except ValueError as error:
+        frozen = parsed(known.read_bytes())
+        if frozen is None or asked.keys() - frozen.keys():
             raise UserError(
                 f"{known} is damaged: restore a copy, or start a new sweep with another name=..."
-            ) from error
+            )
         if changed := words_of(asked) ^ words_of(frozen):
             raise UserError(
                 f"{directory}: this sweep began with other settings "

@@ -33,6 +33,7 @@ from trainer.common.errors import (
     needed_by,
 )
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
+from trainer.common.objects import parsed
 from trainer.common.paths import ARCHIVE
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
@@ -708,14 +709,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return parsed(path.read_bytes())
-
-
-def parsed(text: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that `text` is; None: it is none."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    if isinstance(value, dict):
-        return value
-    return None

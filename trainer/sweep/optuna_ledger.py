@@ -36,6 +36,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from trainer.common.errors import AGAIN, MachineFault, UserError
 from trainer.common.files import PAUSES
+from trainer.common.objects import parsed
 from trainer.settings.search_space import Continuous, Integer, Parameter, Sweep
 from trainer.settings.words import Value
 from trainer.sweep.ledger import COMPLETE, FAILED, PRUNED, RUNNING, Trial, grid_points, mend
@@ -430,13 +431,11 @@ def _journal(path: Path, shared: bool) -> BaseStorage:
     finally:
         lock.release()
     for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line)
-        except ValueError as error:
+        if parsed(line) is None:
             raise UserError(
                 f"{path}: line {number} is damaged; restore a copy, or keep what is before it "
                 f"(head -n {number - 1}): trials noted after it are begun again"
-            ) from error
+            )
     return JournalStorage(JournalFileBackend(str(path), lock))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from trainer.common import files
 from trainer.common.console import log
 from trainer.common.errors import Unreadable, UserError
+from trainer.common.objects import parsed
 from trainer.images.folder import ImageFolder
 from trainer.network import weight_folder
 from trainer.settings import config as settings
@@ -215,8 +216,8 @@ def _written(path: Path) -> Recipe | None:
         text = files.patiently(path, read)
         if text is None:
             return None
-        recipe = _parsed(json.loads(text))
-    except (Unreadable, AssertionError, ValueError, TypeError, KeyError):
+        recipe = _parsed(parsed(text) or {})
+    except (Unreadable, AssertionError, TypeError, KeyError):
         log.warning(
             "%s can't be read; taking the decision from a checkpoint, or measuring again", path
         )
@@ -227,7 +228,9 @@ def _written(path: Path) -> Recipe | None:
 
 def _parsed(values: dict[str, Any]) -> Recipe:
     """Return a recipe of its JSON. Raise AssertionError, TypeError, KeyError for anything else."""
-    assert values["format"] == FORMAT
+    assert values["format"] == FORMAT and isinstance(values["settings"], dict)
+    assert values["settings"].keys() <= settings.schema().keys()
+    assert all(isinstance(reason, str) for reason in values["reasons"])
     candidates = [Candidate(**each) for each in values["candidates"]]
     return Recipe(**(values | {"candidates": candidates}))
 

@@ -91,13 +91,16 @@ def test_one_that_looks_unchanged_is_not_read_again(tmp_path, monkeypatch):
     assert unpacked(path, tmp_path / "cache", nothing) != first and read
 
 
-@pytest.mark.parametrize("change", ["removed", "shorter"])
+@pytest.mark.parametrize("change", ["removed", "shorter", "another's contents"])
 def test_what_is_damaged_in_the_cache_is_unpacked_again(tmp_path, change):
     path = zipped(tmp_path / "a.zip", FILES)
     folder = unpacked(path, tmp_path / "cache", nothing)
     before = below(folder)
     if change == "removed":
         (folder / "train/cat/1.jpg").unlink()
+    elif change == "another's contents":
+        (contents,) = (tmp_path / "cache").rglob(archive.CONTENTS)
+        contents.write_text("[1, 2]")
     else:
         (folder / "train/cat/1.jpg").write_bytes(b"")
     assert below(unpacked(path, tmp_path / "cache", nothing)) == before

@@ -31,7 +31,8 @@ def make(tmp_path, configure):
         (path / "config.yaml").write_text(OmegaConf.to_yaml(configure(*words)))
         rows = [{"epoch": each, "valid_top1": 0.5 + each / 10} for each in range(1, epochs + 1)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (path / "metrics.jsonl").write_text(text + '{"epoch": 3, "val')
+        torn = '[3]\n{"epoch": 3, "val'
+        (path / "metrics.jsonl").write_text(text + torn)
         if test is not None:
             result = {"split": "test", "top1": test, "pictures": 200, "best_epoch": 1}
             result |= {"seconds": 71.0}

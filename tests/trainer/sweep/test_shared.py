@@ -146,8 +146,9 @@ def test_a_storage_that_does_not_answer_is_one_line_without_its_password(
     assert line.startswith(said) and "secret" not in line and "\n" not in line
 
 
-def test_a_damaged_journal_is_one_line_that_names_the_line(tmp_path):
+@pytest.mark.parametrize("line", [b"\0\0", b"[1]"], ids=["zeros", "another file's"])
+def test_a_damaged_journal_is_one_line_that_names_the_line(tmp_path, line):
     path = tmp_path / "optuna.journal"
-    path.write_bytes(b'{"op_code": 0}\n\0\0\n{}\n')
+    path.write_bytes(b'{"op_code": 0}\n' + line + b"\n{}\n")
     with pytest.raises(UserError, match=r"line 2 is damaged.*head -n 1"):
         optuna_ledger.opened(path, shared=False)

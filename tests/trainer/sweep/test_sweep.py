@@ -17,11 +17,13 @@ from launch.targets import tuner
 from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer, start_trainer, wait_for
 from tests.soak import difference
 from tests.trainer.sweep.driving import ledger
-from trainer.common.errors import MISTAKE, OK
+from trainer.common.errors import MISTAKE, OK, UserError
+from trainer.common.interrupt import Stop
 from trainer.settings import search_space as space
 from trainer.settings import words
 from trainer.settings.config import walk
 from trainer.settings.search_space import Categorical, Sweep
+from trainer.sweep import directory
 from trainer.sweep.ledger import Grid
 from trainer.training import checkpoint
 
@@ -296,6 +298,15 @@ def test_a_wrong_sweep_is_one_line_before_anything_is_made(tmp_path, pictures):
         lines = [line for line in output.splitlines() if "data.root is given 2 times" not in line]
         assert code == MISTAKE and said in output and len(lines) == 1, output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"settings": []}'])
+def test_what_is_no_sweep_is_one_line(tmp_path, configure, text):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/sweep.json").write_text(text)
+    config = configure("name=s", f"platform.runs={tmp_path}")
+    with pytest.raises(UserError, match=r"sweep.json is damaged: restore a copy, or"):
+        directory.opened(config, [], {"seed": "1,2"}, Stop()).__enter__()
 
 
 @pytest.mark.long

@@ -26,6 +26,7 @@ from trainer.settings import config as settings
 from trainer.settings.compose import compose
 from trainer.settings.config import Config, solve_on_for
 from trainer.training import decision as decision_module
+from trainer.training import recipe as recipe_module
 from trainer.training.decision import EPOCHS, Decision, Judged, Tried, needed_gain
 from trainer.training.recipe import FILE, FORMAT, Candidate, applied, may_differ_by
 from trainer.training.training import Training
@@ -638,3 +639,18 @@ def test_a_repeated_run_follows_what_is_written(tmp_path, pictures, weights_dir)
     code, output = run_trainer(tmp_path, *words(pictures, weights_dir, "train.epochs=0"))
     assert code == OK and f"model: {SMALL[0]}," in output, output
     assert "as decided earlier" in output
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"settings": []}, {"settings": {"no.setting": 1}}, {"reasons": [5]}, {"candidates": {"a": 1}}],
+    ids=str,
+)
+def test_what_is_no_recipe_is_not_followed(tmp_path, caplog, change):
+    recipe = {"settings": {}, "candidates": [], "reasons": [], "format": FORMAT}
+    path = tmp_path / FILE
+    path.write_text(json.dumps(recipe))
+    assert recipe_module._written(path) is not None
+    path.write_text(json.dumps(recipe | change))
+    assert recipe_module._written(path) is None
+    assert f"{path} can't be read" in caplog.text
