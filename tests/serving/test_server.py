@@ -1,5 +1,6 @@
 import http.client
 import json
+import os
 import re
 import resource
 import shutil
@@ -681,6 +682,24 @@ def test_after_the_grace_the_process_is_gone_whatever_hangs(original, tmp_path):
         assert server.stop() == 0
     finally:
         server.kill()
+
+
+def test_a_sigterm_just_before_it_serves_ends_it(original, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "def late(event, arguments):\n"
+        "    if event == 'socket.bind' and 'serving.server' in sys.modules:\n"
+        "        end = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        sys.modules['serving.server'].spare_the_collector = end\n"
+        "sys.addaudithook(late)\n"
+    )
+    command = [sys.executable, "-P", "-m", "serving", "serve", "--port", "0"]
+    done = subprocess.run(
+        [*command, str(original / "package")],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{PROJECT}"},
+        timeout=600,
+    )
+    assert done.returncode == 0
 
 
 def test_each_flag_and_variable_reaches_what_it_sets(original, monkeypatch):
