@@ -105,8 +105,10 @@ class Protocol(H11Protocol):
         self._open.remove(self)
         self.resume_writing()
         super().connection_lost(exc)
-        # asyncio's transport refers to itself. It would be left to the garbage collector, which
-        # stops everybody while it frees thousands.
+        # asyncio's transport keeps bound methods of its own: a circle, left to the garbage
+        # collector, which stops everybody while it frees thousands (2,000 closed at once: 16 to
+        # 70 ms in one collection; without the circles 1 ms). No public call breaks it: set_protocol
+        # binds anew. So whatever refers back is taken out, by no name of asyncio's.
         for name, value in vars(self.transport).items():
             if getattr(value, "__self__", None) is self.transport:
                 setattr(self.transport, name, None)

@@ -23,6 +23,7 @@ from serving.handler import Settings
 from serving.names import known_hosts
 from serving.package import Package
 from serving.process import allow_files, spare_the_collector
+from trainer.common import sessions
 from trainer.common.errors import UserError
 
 # After SIGTERM, new requests are still answered for so long: whoever sends them has yet to notice.
@@ -129,16 +130,15 @@ def serve(
     host: as the user wrote it. address: of `bind`. Raises UserError where another process has
     begun to listen on it since.
     """
-    # uvicorn raises the signal once more when it has drained: by then it has done its work.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    server = make(package, engine, settings, host)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn's own for the other two
     try:
         address.listen(BACKLOG)
     except OSError as error:
         raise _no_address(error, host, address.getsockname()[1]) from error
+    server = make(package, engine, settings, host)
+    # uvicorn handles two of them itself while it runs, and raises them once more when it has
+    # drained: this does no harm then.
+    for number in sessions.heeded():
+        signal.signal(number, server.handle_exit)
     spare_the_collector()
     server.run([address])
     # Python would wait here for every thread, and one that hangs in a decoder can't be stopped.

@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import queue
 import socket
 import sys
 import threading
@@ -73,7 +74,8 @@ class Worker:
         """Return a request with its pictures decoded, or the answer that says what is wrong.
 
         body: the request's, in pieces, which are given away. Raises TimeoutError at the deadline,
-        Abandoned, and RequestError where the process has ended meanwhile.
+        Abandoned, and RequestError where the process has ended meanwhile, whatever the process
+        does.
         """
         with self._lock:
             if self._life.is_over():
@@ -85,6 +87,7 @@ class Worker:
         except CancelledError as error:
             raise Abandoned from error
         finally:
+            body.clear()
             life.forget(number)
 
 
@@ -108,12 +111,18 @@ class _Life:
                 },
             )
         self._connection = Connection(ours.detach())
-        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._numbers = itertools.count()
-        # What is waited for, each with the end of its time.
+        # What it has not answered, each with the end of its time.
         self._asked: dict[int, tuple[Future[Prepared | Answer], float]] = {}
+        self._heard = time.monotonic()  # when it said something
         self._is_over = False
+        # Messages, each a head and a body in pieces; None is the end.
+        self._messages: queue.SimpleQueue[tuple[dict[str, Any], list[bytes]] | None]
+        self._messages = queue.SimpleQueue()
         self._connection.send_bytes(told)
+        self._sender = threading.Thread(target=self._send, name="to worker", daemon=True)
+        self._sender.start()
         threading.Thread(target=self._read, name="worker", daemon=True).start()
 
     def is_over(self) -> bool:
@@ -133,33 +142,41 @@ class _Life:
         work.add(future)
         head = {
             "number": number,
-            "pieces": len(body),
             "seconds": work.left(),
             "content_type": request.content_type,
             "accept": request.accept,
             "id": request.id,
         }
-        try:
-            with self._sending:
-                self._connection.send_bytes(json.dumps(head).encode())
-                for piece in body:
-                    self._connection.send_bytes(piece)
-        except OSError as error:
-            raise RequestError(503, LOST) from error
-        body.clear()  # it is there now, and not here too
+        self._messages.put((head, body))
         return number, future
 
     def forget(self, number: int) -> None:
         """Say that nobody waits for a request's answer, where there is none yet."""
         with self._lock:
-            is_unanswered = self._asked.pop(number, None) is not None
-        if is_unanswered:
-            with suppress(OSError), self._sending:
-                self._connection.send_bytes(json.dumps({"forget": number}).encode())
+            future, _ = self._asked.get(number, (None, 0.0))
+        if future is not None:
+            future.cancel()
+            self._messages.put(({"forget": number}, []))
+
+    def _send(self) -> None:
+        """Send messages until the last one: whoever asks waits for no process that reads nothing.
+
+        That it has ended, `_read` sees too.
+        """
+        with suppress(OSError):
+            while message := self._messages.get():
+                self._send_one(*message)
+
+    def _send_one(self, head: dict[str, Any], body: list[bytes]) -> None:
+        pieces = body.copy()
+        body.clear()  # it will be there, and not here too
+        self._connection.send_bytes(json.dumps(head | {"pieces": len(pieces)}).encode())
+        for piece in pieces:
+            self._connection.send_bytes(piece)
 
     def _read(self) -> None:
         """Take what it answers, until it ends. What is overdue is ended with it."""
-        with suppress(EOFError, OSError):
+        try:
             while True:
                 if self._connection.poll(LOOK_SECONDS):
                     head = json.loads(self._connection.recv_bytes())
@@ -167,6 +184,10 @@ class _Life:
                 elif self._is_overdue():
                     log.error("the process that decodes hangs: it is ended, and another started")
                     self._process.kill()
+        except (EOFError, OSError):
+            pass  # it has ended
+        except Exception as error:  # a decoder that was made to run something else may say anything
+            log.error("the process that decodes answers nonsense: it is ended", exc_info=error)
         with self._lock:
             self._is_over = True
             left = [future for future, _ in self._asked.values()]
@@ -175,13 +196,15 @@ class _Life:
         for future in left:
             if future.set_running_or_notify_cancel():
                 future.set_exception(RequestError(503, LOST))
-        with self._sending:
-            self._connection.close()
+        self._messages.put(None)
+        self._sender.join()
+        self._connection.close()
 
     def _take(self, head: dict[str, Any], data: bytes) -> None:
         with self._lock:
-            future, _ = self._asked.pop(head["number"], (None, 0.0))
-        if future is None or not future.set_running_or_notify_cancel():
+            self._heard = time.monotonic()
+            future, _ = self._asked.pop(head["number"])
+        if not future.set_running_or_notify_cancel():
             return
         if "status" in head:
             future.set_result(Answer(head["status"], data, head["headers"]))
@@ -193,7 +216,7 @@ class _Life:
     def _is_overdue(self) -> bool:
         before = time.monotonic() - OVERDUE_SECONDS
         with self._lock:
-            return any(end < before for _, end in self._asked.values())
+            return any(self._heard < end < before for _, end in self._asked.values())
 
 
 class _Preparer:

@@ -8,6 +8,7 @@ SERVING_... are the settings. In the function's zip this file is `serving/lambda
 import functools
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,25 @@ from serving.signature import SIGNED_BY
 @functools.cache
 def engine() -> tuple[Engine, core.Settings]:
     """Return the one engine of this environment, and its settings."""
-    settings = core.settings_from(os.environ)
+    settings = _settings()
     root = Path(os.environ.get("LAMBDA_TASK_ROOT", "."))
     package = load(
         root / os.environ.get("MODEL_DIR", "package"), signed_by=os.environ.get(SIGNED_BY, "")
     )
     return core.start_engine(package, settings), settings
+
+
+def _settings() -> core.Settings:
+    """Return the settings of the environment.
+
+    Pictures that are decoded may take half of the function's memory: the network and Python need
+    the rest.
+    """
+    settings = core.settings_from(os.environ)
+    megabytes = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE")  # Lambda sets it
+    if megabytes is None or "SERVING_MAX_DECODED" in os.environ:
+        return settings
+    return replace(settings, max_decoded=(int(megabytes) << 20) // 2)
 
 
 def handler(event: Any, context: Any) -> Any:

@@ -30,7 +30,8 @@ MAX_CALL = 6_291_456  # bytes of a call to Lambda or to an endpoint
 def status(options: argparse.Namespace) -> int:
     """Print what is deployed, its state and its cost."""
     aws = Aws(options.project, options.region)
-    stack = ServingStack(aws, options.name).deployed()
+    serving = ServingStack(aws, options.name)
+    stack = serving.deployed()
     parameters = parameters_of(stack)
     print(
         f"stack {options.name} in account {aws.account}, {aws.region}: "
@@ -39,6 +40,7 @@ def status(options: argparse.Namespace) -> int:
     instances = None
     if parameters["Door"] == "endpoint":
         instances = _endpoint_status(aws, options.name, parameters)
+    _print_alarms(serving)
     _function_status(aws, options.name, parameters)
     items = idle_price(parameters, aws.region, instances)
     days = (datetime.now(UTC) - stack["CreationTime"]).total_seconds() / 86400
@@ -76,10 +78,22 @@ def _endpoint_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> int:
         f"instances    {instances} of {parameters['InstanceType']}, {desired} wanted, "
         f"{parameters['MinInstances']} to {parameters['MaxInstances']}"
     )
-    alarms = aws.call("cloudwatch", "DescribeAlarms", AlarmNamePrefix=f"{name}-")["MetricAlarms"]
+    return instances
+
+
+def _print_alarms(stack: ServingStack) -> None:
+    """Print the state of the stack's own alarms: another's may have a name that begins so."""
+    names = [
+        each["PhysicalResourceId"]
+        for each in stack.resources()
+        if each["ResourceType"] == "AWS::CloudWatch::Alarm"
+        and each.get("PhysicalResourceId")  # there is none while it is being made
+    ]
+    if not names:
+        return
+    alarms = stack.aws.call("cloudwatch", "DescribeAlarms", AlarmNames=names)["MetricAlarms"]
     for alarm in alarms:
         print(f"alarm        {alarm['AlarmName']}: {alarm['StateValue']}")
-    return instances
 
 
 def _function_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> None:

@@ -116,6 +116,12 @@ class Browser:
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
 
+    def drop(self, path: Path) -> None:
+        """Drop a file or a folder on the page, as from a file manager."""
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=100, y=200, data=data)
+
     def press(self, key: str, text: str = "") -> None:
         for kind in ("keyDown", "keyUp"):
             self.call(

@@ -104,8 +104,21 @@ def test_from_nothing_to_service_to_a_new_model_to_nothing(
     assert code == 0, error + output
     first = _check_account(cloud)
 
+    cloud.client("cloudwatch").put_metric_alarm(
+        AlarmName=f"{NAME}-2-errors",  # of another deployment
+        Namespace="AWS/SageMaker",
+        MetricName="Invocation5XXErrors",
+        Statistic="Sum",
+        Period=60,
+        EvaluationPeriods=1,
+        Threshold=1,
+        ComparisonOperator="GreaterThanThreshold",
+    )
     code, output, error = serving("status")
     assert code == 0, error
+    alarms = re.findall(r"^alarm +(.+): ", output, re.MULTILINE)
+    assert sorted(alarms) == [f"{NAME}-{what}" for what in ("errors", "function", "latency")]
+    cloud.client("cloudwatch").delete_alarms(AlarmNames=[f"{NAME}-2-errors"])
     assert re.search(
         r"endpoint +InService.*\ninstances +1 of ml\.m5\.large, 1 wanted, 1 to 3\n", output
     ), output

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from serving.adapters import lambda_inside
 from serving.deploy import bundle
+from serving.handler import Settings
 from tests.conftest import PROJECT
 from tests.serving.runtime import PUBLIC, Endpoint, Function, Web, unpack
 
@@ -471,6 +473,14 @@ def test_a_cold_start_takes_at_most_a_fifth_more_than_boto3_itself(proxy_zip, en
 
 
 # --- the model inside the function ---
+
+
+def test_pictures_take_half_of_the_memory_that_the_function_has(monkeypatch):
+    assert lambda_inside._settings() == Settings()
+    monkeypatch.setenv("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "1024")
+    assert lambda_inside._settings().max_decoded == 512 << 20
+    monkeypatch.setenv("SERVING_MAX_DECODED", "1000000")
+    assert lambda_inside._settings().max_decoded == 1_000_000
 
 
 def test_the_model_inside_the_function_gives_the_trained_networks_logits(

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from serving import serve
 from serving.handler import Settings, settings_from
 from serving.page import card, policy
+from tests import hostile
 from tests.conftest import PROJECT, wait_for
 from tests.serving.browser import CHROMIUM, Browser
 
@@ -32,17 +34,20 @@ GIVE = """
 """
 
 
-# A picture's address, as another page's drag or a copied link gives it.
-GIVE_URL = """
+# A text, as another page's drag or a copied link gives it.
+GIVE_TEXT = """
 (() => {
   const text = new DataTransfer();
-  text.setData("text/plain", "http://127.0.0.1/a.jpg");
+  text.setData("text/plain", "%s");
   const event = "%s" === "drop"
     ? new DragEvent("drop", { dataTransfer: text, bubbles: true, cancelable: true })
     : new ClipboardEvent("paste", { clipboardData: text, bubbles: true });
   document.getElementById("drop").dispatchEvent(event);
 })()
 """
+
+
+STATUS = "document.getElementById('status').textContent"
 
 
 def test_the_page_brings_all_it_needs():
@@ -170,7 +175,7 @@ class TestInChromium:
 
     @pytest.mark.parametrize("how", ["drop", "paste"])
     def test_a_url_that_is_dropped_or_pasted_is_asked_about(self, browser, how):
-        browser.run(GIVE_URL % how)
+        browser.run(GIVE_TEXT % ("http://127.0.0.1/a.jpg", how))
         assert wait_for(
             lambda: "not allowed" in browser.run("document.getElementById('status').textContent")
         )
@@ -245,10 +250,14 @@ class TestMoreInChromium:
         check_answer(browser, server, picture)
         shown = json.loads(browser.run("document.getElementById('json').textContent"))
         assert len(shown[0]["labels"]) == 3
-        browser.run("document.querySelector('#raw button').click()")
-        assert wait_for(
-            lambda: browser.run("document.querySelector('#raw button').textContent") == "Copied"
-        )
+        copy = "document.querySelector('#raw button')"
+        # Browsers give the clipboard to who presses a key, not to a script.
+        browser.run(f"document.getElementById('raw').open = true, {copy}.click()")
+        assert wait_for(lambda: browser.run(f"{copy}.textContent") == "It is selected: copy it")
+        assert json.loads(browser.run("getSelection().toString()")) == shown
+        browser.run(f"{copy}.focus()")
+        browser.press("Enter", "\r")
+        assert wait_for(lambda: browser.run(f"{copy}.textContent") == "Copied")
         # What the page shows to be typed is typed.
         (tmp_path / "picture.jpg").write_bytes(picture)
         curl, program = (
@@ -270,7 +279,7 @@ class TestMoreInChromium:
     def test_a_server_that_fetches_nothing_offers_no_url(self, browser):
         browser.run("offer({ examples: [], urls: false })")
         assert browser.run("document.getElementById('by-url').hidden")
-        browser.run(GIVE_URL % "paste")
+        browser.run(GIVE_TEXT % ("http://127.0.0.1/a.jpg", "paste"))
         status = browser.run("document.getElementById('status').textContent")
         assert "fetches no pictures" in status
 
@@ -284,6 +293,79 @@ class TestMoreInChromium:
             browser.run("document.getElementById('camera').getAttribute('capture')")
             == "environment"
         )
+
+    def test_a_folder_and_a_text_that_are_dropped_are_told_as_such(
+        self, browser, original, picture
+    ):
+        browser.choose_file("#file", original / "package/golden/0.jpg")
+        bars(browser)
+        browser.drop(original / "package/golden")
+        assert "This is a folder" in browser.run(STATUS)
+        assert browser.run("document.querySelectorAll('#drop img, #bars li').length") == 0
+        browser.drop(original / "package/golden/0.jpg")
+        bars(browser)
+        for how in ("drop", "paste"):
+            browser.run(GIVE_TEXT % ("a dog", how))
+            assert "There is no picture in it" in browser.run(STATUS)
+            held = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+            browser.run(GIVE_TEXT % (held, how))
+            bars(browser)
+
+    def test_a_file_that_is_gone_is_told_from_a_server_that_is(self, browser, original, tmp_path):
+        paths = [tmp_path / "0.jpg", tmp_path / "1.jpg"]
+        for path in paths:
+            path.write_bytes((original / "package/golden/0.jpg").read_bytes())
+        browser.run(
+            "window.really = fetch, fetch = (...all) => new Promise(go => { window.go = "
+            "() => go(really(...all)) }), 0"
+        )
+        browser.choose_files("#file", paths)
+        assert wait_for(lambda: browser.run("typeof go") == "function")
+        paths[1].unlink()
+        browser.run("go(), 0")
+        texts = "[...document.querySelectorAll('#asked button')].map(each => each.textContent)"
+        assert wait_for(lambda: browser.run(texts)[1] == "no answer")
+        browser.run("document.querySelectorAll('#asked button')[1].click()")
+        assert "This file can't be read" in browser.run(STATUS)
+
+    @pytest.mark.parametrize(
+        ("answer", "told"),
+        [
+            ("Promise.reject(new TypeError('Failed to fetch'))", "The server does not answer. See"),
+            (
+                "Promise.resolve(new Response('<html>', {status: 502, statusText: 'Bad Gateway'}))",
+                "The answer is 502 Bad Gateway, without a reason.",
+            ),
+            ("Promise.resolve(Response.json({error: 'too busy'}, {status: 503}))", "too busy."),
+        ],
+    )
+    def test_what_is_in_between_is_told_also_of_an_example(self, browser, picture, answer, told):
+        browser.run(f"fetch = () => {answer}, 0")
+        browser.run(GIVE % (base64.b64encode(picture).decode(), "drop"))
+        assert wait_for(lambda: browser.run(STATUS).startswith(told))
+        browser.run("clear(), document.querySelector('#golden button').click()")
+        assert wait_for(lambda: browser.run(STATUS).startswith(told))
+        assert not browser.messages
+
+    def test_a_picture_that_is_too_large_is_told_as_such(self, browser, tmp_path):
+        (tmp_path / "large.jpg").write_bytes(bytes(50 << 20))
+        browser.choose_file("#file", tmp_path / "large.jpg")
+        assert wait_for(lambda: "allowed: 1,000,000" in browser.run(STATUS))
+
+    def test_a_model_of_which_nothing_is_told_is_no_empty_place(self, browser, server):
+        browser.call("Network.enable")
+        browser.call("Network.setBlockedURLs", urls=["*/card"])
+        browser.open(f"http://127.0.0.1:{server.port}/?again")
+        told = "document.querySelector('[aria-labelledby=card-title]').textContent"
+        assert wait_for(lambda: "can't be shown. The server does not answer" in browser.run(told))
+
+    def test_what_this_browser_can_not_show_is_said(self, browser, server):
+        """The model may read it all the same, as HEIC and TIFF."""
+        tiff = hostile.encoded(Image.new("RGB", (48, 32)), "TIFF")
+        browser.run(GIVE % (base64.b64encode(tiff).decode(), "drop"))
+        bars(browser)
+        drop = "document.getElementById('drop').textContent"
+        assert wait_for(lambda: "This browser can't show it" in browser.run(drop))
 
     @pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: .ci/setup dev")
     @pytest.mark.parametrize("width", [390, 1280])

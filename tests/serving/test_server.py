@@ -1,5 +1,6 @@
 import http.client
 import json
+import os
 import re
 import resource
 import shutil
@@ -633,6 +634,35 @@ def test_a_port_that_is_taken_is_told_before_the_package_is_read(tmp_path, serve
             serve_main(["serve", str(tmp_path / "nothing"), *words])
 
 
+def test_an_address_that_another_took_while_the_package_was_read_is_told(engine):
+    """Two servers that are started at once both have it, before either listens."""
+    ours = server_module.bind("127.0.0.1", 0)
+    port = ours.getsockname()[1]
+    with ours, server_module.bind("127.0.0.1", port) as other:
+        other.listen()
+        with pytest.raises(UserError, match=f"--port {port}: address already in use; give"):
+            server_module.serve(engine.package, engine, Settings(), "127.0.0.1", ours)
+
+
+def test_while_one_drains_another_takes_its_place(start, original, picture):
+    first = start(str(original / "package"))
+    unfinished = half_a_request(first, 1000)
+    assert wait_for(lambda: in_progress(first, 1))
+    first.process.terminate()
+    assert wait_for(lambda: not listens(first.port))
+    second = start(str(original / "package"), "--port", str(first.port))
+    assert second.invoke(picture).status == 200
+    unfinished.send(b"x")
+    assert unfinished.getresponse().status in (400, 408)  # an answer, on a busy machine a late one
+    assert first.process.wait(600) == 0
+    assert second.invoke(picture).status == 200
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_after_the_grace_the_process_is_gone_whatever_hangs(original, tmp_path):
     """Here the event loop itself stands still when it is told to end."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -652,6 +682,24 @@ def test_after_the_grace_the_process_is_gone_whatever_hangs(original, tmp_path):
         assert server.stop() == 0
     finally:
         server.kill()
+
+
+def test_a_sigterm_just_before_it_serves_ends_it(original, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "def late(event, arguments):\n"
+        "    if event == 'socket.bind' and 'serving.server' in sys.modules:\n"
+        "        end = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        sys.modules['serving.server'].spare_the_collector = end\n"
+        "sys.addaudithook(late)\n"
+    )
+    command = [sys.executable, "-P", "-m", "serving", "serve", "--port", "0"]
+    done = subprocess.run(
+        [*command, str(original / "package")],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{PROJECT}"},
+        timeout=600,
+    )
+    assert done.returncode == 0
 
 
 def test_each_flag_and_variable_reaches_what_it_sets(original, monkeypatch):

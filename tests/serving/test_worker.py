@@ -81,24 +81,51 @@ def test_where_it_is_killed_who_waits_is_told_and_the_next_one_has_another(worke
 
 
 def test_one_that_hangs_is_ended_after_the_deadline(worker, picture, monkeypatch):
-    monkeypatch.setattr(worker_module, "OVERDUE_SECONDS", 0.0)
-    monkeypatch.setattr(worker_module, "LATE_SECONDS", 600.0)
-    os.kill(pid_of(worker), signal.SIGSTOP)
-    with pytest.raises(RequestError, match="started again"):
+    """Also where whoever asked has been told at the deadline, and waits no more."""
+    monkeypatch.setattr(worker_module, "OVERDUE_SECONDS", 1.0)
+    monkeypatch.setattr(worker_module, "LATE_SECONDS", 0.0)
+    before = pid_of(worker)
+    os.kill(before, signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
         worker.prepare(*asked(picture), Work(0.5))
+    assert wait_for(worker._life.is_over)
+    assert isinstance(worker.prepare(*asked(picture), Work(600)), Prepared)
+    assert pid_of(worker) != before
 
 
-def test_who_hangs_up_waits_for_nothing(worker, picture):
+@pytest.fixture
+def stopped(worker, picture):
+    """One that takes nothing in."""
     assert isinstance(worker.prepare(*asked(picture), Work(600)), Prepared)  # another may begin
-    os.kill(pid_of(worker), signal.SIGSTOP)
-    try:
-        work = Work(600)
-        threading.Timer(0.1, work.abandon).start()
-        with pytest.raises(Abandoned):
-            worker.prepare(*asked(picture), work)
-        assert not worker._life._asked
-    finally:
-        os.kill(pid_of(worker), signal.SIGCONT)
+    pid = pid_of(worker)
+    os.kill(pid, signal.SIGSTOP)
+    yield worker
+    os.kill(pid, signal.SIGCONT)
+    assert wait_for(lambda: not worker._life._asked)  # each is answered, wanted or not
+
+
+@pytest.mark.parametrize("size", [0, 8 << 20], ids=["small", "more than its pipe holds"])
+def test_who_hangs_up_waits_for_nothing(stopped, picture, size):
+    work = Work(600)
+    threading.Timer(0.1, work.abandon).start()
+    request, body = asked(picture + bytes(size))
+    with pytest.raises(Abandoned):
+        stopped.prepare(request, body, work)
+    assert not body  # nobody's body is kept
+
+
+def test_the_deadline_holds_where_its_pipe_is_full(stopped, picture):
+    for _ in range(2):  # the second one can't be sent at all
+        with pytest.raises(TimeoutError):
+            stopped.prepare(*asked(picture + bytes(8 << 20)), Work(0.2))
+
+
+def test_one_that_answers_nonsense_is_ended(worker, picture, monkeypatch):
+    life = worker._life
+    monkeypatch.setattr(type(life), "_take", lambda *_: {}["nothing"])
+    with pytest.raises(RequestError, match="started again"):
+        worker.prepare(*asked(picture), Work(600))
+    assert life.is_over()
 
 
 def test_the_server_ends_it_with_itself(original, tmp_path):
