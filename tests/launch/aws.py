@@ -22,6 +22,8 @@ What the layer adds to moto 5.2:
   update can change a log group, and adds what a condition has left out until then;
 - the tags of a notebook's scripts, which moto forgets;
 - AWS's public parameter of the Deep Learning AMI;
+- a client with a name (below) says whose a bucket is whose name can be guessed: it ends in the
+  account's number and the region;
 - on request (`/strict/rude`) it answers the next so many calls as a network or AWS on a bad day:
   a connection that drops, a page in HTML with status 200, a token that has expired, a throttled or
   a denied call, an internal error, of all operations or of one;
@@ -389,6 +391,8 @@ class Strict:
     ) -> Iterable[bytes]:
         if operation in self._refuse:
             raise Refused(*self._refuse.pop(operation))
+        if service == "s3" and self._named:
+            _check_owner(operation, parameters)
         own = getattr(self, f"_{operation}", None)
         if own is None:
             return self._moto(environ, start)
@@ -1033,6 +1037,14 @@ def _xml(start: Any, operation: str, body: str) -> list[bytes]:
 
 def _is_alive(instance: Any) -> bool:
     return instance.state in ("pending", "running", "shutting-down")
+
+
+def _check_owner(operation: str, parameters: dict[str, Any]) -> None:
+    """Refuse a call to a bucket whose name can be guessed, and that doesn't say whose it is."""
+    guessed = re.search(rf"-{ACCOUNT}-[a-z0-9-]+$", parameters.get("Bucket", ""))
+    makes = operation == "CreateBucket"
+    if guessed and not makes and parameters.get("ExpectedBucketOwner") != ACCOUNT:
+        raise Refused("AccessDenied", f"{operation}: no ExpectedBucketOwner")
 
 
 def _refusal(
