@@ -14,13 +14,16 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TextIO
 
 # As trainer/distributed/job.py has it: PyTorch reads it when it is loaded.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 FORKS = multiprocessing.get_context("forkserver")
+# An exit code can be read once. Each start asks for those of all processes, so two threads would
+# read the same one, and the second find none: 255.
+ENDS = threading.Lock()
 # All that a run imports on its way, but what an `-m trainer` runs as its own module.
 FORKS.set_forkserver_preload(
     [
@@ -69,7 +72,8 @@ class Forked:
             self._process = FORKS.Process(
                 target=_run, args=(str(cwd), command, dict(environment), to, before, begins)
             )
-            self._process.start()
+            with ENDS:
+                self._process.start()
             begins.close()
             # Until it has a session and Python's own handlers, no signal acts as on a real start.
             with suppress(EOFError):
@@ -81,16 +85,18 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        return self._process.exitcode
+        with ENDS:
+            return self._process.exitcode
 
     def poll(self) -> int | None:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self.returncode is None:
+        wait([self._process.sentinel], timeout)
+        code = self.returncode
+        if code is None:
             raise subprocess.TimeoutExpired("", timeout or 0)
-        return self.returncode
+        return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """All that it has printed when it has ended, or says nothing more."""
