@@ -81,7 +81,7 @@ class Plan:
             requests=self.requests,
             identity=spec.identity,
             noted=now,
-            per_hour=ceiling.hourly(spec, self.price),
+            per_hour=self.price.hour_at_most(spec.bid),
             ceiling=self.ceiling.dollars if self.ceiling else None,
             asked=asked,
             after=after,
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def price(self) -> Price:
-        """Return what an hour of the target's machine costs, of the dearest it may be."""
+        """Return what an hour of one of its machines costs, of the dearest that it may be."""
         return dearest(self.spec, self.prices)
 
     @property
@@ -233,7 +233,7 @@ def priced(aws: Aws | None, plan: Plan) -> Plan:
     prices = {name: asked(aws, name) if aws else price(name, spec.region) for name in names}
     plan = replace(plan, prices=prices)
     offers = [
-        replace(offer, dollars_hour=ceiling.expected_hourly(offer, dearest(offer, prices)))
+        replace(offer, dollars_hour=expected_hour(offer, dearest(offer, prices)))
         for offer in offers
     ]
     cost = dearest(offers[0], prices)
@@ -265,11 +265,21 @@ def priced(aws: Aws | None, plan: Plan) -> Plan:
 
 
 def dearest(spec: Spec, prices: Mapping[str, Price]) -> Price:
-    """Return the price of the dearest machine that a job may get; one without a price is."""
+    """Return the price of the dearest machine that a job may get, as it buys it.
+
+    One without a price is the dearest.
+    """
     known = [
         prices[name] if name in prices else price(name, spec.region) for name in spec.instance_types
     ]
-    return max(known, key=lambda each: inf if each.on_demand is None else each.on_demand)
+    most = max(known, key=lambda each: inf if each.on_demand is None else each.on_demand)
+    return spec.bought(most)
+
+
+def expected_hour(spec: Spec, price: Price) -> float | None:
+    """Return dollars an hour that all of a job's machines will probably cost; None: not known."""
+    hour = price.hour(spec.spot)
+    return None if hour is None else round(hour * spec.instances, 4)
 
 
 def built(spec: Spec) -> list[Request]:
@@ -345,29 +355,28 @@ def own_pictures(aws: Aws, uri: str) -> list[str]:
     return [f"the pictures: there is nothing below {uri}/train/; correct data.root"]
 
 
-def cost(plan: Plan, spot_price: float | None) -> dict[str, Any]:
-    """Return dollars, estimated. spot_price: today's of one hour, where AWS tells it."""
-    per_hour, (trials, parallel) = plan.price, plan.trials
-    hours, basis = plan.spec.target.hours, per_hour.basis
-    spot = per_hour.spot
-    if spot_price is not None:
-        spot = spot_price
-        basis += "; spot: what AWS asks now"
-    if not plan.spec.kind.trains:
-        spot = None
+def cost(aws: Aws | None, plan: Plan) -> dict[str, Any]:
+    """Return dollars, estimated: of all machines at a time, with what comes with them."""
+    trials, parallel = plan.trials
+    hours, price = plan.spec.target.hours, plan.price
+    on_demand, spot = price.hour(spot=False), None
+    if plan.spec.kind.trains:
+        price = with_spot_now(aws, plan)
+        spot = price.hour(spot=True)
 
     def rounded(hour: float | None, times: float) -> float | None:
         return None if hour is None else round(hour * plan.spec.instances * times, 4)
 
     return {
         "machines": ", ".join(machines_of(plan)),
-        "per_hour": rounded(per_hour.on_demand, parallel),
+        "per_hour": rounded(on_demand, parallel),
         "per_hour_spot": rounded(spot, parallel),
-        "at_time_limit": rounded(per_hour.on_demand, hours * trials),
+        "disk_and_address_per_hour": rounded(price.parts, parallel),
+        "at_time_limit": rounded(on_demand, hours * trials),
         "at_time_limit_spot": rounded(spot, hours * trials),
         "time_limit_hours": hours,
         "uses_spot": plan.spec.spot,
-        "basis": basis,
+        "basis": price.basis,
     }
 
 
@@ -404,15 +413,17 @@ def means(spec: Spec, data: Path | None) -> list[str]:
     return notes + settings.ignored(spec.config, spec.overrides, spec.kind.sweeps)
 
 
-def spot_price(aws: Aws | None, spec: Spec) -> float | None:
-    """Return today's spot price of an hour; None where AWS doesn't tell it, or not to this user."""
-    if aws is None:
-        return None
+def with_spot_now(aws: Aws | None, plan: Plan) -> Price:
+    """Return the price of a plan with what AWS asks for spot now, where it tells this user."""
+    spec = plan.spec
+    if aws is None or spec.spot_price is not None:
+        return plan.price
     try:
-        return spec.kind.spot_price(aws, spec)
+        asked_now = spec.kind.asked_for_spot(aws, spec)
     except AwsError as error:
         log.warning("today's spot price is not known: %s", error)
-        return None
+        return plan.price
+    return dearest(replace(spec, spot_price=asked_now), plan.prices)
 
 
 def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> dict[str, Any]:
@@ -439,7 +450,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
         },
         "requests": [dataclasses.asdict(request) for request in plan.requests],
         "ceiling": None if plan.ceiling is None else dataclasses.asdict(plan.ceiling),
-        "cost": cost(plan, spot_price(aws, spec)),
+        "cost": cost(aws, plan),
         "may_touch": {
             spec.role(role): [
                 {

@@ -265,7 +265,8 @@ class SageMaker(OnSageMaker):
             )
             place = job.get("OutputDataConfig", {}).get("S3OutputPath", "")
             run = place.partition("/runs/")[2].partition("/")[0]
-            yield rented(inventory.aws, "training", name, machines, run or None)
+            hour = inventory.price_of(taken["InstanceType"], run)
+            yield rented("training", name, machines, hour, run or None)
 
 
 TARGETS = (SageMaker("sagemaker"), SageMaker("sagemaker_multi"))

@@ -238,7 +238,7 @@ def test_the_first_machine_is_waited_for_or_a_line_says_where_there_are_some(acc
     code, printed = account.launch(*words)
     assert code == MISTAKE and "InsufficientInstanceCapacity" in printed, printed
     assert "g4dn.xlarge is made in us-east-1a" in printed and "use1-az2 9/10" in printed
-    assert "on demand (target.spot=false) it is $0.526 an hour" in printed and "--wait" in printed
+    assert "on demand (target.spot=false) it is $0.542 an hour" in printed and "--wait" in printed
     process = account.start(*words, "--wait", "--every", "0.02")
     asked = len(sent(account, "RunInstances", "first"))
     assert wait_for(lambda: len(sent(account, "RunInstances", "first")) > asked + 8, 120)
@@ -455,7 +455,7 @@ def test_what_is_past_its_limit_is_said_first_and_ended(account):
     assert account.launch("submit", "target=ec2", "name=within")[0] == OK
     [machine] = machines(account, "past")
     account.post("/strict/age", instance=machine["InstanceId"], hours=100)
-    line = f"OVERDUE: run past on {machine['InstanceId']}, 92.0 h past its 8 h limit, $52.6"
+    line = f"OVERDUE: run past on {machine['InstanceId']}, 92.0 h past its 8 h limit, $54.2"
     verbs = {
         "status": ["--json"],
         "logs": ["within"],
