@@ -14,6 +14,7 @@ from typing import Any
 from launch import ceiling
 from launch.ceiling import Ceiling
 from launch.cloud import account_stack, network, s3, source, wheelhouse
+from launch.cloud.ownership import NO_BUCKET
 from launch.cloud.prices import FALLBACK, Price, asked, price
 from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request, check
@@ -214,8 +215,7 @@ def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = Fals
 
 def has_bucket(aws: Aws) -> bool:
     """Return whether the account has the project's bucket. Raise AwsError."""
-    absent = r"404|NoSuchBucket|NotFound"
-    return aws.find("s3", "HeadBucket", absent, Bucket=aws.bucket) is not None
+    return aws.find("s3", "HeadBucket", NO_BUCKET, Bucket=aws.bucket) is not None
 
 
 def priced(aws: Aws | None, plan: Plan) -> Plan:
@@ -327,6 +327,8 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
         )
     if aws is None:
         return lines
+    if aws.own_bucket:
+        lines += other_region(aws, aws.own_bucket)
     if not plan.account_stack:
         lines.append(f"the foundation (bucket {aws.bucket}, roles): python -m launch up")
     elif spec.own_data:
@@ -344,6 +346,9 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
 def own_pictures(aws: Aws, uri: str) -> list[str]:
     """Return what is missing of pictures that lie on S3 already, as far as this user may look."""
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    lines = other_region(aws, bucket)
+    if lines:
+        return lines
     try:
         found = aws.call("s3", "ListObjectsV2", Bucket=bucket, Prefix=f"{prefix}/train/", MaxKeys=1)
     except AwsError as error:
@@ -353,6 +358,27 @@ def own_pictures(aws: Aws, uri: str) -> list[str]:
     if found.get("KeyCount"):
         return []
     return [f"the pictures: there is nothing below {uri}/train/; correct data.root"]
+
+
+def other_region(aws: Aws, bucket: str) -> list[str]:
+    """Return a line where a bucket of the user's own lies in another region than the machines.
+
+    That is as far as this user may look.
+    """
+    try:
+        found = aws.find("s3", "HeadBucket", NO_BUCKET, Bucket=bucket)
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return []
+    region = (found or {}).get("BucketRegion", aws.region)
+    if region == aws.region:
+        return []
+    return [
+        f"a bucket in {aws.region}, where the machines are: s3://{bucket} is in {region}, which "
+        "SageMaker refuses and EC2 bills by the byte; give "
+        f"target.region={region}, or another bucket"
+    ]
 
 
 def cost(aws: Aws | None, plan: Plan) -> dict[str, Any]:

@@ -257,6 +257,7 @@ class Target(ABC):
     platform: ClassVar[str]  # the trainer's conf/platform/PLATFORM.yaml
     job_name_limit: ClassVar[int] = 63  # characters
     sweeps: ClassVar[bool] = False  # whether it tries the values of a search space
+    logs_late: ClassVar[bool] = False  # whether the last of a log may come after the end
     trains: ClassVar[bool] = True  # False: it leaves no model, and only starts jobs elsewhere
 
     def __init__(self, name: str) -> None:

@@ -229,6 +229,20 @@ def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
     assert [line for line in expected if line not in printed] == [], printed
 
 
+def test_down_waits_for_what_aws_says_late(cloud):
+    """A notebook that starts can't be stopped yet; a group still counts machines that ended."""
+    launch(cloud, "up", *FAST)
+    launch(cloud, "submit", "target=notebook")
+    launch(cloud, "submit", "target=ec2", "target.instances=2", "target.instance_type=g5.xlarge")
+    cloud.post("/strict/starting", notebook="packhorse-notebook-1", answers=4)
+    cloud.post("/strict/busy_groups", answers=3)
+    launch(cloud, "down", *FAST)
+    assert things(cloud)["notebooks"] == [] and things(cloud)["stacks"] == []
+    tagged = [{"Name": "tag:project", "Values": ["packhorse"]}]
+    groups = cloud.client("ec2").describe_placement_groups(Filters=tagged)
+    assert groups["PlacementGroups"] == []
+
+
 def test_down_takes_its_policies_from_whoever_has_them_and_says_so_before(cloud):
     """As `up` says: attach the launcher's to who starts jobs. CloudFormation deletes none such."""
     launch(cloud, "up", *FAST)
