@@ -53,38 +53,15 @@ def stored(aws: Aws, run: str) -> Stored:
     return Stored(size, gb_hours * hour, size / 1e9 * S3_GB_MONTH)
 
 
-def hourly(spec: Spec, price: Price) -> float | None:
-    """Return dollars an hour of one of a job's machines at most, with its disk and address.
-
-    None where the price is not known.
-    """
-    if price.on_demand is None:
-        return None
-    machine = price.on_demand
-    if spec.bid is not None:
-        machine = min(machine, spec.bid)
-    return machine + spec.kind.parts_per_hour(spec)
-
-
-def expected_hourly(spec: Spec, price: Price) -> float | None:
-    """Return dollars an hour that all of a job's machines will probably cost, with what they need.
-
-    None where the price is not known.
-    """
-    machine = price.spot if spec.spot else price.on_demand
-    if machine is None:
-        return None
-    return round((machine + spec.kind.parts_per_hour(spec)) * spec.instances, 4)
-
-
 def of_run(spec: Spec, price: Price, trials: int) -> float | None:
     """Return the ceiling: target.max_dollars, else the price of the time limit on demand.
 
-    None where there is no price for it. trials: the jobs that it may become.
+    None where there is no price for it. price: of one machine, as the spec buys it. trials: the
+    jobs that it may become.
     """
     if spec.max_dollars is not None:
         return spec.max_dollars
-    hour = hourly(dataclasses.replace(spec, bid=None), price)
+    hour = price.hour_at_most()
     if hour is None:
         return None
     return hour * spec.instances * trials * (spec.target.hours + AROUND / 3600)
@@ -121,9 +98,10 @@ def spent(aws: Aws, run: str) -> float:
 def limited(spec: Spec, price: Price, ceiling: Ceiling, trials: int) -> Spec:
     """Return the spec with the hours that are left below the ceiling, of all its jobs together.
 
-    Raise UserError where that is too little for another machine.
+    price: of one machine, as the spec buys it. Raise UserError where that is too little for another
+    machine.
     """
-    hour = hourly(spec, price)
+    hour = price.hour_at_most(spec.bid)
     assert hour is not None
     paid = (ceiling.dollars - ceiling.spent) / (hour * spec.instances) - trials * AROUND / 3600
     least = min(LEAST / 3600, spec.target.hours)

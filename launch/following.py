@@ -25,6 +25,7 @@ def follow(
     read = kind.log_reader(aws, attempt)
     patience = Patience(aws, every, runs_on(attempt))
     told = ""
+    ran = False  # whether it was seen running
 
     def look() -> tuple[State, list[str]]:
         state = kind.observe(aws, attempt)  # before the log, which is then read to its end
@@ -32,10 +33,15 @@ def follow(
 
     while True:
         state, lines = patience.ask(look)
+        has_ended = state.phase not in (Phase.RUNNING, Phase.ABSENT)
+        if has_ended and ran and kind.logs_late:
+            time.sleep(every)
+            lines += patience.ask(read)
         for line in lines:
             print(line, flush=True)
-        if state.phase not in (Phase.RUNNING, Phase.ABSENT):
+        if has_ended:
             return state
+        ran = True
         if while_read and streams.gone(sys.stdout):
             return state
         if end_overdue and kind.past_limit(attempt, state):

@@ -14,6 +14,7 @@ from typing import Any
 from launch import ceiling
 from launch.ceiling import Ceiling
 from launch.cloud import account_stack, network, s3, source, wheelhouse
+from launch.cloud.ownership import NO_BUCKET
 from launch.cloud.prices import FALLBACK, Price, asked, price
 from launch.cloud.remedies import DENIED
 from launch.cloud.request import Request, check
@@ -81,7 +82,7 @@ class Plan:
             requests=self.requests,
             identity=spec.identity,
             noted=now,
-            per_hour=ceiling.hourly(spec, self.price),
+            per_hour=self.price.hour_at_most(spec.bid),
             ceiling=self.ceiling.dollars if self.ceiling else None,
             asked=asked,
             after=after,
@@ -90,7 +91,7 @@ class Plan:
 
     @property
     def price(self) -> Price:
-        """Return what an hour of the target's machine costs, of the dearest it may be."""
+        """Return what an hour of one of its machines costs, of the dearest that it may be."""
         return dearest(self.spec, self.prices)
 
     @property
@@ -214,8 +215,7 @@ def next_attempt(aws: Aws | None, spec: Spec, tarball: bytes, again: bool = Fals
 
 def has_bucket(aws: Aws) -> bool:
     """Return whether the account has the project's bucket. Raise AwsError."""
-    absent = r"404|NoSuchBucket|NotFound"
-    return aws.find("s3", "HeadBucket", absent, Bucket=aws.bucket) is not None
+    return aws.find("s3", "HeadBucket", NO_BUCKET, Bucket=aws.bucket) is not None
 
 
 def priced(aws: Aws | None, plan: Plan) -> Plan:
@@ -233,7 +233,7 @@ def priced(aws: Aws | None, plan: Plan) -> Plan:
     prices = {name: asked(aws, name) if aws else price(name, spec.region) for name in names}
     plan = replace(plan, prices=prices)
     offers = [
-        replace(offer, dollars_hour=ceiling.expected_hourly(offer, dearest(offer, prices)))
+        replace(offer, dollars_hour=expected_hour(offer, dearest(offer, prices)))
         for offer in offers
     ]
     cost = dearest(offers[0], prices)
@@ -265,11 +265,21 @@ def priced(aws: Aws | None, plan: Plan) -> Plan:
 
 
 def dearest(spec: Spec, prices: Mapping[str, Price]) -> Price:
-    """Return the price of the dearest machine that a job may get; one without a price is."""
+    """Return the price of the dearest machine that a job may get, as it buys it.
+
+    One without a price is the dearest.
+    """
     known = [
         prices[name] if name in prices else price(name, spec.region) for name in spec.instance_types
     ]
-    return max(known, key=lambda each: inf if each.on_demand is None else each.on_demand)
+    most = max(known, key=lambda each: inf if each.on_demand is None else each.on_demand)
+    return spec.bought(most)
+
+
+def expected_hour(spec: Spec, price: Price) -> float | None:
+    """Return dollars an hour that all of a job's machines will probably cost; None: not known."""
+    hour = price.hour(spec.spot)
+    return None if hour is None else round(hour * spec.instances, 4)
 
 
 def built(spec: Spec) -> list[Request]:
@@ -317,6 +327,8 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
         )
     if aws is None:
         return lines
+    if aws.own_bucket:
+        lines += other_region(aws, aws.own_bucket)
     if not plan.account_stack:
         lines.append(f"the foundation (bucket {aws.bucket}, roles): python -m launch up")
     elif spec.own_data:
@@ -334,6 +346,9 @@ def missing(aws: Aws | None, plan: Plan, data: Path | None) -> list[str]:
 def own_pictures(aws: Aws, uri: str) -> list[str]:
     """Return what is missing of pictures that lie on S3 already, as far as this user may look."""
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    lines = other_region(aws, bucket)
+    if lines:
+        return lines
     try:
         found = aws.call("s3", "ListObjectsV2", Bucket=bucket, Prefix=f"{prefix}/train/", MaxKeys=1)
     except AwsError as error:
@@ -345,29 +360,49 @@ def own_pictures(aws: Aws, uri: str) -> list[str]:
     return [f"the pictures: there is nothing below {uri}/train/; correct data.root"]
 
 
-def cost(plan: Plan, spot_price: float | None) -> dict[str, Any]:
-    """Return dollars, estimated. spot_price: today's of one hour, where AWS tells it."""
-    per_hour, (trials, parallel) = plan.price, plan.trials
-    hours, basis = plan.spec.target.hours, per_hour.basis
-    spot = per_hour.spot
-    if spot_price is not None:
-        spot = spot_price
-        basis += "; spot: what AWS asks now"
-    if not plan.spec.kind.trains:
-        spot = None
+def other_region(aws: Aws, bucket: str) -> list[str]:
+    """Return a line where a bucket of the user's own lies in another region than the machines.
+
+    That is as far as this user may look.
+    """
+    try:
+        found = aws.find("s3", "HeadBucket", NO_BUCKET, Bucket=bucket)
+    except AwsError as error:
+        if not re.fullmatch(DENIED, error.code):
+            raise
+        return []
+    region = (found or {}).get("BucketRegion", aws.region)
+    if region == aws.region:
+        return []
+    return [
+        f"a bucket in {aws.region}, where the machines are: s3://{bucket} is in {region}, which "
+        "SageMaker refuses and EC2 bills by the byte; give "
+        f"target.region={region}, or another bucket"
+    ]
+
+
+def cost(aws: Aws | None, plan: Plan) -> dict[str, Any]:
+    """Return dollars, estimated: of all machines at a time, with what comes with them."""
+    trials, parallel = plan.trials
+    hours, price = plan.spec.target.hours, plan.price
+    on_demand, spot = price.hour(spot=False), None
+    if plan.spec.kind.trains:
+        price = with_spot_now(aws, plan)
+        spot = price.hour(spot=True)
 
     def rounded(hour: float | None, times: float) -> float | None:
         return None if hour is None else round(hour * plan.spec.instances * times, 4)
 
     return {
         "machines": ", ".join(machines_of(plan)),
-        "per_hour": rounded(per_hour.on_demand, parallel),
+        "per_hour": rounded(on_demand, parallel),
         "per_hour_spot": rounded(spot, parallel),
-        "at_time_limit": rounded(per_hour.on_demand, hours * trials),
+        "disk_and_address_per_hour": rounded(price.parts, parallel),
+        "at_time_limit": rounded(on_demand, hours * trials),
         "at_time_limit_spot": rounded(spot, hours * trials),
         "time_limit_hours": hours,
         "uses_spot": plan.spec.spot,
-        "basis": basis,
+        "basis": price.basis,
     }
 
 
@@ -404,15 +439,17 @@ def means(spec: Spec, data: Path | None) -> list[str]:
     return notes + settings.ignored(spec.config, spec.overrides, spec.kind.sweeps)
 
 
-def spot_price(aws: Aws | None, spec: Spec) -> float | None:
-    """Return today's spot price of an hour; None where AWS doesn't tell it, or not to this user."""
-    if aws is None:
-        return None
+def with_spot_now(aws: Aws | None, plan: Plan) -> Price:
+    """Return the price of a plan with what AWS asks for spot now, where it tells this user."""
+    spec = plan.spec
+    if aws is None or spec.spot_price is not None:
+        return plan.price
     try:
-        return spec.kind.spot_price(aws, spec)
+        asked_now = spec.kind.asked_for_spot(aws, spec)
     except AwsError as error:
         log.warning("today's spot price is not known: %s", error)
-        return None
+        return plan.price
+    return dearest(replace(spec, spot_price=asked_now), plan.prices)
 
 
 def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> dict[str, Any]:
@@ -439,7 +476,7 @@ def described(aws: Aws | None, plan: Plan, data: Path | None, offline: str) -> d
         },
         "requests": [dataclasses.asdict(request) for request in plan.requests],
         "ceiling": None if plan.ceiling is None else dataclasses.asdict(plan.ceiling),
-        "cost": cost(plan, spot_price(aws, spec)),
+        "cost": cost(aws, plan),
         "may_touch": {
             spec.role(role): [
                 {

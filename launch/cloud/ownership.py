@@ -15,6 +15,7 @@ from launch.cloud.session import Aws, AwsError
 
 # In what SageMaker answers about something that is not there.
 NOT_FOUND = r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"
+NO_BUCKET = r"404|NoSuchBucket|NotFound"  # likewise, of a bucket
 
 # SageMaker's lists, by the kind of what is in them.
 LISTS = {
@@ -146,7 +147,7 @@ def owns_bucket(aws: Aws) -> bool | None:
 
     Raise AwsError.
     """
-    if aws.find("s3", "HeadBucket", r"404|NoSuchBucket|NotFound", Bucket=aws.bucket) is None:
+    if aws.find("s3", "HeadBucket", NO_BUCKET, Bucket=aws.bucket) is None:
         return None
     tags = aws.find("s3", "GetBucketTagging", "NoSuchTagSet", Bucket=aws.bucket)
     return tags is not None and aws.owns(tags["TagSet"])

@@ -46,12 +46,28 @@ EC2_FILTERS = {
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars an hour of one machine. Disk, S3 and traffic come on top (cents)."""
+    """Dollars of an hour of one machine, and of what comes with it. S3 and traffic are on top."""
 
     instance_type: str
-    on_demand: float | None  # None: not in the table
-    spot: float | None
+    on_demand: float | None  # None: not known
+    spot: float | None  # what AWS asks now, else the usual share of the price on demand
     basis: str  # date, region and source of the figures
+    parts: float = 0.0  # its disk and address
+
+    def hour(self, spot: bool) -> float | None:
+        """Return what an hour will probably cost, with its parts; None: not known."""
+        machine = self.spot if spot else self.on_demand
+        return None if machine is None else machine + self.parts
+
+    def hour_at_most(self, bid: float | None = None) -> float | None:
+        """Return what an hour costs at most, with its parts; None: not known.
+
+        bid: for the machine as spot; None: as on demand.
+        """
+        if self.on_demand is None:
+            return None
+        machine = self.on_demand if bid is None else min(self.on_demand, bid)
+        return machine + self.parts
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,6 @@ NOT_THIS_ONE = (
     f"{NO_CAPACITY}|Unsupported|VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded"
     "|MaxSpotInstanceCountExceeded"
 )
-# Refusals that end by themselves, or when somebody signs in again.
-FOR_NOW = (
-    r"ExpiredToken(Exception)?|RequestExpired|TokenRefreshRequired|RequestTimeTooSkewed"
-    r"|Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException"
-    r"|SlowDown|RequestThrottled"
-)
 CREDENTIALS = "sign in (aws sso login, aws configure), or name a profile in AWS_PROFILE"
 NO_REGION = (
     "no AWS region is set: set AWS_REGION, or give one, such as target.region=us-east-1 "
@@ -54,6 +48,7 @@ class Refusal:
     code: str  # a regular expression over the whole of AWS's code
     remedy: str
     says: str = ""  # a regular expression that AWS's message holds
+    passes: bool = False  # whether it ends by itself, or when somebody signs in again
 
 
 # The first that fits counts.
@@ -62,15 +57,18 @@ REFUSALS = (
     Refusal(
         "ExpiredToken(Exception)?|TokenRefreshRequired|ExpiredTokenId",
         f"the credentials have expired: {CREDENTIALS}",
+        passes=True,
     ),
     Refusal(
         "RequestExpired|RequestTimeTooSkewed|RequestInTheFuture",
         f"the session has expired, or this machine's clock is wrong: {CREDENTIALS}, and {CLOCK}",
+        passes=True,
     ),
     Refusal(
         "SignatureDoesNotMatch|InvalidSignature(Exception)?|AuthFailure",
         f"this machine's clock is wrong: {CLOCK}",
         says="(?i)expired|not yet current|too skewed|future",
+        passes=True,
     ),
     Refusal(
         "SignatureDoesNotMatch|InvalidSignature(Exception)?",
@@ -238,8 +236,9 @@ REFUSALS = (
     ),
     Refusal(
         r"InvalidAMIID\.(NotFound|Malformed|Unavailable)",
-        "there is no such image in this region (ids differ by region): correct target.image, "
-        "or leave it out",
+        "there is no such image in this region (ids differ by region), or not any more: correct "
+        "target.image, or leave it out; a run whose image AWS has withdrawn goes on with a newer "
+        "one where submit is given all its settings again",
     ),
     Refusal(
         "InvalidBlockDeviceMapping",
@@ -271,17 +270,36 @@ REFUSALS = (
         "|TemporaryRedirect",
         "the bucket is in another region: give that region, in AWS_REGION or target.region",
     ),
+    # ---- why EC2 ended a machine that it had just started (its StateReason)
+    Refusal(
+        r"Client\.InternalError|Client\.InvalidKMSKey\..*",
+        "mostly the key of its disk: it is disabled, or its policy doesn't let EC2 and you use it "
+        "(kms:CreateGrant, kms:Decrypt, kms:GenerateDataKeyWithoutPlaintext); correct "
+        "target.kms_key, or the account's key for disks (EC2, Settings, EBS encryption)",
+    ),
+    Refusal(
+        r"Client\.VolumeLimitExceeded|VolumeLimitExceeded|MaxIOPSLimitExceeded",
+        "the account's quota of disks is full: delete some that nothing uses (python -m launch "
+        "status lists this project's), lower target.disk_gb, or ask for more at "
+        "https://console.aws.amazon.com/servicequotas (Amazon EBS)",
+    ),
+    Refusal(
+        r"Client\.InvalidSnapshot\.NotFound",
+        "the image's disk is gone: its owner has deleted it; correct target.image, or leave it out",
+    ),
     # ---- now, not for ever
     Refusal(
-        "Throttling(Exception)?|ThrottledException|RequestLimitExceeded|TooManyRequestsException"
-        "|SlowDown|RequestThrottled(Exception)?|EC2ThrottledException",
+        "Throttling(Exception)?|(EC2)?ThrottledException|RequestLimitExceeded|SlowDown"
+        "|TooManyRequestsException|RequestThrottled(Exception)?|BandwidthLimitExceeded",
         "AWS asks for fewer calls: wait a minute and start the same command again",
+        passes=True,
     ),
     Refusal(
         "ServiceUnavailable(Exception)?|ServiceException|InternalError|InternalFailure"
         "|InternalServerError|InternalServiceError|Unavailable|RequestTimeout(Exception)?"
         "|500|502|503|504",
         f"AWS, or the network to it, had a fault: {LATER}",
+        passes=True,
     ),
 )
 
@@ -298,14 +316,22 @@ _AUDIT = re.compile(
 )
 
 
-def remedy(code: str, message: str, action: str) -> str | None:
+def refusal(code: str, message: str) -> Refusal | None:
+    """Return the table's row for what AWS answers, None where it has none."""
+    for each in REFUSALS:
+        if re.fullmatch(each.code, code) and re.search(each.says, message):
+            return each
+    return None
+
+
+def remedy(code: str, message: str, action: str = "") -> str | None:
     """Return what to do about a refusal, None where nothing is known.
 
     action: what was refused, as IAM or as the call names it (service:Operation).
     """
-    for refusal in REFUSALS:
-        if re.fullmatch(refusal.code, code) and re.search(refusal.says, message):
-            return refusal.remedy
+    row = refusal(code, message)
+    if row is not None:
+        return row.remedy
     if re.fullmatch(DENIED, code):
         return permission(action)
     return None

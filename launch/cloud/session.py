@@ -23,7 +23,7 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 from botocore.utils import JSONFileCache
 
-from launch.cloud.remedies import CREDENTIALS, FOR_NOW, NO_REGION, NOT_THIS_ONE, remedy
+from launch.cloud.remedies import CREDENTIALS, NO_REGION, NOT_THIS_ONE, refusal, remedy
 from launch.cloud.request import Request, check, core_session
 from trainer.common.errors import UserError
 
@@ -85,7 +85,8 @@ class AwsError(UserError):
         """Whether the same call may be answered later: after an outage, or a new sign-in."""
         if self.code == exceptions.ParamValidationError.__name__:
             return False
-        return not self.refused or re.fullmatch(FOR_NOW, self.code) is not None
+        row = refusal(self.code, self.message)
+        return not self.refused or (row is not None and row.passes)
 
 
 class Aws:

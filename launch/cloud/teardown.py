@@ -6,13 +6,16 @@ Every function may raise AwsError.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from launch.cloud.cloudformation import Stack
 from launch.cloud.ownership import NOT_FOUND, instances, listed, owned, stacks
-from launch.cloud.session import Aws
+from launch.cloud.session import Aws, AwsError
 from trainer.common.console import log
 
+SCRIPT = "NotebookInstanceLifecycleConfig"
+GONE = "gone"  # the status of a notebook that SageMaker no longer has
 GONE_BY = 3600  # seconds after which waiting for something to end is given up
 
 
@@ -69,48 +72,66 @@ def end_machines(aws: Aws, every: float) -> None:
     for volume in volumes(aws):
         log.info("deleting the disk %s", volume["VolumeId"])
         aws.find("ec2", "DeleteVolume", r"InvalidVolume\.NotFound", VolumeId=volume["VolumeId"])
-    for name in placement_groups(aws):
-        unknown = r"InvalidPlacementGroup\.Unknown"
-        aws.find("ec2", "DeletePlacementGroup", unknown, GroupName=name)
+    _until(every, lambda: all(_delete_group(aws, name) for name in placement_groups(aws)))
+
+
+def _delete_group(aws: Aws, name: str) -> bool:
+    """Delete a placement group; return whether it is gone: EC2 may still count its machines."""
+    try:
+        aws.find("ec2", "DeletePlacementGroup", r"InvalidPlacementGroup\.Unknown", GroupName=name)
+    except AwsError as error:
+        if error.code != "InvalidPlacementGroup.InUse":
+            raise
+        return False
+    return True
 
 
 def end_notebooks(aws: Aws, every: float) -> None:
     """Stop notebooks, wait for their end, and delete them, then their scripts."""
     statuses = _statuses(aws, "NotebookInstance")
-    for name, status in statuses().items():
-        if status in ("InService", "Pending", "Updating"):
-            log.info("stopping %s", name)
-            aws.call("sagemaker", "StopNotebookInstance", NotebookInstanceName=name)
-    _until(every, lambda: set(statuses().values()) <= {"Stopped", "Failed", "Deleting"})
-    for name, status in statuses().items():
-        if status != "Deleting":
-            log.info("deleting %s", name)
-            aws.call("sagemaker", "DeleteNotebookInstance", NotebookInstanceName=name)
-    _until(every, lambda: not statuses())
-    kind = "NotebookInstanceLifecycleConfig"
-    for script in owned(aws, kind):
-        aws.call("sagemaker", f"Delete{kind}", **{f"{kind}Name": script[f"{kind}Name"]})
+
+    def status_of(name: str) -> str:
+        return statuses().get(name, GONE)
+
+    for name in statuses():
+        _delete_notebook(aws, name, partial(status_of, name), every)
+    for script in list(owned(aws, SCRIPT)):
+        _delete_script(aws, script[f"{SCRIPT}Name"])
 
 
 def delete_notebook(aws: Aws, name: str, every: float) -> None:
     """Stop a notebook, and delete it and its scripts once it has stopped, if they are there."""
-    which = {"NotebookInstanceName": name}
 
     def status() -> str:
+        which = {"NotebookInstanceName": name}
         found = aws.find("sagemaker", "DescribeNotebookInstance", NOT_FOUND, **which)
-        return "gone" if found is None else str(found["NotebookInstanceStatus"])
+        return GONE if found is None else str(found["NotebookInstanceStatus"])
 
-    if status() in ("InService", "Pending", "Updating"):
-        log.info("stopping %s", name)
-        aws.call("sagemaker", "StopNotebookInstance", **which)
-    _until(every, lambda: status() in ("Stopped", "Failed", "Deleting", "gone"))
+    _delete_notebook(aws, name, status, every)
+    _delete_script(aws, name)
+    log.info("%s is deleted", name)
+
+
+def _delete_notebook(aws: Aws, name: str, status: Callable[[], str], every: float) -> None:
+    """Stop a notebook, wait, and delete it. status: asks SageMaker for its status, or GONE."""
+
+    def has_stopped() -> bool:
+        seen = status()
+        if seen == "InService":  # not before: SageMaker lets none be stopped while it starts
+            log.info("stopping %s", name)
+            aws.call("sagemaker", "StopNotebookInstance", NotebookInstanceName=name)
+        return seen in ("Stopped", "Failed", "Deleting", GONE)
+
+    _until(every, has_stopped)
     if status() in ("Stopped", "Failed"):
         log.info("deleting %s", name)
-        aws.call("sagemaker", "DeleteNotebookInstance", **which)
-    _until(every, lambda: status() == "gone")
-    kind = "NotebookInstanceLifecycleConfig"
-    aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
-    log.info("%s is deleted", name)
+        aws.find("sagemaker", "DeleteNotebookInstance", NOT_FOUND, NotebookInstanceName=name)
+    _until(every, lambda: status() == GONE)
+
+
+def _delete_script(aws: Aws, name: str) -> None:
+    """Delete a notebook's scripts, if they are there."""
+    aws.find("sagemaker", f"Delete{SCRIPT}", NOT_FOUND, **{f"{SCRIPT}Name": name})
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Attempt:
     spot: bool
     hours: float  # time limit
     job: str  # its name in AWS
-    price: Price  # when it was sent
+    price: Price  # of one machine, when it was sent
     requests: list[Request]
     identity: dict[str, Any]  # what all attempts at the run have in common
     noted: str  # when, ISO 8601
@@ -139,9 +139,7 @@ class Attempt:
 
         None where they are unknown.
         """
-        hour = self.price.on_demand
-        if self.spot and not state.discounted:
-            hour = self.price.spot
+        hour = self.price.hour(spot=self.spot and not state.discounted)
         return None if hour is None else hour * state.machine_seconds / 3600
 
     def told(self, state: State) -> str:

@@ -12,13 +12,14 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 from launch.cloud.account_stack import Place
+from launch.cloud.prices import Price
 from launch.cloud.request import Request
 from launch.cloud.session import Aws, bucket_name, domain, partition, role_name
 from launch.targets.attempt import Attempt, Figures, Noted, Phase, State
@@ -43,6 +44,7 @@ CONSOLES = {
 S3 = "s3://"  # begins data.root of pictures that are on S3 already
 RUN = 48  # characters of a run's id: leaves room in a job's name for the attempt
 PRICE = "platform.dollars_hour"  # the trainer's setting
+ASKED_NOW = "spot: what AWS asks now"
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Spec:
     wheels: str | None = None  # it installs from data/THIS/ in the bucket; None: from an index
     # Hours of its jobs, all together, that its ceiling still allows; None: all that it asks for.
     paid_hours: float | None = None
+    spot_price: float | None = None  # dollars an hour that AWS asks for spot now; None: not known
     bid: float | None = None  # dollars an hour of a spot machine at most; None: as on demand
     zone: str | None = None  # where its machines are asked for; None: where AWS likes
     # Dollars that an hour of all its machines will probably cost; None: not known.
@@ -168,6 +171,13 @@ class Spec:
         if self.paid_hours is None:
             return self.target.hours
         return min(self.target.hours, self.paid_hours)
+
+    def bought(self, price: Price) -> Price:
+        """Return a machine's price as this buys it: with its parts, and for spot today's."""
+        price = replace(price, parts=self.kind.parts_per_hour(self))
+        if self.spot_price is None:
+            return price
+        return replace(price, spot=self.spot_price, basis=f"{price.basis}; {ASKED_NOW}")
 
     @property
     def price_words(self) -> list[str]:
@@ -247,6 +257,7 @@ class Target(ABC):
     platform: ClassVar[str]  # the trainer's conf/platform/PLATFORM.yaml
     job_name_limit: ClassVar[int] = 63  # characters
     sweeps: ClassVar[bool] = False  # whether it tries the values of a search space
+    logs_late: ClassVar[bool] = False  # whether the last of a log may come after the end
     trains: ClassVar[bool] = True  # False: it leaves no model, and only starts jobs elsewhere
 
     def __init__(self, name: str) -> None:
@@ -350,7 +361,7 @@ class Target(ABC):
         """Return dollars an hour that AWS has billed for one of its machines at most."""
         return attempt.per_hour or 0.0
 
-    def spot_price(self, aws: Aws, spec: Spec) -> float | None:
+    def asked_for_spot(self, aws: Aws, spec: Spec) -> float | None:
         """Return today's dollars an hour of one spot machine; None where AWS doesn't tell."""
         return None
 

@@ -30,7 +30,14 @@ from launch.targets.attempt import (
     now,
 )
 from launch.targets.base import RUN, Spec, Target, fit, tag_values
-from launch.targets.ec2_offers import by_price, highest_bid, spot_prices, spot_scores, zones_of
+from launch.targets.ec2_offers import (
+    by_price,
+    highest_bid,
+    price_in,
+    spot_prices,
+    spot_scores,
+    zones_of,
+)
 from launch.targets.ec2_request import (
     Ec2Config,
     placement_group,
@@ -144,8 +151,11 @@ class Ec2(Target):
                 offer = dataclasses.replace(spec, target=chosen)
                 prices = spot_prices(aws, name) if aws is not None and market == "true" else {}
                 for zone in by_price(zones.get(name, []), prices):
-                    bid = highest_bid(prices, zone)
-                    offers.append(dataclasses.replace(offer, zone=zone, bid=bid))
+                    asked_now = price_in(zone, prices)
+                    bid = highest_bid(asked_now)
+                    offers.append(
+                        dataclasses.replace(offer, zone=zone, spot_price=asked_now, bid=bid)
+                    )
         if not offers:
             places = f"no zone of {spec.region}"
             if target.zones:
@@ -166,9 +176,9 @@ class Ec2(Target):
         if scores:
             best = ", ".join(f"{zone} {score}/10" for zone, score in scores.items())
             places.append(f"chances of spot: {best}")
-        now_at = asked(aws, spec.instance_types[0])
-        if spec.spot and now_at.on_demand is not None:
-            places.append(f"on demand (target.spot=false) it is ${now_at.on_demand:.3f} an hour")
+        hour = spec.bought(asked(aws, spec.instance_types[0])).hour(spot=False)
+        if spec.spot and hour is not None:
+            places.append(f"on demand (target.spot=false) it is ${hour:.3f} an hour")
         return "; ".join([*places, "--wait waits for one"])
 
     def parts_per_hour(self, spec: Spec) -> float:
@@ -188,7 +198,7 @@ class Ec2(Target):
         bid = float(options["MaxPrice"])
         return hour - bid + min(bid, max(prices.values()))
 
-    def spot_price(self, aws: Aws, spec: Spec) -> float | None:
+    def asked_for_spot(self, aws: Aws, spec: Spec) -> float | None:
         """Return the lowest of the region's zones."""
         return min(spot_prices(aws, spec.instance_types[0]).values(), default=None)
 
@@ -333,7 +343,8 @@ class Ec2(Target):
                     spot=instance.get("InstanceLifecycle") == "spot",
                 )
                 run = tag_values(instance.get("Tags", [])).get("run")
-                yield rented(inventory.aws, "machine", instance["InstanceId"], machines, run)
+                hour = inventory.price_of(instance["InstanceType"], run)
+                yield rented("machine", instance["InstanceId"], machines, hour, run)
 
 
 TARGETS = (Ec2("ec2"),)

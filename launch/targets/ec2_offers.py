@@ -57,9 +57,9 @@ def by_price(zones: list[str | None], prices: dict[str, float]) -> list[str | No
 
     Where AWS likes (None) may be where spot is dear, and is not asked for where prices are known.
     """
-    if not prices or None not in zones:
-        return zones
     named = [zone for zone in zones if zone is not None]
+    if not prices or not named or None not in zones:
+        return zones
     return [*sorted(named, key=lambda zone: prices.get(zone, inf))]
 
 
@@ -97,13 +97,17 @@ def spot_prices(
     return highest
 
 
-def highest_bid(prices: dict[str, float], zone: str | None) -> float | None:
+def price_in(zone: str | None, prices: dict[str, float]) -> float | None:
+    """Return the price in a zone, where AWS likes (None) the highest; None: not known."""
+    return prices.get(zone) if zone else max(prices.values(), default=None)
+
+
+def highest_bid(asked_now: float | None) -> float | None:
     """Return what EC2 may bill for an hour of a spot machine at most, in dollars.
 
     Some headroom above what it asks now; above that EC2 takes the machine back. None, the price on
     demand, where the price is not known.
     """
-    asked_now = prices.get(zone) if zone else max(prices.values(), default=None)
     if asked_now is None:
         return None
     return ceil(asked_now * HEADROOM * 1e4) / 1e4

@@ -7,6 +7,7 @@ from typing import Any
 
 from launch.cloud import s3
 from launch.cloud.ownership import instances
+from launch.cloud.remedies import remedy
 from launch.cloud.session import Aws
 from launch.targets.attempt import (
     YOUNG,
@@ -128,12 +129,11 @@ def unlisted(aws: Aws, attempt: Attempt) -> State:
 def ended_without_word(aws: Aws, attempt: Attempt, instance: dict[str, Any]) -> State:
     """Return the state of an attempt without a word, by what EC2 says of its machine."""
     started, reason = instance["LaunchTime"], reason_of(instance)
-    why = instance.get("StateTransitionReason", "")
     ended = ended_at(instance)
     seconds = seconds_between(started, ended)
     if reason == NO_CAPACITY:
         seconds = 0.0
-    detail = instance.get("StateReason", {}).get("Message", "") or why or "terminated"
+    detail = why_ended(instance)
     phase = phase_of_reason(reason)
     if asked_to_stop(aws, attempt):
         phase = Phase.STOPPED
@@ -147,6 +147,13 @@ def ended_at(instance: dict[str, Any]) -> datetime:
     why = instance.get("StateTransitionReason", "")
     at = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", why)
     return datetime.fromisoformat(at[1]).replace(tzinfo=UTC) if at else now()
+
+
+def why_ended(instance: dict[str, Any]) -> str:
+    """Return why an instance ended, in AWS's words, and what to do about it where that is known."""
+    told = instance.get("StateReason", {}).get("Message", "")
+    told = told or instance.get("StateTransitionReason", "") or "terminated"
+    return "; ".join(filter(None, [told, remedy(reason_of(instance), told)]))
 
 
 def reason_of(instance: dict[str, Any]) -> str:

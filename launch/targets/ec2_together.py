@@ -23,6 +23,7 @@ from launch.targets.ec2_state import (
     reason_of,
     running,
     unlisted,
+    why_ended,
 )
 from trainer.common.errors import OK
 
@@ -56,8 +57,7 @@ class Machine:
         if self.word is not None:
             why = f"{self.word['reason']}, exit code {self.word['code']}"
         elif self.instance is not None:
-            told = self.instance.get("StateReason", {}).get("Message", "")
-            why = told or self.instance.get("StateTransitionReason", "") or "terminated"
+            why = why_ended(self.instance)
         return f"machine {self.number + 1}: {why}"
 
 

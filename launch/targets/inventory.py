@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from launch.cloud import ownership
+from launch.cloud.prices import Price, price
 from launch.cloud.session import Aws, AwsError
 from launch.targets import attempt as notes
 from launch.targets.attempt import Noted
@@ -31,6 +32,17 @@ class Inventory:
     def attempts(self) -> dict[tuple[str, int], notes.Attempt]:
         """Return every attempt by its run and number."""
         return {(each.attempt.run, each.attempt.number): each.attempt for each in self.noted()}
+
+    def price_of(self, instance_type: str, run: str | None = None) -> Price:
+        """Return the price of a run's machine as it was noted, else the table's.
+
+        Raise no AwsError: what runs is shown to a caller, too, who may not read the notes.
+        """
+        tried: list[notes.Attempt] = []
+        with contextlib.suppress(AwsError):
+            tried = [each for (name, _), each in self.attempts().items() if name == run]
+        noted = [each.price for each in tried if each.price.instance_type == instance_type]
+        return noted[-1] if noted else price(instance_type, self.aws.region)
 
     def instances(self) -> list[dict[str, Any]]:
         """Return our EC2 instances as EC2 describes them, those that ended of late too."""

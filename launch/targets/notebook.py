@@ -112,7 +112,7 @@ class Notebook(OnSageMaker):
             if notebook["NotebookInstanceStatus"] in ("Pending", "InService", "Updating"):
                 machines = Machines(notebook["InstanceType"], notebook["LastModifiedTime"])
                 name = notebook["NotebookInstanceName"]
-                yield rented(inventory.aws, "notebook", name, machines)
+                yield rented("notebook", name, machines, inventory.price_of(machines.instance_type))
 
 
 TARGETS = (Notebook("notebook"),)

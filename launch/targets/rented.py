@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from launch.cloud.prices import price
-from launch.cloud.session import Aws
+from launch.cloud.prices import Price
 from launch.targets.attempt import now, seconds_between
 
 
@@ -31,14 +30,15 @@ class Machines:
     spot: bool = False
 
 
-def rented(aws: Aws, kind: str, name: str, machines: Machines, run: str | None = None) -> Rented:
-    """Return what machines cost by the price table."""
+def rented(
+    kind: str, name: str, machines: Machines, price: Price, run: str | None = None
+) -> Rented:
+    """Return what machines cost by the price of an hour of one."""
     hours = machines.count * seconds_between(machines.since, now()) / 3600
     text = f"{machines.count} x {machines.instance_type}"
-    hour = price(machines.instance_type, aws.region).on_demand
     if machines.spot:
         text += " spot"
-        hour = price(machines.instance_type, aws.region).spot
+    hour = price.hour(machines.spot)
     if hour is None:
         return Rented(kind, name, text, hours, None, None, run)
     return Rented(kind, name, text, hours, hour * hours, hour * machines.count, run)

@@ -54,6 +54,15 @@ ON_STOP = (
 CHECKPOINTS = "/opt/ml/checkpoints"  # as in conf/platform/sagemaker.yaml
 CHANNEL = "training"  # holds the folders train, valid and test
 RUNNING = ("InProgress", "Stopping")  # TrainingJobStatus of what costs money
+NO_CAPACITY = "CapacityError"  # begins FailureReason where SageMaker found no machine free
+# SecondaryStatus of a job that a limit has stopped, in our words.
+ENDS = {
+    "MaxRuntimeExceeded": "MaxRuntimeExceeded: target.hours, or what its ceiling left, is over",
+    "MaxWaitTimeExceeded": (
+        "MaxWaitTimeExceeded: target.wait_hours is over, training and waiting for a spot machine "
+        "together; submit it again with target.spot=false, or later"
+    ),
+}
 WEIGHTS_CHANNEL = "weights"  # holds the files of model.weights_dir
 
 _NOT_FOR_A_JOB = re.compile(
@@ -66,6 +75,7 @@ class OnSageMaker(Target):
     """What runs at SageMaker has in common, whatever it is there."""
 
     platform = "sagemaker"
+    logs_late = True
     use: ClassVar[str] = "training job"  # as SageMaker's quotas call what its machines are for
     thing: ClassVar[str]  # its name in SageMaker's operations: Describe..., Stop...
     page: ClassVar[str]  # of the console
@@ -215,9 +225,13 @@ class SageMaker(OnSageMaker):
         started, ended = described.get("TrainingStartTime"), described.get("TrainingEndTime")
         billed = described.get("BillableTimeInSeconds")
         seconds = seconds_between(started, ended or now()) if billed is None else float(billed)
+        phase = job_phase(described["TrainingJobStatus"])
+        detail = described.get("FailureReason") or described.get("SecondaryStatus", "")
+        if phase is Phase.FAILED and detail.startswith(NO_CAPACITY):
+            phase = Phase.NO_CAPACITY
         return State(
-            job_phase(described["TrainingJobStatus"]),
-            described.get("FailureReason") or described.get("SecondaryStatus", ""),
+            phase,
+            ENDS.get(detail, detail),
             started,
             ended,
             seconds * attempt.instances,
@@ -265,7 +279,8 @@ class SageMaker(OnSageMaker):
             )
             place = job.get("OutputDataConfig", {}).get("S3OutputPath", "")
             run = place.partition("/runs/")[2].partition("/")[0]
-            yield rented(inventory.aws, "training", name, machines, run or None)
+            hour = inventory.price_of(taken["InstanceType"], run)
+            yield rented("training", name, machines, hour, run or None)
 
 
 TARGETS = (SageMaker("sagemaker"), SageMaker("sagemaker_multi"))

@@ -58,7 +58,9 @@ def show(what: dict[str, Any]) -> None:
 
 def show_in_full(what: dict[str, Any]) -> None:
     """Print all that is sent, where to, what the machine may touch, and whose prices these are."""
-    log.info("prices    %s", what["cost"]["basis"])
+    cost = what["cost"]
+    parts = f"disk and address are {dollars(cost['disk_and_address_per_hour'])} of an hour"
+    log.info("prices    %s; %s", cost["basis"], parts)
     for name, place in what["uploads"].items():
         if place:
             log.info("uploads   %s to %s", name, place)
@@ -89,7 +91,8 @@ def show_cost(what: dict[str, Any]) -> None:
         return
     spot = cost["uses_spot"] and cost["per_hour_spot"] is not None
     kind = "_spot" if spot else ""
-    parts = [f"{dollars(cost[f'per_hour{kind}'])} an hour{' as spot' if spot else ''}"]
+    hour = f"{dollars(cost[f'per_hour{kind}'])} an hour{' as spot' if spot else ''}"
+    parts = [f"{hour} with disk" if cost["disk_and_address_per_hour"] else hour]
     if not spot and cost["per_hour_spot"] is not None:
         parts.append(f"as spot about {dollars(cost['per_hour_spot'])}")
     if expected:

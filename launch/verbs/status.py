@@ -97,7 +97,7 @@ def _endpoints(inventory: Inventory) -> Iterator[Rented]:
             if instance_type:
                 count = variant.get("CurrentInstanceCount", 1)
                 machines = Machines(instance_type, endpoint["CreationTime"], count)
-                yield rented(aws, "endpoint", name, machines)
+                yield rented("endpoint", name, machines, price(instance_type, aws.region))
 
 
 def main(arguments: Sequence[str]) -> int:

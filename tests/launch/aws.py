@@ -22,6 +22,8 @@ What the layer adds to moto 5.2:
   update can change a log group, and adds what a condition has left out until then;
 - the tags of a notebook's scripts, which moto forgets;
 - AWS's public parameter of the Deep Learning AMI;
+- a client with a name (below) says whose a bucket is whose name can be guessed: it ends in the
+  account's number and the region;
 - on request (`/strict/rude`) it answers the next so many calls as a network or AWS on a bad day:
   a connection that drops, a page in HTML with status 200, a token that has expired, a throttled or
   a denied call, an internal error, of all operations or of one;
@@ -31,6 +33,9 @@ What the layer adds to moto 5.2:
   (`/strict/sold_out`);
 - on request (`/strict/late`) what was just made is not there yet for as many answers as a test
   says, each time that one asks for it; a client without a name (below) sees it at once;
+- a notebook that starts can't be stopped (`/strict/starting`), a placement group counts machines
+  that have ended (`/strict/busy_groups`), the last of a job's log comes late (`/strict/end`), each
+  for as many answers as a test says;
 - spot machines have a price;
 - instances end as a test says, with AWS's reasons (`/strict/end_instance`), and are as old as it
   says (`/strict/age`);
@@ -83,6 +88,7 @@ from werkzeug.serving import make_server
 
 ACCOUNT = "123456789012"
 REGION = "us-east-1"
+TRAINING_GROUP = "/aws/sagemaker/TrainingJobs"
 DLAMI = "/aws/service/deeplearning/ami/"
 RUNNING = "InProgress"
 # SageMaker's quotas: number and name.
@@ -128,6 +134,9 @@ class Strict:
         self._slow_iam = 0
         self._sold_out: dict[str, str] = {}  # what fits TYPE ZONE MARKET -> AWS's code
         self._asked: dict[str, float] = {}  # dollars an hour by service, in the Price List
+        self._starting: dict[str, int] = {}  # notebooks: answers until one is in service
+        self._busy = 0  # answers in which a placement group is still in use
+        self._silent = 0  # answers in which the last of a log has not come yet
         self._grouped: dict[str, list[str]] = {}  # ids of the machines in them
         self._groups: dict[str, dict[str, str]] = {}  # placement groups: their tags by name
         self._late = 0
@@ -334,6 +343,15 @@ class Strict:
         self._unseen[name] -= 1
         return True
 
+    def starting(self, notebook: str, answers: int) -> None:
+        """Lets a notebook start until so many answers have said so."""
+        self._starting[notebook] = answers
+        get_backend("sagemaker")[ACCOUNT][REGION].notebook_instances[notebook].status = "Pending"
+
+    def busy_groups(self, answers: int) -> None:
+        """Lets a placement group count machines that have ended, in the next so many answers."""
+        self._busy = answers
+
     def end(
         self,
         job: str,
@@ -341,8 +359,14 @@ class Strict:
         hours: float = 1.0,
         billed: float | None = None,
         metrics: dict[str, float] | None = None,
+        why: str = "",
+        log: str = "",
     ) -> None:
-        """Ends a training job or a tuning job that began so many hours ago."""
+        """Ends a training job or a tuning job that began so many hours ago.
+
+        why: FailureReason of one that has failed, SecondaryStatus of one that was stopped. log: a
+        line that it logs last, which the next answer about its log doesn't have yet.
+        """
         backend = get_backend("sagemaker")[ACCOUNT][REGION]
         found = backend.training_jobs.get(job) or backend.hyper_parameter_tuning_jobs[job]
         _set_status(found, status)
@@ -354,6 +378,13 @@ class Strict:
                 {"MetricName": name, "Value": value, "Timestamp": utcnow()}
                 for name, value in (metrics or {}).items()
             ]
+            if status == "Failed":
+                found.failure_reason = why
+            elif why:
+                found.secondary_status = why
+        if log:
+            _log(job, log)
+            self._silent = 1
         for trial in _trials(found):
             self.end(trial.training_job_name, status, hours, billed, metrics)
 
@@ -389,6 +420,8 @@ class Strict:
     ) -> Iterable[bytes]:
         if operation in self._refuse:
             raise Refused(*self._refuse.pop(operation))
+        if service == "s3" and self._named:
+            _check_owner(operation, parameters)
         own = getattr(self, f"_{operation}", None)
         if own is None:
             return self._moto(environ, start)
@@ -635,6 +668,22 @@ class Strict:
             raise Refused("ValidationException", "RecordNotFound")
         return forward()
 
+    def _ListNotebookInstances(self, parameters, region, forward, start) -> list[bytes]:
+        notebooks = get_backend("sagemaker")[ACCOUNT][region].notebook_instances
+        for name, left in list(self._starting.items()):
+            self._starting[name] = left - 1
+            if left == 0:
+                notebooks[name].status = "InService"
+                del self._starting[name]
+        return forward()
+
+    def _StopNotebookInstance(self, parameters, region, forward, start) -> list[bytes]:
+        notebooks = get_backend("sagemaker")[ACCOUNT][region].notebook_instances
+        status = _known(notebooks, parameters["NotebookInstanceName"]).status
+        if status != "InService":
+            raise Refused("ValidationException", f"Status ({status}) not in ([InService]).")
+        return forward()
+
     def _CreateNotebookInstanceLifecycleConfig(
         self, parameters, region, forward, start
     ) -> list[bytes]:
@@ -810,7 +859,8 @@ class Strict:
     def _DeletePlacementGroup(self, parameters, region, forward, start) -> list[bytes]:
         name = parameters["GroupName"]
         self._check_group(name)
-        if any(_is_alive(each) for each in self._in_group(name, region)):
+        self._busy -= 1
+        if self._busy >= 0 or any(_is_alive(each) for each in self._in_group(name, region)):
             raise Refused("InvalidPlacementGroup.InUse", f"The placement group '{name}' is in use.")
         del self._groups[name]
         return _xml(start, "DeletePlacementGroup", "<return>true</return>")
@@ -856,6 +906,9 @@ class Strict:
 
     def _FilterLogEvents(self, parameters, region, forward, start) -> list[bytes]:
         """Heeds the streams' prefix, which moto does not."""
+        if self._silent:
+            self._silent -= 1
+            return _answer(start, "200 OK", b'{"events": []}')
         group = get_backend("logs")[ACCOUNT][region].groups.get(parameters["logGroupName"])
         if group is None:
             return forward()
@@ -997,6 +1050,17 @@ def _set_status(job: Any, status: str) -> None:
         job.secondary_status = "Training" if status == RUNNING else status
 
 
+def _log(job: str, line: str) -> None:
+    """Lets a training job log a line."""
+    logs, group, stream = get_backend("logs")[ACCOUNT][REGION], TRAINING_GROUP, f"{job}/algo-1"
+    if group not in logs.groups:
+        logs.create_log_group(group, {})
+    if stream not in logs.groups[group].streams:
+        logs.create_log_stream(group, stream)
+    event = {"timestamp": int(1000 * utcnow().timestamp()), "message": line}
+    logs.put_log_events(group, stream, [event])
+
+
 def _trials(job: Any) -> list[Any]:
     name = getattr(job, "hyper_parameter_tuning_job_name", None)
     jobs = get_backend("sagemaker")[ACCOUNT][REGION].training_jobs.values()
@@ -1033,6 +1097,14 @@ def _xml(start: Any, operation: str, body: str) -> list[bytes]:
 
 def _is_alive(instance: Any) -> bool:
     return instance.state in ("pending", "running", "shutting-down")
+
+
+def _check_owner(operation: str, parameters: dict[str, Any]) -> None:
+    """Refuse a call to a bucket whose name can be guessed, and that doesn't say whose it is."""
+    guessed = re.search(rf"-{ACCOUNT}-[a-z0-9-]+$", parameters.get("Bucket", ""))
+    makes = operation == "CreateBucket"
+    if guessed and not makes and parameters.get("ExpectedBucketOwner") != ACCOUNT:
+        raise Refused("AccessDenied", f"{operation}: no ExpectedBucketOwner")
 
 
 def _refusal(

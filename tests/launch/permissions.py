@@ -619,6 +619,84 @@ def narrowed(policy: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                         yield f"{statement['Sid']}: {key} {value}", less
 
 
+# --- what lies just beyond what a policy grants ---
+
+
+OTHER = "website"  # a name that is nobody's here
+# EC2 numbers these itself: their tags decide, and not their names.
+NUMBERED = re.compile(
+    r"arn:aws:ec2:[^:]*:\d*:"
+    r"(instance|volume|network-interface|subnet|security-group|image|spot-instances-request)/.*"
+)
+
+
+def beyond(rights: dict[str, Any], ask: Ask) -> Iterator[Ask]:
+    """The same call outside of each thing that bounds it: another's, or with another value."""
+    conditions = _conditions(rights, ask.action)
+    for key, value in ask.context.items():
+        if ("Null", key.lower()) in conditions:
+            less = {name: each for name, each in ask.context.items() if name != key}
+            yield Ask(ask.action, ask.resource, less)
+        if any(test != "Null" and name == key.lower() for test, name in conditions):
+            other = f"{OTHER}/" if key == "s3:prefix" else OTHER
+            changed = [other] if isinstance(value, list) else other
+            yield Ask(ask.action, ask.resource, {**ask.context, key: changed})
+    if ask.resource == "*" or NUMBERED.fullmatch(ask.resource):
+        return
+    *start, name = ask.resource.split(":", 5)
+    for other in _others(name, start[2]):
+        if other != name:
+            yield Ask(ask.action, ":".join([*start, other]), ask.context)
+
+
+def _conditions(rights: dict[str, Any], action: str) -> set[tuple[str, str]]:
+    """What bounds an action: tests, and the context keys that they are of."""
+    return {
+        (test, key.lower())
+        for statement in rights["Statement"]
+        if action in _listed(statement["Action"])
+        for test, keys in statement.get("Condition", {}).items()
+        for key in keys
+    }
+
+
+def _others(name: str, service: str) -> list[str]:
+    """Names like one, of things that aren't there for the project. name: the end of an ARN."""
+    if service == "s3":
+        bucket, _, key = name.partition("/")
+        if not key:
+            return [OTHER]
+        return [f"{OTHER}/{key}", f"{bucket}/{OTHER}/{key.partition('/')[2]}"]
+    others = [
+        re.sub(rf"{PROJECT_NAME}[\w-]*", OTHER, name),
+        re.sub(r"(?<=log-group:)[^:]+", OTHER, name),
+    ]
+    return others if set(others) != {name} else [re.sub(r"(?<=[/:]).*", OTHER, name, count=1)]
+
+
+def widened(rights: dict[str, Any]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The policy less one bound, each in turn: a condition, or the end of a resource's name.
+
+    With the number of the statement, and the bound in words.
+    """
+    for number, statement in enumerate(rights["Statement"]):
+        for test, keys in statement.get("Condition", {}).items():
+            for key in keys:
+                wider = copy.deepcopy(rights)
+                del wider["Statement"][number]["Condition"][test][key]
+                yield number, f"{statement['Sid']}: {test} {key}", wider
+        for place, resource in enumerate(_listed(statement["Resource"])):
+            *start, name = resource.split(":", 5)
+            kind = re.match(r"[^/]+/(?=[^*])" if "s3" in start else r"[\w-]+[/:]", name)
+            if resource == "*" or name == f"{kind[0] if kind else ''}*":
+                continue
+            wider = copy.deepcopy(rights)
+            resources = _listed(wider["Statement"][number]["Resource"])
+            resources[place] = ":".join([*start, f"{kind[0] if kind else ''}*"])
+            wider["Statement"][number]["Resource"] = resources
+            yield number, f"{statement['Sid']}: {resource}", wider
+
+
 # Resources of an action that the Service Authorization Reference leaves out, and the user guide
 # asks for: "Spot Instance permissions".
 NOT_LISTED = {"ec2:RunInstances": (_arn("ec2", "spot-instances-request/*"),)}

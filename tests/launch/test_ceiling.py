@@ -100,6 +100,25 @@ def test_by_default_it_is_the_price_of_the_time_limit_on_demand(common, model):
     assert f"platform.dollars_hour={round(G4DN + PARTS, 4)}" in script  # for the report
 
 
+@pytest.mark.parametrize("spot", ["true", "false"])
+def test_an_hour_has_one_price_wherever_it_is_told(spot, common, model):
+    """In the plan, to the run for its report, in what it has cost so far; and below its ceiling."""
+    wish = spec(common, model, spot=spot)
+    plan = planning.next_attempt(model, wish, b"")
+    machine = 0.3 * G4DN if spot == "true" else G4DN  # today's price of the cheapest zone
+    hour = pytest.approx(machine + PARTS, abs=1e-4)
+    told = planning.cost(model, plan)
+    assert told["per_hour_spot" if spot == "true" else "per_hour"] == hour
+    assert told["disk_and_address_per_hour"] == pytest.approx(PARTS, abs=1e-4)
+    assert told["per_hour_spot"] == pytest.approx(0.3 * G4DN + PARTS, abs=1e-4)
+    assert plan.spec.dollars_hour == hour
+    attempt = submit(model, wish)
+    state = State(Phase.RUNNING, started=BEGIN, machine_seconds=3600.0)
+    assert attempt.dollars(state) == hour
+    bid = ec2_offers.HEADROOM * machine if spot == "true" else machine
+    assert attempt.per_hour == pytest.approx(bid + PARTS, abs=1e-4)
+
+
 def test_it_is_of_the_run_over_all_its_attempts(common, model):
     """Each machine gets what is left; at its end nothing more is sent, and a line says what to do.
 
@@ -232,6 +251,10 @@ def test_each_kind_in_each_zone_is_asked_for_in_order(common, model):
         wish.kind.offers(model, spec(common, model, zones="eu-west-1a"), 0)
     [alone] = wish.kind.offers(model, spec(common, model, subnet="subnet-1", instance_type="x"), 0)
     assert alone.zone is None
+    wish = spec(common, model, spot="true", subnet="subnet-1", instance_type="g4dn.xlarge")
+    [alone] = wish.kind.offers(model, wish, 0)
+    dearest = 0.4 * G4DN
+    assert alone.zone is None and alone.bid == pytest.approx(dearest * 1.25, abs=1e-4)
 
 
 def test_the_first_that_is_free_is_taken_and_noted(common, model):

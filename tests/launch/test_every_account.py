@@ -88,6 +88,21 @@ def test_pictures_that_are_on_s3_are_read_where_they_lie(account):
     assert code == MISTAKE and "allowed: s3://BUCKET/PREFIX" in printed
 
 
+def test_a_bucket_in_another_region_is_named_before_anything_is_sent(account):
+    """SageMaker takes none of another region, and EC2 would pay for each picture."""
+    place = {"LocationConstraint": "eu-west-1"}
+    account.client("s3").create_bucket(Bucket="company-eu", CreateBucketConfiguration=place)
+    for words in (
+        ["target.bucket=company-eu"],
+        [f"target.bucket={OWN}", "data=folder", "data.root=s3://company-eu/dogs"],
+    ):
+        printed = launch(account, "plan", "target=sagemaker", "name=afar", *words)
+        assert "missing: a bucket in us-east-1, where the machines are: s3://company-eu" in printed
+        assert "give target.region=eu-west-1, or another bucket" in printed
+        code, printed = account.launch("submit", "target=sagemaker", "name=afar", *words)
+        assert code == MISTAKE and "s3://company-eu is in eu-west-1" in printed
+
+
 def test_a_bucket_of_ones_own_is_never_made_nor_emptied(account):
     own = f"target.bucket={OWN}"
     printed = launch(account, "down", own, *FAST)

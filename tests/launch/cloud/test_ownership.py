@@ -36,6 +36,14 @@ def make_endpoint(cloud: Cloud, name: str, tags: list[dict[str, str]]) -> None:
     sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=name, Tags=tags)
 
 
+def make_disk(cloud: Cloud, tags: list[dict[str, str]]) -> None:
+    """One that is attached to nothing."""
+    tagged = [{"ResourceType": "volume", "Tags": tags}]
+    cloud.client("ec2").create_volume(
+        AvailabilityZone=f"{REGION}a", Size=75, TagSpecifications=tagged
+    )
+
+
 def make_things_of_another_team(cloud: Cloud) -> None:
     """Without a tag, with names that begin like ours."""
     sagemaker = cloud.client("sagemaker")
@@ -92,6 +100,10 @@ def things(cloud: Cloud) -> dict[str, list[str]]:
         "machines": sorted(
             f"{each['project']} {each['state']}" for each in tags if each["state"] != "terminated"
         ),
+        "disks": sorted(
+            f"{each['VolumeId']} {each['State']}"
+            for each in cloud.client("ec2").describe_volumes()["Volumes"]
+        ),
         "stacks": sorted(
             each["StackName"] for each in cloud.client("cloudformation").describe_stacks()["Stacks"]
         ),
@@ -120,6 +132,9 @@ def neighbours(cloud: Cloud) -> Cloud:
     ):
         launch(cloud, "submit", *target, dev)
     make_endpoint(cloud, "packhorse-dev-serving", [{"Key": "project", "Value": "packhorse-dev"}])
+    for value in ("packhorse-dev", "Packhorse"):
+        make_disk(cloud, [{"Key": "project", "Value": value}])
+    make_disk(cloud, [{"Key": "Project", "Value": "packhorse"}])
     return cloud
 
 
@@ -168,13 +183,14 @@ def test_status_counts_what_has_our_tag_whatever_its_name(neighbours):
         "costs_now"
     ]
     assert sorted(row["kind"] for row in others) == [
+        "disk",
         "endpoint",
         "machine",
         "notebook",
         "training",
         "training",
     ]
-    assert all(row["name"].startswith(("packhorse-dev-", "i-")) for row in others)
+    assert all(row["name"].startswith(("packhorse-dev-", "i-", "vol-")) for row in others)
 
 
 def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
@@ -211,6 +227,20 @@ def test_down_lists_all_that_it_will_delete_before_it_asks(cloud):
         f"{count} versions, 0.01 GB",
     ]
     assert [line for line in expected if line not in printed] == [], printed
+
+
+def test_down_waits_for_what_aws_says_late(cloud):
+    """A notebook that starts can't be stopped yet; a group still counts machines that ended."""
+    launch(cloud, "up", *FAST)
+    launch(cloud, "submit", "target=notebook")
+    launch(cloud, "submit", "target=ec2", "target.instances=2", "target.instance_type=g5.xlarge")
+    cloud.post("/strict/starting", notebook="packhorse-notebook-1", answers=4)
+    cloud.post("/strict/busy_groups", answers=3)
+    launch(cloud, "down", *FAST)
+    assert things(cloud)["notebooks"] == [] and things(cloud)["stacks"] == []
+    tagged = [{"Name": "tag:project", "Values": ["packhorse"]}]
+    groups = cloud.client("ec2").describe_placement_groups(Filters=tagged)
+    assert groups["PlacementGroups"] == []
 
 
 def test_down_takes_its_policies_from_whoever_has_them_and_says_so_before(cloud):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cloud.account_stack import as_list
 from launch.verbs.policy import PARTS
 from tests.conftest import PROJECT
 from tests.launch import documents
@@ -24,6 +25,7 @@ from tests.launch.permissions import (
     REGION,
     Ask,
     Evaluator,
+    beyond,
     effective_policy,
     find_evaluator,
     grants,
@@ -31,6 +33,7 @@ from tests.launch.permissions import (
     policy,
     service_side,
     unique,
+    widened,
     without,
 )
 from tests.launch.whole import WHOLE
@@ -105,6 +108,52 @@ def test_nothing_can_be_taken_away(part, asked, evaluator):
     answers = evaluator.decide([(rest, ask) for _, rest, ask in questions])
     missed = {what for (what, _, _), yes in zip(questions, answers, strict=True) if not yes}
     assert not [what for what, _, _ in less if what not in missed], "granted, and never used"
+
+
+# What a part may do to things of any name, and why: regular expressions over ACTION RESOURCE.
+OF_ANY_NAME = {
+    "launcher": {
+        r"servicequotas:GetServiceQuota .*": "a quota is nobody's",
+        r"sagemaker:(ListTags|DescribeEndpoint|DescribeEndpointConfig) .*:endpoint(-config)?/.*": (
+            "whoever deploys names an endpoint; its tag decides"
+        ),
+    },
+    "deployer": {
+        rf"s3:(DeleteObjectVersion|AbortMultipartUpload) arn:aws:s3:::{BUCKET}/.*": (
+            "down empties the bucket"
+        ),
+        r"iam:Detach(User|Group)Policy .*": "from whoever has it; the policy is ours",
+    },
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_nothing_is_granted_beyond_what_is_asked_for(part, asked, evaluator):
+    """Each call is denied on something of another's, and for another value of each condition.
+
+    And each bound of each statement is what denies one of these.
+    """
+    rights = policy(part)
+    answers = evaluator.decide([(rights, ask) for ask in asked[part]])
+    allowed = [ask for ask, yes in zip(asked[part], answers, strict=True) if yes]
+    others = unique([other for ask in allowed for other in beyond(rights, ask)])
+    answers = evaluator.decide([(rights, ask) for ask in others])
+    wide = [ask for ask, yes in zip(others, answers, strict=True) if yes]
+    known = OF_ANY_NAME.get(part, {})
+    told = [f"{ask.action} {ask.resource}" for ask in wide]
+    assert [line for line in told if not any(re.fullmatch(each, line) for each in known)] == []
+    assert all(any(re.fullmatch(each, line) for line in told) for each in known)
+
+    denied = [ask for ask, yes in zip(others, answers, strict=True) if not yes]
+    questions = [
+        (what, wider, ask)
+        for number, what, wider in widened(rights)
+        for ask in denied
+        if ask.action in as_list(rights["Statement"][number]["Action"])
+    ]
+    answers = evaluator.decide([(wider, ask) for _, wider, ask in questions])
+    noticed = {what for (what, _, _), yes in zip(questions, answers, strict=True) if yes}
+    assert [what for _, what, _ in widened(rights) if what not in noticed] == []
 
 
 # --- what nobody may do ---

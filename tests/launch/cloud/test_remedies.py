@@ -4,9 +4,10 @@ import re
 
 import pytest
 from botocore.exceptions import ClientError
+from botocore.retries.standard import ThrottledRetryableChecker
 
-from launch.cloud.remedies import REFUSALS, Refusal
-from launch.cloud.session import explained, partition
+from launch.cloud.remedies import REFUSALS, refusal
+from launch.cloud.session import AwsError, explained, partition
 from launch.targets.base import CONSOLES
 from trainer.common.errors import UserError
 
@@ -72,6 +73,11 @@ EXAMPLES = [
     ("InsufficientFreeAddressesInSubnet", "", "no free address left"),
     ("ParameterNotFound", "", "target.image=ami-"),
     ("InvalidAMIID.NotFound", "", "ids differ by region"),
+    ("InvalidAMIID.Unavailable", "", "goes on with a newer one"),
+    ("Client.InternalError", "Client error on launch", "mostly the key of its disk"),
+    ("Client.VolumeLimitExceeded", "Volume limit exceeded", "quota of disks is full"),
+    ("VolumeLimitExceeded", "", "quota of disks is full"),
+    ("Client.InvalidSnapshot.NotFound", "", "its owner has deleted it"),
     ("InvalidBlockDeviceMapping", "", "raise target.disk_gb"),
     ("KMS.DisabledException", "The key is disabled", "correct target.kms_key"),
     ("ValidationException", "Cannot pull the image from ECR", "the image can't be pulled"),
@@ -98,15 +104,38 @@ def test_a_refusal_is_one_line_with_its_own_remedy(code, message, remedy):
     assert line.startswith(f"{named[1] if named else 'ec2:RunInstances'}: ")
 
 
-def test_every_row_of_the_table_has_an_example():
-    def first(code: str, message: str) -> Refusal:
-        return next(
-            each
-            for each in REFUSALS
-            if re.fullmatch(each.code, code) and re.search(each.says, message)
-        )
+# What botocore takes for throttling, but for a limit, and for services that nobody here calls.
+THROTTLED = set(ThrottledRetryableChecker()._THROTTLED_ERROR_CODES) - {
+    "LimitExceededException",
+    "PriorRequestNotComplete",
+    "ProvisionedThroughputExceededException",
+    "TransactionInProgressException",
+}
 
-    met = {first(code, message) for code, message, _ in EXAMPLES}
+
+@pytest.mark.parametrize(
+    ("code", "message", "passes"),
+    [
+        ("ExpiredToken", "", True),
+        ("RequestTimeTooSkewed", "", True),
+        # A laptop that wakes up, before its clock is set.
+        ("InvalidSignatureException", "Signature expired: 2026 is now earlier than", True),
+        ("AuthFailure", "Signature not yet current", True),
+        ("AuthFailure", "AWS was not able to validate the provided credentials", False),
+        *((code, "", True) for code in sorted(THROTTLED)),
+        ("RequestTimeout", "", True),
+        ("LimitExceededException", "", False),
+        ("AccessDenied", "", False),
+        ("NoSuchBucket", "", False),
+    ],
+)
+def test_what_passes_is_asked_again(code, message, passes):
+    error = AwsError("", code, message, refused=True)
+    assert error.passes is passes
+
+
+def test_every_row_of_the_table_has_an_example():
+    met = {refusal(code, message) for code, message, _ in EXAMPLES}
     assert [each.code for each in REFUSALS if each not in met] == []
     assert len({each.remedy for each in REFUSALS}) > 0.9 * len(REFUSALS), "each has its own"
 

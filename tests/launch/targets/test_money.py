@@ -238,7 +238,7 @@ def test_the_first_machine_is_waited_for_or_a_line_says_where_there_are_some(acc
     code, printed = account.launch(*words)
     assert code == MISTAKE and "InsufficientInstanceCapacity" in printed, printed
     assert "g4dn.xlarge is made in us-east-1a" in printed and "use1-az2 9/10" in printed
-    assert "on demand (target.spot=false) it is $0.526 an hour" in printed and "--wait" in printed
+    assert "on demand (target.spot=false) it is $0.542 an hour" in printed and "--wait" in printed
     process = account.start(*words, "--wait", "--every", "0.02")
     asked = len(sent(account, "RunInstances", "first"))
     assert wait_for(lambda: len(sent(account, "RunInstances", "first")) > asked + 8, 120)
@@ -320,7 +320,6 @@ def test_a_run_goes_on_by_its_name_alone(account, tmp_path):
         ("Client.UserInitiatedShutdown", RESUME, "stopped"),
         ("Client.InstanceInitiatedShutdown", FAULT, "failed"),
         ("Server.InternalError", FAULT, "failed"),
-        ("Client.VolumeLimitExceeded", FAULT, "failed"),
     ],
 )
 def test_a_machine_that_was_not_reclaimed_is_not_replaced(account, reason, code, phase):
@@ -333,6 +332,58 @@ def test_a_machine_that_was_not_reclaimed_is_not_replaced(account, reason, code,
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == code and f"attempt 1 at {run} is {phase}" in printed, printed
     assert len(machines(account, run)) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("Client.VolumeLimitExceeded", "the account's quota of disks is full"),
+        ("Client.InternalError", "mostly the key of its disk"),
+        ("Client.InvalidKMSKey.InvalidState", "mostly the key of its disk"),
+        ("Client.InvalidSnapshot.NotFound", "its owner has deleted it"),
+    ],
+)
+def test_a_machine_that_ends_at_once_says_what_to_do(account, reason, remedy):
+    run = f"at-once-{reason.split('.')[1].lower()}"
+    assert account.launch("submit", "target=ec2", f"name={run}")[0] == OK
+    end(account, run, reason)
+    code, printed = account.launch("logs", run)
+    [line] = [line for line in printed.splitlines() if line.startswith(f"attempt 1 at {run}")]
+    assert code == OK and "is failed" in line and remedy in line, printed
+    assert "$0.00" in account.launch("cost", run)[1]
+
+
+def test_a_job_that_sagemaker_has_no_machine_for_is_asked_for_again(account):
+    process = account.start(
+        "submit", "target=sagemaker", "name=crowded", "--wait", "--every", "0.05"
+    )
+    assert wait_for(lambda: sent(account, "DescribeTrainingJob", "packhorse-crowded-1"), 120)
+    why = "CapacityError: Unable to provision requested ML compute capacity."
+    account.post("/strict/end", job="packhorse-crowded-1", status="Failed", why=why)
+    assert wait_for(lambda: sent(account, "CreateTrainingJob", "packhorse-crowded-2"), 120)
+    assert wait_for(lambda: sent(account, "DescribeTrainingJob", "packhorse-crowded-2"), 120)
+    account.post("/strict/end", job="packhorse-crowded-2", status="Completed")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == OK and "attempt 1 found no machine free" in printed, printed
+
+
+def test_a_job_that_a_limit_has_stopped_says_which(account):
+    assert account.launch("submit", "target=sagemaker", "target.spot=true", "name=waited")[0] == OK
+    why = "MaxWaitTimeExceeded"
+    account.post("/strict/end", job="packhorse-waited-1", status="Stopped", why=why)
+    code, printed = account.launch("logs", "waited")
+    assert code == OK and "is stopped (MaxWaitTimeExceeded: target.wait_hours is over" in printed
+
+
+def test_what_a_job_logs_last_is_shown_though_it_comes_late(account):
+    assert account.launch("submit", "target=sagemaker", "name=tardy")[0] == OK
+    process = account.start("logs", "tardy", "--follow", "--every", "0.1")
+    assert wait_for(lambda: sent(account, "FilterLogEvents", "tardy"), 120)
+    job = {"job": "packhorse-tardy-1", "status": "Completed"}
+    account.post("/strict/end", **job, log="the last line")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == OK and printed.count("the last line") == 1, printed
+    assert account.launch("logs", "tardy")[1].count("the last line") == 1
 
 
 @pytest.mark.parametrize(
@@ -455,7 +506,7 @@ def test_what_is_past_its_limit_is_said_first_and_ended(account):
     assert account.launch("submit", "target=ec2", "name=within")[0] == OK
     [machine] = machines(account, "past")
     account.post("/strict/age", instance=machine["InstanceId"], hours=100)
-    line = f"OVERDUE: run past on {machine['InstanceId']}, 92.0 h past its 8 h limit, $52.6"
+    line = f"OVERDUE: run past on {machine['InstanceId']}, 92.0 h past its 8 h limit, $54.2"
     verbs = {
         "status": ["--json"],
         "logs": ["within"],
