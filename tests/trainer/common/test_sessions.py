@@ -109,6 +109,8 @@ MODULES = (
     "trainer.checkpoint",
     "trainer.runs",
     "trainer.sweep.batch",
+    "serving",
+    "launch",
 )
 
 
