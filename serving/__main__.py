@@ -9,7 +9,7 @@ from trainer.common import sessions, streams
 if __name__ == "__main__":
     sessions.end_when_asked()  # before what takes seconds to import
 
-from trainer.common.command import guarded
+from trainer.common.command import guarded, leave
 from trainer.common.errors import MISTAKE, OK, needed_by
 
 USAGE = """usage: python -m serving VERB ...
@@ -73,4 +73,4 @@ def to_stderr(level: int, line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]), globals())

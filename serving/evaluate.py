@@ -74,10 +74,10 @@ def main(arguments: Sequence[str]) -> int:
     with ProgressBar("report", 1):
         result = evaluation.write(evaluated, options.to, noted)
     low, high = result["interval"]
-    words = f"top-1 {result['top1']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
+    words = f"top-1 {result['top1']:.1%} (95% interval {low:.1%} to {high:.1%}), "
     if len(package.classes) > 5:
         words += f"top-5 {result['top5']:.1%}, "
-    print(f"{words}macro F1 {result['f1']:.3f}, {result['pictures']} pictures")
+    print(f"{words}macro F1 {result['f1']:.1%}, {result['pictures']} pictures")
     print(f"report       {options.to / 'report.html'}")
     print(f"predictions  {options.to / 'predictions.csv'}")
     around = (options.folder, options.folder.parent)  # of a whole data set, or of one part of it

@@ -198,7 +198,7 @@ class _Table:
         if isinstance(outcome, ImageError):
             print(f"{name}  can't be read: {outcome}", flush=True)
             return
-        words = f"{name}  {outcome.label}  {100 * outcome.probability:.0f} %"
+        words = f"{name}  {outcome.label}  {outcome.probability:.0%}"
         if outcome.unlike:
             words += "  (unlike anything that was trained on)"
         elif outcome.sure is False and outcome.members is not None and len(outcome.members) > 1:

@@ -89,7 +89,7 @@ def test_without_a_table_a_line_a_picture_says_it_to_a_person(asked, photos):
     lines = out.splitlines()
     assert len(lines) == 11
     assert f"{photos}/trip 1/broken.jpg  can't be read: " in out
-    assert all(" %" in line for line in lines if "broken" not in line)
+    assert all("%" in line for line in lines if "broken" not in line)
     assert "11 pictures, " in err
     assert "1 broken" in err
 
