@@ -1,14 +1,20 @@
 """`python -m launch VERB target=NAME [target.KEY=VALUE] [the trainer's own settings]`."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from trainer.common import sessions
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
+
 from launch.verbs import VERBS
 from trainer.common.command import guarded
 from trainer.common.console import log, to_terminal
-from trainer.common.errors import MISTAKE, OK, needed_by
+from trainer.common.errors import MISTAKE, OK, RESUME, needed_by
 
 TARGETS = Path(__file__).parents[1] / "conf" / "target"
 
@@ -38,13 +44,14 @@ def main(arguments: Sequence[str]) -> int:
         return guarded(lambda: run(verb, rest), log.log)
     except KeyboardInterrupt:
         log.warning("interrupted; what runs on AWS keeps running: python -m launch status shows it")
-        return MISTAKE
+        return RESUME
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Do what the verb says; return the exit code."""
     with needed_by("python -m launch", "aws"):
         module = import_module(f"launch.verbs.{verb}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `main` says what keeps running
     code: int = module.main(arguments)
     return code
 

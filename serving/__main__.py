@@ -1,12 +1,15 @@
 """`python -m serving`: a model package checked, served, measured and deployed."""
 
-import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from trainer.common import streams
-from trainer.common.command import guarded
+from trainer.common import sessions, streams
+
+if __name__ == "__main__":
+    sessions.end_when_asked()  # before what takes seconds to import
+
+from trainer.common.command import guarded, leave
 from trainer.common.errors import MISTAKE, OK, needed_by
 
 USAGE = """usage: python -m serving VERB ...
@@ -51,11 +54,7 @@ def main(arguments: Sequence[str]) -> int:
             return OK
         print(USAGE, file=sys.stderr)
         return MISTAKE
-    try:
-        return guarded(lambda: run(arguments), to_stderr)
-    except KeyboardInterrupt:
-        to_stderr(logging.WARNING, "interrupted")
-        return MISTAKE
+    return guarded(lambda: run(arguments), to_stderr)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -63,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     name = VERBS[arguments[0]]
     with needed_by(arguments[0], EXTRAS.get(name, "serve")):
         module = import_module(f"serving.{name}")
+    sessions.end_when_asked(clear=True)  # a package is unpacked in a temporary directory
     code: int = module.main(arguments)
     return code
 
@@ -73,4 +73,4 @@ def to_stderr(level: int, line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]), globals())

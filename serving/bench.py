@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     advice = advise(loads, options.rate, options.limit, rented.on_demand)
     if advice is None:
         print(
-            f"\nNo load had 95 % of its answers within {options.limit:g} s: take a faster "
+            f"\nNo load had 95% of its answers within {options.limit:g} s: take a faster "
             "instance, int8 (package.int8=true) or a smaller network."
         )
         return OK
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "--limit",
         type=positive,
         default=1.0,
-        help="seconds that 95 %% of the answers may take (default %(default)s)",
+        help="seconds that 95%% of the answers may take (default %(default)s)",
     )
     parser.add_argument(
         "--instance",

@@ -88,7 +88,7 @@ def _calibration(package: Package) -> str:
     if calibration.least_probability is None:
         return "softmax as it is: this package was built without calibration"
     words = (
-        f"temperature {calibration.temperature:.3g}, sets at {COVERAGE} %, "
+        f"temperature {calibration.temperature:.3g}, sets at {COVERAGE}%, "
         f"by {calibration.pictures} pictures"
     )
     if calibration.farthest is not None:

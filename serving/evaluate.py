@@ -17,10 +17,10 @@ from serving.backends import Scores
 from serving.locate import package_of
 from serving.package import Package, load_for_command
 from serving.sources import Source, on_disk
+from trainer.common import sessions
 from trainer.common.arguments import typed_path
 from trainer.common.console import ProgressBar, command
 from trainer.common.errors import OK, Unreadable, UserError, needed_by
-from trainer.common.interrupt import Stop, on_signals
 from trainer.common.text import listed
 from trainer.images import folder, table
 from trainer.images.decode import ImageError
@@ -43,15 +43,17 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     found = _find(options.folder, options.labels, options.split)
     path = package_of(options.model)
-    package = load_for_command(path, bulk.THREADS)
+    with ProgressBar("loading the model", 1):
+        package = load_for_command(path, bulk.THREADS)
     labelled = _matched(found, package.classes, options.folder)
     for note in labelled.notes:
         print(note)
-    with needed_by("evaluate", "serve"):
+    sessions.end_when_asked()  # nothing is open while PyTorch is imported
+    with needed_by("evaluate", "serve"), ProgressBar("loading PyTorch", 1):
         # imported here: metrics and report are the trainer's, with PyTorch.
         from trainer.results import evaluation
-    with on_signals() as stop:
-        scores, broken = _scores(package, labelled, stop)
+    sessions.end_when_asked(clear=True)
+    scores, broken = _scores(package, labelled)
     if not scores:
         raise UserError(f"{options.folder}: no picture can be read: {broken[0][0]}: {broken[0][1]}")
     together = Scores.joined([*scores.values()])
@@ -69,12 +71,13 @@ def main(arguments: Sequence[str]) -> int:
         config=package.config,
     )
     noted = {"model": package.digest, "data": str(options.folder)}
-    result = evaluation.write(evaluated, options.to, noted)
+    with ProgressBar("report", 1):
+        result = evaluation.write(evaluated, options.to, noted)
     low, high = result["interval"]
-    words = f"top-1 {result['top1']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
+    words = f"top-1 {result['top1']:.1%} (95% interval {low:.1%} to {high:.1%}), "
     if len(package.classes) > 5:
         words += f"top-5 {result['top5']:.1%}, "
-    print(f"{words}macro F1 {result['f1']:.3f}, {result['pictures']} pictures")
+    print(f"{words}macro F1 {result['f1']:.1%}, {result['pictures']} pictures")
     print(f"report       {options.to / 'report.html'}")
     print(f"predictions  {options.to / 'predictions.csv'}")
     around = (options.folder, options.folder.parent)  # of a whole data set, or of one part of it
@@ -175,11 +178,11 @@ def _compared(name: str, classes: Sequence[str]) -> str:
 
 
 def _scores(
-    package: Package, labelled: Labelled, stop: Stop
+    package: Package, labelled: Labelled
 ) -> tuple[dict[str, Scores], list[tuple[str, str]]]:
     """Return the scores of each picture by its name, and those that are broken, with the reason.
 
-    Raises Unreadable for a picture that can't be read now, and Interrupted.
+    Raises Unreadable for a picture that can't be read now.
     """
     scores: dict[str, Scores] = {}
     broken: list[tuple[str, str]] = []
@@ -187,7 +190,6 @@ def _scores(
         for picture, outcome in bulk.each(
             package, labelled.pictures, lambda picture, data, scores: scores
         ):
-            stop.check()
             if isinstance(outcome, Unreadable):
                 raise outcome
             if isinstance(outcome, ImageError):

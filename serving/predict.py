@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -50,16 +50,18 @@ def main(arguments: Sequence[str]) -> int:
     pictures, left_out = sources.find(options.pictures, user_cache())
     if left_out:
         _say(f"left out: {left_out}")
-    package = load_for_command(package_of(options.model), bulk.THREADS)
+    with ProgressBar("loading the model", 1):
+        package = load_for_command(package_of(options.model), bulk.THREADS)
     columns = Columns(min(options.top, len(package.classes)), model=package.digest[:12])
-    with on_signals() as stop, _table(options.csv, columns) as table:
+    in_file = options.csv not in (None, STANDARD_OUTPUT)
+    # Only what is in a file is saved, for the same command to go on with.
+    asked = on_signals() if in_file else nullcontext(Stop())
+    with asked as stop, _table(options.csv, columns) as table:
         waiting = [picture for picture in pictures if picture.name not in table.done]
         if len(waiting) < len(pictures):
             _say(f"{options.csv} has {len(pictures) - len(waiting)} of {len(pictures)} already")
         tally = _predict(package, waiting, table.add, options.images, stop)
-    where = ""
-    if options.csv not in (None, STANDARD_OUTPUT):
-        where = f": {options.csv}"
+    where = f": {options.csv}" if in_file else ""
     _say(_told(tally) + where)
     _say(_next(options.model, options.pictures, package.classes))
     if tally.unreadable:
@@ -196,7 +198,7 @@ class _Table:
         if isinstance(outcome, ImageError):
             print(f"{name}  can't be read: {outcome}", flush=True)
             return
-        words = f"{name}  {outcome.label}  {100 * outcome.probability:.0f} %"
+        words = f"{name}  {outcome.label}  {outcome.probability:.0%}"
         if outcome.unlike:
             words += "  (unlike anything that was trained on)"
         elif outcome.sure is False and outcome.members is not None and len(outcome.members) > 1:

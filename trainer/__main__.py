@@ -247,7 +247,4 @@ def sweep(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    if vars(sys.modules["__main__"]) is globals():  # not where runpy runs it within a program
-        command.leave(code)
-    sys.exit(code)
+    command.leave(main(), globals())

@@ -6,21 +6,22 @@ Nothing is trained and nothing is changed; it writes a page, care.html, and a li
 
 import argparse
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 
 from trainer.common import sessions
+from trainer.common.console import ProgressBar, log, to_terminal
 
 if __name__ == "__main__":
     sessions.end_when_asked()  # before what takes seconds to import
+    with ProgressBar("loading PyTorch", 1):
+        import torch  # noqa: F401 (for the bar: the modules below import it)
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.common.arguments import typed_path
-from trainer.common.command import guarded
-from trainer.common.console import ProgressBar, log, to_terminal
+from trainer.common.command import guarded, leave
 from trainer.common.errors import UserError
 from trainer.common.interrupt import Stop, on_signals
 from trainer.distributed.world import World
@@ -79,7 +80,9 @@ def examine(overrides: list[str], title: str, target: Path) -> None:
     with on_signals() as stop:
         machine = prepare_machine(config, world)
         images = find_images(config, stop)
-        config = weights.resolve(recipe.glanced(config, machine.device.type), images)
+        glanced = recipe.glanced(config, machine.device.type)
+        with ProgressBar("looking at the weights", 1):
+            config = weights.resolve(glanced, images)
         run = Run(config, world, stop, "care", target, target, target)
         images, reader = usable_images(config, images, stop, world)
         target.mkdir(parents=True, exist_ok=True)
@@ -96,8 +99,11 @@ def examine(overrides: list[str], title: str, target: Path) -> None:
     care.write(findings, target / "care.csv")
     spec, page = preprocessing(config), target / "care.html"
     counts = {name: images.count(name) for name in images.splits}
-    write_page(findings, title, counts, page, lambda path: folder.read_prepared(path, spec))
-    log.info("with pictures: %s", page)
+    with ProgressBar("report", 1):
+        write_page(findings, title, counts, page, lambda path: folder.read_prepared(path, spec))
+    if not findings.all:
+        log.info("nothing was noticed about the pictures")
+    log.info("report: %s", page)
     keep_or_stop(images, findings, leaks)
 
 
@@ -108,7 +114,8 @@ def _network(run: Run, images: ImageFolder, machine: Machine, out: Findings) -> 
         out.unseen.append(f"{what}, for which a pretrained network is needed (model.weights)")
         return None
     try:
-        return build_network(run, images, machine)
+        with ProgressBar("building the network", 1):
+            return build_network(run, images, machine)
     except UserError as error:
         out.unseen.append(f"{what}: {error}")
         return None
@@ -132,4 +139,4 @@ def _features(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main(), globals())

@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,17 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.common import sessions
+from trainer.common.console import ProgressBar, log, to_terminal
 
 if __name__ == "__main__":
     sessions.end_when_asked()  # before what takes seconds to import
+    with ProgressBar("loading PyTorch", 1):
+        import torch
 
 import numpy as np
 import torch
 
 from trainer.common import files, programs
 from trainer.common.arguments import positive
-from trainer.common.command import guarded
-from trainer.common.console import log, to_terminal
+from trainer.common.command import guarded, leave
 from trainer.common.cpu import cores
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop, metadata
@@ -142,10 +143,13 @@ def examine(overrides: list[str], seconds: float) -> None:
     if lacking := programs.missing():
         log.info("for other commands\n%s\n", _table(lacking))
     images = find_images(config, words=overrides)
-    config = weights.resolve(recipe.glanced(config, machine.device.type), images)
-    network = build_network(_run(config, Path()), images, machine)
-    log.info("measuring, for less than a minute ...")
-    measured = measure(config, images, network, machine, seconds)
+    glanced = recipe.glanced(config, machine.device.type)
+    with ProgressBar("looking at the weights", 1):
+        config = weights.resolve(glanced, images)
+    with ProgressBar("building the network", 1):
+        network = build_network(_run(config, Path()), images, machine)
+    with ProgressBar("measuring, for less than a minute", 1):
+        measured = measure(config, images, network, machine, seconds)
     prediction = predict(config, images, measured)
     log.info("\nmeasured\n%s", _table(measured_facts(measured, machine)))
     facts = run_facts(config, images, network, measured, prediction)
@@ -641,4 +645,4 @@ def _table(facts: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main(), globals())

@@ -12,7 +12,7 @@ folder = Path(sys.argv[1])  # train/CLASS/*.jpg, and valid/ and test/ like it
 
 # Ctrl-C saves; the same call goes on, and returns at once where the run is complete.
 run = packhorse.fit(folder, name="first", train={"epochs": 8})
-print(f"accuracy {run.metrics['top1']:.1%}, macro F1 {run.metrics['f1']:.3f}; look at {run.report}")
+print(f"accuracy {run.metrics['top1']:.1%}, macro F1 {run.metrics['f1']:.1%}; look at {run.report}")
 
 for row in run.history:
     if "train_loss" in row:

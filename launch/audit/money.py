@@ -60,7 +60,7 @@ def idle_instance(account: Account) -> Iterator[Finding]:
         yield Finding(
             account.arn("ec2", f"instance/{name}"),
             f"instance {name} ({kind}) has been idle for {_days(account, launched)}: "
-            f"CPU below {IDLE_CPU:g} %",
+            f"CPU below {IDLE_CPU:g}%",
             f"aws ec2 terminate-instances --instance-ids {shlex.quote(name)} "
             "(or stop-instances, to keep its disk)",
             _a_month(account, [(kind, 1)]),

@@ -133,4 +133,4 @@ def _point(cost: Cost) -> str:
     """Return what a point of accuracy cost, empty where that is not known."""
     if cost.per_point is None:
         return ""
-    return f"  {100 * (cost.accuracy or 0):.1f} % accuracy, {dollars(cost.per_point)} a point"
+    return f"  {cost.accuracy or 0:.1%} accuracy, {dollars(cost.per_point)} a point"

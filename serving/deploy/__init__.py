@@ -9,6 +9,7 @@ import io
 import re
 import secrets
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.region is not None:
         check_region(options.region)
     _, run = VERBS[verb]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what keeps running is said below
     try:
         return run(options)
     except KeyboardInterrupt:

@@ -1,7 +1,10 @@
 """`packhorse VERB`: every verb there is, and no other behaviour than the module's own."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -9,7 +12,7 @@ import launch.__main__
 import serving.__main__
 from launch import packhorse
 from tests.conftest import environment
-from trainer.common.errors import MISTAKE, OK
+from trainer.common.errors import MISTAKE, OK, RESUME
 
 
 def test_each_verb_of_launch_and_serving_has_its_way_in():
@@ -95,3 +98,13 @@ def test_a_verb_is_its_module(tmp_path, words, module):
     assert (code, text) == run(*module)
     assert code == MISTAKE
     assert "Traceback" not in text
+
+
+def test_ctrl_c_says_what_keeps_running(capsys, monkeypatch):
+    def pressed(arguments: object):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr("launch.verbs.status.main", pressed)
+    assert launch.__main__.main(["status"]) == RESUME
+    assert "interrupted; what runs on AWS keeps running" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from serving import handler, predict, s3
 from serving.__main__ import main
 from serving.handler import Request, Settings
 from tests.conftest import environment, wait_for
-from trainer.common import files
+from trainer.common import files, sessions
 from trainer.common.errors import MISTAKE, OK, RESUME
 from trainer.images import folder
 from trainer.results.predictions import whole_rows
@@ -89,7 +89,7 @@ def test_without_a_table_a_line_a_picture_says_it_to_a_person(asked, photos):
     lines = out.splitlines()
     assert len(lines) == 11
     assert f"{photos}/trip 1/broken.jpg  can't be read: " in out
-    assert all(" %" in line for line in lines if "broken" not in line)
+    assert all("%" in line for line in lines if "broken" not in line)
     assert "11 pictures, " in err
     assert "1 broken" in err
 
@@ -294,6 +294,41 @@ def test_a_kill_loses_nothing_and_does_no_picture_twice(asked, original, tmp_pat
         assert b"start the same command again to continue" in told
     assert asked(photos, "--csv", "all.csv")[0] == OK
     assert table.read_bytes() == whole
+
+
+# Stops itself where the package is unpacked, and nothing is saved yet.
+STOPPED = """
+import os, runpy
+from serving import package
+check = package._check_golden
+def stopped(*arguments):
+    os.kill(os.getpid(), {number})
+    return check(*arguments)
+package._check_golden = stopped
+runpy.run_module("serving", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("number", sessions.ENDING)
+@pytest.mark.parametrize("verb", ["predict", "evaluate", "check"])
+def test_who_stops_a_verb_before_it_saves_is_told_to_start_it_again(
+    original, tmp_path, verb, number
+):
+    pictures = tmp_path / "photos"
+    shutil.copytree(original / "pictures", pictures / "hen")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    words = [verb, original / "model.tar.gz", *[pictures] * (verb != "check")]
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED.format(number=int(number)), *words],
+        cwd=tmp_path,
+        env=environment(tmp_path) | {"TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+    )
+    told = f"warning: stopped by {number.name}; start the same command again\n"
+    assert (done.returncode, done.stderr) == (RESUME, told)
+    assert [*temporary.glob("package-*")] == []
 
 
 @pytest.mark.parametrize(("place", "told"), [("", True), ("test", True), ("loose", False)])

@@ -46,6 +46,13 @@ def test_it_writes_a_page_and_a_list(look, tmp_path: Path):
     assert "not checked" in page.text.lower() and CLASSES[1] in page.text
 
 
+def test_it_says_that_nothing_was_noticed(look, tmp_path: Path):
+    for copy in ("test/cat", f"train/{CLASSES[1]}"):
+        (tmp_path / "my pictures" / copy / "9.jpg").unlink()
+    code, said = look("model=small_cnn")
+    assert code == 0 and "nothing was noticed about the pictures\n" in said
+
+
 def test_leaks_can_end_it_with_an_error(look, tmp_path: Path):
     code, said = look("model=small_cnn", "data.leaks=stop")
     assert code == 2 and "data.leaks=stop: 1 of the pictures of valid and test" in said

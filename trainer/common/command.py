@@ -7,7 +7,7 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NoReturn
 
@@ -47,12 +47,17 @@ def guarded(work: Callable[[], int | None], say: Say, explain: Explain | None = 
         return code
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, module: Mapping[str, object]) -> NoReturn:
     """End this process at once, with what was registered for its end done.
 
     Python would take down each module and thread first. With PyTorch and the exporter loaded that
     is seconds in which the prompt isn't back, and nothing is left to be done in them.
+
+    module: the globals of the module that was run. Where a program runs it within itself (runpy),
+    SystemExit is raised instead.
     """
+    if vars(sys.modules["__main__"]) is not module:
+        sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

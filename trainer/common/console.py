@@ -21,6 +21,9 @@ from trainer.common.watch import SLOW, watch
 log = logging.getLogger("packhorse")
 
 LINE_EVERY = 15.0  # seconds between two plain progress lines where no terminal shows a bar
+# What a bar shows, on a terminal.
+SINGLE = "{desc} {elapsed}"
+COUNTED = "{desc} {percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt}, {elapsed}, {remaining} left"
 TICK = 0.5  # seconds between two signs of a single piece of work on a terminal
 
 # What comes out, which -q shows too; it is no warning.
@@ -150,7 +153,8 @@ def command(module: str, *words: object) -> str:
 
 
 def _python() -> str:
-    if shutil.which("python") == sys.executable:
+    found = shutil.which("python")  # beside python3, which `packhorse` may have been installed by
+    if found and Path(found).parent == Path(sys.executable).parent:
         return "python"
     relative = os.path.relpath(sys.executable)
     if relative.startswith(".."):
@@ -188,7 +192,7 @@ class ProgressBar:
         if self._single and ProgressBar._pieces > 1:
             return
         if shows_bars(sys.stderr) and not _is_quiet():
-            form = "{desc} {elapsed}" if self._single else None
+            form = SINGLE if self._single else COUNTED
             self._bar = tqdm(
                 total=total,
                 initial=done,
@@ -196,12 +200,18 @@ class ProgressBar:
                 leave=False,
                 dynamic_ncols=True,
                 bar_format=form,
+                smoothing=0,  # what is left by the mean rate: advance(0) would make it seem fast
             )
-        if self._single:
-            threading.Thread(target=self._tick, name="progress", daemon=True).start()
+        self._ticks: threading.Thread | None = None
+        if self._single or self._bar is not None:
+            self._ticks = threading.Thread(target=self._tick, name="progress", daemon=True)
+            self._ticks.start()
 
     def _tick(self) -> None:
-        """Give signs of a single piece of work, from a thread of its own, until it is done."""
+        """Give signs of work, from a thread of its own, until it is done.
+
+        A bar shows its seconds also while no piece of it is done.
+        """
         while not self._ended.wait(TICK):
             if self._bar is not None:
                 self._bar.refresh()
@@ -237,4 +247,6 @@ class ProgressBar:
         self._ended.set()
         ProgressBar._pieces -= self._single
         if self._bar is not None:
+            assert self._ticks is not None
+            self._ticks.join()  # it would draw the bar once more
             self._bar.close()

@@ -42,11 +42,11 @@ def end_when_asked(clear: bool = False, held: bool = False) -> None:
         with suppress(Exception):  # it may be in the middle of a print
             sys.stdout.flush()
         name = signal.Signals(number).name
+        line = f"warning: stopped by {name}; start the same command again\n"
         with suppress(OSError):
-            os.write(
-                2,
-                f"warning: stopped by {name}; start the same command again\n".encode(),
-            )
+            if os.isatty(2):
+                line = f"\r\033[K{line}"  # in the place of a progress bar
+            os.write(2, line.encode())
         if clear:
             sys.exit(RESUME)
         os._exit(RESUME)

@@ -40,7 +40,7 @@ def gpus() -> list[str]:
         rows = [line.split(",") for line in answer.stdout.splitlines() if line.strip()]
         # The memory is in MiB.
         return [
-            f"GPU {share.strip()} %, {int(used) * 2**20 / 1e9:.1f} of "
+            f"GPU {share.strip()}%, {int(used) * 2**20 / 1e9:.1f} of "
             f"{int(total) * 2**20 / 1e9:.1f} GB"
             for share, used, total in rows
         ]

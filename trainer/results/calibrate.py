@@ -93,7 +93,7 @@ def fit(
         least = float(np.sort(right)[len(labels) - rank])
     else:
         notes.append(
-            f"{len(labels)} pictures are too few for sets at {COVERAGE} %: each holds all classes"
+            f"{len(labels)} pictures are too few for sets at {COVERAGE}%: each holds all classes"
         )
     farthest = None
     if distance is not None:
@@ -216,9 +216,9 @@ class Quality:
         words = (
             f"calibration: temperature {self.calibration.temperature:.3g} "
             f"by {self.calibration.pictures} pictures that it wasn't trained on; "
-            f"calibration error on {self.split} {self.error_before:.3f} before, "
-            f"{self.error:.3f} after; sets of {self.set_size:.1f} classes hold the right one in "
-            f"{self.coverage:.1%} (asked: {COVERAGE} %); sure of {self.sure:.0%}"
+            f"calibration error on {self.split} {self.error_before:.1%} before, "
+            f"{self.error:.1%} after; sets of {self.set_size:.1f} classes hold the right one in "
+            f"{self.coverage:.1%} (asked: {COVERAGE}%); sure of {self.sure:.0%}"
         )
         if self.sure:
             words += f", of these {self.sure_right:.0%} right"

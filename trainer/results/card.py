@@ -103,14 +103,14 @@ class Card:
 
     def _figures(self) -> str:
         pictures = len(self.labels)
-        rows = ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
+        rows = ["| figure | value | 95% interval |", "| --- | --- | --- |"]
         for name, title in SHARES.items():
             if name == "top5" and len(self.classes) <= 5:
                 continue
             share = self.metrics[name]
             low, high = wilson_interval(round(share * pictures), pictures)
             rows.append(f"| {title} | {percent(share)} | {percent(low)} to {percent(high)} |")
-        rows.append(f"| macro F1 | {self.metrics['f1']:.3f} | |")
+        rows.append(f"| macro F1 | {percent(self.metrics['f1'])} | |")
         rows.append(f"| loss | {self.metrics['loss']:.3f} | |")
         said = f"On the {pictures:,} pictures of {self.split}:"
         if self.split != "test":

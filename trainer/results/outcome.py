@@ -135,9 +135,10 @@ def test(run: Training) -> Tested:
     if split == "test":
         epoch = run.progress.best["epoch"]
         run.metrics_file.append({"epoch": epoch, "step": run.progress.step} | values)
+        weights = f"the weights of epoch {epoch}" if epoch else "the solved head"
         told = (
             f"test: {percent(values['test_top1'])}, top-5 {percent(values['test_top5'])}, "
-            f"macro F1 {percent(values['test_f1'])}, by the weights of epoch {epoch}"
+            f"macro F1 {percent(values['test_f1'])}, by {weights}"
         )
         log.info(metric_line({"epoch": epoch} | values), extra={"for_people": told})
     valid = logits, distance, targets
@@ -297,7 +298,7 @@ def _card(run: Training, tested: Tested) -> Card:
     notes = [f"Probabilities: {tested.quality.line()}."]
     if tested.other:
         words = tested.other.how.replace("_leaks", " the pictures that are in train too")
-        top1 = f"{100 * tested.other.metrics['top1']:.1f} %"
+        top1 = percent(tested.other.metrics["top1"])
         notes.append(f"{words.capitalize()}: top-1 accuracy {top1} of {tested.other.pictures:,}.")
     return Card(
         name=run.run.name,

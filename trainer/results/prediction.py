@@ -42,7 +42,7 @@ class Prediction:
     def _repr_html_(self) -> str:
         """Return the likeliest classes as a table, for notebooks."""
         rows = "".join(
-            f"<tr><td>{html.escape(label)}</td><td>{100 * probability:.1f} %</td></tr>"
+            f"<tr><td>{html.escape(label)}</td><td>{probability:.1%}</td></tr>"
             for label, probability in zip(self.labels[:3], self.probabilities[:3], strict=True)
         )
         note = ""

@@ -70,7 +70,7 @@ class Report(Outcomes):
     findings: Findings = field(default_factory=Findings)  # what is wrong with the data set
     about: Sequence[str] = ()  # the subtitle: a line each
     given: Collection[str] = ()  # keys of the settings that were given, and not decided
-    # Gives the seconds of all parts of the run until then. It is asked last: the page is one.
+    # Gives the seconds of all parts of the run until then. Asked when the pictures are drawn.
     stages: Callable[[], Mapping[str, float]] = dict
     # Images of each class, [C], of each split.
     counts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -104,10 +104,13 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
     charts: list[Chart] = []
     if report.history:
         charts = _charts(report)
-    stages = _stages(report.stages())
-    took = sum(stage.seconds for stage in stages)
     rows = mistakes.table(report)
     folder = mistakes.common_folder(rows)
+    pairs = mistakes.pairs(report, thumbnail)
+    worst = mistakes.worst(report, thumbnail, looks)
+    care = sections(report.findings, thumbnail)
+    stages = _stages(report.stages())  # behind the pictures, which are what the page takes
+    took = sum(stage.seconds for stage in stages)
     page = templates.render(
         Path(__file__).with_name("report.html.j2"),
         FILTERS,
@@ -118,8 +121,8 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
         charts=charts,
         reliability=_reliability(report.quality),
         timing=_timing(report.history),
-        pairs=mistakes.pairs(report, thumbnail),
-        mistakes=mistakes.worst(report, thumbnail, looks),
+        pairs=pairs,
+        mistakes=worst,
         rows=rows,
         folder=folder,
         csv=mistakes.table_uri(rows),
@@ -129,7 +132,7 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
         asked_coverage=COVERAGE,
         label_length=confusion.LABEL_LENGTH,
         broken_rows=BROKEN_ROWS,
-        care=sections(report.findings, thumbnail),
+        care=care,
         epoch_columns=list(EPOCH_COLUMNS),
         epochs=_epochs(report.history),
         given=[key for key in report.config if key in report.given],

@@ -203,7 +203,7 @@ def own_settings(runs: Sequence[Summary]) -> list[list[str]]:
 
 
 COLUMNS = (
-    "date", "data", "model", "valid", "test", "95 %", "epochs", "time", "dollars", "state", "run",
+    "date", "data", "model", "valid", "test", "95%", "epochs", "time", "dollars", "state", "run",
 )  # fmt: skip
 NAMES = ("run", "data", "model")  # columns that a narrow terminal shows on a line of their own
 

@@ -655,9 +655,9 @@ class Driver:
         tested = read_result(self.place(best))
         if tested and not best.where:
             log.info(
-                "%-15s %.1f %% (%d pictures)",
+                "%-15s %s (%d pictures)",
                 f"{tested['split']} accuracy",
-                100 * tested["top1"],
+                f"{tested['top1']:.1%}",
                 tested["pictures"],
             )
             log.info("%-15s %s", "model package", self.place(best) / ARCHIVE)

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.common.console import log, quiet
+from trainer.common.console import ProgressBar, log, quiet
 from trainer.common.errors import Unreadable, UserError
 from trainer.distributed.world import World
 from trainer.images.augment import Augmentation
@@ -218,10 +218,11 @@ class Decision:
         """Build a candidate; None, and the reason noted, where its weights can't be had."""
         config = recipe.applied(self.config, recipe.probe_of(candidate.name))
         try:
-            with quiet():  # the same is said of the one that is chosen
+            # Quiet: the same is said of the one that is chosen.
+            with ProgressBar(f"building {candidate.name}", 1), quiet():
                 config = weights.resolve(config, self.images)
-            torch.manual_seed(config.seed)
-            network = new_network(config, self.images.classes).to(self.machine.device)
+                torch.manual_seed(config.seed)
+                network = new_network(config, self.images.classes).to(self.machine.device)
         except Unreadable:
             raise
         except UserError as error:
@@ -233,9 +234,10 @@ class Decision:
         cache = FeatureCache(network, loader, self.machine, Path(config.platform.cache))
         size = loader.preprocessing.size
         candidate.licence = weights.provenance(config)["licence"] or "not stated"
-        candidate.gflops = _gflops(network, size)
         candidate.megabytes = sum(each.numel() for each in network.parameters()) * 4 / 1e6
-        candidate.milliseconds = _milliseconds(network, size, self.machine)
+        with ProgressBar(f"measuring {candidate.name}", 1):
+            candidate.gflops = _gflops(network, size)
+            candidate.milliseconds = _milliseconds(network, size, self.machine)
         return Network(candidate, config, images, loader, cache)
 
     # --- what they know ---
@@ -273,14 +275,13 @@ class Decision:
         }
         classes, seed = len(network.images.classes), self.config.seed
         labels = {split: splits[split].labels for split in features}
-        if self.pools(network.images):
-            views, both = (np.concatenate([*each.values()]) for each in (features, labels))
-            solved = probe.fit(views, both, classes, seed, self.stop.check)
-            judged = Judged(network, solved.logits, both)
-        else:
+        with ProgressBar("solving a head", 1):
+            if self.pools(network.images):
+                views, both = (np.concatenate([*each.values()]) for each in (features, labels))
+                solved = probe.fit(views, both, classes, seed, self.stop.check)
+                return Judged(network, solved.logits, both)
             solved = probe.fit(features["train"], labels["train"], classes, seed, self.stop.check)
-            judged = Judged(network, solved.of(features["valid"][:, 0]), labels["valid"])
-        return judged
+            return Judged(network, solved.of(features["valid"][:, 0]), labels["valid"])
 
     def pools(self, images: ImageFolder) -> bool:
         """Return whether valid is so small that train judges too, by k-fold."""
@@ -460,8 +461,11 @@ class Decision:
         """
         first, second = (half for _, half in _halves(network.images, self.config.seed))
         for way in ways:
+            rates = _rates(way) if len(ways) > 1 else ""
+            log.info("fine-tuning%s on one half of the pictures: 1 of %d", rates, HALVES)
             tried = self.tried(network, values, way, first, 0)
             if not tried.hopeless:
+                log.info("fine-tuning%s on one half of the pictures: 2 of %d", rates, HALVES)
                 other = self.tried(network, values, way, second, 1)
                 tried = replace(
                     tried,
@@ -481,7 +485,6 @@ class Decision:
         number: int,
     ) -> Tried:
         """Fine-tune in one way on one half, and answer for the other one, which is its valid."""
-        log.info("fine-tuning on one half of the pictures: %d of %d", number + 1, HALVES)
         training = self.trial(self.of_way(network, values | way), half, network, number)
         # By the last weights: the best by these pictures would flatter it.
         logits, labels = self.answers(training, "valid")
@@ -505,7 +508,7 @@ class Decision:
         values = values | {"train.epochs": math.ceil(steps / self.steps_of(network))}
         losses = []
         for number, way in enumerate(ways):
-            log.info("fine-tuning on some of the pictures: %d of %d", number + 1, len(ways))
+            log.info("fine-tuning%s on some of the pictures", _rates(way))
             training = self.trial(
                 self.of_way(network, values | way), network.images, network, number
             )
@@ -587,7 +590,7 @@ class Decision:
         run.directory.mkdir(parents=True, exist_ok=True)
         read = network.loader.read if network else None
         loader = make_loader(run, images, read, self.machine)
-        with quiet():
+        with ProgressBar("building the network", 1), quiet():
             training = build_training(run, images, loader=loader)
         fit(training)
         return training
@@ -595,7 +598,8 @@ class Decision:
     def answers(self, training: Training, split: str) -> tuple[Tensor, Tensor]:
         """Return the logits [N, classes] and labels [N] of a split, by the weights as they are."""
         batches = training.data.eval_batches(split)
-        return predict(training, training.eval_model, batches, self.machine)
+        with ProgressBar("evaluating", 1):
+            return predict(training, training.eval_model, batches, self.machine)
 
     def forget_trials(self) -> None:
         """Remove what trials have written."""
@@ -640,6 +644,11 @@ def _words_of(tuned: dict[str, Any]) -> str:
         f"larger learning rates (optim.lr={tuned['optim.lr']:g} for all layers) let the weights "
         "learn more from these pictures"
     )
+
+
+def _rates(way: dict[str, Any]) -> str:
+    """Return which of two ways it is, behind a verb."""
+    return " at larger learning rates" if "optim.lr" in way else " at small learning rates"
 
 
 def _about(minutes: float) -> str:

@@ -85,9 +85,10 @@ def evaluate(run: Training) -> dict[str, float]:
     """Return the metrics of valid, in all processes. Raises Interrupted when asked to stop."""
     run.gradients.share_buffers(run.eval_model)
     batches = run.data.eval_batches("valid")
-    with run.unchanged(), ProgressBar("evaluating", 1):
-        logits, targets = predict(run, run.eval_model, batches, run.machine)
-    return run.world.broadcast_from_main(partial(run.measure, logits, targets))
+    with ProgressBar("evaluating", 1):
+        with run.unchanged():
+            logits, targets = predict(run, run.eval_model, batches, run.machine)
+        return run.world.broadcast_from_main(partial(run.measure, logits, targets))
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.common import files
-from trainer.common.console import log
+from trainer.common.console import ProgressBar, log
 from trainer.common.errors import Unreadable, UserError
 from trainer.common.objects import parsed
 from trainer.images.folder import ImageFolder
@@ -99,8 +99,9 @@ def settled(run: Run, images: ImageFolder) -> tuple[Run, Recipe | None]:
 
 def _decided(run: Run, images: ImageFolder) -> Recipe:
     """Decide, and write it down."""
-    # imported here: what is written is followed without PyTorch.
-    from trainer.training.decision import Decision
+    with ProgressBar("loading PyTorch", 1):
+        # imported here: what is written is followed without PyTorch.
+        from trainer.training.decision import Decision
 
     recipe = Decision(run, images).recipe()
     _write(run.checkpoints / FILE, recipe)
@@ -236,16 +237,18 @@ def _parsed(values: dict[str, Any]) -> Recipe:
 
 
 def table(candidates: Sequence[Candidate]) -> list[str]:
-    """Return the candidates that were measured as lines of text."""
-    rows = [("network", "accuracy", "GFLOP", "MB", "ms a picture here", "licence")]
+    """Return the candidates that were measured as lines of text, of 80 columns.
+
+    The name comes last: timm's have up to 50 characters. The report has the licences too.
+    """
+    rows = [("accuracy", "GFLOP", "MB", "ms here", "network")]
     rows += [
         (
-            each.name,
             f"{each.accuracy:.1%} +- {each.error:.1%}",
             f"{each.gflops:.2f}",
             f"{each.megabytes:.0f}",
             f"{each.milliseconds:.1f}",
-            each.licence,
+            each.name,
         )
         for each in candidates
         if not each.left_out

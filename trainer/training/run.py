@@ -304,10 +304,10 @@ class Run:
             best = "the solved head, nothing trained"
             if result["epochs"]:
                 best = f"the solved head: none of {result['epochs']} epochs was better beyond doubt"
-        accuracy = f"{100 * result['top1']:.1f} %"
+        accuracy = f"{result['top1']:.1%}"
         line = (
-            f"\n{result['split']} accuracy  {{}}  (top-5 {100 * result['top5']:.1f} %, "
-            f"macro F1 {result['f1']:.3f}, {result['pictures']} pictures; {best})"
+            f"\n{result['split']} accuracy  {{}}  (top-5 {result['top5']:.1%}, "
+            f"macro F1 {result['f1']:.1%}, {result['pictures']} pictures; {best})"
         )
         told = line.format(painted(accuracy, "bold", "green"))
         log.log(OUTCOME, line.format(accuracy), extra={"for_people": told})
@@ -315,9 +315,9 @@ class Run:
             other = result.get(f"{how}_leaks")
             if other:
                 log.info(
-                    "%s the pictures that are in train too: %.1f %% of %d",
+                    "%s the pictures that are in train too: %s of %d",
                     how,
-                    100 * other["top1"],
+                    f"{other['top1']:.1%}",
                     other["pictures"],
                 )
         places = {"report": "report.html", "log": "log.txt", "metrics": "metrics.jsonl"}

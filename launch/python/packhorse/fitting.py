@@ -78,7 +78,7 @@ class Run:
         result = self.result
         rows = {
             f"accuracy on {result['split']}": percent(result["top1"]),
-            "macro F1": f"{result['f1']:.3f}",
+            "macro F1": percent(result["f1"]),
             "pictures": f"{result['pictures']:,}",
             "best epoch": f"{result['best_epoch']} of {result['epochs']}",
         }

@@ -145,3 +145,43 @@ def test_a_log_that_cannot_be_opened_is_named_and_leaves_nothing_to_close(tmp_pa
     with pytest.raises(OSError, match=r"log\.txt") as raised, console.also_to_file(path):
         pass
     assert len(logging._handlerList) == known, raised
+
+
+def test_a_bar_counts_what_is_done_and_says_the_time_that_is_left(monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(log, "handlers", [])
+    with console.ProgressBar("packing pictures", 3000) as bar:
+        bar.advance(1200)
+        assert bar._bar is not None
+        bar._bar.refresh()
+    shown = screen.getvalue().split("\r")
+    assert any("packing pictures  40% |" in each and "1200 of 3000, " in each for each in shown)
+    assert any(each.rstrip().endswith(" left") for each in shown)
+    assert "it/s" not in screen.getvalue()
+
+
+def test_the_time_that_is_left_is_by_the_mean_rate(monkeypatch):
+    """A sweep looks often, and seldom is a trial done."""
+    screen, now = Screen(), [0]
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(console, "TICK", 3600.0)
+    with console.ProgressBar("trials", 2) as bar:
+        assert bar._bar is not None
+        monkeypatch.setattr(bar._bar, "_time", lambda: now[0])
+        bar._bar.start_t = bar._bar.last_print_t = 0.0
+        for second in range(1, 61):
+            now[0] = second
+            bar.advance(second // 60)
+    assert "1 of 2, 01:00, 01:00 left" in screen.getvalue()
+
+
+def test_a_shown_command_names_python_as_the_activated_environment_does(tmp_path, monkeypatch):
+    for name in ("python", "python3"):
+        (tmp_path / name).symlink_to("/usr/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python3"))
+    assert console.command("trainer", "name=a b") == "python -m trainer 'name=a b'"
+    monkeypatch.setattr("sys.executable", "/opt/other/bin/python3")
+    assert console.command("trainer").split()[0] == "/opt/other/bin/python3"

@@ -109,6 +109,8 @@ MODULES = (
     "trainer.checkpoint",
     "trainer.runs",
     "trainer.sweep.batch",
+    "serving",
+    "launch",
 )
 
 
@@ -121,6 +123,24 @@ def test_a_command_is_ready_for_signals_before_what_is_slow_to_import(module):
     before = path.read_text().split("sessions.end_when_asked(")[0]
     slow = ("import hydra", "import numpy", "import torch", "omegaconf", "trainer.training")
     assert not [word for word in slow if word in before]
+
+
+def test_leave_waits_for_no_thread_but_does_what_was_registered():
+    script = """
+import atexit, threading, time
+from trainer.common.command import leave
+threading.Thread(target=time.sleep, args=(600,)).start()
+atexit.register(print, "registered")
+try:
+    leave(4, {"a module": "that a program runs within itself"})
+except SystemExit as end:
+    print(end.code)
+leave(3, globals())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (3, "4\nregistered\n"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_gpus_and_memory_are_told(driver, tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal:  16000000 kB\nMemAvailable:  4000000 kB\nX: 1\n")
     monkeypatch.setattr(usage, "MEMINFO", tmp_path / "meminfo")
     assert usage.told() == (
-        "GPU 87 %, 9.1 of 16.1 GB; GPU 3 %, 0.0 of 16.1 GB; memory 12.3 of 16.4 GB"
+        "GPU 87%, 9.1 of 16.1 GB; GPU 3%, 0.0 of 16.1 GB; memory 12.3 of 16.4 GB"
     )
 
 
@@ -32,7 +32,7 @@ def test_gpus_and_memory_are_told(driver, tmp_path, monkeypatch):
 def test_a_driver_that_says_nothing_is_left_out(driver, tmp_path, monkeypatch, script):
     driver(script)
     monkeypatch.setattr(usage, "MEMINFO", tmp_path / "there is none")
-    assert usage.told() == ("GPU [N/A] %, 0.0 of 0.0 GB" if "N/A" in script else "")
+    assert usage.told() == ("GPU [N/A]%, 0.0 of 0.0 GB" if "N/A" in script else "")
 
 
 def test_a_line_of_progress_tells_it_where_there_is_no_terminal(monkeypatch):

@@ -515,6 +515,22 @@ FLAGS = [
 ]
 
 
+def test_the_time_of_its_pictures_is_in_its_wall_time(tmp_path):
+    spent = 60.0
+
+    def slow(path: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        nonlocal spent
+        spent += 1
+        return thumbnail(path)
+
+    subject = dataclasses.replace(
+        report(["a", "b"], [0, 0, 0], [1, 1, 1]), stages=lambda: {"report": spent}
+    )
+    page = written(subject, tmp_path, thumbnail=slow)
+    assert spent > 60
+    assert f"together 1 min {spent - 60:.0f} s" in page.text
+
+
 @pytest.mark.chromium
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize(

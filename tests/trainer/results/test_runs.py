@@ -58,7 +58,7 @@ def test_the_table_tells_runs_apart(make, tmp_path):
     assert "stopped" in by_name["c"]
     assert " 70.0% " in by_name["c"]  # its best epoch so far
     head, *lines = runs.table(runs.find(tmp_path / "runs"), width=80).splitlines()
-    assert head.split() == ["date", "valid", "test", "95", "%", "epochs", "time", "state"]
+    assert head.split() == ["date", "valid", "test", "95%", "epochs", "time", "state"]
     assert lines.count("  differs by optim.lr=0.01") == 1 and len(lines) == 7
     assert f"  {tmp_path}/runs/a  dogs  resnet18" in lines
     assert all(len(line) <= 80 for line in (head, *lines) if str(tmp_path) not in line)

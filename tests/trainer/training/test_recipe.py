@@ -4,6 +4,7 @@ import json
 import math
 import operator
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from trainer.settings.config import Config, solve_on_for
 from trainer.training import decision as decision_module
 from trainer.training import recipe as recipe_module
 from trainer.training.decision import EPOCHS, Decision, Judged, Tried, needed_gain
-from trainer.training.recipe import FILE, FORMAT, Candidate, applied, may_differ_by
+from trainer.training.recipe import FILE, FORMAT, Candidate, applied, may_differ_by, table
 from trainer.training.training import Training
 
 SMALL = ("shufflenet_v2_x0_5", "squeezenet1_1")
@@ -345,6 +346,18 @@ def test_what_a_head_cannot_be_is_refused(more):
     assert refusal("data.root=/nowhere", "model.name=resnet18", *more.split()) is not None
 
 
+def test_the_table_fits_a_terminal_of_80_columns():
+    names = ("timm/tf_efficientnet_lite0.in1k", "resnet50")
+    rows = [
+        Candidate(name, "apache-2.0", 0.8285, 0.0253, 12.34, megabytes=330, milliseconds=123.4)
+        for name in names
+    ]
+    head, *lines = table([*rows, Candidate("absent", left_out="no weights")])
+    assert max(map(len, (head, *lines))) <= 80
+    assert [line.split()[-1] for line in lines] == [*names]
+    assert "82.8% +- 2.5%" in lines[0]
+
+
 # --- whole runs ---
 
 
@@ -352,7 +365,9 @@ def test_a_folder_and_weights_are_all_that_it_needs(tmp_path, pictures, weights_
     given = words(pictures, weights_dir, "train.epochs=2")
     code, output = run_trainer(tmp_path, *given)
     assert code == OK, output
-    assert "fine-tuning on one half of the pictures: 1 of 2" in output
+    halves = re.findall("fine-tuning (.*) on one half of the pictures: 1 of 2", output)
+    assert halves and {*halves} <= {"at small learning rates", "at larger learning rates"}
+    assert len({*halves}) == len(halves)
     assert not (tmp_path / "runs/run/recipe").exists()
     assert not (tmp_path / "runs/run/checkpoints/recipe").exists()
     recipe = written(tmp_path)
