@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -377,7 +378,7 @@ def other_region(aws: Aws, bucket: str) -> list[str]:
     return [
         f"a bucket in {aws.region}, where the machines are: s3://{bucket} is in {region}, which "
         "SageMaker refuses and EC2 bills by the byte; give "
-        f"target.region={region}, or another bucket"
+        f"target.region={shlex.quote(region)}, or another bucket"
     ]
 
 

@@ -54,7 +54,7 @@ def state_of(cloud: Cloud, run: str) -> dict:
 def test_they_are_asked_for_together_and_cost_together(account):
     code, printed = account.launch("plan", *TWO, "name=pair")
     assert code == OK, printed
-    assert "2 x g4dn.xlarge, 2 processes" in printed and "$1.05 an hour" in printed
+    assert "2 x g4dn.xlarge, 2 processes" in printed and "$1.08 an hour with disk" in printed
     assert "ceiling   $8.76" in printed and "the machines reach each other by sg-" in printed
     account.post("/strict/sold_out", what="g4dn.xlarge (-|us-east-1a) .*")
     code, printed = account.launch("submit", *TWO, "name=pair")
