@@ -22,7 +22,7 @@ from trainer.common.arguments import typed_path
 from trainer.common.console import ProgressBar, command
 from trainer.common.errors import OK, Unreadable, UserError, needed_by
 from trainer.common.text import listed
-from trainer.images import folder, table
+from trainer.images import folder, identity, table
 from trainer.images.decode import ImageError
 from trainer.images.folder import File
 from trainer.images.names import SPLIT_NAMES, alike, counted
@@ -46,6 +46,12 @@ def main(arguments: Sequence[str]) -> int:
     with ProgressBar("loading the model", 1):
         package = load_for_command(path, bulk.THREADS)
     labelled = _matched(found, package.classes, options.folder)
+    seen = _seen(path, labelled)
+    if seen:
+        labelled.notes.append(
+            f"the model has seen {seen} of these {len(labelled.labels)} pictures, in its run's "
+            "train and valid: what follows is better than it will be on new ones"
+        )
     for note in labelled.notes:
         print(note)
     sessions.end_when_asked()  # nothing is open while PyTorch is imported
@@ -67,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         logits=together.logits,
         distance=together.distance,
         broken=broken,
-        facts=_facts(package),
+        facts=_facts(package) | ({"seen in training": str(seen)} if seen else {}),
         config=package.config,
     )
     noted = {"model": package.digest, "data": str(options.folder)}
@@ -175,6 +181,19 @@ def _compared(name: str, classes: Sequence[str]) -> str:
     if near is None:
         return name
     return f"{name} (the model has {near}: rename it)"
+
+
+def _seen(path: Path, labelled: Labelled) -> int:
+    """Return how many of the pictures the model has seen; 0 where no run beside it says so.
+
+    Its valid counts too: by that, epochs are chosen, probabilities calibrated and heads solved.
+    Raise Unreadable.
+    """
+    samples = identity.noted(path.parent / "checkpoints" / identity.INDEX) or []
+    known = {content for split, _, content, _ in samples if split != "test"}
+    if not known:
+        return 0
+    return sum(content in known for content in identity.digests([*labelled.labels]).values())
 
 
 def _scores(

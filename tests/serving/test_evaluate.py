@@ -10,6 +10,7 @@ import pytest
 
 from serving.__main__ import main
 from trainer.common.errors import MISTAKE, OK
+from trainer.images import identity
 from trainer.results.calibrate import Calibration
 from trainer.results.prediction import predictions
 
@@ -116,3 +117,19 @@ def test_a_prediction_orders_the_classes_and_knows_when_it_is_sure():
     assert (far.sure, far.unlike) == (False, True)
     [plain] = predictions(Calibration(), ("a", "b", "c"), logits[:1], None)
     assert (plain.members, plain.sure, plain.unlike) == (None, None, None)
+
+
+def test_pictures_that_the_model_has_seen_are_said(original, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    shutil.copy(original / "model.tar.gz", tmp_path / "run")
+    first, *_ = sorted((original / "pictures").iterdir())
+    for split, said in (("train", "seen 2 of these 7 pictures"), ("valid", "seen 2 of these 7")):
+        sample = split, "hen", identity.of_bytes(first.read_bytes()), f"{split}/hen/1.jpg"
+        identity.note(tmp_path / "run/checkpoints" / identity.INDEX, [sample])
+        assert main(["evaluate", str(tmp_path / "run"), str(photos)]) == OK
+        assert said in capsys.readouterr().out, split
+    sample = "test", *sample[1:]
+    identity.note(tmp_path / "run/checkpoints" / identity.INDEX, [sample])
+    assert main(["evaluate", str(tmp_path / "run"), str(photos)]) == OK
+    assert "has seen" not in capsys.readouterr().out
