@@ -404,9 +404,6 @@ class Strict:
             if status != RUNNING:
                 self.end(name, status, billed=1800.0)
 
-    def calls(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._record.read_text().splitlines()]
-
     # --- where moto is not strict ---
 
     def _strictly(

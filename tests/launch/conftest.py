@@ -54,6 +54,7 @@ class Cloud:
     url: str
     record: Path  # tests/launch/aws.py says in which form
     _clients: dict[str, Any] = field(default_factory=dict)
+    _started: list["Forked"] = field(default_factory=list)
 
     def post(self, path: str, **parameters: Any) -> Any:
         request = urllib.request.Request(
@@ -67,7 +68,9 @@ class Cloud:
         self.post("/strict/reset")
 
     def calls(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.record.read_text().splitlines()]
+        """Those that are written whole: the last line may be on its way."""
+        *lines, _ = self.record.read_text().split("\n")
+        return [json.loads(line) for line in lines]
 
     def client(self, service: str) -> Any:
         if service not in self._clients:
@@ -99,7 +102,13 @@ class Cloud:
         """Start it in a process forked from this one, which has imported everything already: half
         the time. It has a name by which AWS can kill it.
         """
-        return Forked(command_line.main, arguments, cwd, self.environment())
+        self._started.append(Forked(command_line.main, arguments, cwd, self.environment()))
+        return self._started[-1]
+
+    def end(self) -> None:
+        """Kill what a test that failed has left: it holds pipes of this process open."""
+        for forked in self._started:
+            forked.kill()
 
     def launch(self, *arguments: str, cwd: Path = PROJECT) -> tuple[int, str]:
         """As `run`, forked. A signal's code is negative."""
@@ -148,12 +157,15 @@ class Forked:
             self._errors.flush()
             os._exit(code)
 
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self._pid, signal.SIGKILL)
+            wait_for(self._ended)
+
     def communicate(self, timeout: float = 600) -> tuple[str, str]:
         """Wait for its end; return all that it has printed."""
         ended = wait_for(self._ended, timeout)
-        if not ended:
-            os.kill(self._pid, signal.SIGKILL)
-            wait_for(self._ended)
+        self.kill()
         output = _all_of(self._output)
         errors = "" if self._errors is self._output else _all_of(self._errors)
         assert ended, f"it has not ended in {timeout} s:\n{output}{errors}"
@@ -206,7 +218,11 @@ def running(record: Path, program: Sequence[str] = ("-m", "tests.launch.aws")) -
     )
     try:
         assert process.stdout is not None
-        yield Cloud(process.stdout.readline().strip(), record)
+        cloud = Cloud(process.stdout.readline().strip(), record)
+        try:
+            yield cloud
+        finally:
+            cloud.end()
     finally:
         process.kill()
         process.communicate()
