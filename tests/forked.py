@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TextIO
 
+from tqdm import tqdm
+
 # As trainer/distributed/job.py has it: PyTorch reads it when it is loaded.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 FORKS = multiprocessing.get_context("forkserver")
@@ -132,6 +134,8 @@ def _run(
 ) -> None:
     """Be the process that `python -m COMMAND` in `cwd` would be."""
     os.setsid()
+    # All forks share the semaphore in tqdm's lock: one that is killed with it would stop the others.
+    tqdm.set_lock(threading.RLock())
     os.dup2(to.fileno(), 1)
     os.dup2(to.fileno(), 2)
     to.close()

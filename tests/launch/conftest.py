@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import IO, Any
 
 import boto3
 import pytest
+from tqdm import tqdm
 
 from launch import __main__ as command_line
 from launch.cloud import account_stack, cloudformation, quotas, s3, source
@@ -141,6 +143,7 @@ class Forked:
             return
         code = 1
         try:
+            tqdm.set_lock(threading.RLock())  # as in tests/forked.py
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(environment | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"})
