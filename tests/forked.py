@@ -134,7 +134,7 @@ def _run(
 ) -> None:
     """Be the process that `python -m COMMAND` in `cwd` would be."""
     os.setsid()
-    # All forks share the semaphore in tqdm's lock: one that is killed with it would stop the others.
+    # All forks share the semaphore in tqdm's lock: one that is killed with it stops the others.
     tqdm.set_lock(threading.RLock())
     os.dup2(to.fileno(), 1)
     os.dup2(to.fileno(), 2)
