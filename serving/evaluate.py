@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,12 +46,6 @@ def main(arguments: Sequence[str]) -> int:
     with ProgressBar("loading the model", 1):
         package = load_for_command(path, bulk.THREADS)
     labelled = _matched(found, package.classes, options.folder)
-    seen = _seen(path, labelled)
-    if seen:
-        labelled.notes.append(
-            f"the model has seen {seen} of these {len(labelled.labels)} pictures, in its run's "
-            "train and valid: what follows is better than it will be on new ones"
-        )
     for note in labelled.notes:
         print(note)
     sessions.end_when_asked()  # nothing is open while PyTorch is imported
@@ -59,9 +53,15 @@ def main(arguments: Sequence[str]) -> int:
         # imported here: metrics and report are the trainer's, with PyTorch.
         from trainer.results import evaluation
     sessions.end_when_asked(clear=True)
-    scores, broken = _scores(package, labelled)
+    answers = _answers(package, labelled, _known(path))
+    scores, broken, seen = answers.scores, answers.broken, answers.seen
     if not scores:
         raise UserError(f"{options.folder}: no picture can be read: {broken[0][0]}: {broken[0][1]}")
+    if seen:
+        print(
+            f"the model has seen {seen} of these {len(scores)} pictures, in its run's "
+            "train and valid: what follows is better than it will be on new ones"
+        )
     together = Scores.joined([*scores.values()])
     evaluated = evaluation.Evaluated(
         title=f"{path} on {options.folder}",
@@ -183,40 +183,45 @@ def _compared(name: str, classes: Sequence[str]) -> str:
     return f"{name} (the model has {near}: rename it)"
 
 
-def _seen(path: Path, labelled: Labelled) -> int:
-    """Return how many of the pictures the model has seen; 0 where no run beside it says so.
+def _known(path: Path) -> set[str]:
+    """Return the SHA-256 of the pictures that the model has seen, where a run beside it says so.
 
     Its valid counts too: by that, epochs are chosen, probabilities calibrated and heads solved.
-    Raise Unreadable.
     """
     samples = identity.noted(path.parent / "checkpoints" / identity.INDEX) or []
-    known = {content for split, _, content, _ in samples if split != "test"}
-    if not known:
-        return 0
-    return sum(content in known for content in identity.digests([*labelled.labels]).values())
+    return {content for split, _, content, _ in samples if split != "test"}
 
 
-def _scores(
-    package: Package, labelled: Labelled
-) -> tuple[dict[str, Scores], list[tuple[str, str]]]:
-    """Return the scores of each picture by its name, and those that are broken, with the reason.
+@dataclass
+class Answers:
+    """The scores of each picture by its name; those that are broken, with the reason.
 
-    Raises Unreadable for a picture that can't be read now.
+    seen: how many the model has seen before.
     """
-    scores: dict[str, Scores] = {}
-    broken: list[tuple[str, str]] = []
+
+    scores: dict[str, Scores] = field(default_factory=dict)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    seen: int = 0
+
+
+def _answers(package: Package, labelled: Labelled, known: Container[str]) -> Answers:
+    """Ask the model. Raises Unreadable for a picture that can't be read now."""
+
+    def answer(picture: Source, data: bytes, scores: Scores) -> tuple[Scores, bool]:
+        return scores, identity.of_bytes(data) in known
+
+    answers = Answers()
     with ProgressBar("pictures", len(labelled.pictures)) as bar:
-        for picture, outcome in bulk.each(
-            package, labelled.pictures, lambda picture, data, scores: scores
-        ):
+        for picture, outcome in bulk.each(package, labelled.pictures, answer):
             if isinstance(outcome, Unreadable):
                 raise outcome
             if isinstance(outcome, ImageError):
-                broken.append((picture.name, str(outcome)))
+                answers.broken.append((picture.name, str(outcome)))
             else:
-                scores[picture.name] = outcome
+                answers.scores[picture.name], is_known = outcome
+                answers.seen += is_known
             bar.advance()
-    return scores, broken
+    return answers
 
 
 def _facts(package: Package) -> dict[str, str]:

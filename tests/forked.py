@@ -18,8 +18,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 # As trainer/distributed/job.py has it: PyTorch reads it when it is loaded.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 FORKS = multiprocessing.get_context("forkserver")
@@ -41,6 +39,7 @@ FORKS.set_forkserver_preload(
         "torch.onnx._internal.exporter._core",
         "torchmetrics.functional.classification",
         "torchvision",
+        "tests.tqdm_lock",
         "tests.warm",  # last, since it freezes what is there
     ]
 )
@@ -134,8 +133,6 @@ def _run(
 ) -> None:
     """Be the process that `python -m COMMAND` in `cwd` would be."""
     os.setsid()
-    # All forks share the semaphore in tqdm's lock: one that is killed with it stops the others.
-    tqdm.set_lock(threading.RLock())
     os.dup2(to.fileno(), 1)
     os.dup2(to.fileno(), 2)
     to.close()

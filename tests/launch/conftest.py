@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,8 @@ from typing import IO, Any
 
 import boto3
 import pytest
-from tqdm import tqdm
 
+import tests.tqdm_lock  # noqa: F401 (it gives forks a lock of their own)
 from launch import __main__ as command_line
 from launch.cloud import account_stack, cloudformation, quotas, s3, source
 from launch.cloud.request import core_session
@@ -143,7 +142,6 @@ class Forked:
             return
         code = 1
         try:
-            tqdm.set_lock(threading.RLock())  # as in tests/forked.py
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(environment | {"AWS_SDK_UA_APP_ID": f"pid-{os.getpid()}"})

@@ -453,13 +453,15 @@ class Driver:
         for path in sorted(self.directory.glob("outcomes-*.json")):
             # One that is damaged tells nothing: its trials are begun again, and find their runs.
             for number, outcome in (read_json(path) or {}).items():
+                if not number.isdecimal() or not isinstance(outcome, dict):
+                    continue
                 trial = running.pop(int(number), None)
                 if trial is None:
                     continue
                 if reason := outcome.get("failed"):
                     self.tell(trial, FAILED, reason=reason)
                 else:
-                    self.complete(trial, outcome["best_epoch"])
+                    self.complete(trial, outcome.get("best_epoch"))
 
     def complete(self, trial: Trial, epoch: int | None) -> None:
         """Tell the ledger the objective at the trial's best epoch. One not finite is a failure.
@@ -701,7 +703,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     rows = []
     if path.exists():
         rows = [parsed(line) or {} for line in path.read_bytes().split(b"\n")[:-1]]
-    return [row for row in rows if "valid_loss" in row]
+    return [row for row in rows if {"epoch", "valid_loss"} <= row.keys()]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

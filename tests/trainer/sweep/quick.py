@@ -14,6 +14,7 @@ from typing import IO
 
 from tqdm import tqdm
 
+import tests.tqdm_lock  # noqa: F401 (it gives forks a lock of their own)
 from trainer.common import sessions
 from trainer.common.console import log
 from trainer.sweep import process
