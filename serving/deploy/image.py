@@ -218,7 +218,9 @@ class Image:
             "PermissionsBoundary": boundary,
         }
         content = Content(TEMPLATE.read_text(), parameters)
-        described = stack.find_ours()
+        described = None
+        if stack.find_ours() is not None:
+            described = stack.settle()  # another `deploy`, or one that was killed, may change it
         if described is None:
             stack = ImageStack(aws, stack.create(content))
         else:

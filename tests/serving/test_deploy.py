@@ -507,6 +507,38 @@ def test_after_a_kill_nothing_is_built_twice(
     assert BUILT.fullmatch(deployed_image(cloud)) and len(started(cloud)) == 1
 
 
+def test_an_image_that_was_built_while_somebody_was_asked_is_taken(
+    cloud, serving, package, quick_looks, monkeypatch
+):
+    assert serving("deploy", package, "--build", "--yes")[0] == 0
+    find, answers = image.Image.find, [None]
+    monkeypatch.setattr(image.Image, "find", lambda self: answers.pop() if answers else find(self))
+    code, output, error = serving("deploy", "--build", "--yes")
+    assert (code, output.splitlines()[-1]) == (0, "nothing else to change"), error + output
+    assert len(started(cloud)) == 1
+
+
+def test_a_stack_that_another_deploy_is_making_is_waited_for(
+    cloud, serving, package, quick_looks, monkeypatch
+):
+    cloud.post("/strict/build", status="FAILED")
+    assert serving("deploy", package, "--build", "--yes")[0] == 2
+    describe, busy = image.ImageStack.describe, [None] * 6
+
+    def described(self):
+        answer = describe(self)
+        if busy:
+            busy.pop()
+            answer["StackStatus"] = "CREATE_IN_PROGRESS"
+        return answer
+
+    monkeypatch.setattr(image.ImageStack, "describe", described)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    code, output, error = serving("deploy", package, "--build", "--yes")
+    assert code == 0, error + output
+    assert "packhorse-serving-image: CREATE_IN_PROGRESS; serving/image.yaml" in output
+
+
 def test_what_an_interrupted_build_leaves_is_said_and_destroy_stops_it(
     cloud, package, serving, quick_looks
 ):
