@@ -16,7 +16,7 @@ from typing import Any
 
 from launch.cloud.account_stack import AccountStack
 from launch.cloud.cloudformation import IN_SERVICE, NO_CHANGES, Content, load, parameters_of
-from launch.cloud.prices import BUILD_MINUTE, ECR_GB_MONTH
+from launch.cloud.prices import BUILD_DATE, BUILD_MINUTE, ECR_GB_MONTH, FALLBACK
 from launch.cloud.session import Aws, AwsError, domain
 from launch.cloud.source import BESIDE, beside
 from serving.deploy import bundle
@@ -156,7 +156,8 @@ class Image:
         digest = hashlib.sha256(TEMPLATE.read_bytes()).hexdigest()
         print(
             f"  deploy builds it first, with CodeBuild in this account: some minutes at "
-            f"${BUILD_MINUTE:g} each; ECR keeps it for {dollars(ECR_GB_MONTH)} a GB and month"
+            f"${BUILD_MINUTE:g} each; ECR keeps it for {dollars(ECR_GB_MONTH)} a GB and month "
+            f"(estimate of {BUILD_DATE} for {FALLBACK})"
         )
         print(f"  {source.size:>12,} bytes  {source.what}: {where}")
         described = self._stack(self.aws).find_ours() if self.aws else None
