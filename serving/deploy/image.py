@@ -7,6 +7,7 @@ the digest of what it is built from, so the same source is built once.
 import hashlib
 import re
 import secrets
+import shlex
 import time
 import zipfile
 from collections.abc import Iterator
@@ -192,7 +193,7 @@ class Image:
             if build is not None:
                 left = (
                     f"{build['id']} keeps running, an hour at most "
-                    f"(aws codebuild stop-build --id {build['id']} ends it)"
+                    f"(aws codebuild stop-build --id {shlex.quote(build['id'])} ends it)"
                 )
             raise KeyboardInterrupt(f"{left}; the same command goes on with it") from None
         found = self.find()
@@ -305,5 +306,6 @@ def _failure(aws: Aws, build: dict[str, Any]) -> UserError:
         answer = aws.find("logs", "GetLogEvents", "ResourceNotFound", **which) or {"events": []}
         for event in answer["events"]:
             print(f"  {event['message'].rstrip()}", flush=True)
+        group, stream = shlex.quote(group), shlex.quote(stream)
         said += f"; its log: aws logs tail {group} --log-stream-names {stream}"
     return UserError(f"{said}; nothing was deployed")
