@@ -306,6 +306,6 @@ def _failure(aws: Aws, build: dict[str, Any]) -> UserError:
         answer = aws.find("logs", "GetLogEvents", "ResourceNotFound", **which) or {"events": []}
         for event in answer["events"]:
             print(f"  {event['message'].rstrip()}", flush=True)
-        group, stream = shlex.quote(group), shlex.quote(stream)
-        said += f"; its log: aws logs tail {group} --log-stream-names {stream}"
+        tail = shlex.join(["aws", "logs", "tail", group, "--log-stream-names", stream])
+        said += f"; its log: {tail}"
     return UserError(f"{said}; nothing was deployed")
