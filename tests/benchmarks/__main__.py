@@ -13,7 +13,7 @@ from typing import Any
 
 NAMES = (
     "input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care", "calibrate",
-    "recipe", "averages", "month", "where",
+    "recipe", "averages", "month", "where", "waits",
 )  # fmt: skip
 
 
