@@ -19,7 +19,7 @@ from serving.package import Package, load_for_command
 from serving.sources import Source, on_disk
 from trainer.common import sessions
 from trainer.common.arguments import typed_path
-from trainer.common.console import ProgressBar, command
+from trainer.common.console import ProgressBar, command, loading
 from trainer.common.errors import OK, Unreadable, UserError, needed_by
 from trainer.common.text import listed
 from trainer.images import folder, identity, table
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     for note in labelled.notes:
         print(note)
     sessions.end_when_asked()  # nothing is open while PyTorch is imported
-    with needed_by("evaluate", "serve"), ProgressBar("loading PyTorch", 1):
+    with needed_by("evaluate", "serve"), loading():
         # imported here: metrics and report are the trainer's, with PyTorch.
         from trainer.results import evaluation
     sessions.end_when_asked(clear=True)

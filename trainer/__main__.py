@@ -32,7 +32,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from trainer.common import command
-from trainer.common.console import ProgressBar, log, to_terminal
+from trainer.common.console import ProgressBar, loading, log, to_terminal
 from trainer.common.errors import OK, RESUME, Interrupted, UserError
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
 from trainer.distributed.world import Ended, Lost, World, current_world
@@ -83,7 +83,7 @@ def train_run(config: Config, world: World, stop: Stop, given: Sequence[str]) ->
             images = find_images(config, stop, sys.argv[1:])
         with run.stages.of("recipe"):
             run, decided = recipe.settled(run, images)
-        with ProgressBar("looking at the weights", 1):
+        with loading("looking at the weights"):
             run = run.resolved(images)
         result = world.broadcast_from_main(run.result)
         wrong: dict[str, str] = {}
@@ -98,7 +98,7 @@ def train_run(config: Config, world: World, stop: Stop, given: Sequence[str]) ->
             log.info("this run is complete; to train again, give another name=... or seed=...")
             run.summarize(result)
             return
-        with ProgressBar("loading PyTorch", 1):
+        with loading():
             # imported here: a wrong setting or folder is answered before PyTorch is loaded.
             from trainer.results import early, outcome
             from trainer.training.loop import fit

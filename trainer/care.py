@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from trainer.common import sessions
-from trainer.common.console import ProgressBar, log, to_terminal
+from trainer.common.console import ProgressBar, loading, log, to_terminal
 
 if __name__ == "__main__":
     sessions.end_when_asked()  # before what takes seconds to import
-    with ProgressBar("loading PyTorch", 1):
+    with loading():
         import torch  # noqa: F401 (for the bar: the modules below import it)
 
 import numpy as np
@@ -81,7 +81,7 @@ def examine(overrides: list[str], title: str, target: Path) -> None:
         machine = prepare_machine(config, world)
         images = find_images(config, stop)
         glanced = recipe.glanced(config, machine.device.type)
-        with ProgressBar("looking at the weights", 1):
+        with loading("looking at the weights"):
             config = weights.resolve(glanced, images)
         run = Run(config, world, stop, "care", target, target, target)
         images, reader = usable_images(config, images, stop, world)

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.common import sessions
-from trainer.common.console import ProgressBar, log, to_terminal
+from trainer.common.console import ProgressBar, loading, log, to_terminal
 
 if __name__ == "__main__":
     sessions.end_when_asked()  # before what takes seconds to import
-    with ProgressBar("loading PyTorch", 1):
+    with loading():
         import torch
 
 import numpy as np
@@ -144,7 +144,7 @@ def examine(overrides: list[str], seconds: float) -> None:
         log.info("for other commands\n%s\n", _table(lacking))
     images = find_images(config, words=overrides)
     glanced = recipe.glanced(config, machine.device.type)
-    with ProgressBar("looking at the weights", 1):
+    with loading("looking at the weights"):
         config = weights.resolve(glanced, images)
     with ProgressBar("building the network", 1):
         network = build_network(_run(config, Path()), images, machine)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.common import files
-from trainer.common.console import ProgressBar, log
+from trainer.common.console import loading, log
 from trainer.common.errors import Unreadable, UserError
 from trainer.common.objects import parsed
 from trainer.images.folder import ImageFolder
@@ -99,7 +99,7 @@ def settled(run: Run, images: ImageFolder) -> tuple[Run, Recipe | None]:
 
 def _decided(run: Run, images: ImageFolder) -> Recipe:
     """Decide, and write it down."""
-    with ProgressBar("loading PyTorch", 1):
+    with loading():
         # imported here: what is written is followed without PyTorch.
         from trainer.training.decision import Decision
 

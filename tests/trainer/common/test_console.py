@@ -1,13 +1,15 @@
 """What a person at a terminal sees of the log, and what a program does."""
 
+import gc
 import io
 import logging
 import re
+from contextlib import suppress
 
 import pytest
 
 from trainer.common import console
-from trainer.common.console import log, painted
+from trainer.common.console import loading, log, painted
 from trainer.common.stages import Stages
 from trainer.settings import options
 from trainer.training.epoch_table import EpochTable
@@ -185,3 +187,20 @@ def test_a_shown_command_names_python_as_the_activated_environment_does(tmp_path
     assert console.command("trainer", "name=a b") == "python -m trainer 'name=a b'"
     monkeypatch.setattr("sys.executable", "/opt/other/bin/python3")
     assert console.command("trainer").split()[0] == "/opt/other/bin/python3"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("collects", [False, True])
+def test_the_collector_rests_while_modules_are_imported(fails, collects):
+    before = gc.isenabled(), gc.get_freeze_count()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with suppress(ImportError), loading():
+            assert not gc.isenabled()
+            if fails:
+                raise ImportError
+        assert gc.isenabled() is collects
+        assert gc.get_freeze_count() > before[1]  # what is there is not looked at again
+    finally:
+        gc.unfreeze()
+        (gc.enable if before[0] else gc.disable)()
