@@ -6,6 +6,7 @@ import re
 import subprocess
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,23 @@ def test_a_source_archive_is_the_same_whenever_wherever_and_by_whom_it_is_built(
     with tarfile.open(fileobj=io.BytesIO(one)) as archive:
         members = [(each.name, each.mtime, each.uname) for each in archive.getmembers()]
         assert members == [("a", 1_700_000_000, ""), ("b", 1_700_000_000, "")]
+
+
+def wheel_of(mode: int) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as wheel:
+        for name, bits in (("trainer/cli.py", mode), ("data/setup", mode | 0o100)):
+            member = zipfile.ZipInfo(name, (2026, 11, 26, 0, 0, 0))
+            member.external_attr = (0o100000 | bits) << 16
+            wheel.writestr(member, b"abc")
+    return packed.getvalue()
+
+
+def test_a_wheel_is_the_same_with_any_umask():
+    one, other = (release.same_modes(wheel_of(mode)) for mode in (0o644, 0o600))
+    assert one == other
+    with zipfile.ZipFile(io.BytesIO(one)) as wheel:
+        assert [member.external_attr >> 16 & 0o777 for member in wheel.infolist()] == [0o644, 0o755]
 
 
 def test_a_release_without_a_dated_section_is_refused(monkeypatch):
