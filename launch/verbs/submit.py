@@ -39,8 +39,8 @@ from trainer.common.errors import OK, UserError
 def _as_noted(aws: Aws, options: Namespace, targets: Sequence[str]) -> Plan:
     """Return the plan of the next attempt at a run given by its name: as the last was recorded.
 
-    Raise UserError for other settings beside its name, except for the region and such, and the
-    ceiling.
+    Raise UserError for other settings beside its name, except target.project, target.region,
+    target.bucket and target.max_dollars.
     """
     words = options.overrides
     if len(words) > 1 or options.data is not None:
