@@ -102,7 +102,7 @@ def examine(overrides: list[str], title: str, target: Path) -> None:
     with ProgressBar("report", 1):
         write_page(findings, title, counts, page, lambda path: folder.read_prepared(path, spec))
     if not findings.all:
-        log.info("nothing was noticed about the pictures")
+        log.info("no problems found in the pictures")
     log.info("report: %s", page)
     keep_or_stop(images, findings, leaks)
 
