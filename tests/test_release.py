@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import trainer
-from tests import lock, release
+from tests import lock, matrix, release
 from tests.conftest import PROJECT
 
 KINDS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
@@ -162,6 +162,19 @@ def test_set_up_heeds_pips_own_index_and_the_wish_for_no_hashes(tmp_path):
         tmp_path, settings="global.index-url='https://pypi.example'", hashes="no"
     ).splitlines()
     assert call.startswith("pip install ") and "--require-hashes" not in call
+
+
+# --- the oldest and the newest ---
+
+
+def test_the_oldest_and_the_newest_python_are_those_that_run_here(tmp_path, monkeypatch):
+    for minor, code in ((10, 0), (11, 127), (12, 0), (13, 0), (14, 127)):
+        python = tmp_path / f"python3.{minor}"
+        python.write_text(f"#!/bin/sh\nexit {code}\n")
+        python.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert matrix.interpreter(matrix.OLDEST) == str(tmp_path / "python3.12")
+    assert matrix.interpreter(matrix.NEWEST) == str(tmp_path / "python3.13")
 
 
 # --- a release ---
