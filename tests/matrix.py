@@ -38,15 +38,19 @@ def requirements(which: str) -> list[str]:
 
 
 def interpreter(which: str) -> str:
-    """Return the oldest or the newest Python that runs here, of those that pyproject.toml allows."""
+    """Return the oldest or the newest Python here, of those that pyproject.toml allows."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     oldest = int(project["requires-python"].removeprefix(">=3."))
     found = filter(None, (shutil.which(f"python3.{minor}") for minor in range(oldest, 30)))
     # One of pyenv's is there for each version, and fails where that isn't chosen.
-    run_here = [python for python in found if subprocess.run([python, "-c", ""]).returncode == 0]
-    if not run_here:
+    runs = [
+        python
+        for python in found
+        if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    ]
+    if not runs:
         return sys.executable
-    return run_here[0 if which == OLDEST else -1]
+    return runs[0 if which == OLDEST else -1]
 
 
 def main() -> None:
