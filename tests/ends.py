@@ -46,6 +46,7 @@ VARIANT = "https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_Product
 NOTEBOOKS = (
     "https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_CreateNotebookInstance.html"
 )
+BUILDS = "https://docs.aws.amazon.com/codebuild/latest/userguide/ec2-compute-images.html"
 CLI = (
     "https://aws.amazon.com/blogs/developer/"
     "aws-cli-v1-maintenance-mode-announcing-changes-to-dependency-updates/"
@@ -66,6 +67,9 @@ TABLE = {
     ),
     ("inference image", "al2023-ami-sagemaker-inference-gpu-4-1"): Support(
         None, VARIANT, LOOKED_UP, "driver 580, CUDA 13.0"
+    ),
+    ("build image", "amazonlinux-x86_64-standard:5.0"): Support(
+        None, BUILDS, LOOKED_UP, "Amazon Linux 2023; the newest of its line"
     ),
     ("instance family", "g4dn"): Support(None, INSTANCES, LOOKED_UP),
     ("instance family", "g5"): Support(None, INSTANCES, LOOKED_UP),
@@ -117,6 +121,9 @@ def used() -> Iterator[tuple[str, str]]:
         yield "Lambda runtime", runtime
     for image in set(re.findall(r"\b\w+-ami-sagemaker-inference-[\w-]+", stack)):
         yield "inference image", image
+    builds = (PROJECT / "serving/image.yaml").read_text()
+    for image in re.findall(r"^ +Image: aws/codebuild/(\S+)$", builds, re.MULTILINE):
+        yield "build image", image
     families = {each.name.removeprefix("ml.").partition(".")[0] for each in OFFERED}
     for family in sorted(families | set(LOCAL_GB)):
         yield "instance family", family

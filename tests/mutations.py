@@ -284,9 +284,23 @@ MUTATIONS = (
     Mutation(
         "the best weights are lost at a resume",
         "trainer/training/checkpoints.py",
-        'self.best = checkpoint.snapshot(state["best"])',
+        'self._best = self._copy(state["best"], None)',
         "pass",
         "trainer/training/test_damage.py -k killed_at_its_end",
+    ),
+    Mutation(
+        "a step doesn't wait for the copy of what it changes",
+        LOOP,
+        "run.checkpoints.settle()",
+        "pass",
+        "trainer/training/test_loop.py -k of_its_moment",
+    ),
+    Mutation(
+        "BatchNorm's statistics in a checkpoint are those of the next batch",
+        TRAINING,
+        "{name: weights[name].clone() for name in changing & weights.keys()}",
+        "{}",
+        "trainer/training/test_loop.py -k of_its_moment",
     ),
     # --- the average, metrics, the best ---
     Mutation(

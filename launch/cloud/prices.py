@@ -33,6 +33,10 @@ ML_GB_MONTH = 0.14  # SageMaker's disks for training (/sagemaker/pricing)
 S3_GB_MONTH = 0.023  # S3 Standard
 ADDRESS_HOUR = 0.005
 HOURS_A_MONTH = 730  # as AWS counts
+# The same by other people's pages of this month: AWS's own could not be read.
+BUILD_DATE = "2026-05"
+BUILD_MINUTE = 0.005  # CodeBuild, general1.small on Linux
+ECR_GB_MONTH = 0.10
 
 # The Price List's filters for Linux by the hour, without anything on top.
 EC2_FILTERS = {

@@ -168,6 +168,11 @@ REFUSALS = (
         f"the account's quota is too small: {QUOTAS}",
     ),
     Refusal(
+        "AccountLimitExceeded(Exception)?",
+        "the account's quota of builds at the same time (CodeBuild) is used up, or 0, as in a new "
+        "account: ask for more at https://console.aws.amazon.com/servicequotas (AWS CodeBuild)",
+    ),
+    Refusal(
         "LimitExceeded(Exception)?",
         "the account has reached its limit of these: delete what is no longer used, or ask "
         "for more at https://console.aws.amazon.com/servicequotas",
@@ -310,6 +315,7 @@ _DEPLOYER = re.compile(
     r"|ListBucketMultipartUploads|GetBucketTagging)|sagemaker:(Delete|List)(TrainingJob"
     r"|HyperParameterTuningJob|NotebookInstanceLifecycleConfig)s?|ec2:DeleteVolume"
 )
+_SERVING = re.compile(r"codebuild:.*|ecr:.*")
 _AUDIT = re.compile(
     r"access-analyzer:.*|cloudtrail:.*|iam:(List|Get)(?!Role\b|Policy\b).*"
     r"|s3:GetBucket(Policy|Acl|Public).*|lambda:.*"
@@ -339,6 +345,11 @@ def remedy(code: str, message: str, action: str = "") -> str | None:
 
 def permission(action: str) -> str:
     """Return whom to ask for the right to an action, and what prints all that is needed."""
+    if _SERVING.fullmatch(action):
+        return (
+            "ask who administers the account for it: `serving deploy` makes roles, so an "
+            "administrator runs it"
+        )
     part = "launcher"
     if _DEPLOYER.fullmatch(action):
         part = "deployer"

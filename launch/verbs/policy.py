@@ -17,10 +17,14 @@ from launch.cloud.session import bucket_name, partition
 from launch.targets.spec import NO_ACCOUNT, aws_of, split_overrides
 from trainer.common.errors import OK, UserError
 
-SERVING = Path(__file__).parents[2] / "serving" / "stack.yaml"
+SERVING = Path(__file__).parents[2] / "serving"
 
-# The resources of serving/stack.yaml that hold each part's permissions.
-SERVING_PARTS = {"endpoint": ("EndpointRole",), "lambda": ("FunctionRole",)}
+# The template of serving, and its resource, that hold each part's permissions.
+SERVING_PARTS = {
+    "endpoint": ("stack.yaml", "EndpointRole"),
+    "lambda": ("stack.yaml", "FunctionRole"),
+    "builder": ("image.yaml", "BuildRole"),
+}
 
 PARTS = {
     "launcher": (
@@ -32,6 +36,7 @@ PARTS = {
     "notebook": "the notebook: the launcher's, and its own log",
     "endpoint": "the SageMaker endpoint",
     "lambda": "the Lambda function in front of it",
+    "builder": "CodeBuild, which builds the endpoint's container (serving deploy --build)",
     "audit": "python -m launch audit",
 }
 
@@ -40,8 +45,9 @@ def permissions(part: str, place: Place) -> list[Statement]:
     """Return a part's permissions as IAM statements. part: one of PARTS."""
     project, account, region = place.project, place.account, place.region
     if part in SERVING_PARTS:
+        template, resource = SERVING_PARTS[part]
         names = _serving_names(project, account, region)
-        return account_stack.statements(SERVING, SERVING_PARTS[part], names)
+        return account_stack.statements(SERVING / template, (resource,), names)
     if part == "deployer":
         told = {"Project": project, "AWS::AccountId": account, "AWS::Region": region}
         return account_stack.statements(DEPLOYER, ("DeployerPolicy",), told)
@@ -60,7 +66,7 @@ def document(statements: Sequence[Statement]) -> dict[str, Any]:
 
 
 def _serving_names(project: str, account: str, region: str) -> dict[str, Any]:
-    """Return the values of serving/stack.yaml's parameters and resources.
+    """Return the values of the parameters and resources in serving's templates.
 
     They are those of `python -m serving deploy` by default.
     """
@@ -75,6 +81,9 @@ def _serving_names(project: str, account: str, region: str) -> dict[str, Any]:
         "ImageArn": f"{arn}:ecr:{region}:{account}:repository/{name}",
         "EndpointLogs.Arn": f"{logs}:/aws/sagemaker/Endpoints/{name}:*",
         "FunctionLogs.Arn": f"{logs}:/aws/lambda/{name}:*",
+        "SourceFolder": f"serving/{name}/image/",
+        "Repository.Arn": f"{arn}:ecr:{region}:{account}:repository/{name}-image",
+        "BuildLogs.Arn": f"{logs}:/aws/codebuild/{name}-image:*",
     }
 
 

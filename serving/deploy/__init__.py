@@ -1,26 +1,27 @@
 """`python -m serving plan | deploy | status | invoke | logs | destroy`: the model in AWS.
 
-What is made there is `serving/stack.yaml`.
+What is made there is `serving/stack.yaml`, and with --build `serving/image.yaml`.
 """
 
 import argparse
 import hashlib
-import io
 import re
 import secrets
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launch.cloud import s3
-from launch.cloud.cloudformation import IN_SERVICE, STUCK, parameters_of
+from launch.cloud.cloudformation import IN_SERVICE, parameters_of
 from launch.cloud.confirm import confirmed
 from launch.cloud.prices import instance_types, price
-from launch.cloud.session import Aws, bucket_name, explained
-from serving.deploy import operate
+from launch.cloud.session import Aws, bucket_name
+from serving.deploy import image, operate
+from serving.deploy.image import Image, ImageStack
 from serving.deploy.refusals import check_instance, check_region
 from serving.deploy.release import (
     NAME,
@@ -29,13 +30,14 @@ from serving.deploy.release import (
     Place,
     Release,
     Remote,
-    Upload,
     build,
     idle_price,
     image_region,
     resources,
+    template,
+    with_image,
 )
-from serving.deploy.stack import ServingStack
+from serving.deploy.stack import ServingStack, send
 from serving.signature import as_text, public_key
 from trainer.common.arguments import positive
 from trainer.common.console import command
@@ -63,12 +65,10 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what keeps running is said below
     try:
         return run(options)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; what AWS has begun keeps running: "
-            f"{command('serving', 'status', '--name', options.name)}",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as interrupt:
+        status = command("serving", "status", "--name", options.name)
+        left = str(interrupt) or f"what AWS has begun keeps running: {status}"
+        print(f"interrupted; {left}", file=sys.stderr)
         return RESUME
 
 
@@ -100,6 +100,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             "--image",
             help="the endpoint's container in ECR, of serving/Dockerfile (default: AWS's Ray Serve "
             "image, and all that it lacks in the archive)",
+        )
+        add(
+            "--build",
+            action="store_true",
+            help="build the endpoint's container in the account, with CodeBuild from "
+            "serving/Dockerfile, unless this one is built already",
         )
         add(
             "--signed-by",
@@ -138,13 +144,19 @@ class DeploymentPlan:
     """A release, and what it would change.
 
     change_set: its name, for the stack that is there; None where there is no stack, or nothing
-    to change.
+    to change. image: what has to be built first, with --build.
     """
 
     release: Release
     stack: ServingStack
     exists: bool
     change_set: str | None
+    image: Image | None = None
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Return whether all is as it should be already."""
+        return self.exists and self.change_set is None and self.image is None
 
     def discard(self) -> None:
         """Delete the change set, which is of no use any more."""
@@ -167,8 +179,8 @@ def deploy(options: argparse.Namespace) -> int:
             "`plan` works without"
         )
     prepared = _prepare(aws, options)
-    release, name = prepared.release, prepared.release.place.name
-    if prepared.exists and prepared.change_set is None:
+    name = prepared.release.place.name
+    if prepared.changes_nothing:
         print("nothing to change")
         return OK
     try:
@@ -176,18 +188,20 @@ def deploy(options: argparse.Namespace) -> int:
             print("nothing was changed")
             prepared.discard()
             return OK
-        for upload in release.uploads:
-            _upload(aws, release.place.bucket, upload)
+        prepared = _sent(aws, prepared)
     except BaseException:
         prepared.discard()
         raise
+    if prepared.changes_nothing:
+        print("nothing else to change")
+        return OK
     stack = _begin(prepared)
     described = stack.follow()
     if described["StackStatus"] not in IN_SERVICE:
         left = "nothing of it is left but the uploads"
         if prepared.exists:
             left = "what was deployed before stays in service"
-        raise UserError(f"stack {name}: {described['StackStatus']}; {_reason(stack)}; {left}")
+        raise UserError(f"stack {name}: {described['StackStatus']}; {stack.reason()}; {left}")
     for output in described.get("Outputs", []):
         print(f"{output['OutputKey']:16}{output['OutputValue']}")
     which = [] if name == "packhorse-serving" else ["--name", name]
@@ -205,9 +219,29 @@ def _begin(prepared: DeploymentPlan) -> ServingStack:
     return stack
 
 
-def _reason(stack: ServingStack) -> str:
-    """Return what CloudFormation says of the first resource that failed."""
-    return next(iter(stack.failures()), "no reason given")
+def _sent(aws: Aws, prepared: DeploymentPlan) -> DeploymentPlan:
+    """Build the image where it is missing, upload the rest, and return the plan that is left.
+
+    It names the image by its digest: what was built is what runs.
+    """
+    release, change_set = prepared.release, prepared.change_set
+    if prepared.image is not None:
+        release = with_image(release, prepared.image.build())
+    for upload in release.uploads:
+        send(aws, release.place.bucket, upload)
+    if prepared.image is not None and prepared.exists:
+        change_set, _ = _propose(prepared.stack, release)
+        prepared.discard()
+    return replace(prepared, release=release, change_set=change_set, image=None)
+
+
+def _propose(stack: ServingStack, release: Release) -> tuple[str | None, list[dict[str, Any]]]:
+    """Make a change set of a release; return its name, None where it changes nothing, and it."""
+    name = f"release-{release.parameters['FunctionRelease']}-{secrets.token_hex(4)}"
+    changes = stack.propose(name, release.content(), first=False)
+    if changes is None:
+        return None, []
+    return name, changes
 
 
 def _is_online(aws: Aws) -> bool:
@@ -229,8 +263,13 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> DeploymentPlan:
         described = stack.find_ours()
         place = _place(aws, options, parameters_of(described))
     if described:
-        _check_status(options.name, described["StackStatus"])
+        stack.check_rests(described)
     deployed = parameters_of(described)
+    wanted, found = None, None
+    if options.build:
+        wanted = Image(asked, image.recipe(place, _backend(given, deployed)))
+        found = wanted.find()
+        given["Image"] = found or wanted.recipe.address
     signed_by = given.get("SignedBy", deployed.get("SignedBy", ""))
     package = _package(asked, options.package, signed_by)
     release = build(place, package, given, deployed)
@@ -245,14 +284,13 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> DeploymentPlan:
     print(f"stack {place.name} in account {place.account}, {place.region}: {status}")
     digest = hashlib.sha256(TEMPLATE.read_bytes()).hexdigest()
     print(f"template: serving/{TEMPLATE.name}, SHA-256 {digest}")
+    if wanted is not None:
+        wanted.show(found)
     _print_release(release, deployed)
     change_set = None
     if described:
-        change_set = f"release-{release.parameters['FunctionRelease']}-{secrets.token_hex(4)}"
-        changes = stack.propose(change_set, release.content(), first=False)
-        if changes is None:
-            change_set = None
-        lines = [_line(change) for change in changes or []]
+        change_set, changes = _propose(stack, release)
+        lines = [_line(change) for change in changes]
     else:
         made = resources(release.parameters)
         lines = [f"add      {kind:44}{name}" for name, kind in made.items()]
@@ -260,17 +298,21 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> DeploymentPlan:
     for line in lines or ["none"]:
         print(f"  {line}")
     _print_price(release)
-    return DeploymentPlan(release, stack, described is not None, change_set)
+    missing = wanted if found is None else None
+    return DeploymentPlan(release, stack, described is not None, change_set, missing)
 
 
-def _check_status(name: str, status: str) -> None:
-    if status in STUCK:
-        remedy = "python -m serving destroy, then deploy again"
-    elif status.endswith("IN_PROGRESS"):
-        remedy = "wait until it is done"
-    else:
-        return
-    raise UserError(f"stack {name} is in {status}; {remedy}")
+def _backend(given: Mapping[str, str], deployed: Mapping[str, str]) -> str:
+    """Return what runs the network in the image that --build builds. Raise UserError."""
+    if "Image" in given:
+        raise UserError("--build: it makes the image that --image names; leave one of them out")
+    if given.get("Door", deployed.get("Door")) == "lambda":
+        raise UserError(
+            "--build: with --mode lambda no container is used; leave one of them out, "
+            "or deploy with --mode endpoint"
+        )
+    default = template()["Parameters"]["Backend"]["Default"]
+    return given.get("Backend", deployed.get("Backend", default))
 
 
 def _print_release(release: Release, deployed: Mapping[str, str]) -> None:
@@ -392,43 +434,47 @@ def _total(items: Sequence[Item]) -> str:
     return dollars(sum(known)) + rest
 
 
-def _upload(aws: Aws, bucket: str, upload: Upload) -> None:
-    if aws.find("s3", "HeadObject", "404|NoSuchKey", Bucket=bucket, Key=upload.key):
-        return
-    print(f"uploading {upload.what}: {upload.size:,} bytes")
-    content = upload.content
-    with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
-        try:
-            aws.client("s3").upload_fileobj(file, bucket, upload.key)
-        except Exception as error:
-            raise explained(error, f"s3:PutObject {upload.key}") from error
-
-
 # ---- destroy
 
 
 def destroy(options: argparse.Namespace) -> int:
-    """Remove the stack, which holds all but the uploads, and those."""
+    """Remove the stack, which holds all but image and uploads, and these."""
     aws = Aws(options.project, options.region)
     stack = ServingStack(aws, options.name)
     described = stack.find_ours()
-    place = _place(aws, options, parameters_of(described))
+    builds = ImageStack(aws, image.stack_name(options.name))
+    built = builds.describe()
+    if built is not None and not builds.is_ours(built):
+        built = None  # its name is like one of ours, and no more
+    place = _place(aws, options, parameters_of(described or built))
     status = described["StackStatus"] if described else "none"
     print(f"stack {place.name} in account {place.account}, {place.region}: {status}")
     if described:
-        for resource in stack.resources():
-            print(f"  remove {resource['ResourceType']:44}{resource.get('PhysicalResourceId', '')}")
+        _list(stack)
+    if built:
+        print(f"stack {builds.name}: {built['StackStatus']}")
+        _list(builds)
+        print("  remove every image in this repository")
     print(f"  remove all below s3://{place.bucket}/{place.folder}")
     if not confirmed("remove all of this?", options.yes):
         print("nothing was removed")
         return OK
     if described:
         _delete(ServingStack(aws, described["StackId"]), place.name)
+    if built:
+        image.stop(aws, builds.name)
+        _delete(ImageStack(aws, built["StackId"]), builds.name)
     # After the stack: an endpoint that scales out reads its model again.
     count = s3.delete_versions(aws, place.bucket, place.folder)
     also = "the stack, and " if described else ""
+    also = f"the image, {also}" if built else also
     print(f"removed: {also}{count} objects in s3://{place.bucket}/{place.folder}")
     return OK
+
+
+def _list(stack: ServingStack) -> None:
+    for resource in stack.resources():
+        print(f"  remove {resource['ResourceType']:44}{resource.get('PhysicalResourceId', '')}")
 
 
 def _delete(stack: ServingStack, name: str) -> None:
@@ -436,7 +482,7 @@ def _delete(stack: ServingStack, name: str) -> None:
     stack.delete()
     status = stack.follow()["StackStatus"]
     if status != "DELETE_COMPLETE":
-        raise UserError(f"stack {name}: {status}; {_reason(stack)}; start the same command again")
+        raise UserError(f"stack {name}: {status}; {stack.reason()}; start the same command again")
 
 
 VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {

@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,13 @@ def build(
     return Release(place, values, uploads)
 
 
+def with_image(release: Release, image: str) -> Release:
+    """Return an endpoint's release with another image of the same repository."""
+    values = {**release.parameters, "Image": image}
+    values["EndpointRelease"] = fingerprint(("Model", "EndpointConfig"), values)
+    return replace(release, parameters=values)
+
+
 def _for_endpoint(
     place: Place, package: Path | Remote | None, image: str
 ) -> tuple[dict[str, str], list[Upload]]:
@@ -253,7 +260,7 @@ def _image_arn(image: str, place: Place) -> str:
         raise UserError(
             f"--image {image}: this is no image in ECR with a tag or a digest; give "
             "ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:TAG of one built from serving/Dockerfile, "
-            "or leave it out for AWS's own"
+            "or leave it out for AWS's own; --build builds one"
         )
     where = f"{parts['region']}:{parts['account']}"
     return f"arn:{place.partition}:ecr:{where}:repository/{parts['repository']}"

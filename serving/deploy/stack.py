@@ -1,28 +1,37 @@
-"""The stack of a deployment: told from other stacks, and told about while it changes."""
+"""What a deployment has in AWS: its stack, told from other stacks, and its uploads."""
 
-from typing import Any
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
-from launch.cloud.cloudformation import Stack, parameters_of
+from launch.cloud.cloudformation import STUCK, Stack, parameters_of
+from launch.cloud.session import Aws, explained
+from serving.deploy.release import Upload
 from trainer.common.errors import UserError
 
 
 class ServingStack(Stack):
     """The stack of a deployment's name."""
 
+    kind: ClassVar[str] = "deployment"
+    told_by: ClassVar[str] = "FunctionRelease"  # a parameter that only stacks of this kind have
+
+    def is_ours(self, stack: Mapping[str, Any]) -> bool:
+        """Return whether a stack of this name is one of this kind of the project's."""
+        return self.told_by in parameters_of(stack) and self.aws.owns(stack.get("Tags", []))
+
     def find_ours(self) -> dict[str, Any] | None:
         """Return the stack as CloudFormation describes it; None where there is none.
 
-        Raise UserError for one that is another project's, or no deployment: its name doesn't
+        Raise UserError for one that is another project's, or of another kind: its name doesn't
         make it ours.
         """
         stack = self.describe()
-        if stack is None:
-            return None
-        is_deployment = "FunctionRelease" in parameters_of(stack)
-        if is_deployment and self.aws.owns(stack.get("Tags", [])):
+        if stack is None or self.is_ours(stack):
             return stack
         raise UserError(
-            f"stack {self.name} in account {self.aws.account}, {self.aws.region} is no deployment "
+            f"stack {self.name} in account {self.aws.account}, {self.aws.region} is no {self.kind} "
             f"of the project {self.aws.project}: it lacks the tag, or it is another kind of "
             "stack; give another --name, or --project"
         )
@@ -37,6 +46,21 @@ class ServingStack(Stack):
             )
         return stack
 
+    def check_rests(self, stack: Mapping[str, Any]) -> None:
+        """Raise UserError for a stack, as it was described, that can't be changed now."""
+        status = stack["StackStatus"]
+        if status in STUCK:
+            remedy = "python -m serving destroy, then deploy again"
+        elif status.endswith("IN_PROGRESS"):
+            remedy = "wait until it is done"
+        else:
+            return
+        raise UserError(f"stack {self.name} is in {status}; {remedy}")
+
+    def reason(self) -> str:
+        """Return what CloudFormation says of the first resource that failed."""
+        return next(iter(self.failures()), "no reason given")
+
     def follow(self) -> dict[str, Any]:
         """Print what happens to the stack until it rests, and return it then."""
         stack = self.settle(_print_event)
@@ -46,4 +70,18 @@ class ServingStack(Stack):
 
 def _print_event(event: dict[str, Any]) -> None:
     status, name = event["ResourceStatus"], event["LogicalResourceId"]
-    print(f"  {status:28}{name:20}{event.get('ResourceStatusReason', '')}", flush=True)
+    line = f"  {status:28}{name:20} {event.get('ResourceStatusReason', '')}"
+    print(line.rstrip(), flush=True)
+
+
+def send(aws: Aws, bucket: str, upload: Upload) -> None:
+    """Upload a file, unless its key, which its content gives, is there. Raise UserError."""
+    if aws.find("s3", "HeadObject", "404|NoSuchKey", Bucket=bucket, Key=upload.key):
+        return
+    print(f"uploading {upload.what}: {upload.size:,} bytes", flush=True)
+    content = upload.content
+    with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
+        try:
+            aws.client("s3").upload_fileobj(file, bucket, upload.key)
+        except Exception as error:
+            raise explained(error, f"s3:PutObject {upload.key}") from error

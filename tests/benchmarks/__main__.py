@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 NAMES = (
-    "input", "loop", "frozen", "start", "stall", "scaling", "sweep", "serving", "care", "calibrate",
-    "recipe", "averages", "month", "where",
+    "input", "loop", "frozen", "start", "stall", "scaling", "growth", "sweep", "serving", "care",
+    "calibrate", "recipe", "averages", "month", "where", "waits",
 )  # fmt: skip
 
 

@@ -5,13 +5,16 @@ serving needs and moto 5.2 lacks.
 
 (moto wants its models in a named module.)
 
-Added: the CloudFormation resources of alarms, aliases with provisioned concurrency and autoscaling,
-which act on moto's own back ends where it has them; GetProvisionedConcurrencyConfig; a stack that
+Added: the CloudFormation resources of alarms, aliases with provisioned concurrency, autoscaling and
+CodeBuild's projects, which act on moto's own back ends where it has them;
+GetProvisionedConcurrencyConfig; builds, which take a phase for each look at them, leave an image in
+ECR, and end as a test asks (`/strict/build`); a stack that
 fails, where a test asks for it (`/strict/fail`); what changes with a parameter; and a resource with
 a name of its own can't be replaced under that name, as in CloudFormation.
 """
 
 import contextlib
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -24,7 +27,10 @@ from moto.backends import get_backend
 from moto.cloudformation.models import Change, ChangeSet, Event
 from moto.cloudformation.parsing import ResourceMap
 from moto.cloudwatch.models import cloudwatch_backends
+from moto.codebuild.models import codebuild_backends
 from moto.core.common_models import CloudFormationModel
+from moto.core.utils import unix_time
+from moto.ecr.models import Repository, ecr_backends
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
@@ -194,6 +200,24 @@ class ScalingPolicy(Resource, CloudFormationModel):
         )
 
 
+class Project(Resource, CloudFormationModel):
+    @staticmethod
+    def cloudformation_type() -> str:
+        return "AWS::CodeBuild::Project"
+
+    @classmethod
+    def make(cls, properties, account, region):
+        name = properties["Name"]
+        codebuild_backends[account][region].create_project(
+            name, "", properties, {}, {}, properties["ServiceRole"], *[None] * 7
+        )
+        return name
+
+    @staticmethod
+    def unmake(properties, account, region):
+        codebuild_backends[account][region].delete_project(properties["Name"])
+
+
 # Resources that an update replaces: their names, or version numbers, reach what refers to them.
 REPLACED = ("Model", "EndpointConfig", "Version")
 
@@ -218,9 +242,10 @@ def follow_parameters() -> None:
             for name, body in template["Resources"].items()
             if name in self._parsed_resources and name not in found["Modify"]
         }
-        found["Modify"] += [
-            name for name, body in bodies.items() if changed & set(references(body))
-        ]
+        if changed:
+            found["Modify"] += [
+                name for name, body in bodies.items() if changed & set(references(body))
+            ]
         for replaced in REPLACED:
             if replaced in found["Modify"]:
                 users = [
@@ -243,6 +268,26 @@ def follow_parameters() -> None:
         ]
 
     ChangeSet.diff = diff
+
+
+def empty_on_delete() -> None:
+    """Lets a repository go with its images where its template says so, as CloudFormation does."""
+    make = Repository.create_from_cloudformation_json
+    emptied: set[str] = set()
+
+    def create(
+        resource_name: str, cloudformation_json: dict[str, Any], *where: str, **rest: Any
+    ) -> Any:
+        if cloudformation_json["Properties"].get("EmptyOnDelete"):
+            emptied.add(resource_name)
+        return make(resource_name, cloudformation_json, *where, **rest)
+
+    def delete(self: Repository, account_id: str, region_name: str) -> None:
+        backend = ecr_backends[account_id][region_name]
+        backend.delete_repository(self.name, force=self.name in emptied)
+
+    Repository.create_from_cloudformation_json = staticmethod(create)
+    Repository.delete = delete
 
 
 def publish(
@@ -284,8 +329,110 @@ def keep_names(kind: type[Any], name: str) -> None:
     kind.update_from_cloudformation_json = staticmethod(strict)
 
 
+PHASES = ("SUBMITTED", "QUEUED", "PROVISIONING", "DOWNLOAD_SOURCE", "PRE_BUILD", "BUILD")
+DENIED = "denied: User is not authorized to perform: ecr:PutImage"
+
+
 class Serving(Strict):
     _failure: tuple[str, str] | None = None
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._builds: dict[str, dict[str, Any]] = {}  # by id, the oldest first
+        self._endings: list[str] = []
+
+    def build(self, status: str) -> None:
+        """Lets the next build end with this status; "stuck": in its first phase until it's stopped.
+
+        "raced": it fails, since another has pushed its image meanwhile.
+        """
+        self._endings.append(status)
+
+    def _StartBuild(
+        self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+    ) -> list[bytes]:
+        name = parameters["projectName"]
+        projects = codebuild_backends[ACCOUNT][region].codebuild_projects
+        if name not in projects:
+            raise Refused("ResourceNotFoundException", f"Project cannot be found: {name}")
+        bucket, _, key = parameters["sourceLocationOverride"].partition("/")
+        assert key in get_backend("s3")[ACCOUNT]["aws"].buckets[bucket].keys
+        group, stream = f"/aws/codebuild/{name}", "0123-abcd"
+        build = {
+            "id": f"{name}:{len(self._builds):08x}",
+            "projectName": name,
+            "currentPhase": PHASES[0],
+            "buildStatus": "IN_PROGRESS",
+            "buildComplete": False,
+            "environment": {
+                "type": "LINUX_CONTAINER",
+                "environmentVariables": parameters["environmentVariablesOverride"],
+            },
+            "phases": [{"phaseType": PHASES[0]}],
+            "logs": {"groupName": group, "streamName": stream},
+        }
+        self._builds[build["id"]] = build
+        return self._json(start, {"build": build})
+
+    def _ListBuildsForProject(
+        self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+    ) -> list[bytes]:
+        name = parameters["projectName"]
+        if name not in codebuild_backends[ACCOUNT][region].codebuild_projects:
+            raise Refused("ResourceNotFoundException", f"The provided project {name} doesn't exist")
+        ids = [each["id"] for each in self._builds.values() if each["projectName"] == name]
+        return self._json(start, {"ids": ids[::-1]})
+
+    def _BatchGetBuilds(
+        self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+    ) -> list[bytes]:
+        builds = [self._builds[each] for each in parameters["ids"]]
+        for build in builds:
+            if not build["buildComplete"]:
+                self._go_on(build, region)
+        return self._json(start, {"builds": builds})
+
+    def _StopBuild(
+        self, parameters: dict[str, Any], region: str, forward: Any, start: Any
+    ) -> list[bytes]:
+        build = self._builds[parameters["id"]]
+        build |= {"buildStatus": "STOPPED", "buildComplete": True}
+        return self._json(start, {"build": build})
+
+    def _go_on(self, build: dict[str, Any], region: str) -> None:
+        """Bring a build into its next phase, or to its end."""
+        if self._endings[:1] == ["stuck"]:
+            return
+        number = PHASES.index(build["currentPhase"]) + 1
+        build["phases"][-1]["phaseStatus"] = "SUCCEEDED"
+        if number < len(PHASES):
+            build["currentPhase"] = PHASES[number]
+            build["phases"].append({"phaseType": PHASES[number]})
+            return
+        status = self._endings.pop(0) if self._endings else "SUCCEEDED"
+        if status in ("SUCCEEDED", "raced"):
+            variables = build["environment"]["environmentVariables"]
+            values = {each["name"]: each["value"] for each in variables}
+            manifest = json.dumps({"mediaType": "docker", **values})
+            digest = f"sha256:{hashlib.sha256(manifest.encode()).hexdigest()}"
+            ecr_backends[ACCOUNT][region].put_image(
+                build["projectName"], manifest, values["TAG"], digest=digest
+            )
+        if status != "SUCCEEDED":
+            status = "FAILED" if status == "raced" else status
+            failed = {"message": f"Error while executing command: docker push. Reason: {status}"}
+            build["phases"][-1] |= {"phaseStatus": status, "contexts": [failed]}
+            logs = get_backend("logs")[ACCOUNT][region]
+            group, stream = build["logs"]["groupName"], build["logs"]["streamName"]
+            logs.create_log_stream(group, stream)
+            now = int(1000 * unix_time())
+            lines = [f"layer {number}" for number in range(30)] + [DENIED]
+            events = [{"timestamp": now, "message": line + "\n"} for line in lines]
+            logs.put_log_events(group, stream, events)
+        build |= {"currentPhase": "COMPLETED", "buildStatus": status, "buildComplete": True}
+
+    def _json(self, start: Any, answer: dict[str, Any]) -> list[bytes]:
+        return _answer(start, "200 OK", json.dumps(answer).encode())
 
     def fail(self, resource: str, reason: str) -> None:
         """Lets the next creation or update of a stack fail at a resource, and roll back."""
@@ -376,6 +523,7 @@ def main() -> None:
     Model.cloudformation_name_type = staticmethod(lambda: "ModelName")
     complete()
     follow_parameters()
+    empty_on_delete()
     keep_names(Model, "model_name")
     keep_names(FakeEndpointConfig, "endpoint_config_name")
     moto = DomainDispatcherApplication(create_backend_app)

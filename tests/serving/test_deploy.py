@@ -4,25 +4,35 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 
 import numpy as np
 import pytest
 
 from serving import __main__ as command_line
-from serving.deploy import bundle
-from serving.deploy.release import Place, Remote, _holds, build, idle_price, template
+from serving.deploy import bundle, image
+from serving.deploy.release import (
+    Place,
+    Remote,
+    _holds,
+    build,
+    idle_price,
+    template,
+    with_image,
+)
 from serving.package import load
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, wait_for
 from tests.launch.conftest import Forked, running
 from tests.serving.keys import make_key
 from tests.serving.runtime import Endpoint, Function, Neighbour, Quiet, unpack
-from trainer.common.errors import UserError
+from trainer.common.errors import RESUME, UserError
 from trainer.common.serving_code import FOR_HEIC, REQUIREMENTS
 
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/dogs/serving:1"
@@ -341,6 +351,297 @@ def test_logs_of_both_parts_come_in_order(cloud, serving):
     finally:
         process.kill()
         process.communicate()
+
+
+# --- an image built in the account ---
+
+
+@pytest.fixture
+def quick_looks(monkeypatch):
+    monkeypatch.setattr(image, "EVERY", 0.02)
+
+
+def started(cloud):
+    """The builds that were started, as StartBuild was asked for them."""
+    return [call["parameters"] for call in cloud.calls() if call["operation"] == "StartBuild"]
+
+
+def deployed_image(cloud, name=NAME):
+    [stack] = cloud.client("cloudformation").describe_stacks(StackName=name)["Stacks"]
+    [value] = [
+        each["ParameterValue"] for each in stack["Parameters"] if each["ParameterKey"] == "Image"
+    ]
+    return value
+
+
+def stacks(cloud):
+    listed = cloud.client("cloudformation").describe_stacks()["Stacks"]
+    return sorted(stack["StackName"] for stack in listed)
+
+
+BUILT = re.compile(
+    r"123456789012\.dkr\.ecr\.us-east-1\.amazonaws\.com/packhorse-serving-image@sha256:[0-9a-f]{64}"
+)
+
+
+def test_an_image_is_built_once_deployed_by_its_digest_and_removed(
+    cloud, serving, package, quick_looks
+):
+    boundary = "arn:aws:iam::123456789012:policy/packhorse-boundary"
+    cloud.client("cloudformation").create_stack(
+        StackName="packhorse-foundation",
+        Tags=[{"Key": "project", "Value": "packhorse"}],
+        TemplateBody=json.dumps(
+            {
+                "Parameters": {"PermissionsBoundary": {"Type": "String"}},
+                "Resources": {"A": {"Type": "AWS::SQS::Queue"}},
+            }
+        ),
+        Parameters=[{"ParameterKey": "PermissionsBoundary", "ParameterValue": boundary}],
+    )
+    before = calls_that_change(cloud)
+    code, output, error = serving("plan", package, "--build")
+    assert (code, error) == (0, "")
+    assert (
+        "CodeBuild in this account: some minutes at $0.005 each; ECR keeps it for $0.10" in output
+    )
+    assert "stack packhorse-serving-image: new; serving/image.yaml, SHA-256 " in output
+    assert "add      AWS::CodeBuild::Project" in output
+    assert calls_that_change(cloud) == before
+
+    code, output, error = serving("deploy", package, "--build", "--yes")
+    assert (code, error) == (0, ""), error + output
+    phases = [line.strip() for line in output.splitlines() if re.fullmatch("  [A-Z_]+", line)]
+    assert phases == [
+        "QUEUED",
+        "PROVISIONING",
+        "DOWNLOAD_SOURCE",
+        "PRE_BUILD",
+        "BUILD",
+        "COMPLETED",
+    ]
+    address = deployed_image(cloud)
+    assert BUILT.fullmatch(address) and f"built {address}" in output
+    role = cloud.client("iam").get_role(RoleName="packhorse-serving-image")["Role"]
+    assert role["PermissionsBoundary"]["PermissionsBoundaryArn"] == boundary
+    [asked] = started(cloud)
+    bucket, _, key = asked["sourceLocationOverride"].partition("/")
+    assert (bucket, key.startswith(f"serving/{NAME}/image/")) == (BUCKET, True)
+    sent = cloud.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
+    with zipfile.ZipFile(io.BytesIO(sent)) as source:
+        assert {name: source.read(name) for name in source.namelist()} == image.context()
+    [variables] = [{each["name"]: each["value"] for each in asked["environmentVariablesOverride"]}]
+    tag = image.recipe(PLACE, "onnx").tag
+    assert variables == {"TAG": tag, "RUNTIME": "onnxruntime"}
+
+    code, output, error = serving("deploy", "--build", "--yes")
+    assert (code, output.splitlines()[-1]) == (0, "nothing to change"), error + output
+    assert f"built already: {address}" in output
+    # Another image of the same source, where the stack that builds is as it should be.
+    gpu = ["--set", "Backend=cuda", "--set", "InstanceType=ml.g4dn.xlarge"]
+    code, output, error = serving("deploy", "--build", *gpu, "--set", "MaxInstances=1", "--yes")
+    assert code == 0, error + output
+    [_, asked] = started(cloud)
+    runtime = {"name": "RUNTIME", "value": "onnxruntime-gpu[cuda,cudnn]"}
+    assert runtime in asked["environmentVariablesOverride"]
+    assert BUILT.fullmatch(deployed_image(cloud)) and deployed_image(cloud) != address
+    left = cloud.client("cloudformation").list_change_sets(StackName=NAME)["Summaries"]
+    assert [each for each in left if each["ExecutionStatus"] == "AVAILABLE"] == []
+
+    code, output, error = serving("destroy", "--yes")
+    assert code == 0, error + output
+    assert re.search(r"remove AWS::ECR::Repository +packhorse-serving-image\n", output), output
+    assert "remove every image in this repository" in output
+    assert "removed: the image, the stack, and 3 objects" in output
+    assert stacks(cloud) == ["packhorse-foundation"]
+    assert cloud.client("ecr").describe_repositories()["repositories"] == []
+    assert cloud.client("codebuild").list_projects()["projects"] == []
+    assert cloud.client("logs").describe_log_groups()["logGroups"] == []
+    assert cloud.client("iam").list_roles()["Roles"] == []
+    assert cloud.client("s3").list_object_versions(Bucket=BUCKET).get("Versions", []) == []
+
+
+@pytest.mark.parametrize("status", ["FAILED", "TIMED_OUT", "STOPPED"])
+def test_a_build_that_fails_shows_the_end_of_its_log_and_deploys_nothing(
+    cloud, serving, package, quick_looks, status
+):
+    cloud.post("/strict/build", status=status)
+    code, output, error = serving("deploy", package, "--build", "--yes")
+    assert code == 2 and error.count("\n") == 1, error
+    reason = f"{status} in BUILD; Error while executing command: docker push. Reason: {status}"
+    assert reason in error and "nothing was deployed" in error
+    assert "aws logs tail /aws/codebuild/packhorse-serving-image --log-stream-names" in error
+    shown = output.splitlines()[-20:]
+    assert shown[0] == "  layer 11" and shown[-1].startswith("  denied: User is not authorized")
+    assert stacks(cloud) == ["packhorse-serving-image"]
+    code, _, error = serving("deploy", package, "--build", "--yes")  # it is mended by now
+    assert code == 0, error
+    assert len(started(cloud)) == 2
+
+
+def test_an_image_that_somebody_else_has_pushed_meanwhile_is_taken(
+    cloud, serving, package, quick_looks
+):
+    cloud.post("/strict/build", status="raced")
+    code, output, error = serving("deploy", package, "--build", "--yes")
+    assert code == 0, error + output
+    assert BUILT.fullmatch(deployed_image(cloud))
+
+
+@pytest.mark.parametrize("when", ["the build", "the deployment"])
+def test_after_a_kill_nothing_is_built_twice(
+    cloud, serving, package, quick_looks, monkeypatch, when
+):
+    with monkeypatch.context() as patch:
+        if when == "the build":
+            patch.setattr(image, "_follow", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        else:
+            patch.setattr("serving.deploy._begin", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        assert serving("deploy", package, "--build", "--yes")[0] == -signal.SIGKILL
+    code, output, error = serving("plan", package, "--build")
+    assert code == 0, error
+    said = "being built by packhorse-serving-image:" if when == "the build" else "built already: "
+    assert said in output, output
+    code, output, error = serving("deploy", package, "--build", "--yes")
+    assert code == 0, error + output
+    assert BUILT.fullmatch(deployed_image(cloud)) and len(started(cloud)) == 1
+
+
+def test_an_image_that_was_built_while_somebody_was_asked_is_taken(
+    cloud, serving, package, quick_looks, monkeypatch
+):
+    assert serving("deploy", package, "--build", "--yes")[0] == 0
+    find, answers = image.Image.find, [None]
+    monkeypatch.setattr(image.Image, "find", lambda self: answers.pop() if answers else find(self))
+    code, output, error = serving("deploy", "--build", "--yes")
+    assert (code, output.splitlines()[-1]) == (0, "nothing else to change"), error + output
+    assert len(started(cloud)) == 1
+
+
+def test_a_stack_that_another_deploy_is_making_is_waited_for(
+    cloud, serving, package, quick_looks, monkeypatch
+):
+    cloud.post("/strict/build", status="FAILED")
+    assert serving("deploy", package, "--build", "--yes")[0] == 2
+    describe, busy = image.ImageStack.describe, [None] * 6
+
+    def described(self):
+        answer = describe(self)
+        if busy:
+            busy.pop()
+            answer["StackStatus"] = "CREATE_IN_PROGRESS"
+        return answer
+
+    monkeypatch.setattr(image.ImageStack, "describe", described)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    code, output, error = serving("deploy", package, "--build", "--yes")
+    assert code == 0, error + output
+    assert "packhorse-serving-image: CREATE_IN_PROGRESS; serving/image.yaml" in output
+
+
+def test_what_an_interrupted_build_leaves_is_said_and_destroy_stops_it(
+    cloud, package, serving, quick_looks
+):
+    cloud.post("/strict/build", status="stuck")
+    arguments = ["deploy", str(package), "--build", "--yes"]
+    forked = Forked(command_line.main, arguments, PROJECT, cloud.environment(), apart=True)
+    try:
+        assert wait_for(lambda: started(cloud))
+        # By then it looks whether the build goes on.
+        assert wait_for(
+            lambda: [call for call in cloud.calls() if call["operation"] == "BatchGetBuilds"]
+        )
+        os.kill(forked._pid, signal.SIGINT)
+        _, error = forked.communicate()
+    finally:
+        forked.kill()
+    assert forked.returncode == RESUME
+    assert error == (
+        "interrupted; packhorse-serving-image:00000000 keeps running, an hour at most (aws "
+        "codebuild stop-build --id packhorse-serving-image:00000000 ends it); "
+        "the same command goes on with it\n"
+    )
+    code, output, error = serving("destroy", "--yes")
+    assert code == 0, error + output
+    assert "StopBuild" in calls_that_change(cloud) and stacks(cloud) == []
+
+
+def test_a_build_that_may_not_be_started_is_one_line_with_whom_to_ask(
+    cloud, serving, package, quick_looks
+):
+    message = "User: x is not authorized to perform: codebuild:StartBuild on resource: y"
+    for code, said in (
+        ("AccessDeniedException", "ask who administers the account for it: `serving deploy`"),
+        ("AccountLimitExceededException", "the account's quota of builds at the same time"),
+    ):
+        cloud.post("/strict/refuse", operation="StartBuild", code=code, message=message)
+        done, _, error = serving("deploy", package, "--build", "--yes")
+        assert done == 2 and said in error and error.count("\n") == 1, error
+
+
+def test_the_stack_that_builds_follows_its_template(
+    cloud, serving, package, quick_looks, monkeypatch, tmp_path
+):
+    body = image.TEMPLATE.read_text()
+    old = tmp_path / "image.yaml"
+    old.write_text(body.replace("RetentionInDays: 30", "RetentionInDays: 14"))
+    cloud.post("/strict/build", status="FAILED")
+    with monkeypatch.context() as patch:
+        patch.setattr(image, "TEMPLATE", old)
+        assert serving("deploy", package, "--build", "--yes")[0] == 2
+    code, _, error = serving("deploy", package, "--build", "--yes")
+    assert code == 0, error
+    which = {"logGroupNamePrefix": "/aws/codebuild/"}
+    [group] = cloud.client("logs").describe_log_groups(**which)["logGroups"]
+    assert group["retentionInDays"] == 30
+
+
+def test_a_stack_of_another_project_is_neither_built_in_nor_removed(cloud, serving, package):
+    name = "packhorse-serving-image"
+    cloud.client("cloudformation").create_stack(
+        StackName=name, TemplateBody=json.dumps({"Resources": {"A": {"Type": "AWS::SQS::Queue"}}})
+    )
+    code, _, error = serving("deploy", package, "--build", "--yes")
+    assert code == 2 and f"stack {name} in account 123456789012" in error
+    assert "no deployment's image of the project packhorse" in error and error.count("\n") == 1
+    assert serving("deploy", package, "--image", IMAGE, "--yes")[0] == 0
+    code, output, error = serving("destroy", "--yes")
+    assert code == 0 and "image" not in output, error + output
+    assert stacks(cloud) == [name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", IMAGE], "--build: it makes the image that --image names"),
+        (["--set", f"Image={IMAGE}"], "--build: it makes the image that --image names"),
+        (["--mode", "lambda"], "--build: with --mode lambda no container is used"),
+        (["--set", "Backend=torch"], "has nothing for --set Backend=torch; take onnx or cuda"),
+        (["--set", "Backend=cuda"], "ml.m5.large has no GPU"),
+        (["--set", "InstanceType=ml.g4dn.xlarge"], "nothing here uses its GPU"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_can_not_be_built_is_refused_in_one_line(package, arguments, message, capsys):
+    code = command_line.main(["plan", str(package), "--build", *arguments, "--region", "us-east-1"])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_a_tag_is_the_digest_of_the_source_and_of_what_runs_the_network(monkeypatch):
+    first = image.recipe(PLACE, "onnx")
+    assert image.recipe(PLACE, "onnx") == first, "equal files give equal bytes"
+    assert re.fullmatch("[0-9a-f]{32}", first.tag)
+    assert image.recipe(PLACE, "cuda").tag != first.tag
+    contents = image.context() | {"serving/app.py": b"changed"}
+    monkeypatch.setattr(image, "context", lambda: contents)
+    assert image.recipe(PLACE, "onnx").tag != first.tag
+    # An endpoint's own release follows from the image: another digest is another configuration.
+    release = build(PLACE, Remote("s3://b/k", "x"), {"Image": first.address}, {})
+    by_digest = with_image(release, f"{first.repository}@sha256:{'0' * 64}")
+    assert by_digest.parameters["EndpointRelease"] != release.parameters["EndpointRelease"]
+    given = {"Image": by_digest.parameters["Image"]}
+    assert by_digest == build(PLACE, Remote("s3://b/k", "x"), given, {})
 
 
 # --- mistakes, each one line ---

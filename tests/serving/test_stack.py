@@ -10,7 +10,9 @@ import pytest
 from cloudsplaining.scan.policy_document import PolicyDocument
 from parliament import analyze_policy_string
 
+from launch.cloud.cloudformation import load
 from serving.adapters import lambda_proxy
+from serving.deploy import image
 from serving.deploy.release import NO_ACCOUNT, TEMPLATE, references, resources, template
 
 NAME = "packhorse-serving"
@@ -18,6 +20,8 @@ GROUP = f"arn:aws:logs:us-east-1:{NO_ACCOUNT}:log-group"
 ARN = {
     "EndpointLogs": f"{GROUP}:/aws/sagemaker/Endpoints/{NAME}:*",
     "FunctionLogs": f"{GROUP}:/aws/lambda/{NAME}:*",
+    "BuildLogs": f"{GROUP}:/aws/codebuild/{NAME}-image:*",
+    "Repository": f"arn:aws:ecr:us-east-1:{NO_ACCOUNT}:repository/{NAME}-image",
 }
 PSEUDO = {
     "AWS::StackName": NAME,
@@ -30,6 +34,7 @@ VALUES = DEFAULTS | {
     "ModelArn": "arn:aws:s3:::dogs/serving/model.tar.gz",
     "ImageArn": f"arn:aws:ecr:us-east-1:{NO_ACCOUNT}:repository/dogs",
     "Bucket": "dogs",
+    "SourceFolder": f"serving/{NAME}/image/",
 }
 
 
@@ -55,15 +60,18 @@ def policies():
     for role in ("EndpointRole", "FunctionRole"):
         for policy in resolve(template()["Resources"][role]["Properties"]["Policies"]):
             yield pytest.param(policy["PolicyDocument"], id=f"{role}-{policy['PolicyName']}")
+    [policy] = resolve(load(image.TEMPLATE)["Resources"]["BuildRole"]["Properties"]["Policies"])
+    yield pytest.param(policy["PolicyDocument"], id="BuildRole")
 
 
 def properties(name):
     return template()["Resources"][name]["Properties"]
 
 
-def test_cfn_lint_finds_nothing():
+@pytest.mark.parametrize("path", [TEMPLATE, image.TEMPLATE], ids=lambda path: path.name)
+def test_cfn_lint_finds_nothing(path):
     done = subprocess.run(
-        [Path(sys.executable).with_name("cfn-lint"), "--include-checks", "W", "--", TEMPLATE],
+        [Path(sys.executable).with_name("cfn-lint"), "--include-checks", "W", "--", path],
         capture_output=True,
         text=True,
     )
@@ -94,7 +102,9 @@ def test_a_star_stands_only_where_the_action_has_no_resource_level(policy):
                 or "cloudwatch:namespace" in statement["Condition"]["StringEquals"]
             )
         else:
-            assert "*" not in statement["Resource"].removesuffix(":*").removesuffix("/captured/*")
+            assert "*" not in statement["Resource"].removesuffix(":*").removesuffix(
+                "/captured/*"
+            ).removesuffix("/image/*")
 
 
 def test_the_function_may_call_one_endpoint_and_nothing_can_make_a_log_group():

@@ -40,7 +40,7 @@ from trainer.images.decode import MAX_ASPECT, ImageError, shrink
 from trainer.images.folder import read
 
 FORMAT = 2  # of a store's files; 1 knew images by path
-# Images between two flushes to the disk: what a kill may cost; about 70 MB at 256 pixels.
+# Images between two flushes to the disk: twice as many a kill may cost; about 70 MB at 256 pixels.
 COMMIT_EVERY = 256
 AHEAD = 16  # images in the making for each thread: a reserve for the time of a flush
 SAMPLE = 32  # images decoded to estimate the size of all, where it is in doubt whether they fit
@@ -402,6 +402,9 @@ class _Store:
         self.directory = directory
         self.contents: dict[str, Entry] = {}
         self._pending: list[Entry] = []
+        # Beside the decoding, which would stand still meanwhile.
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flushing: Future[None] | None = None
         self._index = self._pixels = -1
         try:
             self._open(step)
@@ -453,16 +456,29 @@ class _Store:
         self.contents[entry.content] = entry
         self._pending.append(entry)
         if len(self._pending) == COMMIT_EVERY:
-            self.commit()
+            self._begin_to_commit()
         return entry
 
     def commit(self) -> None:
-        """Bring what was added to the disk, its lines last."""
+        """Bring what was added to the disk. Raise OSError, also of what was begun before."""
+        self._begin_to_commit()
+        self._wait()
+
+    def _begin_to_commit(self) -> None:
+        self._wait()
         lines = journal.lines(self._pending)
-        if not lines:
-            return
-        self._pending.clear()
-        files.write_at(self._pixels, b"", self.end, self._path("pixels"), flush=True)
+        if lines:
+            self._pending.clear()
+            self._flushing = self._flusher.submit(self._flush, lines)
+
+    def _wait(self) -> None:
+        if self._flushing is not None:
+            flushing, self._flushing = self._flushing, None
+            flushing.result()
+
+    def _flush(self, lines: bytes) -> None:
+        """Bring the pixels to the disk, and their lines of the index after them."""
+        files.write_at(self._pixels, b"", 0, self._path("pixels"), flush=True)
         end = os.fstat(self._index).st_size
         files.write_at(self._index, lines, end, self._path("index"), flush=True)
 
@@ -487,6 +503,10 @@ class _Store:
 
     def close(self) -> None:
         """Close the files that are still the store's."""
+        self._flusher.shutdown()
+        self._close_files()
+
+    def _close_files(self) -> None:
         for handle in (self._index, self._pixels):
             if handle >= 0:
                 os.close(handle)
@@ -513,7 +533,7 @@ class _Store:
             os.close(pixels)
             self._remove_others()
             raise
-        self.close()
+        self._close_files()
         self._generation, self._index, self._pixels = generation, handle, pixels
         self._remove_others()
         self.contents, self.end = {entry.content: entry for entry in kept}, end

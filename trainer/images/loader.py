@@ -3,7 +3,6 @@
 Decoding and resizing release the GIL, so worker processes would only copy.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from trainer.common.errors import UserError
 from trainer.common.randomness import Purpose, generator
+from trainer.common.threads import work_alone
 from trainer.images.augment import Augmentation, mirror, random_view
 from trainer.images.decode import ImageError, Preprocessing, center_crop
 from trainer.images.folder import ImageFolder, read_shrunk
@@ -79,7 +79,7 @@ def load(
             fill(0, 1)
             yield batch
         return
-    pool = ThreadPoolExecutor(workers, "images", initializer=_work_alone)
+    pool = ThreadPoolExecutor(workers, "images", initializer=work_alone)
     try:
         pending: deque[tuple[Batch, list[Future[None]]]] = deque()
         for number in range(len(batches) + AHEAD):
@@ -93,24 +93,6 @@ def load(
                 yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-_one_at_a_time = threading.Lock()
-
-
-def _work_alone() -> None:
-    """Have PyTorch use this thread alone for what it is asked to do here.
-
-    Threads that load are many enough: those that each of them would start are in their way.
-    PyTorch keeps the number for each thread, but what is set last is where a new one begins: so
-    another thread, which ends at once, sets it back.
-    """
-    with _one_at_a_time:
-        usual = torch.get_num_threads()
-        torch.set_num_threads(1)
-        restore = threading.Thread(target=torch.set_num_threads, args=(usual,))
-        restore.start()
-        restore.join()
 
 
 class Loader(Protocol):

@@ -27,7 +27,12 @@ def spare_optimizer_methods() -> None:
     PyTorch has other wrappers, they do as they like: only time is lost.
     """
     optimizer = torch.optim.Optimizer
-    for method in (optimizer.add_param_group, optimizer.zero_grad, optimizer.state_dict):
+    for method in (
+        optimizer.add_param_group,
+        optimizer.zero_grad,
+        optimizer.state_dict,
+        optimizer.load_state_dict,
+    ):
         function = inspect.unwrap(method)
         function.__dict__.setdefault("__dynamo_disable", function)
 

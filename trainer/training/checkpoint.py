@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,35 +68,67 @@ class Snapshot:
     tree: bytes  # its JSON file
     header: bytes  # of its safetensors file
     data: torch.Tensor  # the rest of it, uint8 on the CPU
+    finite: bool  # whether all weights of its network are finite numbers
 
     def state(self) -> dict[str, Any]:
         """Return a copy of what it was taken of, tensors on the CPU."""
         return _state(self.tree, self.header + self.data.numpy().tobytes())
 
 
-def snapshot(state: dict[str, Any], memory: torch.Tensor | None = None) -> Snapshot:
-    """Copy `state`: nested dicts and lists of tensors, numbers, strings, booleans and None.
+def snapshot(state: dict[str, Any]) -> Snapshot:
+    """Copy `state`: nested dicts and lists of tensors, numbers, strings, booleans and None."""
+    return freeze(state)(None)
 
-    memory: uint8 to copy into, where it is large enough (`Snapshot.data` of an earlier one, say):
-    fresh memory costs several times the copy.
+
+def freeze(state: dict[str, Any]) -> Callable[[torch.Tensor | None], Snapshot]:
+    """Return a function that copies the tensors of `state`; another thread may call it.
+
+    They must stay as they are until it has returned. What is no tensor is copied now. The function
+    takes memory to copy into, uint8, where it is large enough (`Snapshot.data` of an earlier one,
+    say): fresh memory costs several times the copy.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = json.dumps(_split(state, "", tensors)).encode()
-    header, places = _layout(tensors)
-    size = max((end for _, end in places.values()), default=0)
-    if memory is not None and len(memory) >= size:
-        data = memory[:size]
-    else:
-        data = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    for name, (start, end) in places.items():
-        tensor = tensors[name]
-        data[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+    # What Apple's GPU computes can't be waited for in another thread.
+    tensors = {name: each.cpu() if each.is_mps else each for name, each in tensors.items()}
+    stream: torch.cuda.Stream | None = None
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Snapshot(tree, header, data)
+        # Its own: it waits for what is computed until now, and not for the steps after.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+
+    @torch.no_grad()
+    def copy(memory: torch.Tensor | None) -> Snapshot:
+        forms = ((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+        header, places = _layout(tuple(forms))
+        size = max((end for _, end in places.values()), default=0)
+        if memory is not None and len(memory) >= size:
+            data = memory[:size]
+        else:
+            data = torch.empty(size, dtype=torch.uint8, pin_memory=stream is not None)
+        with torch.cuda.stream(stream):
+            for name, (start, end) in places.items():
+                tensor = tensors[name]
+                place = data[start:end].view(tensor.dtype).view(tensor.shape)
+                place.copy_(tensor, non_blocking=stream is not None)
+        if stream is not None:
+            stream.synchronize()
+        # A sum is finite where all is: a twelfth of the time of looking at each number.
+        finite = all(
+            data[slice(*places[name])].view(tensor.dtype).sum().isfinite()
+            for name, tensor in tensors.items()
+            if name.startswith("network/") and tensor.is_floating_point()
+        )
+        return Snapshot(tree, header, data, finite)
+
+    return copy
 
 
-def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+Form = tuple[str, torch.dtype, torch.Size]  # a tensor's name, type and shape
+
+
+@lru_cache(maxsize=2)  # of a training: its state, and its best weights
+def _layout(tensors: tuple[Form, ...]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return a safetensors file's header, and where each tensor's bytes lie behind it.
 
     The header is its length, then JSON. Written here and not by the library, which copies
@@ -102,14 +136,10 @@ def _layout(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[in
     """
     places, entries, end = {}, {}, 0
     # The largest elements first, so that each tensor starts at a multiple of its element's size.
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+    for name, dtype, shape in sorted(tensors, key=lambda form: (-form[1].itemsize, form[0])):
+        start, end = end, end + shape.numel() * dtype.itemsize
         places[name] = (start, end)
-        entries[name] = {
-            "dtype": DTYPES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
+        entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, places
@@ -387,9 +417,9 @@ def _split(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
             and not node.is_contiguous()
             and node.is_contiguous(memory_format=torch.channels_last)
         ):
-            tensors[name] = node.detach().permute(0, 2, 3, 1)
+            tensors[name] = node.permute(0, 2, 3, 1)
             return CHANNELS_LAST + name
-        tensors[name] = node.detach()
+        tensors[name] = node
         return TENSOR + name
     if isinstance(node, dict):
         assert all(isinstance(key, str) for key in node), name

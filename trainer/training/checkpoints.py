@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.common import files
 from trainer.common.console import log
+from trainer.common.threads import work_alone
 from trainer.common.watch import SLOW, watch
 from trainer.settings.config import CheckpointConfig
 from trainer.training import checkpoint
@@ -18,9 +19,9 @@ from trainer.training import checkpoint
 class Checkpoints:
     """Written in the background, one at a time, by rank 0 alone.
 
-    take: returns the state to save, with references to the live tensors. noted: called after each
-    write, in the background. writes: False in the other processes, where nothing here does
-    anything.
+    take: returns the state to save, with references to live tensors, which must not change before
+    `settle` has returned. noted: called after each write, in the background. writes: False in the
+    other processes, where nothing here does anything.
     """
 
     def __init__(
@@ -35,16 +36,24 @@ class Checkpoints:
         self.cadence = checkpoint.Cadence(config.minutes, config.max_cost)
         self.good: set[str] = set()  # names known to be whole: written or verified by this process
         # The best weights so far, and where they were evaluated: they lie in each checkpoint.
-        self.best: checkpoint.Snapshot | None = None
+        self._best: Future[checkpoint.Snapshot] | None = None
+        self._newest: Future[checkpoint.Snapshot] | None = None
         self._take, self._noted = take, noted
-        self._memory: Tensor | None = None  # of the last snapshot, for the next one
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # Two threads: a disk that is slow must not hold a copy.
+        self._copier = ThreadPoolExecutor(1, "snapshot", initializer=work_alone)
+        self._copies: list[Future[checkpoint.Snapshot]] = []
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     def keep_best(self, weights: dict[str, Tensor], environment: dict[str, Any]) -> None:
-        """Copy the weights that the next checkpoints hold as the best."""
+        """Copy the weights that the next checkpoints hold as the best, in the background."""
         if self.writes:
-            self.best = checkpoint.snapshot({"network": weights, "environment": environment})
+            old = None if self._is_writing() else self._best
+            self._best = self._copy({"network": weights, "environment": environment}, old)
+
+    def best(self) -> dict[str, Any] | None:
+        """Return the best weights so far, and where they were evaluated; None in the beginning."""
+        return self._best.result().state() if self._best else None
 
     def go_on_from(self, path: Path, state: dict[str, Any]) -> None:
         """Take the best weights from a checkpoint that was found whole."""
@@ -54,7 +63,7 @@ class Checkpoints:
     def begin_with(self, state: dict[str, Any]) -> None:
         """Take the best weights of a state, another run's perhaps."""
         if self.writes and state["best"] is not None:
-            self.best = checkpoint.snapshot(state["best"])
+            self._best = self._copy(state["best"], None)
 
     def save_beginning(self, epoch: int) -> None:
         """Keep the state in which an epoch begins, until the next one, beside the checkpoints.
@@ -90,8 +99,7 @@ class Checkpoints:
 
     def due(self, epoch_ends: bool = False) -> bool:
         """Return whether to save now."""
-        busy = self._writing is not None and not self._writing.done()
-        return self.writes and not busy and self.cadence.due(epoch_ends)
+        return self.writes and not self._is_writing() and self.cadence.due(epoch_ends)
 
     def save_if_due(self, epoch_ends: bool = False) -> None:
         """Save, where it is time to."""
@@ -99,19 +107,37 @@ class Checkpoints:
             self.save()
 
     def save(self) -> None:
-        """Copy the state and have it written.
+        """Have the state copied and written, in the background.
 
-        Waits for the write before it, and raises what that raised.
+        But no weights that are no longer finite: the loss of the next step will tell, and the
+        checkpoint before them is the one to go on from. Waits for the write before it, and raises
+        what that raised.
         """
         if not self.writes:
             return
         self.wait()
         state = self._take()
-        snapshot = checkpoint.snapshot(state, self._memory)
-        self._memory = snapshot.data
         progress = state["progress"]
         name = checkpoint.step_name(progress["step"], evaluated=progress["batch"] == 0)
-        self._writing = self._writer.submit(self._write, name, snapshot, self.best)
+        self._newest = self._copy(state, self._newest)
+        self._writing = self._writer.submit(self._write, name, self._newest, self._best)
+
+    def settle(self) -> None:
+        """Return when the tensors of the state may change: what is copied of them is."""
+        while self._copies:
+            self._copies.pop().result()
+
+    def _copy(
+        self, state: dict[str, Any], old: Future[checkpoint.Snapshot] | None
+    ) -> Future[checkpoint.Snapshot]:
+        """Begin to copy a state. old: a snapshot that nobody needs any more, for its memory."""
+        memory = old.result().data if old else None
+        copy = self._copier.submit(checkpoint.freeze(state), memory)
+        self._copies.append(copy)
+        return copy
+
+    def _is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
 
     def wait(self) -> None:
         """Return when the last snapshot is on disk.
@@ -124,10 +150,15 @@ class Checkpoints:
                 writing.result()
 
     def _write(
-        self, name: str, snapshot: checkpoint.Snapshot, best: checkpoint.Snapshot | None
+        self,
+        name: str,
+        newest: Future[checkpoint.Snapshot],
+        best: Future[checkpoint.Snapshot] | None,
     ) -> None:
         started = time.monotonic()
-        checkpoint.write(self.root, name, snapshot, best)
+        if not newest.result().finite:
+            return
+        checkpoint.write(self.root, name, newest.result(), best.result() if best else None)
         self._noted()
         self.good.add(name)
         checkpoint.prune(self.root, self.keep, self.good)

@@ -76,6 +76,7 @@ def train_one_step(run: Training, image: Tensor, target: Tensor) -> None:
     if config.clip_norm is not None:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.parameters(), config.clip_norm)
+    run.checkpoints.settle()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)

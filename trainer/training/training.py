@@ -479,7 +479,7 @@ class Training:
         self.note_progress()
         if action == Action.STOP:
             self.world.interrupt(self.stop)
-        self.save()
+        self.checkpoints.save()
 
     def _wish(self) -> Action:
         if self.stop.asked():
@@ -488,15 +488,6 @@ class Training:
         if self.sums.bad or self.checkpoints.due():
             return Action.SAVE
         return Action.GO
-
-    def save(self) -> None:
-        """Save, but no weights that are no longer finite: the loss of the next step will tell.
-
-        The checkpoint before them is the one to go on from.
-        """
-        finite = [parameter.isfinite().all() for parameter in self.parameters()]
-        if torch.stack(finite).all():
-            self.checkpoints.save()
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -516,7 +507,7 @@ class Training:
         if self.world.size > 1 or not self._changing.acquire(blocking=False):
             return False
         self.note_progress()
-        self.save()
+        self.checkpoints.save()
         self.checkpoints.wait()
         return True
 
@@ -656,14 +647,11 @@ class Training:
         value = metrics[self.config.train.monitor]
         self.progress.best = {"epoch": self.progress.epoch, "value": value} | metrics
         model = self.ema.network if self.ema else self.model
-        self.checkpoints.keep_best(model.state_dict(), self.facts["environment"])
+        self.checkpoints.keep_best(self._weights(model), self.facts["environment"])
 
     def load_best_weights(self) -> dict[str, Any]:
         """Make the best weights those that are evaluated; return what is kept beside them."""
-        checkpoints = self.checkpoints
-        best = self.world.broadcast_from_main(
-            lambda: checkpoints.best.state() if checkpoints.best else None
-        )
+        best = self.world.broadcast_from_main(self.checkpoints.best)
         assert best is not None
         self.load_eval_weights(best["network"])
         return best
@@ -684,13 +672,13 @@ class Training:
             yield
             self.checkpoints.save()
         except Interrupted:
-            self.save()
+            self.checkpoints.save()
             self.checkpoints.wait()
             self.world.farewell()  # torchrun ends all processes soon after the first has ended
             raise
         except Unreadable:
             if self.world.size == 1:  # what was trained until now is not lost by it
-                self.save()
+                self.checkpoints.save()
             raise
         finally:
             self.checkpoints.wait()
@@ -698,13 +686,16 @@ class Training:
     # --- its state ---
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: references to the live tensors, with string keys only."""
+        """Return what a checkpoint holds, with string keys only.
+
+        Of tensors that only the optimizer's step changes, references to the live ones.
+        """
         self.progress.rows = self.metrics_file.rows
         optimizer = self.optimizer.state_dict()
         return {
             "facts": self.facts,
             "progress": asdict(self.progress),
-            "network": self.model.state_dict(),
+            "network": self._weights(self.model),
             "average": self.ema.network.state_dict() if self.ema else None,
             "optimizer": {
                 "state": {str(key): value for key, value in optimizer["state"].items()},
@@ -714,6 +705,18 @@ class Training:
             "probe_losses": self.probe_losses,
             "probe_logits": self.probe_logits,
         }
+
+    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a state dict of the model; what its forward pass may change, as copies.
+
+        It changes buffers, BatchNorm's statistics say; a network of the user's own changes whatever
+        it likes.
+        """
+        weights: dict[str, Tensor] = model.state_dict()
+        changing = {name for name, _ in model.named_buffers()}
+        if self.config.model.code is not None:
+            changing = set(weights)
+        return weights | {name: weights[name].clone() for name in changing & weights.keys()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Bring back what `state` returned."""

@@ -395,6 +395,12 @@ DANGEROUS = {
     "replace the container's image": Ask(
         "ecr:PutImage", arn("ecr", "repository/packhorse-serving")
     ),
+    "delete the image that was built": Ask(
+        "ecr:BatchDeleteImage", arn("ecr", "repository/packhorse-serving-image")
+    ),
+    "start a build": Ask(
+        "codebuild:StartBuild", arn("codebuild", "project/packhorse-serving-image")
+    ),
     "read a secret": Ask(
         "secretsmanager:GetSecretValue", arn("secretsmanager", "secret:database-AbCdEf")
     ),

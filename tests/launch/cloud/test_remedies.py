@@ -51,6 +51,7 @@ EXAMPLES = [
     ("ResourceLimitExceeded", NO_QUOTA, "this quota is 0"),
     ("VcpuLimitExceeded", "more than your current vCPU limit of 0 allows", "this quota is 0"),
     ("VcpuLimitExceeded", "more than your current vCPU limit of 8 allows", "quota is too small"),
+    ("AccountLimitExceededException", "Cannot have more than 0 builds in queue", "quota of builds"),
     ("LimitExceeded", "Cannot exceed quota for PoliciesPerRole: 10", "delete what is no longer"),
     ("ValidationException", ENUM, "does not know this instance type"),
     (
@@ -159,6 +160,13 @@ def test_a_denial_names_the_action_and_whom_to_ask():
         message = f"User: x is not authorized to perform: {action} on resource: y"
         line = told("AccessDenied", message, "s3:Other")
         assert line.startswith(f"{action}: ") and f"policy --for {part}" in line
+
+
+def test_what_only_serving_asks_for_is_an_administrators():
+    for action in ("codebuild:StartBuild", "ecr:DescribeImages"):
+        message = f"User: x is not authorized to perform: {action} on resource: y"
+        line = told("AccessDeniedException", message, action)
+        assert line.endswith("an administrator runs it") and "--for" not in line
 
 
 def test_a_partition_is_botocores_and_an_unknown_region_one_line():

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,9 @@ from trainer.common.errors import (
 from trainer.settings.search_space import Categorical, Sweep
 from trainer.sweep import faults
 from trainer.sweep import ledger as ledgers
+from trainer.sweep.driver import Driver
 from trainer.sweep.faults import Whose
+from trainer.sweep.ledger import FAILED, Trial
 
 TRIAL, MACHINES, OPEN = Whose.TRIAL, Whose.MACHINE, Whose.OPEN
 FULL = f"exit {MACHINE} error: /runs: no space is left"
@@ -248,3 +252,21 @@ def test_a_journals_torn_line_is_cut_off_and_no_other(tmp_path):
     kept = Sweep("grid", "valid_top1", 8, 1, 1, "random", "none", 4, 0, space)
     path.write_text('{"number": 1, "state": "complete", "value": 1.0, "reason": ""}\n')
     assert ledgers.Grid(path, kept).ask() == ledgers.Trial(0, {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b"null", b'"0"', b'{"0": 3}', b'{"0": null}', b'{"x": {"failed": "y"}}'],
+)
+def test_outcomes_of_another_kind_tell_nothing_and_those_beside_them_count(tmp_path, content):
+    made: Any = object.__new__(Driver)
+    told: list[tuple[int, str, str]] = []
+    made.directory = tmp_path
+    made.ledger = SimpleNamespace(
+        trials=lambda: [Trial(number, {}) for number in (0, 1)], holds=lambda number: True
+    )
+    made.tell = lambda trial, state, reason: told.append((trial.number, state, reason))
+    (tmp_path / "outcomes-0000.json").write_bytes(content)
+    (tmp_path / "outcomes-0001.json").write_text('{"1": {"failed": "the loss is nan"}}')
+    made.settle_outcomes()
+    assert told == [(1, FAILED, "the loss is nan")]

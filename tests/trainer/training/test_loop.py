@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,50 @@ def test_leaving_out_any_saved_item_is_noticed(tmp_path, pictures, whole_fp16, i
         precision=torch.float16,
     )
     assert difference(outcome(whole), outcome(resumed)) is not None
+
+
+def test_a_checkpoint_is_of_its_moment_though_it_is_copied_later(
+    tmp_path, pictures, configure, monkeypatch
+):
+    """Of what the next batch changes on its way forward, and of what its step does."""
+    training = open_training(tmp_path / "run", configure(*RECIPE), make_loader(pictures))
+    asked, freeze, settle = threading.Event(), checkpoint.freeze, training.checkpoints.settle
+
+    def freeze_until_asked(state):
+        frozen = freeze(state)
+
+        def late(memory):
+            asked.wait()
+            return frozen(memory)
+
+        return late
+
+    def ask_and_settle():
+        asked.set()
+        settle()
+
+    monkeypatch.setattr(checkpoint, "freeze", freeze_until_asked)
+    monkeypatch.setattr(training.checkpoints, "settle", ask_and_settle)
+    training.begin_epoch()
+    first, second, *_ = training.data.train_batches(0)
+    train_one_step(training, *first)
+    training.progress.step, before = 1, copy.deepcopy(training.state())
+    average = copy.deepcopy(training.eval_model.state_dict())
+    asked.clear()
+    training.keep_best({"valid_top1": 0.5})
+    training.checkpoints.save()
+    train_one_step(training, *second)
+    training.ema.update(2)
+    asked.set()
+    training.checkpoints.wait()
+    [newest] = checkpoint.steps(tmp_path / "run/checkpoints")
+    saved, after = checkpoint.load(newest), training.state()
+    [mean, *_] = [name for name in saved["network"] if name.endswith("running_mean")]
+    assert not torch.equal(after["network"][mean], before["network"][mean])
+    for part in ("network", "average", "optimizer"):
+        assert difference(saved[part], before[part]) is None
+        assert difference(after[part], before[part]) is not None
+    assert difference(saved["best"]["network"], dict(average)) is None
 
 
 def test_the_number_of_threads_that_read_changes_nothing(tmp_path, pictures, config):
