@@ -49,7 +49,7 @@ def text(value: Value) -> str:
     if isinstance(value, str):
         # Quote what could be read as another type, or has characters that Hydra interprets.
         reserved = value.lower() in ("null", "true", "false", "nan", "inf")
-        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) and not reserved:
+        if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", value) and not reserved:
             return value
         return quoted(value)
     return json.dumps(value)
