@@ -74,7 +74,7 @@ vulnerabilities: .venv-tools/made  ## ask PyPI whether a version that is install
 lock: .venv-tools/made  ## write requirements.lock, with hashes, from constraints.txt
 	.venv-tools/bin/python -m tests.lock
 
-matrix: .venv/train  ## the wheel with the oldest and the newest PyTorch, in environments of their own: 6 GB each (ARGS=oldest)
+matrix: .venv/train  ## the wheel with the oldest and the newest PyTorch and Python, in environments of their own: 6 GB each (ARGS=oldest)
 	$(BIN)/python -m tests.matrix $(ARGS)
 
 release: .venv-tools/made  ## wheel and source archive, twice to the same bytes, and their bill of materials, in dist/ (ARGS=--tag)

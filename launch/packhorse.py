@@ -30,7 +30,7 @@ def _serving(verb: str, does: str) -> Verb:
     return Verb(does, "serving", (verb,))
 
 
-# By what they are for, in the order of a person's day.
+# Grouped by purpose.
 GROUPS = {
     "Train": {
         "train": Verb("train on a folder of pictures: packhorse train data.root=DIR", "trainer"),

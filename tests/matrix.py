@@ -1,12 +1,14 @@
 """`python -m tests.matrix` tries the wheel with the oldest and the newest PyTorch (`make matrix`).
 
 For each, in an environment of its own: install, train the demo for an epoch, check and ask the
-package. Needs a package index, 6 GB of disk for each, and minutes.
+package. The oldest PyTorch runs on the oldest Python that is installed and supported, the newest on
+the newest one. Needs a package index, 6 GB of disk for each (in TMPDIR), and minutes.
 """
 
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,22 @@ def requirements(which: str) -> list[str]:
     return [f"torch==2.{minor}.*", f"torchvision==0.{minor + VISION_AHEAD}.*"]
 
 
+def interpreter(which: str) -> str:
+    """Return the oldest or the newest Python here, of those that pyproject.toml allows."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    oldest = int(project["requires-python"].removeprefix(">=3."))
+    found = filter(None, (shutil.which(f"python3.{minor}") for minor in range(oldest, 30)))
+    # One of pyenv's is there for each version, and fails where that isn't chosen.
+    runs = [
+        python
+        for python in found
+        if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    ]
+    if not runs:
+        return sys.executable
+    return runs[0 if which == OLDEST else -1]
+
+
 def main() -> None:
     """Build a wheel, and walk through it with each version."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -47,7 +65,7 @@ def main() -> None:
         [wheel] = place.glob("packhorse-*.whl")
         for which in options.versions:
             began = time.monotonic()
-            walk(place / which, wheel, requirements(which))
+            walk(place / which, wheel, interpreter(which), requirements(which))
             print(f"{which}: passed after {time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -61,10 +79,10 @@ def copy_of_the_project(to: Path) -> Path:
     return to
 
 
-def walk(place: Path, wheel: Path, pytorch: list[str]) -> None:
+def walk(place: Path, wheel: Path, interpreter: str, pytorch: list[str]) -> None:
     """Install and use the wheel in an empty folder. Raise CalledProcessError where a step fails."""
     place.mkdir()
-    run(place, sys.executable, "-m", "venv", "environment")
+    run(place, interpreter, "-m", "venv", "environment")
     python = place / "environment/bin/python"
     run(place, python, "-m", "pip", "install", "--quiet", f"{wheel}[serve]", *pytorch)
     run(place, python, "-m", "trainer", "--version")

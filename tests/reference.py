@@ -21,9 +21,9 @@ REFUSED = "## What AWS refuses, by its code\n"
 HEAD = """# Configuration
 
 Written by `make docs` from `conf/` and the dataclasses beside the code; not edited by hand.
-Settings of the trainer are given as `key=value`: `python -m trainer optim.lr=1e-3`; options of a
-group by its name: `model=resnet50`. "Same run" says whether a run that was interrupted may go on
-with another value: where it may not, another value is another run.
+Give the trainer's settings as `key=value`: `python -m trainer optim.lr=1e-3`, and the option of a
+group by the group's name: `model=resnet50`. "Same run: yes": an interrupted run may continue with
+another value. "no": another value makes another run.
 """
 TARGETS = ("ec2", "sagemaker", "sagemaker_multi", "tuner", "notebook")
 

@@ -12,10 +12,12 @@ import io
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
@@ -98,7 +100,7 @@ def build(place: Path) -> dict[str, bytes]:
     )
     built = {each.name: each.read_bytes() for each in sorted((place / "dist").iterdir())}
     return {
-        name: same_time(data, int(epoch)) if name.endswith(".tar.gz") else data
+        name: same_time(data, int(epoch)) if name.endswith(".tar.gz") else same_modes(data)
         for name, data in built.items()
     }
 
@@ -120,6 +122,22 @@ def same_time(archive: bytes, epoch: int) -> bytes:
             member.mode = 0o755 if member.mode & 0o100 else 0o644
             member.pax_headers = {}
             result.addfile(member, source.extractfile(member) if member.isfile() else None)
+    return packed.getvalue()
+
+
+def same_modes(wheel: bytes) -> bytes:
+    """Return a wheel whose files have the same modes, whatever umask it was built with."""
+    packed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(wheel)) as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as result,
+    ):
+        for member in source.infolist():
+            executable = member.external_attr >> 16 & stat.S_IXUSR
+            mode = stat.S_IFREG | (0o755 if executable else 0o644)
+            data = source.read(member)
+            member.external_attr = mode << 16
+            result.writestr(member, data)
     return packed.getvalue()
 
 

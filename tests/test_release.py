@@ -6,13 +6,14 @@ import re
 import subprocess
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 
 import trainer
-from tests import lock, release
+from tests import lock, matrix, release
 from tests.conftest import PROJECT
 
 KINDS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
@@ -163,6 +164,19 @@ def test_set_up_heeds_pips_own_index_and_the_wish_for_no_hashes(tmp_path):
     assert call.startswith("pip install ") and "--require-hashes" not in call
 
 
+# --- the oldest and the newest ---
+
+
+def test_the_oldest_and_the_newest_python_are_those_that_run_here(tmp_path, monkeypatch):
+    for minor, code in ((10, 0), (11, 127), (12, 0), (13, 0), (14, 127)):
+        python = tmp_path / f"python3.{minor}"
+        python.write_text(f"#!/bin/sh\nexit {code}\n")
+        python.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert matrix.interpreter(matrix.OLDEST) == str(tmp_path / "python3.12")
+    assert matrix.interpreter(matrix.NEWEST) == str(tmp_path / "python3.13")
+
+
 # --- a release ---
 
 
@@ -184,6 +198,23 @@ def test_a_source_archive_is_the_same_whenever_wherever_and_by_whom_it_is_built(
     with tarfile.open(fileobj=io.BytesIO(one)) as archive:
         members = [(each.name, each.mtime, each.uname) for each in archive.getmembers()]
         assert members == [("a", 1_700_000_000, ""), ("b", 1_700_000_000, "")]
+
+
+def wheel_of(mode: int) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as wheel:
+        for name, bits in (("trainer/cli.py", mode), ("data/setup", mode | 0o100)):
+            member = zipfile.ZipInfo(name, (2026, 11, 26, 0, 0, 0))
+            member.external_attr = (0o100000 | bits) << 16
+            wheel.writestr(member, b"abc")
+    return packed.getvalue()
+
+
+def test_a_wheel_is_the_same_with_any_umask():
+    one, other = (release.same_modes(wheel_of(mode)) for mode in (0o644, 0o600))
+    assert one == other
+    with zipfile.ZipFile(io.BytesIO(one)) as wheel:
+        assert [member.external_attr >> 16 & 0o777 for member in wheel.infolist()] == [0o644, 0o755]
 
 
 def test_a_release_without_a_dated_section_is_refused(monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 if sys.platform == "win32":
-    # Before all else: much of what is imported below does not exist there.
+    # First of all: much of what is imported below doesn't exist on Windows.
     sys.stderr.write(
         "error: Packhorse trains on Linux and macOS; on Windows, start the same command in WSL "
         "(wsl --install, then make setup there)\n"
@@ -60,7 +60,7 @@ def hydra_main(composed: DictConfig) -> None:
 def train(config: Config | None, world: World, given: Sequence[str] = ()) -> None:
     """Train one run, or this process's part of it.
 
-    config: None where rank 0 has it. given: the settings that were typed or implied, as words.
+    config: None if rank 0 has it. given: the typed and implied settings, as words.
     """
     with on_signals() as stop:
         config = world.share_config(config, stop)
@@ -99,7 +99,7 @@ def train_run(config: Config, world: World, stop: Stop, given: Sequence[str]) ->
             run.summarize(result)
             return
         with loading():
-            # imported here: a wrong setting or folder is answered before PyTorch is loaded.
+            # imported here: a wrong setting or folder is reported before PyTorch is loaded.
             from trainer.results import early, outcome
             from trainer.training.loop import fit
             from trainer.training.training import build_training
@@ -130,18 +130,18 @@ def train_run(config: Config, world: World, stop: Stop, given: Sequence[str]) ->
 
 
 def check_result(run: Run, result: dict[str, Any], images: ImageFolder) -> None:
-    """Raise UserError where a complete run's settings, images or file of weights are now others.
+    """Raise UserError if a complete run's settings, images or file of weights have changed.
 
-    What looks as it was noted isn't read again.
+    Files that look unchanged aren't read again.
     """
     then, network = result["identity"], None
     pictures, before = then["pictures"], run.noted_pictures(then)
-    alone = run.world.size == 1  # several processes look at the same time, and compare
+    alone = run.world.size == 1  # several processes check at the same time, and compare
     if not alone or before is None or not are_those(run.config, images, before, run.stop):
         images, _ = usable_images(run.config, images, run.stop, run.world)
         pictures = of_images(images)
     if run.weights_file and Path(run.weights_file).exists() and not run.knows_weights(result):
-        # imported here: as above; other weights are known by their name.
+        # imported here: as above; other weights are identified by their name.
         from trainer.training.training import new_network
 
         network = new_network(run.config, images.classes)
@@ -152,10 +152,9 @@ def check_result(run: Run, result: dict[str, Any], images: ImageFolder) -> None:
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Do the work; turn what went wrong into one line and an exit code.
+    """Do the work; turn an error into one line and an exit code.
 
-    The other processes are told.
-    HYDRA_FULL_ERROR=1 shows a mistake's traceback too.
+    Tell the other processes. HYDRA_FULL_ERROR=1 shows a mistake's traceback too.
     """
     try:
         work()
@@ -173,7 +172,7 @@ def guarded(work: Callable[[], None]) -> int:
 
 
 def verdict(error: Exception, world: World) -> tuple[int, str]:
-    """Return the exit code for what went wrong, and the line that the user sees."""
+    """Return the exit code of an error, and the line that the user sees."""
     if isinstance(error, Ended):
         return error.notice.code, str(error)
     if isinstance(error, Lost):
@@ -214,7 +213,7 @@ def main() -> int:
 
 
 def run(words: list[str]) -> None:
-    """Train one run, with what was typed and what that implies."""
+    """Train one run, with the typed and the implied settings."""
     if answer := options.answer(words):
         print(answer)
         return
@@ -226,10 +225,10 @@ def run(words: list[str]) -> None:
     if flags or any(is_hydras(key_of(word)) for word in typed):
         hydra_main()
         return
-    config = settings.load(resolved.composed)  # a wrong setting is all that is said
+    config = settings.load(resolved.composed)  # with a wrong setting, log nothing else
     for line in resolved.notes:
         log.info(line)
-    # Hydra itself would compose the same twice more.
+    # Hydra itself would compose twice more.
     train(config, current_world(), resolved.words)
 
 
@@ -240,7 +239,7 @@ def sweep(words: list[str]) -> None:
             "-m, a sweep, starts processes of its own: give python -m trainer -m ..., "
             "without torchrun"
         )
-    # imported here: it brings the sweep's page and its templates, which one run doesn't need.
+    # imported here: a single run doesn't need the sweep's page and templates.
     from trainer.sweep import driver
 
     driver.run(words)

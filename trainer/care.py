@@ -1,7 +1,7 @@
-"""`python -m trainer.care DIR [key=value ...]`: what is wrong with a folder of pictures.
+"""`python -m trainer.care DIR [key=value ...]`: find problems in a folder of pictures.
 
-Duplicates, leaks between train, valid and test, doubtful labels, pictures that show nothing.
-Nothing is trained and nothing is changed; it writes a page, care.html, and a list, care.csv.
+These are duplicates, leaks between train, valid and test, doubtful labels, and empty pictures. It
+trains nothing and changes nothing; it writes a page, care.html, and a list, care.csv.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from trainer.training.training import build_network, make_loader, prepare_machin
 
 
 def main() -> int:
-    """Look at the folder that the command line names; return the exit code."""
+    """Check the folder on the command line; return the exit code."""
     sessions.end_when_asked(clear=True)
     to_terminal()
     parser = argparse.ArgumentParser(
@@ -69,13 +69,13 @@ def main() -> int:
 
 
 def examine(overrides: list[str], title: str, target: Path) -> None:
-    """Look at the images that the settings name, and write care.html and care.csv to `target`."""
+    """Check the images of the settings, and write care.html and care.csv to `target`."""
     resolved = resolve(overrides)
     config = settings.load(resolved.composed)
     for line in resolved.notes:
         log.info(line)
     leaks, config.data.leaks = config.data.leaks, "warn"
-    config.data.cache = "packed"  # for now, and for the run that may follow
+    config.data.cache = "packed"  # also cached for the run that may follow
     world = World()
     with on_signals() as stop:
         machine = prepare_machine(config, world)
@@ -102,13 +102,13 @@ def examine(overrides: list[str], title: str, target: Path) -> None:
     with ProgressBar("report", 1):
         write_page(findings, title, counts, page, lambda path: folder.read_prepared(path, spec))
     if not findings.all:
-        log.info("nothing was noticed about the pictures")
+        log.info("no problems found in the pictures")
     log.info("report: %s", page)
     keep_or_stop(images, findings, leaks)
 
 
 def _network(run: Run, images: ImageFolder, machine: Machine, out: Findings) -> Classifier | None:
-    """Return the pretrained network; without one None, and in `out` what isn't looked at."""
+    """Return the pretrained network; without one None, and add to `out` what isn't checked."""
     what = "wrong labels and pictures unlike all others"
     if run.config.model.weights is None:
         out.unseen.append(f"{what}, for which a pretrained network is needed (model.weights)")

@@ -1,4 +1,4 @@
-"""`python -m trainer.checkpoint ls|verify|prune RUN`: a run's checkpoints, for a person to see."""
+"""`python -m trainer.checkpoint ls|verify|prune RUN`: list, check or delete a run's checkpoints."""
 
 import argparse
 import json

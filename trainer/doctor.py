@@ -1,7 +1,7 @@
 """`python -m trainer.doctor [key=value ...]`: what this machine can do with these settings.
 
-To be known before hours are paid for. It runs the real loop for some seconds on a sample of the
-real images, in a cache of its own, and predicts from that. No run is begun.
+It runs the real loop for some seconds on a sample of the real images, with its own cache, and
+predicts from that. It starts no run.
 """
 
 import argparse
@@ -69,21 +69,21 @@ from trainer.training.training import (
 )
 
 PICTURES = 512  # of each split, at most
-SLOW = 4.0  # seconds: where a step would take longer, it is measured on fewer images
-WAITING = 0.1  # share of the loop's time above which waiting for images is what limits it
+SLOW = 4.0  # seconds: a longer step is measured on fewer images
+WAITING = 0.1  # share of the loop's time: above it, waiting for images is the bottleneck
 NVME = Path("/opt/dlami/nvme")  # the scratch disk of AWS's Deep Learning AMI
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Rates in images or bytes a second. None: this run has no such work."""
+    """Rates in images or bytes a second. None: the run has no such work."""
 
     decode: float  # decoding and shrinking, by all threads: what packing costs
     picture_bytes: float  # of a packed image, on average
-    load: float  # random views, with nobody training
+    load: float  # random views, without training
     extract: float | None  # the frozen backbone, one view
     train: float  # the loop as it runs: views, steps and moving average
-    wait: float  # share of the loop's time that it waited for images
+    wait: float  # share of the loop's time spent waiting for images
     evaluate: float  # valid, as after each epoch
     write: float  # bytes, flushed to the disk of the runs
     copy: float  # bytes, within the memory
@@ -108,7 +108,7 @@ class Forecast:
 
 
 def main() -> int:
-    """Examine what the command line asks for; return the exit code."""
+    """Measure for the settings of the command line; return the exit code."""
     sessions.end_when_asked(clear=True)
     to_terminal()
     parser = argparse.ArgumentParser(
@@ -197,7 +197,7 @@ def measure(
         small = _resized(data, min(8, config.train.batch_size))
         data = _fewer(config, data, _trained(training_on(small), seconds / 4), machine)
         training = training_on(data)
-        # What is slow at first (kernels chosen, memory taken) does not count.
+        # The slow first steps (choosing kernels, allocating memory) don't count.
         _trained(training, seconds / 4)
         trained = _trained(training, seconds)
         return Measured(
@@ -217,7 +217,7 @@ def measure(
 def _run(config: Config, directory: Path) -> Run:
     """Return a run that saves nothing, in `directory`."""
     never = CheckpointConfig(minutes=1e9, max_cost=1e-9, keep=2)
-    # All layers: the epochs of the head alone are few, and their time is no measure of the others.
+    # All layers: the first epochs, of the head alone, are few, and much faster.
     model = dataclasses.replace(config.model, unfreeze_epochs=None)
     config = dataclasses.replace(config, checkpoint=never, model=model)
     places = (directory, directory / "checkpoints", directory / ARCHIVE)
@@ -233,7 +233,7 @@ def _pack(config: Config, sample: ImageFolder, directory: Path) -> cache.Packed:
 
 @dataclass
 class Trained:
-    """What the loop has done, and how long it took."""
+    """The work of the loop, and its time."""
 
     count: float = 0.0  # images
     seconds: float = 0.0
@@ -241,9 +241,9 @@ class Trained:
 
 
 def _trained(training: Training, seconds: float) -> Trained:
-    """Run the loop itself, up to the step in which `seconds` are over.
+    """Run the loop itself, up to the step after `seconds`.
 
-    It begins an epoch anew as often as one ends before.
+    If an epoch ends before, start another one.
     """
     trained, deadline = Trained(), time.monotonic() + seconds
     with _stopped_at(deadline) as training.stop:
@@ -299,9 +299,9 @@ def _extract_rate(
 
 
 def _some_features(loader: ImageLoader, network: Classifier) -> FeatureLoader:
-    """Return as many features as the run will have, of no meaning.
+    """Return random features, as many as the run will have.
 
-    Only how long the head takes is asked for.
+    They are only for timing the head.
     """
     width = network.features_width
     train = np.zeros((loader.folder.count("train"), width), np.float32)
@@ -317,7 +317,7 @@ def _rate(batches: Generator[Batch, None, None], seconds: float) -> float:
 
 
 def _until(batches: Generator[Batch, None, None], seconds: float) -> Iterator[Batch]:
-    """Yield the batches up to the one in which the time is over: at least one."""
+    """Yield batches until the time is over: at least one."""
     deadline = time.monotonic() + seconds
     for batch in batches:
         yield batch
@@ -339,7 +339,7 @@ def _stopped_at(deadline: float) -> Iterator[Stop]:
 
 
 def _write_rate(directory: Path, size: int = 64 << 20) -> float:
-    data = os.urandom(size)  # no file system makes it smaller
+    data = os.urandom(size)  # random bytes, which no file system can compress
     started = time.monotonic()
     files.flush(directory / "disk", data)
     return size / (time.monotonic() - started)
@@ -361,7 +361,7 @@ def _copy_rate(to: torch.device, size: int = 256 << 20) -> float:
 def _sampled(images: ImageFolder) -> ImageFolder:
     """Return some images of train and valid.
 
-    Chosen at random, so that they are as large and as hard as all of them.
+    They are chosen at random, so that their sizes are typical.
     """
     splits = {}
     for name in ("train", "valid"):
@@ -400,7 +400,7 @@ def _as_many(sample: ImageFolder, images: ImageFolder) -> ImageFolder:
 def predict(config: Config, images: ImageFolder, measured: Measured) -> Forecast:
     """Return how long the run takes at the measured rates."""
     train, valid = (len(images.splits[name].paths) for name in ("train", "valid"))
-    # Every image is packed, or looked at for whether it is broken.
+    # Every image is packed, or checked for damage.
     once = sum(len(split.paths) for split in images.splits.values()) / measured.decode
     if measured.extract is not None:
         assert config.model.cached_views is not None and config.train.epochs is not None
@@ -414,7 +414,7 @@ def predict(config: Config, images: ImageFolder, measured: Measured) -> Forecast
 def propose(
     config: Config, images: ImageFolder, measured: Measured, machine: Machine, instance: str | None
 ) -> list[str]:
-    """Return one line for each setting that would be better otherwise, with the reason."""
+    """Return a line for each setting to change, with the reason."""
     lines = _used_gpu(machine)
     if (
         config.model.freeze == "backbone"
@@ -482,11 +482,11 @@ def packed_bytes(images: ImageFolder, measured: Measured) -> float:
     return measured.picture_bytes * sum(len(split.paths) for split in images.splits.values())
 
 
-# --- what is shown ---
+# --- output ---
 
 
 def machine_facts(config: Config, machine: Machine, instance: str | None) -> dict[str, str]:
-    """Return what the machine is, as a table's names and values."""
+    """Return the machine's facts, as a table's names and values."""
     runs = _existing(Path(config.platform.run_dir or config.platform.runs))
     kept = _existing(Path(config.platform.cache))
     free_for_runs = amount(shutil.disk_usage(runs).free)
@@ -529,7 +529,7 @@ def measured_facts(measured: Measured, machine: Machine) -> dict[str, str]:
 
 
 def limited_by(measured: Measured) -> str:
-    """Return what an epoch's time goes by with."""
+    """Return what limits an epoch."""
     if measured.wait > WAITING:
         return "reading pictures"
     return "the network's steps" if measured.extract is None else "the head's steps"
@@ -542,7 +542,7 @@ def run_facts(
     measured: Measured,
     prediction: Forecast,
 ) -> dict[str, str]:
-    """Return what the run takes, as a table's names and values."""
+    """Return the run's forecast, as a table's names and values."""
     once_limit = "the frozen backbone" if measured.extract is not None else "decoding"
     epochs = config.train.epochs
     assert epochs is not None
@@ -573,7 +573,7 @@ def run_facts(
 def instance_type() -> str | None:
     """Return EC2's or SageMaker's name of this machine; None elsewhere.
 
-    Only a machine that says it is EC2's is asked over its network.
+    The metadata service is asked only on a machine that looks like EC2.
     """
     name = os.environ.get("SM_CURRENT_INSTANCE_TYPE")
     if name:
@@ -589,7 +589,7 @@ def instance_type() -> str | None:
 
 
 def credentials(instance: str | None) -> str | None:
-    """Return where AWS credentials would come from. Their values are not looked at."""
+    """Return where AWS credentials would come from, without reading their values."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"):
         if name in os.environ:
             return f"in the environment ({name})"
@@ -605,7 +605,7 @@ def credentials(instance: str | None) -> str | None:
 
 
 def nvidia_driver() -> str | None:
-    """Return the GPUs and the driver's version as nvidia-smi has them; None without a driver."""
+    """Return the GPUs and the driver's version from nvidia-smi; None without a driver."""
     if not shutil.which("nvidia-smi"):
         return None
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -617,7 +617,7 @@ def nvidia_driver() -> str | None:
 
 
 def gpu(machine: Machine) -> str | None:
-    """Return the GPUs that the run computes on, as PyTorch has them; None where there is none."""
+    """Return the run's GPUs, from PyTorch; None without any."""
     if machine.device.type != "cuda":
         return "one, not used" if torch.cuda.is_available() else None
     device = torch.cuda.get_device_properties(machine.device)

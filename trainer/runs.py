@@ -1,4 +1,4 @@
-"""`python -m trainer.runs [DIR]`: the runs there, in a table; or two of them compared."""
+"""`python -m trainer.runs [DIR]`: list the runs in a table, or compare two."""
 
 import argparse
 import dataclasses
@@ -20,16 +20,16 @@ from trainer.common.console import log, to_terminal
 from trainer.results import index, runs
 from trainer.results.runs import Comparison, Summary
 
-SURE = 0.05  # a difference that chance gives more seldom is one
+SURE = 0.05  # p-value below which a difference counts
 
-# What runs there are in other places, as `runs.elsewhere` takes them.
+# Returns the runs in other places, for `runs.elsewhere`.
 Elsewhere = Callable[[], Sequence[Mapping[str, Any]]]
 
 
 def main(arguments: Sequence[str] | None = None, elsewhere: Elsewhere = list) -> int:
-    """Show what the command line names; return the exit code.
+    """List or compare runs; return the exit code.
 
-    arguments: None for those of the process. elsewhere: asked where all runs are shown.
+    arguments: None for those of the process. elsewhere: called if all runs are listed.
     """
     sessions.end_when_asked(clear=True)
     to_terminal()
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, elsewhere: Elsewhere = list) ->
 def found_in(folder: Path, elsewhere: Elsewhere) -> list[Summary]:
     """Return the runs below a folder and those elsewhere, the newest first.
 
-    Raise UserError where there is neither a run elsewhere nor such a folder.
+    Raise UserError if there is neither a run elsewhere nor such a folder.
     """
     others = [runs.elsewhere(told) for told in elsewhere()]
     if others and not folder.is_dir():
@@ -103,13 +103,13 @@ def write_page(folder: Path, elsewhere: Elsewhere = list) -> None:
 
 
 def compare(first: Path, second: Path) -> None:
-    """Print how two runs compare. Raise UserError where they can't be."""
+    """Print the comparison of two runs. Raise UserError if they can't be compared."""
     result = runs.compare(first, second)
     print(told(first, second, result))
 
 
 def told(first: Path, second: Path, result: Comparison) -> str:
-    """Return how two runs compare, in a sentence."""
+    """Return the comparison of two runs in a sentence."""
     points = 100 * (result.second - result.first) / result.pictures
     alone = (
         f"{result.second} right that the other has wrong, {result.first} the other way round; "

@@ -1,6 +1,6 @@
-"""What the audit reads of an account: identities with their policies, and what may idle.
+"""What the audit reads of an account: identities with their policies, and resources that may idle.
 
-Descriptions are plain data, as AWS gives them.
+Descriptions are plain data, as AWS returns them.
 """
 
 import re
@@ -12,10 +12,10 @@ from typing import Any
 from launch.cloud.account_stack import as_list
 from launch.cloud.session import Aws, AwsError, partition
 
-Description = dict[str, Any]  # what a Describe... call of botocore answers
+Description = dict[str, Any]  # the answer of a Describe... call of botocore
 
-# Every call that the audit makes, with the IAM action behind it and what it is for.
-# All of them read, and none reads data: no object, no log line.
+# Every call of the audit, with its IAM action and purpose. All of them only read, and none reads
+# data: no object, no log line.
 CALLS = {
     ("sts", "GetCallerIdentity"): (None, "which account this is; needs no permission"),
     ("iam", "GetAccountAuthorizationDetails"): (
@@ -103,7 +103,7 @@ class Identity:
         return names
 
     def allows(self, *beginnings: str) -> bool:
-        """Return whether a policy allows an action that begins so, or is AWS's for SageMaker."""
+        """Return whether a policy allows an action with this prefix, or is AWS's for SageMaker."""
         if any(policy.by_aws and "SageMaker" in policy.name for policy in self.policies):
             return True
         return any(
@@ -116,14 +116,14 @@ class Identity:
 
 
 class Reader:
-    """Calls AWS. What the caller may not see is noted and left out; the rest is still judged."""
+    """Calls AWS. Records and leaves out what the caller may not read; the rest is still checked."""
 
     def __init__(self, aws: Aws) -> None:
         self.aws = aws
         self.unread: dict[str, str] = {}  # action: purpose
 
     def call(self, service: str, operation: str, **parameters: Any) -> Description:
-        """Return the answer; {} where there is no such thing or the caller may not see it."""
+        """Return the answer; {} if it doesn't exist or the caller may not read it."""
 
         def answers() -> Iterator[Description]:
             yield self.aws.call(service, operation, **parameters)
@@ -153,7 +153,7 @@ class Reader:
 
 @dataclass
 class Account:
-    """One region of an account. idle_days: who did nothing for so long is called idle."""
+    """One region of an account. idle_days: without use for so long, a resource is idle."""
 
     id: str
     region: str
@@ -186,7 +186,7 @@ class Account:
         return (self.now - moment) / timedelta(days=1)
 
     def aws_validates(self, document: str) -> list[Description] | None:
-        """Return what AWS finds in an identity's policy (JSON); None where it may not be asked."""
+        """Return AWS's findings in an identity's policy (JSON); None if the caller may not ask."""
         action, _ = CALLS["accessanalyzer", "ValidatePolicy"]
         if action in self.reader.unread:
             return None
@@ -201,7 +201,7 @@ class Account:
 
 
 def needed_policy() -> Description:
-    """Return the policy that a caller of the audit needs: to read, and nothing else."""
+    """Return the policy that a caller of the audit needs: read access only."""
     actions = sorted({action for action, _ in CALLS.values() if action})
     statement = {"Sid": "ReadSettings", "Effect": "Allow", "Action": actions, "Resource": "*"}
     return {"Version": "2012-10-17", "Statement": [statement]}
@@ -210,8 +210,8 @@ def needed_policy() -> Description:
 def read(aws: Aws, idle_days: float, everything: bool) -> Account:
     """Return the account of the caller in one region.
 
-    everything: also what does not belong to machine learning.
-    Raises AwsError, except where the caller may not see something.
+    everything: also what does not belong to machine learning. Raise AwsError, except for a missing
+    permission.
     """
     reader = Reader(aws)
     account = Account(aws.account, aws.region, datetime.now(UTC), idle_days, reader)
@@ -345,10 +345,10 @@ def _read_activity(account: Account) -> None:
 
 
 def _keep_machine_learning(account: Account) -> None:
-    """Leave what belongs to machine learning.
+    """Keep only what belongs to machine learning.
 
-    That is SageMaker's own things, those tagged with a project, accelerated instances, and
-    whatever shares a role with them.
+    These are SageMaker's resources, those tagged with a project, accelerated instances, and
+    everything that shares a role with them.
     """
     callers = {entry.arn for entry in account.identities if entry.allows("sagemaker:", "*")}
     account.functions = [
@@ -368,7 +368,7 @@ def _keep_machine_learning(account: Account) -> None:
         or ACCELERATED.match(entry["InstanceType"])
         or _role_of(entry) in roles
     ]
-    # What SageMaker's notebooks, jobs and models use trusts SageMaker.
+    # Roles of SageMaker's notebooks, jobs and models trust SageMaker.
     used = {entry["Role"] for entry in account.functions} | set(map(_role_of, account.instances))
     groups = {entry.name for entry in account.identities if entry.kind == "group"}
     groups &= {entry.name for entry in account.identities if entry.allows("sagemaker:")}
@@ -399,7 +399,7 @@ def _keep_machine_learning(account: Account) -> None:
 
 
 def _role_of(instance: Description) -> str:
-    """Return the ARN of an instance's role, as far as its profile has the role's name."""
+    """Return the ARN of an instance's role, if its profile has the role's name."""
     profile: str = instance.get("IamInstanceProfile", {}).get("Arn", "")
     return profile.replace(":instance-profile/", ":role/")
 

@@ -8,10 +8,10 @@ from launch.audit.account import Account
 
 
 class Severity(IntEnum):
-    """How bad a finding is, graded as by AWS Security Hub.
+    """The severity of a finding, graded as in AWS Security Hub.
 
-    critical is open to anyone now, high one mistake away, medium weak or wasteful, low good
-    practice.
+    critical: open to anyone now; high: one mistake away from that; medium: weak or wasteful; low:
+    against good practice.
     """
 
     LOW = 1
@@ -29,8 +29,8 @@ class Finding:
 
     resource: str  # an ARN
     what: str  # what is wrong with this one
-    change: str  # the command, or the settings, that mend it
-    dollars: float | None = None  # what it costs a month, where it costs
+    change: str  # the command, or the settings, that fix it
+    dollars: float | None = None  # dollars a month, if it costs money
 
 
 Check = Callable[[Account], Iterator[Finding]]
@@ -60,7 +60,7 @@ def rule(name: str, severity: Severity, why: str) -> Callable[[Check], Check]:
 
 
 def judge(account: Account) -> Groups:
-    """Return each rule that is broken with its findings, the worst rule first."""
+    """Return each broken rule with its findings, the worst rule first."""
     groups = []
     for each in sorted(RULES.values(), key=lambda each: (-each.severity, each.name)):
         findings = sorted(each.check(account), key=lambda finding: finding.resource)

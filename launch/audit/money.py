@@ -1,4 +1,4 @@
-"""Rules for what costs money and does nothing.
+"""Rules for idle resources that cost money.
 
 Idle machines, warm environments without a caller, disks and addresses that nothing uses.
 """
@@ -17,7 +17,7 @@ from launch.cloud.prices import (
     price,
 )
 
-IDLE_CPU = 5.0  # percent; a machine whose processor never did more in any hour did no work
+IDLE_CPU = 5.0  # percent: below that in every hour, a machine did no work
 
 
 @rule(
@@ -190,7 +190,7 @@ def _old(account: Account, since: datetime) -> bool:
 
 
 def _days(account: Account, since: datetime) -> str:
-    """Return how long at least: CloudWatch was asked for no more than idle_days."""
+    """Return the least time: CloudWatch was asked for idle_days only."""
     return f"{account.idle_days:g} days (up for {account.days_since(since):.0f})"
 
 
@@ -206,7 +206,7 @@ def _machines(endpoint: Description) -> list[tuple[str, int]]:
 
 
 def _a_month(account: Account, machines: list[tuple[str, int]]) -> float | None:
-    """Return what machines cost in dollars; None where a price is not known."""
+    """Return the machines' dollars a month; None if a price is unknown."""
     total = 0.0
     for kind, count in machines:
         hourly = price(kind, account.region).on_demand

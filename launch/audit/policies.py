@@ -1,6 +1,6 @@
-"""Policies: what each statement allows, and the narrower policy that may be proposed.
+"""Policies: what each statement allows, and a narrower policy to propose.
 
-cloudsplaining and policy_sentry know AWS's actions, and which of them can be held to a resource.
+cloudsplaining and policy_sentry know AWS's actions, and which of them can be limited to a resource.
 """
 
 import json
@@ -17,16 +17,16 @@ from trainer.common.errors import needed_by
 if TYPE_CHECKING:
     from cloudsplaining.scan.statement_detail import StatementDetail
 
-# Which policy of ours serves a role of that service.
+# Our policy for a role of that service.
 ROLE_OF_SERVICE = {"sagemaker": "training", "lambda": "lambda", "ec2": "ec2"}
-# Characters that a policy may have, by what it is written into; a longer change helps nobody.
+# Characters that a policy may have, by where it is stored.
 # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_iam-quotas.html
 LONGEST = 6144
 LONGEST_INLINE = {"user": 2048, "group": 5120}
 
 
 def load_rule_sets() -> None:
-    """Raise UserError where what knows AWS's actions is not installed."""
+    """Raise UserError if the libraries that know AWS's actions are not installed."""
     with needed_by("audit", "audit"):
         # imported here: optional, and slow, as in each function below
         import cloudsplaining.scan.statement_detail  # noqa: F401
@@ -53,7 +53,7 @@ def by_aws(account: Account) -> Iterator[tuple[Identity, Policy]]:
 
 
 def allowing(account: Account) -> Iterator[tuple[Identity, Policy, "StatementDetail"]]:
-    """Yield the statements of own policies that allow something."""
+    """Yield the Allow statements of own policies."""
     for identity, policy in own(account):
         for statement in details(policy.document):
             if statement.effect == "Allow":
@@ -61,7 +61,7 @@ def allowing(account: Account) -> Iterator[tuple[Identity, Policy, "StatementDet
 
 
 def details(document: Description) -> list["StatementDetail"]:
-    """Return a policy's statements with what cloudsplaining knows of them."""
+    """Return a policy's statements as cloudsplaining's objects."""
     statements = as_list(document.get("Statement", []))
     return [_detail(json.dumps(statement, default=str)) for statement in statements]
 
@@ -80,7 +80,7 @@ def whole_services(statement: "StatementDetail") -> list[str]:
 
 
 def can_be_narrowed(statement: "StatementDetail") -> bool:
-    """Return whether a statement names its actions, and reaches every resource with them."""
+    """Return whether a statement names its actions, but allows them on every resource."""
     return (
         statement.effect == "Allow"
         and statement.has_resource_wildcard
@@ -91,7 +91,7 @@ def can_be_narrowed(statement: "StatementDetail") -> bool:
 
 
 def reads_settings(action: str) -> bool:
-    """Return whether an action only lists, or reads settings rather than what is stored."""
+    """Return whether an action only lists, or reads settings and no stored data."""
     contents = ("GetObject", "GetFunction", "GetParameter", "GetSecret", "Invoke")
     levels = {entry["access_level"] for entry in _facts(action)}
     return bool(levels) and levels <= {"List", "Read"} and not _name(action).startswith(contents)
@@ -122,7 +122,7 @@ def _name(action: str) -> str:
 
 
 def detach(identity: Identity, policy: Policy) -> str:
-    """Return the command that takes a policy of AWS's away, and what to give instead."""
+    """Return the command that detaches AWS's policy, and what to attach instead."""
     kind = identity.kind
     named = (f"--{kind}-name", identity.name, "--policy-arn", str(policy.arn))
     detach = shlex.join(["aws", "iam", f"detach-{kind}-policy", *named])
@@ -134,7 +134,7 @@ def detach(identity: Identity, policy: Policy) -> str:
 
 
 def narrow(identity: Identity, policy: Policy) -> str:
-    """Return what to do where the exact policy can't be known."""
+    """Return the advice if the exact policy can't be computed."""
     return (
         f"name the actions and resources in policy {policy.name}; "
         f"python -m launch policy --for {shlex.quote(_ours(identity))} shows what is needed"
@@ -142,7 +142,7 @@ def narrow(identity: Identity, policy: Policy) -> str:
 
 
 def put_narrowed(account: Account, identity: Identity, policy: Policy) -> str:
-    """Return the command that holds a policy to the account's own resources."""
+    """Return the command that limits a policy to the account's own resources."""
     document = with_resources(account, policy.document)
     longest = LONGEST
     if policy.arn is None:
@@ -158,9 +158,9 @@ def put_narrowed(account: Account, identity: Identity, policy: Policy) -> str:
 
 
 def refused(account: Account, document: Description, longest: int = LONGEST) -> str:
-    """Return why a policy must not be proposed: IAM would refuse it, or nobody could read it.
+    """Return why a policy must not be proposed: IAM would refuse it, or it is too long to read.
 
-    longest: in characters. "": nothing is wrong with it. AWS is asked where the caller may.
+    longest: in characters. Return "" if nothing is wrong. AWS is asked if the caller may.
     """
     text = json.dumps(document, default=str)
     if len(text) > longest:
@@ -182,9 +182,9 @@ def refused(account: Account, document: Description, longest: int = LONGEST) -> 
 
 
 def with_resources(account: Account, document: Description) -> Description:
-    """Return the policy with each `*` replaced by the ARNs of what the account has.
+    """Return the policy with each `*` replaced by the ARNs of the account's resources.
 
-    Actions that can't be held to a resource keep it, and so do statements that need a person:
+    Actions that can't be limited to a resource keep it. So do statements that a person must decide:
     those that allow all of a service, or all but a list (NotAction).
     """
     statements: list[Description] = []
@@ -203,13 +203,13 @@ def with_resources(account: Account, document: Description) -> Description:
             if arns == ("*",):
                 resource = "*"
             statements.append({**original, "Action": actions, "Resource": resource})
-            # A Sid stands once in a policy.
+            # A Sid must be unique in a policy.
             original = {key: value for key, value in original.items() if key != "Sid"}
     return {**document, "Statement": statements}
 
 
 def _arns(account: Account, action: str) -> list[str]:
-    """Return what an action can be held to.
+    """Return the resources that an action can be limited to.
 
     The account's own resources of that kind, or their ARN with a place for the name.
     """

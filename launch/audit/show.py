@@ -10,7 +10,7 @@ from launch.audit.finding import RULES, Finding, Groups, Severity
 
 
 def as_text(account: Account, groups: Groups) -> str:
-    """Return each rule once, with why it matters; below it what breaks it, and the change."""
+    """Return each rule with its reason, and below it the findings and their remedies."""
     width = min(shutil.get_terminal_size((120, 40)).columns, 150)
     lines = [headline(account, groups), ""]
     for rule, findings in groups:
@@ -23,7 +23,7 @@ def as_text(account: Account, groups: Groups) -> str:
                 initial_indent=" " * 10 + "- ",
                 subsequent_indent=" " * 12,
             )
-            # A command is not wrapped: it is there to be copied.
+            # Commands are not wrapped, so that they can be copied.
             lines.append(" " * 12 + finding.change)
         lines.append("")
     lines += [f"not checked, since this user may not: {entry}" for entry in account.unread]
@@ -33,7 +33,7 @@ def as_text(account: Account, groups: Groups) -> str:
 
 
 def as_json(account: Account, groups: Groups) -> dict[str, Any]:
-    """Return the findings as plain data, with what was not seen and how many there are."""
+    """Return the findings as plain data, with their number and what could not be read."""
     return {
         "account": account.id,
         "region": account.region,
@@ -79,7 +79,7 @@ def as_html(account: Account, groups: Groups) -> str:
 
 
 def headline(account: Account, groups: Groups) -> str:
-    """Return the account, what was looked at, and how much was found."""
+    """Return the account, what was checked, and the number of findings."""
     counts = [f"{count} {level}" for level, count in _counts(groups).items() if count]
     dollars = _dollars(groups)
     idle = f"; ${dollars:,.0f} a month for what is idle" if dollars else ""
@@ -88,7 +88,7 @@ def headline(account: Account, groups: Groups) -> str:
 
 
 def looked(account: Account) -> str:
-    """Return how much of each kind was looked at."""
+    """Return how many resources of each kind were checked."""
     numbers = {
         ("identity", "identities"): len(account.identities),
         ("notebook", "notebooks"): len(account.notebooks),

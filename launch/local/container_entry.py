@@ -17,13 +17,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    # Python put this file's folder there, whose modules are no top-level ones.
+    # Python put this file's folder there, but its modules are not top-level ones.
     sys.path[0] = str(ROOT)
 
 from launch.cloud import hyperparameters as codec  # noqa: E402
 from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, UserError  # noqa: E402
 
-# Channel -> the setting that says where its images, or its weights, lie. `training` holds the
+# Channel -> the setting for its folder of images or weights. `training` holds the
 # folders train, valid and test.
 CHANNELS = {
     "training": "data.root",
@@ -34,11 +34,11 @@ CHANNELS = {
     "test": "data.test",
     "weights": "model.weights_dir",
 }
-INSTALLED = "wheels"  # a channel from which the toolkit has installed, before this starts
-FAILURE_CHARACTERS = 1024  # as many of the failure file become the job's FailureReason
+INSTALLED = "wheels"  # the channel of wheels: the toolkit has installed from it before this starts
+FAILURE_CHARACTERS = 1024  # so many characters of the failure file become the job's FailureReason
 
-# What helps, for what the trainer's own words don't say since they know nothing of jobs.
-# The first that matches; \1 is what its group holds.
+# Remedies that the trainer's messages lack, since it knows nothing of jobs. The first match counts;
+# \1 is its group.
 REMEDIES = {
     r"ModuleNotFoundError: No module named '((?:trainer|serving|launch|conf)\b[\w.]*)'": (
         r"\1 is not in the tarball: name it in launch/cloud/source.py"
@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def overrides(environment: Mapping[str, str]) -> list[str]:
-    """Return the trainer's command line: the hyperparameters, then where the job's data lie.
+    """Return the trainer's command line: the hyperparameters, then the job's folders.
 
     Raise UserError for channels that the trainer can't use.
     """
@@ -133,7 +133,7 @@ def overrides(environment: Mapping[str, str]) -> list[str]:
             "which makes the channel training"
         )
     if "_tuning_objective_metric" in hyperparameters:
-        # Trials may share one S3 prefix: each needs a folder of its own in it, or it would go on
+        # Trials may share one S3 prefix: each needs its own folder in it, or it would continue
         # from another's checkpoint.
         shared = Path(environment.get("PACKHORSE_CHECKPOINTS", "/opt/ml/checkpoints"))
         os.environ["PACKHORSE_CHECKPOINTS"] = str(shared / environment["TRAINING_JOB_NAME"])
@@ -141,9 +141,9 @@ def overrides(environment: Mapping[str, str]) -> list[str]:
 
 
 def essence(error: Exception) -> str:
-    """Return the error, what helps, and the innermost frames that lead to it.
+    """Return the error, its remedy, and the innermost frames that lead to it.
 
-    That is in as many characters as FailureReason has.
+    The result fits into FailureReason.
     """
     what = "".join(traceback.format_exception_only(error)).strip()
     frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-4:])
@@ -152,7 +152,7 @@ def essence(error: Exception) -> str:
 
 
 def remedy(text: str) -> str:
-    """Return `; ` and what helps, or nothing where the text itself says it."""
+    """Return `; ` and the remedy, or nothing if the text itself has it."""
     for pattern, advice in REMEDIES.items():
         if match := re.search(pattern, text):
             return f"; {match.expand(advice)}"
@@ -162,7 +162,7 @@ def remedy(text: str) -> str:
 def report(failure: Path, text: str) -> None:
     """Write the failure file, unless another process of this host has.
 
-    The toolkit leaves it as it is.
+    The toolkit doesn't change it.
     """
     failure.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -173,16 +173,16 @@ def report(failure: Path, text: str) -> None:
 
 
 def leave(code: int | str | None) -> None:
-    """End this process's part in a job of several, as the trainer does by itself.
+    """Leave a job of several processes, as the trainer does.
 
-    Without a trainer there is none.
+    Do nothing if the trainer was never imported.
     """
     if "trainer.distributed.world" in sys.modules:
         sys.modules["trainer.distributed.world"].current_world().leave(code)
 
 
 class LastError(logging.Handler):
-    """Keeps the last error that the trainer told its user, with what helps in a job."""
+    """Keeps the trainer's last error message, with the remedy for a job."""
 
     text = ""
 

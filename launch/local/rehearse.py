@@ -1,4 +1,4 @@
-"""A rehearsal: which jobs a request makes, what would be refused, and what a run lacked.
+"""A rehearsal: the jobs of a request, what would be refused, and what a run lacked.
 
 Nothing here runs a job (launch/local/sagemaker.py does) or prints.
 """
@@ -26,8 +26,7 @@ from trainer.settings.compose import compose
 from trainer.settings.config import Config
 from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
 
-# What to change, by what the toolkit says where it isn't the trainer that failed; \1 is what the
-# pattern's group holds.
+# Remedies for the toolkit's own messages, where the trainer didn't fail; \1 is the pattern's group.
 REMEDIES = {
     r"No matching distribution found for (\S+)": (
         r"requirements.txt: \1 is not installed here; correct it in pyproject.toml, or install it"
@@ -55,14 +54,15 @@ REMEDIES = {
         "run it here (python -m trainer) with the same settings to see where"
     ),
 }
-# How the toolkit's own words begin; any other failure is told by the trainer.
+# Prefixes of the toolkit's own messages; all others are the trainer's.
 TOOLKIT = ("Framework Error", "InstallRequirementsError", "ExecuteUserScriptError")
 
 
 def jobs_of(request: Request, trials: int, region: str) -> list[TrainingJob]:
     """Return the training jobs that a request makes.
 
-    They are itself, or the first trials of a tuning job, with values sampled as the tuner does.
+    These are the job itself, or the first trials of a tuning job, with values sampled like the
+    tuner's.
     """
     parameters = request.parameters
     if request.operation == "CreateTrainingJob":
@@ -120,7 +120,7 @@ def preflight(
 ) -> None:
     """Raise UserError for what AWS, the container or the trainer in it would refuse.
 
-    That is, as far as it can be seen without running anything.
+    It checks what can be known without running anything.
     """
     check(request)
     source.check(tarball)
@@ -168,9 +168,9 @@ def _check_channels(definition: dict[str, Any], channels: dict[str, Path]) -> No
 
 
 def _check_metrics(job: TrainingJob, objective: str | None) -> None:
-    """Raise UserError unless the metrics' regexes fit the trainer's line.
+    """Raise UserError unless the metrics' regexes fit the trainer's metric line.
 
-    Each takes its own value out of it, and the objective is one of them.
+    Each must extract its own value from it, and the objective must be one of them.
     """
     values = {name: float(number) for number, name in enumerate(settings.METRICS, 1)}
     instead = "take trainer.settings.config.metric_definitions()"
@@ -224,7 +224,7 @@ def _check_start(job: TrainingJob, tarball: bytes) -> None:
 def _config(job: TrainingJob) -> Config:
     """Return the trainer's settings, composed from the hyperparameters as in the container.
 
-    Raise UserError where the trainer doesn't take them.
+    Raise UserError if the trainer refuses them.
     """
     settings.register()
     names = [channel["ChannelName"] for channel in job.definition.get("InputDataConfig", [])]
@@ -241,7 +241,7 @@ def _config(job: TrainingJob) -> Config:
 
 
 def faults_of(job: TrainingJob, outcome: Outcome, channels: dict[str, Path]) -> list[str]:
-    """Return what to change after a run, a line each; channels: as they were run with."""
+    """Return what to change after a run, a line each. channels: those of the run."""
     faults = list(outcome.warnings)
     if outcome.stopped:
         return faults
@@ -263,10 +263,10 @@ def faults_of(job: TrainingJob, outcome: Outcome, channels: dict[str, Path]) -> 
 
 
 def expected_metrics(job: TrainingJob, channels: dict[str, Path]) -> list[str]:
-    """Return the metrics that a job's run prints, by its settings and its folder of images."""
+    """Return the metrics that a job's run prints, from its settings and its folder of images."""
     config = _config(job)
     augment = config.data.augment
-    mixed = augment.mixup > 0 or augment.cutmix > 0  # then no image has one right class
+    mixed = augment.mixup > 0 or augment.cutmix > 0  # with mixup no image has one right class
     folder = channels.get(sagemaker.CHANNEL)
     tested = folder is None or _has_test(folder, config.data.labels)
     return [
@@ -286,7 +286,7 @@ def _has_test(folder: Path, labels: str | None) -> bool:
 
 
 def remedy(outcome: Outcome) -> str:
-    """Return what to change after a failure, by the trainer's own words or the toolkit's."""
+    """Return what to change after a failure, from the trainer's or the toolkit's message."""
     failure = outcome.failure or "the container ended without a message; see the log"
     if not failure.startswith(TOOLKIT):
         return failure.splitlines()[0]  # the trainer's

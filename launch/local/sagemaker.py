@@ -1,11 +1,10 @@
 """A training job as SageMaker would run it, on this machine.
 
-Each host has an /opt/ml with AWS's own toolkit in it, and what becomes of the results is kept.
-Where the machine allows it (root, or user namespaces), each host has a mount, host-name and
-process namespace with its own /opt/ml, and all of them a network of nothing but themselves.
-Elsewhere they are plain processes with SAGEMAKER_BASE_DIR in the place of /opt/ml. What S3 would
-hold lies in DIR/s3/BUCKET, so the next rehearsal of a run that was stopped goes on from its
-checkpoints.
+Each host has an /opt/ml and runs AWS's own toolkit; the results are kept. If the machine allows it
+(root, or user namespaces), each host has a mount, host-name and process namespace with its own
+/opt/ml, and all share a network that reaches nothing else. Otherwise they are plain processes, with
+SAGEMAKER_BASE_DIR instead of /opt/ml. DIR/s3/BUCKET takes the place of S3, so the next rehearsal of
+a stopped run continues from its checkpoints.
 """
 
 import contextlib
@@ -37,21 +36,21 @@ from launch.targets.sagemaker import preferred_machine
 
 GRACE = 120  # seconds between SIGTERM and SIGKILL of a stopped job, as SageMaker's
 LINGER = 60  # seconds for the other hosts to notice that one has failed
-OUTSIDE = ("--mount", "--net", "--uts")  # the namespaces that all hosts share
-# Those that each has for itself.
+OUTSIDE = ("--mount", "--net", "--uts")  # namespaces that all hosts share
+# Namespaces of each host.
 HOST = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
-# How a host enters its own: $1 its tree, $2 its /etc/hosts, $3 its name; the rest is the command.
+# How a host enters its namespaces: $1 its tree, $2 its /etc/hosts, $3 its name, then the command.
 ENTER = (
     'mount --bind "$1" /opt/ml && mount --bind "$2" /etc/hosts'
     ' && echo "$3" > /proc/sys/kernel/hostname && shift 3 && exec "$@"'
 )
-INSIDE = "PACKHORSE_REHEARSAL"  # set where OUTSIDE's are made
+INSIDE = "PACKHORSE_REHEARSAL"  # set inside the namespaces of OUTSIDE
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # linux/sockios.h, linux/if.h
 GROUP = "homogeneousCluster"  # SageMaker's name for the machines of a job that are all of one type
 
-# What AWS's PyTorch image brings in its environment.
+# Environment variables of AWS's PyTorch image.
 IMAGE = {"SAGEMAKER_TRAINING_MODULE": "sagemaker_pytorch_container.training:main"}
-# pip only looks whether everything is installed: this Python is not a container's to change.
+# pip only checks what is installed: a rehearsal must not change this Python.
 DRY_PIP = {
     "PIP_DRY_RUN": "1",
     "PIP_NO_INDEX": "1",
@@ -68,7 +67,7 @@ PASSED_ON = ("LANG", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A request's training job, or a trial's of a tuning job."""
+    """The training job of a request, or of a tuning job's trial."""
 
     name: str
     hyperparameters: dict[str, str]
@@ -81,9 +80,9 @@ class TrainingJob:
 
     @property
     def command(self) -> list[str]:
-        """What the container starts.
+        """The command that the container starts.
 
-        AWS's image has `train` started by a shell that keeps SIGTERM for itself.
+        AWS's image starts `train` from a shell that doesn't forward SIGTERM.
         """
         algorithm = self.definition["AlgorithmSpecification"]
         return [
@@ -105,11 +104,11 @@ class Outcome:
 
     codes: list[int]  # of each host
     stopped: bool
-    resumed: bool  # it began from checkpoints of a rehearsal before it
+    resumed: bool  # it began from an earlier rehearsal's checkpoints
     seconds: float
     failure: str | None  # FailureReason
     log: list[str]
-    metrics: dict[str, list[float]]  # by the request's names, as its regexes scrape the log
+    metrics: dict[str, list[float]]  # by name, as the request's regexes find them in the log
     # The files in model.tar.gz and output.tar.gz.
     archives: dict[str, list[str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -128,9 +127,9 @@ class Host:
 
 
 class LocalSageMaker:
-    """This machine in SageMaker's place.
+    """This machine instead of SageMaker.
 
-    directory: holds S3 and the hosts. isolated: whether namespaces are made.
+    directory: for S3 and the hosts. isolated: whether to use namespaces.
     """
 
     def __init__(self, directory: Path, isolated: bool) -> None:
@@ -145,11 +144,11 @@ class LocalSageMaker:
             _hide_checkout()
 
     def local(self, uri: str) -> Path:
-        """Return where an S3 URI lies."""
+        """Return the local path of an S3 URI."""
         return self.s3 / uri.removeprefix("s3://")
 
     def upload(self, uri: str, data: bytes) -> None:
-        """Write what S3 would hold at a URI."""
+        """Write an object of the local S3."""
         self.local(uri).parent.mkdir(parents=True, exist_ok=True)
         self.local(uri).write_bytes(data)
 
@@ -196,9 +195,9 @@ class LocalSageMaker:
         return outcome
 
     def stop(self, *_: object) -> None:
-        """Do what StopTrainingJob does.
+        """Stop the job as StopTrainingJob does.
 
-        SIGTERM to each container's first process, and SIGKILL when the time of grace is over.
+        Send SIGTERM to each container's first process, and SIGKILL after the grace period.
         """
         self._stop_at = self._stop_at or time.monotonic()
         for container in self._containers:
@@ -220,7 +219,7 @@ class LocalSageMaker:
                     break
                 if self._stop_at is not None:
                     until = self._stop_at + GRACE
-                elif any(ended):  # a job fails with its first host
+                elif any(ended):  # the first failing host fails the job
                     until = min(until, time.monotonic() + LINGER)
                 time.sleep(0.02)
         finally:
@@ -233,7 +232,7 @@ class LocalSageMaker:
     def _make_tree(
         self, job: TrainingJob, host: Host, names: list[str], channels: dict[str, Path]
     ) -> None:
-        """Make a fresh /opt/ml of a host, with what SageMaker puts there before the start."""
+        """Make a host's fresh /opt/ml, with the files that SageMaker puts there."""
         tree = host.tree
         shutil.rmtree(tree, ignore_errors=True)
         for name in ("code", "input/config", "input/data", "model", "output/data", "home"):
@@ -304,9 +303,9 @@ class LocalSageMaker:
         )
 
     def _save_checkpoints(self, job: TrainingJob, hosts: list[Host], complete: bool) -> list[str]:
-        """Keep the first host's checkpoints, whose deletes count too; return what is wrong.
+        """Keep the first host's checkpoints, and delete removed ones; return what is wrong.
 
-        After a complete job there is nothing to go on from: the next rehearsal begins anew.
+        After a complete job keep none, so the next rehearsal starts from the beginning.
         """
         saved = self.local(job.definition["CheckpointConfig"]["S3Uri"])
         before = {path.relative_to(saved) for path in saved.rglob("*")}
@@ -327,7 +326,7 @@ class LocalSageMaker:
     def _pack(
         self, job: TrainingJob, hosts: list[Host], archive: str, folder: str
     ) -> tuple[list[str], list[str]]:
-        """Write an archive of all hosts' files; return their names, and what is wrong."""
+        """Write an archive of all hosts' files; return its names, and what is wrong."""
         output = self.local(job.definition["OutputDataConfig"]["S3OutputPath"])
         output = output / job.name / "output"
         output.mkdir(parents=True, exist_ok=True)
@@ -348,7 +347,7 @@ class LocalSageMaker:
         return sorted(files), warnings
 
     def _lost(self, job: TrainingJob, hosts: list[Host]) -> list[str]:
-        """Return what is wrong with files that a job left where nobody keeps them."""
+        """Return a line for each file that a job wrote where it will be lost."""
         source = codec.decode_value(job.hyperparameters["sagemaker_submit_directory"])
         with tarfile.open(self.local(source)) as tar:
             shipped = set(tar.getnames())
@@ -365,7 +364,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _failure(hosts: list[Host]) -> str | None:
-    """Return what the first host that failed gives as the reason."""
+    """Return the failure reason of the first host that failed."""
     for host in hosts:
         path = host.tree / "output/failure"
         if path.exists():
@@ -374,12 +373,12 @@ def _failure(hosts: list[Host]) -> str | None:
 
 
 def strays(tree: Path, shipped: set[str]) -> list[Path]:
-    """Return the files, three at most, that a job left in its home, or beside the shipped code."""
+    """Return up to three files that a job left in its home, or beside the shipped code."""
     lost = []
     for path in sorted(_files(tree / "home") + _files(tree / "code")):
         parts = path.relative_to(tree).parts
         cache = any(part.startswith(".") or part == "__pycache__" for part in parts)
-        # Those that ship with the trainer: it writes them itself.
+        # The demo's pictures: the trainer writes them itself.
         images = parts[:2] == ("code", "data")
         if not cache and not images and "/".join(parts[1:]) not in shipped:
             lost.append(path)
@@ -387,7 +386,7 @@ def strays(tree: Path, shipped: set[str]) -> list[Path]:
 
 
 def scrape(lines: Sequence[str], definitions: list[dict[str, str]]) -> dict[str, list[float]]:
-    """Return what the regexes of MetricDefinitions take from a log: by name, its values."""
+    """Return the values that the regexes of MetricDefinitions find in a log, by name."""
     values: dict[str, list[float]] = {}
     for definition in definitions:
         for line in lines:
@@ -397,7 +396,7 @@ def scrape(lines: Sequence[str], definitions: list[dict[str, str]]) -> dict[str,
 
 
 def namespaces() -> list[str] | None:
-    """Return the options of `unshare` with which this machine gives namespaces, if it does."""
+    """Return the options with which `unshare` works on this machine, if any."""
     attempt = "mount -t tmpfs none /opt && echo a > /proc/sys/kernel/hostname"
     for user in ([], ["--user", "--map-root-user"]):
         outside = [*user, *OUTSIDE]
@@ -420,7 +419,7 @@ def _bring_up_loopback() -> None:
 def _make_mount_point(directory: Path) -> None:
     """Make /opt/ml without writing to this machine's /opt.
 
-    A file system in memory lies over it, that shows what is there.
+    Mount a file system in memory over it, which shows the original content.
     """
     if Path("/opt/ml").is_dir():
         return
@@ -441,7 +440,7 @@ def _make_mount_point(directory: Path) -> None:
 def _hide_checkout() -> None:
     """Hide an editable install of the project, which a container does not have.
 
-    Its import hook would fill in for what the tarball lacks.
+    Otherwise its import hook would replace files that are missing in the tarball.
     """
     for hook in Path(sysconfig.get_path("purelib")).glob("__editable__.packhorse-*.pth"):
         subprocess.run(["mount", "--bind", "/dev/null", str(hook)], check=True)
@@ -449,7 +448,7 @@ def _hide_checkout() -> None:
 
 @contextlib.contextmanager
 def _served(directory: Path) -> Iterator[str]:
-    """Serve a directory's files as an S3 endpoint, to read from, on the loopback."""
+    """Serve a directory's files as a read-only S3 endpoint on the loopback."""
     directory.mkdir(exist_ok=True)
     handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(directory)))
@@ -473,7 +472,7 @@ def _read(container: "subprocess.Popen[bytes]", prefix: str, lines: list[str]) -
 def _kill(container: "subprocess.Popen[bytes]") -> None:
     """Kill a container and everything in it.
 
-    Its processes are those of its session, however they are grouped.
+    Its processes are all those in its session.
     """
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(ValueError, ProcessLookupError, PermissionError):

@@ -1,7 +1,7 @@
 """`python -m launch connect`: a shell on a machine, or the address of the notebook.
 
-The shell comes by AWS's Session Manager, so no port is open; the AWS CLI and its plugin for
-Session Manager open it.
+The shell uses AWS's Session Manager, so no port is open. The AWS CLI and its Session Manager plugin
+open it.
 """
 
 import shlex

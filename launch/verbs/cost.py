@@ -1,6 +1,6 @@
 """`python -m launch cost`: dollars spent on each run, and what a point of accuracy costs.
 
-Also how many of the dollars went into work done twice.
+It also shows the dollars spent on repeated work.
 """
 
 import json
@@ -23,16 +23,16 @@ from trainer.common.text import dollars
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run, over all its attempts.
+    """The cost of one run, over all its attempts.
 
-    Dollars are estimates by the prices noted when each attempt was sent.
+    Dollars are estimates with the prices recorded when each attempt was sent.
     """
 
     run: str
     attempts: int
     hours: float  # of machines
     dollars: float
-    # Dollars for work that an interrupted attempt had not saved, and the next did again.
+    # Dollars for work that an interrupted attempt had not saved, and the next one repeated.
     lost: float
     accuracy: float | None  # top-1 on the test pictures, or for a tuning job its best objective
     per_point: float | None  # dollars per percent of accuracy
@@ -65,9 +65,9 @@ def of_run(aws: Aws, tried: Sequence[tuple[Attempt, State]]) -> Cost:
 
 
 def _saves(aws: Aws, run: str) -> list[datetime]:
-    """Return when checkpoints were saved: when their manifests were written, which come last.
+    """Return when checkpoints were saved: the times of their manifests, which are written last.
 
-    Also those deleted since, as long as the bucket keeps such small old versions: 30 days.
+    This includes deleted ones, while the bucket keeps such small old versions: 30 days.
     """
     prefix = f"runs/{run}/checkpoints/"
     versions = aws.pages("s3", "ListObjectVersions", "Versions", Bucket=aws.bucket, Prefix=prefix)
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _point(cost: Cost) -> str:
-    """Return what a point of accuracy cost, empty where that is not known."""
+    """Return the cost of a point of accuracy; empty if it is unknown."""
     if cost.per_point is None:
         return ""
     return f"  {cost.accuracy or 0:.1%} accuracy, {dollars(cost.per_point)} a point"

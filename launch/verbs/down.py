@@ -1,6 +1,6 @@
-"""`python -m launch down`: ends all of this project, empties its bucket, deletes what has its tag.
+"""`python -m launch down`: end and delete everything of this project, and empty its bucket.
 
-It lists that and asks first.
+It lists all of it and asks first.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from trainer.common.errors import FAULT, OK
 
 
 def down(aws: Aws, every: float) -> int:
-    """End and delete all; return the exit code. Raise AwsError.
+    """End and delete everything; return the exit code. Raise AwsError.
 
-    Each step may be done already by an earlier, killed `down`. every: seconds between two looks.
+    An earlier, killed `down` may have done some steps already. every: seconds between two checks.
     """
     teardown.end_jobs(aws, every)
     teardown.end_machines(aws, every)
     teardown.end_notebooks(aws, every)
     ours = AccountStack(aws, every)
-    # An endpoint's, which use the bucket and come first.
+    # The stacks of endpoints use the bucket, so they come first.
     others = [Stack(aws, name, every) for name in ownership.stacks(aws) if name != ours.name]
     for stack in others:
         stack.delete()
@@ -67,7 +67,7 @@ def _is_gone(stack: Stack) -> bool:
 
 
 def show(aws: Aws) -> None:
-    """Print all that `down` ends and deletes, and what it leaves. Raise AwsError."""
+    """Print everything that `down` ends and deletes, and what it leaves. Raise AwsError."""
     for kind, what in (("HyperParameterTuningJob", "tuning job"), ("TrainingJob", "training job")):
         jobs = {job[f"{kind}Name"]: job[f"{kind}Status"] for job in ownership.owned(aws, kind)}
         for name, status in jobs.items():

@@ -1,7 +1,7 @@
-"""`python -m launch export --to ENGINE`: the run of `submit`, written for another engine.
+"""`python -m launch export --to ENGINE`: write the run of `submit` for another engine.
 
-SkyPilot, dstack and AWS Batch rent machines, wait for capacity and replace what is taken back,
-with the laptop off. Nothing is rented here; --upload brings code and pictures to the bucket.
+SkyPilot, dstack and AWS Batch rent machines, wait for capacity and replace reclaimed machines, with
+the laptop off. This command rents nothing; --upload uploads code and pictures to the bucket.
 """
 
 import shlex

@@ -25,9 +25,9 @@ from trainer.common.paths import ARCHIVE, RENTED
 
 
 def fetch(aws: Aws, run: str, prefix: str, folder: Path) -> list[Path]:
-    """Write what a run left below a key into `folder`; return the files.
+    """Write a run's files below a key into `folder`; return them.
 
-    What is in the folder and equal is not copied again. Raise UserError, AwsError.
+    Files that are already in the folder and equal are not copied. Raise UserError, AwsError.
     """
     objects = s3.listing(aws, prefix)
     if not objects:
@@ -40,15 +40,15 @@ def fetch(aws: Aws, run: str, prefix: str, folder: Path) -> list[Path]:
     packed = folder / "output.tar.gz"
     if packed.exists():
         with tarfile.open(packed) as archive:
-            archive.extractall(folder, filter="data")  # refuses names that lead out of the folder
+            archive.extractall(folder, filter="data")  # refuses names that lead outside the folder
             files += [folder / name for name in archive.getnames() if (folder / name).is_file()]
     return files
 
 
 def write_cost(aws: Aws, run: str, folder: Path) -> None:
-    """Write beside what was fetched where it lies and what it has cost, for `packhorse runs`."""
+    """Write the run's address and cost beside the fetched files, for `packhorse runs`."""
     told: dict[str, Any] = {"uri": run_uri(aws, run), "dollars": None}
-    with contextlib.suppress(AwsError):  # who may not ask has the model all the same
+    with contextlib.suppress(AwsError):  # without the permission to ask, the model is there anyway
         states = [(each, of(each).observe(aws, each)) for each in notes.attempts(aws, run)]
         told["dollars"] = dollars(states)
     write(folder / RENTED, json.dumps(told) + "\n")

@@ -19,7 +19,7 @@ from trainer.common.text import dollars
 from trainer.settings import config as settings
 from trainer.settings.config import Config
 
-# The job that is reckoned with where none is given.
+# The job of the estimates, if none is given.
 REFERENCE = ("experiment=dog_breeds", "data.root=dogImages")
 PICTURES = 6680  # its training pictures: 133 breeds
 WIDTH = 150  # columns
@@ -41,7 +41,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be trained, and where the prices are asked."""
+    """What is to be trained, and the region of the prices."""
 
     config: Config
     images: int  # of training

@@ -1,4 +1,4 @@
-"""`python -m launch logs`: what a run prints, as it prints it.
+"""`python -m launch logs`: show a run's output.
 
 From CloudWatch for SageMaker, from the bucket for EC2.
 """

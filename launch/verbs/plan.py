@@ -1,7 +1,7 @@
 """`python -m launch plan`: what `submit` will do, how long it takes, and what it costs.
 
-Also what is missing. On one screen; --full adds what is sent, and what the machine may touch.
-Changes nothing; needs no credentials.
+It also shows what is missing. --full adds the requests, and what the machine may touch. It changes
+nothing, and needs no credentials.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from trainer.common.console import command, log
 from trainer.common.errors import OK, UserError
 from trainer.common.text import dollars
 
-# Training pictures of the data sets that the trainer brings along.
+# Training pictures of the data sets that ship with the trainer.
 EMBEDDED_IMAGES = {"fashion_mnist": 2000}
 
 
@@ -57,7 +57,7 @@ def show(what: dict[str, Any]) -> None:
 
 
 def show_in_full(what: dict[str, Any]) -> None:
-    """Print all that is sent, where to, what the machine may touch, and whose prices these are."""
+    """Print the requests, their destination, what the machine may touch, and the prices' source."""
     cost = what["cost"]
     parts = f"disk and address are {dollars(cost['disk_and_address_per_hour'])} of an hour"
     log.info("prices    %s; %s", cost["basis"], parts)
@@ -80,7 +80,7 @@ def show_in_full(what: dict[str, Any]) -> None:
 
 
 def show_cost(what: dict[str, Any]) -> None:
-    """Print on what a plan runs, how long, and what it costs."""
+    """Print a plan's machines, time and cost."""
     cost, expected = what["cost"], what["expected"]
     hours = cost["time_limit_hours"]
     took = ""
@@ -114,9 +114,9 @@ def _duration(seconds: float) -> str:
 
 
 def expected(plan: Plan, images: int | None) -> dict[str, Any] | None:
-    """Return how long its machines are paid for, and by what that is known; None: nothing tells.
+    """Return how long its machines are paid for, and the estimate's source; None: unknown.
 
-    images: of training; None: not known.
+    images: of training; None: unknown.
     """
     spec = plan.spec
     known = [each for each in OFFERED if each.name == spec.target.instance_type and each.trains]
@@ -133,7 +133,7 @@ def expected(plan: Plan, images: int | None) -> dict[str, Any] | None:
 
 
 def looked_up(aws: Aws | None, plan: Plan, what: dict[str, Any], data: Path | None) -> None:
-    """Add to a plan as data what its pictures and AWS say: pictures, expected, known, missing."""
+    """Add to a plan's data what its pictures and AWS tell: pictures, expected, known, missing."""
     spec = plan.spec
     images = EMBEDDED_IMAGES.get(spec.config.data.source)
     what["pictures"] = None
@@ -151,7 +151,7 @@ def looked_up(aws: Aws | None, plan: Plan, what: dict[str, Any], data: Path | No
 
 
 def connect(target: TargetConfig) -> tuple[Aws | None, str]:
-    """Return AWS, or None and why it can't be asked."""
+    """Return AWS, or None and the reason why it can't be asked."""
     aws = account_of(target)
     try:
         if aws.has_credentials() and aws.account:
@@ -167,7 +167,7 @@ def connect(target: TargetConfig) -> tuple[Aws | None, str]:
 def planned(
     aws: Aws | None, target: TargetConfig, options: argparse.Namespace
 ) -> tuple[Aws | None, Plan, str]:
-    """Return AWS and the plan; no AWS, and why, where this user may not look at what is there.
+    """Return AWS and the plan; instead of AWS the reason, if this user may not read the account.
 
     Raise UserError, AwsError.
     """
@@ -181,7 +181,7 @@ def planned(
 
 
 def job_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
-    """Return what `plan` and `submit` are both asked for."""
+    """Return the parser of the options that `plan` and `submit` share."""
     parser = argparse.ArgumentParser(prog=f"python -m launch {verb}", description=description)
     parser.add_argument(
         "overrides",

@@ -1,6 +1,6 @@
 """`python -m launch policy --for PART`: what a part of Packhorse may do in the account, and why.
 
-The templates say it.
+It comes from the stacks' templates.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PARTS = {
 
 
 def permissions(part: str, place: Place) -> list[Statement]:
-    """Return what a part may do, as IAM will read it. part: one of PARTS."""
+    """Return a part's permissions as IAM statements. part: one of PARTS."""
     project, account, region = place.project, place.account, place.region
     if part in SERVING_PARTS:
         template, resource = SERVING_PARTS[part]
@@ -66,9 +66,9 @@ def document(statements: Sequence[Statement]) -> dict[str, Any]:
 
 
 def _serving_names(project: str, account: str, region: str) -> dict[str, Any]:
-    """Return what the parameters and resources of serving's templates stand for.
+    """Return the values of the parameters and resources in serving's templates.
 
-    With the defaults of `python -m serving deploy`.
+    They are those of `python -m serving deploy` by default.
     """
     name, arn = f"{project}-serving", f"arn:{partition(region)}"
     bucket, logs = bucket_name(project, account, region), f"{arn}:logs:{region}:{account}:log-group"

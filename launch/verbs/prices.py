@@ -1,4 +1,4 @@
-"""`python -m launch prices`: dollars an hour, as plans reckon them."""
+"""`python -m launch prices`: the prices an hour that plans use."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`python -m launch rehearse`: the very request that would be sent, checked, and then run here.
+"""`python -m launch rehearse`: check the request that would be sent, and run it here.
 
 AWS's own toolkit runs it (launch/local/sagemaker.py).
 """
@@ -28,8 +28,8 @@ from trainer.common.sessions import heeded
 def main(arguments: Sequence[str]) -> int:
     """Rehearse; return an exit code.
 
-    0: the job would complete; 2: one line says what to change; 75: stopped, and it goes on from
-    there when rehearsed again.
+    0: the job would complete; 2: one line says what to change; 75: stopped; the next rehearsal
+    continues.
     """
     options = _parse(arguments)
     inside = INSIDE in os.environ
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _enter_namespaces(arguments: Sequence[str]) -> None:
-    """Go on as this very process inside namespaces, so that signals reach it, if there are any."""
+    """Move this process into namespaces, if the machine has any, so that signals still reach it."""
     flags = namespaces()
     if flags is None:
         return
@@ -90,7 +90,7 @@ def _enter_namespaces(arguments: Sequence[str]) -> None:
 def prepare(arguments: Sequence[str], data: Path | None) -> tuple[Plan, Path | None]:
     """Return what `submit` would do, without credentials, and the folder of the images.
 
-    The folder is None where the trainer writes its own. Raise UserError.
+    The folder is None if the trainer writes its own pictures. Raise UserError.
     """
     ours, overrides = split_overrides(arguments)
     if not any(override.startswith("target=") for override in ours):

@@ -1,7 +1,7 @@
 """`python -m launch runs`: the runs of this machine and those in the bucket, in one table.
 
-The table is the trainer's (`python -m trainer.runs`), and so are the options. Who has no
-credentials sees the runs of this machine.
+Table and options are the trainer's (`python -m trainer.runs`). Without credentials it shows the
+runs of this machine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def elsewhere(targets: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Return the runs in the bucket as `trainer.runs` takes them. What is denied is one line."""
+    """Return the runs in the bucket for `trainer.runs`. If AWS denies it, print a line."""
     if find_spec("boto3") is None:
         return []
     # imported here: optional.

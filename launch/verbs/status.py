@@ -23,15 +23,15 @@ from trainer.common.console import log
 from trainer.common.errors import OK
 from trainer.common.text import dollars
 
-# Phases that an attempt at a training never leaves.
+# Final phases of an attempt.
 ENDED = (Phase.COMPLETE, Phase.STOPPED, Phase.LOST, Phase.NO_CAPACITY, Phase.FAILED)
 SERVICES = ("ec2", "s3", "sagemaker")
 
 
 def all_rented(inventory: Inventory) -> tuple[list[Rented], list[str]]:
-    """Return what of this project costs money now, whoever started it, and what is not known.
+    """Return what of this project costs money now, for all users, and what is unknown.
 
-    Each listing is asked for at the same time as the others, and may be denied without them.
+    The listings are fetched in parallel; if one is denied, the others still count.
     """
     listings: list[Callable[[Inventory], Iterator[Rented]]] = [kind.rented for kind in base.kinds()]
     listings += [_endpoints, _disks]
@@ -49,11 +49,11 @@ def all_rented(inventory: Inventory) -> tuple[list[Rented], list[str]]:
 
 
 def all_runs(inventory: Inventory) -> list[tuple[Attempt, State]]:
-    """Return each attempt and how it is. Raise AwsError.
+    """Return each attempt and its state. Raise AwsError.
 
-    The listings tell it of nearly all. The others are asked for at the same time, and what ended
-    is noted, so that the next look needn't ask again. One that AWS says nothing of, now or to this
-    user, is not known, and the others are.
+    The listings give nearly all states. The others are requested in parallel, and ended ones are
+    recorded, so that the next `status` needn't ask again. If AWS doesn't tell one now, or not to
+    this user, only that one is unknown.
     """
 
     def look(noted: Noted) -> tuple[Attempt, State]:
@@ -66,7 +66,7 @@ def all_runs(inventory: Inventory) -> list[tuple[Attempt, State]]:
         except AwsError as error:
             return attempt, State(Phase.UNKNOWN, str(error), id=attempt.id)
         if state.phase in ENDED and state.id is not None and base.of(attempt).trains:
-            with contextlib.suppress(AwsError):  # who may only read asks again
+            with contextlib.suppress(AwsError):  # a user who may only read asks again next time
                 notes.note_state(inventory.aws, attempt, state)
         return attempt, state
 
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_intermixed_args(rest)
     aws = aws_of(targets)
-    account = aws.account  # asked for here, as clients are made here, not by several threads
+    account = aws.account  # clients are made here, not by several threads
     aws.prepare(SERVICES)
     inventory = Inventory(aws)
     inventory.prefetch()

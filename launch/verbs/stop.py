@@ -1,4 +1,4 @@
-"""`python -m launch stop`: ends a run after a checkpoint; the same submit goes on from it."""
+"""`python -m launch stop`: end a run after a checkpoint; the same submit continues from it."""
 
 from collections.abc import Sequence
 

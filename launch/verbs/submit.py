@@ -1,7 +1,7 @@
 """`python -m launch submit`: carries out a plan.
 
-A run that is there goes on by its name alone: `submit RUN`, also without the folder it came from.
-Every step sees what an earlier, killed submit has done already, so the same command goes on.
+`submit RUN` continues an existing run by its name, also without the folder of pictures. Every step
+checks what an earlier, killed submit has done already, so the same command continues.
 """
 
 import re
@@ -37,9 +37,10 @@ from trainer.common.errors import OK, UserError
 
 
 def _as_noted(aws: Aws, options: Namespace, targets: Sequence[str]) -> Plan:
-    """Return the plan of the next attempt at a run that is named alone: as the last was noted.
+    """Return the plan of the next attempt at a run given by its name: as the last was recorded.
 
-    Raise UserError for other words beside its name, but for where it is, and its ceiling.
+    Raise UserError for other settings beside its name, except target.project, target.region,
+    target.bucket and target.max_dollars.
     """
     words = options.overrides
     if len(words) > 1 or options.data is not None:
@@ -62,7 +63,7 @@ def _as_noted(aws: Aws, options: Namespace, targets: Sequence[str]) -> Plan:
 
 
 def agreed(aws: Aws, plan: Plan, data: Path | None, yes: bool) -> bool:
-    """Repeat what a plan costs; ask on a terminal. Raise UserError for pictures of no use."""
+    """Repeat a plan's cost; ask on a terminal. Raise UserError for pictures that can't be used."""
     if not plan.requests:
         return True
     images = None
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
         overdue.warn(Inventory(aws), targets)
         plan = _as_noted(aws, options, targets)
     else:
-        resolved(target, options.overrides, options.data)  # a mistake is named before AWS is asked
+        resolved(target, options.overrides, options.data)  # report a mistake before AWS is asked
         overdue.warn(Inventory(aws), targets)
         plan = prepare(aws, target, options.overrides, options.data, options.again)
         weights = weights_folder(target, options.overrides, options.data)

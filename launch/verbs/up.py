@@ -17,9 +17,9 @@ from trainer.common.errors import FAULT, OK, UserError
 
 
 def up(aws: Aws, given: Mapping[str, str], yes: bool, every: float) -> int:
-    """Make or change the account stack; return the exit code. Raise UserError, AwsError.
+    """Create or change the account stack; return the exit code. Raise UserError, AwsError.
 
-    A killed one is finished by the next.
+    The next `up` finishes what a killed one began.
     """
     stack = AccountStack(aws, every)
     before = stack.settle()
@@ -48,7 +48,7 @@ def up(aws: Aws, given: Mapping[str, str], yes: bool, every: float) -> int:
     content = stack.content(given, before)
     name = _change_set_name(aws.project, content)
     if before is not None and stack.has_proposal(name):
-        stack.discard(name)  # a killed `up` has left it
+        stack.discard(name)  # left by a killed `up`
     changes = stack.propose(name, content, first=before is None)
     if not changes:
         log.info("%s is as it should be: nothing to change", stack.name)
@@ -86,7 +86,7 @@ def _clear_away(stack: AccountStack, before: Mapping[str, Any]) -> None:
 
 
 def _change_set_name(project: str, content: Content) -> str:
-    """Return the same name for the same change, by which the next `up` finds it."""
+    """Return the same name for the same change, so that the next `up` finds it."""
     parameters = content.request(project)["Parameters"]
     digest = hashlib.sha256((content.body + json.dumps(parameters)).encode()).hexdigest()
     return f"{project}-{digest[:16]}"

@@ -346,8 +346,8 @@ def main() -> None:
     path = DOCS / "instances.md"
     path.write_text(
         re.sub(
-            r"```\n[a-z0-9_/]+, freeze=.*?```\n",
-            lambda match: f"```\n{instances_output()}```\n",
+            r"```text\n[a-z0-9_/]+, freeze=.*?```\n",
+            lambda match: f"```text\n{instances_output()}```\n",
             path.read_text(),
             flags=re.DOTALL,
         )

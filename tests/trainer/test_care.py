@@ -50,7 +50,7 @@ def test_it_says_that_nothing_was_noticed(look, tmp_path: Path):
     for copy in ("test/cat", f"train/{CLASSES[1]}"):
         (tmp_path / "my pictures" / copy / "9.jpg").unlink()
     code, said = look("model=small_cnn")
-    assert code == 0 and "nothing was noticed about the pictures\n" in said
+    assert code == 0 and "no problems found in the pictures\n" in said
 
 
 def test_leaks_can_end_it_with_an_error(look, tmp_path: Path):

@@ -1,7 +1,4 @@
-"""Numbers and paths of a command line, held to their limits before anything is done with them.
-
-Each is what argparse calls a type.
-"""
+"""Types for argparse: numbers and paths, checked against their limits."""
 
 import argparse
 import math
@@ -11,7 +8,7 @@ from pathlib import Path
 from trainer.common.errors import UserError
 from trainer.common.paths import expanded
 
-LARGEST = 100_000_000  # what is longer than three years in seconds is a slip of the hand
+LARGEST = 100_000_000  # three years in seconds: more is a typing error
 
 
 def positive(text: str) -> float:
@@ -28,7 +25,7 @@ def positive(text: str) -> float:
 
 
 def whole(at_least: int = 1, at_most: int = LARGEST) -> Callable[[str], int]:
-    """Return the type of a whole number from `at_least` to `at_most`, both allowed."""
+    """Return the argparse type of a whole number from `at_least` to `at_most`, inclusive."""
     allowed = f"a whole number, {at_least} to {at_most}"
 
     def read(text: str) -> int:

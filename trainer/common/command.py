@@ -1,6 +1,6 @@
-"""The edge of every command: whatever goes wrong becomes one line and an exit code.
+"""The outermost layer of every command: each error becomes one line and an exit code.
 
-Standard library only: what explains Hydra's errors, and what shows a line, is handed in.
+Standard library only: callers pass in what explains Hydra's errors, and what shows a line.
 """
 
 import atexit
@@ -27,14 +27,14 @@ from trainer.common.errors import (
 
 Explain = Callable[[Exception], str | None]
 Say = Callable[[int, str], None]
-# Looked at before the trainer sets it, so that Hydra raises its errors.
+# Read before the trainer sets it to make Hydra raise its errors.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def guarded(work: Callable[[], int | None], say: Say, explain: Explain | None = None) -> int:
-    """Do the work and return its exit code, or that of what it raised, after one line.
+    """Do the work and return its exit code, or show its error in one line and return that one's.
 
-    A fault of ours is raised on, for its traceback; so is a mistake with HYDRA_FULL_ERROR=1.
+    Raise bugs again, for their traceback, and with HYDRA_FULL_ERROR=1 the user's mistakes too.
     say(level, line): shows the line.
     """
     try:
@@ -48,13 +48,13 @@ def guarded(work: Callable[[], int | None], say: Say, explain: Explain | None = 
 
 
 def leave(code: int, module: Mapping[str, object]) -> NoReturn:
-    """End this process at once, with what was registered for its end done.
+    """End this process at once, after its atexit functions.
 
-    Python would take down each module and thread first. With PyTorch and the exporter loaded that
-    is seconds in which the prompt isn't back, and nothing is left to be done in them.
+    Python would first tear down each module and thread. With PyTorch and the exporter loaded, that
+    keeps the prompt away for seconds, for nothing.
 
-    module: the globals of the module that was run. Where a program runs it within itself (runpy),
-    SystemExit is raised instead.
+    module: the globals of the module that was run. If another program runs it (runpy), raise
+    SystemExit instead.
     """
     if vars(sys.modules["__main__"]) is not module:
         sys.exit(code)
@@ -71,14 +71,14 @@ def wants_traceback(code: int) -> bool:
 
 
 def level(error: Exception) -> int:
-    """Return the level of the line: being asked to stop is no error."""
+    """Return the level of the line: a requested stop is no error."""
     if isinstance(error, Interrupted):
         return logging.WARNING
     return logging.ERROR
 
 
 def verdict(error: Exception, explain: Explain | None = None) -> tuple[int, str]:
-    """Return the exit code for what went wrong, and the line that the user sees."""
+    """Return the exit code of an error, and the line that the user sees."""
     if isinstance(error, Interrupted):
         saved = "everything is saved: start the same command again to continue"
         return RESUME, f"stopped by {error}; {saved}"
@@ -91,9 +91,9 @@ def verdict(error: Exception, explain: Explain | None = None) -> tuple[int, str]
 
 
 def one_line(error: Exception, explain: Explain | None = None) -> str | None:
-    """Return what the user can mend, in one line; None for a fault of ours.
+    """Return the line for an error that the user can fix; None for a bug.
 
-    explain: gives the line for errors of a library, such as Hydra's; None: it knows none.
+    explain: returns the line for a library's errors, such as Hydra's; None for others.
     """
     if isinstance(error, UserError):
         return str(error)

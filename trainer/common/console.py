@@ -27,7 +27,7 @@ SINGLE = "{desc} {elapsed}"
 COUNTED = "{desc} {percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt}, {elapsed}, {remaining} left"
 TICK = 0.5  # seconds between two signs of a single piece of work on a terminal
 
-# What comes out, which -q shows too; it is no warning.
+# The level of results, which -q shows too, and which are no warnings.
 RESULT = logging.INFO + 5
 logging.addLevelName(RESULT, "RESULT")
 # What a terminal shows with -q, by default, and with -v.
@@ -54,9 +54,9 @@ class _Terminal(logging.Handler):
 def to_terminal(expendable: bool = False, shown: int = USUAL) -> None:
     """Send the log to standard output, once however often it is called.
 
-    A terminal or a pipe that goes away ends nothing.
+    The process survives a closed terminal or pipe.
 
-    expendable: whether what a full disk does not take may be lost too. shown: the least level.
+    expendable: whether output may also be lost to a full disk. shown: the lowest level.
     """
     streams.outlive(expendable)
     log.setLevel(min(shown, logging.INFO))
@@ -83,15 +83,15 @@ def _is_quiet() -> bool:
 
 
 class _File(logging.Handler):
-    """Appends to a file, and raises what goes wrong (a full disk, say).
+    """Append to a file, and raise errors (a full disk, say).
 
-    logging's own handler prints a traceback and goes on.
+    logging's own handler prints a traceback and continues.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Before anything knows this handler: what can't be opened can't be closed at the exit.
-        # Unbuffered: a buffer would try again to write, and fail again, when it is closed.
+        # Before the handler is registered: at exit, logging would close what was never opened.
+        # Unbuffered: closing a buffer would write, and fail, a second time.
         with naming(path):
             self._file = path.open("ab", buffering=0)
         super().__init__()
@@ -106,7 +106,7 @@ class _File(logging.Handler):
 
 
 class _Plain(logging.Formatter):
-    """The message alone; a warning or an error says that it is one."""
+    """The message alone, with its level if it is a warning or an error."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
@@ -125,7 +125,7 @@ def also_to_file(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Whoever catches it shows it on the terminal, when this file is closed.
+        # Its handler shows it on the terminal, after this file is closed.
         text = f"{type(error).__name__}: {error}"
         handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None))
         raise
@@ -148,13 +148,13 @@ def quiet() -> Iterator[None]:
 def command(module: str, *words: object) -> str:
     """Return `python -m MODULE WORDS` as a person types it: a shown command must run as it stands.
 
-    Python is the one that runs this. What is special to a shell is quoted.
+    Python is the running one. Characters that a shell interprets are quoted.
     """
     return shlex.join([_python(), "-m", module, *map(str, words)])
 
 
 def _python() -> str:
-    found = shutil.which("python")  # beside python3, which `packhorse` may have been installed by
+    found = shutil.which("python")  # beside the python3 with which `packhorse` was installed
     if found and Path(found).parent == Path(sys.executable).parent:
         return "python"
     relative = os.path.relpath(sys.executable)
@@ -164,14 +164,14 @@ def _python() -> str:
 
 
 def shows_bars(stream: TextIO) -> bool:
-    """Return whether a person sees a bar there grow: on a terminal, or in a notebook."""
+    """Return whether a person watches a progress bar: on a terminal, or in a notebook."""
     return stream.isatty() or type(stream).__module__.startswith("ipykernel.")
 
 
 class ProgressBar:
     """Counts long work: a tqdm bar on a terminal, elsewhere a line every LINE_EVERY seconds.
 
-    Of a single piece of work the seconds are shown. Within another one it isn't shown.
+    With a total of 1 it shows the seconds. A bar within another one isn't shown.
     """
 
     _pieces = 0  # single pieces that run
@@ -179,10 +179,10 @@ class ProgressBar:
     def __init__(
         self, what: str, total: int, done: int = 0, more: Callable[[], str] | None = None
     ) -> None:
-        """more: what each of the lines says at its end."""
+        """more: appended to each of the lines."""
         self.what, self.total, self.done, self._more = what, total, done, more
         self._watched = ExitStack()
-        # A single piece of work gives no sign before it is done.
+        # Work in one piece gives no sign of life before it is done.
         self._watched.enter_context(watch.over(1.0 if total > 1 else SLOW))
         self._bar: tqdm[NoReturn] | None = None
         self._ended = threading.Event()
@@ -201,7 +201,7 @@ class ProgressBar:
                 leave=False,
                 dynamic_ncols=True,
                 bar_format=form,
-                smoothing=0,  # what is left by the mean rate: advance(0) would make it seem fast
+                smoothing=0,  # by the mean rate: advance(0) would distort a moving one
             )
         self._ticks: threading.Thread | None = None
         if self._single or self._bar is not None:
@@ -209,9 +209,9 @@ class ProgressBar:
             self._ticks.start()
 
     def _tick(self) -> None:
-        """Give signs of work, from a thread of its own, until it is done.
+        """Show the seconds, from a thread, until the work is done.
 
-        A bar shows its seconds also while no piece of it is done.
+        So a bar moves even before the first piece is done.
         """
         while not self._ended.wait(TICK):
             if self._bar is not None:
@@ -221,7 +221,7 @@ class ProgressBar:
                 log.info("%s: %.0f s", self.what, time.monotonic() - self._began)
 
     def advance(self, count: int = 1) -> None:
-        """Count that much more work as done, and show it."""
+        """Count more work as done, and show it."""
         self.done += count
         watch.sign()
         if self._bar is not None:
@@ -241,7 +241,7 @@ class ProgressBar:
         self.close()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._watched.close()
         if self._ended.is_set():
             return

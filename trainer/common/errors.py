@@ -24,7 +24,7 @@ TRIAL = "PACKHORSE_TRIAL"
 
 @contextmanager
 def naming(path: object) -> Iterator[None]:
-    """Let an OSError within name `path`: a write, and a search for a file's end, name no file."""
+    """Add `path` to an OSError raised within: errors of write and seek name no file."""
     try:
         yield
     except OSError as error:
@@ -33,19 +33,19 @@ def naming(path: object) -> Iterator[None]:
 
 
 class PackhorseError(Exception):
-    """What this project raises of its own accord. The message is one line, for a person."""
+    """The base of this project's errors. The message is one line, for a person."""
 
 
 class UserError(PackhorseError, ValueError):
-    """Something the user can mend. Its message says what is wrong, where, and what to do."""
+    """Something that the user can fix. The message says what is wrong, where, and what to do."""
 
 
 class MachineFault(UserError):
-    """What was asked for may be right, but the machine can't do it now: its disk is full, say."""
+    """The machine can't do it now, because its disk is full, say. The input may be right."""
 
 
 class Unreadable(MachineFault):
-    """A file can't be read now, however often it is tried. Whether it is good, nobody knows."""
+    """A file can't be read now, after several tries. Its content may be good or bad."""
 
 
 class Interrupted(PackhorseError):
@@ -62,9 +62,8 @@ MEMORY_FULL = (
     "this machine is out of memory: close other programs, or lower data.workers or "
     f"train.batch_size, {AGAIN}"
 )
-# Every error that a file operation can end with, by what is to be done. Names, since a system may
-# lack some of them. What the standard gives to bugs alone (EFAULT) is no one's to mend, and isn't
-# here.
+# What to do about each error of a file operation. Names, not numbers: some systems lack some of
+# them. Errors that only a bug can cause (EFAULT) are not listed.
 _REMEDIES = {
     "ENOSPC": f"no space is left: free some, or {ELSEWHERE}",
     "EDQUOT": f"the disk quota is used up: free some, or {ELSEWHERE}",
@@ -121,24 +120,24 @@ def _numbers(names: str) -> frozenset[int]:
 
 
 REMEDIES = {number: text for names, text in _REMEDIES.items() for number in _numbers(names)}
-# What a network's file system, or one in user space, says when its server is gone. Sockets say the
-# same, but name no file.
+# Errors of a network or user-space file system whose server is gone. Sockets raise them too, but
+# name no file.
 LOST = _numbers(
     "ETIMEDOUT ETIME ENOTCONN ECONNABORTED ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH "
     "ENETDOWN ENETUNREACH ENETRESET ENODEV ENXIO ESHUTDOWN EPIPE ENOLINK ECOMM EPROTO "
     "EREMCHG EREMOTE EALREADY EINPROGRESS ECANCELED"
 )
-# Said of sockets, pipes and processes too, where no file is named.
+# Sockets, pipes and processes raise these too, without a file name.
 _OF_OTHERS = LOST | _numbers("EAGAIN EINTR EINVAL ENOTTY ESPIPE ENOSYS")
 
-# What one call may meet and the next one not.
+# Errors that may be gone with the next call.
 TRANSIENT = _numbers("EIO ESTALE ETIMEDOUT ENOMEM EMFILE ENFILE EINTR EAGAIN EBUSY")
 
 
 def install_command(extra: str) -> str:
     """Return the command that adds an extra of pyproject.toml to the environment that runs this.
 
-    The project is installed from where it lies, since it is published nowhere.
+    The project is installed from its folder, since it isn't published.
     """
     if Path(sys.prefix).resolve() != (PROJECT / ".venv").resolve():
         return shlex.join([sys.executable, "-m", "pip", "install", "-e", f"{PROJECT}[{extra}]"])
@@ -151,7 +150,7 @@ def install_command(extra: str) -> str:
 def needed_by(what: str, extra: str) -> Iterator[None]:
     """Import optional packages inside. Raise UserError where one is not installed.
 
-    what: needs them, as the user wrote it. extra: brings them.
+    what: the setting that needs them, as the user wrote it. extra: the extra that installs them.
     """
     try:
         yield
@@ -160,9 +159,9 @@ def needed_by(what: str, extra: str) -> Iterator[None]:
 
 
 def machine_fault(error: OSError) -> str | None:
-    """Return the one line for a fault of the user's machine (a full disk, no permission).
+    """Return the line for a fault of the user's machine (a full disk, no permission).
 
-    None where `error` is no such fault.
+    None where `error` is another one.
     """
     number = error.errno or 0
     if number in _OF_OTHERS and not error.filename:
@@ -177,7 +176,7 @@ def machine_fault(error: OSError) -> str | None:
 
 
 def is_machines(error: Exception) -> bool:
-    """Return whether the machine failed, so that the same may succeed when it is mended."""
+    """Return whether the machine failed, so that the same work may succeed once it is fixed."""
     if isinstance(error, OSError):
         return machine_fault(error) is not None and error.errno != errno.ENAMETOOLONG
     return isinstance(error, MachineFault)

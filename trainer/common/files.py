@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut.
+"""Files that are complete or absent, also after a power cut.
 
 They are written under a temporary name, flushed to the disk, and renamed.
 """
@@ -20,12 +20,12 @@ from trainer.common.errors import AGAIN, MEMORY_FULL, TRANSIENT, Unreadable, mac
 
 T = TypeVar("T")
 
-OWNER = "-owner"  # behind a lock's name: the file that tells whose it is
-TEMPORARY = ".writing-"  # begins the name of whatever is not complete yet
-# Seconds before another try to read what could not be read: a network's file system often recovers.
+OWNER = "-owner"  # suffix of a lock's name: the file that names its owner
+TEMPORARY = ".writing-"  # prefix of the name of whatever is not complete yet
+# Seconds before the next tries to read a file: a network file system often recovers.
 PAUSES = (0.1, 0.3, 1.0)
-LOOKING = 0.5  # seconds that who only looks at a lock may have it for, on a busy machine
-# What a file system answers that has no such operation: flock, or fsync of a directory.
+LOOKING = 0.5  # seconds for which `is_locked` of another process may hold a lock, on a busy machine
+# Errors of a file system that lacks an operation: flock, or fsync of a directory.
 UNSUPPORTED = frozenset(
     {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY}
 )
@@ -34,7 +34,7 @@ UNSUPPORTED = frozenset(
 def write(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data`, text as UTF-8.
 
-    Raise OSError with `path` as its file name; what was there stays.
+    Raise OSError with `path` as its file name; then the old file stays.
     """
     content = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     temporary = path.with_name(TEMPORARY + path.name)
@@ -53,9 +53,9 @@ def write(path: Path, data: bytes | str) -> None:
 
 
 def persistently(work: Callable[[], T]) -> T:
-    """Return what `work` returns, which may be done twice.
+    """Return what `work` returns; it may be called several times.
 
-    Where it fails with what the next try may not meet, it is tried again after each of PAUSES.
+    After an error that may be gone next time, try again after each of PAUSES.
     """
     for pause in PAUSES:
         try:
@@ -68,10 +68,10 @@ def persistently(work: Callable[[], T]) -> T:
 
 
 def patiently(path: str | Path, read: Callable[[], T]) -> T:
-    """Return what `read` returns, which reads `path` or asks for it.
+    """Return what `read` returns, which reads `path` or its metadata.
 
-    Where it fails it is tried again after each of PAUSES. Raise Unreadable, which names the file
-    and the reason.
+    After an error, try again after each of PAUSES. Raise Unreadable, which names the file and the
+    reason.
     """
     for pause in PAUSES:
         with suppress(OSError, MemoryError):
@@ -94,8 +94,8 @@ def _reason(path: str | Path, error: OSError | MemoryError) -> str:
 def sweep(directory: Path, prefix: str = TEMPORARY) -> None:
     """Remove what killed writers left in `directory`. No other process may write there.
 
-    prefix: begins the names of what is removed: those of one writer, where there are others. What
-    can't be removed stays, and is said.
+    prefix: of the names to remove: those of one writer, if there are others. Log what can't be
+    removed, and leave it.
     """
     for path in directory.glob(f"{prefix}*"):
         try:
@@ -105,7 +105,7 @@ def sweep(directory: Path, prefix: str = TEMPORARY) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a directory with all that it holds, if it is there."""
+    """Delete a file, or a directory with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -116,15 +116,15 @@ def remove(path: Path) -> None:
 def locked(
     directory: Path, waiting: Callable[[], None] | None = None, name: str = ".lock"
 ) -> Iterator[bool]:
-    """Hold a lock of `directory` while the context lasts. That of a dead process is free.
+    """Hold the lock of `directory` while the context lasts. A dead process's lock is free.
 
-    Give whether this process has it: always, where it waits for another one to leave it.
+    Yield whether this process has it; always true if `waiting` is given. The lock is the kernel's;
+    where the kernel has none, or one that holds on one machine only, it is a file that names the
+    owner (`owner`).
 
-    The kernel has it; where it can't, or can for one machine alone, the `owner` has.
-
-    waiting: called again and again meanwhile; it may raise, to give up. None: don't wait, but for
-    who only looks (`is_locked`), and for as long as it takes to tell whether an owner on another
-    machine lives.
+    waiting: called again and again while this process waits; it may raise, to give up. None: don't
+    wait, except for a process that only looks (`is_locked`), and until it is known whether an owner
+    on another machine lives.
     """
     claim = owner.Claim(directory / f"{name}{OWNER}")
     alone = not owner.kernel_knows(directory)
@@ -160,7 +160,7 @@ def locked(
 
 
 def _take_after_looks(file: IO[Any]) -> bool | None:
-    """Try to take the kernel's lock, for as long as somebody may only be looking at it."""
+    """Try to take the kernel's lock, for as long as another process may hold it in `is_locked`."""
     until = time.monotonic() + LOOKING
     while (held := try_lock(file)) is False and time.monotonic() < until:
         time.sleep(0.02)
@@ -168,7 +168,7 @@ def _take_after_looks(file: IO[Any]) -> bool | None:
 
 
 def is_locked(directory: Path, name: str = ".lock") -> bool:
-    """Return whether a process has the lock. To look keeps nobody from taking it. Raise OSError."""
+    """Return whether a process has the lock, without keeping others from it. Raise OSError."""
     try:
         with (directory / name).open("rb") as file:
             shared = persistently(partial(try_lock, file, fcntl.LOCK_SH))
@@ -180,12 +180,12 @@ def is_locked(directory: Path, name: str = ".lock") -> bool:
 
 
 def owner_of(directory: Path, name: str = ".lock") -> str:
-    """Return who has the lock, in words, where a file tells: " (process 7 on box)"."""
+    """Return who has the lock, in words, if a file says: " (process 7 on box)"."""
     return owner.named(directory / f"{name}{OWNER}")
 
 
 def try_lock(file: IO[Any], kind: int = fcntl.LOCK_EX) -> bool | None:
-    """Return whether the kernel's lock is this process's; None where it has none there."""
+    """Try to take the kernel's lock; return whether that worked. None: the file system has none."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -199,7 +199,7 @@ def try_lock(file: IO[Any], kind: int = fcntl.LOCK_EX) -> bool | None:
 
 
 def flush(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a new file down to the disk itself."""
+    """Flush a new file to the disk itself."""
     with path.open("wb") as file:
         file.writelines(parts)
         file.flush()
@@ -207,7 +207,7 @@ def flush(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def sync(handle: int) -> None:
-    """Bring what was written to the disk itself, where the file system can."""
+    """Flush a descriptor to the disk itself, where the file system can."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -220,7 +220,7 @@ def write_at(
 ) -> None:
     """Write all of `data` at `offset` of a file that is not opened to append.
 
-    Unbuffered: what fails on a full disk fails here, and once. Raise OSError with `path` as its
+    Unbuffered: a full disk fails here, and only once. Raise OSError with `path` as its
     file name.
     """
     with naming(path):
@@ -235,7 +235,7 @@ def write_at(
 def flush_directory(path: Path) -> None:
     """Make the names in a directory durable: only then is a rename safe on disk (fsync(2)).
 
-    Where the file system can: some don't open directories, or don't flush them.
+    Some file systems don't open directories, or don't flush them; then do nothing.
     """
     try:
         handle = os.open(path, os.O_RDONLY)

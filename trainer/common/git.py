@@ -1,4 +1,4 @@
-"""Which revision of this code runs."""
+"""The revision of the running code."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ from trainer.common.errors import PROJECT
 def revision() -> str | None:
     """Return the code's git commit, with `-dirty` where files were changed; None if unknown.
 
-    A rented machine has no checkout: whoever sent its code says it in PACKHORSE_REVISION.
+    A rented machine has no checkout: there the launcher has set PACKHORSE_REVISION.
     """
     if known := os.environ.get("PACKHORSE_REVISION"):
         return known
     if not (PROJECT / "pyproject.toml").is_file():
-        return None  # an installed package, whose folder may lie in somebody else's repository
+        return None  # an installed package, whose folder may be inside another repository
     command = ["git", "-C", str(PROJECT), "describe"]
     command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""Asked to stop: signals and a spot instance's notice raise a flag that long loops look at."""
+"""Stop requests: signals and spot notices raise a flag that long loops check."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ NOTICES = {
 
 
 class Stop:
-    """The flag. `reason` is None until somebody asks the run to stop."""
+    """The flag. `reason` is None until something asks the run to stop."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -33,12 +33,12 @@ class Stop:
         self.reason = self.reason or reason
 
     def asked(self) -> bool:
-        """Return whether somebody has asked. To look is a sign of life."""
+        """Return whether a stop was asked for. Counts as a sign of life (`watch`)."""
         watch.sign()
         return self.reason is not None
 
     def check(self) -> None:
-        """Raise Interrupted once somebody has asked."""
+        """Raise Interrupted once a stop was asked for."""
         if self.asked():
             raise Interrupted(self.reason)
 
@@ -47,8 +47,7 @@ class Stop:
 def on_signals() -> Iterator[Stop]:
     """Let SIGTERM, SIGINT and SIGHUP only raise the flag, while the context lasts.
 
-    Also those that were held until now.
-    A second SIGINT ends the process at once.
+    This includes signals held until now. A second SIGINT ends the process at once.
     """
     stop, pressed = Stop(), False
 
@@ -109,7 +108,7 @@ def on_spot_notice(stop: Stop, every: float = POLL_EVERY) -> Iterator[None]:
 
 
 def _notice() -> str | None:
-    """Return who asks for the instance back, if anybody does. Raise OSError as `metadata` does."""
+    """Return the notice that the instance has to stop; None: there is none. Raise OSError."""
     return next((notice for path, notice in NOTICES.items() if metadata(path) is not None), None)
 
 

@@ -1,4 +1,4 @@
-"""Lines that each carry their own checksum: damage to a file of them costs the lines it hits."""
+"""Lines with a checksum each: damage to a file costs only the damaged lines."""
 
 import json
 import zlib
@@ -17,9 +17,10 @@ def _line(text: bytes) -> bytes:
 
 
 def parse(data: bytes, *kinds: type | UnionType) -> tuple[list[Any], bool]:
-    """Return the values of the lines that are as they were written, and whether all are.
+    """Return the values of the undamaged lines, and whether all lines are undamaged.
 
-    kinds: of what each value holds, a list: those of another file in this one's place are damage.
+    kinds: types of the elements of each value, a list. Lines of another file in this one's place
+    count as damaged.
     """
     *whole, torn = data.split(b"\n")
     values = []

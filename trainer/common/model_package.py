@@ -1,7 +1,7 @@
-"""Our own model packages as a start: what a run's result holds, read without PyTorch.
+"""Read weights from our own model packages, without PyTorch.
 
-`trainer/results/package.py` writes them. Where a run has none yet, its newest checkpoint's best
-weights are read (`trainer/training/checkpoint.py`).
+`trainer/results/package.py` writes them. For a run without one, read its newest checkpoint's best
+weights (`trainer/training/checkpoint.py`).
 """
 
 import functools
@@ -25,9 +25,9 @@ FORMAT = 1  # of the manifest
 # A checkpoint's files: the state, and the best weights so far (absent before the first evaluation).
 STATE = ("state.json", "tensors.safetensors")
 BEST = ("best.json", "best.safetensors")
-TENSOR = "tensor:"  # begins a JSON string of theirs that stands for a tensor
-# The same for one kept as [N, H, W, C], as it lies in memory: reordering costs several times the
-# copy.
+TENSOR = "tensor:"  # prefix of a JSON string that stands for a tensor
+# The same for a tensor kept as [N, H, W, C], its order in memory: reordering would take several
+# times as long as the copy.
 CHANNELS_LAST = "channels_last:"
 DAMAGE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 
@@ -42,7 +42,7 @@ def is_package(weights: str) -> bool:
 
 
 def manifest(weights: str) -> dict[str, Any]:
-    """Return what a package says of itself.
+    """Return a package's manifest.
 
     weights: the archive, a directory that holds the same files, or a run's directory, which holds
     the archive. Raise UserError, Unreadable.
@@ -53,9 +53,9 @@ def manifest(weights: str) -> dict[str, Any]:
 
 
 def tensors(weights: str) -> bytes:
-    """Return the float weights of a package as a safetensors file, held against its SHA-256.
+    """Return the float weights of a package as a safetensors file, checked by its SHA-256.
 
-    They are of the whole network, also where the package serves an int8 one. Raise as `manifest`.
+    They are the whole network's, even if the package serves an int8 one. Raise as `manifest`.
     """
     place = _place(weights)
     name = BEST[1] if _is_checkpoint(place) else TENSORS
@@ -66,7 +66,7 @@ def tensors(weights: str) -> bytes:
 
 
 def network(weights: str, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Return a network's state dict of what `tensors` returned, loaded by any library.
+    """Return the network's state dict from the loaded result of `tensors`, of any library.
 
     Raise as `manifest`.
     """
@@ -118,13 +118,13 @@ def _newest_first(root: Path) -> list[Path]:
 
 
 def _is_checkpoint(place: Path) -> bool:
-    """Return whether a place is a checkpoint that holds best weights."""
+    """Return whether a directory is a checkpoint with best weights."""
     return place.is_dir() and (place / BEST[0]).is_file()
 
 
 @functools.lru_cache(maxsize=8)
 def _manifest(weights: str, place: Path, changed: int, size: int) -> dict[str, Any]:
-    """Return the manifest; `changed` and `size` tell a file from the one that was there before."""
+    """Return the manifest; `changed` and `size` (for the cache) identify the file."""
     if _is_checkpoint(place):
         return _of_checkpoint(weights, place)
     data = _read(weights, place, MANIFEST)
@@ -144,7 +144,7 @@ def _manifest(weights: str, place: Path, changed: int, size: int) -> dict[str, A
 
 
 def _of_checkpoint(weights: str, place: Path) -> dict[str, Any]:
-    """Return what a package's manifest would say, of a checkpoint."""
+    """Return what the manifest of a package from this checkpoint would say."""
     try:
         facts = json.loads(_read(weights, place, STATE[0]))["facts"]
         listed = json.loads(_read(weights, place, "manifest.json"))["files"]

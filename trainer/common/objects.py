@@ -1,4 +1,4 @@
-"""JSON objects from files that may be damaged, or another file in their place.
+"""JSON objects from files that may be damaged or swapped.
 
 Standard library only.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def parsed(text: bytes | str) -> dict[str, Any] | None:
-    """Return the JSON object that `text` is; None: it is none."""
+    """Parse a JSON object; return None if `text` is none."""
     try:
         value = json.loads(text)
     except ValueError:

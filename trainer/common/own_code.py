@@ -1,11 +1,11 @@
-"""A person's own code, by the name that a setting gives: found, known by its content, loaded.
+"""The user's own code: find it by the name in a setting, identify it by its content, load it.
 
-It may be named as
+The name may be
     mine.py         a Python file;
     mylib.dogs      a module that Python can import, or mylib.dogs:Focal, an object in it;
     focal           what an installed package offers under this name: an entry point of the group
                     packhorse, which stands for one of the second kind.
-It is imported when it is loaded, and not before: nothing else here runs any of it.
+Only `load` imports it: nothing else here runs any of it.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*(\.[^\W\d]\w*)*)?")
 
 @dataclass(frozen=True)
 class OwnCode:
-    """Code that a setting names. name: dotted, where it is imported by name; None: it is a file.
+    """Code that a setting names. name: the dotted name of a module; None: it is a file.
 
-    files: all that it consists of, by their places below a folder on Python's path: the file, or
-    those of the package that the module is part of.
+    files: the file, or all Python files of the module's package, by their paths relative to a
+    folder on Python's path.
     """
 
     setting: str  # "model.code=mine.py", for messages
@@ -42,7 +42,7 @@ class OwnCode:
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the file; of a package, of its files and their places."""
+        """Return the SHA-256 of the file; for a package, of its files and their relative paths."""
         contents = {
             place: files.patiently(str(path), path.read_bytes) for place, path in self.files.items()
         }
@@ -57,7 +57,7 @@ class OwnCode:
 def find(setting: str, said: str) -> OwnCode:
     """Return the code that `setting` names as `said`. Raise UserError where there is none."""
     shown = f"{setting}={said}"
-    for path in (Path(said), PROJECT / said):  # a job has it among the project's code
+    for path in (Path(said), PROJECT / said):  # in a job it is among the project's code
         if path.is_file():
             return OwnCode(shown, None, {path.name: path})
     if said.endswith(".py") or not DOTTED.fullmatch(said):
@@ -112,7 +112,7 @@ def load(code: OwnCode) -> Any:
 def _load(setting: str, name: str | None, *paths: Path, content: str) -> Any:
     with told(setting, "import", *paths):
         if name is not None:
-            # With a colon, what stands before it is a module, and no attribute of one.
+            # The part before a colon is a module, never an attribute.
             return pkgutil.resolve_name(name if ":" in name else f"{name}:")
     [path] = paths
     called = f"packhorse_own_{content[:12]}"
@@ -127,7 +127,7 @@ def _load(setting: str, name: str | None, *paths: Path, content: str) -> Any:
 
 
 class told:  # noqa: N801 (read as a word: with told(...))
-    """Turn what a person's own function raises into one line, with the line of their file."""
+    """Turn an error of the user's function into one line, with the line number in their file."""
 
     def __init__(self, setting: str, function: str, *paths: Path) -> None:
         self._setting, self._function = setting, function

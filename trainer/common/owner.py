@@ -1,9 +1,9 @@
-"""Whose a directory is, where the kernel's locks don't tell.
+"""The owner of a directory, where the kernel's locks can't say who it is.
 
-Some file systems have no locks (NFS with nolock, Lustre), and some that several machines share lock
-on each of them alone. There a file names the owner: its machine, its boot, its process. It is
-renewed while the owner lives. On the owner's machine the process itself is looked at; elsewhere the
-file is watched: no clock is compared, since those of two machines differ.
+Some file systems have no locks (NFS with nolock, Lustre). On some that machines share, a lock holds
+on one machine only. There a file names the owner by machine, boot and process, and the owner renews
+it while it lives. On the owner's machine, others check its process. Elsewhere they watch whether
+the file changes; clocks are not compared, since those of two machines differ.
 """
 
 import json
@@ -23,7 +23,7 @@ from trainer.common.objects import parsed
 
 RENEW_EVERY = 2.0  # seconds
 DEAD_AFTER = 30.0  # seconds without a sign of life, of an owner on another machine
-# File systems of many machines, or of a guest and its host, whose locks hold on one of them.
+# File systems that machines share, or a guest and its host, whose locks hold on one of them only.
 OF_ONE_MACHINE = ("9p", "virtiofs", "vboxsf", "prl_fs", "fuse.")
 LOCAL_OPTIONS = frozenset(
     {"nolock", "localflock", "local_lock=flock", "local_lock=all", "nobrl", "locallocks"}
@@ -32,7 +32,7 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 def kernel_knows(directory: Path) -> bool:
-    """Return whether a lock of the kernel there holds on all machines that see the directory."""
+    """Return whether the kernel's lock there holds on all machines that share the directory."""
     try:
         mounts = MOUNTS.read_text(errors="surrogateescape").splitlines()
     except OSError:  # no Linux
@@ -58,7 +58,7 @@ def _character(octal: re.Match[str]) -> str:
 class Claim:
     """One process's claim to what a file stands for.
 
-    undecided: whether the last `take` found an owner of whom it isn't known yet if it lives.
+    undecided: whether the last `take` found an owner and can't say yet whether it lives.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,15 +66,15 @@ class Claim:
         self._path = path
         self._me = _this_process() | {"token": secrets.token_hex(8)}
         self._beats = 0
-        # Since when files of others say what they say: text and time, by path.
+        # The last change of other owners' files, by path: text, and when it was first seen.
         self._seen: dict[Path, tuple[bytes, float]] = {}
         self._released = threading.Event()
         self._heart: threading.Thread | None = None
 
     def take(self) -> bool:
-        """Try to become the owner, without waiting; return whether this process is it.
+        """Try to become the owner, without waiting; return whether this process is the owner.
 
-        An owner that is dead is replaced. Raise OSError.
+        Replace a dead owner. Raise OSError.
         """
         self.undecided = False
         if self._heart is not None:
@@ -87,7 +87,7 @@ class Claim:
         return True
 
     def release(self) -> None:
-        """Give it up, where it is this process's."""
+        """Release the claim, if this process has it."""
         if self._heart is None:
             return
         self._released.set()
@@ -115,10 +115,10 @@ class Claim:
         return json.dumps(self._me | {"beats": f"{self._beats:012d}"}).encode()
 
     def _replaced(self) -> bool:
-        """Put this process in the place of the owner, where that is dead; return whether it is."""
+        """Replace the owner if it is dead; return whether this process is the owner now."""
         try:
             text = self._path.read_bytes()
-        except FileNotFoundError:  # it has just been given up
+        except FileNotFoundError:  # its owner has just released it
             self.undecided = True
             return False
         alive = self._lives(self._path, text)
@@ -130,7 +130,7 @@ class Claim:
         return self._put_in_place_of(text)
 
     def _lives(self, path: Path, text: bytes) -> bool | None:
-        """Return whether who wrote `text` to `path` lives; None: that isn't known yet."""
+        """Return whether the owner that wrote `text` to `path` lives; None: not known yet."""
         alive = _is_alive(text)
         if alive is not None:
             return alive
@@ -144,13 +144,13 @@ class Claim:
         return False
 
     def _put_in_place_of(self, dead: bytes) -> bool:
-        """Replace what a dead owner wrote. Of several that try, one makes the file that does it."""
+        """Replace a dead owner's file. Of several processes that try, only one can."""
         following = self._path.with_name(f"{self._path.name}-next")
         self.undecided = True
         if not self._created(following):
             with suppress(FileNotFoundError):
                 if self._lives(following, following.read_bytes()) is False:
-                    following.unlink()  # it was killed while it did that
+                    following.unlink()  # a process was killed while it did this
             return False
         try:
             if self._path.read_bytes() == dead:
@@ -163,13 +163,13 @@ class Claim:
         return False
 
     def _renew(self) -> None:
-        """Show that this process lives, until it gives up what it owns.
+        """Show that this process lives, until it releases its claims.
 
-        Where another has taken it for dead, after a sleep or an outage, it ends at once: what both
-        would write is neither's. All that it has written is complete.
+        If another process has replaced it, after a sleep or an outage, end at once: two writers
+        would mix their files. All files written so far are complete.
         """
         while not self._released.wait(RENEW_EVERY):
-            with suppress(OSError):  # it is tried again; an outage is no end
+            with suppress(OSError):  # an outage: the next round tries again
                 try:
                     handle = os.open(self._path, os.O_RDWR)
                 except FileNotFoundError:
@@ -195,7 +195,7 @@ class Claim:
 
 
 def named(path: Path) -> str:
-    """Return who owns it, in words, as far as its file tells: " (process 7 on box)"."""
+    """Return the owner in words, if its file names one: " (process 7 on box)"."""
     try:
         said = parsed(path.read_bytes()) or {}
         return f" (process {said['pid']} on {said['host']})"
@@ -204,9 +204,9 @@ def named(path: Path) -> str:
 
 
 def lives(path: Path) -> bool:
-    """Return whether the owner that a file names lives, whose place nobody is to take.
+    """Return whether the owner that a file names lives, without replacing it.
 
-    One on another machine is watched for as long as it takes to tell. Raise OSError.
+    Watch an owner on another machine until that is known. Raise OSError.
     """
     first: bytes | None = None
     began = time.monotonic()
@@ -227,7 +227,7 @@ def lives(path: Path) -> bool:
 
 
 def _is_alive(text: bytes) -> bool | None:
-    """Return whether the owner lives; None: it can't be told from here."""
+    """Return whether the owner lives; None: this machine can't know."""
     said, me = parsed(text) or {}, _this_process()
     if any(said.get(key) != me[key] for key in ("host", "boot", "processes")):
         return None
@@ -245,7 +245,7 @@ def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "boot": _told(Path("/proc/sys/kernel/random/boot_id")),
-        "processes": _linked(Path("/proc/self/ns/pid")),  # numbers are those of a container
+        "processes": _linked(Path("/proc/self/ns/pid")),  # process numbers of another container
         "pid": os.getpid(),
         "began": _began(os.getpid()),
     }
@@ -266,10 +266,10 @@ def _linked(path: Path) -> str:
 
 
 def _began(pid: int) -> str:
-    """Return when a process began, in ticks since the boot; "" where it isn't told."""
+    """Return when a process began, in ticks since the boot; "" where the system doesn't say."""
     # The name, in brackets, may hold spaces. See proc_pid_stat(5).
     *_, rest = _told(Path(f"/proc/{pid}/stat")).rpartition(")")
     state, *words = rest.split() or [""]
-    if state in ("Z", "X") or len(words) < 19:  # it has ended, and nobody has asked how
+    if state in ("Z", "X") or len(words) < 19:  # a zombie: it has ended
         return ""
     return words[18]

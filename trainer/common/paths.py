@@ -14,8 +14,8 @@ RENTED = "rented.json"  # there: where a run on rented machines lies in S3, and 
 def expanded(path: str) -> str:
     """Return the path with `~`, `~user`, `$NAME` and `${NAME}` replaced, as a shell does.
 
-    Where a name is not set, a path that exists as it is written is meant. Raise UserError where
-    there is none either: a directory of such a name must not be made.
+    With a variable that isn't set, return the path as it is written if it exists; otherwise raise
+    UserError, so that nobody makes a directory of that name.
     """
     home = os.path.expanduser(path)  # noqa: PTH111 (pathlib's raises where there is no such user)
     if home.startswith("~") and home == path:
@@ -36,5 +36,5 @@ def expanded(path: str) -> str:
 
 
 def user_cache() -> Path:
-    """Return where what may be deleted at any time lies, as conf/platform/local.yaml has it."""
+    """Return the directory of what may be deleted at any time, as in conf/platform/local.yaml."""
     return Path(os.environ.get("HOME", "/tmp"), ".cache", "packhorse")

@@ -1,4 +1,4 @@
-"""Programs of the system that some commands need, and who needs them."""
+"""System programs, and the commands that need them."""
 
 import shutil
 from dataclasses import dataclass

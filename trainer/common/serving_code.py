@@ -1,6 +1,6 @@
-"""What answers for a model: the modules of ours that travel with it, and the libraries it needs."""
+"""What serving a model needs: our modules in its package, and the libraries."""
 
-# The copies keep these paths, so the code that serves a picture is the code that prepared it.
+# The copies keep these paths: the same preprocessing serves and trains.
 SERVING_CODE = tuple(
     f"{name}.py"
     for name in (
@@ -31,7 +31,7 @@ SERVING_CODE = tuple(
     )
 )
 
-# Their libraries, as in pyproject.toml, and instead or besides where pictures were AVIF or HEIC.
+# Their libraries, as in pyproject.toml; other ones or more if pictures were AVIF or HEIC.
 REQUIREMENTS = {"numpy": "numpy>=1.26", "pillow": "pillow>=11", "onnxruntime": "onnxruntime>=1.19"}
 FOR_AVIF = {"pillow": "pillow>=11.3"}
 FOR_HEIC = {"pillow-heif": "pillow-heif>=1.1"}

@@ -1,4 +1,4 @@
-"""What ends sessions: signals to a command, and to all that was started in its terminal.
+"""The signals that end sessions: to a command, and to everything started in its terminal.
 
 Standard library only, and quick to import: a command asks here before it imports what is slow. A
 copy travels in the model package.
@@ -15,7 +15,7 @@ from typing import Any
 
 from trainer.common.errors import RESUME
 
-# A terminal's, a session manager's or a machine's end sends them to whole groups of processes.
+# They reach whole process groups, when a terminal, a session or a machine ends.
 ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 
@@ -65,9 +65,9 @@ def heed() -> None:
 
 
 def end_as_decided() -> None:
-    """Let no signal change the exit code any more: all is done, and Python's own end takes a while.
+    """Ignore further signals, so that they don't change the exit code: all work is done.
 
-    It would put back the signals' default, which is to kill.
+    Python's shutdown takes a while, and would restore the signals' default, which is to kill.
     """
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from trainer.common.console import log
 
-START = "start"  # all that belongs to no other stage: Python itself, imports, building the network
-LONGEST_START = 600.0  # seconds; more is a clock that stood still, or another's
+START = "start"  # what belongs to no other stage: Python itself, imports, building the network
+LONGEST_START = 600.0  # seconds; a longer step means that the clock was stopped or changed
 
 
 class Stages:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-# What a write to a terminal, pipe or socket fails with once nobody is at its other end.
+# Errors of a write to a terminal, pipe or socket whose other end is closed.
 GONE = frozenset(
     {
         errno.EPIPE,
@@ -27,12 +27,12 @@ GONE = frozenset(
         errno.ESHUTDOWN,
     }
 )
-# What a write to a file fails with that can't grow. It matters where the output is the result.
+# Errors of a write to a file that can't grow. They count where the output is the result.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class _Raw(io.FileIO):
-    """The lowest layer of a stream. What can't be written any more goes to nowhere from then on."""
+    """The lowest layer of a stream. Once a write fails, all later output is discarded."""
 
     def __init__(self, stream: TextIO, dropped: frozenset[int]) -> None:
         super().__init__(stream.fileno(), "wb", closefd=False)
@@ -59,8 +59,8 @@ class _Raw(io.FileIO):
 def outlive(expendable: bool = False) -> None:
     """Let this process outlive its standard output and standard error, each by itself.
 
-    expendable: whether the output may also be lost to a full disk, as that of a run that has a log
-    of its own. Streams that were put in their place stay, also when this is called again.
+    expendable: whether a full disk may lose the output too; a run has its own log. Calling this
+    again changes nothing, and keeps streams that somebody else has put in their place.
     """
     for number in range(3):
         try:
@@ -76,7 +76,7 @@ def outlive(expendable: bool = False) -> None:
 
 
 def gone(stream: TextIO) -> bool:
-    """Return whether writing has shown that what is printed reaches nobody any more."""
+    """Return whether a write has failed, so that nobody sees the output any more."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return isinstance(raw, _Raw) and raw.gone
 

@@ -1,8 +1,7 @@
-"""The temperature of logits: what makes the labels that were given most likely (Guo et al. 2017).
+"""The temperature of logits: the one under which the given labels are most likely.
 
-"On calibration of modern neural networks", ICML 2017. NumPy alone, and a copy travels in the
-package: losses that are compared in training, and probabilities that are served, are of one
-temperature.
+Guo et al., "On calibration of modern neural networks", ICML 2017. NumPy only. A copy travels in the
+package, so training compares losses at the same temperature at which probabilities are served.
 """
 
 import math
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# The likelihood counts as if CAUTION pictures more said that the temperature is 1: of 37 pictures,
-# some draws would else ask for half of what the others do.
+# A prior worth CAUTION pictures at temperature 1: without it, some draws of 37 pictures give half
+# the temperature of others.
 LEAST, MOST, CAUTION = 0.05, 20.0, 2.0
 STEPS = 24  # halvings of the interval of its logarithm, to 4e-7
-MANY = 10_000  # pictures, evenly spread, that choose it; more would not change it
+MANY = 10_000  # pictures, evenly spread, to fit it; more would not change it
 
 
 def optimum(
@@ -23,9 +22,9 @@ def optimum(
 ) -> float:
     """Return the temperature with the least loss, of logits [N, classes] and labels [N].
 
-    caution: 0 where networks are compared, however sure of themselves they are. With
-    b = 1 / temperature the loss of b * logits + caution * (b - log b) is convex: where it no longer
-    falls is found by halving.
+    caution: 0 where networks are compared, so that their confidence doesn't count. With b = 1 /
+    temperature the loss of b * logits + caution * (b - log b) is convex; bisection finds its
+    minimum.
     """
     step = -(-len(labels) // MANY) or 1
     logits, labels = logits[::step], labels[::step]

@@ -21,7 +21,7 @@ def render(template: Path, filters: dict[str, Callable[..., Any]], **values: Any
 
 @functools.cache
 def environment(folder: Path) -> jinja2.Environment:
-    """Return what reads the templates of a folder, and keeps what it has compiled."""
+    """Return the environment that reads and caches a folder's templates."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
@@ -33,14 +33,14 @@ def environment(folder: Path) -> jinja2.Environment:
 
 @dataclass(frozen=True)
 class Script:
-    """A page's one script. policy: the source that a Content-Security-Policy allows it by."""
+    """A page's only script. policy: its source expression for the Content-Security-Policy."""
 
     text: Markup
     policy: str
 
 
 def script(path: Path) -> Script:
-    """Return a file as a page's script, which no other text of the page can be."""
+    """Return a file as the page's script; the policy allows no other text to run."""
     text = path.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return Script(Markup(text), f"'sha256-{digest}'")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def noted(value: float) -> float:
-    """Return a metric as it is noted, with six places: more are the machine's."""
+    """Return a metric as it is recorded, with six digits: further ones differ between machines."""
     return round(value, 6)
 
 
@@ -26,7 +26,7 @@ def amount(size: float) -> str:
 
 
 def dollars(amount: float) -> str:
-    """Return US dollars: to the cent, and what is below ten cents with two digits."""
+    """Return US dollars: to the cent; below ten cents with two significant digits."""
     if amount == 0 or amount >= 0.095:
         return f"${amount:,.2f}"
     if amount < 0.0001:
@@ -35,7 +35,7 @@ def dollars(amount: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return in seconds, minutes or hours, whichever fits."""
+    """Return a time in seconds, minutes or hours, whichever fits."""
     if not math.isfinite(seconds):
         return "n/a"
     if seconds == 0:

@@ -12,9 +12,9 @@ PATIENCE = 5  # seconds for the driver's answer
 
 
 def told() -> str:
-    """Return the use of GPUs and memory in words, "" where nothing tells it.
+    """Return the use of GPUs and memory in words; "" where it is unknown.
 
-    Of each GPU the share of the last second in which it computed, and its memory.
+    For each GPU: the share of the last second in which it computed, and its memory.
     """
     return "; ".join(filter(None, [*gpus(), memory()]))
 

@@ -1,7 +1,7 @@
-"""Sees a slow death: work that is to go on without a pause, and gives no sign of life.
+"""Detects hangs: work that should continue without a pause, and shows no progress.
 
-Standard library only. A disk in the network that is gone, a driver that hangs, a lock that nobody
-gives back raise no error: a process waits for ever, on a machine that is paid for.
+Standard library only. A network disk that is gone, a hanging driver and a lock that is never
+released raise no error: the process would wait for ever, on a machine that costs money.
 """
 
 import faulthandler
@@ -11,18 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-SLOW = 6.0  # times as long a pause is allowed in what gives no sign in between
+SLOW = 6.0  # times the usual pause, for work that shows no progress in between
 
 
 class Watch:
-    """What is to go on without a pause, and its signs of life."""
+    """The work that should continue without a pause, and its signs of life."""
 
     def __init__(self) -> None:
         self.signs = 0
-        self._allowed: list[float] = []  # of what runs, the innermost last
+        self._allowed: list[float] = []  # of the work that runs, the innermost last
 
     def sign(self) -> None:
-        """Say that something was done."""
+        """Record progress."""
         self.signs += 1
 
     @contextmanager
@@ -46,19 +46,19 @@ watch = Watch()  # of this process
 
 
 class Idle:
-    """How long nothing was done, of the time in which this process was awake.
+    """The time without progress, counted only while this process was awake.
 
-    The clocks go on while a laptop sleeps, a virtual machine is moved or a process is stopped, and
-    a busy machine lets nobody run for a while. All that delays whoever looks as well.
+    Clocks continue while a laptop sleeps, a virtual machine is moved or a process is stopped, and
+    on a busy machine nothing may run for a while. All of these delay the watching thread as well.
     """
 
     def __init__(self, watched: Watch, seconds: float) -> None:
         self.seconds = 0.0
         self._watched, self._limit, self._signs = watched, seconds, watched.signs
-        self.tick = min(1.0, seconds / 10)  # seconds between two looks
+        self.tick = min(1.0, seconds / 10)  # seconds between two checks
 
     def looked(self, since: float) -> bool:
-        """Return whether that is too long, at a look. since: seconds since the look before."""
+        """Return whether it is too long, at one check. since: seconds since the last check."""
         allowed = self._watched.allowed
         if allowed is None or self._watched.signs != self._signs:
             self._signs, self.seconds = self._watched.signs, 0.0
@@ -69,7 +69,7 @@ class Idle:
 
 @contextmanager
 def on_stall(seconds: float, act: Callable[[], None]) -> Iterator[None]:
-    """Call `act`, from a thread, when what is watched gives no sign of life for so many seconds.
+    """Call `act`, from a thread, after so many seconds without a sign of life.
 
     seconds: 0: never.
     """

@@ -1,4 +1,4 @@
-"""What a run knows that may help the next one: each thing with the command that tries it."""
+"""Advice for the next run: each observation with a command to try."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from trainer.results.intervals import wilson_interval
 from trainer.results.text import percent
 from trainer.training.recipe import Recipe
 
-# Found by eye on the project's own sets; what they say is advice, and decides nothing.
+# Thresholds found by eye on the project's own sets. They only give advice.
 OVERFITS = 0.1  # points of accuracy between train and valid
-LEARNED = 0.9  # accuracy on train from which there is nothing left to learn there
+LEARNED = 0.9  # accuracy on train above which there is nothing left to learn there
 FEW = 20  # pictures of a class to train on
 WIDE = 0.1  # an interval from end to end
 UNEVEN = 10.0  # times as many pictures in the largest class as in the smallest
 FALLS = 0.03  # share of the loss of valid, in the last fifth of the epochs
 WAITS = 0.3  # share of the training time
 
-Command = Callable[..., str]  # of settings as words: the run again, with these
+Command = Callable[..., str]  # from settings as words: the command of this run with these settings
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What was seen, what helps, and the command; "" where there is none."""
+    """An observation, what helps, and the command; "" if there is none."""
 
     seen: str
     helps: str
@@ -35,10 +35,10 @@ class Advice:
 
 @dataclass(frozen=True)
 class Known:
-    """What advice is given from.
+    """The facts for the advice.
 
-    history: as in `Report`. counts: images of each class [C], by split. hits: right ones, of the
-    `pictures` of `split`. again: gives the command.
+    history: as in `Report`. counts: images of each class [C], by split. hits: right predictions
+    among the `pictures` of `split`. again: returns the command.
     """
 
     history: Sequence[Mapping[str, float]]
@@ -54,7 +54,7 @@ class Known:
 
 
 def advice(known: Known) -> list[Advice]:
-    """Return what there is to say, the weightiest first."""
+    """Return the advice, the most important first."""
     parts = (_leaks, _labels, _overfits, _unfinished, _uneven, _few, _wide, _tie, _waits)
     return [each for part in parts for each in part(known)]
 

@@ -1,7 +1,7 @@
 """The bill of materials: bom.json of a package, as CycloneDX 1.6.
 
 https://cyclonedx.org/docs/1.6/json/ (the fields), and https://cyclonedx.org/capabilities/mlbom/
-(what a model's holds). It has no date and no number of its own: equal packages have equal ones.
+(what a model's holds). It has neither date nor serial number, so equal packages have equal ones.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from trainer.network.weights import SCRATCH
 
 BOM = "bom.json"  # the name that CycloneDX's tools look for
-# Licences that weights come under, as SPDX writes them. Another one is named as it calls itself.
+# SPDX's names of weights' licences. Other licences keep their own names.
 SPDX = (
     "Apache-2.0", "MIT", "BSD-3-Clause", "BSD-2-Clause", "CC-BY-4.0", "CC-BY-SA-4.0",
     "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "CC0-1.0", "GPL-3.0", "AGPL-3.0",
@@ -25,11 +25,11 @@ Component = dict[str, Any]
 
 @dataclass(frozen=True)
 class Materials:
-    """What a package is made of.
+    """The parts of a package.
 
-    files: SHA-256 by name, of the network's files. identity: of the pictures and of the first
-    weights, as `trainer/images/identity.py` says it. weights: their source and licence. libraries:
-    versions by name, of what serving needs. metrics: by split and name, as the package has them.
+    files: SHA-256 of the network's files, by name. identity: of the pictures and the initial
+    weights (`trainer/images/identity.py`). weights: their source and licence. libraries: versions
+    of those that serving needs, by name. metrics: by split and name, as in the package.
     """
 
     network: str
@@ -138,7 +138,7 @@ def _sha256(digest: str) -> list[dict[str, str]]:
 
 
 def _hashed(digest: str | None, of: str) -> Component:
-    """Return the fields of a digest that is no file's, with what it is of."""
+    """Return the fields for a digest that is not a file's, with what it covers."""
     if digest is None:
         return {}
     properties = [{"name": "packhorse:sha256-of", "value": of}]

@@ -1,13 +1,13 @@
-"""Probabilities that mean it: how logits become an answer, fitted on valid, applied by serving.
+"""Calibration: from logits to an answer, fitted on valid, applied by serving.
 
-One temperature makes the probabilities of the logits as large as the answers are often right (Guo
-et al., "On calibration of modern neural networks", ICML 2017). A set of classes holds the right one
-in 90 % of all pictures, by split conformal prediction (Angelopoulos & Bates, "A gentle introduction
-to conformal prediction", 2021, with the score 1 - p of Sadinle et al., 2019: its sets are the
-smallest). A picture's features tell whether it is like any class that was trained on.
+A temperature makes probabilities match how often answers are right (Guo et al., "On calibration of
+modern neural networks", ICML 2017). For 90 % of pictures, the right class is in the set, by split
+conformal prediction (Angelopoulos & Bates, "A gentle introduction to conformal prediction", 2021,
+with the score 1 - p of Sadinle et al., 2019, which gives the smallest sets). A picture's features
+show whether it is like any training class.
 
-NumPy alone, and a copy travels in the package, as of the temperature (trainer/common): what was
-fitted and what is served are one code.
+NumPy only. A copy travels in the package, like the temperature's (trainer/common), so fitting and
+serving use the same code.
 """
 
 import math
@@ -20,39 +20,38 @@ from numpy.typing import NDArray
 
 from trainer.common.temperature import losses, optimum, softmax
 
-# With fewer pictures, a temperature must help those that it was not fitted on, in so many folds.
+# With fewer pictures, a temperature must help pictures outside its fit, in so many folds.
 FEW, FOLDS = 200, 10
 
-COVERAGE = 90  # percent of the pictures whose set is to hold the right class
+COVERAGE = 90  # percent of the pictures whose set should hold the right class
 LIKE = 99  # percent of the pictures of valid that are like those trained on
 QUANTILE = 2.326348  # the normal distribution's, of LIKE
-LEAST_FOR_DISTANCE = 8  # pictures; with fewer, nothing is said about their spread
+LEAST_FOR_DISTANCE = 8  # pictures; with fewer, their spread is unknown
 
 BINS = 15  # of equal width, of the calibration error
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How logits become probabilities, and what else is said of a picture.
+    """The numbers that turn logits into an answer.
 
-    Without any knowledge: plain softmax, no sets, and every picture like those trained on.
+    The defaults are plain softmax, no sets, and no picture `unlike`.
     """
 
     temperature: float = 1.0
-    pictures: int = 0  # that it was fitted on
-    # A class is in the set if it is the most probable one, or at least so probable. 0: all classes
-    # are, since the pictures were too few; None: there are no sets.
+    pictures: int = 0  # pictures of the fit
+    # The set has the most probable class, and all that are at least so probable. 0: all classes,
+    # since the pictures were too few; None: there are no sets.
     least_probability: float | None = None
-    # A picture is unlike anything trained on if it is farther than that from each class; None: it
-    # isn't known.
+    # A picture that is farther than this from each class is `unlike`; None: unknown.
     farthest: float | None = None
 
     def probabilities(self, logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Return those of logits [N, classes]."""
+        """Return the probabilities of logits [N, classes]."""
         return softmax(logits.astype(np.float64) / self.temperature)
 
     def members(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_] | None:
-        """Return which classes are in the set of each picture, [N, classes], where there are sets.
+        """Return which classes are in each picture's set, [N, classes]; None: there are no sets.
 
         The most probable one always is.
         """
@@ -63,9 +62,9 @@ class Calibration:
         return members
 
     def unlike(self, distance: NDArray[np.floating[Any]] | None) -> NDArray[np.bool_] | None:
-        """Return which pictures are unlike anything trained on, [N], where that is known.
+        """Return which pictures are unlike the training pictures, [N]; None: unknown.
 
-        distance: [N], from the nearest class, as the network gives it.
+        distance: [N], from the nearest class, as the network returns it.
         """
         if self.farthest is None or distance is None:
             return None
@@ -77,11 +76,11 @@ def fit(
     labels: NDArray[np.int64],
     distance: NDArray[np.floating[Any]] | None = None,
 ) -> tuple[Calibration, list[str]]:
-    """Return the calibration by pictures that weren't trained on, and what to say of it.
+    """Fit the calibration on pictures that weren't trained on; return it, and notes on it.
 
     logits: [N, classes]; labels: [N]; distance: of all of them or of some, or unknown. The same
-    pictures give temperature and sets: one number that N pictures chose hardly knows any of them,
-    while halving them would cost more (docs/decisions). A pure function.
+    pictures give temperature and sets: one number hardly overfits N pictures, while halving them
+    would cost more (docs/decisions). A pure function.
     """
     chosen, notes = temperature(logits, labels)
     calibration = Calibration(chosen, len(labels))
@@ -106,7 +105,7 @@ def fit(
 def temperature(
     logits: NDArray[np.floating[Any]], labels: NDArray[np.int64]
 ) -> tuple[float, list[str]]:
-    """Return the temperature that makes the labels most likely, or 1 and why.
+    """Return the temperature of maximum likelihood, or 1 and the reason.
 
     logits: [N, classes]; labels: [N].
     """
@@ -123,7 +122,7 @@ def temperature(
 
 
 def _helps(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
-    """Return whether temperatures make the labels likelier that they were not fitted on."""
+    """Return whether temperatures improve the likelihood of labels outside their fit."""
     folds = np.arange(len(labels)) % FOLDS
     before = after = 0.0
     for fold in np.unique(folds):
@@ -137,18 +136,18 @@ def _helps(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
 
 
 def _rank(count: int, percent: int) -> int:
-    """Return which of `count` sorted scores a new one exceeds in 100 - percent % at most.
+    """Return the rank of the score that a new one exceeds in at most 100 - percent % of cases.
 
-    ceil((count + 1) * percent / 100): more than `count` where these are too few to say.
+    ceil((count + 1) * percent / 100): more than `count` if these are too few.
     """
     return -(-(count + 1) * percent // 100)
 
 
 def limit(distance: NDArray[np.float64]) -> float | None:
-    """Return the distance [N] below which LIKE % of new pictures lie; None: N is too small.
+    """Return the distance below which LIKE % of new pictures are; None: N is too small.
 
-    Where no order statistic says it, what a normal distribution would: its prediction bound, by
-    Student's t (expanded about the normal quantile, as in Abramowitz & Stegun 26.7.5).
+    distance: [N]. If N is too small for an order statistic: a normal distribution's prediction
+    bound, by Student's t (expanded about the normal quantile, as in Abramowitz & Stegun 26.7.5).
     """
     count = len(distance)
     rank = _rank(count, LIKE)
@@ -175,7 +174,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Quality:
-    """A calibration, measured on a split's pictures. before: with plain softmax."""
+    """How good a calibration is on a split's pictures. before: with plain softmax."""
 
     calibration: Calibration
     split: str
@@ -184,9 +183,9 @@ class Quality:
     coverage: float  # share of the pictures whose set holds the right class
     set_size: float  # mean classes of a set
     sure: float  # share of the pictures with one class in the set, like those trained on
-    sure_right: float  # share of these whose class that is; NaN: there are none
+    sure_right: float  # share of these that are right; NaN: there are none
     unlike: float | None  # share of the pictures that are unlike those trained on
-    notes: Sequence[str] = ()  # what is to be said of the calibration
+    notes: Sequence[str] = ()  # notes on the calibration
 
     @property
     def error_before(self) -> float:
@@ -199,7 +198,7 @@ class Quality:
         return calibration_error(self.after)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a result holds of it."""
+        """Return its figures for result.json."""
         return {
             "temperature": self.calibration.temperature,
             "pictures": self.calibration.pictures,
@@ -212,7 +211,7 @@ class Quality:
         }
 
     def line(self) -> str:
-        """Return what the log says of it."""
+        """Return its line for the log."""
         words = (
             f"calibration: temperature {self.calibration.temperature:.3g} "
             f"by {self.calibration.pictures} pictures that it wasn't trained on; "
@@ -256,7 +255,7 @@ def measure(
 
 
 def is_sure(members: NDArray[np.bool_], unlike: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """Return of which pictures one can be sure: one class in the set, and none that is unlike."""
+    """Return which pictures are sure: one class in the set, and not unlike."""
     sure: NDArray[np.bool_] = members.sum(axis=1) == 1
     if unlike is not None:
         sure &= ~unlike

@@ -53,7 +53,7 @@ class Card:
             "How good it is": self._figures(),
             "Data": self._data(),
             "First weights": self._first_weights(),
-            "What was noticed about the pictures": self._noticed(),
+            "Problems found in the pictures": self._noticed(),
             "What it is not for": self._not_for(),
             "Use": USE,
         }
@@ -132,7 +132,7 @@ class Card:
 
     def _noticed(self) -> str:
         if not self.findings:
-            return "Nothing."
+            return "None."
         return "\n".join(f"- {_plain(line)}" for line in self.findings)
 
     def _not_for(self) -> str:

@@ -21,19 +21,19 @@ PICTURE_SIDE = 128  # pixels
 # What a page shows at most: findings of a kind, and images of a finding.
 SHOWN, MEMBERS = 12, 4
 EXPLAINED = {
-    "leak": "Valid chooses the best epoch and test gives the figure: a picture that is in train "
-    "too proves nothing there. Remove it from one of the two, or give data.leaks=drop.",
+    "leak": "Valid chooses the best epoch and test gives the figure: a picture that is also in "
+    "train proves nothing there. Remove it from one of the two, or give data.leaks=drop.",
     "labels": "One of the two classes is wrong, or a picture shows both.",
-    "doubt": "A classifier that was fitted without the picture, on a pretrained network's "
-    "features, says another class. The surest come first. Look before you change one: "
-    "the network may be wrong.",
-    "copy": "Each counts more than once. A picture that was saved again, resized or shifted a "
-    "little is a copy too.",
-    "unlike": "To a pretrained network they look least like any other picture: check that they "
-    "belong here.",
+    "doubt": "A classifier on a pretrained network's features, fitted without the picture, "
+    "predicts another class. The most confident come first. Check before you change a label: "
+    "the classifier may be wrong.",
+    "copy": "Each counts more than once. A picture that was saved again, resized or slightly "
+    "shifted is a copy too.",
+    "unlike": "A pretrained network finds them the least similar to any other picture: check that "
+    "they belong here.",
     "dark": "Nothing in them is brighter than a tenth of white.",
     "blank": "Their values hardly differ.",
-    "small": "They are enlarged to what the network sees.",
+    "small": "They are enlarged for the network.",
     "uneven": "The network learns rare classes last; macro F1 counts each class equally.",
 }
 

@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Readout:
-    """A column of a chart, and what it says when pointed at."""
+    """A column of a chart, and its text under the pointer."""
 
     left: float
     width: float
@@ -191,9 +191,9 @@ def _round_step(least: float) -> float:
 
 
 def reliability_chart(before: Sequence[Bin], after: Sequence[Bin], text: Text) -> Chart:
-    """Return the share of right answers by their probability, before and after calibration.
+    """Return the chart of right answers by their probability, before and after calibration.
 
-    text: writes a share. Beside the names: the calibration errors.
+    text: formats a share. The calibration errors are beside the names.
     """
     lines = [Line("as probable as right", "grey", "M0 1L1 0", [], "", False)]
     for name, colour, bins in (("before", "orange", before), ("after", "blue", after)):
@@ -259,7 +259,7 @@ def choice_axis(name: str, choices: Sequence[Any], labels: Sequence[str]) -> Axi
 
 
 def measured_axis(name: str, values: Iterable[float]) -> Axis:
-    """Return the axis of what was measured, with some room around."""
+    """Return the axis of measured values, with a margin."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     room = 0.06 * (high - low) or 0.5
@@ -296,7 +296,7 @@ def scale(name: str, low: float, high: float, log: bool, text: Text = "{:.3g}".f
 
 
 def _ticks_within(low: float, high: float) -> list[float]:
-    """Return the round numbers between low and high, with steps so wide that there are three."""
+    """Return about three round numbers between low and high."""
     for parts in (4, 6, 10, 20):
         step = _round_step((high - low) / parts)
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

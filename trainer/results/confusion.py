@@ -1,4 +1,4 @@
-"""What was taken for what, for the report: the confusion matrix, and a row for each class."""
+"""The report's confusion matrix, and its row for each class."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from trainer.results.text import shortened
 
 CELLS = 1500  # cells of the matrix that name their classes
 LABEL_LENGTH = 17  # characters of a class name along the matrix
-LABELLED_CLASSES = 150  # more than this and the matrix, which scrolls, would be wider than a wall
-COUNTED_CLASSES = 20  # more than this and the numbers in its cells would overlap
+LABELLED_CLASSES = 150  # with more classes, names along the matrix would make it far too wide
+COUNTED_CLASSES = 20  # with more classes the numbers in the cells would overlap
 
 # The matrix' colours; their opacity is the value, so that they suit a light and a dark page.
 CORRECT, WRONG = (47, 111, 196), (222, 92, 30)
@@ -48,12 +48,12 @@ class ClassRow:
     recall: float
     interval: tuple[float, float]
     precision: float
-    rival: str  # what its images are most often taken for
+    rival: str  # the class most often predicted instead
     rival_count: int
 
 
 def matrix(outcomes: Outcomes) -> Matrix:
-    """Return the matrix, with classes side by side that look alike to the model.
+    """Return the matrix, with classes that the model confuses side by side.
 
     Opacity grows with the square root of the share of the row, so that single mistakes show. It
     ends at 0.75: up to there a number in the ink of the page is readable on it.
@@ -84,11 +84,11 @@ def matrix(outcomes: Outcomes) -> Matrix:
 
 
 def by_likeness(outcomes: Outcomes) -> NDArray[np.int64]:
-    """Return the places of the classes, [C], in an order in which those that look alike are near.
+    """Return the positions of the classes, [C], with similar classes close to each other.
 
-    How alike two are: the probability that pictures of one give to the other. The order is that of
-    the Fiedler vector of this graph (Atkins, Boman and Hendrickson, "A spectral algorithm for
-    seriation and the consecutive ones problem", SIAM Journal on Computing 28, 1998).
+    The similarity of two classes is the probability that one's pictures give to the other. The
+    order is that of the Fiedler vector of this graph (Atkins, Boman and Hendrickson, "A spectral
+    algorithm for seriation and the consecutive ones problem", SIAM Journal on Computing 28, 1998).
     """
     size = len(outcomes.classes)
     if size < 3:
@@ -98,23 +98,23 @@ def by_likeness(outcomes: Outcomes) -> NDArray[np.int64]:
     given /= np.maximum(np.bincount(outcomes.labels, minlength=size), 1)[:, None]
     alike = given + given.T
     np.fill_diagonal(alike, 0.0)
-    alike += 1e-9  # classes without a picture are like all others, equally little
-    # Normalized: a class that is like many, or like none, is not torn to an end.
+    alike += 1e-9  # classes without a picture are equally dissimilar to all others
+    # Normalized, so that a class similar to many or to none isn't moved to an end.
     degrees = alike.sum(axis=1)
     laplacian = np.diag(degrees) - alike
     scale = 1 / np.sqrt(degrees)
     _, vectors = np.linalg.eigh(laplacian * scale[:, None] * scale)
     fiedler = vectors[:, 1] * scale
-    if np.argmax(np.abs(fiedler)) > size // 2:  # its sign is free: let it follow the names
+    if np.argmax(np.abs(fiedler)) > size // 2:  # its sign is arbitrary: follow the names
         fiedler = -fiedler
     return np.argsort(fiedler, kind="stable")
 
 
 def per_class(outcomes: Outcomes) -> list[ClassRow]:
-    """Return a row a class, the least accurate first, classes without an image last."""
+    """Return a row for each class, the least accurate first, classes without images last."""
     confusion = outcomes.confusion
     totals, hits = confusion.sum(axis=1), confusion.diagonal()
-    with np.errstate(invalid="ignore"):  # of a class without an image, or never predicted: NaN
+    with np.errstate(invalid="ignore"):  # NaN for a class without images, or one never predicted
         recalls, precisions = hits / totals, hits / confusion.sum(axis=0)
     wrong = outcomes.wrong
     rows = [

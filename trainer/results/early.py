@@ -1,9 +1,8 @@
-"""What can be known before hours are paid: whether the run can end with its model package.
+"""Check before training that the run can build its model package.
 
-The network is exported and packaged before it is trained, by the functions that do it in the end,
-and serving loads the package. A machine does that once for each network and set of versions: it is
-noted in the cache, with the network's graph, so that the end needs no second export. Whether the
-disk is large enough is looked at each time.
+The untrained network is exported and packaged by the functions that do it at the end, and serving
+loads the package. A machine does this once for each network and set of versions. The cache records
+it, with the network's graph, so the end needs no second export. Disk space is checked each time.
 """
 
 import json
@@ -33,16 +32,16 @@ from trainer.training.run import Run
 from trainer.training.training import build_network, prepare_machine
 
 DIRECTORY = "exports"  # below platform.cache
-# Of an untrained network. Wide, since its logits may be all alike, or huge: what is looked for is
-# an export that fails or computes something else.
+# Tolerance for an untrained network. Wide, since its logits may be nearly equal, or huge: the check
+# is for an export that fails or computes something else.
 TOLERANCE = {"absolute": 1e-5, "relative": 0.1}
-COPIES = 4  # of the weights, while the package is built: two files of them, and their archive
+COPIES = 4  # copies of the weights while the package is built: two files, and their archive
 
 
 def network(run: Run, images: ImageFolder) -> Classifier:
-    """Build the network of a run, and show that the run can end.
+    """Build the network of a run, and check that the run can end.
 
-    Raise UserError where it can't be packaged, or where the disk is too small for it.
+    Raise UserError if the network can't be packaged, or the disk is too small.
     """
     machine = prepare_machine(run.config, run.world)
     with ProgressBar("building the network", 1):
@@ -50,15 +49,15 @@ def network(run: Run, images: ImageFolder) -> Classifier:
     if run.world.is_main_process:
         check_room(run, network)
         check_package(run, images, network)
-    # Not an exchange, which waits for train.timeout_seconds at most: an export may take longer.
+    # No exchange between the processes here: an export may take longer than train.timeout_seconds.
     run.world.barrier(run.stop)
     return network
 
 
 def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
-    """Raise UserError where the network can't be exported, or serving can't load its package.
+    """Raise UserError if the network can't be exported, or serving can't load its package.
 
-    Random numbers stay as they are.
+    Random number generators are left as they were.
     """
     pixels = preprocessing(run.config)
     facts = _facts(network, pixels)
@@ -72,18 +71,18 @@ def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
         tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=run.directory) as scratch,
     ):
         _try(network, images.classes, pixels, Path(scratch), _graph(known))
-    with suppress(OSError):  # it is tried again then
+    with suppress(OSError):  # it is tried again next time
         known.parent.mkdir(parents=True, exist_ok=True)
         files.write(known, facts)
 
 
 def graph_of(config: Config, network: Classifier) -> Path:
-    """Return where the graph of a network that was tried is kept, see `results.graph`."""
+    """Return the file for the network's graph (`results.graph`)."""
     return _graph(_known(config, _facts(network, preprocessing(config))))
 
 
 def _facts(network: Classifier, pixels: Preprocessing) -> str:
-    """Return what a package's success is a function of, but for the weights: JSON."""
+    """Return everything but the weights that a package's success depends on, as JSON."""
     facts = {
         "network": network.name,
         "structure": identity.of_bytes(identity.structure(network).encode()),
@@ -96,7 +95,7 @@ def _facts(network: Classifier, pixels: Preprocessing) -> str:
 
 
 def _known(config: Config, facts: str) -> Path:
-    """Return where it is noted that a network was tried."""
+    """Return the file that records that a network was tried."""
     return Path(config.platform.cache, DIRECTORY, f"{identity.of_bytes(facts.encode())}.json")
 
 
@@ -136,9 +135,9 @@ def _try(
 
 
 def check_room(run: Run, network: Classifier) -> None:
-    """Compare the bytes that the run will write with those that are free.
+    """Compare the bytes that the run will write with the free ones.
 
-    Raise UserError where they are surely too few; warn where they may be.
+    Raise UserError if they are certainly too few; warn if they may be.
     """
     config, weights = run.config, _bytes(network)
     trained = weights
@@ -158,7 +157,7 @@ def check_room(run: Run, network: Classifier) -> None:
         disks.setdefault(place.stat().st_dev, []).append(place)
     for places in disks.values():
         room = shutil.disk_usage(places[0]).free
-        if run.checkpoints in places:  # those that are there give way
+        if run.checkpoints in places:  # existing ones are removed
             room += sum(path.stat().st_size for path in run.checkpoints.rglob("*.*"))
         least, most = (sum(needed[place] for place in places) for needed in (few, many))
         if most <= room:

@@ -1,4 +1,4 @@
-"""A model on labelled pictures that no run knows: metrics, the report's page and a table."""
+"""Evaluate a model on other labelled pictures: metrics, the report's page and a table."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,15 +21,15 @@ from trainer.results.predictions import labelled
 from trainer.training.metrics import classification
 from trainer.training.run import PREDICTIONS
 
-SPLIT = "test"  # what such pictures are to the model
+SPLIT = "test"  # the name of such a split
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """N pictures and what the model says of them.
+    """N pictures and the model's predictions.
 
-    title: names both. broken: (path, reason) of pictures that don't decode. facts: what else the
-    page tells of the machine and the model. config: the settings that it was trained with.
+    title: names both. broken: (path, reason) of pictures that don't decode. facts: further lines
+    about the machine and the model. config: the settings of its training.
     """
 
     title: str
@@ -51,9 +51,9 @@ class Evaluated:
 
 
 def write(evaluated: Evaluated, directory: Path, noted: Mapping[str, Any]) -> dict[str, Any]:
-    """Write report.html, predictions.csv and result.json; return what the last one holds.
+    """Write report.html, predictions.csv and result.json; return result.json's content.
 
-    noted: what else it is to hold.
+    noted: further entries for result.json.
     """
     directory.mkdir(parents=True, exist_ok=True)
     metrics = evaluated.metrics()

@@ -1,9 +1,9 @@
-"""A network as an ONNX model: its graph, which is found once, and the weights that are put into it.
+"""A network as an ONNX model: a graph that is exported once, and the weights put into it.
 
-PyTorch needs some 10 s for the graph of a MobileNetV2, and the weights change nothing in it. So it
-is kept without them when the package is tried, before the training (`early.py`), and the end of
-that run and the next runs only put their weights in. Whether a kept one is still right shows the
-package's self-test.
+PyTorch needs some 10 s for the graph of a MobileNetV2, and the graph doesn't depend on the weights.
+So it is cached without them when the package is tried before training (`early.py`). The end of that
+run and later runs only insert their weights. The package's self-test shows whether a cached graph
+is still right.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from torch import nn
 from trainer.common import files
 from trainer.common.errors import UserError
 
-# ONNX Runtime 1.17 and later read it, so what serving requires holds whatever PyTorch's default
-# becomes.
+# ONNX Runtime 1.17 and later read it; fixed, so that a new default of PyTorch doesn't change what
+# serving requires.
 OPSET = 20
-COLOUR = "\x1b"  # begins what a terminal colours, as PyTorch's advice that follows the reason is
-DIGEST = hashlib.sha256().digest_size  # bytes of a kept graph's checksum, which come first
+COLOUR = "\x1b"  # starts a terminal colour, as PyTorch's advice after the reason does
+DIGEST = hashlib.sha256().digest_size  # bytes of a cached graph's checksum, at its beginning
 
 
 def to_onnx(
@@ -38,9 +38,9 @@ def to_onnx(
 ) -> bytes:
     """Return the network as an ONNX model, for any batch.
 
-    It takes `pixels`, uint8 [batch, size, size, 3], to what the network gives, by these names. The
-    same network and weights give the same bytes, with a kept graph or without. kept: where its
-    graph is, or will be; None: nowhere. Raise UserError for a network that can't be exported.
+    Its input is `pixels`, uint8 [batch, size, size, 3]; its outputs have the network's names. The
+    same network and weights give the same bytes, with a cached graph or without. kept: the file of
+    its graph; None: don't cache. Raise UserError for a network that can't be exported.
     """
     whole = _Whole(network)
     graph = None
@@ -57,20 +57,20 @@ def to_onnx(
 
 
 class _Whole(nn.Module):
-    """A network whose parameters have a dot in their names: what is computed has none in its."""
+    """A wrapper that puts a dot into the parameters' names; computed values have none."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, pixels: torch.Tensor) -> Any:
-        """Return what the network gives."""
+        """Return the network's outputs."""
         return self.network(pixels)
 
 
 def _find(network: nn.Module, pixels: NDArray[np.uint8], outputs: Sequence[str]) -> onnx.ModelProto:
-    """Return the network as it is computed, step by step; its parameters have their own names."""
-    # Of two: the exporter takes a dimension of 1 for a constant.
+    """Export the network; its parameters keep their names."""
+    # A batch of two: the exporter takes a dimension of 1 for a constant.
     example = torch.from_numpy(pixels[:1]).repeat(2, 1, 1, 1)
     try:
         with _silence():
@@ -97,7 +97,7 @@ def _find(network: nn.Module, pixels: NDArray[np.uint8], outputs: Sequence[str])
 
 
 def _put(network: nn.Module, graph: onnx.ModelProto) -> bool:
-    """Put the network's weights where the graph has none. Return whether they are what it lacks."""
+    """Insert the network's weights into the graph; return whether they are the missing ones."""
     weights = network.state_dict()
     for part in graph.graph.initializer:
         if part.HasField("raw_data"):
@@ -110,7 +110,7 @@ def _put(network: nn.Module, graph: onnx.ModelProto) -> bool:
 
 
 def _keep(path: Path, graph: onnx.ModelProto, network: nn.Module) -> None:
-    """Write the graph without the weights, unless one of them isn't in it as it is."""
+    """Write the graph without the weights, unless one of them isn't in it unchanged."""
     weights = network.state_dict()
     bare = onnx.ModelProto()
     bare.CopyFrom(graph)
@@ -121,13 +121,13 @@ def _keep(path: Path, graph: onnx.ModelProto, network: nn.Module) -> None:
             return
         part.ClearField("raw_data")
     data = bytes(bare.SerializeToString())
-    with suppress(OSError):  # it is found again then
+    with suppress(OSError):  # then it is exported again
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, hashlib.sha256(data).digest() + data)
 
 
 def _read(path: Path) -> onnx.ModelProto | None:
-    """Return a kept graph; None where there is none, or it isn't as it was written."""
+    """Return a cached graph; None if there is none, or it is damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -152,9 +152,9 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:
-    """Remove from which line of which file each part came.
+    """Remove the source lines that the exporter records.
 
-    The exporter notes it. It is half of a small model, and this machine's paths.
+    They are half of a small model, and contain this machine's paths.
     """
     for part in (
         *model.graph.node,
@@ -168,7 +168,7 @@ def _forget_sources(model: onnx.ModelProto) -> None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Hide what the exporter and its libraries log and warn of: the user can't act on it."""
+    """Hide the exporter's logs and warnings: the user can't act on them."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

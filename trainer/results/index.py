@@ -21,7 +21,7 @@ TIMES += (7200, 18_000, 36_000, 86_400, 172_800, 345_600)
 
 @dataclass(frozen=True)
 class Dot:
-    """A run in the picture of accuracy against time. front: no other is both faster and better."""
+    """A run in the plot of accuracy against time. front: no other run is both faster and better."""
 
     run: Summary
     x: float
@@ -52,7 +52,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: texts, and what each is sorted by."""
+    """A line of the table: texts, and their sort keys."""
 
     run: Summary
     cells: Sequence[tuple[str, Any]]
@@ -79,7 +79,7 @@ def write(runs: Sequence[Summary], path: Path) -> None:
     names = list(dict.fromkeys(run.data for run in runs))
     paid = any(run.dollars is not None for run in runs)
     groups = [_group(name, [run for run in runs if run.data == name], path) for name in names]
-    if not paid:  # no column for what nobody has paid
+    if not paid:  # no column if no run cost anything
         groups = [replace(group, rows=[_unpaid(row) for row in group.rows]) for group in groups]
     filters: dict[str, Callable[..., Any]] = {
         "share": share,
@@ -135,7 +135,7 @@ def _unpaid(row: Row) -> Row:
 
 
 def _sortable(value: float | None) -> float:
-    """Return a number that is sorted behind all others where there is none."""
+    """Return the number for sorting; a missing one comes last."""
     return -math.inf if value is None else value
 
 
@@ -145,7 +145,7 @@ def _pareto(
     costs: Sequence[float | None],
     axis: Callable[[float, float], Axis],
 ) -> Plot | None:
-    """Draw accuracy against what it cost, and the runs that none beats in both."""
+    """Draw accuracy against cost, and the Pareto front."""
     known = [
         (run, spent, run.test)
         for run, spent in zip(runs, costs, strict=True)
@@ -172,7 +172,7 @@ def _pareto(
 
 
 def _time_axis(shortest: float, longest: float) -> Axis:
-    """Return a logarithmic axis with ticks at times as people say them."""
+    """Return a logarithmic axis with ticks at round times."""
     low = max((time for time in TIMES if time <= shortest), default=TIMES[0] / 2)
     high = min((time for time in TIMES if time >= longest), default=longest * 1.2)
     axis = scale("wall time", low, high, log=True)

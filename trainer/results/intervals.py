@@ -1,4 +1,4 @@
-"""How sure a figure is. Standard library only."""
+"""Confidence intervals. Standard library only."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Where a model fails, for the report: the worst mistakes, confused pairs, a table of them all."""
+"""The report's mistakes: the worst ones, confused pairs, and a table of all."""
 
 import base64
 import csv
@@ -17,14 +17,13 @@ from trainer.results.saliency import lit
 PAIRS, PAIR_IMAGES, MISTAKES = 6, 4, 12
 LISTED = 2000  # rows of the table of all mistakes, so that a page stays below about 3 MB
 
-# Gives of an image's path and a class where in the image that class was seen, [h, w] in 0..1; None
-# where that can't be told.
+# Returns where in an image (by its path) the network saw a class, [h, w] in 0..1; None: unknown.
 Looks = Callable[[str, int], NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that is wrong. picture, seen: data URIs, seen: with what counted lit."""
+    """A wrong prediction. picture, seen: data URIs; in `seen` the parts that counted are bright."""
 
     picture: str
     seen: str | None
@@ -37,7 +36,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Pair:
-    """Images of one class that were taken for another. total: images of `label`."""
+    """Images of one class that were predicted as another. total: images of `label`."""
 
     label: str
     prediction: str
@@ -82,13 +81,13 @@ def pairs(outcomes: Outcomes, thumbnail: Thumbnail) -> list[Pair]:
 
 
 def worst(outcomes: Outcomes, thumbnail: Thumbnail, looks: Looks | None) -> list[Mistake]:
-    """Return the wrong predictions that the model was surest of."""
+    """Return the most confident wrong predictions."""
     surest = outcomes.surest(outcomes.predictions != outcomes.labels)
     return _examples(outcomes, surest[:MISTAKES], thumbnail, looks)
 
 
 def table(outcomes: Outcomes) -> list[Row]:
-    """Return the wrong predictions, the surest first: LISTED at most."""
+    """Return the wrong predictions, the most confident first: LISTED at most."""
     return [
         Row(
             outcomes.paths[number],
@@ -114,7 +113,7 @@ def table_uri(rows: Sequence[Row]) -> str:
 
 
 def common_folder(rows: Sequence[Row]) -> str:
-    """Return the folder that all of the images lie in, with a slash; it need not be repeated."""
+    """Return the images' common folder, with a slash, so that the page needn't repeat it."""
     folders = [Path(row.path).parts[:-1] for row in rows]
     shared = []
     for parts in zip(*folders, strict=False):

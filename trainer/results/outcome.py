@@ -1,4 +1,4 @@
-"""What comes out of a training: its best weights, tested; a model package; a report; a result."""
+"""The end of a run: test the best weights; write the model package, the report and the result."""
 
 import os
 import platform
@@ -40,15 +40,15 @@ from trainer.training.recipe import Recipe
 from trainer.training.run import PREDICTIONS
 from trainer.training.training import Training
 
-# How far the loss of the best weights on valid may lie from what was noted for them: relative,
-# absolute. Where nothing that the bits depend on has changed it is equal (metrics keep 6 digits);
-# the rest is for kernels that a GPU or a compiler chooses anew.
+# Largest difference between the best weights' loss on valid and the recorded one: relative,
+# absolute. On the same machine it is equal (metrics keep 6 digits); the tolerance is for kernels
+# that a GPU or a compiler chooses anew.
 SAME_LOSS_HERE = (1e-3, 1e-5)
 SAME_LOSS_ELSEWHERE = (0.05, 0.01)  # another machine or precision
 
 Predicted = tuple[Tensor, Tensor, Tensor]  # logits [N, classes], distances [N], classes [N]
 
-# Images of a class that its mean features are of: enough for a direction, and soon seen.
+# Images of a class for its mean features: enough for a direction, and quickly computed.
 FOR_MEANS = 10
 
 
@@ -75,7 +75,7 @@ class Tested:
 def load_best(run: Training) -> None:
     """Load the best weights into the network.
 
-    Raises UserError where they don't give the loss on valid that was noted for them.
+    Raise UserError if their loss on valid isn't the recorded one.
     """
     checkpoints, progress = run.checkpoints, run.progress
     best = run.load_best_weights()
@@ -105,11 +105,11 @@ def load_best(run: Training) -> None:
 
 
 def test(run: Training) -> Tested:
-    """Evaluate the whole network with its best weights, as it is packaged.
+    """Evaluate the network with its best weights, as it is packaged.
 
-    From pixels, in float32. data.leaks says whether what is in train too counts; the figures of the
-    other way go beside. The calibration is fitted to valid, and measured on the same images. Rank 0
-    alone has labels and probabilities of every image.
+    It runs from pixels, in float32. data.leaks says whether pictures that are in train too count;
+    `other` has the figures of the other way. The calibration is fitted on valid, and measured on
+    the tested images. Only rank 0 has labels and probabilities of every image.
     """
     load_best(run)
     assert run.progress.best is not None
@@ -168,13 +168,13 @@ def test(run: Training) -> Tested:
 def mean_features(run: Training) -> Tensor:
     """Return the direction of each class's mean features, float32 [classes, width].
 
-    Of the plain views of FOR_MEANS images of each class. Not of random crops: they show bare walls
-    too, and the means would be near to what shows nothing (docs/decisions).
+    It uses plain views of FOR_MEANS images of each class. Random crops also show bare walls, so
+    their means would be close to pictures of nothing (docs/decisions).
     """
     train, classes = run.loader.folder.splits["train"], run.loader.classes
     chosen = _spread(train.labels)
     if run.config.model.head == "probe" and run.data.holds_features:
-        # They are in the cache: the head was solved on them.
+        # The head was solved on these, so they are in the cache.
         return run.world.broadcast_from_main(
             lambda: class_means(
                 run.feature_cache.of("train", PLAIN, run.stop)[chosen],
@@ -190,7 +190,7 @@ def mean_features(run: Training) -> Tensor:
 
 
 def _spread(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the places of FOR_MEANS images of each class, evenly spread over those it has."""
+    """Return the indices of FOR_MEANS images of each class, evenly spread."""
     places = (np.flatnonzero(labels == label) for label in np.unique(labels))
     return np.concatenate(
         [of[np.linspace(0, len(of) - 1, min(len(of), FOR_MEANS)).astype(np.int64)] for of in places]
@@ -206,9 +206,9 @@ def _predict(run: Training, means: Tensor, split: str) -> Predicted:
 
 
 def _unseen(run: Training, means: Tensor, split: str) -> Predicted:
-    """Return what `_predict` does, of images that weren't trained on.
+    """Return the same as `_predict`, for images that weren't trained on.
 
-    Where the head was solved on valid, its logits are by heads that were solved without the image.
+    If the head was solved on valid, its logits come from heads that were solved without the image.
     """
     logits, distance, targets = _predict(run, means, split)
     if split == "valid" and run.head_saw_valid:
@@ -217,10 +217,10 @@ def _unseen(run: Training, means: Tensor, split: str) -> Predicted:
 
 
 def _quality(run: Training, valid: Predicted, split: str, counted: Predicted) -> Quality:
-    """Return the calibration by valid, and how good it is on what is counted of a split.
+    """Return the calibration from valid, and its quality on the counted images of a split.
 
-    Of valid without images that are in train too, where there are others. Where these are few and
-    the solved head is packaged, train counts too, by the heads that were solved without each image.
+    Images of valid that are in train too are left out, if others remain. If these are few and the
+    solved head is packaged, train counts too, with heads that were solved without each image.
     """
     chosen = _clean(run, "valid")
     if not len(chosen):
@@ -236,7 +236,7 @@ def _quality(run: Training, valid: Predicted, split: str, counted: Predicted) ->
 
 
 def _clean(run: Training, split: str) -> NDArray[np.int64]:
-    """Return the places of a split's images that are not in what was trained on too."""
+    """Return the indices of a split's images that aren't in the training images too."""
     seen, paths = set(run.findings.leaked), run.loader.folder.splits[split].paths
     if split == "test" and run.head_saw_valid:
         seen |= run.findings.in_valid
@@ -293,7 +293,7 @@ def build_package(run: Training, tested: Tested) -> None:
 
 
 def _card(run: Training, tested: Tested) -> Card:
-    """Return what README.md of the package says."""
+    """Return the package's README.md."""
     images, config = run.loader.folder, run.config
     notes = [f"Probabilities: {tested.quality.line()}."]
     if tested.other:
@@ -379,9 +379,9 @@ def write_report(
 
 
 def _about(run: Training, data: str) -> list[str]:
-    """Return the subtitle of the report, a line each: network, pictures, machine.
+    """Return the report's subtitle in lines: network, pictures, machine.
 
-    data: what the data set is called.
+    data: the data set's name.
     """
     config, images, known = run.config, run.loader.folder, provenance(run.config)
     parameters = sum(part.numel() for part in run.network.parameters())
@@ -403,7 +403,7 @@ def _about(run: Training, data: str) -> list[str]:
 
 
 def write_predictions(run: Training, tested: Tested) -> None:
-    """Write predictions.csv: a row a picture, by name."""
+    """Write predictions.csv: a row for each picture, sorted by name."""
     classes = run.loader.folder.classes
     said = predictions(tested.quality.calibration, classes, tested.logits, tested.distance)
     table = labelled(tested.paths, tested.labels, classes, said)
@@ -411,9 +411,9 @@ def write_predictions(run: Training, tested: Tested) -> None:
 
 
 def result(run: Training, tested: Tested, before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return what says that the run is complete.
+    """Return result.json, which marks the run as complete.
 
-    before: what said so when it was trained, where its files are made again.
+    before: the one from the training, if files are built again.
     """
     assert run.progress.best is not None
     beside: dict[str, Any] = {}
@@ -440,7 +440,7 @@ def result(run: Training, tested: Tested, before: dict[str, Any] | None = None) 
 
 
 def _times(run: Training, before: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the seconds that it took to train: of all, and of each stage; and what they cost."""
+    """Return the run's seconds, in all and of each stage, and their cost."""
     if before:
         return {key: before[key] for key in ("seconds", "stages", "dollars") if key in before}
     stages = {name: round(spent, 1) for name, spent in run.run.stages.in_all().items()}
@@ -453,7 +453,7 @@ def _times(run: Training, before: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _rewinds(run: Training) -> dict[str, str]:
-    """Return where training diverged and went back, by a name that is shown."""
+    """Return a line on where training diverged and went back."""
     places = [
         f"epoch {each['epoch']}, at step {each['step']} (loss {each['loss']}, learning rate "
         f"{each['lr']:.3g})"
@@ -465,7 +465,7 @@ def _rewinds(run: Training) -> dict[str, str]:
 
 
 def _parent(run: Training) -> dict[str, str]:
-    """Return what the run goes on from, by a name that is shown."""
+    """Return a line on the run from which this one continues."""
     parent = lineage.of_run(run.run)
     if parent is None:
         return {}
@@ -474,7 +474,7 @@ def _parent(run: Training) -> dict[str, str]:
 
 
 def _starts(run: Training) -> dict[str, str]:
-    """Return how often the run was begun, where it was interrupted, by a name that is shown."""
+    """Return a line on how often the run was started, if it was interrupted."""
     starts = run.run.stages.starts
     if starts == 1:
         return {}

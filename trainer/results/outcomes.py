@@ -1,4 +1,4 @@
-"""What a model said of N labelled pictures of C classes, and what that amounts to."""
+"""A model's predictions for N labelled pictures of C classes, and counts from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The true classes of N pictures, and the probabilities that were given to C classes."""
+    """The true classes of N pictures, and the predicted probabilities of C classes."""
 
     classes: Sequence[str]  # [C]
     labels: NDArray[np.int64]  # [N]

@@ -1,6 +1,6 @@
-"""Builds the model package: all that serving needs, in one archive.
+"""Builds the model package: everything that serving needs, in one archive.
 
-A process of its own checks it before it gets its name. It holds the weights, the same network as
+A separate process checks it before it gets its name. It holds the weights, the same network as
 ONNX, class names, preprocessing, metrics, golden images and the code that serves them.
 `serving/package.py` is the reader; the two share this layout, and the code that turns logits into
 an answer (`trainer/results/calibrate.py`).
@@ -45,42 +45,42 @@ MEANS = "distance.safetensors"  # the classes' mean features, for PyTorch; ONNX 
 CARD = "README.md"
 PROJECT = Path(__file__).resolve().parents[2]
 
-# What travels as code/, and where it lies here.
+# The files of code/, and their paths here.
 CODE = {
     "inference.py": "serving/adapters/toolkit.py",
     "serving/ray_app.py": "serving/adapters/ray.py",
     **{name: name for name in SERVING_CODE},
 }
 
-# How far serving's logits may lie from the trained network's: absolute + relative * the largest
-# logit of the golden images. Measured on ResNet-18 and MobileNetV2, as parts of that largest logit:
-# PyTorch (AVX-512, AVX2 and plain kernels) against ONNX Runtime 1.32 at each of its optimisation
-# levels, at most 9e-6. So 1e-3 leaves a hundredfold for other processors and is still far below
-# what a wrong image or network does. The absolute part is for networks whose logits are all about
-# 0.
+# Largest difference between serving's and the trained network's logits: absolute + relative * the
+# largest logit of the golden images. Measured on ResNet-18 and MobileNetV2, relative to that
+# largest logit: PyTorch (AVX-512, AVX2 and plain kernels) against ONNX Runtime 1.32 at each of its
+# optimisation levels, at most 9e-6. So 1e-3 leaves a factor of a hundred for other processors, and
+# is still far below the effect of a wrong image or network. The absolute part is for networks whose
+# logits are all about 0.
 TOLERANCE = {"absolute": 1e-5, "relative": 1e-3}
 
 # The same for int8, against the int8 network on the machine that built it: where a sum of products
-# ends near the border between two steps, another processor's order of adding may round it to the
-# other.
+# is near the border between two steps, another processor's order of adding may round it the other
+# way.
 INT8_TOLERANCE = {"absolute": 1e-5, "relative": 5e-2}
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a package besides the network."""
+    """The content of a package besides the network."""
 
     classes: Sequence[str]  # in the order of the logits
     preprocessing: Preprocessing
     metrics: dict[str, float]
     config: dict[str, Any]  # resolved settings by dotted key
     revision: str | None  # of git
-    golden: Sequence[str]  # paths of a few images; their bytes travel along
-    # What the pictures and the first weights were: SHA-256 and versions, by name.
+    golden: Sequence[str]  # paths of a few images, which are packaged too
+    # The identity of the pictures and the initial weights: SHA-256 and versions, by name.
     identity: dict[str, str] = field(default_factory=dict)
-    # Where the first weights were from, and their licence.
+    # Source and licence of the initial weights.
     weights: dict[str, str | None] = field(default_factory=dict)
-    data: str = "pictures"  # what the data set is called
+    data: str = "pictures"  # the data set's name
     calibration: Calibration | None = None  # None: plain softmax
     # The classes' mean features [classes, width]; None: the network gives no distance.
     means: torch.Tensor | None = None
@@ -89,9 +89,9 @@ class Contents:
     max_drop: float = 0.0  # of top-1 accuracy, that int8 may cost
     suffixes: frozenset[str] = frozenset()  # that the trained pictures' names end in
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)  # of float32's logits
-    card: str | None = None  # README.md, for whoever gets the package
+    card: str | None = None  # README.md of the package
     created: datetime | None = None  # None: now
-    graph: Path | None = None  # where that of the network is kept, or will be; None: nowhere
+    graph: Path | None = None  # file of the network's graph; None: don't cache it
 
 
 class SelfTestFailed(UserError):
@@ -108,11 +108,11 @@ def build(
 ) -> None:
     """Write `target`: an archive (model.tar.gz), or with archive=False a directory.
 
-    The directory may exist already, as SageMaker's does. network: takes pixels uint8
-    [N, size, size, 3] and gives logits [N, classes]; it stays as it is. temporary: begins the name
-    of what isn't complete yet. Equal inputs give equal bytes. The package is there checked and
-    whole, or not at all. Raise UserError for images or a network that it can't hold, OSError (a
-    full disk, say), and SelfTestFailed.
+    The directory may exist already, as SageMaker's does. network: maps pixels uint8
+    [N, size, size, 3] to logits [N, classes]; it isn't changed. temporary: prefix of the names of
+    incomplete files. Equal inputs give equal bytes. The package is complete and checked, or absent.
+    Raise UserError for images or a network that can't be packaged, OSError (a full disk, say), and
+    SelfTestFailed.
     """
     place = target
     if archive:
@@ -156,7 +156,7 @@ def _stage(network: nn.Module, contents: Contents, staged: Path) -> None:
 
 
 def _write_contents(network: nn.Module, contents: Contents, package: Path) -> Contents:
-    """Write all but the manifest; return the contents with what was measured of an int8 network."""
+    """Write all files but the manifest; return the contents, with int8's measurements."""
     assert contents.golden, "without a golden picture the package can't be checked"
     golden = [_read_image(path, contents.preprocessing) for path in contents.golden]
     pixels = np.stack([pixels for _, pixels in golden])
@@ -197,7 +197,7 @@ def _write_contents(network: nn.Module, contents: Contents, package: Path) -> Co
 
 
 def _calibrated(model: bytes, contents: Contents) -> Calibration:
-    """Return the calibration of the int8 network, whose logits are others."""
+    """Return the calibration of the int8 network, whose logits differ."""
     assert contents.int8 is not None
     scores = quantize.scores(model, contents.int8.pixels)
     fitted, _ = calibrate.fit(scores["logits"], contents.int8.labels, scores.get("distance"))
@@ -219,7 +219,7 @@ def _bill(contents: Contents, package: Path, libraries: Iterable[str]) -> str:
 
 
 def _requirements(suffixes: frozenset[str]) -> dict[str, str]:
-    """Return what serving needs to be installed to read what was trained on, by library."""
+    """Return the libraries that serving needs to read the trained kinds of pictures."""
     needed = dict(REQUIREMENTS)
     if suffixes & AVIF:
         needed |= FOR_AVIF
@@ -252,8 +252,8 @@ def _write_manifest(contents: Contents, package: Path) -> None:
         "versions": versions(),
         "files": {path.relative_to(package).as_posix(): _sha256(path) for path in _files(package)},
     }
-    # Over the rest of the manifest as canonical JSON: a class renamed by hand is noticed. It proves
-    # integrity, not who wrote it.
+    # The digest of the rest of the manifest as canonical JSON: it reveals a class renamed by hand.
+    # It shows integrity, not the author.
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     _write(package / MANIFEST, json.dumps(manifest | {"sha256": digest}, indent=1).encode())
 
@@ -273,7 +273,7 @@ def sources() -> list[Path]:
 
 
 def _read_image(path: str, preprocessing: Preprocessing) -> tuple[bytes, NDArray[np.uint8]]:
-    """Return the file's bytes, and the pixels that the network sees of it."""
+    """Return the file's bytes, and the pixels that the network gets."""
     data = files.patiently(path, Path(path).read_bytes)
     try:
         pixels = prepare(data, preprocessing)
@@ -297,7 +297,7 @@ def _outputs(network: nn.Module) -> list[str]:
 
 
 def _scores(network: nn.Module, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """Return what the network gives, by name."""
+    """Return the network's outputs, by name."""
     with torch.inference_mode():
         given = network(torch.from_numpy(pixels))
     if isinstance(given, torch.Tensor):
@@ -316,7 +316,7 @@ def _self_test(package: Path) -> None:
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     command = [*sessions.python(), "-m", "serving", "check", str(package)]
     environment = os.environ | {"PYTHONPATH": path}
-    environment.pop("HYDRA_FULL_ERROR", None)  # it says in one line what is wrong
+    environment.pop("HYDRA_FULL_ERROR", None)  # its last line says what is wrong
     for _ in range(2):  # again where a disk failed once
         result = sessions.run(command, env=environment)
         if result.returncode == OK:
@@ -330,7 +330,7 @@ def _self_test(package: Path) -> None:
 def _archive(package: Path, archive: Path) -> None:
     """Pack the files so that equal files give equal bytes.
 
-    They are sorted, and without names, owners and times of this machine.
+    They are sorted, and have no owners or times of this machine.
     """
     with archive.open("wb") as file:
         # Level 1, because weights hardly compress at any level.
@@ -348,7 +348,7 @@ def _archive(package: Path, archive: Path) -> None:
 
 
 def _move(package: Path, target: Path) -> None:
-    """Move the files into `target`, the manifest last: without it, it is no package."""
+    """Move the files into `target`, the manifest last: without one there is no package."""
     (target / MANIFEST).unlink(missing_ok=True)
     for path in sorted(package.iterdir(), key=lambda path: path.name == MANIFEST):
         old = target / path.name

@@ -1,4 +1,4 @@
-"""The run before: the newest complete one on the same data set, to hold a new run against."""
+"""The previous run: the newest complete one on the same data set, for comparison."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,15 +12,15 @@ from trainer.results.text import setting
 from trainer.training.run import PREDICTIONS, RESULT
 
 LOOKED_AT = 30  # of the newest runs: reading the settings of thousands would take a while
-SURE = 0.05  # a difference that chance gives more seldom is one
+SURE = 0.05  # p-value below which a difference counts
 
 
 @dataclass(frozen=True)
 class Predecessor:
-    """The run before, beside this one.
+    """The previous run, compared with this one.
 
-    changed: setting, its value then, and now. verdict: in words, how the two compare; "" where
-    they were tested on other pictures.
+    changed: setting, its value then, and now. verdict: the comparison in words; "" if they were
+    tested on other pictures.
     """
 
     name: str
@@ -32,8 +32,8 @@ class Predecessor:
 def find(directory: Path, data: str, config: Mapping[str, Any]) -> Predecessor | None:
     """Return the run before that of `directory` on a data set; None: it is the first.
 
-    data: what the data set is called. config: the settings that decide what comes out of this run.
-    A run that can't be read is none: this is a word beside the figure, and no run ends for it.
+    data: the data set's name. config: the settings that decide this run's result. Runs that can't
+    be read are skipped: a comparison is no reason to fail.
     """
     with suppress(OSError, ValueError):
         return _newest(directory, data, config)
@@ -60,9 +60,9 @@ def _changed(before: runs.Summary, config: Mapping[str, Any]) -> list[tuple[str,
 
 
 def verdict(before: Path, now: Path) -> str:
-    """Return how two runs compare on their test pictures, in words; "" where they can't be.
+    """Return the comparison of two runs on their test pictures; "" if it is impossible.
 
-    now: its predictions are written.
+    now: the run whose predictions are written already.
     """
     if not (now / PREDICTIONS).is_file():
         return ""

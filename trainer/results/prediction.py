@@ -1,6 +1,6 @@
-"""What a model says of one picture: the answer of every adapter, a row of every table.
+"""A model's prediction for a picture: the answer of every adapter, and a row of every table.
 
-NumPy and the standard library alone, and a copy travels in the package.
+NumPy and the standard library only. A copy travels in the package.
 """
 
 import html
@@ -18,9 +18,9 @@ from trainer.results.calibrate import Calibration, is_sure
 class Prediction:
     """One picture's classes, the most probable first.
 
-    labels: all of them; probabilities: theirs. members: those of which one is right in 90 % of all
-    pictures. sure: whether that is one class, and the picture is like those trained on. unlike:
-    whether it isn't. None: the package was built without what tells it.
+    labels: all classes; probabilities: theirs. members: the set; for 90 % of pictures the right
+    class is in it. sure: whether the set has one class, and the picture isn't unlike. unlike:
+    whether it is unlike the training pictures. None: the package can't tell.
     """
 
     labels: tuple[str, ...]
@@ -40,7 +40,7 @@ class Prediction:
         return self.probabilities[0]
 
     def _repr_html_(self) -> str:
-        """Return the likeliest classes as a table, for notebooks."""
+        """Return the most probable classes as a table, for notebooks."""
         rows = "".join(
             f"<tr><td>{html.escape(label)}</td><td>{probability:.1%}</td></tr>"
             for label, probability in zip(self.labels[:3], self.probabilities[:3], strict=True)
@@ -57,7 +57,7 @@ def predictions(
     logits: NDArray[np.floating[Any]],
     distance: NDArray[np.floating[Any]] | None,
 ) -> list[Prediction]:
-    """Return what logits [N, classes] and distances [N] of the nearest class say of N pictures."""
+    """Return the predictions from logits [N, classes] and distances [N] to the nearest class."""
     probabilities = calibration.probabilities(logits)
     members = calibration.members(probabilities)
     unlike = calibration.unlike(distance)

@@ -1,4 +1,4 @@
-"""A table of predictions, as CSV: RFC 4180 in UTF-8, a row a picture."""
+"""A table of predictions, as CSV: RFC 4180 in UTF-8, a row for each picture."""
 
 import csv
 import io
@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 
 from trainer.results.prediction import Prediction
 
-SHOWN = 3  # of the most probable classes, where nobody says how many
+SHOWN = 3  # most probable classes, by default
 
 
 class Columns:
-    """What such a table has, and the text of its rows."""
+    """The columns of such a table, and the text of its rows."""
 
     def __init__(self, top: int, labelled: bool = False, model: str | None = None) -> None:
-        """top: of the most probable classes, so many. labelled: the true class is known.
+        """top: number of most probable classes. labelled: the true class is known.
 
-        model: what each row names as the one that predicted; None: no such column.
+        model: the package's name in each row; None: no such column.
         """
         self._top, self._labelled, self.model = top, labelled, model
         self.names = ["path"]
@@ -36,7 +36,7 @@ class Columns:
         return _line(self.names)
 
     def row(self, path: str, outcome: Prediction | Exception, true_label: str = "") -> str:
-        """Return the line of a picture: of a prediction, or of the reason why there is none."""
+        """Return the line of a picture: its prediction, or the reason why there is none."""
         values = {"path": path, "true_label": true_label}
         if isinstance(outcome, Prediction):
             values["correct"] = _flag(outcome.label == true_label)
@@ -66,7 +66,7 @@ def labelled(
 
 
 def whole_rows(data: bytes) -> tuple[list[list[str]], int]:
-    """Return the rows of a table that end with their line break, and how many bytes they are."""
+    """Return the complete rows of a table, and their number of bytes."""
     length, end = 0, 0
     rows: list[list[str]] = []
     text: list[str] = []

@@ -1,6 +1,6 @@
 """int8 for CPU endpoints: the ONNX network in 8 bits, calibrated on validation images.
 
-It is refused where that costs accuracy.
+It is refused if it costs too much accuracy.
 """
 
 import tempfile
@@ -17,13 +17,13 @@ from trainer.images.decode import Preprocessing
 from trainer.images.folder import read_prepared
 
 CALIBRATION = 200  # images whose activations give the ranges
-CHECKED = 500  # images that accuracy is compared on, others than those where there are enough
+CHECKED = 500  # images to compare accuracy on; not the same ones, if there are enough
 BATCH = 8
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Validation images as the network takes them."""
+    """Validation images as the network's input."""
 
     pixels: NDArray[np.uint8]  # [N, size, size, 3]
     labels: NDArray[np.int64]  # [N]
@@ -32,7 +32,7 @@ class Pictures:
 def choose(
     paths: Sequence[str], labels: NDArray[np.int64], preprocessing: Preprocessing
 ) -> Pictures:
-    """Return as many of a split's images as are needed, evenly spread: it is sorted by class."""
+    """Return the needed number of a split's images, evenly spread, since it is sorted by class."""
     chosen = np.linspace(0, len(paths) - 1, min(len(paths), CALIBRATION + CHECKED)).astype(np.int64)
     return Pictures(
         np.stack([read_prepared(paths[index], preprocessing) for index in chosen]), labels[chosen]
@@ -42,7 +42,7 @@ def choose(
 def int8(model: bytes, pictures: Pictures, max_drop: float) -> tuple[bytes, dict[str, float]]:
     """Return the quantized model, and its top-1 accuracy beside the float network's.
 
-    model: ONNX. max_drop: of top-1 accuracy, 0 to 1. Raise UserError where more than that is lost.
+    model: ONNX. max_drop: of top-1 accuracy, 0 to 1. Raise UserError if more is lost.
     """
     order = np.random.default_rng(0).permutation(len(pictures.labels))
     calibration, checked = order[:CALIBRATION], order[CALIBRATION:]
@@ -90,8 +90,8 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
         )
         source.write_bytes(model)
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        # Unsigned activations with signed weights, a scale for each output channel: what ONNX
-        # Runtime is fastest with on x86 with VNNI.
+        # Unsigned activations with signed weights, a scale for each output channel: the fastest
+        # form for ONNX Runtime on x86 with VNNI.
         quantize_static(
             prepared,
             target,
@@ -106,9 +106,9 @@ def _quantize(model: bytes, pixels: NDArray[np.uint8]) -> bytes:
 
 
 def _for_distance_alone(model: Any) -> list[str]:
-    """Return the nodes of an ONNX model on which its distance depends, and its logits don't.
+    """Return the nodes of an ONNX model that only its distance needs, and not its logits.
 
-    They stay in float: a cosine of 8-bit numbers is coarse, and they cost next to nothing.
+    They stay in float: a cosine of 8-bit numbers is coarse, and they take little time.
     """
     makers = {output: node for node in model.graph.node for output in node.output}
 
@@ -125,9 +125,9 @@ def _for_distance_alone(model: Any) -> list[str]:
 
 
 def scores(model: bytes, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """Return what the network gives of pixels uint8 [N, size, size, 3], by ONNX Runtime here.
+    """Return the network's outputs for pixels uint8 [N, size, size, 3], by ONNX Runtime.
 
-    By name: logits [N, classes], and distance [N] where it gives one.
+    By name: logits [N, classes], and distance [N] if there is one.
     """
     import onnxruntime  # imported here: slow, and needed by few
 
@@ -141,7 +141,7 @@ def scores(model: bytes, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
 
 
 def logits(model: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return those of pixels uint8 [N, size, size, 3]: [N, classes]."""
+    """Return the logits of pixels uint8 [N, size, size, 3]: [N, classes]."""
     given: NDArray[np.float32] = scores(model, pixels)["logits"]
     return given
 

@@ -1,7 +1,7 @@
 """The run report: one HTML page that needs no network and no other file.
 
-This module computes what the page shows; `report.html.j2` beside it says how it looks. Its parts
-have files of their own: mistakes, confusion, advice, views, predecessor, care.
+This module computes the page's content; `report.html.j2` beside it has the layout. Further parts
+are in modules of their own: mistakes, confusion, advice, views, predecessor, care.
 """
 
 import math
@@ -30,7 +30,7 @@ from trainer.results.text import breakable, number, percent, setting, share, sho
 from trainer.results.views import Views
 from trainer.training.recipe import Recipe
 
-# What a page holds at most, so that it stays below about 3 MB whatever the run was.
+# Limits, so that the page stays below about 3 MB for any run.
 EPOCH_ROWS = 200
 BROKEN_ROWS = 1000
 CLASS_ROWS = 20  # rows of the per-class table before the rest is folded away
@@ -50,7 +50,7 @@ class Other:
 
 @dataclass(frozen=True)
 class Report(Outcomes):
-    """What a run has to say. The predictions are of one split: N pictures, C classes."""
+    """The content of a run's report. The predictions are of one split: N pictures, C classes."""
 
     title: str  # the run's name
     split: str  # "test", or "valid" where there is no test split
@@ -63,14 +63,14 @@ class Report(Outcomes):
     facts: dict[str, str]  # the environment, in the order shown
     config: dict[str, Any]  # the resolved settings by dotted key
     next_steps: Sequence[str]  # commands
-    trained: bool = True  # False: a model that was there is evaluated
+    trained: bool = True  # False: an existing model is evaluated
     quality: Quality | None = None  # of the calibration
     other: Other | None = None
     recipe: Recipe | None = None  # of model=auto
     findings: Findings = field(default_factory=Findings)  # what is wrong with the data set
     about: Sequence[str] = ()  # the subtitle: a line each
-    given: Collection[str] = ()  # keys of the settings that were given, and not decided
-    # Gives the seconds of all parts of the run until then. Asked when the pictures are drawn.
+    given: Collection[str] = ()  # keys of the settings that the user gave
+    # Returns the seconds of the run's parts so far; called after the pictures are drawn.
     stages: Callable[[], Mapping[str, float]] = dict
     # Images of each class, [C], of each split.
     counts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -95,11 +95,11 @@ FILTERS: dict[str, Callable[..., Any]] = {
 
 
 def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None = None) -> None:
-    """Write the page to `path`, whole or not at all.
+    """Write the page to `path`, completely or not at all.
 
-    thumbnail: gives the [S, S, 3] uint8 square of an image's path as the network saw it. Where it
-    raises OSError or ValueError (the image has gone since) the page leaves the image out. looks:
-    where in it the network saw a class. Raise OSError where `path` can't be written.
+    thumbnail: returns the [S, S, 3] uint8 square that the network gets of an image's path. If it
+    raises OSError or ValueError (the image is gone), the page leaves the image out. looks: where in
+    it the network saw a class. Raise OSError if `path` can't be written.
     """
     charts: list[Chart] = []
     if report.history:
@@ -109,7 +109,7 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
     pairs = mistakes.pairs(report, thumbnail)
     worst = mistakes.worst(report, thumbnail, looks)
     care = sections(report.findings, thumbnail)
-    stages = _stages(report.stages())  # behind the pictures, which are what the page takes
+    stages = _stages(report.stages())  # after the pictures, which take most of the page's time
     took = sum(stage.seconds for stage in stages)
     page = templates.render(
         Path(__file__).with_name("report.html.j2"),
@@ -142,7 +142,7 @@ def write(report: Report, path: Path, thumbnail: Thumbnail, looks: Looks | None 
         cost=cost(took, report.dollars_hour),
         script=templates.script(Path(__file__).with_name("report.js.j2")),
     )
-    # A file name that is no UTF-8 holds surrogates, which can't be encoded: shown as \udcff.
+    # A file name that isn't UTF-8 has surrogates, which can't be encoded: show them as \udcff.
     files.write(path, page.encode("utf-8", "backslashreplace"))
 
 
@@ -172,7 +172,7 @@ def _charts(report: Report) -> list[Chart]:
 
 
 def _timing(history: list[dict[str, float]]) -> dict[str, float]:
-    """Seconds of the whole run by what they were spent on; `total` is their sum."""
+    """Seconds of the whole run by purpose; `total` is their sum."""
     total, wait, evaluate = (
         float(np.nansum(_column(history, key)))
         for key in ("seconds", "data_wait", "evaluate_seconds")
@@ -211,7 +211,7 @@ class Stage:
     colour: str
 
 
-# As many as there are stages, so that no two of them look alike.
+# As many as there are stages, so that all look different.
 STAGE_COLOURS = ("grey", "teal", "violet", "olive", "blue", "orange", "pink", "ink")
 SHORTEST = 0.05  # seconds; a stage that took less is not named
 
@@ -241,7 +241,7 @@ class Counted:
 
 
 def _counted(counts: Mapping[str, NDArray[np.int64]]) -> list[Counted]:
-    """Return the classes with their images, those with most to train on first."""
+    """Return the classes with their images, those with the most training images first."""
     if not counts:
         return []
     first = next(iter(counts.values()))
@@ -274,7 +274,7 @@ EPOCH_COLUMNS = {
 def _epochs(history: list[dict[str, float]]) -> list[tuple[int, list[str]]]:
     """Return the number and the values of the epochs.
 
-    Where they are many, of EPOCH_ROWS evenly spread ones with the first and the last.
+    With more than EPOCH_ROWS, evenly spread ones, including the first and the last.
     """
     chosen = np.unique(
         np.linspace(0, len(history) - 1, min(len(history), EPOCH_ROWS)).round().astype(int)

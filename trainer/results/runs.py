@@ -1,6 +1,6 @@
-"""What a folder of runs holds: each run's settings and figures, and what tells two runs apart.
+"""The runs in a folder: their settings and figures, and the differences between two runs.
 
-Read from the files that a run leaves, without PyTorch.
+Read from the runs' files, without PyTorch.
 """
 
 import csv
@@ -28,25 +28,25 @@ from trainer.settings import config as settings
 from trainer.training.run import PREDICTIONS, read_result
 
 COMPLETE, RUNNING, STOPPED = "complete", "running", "stopped"
-# Where a run keeps its settings; and what says which pictures, network and place, shown by itself.
-CONFIG = "config.yaml"
+CONFIG = "config.yaml"  # a run's settings
+# Settings that the table shows in columns of their own: pictures, network and the run's name.
 SHOWN_APART = ("data.source", "data.root", "model.name", "name")
 LONGEST = 60  # characters of what differs
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run, as its directory tells it.
+    """A run, read from its directory.
 
-    settings: by dotted key. valid, test: top-1 accuracies, of the best epoch. pictures: of test.
-    interval: of `test`, at 95 %. seconds: of training and all that comes after it. curve: of each
-    epoch, the accuracy on valid. dollars: for machines; None: for one's own. uri: where it lies in
-    a bucket, where it does.
+    settings: by dotted key. valid, test: top-1 accuracies of the best epoch. pictures: number in
+    test. interval: of `test`, at 95 %. seconds: of training and everything after it. curve: the
+    accuracy on valid of each epoch. dollars: for machines; None: for the user's own. uri: its
+    address in a bucket, if it has one.
     """
 
     path: Path
     state: str
-    date: float  # of its last word, seconds since 1970
+    date: float  # of its last change, seconds since 1970
     settings: Mapping[str, Any]
     epochs: int | None
     valid: float | None
@@ -67,7 +67,7 @@ class Summary:
 
     @property
     def data(self) -> str:
-        """What the data set is called."""
+        """The data set's name."""
         return settings.data_name(
             str(self.settings.get("data.source")), str(self.settings.get("data.root"))
         )
@@ -82,13 +82,13 @@ def find(root: Path) -> list[Summary]:
 
 
 def read(path: Path) -> Summary | None:
-    """Return what a run's directory tells; None where it is none."""
+    """Read a run's directory; return None if it is none."""
     if not (path / CONFIG).is_file():
         return None
     with suppress(OSError, ValueError, OmegaConfBaseException, YAMLError):
         given = _flat(OmegaConf.to_container(OmegaConf.load(path / CONFIG)))
         rows = [row for row in _rows(path / "metrics.jsonl") if "valid_top1" in row]
-        result = read_result(path) or {}  # {}: the run has not come to it
+        result = read_result(path) or {}  # {}: the run hasn't written it yet
         date = max(file.stat().st_mtime for file in path.iterdir() if file.is_file())
         state = COMPLETE
         if not result:
@@ -119,14 +119,14 @@ def read(path: Path) -> Summary | None:
 
 
 def _rented(path: Path) -> dict[str, Any]:
-    """Return what `launch fetch` has written about where a run came from; {}: nothing."""
+    """Return what `launch fetch` wrote about a run's origin; {}: nothing."""
     with suppress(OSError):
         return parsed((path / RENTED).read_bytes()) or {}
     return {}
 
 
 def elsewhere(told: Mapping[str, Any]) -> Summary:
-    """Return a run that lies in a bucket, of what `launch` says of it in plain data."""
+    """Return a run in a bucket, from `launch`'s plain data about it."""
     fields = dict(told)
     test, pictures = fields.get("test"), fields.get("pictures") or 0
     interval = None
@@ -139,7 +139,7 @@ def elsewhere(told: Mapping[str, Any]) -> Summary:
 def together(here: Sequence[Summary], others: Sequence[Summary]) -> list[Summary]:
     """Return the runs of a folder and those of a bucket, each once, the newest first.
 
-    One that was fetched is shown as it lies here, with what it has cost by now.
+    A fetched run is shown as in the folder, with its current cost.
     """
     by_uri = {run.uri: run for run in others}
     kept = []
@@ -150,7 +150,7 @@ def together(here: Sequence[Summary], others: Sequence[Summary]) -> list[Summary
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl; one that is being written is left out."""
+    """Return the complete rows of metrics.jsonl."""
     with suppress(OSError):
         return [row for line in path.read_bytes().splitlines() if (row := parsed(line))]
     return []
@@ -177,19 +177,19 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Summary]) -> list[str]:
-    """Return the settings that decide a result and that not all of these runs have alike."""
+    """Return the settings that decide a result and differ between these runs."""
     deciding = {key for key, entry in settings.schema().items() if entry.metadata["identity"]}
     keys = sorted({key for run in runs for key in run.settings} & deciding - {*SHOWN_APART})
     return [key for key in keys if len(set(_values(runs, key))) > 1]
 
 
 def _values(runs: Sequence[Summary], key: str) -> list[str]:
-    """Return a setting's values, of the runs that tell it."""
+    """Return a setting's values, from the runs that have it."""
     return [setting(run.settings[key]) for run in runs if key in run.settings]
 
 
 def own_settings(runs: Sequence[Summary]) -> list[list[str]]:
-    """Return of each run, as words, the settings that most of the others have otherwise."""
+    """Return, as words, the settings of each run that differ from most other runs."""
     keys = differing(runs)
     usual = {key: _usual(_values(runs, key)) for key in keys}
     return [
@@ -209,10 +209,10 @@ NAMES = ("run", "data", "model")  # columns that a narrow terminal shows on a li
 
 
 def table(runs: Sequence[Summary], width: int | None = None) -> str:
-    """Return the runs as text, a line each, and what their columns are.
+    """Return the table's header and a line for each run.
 
-    Dollars have a column where a run has cost some. width: of the terminal, in characters. Where a
-    line would be longer, each run has several: its figures, its names, what it differs by.
+    There is a column of dollars if a run cost any. width: of the terminal, in characters. If a line
+    would be longer, each run has several: figures, names, differing settings.
     """
     head = (*COLUMNS, "differs by")
     lines: list[tuple[str, ...]] = [head]
@@ -234,7 +234,7 @@ def table(runs: Sequence[Summary], width: int | None = None) -> str:
 
 
 def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the lines with their cells below each other."""
+    """Return the lines with aligned cells."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
     padded = [
         "  ".join(
@@ -246,7 +246,7 @@ def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def cells(run: Summary) -> tuple[str, ...]:
-    """Return what the table's columns say of a run, up to its path."""
+    """Return a run's cells of the table, up to its path."""
     interval, took = "", ""
     if run.interval is not None:
         low, high = run.interval
@@ -273,7 +273,7 @@ def _percent(value: float | None) -> str:
 
 
 def _usual(values: Sequence[str]) -> str:
-    """Return the commonest value, of several the first: what differs is told against it."""
+    """Return the most common value, the first of several: differences are relative to it."""
     return max(values, key=values.count)
 
 
@@ -290,8 +290,8 @@ def _cut(text: str) -> str:
 class Comparison:
     """Two runs on the same test pictures.
 
-    both, first, second, neither: how many of them both had right, one alone, or none. p: of the
-    difference, were both equally good.
+    both, first, second, neither: number of pictures that both, one alone, or none had right. p: of
+    the difference, if both were equally good.
     """
 
     both: int
@@ -301,12 +301,12 @@ class Comparison:
 
     @property
     def pictures(self) -> int:
-        """How many pictures they share."""
+        """The number of pictures that they share."""
         return self.both + self.first + self.second + self.neither
 
     @property
     def p(self) -> float:
-        """Return the probability of such a difference, or a larger one, of equally good runs.
+        """Return the probability of at least such a difference between equally good runs.
 
         McNemar's test, exact: of the pictures that one alone has right, half would be the first's
         (McNemar, "Note on the sampling error of the difference between correlated proportions",
@@ -339,7 +339,7 @@ _OUTCOMES = ((True, True), (True, False), (False, True), (False, False))
 
 
 def _right(run: Path) -> dict[str, bool]:
-    """Return by picture whether a run had it right. Raise UserError."""
+    """Return for each picture whether a run had it right. Raise UserError."""
     path = run / PREDICTIONS
     try:
         with path.open(encoding="utf-8", newline="") as file:

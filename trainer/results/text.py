@@ -10,7 +10,7 @@ NAME_LENGTH = 80  # characters of a name; file systems allow 255
 
 
 def percent(share: float) -> str:
-    """Return with one decimal; 0% and 100% only where there was truly no hit, or no miss."""
+    """Return percent with one decimal; 0% and 100% only if there was no hit, or no miss."""
     if not math.isfinite(share):
         return "n/a"
     if share in (0, 1):

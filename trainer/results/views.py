@@ -1,4 +1,4 @@
-"""What the network saw while it was trained: a few pictures, each in some of its views."""
+"""The network's input in training: a few pictures, each in some of its views."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ PICTURES, VIEWS = 6, 4
 
 @dataclass(frozen=True)
 class Views:
-    """A picture as it is tested, and as it was trained on. seen: data URIs."""
+    """A picture's test view and some training views. seen: data URIs."""
 
     label: str
     plain: str
@@ -26,7 +26,7 @@ def views(loader: ImageLoader, solved: bool) -> list[Views]:
     """Return the views of PICTURES training images, spread over the classes.
 
     solved: the head was solved on plain and mirrored images, and nothing was trained on others.
-    None where one of them can no longer be read: no run ends for that.
+    Return None if one of them can't be read any more; that is no reason to fail.
     """
     with suppress(UserError):
         return _views(loader, solved)

@@ -28,8 +28,8 @@ from trainer.settings.hydra_errors import (
 from trainer.settings.words import key_of, override, readable, text
 
 CONF = Path(__file__).parents[2] / "conf"
-OWN = {"data.root", "data.train", "data.labels"}  # each names images of a person's own
-# Hydra's own ways to say where a run lies and how a sweep is driven.
+OWN = {"data.root", "data.train", "data.labels"}  # each names the user's own images
+# Hydra's own settings for a run's directory and for sweeps.
 HYDRAS_PLACES = (
     "hydra.run", "hydra.sweep", "hydra.mode", "hydra.output_subdir", "hydra.launcher",
     "hydra/launcher", "hydra/sweeper",
@@ -41,9 +41,8 @@ GROUPS = ("data", "model", "optim", "platform", "sweep", "experiment")
 class Resolved:
     """What a command line means.
 
-    words: the overrides that Hydra gets: those that were typed, as it can read them, after those
-    that they imply. notes: one line for each thing that was not said. composed: what Hydra makes of
-    the words.
+    words: the overrides for Hydra: first the implied ones, then those that were typed, in a form
+    that Hydra can read. notes: a line for each implied one. composed: Hydra's result.
     """
 
     words: list[str]
@@ -60,10 +59,9 @@ def compose(words: Sequence[str], conf: Path = CONF) -> Config:
 
 
 def resolve(words: Sequence[str], conf: Path = CONF) -> Resolved:
-    """Return what overrides mean and don't say; its words mean the same when resolved once more.
+    """Add what the overrides imply. Resolving the result's words again changes nothing.
 
-    Raise UserError for an override that has no effect or another one than it says, and Hydra's own
-    errors.
+    Raise UserError for an override without effect or with a misleading one, and Hydra's own errors.
     """
     check(words, settings.keys(), {group: options(conf, group) for group in GROUPS})
     given = {key_of(word) for word in words}
@@ -98,10 +96,9 @@ def _given_twice(words: Sequence[str]) -> list[str]:
 
 
 def first_trial(fixed: Sequence[str], swept: Mapping[str, str], conf: Path = CONF) -> list[str]:
-    """Return the overrides that a sweep begins with: its lists stand at their first values.
+    """Return the overrides of a sweep's first trial: the first value of each list.
 
-    Of the space in conf/, only a setting that has no other value takes its first one. Raise as
-    `resolve`.
+    From the space in conf/, only settings without a value take their first one. Raise as `resolve`.
     """
     words = [*fixed, *space.firsts(swept)]
     composed = resolve(words, conf).composed
@@ -120,8 +117,8 @@ def _is_missing(composed: DictConfig, key: str) -> bool:
 def check_options(sweep: space.Sweep, fixed: Sequence[str], swept: Mapping[str, str]) -> None:
     """Check the options in a sweep's space.
 
-    Raise UserError, or an error of Hydra's, for one that there is not, or that doesn't fit the
-    sweep's other settings.
+    Raise UserError, or Hydra's error, for one that doesn't exist, or doesn't fit the sweep's other
+    settings.
     """
     for parameter in sweep.space:
         if parameter.key in space.GROUPS:
@@ -136,7 +133,7 @@ def options(conf: Path, group: str) -> list[str]:
 
 
 def _compose(words: Sequence[str], conf: Path) -> tuple[DictConfig, dict[str, str]]:
-    """Return what Hydra composes, and the option that it took of each group."""
+    """Return what Hydra composes, and the option that it chose from each group."""
     with hydra.initialize_config_dir(str(conf.absolute()), version_base="1.3"):
         composed = hydra.compose("config", list(words), return_hydra_config=True)
     choices = dict(composed.hydra.runtime.choices)
@@ -145,15 +142,15 @@ def _compose(words: Sequence[str], conf: Path) -> tuple[DictConfig, dict[str, st
     return composed, choices
 
 
-# --- what is meant and not said: each rule gives an override and its reason, or None ---
+# --- what is implied: each rule returns an override and its reason, or None ---
 
 
 def _own_pictures(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """Choose data=folder where a folder of images, or a table of them, is given without data=...
+    """Choose data=folder if a folder or table of images is given without data=...
 
-    It means these images, and is not a place for the demo's.
+    The user means these images, and not a place for the demo's.
     """
     if "data" in given or choices["data"] != DEMO or not given & OWN:
         return None
@@ -167,9 +164,9 @@ def _own_pictures(
 def _root_of_train(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """Fill in data.root where only a folder of training images or a table of labels is given.
+    """Fill in data.root if only a folder of training images or a table of labels is given.
 
-    valid is split off it, unless data.valid or the table says where it is.
+    valid is then split off it, unless data.valid or the table names it.
     """
     data = composed.data
     if not OmegaConf.is_missing(data, "root"):
@@ -186,13 +183,13 @@ def _root_of_train(
 def _network_of_package(
     given: set[str], composed: DictConfig, choices: dict[str, str]
 ) -> tuple[str, str] | None:
-    """Choose the network that one of our packages, or a run, holds, where only that is given."""
+    """Choose the network of a package or run of ours that is given as weights."""
     weights = composed.model.weights
     if "model.weights" not in given or weights is None or given & {"model", "model.name"}:
         return None
     path = expanded(str(weights))
     if not Path(path).exists() or not model_package.is_package(path):
-        return None  # a job on another machine has it, perhaps
+        return None  # perhaps a path on the job's machine
     name = model_package.manifest(path)["config"]["model.name"]
     return override("model.name", name), f"the network of model.weights={weights}"
 
@@ -202,7 +199,7 @@ def _model_by_name(
 ) -> tuple[str, str] | None:
     """Choose the settings that go with a model's name.
 
-    A pretrained network must not get the toy's, and random weights with them.
+    Otherwise a pretrained network would get the small network's settings, and random weights.
     """
     if OmegaConf.is_missing(composed.model, "name"):
         return None
@@ -223,13 +220,13 @@ def _model_by_name(
     return f"model={option}", reason
 
 
-# --- overrides that Hydra takes, though nothing good comes of them ---
+# --- overrides that Hydra accepts, but that lead nowhere ---
 
 
 def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -> None:
-    """Raise UserError for an override that takes a setting away, or replaces several at once.
+    """Raise UserError for an override that deletes a setting, or replaces several at once.
 
-    keys: every dotted key that there is. groups: the options of each config group.
+    keys: every dotted key. groups: the options of each config group.
     """
     sections = {key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)}
     for word in words:
@@ -265,7 +262,7 @@ def check(words: Sequence[str], keys: list[str], groups: dict[str, list[str]]) -
 
 
 def is_hydras(key: str) -> bool:
-    """Return whether a key is of Hydra's own settings, or says in its way where an option goes."""
+    """Return whether a key is one of Hydra's settings, or uses Hydra's syntax for packages."""
     return key.split(".")[0] == "hydra" or "/" in key or "@" in key
 
 

@@ -1,8 +1,8 @@
 """The settings of a run: typed, checked once at the edge, torch-free.
 
-Hydra composes `conf/`; `load` turns what it composed into the dataclasses below. The YAML files
-hold each setting's value and what it means; this file holds its type and what is allowed. Only a
-run and its loop see these dataclasses; what they call takes plain arguments.
+Hydra composes `conf/`; `load` turns the result into the dataclasses below. The YAML files have each
+setting's value and meaning; this file has its type and limits. Only a run and its loop see these
+dataclasses; the functions that they call take plain arguments.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from trainer.settings.hydra_errors import explain, unknown_key
 
 DEMO = "fashion_mnist"  # conf/data: the pictures that ship with this
 TOY = "small_cnn"  # conf/model: trained from scratch in seconds
-OWN = "own"  # conf/model: a person's own network, of the file model.code
-AUTO = "auto"  # conf/model: chosen by measuring on the pictures; for those of one's own
+OWN = "own"  # conf/model: the user's own network, from model.code
+AUTO = "auto"  # conf/model: chosen by measuring on the user's pictures
 
-# Limits beyond which a number is a slip of the hand, and what computes with it overflows.
+# Limits: a larger number is a typing error, and computations with it overflow.
 SIDE = 16_384  # pixels
 EPOCHS_MOST = 1_000_000
 BATCH_MOST = 1_000_000
@@ -51,11 +51,10 @@ def setting(
     """Return a dataclass field whose value comes from `conf/`, with what is allowed.
 
     choices: the only strings allowed. above, at_least, below, at_most: limits of a number, or of
-    each number of a list. length: how many values a list must hold. identity: False where the
-    setting says where, how fast or how safely to run, not what comes out: a run may go on with
-    another value. only_if: "key=value[|value]", or "key!=value", of the setting without which this
-    one is ignored.
-    path: whether it is one, in which `~` and $NAME stand for something.
+    each number of a list. length: how many values a list must hold. identity: False if the setting
+    decides where, how fast or how safely a run works, and not its result: a run may continue with
+    another value. only_if: "key=value[|value]", or "key!=value", of another setting: otherwise this
+    one is ignored. path: whether it is a path, in which `~` and $NAME are expanded.
     """
     return field(
         default=MISSING,
@@ -222,11 +221,11 @@ class SweepConfig:
         "none", "median", "halving", identity=False, only_if="sweep.engine=optuna"
     )
     points: int = setting(at_least=1, at_most=1000, identity=False, only_if="sweep.engine=grid")
-    # NumPy's RandomState, which Optuna's samplers use, takes no more.
+    # the limit of NumPy's RandomState, which Optuna's samplers use
     seed: int = setting(
         at_least=0, at_most=2**32 - 1, identity=False, only_if="sweep.engine=optuna"
     )
-    # A path or a URL; `expanded` leaves the latter as it is, but for $NAME.
+    # A path or a URL; in a URL, `expanded` replaces only $NAME.
     storage: str | None = setting(identity=False, path=True)
     lost_seconds: float = setting(
         at_least=1, at_most=86_400, identity=False, only_if="sweep.storage!=null"
@@ -250,7 +249,7 @@ class Config:
 
 
 def register() -> None:
-    """Give Hydra the schema, the environment's platform and the model that goes with the images.
+    """Register with Hydra the schema, and resolvers for the platform and the default model.
 
     Call it before `hydra.main` or `compose`.
     """
@@ -262,7 +261,7 @@ def register() -> None:
 def detect_platform() -> str:
     """Return `sagemaker` inside a SageMaker container, else `local`.
 
-    The container's toolkit sets SM_MODEL_DIR. `ec2` is always asked for by name.
+    The container's toolkit sets SM_MODEL_DIR. `ec2` is never detected: the user gives it.
     """
     if "SM_MODEL_DIR" in os.environ:
         return "sagemaker"
@@ -270,9 +269,9 @@ def detect_platform() -> str:
 
 
 def default_model(data: str) -> str:
-    """Return the option of `model` where none is given.
+    """Return the option of `model` if none is given.
 
-    Only the demo's small images are for the network that learns from nothing.
+    Only for the demo's small images is it the network that trains from scratch.
     """
     if data == DEMO:
         return TOY
@@ -280,15 +279,15 @@ def default_model(data: str) -> str:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Return the settings that `dataclasses.asdict` gave."""
+    """Return the settings from the result of `dataclasses.asdict`."""
     return load(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[arg-type]
 
 
 def load(composed: DictConfig) -> Config:
-    """Return the typed settings of what Hydra composed; raise UserError for one not allowed.
+    """Return the typed settings from what Hydra composed. Raise UserError for a bad value.
 
-    What isn't given and doesn't depend on weights is filled in; `trainer.network.weights.resolve`
-    fills in the rest.
+    Fill in what isn't given and doesn't depend on weights; `trainer.network.weights.resolve` fills
+    in the rest.
     """
     for key in _unknown(composed, Config):
         raise UserError(unknown_key(key, keys()))
@@ -398,7 +397,7 @@ def check_model(config: Config) -> None:
 
 
 def _valid_is_needed(config: Config) -> str | None:
-    """Return for what valid's pictures must be unseen by a solved head; None: for nothing."""
+    """Return why a solved head must not have seen valid's pictures; None: it may."""
     train = config.train
     if train.epochs != 0:
         return f"train.epochs={train.epochs}: valid judges what is trained on top of the head"
@@ -430,7 +429,7 @@ def check_batch(train: TrainConfig) -> None:
 
 
 def check_unfreezing(config: Config) -> None:
-    """Raise UserError where no epoch would be left to train all layers in."""
+    """Raise UserError where no epoch would be left to train all layers."""
     frozen, epochs = config.model.unfreeze_epochs, config.train.epochs
     if frozen is not None and config.model.freeze == "none" and frozen >= (epochs or EPOCHS):
         raise UserError(
@@ -441,9 +440,9 @@ def check_unfreezing(config: Config) -> None:
 
 
 def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> list[str]:
-    """Return one line for each setting that the user gave although another one undoes it.
+    """Return a line for each given setting that has no effect because of another one.
 
-    overrides: what was given, as "key=value". sweep: whether it is for a sweep.
+    overrides: the given settings, as "key=value". sweep: whether it is for a sweep.
     """
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
     lines = []
@@ -493,7 +492,7 @@ def ignored(config: Config, overrides: Iterable[str], sweep: bool = False) -> li
 
 
 def inputs(config: Config) -> list[str]:
-    """Return the paths of all that a run reads: pictures, labels, weights."""
+    """Return the paths that a run reads: pictures, labels, weights."""
     return [
         value
         for key, value, limits in walk(config)
@@ -502,7 +501,7 @@ def inputs(config: Config) -> list[str]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Return the settings that decide what comes out of a run, by key.
+    """Return the settings that decide a run's result, by key.
 
     Two runs with equal ones, on equal data, give equal results.
     """
@@ -526,9 +525,9 @@ def run_name(config: Config) -> str:
 
 
 def data_name(source: str, root: str) -> str:
-    """Return what a data set is called: of one's own pictures as the folder or archive is.
+    """Return a data set's name: for the user's own pictures that of the folder or archive.
 
-    source, root: of the settings.
+    source, root: the settings of these names.
     """
     if source != "folder":
         return source
@@ -537,9 +536,9 @@ def data_name(source: str, root: str) -> str:
 
 
 def places(data: DataConfig) -> list[str]:
-    """Return where the images lie, by the settings alone.
+    """Return the folders of the images, from the settings alone.
 
-    What the splits' folders in data.root are called is seen when they are read.
+    The names of the splits' folders in data.root are read later.
     """
     splits = [
         os.path.realpath(getattr(data, split) or Path(data.root) / split)
@@ -550,12 +549,12 @@ def places(data: DataConfig) -> list[str]:
     return [*splits, os.path.realpath(Path(data.root) / data.labels)]
 
 
-# --- what isn't given ---
+# --- settings that aren't given ---
 
 
 @dataclass(frozen=True)
 class PixelSpec:
-    """What weights expect of pixels.
+    """The pixels that weights expect.
 
     mean, std: of the channels, in 0..1; the rest as in `DataConfig`.
     """
@@ -569,30 +568,30 @@ class PixelSpec:
     def resize_for(self, size: int) -> int:
         """Return the shorter side from which a square of `size` is cut.
 
-        It shows the share of the image that the weights expect.
+        The square then shows the share of the image that the weights expect.
         """
         return max(size, round(size * self.resize / self.size))
 
 
-# Where there are no weights, or nothing is known of them: ImageNet's mean and standard deviation,
-# and the crop of He et al. 2016.
+# Without weights, or with unknown ones: ImageNet's mean and standard deviation, and the crop of
+# He et al. 2016.
 PLAIN = PixelSpec(
     (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256, size=224, interpolation="bilinear"
 )
 
-# The toy's, which never sees ImageNet.
+# For the small network, which never sees ImageNet.
 TOY_PIXELS = dataclasses.replace(PLAIN, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def pixels_from_scratch(name: str) -> PixelSpec:
-    """Return what a network without weights is given."""
+    """Return the pixels for a network without weights."""
     if name == TOY:
         return TOY_PIXELS
     return PLAIN
 
 
-# Peak learning rates (all layers but the head, the head) by optimizer and by what is trained; None:
-# the same. MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers
+# Peak learning rates (all layers but the head, the head) by optimizer and trained part; None: the
+# same. MobileNetV2 on 185 photos of 37 breeds, 128 px, AdamW, 32 steps: 2e-3 on all layers
 # gives a test accuracy of 33 %, 2e-4 with 2e-3 for the head 55 %, a frozen backbone 76 %.
 # From a solved head, one small rate for all (LP-FT, Kumar et al. 2022).
 LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
@@ -609,24 +608,24 @@ LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
         "solved": (2e-3, None),
     },
 }
-# Of everything below a solved head: what the first layers know is the most general.
+# For the layers below a solved head: the first layers are the most general.
 LAYER_DECAY = 0.75
-# From here on, on all layers, pretrained weights are mostly forgotten.
+# From this rate on, training all layers mostly destroys pretrained weights.
 RUINOUS_LR = {"adamw": 1e-3, "sgd": 0.05}
 
-# Share of a picture's area that a random view shows: parts of it, or nearly all of it.
+# Share of a picture's area in a random view: parts of it, or nearly all of it.
 CROPS = {"parts": (0.25, 1.0), "whole": (0.9, 1.0)}
 
 # Passes over the images, and optimizer steps at least: few images need more passes.
 EPOCHS, STEPS = 16, 200
-# Steps of warm-up at least. An epoch of few pictures has two: then a new head's first gradients,
-# which AdamW takes whole steps for, ruin the weights below it. MobileNetV2, 185 photos of 37 breeds
+# Least steps of warm-up. With few pictures an epoch has two: then a new head's first gradients,
+# for which AdamW takes full steps, ruin the weights below it. MobileNetV2, 185 photos of 37 breeds
 # at 64 px, all layers: 2 steps of warm-up give a test accuracy of 5 %, 20 give 51 %.
 WARMUP_STEPS = 20
 
 
 def fill_recipe(config: Config) -> None:
-    """Decide what is trained and at which learning rate, where that isn't given."""
+    """Fill in the trained part and the learning rates, where they aren't given."""
     model, choice, augment = config.model, config.optim, config.data.augment
     if model.freeze == "auto":
         model.freeze = "backbone"
@@ -656,7 +655,7 @@ def fill_recipe(config: Config) -> None:
 
 
 def fill_pixels(config: Config, spec: PixelSpec) -> None:
-    """Take what isn't given from what the weights expect."""
+    """Fill in what isn't given from what the weights expect."""
     data, model = config.data, config.model
     if data.size is None:
         data.size = spec.size
@@ -678,12 +677,12 @@ def check_sizes(data: DataConfig) -> None:
         )
 
 
-# Settings whose values follow the number of pictures, where they aren't given.
+# Settings that depend on the number of pictures, where they aren't given.
 OF_PICTURES = ("train.epochs", "optim.warmup_epochs", "model.norm_stats", "model.solve_on")
 
 
 def epochs_for(train: TrainConfig, pictures: int) -> int:
-    """Return how often the training images are passed.
+    """Return the number of epochs.
 
     `train.epochs`, or EPOCHS, and more where these make fewer than STEPS steps.
     """
@@ -707,33 +706,33 @@ def steps_per_epoch(train: TrainConfig, pictures: int) -> int:
     return pictures // min(train.batch_size, pictures)
 
 
-# Fewer pictures than that, at once or in all, give BatchNorm poorer statistics than those that come
-# with pretrained weights (docs/decisions/2026-11-25-statistics-are-kept.md).
+# With fewer pictures, in a batch or in all, BatchNorm's statistics are poorer than those of the
+# pretrained weights (docs/decisions/2026-11-25-statistics-are-kept.md).
 NORM_BATCH, NORM_PICTURES = 16, 2500
 
 
 def norm_stats_for(config: Config, pictures: int) -> str:
-    """Return what becomes of BatchNorm's statistics: `model.norm_stats`, or what `auto` means."""
+    """Return whether BatchNorm keeps its statistics: `model.norm_stats`, or what `auto` means."""
     model, train = config.model, config.train
     if model.norm_stats != "auto":
         return model.norm_stats
     at_once = min(train.batch_size, pictures) // train.accumulate // (train.exact_shards or 1)
     few = at_once < NORM_BATCH or pictures < NORM_PICTURES
-    # With the batches' statistics a solved head would see other features than it was solved on.
+    # With the batches' statistics, a solved head would get other features than it was solved on.
     if model.weights is not None and (few or model.head == "probe"):
         return "keep"
     return "update"
 
 
-# With fewer validation pictures, each counts: train judges a recipe too, by k-fold, and a head that
-# is all that is trained is solved on them too.
+# With fewer validation pictures: train judges a recipe too, by k-fold, and a head that nothing is
+# trained on top of is solved on them too.
 FEW_VALID = 200
 
 
 def solve_on_for(config: Config, pictures: int) -> str:
-    """Return what a head is solved on: `model.solve_on`, or what `auto` means.
+    """Return the splits that a head is solved on: `model.solve_on`, or what `auto` means.
 
-    pictures: of valid.
+    pictures: the number in valid.
     """
     if config.model.solve_on != "auto":
         return config.model.solve_on
@@ -762,7 +761,7 @@ METRICS = (
 
 
 def metric_line(values: Mapping[str, float]) -> str:
-    """Return the line of the log that carries metrics: `metrics: epoch=3 valid_top1=0.812`, say."""
+    """Return the log's line of metrics, such as `metrics: epoch=3 valid_top1=0.812`."""
     return "metrics: " + " ".join(
         f"{name}={values[name]:.6g}" for name in METRICS if name in values
     )
@@ -816,7 +815,7 @@ def kinds(entry: "dataclasses.Field[Any]") -> set[Any]:
 
 
 def _unknown(node: DictConfig, schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield the keys of what Hydra composed that the schema has not.
+    """Yield the composed keys that aren't in the schema.
 
     +key=value adds them, and nothing reads them.
     """
@@ -854,7 +853,7 @@ def check(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     }
     bounds = {name: limits[name] for name in tests if limits[name] is not None}
     for number in values:
-        # Written so that NaN, for which every comparison is false, is refused too.
+        # Written so that NaN, for which every comparison is false, is refused.
         if not all(tests[name][1](number, limit) for name, limit in bounds.items()):
             allowed = " and ".join(f"{tests[name][0]} {limit}" for name, limit in bounds.items())
             raise UserError(f"{key}={value} is not allowed; allowed: {allowed}")

@@ -34,13 +34,13 @@ def explain(error: Exception, keys: list[str]) -> str:
     if not unknown and re.search(r"Key '.*' (is )?not in", text):
         unknown = full_key
     if unknown and full_key and full_key[1].startswith(f"{unknown[1]}."):
-        unknown = full_key  # in a dict that was given for a section
+        unknown = full_key  # inside a dict given for a section
     if unknown:
         return unknown_key(unknown[1], keys)
     if not full_key:
         return " ".join(str(error).split())
     typed = re.search(r"^Error merging override \+*(.*)$", text, re.MULTILINE) or full_key
-    # What can't be read otherwise was quoted for it (trainer/settings/words.py).
+    # trainer/settings/words.py may have quoted it.
     return _wrong_value(full_key[1], re.sub(r'="(.*)"$', r"=\1", typed[1]), text)
 
 
@@ -50,7 +50,7 @@ def several_values(word: str) -> str:
 
 
 def character_of(error: Exception) -> str:
-    """Return what Hydra's grammar stumbled over, to begin a clause; "this" where it doesn't say."""
+    """Return the text that Hydra's grammar can't read; "this" if it doesn't say."""
     said = str(error).splitlines()
     if said[0].startswith("LexerNoViableAlt") and len(said) > 1:
         return said[0][said[1].find("^")]
@@ -69,7 +69,7 @@ def _unreadable(error: OverrideParseException) -> str:
 
 
 def unknown_option(group: str, name: str, options: list[str]) -> str:
-    """Return the line for an option that a config group has not."""
+    """Return the line for an unknown option of a config group."""
     near = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
     meant, hint = "", ""
     if near:
@@ -82,7 +82,7 @@ def unknown_option(group: str, name: str, options: list[str]) -> str:
 
 
 def unknown_key(key: str, keys: list[str]) -> str:
-    """Return the line for a setting that the schema has not."""
+    """Return the line for an unknown setting."""
     last = key.rsplit(".", 1)[-1]
     namesakes = [name for name in keys if name.rsplit(".", 1)[-1] == last]
     near = difflib.get_close_matches(key, keys, n=3, cutoff=0.6) or namesakes

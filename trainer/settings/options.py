@@ -1,4 +1,4 @@
-"""Words of a command line that are no settings: --help and --version, and what is none of these."""
+"""The options of a command line: --help, --version, and unknown ones."""
 
 import platform
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ LEVELS = {
 
 
 def answer(words: Sequence[str]) -> str | None:
-    """Return what --help or --version asks for; None where neither is among the words.
+    """Return the text for --help or --version; None without them.
 
-    Raise UserError for an option that doesn't exist, with the setting that it may mean.
+    Raise UserError for an unknown option, with the setting that it may mean.
     """
     if {"-h", "--help"} & set(words):
         topics = [word for word in words if not word.startswith("-") and "=" not in word]
@@ -35,7 +35,7 @@ def answer(words: Sequence[str]) -> str | None:
 
 
 def shown(words: Sequence[str]) -> tuple[int, list[str]]:
-    """Return what the terminal is to show, by -q and -v, and the other words."""
+    """Return the log level for the terminal, from -q and -v, and the other words."""
     level, others = console.USUAL, []
     for word in words:
         if word in LEVELS:
@@ -46,7 +46,7 @@ def shown(words: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def versions() -> str:
-    """Return the versions that a report of a fault needs, without loading PyTorch."""
+    """Return the versions that a bug report needs, without loading PyTorch."""
     return (
         f"packhorse {__version__}, torch {metadata.version('torch')}, "
         f"Python {platform.python_version()}"
@@ -66,7 +66,7 @@ def _check(words: Sequence[str]) -> None:
 
 
 def _meant(name: str, value: str) -> str:
-    """Return the setting that an option may mean, or where they all are."""
+    """Return the setting that an option may mean, or where all settings are listed."""
     key = name.replace("-", "_")
     namesakes = [each for each in settings.schema() if key in (each, each.rsplit(".", 1)[-1])]
     if not namesakes:

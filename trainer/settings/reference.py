@@ -1,4 +1,4 @@
-"""What each setting is: its default and meaning (conf/), its type and limits (config.py)."""
+"""Each setting's default and meaning (from conf/), type and limits (from config.py)."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from trainer.settings import config as settings
 from trainer.settings.compose import CONF
 from trainer.settings.hydra_errors import unknown_key
 
-# A group's settings are explained in its most general option; the others say what they change.
+# A group's most general option explains its settings; the others explain what they change.
 GENERAL = {
     "data": "folder",
     "model": "torchvision",
@@ -23,7 +23,7 @@ GENERAL = {
     "platform": "local",
     "sweep": "lists",
 }
-RUN = "run"  # the section of settings that are in none
+RUN = "run"  # the section for settings without one
 HEAD = (
     "usage: python -m trainer [key=value ...]\n\n"
     "Trains an image classifier on a folder of pictures: python -m trainer data.root=DIR"
@@ -37,7 +37,7 @@ TAIL = (
 
 @dataclass(frozen=True)
 class Explained:
-    """A setting as a page shows it. identity: whether another value is another run."""
+    """A setting as the page shows it. identity: whether another value makes another run."""
 
     key: str
     default: str
@@ -70,7 +70,7 @@ def explained(
 
 
 def options(group: str) -> list[str]:
-    """Return what a config group can be; nothing where there is no such group."""
+    """Return a config group's options; nothing if there is no such group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 

@@ -6,9 +6,9 @@ A range is written as Hydra writes it, in `conf/sweep/*.yaml` and on the command
 
     optim.lr: interval(1e-4, 1e-1)              any number between the bounds, both included
     optim.lr: tag(log, interval(1e-4, 1e-1))    the same, evenly on a logarithmic scale
-    train.batch_size: interval(8, 64)           of a setting that holds integers: integers
-    train.batch_size: 16,32,64                  these values; choice(16,32,64) and range(16,65,16)
-                                                say the same
+    train.batch_size: interval(8, 64)           for an integer setting: integers
+    train.batch_size: 16,32,64                  these values; also choice(16,32,64)
+                                                and range(16,65,16)
     model: resnet50,mobilenet_v2                options of a config group
 """
 
@@ -35,7 +35,7 @@ from trainer.settings.config import Config
 from trainer.settings.hydra_errors import explain
 from trainer.settings.words import FIXED, RANGES, Value, key_of, override, parse, readable
 
-GROUPS = ("data", "model", "optim", "experiment")  # whose options a sweep may try
+GROUPS = ("data", "model", "optim", "experiment")  # config groups whose options a sweep may try
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,8 @@ def load(
 ) -> Sweep:
     """Return the sweep of `config.sweep` and of the command line (`split`).
 
-    The command line's ranges go before those of the space, its single values take theirs out. Raise
-    UserError for a key that there is not or that can't be swept, and for a range that does not fit
-    its setting.
+    The command line's ranges replace those of the space; its single values remove them. Raise
+    UserError for an unknown key, one that can't be swept, and a range that doesn't fit its setting.
     """
     searched = {entry.name for entry in dataclasses.fields(Sweep)} - {"space"}
     chosen = {name: getattr(config.sweep, name) for name in searched}
@@ -132,9 +131,9 @@ def split(overrides: Iterable[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def firsts(swept: Mapping[str, str]) -> list[str]:
-    """Return an override for the first value of each list; an interval has none.
+    """Return an override for the first value of each list; none for an interval.
 
-    So a setting that must be given may be one that is swept.
+    So a required setting may be swept.
     """
     overrides = []
     for key, text in swept.items():
@@ -147,7 +146,7 @@ def firsts(swept: Mapping[str, str]) -> list[str]:
 
 
 def parameter(key: str, text: str, config: Config) -> Parameter:
-    """Return the parameter of a range. Raise UserError where it does not fit the setting `key`."""
+    """Return the parameter for a range. Raise UserError if it doesn't fit the setting `key`."""
     if key.split(".")[0] in FIXED:
         raise UserError(
             f"{key}={text}: a sweep can't try this setting: "
@@ -201,7 +200,7 @@ def parameter(key: str, text: str, config: Config) -> Parameter:
 def grid(parameter: Parameter, points: int) -> tuple[Value, ...]:
     """Return the values that a grid takes.
 
-    Every choice, or `points` evenly spaced ones of an interval, to six digits, with both bounds.
+    All choices, or `points` evenly spaced values of an interval with both bounds, to six digits.
     """
     if isinstance(parameter, Categorical):
         return parameter.choices
@@ -224,7 +223,7 @@ def _listed(override: Override, key: str, text: str) -> list[Any]:
     if not isinstance(value, ChoiceSweep | RangeSweep):
         raise UserError(f"{key}={text} is not a range; allowed: {RANGES}")
     return [
-        getattr(element, "text", element)  # of a quoted string
+        getattr(element, "text", element)  # a quoted string
         for element in override.sweep_iterator(Transformer.identity)
     ]
 

@@ -1,8 +1,8 @@
 """The words of a command line, `key=value`, before Hydra's parser reads them.
 
-What may stand unquoted in a shell may stand unquoted here: a value that Hydra's grammar can't read,
-or reads as something that its setting can't be, is text. What the grammar means for other settings
-and for sweeps (a,b; choice(); range(); [lists]; {a: 1}; 'quotes') stays.
+A value that needs no quotes in a shell needs none here: if Hydra's grammar can't read it, or reads
+a type that its setting can't have, it is text. The grammar stays for other settings and for sweeps
+(a,b; choice(); range(); [lists]; {a: 1}; 'quotes').
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Value = bool | int | float | str | list[Any] | None
 Field = dataclasses.Field[Any]
 
 RANGES = "a,b,c, range(start,stop,step), interval(low,high) or tag(log,interval(low,high))"
-# These say where and how safely a trial runs, not what it is: no sweep tries them.
+# These decide where and how safely a trial runs, not its result: no sweep tries them.
 FIXED = ("name", "platform", "checkpoint", "sweep")
 
 
@@ -47,23 +47,23 @@ def text(value: Value) -> str:
     if isinstance(value, list):
         return f"[{','.join(text(element) for element in value)}]"
     if isinstance(value, str):
-        # What could be read as something else, or holds what is special to Hydra, is quoted.
+        # Quote what could be read as another type, or has characters that Hydra interprets.
         reserved = value.lower() in ("null", "true", "false", "nan", "inf")
-        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) and not reserved:
+        if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", value) and not reserved:
             return value
         return quoted(value)
     return json.dumps(value)
 
 
 def quoted(value: str) -> str:
-    """Return text in Hydra's double quotes, which a person's shell takes in single ones."""
-    # Backslashes are doubled before a quote, which gets one more, and at the end.
+    """Return text in Hydra's double quotes; in a shell, put single ones around it."""
+    # Double the backslashes before a quote and at the end; escape the quote with one more.
     escaped = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + end[2].replace('"', '\\"'), value)
     return f'"{escaped}"'
 
 
 def parse(words: Iterable[str]) -> list[Override]:
-    """Return what Hydra's grammar reads in words. Raise one of Hydra's errors."""
+    """Parse words by Hydra's grammar. Raise one of Hydra's errors."""
     return list(_parser().parse_overrides(list(words)))
 
 
@@ -72,7 +72,7 @@ def readable(
 ) -> list[str]:
     """Return words that mean what was typed, as Hydra's grammar can read them.
 
-    They stay the same when this is done once more. schema: each setting by its key; None: the
+    Applying this again changes nothing. schema: each setting by its key; None: the
     trainer's. sweeps: whether a,b are values to try one after the other. Raise UserError for a list
     or range of a sweep that can't be read, and for a switch that is a number.
     """
@@ -121,7 +121,7 @@ def _readable(word: str, schema: Mapping[str, Field], sweeps: bool) -> str:
 
 
 def is_one_path(word: str, schema: Mapping[str, Field] | None = None) -> bool:
-    """Return whether a path that a sweep might take for a list is the place of something.
+    """Return whether a value with commas is an existing path, and not a sweep's list.
 
     schema: each setting by its key; None: the trainer's.
     """
@@ -135,17 +135,17 @@ def is_one_path(word: str, schema: Mapping[str, Field] | None = None) -> bool:
 
 
 def _is_free_text(key: str, entry: Field) -> bool:
-    """Return whether a comma in one value is only a comma.
+    """Return whether a comma in this setting is only a comma.
 
-    It is in a path, in the run's name, and in what says where to run: no sweep tries machines.
+    It is in a path, in the run's name, and in `target.*`: no sweep tries machines.
     """
     return entry.metadata["path"] or key == "name" or key.startswith("target.")
 
 
 def _own_dollars(value: str, entry: Field, schema: Mapping[str, Field]) -> str:
-    """Return a path whose ${NAME} is the environment's, where no setting has this name.
+    """Escape ${NAME} in a path, so that it means the environment's, unless a setting has this name.
 
-    OmegaConf would look for a setting, and at a ${ that isn't closed for its end.
+    OmegaConf would look for a setting, and fail at a ${ that isn't closed.
     """
     if not entry.metadata["path"]:
         return value
@@ -160,7 +160,7 @@ def _own_dollars(value: str, entry: Field, schema: Mapping[str, Field]) -> str:
 
 
 def _refuse_range(word: str, key: str, value: str, is_text: bool, error: Exception) -> None:
-    """Raise UserError for a list or range that can't be read, with how it can be typed."""
+    """Raise UserError for a list or range that can't be read, with the right way to type it."""
     character = character_of(error)
     if not is_text:
         raise UserError(f"{word}: {character} can't be read as a range; allowed: {RANGES}")

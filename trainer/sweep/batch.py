@@ -2,9 +2,9 @@
 
 `python -m trainer.sweep.batch SWEEP NUMBER...`, as the driver starts it.
 
-A head on cached features trains in seconds, so a process of its own for each trial would spend most
-of its time on its start. Each trial is the run that it is alone, through the same loop, up to its
-last epoch: the best one alone is tested and packaged, by a process of its own.
+A head on cached features trains in seconds, so separate processes would spend most of their time
+starting. Each trial goes through the same loop as a run of its own, up to its last epoch. Only the
+best trial is tested and packaged, in its own process.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from trainer.training.training import Diverged, build_training
 
 
 def train(directory: Path, numbers: list[int]) -> None:
-    """Train the trials of a sweep, and write what became of them, all at once.
+    """Train the trials of a sweep, and write all their outcomes at once.
 
     Raises Interrupted when asked to stop.
     """
@@ -61,7 +61,7 @@ def train_trial(config: Config, stop: Stop) -> dict[str, Any]:
     """
     with open_run(config, World(), stop) as run, ended_on_stall(config.train, World()) as rescue:
         images = find_images(config)
-        # The best trial's own process looks at the images: here each trial would, again and again.
+        # Only the best trial's own process checks the images: otherwise each trial would repeat it.
         run = dataclasses.replace(run.resolved(images), looks=False)
         training = build_training(run, images, network=early.network(run, images))
         rescue.save = training.rescue

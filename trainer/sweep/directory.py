@@ -1,4 +1,4 @@
-"""The directory of a sweep, and what is frozen in it."""
+"""A sweep's directory, and the code and settings that are frozen in it."""
 
 import hashlib
 import json
@@ -26,9 +26,9 @@ from trainer.settings.compose import check_options
 from trainer.settings.config import Config
 from trainer.sweep.pictures import are_swept
 
-SOURCE = ("trainer", "serving", "conf")  # what a run is made by
-FREE = ("sweep.trials", "sweep.parallel", "sweep.lost_seconds")  # may change when a sweep goes on
-DRIVERS = 1000  # that may share one directory
+SOURCE = ("trainer", "serving", "conf")  # the code of a run
+FREE = ("sweep.trials", "sweep.parallel", "sweep.lost_seconds")  # may change when a sweep continues
+DRIVERS = 1000  # drivers that may share one directory
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Directory:
 def opened(
     config: Config, fixed: list[str], swept: dict[str, str], stop: Stop
 ) -> Iterator[Directory]:
-    """Give the sweep's directory.
+    """Yield the sweep's directory.
 
-    It is made, and the sweep is checked, if it is new. Raises UserError where another process runs
-    it and doesn't share it, or where it began with other settings.
+    If it is new, check the sweep and make it. Raises UserError if another process runs it without
+    sharing it, or if it began with other settings.
     """
     asked: dict[str, Any] = {
         "settings": sorted(
@@ -96,7 +96,7 @@ def opened(
 
 @contextmanager
 def slot(directory: Path, shared: bool) -> Iterator[int]:
-    """Lock the directory for this driver; give which of those that share it this one is.
+    """Lock the directory for this driver; yield this driver's number among those that share it.
 
     Raise UserError where another process has it.
     """
@@ -118,10 +118,10 @@ def log_name(number: int) -> str:
 
 
 def sweep_name(config: Config, asked: dict[str, Any]) -> str:
-    """Return the name of a sweep that was given none.
+    """Return a name for a sweep without one.
 
-    It is derived from the command line, not from what conf/ makes of it, so that the same command
-    finds its own sweep after conf/ was edited.
+    It comes from the command line, not from the composed settings, so the same command finds its
+    sweep after conf/ was edited.
     """
     text = json.dumps([asked, settings.places(config.data)], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -129,14 +129,14 @@ def sweep_name(config: Config, asked: dict[str, Any]) -> str:
 
 
 def words_of(asked: dict[str, Any]) -> set[str]:
-    """Return what was asked for as the words of a command line."""
+    """Return the sweep's request as words of a command line."""
     return {*asked["settings"], *(f"{key}={text}" for key, text in asked["ranges"].items())}
 
 
 def check(config: Config, fixed: list[str], swept: dict[str, str], stop: Stop) -> None:
     """Raise UserError for what would fail every trial.
 
-    Ranges that don't fit, options that don't exist, a folder without images.
+    These are ranges that don't fit, options that don't exist, a folder without images.
     """
     sweep = space.load(config, swept, fixed)
     check_options(sweep, fixed, swept)

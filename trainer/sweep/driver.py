@@ -1,10 +1,10 @@
 """`python -m trainer -m ...`: the driver of a sweep.
 
-It trains nothing itself: it starts trials as processes and notes what becomes of them.
+It trains nothing itself: it starts trials as processes and records their outcomes.
 
-A sweep lies in platform.runs/NAME: `sweep.json` (what was asked for), `source/` (the code and conf/
-as they were then, which every trial uses), its ledger, `sweep.html`, and a directory for each
-trial, which is an ordinary run. It can be killed at any moment and started again.
+A sweep's directory is platform.runs/NAME. It has `sweep.json` (the request), `source/` (the code
+and conf/ at the start, which every trial uses), the ledger, `sweep.html`, and a directory for each
+trial, which is an ordinary run. You may kill the driver at any moment and start it again.
 """
 
 import dataclasses
@@ -63,19 +63,19 @@ from trainer.training.run import read_result
 
 T = TypeVar("T")
 
-POLL = 0.05  # seconds between two looks at the trials
-# Seconds before another try, after the machine has failed one. So a trial is tried three times.
+POLL = 0.05  # seconds between two checks of the trials
+# Seconds before the next tries, after the machine failed. So a trial is tried three times.
 PAUSES = (10.0, 60.0)
 # A machine is given up where it failed two trials in a row so often, or four that may be to blame
 # themselves.
 DOUBTS = {Whose.MACHINE: 2, Whose.OPEN: 1}
 ENOUGH = 4
-# What each trial has of its own, so that the sweep's command line can't say it.
+# Settings that each trial has of its own; the sweep's command line can't give them.
 OWN = ("platform.run_dir", "platform.checkpoints", "platform.package")
 
 
 def run(arguments: list[str]) -> None:
-    """Run the sweep of a command line's overrides, from where it is to its end.
+    """Run the sweep of a command line's overrides, from its current state to its end.
 
     Raises Interrupted when asked to stop.
     """
@@ -96,16 +96,16 @@ def run(arguments: list[str]) -> None:
 
 
 def base(conf: Path, fixed: list[str], swept: dict[str, str]) -> tuple[Config, list[str]]:
-    """Return the settings that a sweep begins with, and the notes on what was not said (`resolve`).
+    """Return the settings of a sweep's first trial, and the notes on what was implied (`resolve`).
 
-    Its lists stand at their first values.
+    They have the first value of each list.
     """
     resolved = resolve(first_trial(fixed, swept, conf), conf)
     return settings.load(resolved.composed), resolved.notes
 
 
 class Driver:
-    """Starts a sweep's trials as processes, and notes what becomes of them."""
+    """Starts a sweep's trials as processes, and records their outcomes."""
 
     def __init__(self, directory: Directory, fixed: list[str], stop: Stop) -> None:
         self.directory, self.frozen, self.stop = directory.path, directory.frozen, stop
@@ -122,25 +122,25 @@ class Driver:
             self.pictures = Pictures(self.directory, self.config, stop)
         keys = [parameter.key for parameter in self.sweep.space]
         auto = self.config.model.name == AUTO
-        # What model=auto stands for, where it is the same for all trials.
+        # The recipe of model=auto, if it is the same for all trials.
         self.decides_once = auto and not recipe.may_differ_by(self.config, keys)
         self.ledger = self.open_ledger(directory)
         self.waiting: list[Trial] = []  # begun, but not running now
         self.later: list[
             Trial
-        ] = []  # that the machine failed before this process: after all others
-        # Trials not to be batched with others: the process that tried it failed.
+        ] = []  # trials that the machine failed in an earlier process: tried last
+        # Trials not to batch with others: the process that tried them failed.
         self.alone: set[int] = set()
         self.jobs: list[TrialProcess] = []
-        # --- the machine's faults ---
+        # --- failures of the machine ---
         self.tries: Counter[int] = Counter()  # that the machine has failed, by trial
-        self.aside: dict[int, Fault] = {}  # trials that it has failed each time, by number
-        self.doubts = 0  # about the machine, since a trial was completed
+        self.aside: dict[int, Fault] = {}  # trials that it failed at each try, by number
+        self.doubts = 0  # about the machine, since the last completed trial
         self.own_faults = 0  # in a row, of this process
         self.resume_at = 0.0  # time.monotonic; no trial is started before
 
     def open_ledger(self, directory: Directory) -> Ledger:
-        """Open what chooses the trials, as `make_ledger`."""
+        """Open the ledger, which chooses the trials (`make_ledger`)."""
         shared = self.config.sweep.storage
         if shared is None:
             return make_ledger(self.directory, self.sweep)
@@ -185,7 +185,7 @@ class Driver:
                 self.ledger.leave()
 
     def end(self) -> None:
-        """Make the best trial a whole run, and show what came out."""
+        """Make the best trial a complete run, and show the results."""
         ranked = best_first(self.ledger.trials(), self.sweep)
         best = best_of(ranked, self.ledger.total)
         if best is not None:
@@ -198,9 +198,9 @@ class Driver:
     # --- driving it ---
 
     def patiently(self, work: Callable[[], T]) -> T:
-        """Return what `work` returns; try it again after a pause where the machine fails it.
+        """Return what `work` returns; if the machine fails it, try again after a pause.
 
-        Raise Interrupted where that was tried often enough: everything that runs is saved.
+        Raise Interrupted after the last try: everything that runs is saved.
         """
         while True:
             try:
@@ -226,7 +226,7 @@ class Driver:
             time.sleep(POLL)
 
     def step(self) -> bool:
-        """Look after the jobs once, and start others in the place of those that ended.
+        """Check the jobs once, and start others in place of those that ended.
 
         Return False where nothing is left to do. Raise Interrupted when asked to stop.
         """
@@ -259,12 +259,12 @@ class Driver:
         )
 
     def check_pictures(self) -> None:
-        """Raise UserError where the pictures are no longer those of the trials before."""
+        """Raise UserError where the pictures are no longer those of the earlier trials."""
         if self.pictures is not None:
             self.pictures.check()
 
     def lacks(self) -> bool:
-        """Return whether what all trials read is not what it was when the sweep began."""
+        """Return whether the pictures or weights have changed since the sweep began."""
         try:
             self.check_pictures()
         except UserError:
@@ -272,7 +272,7 @@ class Driver:
         return not all(Path(path).exists() for path in self.frozen.get("inputs", []))
 
     def next_trials(self) -> list[Trial]:
-        """Return the next trial, with those after it that can be batched with it."""
+        """Return the next trial, and the following ones that can be batched with it."""
         trials: list[Trial] = []
         if self.jobs and self.decides_once and self.decided() is None:
             return trials  # the first one decides for all
@@ -311,7 +311,7 @@ class Driver:
         return None
 
     def next_trial(self) -> Trial | None:
-        """Return a trial to start, whether it can be or not."""
+        """Return the next trial, whether it can start or not."""
         if self.waiting:
             return self.waiting.pop(0)
         trial = self.ledger.ask()
@@ -338,11 +338,11 @@ class Driver:
         self.hand_on(where)
 
     def decided(self) -> Path | None:
-        """Return the recipe of a trial that has decided what model=auto stands for."""
+        """Return the recipe of a trial, once it has decided it."""
         return next(iter(sorted(self.directory.glob(f"*/checkpoints/{recipe.FILE}"))), None)
 
     def hand_on(self, where: Path) -> None:
-        """Give a trial what another one has decided for all."""
+        """Give a trial the recipe that another one has decided for all."""
         written = where / "checkpoints" / recipe.FILE
         if not self.decides_once or written.exists():
             return
@@ -352,7 +352,7 @@ class Driver:
             files.write(written, first.read_text())
 
     def is_taken_over(self, job: TrialProcess) -> bool:
-        """Return whether another driver goes on with the job's trials; then end its process."""
+        """Return whether another driver continues the job's trials; if so, end its process."""
         held = [trial for trial in job.trials if self.ledger.holds(trial.number)]
         if len(held) == len(job.trials):
             return False
@@ -388,7 +388,7 @@ class Driver:
     def start(self, job: TrialProcess) -> None:
         """Start the process of a trial, or of several batched ones, by the sweep's own code.
 
-        Raise UserError where the pictures are no longer those of the trials before.
+        Raise UserError where the pictures are no longer those of the earlier trials.
         """
         self.check_pictures()
         first = job.trials[0]
@@ -427,7 +427,7 @@ class Driver:
     # --- outcomes ---
 
     def follow(self, job: TrialProcess) -> None:
-        """Report the epochs that the trial has ended since; end it where its ledger says so."""
+        """Report the trial's new epochs to the ledger; end the trial if the ledger says so."""
         number = job.trials[0].number
         for row in evaluations(self.place(job.trials[0])):
             if row["epoch"] > job.epoch and not job.pruned:
@@ -437,13 +437,13 @@ class Driver:
             process.end([job])
 
     def outcomes_of(self, job: TrialProcess) -> Path:
-        """Return where a process of batched trials writes what became of them."""
+        """Return the file in which a process of batched trials writes their outcomes."""
         return self.directory / f"outcomes-{job.trials[0].number:04d}.json"
 
     def settle_outcomes(self) -> None:
-        """Tell the ledger what came of batched trials.
+        """Tell the ledger the outcomes of batched trials.
 
-        A batch's outcomes are on the disk all at once.
+        They are on the disk all at once.
         """
         running = {
             trial.number: trial
@@ -451,7 +451,7 @@ class Driver:
             if trial.state == RUNNING and self.ledger.holds(trial.number)
         }
         for path in sorted(self.directory.glob("outcomes-*.json")):
-            # One that is damaged tells nothing: its trials are begun again, and find their runs.
+            # If it is damaged, its trials start again, and find their runs.
             for number, outcome in (read_json(path) or {}).items():
                 if not number.isdecimal() or not isinstance(outcome, dict):
                     continue
@@ -492,7 +492,7 @@ class Driver:
         log.info("trial %d %s%s", trial.number, state, f": {reason}" if reason else "")
 
     def failed(self, job: TrialProcess, code: int) -> None:
-        """Note that a job's process failed. What the machine failed is tried again."""
+        """Record that a job's process failed; if the machine failed it, try again."""
         fault = job.fault()
         if code == MISTAKE and self.lacks():
             fault = Fault(Whose.MACHINE, fault.reason)
@@ -510,10 +510,10 @@ class Driver:
             self.try_again(job.trials, fault)
 
     def try_again(self, trials: list[Trial], fault: Fault) -> None:
-        """Let a job's trials wait for another try; put them aside where they had all of theirs.
+        """Let a job's trials wait for another try; put them aside after their last one.
 
-        Raise Interrupted where enough were put aside, and none was completed in between: the
-        machine would fail the others, too.
+        Raise Interrupted if enough were put aside with none completed in between: the machine would
+        fail the others too.
         """
         first = trials[0].number
         which = f"trial {first}"
@@ -535,9 +535,9 @@ class Driver:
         log.warning("%s: %s; the others continue", which, fault.reason)
 
     def settle_aside(self) -> None:
-        """Tell what is final of the trials that the machine failed each time.
+        """Settle the trials that failed at each try, as far as their outcome is final.
 
-        Raise Interrupted where some are not: the same command tries these again.
+        Raise Interrupted if some aren't: the same command tries these again.
         """
         trials = {trial.number: trial for trial in self.ledger.trials()}
         if any(trial.state == COMPLETE for trial in trials.values()):
@@ -551,18 +551,18 @@ class Driver:
             raise Interrupted(f"this machine, which failed each of {self.failures()}")
 
     def failures(self) -> str:
-        """Return which trials the machine failed each time, and why."""
+        """Return which trials the machine failed at each try, and why."""
         numbers = ", ".join(str(number) for number in sorted(self.aside))
         reasons = "; ".join(dict.fromkeys(fault.reason for fault in self.aside.values()))
         return f"{len(PAUSES) + 1} tries of trial {numbers} ({reasons})"
 
-    # --- what is shown ---
+    # --- output ---
 
     def finish(self, trial: Trial) -> None:
-        """Make the best trial a whole run, with its model package and report.
+        """Make the best trial a complete run, with its model package and report.
 
-        It is one already unless it was batched with others, or files of it are gone. One that
-        another machine has is finished there.
+        It is one already, unless it was batched with others or has lost files. If it is on another
+        machine, it is finished there.
         """
         where = self.place(trial)
         if trial.where:
@@ -627,9 +627,9 @@ class Driver:
         return command("trainer", *self.fixed, *self.chosen(trial))
 
     def summarize(self, ranked: list[Trial], best: Trial | None) -> None:
-        """Show all trials, the best first; where the best lies; and what to do next.
+        """Show all trials, the best first, the best one's directory, and the next command.
 
-        Raise UserError where none may be called the best.
+        Raise UserError if none may be called the best.
         """
         keys = [parameter.key for parameter in self.sweep.space]
         table = [["trial", self.sweep.objective, *keys, ""]]
@@ -668,7 +668,7 @@ class Driver:
 
 
 def is_of_the_sweep(word: str) -> bool:
-    """Return whether a setting is the same for all machines of a sweep: a path may be another."""
+    """Return whether a setting must be the same on all machines of a sweep; paths may differ."""
     key = words.key_of(word)
     schema = settings.schema()
     is_path = key in schema and schema[key].metadata["path"]
@@ -676,7 +676,7 @@ def is_of_the_sweep(word: str) -> bool:
 
 
 def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
-    """Make what chooses the trials. Raises UserError where Optuna is wanted and not installed."""
+    """Make the ledger. Raise UserError where it needs Optuna, and that isn't installed."""
     if sweep.engine == "grid":
         return Grid(directory / "trials.jsonl", sweep)
     with needed_by("sweep.engine=optuna", "sweep"):
@@ -685,11 +685,11 @@ def make_ledger(directory: Path, sweep: Sweep) -> Ledger:
 
 
 def head_only(config: Config) -> bool:
-    """Return whether all that such a trial trains is a head on cached features."""
+    """Return whether such a trial trains only a head on cached features."""
     return (
         config.model.freeze == "backbone"
         and config.model.cached_views is not None
-        and config.model.name != AUTO  # which is decided by a run of its own
+        and config.model.name != AUTO  # which a run of its own decides
         and not config.train.compile
     )
 
@@ -697,7 +697,7 @@ def head_only(config: Config) -> bool:
 def evaluations(run: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's epochs.
 
-    Those of metrics.jsonl that are complete and hold valid's metrics.
+    These are the complete rows of metrics.jsonl that have valid's metrics.
     """
     path = run / "metrics.jsonl"
     rows = []
@@ -707,7 +707,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return what a file holds; None where it isn't there, or is damaged."""
+    """Return a file's JSON; None if it is missing or damaged."""
     if not path.exists():
         return None
     return parsed(path.read_bytes())

@@ -1,11 +1,11 @@
-"""Whose fault it is that a trial ended: its own, or the machine's.
+"""Whether a trial failed, or its machine did.
 
-A trial's own failure is final: it diverged, a setting is bad, the GPU's memory doesn't hold it. The
-machine's says nothing about the trial: a full disk, a mount that is gone, a process that somebody
-killed. That is tried again, by the driver that saw it and by the same command later. Some ends
-leave it open: Linux ends a process where memory is short, whoever took it, and a crash may be of
-the program or of the hardware. They are the trial's where it ends so each time, on a machine that
-completes others.
+A trial's own failure is final: it diverged, a setting is bad, the GPU's memory is too small. A
+failure of the machine says nothing about the trial: a full disk, a lost mount, a killed process.
+Then the driver tries again, and the same command does later. Some ends can be either: Linux kills a
+process when memory is short, whichever process used it, and a crash may come from the program or
+the hardware. They count as the trial's failure if every try ends so, on a machine that completes
+others.
 """
 
 import re
@@ -17,9 +17,10 @@ from pathlib import Path
 from trainer.common.errors import FAULT, MACHINE, RESUME
 
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
-# What PyTorch says in a traceback where a GPU or its driver fails, or a kernel is wrong.
+# Text in PyTorch's tracebacks when a GPU, its driver or a kernel fails.
 GPU_FAILS = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|No CUDA GPUs")
-VMSTAT = Path("/proc/vmstat")  # proc(5): oom_kill counts what Linux ended for lack of memory
+# See proc(5): oom_kill counts processes that Linux killed for lack of memory.
+VMSTAT = Path("/proc/vmstat")
 
 
 class Whose(Enum):
@@ -32,7 +33,7 @@ class Whose(Enum):
 
 @dataclass(frozen=True)
 class Fault:
-    """That a trial's process failed: whose fault it is, and why in one line."""
+    """The failure of a trial's process: whose fault it is, and the reason in one line."""
 
     whose: Whose
     reason: str
@@ -62,7 +63,7 @@ def judge(code: int, said: str, memory_was_short: bool) -> Fault:
     reason = f"exit code {code}"
     if lines:
         reason = lines[-1].removeprefix("warning: ").removeprefix("error: ")
-    if code in (MACHINE, RESUME):  # RESUME: somebody stopped this process alone, or it stalled
+    if code in (MACHINE, RESUME):  # RESUME: somebody stopped only this process, or it hung
         return Fault(Whose.MACHINE, reason)
     return Fault(Whose.TRIAL, reason)
 
@@ -76,7 +77,7 @@ def name_of(number: int) -> str:
 
 
 def memory_kills() -> int:
-    """Return how many processes Linux has ended for lack of memory since it was started.
+    """Return how many processes Linux has killed for lack of memory since it booted.
 
     0 where it doesn't say.
     """

@@ -1,11 +1,11 @@
-"""What a sweep has tried: every trial with its number, values and outcome.
+"""A sweep's record: every trial with its number, values and outcome.
 
-It is on the disk before anything is done about it.
+Each entry is on the disk before the driver acts on it.
 
-`Grid` and `optuna_ledger.Optuna` are the two ways to keep it: a file of one driver that needs
-nothing installed, and Optuna's storages, which choose by what came before, and which several
-drivers share. A trial that was begun stays begun: after a kill it is found again under its number
-with its values, so that nothing is lost, repeated or renumbered.
+There are two kinds: `Grid` is one driver's file, and needs nothing installed.
+`optuna_ledger.Optuna` uses Optuna's storages; it chooses by earlier outcomes, and several drivers
+can share it. After a kill, a begun trial is found again with its number and values, so no trial is
+lost, repeated or renumbered.
 """
 
 import itertools
@@ -33,7 +33,7 @@ class Trial:
     params: dict[str, Value]  # of each swept key
     state: str = RUNNING
     value: float | None = None  # of the objective; None: not known (yet)
-    # Why it failed; of a running trial, why its last try did, for the machine's sake.
+    # Why it failed; for a running trial, why the machine failed its last try.
     reason: str = ""
     where: str = ""  # HOST:DIRECTORY of its run, where that isn't in this sweep's directory
 
@@ -56,26 +56,26 @@ class Ledger(Protocol):
         """Return whether this trial is running, and this driver is the one to run it."""
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Note the objective after an epoch (from 1); return whether the trial should end here."""
+        """Record the objective of an epoch (from 1); return whether the trial should end here."""
 
     def note(self, number: int, reason: str) -> None:
-        """Note why a running trial has to be tried again."""
+        """Record why a running trial has to be tried again."""
 
     def tell(self, number: int, state: str, value: float | None = None, reason: str = "") -> None:
-        """Note a trial's outcome. That of a trial that this driver doesn't hold counts nothing."""
+        """Record a trial's outcome, if this driver holds the trial."""
 
     def beat(self) -> None:
-        """Let other drivers know that this one lives. Call it again and again."""
+        """Show other drivers that this one lives. Call it regularly."""
 
     def leave(self) -> None:
-        """Let other drivers take over at once what this one has begun."""
+        """Let other drivers take over this one's trials at once."""
 
 
 class Grid:
     """Every combination, the last key fastest.
 
-    Its journal has one JSON object a line, the last one of a trial counts. A damaged line costs
-    what it says: that trial is begun again, and finds its run.
+    Its journal has one JSON object a line; a trial's last one counts. If a line is damaged, its
+    trial starts again, and finds its run.
     """
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
@@ -143,9 +143,9 @@ def grid_points(sweep: Sweep) -> list[dict[str, Value]]:
 
 
 def mend(path: Path) -> None:
-    """Make the journal, or cut off the line that a power cut or a full disk has torn.
+    """Make the journal, or remove an incomplete last line, left by a power cut or a full disk.
 
-    Nothing was done about that line yet.
+    The driver hadn't acted on that line yet.
     """
     with naming(path), path.open("ab+") as file:
         end = file.tell()

@@ -3,11 +3,11 @@
 They are kept in its own journal, which optuna-dashboard opens as it is, or in a database
 (`sweep.storage`).
 
-Several drivers may share one. Each writes again and again that it lives, and its name on the trials
-that it runs. Who has been silent for `sweep.lost_seconds`, by the clock of those who listened, is
-gone: another one writes its own name on the trial and goes on with it. If two do, the last name
-counts, and the other one ends its process when it reads that. Whatever happens, a trial's outcome
-is written once: Optuna's storages refuse to change a finished trial.
+Several drivers may share one. Each writes a heartbeat, and its name on the trials that it runs. A
+driver that was silent for `sweep.lost_seconds`, by the other drivers' clocks, counts as lost:
+another driver writes its own name on the trial and continues it. If two do so, the last name
+counts, and the other driver ends its process when it reads that. Each outcome is written once:
+Optuna's storages refuse to change a finished trial.
 """
 
 import hashlib
@@ -56,8 +56,8 @@ PRUNERS: dict[str, Any] = {
     "median": optuna.pruners.MedianPruner,
     "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1),
 }
-LOOK = 1.0  # seconds between two looks at what other drivers have written
-GONE = 0  # what a driver that has left writes in the place of a time
+LOOK = 1.0  # seconds between two reads of what other drivers have written
+GONE = 0  # written instead of a time by a driver that has left
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,14 +80,14 @@ class Driver:
     """A driver that shares its ledger with others."""
 
     name: str  # of its own, also when it is started again
-    sweep: str  # what the sweep is: others' must be the same
+    sweep: str  # the sweep's identity: all drivers' must be equal
     runs: Path  # where the directories of its trials lie
     lost_seconds: float
 
 
 @dataclass
 class Watch:
-    """How long a driver has been silent while this one listened."""
+    """How long a driver was silent while this one listened."""
 
     sign: int | None  # what it wrote last
     looked: float  # time.monotonic
@@ -113,9 +113,9 @@ class _Alone(JournalFileOpenLock):
 
 
 class _Shared(JournalFileSymlinkLock):
-    """Held while a line is written, also on a file system of the network.
+    """Held while a line is written, also on a network file system.
 
-    What a writer has left torn is cut off first.
+    An incomplete line of an earlier writer is removed first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,7 +133,7 @@ class _Shared(JournalFileSymlinkLock):
 
 
 class _Point(optuna.samplers.BaseSampler):
-    """Gives a trial the values of its point of the grid."""
+    """A sampler that gives a trial the values of its grid point."""
 
     def __init__(self, values: dict[str, Value]) -> None:
         self._values = values
@@ -161,8 +161,8 @@ class _Point(optuna.samplers.BaseSampler):
 class Optuna:
     """A `ledger.Ledger`.
 
-    With one trial at a time the trials are a function of the sweep's seed alone, however often it
-    is killed.
+    With one trial at a time, the trials depend on the sweep's seed alone, however often it is
+    killed.
     """
 
     def __init__(
@@ -171,8 +171,8 @@ class Optuna:
         """Open the ledger, or begin it.
 
         storage: a journal's path, or a database's URL. name: of the study. driver: this one, where
-        it shares the ledger. Raises UserError where the ledger is of another sweep or damaged, and
-        MachineFault where it can't be reached.
+        it shares the ledger. Raises UserError if the ledger belongs to another sweep or is damaged,
+        and MachineFault if it can't be reached.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.storage, self.sweep, self._driver = storage, sweep, driver
@@ -194,7 +194,7 @@ class Optuna:
         if driver is not None:
             self._join(driver)
         self._running = {
-            # A kill may have come between a trial's beginning and the choice of its last value.
+            # A kill may have come after a trial began, and before its last value was chosen.
             frozen.number: self._choose(optuna.trial.Trial(self.study, frozen._trial_id))
             for frozen in self._frozen()
             if frozen.state == TrialState.RUNNING
@@ -214,8 +214,8 @@ class Optuna:
             taken = self.study.ask()
             self._write_name(taken)
             if taken.number >= self.total:
-                # Another driver has begun the last one at the same moment. This one is nobody's,
-                # and waits for a larger sweep.trials.
+                # Another driver has begun the last trial at the same moment. This extra one has
+                # no driver, and waits for a larger sweep.trials.
                 return None
         self._running[taken.number] = self._choose(taken)
         self._looked = -float("inf")
@@ -273,7 +273,7 @@ class Optuna:
             self._sign(GONE)
 
     def _join(self, driver: Driver) -> None:
-        """Note what sweep this is. Raise UserError where the ledger is of another one."""
+        """Record the sweep's identity. Raise UserError if the ledger belongs to another sweep."""
         then = self.study.user_attrs.get("sweep")
         if then is None:
             self.study.set_user_attr("sweep", driver.sweep)
@@ -308,7 +308,7 @@ class Optuna:
             if frozen.state != TrialState.RUNNING or frozen.number in self._running:
                 continue
             name = frozen.user_attrs.get("driver")
-            # One without a name: its driver was killed before it wrote its own.
+            # Without a name: its driver was killed before it wrote one.
             if self._is_silent(
                 frozen.number if name is None else name, signs.get(f"driver {name}")
             ):
@@ -321,7 +321,7 @@ class Optuna:
     def _is_silent(self, who: str | int, sign: int | None) -> bool:
         """Return whether a driver has been silent for too long while this one listened.
 
-        This one's own sleep doesn't count: what it missed, it reads first.
+        This driver's own sleep doesn't count: it first reads what it missed.
         """
         assert self._driver is not None
         now = time.monotonic()
@@ -336,9 +336,9 @@ class Optuna:
         return watch.seconds > self._driver.lost_seconds
 
     def _frozen(self) -> list[FrozenTrial]:
-        """Return the trials of the sweep as the storage has them.
+        """Return the sweep's trials from the storage.
 
-        What others wrote may be missing for a moment: a storage isn't asked at every turn.
+        Other drivers' newest entries may be missing: the storage isn't read every time.
         """
         if self._driver is None or time.monotonic() - self._looked > LOOK:
             self._known = self.study.get_trials(deepcopy=False)[: self.total]
@@ -391,7 +391,7 @@ class Optuna:
         )
 
 
-# --- where it lies ---
+# --- the storage ---
 
 
 def opened(storage: str | Path, shared: bool) -> BaseStorage:
@@ -425,7 +425,7 @@ def _journal(path: Path, shared: bool) -> BaseStorage:
     if shared:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _Shared(path)
-    lock.acquire()  # which makes and mends it
+    lock.acquire()  # which makes and repairs it
     try:
         lines = path.read_bytes().splitlines()
     finally:
@@ -451,7 +451,7 @@ def unreachable(storage: str | Path, error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says."""
+    """Return the first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -1,7 +1,7 @@
-"""The sweep to look at: one HTML page that needs no network, no script and no other file.
+"""The sweep's page: one HTML file that needs no network, no script and no other file.
 
-This module computes what the page shows; `page.html.j2` beside it says how it looks, and
-`trainer/results/charts.py` where a value lies in a plot.
+This module computes its content; `page.html.j2` beside it has the layout, and
+`trainer/results/charts.py` places values in a plot.
 """
 
 import itertools
@@ -25,7 +25,7 @@ CURVES = 200  # trials whose curves are drawn; a grid may have thousands
 
 @dataclass(frozen=True)
 class Page:
-    """What a sweep has to say, at its end or while it runs."""
+    """The content of a sweep's page, at its end or while it runs."""
 
     title: str
     sweep: Sweep
@@ -62,7 +62,7 @@ class Plot:
 
 
 def write(page: Page, path: Path) -> None:
-    """Write the page to `path`, whole or not at all. Raise OSError where it can't be written."""
+    """Write the page to `path`, completely or not at all. Raise OSError if that fails."""
     known = [
         trial
         for trial in page.trials
@@ -161,7 +161,7 @@ def _plots(
 def _marks(
     trials: Sequence[Trial], points: Callable[[Trial], Sequence[tuple[float, float]]]
 ) -> list[Mark]:
-    """Return trials, the best first, as marks in the order in which they are drawn.
+    """Return marks for trials (given best first), in drawing order.
 
     Equal values have equal colours.
     """
@@ -173,14 +173,14 @@ def _marks(
 
 
 def _short(value: Value) -> str:
-    """Return a setting with four digits; the command that trains it again has them all."""
+    """Return a setting with four digits; the command to train it again has all."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return words.text(value)
 
 
 def _is_share(objective: str) -> bool:
-    """Return whether people write the objective in percent."""
+    """Return whether the objective is shown in percent."""
     return objective.rpartition("_")[2] in ("top1", "top5", "f1")
 
 
@@ -191,7 +191,7 @@ def _objective_axis(objective: str, values: Sequence[float]) -> Axis:
 
 
 def _ties(page: Page) -> list[int]:
-    """Return the numbers of the trials that are as good as the one that is called the best."""
+    """Return the numbers of the trials that are as good as the best."""
     best = page.best
     if best is None:
         return []

@@ -15,8 +15,8 @@ from trainer.sweep import faults
 from trainer.sweep.faults import Fault
 from trainer.sweep.ledger import Trial
 
-BATCH_LOCK = ".lock-batch"  # that a batch holds in the directory of each of its trials
-TAIL = 10_000  # characters of its output that tell why a process failed
+BATCH_LOCK = ".lock-batch"  # lock that a batch holds in each of its trials' directories
+TAIL = 10_000  # characters of a process's output that show why it failed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -26,8 +26,8 @@ class TrialProcess:
 
     trials: list[Trial]
     slot: int  # which of the processes that run at once; chooses the GPU
-    output: Path  # where what it says is appended
-    # None: it waits for one that a killed driver left behind.
+    output: Path  # where its output is appended
+    # None: it waits for a process that a killed driver left behind.
     process: subprocess.Popen[bytes] | None = None
     epoch: int = 0  # the last one reported
     pruned: bool = False
@@ -69,7 +69,7 @@ class TrialProcess:
         return self.process.poll()
 
     def fault(self) -> Fault:
-        """Return why the process, which has ended, failed: by its exit code and its last word."""
+        """Return why the ended process failed, from its exit code and the end of its output."""
         code = self.code()
         assert code is not None
         said = ""
@@ -101,14 +101,14 @@ def gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(driver.iterdir())] if driver.is_dir() else []
 
 
-# Loaded here: between fork and exec is no place for it.
+# Loaded here, since it can't be between fork and exec.
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
-    """Have Linux send this process SIGTERM when the driver dies.
+    """Let Linux send this process SIGTERM when the driver dies.
 
-    So it saves, and the machine is free. Elsewhere it trains on to its end.
+    Then it saves, and the machine is free. On other systems it trains to its end.
     """
     if _libc is not None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -114,4 +114,4 @@ def write(findings: Findings, path: Path) -> None:
         else:
             log.info(line)
     if findings.all:
-        log.info("all that was noticed about the pictures: %s", path)
+        log.info("problems found in the pictures: %s", path)

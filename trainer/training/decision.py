@@ -1,12 +1,12 @@
-"""Decides what model=auto stands for, by measuring on the pictures.
+"""Decides the recipe of model=auto, by measuring on the pictures.
 
-Of each candidate a linear probe is solved on the features of one plain view; the cheapest of those
-that are within one standard error of the best is taken. Then everything is fine-tuned from the
-solved head (LP-FT: Kumar et al., ICLR 2022) where the time for it is there, in one of two ways.
-Where valid is large it judges what comes out: that is kept only where it is better than the probe
-by more than the standard error of the difference (`Training.is_best`). Where it is small,
-fine-tuning on halves of the pictures judges first, and valid has to see no ruin. So a fine-tuning
-that ruins the network costs time and no accuracy.
+For each candidate, a linear probe is solved on the features of one plain view. The cheapest within
+one standard error of the best is taken. Then all layers are fine-tuned from the solved head (LP-FT:
+Kumar et al., ICLR 2022) in one of two ways, if there is time. A large valid split judges the
+result: it is kept only if it is better than the probe by more than the standard error of the
+difference (`Training.is_best`). With a small one, fine-tuning on halves of the pictures judges
+first, and valid only has to rule out a ruined network. So a fine-tuning that ruins the network
+costs time, but no accuracy.
 """
 
 import hashlib
@@ -61,33 +61,33 @@ from trainer.training.training import (
 )
 
 SAMPLE = 500  # pictures on which candidates are compared at least, where time is short
-# By recipe.prefer: standard errors by which a cheaper network may be worse than the best, and times
-# that the best must cost of it.
+# By recipe.prefer: standard errors by which a cheaper network may be worse than the best, and how
+# many times as much the best must cost.
 TRADES = {"accuracy": (0.0, math.inf), "balance": (1.0, 2.0), "speed": (2.0, 1.0)}
 # Fine-tuning from a solved head needs fewer passes, and steps, than training a random one.
 EPOCHS, STEPS = 8, 120
-TRIALS = "recipe"  # below the run's directory and its checkpoints, until it is decided
+TRIALS = "recipe"  # below the run's directory and its checkpoints, until the recipe is decided
 APART = 6  # a sixth of train, by which a trial chooses its epoch
 HALVES = 2  # in which train and valid judge fine-tuning, where valid is small
-# Pictures of a class, in the mean: with fewer, a half has one or two of each, which tell nothing of
-# fine-tuning; from MANY on it is mostly better than a solved head.
+# Mean number of pictures of a class. With fewer than ENOUGH, a half has one or two of each, too few
+# to judge fine-tuning; from MANY on, fine-tuning is mostly better than a solved head.
 ENOUGH, MANY = 4, 10
-WAYS_ON = 500  # pictures, at most, on which ways to fine-tune are compared where valid isn't small
+WAYS_ON = 500  # most pictures to compare ways of fine-tuning on, if valid isn't small
 FEWEST_EPOCHS = 4  # fewer are no fine-tuning
-BATCH = 16  # pictures at a time that are timed
+BATCH = 16  # batch size for timing
 BACKWARD = 3.0  # times a forward pass that a training step takes
 TUNE_MINUTES = {"cpu": 3.0}  # any time elsewhere
 HURTS = 2.0  # standard errors by which a probe must be worse with mirrored pictures, or with parts
-VIEWS = (PLAIN, 0)  # by which crops are compared: as served, and a random one
+VIEWS = (PLAIN, 0)  # views for comparing crops: as served, and a random one
 CROPS_ON = 500  # pictures, at most
 SMALL, SMALLEST = 64, 16  # px: shorter sides at which a small network from scratch is tried
-LOOKED_AT = 100  # images whose size is looked at
+LOOKED_AT = 100  # images whose size is checked
 SCRATCH_SIZE = 64  # px
 
 
 @dataclass(frozen=True)
 class Network:
-    """A candidate that was built. images: those that can be used, at the size that it wants."""
+    """A candidate that was built. images: the usable ones, at the network's size."""
 
     candidate: Candidate
     config: Config
@@ -98,7 +98,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Judged:
-    """A network's probe: logits float32 [N, classes] of images that it didn't see, of classes."""
+    """A network's probe: its logits, float32 [N, classes], for images that it didn't see."""
 
     network: Network
     logits: Tensor
@@ -111,16 +111,16 @@ class Judged:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Return whether the answer is right for each image, bool [N]."""
+        """Return whether the prediction is right for each image, bool [N]."""
         return probe.correct(self.logits, self.labels)
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A way to fine-tune, and what it was good for on pictures that it didn't see.
+    """A way to fine-tune, and its result on pictures that it didn't see.
 
-    way: settings. gains: by how much the loss of each image is lower than by the solved head alone,
-    float [N]; hits: how many more of them are told right. needed: see `needed_gain`.
+    way: settings. gains: by how much each image's loss is lower than with the solved head alone,
+    float [N]; hits: how many more are predicted right. needed: see `needed_gain`.
     """
 
     way: dict[str, Any]
@@ -130,26 +130,26 @@ class Tried:
 
     @property
     def hopeless(self) -> bool:
-        """Return whether it is so bad for one half that the other need not be asked.
+        """Return whether it is so bad on one half that the other can be skipped.
 
-        One half alone leaves more doubt than both.
+        One half alone is less certain than both.
         """
         least = (self.needed - 0.5) * probe.standard_error(self.gains)
         return bool(self.gains.mean() <= least)
 
     @property
     def better(self) -> bool:
-        """Return whether fine-tuning on all pictures is taken to be better than the solved head.
+        """Return whether fine-tuning on all pictures is expected to beat the solved head.
 
-        Where it must prove itself, it must not tell fewer right, either. Else the loss says it
-        alone: answers that differ are few, so their count is mostly chance.
+        If it must prove itself, it must not predict fewer right, either. Otherwise the loss alone
+        decides: few answers differ, so their count is mostly chance.
         """
         enough = self.gains.mean() > self.needed * probe.standard_error(self.gains)
         return bool(enough and (self.needed < 0 or self.hits > -0.5))
 
     @property
     def words(self) -> str:
-        """Return in words what halves said of it."""
+        """Return the result of the halves in words."""
         if self.better and self.needed < 0:
             return "on halves of the pictures nothing spoke against it"
         if self.better:
@@ -164,9 +164,9 @@ class Tried:
 def needed_gain(images: ImageFolder) -> float:
     """Return by how many standard errors fine-tuning on halves must be better than a solved head.
 
-    Half of the pictures is less for fine-tuning to learn from, and hurts the head less; so to be
-    certain of it there is too much to ask. With many pictures of a class fine-tuning is mostly
-    better (Kornblith et al., CVPR 2019): then it is enough that nothing speaks against it.
+    Half of the pictures hurts fine-tuning more than the head, so a full standard error would be too
+    strict. With many pictures of a class, fine-tuning is mostly better (Kornblith et al., CVPR
+    2019): then it is enough that nothing speaks against it.
     """
     if is_many(images):
         return -0.5
@@ -174,7 +174,7 @@ def needed_gain(images: ImageFolder) -> float:
 
 
 def is_many(images: ImageFolder) -> bool:
-    """Return whether there are many pictures of a class, in the mean."""
+    """Return whether there are many pictures of a class, on average."""
     return _of_a_class(images) >= MANY
 
 
@@ -188,7 +188,7 @@ class Decision:
         self.reasons: list[str] = []
 
     def recipe(self) -> Recipe:
-        """Measure, decide, and tell."""
+        """Measure, decide, and log the reasons."""
         names = recipe.names(self.config, self.machine.device.type)
         candidates = [Candidate(name) for name in names]
         networks = [each for each in map(self.build, candidates) if each]
@@ -215,10 +215,10 @@ class Decision:
     # --- the candidates ---
 
     def build(self, candidate: Candidate) -> Network | None:
-        """Build a candidate; None, and the reason noted, where its weights can't be had."""
+        """Build a candidate; return None, and record the reason, if its weights are unavailable."""
         config = recipe.applied(self.config, recipe.probe_of(candidate.name))
         try:
-            # Quiet: the same is said of the one that is chosen.
+            # Quiet: the chosen one is logged later.
             with ProgressBar(f"building {candidate.name}", 1), quiet():
                 config = weights.resolve(config, self.images)
                 torch.manual_seed(config.seed)
@@ -240,7 +240,7 @@ class Decision:
             candidate.milliseconds = _milliseconds(network, size, self.machine)
         return Network(candidate, config, images, loader, cache)
 
-    # --- what they know ---
+    # --- how good they are ---
 
     def choose(self, networks: Sequence[Network]) -> Judged:
         """Return the cheapest network within some standard errors of the best."""
@@ -267,7 +267,7 @@ class Decision:
         return min(1.0, max(allowed / (sum(milliseconds) * count), SAMPLE / count))
 
     def judge(self, network: Network, kinds: Sequence[int] = (PLAIN,)) -> Judged:
-        """Solve a probe for some views of the images, and judge it by those that it didn't see."""
+        """Solve a probe on some views of the images, and judge it on images that it didn't see."""
         splits = network.images.splits
         features = {
             split: np.stack([network.cache.of(split, kind, self.stop) for kind in kinds], axis=1)
@@ -288,7 +288,7 @@ class Decision:
         return images.count("valid") < FEW_VALID
 
     def measured(self, network: Network) -> Judged:
-        """Judge a candidate by the plain view, and note how good it is."""
+        """Judge a candidate on the plain view, and record its accuracy."""
         judged, candidate = self.judge(network), network.candidate
         candidate.accuracy = float(judged.correct.mean())
         candidate.error = probe.error_of_share(judged.correct)
@@ -296,10 +296,10 @@ class Decision:
         return judged
 
     def cheapest(self, judged: Sequence[Judged]) -> int:
-        """Return the number of the cheapest that is good enough.
+        """Return the index of the cheapest candidate that is good enough.
 
-        What is cheaper than the best must save something to speak of, and must not be worse by more
-        than some standard errors of the difference, picture by picture.
+        A cheaper one than the best must save enough, and must not be worse by more than some
+        standard errors of the difference, picture by picture.
         """
         rows = [each.network.candidate for each in judged]
 
@@ -329,10 +329,10 @@ class Decision:
         return chosen
 
     def with_flips(self, judged: Judged) -> dict[str, Any]:
-        """Return whether views may be mirrored, where that isn't given.
+        """Return whether views may be mirrored, if that isn't given.
 
-        Writing and signs change their meaning: then a probe that has also seen mirrored pictures is
-        worse.
+        Mirrored writing and signs mean something else: then a probe that also saw mirrored pictures
+        is worse.
         """
         if self.config.data.augment.flip is not None:
             return {}
@@ -345,11 +345,11 @@ class Decision:
         return {"data.augment.flip": not hurts}
 
     def with_crops(self, network: Network) -> dict[str, Any]:
-        """Return how much of a picture a random view shows, where that isn't given.
+        """Return how much of a picture a random view shows, if that isn't given.
 
-        A part of a digit is another digit: then a probe that has also seen parts is worse beyond
-        doubt than one that has also seen nearly whole pictures. Where it isn't, parts are shown:
-        what is fine-tuned on whole ones alone soon knows them by heart.
+        A part of a digit may be another digit: then a probe that also saw parts is clearly worse
+        than one that also saw nearly whole pictures. Otherwise parts are used: fine-tuning on whole
+        pictures soon memorises them.
         """
         if self.config.data.augment.scale is not None:
             return {}
@@ -371,7 +371,7 @@ class Decision:
     # --- how it is trained ---
 
     def training(self, judged: Judged, flips: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings by which the network is trained: a solved head, and perhaps more.
+        """Return the settings of the training: a solved head, and perhaps fine-tuning.
 
         flips: of `with_flips`.
         """
@@ -406,7 +406,7 @@ class Decision:
                 return frozen
             tuned |= tried.way
             kept = tried.words
-            tuned["train.keep"] = "last"  # as it was judged; to choose by few pictures is chance
+            tuned["train.keep"] = "last"  # these were judged; the best by few pictures is chance
         elif len(ways) > 1:
             tuned |= self.better_way(judged.network, flips | tuned, ways)
         self.reasons.append(
@@ -417,7 +417,7 @@ class Decision:
         return tuned
 
     def minutes_of(self, network: Network, ways: Sequence[dict[str, Any]], halves: bool) -> float:
-        """Return how long an epoch of fine-tuning takes, with its share of the trials before."""
+        """Return the minutes of an epoch of fine-tuning, with its share of the trials."""
         train = network.images.count("train")
         minutes = BACKWARD * network.candidate.milliseconds * train / 60_000
         if halves:  # at worst: each way on one half, one of them on the other
@@ -427,7 +427,7 @@ class Decision:
         return minutes
 
     def minutes_to_tune(self) -> float:
-        """Return how long fine-tuning may take, with the trials that decide about it."""
+        """Return how many minutes fine-tuning may take, with its trials."""
         allowed = self.config.recipe.tune_minutes
         if allowed is not None:
             return allowed
@@ -436,12 +436,12 @@ class Decision:
         return TUNE_MINUTES.get(self.machine.device.type, math.inf)
 
     def ways(self, images: ImageFolder) -> list[dict[str, Any]]:
-        """Return the rates that fine-tuning may have, the likelier ones first.
+        """Return the learning rates to try for fine-tuning, the more promising ones first.
 
-        The small ones of a solved head stay near what the weights know: best where that fits the
-        pictures, or where there are few. Those of a new head on pretrained weights, for all layers
-        alike, lead away from it: best where the pictures are unlike those that the weights saw.
-        None to choose from where a rate is given.
+        The small rates of a solved head stay near the pretrained weights: best if these fit the
+        pictures, or with few pictures. The rates of a new head on pretrained weights, the same for
+        all layers, move further away: best for pictures unlike the pretraining's. If the user gives
+        a rate, there is nothing to choose.
         """
         choice = self.config.optim
         if (choice.lr, choice.head_lr, choice.layer_decay) != (None, None, None):
@@ -455,9 +455,9 @@ class Decision:
     def tuned_halves(
         self, network: Network, values: dict[str, Any], ways: Sequence[dict[str, Any]]
     ) -> Tried:
-        """Fine-tune on each half of train and valid, and answer for the other half.
+        """Fine-tune on each half of train and valid, and predict the other half.
 
-        The first way that isn't hopeless on the first half is taken, and goes on to the other one.
+        The first way that isn't hopeless on the first half is taken, and tried on the other one.
         """
         first, second = (half for _, half in _halves(network.images, self.config.seed))
         for way in ways:
@@ -484,9 +484,9 @@ class Decision:
         half: ImageFolder,
         number: int,
     ) -> Tried:
-        """Fine-tune in one way on one half, and answer for the other one, which is its valid."""
+        """Fine-tune in one way on one half, and predict the other one, which is its valid."""
         training = self.trial(self.of_way(network, values | way), half, network, number)
-        # By the last weights: the best by these pictures would flatter it.
+        # With the last weights: the best by these pictures would look too good.
         logits, labels = self.answers(training, "valid")
         assert training.probe_losses is not None
         gains = training.probe_losses - probe.calibrated_losses(logits, labels)
@@ -497,9 +497,9 @@ class Decision:
     def better_way(
         self, network: Network, values: dict[str, Any], ways: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
-        """Return the way that is best on some of the pictures, by the loss on theirs of valid.
+        """Return the best way on a sample of the pictures, by its loss on valid.
 
-        In as many steps as the training will have, and in STEPS at most.
+        Each trial has as many steps as the training, at most STEPS.
         """
         steps = min(STEPS, values["train.epochs"] * self.steps_of(network))
         share = min(1.0, WAYS_ON / len(_labels(network.images)))
@@ -527,10 +527,10 @@ class Decision:
             return weights.resolve(recipe.applied(self.config, values), network.images)
 
     def small(self, judged: Judged, flips: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the settings of a small network from scratch, where that is better beyond doubt.
+        """Return the settings of a small network from scratch, if that is clearly better.
 
-        It is tried where pictures are so small that pretrained networks see them enlarged: None
-        elsewhere.
+        It is tried if pictures are so small that they are enlarged for pretrained networks;
+        otherwise return None.
         """
         images, asked = judged.network.images, self.config.model.freeze != "auto"
         side = _side(images.splits["train"].paths)
@@ -549,12 +549,12 @@ class Decision:
         parts = [(np.arange(images.count("valid")), images)]
         if self.pools(images):
             parts = [*_halves(images, config.seed)]
-        gains = []  # of each image: 1 where it alone is right, -1 where the solved head alone is
+        gains = []  # for each image: 1 if only it is right, -1 if only the solved head is
         correct = np.zeros(0, np.bool_)
         for number, (places, part) in enumerate(parts):
             log.info("a small network from scratch: %d of %d", number + 1, len(parts))
             training = self.trial(config, _chosen_apart(part, config.seed), None, number)
-            # As a run keeps them: of the epoch that pictures chose which do not judge.
+            # As in a run: the best epoch, chosen by pictures that don't judge.
             training.load_best_weights()
             logits, labels = self.answers(training, "judged")
             answers = probe.correct(logits, labels.numpy())

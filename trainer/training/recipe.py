@@ -1,8 +1,8 @@
-"""A recipe: what model=auto stands for in one run, as ordinary settings, and why.
+"""A recipe: the ordinary settings that model=auto chose for a run, and why.
 
 It is decided by measuring on the pictures (trainer/training/decision.py), and written to
-recipe.json beside the checkpoints before anything is trained. Whoever goes on with the run, here or
-on a rented machine, follows what is written.
+recipe.json beside the checkpoints before training. A run that continues, here or on a rented
+machine, follows it.
 """
 
 import copy
@@ -26,9 +26,9 @@ from trainer.training.run import Run
 FILE = "recipe.json"
 FORMAT = 1
 
-# As of 2026-11: good at much and of different schooling; which is best depends on the pictures.
-# On a GPU the tokens of self-supervised and of image-text training beside two supervised ones; on a
-# CPU what takes at most 4 GFLOP a picture.
+# As of 2026-11: good in general, and pretrained in different ways; which is best depends on the
+# pictures. On a GPU, self-supervised and image-text transformers beside supervised networks; on a
+# CPU, networks of at most 4 GFLOP a picture.
 CANDIDATES = {
     "cuda": (
         "timm/vit_small_patch14_dinov2.lvd142m",
@@ -52,8 +52,8 @@ CANDIDATES = {
 class Candidate:
     """A network that was measured, or the reason why it wasn't.
 
-    accuracy: share of the pictures that a probe tells which didn't see them; error: its standard
-    error. milliseconds: of this machine for one picture, forward.
+    accuracy: of a probe, on pictures that it didn't see; error: its standard error. milliseconds:
+    of a forward pass of one picture on this machine.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Candidate:
 
 @dataclass
 class Recipe:
-    """What was decided: settings by dotted key, what was measured for it, and why."""
+    """The decision: settings by dotted key, the measurements, and the reasons."""
 
     settings: dict[str, Any]
     candidates: list[Candidate]
@@ -78,11 +78,11 @@ class Recipe:
 
 
 def settled(run: Run, images: ImageFolder) -> tuple[Run, Recipe | None]:
-    """Return the run with the settings that model=auto stands for, and how they were found.
+    """Return the run with the settings that model=auto chose, and its recipe.
 
-    None where a network was named. Rank 0 measures where nothing is written yet; the others wait.
-    Raise UserError where the settings don't go together, Interrupted when asked to stop: features
-    that were computed until then are not computed again.
+    The recipe is None if the user named a network. If none is written yet, rank 0 measures, and the
+    others wait. Raise UserError for settings that contradict each other, and Interrupted when asked
+    to stop: features computed until then are cached.
     """
     if run.config.model.name != AUTO:
         return run, None
@@ -98,9 +98,9 @@ def settled(run: Run, images: ImageFolder) -> tuple[Run, Recipe | None]:
 
 
 def _decided(run: Run, images: ImageFolder) -> Recipe:
-    """Decide, and write it down."""
+    """Decide the recipe, and write it."""
     with loading():
-        # imported here: what is written is followed without PyTorch.
+        # imported here: a written recipe is followed without PyTorch.
         from trainer.training.decision import Decision
 
     recipe = Decision(run, images).recipe()
@@ -116,7 +116,7 @@ def _write(path: Path, recipe: Recipe) -> None:
 
 
 def _kept(run: Run) -> Recipe | None:
-    """Return what the newest checkpoint was trained by, where the file of it was lost."""
+    """Return the newest checkpoint's recipe, if the recipe's file was lost."""
     if not any(run.checkpoints.glob("step-*")):
         return None
     # imported here: as above.
@@ -135,9 +135,9 @@ def _kept(run: Run) -> Recipe | None:
 
 
 def names(config: Config, device: str) -> Sequence[str]:
-    """Return the networks to compare, of which some may not be had. device: cpu or cuda.
+    """Return the networks to compare; some may be unavailable. device: cpu or cuda.
 
-    Those of a folder of weights, where there is one: a closed network downloads nothing.
+    With a folder of weights, only that folder's: in a closed network nothing can be downloaded.
     """
     model = config.model
     if model.candidates is not None:
@@ -148,10 +148,10 @@ def names(config: Config, device: str) -> Sequence[str]:
 
 
 def may_differ_by(config: Config, keys: Iterable[str]) -> bool:
-    """Return whether what model=auto decides may differ where these settings do.
+    """Return whether the recipe may depend on these settings.
 
-    Where it is given what is trained (model.freeze), nothing is trained in order to decide, and how
-    it is trained changes nothing; else a sweep's trials decide one by one.
+    With model.freeze given, nothing is trained to decide, so the settings of training don't matter;
+    otherwise each trial of a sweep decides for itself.
     """
     schema = settings.schema()
     for key in keys:
@@ -166,7 +166,7 @@ def may_differ_by(config: Config, keys: Iterable[str]) -> bool:
 
 
 def probe_of(name: str) -> dict[str, Any]:
-    """Return the settings for a network of which the head alone is solved."""
+    """Return the settings to solve only the head of a network."""
     return {
         "model.name": name,
         "model.head": "probe",
@@ -176,9 +176,9 @@ def probe_of(name: str) -> dict[str, Any]:
 
 
 def glanced(config: Config, device: str) -> Config:
-    """Return the settings for a look that trains nothing: of model=auto, the first network.
+    """Return the settings for a check without training: for model=auto, the first network.
 
-    The doctor and care look without deciding.
+    The doctor and care use it, since they don't decide.
     """
     candidates = names(config, device)
     if config.model.name != AUTO or not candidates:
@@ -203,7 +203,7 @@ def applied(config: Config, values: dict[str, Any]) -> Config:
 
 
 def _written(path: Path) -> Recipe | None:
-    """Return what was decided when the run began."""
+    """Return the recipe from the run's start."""
 
     def read() -> bytes | None:
         try:
@@ -228,7 +228,7 @@ def _written(path: Path) -> Recipe | None:
 
 
 def _parsed(values: dict[str, Any]) -> Recipe:
-    """Return a recipe of its JSON. Raise AssertionError, TypeError, KeyError for anything else."""
+    """Return a recipe from JSON. Raise AssertionError, TypeError, KeyError for anything else."""
     assert values["format"] == FORMAT and isinstance(values["settings"], dict)
     assert values["settings"].keys() <= settings.schema().keys()
     assert all(isinstance(reason, str) for reason in values["reasons"])
@@ -237,7 +237,7 @@ def _parsed(values: dict[str, Any]) -> Recipe:
 
 
 def table(candidates: Sequence[Candidate]) -> list[str]:
-    """Return the candidates that were measured as lines of text, of 80 columns.
+    """Return the measured candidates as lines of 80 columns.
 
     The name comes last: timm's have up to 50 characters. The report has the licences too.
     """

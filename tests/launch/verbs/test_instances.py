@@ -64,6 +64,5 @@ def test_an_unknown_network_has_no_estimate(capsys):
 
 
 def test_the_page_shows_what_the_command_prints():
-    assert f"```\n{instances_output()}```\n" in (PROJECT / "docs" / "instances.md").read_text(), (
-        "python -m tests.launch.documents writes it"
-    )
+    page = (PROJECT / "docs" / "instances.md").read_text()
+    assert f"```text\n{instances_output()}```\n" in page, "python -m tests.launch.documents"

@@ -71,6 +71,7 @@ def test_it_says_what_a_reader_must_know():
     ):
         assert line in text
     scratch = dataclasses.replace(CARD, weights={"source": SCRATCH, "licence": None}, findings=[])
-    assert "None: trained from scratch." in scratch.text() and "Nothing." in scratch.text()
+    assert "None: trained from scratch." in scratch.text()
+    assert "pictures\n\nNone.\n" in scratch.text()
     assert "optimistic" not in text
     assert "optimistic" in dataclasses.replace(CARD, split="valid").text()

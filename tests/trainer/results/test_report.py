@@ -576,11 +576,11 @@ def test_the_page_shows_how_sure_the_network_is(tmp_path: Path) -> None:
     page = written(dataclasses.replace(report(["a", "b"], [0, 1], [0, 0]), quality=noted), tmp_path)
     for said in (
         "How sure it is",
-        "that 200 pictures chose that it wasn't trained on",
+        "fitted on 200 pictures outside the training set",
         "Note: a <word> of it.",
         percent(quality.error_before),
-        "asked: 90%",
-        "Unlike those trained on",
+        "target: 90%",
+        "Unlike the training pictures",
     ):
         assert said in page.text, said
     labels_of_plots = [svg.get("aria-label", "") for svg in page.attributes("svg")]

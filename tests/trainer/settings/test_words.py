@@ -23,7 +23,7 @@ from trainer.common.paths import expanded
 from trainer.settings import config as settings
 from trainer.settings import search_space as space
 from trainer.settings.compose import CONF, check, compose, explain_settings, first_trial, resolve
-from trainer.settings.words import is_one_path, parse, readable
+from trainer.settings.words import is_one_path, override, parse, readable
 
 SETTINGS = settings.schema()
 PATHS = [key for key, entry in SETTINGS.items() if entry.metadata["path"]]
@@ -81,6 +81,12 @@ def test_any_text_is_a_path_and_stays_itself(name):
         return
     (word,) = readable([f"data.root={name}"])
     assert parse([word])[0].value() == name
+
+
+def test_a_path_that_needs_no_quotes_has_none():
+    """Commands that are shown to be copied have it: data.root="/photos" needs two kinds of them."""
+    assert override("data.root", "/photos/dogs-1") == "data.root=/photos/dogs-1"
+    assert override("data.root", "/photos/my dogs") == 'data.root="/photos/my dogs"'
 
 
 def test_what_hydras_grammar_means_stays(configure):
