@@ -143,7 +143,8 @@ class ImageLoader:
     workers: int
     pin: bool = False
     read: Reader | None = None  # None: decodes
-    # Random views of each image, which the epochs take in turn; None: a new one each epoch.
+    # Views of each image, which the epochs take in turn: the plain one, and random ones. None: a new
+    # random one each epoch.
     views: int | None = None
     share: Share = Share()  # noqa: RUF009 - frozen
     balanced: bool = False  # whether an epoch has as many images of each class
@@ -165,8 +166,19 @@ class ImageLoader:
         return min(self.batch_size, self.folder.count("train"))
 
     def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
-        view = epoch % self.views if self.views else epoch
-        return self._load("train", view, self.share.of_training(self.epoch(epoch)[first:]))
+        return self._load(
+            "train", self.view_of(epoch), self.share.of_training(self.epoch(epoch)[first:])
+        )
+
+    def view_of(self, epoch: int) -> int:
+        """Return the view of each image that an epoch (0-based) trains on.
+
+        Of a fixed number of views the first one is the plain one: evaluation shows no other, and
+        it is worth more than one more random view (docs/benchmarks.md, frozen backbone).
+        """
+        if self.views is None:
+            return epoch
+        return PLAIN + epoch % self.views
 
     def eval_batches(
         self, name: str, chosen: NDArray[np.int64] | None = None

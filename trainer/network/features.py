@@ -147,7 +147,8 @@ class FeatureCache:
         """
         views = self.loader.views
         assert views is not None
-        order = [*(("train", view) for view in range(views)), ("valid", PLAIN)]
+        seen = [self.loader.view_of(epoch) for epoch in range(views)]
+        order = [*(("train", view) for view in seen), ("valid", PLAIN)]
         if self.network.averages_flip:
             order.append(("valid", MIRRORED))
         first = len(order) * world.local_rank // world.local_size
@@ -155,7 +156,7 @@ class FeatureCache:
         world.barrier(stop)
         return FeatureLoader(
             self.loader,
-            tuple(arrays["train", view] for view in range(views)),
+            tuple(arrays["train", view] for view in seen),
             arrays["valid", PLAIN],
             arrays.get(("valid", MIRRORED)),
             self,

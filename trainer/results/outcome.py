@@ -173,8 +173,7 @@ def mean_features(run: Training) -> Tensor:
     """
     train, classes = run.loader.folder.splits["train"], run.loader.classes
     chosen = _spread(train.labels)
-    if run.config.model.head == "probe" and run.data.holds_features:
-        # The head was solved on these, so they are in the cache.
+    if run.data.holds_features:  # the head was trained on these too, so they are in the cache
         return run.world.broadcast_from_main(
             lambda: class_means(
                 run.feature_cache.of("train", PLAIN, run.stop)[chosen],
