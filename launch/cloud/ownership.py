@@ -15,6 +15,8 @@ from launch.cloud.session import Aws, AwsError
 
 # In what SageMaker answers about something that is not there.
 NOT_FOUND = r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"
+# Its code for a Stop of what has ended, or is about to: its own listing was late then.
+ENDED = "ValidationException"
 NO_BUCKET = r"404|NoSuchBucket|NotFound"  # likewise, of a bucket
 
 # SageMaker's lists, by the kind of what is in them.

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from launch.cloud.cloudformation import Stack
-from launch.cloud.ownership import NOT_FOUND, instances, listed, owned, stacks
+from launch.cloud.ownership import ENDED, NOT_FOUND, instances, listed, owned, stacks
 from launch.cloud.session import Aws, AwsError
 from trainer.common.console import log
 
@@ -52,8 +52,8 @@ def _end_jobs(aws: Aws, kind: str, every: float) -> None:
     for name, status in statuses().items():
         if status == "InProgress":
             log.info("stopping %s", name)
-            ended_meanwhile = f"{NOT_FOUND}|ValidationException"
-            aws.find("sagemaker", f"Stop{kind}", ended_meanwhile, **{f"{kind}Name": name})
+            which = {f"{kind}Name": name}
+            aws.find("sagemaker", f"Stop{kind}", f"{NOT_FOUND}|{ENDED}", **which)
     _until(every, lambda: not {"InProgress", "Stopping"} & set(statuses().values()))
     for name in statuses():
         aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
@@ -119,7 +119,8 @@ def _delete_notebook(aws: Aws, name: str, status: Callable[[], str], every: floa
         seen = status()
         if seen == "InService":  # not before: SageMaker lets none be stopped while it starts
             log.info("stopping %s", name)
-            aws.call("sagemaker", "StopNotebookInstance", NotebookInstanceName=name)
+            which = {"NotebookInstanceName": name}
+            aws.find("sagemaker", "StopNotebookInstance", f"{NOT_FOUND}|{ENDED}", **which)
         return seen in ("Stopped", "Failed", "Deleting", GONE)
 
     _until(every, has_stopped)

@@ -11,11 +11,11 @@ from launch.cloud.account_stack import AccountStack
 from launch.cloud.cloudformation import Stack
 from launch.cloud.confirm import confirmed
 from launch.cloud.logs import SHARED_GROUPS
-from launch.cloud.session import Aws
+from launch.cloud.session import Aws, AwsError
 from launch.targets.spec import aws_of, split_overrides
 from launch.verbs.arguments import add_every
 from trainer.common.console import log
-from trainer.common.errors import FAULT, OK
+from trainer.common.errors import FAULT, OK, UserError
 
 
 def down(aws: Aws, every: float) -> int:
@@ -124,4 +124,10 @@ def main(arguments: Sequence[str]) -> int:
     ):
         log.info("nothing was changed")
         return OK
-    return down(aws, options.every)
+    try:
+        return down(aws, options.every)
+    except AwsError as error:
+        raise UserError(
+            f"{error}; not all of {aws.project} has ended yet, and what is left costs money: "
+            "start the same down again"
+        ) from error

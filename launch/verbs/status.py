@@ -48,8 +48,8 @@ def all_rented(inventory: Inventory) -> tuple[list[Rented], list[str]]:
     return rows, [str(answer) for answer in answers if isinstance(answer, AwsError)]
 
 
-def all_runs(inventory: Inventory) -> list[tuple[Attempt, State]]:
-    """Return each attempt and how it is. Raise AwsError.
+def all_runs(inventory: Inventory, only: str | None = None) -> list[tuple[Attempt, State]]:
+    """Return each attempt, or those at one run only, and how it is. Raise AwsError.
 
     The listings tell it of nearly all. The others are asked for at the same time, and what ended
     is noted, so that the next look needn't ask again. One that AWS says nothing of, now or to this
@@ -71,7 +71,8 @@ def all_runs(inventory: Inventory) -> list[tuple[Attempt, State]]:
         return attempt, state
 
     with ThreadPoolExecutor(s3.WORKERS) as pool:
-        return list(pool.map(look, inventory.noted()))
+        every = inventory.noted()
+        return list(pool.map(look, [each for each in every if only in (None, each.attempt.run)]))
 
 
 def _disks(inventory: Inventory) -> Iterator[Rented]:
@@ -119,22 +120,26 @@ def main(arguments: Sequence[str]) -> int:
     else:
         overdue.warn(inventory, targets)
     costs_now, unknown = all_rented(inventory)
+    why = ""  # the runs are not known
     try:
         tried = all_runs(inventory)
     except AwsError as error:
         if not costs_now:
             raise
-        tried, unknown = [], [str(error), *unknown]
+        tried, why = [], str(error)
     if options.json:
         document = {
             "runs": [_as_json(*entry) for entry in tried],
             "costs_now": [asdict(row) for row in costs_now],
-            "not_known": unknown,
+            "not_known": [*filter(None, [why]), *unknown],
         }
         print(json.dumps(document, indent=2))
         return OK
     log.info("runs of %s in account %s, %s", aws.project, account, aws.region)
-    show_runs(tried)
+    if why:
+        log.warning("  not known: %s", why)
+    else:
+        show_runs(tried)
     log.info("costs money now")
     show_costs(costs_now)
     for line in unknown:
