@@ -151,5 +151,6 @@ def owns_bucket(aws: Aws) -> bool | None:
     """
     if aws.find("s3", "HeadBucket", NO_BUCKET, Bucket=aws.bucket) is None:
         return None
-    tags = aws.find("s3", "GetBucketTagging", "NoSuchTagSet", Bucket=aws.bucket)
+    absent = f"NoSuchTagSet|{NO_BUCKET}"  # another command may delete it now
+    tags = aws.find("s3", "GetBucketTagging", absent, Bucket=aws.bucket)
     return tags is not None and aws.owns(tags["TagSet"])

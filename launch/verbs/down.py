@@ -12,6 +12,7 @@ from launch.cloud.cloudformation import Stack
 from launch.cloud.confirm import confirmed
 from launch.cloud.logs import SHARED_GROUPS
 from launch.cloud.session import Aws, AwsError
+from launch.targets import attempt as notes
 from launch.targets.spec import aws_of, split_overrides
 from launch.verbs.arguments import add_every
 from trainer.common.console import log
@@ -24,7 +25,7 @@ def down(aws: Aws, every: float) -> int:
     Each step may be done already by an earlier, killed `down`. every: seconds between two looks.
     """
     teardown.end_jobs(aws, every)
-    teardown.end_machines(aws, every)
+    teardown.end_machines(aws, every, unlisted(aws))
     teardown.end_notebooks(aws, every)
     ours = AccountStack(aws, every)
     # An endpoint's, which use the bucket and come first.
@@ -61,6 +62,16 @@ def down(aws: Aws, every: float) -> int:
     return OK
 
 
+def unlisted(aws: Aws) -> list[str]:
+    """Return the machines that were rented of late and EC2 doesn't list yet. Raise AwsError."""
+    if aws.find("s3", "HeadBucket", ownership.NO_BUCKET, Bucket=aws.bucket) is None:
+        return []
+    # EC2 lists for an hour what has ended, which is as long as an attempt is young.
+    listed = {each["InstanceId"] for each in ownership.instances(aws)}
+    noted = [each.attempt.id or "" for each in notes.young(aws) if each.word is None]
+    return [id for id in noted if id.startswith("i-") and id not in listed]
+
+
 def _is_gone(stack: Stack) -> bool:
     log.info("deleting the stack %s", stack.name)
     return stack.settle() is None
@@ -77,6 +88,8 @@ def show(aws: Aws) -> None:
             log.info("deletes   the records of %d %ss", len(jobs), what)
     for machine in teardown.machines(aws):
         log.info("ends      machine %s (%s)", machine["InstanceId"], machine["InstanceType"])
+    for id in unlisted(aws):
+        log.info("ends      machine %s, which EC2 doesn't list yet", id)
     for volume in teardown.volumes(aws):
         log.info("deletes   disk %s (%d GB)", volume["VolumeId"], volume["Size"])
     for group in teardown.placement_groups(aws):

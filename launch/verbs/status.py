@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from launch.cloud import ownership, s3, teardown
-from launch.cloud.prices import price
+from launch.cloud.prices import GP3_GB_MONTH, HOURS_A_MONTH, price
 from launch.cloud.session import AwsError
 from launch.targets import attempt as notes
 from launch.targets import base, overdue
@@ -76,10 +76,21 @@ def all_runs(inventory: Inventory, only: str | None = None) -> list[tuple[Attemp
 
 
 def _disks(inventory: Inventory) -> Iterator[Rented]:
-    for volume in teardown.volumes(inventory.aws):
+    """Yield disks that cost money though no machine runs with them."""
+    stopped: set[str] = set()
+    with contextlib.suppress(AwsError):  # `rented` says why
+        stopped = {
+            each["InstanceId"]
+            for each in inventory.instances()
+            if each["State"]["Name"] in ("stopping", "stopped")
+        }
+    for volume in teardown.volumes(inventory.aws, stopped):
+        name, size = volume["VolumeId"], f"{volume['Size']} GB"
+        if volume["State"] != "available":
+            size += f" of {volume['Attachments'][0]['InstanceId']}"
+        hour = volume["Size"] * GP3_GB_MONTH / HOURS_A_MONTH
         hours = seconds_between(volume["CreateTime"], now()) / 3600
-        size = f"{volume['Size']} GB"
-        yield Rented("disk", volume["VolumeId"], size, hours, None, None, None)
+        yield Rented("disk", name, size, hours, hours * hour, hour, None)
 
 
 def _endpoints(inventory: Inventory) -> Iterator[Rented]:
