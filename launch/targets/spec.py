@@ -82,7 +82,7 @@ def check_target(target: TargetConfig) -> None:
             "allowed: 3 to 20 lower-case letters, digits and -, beginning with a letter"
         )
     for key in target.given_tags:
-        if key in OURS:
+        if key.lower() in map(str.lower, OURS):  # as IAM compares them
             raise UserError(
                 f"target.tags={target.tags}: the tag {key} is Packhorse's own; leave it out"
             )

@@ -3,8 +3,10 @@ notes, a machine that is stopped, a command that runs at the same time, a disk t
 """
 
 import errno
+import io
 import json
 import re
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,6 +171,26 @@ def test_of_two_ups_at_once_one_says_to_wait(account):
     )
     code, printed = account.launch("up", "target.project=second", *FAST)
     assert code == MISTAKE and "another command is changing the same stack now" in printed
+
+
+def archive(name: str) -> bytes:
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w:gz") as made:
+        made.addfile(tarfile.TarInfo(name))
+    return held.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no archive", archive("a")[:40], archive("../../out")], ids=range(4)
+)
+def test_an_archive_that_no_job_has_left_is_one_line(account, tmp_path, content):
+    launch(account, "submit", "target=sagemaker", "name=packed")
+    account.post("/strict/end", job="packhorse-packed-1", status="Completed")
+    key = "runs/packed/output/packhorse-packed-1/output/output.tar.gz"
+    account.client("s3").put_object(Bucket=BUCKET, Key=key, Body=content)
+    code, printed = account.launch("fetch", "packed", cwd=tmp_path)
+    assert code == MISTAKE and "no archive that a job leaves" in printed, printed
+    assert "Traceback" not in printed and not (tmp_path.parent / "out").exists()
 
 
 # --- names ---
