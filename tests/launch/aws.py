@@ -719,6 +719,16 @@ class Strict:
         return answer
 
     def _ListTags(self, parameters, region, forward, start) -> list[bytes]:
+        """Of what is gone there are none; moto ends in an error of its own."""
+        backend = get_backend("sagemaker")[ACCOUNT][region]
+        kind, _, name = parameters.get("ResourceArn", "").rpartition(":")[2].partition("/")
+        things = {
+            "training-job": backend.training_jobs,
+            "hyper-parameter-tuning-job": backend.hyper_parameter_tuning_jobs,
+            "notebook-instance": backend.notebook_instances,
+        }
+        if kind in things:
+            _known(things[kind], name)
         if ":notebook-instance-lifecycle-config/" not in parameters.get("ResourceArn", ""):
             return forward()
         return _answer(
