@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -322,7 +323,7 @@ def sign_in() -> str:
         return CREDENTIALS
     for key, how in SIGN_INS.items():
         if key in profile:
-            return f"sign in: {how} --profile {name}"
+            return f"sign in: {how} --profile {shlex.quote(name)}"
     return CREDENTIALS
 
 

@@ -264,6 +264,11 @@ def young(aws: Aws) -> list[Noted]:
     return [each for each in noted.values() if now() - each.attempt.since < YOUNG]
 
 
+def of_others(aws: Aws) -> list[str]:
+    """Return the runs in the bucket that are other projects'. Raise AwsError."""
+    return sorted(_index(aws)[1])
+
+
 def _index(aws: Aws) -> tuple[dict[tuple[str, int], Noted], set[str]]:
     """Return the attempts in the index by run and number, and the runs that are another's.
 

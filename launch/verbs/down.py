@@ -17,6 +17,7 @@ from launch.targets.spec import aws_of, split_overrides
 from launch.verbs.arguments import add_every
 from trainer.common.console import log
 from trainer.common.errors import FAULT, OK, UserError
+from trainer.common.text import listed
 
 
 def down(aws: Aws, every: float) -> int:
@@ -67,9 +68,9 @@ def unlisted(aws: Aws) -> list[str]:
     if aws.find("s3", "HeadBucket", ownership.NO_BUCKET, Bucket=aws.bucket) is None:
         return []
     # EC2 lists for an hour what has ended, which is as long as an attempt is young.
-    listed = {each["InstanceId"] for each in ownership.instances(aws)}
+    known = {each["InstanceId"] for each in ownership.instances(aws)}
     noted = [each.attempt.id or "" for each in notes.young(aws) if each.word is None]
-    return [id for id in noted if id.startswith("i-") and id not in listed]
+    return [id for id in noted if id.startswith("i-") and id not in known]
 
 
 def _is_gone(stack: Stack) -> bool:
@@ -77,8 +78,11 @@ def _is_gone(stack: Stack) -> bool:
     return stack.settle() is None
 
 
-def show(aws: Aws) -> None:
-    """Print all that `down` ends and deletes, and what it leaves. Raise AwsError."""
+def show(aws: Aws, owns: bool | None) -> None:
+    """Print all that `down` ends and deletes, and what it leaves. Raise AwsError.
+
+    owns: whether the bucket is ours; None: there is none.
+    """
     for kind, what in (("HyperParameterTuningJob", "tuning job"), ("TrainingJob", "training job")):
         jobs = {job[f"{kind}Name"]: job[f"{kind}Status"] for job in ownership.owned(aws, kind)}
         for name, status in jobs.items():
@@ -106,7 +110,6 @@ def show(aws: Aws) -> None:
             physical = resource.get("PhysicalResourceId")
             if physical and physical not in SHARED_GROUPS:
                 log.info("            %-26s %s", resource["ResourceType"], physical)
-    owns = ownership.owns_bucket(aws)
     if owns:
         count, size = s3.versions(aws)
         log.info(
@@ -131,7 +134,16 @@ def main(arguments: Sequence[str]) -> int:
     add_every(parser, 5, "how often to look whether things have ended")
     options = parser.parse_intermixed_args(rest)
     aws = aws_of(targets)
-    show(aws)
+    owns = ownership.owns_bucket(aws)
+    others = notes.of_others(aws) if owns else []
+    if others:
+        raise UserError(
+            f"s3://{aws.bucket} holds runs of other projects too, which would go with it: "
+            f"{listed(others)}; nothing was changed: let their owners fetch and delete them "
+            "(aws s3 rm --recursive, below runs/RUN and runs/.all/attempts/RUN), then start down "
+            "again"
+        )
+    show(aws, owns)
     if not confirmed(
         f"Delete all of {aws.project} in account {aws.account}, {aws.region}?", options.yes
     ):

@@ -135,7 +135,7 @@ def test_a_verb_for_one_run_does_its_work_or_nothing(account):
 
 
 def test_down_takes_nothing_for_gone_and_the_same_command_ends_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(down, "show", lambda aws: None)  # it would be refused before anything ends
+    monkeypatch.setattr(down, "show", lambda *_: None)  # it would be refused before anything ends
     command = ("down", "--yes", "--every", "0.05")
     with founded(tmp_path / "calls.jsonl") as cloud:
         fill(cloud)

@@ -68,6 +68,18 @@ def test_two_projects_share_a_bucket_and_no_run(account):
     assert [each["Key"] for each in stops["Contents"]] == ["runs/x/attempts/1.request.json"]
 
 
+def test_down_deletes_no_bucket_that_holds_anothers_runs(account):
+    theirs = ("target.project=guest", f"target.bucket={BUCKET}")
+    launch(account, "up", *theirs, *FAST)
+    launch(account, "submit", "name=theirs", *theirs)
+    before = len(account.calls())
+    code, printed = account.launch("down", *FAST)
+    assert code == MISTAKE and "go with it: theirs; nothing was changed" in printed, printed
+    called = {call["operation"] for call in account.calls()[before:]}
+    assert not [each for each in called if re.match("Delete|Terminate|Stop|Put", each)]
+    assert "nothing of guest is left" in launch(account, "down", *theirs, *FAST)
+
+
 FILES = {
     "runs/.all/attempts/z/1.note.AAAA": b"",
     "runs/.all/attempts/z/1.end.e30=": b"",
