@@ -1,5 +1,6 @@
 """The pictures of a run, looked at by the trainer's own eyes before anything is rented for them."""
 
+import contextlib
 import copy
 import json
 from collections.abc import Sequence
@@ -59,9 +60,10 @@ def _broken(images: ImageFolder, data: Path) -> dict[str, str]:
     except (OSError, ValueError, TypeError):  # not looked at yet, or damaged
         pass
     found = _decoded(paths)
-    memo.parent.mkdir(parents=True, exist_ok=True)
     kept = {names[path]: why for path, why in found.items() if path in names}
-    files.write(memo, json.dumps(kept))
+    with contextlib.suppress(OSError):  # a full disk, say: the next command looks again
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        files.write(memo, json.dumps(kept))
     return found
 
 

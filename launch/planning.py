@@ -88,6 +88,7 @@ class Plan:
             asked=asked,
             after=after,
             words=words_of(self.asked_for),
+            project=spec.project,
         )
 
     @property

@@ -125,7 +125,7 @@ class Stack:
 
     def resources(self) -> list[dict[str, Any]]:
         """Return what is in the stack now."""
-        listed = self._pages("ListStackResources", "StackResourceSummaries")
+        listed = self._told("ListStackResources", "StackResourceSummaries")
         return [each for each in listed if each["ResourceStatus"] != "DELETE_COMPLETE"]
 
     def body(self) -> str:
@@ -214,7 +214,7 @@ class Stack:
 
     def new_events(self) -> list[dict[str, Any]]:
         """Return what happened since `mark_events`, newest first."""
-        events = self._pages("DescribeStackEvents", "StackEvents")
+        events = self._told("DescribeStackEvents", "StackEvents")
         return [event for event in events if event["EventId"] not in self._known_events]
 
     def failures(self) -> list[str]:
@@ -226,6 +226,15 @@ class Stack:
         ]
 
     # ---- calls
+
+    def _told(self, operation: str, key: str) -> list[dict[str, Any]]:
+        """Return all of a list; nothing of a stack that another command has deleted."""
+        try:
+            return list(self._pages(operation, key))
+        except AwsError as error:
+            if not re.search(ABSENT, f"{error.code}: {error.message}"):
+                raise
+            return []
 
     def _call(self, operation: str, **parameters: Any) -> dict[str, Any]:
         return self.aws.call("cloudformation", operation, StackName=self.name, **parameters)

@@ -7,6 +7,7 @@ from typing import Any
 from launch.cloud.session import Aws
 
 DEFAULT = "the default VPC"
+NAT64 = "64:ff9b::/96"  # where a machine with IPv6 alone sends what is for IPv4
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Subnet:
     vpc: str
     way: str | None
     is_closed: bool
+    is_ipv6_only: bool = False
 
 
 def subnets(aws: Aws, given: Sequence[str], public_ip: bool | None = None) -> list[Subnet]:
@@ -45,7 +47,8 @@ def subnets(aws: Aws, given: Sequence[str], public_ip: bool | None = None) -> li
         routes = _routes(each, tables)
         leads_out = any(_leads_out(each, route) for route in routes)
         place = each["SubnetId"], each["AvailabilityZone"], each["VpcId"]
-        known.append(Subnet(*place, _way(each, routes), not leads_out))
+        ipv6_only = bool(each.get("Ipv6Native"))
+        known.append(Subnet(*place, _way(each, routes), not leads_out, ipv6_only))
     return known
 
 
@@ -87,7 +90,9 @@ def _way(subnet: dict[str, Any], routes: list[dict[str, Any]]) -> str | None:
     """Return the way from a subnet to S3 by its routes."""
     if any(each.get("GatewayId", "").startswith("vpce-") for each in routes):
         return "an endpoint of S3"
-    if any(each.get("NatGatewayId") or each.get("TransitGatewayId") for each in routes):
+    # One to a company's own addresses alone, as transit gateways often have, is none to S3.
+    everywhere = [each for each in routes if _goes_anywhere(each)]
+    if any(each.get("NatGatewayId") or each.get("TransitGatewayId") for each in everywhere):
         return "a NAT or transit gateway"
     out = any(_leads_out(subnet, each) for each in routes)
     return "the internet" if out else None
@@ -95,11 +100,17 @@ def _way(subnet: dict[str, Any], routes: list[dict[str, Any]]) -> str | None:
 
 def _leads_out(subnet: dict[str, Any], route: dict[str, Any]) -> bool:
     """Return whether a route leads to all addresses, for a machine in the subnet."""
-    if route.get("DestinationCidrBlock") != "0.0.0.0/0":
+    if not _goes_anywhere(route):
         return False
     if route.get("GatewayId", "").startswith("igw-"):
         return bool(subnet.get("MapPublicIpOnLaunch"))
     return True
+
+
+def _goes_anywhere(route: dict[str, Any]) -> bool:
+    """Return whether a route leads to all addresses of IPv4, from IPv6 by NAT64 too."""
+    to_all = route.get("DestinationCidrBlock") == "0.0.0.0/0"
+    return to_all or route.get("DestinationIpv6CidrBlock") == NAT64
 
 
 def _associated(table: dict[str, Any]) -> set[str]:

@@ -15,6 +15,8 @@ from launch.cloud.session import Aws, AwsError
 
 # In what SageMaker answers about something that is not there.
 NOT_FOUND = r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"
+# Its code for a Stop of what has ended, or is about to: its own listing was late then.
+ENDED = "ValidationException"
 NO_BUCKET = r"404|NoSuchBucket|NotFound"  # likewise, of a bucket
 
 # SageMaker's lists, by the kind of what is in them.
@@ -149,5 +151,6 @@ def owns_bucket(aws: Aws) -> bool | None:
     """
     if aws.find("s3", "HeadBucket", NO_BUCKET, Bucket=aws.bucket) is None:
         return None
-    tags = aws.find("s3", "GetBucketTagging", "NoSuchTagSet", Bucket=aws.bucket)
+    absent = f"NoSuchTagSet|{NO_BUCKET}"  # another command may delete it now
+    tags = aws.find("s3", "GetBucketTagging", absent, Bucket=aws.bucket)
     return tags is not None and aws.owns(tags["TagSet"])

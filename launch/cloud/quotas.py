@@ -1,5 +1,6 @@
 """What the account may rent: its quotas, asked of Service Quotas by name and number."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -80,7 +81,9 @@ def value(aws: Aws, quota: Quota) -> tuple[float | None, str]:
         if name == quota.name:
             found = limit, number
             break
-    files.write(_made(NUMBERS), json.dumps(known, indent=1, sort_keys=True) + "\n")
+    with contextlib.suppress(OSError):  # a full disk, say: AWS is asked again
+        NUMBERS.parent.mkdir(parents=True, exist_ok=True)
+        files.write(NUMBERS, json.dumps(known, indent=1, sort_keys=True) + "\n")
     return found
 
 
@@ -104,8 +107,3 @@ def _known() -> dict[str, str]:
     except (OSError, ValueError, TypeError):  # none yet, or damaged: AWS is asked
         return {}
     return known
-
-
-def _made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path

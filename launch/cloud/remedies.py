@@ -183,6 +183,12 @@ REFUSALS = (
         "choose another target.instance_type",
         says="(?i)instance ?type",
     ),
+    Refusal(
+        "OperationNotPermitted",
+        "the machine is protected from being ended: aws ec2 modify-instance-attribute "
+        "--no-disable-api-termination --instance-id ID, then start the same command again",
+        says="(?i)disableApiTermination",
+    ),
     # ---- the foundation
     Refusal(
         "ValidationException|InvalidParameterValue",
@@ -205,6 +211,11 @@ REFUSALS = (
         "AlreadyExistsException|OperationInProgressException|ResourceInUse(Exception)?"
         "|OperationAborted|ConflictException|ConcurrentModification(Exception)?",
         f"another command is changing the same thing now: wait until it is done, then {LATER}",
+    ),
+    Refusal(
+        "ValidationError",
+        f"another command is changing the same stack now: wait until it is done, then {LATER}",
+        says="already exists and cannot be created again|_IN_PROGRESS",
     ),
     Refusal(
         "InsufficientCapabilities(Exception)?|MalformedPolicyDocument(Exception)?",

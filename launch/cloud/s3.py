@@ -9,7 +9,11 @@ runs/RUN/output/        model package, report, metrics
 runs/RUN/log.txt        the log of a run on EC2
 """
 
+import contextlib
+import errno
 import hashlib
+import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,6 +33,9 @@ from trainer.images.names import as_shown, is_system
 CHUNK = 8 * 2**20
 # Where a run on this machine keeps them too, unless told otherwise.
 DIGESTS = Path.home() / ".cache" / "packhorse" / identity.DIRECTORY
+CONTROL = r"[\x00-\x1f\x7f]"  # what no XML holds, which DeleteObjects is
+LONGEST_NAME = 960  # bytes of S3's 1,024, less data/NAME-DIGEST/
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of this machine's disk
 DELETE_AT_ONCE = 1000  # DeleteObjects' maximum
 WORKERS = 16  # small objects are bound by latency, not by bandwidth
 
@@ -146,6 +153,16 @@ def files_of(folder: Path) -> dict[str, Path]:
             raise UserError(
                 f"{folder}: {as_shown(name)} is not named in UTF-8, so S3 can't hold it; rename it"
             )
+        if re.search(CONTROL, name):
+            raise UserError(
+                f"{folder}: {name!r} has a control character in its name, which S3 keeps and "
+                "never deletes; rename it"
+            )
+        if len(name.encode()) > LONGEST_NAME:
+            raise UserError(
+                f"{folder}: {name}: its path is longer than the {LONGEST_NAME} bytes that S3 "
+                "leaves for it; shorten it"
+            )
     if not files:
         raise UserError(
             f"{folder}: it holds no files; give the folder that holds train, valid and test"
@@ -235,8 +252,10 @@ def download(aws: Aws, objects: dict[str, Object], folder: Path) -> None:
 
 def versions(aws: Aws) -> tuple[int, int]:
     """Return how many versions of objects the bucket holds, and their bytes. Raise AwsError."""
-    listed = aws.pages("s3", "ListObjectVersions", "Versions", Bucket=aws.bucket)
-    sizes = [item["Size"] for item in listed]
+    sizes: list[int] = []
+    with _while_there():
+        listed = aws.pages("s3", "ListObjectVersions", "Versions", Bucket=aws.bucket)
+        sizes = [item["Size"] for item in listed]
     return len(sizes), sum(sizes)
 
 
@@ -245,11 +264,23 @@ def empty(aws: Aws) -> int:
 
     Return how many versions of objects there were. Raise AwsError.
     """
-    count = delete_versions(aws, aws.bucket)
-    for upload in aws.pages("s3", "ListMultipartUploads", "Uploads", Bucket=aws.bucket):
-        which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-        aws.call("s3", "AbortMultipartUpload", Bucket=aws.bucket, **which)
+    count = 0
+    with _while_there():
+        count = delete_versions(aws, aws.bucket)
+        for upload in aws.pages("s3", "ListMultipartUploads", "Uploads", Bucket=aws.bucket):
+            which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            aws.call("s3", "AbortMultipartUpload", Bucket=aws.bucket, **which)
     return count
+
+
+@contextlib.contextmanager
+def _while_there() -> Iterator[None]:
+    """Leave off where the bucket is gone: another command has deleted it."""
+    try:
+        yield
+    except AwsError as error:
+        if error.code != "NoSuchBucket":
+            raise
 
 
 def delete_versions(aws: Aws, bucket: str, prefix: str = "") -> int:
@@ -312,6 +343,9 @@ def _transfer(aws: Aws, direction: str, pairs: list[tuple[str, str]]) -> None:
         try:
             transfer(*pair)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                error.filename = pair[0]
+                raise
             raise explained(error, f"s3:{operation} {pair[1]}") from error
 
     progress = ProgressBar(f"{direction}ing", len(pairs))

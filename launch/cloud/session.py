@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,12 @@ CONNECT_TIMEOUT = 5  # seconds
 READ_TIMEOUT = 60  # seconds
 HURRIED = 2, 8  # attempts, and seconds to read: of what may go unanswered
 ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
+# How to sign in with a profile that has such a setting.
+SIGN_INS = {
+    "sso_session": "aws sso login",
+    "sso_start_url": "aws sso login",
+    "login_session": "aws login",
+}
 # Asking a model again because the answer was slow would pay for it twice.
 ONCE = ("lambda", "sagemaker-runtime")
 
@@ -295,8 +302,29 @@ def explained(error: Exception, action: str) -> Exception:
     # botocore looks up in an answer what must be there: a page of well-formed HTML lacks it.
     if isinstance(error, ResponseParserError | LookupError):
         return _not_aws(action, "unreadable")
-    line = _line(error, action or "the AWS profile")
+    line = _line(error, action or "the AWS profile").replace(CREDENTIALS, sign_in())
     return AwsError(" ".join(line.split()), type(error).__name__, str(error))
+
+
+def sign_in() -> str:
+    """Return how to get new credentials: the command for the profile in use, where it tells."""
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # they count before a profile, and nothing renews them
+        return (
+            "these are AWS_ACCESS_KEY_ID's and what belongs to it: set new ones, or unset them and "
+            "sign in with a profile (AWS_PROFILE), and start the same command again"
+        )
+    core = core_session()
+    try:
+        profile, name = core.get_scoped_config(), core.profile or "default"
+        while "source_profile" in profile and profile["source_profile"] != name:
+            name = profile["source_profile"]
+            profile = core.full_config["profiles"][name]
+    except Exception:  # it is what is wrong
+        return CREDENTIALS
+    for key, how in SIGN_INS.items():
+        if key in profile:
+            return f"sign in: {how} --profile {shlex.quote(name)}"
+    return CREDENTIALS
 
 
 def _line(error: Exception, action: str) -> str:
@@ -358,7 +386,7 @@ def _refusal(error: exceptions.ClientError, action: str) -> AwsError:
         line += f" ({' '.join(shown.split())})"
     advice = remedy(code, message, action)
     if advice:
-        line += f"; {advice}"
+        line += f"; {advice.replace(CREDENTIALS, sign_in())}"
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     refused = 400 <= status < 500 or re.fullmatch(NOT_THIS_ONE, code) is not None
     return AwsError(line, code, message, refused)

@@ -4,15 +4,16 @@ Every function may raise AwsError.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from launch.cloud.cloudformation import Stack
-from launch.cloud.ownership import NOT_FOUND, instances, listed, owned, stacks
+from launch.cloud.ownership import ENDED, NOT_FOUND, instances, listed, owned, stacks
 from launch.cloud.session import Aws, AwsError
 from trainer.common.console import log
+from trainer.common.errors import UserError
 
 SCRIPT = "NotebookInstanceLifecycleConfig"
 GONE = "gone"  # the status of a notebook that SageMaker no longer has
@@ -24,11 +25,16 @@ def machines(aws: Aws) -> list[dict[str, Any]]:
     return [each for each in instances(aws) if each["State"]["Name"] != "terminated"]
 
 
-def volumes(aws: Aws) -> list[dict[str, Any]]:
-    """Return our disks that are attached to nothing."""
+def volumes(aws: Aws, stopped: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Return our disks that are attached to nothing, or to machines that are stopped: their ids."""
     tagged = [{"Name": "tag:project", "Values": [aws.project]}]
     every = aws.pages("ec2", "DescribeVolumes", "Volumes", Filters=tagged)
-    return [each for each in every if each["State"] == "available"]
+    return [
+        each
+        for each in every
+        if each["State"] == "available"
+        or any(one["InstanceId"] in stopped for one in each.get("Attachments", []))
+    ]
 
 
 def placement_groups(aws: Aws) -> list[str]:
@@ -52,27 +58,41 @@ def _end_jobs(aws: Aws, kind: str, every: float) -> None:
     for name, status in statuses().items():
         if status == "InProgress":
             log.info("stopping %s", name)
-            ended_meanwhile = f"{NOT_FOUND}|ValidationException"
-            aws.find("sagemaker", f"Stop{kind}", ended_meanwhile, **{f"{kind}Name": name})
-    _until(every, lambda: not {"InProgress", "Stopping"} & set(statuses().values()))
+            which = {f"{kind}Name": name}
+            aws.find("sagemaker", f"Stop{kind}", f"{NOT_FOUND}|{ENDED}", **which)
+    _until(every, lambda: not {"InProgress", "Stopping"} & set(statuses().values()), f"{kind}s")
     for name in statuses():
         aws.find("sagemaker", f"Delete{kind}", NOT_FOUND, **{f"{kind}Name": name})
 
 
-def end_machines(aws: Aws, every: float) -> None:
+def end_machines(aws: Aws, every: float, unlisted: Sequence[str] = ()) -> None:
     """Terminate instances, wait for their end, and delete what they leave.
 
     That is disks that are attached to nothing, and placement groups. every: see `end_jobs`.
+    unlisted: the ids of others that EC2 doesn't list yet.
     """
+    for id in unlisted:
+        log.info("terminating %s as soon as EC2 lists it", id)
+        _until(every, partial(_terminate, aws, id), id)
     ids = [each["InstanceId"] for each in machines(aws)]
     if ids:
         log.info("terminating %s", ", ".join(ids))
         aws.call("ec2", "TerminateInstances", InstanceIds=ids)
-        _until(every, lambda: not machines(aws))
+        _until(every, lambda: not machines(aws), ", ".join(ids))
     for volume in volumes(aws):
         log.info("deleting the disk %s", volume["VolumeId"])
         aws.find("ec2", "DeleteVolume", r"InvalidVolume\.NotFound", VolumeId=volume["VolumeId"])
-    _until(every, lambda: all(_delete_group(aws, name) for name in placement_groups(aws)))
+    _until(every, partial(_delete_groups, aws), "placement groups")
+
+
+def _terminate(aws: Aws, id: str) -> bool:
+    """Terminate an instance; return whether EC2 knows it by now."""
+    unseen = r"InvalidInstanceID\.NotFound"
+    return aws.find("ec2", "TerminateInstances", unseen, InstanceIds=[id]) is not None
+
+
+def _delete_groups(aws: Aws) -> bool:
+    return all(_delete_group(aws, name) for name in placement_groups(aws))
 
 
 def _delete_group(aws: Aws, name: str) -> bool:
@@ -119,14 +139,15 @@ def _delete_notebook(aws: Aws, name: str, status: Callable[[], str], every: floa
         seen = status()
         if seen == "InService":  # not before: SageMaker lets none be stopped while it starts
             log.info("stopping %s", name)
-            aws.call("sagemaker", "StopNotebookInstance", NotebookInstanceName=name)
+            which = {"NotebookInstanceName": name}
+            aws.find("sagemaker", "StopNotebookInstance", f"{NOT_FOUND}|{ENDED}", **which)
         return seen in ("Stopped", "Failed", "Deleting", GONE)
 
-    _until(every, has_stopped)
+    _until(every, has_stopped, name)
     if status() in ("Stopped", "Failed"):
         log.info("deleting %s", name)
         aws.find("sagemaker", "DeleteNotebookInstance", NOT_FOUND, NotebookInstanceName=name)
-    _until(every, lambda: status() == GONE)
+    _until(every, lambda: status() == GONE, name)
 
 
 def _delete_script(aws: Aws, name: str) -> None:
@@ -185,7 +206,13 @@ def _statuses(aws: Aws, kind: str) -> Callable[[], dict[str, str]]:
     return ask
 
 
-def _until(every: float, is_done: Callable[[], bool]) -> None:
+def _until(every: float, is_done: Callable[[], bool], what: str) -> None:
+    """Wait until something is done. Raise UserError where it never is."""
     end = time.monotonic() + GONE_BY
-    while not is_done() and time.monotonic() < end:
+    while not is_done():
+        if time.monotonic() >= end:
+            raise UserError(
+                f"{what}: not gone after {GONE_BY // 60} minutes; its page in AWS's console says "
+                "why; then start the same command again"
+            )
         time.sleep(every)

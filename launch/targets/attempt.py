@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import json
 import re
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from launch.cloud import s3
 from launch.cloud.prices import Price
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
+from trainer.common.errors import UserError
+from trainer.common.objects import parsed
 
 # AWS is eventually consistent: for a while it may not list what it has just made. What was sent
 # less than so long ago and is not seen is on its way. EC2 forgets an instance an hour after it
@@ -34,6 +37,16 @@ END = "end"  # what its machine said last (user_data.sh)
 STATE = "state"  # how it ended, as it was found out where nothing else says it
 LONGEST_KEY = 1024  # bytes: S3's limit
 TIMES = ("started", "ended")  # of a State
+# What comes of another's file, or a damaged one, where a note of ours should be.
+UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
+
+
+class Anothers(UserError):
+    """A run of this name is another project's, whose bucket this is too."""
+
+
+class Damaged(UserError):
+    """A note can't be read."""
 
 
 class Phase(StrEnum):
@@ -113,6 +126,7 @@ class Attempt:
     # What it was planned from (launch.targets.spec.words_of), so that the next is planned alike.
     words: dict[str, Any] = dataclasses.field(default_factory=dict)
     after: str | None = None  # when the attempt before had ended, as far as known, ISO 8601
+    project: str = ""  # whose it is: a bucket may be several projects'; "": not noted
 
     @property
     def since(self) -> datetime:
@@ -211,10 +225,19 @@ def _write_index(aws: Aws, attempt: Attempt, kind: str, fields: dict[str, Any]) 
         s3.write(aws, key, b"")
 
 
-def _read_index(kind: str, words: str) -> dict[str, Any]:
-    packed = base64.urlsafe_b64decode(words)
-    fields: dict[str, Any] = json.loads(packed if kind == END else zlib.decompress(packed))
-    return fields
+def _read_index(kind: str, words: str) -> dict[str, Any] | None:
+    """Return what an entry says, None where it isn't one of ours."""
+    try:
+        packed = base64.urlsafe_b64decode(words)
+        return last_word(packed) if kind == END else parsed(zlib.decompress(packed))
+    except (ValueError, zlib.error):
+        return None
+
+
+def last_word(data: bytes) -> dict[str, Any] | None:
+    """Return what a machine said last, None where that is not to be read."""
+    told = parsed(data)
+    return told if told is not None and {"code", "reason"} <= told.keys() else None
 
 
 def every(aws: Aws) -> list[Noted]:
@@ -222,24 +245,49 @@ def every(aws: Aws) -> list[Noted]:
 
     What an earlier version noted stands in no index: the notes of such runs are read one by one.
     """
+    noted, anothers = _index(aws)
+    indexed: dict[str, set[int]] = {}
+    for run, number in noted:
+        indexed.setdefault(run, set()).add(number)
+    runs = {run for run in s3.folders(aws, "runs/") if run != ".all"} | indexed.keys()
+    others = [run for run in runs - anothers if not _is_whole(indexed.get(run, set()))]
+    with ThreadPoolExecutor(s3.WORKERS) as pool:
+        read_ones = list(pool.map(lambda run: _readable(aws, run), others))
+    found = [each for each in noted.values() if each.attempt.run not in others]
+    found += [Noted(attempt) for tried in read_ones for attempt in tried]
+    return sorted(found, key=lambda each: (each.attempt.run, each.attempt.number))
+
+
+def young(aws: Aws) -> list[Noted]:
+    """Return the attempts that AWS may not list yet, by one listing. Raise AwsError."""
+    noted, _ = _index(aws)
+    return [each for each in noted.values() if now() - each.attempt.since < YOUNG]
+
+
+def of_others(aws: Aws) -> list[str]:
+    """Return the runs in the bucket that are other projects'. Raise AwsError."""
+    return sorted(_index(aws)[1])
+
+
+def _index(aws: Aws) -> tuple[dict[tuple[str, int], Noted], set[str]]:
+    """Return the attempts in the index by run and number, and the runs that are another's.
+
+    Raise AwsError.
+    """
     entries: dict[tuple[str, int], list[tuple[str, dict[str, Any], datetime]]] = {}
     for name, item in s3.listing(aws, INDEX).items():
         match = re.fullmatch(rf"([^/]+)/(\d+)\.({NOTE}|{END}|{STATE})\.([\w=-]+)", name)
-        if match:
-            entry = match[3], _read_index(match[3], match[4]), item.modified
+        fields = _read_index(match[3], match[4]) if match else None
+        if match and fields is not None:
+            entry = match[3], fields, item.modified
             entries.setdefault((match[1], int(match[2])), []).append(entry)
-    noted = {key: _noted(*key, told) for key, told in entries.items()}
-    indexed: dict[str, set[int]] = {}
-    for (run, number), each in noted.items():
-        if each is not None:
-            indexed.setdefault(run, set()).add(number)
-    runs = {run for run in s3.folders(aws, "runs/") if run != ".all"} | indexed.keys()
-    others = [run for run in runs if not _is_whole(indexed.get(run, set()))]
-    with ThreadPoolExecutor(s3.WORKERS) as pool:
-        read_ones = list(pool.map(lambda run: attempts(aws, run), others))
-    found = [each for each in noted.values() if each and each.attempt.run not in others]
-    found += [Noted(attempt) for tried in read_ones for attempt in tried]
-    return sorted(found, key=lambda each: (each.attempt.run, each.attempt.number))
+    whose: dict[str, set[str]] = {}
+    for (run, _), told in entries.items():
+        projects = {fields.get("project", "") for kind, fields, _ in told if kind == NOTE}
+        whose.setdefault(run, set()).update(projects)
+    anothers = {run for run, named in whose.items() if named and not named & {"", aws.project}}
+    noted = {key: _noted(told) for key, told in entries.items() if key[0] not in anothers}
+    return {key: each for key, each in noted.items() if each is not None}, anothers
 
 
 def _is_whole(numbers: set[int]) -> bool:
@@ -247,28 +295,49 @@ def _is_whole(numbers: set[int]) -> bool:
     return bool(numbers) and numbers == set(range(1, max(numbers) + 1))
 
 
-def _noted(run: str, number: int, told: list[tuple[str, dict[str, Any], datetime]]) -> Noted | None:
+def _readable(aws: Aws, run: str) -> list[Attempt]:
+    """Return the attempts at a run; none where it is another's, or a note is damaged: it says so.
+
+    That goes to standard error, since standard output may be a document.
+    """
+    try:
+        return attempts(aws, run)
+    except Anothers:
+        return []
+    except Damaged as error:
+        print(f"not shown: {error}", file=sys.stderr, flush=True)
+        return []
+
+
+def _is_ours(aws: Aws, project: str) -> bool:
+    return project in ("", aws.project)
+
+
+def _noted(told: list[tuple[str, dict[str, Any], datetime]]) -> Noted | None:
     """Return what the index says of an attempt, None where its note is not there.
 
     told: kind, words and time of each entry.
     """
-    notes = [(when, fields["written"], fields) for kind, fields, when in told if kind == NOTE]
+    notes = [
+        (when, fields.get("written", ""), fields) for kind, fields, when in told if kind == NOTE
+    ]
     if not notes:
         return None
     _, _, newest = max(notes, key=lambda each: each[:2])  # S3's clock counts seconds
-    fields = {name: value for name, value in newest.items() if name != "written"}
-    fields["price"] = Price(**fields["price"])
-    attempt = Attempt(**({"requests": [], "identity": {}} | fields))
     ends = [(fields, when) for kind, fields, when in told if kind == END]
     states = [fields for kind, fields, _ in told if kind == STATE]
     word, said = max(ends, key=lambda each: each[1], default=(None, None))
-    return Noted(attempt, word, said, _state(states[0]) if states else None)
+    try:
+        attempt = _attempt({"requests": [], "identity": {}} | newest)
+        return Noted(attempt, word, said, _state(states[0]) if states else None)
+    except UNREADABLE:
+        return None
 
 
 def _state(fields: dict[str, Any]) -> State:
     """Return a state as `note_state` noted it."""
     times = {name: fields[name] and datetime.fromisoformat(fields[name]) for name in TIMES}
-    return State(**(fields | times | {"phase": Phase(fields["phase"])}))
+    return State(**_known(State, fields) | times | {"phase": Phase(fields["phase"])})
 
 
 def attempt_key(run: str, number: int, what: str) -> str:
@@ -277,17 +346,43 @@ def attempt_key(run: str, number: int, what: str) -> str:
 
 
 def loads(data: bytes) -> Attempt:
-    """Return the attempt that was noted as `data`."""
-    fields = json.loads(data)
-    fields["price"] = Price(**fields["price"])
-    fields["requests"] = [Request(**request) for request in fields["requests"]]
-    return Attempt(**fields)
+    """Return the attempt that was noted as `data`. Raise UNREADABLE for what is none."""
+    return _attempt(parsed(data) or {})
+
+
+def _attempt(fields: dict[str, Any]) -> Attempt:
+    """Return an attempt of its fields. What a newer version has noted besides is left out."""
+    price = Price(**_known(Price, fields["price"]))
+    requests = [Request(**_known(Request, each)) for each in fields["requests"]]
+    return Attempt(**_known(Attempt, fields) | {"price": price, "requests": requests})
+
+
+def _known(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in fields.items() if name in names}
 
 
 def read(aws: Aws, key: str) -> Attempt | None:
-    """Return the attempt noted under `key`, None where there is none. Raise AwsError."""
+    """Return the attempt noted under `key`, None where there is none.
+
+    Raise Damaged, Anothers, AwsError.
+    """
     entry = s3.read(aws, key)
-    return None if entry is None else loads(entry[0])
+    if entry is None:
+        return None
+    try:
+        attempt = loads(entry[0])
+    except UNREADABLE as error:
+        raise Damaged(
+            f"s3://{aws.bucket}/{key}: this is no note of an attempt; restore an earlier "
+            "version of it, or delete it where nothing of the run is needed"
+        ) from error
+    if not _is_ours(aws, attempt.project):
+        raise Anothers(
+            f"{attempt.run}: in s3://{aws.bucket} this is a run of the project {attempt.project}; "
+            f"give another name=..., or target.project={attempt.project}"
+        )
+    return attempt
 
 
 def attempts(aws: Aws, run: str) -> list[Attempt]:

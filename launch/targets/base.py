@@ -42,9 +42,17 @@ CONSOLES = {
     "aws-eusc": "console.amazonaws-eusc.eu",
 }
 S3 = "s3://"  # begins data.root of pictures that are on S3 already
+TAGS = 45  # at most, of AWS's 50 for one thing
 RUN = 48  # characters of a run's id: leaves room in a job's name for the attempt
 PRICE = "platform.dollars_hour"  # the trainer's setting
 ASKED_NOW = "spot: what AWS asks now"
+
+
+def is_tag(key: str, value: str) -> bool:
+    """Return whether AWS takes a tag."""
+    if len(key) > 128 or len(value) > 256 or key.startswith("aws:"):
+        return False
+    return re.fullmatch(r"[\w .:/=+@-]*", key + value) is not None
 
 
 @dataclass
@@ -67,11 +75,19 @@ class TargetConfig:
     def given_tags(self) -> dict[str, str]:
         """`tags` as a dict. Raise UserError for what is no list of KEY=VALUE."""
         pairs = [pair.partition("=") for pair in (self.tags or "").split(",") if pair]
-        if not all(key.strip() and equals for key, equals, _ in pairs):
+        tags = {key.strip(): value.strip() for key, _, value in pairs}
+        if not all(key.strip() and equals for key, equals, _ in pairs) or len(tags) < len(pairs):
             raise UserError(
-                f"target.tags={self.tags} is not allowed; allowed: KEY=VALUE, several with commas"
+                f"target.tags={self.tags} is not allowed; allowed: KEY=VALUE, several with commas, "
+                "each KEY once"
             )
-        return {key.strip(): value.strip() for key, _, value in pairs}
+        if len(tags) > TAGS or not all(map(is_tag, tags, tags.values())):
+            raise UserError(
+                f"target.tags={self.tags} is not allowed; AWS allows up to {TAGS} beside ours, of "
+                "letters, digits, spaces and _.:/=+-@, keys of up to 128 and values of up to 256 "
+                "characters, and no key that begins with aws:"
+            )
+        return tags
 
     @property
     def groups(self) -> list[str]:

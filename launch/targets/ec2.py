@@ -10,7 +10,6 @@ note of a later attempt (`M.request.json`) ends it without another word. Of seve
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -27,6 +26,7 @@ from launch.targets.attempt import (
     Noted,
     Phase,
     State,
+    last_word,
     now,
 )
 from launch.targets.base import RUN, Spec, Target, fit, tag_values
@@ -63,6 +63,7 @@ from launch.targets.questions import Question, capacity, quota, together, way_to
 from launch.targets.rented import Machines, Rented, rented
 from trainer.common.console import log
 from trainer.common.errors import UserError
+from trainer.common.objects import parsed
 
 NO_IMAGE = "ami-00000000000000000"  # stands in a plan where AWS can't be asked
 
@@ -209,8 +210,9 @@ class Ec2(Target):
             attempt = dataclasses.replace(attempt, id=claimed_by(aws, attempt))
         instance = owner_of(aws, attempt, instance_of(aws, attempt))
         outcome = s3.read(aws, attempt.key_of("json"))
-        if outcome is not None:
-            return ended_with_word(attempt, instance, json.loads(outcome[0]), outcome[1])
+        said = last_word(outcome[0]) if outcome else None
+        if outcome is not None and said is not None:
+            return ended_with_word(attempt, instance, said, outcome[1])
         if instance is None:
             return unlisted(aws, attempt)
         return running(instance) or ended_without_word(aws, attempt, instance)
@@ -288,9 +290,11 @@ class Ec2(Target):
         entry = s3.read(inventory.aws, f"{place}result.json")
         if entry is None:
             return Figures()
-        result = json.loads(entry[0])
+        result = parsed(entry[0])
+        if result is None or "top1" not in result:
+            return Figures()
         lines = s3.read(inventory.aws, f"{place}metrics.jsonl")
-        rows = [json.loads(line) for line in lines[0].splitlines()] if lines else []
+        rows = list(filter(None, map(parsed, lines[0].splitlines()))) if lines else []
         best = [row for row in rows if row.get("epoch") == result.get("best_epoch")]
         valid = next((row["valid_top1"] for row in best if "valid_top1" in row), None)
         return Figures(
@@ -320,11 +324,14 @@ class Ec2(Target):
         for instance in inventory.instances():
             state = running(instance)
             tags = tag_values(instance.get("Tags", []))
-            if instance["State"]["Name"] != "running" or not {"run", "attempt"} <= tags.keys():
+            if instance["State"]["Name"] != "running" or "run" not in tags:
+                continue
+            number = tags.get("attempt", "")
+            if not number.isdecimal():  # nothing that was submitted
                 continue
             if state is None or state.machine_seconds < PATIENCE.total_seconds():
                 continue
-            attempt = inventory.attempts().get((tags["run"], int(tags["attempt"])))
+            attempt = inventory.attempts().get((tags["run"], int(number)))
             if attempt is not None and attempt.instances > 1:
                 if attempt in seen:
                     continue

@@ -1,14 +1,21 @@
 """How an attempt on several EC2 machines is: they begin together, and end together."""
 
 import dataclasses
-import json
 import re
 from datetime import datetime, timedelta
 from typing import Any
 
 from launch.cloud import s3
 from launch.cloud.session import Aws
-from launch.targets.attempt import YOUNG, Attempt, Phase, State, now, seconds_between
+from launch.targets.attempt import (
+    YOUNG,
+    Attempt,
+    Phase,
+    State,
+    last_word,
+    now,
+    seconds_between,
+)
 from launch.targets.ec2_state import (
     NO_CAPACITY,
     PATIENCE,
@@ -179,5 +186,7 @@ def _words(aws: Aws, attempt: Attempt) -> dict[int, tuple[dict[str, Any], dateti
         match = re.fullmatch(rf"{attempt.number}(?:\.(\d+))?\.json", name)
         entry = s3.read(aws, item.key) if match else None
         if match and entry is not None:
-            words[int(match[1] or 0)] = json.loads(entry[0]), entry[1]
+            said = last_word(entry[0])
+            if said is not None:
+                words[int(match[1] or 0)] = said, entry[1]
     return words

@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.cloud import ownership, s3, teardown
 from launch.cloud.logs import NOTEBOOK_GROUP
+from launch.cloud.prices import HOURS_A_MONTH, ML_GB_MONTH
 from launch.cloud.request import Request
 from launch.cloud.session import Aws
 from launch.targets.attempt import UNSEEN, Attempt, Figures, Phase, State, now, seconds_between
@@ -109,10 +110,18 @@ class Notebook(OnSageMaker):
     @classmethod
     def rented(cls, inventory: Inventory) -> Iterator[Rented]:
         for notebook in ownership.owned(inventory.aws, cls.thing):
-            if notebook["NotebookInstanceStatus"] in ("Pending", "InService", "Updating"):
+            name, status = notebook["NotebookInstanceName"], notebook["NotebookInstanceStatus"]
+            if status in ("Pending", "InService", "Updating"):
                 machines = Machines(notebook["InstanceType"], notebook["LastModifiedTime"])
-                name = notebook["NotebookInstanceName"]
                 yield rented("notebook", name, machines, inventory.price_of(machines.instance_type))
+            elif status in ("Stopping", "Stopped", "Failed"):  # its disk is kept
+                which = {"NotebookInstanceName": name}
+                size = inventory.aws.call("sagemaker", "DescribeNotebookInstance", **which)[
+                    "VolumeSizeInGB"
+                ]
+                hours = seconds_between(notebook["CreationTime"], now()) / 3600
+                hour = size * ML_GB_MONTH / HOURS_A_MONTH
+                yield Rented("disk", name, f"{size} GB", hours, hours * hour, hour, None)
 
 
 TARGETS = (Notebook("notebook"),)

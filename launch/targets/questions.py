@@ -135,6 +135,13 @@ def way_to_s3(subnet: str | None, public_ip: bool | None = None) -> Question:
         line = f"{named} ({found[0].vpc}); way to S3: {ways}"
         if len(cut_off) < len(found):
             return Answer(line)
+        if all(each.is_ipv6_only for each in found):
+            return Answer(
+                line,
+                f"a subnet with IPv4: {', '.join(cut_off[:3])} has IPv6 alone, by which S3 and the "
+                "index of packages are not reached: name another target.subnet, or give it NAT64 "
+                f"(DNS64, and a route from {network.NAT64} to a NAT gateway)",
+            )
         return Answer(
             line,
             f"a route to S3 from {', '.join(cut_off[:3])}: give the VPC a gateway endpoint of S3 "

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from launch.cloud import hyperparameters as codec
 from launch.cloud import quotas, source
 from launch.cloud.logs import TRAINING_GROUP, LogReader
-from launch.cloud.ownership import NOT_FOUND
+from launch.cloud.ownership import ENDED, NOT_FOUND
 from launch.cloud.prices import HOURS_A_MONTH, ML_GB_MONTH
 from launch.cloud.registries import registry_of
 from launch.cloud.remedies import DENIED
@@ -54,6 +54,7 @@ ON_STOP = (
 CHECKPOINTS = "/opt/ml/checkpoints"  # as in conf/platform/sagemaker.yaml
 CHANNEL = "training"  # holds the folders train, valid and test
 RUNNING = ("InProgress", "Stopping")  # TrainingJobStatus of what costs money
+STARTING = r"\b(Pending|Updating)\b"  # statuses of a notebook that can't be stopped yet
 NO_CAPACITY = "CapacityError"  # begins FailureReason where SageMaker found no machine free
 # SecondaryStatus of a job that a limit has stopped, in our words.
 ENDS = {
@@ -131,11 +132,23 @@ class OnSageMaker(Target):
         """Return how an attempt is by what SageMaker says of it."""
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
-        if state.detail in ("Stopping", "Pending"):
-            log.info("%s is %s already", attempt.job, state.detail.lower())
+        if state.detail == "Stopping":
+            log.info("%s is stopping already", attempt.job)
             return
         name = {f"{self.thing}Name": attempt.job}
-        if aws.find("sagemaker", f"Stop{self.thing}", NOT_FOUND, **name) is None:
+        try:
+            answer = aws.find("sagemaker", f"Stop{self.thing}", NOT_FOUND, **name)
+        except AwsError as error:
+            if error.code != ENDED:
+                raise
+            if re.search(STARTING, error.message):
+                raise UserError(
+                    f"{attempt.job} still starts, and SageMaker stops nothing that does "
+                    f"({error.message}); start the same command again in some minutes"
+                ) from error
+            log.info("%s has ended meanwhile, or is about to (%s)", attempt.job, error.message)
+            return
+        if answer is None:
             raise UserError(
                 f"{attempt.job}: SageMaker does not list it yet; "
                 "start the same command again in a minute"

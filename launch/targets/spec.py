@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +82,7 @@ def check_target(target: TargetConfig) -> None:
             "allowed: 3 to 20 lower-case letters, digits and -, beginning with a letter"
         )
     for key in target.given_tags:
-        if key in OURS:
+        if key.lower() in map(str.lower, OURS):  # as IAM compares them
             raise UserError(
                 f"target.tags={target.tags}: the tag {key} is Packhorse's own; leave it out"
             )
@@ -186,7 +187,8 @@ def carried(overrides: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Path]]
     for word in overrides:
         key, _, said = word.partition("=")
         path = expanded(said.strip("'\""))
-        setting, is_file = key.lstrip("+"), Path(path).is_file()
+        # Any word may stand here, one that is too long for a path too.
+        setting, is_file = key.lstrip("+"), os.path.isfile(path)  # noqa: PTH113
         if setting == CODE and is_file:
             name = f"{OWN}/{own_code.find(setting, path).digest[:DIGEST]}.py"
             files[name] = Path(path)

@@ -4,20 +4,23 @@ It also shows the dollars spent on repeated work.
 """
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from launch.ceiling import stored
-from launch.cloud.session import Aws
-from launch.targets import attempt as notes
+from launch.cloud import s3
+from launch.cloud.session import Aws, AwsError
 from launch.targets.attempt import Attempt, Phase, State
 from launch.targets.base import of
 from launch.targets.inventory import Inventory
 from launch.targets.spec import choose, names_target, split_overrides
 from launch.verbs.arguments import account_of, run_parser
+from launch.verbs.status import SERVICES, all_runs
 from trainer.common.console import log
-from trainer.common.errors import OK
+from trainer.common.errors import MISTAKE, OK
 from trainer.common.text import dollars
 
 
@@ -42,12 +45,20 @@ class Cost:
     storage_a_month: float  # dollars from now on
 
 
-def of_run(aws: Aws, tried: Sequence[tuple[Attempt, State]]) -> Cost:
-    """Return what a run cost. tried: its attempts in order. Raise AwsError."""
-    last = tried[-1][0]
+def of_run(inventory: Inventory, tried: Sequence[tuple[Attempt, State]]) -> Cost | str:
+    """Return what a run cost, or why that is not known. tried: its attempts in order."""
+    unknown = [state.detail for _, state in tried if state.phase is Phase.UNKNOWN]
+    try:
+        return unknown[0] if unknown else _of_run(inventory, tried)
+    except AwsError as error:
+        return str(error)
+
+
+def _of_run(inventory: Inventory, tried: Sequence[tuple[Attempt, State]]) -> Cost:
+    last, aws = tried[-1][0], inventory.aws
     saves = _saves(aws, last.run)
     spent = sum(attempt.dollars(state) or 0.0 for attempt, state in tried)
-    accuracy = of(last).figures(Inventory(aws), last).accuracy
+    accuracy = of(last).figures(inventory, last).accuracy
     kept = stored(aws, last.run)
     return Cost(
         run=last.run,
@@ -96,14 +107,27 @@ def main(arguments: Sequence[str]) -> int:
     only = None
     if overrides or names_target(targets):
         only = choose(aws, options.run).run
+    aws.prepare(SERVICES)
+    inventory = Inventory(aws)
+    inventory.prefetch()
     tried: dict[str, list[tuple[Attempt, State]]] = {}
-    every = [each.attempt for each in notes.every(aws) if only in (None, each.attempt.run)]
-    for attempt in every:
-        tried.setdefault(attempt.run, []).append((attempt, of(attempt).observe(aws, attempt)))
-    costs = [of_run(aws, attempts) for attempts in tried.values()]
+    for attempt, state in all_runs(inventory, only):
+        tried.setdefault(attempt.run, []).append((attempt, state))
+    with ThreadPoolExecutor(s3.WORKERS) as pool:
+        told = list(pool.map(lambda attempts: of_run(inventory, attempts), tried.values()))
+    costs = [cost for cost in told if isinstance(cost, Cost)]
+    unknown = {run: why for run, why in zip(tried, told, strict=True) if isinstance(why, str)}
     if options.json:
         print(json.dumps([asdict(cost) for cost in costs], indent=2))
-        return OK
+    else:
+        show(costs, tried)
+    for run, why in unknown.items():
+        print(f"not in the sum: {run}: {why}", file=sys.stderr)
+    return MISTAKE if unknown else OK
+
+
+def show(costs: Sequence[Cost], tried: Mapping[str, Sequence[tuple[Attempt, State]]]) -> None:
+    """Print what runs cost, and the sum. tried: the attempts at each."""
     basis = "none"
     for cost in costs:
         basis = tried[cost.run][-1][0].price.basis
@@ -126,7 +150,6 @@ def main(arguments: Sequence[str]) -> int:
         dollars(sum(cost.dollars + cost.storage for cost in costs)),
         basis,
     )
-    return OK
 
 
 def _point(cost: Cost) -> str:

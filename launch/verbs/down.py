@@ -11,11 +11,13 @@ from launch.cloud.account_stack import AccountStack
 from launch.cloud.cloudformation import Stack
 from launch.cloud.confirm import confirmed
 from launch.cloud.logs import SHARED_GROUPS
-from launch.cloud.session import Aws
+from launch.cloud.session import Aws, AwsError
+from launch.targets import attempt as notes
 from launch.targets.spec import aws_of, split_overrides
 from launch.verbs.arguments import add_every
 from trainer.common.console import log
-from trainer.common.errors import FAULT, OK
+from trainer.common.errors import FAULT, OK, UserError
+from trainer.common.text import listed
 
 
 def down(aws: Aws, every: float) -> int:
@@ -24,7 +26,7 @@ def down(aws: Aws, every: float) -> int:
     An earlier, killed `down` may have done some steps already. every: seconds between two checks.
     """
     teardown.end_jobs(aws, every)
-    teardown.end_machines(aws, every)
+    teardown.end_machines(aws, every, unlisted(aws))
     teardown.end_notebooks(aws, every)
     ours = AccountStack(aws, every)
     # The stacks of endpoints use the bucket, so they come first.
@@ -61,13 +63,26 @@ def down(aws: Aws, every: float) -> int:
     return OK
 
 
+def unlisted(aws: Aws) -> list[str]:
+    """Return the machines that were rented of late and EC2 doesn't list yet. Raise AwsError."""
+    if aws.find("s3", "HeadBucket", ownership.NO_BUCKET, Bucket=aws.bucket) is None:
+        return []
+    # EC2 lists for an hour what has ended, which is as long as an attempt is young.
+    known = {each["InstanceId"] for each in ownership.instances(aws)}
+    noted = [each.attempt.id or "" for each in notes.young(aws) if each.word is None]
+    return [id for id in noted if id.startswith("i-") and id not in known]
+
+
 def _is_gone(stack: Stack) -> bool:
     log.info("deleting the stack %s", stack.name)
     return stack.settle() is None
 
 
-def show(aws: Aws) -> None:
-    """Print everything that `down` ends and deletes, and what it leaves. Raise AwsError."""
+def show(aws: Aws, owns: bool | None) -> None:
+    """Print everything that `down` ends and deletes, and what it leaves. Raise AwsError.
+
+    owns: whether the bucket is ours; None: there is none.
+    """
     for kind, what in (("HyperParameterTuningJob", "tuning job"), ("TrainingJob", "training job")):
         jobs = {job[f"{kind}Name"]: job[f"{kind}Status"] for job in ownership.owned(aws, kind)}
         for name, status in jobs.items():
@@ -77,6 +92,8 @@ def show(aws: Aws) -> None:
             log.info("deletes   the records of %d %ss", len(jobs), what)
     for machine in teardown.machines(aws):
         log.info("ends      machine %s (%s)", machine["InstanceId"], machine["InstanceType"])
+    for id in unlisted(aws):
+        log.info("ends      machine %s, which EC2 doesn't list yet", id)
     for volume in teardown.volumes(aws):
         log.info("deletes   disk %s (%d GB)", volume["VolumeId"], volume["Size"])
     for group in teardown.placement_groups(aws):
@@ -93,7 +110,6 @@ def show(aws: Aws) -> None:
             physical = resource.get("PhysicalResourceId")
             if physical and physical not in SHARED_GROUPS:
                 log.info("            %-26s %s", resource["ResourceType"], physical)
-    owns = ownership.owns_bucket(aws)
     if owns:
         count, size = s3.versions(aws)
         log.info(
@@ -118,10 +134,25 @@ def main(arguments: Sequence[str]) -> int:
     add_every(parser, 5, "how often to look whether things have ended")
     options = parser.parse_intermixed_args(rest)
     aws = aws_of(targets)
-    show(aws)
+    owns = ownership.owns_bucket(aws)
+    others = notes.of_others(aws) if owns else []
+    if others:
+        raise UserError(
+            f"s3://{aws.bucket} holds runs of other projects too, which would go with it: "
+            f"{listed(others)}; nothing was changed: let their owners fetch and delete them "
+            "(aws s3 rm --recursive, below runs/RUN and runs/.all/attempts/RUN), then start down "
+            "again"
+        )
+    show(aws, owns)
     if not confirmed(
         f"Delete all of {aws.project} in account {aws.account}, {aws.region}?", options.yes
     ):
         log.info("nothing was changed")
         return OK
-    return down(aws, options.every)
+    try:
+        return down(aws, options.every)
+    except AwsError as error:
+        raise UserError(
+            f"{error}; not all of {aws.project} has ended yet, and what is left costs money: "
+            "start the same down again"
+        ) from error

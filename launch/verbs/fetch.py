@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from trainer.common.errors import FAULT, OK, UserError
 from trainer.common.files import write
 from trainer.common.paths import ARCHIVE, RENTED
 
+# What comes of an archive that isn't one, is cut short, or leads out of its folder.
+DAMAGED = (tarfile.TarError, EOFError, zlib.error)
+
 
 def fetch(aws: Aws, run: str, prefix: str, folder: Path) -> list[Path]:
     """Write a run's files below a key into `folder`; return them.
@@ -39,9 +43,16 @@ def fetch(aws: Aws, run: str, prefix: str, folder: Path) -> list[Path]:
     files = [folder / name for name in objects]
     packed = folder / "output.tar.gz"
     if packed.exists():
-        with tarfile.open(packed) as archive:
-            archive.extractall(folder, filter="data")  # refuses names that lead outside the folder
-            files += [folder / name for name in archive.getnames() if (folder / name).is_file()]
+        try:
+            with tarfile.open(packed) as archive:
+                archive.extractall(folder, filter="data")  # refuses names that lead out of it
+                files += [folder / name for name in archive.getnames() if (folder / name).is_file()]
+        except DAMAGED as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{packed}: the object in S3 is damaged, or no archive of a job ({reason}); "
+                "train once more with submit --again"
+            ) from error
     return files
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from launch.cloud import ownership, s3, teardown
-from launch.cloud.prices import price
+from launch.cloud.prices import GP3_GB_MONTH, HOURS_A_MONTH, price
 from launch.cloud.session import AwsError
 from launch.targets import attempt as notes
 from launch.targets import base, overdue
@@ -48,8 +48,8 @@ def all_rented(inventory: Inventory) -> tuple[list[Rented], list[str]]:
     return rows, [str(answer) for answer in answers if isinstance(answer, AwsError)]
 
 
-def all_runs(inventory: Inventory) -> list[tuple[Attempt, State]]:
-    """Return each attempt and its state. Raise AwsError.
+def all_runs(inventory: Inventory, only: str | None = None) -> list[tuple[Attempt, State]]:
+    """Return each attempt and its state; only: those of one run. Raise AwsError.
 
     The listings give nearly all states. The others are requested in parallel, and ended ones are
     recorded, so that the next `status` needn't ask again. If AWS doesn't tell one now, or not to
@@ -71,14 +71,26 @@ def all_runs(inventory: Inventory) -> list[tuple[Attempt, State]]:
         return attempt, state
 
     with ThreadPoolExecutor(s3.WORKERS) as pool:
-        return list(pool.map(look, inventory.noted()))
+        every = inventory.noted()
+        return list(pool.map(look, [each for each in every if only in (None, each.attempt.run)]))
 
 
 def _disks(inventory: Inventory) -> Iterator[Rented]:
-    for volume in teardown.volumes(inventory.aws):
+    """Yield disks that cost money though no machine runs with them."""
+    stopped: set[str] = set()
+    with contextlib.suppress(AwsError):  # `rented` says why
+        stopped = {
+            each["InstanceId"]
+            for each in inventory.instances()
+            if each["State"]["Name"] in ("stopping", "stopped")
+        }
+    for volume in teardown.volumes(inventory.aws, stopped):
+        name, size = volume["VolumeId"], f"{volume['Size']} GB"
+        if volume["State"] != "available":
+            size += f" of {volume['Attachments'][0]['InstanceId']}"
+        hour = volume["Size"] * GP3_GB_MONTH / HOURS_A_MONTH
         hours = seconds_between(volume["CreateTime"], now()) / 3600
-        size = f"{volume['Size']} GB"
-        yield Rented("disk", volume["VolumeId"], size, hours, None, None, None)
+        yield Rented("disk", name, size, hours, hours * hour, hour, None)
 
 
 def _endpoints(inventory: Inventory) -> Iterator[Rented]:
@@ -119,22 +131,26 @@ def main(arguments: Sequence[str]) -> int:
     else:
         overdue.warn(inventory, targets)
     costs_now, unknown = all_rented(inventory)
+    why = ""  # the runs are not known
     try:
         tried = all_runs(inventory)
     except AwsError as error:
         if not costs_now:
             raise
-        tried, unknown = [], [str(error), *unknown]
+        tried, why = [], str(error)
     if options.json:
         document = {
             "runs": [_as_json(*entry) for entry in tried],
             "costs_now": [asdict(row) for row in costs_now],
-            "not_known": unknown,
+            "not_known": [*filter(None, [why]), *unknown],
         }
         print(json.dumps(document, indent=2))
         return OK
     log.info("runs of %s in account %s, %s", aws.project, account, aws.region)
-    show_runs(tried)
+    if why:
+        log.warning("  not known: %s", why)
+    else:
+        show_runs(tried)
     log.info("costs money now")
     show_costs(costs_now)
     for line in unknown:

@@ -26,7 +26,8 @@ What the layer adds to moto 5.2:
   account's number and the region;
 - on request (`/strict/rude`) it answers the next so many calls as a network or AWS on a bad day:
   a connection that drops, a page in HTML with status 200, a token that has expired, a throttled or
-  a denied call, an internal error, of all operations or of one;
+  a denied call, an internal error, of all operations or of one, or only where a listing goes on;
+- on request (`/strict/pages`) each listing comes in pages of so many, and more of them;
 - the role of a stack that was just made is not there yet for as many calls as a test says
   (`/strict/slow_iam`);
 - RunInstances has no machine of a kind, in a zone, spot or on demand, as a test says
@@ -39,6 +40,7 @@ What the layer adds to moto 5.2:
 - spot machines have a price;
 - instances end as a test says, with AWS's reasons (`/strict/end_instance`), and are as old as it
   says (`/strict/age`);
+- IAM Identity Center lends credentials for a minute to whoever has a token (`aws sso login`);
 - on request it kills the client at its Nth call, before the call reaches AWS or after AWS has
   carried it out (`/strict/kill`). A client says who it is by AWS_SDK_UA_APP_ID=pid-PID.
 
@@ -60,6 +62,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -72,6 +75,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 
 os.environ |= {"MOTO_ENABLE_AMI_VALIDATION": "1", "MOTO_EC2_ENABLE_INSTANCE_TYPE_VALIDATION": "1"}
 
+import botocore.exceptions
 import botocore.session
 from botocore.model import OperationModel
 from moto.backends import get_backend
@@ -101,6 +105,10 @@ LISTED_QUOTAS = [
         )
     )
 ]
+# What a service answers to too many calls, where it isn't a ThrottlingException.
+THROTTLES = {"ec2": "RequestLimitExceeded", "s3": "SlowDown", "cloudformation": "Throttling"}
+# What a client sends with to get what follows a first page.
+CONTINUED = {"NextToken", "nextToken", "ContinuationToken", "KeyMarker", "Marker"}
 PRICES = json.loads(
     (Path(__file__).parents[2] / "launch/cloud/prices.json").read_text(encoding="utf-8")
 )["regions"][REGION]["hours"]
@@ -130,7 +138,9 @@ class Strict:
         self._script_tags: dict[str, list[dict[str, str]]] = {}  # by ARN
         self._refuse: dict[str, tuple[str, str]] = {}
         self._kill: dict[str, Any] = {"call": 0, "when": "before"}
-        self._rude: list[tuple[str, str]] = []  # how, and of which operation: the next answers
+        # How, of which operation, and whether only of what follows a first page: the next answers.
+        self._rude: list[tuple[str, str, bool]] = []
+        self._page = 0  # of how many things a page of a listing is; 0: as the caller asks
         self._slow_iam = 0
         self._sold_out: dict[str, str] = {}  # what fits TYPE ZONE MARKET -> AWS's code
         self._asked: dict[str, float] = {}  # dollars an hour by service, in the Price List
@@ -152,6 +162,8 @@ class Strict:
         environ["wsgi.input"] = io.BytesIO(body)
         if path.startswith("/moto-api"):
             return self._moto(environ, start)
+        if path == "/federation/credentials":  # IAM Identity Center's, whose calls nobody signs
+            return _answer(start, "200 OK", json.dumps({"roleCredentials": _lent()}).encode())
         with self._lock:
             if path.startswith("/strict/"):
                 answer = getattr(self, path.removeprefix("/strict/"))(**json.loads(body or b"{}"))
@@ -170,14 +182,22 @@ class Strict:
             "client": int(client[1]) if client else None, "status": None,
         }  # fmt: skip
         self._named = client is not None
+        if client is not None and self._page:
+            parameters = _in_pages(environ, service, operation, parameters, self._page)
         doomed = client is not None and self._kill["call"] == self._number
         if doomed and self._kill["when"] == "before":
             self._write(entry)
             os.kill(int(client[1]), signal.SIGKILL)
             return _answer(start, "500 Killed", b"")
-        rude = [each for each in self._rude if each[1] in ("", operation)]
+        later = bool(parameters.keys() & CONTINUED)
+        rude = [each for each in self._rude if each[1] in ("", operation) and each[2] <= later]
         if client is not None and rude:
             self._rude.remove(rude[0])
+            if rude[0][0] == "drop":
+                self._write(entry)
+                # werkzeug alone would keep it open, and the client would wait for its answer.
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                raise ConnectionResetError("the network is gone")
             return self._rudely(rude[0][0], entry, service, start)
         status: list[Any] = []
 
@@ -212,15 +232,13 @@ class Strict:
     ) -> Iterable[bytes]:
         """Answers a call that AWS never sees, or will not serve now."""
         self._write(entry)
-        if how == "drop":
-            raise ConnectionResetError("the network is gone")  # werkzeug closes the connection
         if how == "html":
             page = b"<html><body>Welcome! Accept our terms to go on.</body></html>"
             return _answer(start, "200 OK", page, "text/html; charset=utf-8")
         asked = f"{service}:{entry['operation']} on resource: *"
         codes = {
             "expire": ("ExpiredToken", "The provided token has expired."),
-            "throttle": ("ThrottlingException", "Rate exceeded"),
+            "throttle": (THROTTLES.get(service, "ThrottlingException"), "Rate exceeded"),
             "deny": ("AccessDenied", f"User is not authorized to perform: {asked}"),
             "fault": ("InternalError", "We encountered an internal error"),
         }
@@ -265,9 +283,16 @@ class Strict:
         if not code:  # no longer
             del self._refuse[operation]
 
-    def rude(self, how: str, answers: int, operation: str = "") -> None:
-        """Answers the next so many calls of clients with a name badly. how: see `_rudely`."""
-        self._rude += [(how, operation)] * answers
+    def rude(self, how: str, answers: int, operation: str = "", later: bool = False) -> None:
+        """Answers the next so many calls of clients with a name badly.
+
+        how: see `_rudely`. later: only those that ask for more of a listing.
+        """
+        self._rude += [(how, operation, later)] * answers
+
+    def pages(self, size: int) -> None:
+        """Lists so many things in a page, whatever is asked for; 0: as it is."""
+        self._page = size
 
     def left(self) -> dict[str, int]:
         """How many answers are still to be bad."""
@@ -694,6 +719,16 @@ class Strict:
         return answer
 
     def _ListTags(self, parameters, region, forward, start) -> list[bytes]:
+        """Of what is gone there are none; moto ends in an error of its own."""
+        backend = get_backend("sagemaker")[ACCOUNT][region]
+        kind, _, name = parameters.get("ResourceArn", "").rpartition(":")[2].partition("/")
+        things = {
+            "training-job": backend.training_jobs,
+            "hyper-parameter-tuning-job": backend.hyper_parameter_tuning_jobs,
+            "notebook-instance": backend.notebook_instances,
+        }
+        if kind in things:
+            _known(things[kind], name)
         if ":notebook-instance-lifecycle-config/" not in parameters.get("ResourceArn", ""):
             return forward()
         return _answer(
@@ -1008,6 +1043,13 @@ class Strict:
         )
 
 
+def _lent() -> dict[str, Any]:
+    """Return credentials that are renewed with each call: they are about to expire."""
+    soon = utcnow().timestamp() + 60
+    names = ("accessKeyId", "secretAccessKey", "sessionToken")
+    return dict.fromkeys(names, "testing") | {"expiration": round(1000 * soon)}
+
+
 def _needs(role: str, output: str, parameters: dict[str, str], region: str) -> None:
     """Refuses a job whose role, bucket or code is not there."""
     _role(role)
@@ -1122,6 +1164,35 @@ def _refusal(
     else:
         return _answer(start, status, json.dumps({"__type": code, "message": message}).encode())
     return _answer(start, status, text.encode(), "text/xml")
+
+
+def _in_pages(
+    environ: WSGIEnvironment, service: str, operation: str, parameters: dict[str, Any], size: int
+) -> dict[str, Any]:
+    """Return a listing's parameters with so many things a page, which its request then asks for."""
+    name = _limit(service, operation)
+    if name is None:
+        return parameters
+    body = environ["wsgi.input"].read()
+    if service == "s3":
+        environ["QUERY_STRING"] += f"&max-keys={size}"
+    elif service == "ec2":
+        body += f"&{name}={size}".encode()
+    else:
+        body = json.dumps(parameters | {name: size}).encode()
+    environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+    return parameters | {name: size}
+
+
+@cache
+def _limit(service: str, operation: str) -> str | None:
+    """Return the parameter of an operation that says how long a page is, by botocore's model."""
+    session = botocore.session.get_session()
+    try:
+        limit = session.get_paginator_model(service).get_paginator(operation).get("limit_key")
+    except (ValueError, botocore.exceptions.DataNotFoundError):
+        return None
+    return None if limit is None else str(limit)
 
 
 def understand(environ: WSGIEnvironment, body: bytes) -> tuple[str, str, str, dict[str, Any]]:

@@ -163,6 +163,10 @@ class Forked:
             os.kill(self._pid, signal.SIGKILL)
             wait_for(self._ended)
 
+    def so_far(self) -> str:
+        """What it has printed by now."""
+        return os.pread(self._output.fileno(), 2**20, 0).decode()
+
     def communicate(self, timeout: float = 600) -> tuple[str, str]:
         """Wait for its end; return all that it has printed."""
         ended = wait_for(self._ended, timeout)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ BUCKET = f"{PROJECT_NAME}-{ACCOUNT}-{REGION}"
 SIMULATOR = "@cloud-copilot/iam-simulate"  # its version: tests/launch/npm
 OURS = {"aws:ResourceTag/project": PROJECT_NAME}
 SERVICE_CALLS = Path(__file__).with_name("service_calls.yaml")
+
+
+# Whose the bucket is that is asked for, which S3 tells with each request.
+IN_ACCOUNT = {"aws:ResourceAccount": ACCOUNT}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def service_side(part: str) -> list[Ask]:
         Ask(
             ask["action"],
             ask["resource"].replace("BUCKET", BUCKET),
-            ask.get("context", {}),
+            ask.get("context", {}) | (IN_ACCOUNT if ask["action"].startswith("s3:") else {}),
             entry["by"],
         )
         for entry in yaml.safe_load(SERVICE_CALLS.read_text()).get(part, [])
@@ -632,7 +637,7 @@ NUMBERED = re.compile(
 
 def beyond(rights: dict[str, Any], ask: Ask) -> Iterator[Ask]:
     """The same call outside of each thing that bounds it: another's, or with another value."""
-    conditions = _conditions(rights, ask.action)
+    conditions = _conditions(rights, ask)
     for key, value in ask.context.items():
         if ("Null", key.lower()) in conditions:
             less = {name: each for name, each in ask.context.items() if name != key}
@@ -649,12 +654,13 @@ def beyond(rights: dict[str, Any], ask: Ask) -> Iterator[Ask]:
             yield Ask(ask.action, ":".join([*start, other]), ask.context)
 
 
-def _conditions(rights: dict[str, Any], action: str) -> set[tuple[str, str]]:
-    """What bounds an action: tests, and the context keys that they are of."""
+def _conditions(rights: dict[str, Any], ask: Ask) -> set[tuple[str, str]]:
+    """What bounds a call, beside its resource: tests, and the context keys that they are of."""
     return {
         (test, key.lower())
         for statement in rights["Statement"]
-        if action in _listed(statement["Action"])
+        if ask.action in _listed(statement["Action"])
+        and any(fnmatchcase(ask.resource, each) for each in _listed(statement["Resource"]))
         for test, keys in statement.get("Condition", {}).items()
         for key in keys
     }

@@ -115,12 +115,18 @@ def test_a_bucket_of_ones_own_is_never_made_nor_emptied(account):
 MISTAKES = {
     ("target=ec2", "target.tags=team"): "KEY=VALUE",
     ("target=ec2", "target.tags=project=other"): "Packhorse's own",
+    ("target=ec2", "target.tags=Project=other"): "Packhorse's own",
+    ("target=ec2", "target.tags=team=a,team=b"): "each KEY once",
+    ("target=ec2", "target.tags=aws:team=a"): "begins with aws:",
+    ("target=ec2", f"target.tags={'k' * 129}=a"): "keys of up to 128",
+    ("target=ec2", "target.tags=" + ",".join(f"k{n}=v" for n in range(46))): "up to 45",
+    ("target=ec2", "target.tags=team=<b>"): "letters, digits, spaces",
     ("target=sagemaker", "target.subnet=subnet-1"): "takes both or none",
     ("target=notebook", "target.security_groups=sg-1"): "takes both or none",
 }
 
 
-@pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
+@pytest.mark.parametrize("words", MISTAKES, ids=lambda words: " ".join(words)[:60])
 def test_what_does_not_go_together_is_refused(words):
     with pytest.raises(UserError, match=MISTAKES[words]):
         load_target(words)

@@ -11,6 +11,7 @@ import pytest
 from launch.cloud import quotas
 from launch.readiness import clock
 from launch.targets.base import NAMES
+from launch.targets.questions import Answer, way_to_s3
 from tests.conftest import make_pictures
 from tests.launch.conftest import Cloud, founded
 from trainer.common.errors import MISTAKE, OK
@@ -91,6 +92,38 @@ def test_a_network_without_a_way_to_s3_is_missing(cloud):
     assert "way to S3: none" in printed and "create-vpc-endpoint" in printed
     printed = plan(cloud, "target=ec2", "target.subnet=subnet-0123456789abcdef0")
     assert "us-east-1 has no such subnet" in printed
+
+
+SUBNET = {"SubnetId": "subnet-1", "AvailabilityZone": "us-east-1a", "VpcId": "vpc-1"}
+TRANSIT = {"TransitGatewayId": "tgw-1"}
+ROUTES = {
+    "a NAT or transit gateway": [{"DestinationCidrBlock": "0.0.0.0/0"} | TRANSIT],
+    "none": [{"DestinationCidrBlock": "10.0.0.0/8"} | TRANSIT],
+    "the internet": [{"DestinationCidrBlock": "0.0.0.0/0", "GatewayId": "igw-1"}],
+    "an endpoint of S3": [{"DestinationPrefixListId": "pl-1", "GatewayId": "vpce-1"}],
+}
+IPV6 = {"DestinationIpv6CidrBlock": "::/0", "GatewayId": "igw-1"}
+NAT64 = {"DestinationIpv6CidrBlock": "64:ff9b::/96", "NatGatewayId": "nat-1"}
+
+
+def way(routes: list[dict], **subnet: object) -> Answer:
+    """What is said of a subnet with these routes."""
+    table = {"VpcId": "vpc-1", "Associations": [{"Main": True}], "Routes": routes}
+    found = {"Subnets": [SUBNET | {"MapPublicIpOnLaunch": True} | subnet], "RouteTables": [table]}
+    aws = SimpleNamespace(pages=lambda _, __, key, **___: found[key], region="us-east-1")
+    return way_to_s3("subnet-1").ask(aws)
+
+
+@pytest.mark.parametrize("led", ROUTES)
+def test_a_way_to_the_company_alone_is_none_to_s3(led):
+    told = way(ROUTES[led])
+    assert told.line.endswith(f"way to S3: {led}") and (told.missing is not None) is (led == "none")
+
+
+def test_a_subnet_with_ipv6_alone_is_named():
+    told = way([IPV6], Ipv6Native=True)
+    assert "has IPv6 alone" in str(told.missing) and "NAT64" in str(told.missing)
+    assert way([IPV6, NAT64], Ipv6Native=True).missing is None
 
 
 READ = [

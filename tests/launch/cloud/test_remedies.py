@@ -31,6 +31,8 @@ EXAMPLES = [
     ("InvalidClientTokenId", "", "aws account enable-region"),
     ("AuthFailure", "AWS was not able to validate the provided credentials", "does not know these"),
     ("AccessDenied", "MultiFactorAuthentication failed with invalid MFA one time", "the next one"),
+    ("ValidationError", "Stack [x] already exists and cannot be created again", "same stack now"),
+    ("OperationNotPermitted", "Modify its 'disableApiTermination' attribute", "--no-disable-api"),
     ("RegionDisabledException", "", "is not enabled for this account"),
     ("OptInRequired", MARKET, "accept the image's terms"),
     ("OptInRequired", "You are not subscribed to this service", "is not yet activated"),

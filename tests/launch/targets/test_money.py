@@ -311,6 +311,40 @@ def test_a_run_goes_on_by_its_name_alone(account, tmp_path):
     assert noted["ceiling"] == 9 and noted["words"]["target"]["disk_gb"] == 120
 
 
+def test_an_image_that_is_withdrawn_between_plan_and_submit_is_named(account):
+    own = account.client("ec2").register_image(Name="own", RootDeviceName="/dev/sda1")["ImageId"]
+    words = ["target=ec2", "name=withdrawn"]
+    code, printed = account.launch("plan", *words, f"target.image={own}")
+    assert code == OK, printed
+    code, message = "InvalidAMIID.NotFound", f"The image id '[{own}]' does not exist"
+    account.post("/strict/refuse", operation="RunInstances", code=code, message=message)
+    result, printed = account.launch("submit", *words, f"target.image={own}")
+    assert result == MISTAKE and code in printed, printed
+    assert "correct target.image, or leave it out" in printed
+    assert len(sent(account, "RunInstances", own)) == 1, "no other zone has it"
+    assert account.launch("submit", *words)[0] == OK
+    [machine] = machines(account, "withdrawn")
+    assert machine["ImageId"] != own
+
+
+@pytest.mark.parametrize("code", ["InvalidAMIID.NotFound", "InvalidAMIID.Unavailable"])
+def test_an_image_that_is_withdrawn_before_a_replacement_ends_the_wait_and_not_the_run(
+    account, code
+):
+    run = f"image-{code.rpartition('.')[2].lower()}"
+    words = ["submit", "target=ec2", "target.spot=true", f"name={run}"]
+    process = account.start(*words, "--wait", "--every", "0.1")
+    assert wait_for(lambda: len(machines(account, run)) == 1, 120)
+    account.post("/strict/refuse", operation="RunInstances", code=code, message="The image id")
+    reclaim(account, run, 1)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == MISTAKE and code in printed, printed
+    assert "submit is given all its settings again" in printed and "Traceback" not in printed
+    code, printed = account.launch(*words)
+    assert code == OK and "sent attempt 2" in printed, printed
+    assert [each["State"]["Name"] for each in machines(account, run)] == ["terminated", "running"]
+
+
 # --- the reason of an end ---
 
 

@@ -50,6 +50,7 @@ mount -t overlay overlay -o "lowerdir=/opt,upperdir=$1/ram/upper,workdir=$1/ram/
 mkdir -p /opt/dlami/nvme
 mount --bind "$1/nvme" /opt/dlami/nvme
 mount --bind "$1/log" /var/log
+[ -z "${FULL:-}" ] || { mount -t tmpfs -o size=8k tmpfs /var/log; ! yes 2>&1 >/var/log/other; }
 mount --bind "$1/lib" /var/lib
 exec bash "$2"
 """
@@ -265,6 +266,7 @@ def broken(
         "limited": (make_spec(run="limited", code=code, hours=10 / 3600), {"PYTHON": str(deaf)}),
         "unwanted": (make_spec(run="unwanted", code=code), {"PYTHON": str(endless)}),
         "unconnected": (make_spec(run="unconnected", code=code), unreachable),
+        "full": (make_spec(run="full", code=code), {"PYTHON": "/bin/false", "FULL": "yes"}),
     }
     return {
         run: Machine(root / run, ec2_request.user_data(spec), cloud.url, **environment)
@@ -405,6 +407,17 @@ def test_it_stops_when_asked(broken: dict[str, Machine], bucket: Bucket) -> None
         "reason": "asked to stop",
     }
     assert "stopping: asked to stop" in bucket.text("runs/unwanted/log.txt")
+
+
+def test_with_a_full_disk_it_still_says_how_it_ended(
+    broken: dict[str, Machine], bucket: Bucket
+) -> None:
+    """No line of its log was written."""
+    assert broken["full"].wait().shutdowns == ["-h +480", "-h now"]
+    outcome = bucket.outcome("full")
+    assert (outcome["attempt"], outcome["reason"]) == (1, "failed") and outcome["code"]
+    assert bucket.text("runs/full/log.txt") == ""
+    assert "No space left on device" in broken["full"].console.read_text()
 
 
 def test_without_s3_it_still_shuts_down(broken: dict[str, Machine]) -> None:

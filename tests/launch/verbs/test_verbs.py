@@ -479,6 +479,42 @@ def test_a_stopped_notebook_is_started_again(account):
     assert "StartNotebookInstance" in [call["operation"] for call in account.calls()[before:]]
 
 
+def test_a_notebook_that_sagemaker_stops_already_is_stopped(account):
+    """Its description may be late: the second Stop is refused, and is done all the same."""
+    account.launch("submit", "target=notebook")
+    name = "packhorse-notebook-1"
+    refusal = f"Status (Stopping) not in ([InService]). Unable to transition {name}"
+    account.post(
+        "/strict/refuse", operation="StopNotebookInstance", code="ValidationException",
+        message=refusal,
+    )  # fmt: skip
+    code, printed = account.launch("stop", "notebook")
+    assert code == OK and "has ended meanwhile, or is about to" in printed, printed
+    # One that starts can't be stopped, and is not said to be.
+    account.post("/strict/starting", notebook=name, answers=1)
+    code, printed = account.launch("stop", "notebook")
+    assert code == MISTAKE and "Status (Pending)" in printed and "in some minutes" in printed
+    account.client("sagemaker").list_notebook_instances()  # it has started
+    account.client("sagemaker").list_notebook_instances()
+    account.post(
+        "/strict/refuse", operation="StopNotebookInstance", code="ValidationException",
+        message=refusal,
+    )  # fmt: skip
+    code, printed = account.launch("delete", "notebook", "--yes", "--every", "0.05")
+    assert code == OK and f"{name} is deleted" in printed, printed
+    assert account.launch("submit", "target=notebook")[0] == OK
+
+
+def test_a_job_that_ends_before_it_is_stopped_has_ended(account):
+    assert account.launch("submit", "target=sagemaker", "name=race")[0] == OK
+    account.post(
+        "/strict/refuse", operation="StopTrainingJob", code="ValidationException",
+        message="The request was rejected because the training job is in status Completed.",
+    )  # fmt: skip
+    code, printed = account.launch("stop", "race")
+    assert code == OK and "packhorse-race-1 has ended meanwhile" in printed, printed
+
+
 def test_the_notebook_becomes_what_is_asked_for_is_opened_and_deleted(cloud):
     cloud.launch("up", "--yes", "--every", "0.05")
     submit = ("submit", "target=notebook", "target.disk_gb=30", "target.idle_minutes=30")
