@@ -201,7 +201,7 @@ def test_an_archive_that_no_job_has_left_is_one_line(account, tmp_path, content)
     key = "runs/packed/output/packhorse-packed-1/output/output.tar.gz"
     account.client("s3").put_object(Bucket=BUCKET, Key=key, Body=content)
     code, printed = account.launch("fetch", "packed", cwd=tmp_path)
-    assert code == MISTAKE and "no archive that a job leaves" in printed, printed
+    assert code == MISTAKE and "no archive of a job" in printed, printed
     assert "Traceback" not in printed and not (tmp_path.parent / "out").exists()
 
 

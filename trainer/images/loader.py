@@ -143,8 +143,8 @@ class ImageLoader:
     workers: int
     pin: bool = False
     read: Reader | None = None  # None: decodes
-    # Views of each image, which the epochs take in turn: the plain one, and random ones. None: a new
-    # random one each epoch.
+    # Views of each image, which the epochs take in turn: the plain one, and random ones. None: each
+    # epoch has a new random one.
     views: int | None = None
     share: Share = Share()  # noqa: RUF009 - frozen
     balanced: bool = False  # whether an epoch has as many images of each class
