@@ -422,7 +422,7 @@ def propose(
         and not config.data.augment.mixup + config.data.augment.cutmix
     ):
         lines.append(
-            "model.cached_views=4: the frozen backbone would run once for each of 4 views, "
+            "model.cached_views=2: the frozen backbone would run once for each of 2 views, "
             "and not in every epoch"
         )
     if measured.wait > WAITING:

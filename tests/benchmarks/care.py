@@ -36,7 +36,7 @@ scikit-image and scikit-learn), whole and cut into 2 x 2, 3 x 3, ... parts until
 enough, {LONGEST} pixels on the longer side: no two share more than 45 % of their area, but more
 of them than among photos are blurred or empty. "False" are groups of pictures that were not made
 from one. The run is `python -m trainer` with an ImageNet-pretrained EfficientNet-Lite0, frozen,
-at {SIDE} px, and the default of four cached views; what it spends on care is timed inside it.
+at {SIDE} px, and the default number of cached views; what it spends on care is timed inside it.
 
 Wrong labels: {NOISE:.0%} of all labels are changed to another class at random, or to the class
 that is most like it, at 224 px, in 20 draws (of clothes 3). Only whole photos are taken: of two

@@ -23,12 +23,13 @@ from trainer.network.build import Classifier
 
 TITLE = "Where the time goes"
 NETWORK, SIZE, EPOCHS, PARTS = "resnet18", 224, 3, ("frozen", "fine-tuned", "from scratch")
+VIEWS = 2  # of model.cached_views
 STEP = 3.0  # forward passes that a training step costs
 NOTE = f"""The wall time of whole commands by the run's own clock (`stages` of result.json), in the
 threads that the last line names: {NETWORK} at {SIZE} px on photos of ~500x375
 ({frozen.TRAIN} + {frozen.VALID} + {frozen.VALID}), nothing cached. Frozen: `model.freeze=backbone`,
-20 epochs of the head on four cached views. Fine-tuned and from scratch: {EPOCHS} epochs of all
-layers, the latter of small_cnn at 64 px. Random weights; they don't change the time.
+20 epochs of the head on {VIEWS} cached views, the default. Fine-tuned and from scratch: {EPOCHS}
+epochs of all layers, the latter of small_cnn at 64 px. Random weights; they don't change the time.
 
 The limit is what the part's own work takes here by itself: "start" a process that imports PyTorch
 and torchvision; "scan" the SHA-256 of all files and decoding each picture once with Pillow;
@@ -95,7 +96,7 @@ def least_of(job: str, network: Classifier, size: int, limits: Limits) -> Mappin
     scanned = limits.scan + (train + 2 * others) * limits.decode
     least = {"start": limits.start, "scan": scanned, "package": export(network, size)}
     if job == "frozen":
-        least["features"] = (4 * train + others) * forward
+        least["features"] = (VIEWS * train + others) * forward
         least["test"] = tested + train * forward  # the classes' mean features
         return least
     least["training"] = EPOCHS * (STEP * train + others) * forward

@@ -108,7 +108,7 @@ def test_settings_that_cost_time_are_pointed_out(tmp_path, pictures):
     assert code == 0, said
     assert "left out: 1 that can't be used, 1 loose (in no class folder)\n" in said
     assert not list(tmp_path.rglob("quarantine.txt"))
-    assert "model.cached_views=4" in said and "train.channels_last=true" in said
+    assert "model.cached_views=2" in said and "train.channels_last=true" in said
     assert (
         facts(said)["packed pixels"] == "none"
         and ".aws/credentials" in facts(said)["AWS credentials"]

@@ -562,7 +562,7 @@ def test_a_box_is_a_machine_with_a_shell_a_limit_and_a_price(account):
     assert code == OK and instance_of(account, "shell")[0]["State"]["Name"] == "terminated"
     code, printed = account.launch("connect", "shell")
     assert code == MISTAKE and "start it first" in printed
-    code, printed = account.launch("delete", "box", "--yes")
+    code, printed = account.launch("delete", "shell", "--yes")
     assert code == MISTAKE and "nothing of it costs money" in printed
 
 

@@ -173,7 +173,7 @@ def test_an_interrupted_extraction_goes_on_to_the_same_features(tmp_path, feed, 
 def test_blocks_that_were_not_safe_on_disk_are_computed_again(tmp_path, feed, monkeypatch):
     monkeypatch.setattr(features, "BATCH", 8)
     whole = extract(frozen_network(), feed, tmp_path)
-    (sums,) = tmp_path.rglob("train-1.sums")
+    (sums,) = tmp_path.rglob("train-0.sums")
     data = sums.with_suffix(".f32")
     # As after a power cut: the file has its length, but only its beginning is said to be safe.
     sums.write_bytes(sums.read_bytes().splitlines(keepends=True)[0])
@@ -270,7 +270,7 @@ HARMS = {
 }
 
 
-@pytest.mark.parametrize("name", ["train-1.f32", "train-1.sums", "valid-plain.f32"])
+@pytest.mark.parametrize("name", ["train-0.f32", "train-0.sums", "valid-plain.f32"])
 @pytest.mark.parametrize("harm", HARMS)
 def test_damaged_features_are_computed_again(tmp_path, feed, monkeypatch, name, harm):
     monkeypatch.setattr(features, "BATCH", 8)

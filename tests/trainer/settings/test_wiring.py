@@ -127,7 +127,7 @@ WIRES = (
     ),
     Wire("model.freeze=backbone", {"rates", "files"} | SEEN, PRETRAINED, {"rates": [[]] * 6}),
     Wire("model.head_hidden=8", {"first weights", "head"} | LEARNT),
-    Wire("model.cached_views=1", {"pixels kept"} | SEEN - {"means"}, HEAD),
+    Wire("model.cached_views=1", {"pixels kept", "files"} | SEEN - {"means"}, HEAD),
     Wire("model.unfreeze_epochs=1", {"rates"} | LEARNT, PRETRAINED),
     Wire("model.norm_stats=update", LEARNT, PRETRAINED),
     Wire("model.mean=[0.25,0.5,0.75]", {"mean"} | LEARNT, shows={"mean": [0.25, 0.5, 0.75]}),
