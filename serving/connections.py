@@ -77,11 +77,8 @@ class Connections:
         self._next_turn = max(self._next_turn, loop.time()) + TURN_SECONDS
         loop.call_at(self._next_turn, go)
 
-    def make_room(self, short: OSError) -> bool:
-        """Close one where no other can be accepted, and say so now and then.
-
-        Return whether there was one to close.
-        """
+    def make_room(self, short: OSError) -> None:
+        """Close one where no other can be accepted, and say so now and then."""
         if time.monotonic() > self._said + SAY_AGAIN:
             self._said = time.monotonic()
             log.error(
@@ -89,10 +86,10 @@ class Connections:
                 "allow more files with ulimit -n, or fewer --connections",
                 os.strerror(short.errno or errno.EMFILE),
             )
-        return self._close_one()
+        self._close_one()
 
-    def _close_one(self) -> bool:
-        """Close the one that has been silent for longest, and return whether there was one.
+    def _close_one(self) -> None:
+        """Close the one that has been silent for longest.
 
         Those between two requests come first, then those whose body isn't whole.
         """
@@ -101,8 +98,7 @@ class Connections:
                 if is_free(connection):
                     del self._all[connection]
                     connection.transport.abort()
-                    return True
-        return False
+                    return
 
 
 class _Ahead(Exception):

@@ -66,11 +66,11 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say where. sockets: one."""
-        await super().startup([])
         assert sockets
         [self._listener] = sockets
         self._listener.setblocking(False)
         self._listener.listen(BACKLOG)
+        await super().startup([])
         self._accept_on()
         self._keep(self._app.connections.watch())
         self.config.port = self._listener.getsockname()[1]
