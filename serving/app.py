@@ -123,7 +123,6 @@ class App:
         self, package: Package, engine: Engine, settings: Settings, hosts: frozenset[str]
     ) -> None:
         """Make it. hosts: names that it goes by; none: any."""
-        self.draining = False
         self.connections = Connections(settings.connections)
         self._engine, self._settings, self._hosts = engine, settings, hosts
         self._slots = Slots(settings.queue)
@@ -193,7 +192,7 @@ class App:
         elif path == "/metrics":
             kind = {"Content-Type": CONTENT_TYPE_LATEST}
             await self._send(send, 200, generate_latest(REGISTRY), kind)
-        elif self.draining:
+        elif self.connections.draining:
             await self._send(send, 503, b'{"status": "draining"}', RETRY)
         elif self._engine.hangs(self._settings.seconds):
             await self._send(send, 503, b'{"status": "every decoder hangs"}', RETRY)
@@ -337,7 +336,7 @@ class App:
         }
         if status == 204:
             del sent["Content-Type"], sent["Content-Length"]
-        if self.draining:
+        if self.connections.draining:
             sent["Connection"] = "close"
         pairs = [(name.lower().encode(), value.encode()) for name, value in sent.items()]
         await send({"type": "http.response.start", "status": status, "headers": pairs})

@@ -3,24 +3,33 @@
 import asyncio
 import errno
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Callable
-from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.fetch import RequestError
-from serving.handler import SHORT_OF, failure, new_id
+from serving.handler import failure, new_id
 
 log = logging.getLogger("packhorse.serving")
 
 HEAD_SECONDS = 10.0  # for a request's head, or a connection is closed
 ANSWER_SECONDS = 20.0  # for a client to read what was written to it
-NO_REQUEST = object()  # not the connection itself: a circle is left to the garbage collector
+KEPT_SECONDS = 75.0  # between two requests
+LATE_SECONDS = 2.0  # of silence, where the server ends: a request may be on its way
+SWEEP_SECONDS = 0.5  # between two looks at all connections
+HEAD_BYTES = 32 << 10  # of a request's head, and of what frames the pieces of a chunked body
 TURN_SECONDS = 0.005  # between two requests that were sent before the last one was answered
 SAY_AGAIN = 60.0  # seconds after which it is said once more that there are no more files
+
+HEAD_END = re.compile(rb"\n\r?\n")  # the parser refuses those without \r
+# To another protocol, which none is spoken here: the parser would take a body for a part of it.
+UPGRADE = re.compile(rb"(?i)\nupgrade:")
 
 
 class Connections:
@@ -28,6 +37,7 @@ class Connections:
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self.draining = False
         self._all: dict[Protocol, None] = {}
         self._said = -SAY_AGAIN
         self._next_turn = 0.0
@@ -47,6 +57,16 @@ class Connections:
         if self._all.pop(connection, self) is None:
             self._all[connection] = None
 
+    async def watch(self) -> None:
+        """Close, for ever, those that take too long for what they do.
+
+        One look at all of them in SWEEP_SECONDS costs less than timers of their own.
+        """
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            for connection in [*self._all]:
+                connection.grow_older()
+
     def wait_for_turn(self, go: Callable[[], None]) -> None:
         """Have `go` called in the turn of a connection that sends requests in advance.
 
@@ -56,6 +76,17 @@ class Connections:
         loop = asyncio.get_running_loop()
         self._next_turn = max(self._next_turn, loop.time()) + TURN_SECONDS
         loop.call_at(self._next_turn, go)
+
+    def make_room(self, short: OSError) -> None:
+        """Close one where no other can be accepted, and say so now and then."""
+        if time.monotonic() > self._said + SAY_AGAIN:
+            self._said = time.monotonic()
+            log.error(
+                "no connection can be accepted (%s): the oldest that ask nothing are closed; "
+                "allow more files with ulimit -n, or fewer --connections",
+                os.strerror(short.errno or errno.EMFILE),
+            )
+        self._close_one()
 
     def _close_one(self) -> None:
         """Close the one that has been silent for longest.
@@ -69,72 +100,141 @@ class Connections:
                     connection.transport.abort()
                     return
 
-    def handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Say in one line where files have run out, not for each connection that waits."""
-        error = context.get("exception")
-        if not isinstance(error, OSError) or error.errno not in SHORT_OF:
-            loop.default_exception_handler(context)
-            return
-        self._close_one()
-        if time.monotonic() > self._said + SAY_AGAIN:
-            self._said = time.monotonic()
-            log.error(
-                "no connection can be accepted (%s): the oldest that ask nothing are closed; "
-                "allow more files with ulimit -n, or fewer --connections",
-                os.strerror(error.errno or errno.EMFILE),
-            )
+
+class _Ahead(Exception):
+    """A request begins where only the rest of a chunked body is parsed."""
 
 
-class Protocol(H11Protocol):
-    """Closes a connection whose request's head does not come, and refuses in JSON what is no HTTP.
+class Protocol(HttpToolsProtocol):
+    """Parses one request at a time, bounds what it takes, and refuses in JSON what is no HTTP.
 
-    uvicorn waits for ever where a head trickles, and for whoever does not read its answer.
+    uvicorn parses all that has come, has no bound for a head, and waits for ever where one trickles
+    or an answer is not read.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._last: object = NO_REQUEST
-        self._unread: asyncio.TimerHandle | None = None
-        self._has_answered = self._waits = False
+        # As uvicorn, but for the addresses: two calls of the system, and nobody asks for them.
+        self.connections.add(self)
+        self.transport, self.flow, self.scheme = transport, FlowControl(transport), "http"
+        self._come = bytearray()  # and not yet parsed
+        self._searched = 0  # bytes of it, for a head's end
+        self._is_whole = True  # the request that was parsed last
+        self._left: int | None = 0  # bytes of its body; None: it is chunked
+        self._framing = 0  # bytes of a chunked body since the last that were the body's own
+        self._waits = False  # for its turn
+        self._age = 0  # looks at it since it began what it does
         self._open: Connections = self.config.app.connections  # type: ignore[union-attr]
         self._open.add(self)
-        self._check_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._timer.cancel()
         self._open.remove(self)
-        self.resume_writing()
         super().connection_lost(exc)
-        # asyncio's transport keeps bound methods of its own: a circle, left to the garbage
-        # collector, which stops everybody while it frees thousands (2,000 closed at once: 16 to
-        # 70 ms in one collection; without the circles 1 ms). No public call breaks it: set_protocol
-        # binds anew. So whatever refers back is taken out, by no name of asyncio's.
-        for name, value in vars(self.transport).items():
-            if getattr(value, "__self__", None) is self.transport:
-                setattr(self.transport, name, None)
 
     def data_received(self, data: bytes) -> None:
         self._open.touch(self)
-        super().data_received(data)
+        was_idle = self._is_idle()
+        self._come += data
+        self._parse()
+        if was_idle and not self._is_idle():
+            self._age = 0
+
+    def _parse(self) -> None:
+        """Parse what has come, but no further than a request that isn't answered."""
+        try:
+            while self._come and not self._waits and not self.transport.is_closing():
+                if self._is_whole and not self.asks_nothing():
+                    self.flow.pause_reading()
+                    return
+                piece = self._next_piece()
+                if not piece:
+                    return
+                self._feed(piece)
+        except httptools.HttpParserError:
+            if self._is_whole and self._left is None:
+                super().shutdown()  # once the request before it is answered
+            else:
+                self.send_400_response("Invalid HTTP request received.")
+
+    def _next_piece(self) -> bytes:
+        """Take a whole head, or what is there of a body, out of what has come."""
+        is_head = self._is_whole
+        if is_head:
+            self._left = 0
+            size = self._size_of_head()
+        else:
+            size = len(self._come) if self._left is None else min(self._left, len(self._come))
+        piece = bytes(self._come[:size])
+        del self._come[:size]
+        return UPGRADE.sub(b"\nnot-upgraded:", piece) if is_head else piece
+
+    def _size_of_head(self) -> int:
+        """Return the size of the head that has come, 0 where its end hasn't."""
+        if not self._searched:
+            self._come = self._come.lstrip(b"\r\n")
+        found = HEAD_END.search(self._come, self._searched)
+        size = found.end() if found else len(self._come)
+        if size > HEAD_BYTES or (size and not self._come[:1].isupper()):
+            raise httptools.HttpParserError
+        self._searched = 0 if found else max(0, size - 2)
+        return size if found else 0
+
+    def _feed(self, piece: bytes) -> None:
+        """Have a piece parsed. Raise HttpParserError."""
+        if self._left:
+            self._left -= len(piece)
+        self._framing += len(piece)
+        self.parser.feed_data(piece)
+        if self._framing > HEAD_BYTES:
+            raise httptools.HttpParserError
+
+    def on_message_begin(self) -> None:
+        if self._left is None:
+            raise _Ahead
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._left is not None:  # not behind a chunked body
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Refuse what the parser lets pass: other versions and codings, no name or several."""
+        values: dict[bytes, list[bytes]] = {}
+        for name, value in self.headers:
+            values.setdefault(name, []).append(value)
+        version, names = self.parser.get_http_version(), len(values.get(b"host", ()))
+        if (version, names) not in (("1.1", 1), ("1.0", 1), ("1.0", 0)):
+            raise httptools.HttpParserError
+        coding = values.get(b"transfer-encoding")
+        if coding and coding[0].lower() != b"chunked":
+            raise httptools.HttpParserError
+        super().on_headers_complete()
+        self._is_whole, self._framing = False, 0
+        self._left = None if coding else int(values.get(b"content-length", [b"0"])[0])
+
+    def on_body(self, body: bytes) -> None:
+        self._framing = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._is_whole = True
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        self._has_answered = True
-        super().on_response_complete()
-        self._has_answered = False
-
-    def handle_events(self) -> None:
-        if self._has_answered and self.conn.trailing_data[0]:
+        # Without uvicorn's timer of its own: `grow_older` closes it.
+        self.server_state.total_requests += 1
+        self._age = 0
+        if self._come and not self.transport.is_closing():
             self.flow.pause_reading()
-            self._has_answered, self._waits = False, True
+            self._waits = True
             self._open.wait_for_turn(self._take_turn)
-        elif not self._waits:
-            super().handle_events()
+        elif not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _take_turn(self) -> None:
         self._waits = False
         if not self.transport.is_closing():
             self.flow.resume_reading()
-            self.handle_events()
+            self._parse()
 
     def asks_nothing(self) -> bool:
         """Return whether it is between two requests, or before its first."""
@@ -142,42 +242,46 @@ class Protocol(H11Protocol):
 
     def sends_a_body(self) -> bool:
         """Return whether its request isn't whole."""
-        return bool(self.cycle and self.cycle.more_body)
+        return not self._is_whole
+
+    def _is_idle(self) -> bool:
+        """Return whether nothing has come of a next request."""
+        return self.asks_nothing() and self._is_whole and not self._come
 
     def pause_writing(self) -> None:
         """Give the client so long to read what was written."""
         super().pause_writing()
-        self._unread = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
+        self._age = 0
 
-    def resume_writing(self) -> None:
-        """Forget that it did not read."""
-        super().resume_writing()
-        if self._unread:
-            self._unread.cancel()
+    def grow_older(self) -> None:
+        """Close it where it takes too long. After each time that what it sent could be read."""
+        self._age += 1
+        if self._age * SWEEP_SECONDS > self._patience():
+            self.transport.abort() if self.flow.write_paused else self.transport.close()
 
-    def _check_later(self) -> None:
-        self._timer = self.loop.call_later(HEAD_SECONDS, self._check)
+    def _patience(self) -> float:
+        """Return how many seconds it may take for what it does now."""
+        if self.flow.write_paused:
+            return ANSWER_SECONDS
+        if not self.asks_nothing():
+            return math.inf  # the application has its own
+        if not self._is_idle():
+            return HEAD_SECONDS
+        if self._open.draining:
+            return LATE_SECONDS
+        return HEAD_SECONDS if self.cycle is None else KEPT_SECONDS
 
-    def _check(self) -> None:
-        # uvicorn's own timer runs while a connection that has served a request is silent, and ends
-        # with the first byte of the next.
-        silent = self.asks_nothing() and self.timeout_keep_alive_task is None
-        if silent and self.cycle is self._last:
-            self.transport.close()
-        else:
-            self._last = self.cycle
-            self._check_later()
+    def shutdown(self) -> None:
+        """End it with its request; where it has none, `grow_older` does."""
+        if not self.asks_nothing():
+            super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
         """Answer in JSON, where uvicorn answers in plain text."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        if self._is_whole or not self.cycle.response_started:
             result = failure(RequestError(400, msg), new_id())
-            headers = [
-                ("Content-Type", "application/json"),
-                ("Content-Length", str(len(result.body))),
-                ("Connection", "close"),
-            ]
-            head = h11.Response(status_code=400, headers=headers)
-            for event in (head, h11.Data(data=result.body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            headers = (
+                b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(STATUS_LINE[400] + headers % len(result.body) + result.body)
         self.transport.close()

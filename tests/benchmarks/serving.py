@@ -294,7 +294,7 @@ def make_packages(scratch: Path) -> tuple[Path, Path]:
         classes=[f"breed {number}" for number in range(CLASSES)],
         preprocessing=Preprocessing(256, 224, "bilinear"),
         metrics={},
-        config={},
+        config={"model.name": "resnet18"},
         revision=None,
         golden=[str(scratch / "picture.jpg")],
     )

@@ -2,12 +2,14 @@
 
 import asyncio
 import gc
+import socket
 import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 
 from serving.app import App
 from serving.connections import Connections, Protocol
@@ -41,28 +43,25 @@ def test_a_closed_connection_leaves_nothing_to_the_collector(sent):
             return opened
 
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(protocol, "127.0.0.1", 0)
-        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        writer.write(sent)
-        while not made:
-            await asyncio.sleep(0)
-        connection = made[0]()
-        assert connection
-        made.append(weakref.ref(connection.transport))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = socket.create_connection(listener.getsockname())
+            accepted, _ = listener.accept()
+        transport, _ = await loop.connect_accepted_socket(protocol, accepted)
+        made.append(weakref.ref(transport))
+        client.sendall(sent)
         while sent and not state.tasks:
             await asyncio.sleep(0)
-        writer.close()
-        del connection
+        client.close()
+        del transport, _, accepted
         while state.connections or state.tasks:
             await asyncio.sleep(0)
         for _ in range(5):  # what was scheduled meanwhile
             await asyncio.sleep(0)
-        server.close()
         assert [each() for each in made] == [None, None]
 
     gc.disable()
     try:
-        asyncio.run(ask())
+        uvloop.run(ask())
     finally:
         gc.enable()
 

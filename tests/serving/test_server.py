@@ -198,18 +198,91 @@ def test_a_file_that_would_take_minutes_is_refused_and_holds_up_nobody(server, p
     assert server.invoke(picture).status == 200
 
 
-def test_what_is_no_http_gets_400_as_json(server, picture):
-    for request in (
+POST = b"POST /invocations HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
         b"hello\r\n\r\n",
-        b"GET / HTTP/1.1\r\nA\x00: b\r\n\r\n",
-        b"POST /invocations HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
-    ):
-        with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
-            connection.sendall(request)
-            answer = http.client.HTTPResponse(connection)
-            answer.begin()
-            assert answer.status == 400 and len(json.loads(answer.read())["request_id"]) == 32
-    assert server.invoke(picture).status == 200
+        b"\x16\x03\x01",  # TLS
+        b"GET / HTTP/1.1\r\nHost: a\r\nA\x00: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost : a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n",
+        b"GET / HTTP/1.1\nHost: a\n\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"GET / HTTP/2.0\r\nHost: a\r\n\r\n",
+        b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"a" * 40_000,
+        b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"a" * 40_000 + b"\r\n\r\n",
+        # How long a body is, in two ways or in none.
+        POST + b"Content-Length: -1\r\n\r\n",
+        POST + b"Content-Length: +1\r\n\r\n1",
+        POST + b"Content-Length: 1, 1\r\n\r\n1",
+        POST + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n1",
+        POST + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        CHUNKED + b"1\nx\r\n0\r\n\r\n",
+        CHUNKED + b"1 \r\nx\r\n0\r\n\r\n",
+        CHUNKED + b"0\r\nA: " + b"a" * 40_000,  # behind the body
+        CHUNKED + b"1;" + b"a" * 40_000,
+    ],
+    ids=lambda request_: repr(request_[-60:])[2:-1],
+)
+def test_what_is_no_http_gets_400_as_json(server, request_):
+    with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
+        connection.sendall(request_)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 400 and len(json.loads(answer.read())["request_id"]) == 32
+        assert not connection.recv(1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_requests_that_are_sent_in_advance_are_answered_in_turn(server, size):
+    sent = (
+        b"\r\n"
+        + (POST + b"Content-Length: 8\r\n\r\n\r\n\r\n\r\n\r\n")
+        + b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n"
+        + (POST + b"Upgrade: h2c\r\nConnection: Upgrade\r\nContent-Length: 1\r\n\r\n1")
+        + b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        + (CHUNKED + b"3\r\n\r\n1\r\n0\r\n\r\n")
+    )
+    with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(sent), size):
+            connection.sendall(sent[start : start + size])
+        assert statuses_of(connection, 5) == [400, 200, 400, 404, 400]
+
+
+def test_what_follows_a_chunked_body_neither_changes_nor_joins_its_request(server, picture):
+    """Fields behind it, and a request that came with it: after the answer the connection ends."""
+    chunk = b"%x\r\n%s\r\n0\r\n" % (len(picture), picture)
+    trailer = b"Accept: application/json; output=labels\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
+        connection.sendall(CHUNKED + chunk + trailer + b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert (answer.status, answer.headers["Connection"]) == (200, "close")
+        assert isinstance(json.loads(answer.read())[0][0], float)
+        assert not connection.recv(1)
+
+
+def statuses_of(connection: socket.socket, count: int) -> list[int]:
+    """The statuses of so many answers, one after the other."""
+    statuses = []
+    with connection.makefile("rb") as file:
+        for _ in range(count):
+            statuses.append(int(file.readline().split()[1]))
+            headers = http.client.parse_headers(file)
+            file.read(int(headers["Content-Length"]))
+    return statuses
 
 
 # The decoder of GIF hangs in this server, until there is a file.
@@ -430,7 +503,9 @@ def test_one_slow_url_does_not_hold_up_the_others(start, original, picture, tmp_
 @pytest.fixture
 def impatient(engine, monkeypatch):
     """The port of a server in this process that waits 0.25 s for a head and 0.5 s for a body."""
+    monkeypatch.setattr(connections, "SWEEP_SECONDS", 0.05)
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.25)
+    monkeypatch.setattr(connections, "ANSWER_SECONDS", 0.25)
     monkeypatch.setattr(app_module, "BODY_SECONDS", 0.5)
     made = server_module.make(engine.package, engine, Settings(queue=8), "127.0.0.1")
     address = server_module.bind("127.0.0.1", 0)
@@ -450,15 +525,24 @@ def impatient(engine, monkeypatch):
 def test_a_connection_whose_head_trickles_is_closed(impatient, before):
     with socket.create_connection(("127.0.0.1", impatient), 5) as connection:
         connection.sendall(before + b"POST /invocations HTTP/1.1\r\nA: ")
+        assert wait_for(lambda: is_closed(connection))
 
-        def closed() -> bool:
-            try:
-                connection.sendall(b"a")
-            except OSError:
-                return True
-            return False
 
-        assert wait_for(closed)
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        connection.sendall(b"a")
+    except OSError:
+        return True
+    return False
+
+
+def test_a_connection_whose_answers_nobody_reads_is_closed(impatient):
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", impatient))
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+
+        assert wait_for(lambda: is_closed(connection))
 
 
 def test_a_connection_between_two_requests_is_kept(impatient, picture):
@@ -602,6 +686,64 @@ def test_sigterm_under_load_answers_every_accepted_request(start, original, pict
         client.join()
     assert not lost and set(statuses) == {200}
     assert code == 0 and time.monotonic() - began < 20
+
+
+def test_no_connection_begins_once_new_ones_are_refused(engine):
+    """Else one could begin after the last was accepted, and closing the listener would reset it."""
+    with server_module.bind("127.0.0.1", 0) as listener, socket.socket() as late:
+        listener.listen()
+        begun = socket.create_connection(listener.getsockname())
+        server_module.refuse_new(listener)
+        late.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            late.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        begun.sendall(b"asked")
+        assert accepted.recv(5) == b"asked"
+        accepted.close()
+        begun.close()
+
+
+@pytest.fixture
+def ending(engine):
+    """A server in this process, and its port; it is told to end, and ends."""
+    made = server_module.make(engine.package, engine, Settings(queue=8), "127.0.0.1")
+    address = server_module.bind("127.0.0.1", 0)
+    thread = threading.Thread(target=made.run, args=([address],))
+    thread.start()
+    assert wait_for(lambda: made.started)
+    yield made, address.getsockname()[1]
+    made.should_exit = True
+    thread.join()
+
+
+@pytest.mark.parametrize("before", [b"", b"POST /invocations HTTP/1.1\r\nHo"])
+def test_a_request_that_comes_late_in_an_accepted_connection_is_answered(
+    ending, monkeypatch, before
+):
+    made, port = ending
+    monkeypatch.setattr(connections, "LATE_SECONDS", 600.0)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 600.0)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(before)
+        made.should_exit = True
+        assert wait_for(lambda: not listens(port))
+        connection.sendall(POST[len(before) :] + b"Content-Length: 1\r\n\r\n1")
+        assert statuses_of(connection, 1) == [400]
+        assert not connection.recv(1)
+
+
+def test_connections_that_ask_nothing_do_not_keep_it_from_its_end(ending, monkeypatch):
+    made, port = ending
+    monkeypatch.setattr(connections, "LATE_SECONDS", 0.0)
+    with (
+        socket.create_connection(("127.0.0.1", port)) as fresh,
+        socket.create_connection(("127.0.0.1", port)) as used,
+    ):
+        used.sendall(b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert statuses_of(used, 1) == [200]
+        made.should_exit = True
+        assert not fresh.recv(1) and not used.recv(1)
 
 
 def test_a_request_on_its_way_at_sigterm_is_still_read_and_answered(start, original, picture):
