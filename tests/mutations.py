@@ -213,8 +213,8 @@ MUTATIONS = (
     Mutation(
         "the same views in each epoch",
         LOADER,
-        "view = epoch % self.views if self.views else epoch",
-        "view = epoch % self.views if self.views else 0",
+        "            return epoch\n        return PLAIN + epoch",
+        "            return 0\n        return PLAIN + epoch",
         "trainer/images/test_sampler.py -k views",
     ),
     Mutation(

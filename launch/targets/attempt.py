@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import json
 import re
+import shlex
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -380,7 +381,7 @@ def read(aws: Aws, key: str) -> Attempt | None:
     if not _is_ours(aws, attempt.project):
         raise Anothers(
             f"{attempt.run}: in s3://{aws.bucket} this is a run of the project {attempt.project}; "
-            f"give another name=..., or target.project={attempt.project}"
+            f"give another name=..., or target.project={shlex.quote(attempt.project)}"
         )
     return attempt
 

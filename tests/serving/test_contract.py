@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Callable[[list[bytes]], list[Ask]], int | str]] = {
         "one",
     ),
     "JSON with `base64`": (lambda files: [jsons({"base64": b64(files[0])})], "one"),
-    "JSON of no type": (
+    "JSON without a content type": (
         lambda files: (
             [
                 Ask(b" \n" + json.dumps({"base64": b64(files[0])}).encode(), kind)
@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Callable[[list[bytes]], list[Ask]], int | str]] = {
         lambda files: [jsons({"base64": base64.encodebytes(files[0]).decode()})],
         "one",
     ),
-    "base64 of URLs' alphabet": (
+    "base64 in the URL alphabet": (
         lambda files: [jsons({"base64": base64.urlsafe_b64encode(files[0]).decode().rstrip("=")})],
         "one",
     ),
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[Callable[[list[bytes]], list[Ask]], int | str]] = {
         lambda files: [Ask(hostile.scans(12_000), "image/jpeg")],
         400,
     ),
-    "JSON that isn't whole": (
+    "incomplete JSON": (
         lambda files: [Ask(b"{"), Ask(b"[]"), Ask(b"\xff\xfe\0"), Ask(b"{}[", ""), Ask(b"\xff{")],
         400,
     ),
@@ -181,11 +181,11 @@ CASES: dict[str, tuple[Callable[[list[bytes]], list[Ask]], int | str]] = {
         ],
         400,
     ),
-    "base64 that is none": (
+    "invalid base64": (
         lambda files: [jsons({"base64": text}) for text in ("####", "a", "é", "data:,x", "ab==cd")],
         400,
     ),
-    "a form that isn't whole": (
+    "an incomplete form": (
         lambda files: [
             Ask(form((FILE, files[0]))[:-6], FORM),
             Ask(form((FILE, files[0])), "multipart/form-data"),
@@ -198,7 +198,7 @@ CASES: dict[str, tuple[Callable[[list[bytes]], list[Ask]], int | str]] = {
         lambda files: [jsons({"url": url}) for url in ("http://127.0.0.1/", "file:///a", "\ud800")],
         400,
     ),
-    "`top` or `output` of another kind": (
+    "an invalid `top` or `output`": (
         lambda files: [
             jsons({"base64": b64(files[0])} | more)
             for more in ({"top": 0}, {"top": "1"}, {"output": "text"}, {"output": ["labels"]})
@@ -206,7 +206,7 @@ CASES: dict[str, tuple[Callable[[list[bytes]], list[Ask]], int | str]] = {
         400,
     ),
     "`Accept: text/html`": (lambda files: [Ask(files[0], "image/jpeg", "text/html")], 406),
-    "a content type that is none": (lambda files: [Ask(b"1,2", "text/csv")], 415),
+    "any other content type": (lambda files: [Ask(b"1,2", "text/csv")], 415),
     "`OPTIONS`": (lambda files: [Ask(b"", "", method="OPTIONS")], 204),
     "`GET` instead": (lambda files: [Ask(b"", "", method="GET")], 405),
 }

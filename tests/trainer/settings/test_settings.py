@@ -92,7 +92,7 @@ RUNS = {
     ),
     "frozen backbone": (
         "model.freeze=backbone",
-        "model.cached_views=2",
+        "model.cached_views=3",
         "data.size=16",
         "data.resize=16",
         "data.cache=none",
