@@ -1,5 +1,6 @@
 """How what a run does besides training grows with the number of pictures."""
 
+import importlib
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from tests.benchmarks.measure import cpu_seconds, short
 from tests.benchmarks.table import Row, Table
 from tests.conftest import PROJECT
 from tests.trainer.trainings import open_training
+from trainer.common.console import loading
 from trainer.images import care
 from trainer.images.augment import Augmentation
 from trainer.images.cache import PixelCache
@@ -43,6 +45,8 @@ scales; 1 is linear."""
 
 def measure(scratch: Path, rounds: int) -> Table:
     costs: dict[str, list[float]] = {}
+    with loading():  # as in a run: the collector leaves out what is imported
+        importlib.import_module("torchvision")
     for count in SIZES:
         place = scratch / str(count)
         write(place / "pictures/train", count)
