@@ -260,12 +260,15 @@ def loading(what: str = "loading PyTorch") -> Iterator[None]:
     What is imported stays. The collector would look at it again and again (of PyTorch and
     torchvision for 0.5 of 2.4 CPU seconds), and leaves it out from then on.
     """
-    collects = gc.isenabled()
+    collects, modules = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         with ProgressBar(what, 1):
             yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > modules:
+            if gc.get_freeze_count():
+                gc.collect()  # or what has been thrown away since the last time would stay
+            gc.freeze()
         if collects:
             gc.enable()

@@ -4,7 +4,10 @@ import gc
 import io
 import logging
 import re
+import sys
+import weakref
 from contextlib import suppress
+from types import ModuleType
 
 import pytest
 
@@ -191,16 +194,34 @@ def test_a_shown_command_names_python_as_the_activated_environment_does(tmp_path
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("collects", [False, True])
-def test_the_collector_rests_while_modules_are_imported(fails, collects):
-    before = gc.isenabled(), gc.get_freeze_count()
+def test_the_collector_rests_while_modules_are_imported(monkeypatch, fails, collects):
+    made_up = ModuleType("made_up")
+
+    class Circle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    before = gc.isenabled()
+    gc.unfreeze()
     (gc.enable if collects else gc.disable)()
     try:
+        with loading():
+            pass
+        assert gc.get_freeze_count() == 0  # nothing was imported: trials of a sweep come here too
         with suppress(ImportError), loading():
             assert not gc.isenabled()
+            monkeypatch.setitem(sys.modules, "made_up", made_up)
             if fails:
                 raise ImportError
         assert gc.isenabled() is collects
-        assert gc.get_freeze_count() > before[1]  # what is there is not looked at again
+        frozen = gc.get_freeze_count()
+        assert frozen > 0  # what is there is not looked at again
+        thrown_away = Circle()
+        gone = weakref.ref(thrown_away)
+        del thrown_away
+        with loading():
+            monkeypatch.setitem(sys.modules, "made_up_too", made_up)
+        assert gone() is None
     finally:
         gc.unfreeze()
-        (gc.enable if before[0] else gc.disable)()
+        (gc.enable if before else gc.disable)()
