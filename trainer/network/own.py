@@ -21,6 +21,7 @@ from trainer.common import own_code
 from trainer.common.errors import UserError
 from trainer.common.own_code import OwnCode
 from trainer.common.text import noted
+from trainer.network.device import counting
 
 NAMES = ("network", "loss", "metric")
 OURS = {"loss", "refinement", "top1", "top5", "f1"}  # figures that have their meaning
@@ -80,7 +81,7 @@ class Own:
         """Return the own figures of a split, by names such as valid_NAME. Raise UserError."""
         if self.metric is None:
             return {}
-        with self._told("metric"):
+        with self._told("metric"), counting():
             said = self.metric(output, target)
             values = {name: noted(float(value)) for name, value in said.items()}
         for name in values:

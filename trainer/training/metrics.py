@@ -13,6 +13,7 @@ from torch.nn import functional
 from trainer.common import files
 from trainer.common.errors import naming
 from trainer.common.text import noted
+from trainer.network.device import counting
 from trainer.training.tracking import Tracking
 
 
@@ -39,11 +40,12 @@ def classification(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, flo
     # A class among the first five counts as the right answer: so torchmetrics gets N predictions,
     # and not N x classes logits, which it would sort again for each figure.
     among = torch.where((five == labels[:, None]).any(dim=1), labels, first)
-    values = {
-        "top1": multiclass_accuracy(first, labels, classes, average="micro"),
-        "top5": multiclass_accuracy(among, labels, classes, average="micro"),
-        "f1": multiclass_f1_score(first, labels, classes, average="macro"),
-    }
+    with counting():
+        values = {
+            "top1": multiclass_accuracy(first, labels, classes, average="micro"),
+            "top5": multiclass_accuracy(among, labels, classes, average="micro"),
+            "f1": multiclass_f1_score(first, labels, classes, average="macro"),
+        }
     metrics = {f"{prefix}_loss": mean_loss(logits, labels)}
     for name, value in values.items():
         metrics[f"{prefix}_{name}"] = noted(value.item())

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
+from trainer.network import startup
 from trainer.training.metrics import better, classification
 
 
@@ -20,6 +21,27 @@ def test_the_metrics_by_hand():
     chances = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
     loss = -chances[torch.arange(10), labels].log().mean().item()
     assert found["valid_loss"] == pytest.approx(loss, abs=2e-6)
+
+
+def test_in_deterministic_mode_many_classes_take_no_more_memory(monkeypatch):
+    """torchmetrics would compare each with all pairs of classes: 16 GB for 2,000 of 1,000."""
+    count, counted = torch.bincount, []
+
+    def bincount(*arguments, **options):
+        counted.append(torch.are_deterministic_algorithms_enabled())
+        return count(*arguments, **options)
+
+    labels, logits = torch.arange(60) % 30, torch.eye(30).repeat(2, 1)
+    usual = classification(logits, labels, "valid")
+    monkeypatch.setattr(torch, "bincount", bincount)
+    startup.set_deterministic()
+    try:
+        assert classification(logits, labels, "valid") == usual
+        assert counted and not any(counted)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("classes", [2, 5, 40])
