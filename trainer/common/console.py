@@ -16,6 +16,7 @@ from typing import NoReturn, Self, TextIO
 from tqdm import tqdm
 
 from trainer.common import streams
+from trainer.common.collector import resting
 from trainer.common.errors import naming
 from trainer.common.watch import SLOW, watch
 
@@ -260,15 +261,13 @@ def loading(what: str = "loading PyTorch") -> Iterator[None]:
     What is imported stays. The collector would look at it again and again (of PyTorch and
     torchvision for 0.5 of 2.4 CPU seconds), and leaves it out from then on.
     """
-    collects, modules = gc.isenabled(), len(sys.modules)
-    gc.disable()
-    try:
-        with ProgressBar(what, 1):
-            yield
-    finally:
-        if len(sys.modules) > modules:
-            if gc.get_freeze_count():
-                gc.collect()  # or what has been thrown away since the last time would stay
-            gc.freeze()
-        if collects:
-            gc.enable()
+    modules = len(sys.modules)
+    with resting():
+        try:
+            with ProgressBar(what, 1):
+                yield
+        finally:
+            if len(sys.modules) > modules:
+                if gc.get_freeze_count():
+                    gc.collect()  # or what has been thrown away since the last time would stay
+                gc.freeze()

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from types import UnionType
 from typing import Any
 
+from trainer.common.collector import resting
+
 
 def lines(values: Iterable[Any]) -> bytes:
     """Return a line for each value, which JSON must be able to hold."""
@@ -24,13 +26,14 @@ def parse(data: bytes, *kinds: type | UnionType) -> tuple[list[Any], bool]:
     """
     *whole, torn = data.split(b"\n")
     values = []
-    for line in whole:
-        text = line[9:]
-        if _line(text) != line + b"\n":
-            continue
-        value = json.loads(text)
-        if _holds(value, kinds):
-            values.append(value)
+    with resting():
+        for line in whole:
+            text = line[9:]
+            if _line(text) != line + b"\n":
+                continue
+            value = json.loads(text)
+            if _holds(value, kinds):
+                values.append(value)
     return values, not torn and len(values) == len(whole)
 
 
