@@ -22,7 +22,7 @@ import uvicorn
 from serving.app import App
 from serving.connections import Protocol
 from serving.engine import Engine
-from serving.handler import Settings
+from serving.handler import SHORT_OF, Settings
 from serving.names import known_hosts
 from serving.package import Package
 from serving.process import allow_files, spare_the_collector
@@ -89,6 +89,8 @@ class _Server(uvicorn.Server):
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
+                if error.errno not in SHORT_OF:  # of the connection that came, as accept(2) says
+                    return
                 self._app.connections.make_room(error)
                 loop.remove_reader(self._listener)
                 loop.call_later(AGAIN_SECONDS, self._accept_on)

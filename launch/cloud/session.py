@@ -316,9 +316,11 @@ def sign_in() -> str:
     core = core_session()
     try:
         profile, name = core.get_scoped_config(), core.profile or "default"
-        while "source_profile" in profile and profile["source_profile"] != name:
+        seen = {name}
+        while profile.get("source_profile", name) not in seen:
             name = profile["source_profile"]
             profile = core.full_config["profiles"][name]
+            seen.add(name)
     except Exception:  # it is what is wrong
         return CREDENTIALS
     for key, how in SIGN_INS.items():

@@ -14,6 +14,7 @@ from botocore.credentials import SSOProvider
 from botocore.tokens import SSOTokenProvider
 
 from launch.cloud import session
+from launch.cloud.remedies import CREDENTIALS
 from launch.verbs import down
 from tests.conftest import wait_for
 from tests.launch import conftest
@@ -278,3 +279,12 @@ def test_a_down_that_expires_half_way_says_that_things_are_left(tmp_path):
         assert code == MISTAKE and "what is left costs money: start the same down" in printed
         code, printed = cloud.launch("down", "--yes", "--every", "0.05")
         assert code == OK and "nothing of packhorse is left" in printed
+
+
+def test_profiles_that_lead_to_each_other_have_no_command_and_an_end(tmp_path, monkeypatch):
+    config = tmp_path / "config"
+    config.write_text("[profile a]\nsource_profile = b\n[profile b]\nsource_profile = a\n")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_PROFILE", "a")
+    assert session.sign_in() == CREDENTIALS

@@ -1,3 +1,5 @@
+import asyncio
+import errno
 import http.client
 import json
 import os
@@ -11,6 +13,7 @@ import threading
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -884,3 +887,20 @@ def written(value: bool | float | str) -> str:
     if isinstance(value, bool):
         return {True: "on", False: "off"}[value]
     return str(value)
+
+
+def test_a_connection_that_can_not_be_accepted_closes_no_other_one(engine, monkeypatch):
+    """accept(2) hands on what went wrong in the network: no file is missing."""
+    made = server_module.make(engine.package, engine, Settings(queue=8), "127.0.0.1")
+    closed: list[OSError] = []
+    monkeypatch.setattr(made._app.connections, "make_room", closed.append)
+
+    def accept() -> None:
+        raise OSError(errno.EPROTO, "Protocol error")
+
+    async def accept_one() -> None:
+        made._listener = SimpleNamespace(accept=accept)
+        made._accept(4)
+
+    asyncio.run(accept_one())
+    assert closed == []

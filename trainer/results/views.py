@@ -38,9 +38,7 @@ def _views(loader: ImageLoader, solved: bool) -> list[Views]:
     by_class = np.argsort(train.labels, kind="stable")
     count = min(PICTURES, len(by_class))
     chosen = by_class[np.linspace(0, len(by_class) - 1, count).astype(np.int64)].tolist()
-    kinds = list(range(VIEWS))
-    if loader.views is not None:
-        kinds = kinds[: loader.views]
+    kinds = sorted({loader.view_of(epoch) for epoch in range(VIEWS)} - {PLAIN})
     if solved:
         kinds = [MIRRORED] if loader.augmentation.flip else []
     shown = {
