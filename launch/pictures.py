@@ -1,6 +1,5 @@
 """The pictures of a run, looked at by the trainer's own eyes before anything is rented for them."""
 
-import contextlib
 import copy
 import json
 from collections.abc import Sequence
@@ -61,9 +60,7 @@ def _broken(images: ImageFolder, data: Path) -> dict[str, str]:
         pass
     found = _decoded(paths)
     kept = {names[path]: why for path, why in found.items() if path in names}
-    with contextlib.suppress(OSError):  # a full disk, say: the next command looks again
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        files.write(memo, json.dumps(kept))
+    files.keep(memo, json.dumps(kept))
     return found
 
 

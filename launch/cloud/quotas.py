@@ -1,6 +1,5 @@
 """What the account may rent: its quotas, asked of Service Quotas by name and number."""
 
-import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -81,9 +80,7 @@ def value(aws: Aws, quota: Quota) -> tuple[float | None, str]:
         if name == quota.name:
             found = limit, number
             break
-    with contextlib.suppress(OSError):  # a full disk, say: AWS is asked again
-        NUMBERS.parent.mkdir(parents=True, exist_ok=True)
-        files.write(NUMBERS, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    files.keep(NUMBERS, json.dumps(known, indent=1, sort_keys=True) + "\n")
     return found
 
 

@@ -10,7 +10,6 @@ runs/RUN/log.txt        the log of a run on EC2
 """
 
 import contextlib
-import errno
 import hashlib
 import re
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from launch.cloud.session import Aws, AwsError, explained
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
 from trainer.common.files import TEMPORARY
+from trainer.common.streams import FULL
 from trainer.images import identity
 from trainer.images.folder import below
 from trainer.images.names import as_shown, is_system
@@ -33,9 +33,9 @@ from trainer.images.names import as_shown, is_system
 CHUNK = 8 * 2**20
 # Where a run on this machine keeps them too, unless told otherwise.
 DIGESTS = Path.home() / ".cache" / "packhorse" / identity.DIRECTORY
+NO_BUCKET = "NoSuchBucket"
 CONTROL = r"[\x00-\x1f\x7f]"  # what no XML holds, which DeleteObjects is
 LONGEST_NAME = 960  # bytes of S3's 1,024, less data/NAME-DIGEST/
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of this machine's disk
 DELETE_AT_ONCE = 1000  # DeleteObjects' maximum
 WORKERS = 16  # small objects are bound by latency, not by bandwidth
 
@@ -279,7 +279,7 @@ def _while_there() -> Iterator[None]:
     try:
         yield
     except AwsError as error:
-        if error.code != "NoSuchBucket":
+        if error.code != NO_BUCKET:
             raise
 
 

@@ -286,7 +286,11 @@ def _index(aws: Aws) -> tuple[dict[tuple[str, int], Noted], set[str]]:
     for (run, _), told in entries.items():
         projects = {fields.get("project", "") for kind, fields, _ in told if kind == NOTE}
         whose.setdefault(run, set()).update(projects)
-    anothers = {run for run, named in whose.items() if named and not named & {"", aws.project}}
+    anothers = {
+        run
+        for run, projects in whose.items()
+        if projects and not any(_is_ours(aws, project) for project in projects)
+    }
     noted = {key: _noted(told) for key, told in entries.items() if key[0] not in anothers}
     return {key: each for key, each in noted.items() if each is not None}, anothers
 

@@ -27,7 +27,6 @@ from trainer.common.objects import parsed
 from trainer.settings import config as settings
 
 FIGURES = "runs/.all/figures.json"  # by run: the attempt, its settings and figures
-NO_BUCKET = "NoSuchBucket"  # nothing was ever submitted
 
 
 def in_bucket(targets: Sequence[str]) -> tuple[list[Mapping[str, Any]], str]:
@@ -43,7 +42,7 @@ def in_bucket(targets: Sequence[str]) -> tuple[list[Mapping[str, Any]], str]:
         with ProgressBar("looking at the runs in the bucket", 1):
             return overview(aws), ""
     except AwsError as error:
-        if error.code == NO_BUCKET:
+        if error.code == s3.NO_BUCKET:  # nothing was ever submitted
             return [], ""
         return [], str(error)
     except UserError as error:

@@ -6,13 +6,12 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from tests.benchmarks import photos
-from tests.benchmarks.measure import cpu_seconds, short
+from tests.benchmarks.measure import cpu_of, short
 from tests.benchmarks.table import Row, Table, installed
 from trainer.images.datasets import materialize
 
@@ -95,7 +94,7 @@ WHOLE = 'import runpy; runpy.run_module("trainer", run_name="__main__", alter_sy
 
 def measure(scratch: Path, rounds: int) -> Table:
     pictures = photos_in(scratch / "photos")
-    costs = {"the correct tutorial loop": timed(lambda: tutorial(pictures, 224, EPOCHS, "", 0))}
+    costs = {"the correct tutorial loop": cpu_of(lambda: tutorial(pictures, 224, EPOCHS, "", 0))}
     for views, whole, words in (
         (1, False, ()),
         (2, False, ()),
@@ -108,7 +107,7 @@ def measure(scratch: Path, rounds: int) -> Table:
         if words:
             name += ", in float32"
         place = scratch / f"cost-{len(costs)}"
-        costs[name] = timed(
+        costs[name] = cpu_of(
             lambda place=place, views=views, whole=whole, words=words: ours(
                 place,
                 pictures,
@@ -182,12 +181,6 @@ def accuracies_in(scratch: Path) -> dict[str, list[float]]:
             for seed in SEEDS
         ]
     return accuracies
-
-
-def timed(work: Callable[[], object]) -> float:
-    before = cpu_seconds()
-    work()
-    return cpu_seconds() - before
 
 
 def tutorial(root: Path, size: int, epochs: int, weights: str, seed: int) -> float:

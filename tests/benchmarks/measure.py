@@ -29,6 +29,13 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def cpu_of(work: Callable[[], object]) -> float:
+    """The CPU seconds that some work takes."""
+    before = cpu_seconds()
+    work()
+    return cpu_seconds() - before
+
+
 def cost(work: Work) -> Cost:
     wall, cpu = time.perf_counter(), cpu_seconds()
     units = work()

@@ -6,14 +6,13 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from tests.benchmarks import photos
-from tests.benchmarks.measure import cpu_seconds, ratio, short
+from tests.benchmarks.measure import cpu_of, ratio, short
 from tests.benchmarks.table import Row, Table
 from tests.conftest import PROJECT
 from tests.serving.runtime import Endpoint
@@ -105,19 +104,13 @@ def figures(rounds: int) -> list[Row]:
 
     costs: dict[str, list[float]] = {"theirs": [], "ours": []}
     for _ in range(rounds):
-        costs["theirs"].append(cpu(alone))
-        costs["ours"].append(cpu(lambda: classification(logits, labels, "valid")))
+        costs["theirs"].append(cpu_of(alone))
+        costs["ours"].append(cpu_of(lambda: classification(logits, labels, "valid")))
     share, seconds = ratio(costs["ours"], costs["theirs"]), median(costs["ours"])
     return [
         Row("figures: torchmetrics, of the logits", ("1", short(median(costs["theirs"])))),
         Row("figures: ours", (str(share), short(seconds)), "at most 0.4 s", seconds <= 0.4),
     ]
-
-
-def cpu(work: Callable[[], object]) -> float:
-    before = cpu_seconds()
-    work()
-    return cpu_seconds() - before
 
 
 def functions(scratch: Path, rounds: int) -> list[Row]:

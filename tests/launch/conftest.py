@@ -250,6 +250,13 @@ def own_digests(tmp_path_factory: pytest.TempPathFactory) -> None:
     quotas.NUMBERS = s3.DIGESTS.with_name("quotas.json")
 
 
+@pytest.fixture(scope="module")
+def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    """An account with the foundation, which the tests of a module share: each has its own runs."""
+    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
+        yield cloud
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     with running(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import json
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -14,19 +13,13 @@ from launch.cloud.prices import Price
 from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.attempt import END, INDEX, Attempt, attempt_key
-from tests.launch.conftest import BUCKET, CREDENTIALS, REGION, Cloud, founded
+from tests.launch.conftest import BUCKET, CREDENTIALS, REGION, Cloud
 from trainer.common.errors import OK
 
 RUNS = 250
 CALLS = 12
 OLD = timedelta(days=3)
 ROLE = f"arn:aws:iam::123456789012:role/packhorse-training-{REGION}"
-
-
-@pytest.fixture(scope="module")
-def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        yield cloud
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What a plan says before anything is rented: on one screen, and whatever AWS refuses to tell."""
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from types import SimpleNamespace
@@ -13,17 +12,11 @@ from launch.readiness import clock
 from launch.targets.base import NAMES
 from launch.targets.questions import Answer, way_to_s3
 from tests.conftest import make_pictures
-from tests.launch.conftest import Cloud, founded
+from tests.launch.conftest import Cloud
 from trainer.common.errors import MISTAKE, OK
 
 G_ON_DEMAND, G_SPOT = "L-DB2E81BA", "L-3819A6DF"
 SCREEN = 16  # lines, with what is next and what a small search adds
-
-
-@pytest.fixture(scope="module")
-def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        yield cloud
 
 
 def plan(cloud: Cloud, *words: str) -> str:

@@ -22,18 +22,12 @@ from trainer.common.errors import MISTAKE, OK, UserError
 FAST = ("--yes", "--every", "0.05")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        yield cloud
-
-
 @pytest.fixture
-def account(server: Cloud) -> Iterator[Cloud]:
-    yield server
-    server.post("/strict/forget")
-    server.post("/strict/late", answers=0)
-    s3 = server.client("s3")
+def account(account: Cloud) -> Iterator[Cloud]:
+    yield account
+    account.post("/strict/forget")
+    account.post("/strict/late", answers=0)
+    s3 = account.client("s3")
     for item in s3.list_objects_v2(Bucket=BUCKET, Prefix="runs/").get("Contents", []):
         s3.delete_object(Bucket=BUCKET, Key=item["Key"])
 

@@ -31,6 +31,13 @@ UNSUPPORTED = frozenset(
 )
 
 
+def keep(path: Path, data: bytes | str) -> None:
+    """Write what only saves time, and make its folder; where that can't be, it isn't kept."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, data)
+
+
 def write(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data`, text as UTF-8.
 

@@ -178,7 +178,7 @@ class ImageLoader:
         """
         if self.views is None:
             return epoch
-        return PLAIN + epoch % self.views
+        return PLAIN + epoch % self.views  # PLAIN, 0, 1, ...
 
     def eval_batches(
         self, name: str, chosen: NDArray[np.int64] | None = None

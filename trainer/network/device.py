@@ -203,11 +203,11 @@ def counting() -> Iterator[None]:
     """
     strict = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch._C._set_deterministic_algorithms(False)
+    startup.set_deterministic(False)
     try:
         yield
     finally:
-        torch._C._set_deterministic_algorithms(strict, warn_only=warns)
+        startup.set_deterministic(strict, warns)
 
 
 def keep_freed_memory() -> None:

@@ -12,7 +12,6 @@ so no figure is of rounded features.
 """
 
 import copy
-import errno
 import hashlib
 import json
 import math
@@ -34,6 +33,7 @@ from trainer.common import files, journal
 from trainer.common.command import one_line
 from trainer.common.console import ProgressBar, log
 from trainer.common.interrupt import Stop
+from trainer.common.streams import FULL
 from trainer.distributed.world import World
 from trainer.images import augment, cache, identity
 from trainer.images.loader import MIRRORED, PLAIN, Batch, ImageLoader
@@ -216,7 +216,7 @@ class FeatureCache:
                         blocks.write(number, rows)
                     return blocks.mapped()
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno in FULL:
                     raise
                 log.warning("%s: kept in memory only: %s", told, one_line(error) or error)
             features = np.empty(shape, np.float32)

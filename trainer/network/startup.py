@@ -14,9 +14,9 @@ from types import MethodType
 import torch
 
 
-def set_deterministic() -> None:
-    """Do what torch.use_deterministic_algorithms(True, warn_only=True) does, less its import."""
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
+def set_deterministic(strict: bool = True, warns: bool = True) -> None:
+    """Do what torch.use_deterministic_algorithms(strict, warn_only=warns) does, less its import."""
+    torch._C._set_deterministic_algorithms(strict, warn_only=warns)
 
 
 def spare_optimizer_methods() -> None:

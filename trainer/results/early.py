@@ -8,7 +8,6 @@ it, with the network's graph, so the end needs no second export. Disk space is c
 import json
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +70,7 @@ def check_package(run: Run, images: ImageFolder, network: Classifier) -> None:
         tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=run.directory) as scratch,
     ):
         _try(network, images.classes, pixels, Path(scratch), _graph(known))
-    with suppress(OSError):  # it is tried again next time
-        known.parent.mkdir(parents=True, exist_ok=True)
-        files.write(known, facts)
+    files.keep(known, facts)
 
 
 def graph_of(config: Config, network: Classifier) -> Path:

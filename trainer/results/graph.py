@@ -10,7 +10,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,7 @@ def _keep(path: Path, graph: onnx.ModelProto, network: nn.Module) -> None:
             return
         part.ClearField("raw_data")
     data = bytes(bare.SerializeToString())
-    with suppress(OSError):  # then it is exported again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, hashlib.sha256(data).digest() + data)
+    files.keep(path, hashlib.sha256(data).digest() + data)
 
 
 def _read(path: Path) -> onnx.ModelProto | None:

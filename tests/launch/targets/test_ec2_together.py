@@ -1,7 +1,6 @@
 """Several EC2 machines of one run: asked for together, ended together."""
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
@@ -9,19 +8,13 @@ from launch.targets import ec2_request
 from launch.targets.base import targets
 from launch.targets.spec import load_target
 from tests.conftest import wait_for
-from tests.launch.conftest import Cloud, founded
+from tests.launch.conftest import Cloud
 from tests.launch.targets.test_money import end, machines, put, sent
 from tests.launch.targets.test_user_data import make_spec
 from trainer.common.errors import OK, RESUME, UserError
 
 TWO = ("target=ec2", "target.instances=2")
 RECLAIM = "Server.SpotInstanceTermination"
-
-
-@pytest.fixture(scope="module")
-def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        yield cloud
 
 
 def of_attempt(cloud: Cloud, run: str, number: int = 1) -> list[dict]:

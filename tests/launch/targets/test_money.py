@@ -20,23 +20,17 @@ from launch.cloud.session import Aws
 from launch.targets import attempt as notes
 from launch.targets.spec import choose
 from tests.conftest import make_pictures, wait_for
-from tests.launch.conftest import BUCKET, CREDENTIALS, REGION, Cloud, founded
+from tests.launch.conftest import BUCKET, CREDENTIALS, REGION, Cloud
 from tests.launch.test_kills import KILLED
 from trainer.common.errors import FAULT, MISTAKE, OK, RESUME, UserError
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        yield cloud
-
-
 @pytest.fixture
-def account(server: Cloud) -> Iterator[Cloud]:
+def account(account: Cloud) -> Iterator[Cloud]:
     """An account with the foundation, which the tests share: each has its own runs."""
-    yield server
-    server.post("/strict/late", answers=0)
-    server.post("/strict/sold_out", what="")
+    yield account
+    account.post("/strict/late", answers=0)
+    account.post("/strict/sold_out", what="")
 
 
 def machines(cloud: Cloud, run: str) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 from launch.targets import attempt as notes
 from launch.verbs.overview import FIGURES
-from tests.launch.conftest import BUCKET, CREDENTIALS, Cloud, founded
+from tests.launch.conftest import BUCKET, CREDENTIALS, Cloud
 from tests.launch.test_inventory import attempt, last_word, make_job
 from tests.launch.test_inventory import aws as aws  # the fixture, of this module's account
 from tests.trainer.results.test_runs import make as make  # a run of this machine
@@ -20,12 +19,6 @@ from trainer.common.errors import MISTAKE, OK
 SETTINGS = {"data.source": "folder", "model.name": "resnet18", "optim.lr": 0.1, "optim.name": "sgd"}
 RESULT = {"split": "test", "top1": 0.8, "pictures": 200, "best_epoch": 1, "epochs": 2}
 URI = f"s3://{BUCKET}/runs"
-
-
-@pytest.fixture(scope="module")
-def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        yield cloud
 
 
 def submitted(run: str, target: str, **settings: Any) -> notes.Attempt:

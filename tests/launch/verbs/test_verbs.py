@@ -10,7 +10,6 @@ import re
 import shutil
 import tarfile
 import time
-from collections.abc import Iterator
 
 import botocore.session
 import pytest
@@ -21,22 +20,13 @@ from launch.cloud.prices import HOURS_A_MONTH, ML_GB_MONTH
 from launch.estimate import START
 from launch.targets.base import NAMES
 from tests.conftest import make_pictures, wait_for
-from tests.launch.conftest import BUCKET, REGION, Cloud, founded
+from tests.launch.conftest import BUCKET, REGION, Cloud
 from tests.packages import make_contents, make_network
 from trainer.common.errors import MISTAKE, OK
 from trainer.results.package import build
 
 READS = re.compile("Get|Head|List|Describe|Filter")
 MORE = {"tuner": ["sweep=head"]}
-
-
-@pytest.fixture(scope="module")
-def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    """An account with the foundation, which the tests of this module share: each has its own
-    runs.
-    """
-    with founded(tmp_path_factory.mktemp("aws") / "calls.jsonl") as cloud:
-        yield cloud
 
 
 def arguments(target: str) -> list[str]:
