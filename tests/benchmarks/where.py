@@ -20,6 +20,7 @@ from tests.benchmarks.table import Row, Table
 from tests.conftest import PROJECT
 from trainer.network import build
 from trainer.network.build import Classifier
+from trainer.results.outcome import FOR_MEANS
 
 TITLE = "Where the time goes"
 NETWORK, SIZE, EPOCHS, PARTS = "resnet18", 224, 3, ("frozen", "fine-tuned", "from scratch")
@@ -97,10 +98,11 @@ def least_of(job: str, network: Classifier, size: int, limits: Limits) -> Mappin
     least = {"start": limits.start, "scan": scanned, "package": export(network, size)}
     if job == "frozen":
         least["features"] = (VIEWS * train + others) * forward
-        least["test"] = tested + train * forward  # the classes' mean features
+        least["test"] = tested
         return least
     least["training"] = EPOCHS * (STEP * train + others) * forward
-    least["test"] = tested + train * forward
+    means = min(train, FOR_MEANS * photos.CLASSES)  # pictures for the classes' mean features
+    least["test"] = tested + means * forward
     return least
 
 
