@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tests.conftest import ended, environment, make_pictures, start
 from tests.shared import made_once
 from tests.trainer.settings.test_settings import ALWAYS, ELSEWHERE, SWEEPS
 from trainer.common.errors import OK
+from trainer.images.augment import Augmentation
 from trainer.network.build import build
 from trainer.settings import config as settings
 
@@ -33,6 +34,7 @@ LEARNT = {"gradients", "trained weights", "train's figures"} | KEPT
 SEEN = {"views", "inputs"} | LEARNT
 ORDER = {"order"} | SEEN
 RATES = {"rates", "head's rates"}
+VIEW = {f"view's {each.name}" for each in fields(Augmentation)}
 PLACES = {"run's place", "checkpoints' place", "package's place"}
 
 
@@ -127,7 +129,7 @@ WIRES = (
     ),
     Wire("model.freeze=backbone", {"rates", "files"} | SEEN, PRETRAINED, {"rates": [[]] * 6}),
     Wire("model.head_hidden=8", {"first weights", "head"} | LEARNT),
-    Wire("model.cached_views=1", {"pixels kept", "files"} | SEEN - {"means"}, HEAD),
+    Wire("model.cached_views=1", {"pixels kept", "files"} | VIEW | SEEN - {"means"}, HEAD),  # plain
     Wire("model.unfreeze_epochs=1", {"rates"} | LEARNT, PRETRAINED),
     Wire("model.norm_stats=update", LEARNT, PRETRAINED),
     Wire("model.mean=[0.25,0.5,0.75]", {"mean"} | LEARNT, shows={"mean": [0.25, 0.5, 0.75]}),
