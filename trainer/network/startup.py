@@ -13,7 +13,7 @@ import torch
 
 
 def set_deterministic(strict: bool = True, warns: bool = True) -> None:
-    """Do the same as torch.use_deterministic_algorithms(strict, warn_only=warns), less its import."""
+    """Act as torch.use_deterministic_algorithms(strict, warn_only=warns), without its import."""
     torch._C._set_deterministic_algorithms(strict, warn_only=warns)
 
 
