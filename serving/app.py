@@ -159,7 +159,7 @@ class App:
                 case "GET" | "HEAD", _ if path in GET or path in self._examples:
                     await self._get(path, send)
                 case _, "/invocations":
-                    message = "a prediction is asked for by POST"
+                    message = "ask for a prediction by POST"
                     raise RequestError(405, message, {"Allow": "POST, OPTIONS"})
                 case _ if path in GET:
                     message = f"{path} is read by GET; POST is for /invocations"
@@ -178,7 +178,8 @@ class App:
         """
         if self._hosts and path != "/ping" and without_port(host) not in self._hosts:
             raise RequestError(
-                421, "this server does not go by that name; python -m serving serve --hosts NAME"
+                421,
+                "this server has another name; allow yours: python -m serving serve --hosts NAME",
             )
 
     async def _get(self, path: str, send: Send) -> None:

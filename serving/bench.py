@@ -113,10 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--clients",
         default="1,2,4,8",
-        help="how many ask at once, one after the other (default %(default)s)",
+        help="numbers of clients that ask at once, measured in turn (default %(default)s)",
     )
     parser.add_argument(
-        "--seconds", type=positive, default=5.0, help="for each of them (default %(default)s)"
+        "--seconds", type=positive, default=5.0, help="for each number (default %(default)s)"
     )
     parser.add_argument(
         "--rate",
@@ -203,7 +203,7 @@ def measure(
         list(threads.map(ask, connections))
     if not latencies:
         reason = (*failures, "nothing came in time")[0]
-        raise UserError(f"{url}: no request was answered ({reason}); see that the server runs")
+        raise UserError(f"{url}: no request was answered ({reason}); check that the server runs")
     return Load(clients, time.monotonic() - began, sorted(latencies), len(failures))
 
 

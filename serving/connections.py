@@ -83,7 +83,7 @@ class Connections:
         if time.monotonic() > self._said + SAY_AGAIN:
             self._said = time.monotonic()
             log.error(
-                "no connection can be accepted (%s): the oldest that ask nothing are closed; "
+                "no connection can be accepted (%s): closing the oldest idle ones; "
                 "allow more files with ulimit -n, or fewer --connections",
                 os.strerror(short.errno or errno.EMFILE),
             )

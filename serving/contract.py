@@ -192,7 +192,7 @@ PREFLIGHT: Mapping[str, str] = {
 def check_method(method: str) -> None:
     """Raise RequestError for any method but POST."""
     if method != "POST":
-        raise RequestError(405, "a prediction is asked for by POST", {"Allow": "POST, OPTIONS"})
+        raise RequestError(405, "ask for a prediction by POST", {"Allow": "POST, OPTIONS"})
 
 
 def _bytes(body: bytes | bytearray | str) -> bytes:

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     if seen:
         print(
             f"the model has seen {seen} of these {len(scores)} pictures, in its run's "
-            "train and valid: what follows is better than it will be on new ones"
+            "train and valid: expect worse figures than these on new ones"
         )
     together = Scores.joined([*scores.values()])
     evaluated = evaluation.Evaluated(

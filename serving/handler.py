@@ -70,7 +70,7 @@ class Settings:
         64 << 20, "bytes of all pictures that a request fetches; all requests: twice that"
     )
     max_pixels: int = _setting(
-        MAX_PIXELS, "of a picture as it is decoded (a JPEG is decoded at a fraction of its size)"
+        MAX_PIXELS, "of a decoded picture (a JPEG is decoded at a fraction of its size)"
     )
     max_decoded: int = _setting(
         MEMORY, "bytes of memory for all pictures that are decoded at once, 6 to 20 a pixel"
@@ -82,8 +82,8 @@ class Settings:
     urls: bool = _setting(True, "fetch pictures from public URLs")
     examples: bool = _setting(
         False,
-        "show the package's golden pictures, which are some of yours, on the page; by default "
-        "where it listens to this machine alone",
+        "show the package's golden pictures, which are some of yours, on the page; on by default "
+        "where only this machine can reach it",
     )
     s3: bool = _setting(False, "fetch pictures from S3, where this machine's role may read them")
     queue: int = _setting(
@@ -93,7 +93,7 @@ class Settings:
         most=1024,
     )
     connections: int = _setting(
-        1024, "open at once; beyond it, those that ask nothing are closed", least=8, most=65_536
+        1024, "open at once; beyond it, idle ones are closed", least=8, most=65_536
     )
     origins: str = _words(
         "*",
@@ -103,8 +103,8 @@ class Settings:
     )
     hosts: str = _words(
         "",
-        "names that it goes by, or *; by default localhost, and where it listens to other "
-        "machines any",
+        "host names under which it answers, or *; by default localhost, or any where other "
+        "machines can reach it",
         r"\*|[A-Za-z0-9.:\[\]_-]+",
         "*, or names like a.example, separated by commas",
     )

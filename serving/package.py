@@ -156,7 +156,7 @@ def _check_member(member: tarfile.TarInfo, size: int) -> None:
     # tar's binary numbers have a sign: with a negative size the reader would go back, for ever.
     if member.size < 0 or size > MAX_BYTES:
         raise PackageError(
-            f"{member.name!r} brings what is unpacked to {size:,} bytes; "
+            f"{member.name!r} brings the unpacked size to {size:,} bytes; "
             f"allowed: 0 to {MAX_BYTES:,}"
         )
 

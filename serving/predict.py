@@ -84,13 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PICTURE",
         nargs="+",
         help="a file, a folder with all below it, 'a/**/*.jpg', a zip or tar, s3://bucket/prefix, "
-        "or - for one of these a line of standard input",
+        "or - to read such names from standard input, one per line",
     )
     parser.add_argument(
         "--csv",
         metavar="FILE",
-        help="write a table there, and go on with it where it ends; -: to standard output "
-        "(default: a line a picture)",
+        help="write a table there, or continue it where it ends; -: to standard output "
+        "(default: print a line per picture)",
     )
     parser.add_argument(
         "--top",

@@ -165,7 +165,7 @@ def _no_address(error: OSError, host: str, port: int) -> UserError:
     reason = os.strerror(error.errno or errno.EADDRINUSE).lower()
     return UserError(
         f"--host {host} --port {port}: {reason}; give another --port (0: any free one), "
-        "or end what has it"
+        "or end the process that has it"
     )
 
 

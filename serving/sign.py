@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         metavar="FILE",
         help="the signed archive (default: model-signed.tar.gz beside a model.tar.gz, since a run "
-        "holds its own archive to what it has made); a directory is signed in place",
+        "checks that its own archive is unchanged); a directory is signed in place",
     )
     return parser
 

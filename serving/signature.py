@@ -118,7 +118,7 @@ def public_key(text: str) -> "EllipticCurvePublicKey":
             raise UserError(f"{text}: can't read this public key: {error.strerror}") from error
         except (ValueError, UnsupportedAlgorithm) as error:
             raise UserError(
-                f"{text}: this is not a public key in PEM; of a private one it is made by: "
+                f"{text}: this is not a public key in PEM; from a private key make it with: "
                 "openssl ec -in KEY -pubout"
             ) from error
     usable: EllipticCurvePublicKey = checked(key, text)

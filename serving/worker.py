@@ -46,7 +46,7 @@ NICENESS = 5  # gets a third of the processor time that the server gets (sched(7
 LATE_SECONDS = 1.0  # after a deadline, for the answer that says so to arrive
 LOOK_SECONDS = 0.5  # between two checks whether the other process hangs
 OVERDUE_SECONDS = 10.0  # after a deadline; a process that is still silent then is killed
-LOST = "the process that decodes had to be started again; try again"
+LOST = "the server had to restart its decoding process; try again"
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ class _Life:
                     head = json.loads(self._connection.recv_bytes())
                     self._take(head, self._connection.recv_bytes())
                 elif self._is_overdue():
-                    log.error("the process that decodes hangs: it is ended, and another started")
+                    log.error("the decoding process hangs: killing it, and starting another")
                     self._process.kill()
         except (EOFError, OSError):
             pass  # the process has ended
         except Exception as error:  # an exploited decoder may send anything
-            log.error("the process that decodes answers nonsense: it is ended", exc_info=error)
+            log.error("the decoding process answers nonsense: killing it", exc_info=error)
         with self._lock:
             self._is_over = True
             left = [future for future, _ in self._asked.values()]

@@ -311,7 +311,7 @@ def sign_in() -> str:
     """Return how to get new credentials: the command for the profile in use, where it has one."""
     if os.environ.get("AWS_ACCESS_KEY_ID"):  # it overrides a profile, and nothing renews it
         return (
-            "these are AWS_ACCESS_KEY_ID's and what belongs to it: set new ones, or unset them and "
+            "AWS_ACCESS_KEY_ID and its companions are in use: set new ones, or unset them and "
             "sign in with a profile (AWS_PROFILE), and start the same command again"
         )
     core = core_session()
@@ -358,7 +358,7 @@ def _line(error: Exception, action: str) -> str:
         Boto3Error: f"{action}: {error}",
         EOFError: (
             "the AWS profile asks for an MFA code, and nobody can be asked here: sign in once in "
-            "a terminal (aws sts get-caller-identity), whose session is then used here too"
+            "a terminal (aws sts get-caller-identity); that session is then used here too"
         ),
         json.JSONDecodeError: (
             f"{action}: what should be JSON isn't ({error}): correct credential_process in "

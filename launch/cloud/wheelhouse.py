@@ -196,7 +196,7 @@ def _pip(*arguments: str, **environment: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise UserError(
             f"wheelhouse: pip {arguments[0]} has not ended after {PIP_MINUTES} minutes; "
-            "look at the line to the index, and start the same command again"
+            "check the connection to the index, and start the same command again"
         ) from error
     if done.returncode == 0:
         return

@@ -379,8 +379,8 @@ def read(aws: Aws, key: str) -> Attempt | None:
         attempt = loads(entry[0])
     except UNREADABLE as error:
         raise Damaged(
-            f"s3://{aws.bucket}/{key}: this is no note of an attempt; restore an earlier "
-            "version of it, or delete it where nothing of the run is needed"
+            f"s3://{aws.bucket}/{key}: this is not the note of an attempt; restore an earlier "
+            "version of it, or delete it if you don't need the run"
         ) from error
     if not _is_ours(aws, attempt.project):
         raise Anothers(

@@ -463,14 +463,14 @@ class Target(ABC):
         Raise UserError where there is neither.
         """
         raise UserError(
-            f"{attempt.run}: nobody can be connected to a {self.name} job; "
+            f"{attempt.run}: AWS gives no shell on a {self.name} job; "
             "python -m launch logs shows what it does"
         )
 
     def deletes(self, attempt: Attempt) -> str:
         """Return what `delete` deletes, in words. Raise UserError where there is nothing."""
         raise UserError(
-            f"{attempt.run}: nothing of it costs money once it has ended; "
+            f"{attempt.run}: it costs nothing once it has ended; "
             "python -m launch down deletes all of the project"
         )
 

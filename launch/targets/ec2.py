@@ -173,7 +173,7 @@ class Ec2(Target):
             scores = spot_scores(aws, spec) if spec.spot else {}
         except AwsError:
             return ""
-        places = [f"{name} is made in {', '.join(filter(None, zones[name]))}" for name in zones]
+        places = [f"{name} is offered in {', '.join(filter(None, zones[name]))}" for name in zones]
         if scores:
             best = ", ".join(f"{zone} {score}/10" for zone, score in scores.items())
             places.append(f"chances of spot: {best}")

@@ -75,7 +75,7 @@ class Notebook(OnSageMaker):
         return str(answer["AuthorizedUrl"])
 
     def deletes(self, attempt: Attempt) -> str:
-        return f"the notebook {attempt.job}, with its disk and all that lies on it"
+        return f"the notebook {attempt.job}, with its disk and all files on it"
 
     def delete(self, aws: Aws, attempt: Attempt, every: float) -> None:
         teardown.delete_notebook(aws, attempt.job, every)

@@ -48,7 +48,7 @@ def warn(inventory: Inventory, targets: Sequence[str]) -> None:
 def end(inventory: Inventory) -> None:
     """End the machines past their limits. Raise AwsError."""
     for attempt, state in list(machines(inventory)):
-        _say(f"OVERDUE: {line(attempt, state)}: it is ended")
+        _say(f"OVERDUE: {line(attempt, state)}: ending it")
         base.of(attempt).stop_running(inventory.aws, attempt, state, at_once=True)
 
 

@@ -138,8 +138,8 @@ def way_to_s3(subnet: str | None, public_ip: bool | None = None) -> Question:
         if all(each.is_ipv6_only for each in found):
             return Answer(
                 line,
-                f"a subnet with IPv4: {', '.join(cut_off[:3])} has IPv6 alone, by which S3 and the "
-                "index of packages are not reached: name another target.subnet, or give it NAT64 "
+                f"a subnet with IPv4: {', '.join(cut_off[:3])} has IPv6 alone, which reaches "
+                "neither S3 nor the package index: name another target.subnet, or give it NAT64 "
                 f"(DNS64, and a route from {network.NAT64} to a NAT gateway)",
             )
         return Answer(

@@ -143,7 +143,7 @@ class OnSageMaker(Target):
                 raise
             if re.search(STARTING, error.message):
                 raise UserError(
-                    f"{attempt.job} still starts, and SageMaker stops nothing that does "
+                    f"{attempt.job} is still starting, and SageMaker can't stop it yet "
                     f"({error.message}); start the same command again in some minutes"
                 ) from error
             log.info("%s has ended meanwhile, or is about to (%s)", attempt.job, error.message)

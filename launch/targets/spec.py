@@ -290,8 +290,8 @@ def noted_spec(aws: Aws, attempt: Attempt) -> Spec:
     words = attempt.words
     if not words:
         raise UserError(
-            f"{attempt.run}: it was submitted by an earlier version, which noted less; "
-            "start the submit with all its settings again"
+            f"{attempt.run}: an earlier version of Packhorse submitted it, and did not note its "
+            "settings; start the submit with all its settings again"
         )
     target = targets()[attempt.target].config(**words["target"])
     overrides = tuple(words["overrides"])

@@ -79,7 +79,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     add(
         "--project",
         default="packhorse",
-        help="begins the bucket's name, and is a tag of everything (default: %(default)s)",
+        help="the bucket's name begins with it, and everything is tagged with it "
+        "(default: %(default)s)",
     )
     add("--name", help="of the stack, the endpoint and the function (default: PROJECT-serving)")
     add("--region", help="(default: as in every AWS tool)")
@@ -99,7 +100,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         add(
             "--image",
             help="the endpoint's container in ECR, of serving/Dockerfile (default: AWS's Ray Serve "
-            "image, and all that it lacks in the archive)",
+            "image, with what it lacks in the archive)",
         )
         add(
             "--build",
@@ -198,7 +199,7 @@ def deploy(options: argparse.Namespace) -> int:
     stack = _begin(prepared)
     described = stack.follow()
     if described["StackStatus"] not in IN_SERVICE:
-        left = "nothing of it is left but the uploads"
+        left = "only its uploads are left"
         if prepared.exists:
             left = "what was deployed before stays in service"
         raise UserError(f"stack {name}: {described['StackStatus']}; {stack.reason()}; {left}")
@@ -434,7 +435,7 @@ def _print_price(release: Release) -> None:
 
 def _total(items: Sequence[Item]) -> str:
     known = [item.month for item in items if item.month is not None]
-    rest = "" if len(known) == len(items) else " and what is unknown"
+    rest = "" if len(known) == len(items) else " and unknown items"
     return dollars(sum(known)) + rest
 
 

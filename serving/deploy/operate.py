@@ -47,7 +47,7 @@ def status(options: argparse.Namespace) -> int:
     day = sum(item.month or 0 for item in items) / HOURS_A_MONTH * 24
     unknown = ""
     if any(item.month is None for item in items):
-        unknown = ", without what has no known price"
+        unknown = ", and what has no known price isn't counted"
     print(
         f"cost         {dollars(day)} a day as it stands, "
         f"about {dollars(round(day * days, 2))} in {days:.1f} days so far"

@@ -251,7 +251,7 @@ def _not_allowed(parameter: Mapping[str, Any], value: str) -> str | None:
             return None
         return f"a whole number, {low} to {high}"
     pattern = parameter.get("AllowedPattern", ".*")
-    return None if re.fullmatch(pattern, value) else f"what matches {pattern}"
+    return None if re.fullmatch(pattern, value) else f"a text that matches {pattern}"
 
 
 def _image_arn(image: str, place: Place) -> str:

@@ -259,7 +259,7 @@ def _differences(needed: State, state: State, ignored: set[str]) -> str:
         "lacks": [
             key for key in needed if key not in state and not key.endswith("num_batches_tracked")
         ],
-        "has, and the model has not,": [
+        "has tensors that the model lacks:": [
             key for key in state if key not in needed and key.split(".")[0] not in ignored
         ],
         "has in another shape": [
