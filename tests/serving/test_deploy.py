@@ -272,7 +272,7 @@ def test_a_creation_that_fails_says_why_and_leaves_nothing(cloud, serving, packa
     assert code == 2 and error.count("\n") == 1, error
     assert (
         "DELETE_COMPLETE; Endpoint: The account-level service limit" in error
-        and "nothing of it is left" in error
+        and "only its uploads are left" in error
     )
     assert serving("status")[0] == 2
 
