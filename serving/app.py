@@ -43,6 +43,7 @@ log = logging.getLogger("packhorse.serving")
 
 BODY_SECONDS = 20.0  # for a request's body
 LIGHT = 1 << 19  # bytes of a body that is read here
+GIVE_WAY_SECONDS = 0.003  # between two pieces of large bodies, while a small request is answered
 BODIES = 64 << 20  # bytes of all bodies together: what the queue may hold in memory
 # Turns after which asyncio has told that a client hung up whose end came with its request: to read
 # the end, to close, to wake who waits for it. Nothing is begun for that client.
@@ -76,6 +77,10 @@ class Slots:
         self._most = most
         self._working = self._aside = 0
         self._lock = threading.Lock()
+
+    def are_taken(self) -> bool:
+        """Return whether a request is worked on here."""
+        return self._working > 0
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -298,12 +303,14 @@ class App:
             del self._coming[body]
 
     async def _wait_for_turn(self) -> None:
-        """Let one large body go on in a turn of the event loop.
+        """Let one large body go on in a turn of the event loop, and small requests go before it.
 
-        To take a piece of 256 KB in is a millisecond, and 32 bodies at once are none for others.
+        To take a piece of 256 KB in is half a millisecond, in which nobody else has the event loop
+        and hardly anybody Python's lock: a small request, which needs both several times, took 10
+        to 22 ms beside a body of 16 MB.
         """
         async with self._turn:
-            await asyncio.sleep(0)
+            await asyncio.sleep(GIVE_WAY_SECONDS if self._slots.are_taken() else 0)
 
     def _make_room(self, body: "_Body") -> None:
         """Give up bodies where all together are too large: first the one that has taken longest."""
