@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import socket
+import time
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import uvicorn
 import uvloop
 
-from serving.app import App
+from serving.app import GIVE_WAY_SECONDS, App, Slots
 from serving.connections import Connections, Protocol
 from serving.process import spare_the_collector
 
@@ -68,7 +69,7 @@ def test_a_closed_connection_leaves_nothing_to_the_collector(sent):
 
 def test_one_large_body_goes_on_in_a_turn_of_the_event_loop():
     async def most_in_a_turn() -> int:
-        app: Any = SimpleNamespace(_turn=asyncio.Lock())
+        app: Any = SimpleNamespace(_turn=asyncio.Lock(), _slots=Slots(1))
         gone_on = 0
 
         async def body() -> None:
@@ -84,6 +85,19 @@ def test_one_large_body_goes_on_in_a_turn_of_the_event_loop():
         return most
 
     assert asyncio.run(most_in_a_turn()) == 1
+
+
+def test_a_large_body_waits_where_a_small_request_is_answered():
+    async def seconds() -> float:
+        app: Any = SimpleNamespace(_turn=asyncio.Lock(), _slots=Slots(1))
+        with app._slots.working():
+            began = time.perf_counter()
+            await App._wait_for_turn(app)
+            waited = time.perf_counter() - began
+        assert not app._slots.are_taken()
+        return waited
+
+    assert asyncio.run(seconds()) >= GIVE_WAY_SECONDS - time.get_clock_info("monotonic").resolution
 
 
 def test_collections_leave_out_what_the_libraries_have_made():

@@ -6,9 +6,12 @@ number of epochs), its strength chosen by stratified k-fold (Hastie, Tibshirani 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ ITERATIONS = 500
 SMALL = 100_000_000  # multiplications in a product
 # Of the gradient's largest entry, and of the loss's change: beyond them no decision is another.
 TOLERANCE, CHANGE = 1e-6, 1e-9
+ROUGH_CHANGE = 1e-6  # for the folds: their losses are compared, their weights are not kept
 
 
 @dataclass(frozen=True)
@@ -58,21 +62,26 @@ def fit(
     """Fit a probe to features [N, width] and labels int64 [N], its strength by k-fold.
 
     Images in a row of features [N, views, width] are several views of one: all train, and the first
-    is judged. check: called between two fits; what it raises ends the work.
+    is judged. check: called at each look at the images; what it raises ends the work.
+
+    The numbers don't depend on how many threads there are.
     """
-    with _few_threads(features.size * classes):
-        return _fit(features, labels, classes, seed, check)
+    # Small problems are done before a second thread has had its turn.
+    workers = 1 if features.size * classes < SMALL else min(torch.get_num_threads(), FOLDS)
+    with _one_thread_each(), ThreadPoolExecutor(workers, "probe") as pool:
+        return _fit(features, labels, classes, seed, check, pool)
 
 
 @contextmanager
-def _few_threads(multiplications: int) -> Iterator[None]:
-    """Compute small products in one thread: two would spend their time on waiting for each other.
+def _one_thread_each() -> Iterator[None]:
+    """Have PyTorch compute in the thread that asks, here and in threads that begin meanwhile.
 
-    Measured on 222 images of width 1280 and 37 classes: 2.5 CPU s with one, 45 with two.
+    The work is shared out by folds instead. PyTorch's own threads meet after each operation, and
+    wait whole turns of the scheduler for each other where another process wants the processor too:
+    222 images of width 1280 and 37 classes took 2.5 CPU s with one, 45 with two.
     """
     before = torch.get_num_threads()
-    if multiplications < SMALL:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -85,31 +94,23 @@ def _fit(
     classes: int,
     seed: int,
     check: Callable[[], None],
+    pool: Executor,
 ) -> Probe:
-    views = torch.from_numpy(features.reshape(len(labels), -1, features.shape[-1])).double()
-    target = torch.from_numpy(labels)
-    centre = views.mean(dim=(0, 1))
-    scale = (views - centre).square().sum(dim=-1).mean().sqrt().clamp(min=1e-12)
-    inputs, basis = _reduced((views - centre) / scale)
     parts = folds(labels, FOLDS, seed)
-    least, best, chosen = math.inf, PENALTIES[0], torch.empty(0)
-    starts = [torch.zeros(classes, inputs.shape[-1] + 1, dtype=torch.float64) for _ in parts]
-    for penalty in PENALTIES:
-        logits = torch.zeros(len(labels), classes, dtype=torch.float64)
-        for number, part in enumerate(parts):
-            check()
-            rest = np.setdiff1d(np.arange(len(labels)), part)
-            starts[number] = _solve(inputs[rest], target[rest], penalty, starts[number])
-            logits[part] = _logits(inputs[part, 0], starts[number])
-        loss = functional.cross_entropy(logits, target).item()
-        if loss >= least:
-            break
-        least, best, chosen = loss, penalty, logits
-    check()
-    solution = _solve(inputs, target, best, torch.stack(starts).mean(dim=0))
+    order = np.concatenate(parts)
+    views = torch.from_numpy(features.reshape(len(labels), -1, features.shape[-1])[order]).double()
+    centre = views.mean(dim=(0, 1))
+    views -= centre
+    scale = views.square().sum(dim=-1).mean().sqrt().clamp(min=1e-12)
+    views /= scale
+    inputs, basis = _reduced(views)
+    exact = _parts(inputs, labels[order], [len(part) for part in parts])
+    search = _Search([part.rounded for part in exact], classes, check, pool)
+    penalty, logits, start = search.least()
+    solution = _solve(exact, penalty, start, CHANGE, check, pool.map)
     weight = solution[:, :-1] @ basis.T / scale
     bias = solution[:, -1] - weight @ centre
-    return Probe(weight.float(), bias.float(), best, chosen.float())
+    return Probe(weight.float(), bias.float(), penalty, logits[np.argsort(order)])
 
 
 def folds(labels: NDArray[np.int64], count: int, seed: int) -> list[NDArray[np.int64]]:
@@ -172,34 +173,135 @@ def _reduced(inputs: Tensor) -> tuple[Tensor, Tensor]:
     return (flat @ basis.T).reshape(*inputs.shape[:2], -1), basis.T
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Images of a fold. inputs: [images, views, width]. target: int64 [images], their labels."""
+
+    inputs: Tensor
+    target: Tensor
+
+    @property
+    def rounded(self) -> "_Part":
+        return _Part(self.inputs.float(), self.target)
+
+    def logits(self, solution: Tensor) -> Tensor:
+        """Return the logits of the first views: [images, classes]."""
+        return _logits(self.inputs[:, 0], solution)
+
+    def curvature(self, solution: Tensor) -> float:
+        """Return the summed second derivative of the views' losses by a logit, mean of all."""
+        shares = _logits(self.inputs.flatten(end_dim=1), solution).softmax(dim=1)
+        return (shares * (1 - shares)).mean(dim=1).sum().item()
+
+    def loss_and_slope(self, solution: Tensor) -> tuple[float, Tensor]:
+        """Return the views' summed cross-entropy, and its gradient float64 [classes, width + 1].
+
+        The gradient by hand: for small problems PyTorch's own takes most of the time.
+        """
+        flat = self.inputs.flatten(end_dim=1)
+        truth = self.target.repeat_interleave(self.inputs.shape[1])[:, None]
+        logs = _logits(flat, solution).log_softmax(dim=1)
+        loss = -logs.gather(1, truth).double().sum().item()
+        error = logs.exp_()
+        error.scatter_add_(1, truth, torch.full_like(truth, -1, dtype=error.dtype))
+        return loss, torch.cat([error.T @ flat, error.sum(dim=0)[:, None]], dim=1).double()
+
+
+def _parts(inputs: Tensor, labels: NDArray[np.int64], sizes: list[int]) -> list[_Part]:
+    target = torch.from_numpy(labels)
+    return [
+        _Part(*part)
+        for part in zip(torch.split(inputs, sizes), torch.split(target, sizes), strict=True)
+    ]
+
+
+class _Search:
+    """The search for the penalty with the least loss of images that a probe didn't see."""
+
+    def __init__(
+        self, parts: list[_Part], classes: int, check: Callable[[], None], pool: Executor
+    ) -> None:
+        self.parts, self.check, self.pool = parts, check, pool
+        width = parts[0].inputs.shape[-1]
+        nothing = torch.zeros(classes, width + 1, dtype=torch.float64)
+        # Of each fold: the solutions at the last two penalties.
+        self.before = self.last = [nothing for _ in parts]
+
+    def least(self) -> tuple[float, Tensor, Tensor]:
+        """Return the penalty, the images' logits float32 [N, classes], and the folds' mean."""
+        target = torch.cat([part.target for part in self.parts])
+        least, best = math.inf, (PENALTIES[0], torch.empty(0), torch.empty(0))
+        for number, penalty in enumerate(PENALTIES):
+            solve = partial(self.solve, penalty=penalty, ahead=number > 1)
+            self.before, self.last = self.last, [*self.pool.map(solve, range(len(self.parts)))]
+            pairs = zip(self.parts, self.last, strict=True)
+            logits = torch.cat([part.logits(solution) for part, solution in pairs])
+            loss = functional.cross_entropy(logits.double(), target).item()
+            if loss >= least:
+                break
+            least, best = loss, (penalty, logits, torch.stack(self.last).mean(dim=0))
+        return best
+
+    def solve(self, fold: int, penalty: float, ahead: bool) -> Tensor:
+        """Solve without the images of a fold. ahead: begin where the last two solutions lead.
+
+        The weights grow about as the logarithm of the penalty falls.
+        """
+        start = self.last[fold]
+        if ahead:
+            start = 2 * start - self.before[fold]
+        rest = self.parts[:fold] + self.parts[fold + 1 :]
+        return _solve(rest, penalty, start, ROUGH_CHANGE, self.check, map)
+
+
 def _logits(inputs: Tensor, solution: Tensor) -> Tensor:
-    return inputs @ solution[:, :-1].T + solution[:, -1]
+    weights = solution.to(inputs.dtype)
+    return inputs @ weights[:, :-1].T + weights[:, -1]
 
 
-def _solve(inputs: Tensor, target: Tensor, penalty: float, start: Tensor) -> Tensor:
-    """Return the weights and biases [classes, width + 1] at the optimum.
+def _solve(
+    parts: list[_Part],
+    penalty: float,
+    start: Tensor,
+    change: float,
+    check: Callable[[], None],
+    each: Callable[..., Iterable[Any]],
+) -> Tensor:
+    """Return the weights and biases float64 [classes, width + 1] at the optimum.
 
-    inputs: [N, views, width], every view with the label of its image, target int64 [N].
+    All views have the label of their image. change: of the loss, at which it ends. each: `map`, or
+    another that works side by side.
     """
-    flat = inputs.reshape(-1, inputs.shape[-1])
-    truth = functional.one_hot(target.repeat_interleave(inputs.shape[1]), len(start)).to(flat.dtype)
-    solution = start.clone()
+    count = sum(part.inputs.shape[0] * part.inputs.shape[1] for part in parts)
+
+    def loss_and_slope(solution: Tensor) -> tuple[float, Tensor]:
+        check()
+        found = [*each(lambda part: part.loss_and_slope(solution), parts)]
+        weights = solution[:, :-1]
+        slope = torch.stack([slope for _, slope in found]).sum(dim=0) / count
+        slope[:, :-1] += penalty * weights
+        loss = sum(loss for loss, _ in found) / count
+        return loss + penalty / 2 * weights.square().sum().item(), slope
+
+    # In these units the loss curves by about 1: L-BFGS's first step has the right length.
+    curvature = sum(each(lambda part: part.curvature(start), parts)) / count
+    width = start.shape[1] - 1
+    unit = torch.full((width + 1,), curvature / width + penalty, dtype=start.dtype)
+    unit[-1] = curvature
+    unit = unit.rsqrt()
+    solution = (start / unit).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [solution],
         max_iter=ITERATIONS,
         tolerance_grad=TOLERANCE,
-        tolerance_change=CHANGE,
+        tolerance_change=change,
         line_search_fn="strong_wolfe",
     )
 
-    def closure() -> Tensor:
-        logs = _logits(flat, solution).log_softmax(dim=1)
-        weights = solution[:, :-1]
-        # The gradient by hand: for small problems PyTorch's own takes most of the time.
-        error = (logs.exp() - truth) / len(truth)
-        slope = torch.cat([error.T @ flat + penalty * weights, error.sum(dim=0)[:, None]], dim=1)
-        solution.grad = slope
-        return -(logs * truth).sum() / len(truth) + penalty / 2 * weights.square().sum()
+    def closure() -> float:
+        loss, slope = loss_and_slope(solution.detach() * unit)
+        solution.grad = slope * unit
+        return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return solution
+    return solution.detach() * unit

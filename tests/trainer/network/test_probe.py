@@ -96,3 +96,45 @@ def test_it_is_a_function_of_features_labels_and_seed():
     features, labels = blobs(50, 3, 30, 1.0)
     one, other = (probe.fit(features, labels, 3, seed=1) for _ in range(2))
     assert torch.equal(one.weight, other.weight) and torch.equal(one.logits, other.logits)
+
+
+@pytest.mark.parametrize("width", [8, 200], ids=["long", "wide"])
+def test_threads_change_no_bit_and_are_given_back(monkeypatch, width):
+    features, labels = blobs(90, 5, width, 1.0)
+    before = torch.get_num_threads()
+    solved = []
+    for small in (probe.SMALL, 0):  # in one thread, and in as many as there are
+        monkeypatch.setattr(probe, "SMALL", small)
+        torch.set_num_threads(3)
+        try:
+            solved.append(probe.fit(features, labels, 5, seed=0))
+            assert torch.get_num_threads() == 3
+        finally:
+            torch.set_num_threads(before)
+    one, many = solved
+    assert torch.equal(one.weight, many.weight) and torch.equal(one.logits, many.logits)
+
+
+def test_a_stop_ends_it_at_the_next_look(monkeypatch):
+    monkeypatch.setattr(probe, "SMALL", 0)  # with several threads
+    looks = []
+
+    def check():
+        looks.append(None)
+        if len(looks) >= 20:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        probe.fit(*blobs(90, 5, 8, 1.0), 5, seed=0, check=check)
+    assert len(looks) <= 20 + probe.FOLDS
+
+
+def test_the_folds_are_solved_near_enough_to_choose_as_exact_ones_would(monkeypatch):
+    features, labels = blobs(200, 4, 20, 2.0)
+    rough = probe.fit(features, labels, 4, seed=0)
+    monkeypatch.setattr(probe, "ROUGH_CHANGE", 1e-12)
+    monkeypatch.setattr(probe._Part, "rounded", property(lambda part: part))
+    exact = probe.fit(features, labels, 4, seed=0)
+    assert rough.penalty == exact.penalty
+    torch.testing.assert_close(rough.logits.double(), exact.logits.double(), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(rough.weight, exact.weight, rtol=1e-3, atol=1e-4)
