@@ -83,7 +83,7 @@ class TargetConfig:
             )
         if len(tags) > TAGS or not all(map(is_tag, tags, tags.values())):
             raise UserError(
-                f"target.tags={self.tags} is not allowed; AWS allows up to {TAGS} beside ours, of "
+                f"target.tags={self.tags} is not allowed; AWS allows up to {TAGS} besides ours, of "
                 "letters, digits, spaces and _.:/=+-@, keys of up to 128 and values of up to 256 "
                 "characters, and no key that begins with aws:"
             )

@@ -10,7 +10,7 @@ from trainer.network.build import Classifier
 
 
 class WithDistance(nn.Module):
-    """A classifier that gives, beside the logits, each image's distance from the nearest class.
+    """A classifier that gives, besides the logits, each image's distance from the nearest class.
 
     The distance is 1 - the cosine between the image's features and the mean features of a class: 0
     to 2. We chose it by measurement (docs/decisions).

@@ -131,7 +131,7 @@ def _unpickled(weights: str, data: bytes) -> Any:
 
 
 def _harmless() -> list[Any]:
-    """Return the classes that training scripts save beside tensors, and that run no code.
+    """Return the classes that training scripts save besides tensors, and that run no code.
 
     Command-line arguments, paths, and NumPy's numbers.
     """
