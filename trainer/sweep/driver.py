@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,6 +71,7 @@ PAUSES = (10.0, 60.0)
 # themselves.
 DOUBTS = {Whose.MACHINE: 2, Whose.OPEN: 1}
 ENOUGH = 4
+ASIDE = "aside"  # in a sweep's directory: trials that its ledger doesn't list
 # Settings that each trial has of its own; the sweep's command line can't give them.
 OWN = ("platform.run_dir", "platform.checkpoints", "platform.package")
 
@@ -326,16 +328,23 @@ class Driver:
         if noted not in (None, trial.params):
             log.warning(
                 "trial %d: %s holds a trial of other values, which the ledger no longer "
-                "lists: deleting it",
+                "lists: moved to %s",
                 trial.number,
                 where,
+                self.set_aside(where),
             )
-            files.remove(where)
         where.mkdir(exist_ok=True)
         files.write(where / "trial.json", json.dumps(trial.params))
         text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
         files.write(where / "config.yaml", text)
         self.hand_on(where)
+
+    def set_aside(self, trial: Path) -> Path:
+        """Move the directory of a trial that the ledger doesn't list, and return where it is."""
+        aside = self.directory / ASIDE
+        aside.mkdir(exist_ok=True)
+        free = next(n for n in count(1) if not (aside / f"{trial.name}-{n}").exists())
+        return trial.rename(aside / f"{trial.name}-{free}")
 
     def decided(self) -> Path | None:
         """Return the recipe of a trial, once it has decided it."""

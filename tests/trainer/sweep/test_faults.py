@@ -74,6 +74,21 @@ def test_a_trial_that_the_machine_fails_alone_waits_until_the_others_are_done(cw
     assert "3 tries of trial 0 (killed by SIGKILL)" in said.splitlines()[-1]
 
 
+def test_a_trial_that_the_ledger_does_not_list_is_kept_aside(cwd):
+    assert sweep(cwd, {}, "seed=0,1")[0] == OK
+    place = cwd / "runs/s"
+    for number in (1, 2):  # the second one finds the first one's place taken
+        (place / "trials.jsonl").unlink()
+        other = {"seed": str(8 + number)}
+        (place / "0000/trial.json").write_text(json.dumps(other))
+        code, said = sweep(cwd, {}, "seed=0,1")
+        kept = place / f"aside/0000-{number}"
+        assert code == OK and f"no longer lists: moved to {kept.relative_to(cwd)}" in said, said
+        assert json.loads((kept / "trial.json").read_text()) == other
+        assert (kept / "model.tar.gz").exists()
+    assert states(cwd) == ["complete", "complete"]
+
+
 def test_of_fewer_than_half_of_the_trials_none_is_the_best(cwd):
     failing = {str(number): [DIVERGED] for number in (0, 1, 3, 4)}
     code, said = sweep(cwd, failing, SEEDS)
