@@ -45,7 +45,7 @@ def follow(
         if while_read and streams.gone(sys.stdout):
             return state
         if end_overdue and kind.past_limit(attempt, state):
-            log.warning("OVERDUE: %s: it is ended", overdue.line(attempt, state))
+            log.warning("OVERDUE: %s: ending it", overdue.line(attempt, state))
             patience.ask(partial(kind.stop_running, aws, attempt, state, at_once=True))
         if state.detail != told:
             told = state.detail

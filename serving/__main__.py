@@ -1,4 +1,4 @@
-"""`python -m serving`: a model package checked, served, measured and deployed."""
+"""`python -m serving`: check, serve, measure and deploy a model package."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from importlib import import_module
 from trainer.common import sessions, streams
 
 if __name__ == "__main__":
-    sessions.end_when_asked()  # before what takes seconds to import
+    sessions.end_when_asked()  # before the imports below, which take seconds
 
 from trainer.common.command import guarded, leave
 from trainer.common.errors import MISTAKE, OK, needed_by
@@ -27,8 +27,8 @@ USAGE = """usage: python -m serving VERB ...
 
 python -m serving VERB --help says more."""
 
-# The module serving.NAME has the verb's main(arguments) -> exit code. Each is imported when it is
-# asked for.
+# Each verb with its module serving.NAME, which has main(arguments) -> exit code. It is imported
+# when the verb is used.
 VERBS = {
     "check": "check",
     "predict": "predict",
@@ -38,14 +38,14 @@ VERBS = {
     "bench": "bench",
     **dict.fromkeys(("plan", "deploy", "status", "invoke", "logs", "destroy"), "deploy"),
 }
-# Which extra of pyproject.toml a module needs, where that isn't `serve`.
+# The extra of pyproject.toml that a module needs, where it isn't `serve`.
 EXTRAS = {"deploy": "aws"}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a verb, and return its exit code. arguments: the verb and what belongs to it.
+    """Run a verb, and return its exit code. arguments: the verb and its own arguments.
 
-    What the user can mend becomes one line; a fault of ours is raised.
+    A mistake of the user becomes one line; a bug of ours is raised.
     """
     streams.outlive(expendable=arguments[:1] == ["serve"])
     if not arguments or arguments[0] not in VERBS:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Do what the verb says; return the exit code. arguments: the verb and what belongs to it."""
+    """Import and run the verb's module; return the exit code. arguments: as in `main`."""
     name = VERBS[arguments[0]]
     with needed_by(arguments[0], EXTRAS.get(name, "serve")):
         module = import_module(f"serving.{name}")
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def to_stderr(level: int, line: str) -> None:
-    """Print what ended a command. level: logging's; standard output is a verb's own."""
+    """Print why a command ended. level: logging's. Standard output is for the verb's results."""
     print(line, file=sys.stderr)
 
 

@@ -1,6 +1,6 @@
-"""The application behind our own server: what each path answers, and what requests hold meanwhile.
+"""The application behind our own server: what each path answers, and limits on open requests.
 
-/invocations and /ping are as SageMaker asks for them, /metrics is for Prometheus, and / is a page
+/invocations and /ping are as SageMaker requires them, /metrics is for Prometheus, and / is a page
 to try the model.
 """
 
@@ -42,11 +42,11 @@ from serving.worker import Worker
 log = logging.getLogger("packhorse.serving")
 
 BODY_SECONDS = 20.0  # for a request's body
-LIGHT = 1 << 19  # bytes of a body that is read here
+LIGHT = 1 << 19  # bytes; a larger body is parsed in the worker's process
 GIVE_WAY_SECONDS = 0.003  # between two pieces of large bodies, while a small request is answered
-BODIES = 64 << 20  # bytes of all bodies together: what the queue may hold in memory
-# Turns after which asyncio has told that a client hung up whose end came with its request: to read
-# the end, to close, to wake who waits for it. Nothing is begun for that client.
+BODIES = 64 << 20  # bytes of all bodies together that the queue may hold in memory
+# Turns of the event loop after which asyncio reports a client that hung up right after its request:
+# one to read the end, one to close, one to wake the waiting task. Then no work begins for it.
 TURNS = 3
 GET = {"/", "/card", "/metrics", "/ping"}
 NO_HEADERS: Mapping[str, str] = {}
@@ -67,10 +67,10 @@ IN_PROGRESS = Gauge("packhorse_requests_in_progress", "Requests whose head has c
 
 
 class Slots:
-    """What whole requests hold while they are worked on: one of so many here, or of those aside.
+    """Limits the complete requests in progress: so many here, and as many aside.
 
-    From any thread. What takes long, or waits for other machines, is aside, in the worker's
-    process: it holds up nobody who brings a small picture along.
+    Safe from any thread. Requests that take long or wait for other machines are aside, in the
+    worker's process, so that they don't hold up requests with small pictures.
     """
 
     def __init__(self, most: int) -> None:
@@ -79,12 +79,12 @@ class Slots:
         self._lock = threading.Lock()
 
     def are_taken(self) -> bool:
-        """Return whether a request is worked on here."""
+        """Return whether a request is in progress here."""
         return self._working > 0
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Hold one. Raise RequestError where there is none."""
+        """Hold a slot here. Raise RequestError where none is free."""
         with self._lock:
             if self._working >= self._most:
                 raise RequestError(503, "too many requests are waiting; try again")
@@ -97,7 +97,7 @@ class Slots:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Hold one of those aside, in the place of the other. Raise as `working`."""
+        """Hold a slot aside instead of the one here. Raise as `working`."""
         with self._lock:
             if self._aside >= self._most:
                 message = "too many requests fetch pictures, or bring large ones; try again"
@@ -113,7 +113,7 @@ class Slots:
 
 
 class _Work(Work):
-    """That of a request to this server, which fetches nothing here."""
+    """The work of a request in this process, which fetches nothing: that is the worker's."""
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
@@ -127,14 +127,14 @@ class App:
     def __init__(
         self, package: Package, engine: Engine, settings: Settings, hosts: frozenset[str]
     ) -> None:
-        """Make it. hosts: names that it goes by; none: any."""
+        """hosts: names under which it answers; empty: any."""
         self.connections = Connections(settings.connections)
         self._engine, self._settings, self._hosts = engine, settings, hosts
         self._slots = Slots(settings.queue)
         self._worker = Worker(package.preprocessing, settings)
         self._held = 0  # bytes of all bodies
-        self._coming: dict[_Body, None] = {}  # those that aren't whole, the oldest first
-        self._turn = asyncio.Lock()  # of the large ones
+        self._coming: dict[_Body, None] = {}  # incomplete bodies, the oldest first
+        self._turn = asyncio.Lock()  # lets one large body be read at a time
         # A thread for every request in the queue: while some wait for a slow URL, the others go on.
         self._threads = _started(2 * settings.queue)
         self._page = page.read()
@@ -164,7 +164,7 @@ class App:
                 case "GET" | "HEAD", _ if path in GET or path in self._examples:
                     await self._get(path, send)
                 case _, "/invocations":
-                    message = "a prediction is asked for by POST"
+                    message = "ask for a prediction by POST"
                     raise RequestError(405, message, {"Allow": "POST, OPTIONS"})
                 case _ if path in GET:
                     message = f"{path} is read by GET; POST is for /invocations"
@@ -178,12 +178,13 @@ class App:
     def _check_host(self, host: str, path: str) -> None:
         """Raise RequestError for a name that is not ours.
 
-        A page of any site may have a name of its own that leads here (DNS rebinding), and would be
-        taken for ours. Whoever balances a load asks /ping by address.
+        Any site may let its own name point to this server (DNS rebinding); a browser would then
+        treat the site's pages as ours. /ping takes any name: load balancers ask by address.
         """
         if self._hosts and path != "/ping" and without_port(host) not in self._hosts:
             raise RequestError(
-                421, "this server does not go by that name; python -m serving serve --hosts NAME"
+                421,
+                "this server has another name; allow yours: python -m serving serve --hosts NAME",
             )
 
     async def _get(self, path: str, send: Send) -> None:
@@ -231,12 +232,12 @@ class App:
         await self._answer(send, result, request_id, headers.get("origin", ""))
 
     async def _work(self, request: Request, body: "_Body", receive: Receive) -> Answer:
-        """Return the answer to a whole request. What is done for a client that leaves is ended.
+        """Return the answer to a complete request. When its client hangs up, the work is abandoned.
 
         request: without its body.
         """
         work = _Work(self._settings.seconds)
-        gone = asyncio.ensure_future(receive())  # what comes after a whole body is its end
+        gone = asyncio.ensure_future(receive())  # after a complete body comes the client's end
         gone.add_done_callback(lambda _: work.abandon())
         try:
             for _ in range(TURNS):
@@ -253,7 +254,7 @@ class App:
     def _score(
         self, chunks: list[bytes], engine: Engine, settings: Settings, request: Request, work: Work
     ) -> Scored | Answer:
-        """Do what takes a moment here, and leave the rest to the worker's process."""
+        """Score a light request here, and leave a heavy one to the worker's process."""
         if sum(map(len, chunks)) <= LIGHT:
             whole = replace(request, body=b"".join(chunks))
             with suppress(Heavy):
@@ -266,9 +267,9 @@ class App:
         return Scored(scores, prepared.form, prepared.top, prepared.collecting)
 
     async def _read(self, receive: Receive, headers: dict[str, str], body: "_Body") -> None:
-        """Fill `body`.
+        """Read the request's body into `body`.
 
-        Raises RequestError for one that is too large, too slow or too much for now, and _Gone.
+        Raises RequestError where it is too large, too slow or too much for now, and _Gone.
         """
         allowed = self._settings.max_body
         length = int(headers.get("content-length", "0"))
@@ -303,17 +304,17 @@ class App:
             del self._coming[body]
 
     async def _wait_for_turn(self) -> None:
-        """Let one large body go on in a turn of the event loop, and small requests go before it.
+        """Let only one large body be read in each turn of the event loop, after small requests.
 
-        To take a piece of 256 KB in is half a millisecond, in which nobody else has the event loop
-        and hardly anybody Python's lock: a small request, which needs both several times, took 10
-        to 22 ms beside a body of 16 MB.
+        A piece of 256 KB takes half a millisecond. Meanwhile nothing else has the event loop, and
+        hardly anything Python's lock. A small request needs both several times: it took 10 to 22 ms
+        beside a body of 16 MB.
         """
         async with self._turn:
             await asyncio.sleep(GIVE_WAY_SECONDS if self._slots.are_taken() else 0)
 
     def _make_room(self, body: "_Body") -> None:
-        """Give up bodies where all together are too large: first the one that has taken longest."""
+        """Give up bodies where all together are too large, the oldest first."""
         for other in self._coming:
             if self._held <= BODIES:
                 return
@@ -351,7 +352,7 @@ class App:
 
 
 def _started(threads: int) -> ThreadPoolExecutor:
-    """Return so many threads, all of them started: to start one holds up the event loop."""
+    """Return so many threads, all started: starting one later would hold up the event loop."""
     pool = ThreadPoolExecutor(threads, "request")
     all_run = threading.Barrier(threads)
     for _ in range(threads):
@@ -363,18 +364,18 @@ TOO_LARGE = "too many large requests are waiting; try again"
 
 
 class _Body:
-    """A body on its way."""
+    """A body that is being received."""
 
     def __init__(self) -> None:
-        # As they came: to join a large one takes the event loop from all others.
+        # As they came: to join the chunks of a large body would hold up the event loop.
         self.chunks: list[bytes] = []
         self.size = 0  # bytes
-        self.counted = 0  # of them, among those of all bodies
+        self.counted = 0  # bytes of it that count towards those of all bodies
         self.given_up = False
         self.deadline: asyncio.Timeout | None = None
 
     def give_up(self) -> None:
-        """Have it given up at once, by who reads it."""
+        """Drop the chunks, and make its reader give up at once."""
         self.given_up = True
         self.chunks.clear()
         if self.deadline:
@@ -382,4 +383,4 @@ class _Body:
 
 
 class _Gone(Exception):
-    """The client hung up before its request was whole."""
+    """The client hung up before its request was complete, or before work on it began."""

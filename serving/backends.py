@@ -1,4 +1,4 @@
-"""What runs a package's network, by name: ONNX Runtime, or PyTorch for GPU endpoints."""
+"""The backends that run a package's network, by name: ONNX Runtime on a CPU or GPU, or PyTorch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # The mean features of the classes, for PyTorch; the ONNX network holds them too.
 MEANS = "distance.safetensors"
 CUDA = "CUDAExecutionProvider"
-OWN = "own"  # model.name of such a network
+OWN = "own"  # model.name of a network that the user's own code builds
 
 
 class NetworkError(ValueError):
@@ -24,14 +24,14 @@ class NetworkError(ValueError):
 
 
 class Scores(NamedTuple):
-    """What the network says of N images."""
+    """The network's outputs for N images."""
 
     logits: NDArray[np.float32]  # [N, classes]
-    # [N], from the nearest class that was trained on; packages of old don't tell.
+    # [N], from the nearest class that was trained on; None: an older package has none.
     distance: NDArray[np.float32] | None = None
 
     def of(self, number: int) -> "Scores":
-        """Return those of one image."""
+        """Return the scores of one image."""
         distance = self.distance
         if distance is not None:
             distance = distance[number : number + 1]
@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 
     @staticmethod
     def joined(parts: Sequence["Scores"]) -> "Scores":
-        """Return those of several images, of one network, together."""
+        """Return the scores of several images, by one network, together."""
         distances = [part.distance for part in parts if part.distance is not None]
         distance = None
         if distances:
@@ -48,7 +48,7 @@ class Scores(NamedTuple):
 
 
 class Network(Protocol):
-    """Pixels [N, size, size, 3] to scores, from any thread."""
+    """Turns pixels [N, size, size, 3] into scores. Safe from any thread."""
 
     def __call__(self, pixels: NDArray[np.uint8], /) -> Scores: ...
 
@@ -56,7 +56,7 @@ class Network(Protocol):
 def open_onnx(directory: Path, manifest: dict[str, Any], threads: int | None) -> Network:
     """Return the network of a package's directory in ONNX Runtime, on the CPU.
 
-    threads: of one run of the network, one a core if not given. Raises NetworkError.
+    threads: of one run of the network; None: one per core. Raises NetworkError.
     """
     return _open_onnx(directory, manifest, threads, "CPUExecutionProvider", {})
 
@@ -88,15 +88,15 @@ def _open_onnx(
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0  # 0: one a core
-    # Threads that spin while they wait take the cores from those that decode and answer: half
-    # the throughput on a machine that is shared.
+    options.intra_op_num_threads = threads or 0  # 0: one per core
+    # Threads that spin while they wait take cores from those that decode and answer: that halves
+    # the throughput on a shared machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4  # fatal: it would print, besides raising them, its errors
+    options.log_severity_level = 4  # fatal: ONNX Runtime would also print the errors it raises
     model = directory / "model.onnx"
     try:
         session = onnxruntime.InferenceSession(str(model), options, providers=[(provider, its)])
-    except Exception as error:  # the classes of its exceptions have nothing else in common
+    except Exception as error:  # its exceptions have no other base class
         reason = " ".join(str(error).split())
         raise NetworkError(
             f"{model.name} can't be opened by ONNX Runtime {onnxruntime.__version__} ({reason})"
@@ -117,7 +117,10 @@ def _names(values: Sequence[Any]) -> list[str]:
 
 
 def _check_shapes(session: "onnxruntime.InferenceSession", size: int, classes: int) -> None:
-    """Compare inputs and outputs: name, type, and shape behind the free batch dimension."""
+    """Raise NetworkError unless inputs and outputs have the right names, types and shapes.
+
+    The first dimension, the batch, is free.
+    """
     shapes = [
         (value.name, value.type, value.shape[1:])
         for value in (*session.get_inputs(), *session.get_outputs())
@@ -136,10 +139,10 @@ def _check_shapes(session: "onnxruntime.InferenceSession", size: int, classes: i
 def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -> Network:
     """Return the network with the package's weights in PyTorch, on the GPU where there is one.
 
-    It needs all of Packhorse installed. threads: of a CPU. Raises UserError without PyTorch.
+    It needs all of Packhorse installed. threads: on a CPU. Raises UserError without PyTorch.
     """
     with needed_by("--backend=torch", "serve"):
-        # imported here: serving needs PyTorch only where it is asked for
+        # imported here: serving needs PyTorch only for --backend=torch
         import torch
         from safetensors.torch import load_file
 
@@ -159,7 +162,7 @@ def open_torch(directory: Path, manifest: dict[str, Any], threads: int | None) -
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda")
-    # The images' mean and standard deviation are among the weights.
+    # The weights include the images' mean and standard deviation.
     module = model.build(
         config["model.name"],
         len(manifest["classes"]),

@@ -25,20 +25,20 @@ PROVISIONED = 3  # the fewest warm Lambda environments, as in stack.yaml
 
 @dataclass(frozen=True)
 class Load:
-    """What clients got that each wait for one answer before they ask again."""
+    """The answers to clients that each wait for an answer before they ask again."""
 
     clients: int
     seconds: float
-    latencies: Sequence[float]  # seconds, of what was answered with 200; sorted
+    latencies: Sequence[float]  # seconds, of the answers with status 200; sorted
     failed: int
 
     @property
     def rate(self) -> float:
-        """Return the answers a second."""
+        """Return the answers per second."""
         return len(self.latencies) / self.seconds
 
     def quantile(self, share: float) -> float:
-        """Return the seconds within which that share was answered (nearest rank)."""
+        """Return the latency in seconds that this share of the answers kept (nearest rank)."""
         return self.latencies[max(0, math.ceil(share * len(self.latencies)) - 1)]
 
 
@@ -46,16 +46,16 @@ class Load:
 class Advice:
     """What to deploy for a load."""
 
-    target: int  # SageMakerVariantInvocationsPerInstance: requests a minute and instance
+    target: int  # SageMakerVariantInvocationsPerInstance: requests per minute and instance
     instances: int
     concurrency: int  # Lambda environments busy at once
-    month: float  # US dollars, for the instances
+    month: float  # US dollars per month, for the instances
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure a server and print what follows. arguments: the verb and its own.
+    """Measure a server, and print what to deploy. arguments: the verb and its own.
 
-    Raises UserError where nothing is answered.
+    Raises UserError where the server answers nothing.
     """
     options = _parser().parse_args(arguments[1:])
     rented = price(options.instance, FALLBACK)
@@ -113,10 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--clients",
         default="1,2,4,8",
-        help="how many ask at once, one after the other (default %(default)s)",
+        help="numbers of clients that ask at once, measured in turn (default %(default)s)",
     )
     parser.add_argument(
-        "--seconds", type=positive, default=5.0, help="for each of them (default %(default)s)"
+        "--seconds", type=positive, default=5.0, help="for each number (default %(default)s)"
     )
     parser.add_argument(
         "--rate",
@@ -173,7 +173,7 @@ def measure(
 ) -> Load:
     """Post `body` to /invocations again and again, by so many clients for so many seconds.
 
-    Raises UserError where nothing is answered.
+    Raises UserError where no request is answered.
     """
     connections = [_connect(url) for _ in range(clients)]
     latencies: list[float] = []
@@ -203,7 +203,7 @@ def measure(
         list(threads.map(ask, connections))
     if not latencies:
         reason = (*failures, "nothing came in time")[0]
-        raise UserError(f"{url}: no request was answered ({reason}); see that the server runs")
+        raise UserError(f"{url}: no request was answered ({reason}); check that the server runs")
     return Load(clients, time.monotonic() - began, sorted(latencies), len(failures))
 
 
@@ -227,7 +227,7 @@ def _error(body: bytes) -> str:
 def advise(loads: Sequence[Load], per_minute: float, limit: float, price: float) -> Advice | None:
     """Return what to deploy for `per_minute` requests, 95 % of them answered within `limit` s.
 
-    price: US dollars an instance and hour. None where no load was answered so fast.
+    price: US dollars per instance and hour. None where no load was answered so fast.
     """
     good = [load for load in loads if load.quantile(0.95) <= limit and not load.failed]
     if not good:
@@ -235,6 +235,6 @@ def advise(loads: Sequence[Load], per_minute: float, limit: float, price: float)
     best = max(good, key=lambda load: load.rate)
     target = max(1, math.floor(HEADROOM * best.rate * 60))
     instances = max(1, math.ceil(per_minute / target))
-    # Little's law: what is in progress is the arrival rate times the time that each takes.
+    # Little's law: requests in progress = arrival rate x seconds per request.
     concurrency = math.ceil(per_minute / 60 * best.quantile(0.95))
     return Advice(target, instances, concurrency, instances * price * HOURS_A_MONTH)

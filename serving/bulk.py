@@ -1,4 +1,4 @@
-"""Many pictures through a model, on all cores, in their order."""
+"""Runs a model on many pictures, on all cores, and keeps their order."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,17 +14,17 @@ from trainer.common.errors import Unreadable
 from trainer.images.decode import MAX_PIXELS, ImageError, Room
 
 T = TypeVar("T")
-THREADS = 1  # of the network of one picture: see `each`
+THREADS = 1  # that run the network for one picture: see `each`
 
 
 def each(
     package: Package, pictures: Iterable[Source], work: Callable[[Source, bytes, Scores], T]
 ) -> Iterator[tuple[Source, T | ImageError | Unreadable]]:
-    """Yield, for each picture, what `work` returns of it, its file and the network's scores.
+    """Yield each picture with the result of `work`, which gets it, its file and its scores.
 
-    Or why there is none: it is broken (ImageError), or can't be read now (Unreadable). One thread
-    decodes a picture and computes its network, of a package that was loaded with THREADS: with more
-    pictures than cores, no core is idle.
+    In place of a result the error: the picture is broken (ImageError), or can't be read now
+    (Unreadable). One thread decodes a picture and runs the network on it, so the package must be
+    loaded with THREADS. With more pictures than cores, no core is idle.
     """
     room = Room(MAX_PIXELS)
     threads = cores()
@@ -35,7 +35,7 @@ def each(
             scores = package.network(package.prepare(data, room)[None])
         except (ImageError, Unreadable) as error:
             return error
-        except RequestError as error:  # of S3
+        except RequestError as error:  # from S3
             return Unreadable(f"{picture.name}: {error}")
         return work(picture, data, scores)
 

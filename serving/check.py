@@ -1,4 +1,4 @@
-"""`python -m serving check PACKAGE`: verify a model package, and say what it holds."""
+"""`python -m serving check PACKAGE`: verify a model package, and print what it holds."""
 
 import argparse
 import json
@@ -12,13 +12,13 @@ from serving.package import Package, load_for_command
 from trainer.common.errors import OK, UserError
 from trainer.results.calibrate import COVERAGE
 
-SHOWN = 5  # classes that are named
+SHOWN = 5  # classes that the output names
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what a package holds, once it has proven itself. arguments: the verb and its own.
+    """Verify a package, and print what it holds. arguments: the verb and its own.
 
-    Raises UserError for one that does not.
+    Raises UserError for a package that fails.
     """
     parser = argparse.ArgumentParser(
         prog="python -m serving check", description="Verify a model package."
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check_answers(package: Package, path: Path) -> None:
-    """Raise UserError unless the answers about the golden images are calibrated as the package is.
+    """Raise UserError unless the answers for the golden images apply the package's calibration.
 
-    load() has compared the probabilities; this is about what reaches a caller.
+    load() has compared the probabilities; this checks what a caller gets.
     """
     calibration = package.calibration
     probabilities = calibration.probabilities(package.golden_scores.logits)
@@ -83,7 +83,7 @@ def _check_answers(package: Package, path: Path) -> None:
 
 
 def _calibration(package: Package) -> str:
-    """Return what answers say beside the classes, in a line."""
+    """Return in a line what answers say besides the classes."""
     calibration = package.calibration
     if calibration.least_probability is None:
         return "softmax as it is: this package was built without calibration"

@@ -1,4 +1,4 @@
-"""Connections: how many, for how long, and which make room for others."""
+"""Limits on connections: how many, for how long, and which are closed to make room."""
 
 import asyncio
 import errno
@@ -18,22 +18,23 @@ from serving.handler import failure, new_id
 
 log = logging.getLogger("packhorse.serving")
 
-HEAD_SECONDS = 10.0  # for a request's head, or a connection is closed
-ANSWER_SECONDS = 20.0  # for a client to read what was written to it
+HEAD_SECONDS = 10.0  # for a request's head; then the connection is closed
+ANSWER_SECONDS = 20.0  # for a client to read an answer
 KEPT_SECONDS = 75.0  # between two requests
-LATE_SECONDS = 2.0  # of silence, where the server ends: a request may be on its way
+LATE_SECONDS = 2.0  # of silence when the server ends: a request may still be on its way
 SWEEP_SECONDS = 0.5  # between two looks at all connections
-HEAD_BYTES = 32 << 10  # of a request's head, and of what frames the pieces of a chunked body
-TURN_SECONDS = 0.005  # between two requests that were sent before the last one was answered
-SAY_AGAIN = 60.0  # seconds after which it is said once more that there are no more files
+HEAD_BYTES = 32 << 10  # of a request's head, and of the framing of a chunked body
+TURN_SECONDS = 0.005  # between two requests that were sent without waiting for the answer
+SAY_AGAIN = 60.0  # seconds until the log says again that no more files can be opened
 
 HEAD_END = re.compile(rb"\n\r?\n")  # the parser refuses those without \r
-# To another protocol, which none is spoken here: the parser would take a body for a part of it.
+# The server speaks no other protocol. After this header the parser would take a body for part of
+# one.
 UPGRADE = re.compile(rb"(?i)\nupgrade:")
 
 
 class Connections:
-    """The open connections, in the order of when something last came from them."""
+    """The open connections; the one that has been silent for longest comes first."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -43,24 +44,24 @@ class Connections:
         self._next_turn = 0.0
 
     def add(self, connection: "Protocol") -> None:
-        """Add one, and close one that asks nothing where there are too many."""
+        """Add a connection; where there are too many, close one without a request."""
         if len(self._all) >= self.most:
             self._close_one()
         self._all[connection] = None
 
     def remove(self, connection: "Protocol") -> None:
-        """Forget one."""
+        """Remove a connection."""
         self._all.pop(connection, None)
 
     def touch(self, connection: "Protocol") -> None:
-        """Say that something came from it."""
+        """Note that a connection has sent something."""
         if self._all.pop(connection, self) is None:
             self._all[connection] = None
 
     async def watch(self) -> None:
-        """Close, for ever, those that take too long for what they do.
+        """Close connections that take too long. Runs for ever.
 
-        One look at all of them in SWEEP_SECONDS costs less than timers of their own.
+        One look at all of them every SWEEP_SECONDS costs less than a timer for each.
         """
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
@@ -68,30 +69,30 @@ class Connections:
                 connection.grow_older()
 
     def wait_for_turn(self, go: Callable[[], None]) -> None:
-        """Have `go` called in the turn of a connection that sends requests in advance.
+        """Call `go` in the next turn, for a connection that sends requests ahead of the answers.
 
-        There is one such turn in TURN_SECONDS, for all together: who sends a thousand requests and
-        reads no answer takes a small part of the event loop.
+        All such connections together have one turn in TURN_SECONDS: a client that sends a thousand
+        requests and reads no answer takes only a small part of the event loop.
         """
         loop = asyncio.get_running_loop()
         self._next_turn = max(self._next_turn, loop.time()) + TURN_SECONDS
         loop.call_at(self._next_turn, go)
 
     def make_room(self, short: OSError) -> None:
-        """Close one where no other can be accepted, and say so now and then."""
+        """Close a connection where no other can be accepted, and log that now and then."""
         if time.monotonic() > self._said + SAY_AGAIN:
             self._said = time.monotonic()
             log.error(
-                "no connection can be accepted (%s): the oldest that ask nothing are closed; "
+                "no connection can be accepted (%s): closing the oldest idle ones; "
                 "allow more files with ulimit -n, or fewer --connections",
                 os.strerror(short.errno or errno.EMFILE),
             )
         self._close_one()
 
     def _close_one(self) -> None:
-        """Close the one that has been silent for longest.
+        """Close the connection that has been silent for longest.
 
-        Those between two requests come first, then those whose body isn't whole.
+        First one between two requests; where there is none, one whose body is incomplete.
         """
         for is_free in (Protocol.asks_nothing, Protocol.sends_a_body):
             for connection in self._all:
@@ -102,27 +103,27 @@ class Connections:
 
 
 class _Ahead(Exception):
-    """A request begins where only the rest of a chunked body is parsed."""
+    """Another request begins in the data of a chunked body: it came ahead of its turn."""
 
 
 class Protocol(HttpToolsProtocol):
-    """Parses one request at a time, bounds what it takes, and refuses in JSON what is no HTTP.
+    """Parses one request at a time, limits its size and time, and answers bad HTTP in JSON.
 
-    uvicorn parses all that has come, has no bound for a head, and waits for ever where one trickles
-    or an answer is not read.
+    uvicorn parses everything received at once, has no limit for a head, and waits for ever where a
+    head trickles in or a client doesn't read an answer.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        # As uvicorn, but for the addresses: two calls of the system, and nobody asks for them.
+        # As in uvicorn, without the addresses: they take two system calls, and nobody uses them.
         self.connections.add(self)
         self.transport, self.flow, self.scheme = transport, FlowControl(transport), "http"
-        self._come = bytearray()  # and not yet parsed
-        self._searched = 0  # bytes of it, for a head's end
-        self._is_whole = True  # the request that was parsed last
-        self._left: int | None = 0  # bytes of its body; None: it is chunked
-        self._framing = 0  # bytes of a chunked body since the last that were the body's own
+        self._come = bytearray()  # received and not yet parsed
+        self._searched = 0  # bytes of it that were searched for a head's end
+        self._is_whole = True  # whether the last parsed request is complete
+        self._left: int | None = 0  # bytes of its body still to come; None: it is chunked
+        self._framing = 0  # bytes of framing in a chunked body since its last own byte
         self._waits = False  # for its turn
-        self._age = 0  # looks at it since it began what it does
+        self._age = 0  # sweeps since its current state began
         self._open: Connections = self.config.app.connections  # type: ignore[union-attr]
         self._open.add(self)
 
@@ -139,7 +140,7 @@ class Protocol(HttpToolsProtocol):
             self._age = 0
 
     def _parse(self) -> None:
-        """Parse what has come, but no further than a request that isn't answered."""
+        """Parse what was received, up to the end of a request that isn't answered yet."""
         try:
             while self._come and not self._waits and not self.transport.is_closing():
                 if self._is_whole and not self.asks_nothing():
@@ -151,12 +152,12 @@ class Protocol(HttpToolsProtocol):
                 self._feed(piece)
         except httptools.HttpParserError:
             if self._is_whole and self._left is None:
-                super().shutdown()  # once the request before it is answered
+                super().shutdown()  # as soon as the previous request is answered
             else:
                 self.send_400_response("Invalid HTTP request received.")
 
     def _next_piece(self) -> bytes:
-        """Take a whole head, or what is there of a body, out of what has come."""
+        """Take a complete head, or the received part of a body, from the received bytes."""
         is_head = self._is_whole
         if is_head:
             self._left = 0
@@ -168,7 +169,7 @@ class Protocol(HttpToolsProtocol):
         return UPGRADE.sub(b"\nnot-upgraded:", piece) if is_head else piece
 
     def _size_of_head(self) -> int:
-        """Return the size of the head that has come, 0 where its end hasn't."""
+        """Return the size of the received head, 0 where it is incomplete."""
         if not self._searched:
             self._come = self._come.lstrip(b"\r\n")
         found = HEAD_END.search(self._come, self._searched)
@@ -179,7 +180,7 @@ class Protocol(HttpToolsProtocol):
         return size if found else 0
 
     def _feed(self, piece: bytes) -> None:
-        """Have a piece parsed. Raise HttpParserError."""
+        """Parse a piece. Raise HttpParserError."""
         if self._left:
             self._left -= len(piece)
         self._framing += len(piece)
@@ -197,7 +198,7 @@ class Protocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Refuse what the parser lets pass: other versions and codings, no name or several."""
+        """Refuse what the parser accepts: other versions and codings, a missing or second Host."""
         values: dict[bytes, list[bytes]] = {}
         for name, value in self.headers:
             values.setdefault(name, []).append(value)
@@ -220,7 +221,7 @@ class Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        # Without uvicorn's timer of its own: `grow_older` closes it.
+        # Without uvicorn's timer: `grow_older` closes the connection.
         self.server_state.total_requests += 1
         self._age = 0
         if self._come and not self.transport.is_closing():
@@ -237,34 +238,34 @@ class Protocol(HttpToolsProtocol):
             self._parse()
 
     def asks_nothing(self) -> bool:
-        """Return whether it is between two requests, or before its first."""
+        """Return whether the connection is between two requests, or before its first."""
         return self.cycle is None or self.cycle.response_complete
 
     def sends_a_body(self) -> bool:
-        """Return whether its request isn't whole."""
+        """Return whether its request is incomplete."""
         return not self._is_whole
 
     def _is_idle(self) -> bool:
-        """Return whether nothing has come of a next request."""
+        """Return whether no byte of a next request has come."""
         return self.asks_nothing() and self._is_whole and not self._come
 
     def pause_writing(self) -> None:
-        """Give the client so long to read what was written."""
+        """Start the time that the client has to read the answer."""
         super().pause_writing()
         self._age = 0
 
     def grow_older(self) -> None:
-        """Close it where it takes too long. After each time that what it sent could be read."""
+        """Close the connection where it takes too long. Called in each sweep."""
         self._age += 1
         if self._age * SWEEP_SECONDS > self._patience():
             self.transport.abort() if self.flow.write_paused else self.transport.close()
 
     def _patience(self) -> float:
-        """Return how many seconds it may take for what it does now."""
+        """Return how many seconds its current state may last."""
         if self.flow.write_paused:
             return ANSWER_SECONDS
         if not self.asks_nothing():
-            return math.inf  # the application has its own
+            return math.inf  # the application has its own limits
         if not self._is_idle():
             return HEAD_SECONDS
         if self._open.draining:
@@ -272,7 +273,7 @@ class Protocol(HttpToolsProtocol):
         return HEAD_SECONDS if self.cycle is None else KEPT_SECONDS
 
     def shutdown(self) -> None:
-        """End it with its request; where it has none, `grow_older` does."""
+        """Close the connection after its request; without one, `grow_older` closes it."""
         if not self.asks_nothing():
             super().shutdown()
 

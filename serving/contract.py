@@ -1,8 +1,8 @@
-"""What a request may say, and what its answer looks like: the same at every way in.
+"""The format of requests and answers, the same behind every adapter.
 
-docs/serving.md has the table. The body is an image's file, JSON, JSON Lines or a multipart form;
-what it is, its first bytes tell where its content type doesn't. The standard library only: the
-Lambda function's zip holds a copy of this file.
+docs/serving.md has the table. The body is an image's file, JSON, JSON Lines or a multipart form.
+Where the content type doesn't tell which, the first bytes do. Standard library only: the Lambda
+function's zip holds a copy of this file.
 """
 
 import base64
@@ -21,8 +21,8 @@ TOP = 5
 KINDS = ("url", "base64", "s3")
 OUTPUTS = ("logits", "labels")
 JSON, LINES = "application/json", "application/jsonlines"
-# With these, the body is an image's file unless it begins as JSON does. text/plain is what a
-# browser says of a text, and the form's type is what curl says of anything.
+# With these content types, the body is an image's file unless it begins as JSON does. Browsers send
+# text/plain for any text, and curl the form's type for anything.
 UNSAID = {
     "",
     "text/plain",
@@ -38,7 +38,7 @@ LINE_TYPES = {
     "application/x-ndjson",
 }
 # Python needs up to 70 bytes for a value of one or two characters ("[],[],"), so a body of 16 MB
-# would take a gigabyte. A request of pictures has a few values.
+# could take a gigabyte. A request about pictures has only a few values.
 MAX_VALUES = 16_384
 MAX_PARTS = 64  # of a form
 MAX_PART_HEAD = 8_192  # bytes
@@ -55,7 +55,7 @@ RETRY = {"Retry-After": RETRY_SECONDS}
 class Query:
     """What a request's body asks for."""
 
-    # ("file", bytes), or one of KINDS with what the body holds for it
+    # ("file", bytes), or one of KINDS with its value in the body
     sources: Sequence[tuple[str, Any]]
     output: str | None = None  # "logits" or "labels"
     top: int = TOP
@@ -67,7 +67,7 @@ class Form:
     """How an answer is written."""
 
     output: str  # "logits" or "labels"
-    lines: bool  # a row a line, instead of a list of rows
+    lines: bool  # one row per line, instead of a list of rows
 
     @property
     def content_type(self) -> str:
@@ -80,7 +80,7 @@ class Form:
 def read(body: bytes | bytearray | str, content_type: str, max_pictures: int) -> Query:
     """Return what a body asks for. Raises RequestError.
 
-    body: with its bytes; a text where a toolkit has decoded it.
+    body: bytes; or a text, where a toolkit has decoded it.
     """
     data = _bytes(body)
     media_type = _media_type(content_type)
@@ -110,9 +110,9 @@ def read(body: bytes | bytearray | str, content_type: str, max_pictures: int) ->
 
 
 def choose(query: Query, accept: str) -> Form:
-    """Return how the answer is written. Raises RequestError.
+    """Return how to write the answer. Raises RequestError.
 
-    accept: the header, "" where there is none. The body's field `output` counts before it.
+    accept: the header, "" where there is none. The body's field `output` overrides it.
     """
     for offer in filter(None, map(str.strip, accept.split(","))):
         media_type = _media_type(offer)
@@ -132,9 +132,9 @@ def choose(query: Query, accept: str) -> Form:
 
 
 def decode_base64(text: str) -> bytes:
-    """Return what base64 holds. Raises RequestError.
+    """Return the bytes that base64 encodes. Raises RequestError.
 
-    It may be a data: URL, have white space, URLs' own two characters, and no padding.
+    The text may be a data: URL, have white space, the URL-safe characters - and _, and no padding.
     """
     if text[:5].lower() == "data:":
         head, _, text = text.partition(",")
@@ -167,9 +167,9 @@ def rows_of(text: str, pictures: int, output: str) -> list[Any]:
 
 
 def cross_origin(origins: str, origin: str) -> dict[str, str]:
-    """Return an answer's headers that let pages of other sites read it.
+    """Return the headers of an answer that let pages of other sites read it.
 
-    origins: whose pages may, "*" for all, separated by commas. origin: of the page that asks.
+    origins: sites whose pages may, separated by commas; "*": all. origin: of the page that asks.
     """
     allowed = [each.strip().rstrip("/") for each in origins.split(",")]
     exposed = {"Access-Control-Expose-Headers": "X-Request-Id, Retry-After, Server-Timing"}
@@ -180,8 +180,8 @@ def cross_origin(origins: str, origin: str) -> dict[str, str]:
     return {"Vary": "Origin"}
 
 
-# The answer to a browser that asks before it sends what is no plain form. "*" covers all headers
-# but Authorization.
+# The answer to a browser's CORS preflight, which it sends before any request that is not a plain
+# form. "*" covers all headers but Authorization.
 PREFLIGHT: Mapping[str, str] = {
     "Access-Control-Allow-Methods": "POST, OPTIONS",
     "Access-Control-Allow-Headers": "*, Authorization, Content-Type",
@@ -190,9 +190,9 @@ PREFLIGHT: Mapping[str, str] = {
 
 
 def check_method(method: str) -> None:
-    """Raise RequestError for a method that no prediction is asked by."""
+    """Raise RequestError for any method but POST."""
     if method != "POST":
-        raise RequestError(405, "a prediction is asked for by POST", {"Allow": "POST, OPTIONS"})
+        raise RequestError(405, "ask for a prediction by POST", {"Allow": "POST, OPTIONS"})
 
 
 def _bytes(body: bytes | bytearray | str) -> bytes:
@@ -205,7 +205,7 @@ def _bytes(body: bytes | bytearray | str) -> bytes:
 
 
 def _media_type(text: str) -> Message:
-    """Return a header like `application/json; output=labels`, taken apart."""
+    """Return a header like `application/json; output=labels`, parsed."""
     message = Message()
     message["Content-Type"] = text.encode("ascii", "replace").decode()
     return message
@@ -225,7 +225,7 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def _query(asked: Mapping[str, Any], max_pictures: int) -> Query:
-    """Return what an object asks for. Keys that it knows nothing of do no harm."""
+    """Return what an object asks for. Unknown keys are ignored."""
     instances: Any = [asked]
     if asked.get("instances") is not None:
         instances = asked["instances"]
@@ -270,7 +270,7 @@ def _of_kind(kind: str, value: str) -> tuple[str, str]:
 
 
 def _read_lines(data: bytes, max_pictures: int) -> Query:
-    """Return what JSON Lines ask for: an object a picture, `output` and `top` in the first one."""
+    """Return what JSON Lines ask for: an object per picture, `output` and `top` in the first."""
     lines = [line for line in data.split(b"\n", max_pictures + 1) if line.strip()]
     if not 1 <= len(lines) <= max_pictures:
         raise RequestError(
@@ -294,7 +294,7 @@ def _read_form(data: bytes, media_type: Message, max_pictures: int) -> Query:
             "application",
         )
         if is_file:
-            if value or head.get_filename():  # a browser sends an empty one where none was chosen
+            if value or head.get_filename():  # a browser sends "" where no file was chosen
                 sources.append(("file", value))
         elif name in KINDS:
             sources.append(_of_kind(str(name), _text(value)))
@@ -309,7 +309,7 @@ def _read_form(data: bytes, media_type: Message, max_pictures: int) -> Query:
 
 
 def _parts(data: bytes, boundary: Any) -> list[tuple[Message, bytes]]:
-    """Return the parts of a form, each with its head. Raises RequestError."""
+    """Return the head and content of each part of a form. Raises RequestError."""
     broken = RequestError(400, "the multipart form is not whole, or its boundary is missing")
     if not isinstance(boundary, str) or not boundary.isascii() or not boundary:
         raise broken
@@ -338,7 +338,7 @@ def _text(value: bytes) -> str:
 
 
 def _number(text: str) -> Any:
-    """Return a whole number, or the text, which is then refused."""
+    """Return a whole number, or the text, which the caller then refuses."""
     if text.isdecimal() and len(text) < 10:
         return int(text)
     return text

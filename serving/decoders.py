@@ -1,11 +1,11 @@
-"""The threads that decode images, and room for the pixels that they hold.
+"""The threads that decode images, and the memory that they may use.
 
-A thread can't be ended while it decodes. What could keep it busy for ever is refused before
-(`trainer/images/bounds.py`), so a large picture takes seconds at most; but pictures that take 10 ms
-should not wait for it. So large pictures have threads of their own, or are left to another process
-(`worker.py`); and a thread that is busy for long with a small one, while others wait, is replaced:
-it finishes its picture, and ends. No thread has a lower priority than another: it would hold
-Python's lock while it waits for a processor, and all others would wait with it.
+A thread can't be stopped while it decodes. `trainer/images/bounds.py` refuses files that could keep
+it busy for ever, so a large picture takes seconds at most. But pictures that take 10 ms should not
+wait for it. So large pictures have their own threads, or go to another process (`worker.py`). And a
+thread that takes long for a small picture, while others wait, is replaced: it finishes its picture,
+and ends. All threads have the same priority: one with a lower priority would hold Python's lock
+while it waits for a processor, and all others would wait with it.
 """
 
 import heapq
@@ -33,32 +33,32 @@ from trainer.images.decode import (
 )
 
 Pixels = NDArray[np.uint8]  # [size, size, 3]
-Task = Callable[[bool], Pixels]  # told whether the picture may be large; raises Heavy
+Task = Callable[[bool], Pixels]  # its argument: whether the picture may be large; raises Heavy
 
-PATIENCE = 0.25  # seconds that others wait for a picture before its thread is replaced
-REPLACED = 2  # threads that may be replaced at once, for each that decodes
-SMALL = 1 << 20  # pixels that need no room: there are no more such pictures at once than threads
+PATIENCE = 0.25  # seconds for a picture that others wait for; then its thread is replaced
+REPLACED = 2  # replaced threads that may still be busy, for each that decodes
+SMALL = 1 << 20  # pixels that reserve no memory: no more such pictures at once than threads
 MEMORY = 448 << 20  # bytes: a photo of 48 megapixels takes 300 MB as a JPEG, 440 MB as HEIC or PNG
-# Of memory, for each pixel that is decoded, at most: measured with 48 megapixels and Pillow 13.
+# Most bytes of memory per decoded pixel: measured with 48 megapixels and Pillow 13.
 JPEG, RGB, TRANSPARENT, LOSSY_WEBP, HEIC, AVIF = 6.5, 9.0, 13.0, 17.0, 9.4, 11.0
 PNG_PLAIN = {0, 2, 3}  # colour types without transparency
 
 
 class Decoders:
-    """Threads that decode, so many at once, and as many again for large pictures.
+    """Threads that decode, and as many again for large pictures.
 
-    What a picture is, its head tells: a thread for small ones reads it, and hands large ones on.
+    A thread for small pictures reads a picture's header, and hands a large one on.
     """
 
     def __init__(self, threads: int, large: bool = True) -> None:
-        """Start them. large: whether large pictures are decoded; else they raise Heavy."""
+        """Start the threads. large: whether to decode large pictures; else they raise Heavy."""
         handed_on = None
         if large:
             handed_on = _Lane(threads, may_be_large=True)
         self._small = _Lane(threads, large=handed_on)
 
     def submit(self, number: int, task: Task) -> "Future[Pixels]":
-        """Have a picture decoded, and return what will have its pixels.
+        """Queue a picture, and return the future of its pixels.
 
         number: of the picture in its request, from 0.
         """
@@ -67,13 +67,13 @@ class Decoders:
         return future
 
     def relieve(self) -> None:
-        """Replace the threads that have been busy for long with small pictures, where more wait."""
+        """Replace threads that have taken long for a small picture, where more pictures wait."""
         self._small.relieve()
 
     def hang(self, seconds: float) -> bool:
-        """Return whether no small picture is decoded, and hasn't been for `seconds`.
+        """Return whether no small picture has been decoded for `seconds`.
 
-        Large ones may take as long on a busy machine.
+        Large ones don't count: they may take that long on a busy machine.
         """
         return self._small.hang(seconds)
 
@@ -84,10 +84,11 @@ class _Lane:
     def __init__(
         self, threads: int, *, may_be_large: bool = False, large: "_Lane | None" = None
     ) -> None:
-        """Start so many. large: the threads that large pictures are handed on to, if any."""
+        """Start so many. large: the threads that get large pictures, if any."""
         self._threads, self._may_be_large, self._large = threads, may_be_large, large
-        # First the first pictures of all requests, then the second ones: a request of many
-        # pictures holds up none of one. One token in the queue for each: it waits without Python.
+        # First the first pictures of all requests, then the second ones, so that a request with
+        # many pictures doesn't hold up a request with one. The queue has a token for each picture:
+        # waiting for it doesn't need Python's lock.
         self._heap: list[tuple[int, int, Task, Future[Pixels]]] = []
         self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._order = itertools.count()
@@ -98,13 +99,13 @@ class _Lane:
             self._start()
 
     def add(self, number: int, task: Task, future: "Future[Pixels]") -> None:
-        """Have a picture decoded."""
+        """Queue a picture."""
         with self._lock:
             heapq.heappush(self._heap, (number, next(self._order), task, future))
         self._tokens.put(None)
 
     def relieve(self) -> None:
-        """Replace the threads that have been busy for long, where pictures wait."""
+        """Replace threads that have been busy for long, where pictures wait."""
         if not self._heap:
             return
         before = time.monotonic() - PATIENCE
@@ -117,7 +118,7 @@ class _Lane:
                 self._start()
 
     def hang(self, seconds: float) -> bool:
-        """Return whether nothing is decoded: each thread is busy with a picture for so long."""
+        """Return whether each thread has been busy with one picture for `seconds`."""
         before = time.monotonic() - seconds
         with self._lock:
             active = [since for thread, since in self._since.items() if self._is_active(thread)]
@@ -145,7 +146,7 @@ class _Lane:
         self._tokens.get()
         with self._lock:
             number, _, task, future = heapq.heappop(self._heap)
-        # One that was handed on is running.
+        # A picture that was handed on is marked as running already.
         if not future.running() and not future.set_running_or_notify_cancel():
             return
         with self._lock:
@@ -167,14 +168,14 @@ class _Lane:
 
 
 class Unwanted(BaseException):
-    """Nobody wants what was to be decoded. Decoding turns any Exception into one of the picture."""
+    """Nobody wants the picture any more. No Exception: decoding would turn it into ImageError."""
 
 
 class Rooms:
-    """Memory for large pictures that are decoded at once; who came first is first."""
+    """Memory for large pictures that are decoded at once; first come, first served."""
 
     def __init__(self, pixels: int, memory: int = MEMORY, *, large: bool = True) -> None:
-        """Make it. pixels: of one picture, at most. memory: bytes, for all.
+        """pixels: of one picture, at most. memory: bytes, for all pictures.
 
         large: whether large pictures are decoded here; else they raise Heavy.
         """
@@ -184,11 +185,11 @@ class Rooms:
         self._line: deque[object] = deque()
 
     def of(self, image: bytes, work: Work, may_be_large: bool) -> Room:
-        """Return the room that a request's picture takes. It raises Heavy where it may not be."""
+        """Return the room for a request's picture. It raises Heavy where it may not be large."""
         return _Share(self, bytes_a_pixel(image), work, may_be_large)
 
     def take(self, size: int, work: Work) -> None:
-        """Wait for so many bytes. Raise Unwanted where the work ends before."""
+        """Wait for `size` bytes. Raise Unwanted where the work ends first."""
         ticket = object()
         with self._changed:
             self._line.append(ticket)
@@ -201,14 +202,14 @@ class Rooms:
                 self._changed.notify_all()
 
     def give_back(self, size: int) -> None:
-        """Give so many back."""
+        """Give `size` bytes back."""
         with self._changed:
             self._left += size
             self._changed.notify_all()
 
 
 class _Share(Room):
-    """What one picture takes of it."""
+    """The memory of one picture."""
 
     def __init__(self, rooms: Rooms, each: float, work: Work, may_be_large: bool) -> None:
         super().__init__(rooms.pixels)
@@ -240,7 +241,7 @@ class _Share(Room):
 
 
 def bytes_a_pixel(image: bytes) -> float:
-    """Return how much memory decoding takes for each pixel, by the kind of an image's file."""
+    """Return how many bytes of memory decoding takes per pixel, by the format of the file."""
     if image.startswith(b"\xff\xd8\xff"):
         return JPEG
     if image.startswith(b"\x89PNG") and len(image) > 25:
@@ -271,7 +272,7 @@ def _left(work: Work) -> float:
 
 
 class Preparation:
-    """Images' files to the network's pixels, for callers on any number of threads."""
+    """Turns images' files into the network's pixels, for callers on any number of threads."""
 
     def __init__(self, preprocessing: Preprocessing, rooms: Rooms, threads: int) -> None:
         """Start so many threads."""
@@ -279,9 +280,9 @@ class Preparation:
         self._decoders = Decoders(threads, rooms.large)
 
     def pixels(self, images: Sequence[bytes], work: Work) -> Iterator[Pixels]:
-        """Yield those of each image's file, in order, while the others are decoded.
+        """Yield the pixels of each file in order, while the others are decoded.
 
-        Raises ImageError, TimeoutError where the deadline comes first, Abandoned, and Heavy.
+        Raises ImageError, TimeoutError at the deadline, Abandoned, and Heavy.
         """
         decoding = [
             self._decoders.submit(number, partial(self._decode, image, work))
@@ -302,7 +303,7 @@ class Preparation:
                 step.cancel()
 
     def hangs(self, seconds: float) -> bool:
-        """Return whether nothing is decoded any more, and hasn't been for `seconds`."""
+        """Return whether no small picture has been decoded for `seconds`: every thread hangs."""
         return self._decoders.hang(seconds)
 
     def _result(self, step: "Future[Pixels]", work: Work) -> Pixels:
@@ -314,7 +315,7 @@ class Preparation:
             except CancelledError as error:
                 raise Abandoned from error
             except TimeoutError:
-                if step.done():  # by then, or it is the step's own
+                if step.done():  # it has ended just now, or raised this error itself
                     return step.result()
                 self._decoders.relieve()
 
@@ -327,5 +328,5 @@ class Preparation:
         except MemoryError as error:
             if image[4:8] != b"ftyp":
                 raise
-            # AVIF and HEIC are decoded in a process that gets memory by what their headers say.
+            # AVIF and HEIC are decoded in a process whose memory is limited by their headers.
             raise ImageError("decoding it takes more memory than its size allows") from error

@@ -1,7 +1,7 @@
-"""The engine behind every adapter: decodes images and runs the network, on a thread a core.
+"""The engine behind every adapter: decodes images and runs the network, on a thread per core.
 
-On a CPU each image is run alone: batches gained nothing there. A GPU wants batches: the engine then
-waits up to `delay` for more images.
+On a CPU the network runs on each image alone: batches gained nothing there. On a GPU batches pay:
+the engine waits up to `delay` seconds for more images.
 """
 
 import queue
@@ -23,7 +23,7 @@ One = Future[Scores]  # of one image
 
 
 class Engine:
-    """Images to scores, for callers on any number of threads, each of which sets a deadline."""
+    """Turns images into scores, for callers on any number of threads, each with a deadline."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class Engine:
     ) -> None:
         """Start the engine's threads.
 
-        rooms: memory for the images that are decoded. workers: images decoded at once, and,
-        with batch=1, networks run at once. batch: most images in one run of the network. delay:
+        rooms: memory for the images that are decoded. workers: images decoded at once, and with
+        batch=1 runs of the network at once. batch: most images in one run of the network. delay:
         seconds that a run may wait for its batch to fill.
         """
         self.package = package
@@ -53,14 +53,14 @@ class Engine:
             ).start()
 
     def scores(self, images: Sequence[bytes], work: Work) -> Scores:
-        """Return what the network says of N images' files.
+        """Return the scores of N images' files.
 
-        Raises ImageError, TimeoutError where the deadline comes first, Abandoned, and Heavy.
+        Raises ImageError, TimeoutError at the deadline, Abandoned, and Heavy.
         """
         return self.run(self._preparation.pixels(images, work), work)
 
     def run(self, pixels: Iterable[NDArray[np.uint8]], work: Work) -> Scores:
-        """Return what the network says of N images, each [size, size, 3]. Raises as `scores`."""
+        """Return the scores of N images, each [size, size, 3]. Raises as `scores`."""
         running: list[One] = []
         try:
             running += map(self._submit, pixels)
@@ -70,7 +70,7 @@ class Engine:
                 each.cancel()
 
     def hangs(self, seconds: float) -> bool:
-        """Return whether nothing is decoded any more, and hasn't been for `seconds`."""
+        """Return whether no small picture has been decoded for `seconds`: every thread hangs."""
         return self._preparation.hangs(seconds)
 
     def _result(self, step: One, work: Work) -> Scores:
@@ -80,7 +80,7 @@ class Engine:
             try:
                 return step.result(seconds)
             except TimeoutError:
-                if step.done():  # by then, or it is the step's own
+                if step.done():  # it has ended just now, or raised this error itself
                     return step.result()
 
     def _submit(self, pixels: NDArray[np.uint8]) -> One:
@@ -96,7 +96,7 @@ class Engine:
             with suppress(queue.Empty):
                 while len(batch) < size:
                     batch.append(self._waiting.get(timeout=max(0.0, full_by - time.monotonic())))
-            # Those whose callers have given up are left out.
+            # Leave out images whose callers have given up.
             batch = [pair for pair in batch if pair[1].set_running_or_notify_cancel()]
             if not batch:
                 continue

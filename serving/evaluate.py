@@ -30,11 +30,11 @@ from trainer.images.names import SPLIT_NAMES, alike, counted
 
 @dataclass
 class Labelled:
-    """Pictures of the model's classes. labels: their places among them."""
+    """Pictures of the model's classes. labels: indices of their classes in the model's."""
 
     pictures: list[Source] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # by the picture's name
-    notes: list[str] = field(default_factory=list)  # what is to be said
+    notes: list[str] = field(default_factory=list)  # lines for the user
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     if seen:
         print(
             f"the model has seen {seen} of these {len(scores)} pictures, in its run's "
-            "train and valid: what follows is better than it will be on new ones"
+            "train and valid: expect worse figures than these on new ones"
         )
     together = Scores.joined([*scores.values()])
     evaluated = evaluation.Evaluated(
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{words}macro F1 {result['f1']:.1%}, {result['pictures']} pictures")
     print(f"report       {options.to / 'report.html'}")
     print(f"predictions  {options.to / 'predictions.csv'}")
-    around = (options.folder, options.folder.parent)  # of a whole data set, or of one part of it
+    around = (options.folder, options.folder.parent)  # the folder may be a data set, or a part
     root = next((each for each in around if (each / "train").is_dir()), "DIR")
     going_on = command("trainer", f"data.root={root}", f"model.weights={path}")
     print(f"next, to train on from it: {going_on}")
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _find(root: Path, labels: Path | None, split: str | None) -> dict[str, list[File]]:
-    """Return the files by class; "": of none. Raises UserError where there is no such folder."""
+    """Return the files by class; "": without a class. Raises UserError for a missing folder."""
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder")
     if labels is not None:
@@ -148,7 +148,7 @@ def _find(root: Path, labels: Path | None, split: str | None) -> dict[str, list[
 
 
 def _matched(found: Mapping[str, list[File]], classes: Sequence[str], root: Path) -> Labelled:
-    """Return the pictures whose class the model has. Raises UserError where there is none."""
+    """Return the pictures whose class the model has. Raises UserError where there are none."""
     labelled = Labelled()
     left_out: list[str] = []
     unknown: list[str] = []
@@ -184,9 +184,10 @@ def _compared(name: str, classes: Sequence[str]) -> str:
 
 
 def _known(path: Path) -> set[str]:
-    """Return the SHA-256 of the pictures that the model has seen, where a run beside it says so.
+    """Return the SHA-256 of the pictures that the model has seen, from the run beside it, if any.
 
-    Its valid counts too: by that, epochs are chosen, probabilities calibrated and heads solved.
+    The run's valid counts too: it chose the epoch, calibrated the probabilities, and may have been
+    used to solve the head.
     """
     samples = identity.noted(path.parent / "checkpoints" / identity.INDEX) or []
     return {content for split, _, content, _ in samples if split != "test"}
@@ -194,9 +195,9 @@ def _known(path: Path) -> set[str]:
 
 @dataclass
 class Answers:
-    """The scores of each picture by its name; those that are broken, with the reason.
+    """The scores of each picture by its name; broken pictures, with the reason.
 
-    seen: how many the model has seen before.
+    seen: how many pictures the model has seen in its training.
     """
 
     scores: dict[str, Scores] = field(default_factory=dict)
@@ -205,7 +206,7 @@ class Answers:
 
 
 def _answers(package: Package, labelled: Labelled, known: Container[str]) -> Answers:
-    """Ask the model. Raises Unreadable for a picture that can't be read now."""
+    """Run the model on the pictures. Raises Unreadable for one that can't be read now."""
 
     def answer(picture: Source, data: bytes, scores: Scores) -> tuple[Scores, bool]:
         return scores, identity.of_bytes(data) in known

@@ -1,9 +1,9 @@
-"""Fetches a URL that a stranger gave us, without reaching what the stranger could not reach alone.
+"""Fetches a URL from a stranger, but only from hosts that the stranger could reach too.
 
-Server-side request forgery is a caller making our machine ask a machine that only ours can reach:
-its metadata service, its neighbours, itself. So each address is checked just before the connection
-is made to that very address; names, redirects and URL spellings decide nothing. The standard
-library only: the Lambda function's zip holds a copy of this file.
+In server-side request forgery a caller makes our machine ask one that only ours can reach: its
+metadata service, its neighbours, itself. So the code checks each address just before it connects to
+that very address, however the URL is spelled, and after each redirect. Standard library only: the
+Lambda function's zip holds a copy of this file.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ MAX_URL = 4096  # characters: S3's presigned URLs take about 2,000
 MAX_REDIRECTS = 3
 CHUNK = 64 << 10  # bytes read at a time
 PORTS = {"http": 80, "https": 443}
-SAFE = "/%:@!$&'()*+,;=~"  # characters of a path that are sent as they stand
+SAFE = "/%:@!$&'()*+,;=~"  # characters of a path that are sent unquoted
 REDIRECTS = {301, 302, 303, 307, 308}
 
-# What no image on the public internet has for an address: the two IANA special-purpose address
-# registries (RFC 6890), and what clouds add to them. `ipaddress.is_global` is no such table: it
-# lets multicast, NAT64, 6to4 and IPv4-compatible addresses pass, and each of them leads inside.
+# Addresses that no image on the public internet has: IANA's two special-purpose registries
+# (RFC 6890), and those that clouds add. `ipaddress.is_global` doesn't suffice: it accepts
+# multicast, NAT64, 6to4 and IPv4-compatible addresses, and each of them can lead inside.
 FORBIDDEN = tuple(
     ipaddress.ip_network(network)
     for network in (
@@ -56,25 +56,25 @@ FORBIDDEN = tuple(
         "203.0.113.0/24",  # documentation
         "224.0.0.0/4",  # multicast
         "240.0.0.0/4",  # reserved, and broadcast
-        # Of IPv6, what lies outside GLOBAL_IPV6 is forbidden without being named: loopback,
+        # All IPv6 outside GLOBAL_IPV6 is forbidden without being listed here: loopback,
         # IPv4-mapped (::ffff:0:0/96) and IPv4-compatible (::/96), NAT64 (64:ff9b::/96,
         # 64:ff9b:1::/48), unique local with AWS's fd00:ec2::254, link-local, site-local, multicast.
         "2001::/23",  # IETF protocols; Teredo (2001::/32) holds IPv4 addresses
         "2001:db8::/32",  # documentation
         "2002::/16",  # 6to4: holds IPv4 addresses
         "2620:4f:8000::/48",  # AS112
-        "3ffe::/16",  # 6bone, given back
+        "3ffe::/16",  # 6bone, returned to IANA
         "3fff::/20",  # documentation
     )
 )
-GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all that IANA has given out as global unicast
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all global unicast that IANA has allocated
 
-LOOK_SECONDS = 0.25  # so often it is asked, while nothing comes, whether the fetch is still wanted
+LOOK_SECONDS = 0.25  # between two checks, while no data comes, that the fetch is still wanted
 NO_HEADERS: Mapping[str, str] = {}
 
 
 class RequestError(Exception):
-    """A request gets no prediction. status, headers: of HTTP; the message is for the caller."""
+    """A request gets no prediction. status, headers: of HTTP. The message is for the caller."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] = NO_HEADERS) -> None:
         super().__init__(message)
@@ -82,7 +82,7 @@ class RequestError(Exception):
 
 
 class FetchError(RequestError):
-    """The URL was tried and gave nothing usable."""
+    """The URL was tried, and gave no usable answer."""
 
     def __init__(self, message: str) -> None:
         super().__init__(400, message)
@@ -91,7 +91,7 @@ class FetchError(RequestError):
 class Refused(FetchError):
     """The URL may not be tried. `reason` is for our own log.
 
-    The caller always sees the same words, so that refusals can't map a network.
+    The caller always sees the same message, so that nobody can map a network by refusals.
     """
 
     def __init__(self, reason: str) -> None:
@@ -103,7 +103,7 @@ class Refused(FetchError):
 
 
 class ByteLimit:
-    """Counts the bytes of one request's images; called with the size of each piece."""
+    """Counts the bytes of one request's images. Call it with the size of each piece."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.taken = limit, 0
@@ -118,13 +118,12 @@ class ByteLimit:
 def fetch(
     url: str, *, max_bytes: int, deadline: float, reserve: Callable[[int], None] = lambda size: None
 ) -> bytes:
-    """Return the body of the answer to a GET of `url`, whatever it claims to be.
+    """Return the body of the answer to a GET of `url`, whatever its content type.
 
     deadline: seconds for everything together (names, connections, redirects, body).
-    max_bytes: of the body. reserve: called with the number of bytes that came, piece by piece, and
-    with 0 while nothing comes; what it raises ends the fetch. Proxies, cookies and credentials of
-    the environment are not used.
-    Raises Refused or FetchError.
+    max_bytes: of the body. reserve: called with the size of each piece that comes, and with 0 while
+    none comes; an exception from it ends the fetch. Ignores the environment's proxies, cookies and
+    credentials. Raises Refused or FetchError.
     """
     end = time.monotonic() + deadline
     try:
@@ -139,14 +138,14 @@ def fetch(
             url = urljoin(url, location)
     except TimeoutError as error:
         raise FetchError(f"the URL gave no whole answer within {deadline:g} s") from error
-    # ValueError: what http.client makes of forged lengths
+    # ValueError: http.client raises it for forged lengths
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise FetchError("the URL's server could not be reached, or broke off") from error
     raise FetchError(f"the URL redirects more than {MAX_REDIRECTS} times")
 
 
 def public(address: str) -> bool:
-    """Return whether an IP address, as getaddrinfo writes it, is of the public internet."""
+    """Return whether an IP address, as getaddrinfo writes it, is on the public internet."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -159,8 +158,8 @@ def public(address: str) -> bool:
 def _parse(url: str) -> SplitResult:
     if len(url) > MAX_URL:
         raise Refused(f"{len(url)} characters")
-    # urlsplit drops tabs and line ends, and some parsers take a backslash for a slash: nothing that
-    # two parsers could read in two ways.
+    # urlsplit drops tabs and line ends, and some parsers take a backslash for a slash: refuse any
+    # URL that two parsers could read in two ways.
     if any(character <= " " or character in "\\\x7f" for character in url):
         raise Refused("white space, a control character or a backslash")
     try:
@@ -188,9 +187,9 @@ def _parse(url: str) -> SplitResult:
 def _connected(
     parts: SplitResult, end: float, reserve: Callable[[int], None]
 ) -> Iterator["_Stream"]:
-    """Connect to an address of the URL's host that was checked.
+    """Connect to a checked address of the URL's host.
 
-    Where the scheme asks for it, with TLS and the host's certificate proven.
+    For https use TLS, and verify the host's certificate.
     """
     host = parts.hostname
     assert host
@@ -207,9 +206,9 @@ _reading_certificates = threading.Lock()
 
 
 def _tls() -> ssl.SSLContext:
-    """Return the one context: reading the system's certificates takes 30 ms of a processor.
+    """Return the one TLS context: to read the system's certificates takes 30 ms of CPU time.
 
-    functools.cache alone lets fetches that begin together read them each.
+    With functools.cache alone, fetches that begin together would each read them.
     """
     with _reading_certificates:
         return _one_tls()
@@ -225,7 +224,7 @@ def _resolve(
 ) -> list[tuple[str, int]]:
     """Return the host's addresses, all of them public.
 
-    Raises Refused, for a name that does not exist too: which names do is nobody's concern.
+    Raises Refused, also for a name that doesn't exist: callers must not learn which names do.
     """
     addresses: list[tuple[str, int]] = []
 
@@ -234,8 +233,8 @@ def _resolve(
             answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             addresses.extend((str(address[0]), int(address[1])) for *_, address in answers)
 
-    # The system's resolver knows no deadline, so it is left behind where it takes too long; it ends
-    # by itself.
+    # The system's resolver has no deadline. Where it takes too long, its thread is left alone, and
+    # ends by itself.
     thread = threading.Thread(target=look_up, daemon=True)
     thread.start()
     while True:
@@ -283,7 +282,7 @@ def _get(
     if (response.length or 0) > max_bytes:
         raise FetchError(f"the URL's file has {response.length:,} bytes; allowed: {max_bytes:,}")
     body = io.BytesIO()
-    # One byte more than allowed is asked for, to tell a longer body.
+    # Read one byte more than allowed, to recognise a longer body.
     while chunk := response.read(min(CHUNK, max_bytes + 1 - body.tell())):
         reserve(len(chunk))
         body.write(chunk)
@@ -295,9 +294,9 @@ def _get(
 
 
 class _Stream(io.RawIOBase):
-    """As much of a socket as http.client uses, each call ending at the common deadline.
+    """The part of a socket that http.client uses; each call ends at the common deadline.
 
-    A timeout of the socket would begin anew with every byte.
+    A socket's own timeout would begin anew with every byte.
     """
 
     def __init__(
@@ -311,8 +310,8 @@ class _Stream(io.RawIOBase):
 
     def makefile(self, mode: str) -> io.BufferedReader:
         assert mode == "rb"
-        # A second one, because http.client closes what it calls the socket as soon as it has the
-        # answer's head, and then reads the body.
+        # A second stream: http.client closes its socket as soon as it has the answer's head, and
+        # then reads the body.
         return io.BufferedReader(_Stream(self._connection, self._end, self._reserve))
 
     def readable(self) -> bool:
@@ -328,7 +327,7 @@ class _Stream(io.RawIOBase):
 
 
 def _left(end: float) -> float:
-    """Return the seconds until `end`. Raises TimeoutError where there are none."""
+    """Return the seconds until `end`. Raises TimeoutError where none are left."""
     left = end - time.monotonic()
     if left <= 0:
         raise TimeoutError

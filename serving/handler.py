@@ -1,16 +1,16 @@
 """One request, from its body to its answer, the same behind every adapter.
 
-`contract.py` says what a body may be. The answer is JSON with one row an image: its logits in the
-order of the package's classes, `[[0.31, -0.45, ...]]`. Asked with the field `"output": "labels"` or
+`contract.py` says what a body may be. The answer is JSON with one row per image: its logits in the
+order of the package's classes, `[[0.31, -0.45, ...]]`. With the field `"output": "labels"` or
 `Accept: application/json; output=labels`, a row is an object:
 
     {"labels": [{"label": "dog", "probability": 0.93}, ...], "set": ["dog"], "sure": true,
      "unlike": false}
 
-`labels` are the most probable classes, 5 of them or as many as the field `"top"` says; `set` are
-those of which one is right in 90 % of all pictures; `unlike` says whether the picture is unlike
-anything that was trained on, and `sure` that it isn't and the set has one class. A package that was
-built without calibration answers null in the place of these three. What went wrong is
+`labels` are the most probable classes, 5 of them or as many as the field `"top"` says. `set` has
+the classes among which the right one is for 90 % of all pictures. `unlike` says whether the picture
+is unlike everything that the model was trained on. `sure` says that it isn't, and that the set has
+one class. A package that was built without calibration answers null for these three. An error is
 `{"error": "...", "request_id": "..."}`.
 """
 
@@ -41,8 +41,8 @@ from trainer.results.prediction import predictions
 log = logging.getLogger("packhorse.serving")
 
 FETCH_SECONDS = 10.0  # for one image from a URL or from S3
-GONE = 499  # nginx's word for a client that hung up; the status is for our own counters
-# The machine's, for now: too many files are open, or its memory is full.
+GONE = 499  # nginx's status for a client that hung up, for our own counters
+# Passing shortages of this machine: too many open files, or full memory.
 SHORT_OF = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
 
@@ -51,16 +51,16 @@ def _setting(default: Any, meaning: str, least: float = 1, most: float = 1 << 40
 
 
 def _words(default: str, meaning: str, shape: str, allowed: str) -> Any:
-    """Return a setting of words, separated by commas. shape: of each, a regular expression."""
+    """Return a setting of words, separated by commas. shape: a regular expression for each."""
     return field(default=default, metadata={"help": meaning, "shape": shape, "allowed": allowed})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How requests are answered.
+    """Settings for answering requests.
 
-    Each is a flag of `python -m serving serve`, and behind every adapter a variable, such as
-    SERVING_MAX_BODY=1000000.
+    Each is a flag of `python -m serving serve`, and behind every adapter an environment variable,
+    such as SERVING_MAX_BODY=1000000.
     """
 
     max_body: int = _setting(
@@ -70,7 +70,7 @@ class Settings:
         64 << 20, "bytes of all pictures that a request fetches; all requests: twice that"
     )
     max_pixels: int = _setting(
-        MAX_PIXELS, "of a picture as it is decoded (a JPEG is decoded at a fraction of its size)"
+        MAX_PIXELS, "of a decoded picture (a JPEG is decoded at a fraction of its size)"
     )
     max_decoded: int = _setting(
         MEMORY, "bytes of memory for all pictures that are decoded at once, 6 to 20 a pixel"
@@ -82,8 +82,8 @@ class Settings:
     urls: bool = _setting(True, "fetch pictures from public URLs")
     examples: bool = _setting(
         False,
-        "show the package's golden pictures, which are some of yours, on the page; by default "
-        "where it listens to this machine alone",
+        "show the package's golden pictures, which are some of yours, on the page; on by default "
+        "where only this machine can reach it",
     )
     s3: bool = _setting(False, "fetch pictures from S3, where this machine's role may read them")
     queue: int = _setting(
@@ -93,7 +93,7 @@ class Settings:
         most=1024,
     )
     connections: int = _setting(
-        1024, "open at once; beyond it, those that ask nothing are closed", least=8, most=65_536
+        1024, "open at once; beyond it, idle ones are closed", least=8, most=65_536
     )
     origins: str = _words(
         "*",
@@ -103,8 +103,8 @@ class Settings:
     )
     hosts: str = _words(
         "",
-        "names that it goes by, or *; by default localhost, and where it listens to other "
-        "machines any",
+        "host names under which it answers, or *; by default localhost, or any where other "
+        "machines can reach it",
         r"\*|[A-Za-z0-9.:\[\]_-]+",
         "*, or names like a.example, separated by commas",
     )
@@ -118,14 +118,14 @@ class Settings:
 
 
 def start_engine(package: Package, settings: Settings) -> Engine:
-    """Return the engine of an adapter that its host asks for one answer after the other."""
+    """Return the engine of an adapter whose host asks for one answer after the other."""
     return Engine(package, Rooms(settings.max_pixels, settings.max_decoded))
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:
-    """Return the settings of the variables SERVING_...
+    """Return the settings from the environment variables SERVING_...
 
-    Raises UserError for a variable whose value does not fit.
+    Raises UserError for a value that is not allowed.
     """
     given: dict[str, Any] = {}
     for setting in fields(Settings):
@@ -136,9 +136,9 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
 
 
 def convert(name: str, text: str, setting: "Field[Any]") -> bool | int | float | str:
-    """Return a setting's value, from the text of a flag or a variable. Raises UserError.
+    """Return a setting's value from the text of a flag or a variable. Raises UserError.
 
-    name: what the user calls the setting. setting: its field of Settings.
+    name: of the flag or variable, for the message. setting: its field of Settings.
     """
     kind = type(getattr(Settings, setting.name))
     if kind is str:
@@ -164,7 +164,7 @@ def convert(name: str, text: str, setting: "Field[Any]") -> bool | int | float |
 
 @dataclass(frozen=True)
 class Request:
-    """What came. content_type, accept: the headers, "" where there is none. id: for the log."""
+    """A request. content_type, accept: the headers, "" where there is none. id: for the log."""
 
     body: bytes | bytearray | str
     content_type: str
@@ -181,16 +181,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Scored:
-    """A request's images, and what the network says of them."""
+    """The scores of a request's images, and how to write them."""
 
     scores: Scores
     form: Form
     top: int
-    collecting: float  # seconds until all files were there
+    collecting: float  # seconds that it took to get all files
 
 
 def score(engine: Engine, settings: Settings, request: Request, work: Work) -> Scored:
-    """Return what the network says of a request's images. Raises whatever goes wrong."""
+    """Return the scores of a request's images. Raises any error."""
     began = time.monotonic()
     query = read(request.body, request.content_type, settings)
     form = contract.choose(query, request.accept)
@@ -206,10 +206,10 @@ def answer(
     work: Work | None = None,
     scorer: Callable[[Engine, Settings, Request, Work], Scored | Answer] = score,
 ) -> Answer:
-    """Return the answer to a request, whatever goes wrong.
+    """Return the answer to a request. Any error becomes an answer.
 
-    work: the request's, for who may abandon it; with a deadline from now on, if not given.
-    scorer: what does it, in place of `score`; it may return an answer.
+    work: of the request, where the caller may abandon it; None: a new one, with a deadline from
+    now on. scorer: called in place of `score`; it may return an answer.
     """
     began = time.monotonic()
     try:
@@ -226,7 +226,7 @@ def answer(
 
 
 def failure(error: Exception, request_id: str) -> Answer:
-    """Return the answer to a request that failed, with its faults told and ours logged."""
+    """Return the answer to a failed request. It tells the caller's mistakes; ours are logged."""
     status, message, headers = 400, str(error), {}
     if isinstance(error, RequestError):
         status = error.status
@@ -253,7 +253,7 @@ def failure(error: Exception, request_id: str) -> Answer:
 
 
 def new_id(given: str = "") -> str:
-    """Return a request's id: the caller's own, where it is harmless in a log."""
+    """Return a request's id: the caller's own, where it is safe in a log, else a new one."""
     if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", given) and given.strip("-_"):
         return given
     return uuid.uuid4().hex
@@ -265,14 +265,14 @@ def read(body: bytes | bytearray | str, content_type: str, settings: Settings) -
         raise RequestError(413, f"the body has {len(body):,} bytes; allowed: {settings.max_body:,}")
     query = contract.read(body, content_type, settings.max_pictures)
     if isinstance(body, bytearray):
-        body.clear()  # a request's memory is what it asks for, not that and its body
+        body.clear()  # the pictures are copied from it: free its memory
     return query
 
 
 class _Reservation(ByteLimit):
-    """The bytes of one request's fetched images, held by this process until it is closed.
+    """The bytes of one request's fetched images, counted until `close`.
 
-    All requests together may hold twice the limit of one. What is fetched for nobody any more ends.
+    All requests together may hold twice the limit of one. Ends a fetch that nobody wants any more.
     """
 
     _lock = threading.Lock()
@@ -298,7 +298,7 @@ class _Reservation(ByteLimit):
 
 @contextmanager
 def collect(query: Query, settings: Settings, work: Work) -> Iterator[list[bytes]]:
-    """Give the images' files, which count as held until the block ends.
+    """Yield the images' files, which count as held until the block ends.
 
     Raises RequestError, TimeoutError at the deadline, and Abandoned.
     """
@@ -329,9 +329,9 @@ def _collect(source: tuple[str, Any], settings: Settings, work: Work, reserve: B
 
 
 def write(scores: Scores, package: Package, form: Form, top: int = contract.TOP) -> bytes:
-    """Return what the package's network says of N images.
+    """Return the body of an answer about N images.
 
-    top: with labels, so many of each image's classes.
+    top: how many of each image's classes an answer with labels has.
     """
     rows: Sequence[Any] = scores.logits.tolist()
     if form.output == "labels":
@@ -342,7 +342,7 @@ def write(scores: Scores, package: Package, form: Form, top: int = contract.TOP)
 
 
 def _labels(scores: Scores, package: Package, top: int) -> list[dict[str, Any]]:
-    """Return for each image the most probable classes, and how sure they are."""
+    """Return the most probable classes of each image, and how sure they are."""
     told = predictions(package.calibration, package.classes, scores.logits, scores.distance)
     return [
         {

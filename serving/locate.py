@@ -1,4 +1,4 @@
-"""Which package a person means: a file, a run's, the newest run's, or what SageMaker brought."""
+"""Which package the user means: a file, a run's, the newest run's, or the one from SageMaker."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ NEWEST = "newest"
 
 
 def package_of(model: str) -> Path:
-    """Return the package that a person means. Raises UserError.
+    """Return the package that the user means. Raises UserError.
 
-    model: a package, a run's directory, or "newest": what SageMaker brought, or the newest run's.
+    model: a package, a run's directory, or "newest": SageMaker's package, or the newest run's.
     """
     if model == NEWEST:
         return _newest()
@@ -25,7 +25,7 @@ def package_of(model: str) -> Path:
 
 
 def _newest() -> Path:
-    """Return the package that SageMaker brought, or that of the newest run. Raises UserError."""
+    """Return the package that SageMaker put here, or the newest run's. Raises UserError."""
     if (MODEL / "package.json").exists():
         return MODEL
     packages = RUNS.glob(f"*/{ARCHIVE}")

@@ -1,7 +1,7 @@
-"""What a model package says of itself: read, and held to its schema, before anything of it is used.
+"""A model package's manifest: read, and checked against its schema, before the package is used.
 
-`trainer/results/package.py` writes it. A manifest that is as it should be needs no other check by
-whoever uses it.
+`trainer/results/package.py` writes it. Code that uses a manifest that passed need not check it
+again.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from trainer.images.decode import FILTERS
 
 FORMAT = 1
 MANIFEST = "package.json"
-MAX_BYTES = 32 << 20  # of the manifest; one of 20,000 classes has 1 MB
-MAX_SIDE = 16_384  # pixels of what a network sees, as in training
+MAX_BYTES = 32 << 20  # of the manifest; one with 20,000 classes has 1 MB
+MAX_SIDE = 16_384  # pixels of the network's input, as in training
 MODEL, EXPECTED = "model.onnx", "golden/expected.npz"
 
 
 class PackageError(ValueError):
-    """The package is damaged, incomplete, or does not reproduce: one line says which file."""
+    """The package is damaged, incomplete, or does not reproduce. One line names the file."""
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def check(manifest: dict[str, Any]) -> None:
-    """Raise PackageError where something isn't as the schema says."""
+    """Raise PackageError where a key is missing, or its value doesn't match the schema."""
     for key, (is_right, right) in SCHEMA.items():
         if key not in manifest:
             if key in OPTIONAL:
@@ -91,7 +91,7 @@ def _is_number(value: Any, least: float = -math.inf) -> bool:
         return False
     try:
         return math.isfinite(value) and value >= least
-    except OverflowError:  # a whole number beyond all others
+    except OverflowError:  # a whole number too large for a float
         return False
 
 
@@ -175,4 +175,4 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "golden": (_is_golden, "a list of files' names"),
     "files": (_is_files, "SHA-256 by file's name"),
 }
-OPTIONAL = {"calibration"}  # packages of old have none: softmax alone, and no sets
+OPTIONAL = {"calibration"}  # older packages have none: their answers are softmax, without sets

@@ -1,12 +1,12 @@
-"""The names that a server goes by: a page of any site may have one of its own that leads here."""
+"""The host names under which a server answers, against DNS rebinding (`App._check_host`)."""
 
 import ipaddress
 
 
 def known_hosts(host: str, names: str) -> frozenset[str]:
-    """Return the names that a server goes by; none for any.
+    """Return the names under which a server answers; empty: any.
 
-    host: that it listens on. names: the setting.
+    host: the one that it listens on. names: the setting `hosts`.
     """
     if not names:
         if not is_loopback(host):
@@ -19,7 +19,7 @@ def known_hosts(host: str, names: str) -> frozenset[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a server that listens there hears this machine alone."""
+    """Return whether a server that listens there can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,9 +1,9 @@
-"""Loads a model package, as `trainer/results/package.py` builds it, and proves it.
+"""Loads a model package that `trainer/results/package.py` built, and verifies it.
 
 Every file must have its SHA-256, the network must fit the classes and the preprocessing, and the
 golden images must give their recorded pixels exactly and their recorded logits within the package's
-tolerance. That shows damage and train/serve skew; who built the package, its signature shows
-(`serving/signature.py`), which is looked at where a key is given.
+tolerance. That finds damage and train/serve skew. The signature shows who built the package
+(`serving/signature.py`); it is checked where a key is given.
 """
 
 import errno
@@ -32,25 +32,26 @@ from trainer.common.errors import UserError, machine_fault
 from trainer.images.decode import ImageError, Preprocessing, Room, prepare
 from trainer.results.calibrate import Calibration
 
-# What is recorded of the golden images besides their pixels, and what is said if it differs.
+# What is recorded of the golden images besides their pixels, and the message where it differs.
 GOLDEN = {
     "logits": "its logits are off by",
     "distance": "its distances are off by",
     "probabilities": "its probabilities are off by",
 }
-# Bytes unpacked. An ONNX file ends at 2 GiB (protobuf's limit), and the weights lie there twice.
+# Bytes unpacked. An ONNX file has at most 2 GiB (protobuf's limit), and a package has the weights
+# twice.
 MAX_BYTES = 8 << 30
 MAX_MEMBERS = 10_000  # of an archive; a package has fifty
 BESIDE = {MANIFEST, signature.SIGNATURE}  # files that the manifest doesn't list
-MAX_EXAMPLE = 1 << 20  # bytes of a golden image that is kept
-MAX_EXPECTED = 1 << 30  # bytes of what is recorded of the golden images
-# What the system says of a name that can't be unpacked.
+MAX_EXAMPLE = 1 << 20  # bytes of a golden image that is kept in memory
+MAX_EXPECTED = 1 << 30  # bytes of EXPECTED, unpacked
+# The system's errors for a name that can't be unpacked.
 NO_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL}
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package that has proven itself."""
+    """A verified package."""
 
     classes: tuple[str, ...]  # in the order of the logits
     preprocessing: Preprocessing
@@ -60,24 +61,24 @@ class Package:
     revision: str | None  # of the trainer's git checkout
     digest: str  # SHA-256 of its manifest, which names those of its files
     golden: int  # how many golden images reproduced
-    golden_scores: Scores  # what the network says of them here
-    difference: float  # the largest of their logits from the recorded ones
+    golden_scores: Scores  # their scores on this machine
+    difference: float  # the largest difference of their logits from the recorded ones
     allowed: float  # the largest difference that would have passed
-    network: Network  # takes pixels as `prepare` gives them
-    calibration: Calibration  # how its logits become an answer
+    network: Network  # takes pixels as `prepare` returns them
+    calibration: Calibration  # turns logits into an answer
     examples: tuple[tuple[str, bytes], ...] = ()  # name and bytes of the smaller golden images
 
     def prepare(
         self, source: str | os.PathLike[str] | bytes | BinaryIO, room: Room | None = None
     ) -> NDArray[np.uint8]:
-        """Return an image's path, bytes or open file as the network takes it.
+        """Return an image as the network takes it: RGB, [size, size, 3].
 
-        That is RGB, [size, size, 3]. room: of the pixels decoded at once. Raises ImageError.
+        source: a path, bytes or an open file. room: for its decoded pixels. Raises ImageError.
         """
         return prepare(source, self.preprocessing, room)
 
     def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the logits [N, classes] of pixels [N, size, size, 3], from any thread."""
+        """Return the logits [N, classes] of pixels [N, size, size, 3]. Safe from any thread."""
         return self.network(pixels).logits
 
 
@@ -97,12 +98,11 @@ def load_for_command(
 def load(
     path: Path, threads: int | None = None, backend: str = "onnx", signed_by: str = ""
 ) -> Package:
-    """Return the package in a directory or a model.tar.gz, proven.
+    """Return the package in a directory or a model.tar.gz, verified.
 
-    threads: of the network on a CPU, one a core if not given. backend: a name of BACKENDS.
-    signed_by: the public key that must have signed it (`signature.public_key`); "": anybody may
-    have built it. Raises PackageError, UserError for a key that is none, and OSError where the
-    machine is at fault.
+    threads: of the network on a CPU; None: one per core. backend: a name of BACKENDS. signed_by:
+    the public key that must have signed it (`signature.public_key`); "": no check. Raises
+    PackageError, UserError for a text that is no key, and OSError where the machine is at fault.
     """
     if path.is_dir():
         _check_origin(path, signed_by, whole=False)
@@ -116,7 +116,7 @@ def load(
 
 
 def _unpack(archive: Path, directory: Path) -> None:
-    """Unpack files and folders, and nothing that could leave `directory` or fill the disk."""
+    """Unpack files and folders. Refuse what could be outside `directory`, or fill the disk."""
     size = 0
     try:
         with tarfile.open(archive, "r:gz") as tar:
@@ -140,12 +140,12 @@ def _unpack(archive: Path, directory: Path) -> None:
 
 
 def _line(error: Exception) -> str:
-    """Return what an exception says, in one line that isn't long."""
+    """Return an exception's message in one short line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _check_member(member: tarfile.TarInfo, size: int) -> None:
-    """Raise PackageError for what may not be unpacked. size: bytes so far, with this member."""
+    """Raise PackageError for a member that may not be unpacked. size: bytes so far, with it."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise PackageError(f"{member.name!r} would be unpacked outside the package's directory")
@@ -153,18 +153,18 @@ def _check_member(member: tarfile.TarInfo, size: int) -> None:
         raise PackageError(
             f"{member.name!r} is a link or a device; a package holds files and folders only"
         )
-    # tar's binary numbers have a sign, and a step backwards would be read for ever.
+    # tar's binary numbers have a sign: with a negative size the reader would go back, for ever.
     if member.size < 0 or size > MAX_BYTES:
         raise PackageError(
-            f"{member.name!r} brings what is unpacked to {size:,} bytes; "
+            f"{member.name!r} brings the unpacked size to {size:,} bytes; "
             f"allowed: 0 to {MAX_BYTES:,}"
         )
 
 
 def _check_origin(directory: Path, signed_by: str, whole: bool) -> None:
-    """Raise PackageError unless a package's files are those that it was built of, by that key.
+    """Raise PackageError unless a package has the files that it was built from, signed by the key.
 
-    signed_by: as `load`'s. whole: whether it may hold no other file.
+    signed_by: as in `load`. whole: whether other files are an error.
     """
     listed = manifests.read(directory)["files"]
     _check_files(directory, listed, whole)
@@ -173,14 +173,14 @@ def _check_origin(directory: Path, signed_by: str, whole: bool) -> None:
 
 
 def _prove(directory: Path, threads: int | None, backend: str) -> Package:
-    """Return the package in a directory, whose files are as they were built."""
+    """Return the package in a directory whose files are checked. Raise PackageError."""
     manifest = manifests.read(directory)
     try:
         network = BACKENDS[backend](directory, manifest, threads)
     except NetworkError as error:
         raise PackageError(str(error)) from error
     preprocessing = Preprocessing(**manifest["preprocessing"])
-    # Packages of old have none: softmax alone, and no sets.
+    # Older packages have none: their answers are softmax, without sets.
     calibration = Calibration(**manifest.get("calibration", {}))
     scores, difference, allowed = _check_golden(
         directory, manifest, preprocessing, network, calibration
@@ -204,7 +204,7 @@ def _prove(directory: Path, threads: int | None, backend: str) -> Package:
 
 
 def _examples(directory: Path, names: Sequence[str]) -> tuple[tuple[str, bytes], ...]:
-    """Return the golden images that are small enough to be kept in memory, to be tried with."""
+    """Return the golden images that are small enough to keep in memory, as examples to try."""
     paths = (directory / name for name in names)
     return tuple(
         (path.name, path.read_bytes()) for path in paths if path.stat().st_size <= MAX_EXAMPLE
@@ -212,11 +212,11 @@ def _examples(directory: Path, names: Sequence[str]) -> tuple[tuple[str, bytes],
 
 
 def _check_files(directory: Path, listed: dict[str, str], whole: bool) -> None:
-    """Raise PackageError unless each file has its SHA-256, and no other is there.
+    """Raise PackageError unless each file has its SHA-256, and there is no other file.
 
-    whole: an archive just unpacked, which holds what was built and nothing else. In a directory
-    toolkits add their own (TorchServe its MAR-INF), which nothing reads; but not in code/, which is
-    on Python's path, where a file could take the place of a module.
+    whole: True for an unpacked archive, which holds only what was built. In a directory, toolkits
+    may add their own files (TorchServe its MAR-INF), since nothing reads them; but not in code/: it
+    is on Python's path, where a file could replace a module.
     """
     for name, digest in listed.items():
         path = directory / name
@@ -241,10 +241,10 @@ def _check_files(directory: Path, listed: dict[str, str], whole: bool) -> None:
 
 
 def _is_own_cache(path: Path, directory: Path, listed: dict[str, str]) -> bool:
-    """Return whether a file is what Python has compiled of the package's code that runs here.
+    """Return whether a file is Python's compiled form of the package's code that runs now.
 
-    It has run already, and Python writes it when it is imported. Elsewhere such a file would run in
-    the place of its source, whatever it holds.
+    Python wrote it when it imported that code, so its content has run already. Any other .pyc file
+    would run in place of its source, whatever it holds.
     """
     runs_here = Path(__file__).resolve().is_relative_to((directory / "code").resolve())
     if not runs_here or path.suffix != ".pyc":
@@ -263,10 +263,10 @@ def _check_golden(
     network: Network,
     calibration: Calibration,
 ) -> tuple[Scores, float, float]:
-    """Return the golden images' scores, how far their logits are off, and how far they may be.
+    """Return the golden images' scores, the largest difference of their logits, and its limit.
 
-    Raises PackageError where logits, distances or probabilities are farther from the recorded ones,
-    or pixels differ at all.
+    Raises PackageError where logits, distances or probabilities differ too much from the recorded
+    ones, or pixels differ at all.
     """
     names = manifest["golden"]
     recorded = _read_expected(directory, manifest)
@@ -280,7 +280,7 @@ def _check_golden(
         _check_pixels(name, prepared, golden)
     try:
         scores = network(recorded["pixels"])
-    except Exception as error:  # the classes of ONNX Runtime's have nothing else in common
+    except Exception as error:  # ONNX Runtime's exceptions have no other base class
         raise PackageError(
             f"{MODEL} can't be run on the golden pictures ({_line(error)})"
         ) from error
@@ -288,13 +288,13 @@ def _check_golden(
     tolerance = manifest["tolerance"]
     differences: dict[str, tuple[float, float]] = {}
     for what, said in GOLDEN.items():
-        if what not in recorded:  # by a package of old, or one without calibration
+        if what not in recorded:  # an older package, or one without calibration
             continue
         size, scale = np.abs(recorded[what]).max(), 1.0
         if what == "probabilities":
-            # They move less than the logits, and the more the lower the temperature.
+            # Probabilities change less than logits, but more with a lower temperature.
             size, scale = np.abs(recorded["logits"]).max(), calibration.temperature
-        # Python's numbers: a forged tolerance may be too large for NumPy's float32.
+        # Python's floats: a forged tolerance may be too large for NumPy's float32.
         allowed = (tolerance["absolute"] + tolerance["relative"] * float(size)) / scale
         if given[what] is None:
             raise PackageError(f"the network gives no {what}, and the package was built with it")
@@ -304,7 +304,10 @@ def _check_golden(
 
 
 def _read_expected(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArray[Any]]:
-    """Return what is recorded of the N golden images, by name, each with its type and shape."""
+    """Return the recorded arrays of the golden images by name. Raise PackageError.
+
+    Their types and shapes are checked.
+    """
     count, classes = len(manifest["golden"]), len(manifest["classes"])
     size = manifest["preprocessing"]["size"]
     try:
@@ -315,7 +318,7 @@ def _read_expected(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArr
             recorded = dict(expected)
     except PackageError:
         raise
-    except Exception as error:  # zipfile's, zlib's, struct's, NumPy's: as many as ways to break it
+    except Exception as error:  # zipfile, zlib, struct and NumPy raise many kinds for damage
         raise PackageError(f"{EXPECTED} can't be read ({_line(error)})") from error
     shapes = {
         "pixels": ("u", (count, size, size, 3)),
@@ -339,10 +342,10 @@ def _compare(
     recorded: NDArray[np.floating[Any]],
     allowed: float,
 ) -> float:
-    """Return how far computed values [N, ...] lie from the recorded ones.
+    """Return the largest difference of computed values [N, ...] from the recorded ones.
 
-    Raises PackageError, whose message begins with `said`, where it is more than allowed. names: of
-    the N golden images.
+    Raises PackageError, with `said` in its message, where it is more than `allowed`. names: of the
+    N golden images.
     """
     differences = np.abs(computed - recorded).reshape(len(names), -1).max(axis=1)
     worst = int(differences.argmax())  # NaN counts as the largest

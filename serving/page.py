@@ -1,4 +1,4 @@
-"""The page to try the model, and what it says of it."""
+"""The page to try the model, and the facts that it shows."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ from typing import Any
 from serving.handler import Settings
 from serving.package import Package
 
-# Those of golden pictures that browsers show.
+# Formats that browsers show, by a golden picture's suffix.
 SHOWN = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
@@ -19,7 +19,7 @@ SHOWN = {
     ".bmp": "image/bmp",
     ".avif": "image/avif",
 }
-EXAMPLES = "examples/"  # begins their address, relative to the page's
+EXAMPLES = "examples/"  # their addresses begin so, relative to the page's
 
 
 def read() -> bytes:
@@ -40,7 +40,7 @@ def examples(package: Package, settings: Settings) -> dict[str, tuple[str, bytes
 
 
 def card(package: Package, settings: Settings) -> dict[str, Any]:
-    """Return what the page says of the model, and what it may offer."""
+    """Return the facts that the page shows about the model, and what it may offer."""
     return {
         "examples": [*examples(package, settings)],
         "urls": settings.urls,
@@ -56,7 +56,7 @@ def card(package: Package, settings: Settings) -> dict[str, Any]:
 def policy(page: bytes) -> str:
     """Return the page's Content-Security-Policy.
 
-    Its own script and style, by their hashes, and nothing else that runs.
+    It allows the page's own script and style, by their hashes, and no others.
     """
 
     def hashes(tag: str) -> str:

@@ -1,7 +1,7 @@
-"""`python -m serving predict MODEL PICTURES...`: what a model says of pictures, as a table.
+"""`python -m serving predict MODEL PICTURES...`: a model's predictions for pictures, as a table.
 
-Without PyTorch, on all cores. A table in a file is gone on with where it ends, so a kill loses
-nothing and no picture is done twice.
+Without PyTorch, on all cores. The same command continues a table in a file where it ends, so a kill
+loses nothing and no picture is done twice.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NAMED = 3  # pictures that a line names
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of the pictures. unreadable: those to be tried again."""
+    """How many pictures had which outcome. unreadable: pictures to try again."""
 
     done: int
     unsure: int
@@ -43,9 +43,9 @@ class Tally:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Predict what the command line names. arguments: the verb and its own. Raises UserError."""
+    """Predict the pictures that are named. arguments: the verb and its own. Raises UserError."""
     options = _parser().parse_args(arguments[1:])
-    # Standard output is the table's.
+    # Standard output is for the table.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     pictures, left_out = sources.find(options.pictures, user_cache())
     if left_out:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         package = load_for_command(package_of(options.model), bulk.THREADS)
     columns = Columns(min(options.top, len(package.classes)), model=package.digest[:12])
     in_file = options.csv not in (None, STANDARD_OUTPUT)
-    # Only what is in a file is saved, for the same command to go on with.
+    # Only a table in a file can be continued, so only then a signal is handled.
     asked = on_signals() if in_file else nullcontext(Stop())
     with asked as stop, _table(options.csv, columns) as table:
         waiting = [picture for picture in pictures if picture.name not in table.done]
@@ -84,13 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PICTURE",
         nargs="+",
         help="a file, a folder with all below it, 'a/**/*.jpg', a zip or tar, s3://bucket/prefix, "
-        "or - for one of these a line of standard input",
+        "or - to read such names from standard input, one per line",
     )
     parser.add_argument(
         "--csv",
         metavar="FILE",
-        help="write a table there, and go on with it where it ends; -: to standard output "
-        "(default: a line a picture)",
+        help="write a table there, or continue it where it ends; -: to standard output "
+        "(default: print a line per picture)",
     )
     parser.add_argument(
         "--top",
@@ -117,7 +117,7 @@ def _predict(
     copies: Path | None,
     stop: Stop,
 ) -> Tally:
-    """Hand what is said of each picture to `add`, in order. Raises Interrupted when asked to."""
+    """Pass each picture's prediction to `add`, in order. Raises Interrupted when asked to stop."""
 
     def said_of(picture: Source, data: bytes, scores: Scores) -> Prediction:
         [said] = predictions(package.calibration, package.classes, *scores)
@@ -146,7 +146,7 @@ def _copy(data: bytes, path: Path) -> None:
 
 
 def _folder_name(label: str) -> str:
-    """Return a class's name as a folder may have it."""
+    """Return a class's name in a form that a folder may have."""
     name = label.replace("/", "_")
     if name.startswith("."):
         return f"_{name[1:]}"
@@ -165,7 +165,8 @@ def _told(tally: Tally) -> str:
 def _next(model: str, pictures: Sequence[str], classes: Sequence[str]) -> str:
     """Return the command that says how good the model is, on these pictures if they are labelled.
 
-    They are where a folder was given that has a folder of a class, or such folders in test/.
+    Pictures count as labelled in a folder that has a folder named after a class, or has such in
+    test/.
     """
     given = [Path(expanded(each)) for each in pictures]
     labelled = [
@@ -188,13 +189,13 @@ def _say(line: str) -> None:
 
 
 class _Table:
-    """Where the rows go. done: the names of the pictures that it has already."""
+    """The output, one line per picture. done: names of the pictures that it has already."""
 
     def __init__(self) -> None:
         self.done: frozenset[str] = frozenset()
 
     def add(self, name: str, outcome: Prediction | ImageError) -> None:
-        """Print a line for a person."""
+        """Print a line for people."""
         if isinstance(outcome, ImageError):
             print(f"{name}  can't be read: {outcome}", flush=True)
             return
@@ -207,7 +208,7 @@ class _Table:
 
 
 class _Csv(_Table):
-    """The table as CSV, a row in one write."""
+    """The table as CSV; each row is one write."""
 
     def __init__(self, output: BinaryIO, columns: Columns) -> None:
         super().__init__()
@@ -218,9 +219,9 @@ class _Csv(_Table):
         self._output.write(self._columns.head().encode())
 
     def resume(self, name: str) -> None:
-        """Go on with the rows that a file has; a row that was cut off is taken away.
+        """Continue after the rows that the file has; remove a row that was cut off.
 
-        Raises UserError for a table of another model, or no table of this kind.
+        Raises UserError for a table of another model or with other columns.
         """
         rows, length = whole_rows(self._output.read())
         if rows and rows[0] != self._columns.names:
@@ -246,7 +247,7 @@ class _Csv(_Table):
 
 @contextmanager
 def _table(name: str | None, columns: Columns) -> Iterator[_Table]:
-    """Give where the rows go. name: the file's, - or None. Raises UserError."""
+    """Yield the output. name: a file's, - for standard output, or None. Raises UserError."""
     if name is None:
         yield _Table()
         return
@@ -257,7 +258,7 @@ def _table(name: str | None, columns: Columns) -> Iterator[_Table]:
         sys.stdout.flush()
         return
     path = Path(expanded(name))
-    # Unbuffered: a row is there whole, or cut off and done again.
+    # Unbuffered: a row is complete in the file, or cut off and then done again.
     with naming(path):
         opened = path.open("ab+", buffering=0)
     with opened as file:

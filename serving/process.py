@@ -1,4 +1,4 @@
-"""What the server's processes take of their machine, and where they log."""
+"""Settings of the server's processes: open files, memory, threads and the log."""
 
 import contextlib
 import ctypes
@@ -7,9 +7,9 @@ import logging
 import resource
 import sys
 
-FILES = 65_536  # open files that are asked for, where the system allows so many
-# Of Python's lock, which a thread that computes gives to one that waits: an answer needs it several
-# times. (Python's own: 5 ms.)
+FILES = 65_536  # open files to ask for, where the system allows so many
+# After this time a computing thread passes Python's lock to a waiting one: an answer needs the lock
+# several times. (Python's default: 5 ms.)
 SWITCH_SECONDS = 0.0005
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
 LARGE_BLOCK = 1 << 20  # bytes
@@ -30,29 +30,29 @@ def allow_files() -> int:
 
 
 def share_memory_and_threads() -> None:
-    """Have memory given back at once, and waiting threads woken soon. Before threads start.
+    """Return freed memory to the system at once, and wake waiting threads soon.
 
-    glibc keeps what was freed in an arena a thread, and from a first large block on also large
-    blocks: while one client sent requests of 16 URLs, the server held up to 419 MiB; with this,
-    155 to 224 (2 cores, glibc 2.36).
+    Call it before threads start. By default glibc keeps freed memory in an arena per thread, and
+    large blocks too once one was freed: while one client sent requests of 16 URLs, the server held
+    up to 419 MiB; with this, 155 to 224 (2 cores, glibc 2.36).
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere than with glibc
+    with contextlib.suppress(OSError, AttributeError):  # without glibc
         library = ctypes.CDLL(None)
         library.mallopt(M_ARENA_MAX, ARENAS)
         library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def spare_the_collector() -> None:
-    """Have Python's garbage collector look only at what is made from now on. After the start.
+    """Let Python's garbage collector ignore all objects made until now. Call it after the start.
 
-    A full collection looks at every object, and stops all threads meanwhile.
+    A full collection visits every object, and stops all threads meanwhile.
     """
     gc.freeze()
 
 
 def log_to_stdout() -> None:
-    """Log a line each, as containers do."""
+    """Log lines to standard output, as containers do."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
     )

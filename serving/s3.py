@@ -1,4 +1,4 @@
-"""Images in S3, as the machine's own role may list and read them."""
+"""Images in S3, listed and read with the machine's own role."""
 
 import functools
 import math
@@ -21,11 +21,11 @@ def fetch(
 ) -> bytes:
     """Return the object at s3://bucket/key.
 
-    deadline: seconds for everything together, but for one wait of READ_SECONDS. reserve: called
-    with the number of bytes that came, piece by piece; what it raises ends the fetch.
-    Raises FetchError, with the same words for what is missing and what is not allowed.
+    deadline: seconds for everything together; one wait of READ_SECONDS may exceed it. reserve:
+    called with the size of each piece that comes; an exception from it ends the fetch. Raises
+    FetchError, with the same message for a missing object and one that may not be read.
     """
-    # imported here: boto3 is optional, for those who switch S3 on
+    # imported here: boto3 is optional, for servers with --s3 on
     from botocore.exceptions import BotoCoreError, ClientError
 
     end = time.monotonic() + deadline
@@ -48,7 +48,7 @@ def fetch(
 
 
 def forget_connections() -> None:
-    """Have the next look at S3 make connections of its own."""
+    """Let the next call to S3 make new connections."""
     _client.cache_clear()
 
 
@@ -88,7 +88,7 @@ def _object(uri: str) -> tuple[str, str]:
 
 
 def _parts(uri: str) -> tuple[str, str]:
-    """Return the bucket and the key, as it stands: it may hold ? and #. Raises FetchError."""
+    """Return the bucket and the key, unparsed: a key may hold ? and #. Raises FetchError."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket or not (bucket.isascii() and bucket.isprintable()):
         raise FetchError(EXPECTED)
@@ -97,7 +97,7 @@ def _parts(uri: str) -> tuple[str, str]:
 
 @functools.cache
 def _client() -> Any:
-    # imported here: boto3 is optional, for those who switch S3 on
+    # imported here: boto3 is optional, for servers with --s3 on
     import boto3
     from botocore.config import Config
 

@@ -1,4 +1,4 @@
-"""`python -m serving serve [PACKAGE]`: the settings of a server, from flags and variables."""
+"""`python -m serving serve [PACKAGE]`: start a server, with settings from flags and variables."""
 
 import argparse
 import os
@@ -24,12 +24,12 @@ def main(arguments: Sequence[str]) -> int:
     defaults = settings_from(os.environ)
     options = _parser(defaults).parse_args(arguments[1:])
     settings = _chosen(options, defaults)
-    if options.backend not in BACKENDS:  # of the variable; argparse looks at flags alone
+    if options.backend not in BACKENDS:  # from the variable: argparse checks only flags
         raise UserError(
             f"SERVING_BACKEND={options.backend} is not allowed; allowed: {', '.join(BACKENDS)}"
         )
     with needed_by("serve", "serve"):
-        # imported here: its libraries are those of the extra `serve`
+        # imported here: it needs the libraries of the extra `serve`
         from serving import process, server
     process.share_memory_and_threads()
     address = server.bind(options.host, options.port)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _chosen(options: argparse.Namespace, defaults: Settings) -> Settings:
-    """Return the settings by the flags, else by the variables. Raise UserError."""
+    """Return the settings from the flags, else from the variables. Raise UserError."""
     changes: dict[str, Any] = {}
     for setting in fields(Settings):
         text = getattr(options, setting.name)
@@ -60,7 +60,7 @@ def _chosen(options: argparse.Namespace, defaults: Settings) -> Settings:
 
 
 def _parser(defaults: Settings) -> argparse.ArgumentParser:
-    """Return the parser of the verb's flags. defaults: as the variables SERVING_... say."""
+    """Return the parser of the verb's flags. defaults: from the variables SERVING_..."""
     parser = argparse.ArgumentParser(
         prog="python -m serving serve",
         description="Answer on HTTP: /invocations, /ping, /metrics, and a page at /.",

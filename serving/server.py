@@ -1,6 +1,6 @@
-"""Our own HTTP server: it listens, drains and ends. `app.py` says what is answered.
+"""Our own HTTP server: it listens, drains and ends. `app.py` has the answers.
 
-It listens only after the package has proven itself, so a server that answers at all is healthy.
+It listens only after the package is verified, so a server that answers at all is healthy.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ from serving.process import allow_files, spare_the_collector
 from trainer.common import sessions
 from trainer.common.errors import UserError
 
-# After SIGTERM, new requests are still answered for so long: whoever sends them has yet to notice.
+# After SIGTERM the server answers new requests for so long: clients have yet to notice its end.
 LAME_SECONDS = 1.0
-HANDSHAKE_SECONDS = 0.2  # then no new connection begins; those that have begun have so long
+HANDSHAKE_SECONDS = 0.2  # for connections that have begun, once no new one can begin
 DRAIN_SECONDS = 25  # for the answers under way; SageMaker kills 30 s after SIGTERM
-GRACE_SECONDS = 28.0  # after SIGTERM the process is gone, whatever hangs
+GRACE_SECONDS = 28.0  # after SIGTERM; then the process ends, whatever hangs
 
 BACKLOG = 256  # connections that wait to be accepted
-# Connections accepted in one turn of the event loop, which answers nobody meanwhile.
+# Connections accepted in one turn of the event loop: it answers no request meanwhile.
 ACCEPTED_AT_ONCE = 4
-AGAIN_SECONDS = 0.01  # after which one is accepted again, where files had run out
+AGAIN_SECONDS = 0.01  # until the next try to accept, where no more files could be opened
 SO_ATTACH_FILTER = 26  # socket(7); Python has no name for it
 # In the kernel's language for filters (bpf(4)): drop a packet whose 14th byte has the flag SYN.
 DROP_SYN = struct.pack(
@@ -48,24 +48,24 @@ DROP_SYN = struct.pack(
     *(0x06, 0, 0, 0),  # drop
     *(0x06, 0, 0, 2**32 - 1),  # keep all of it
 )
-SPARE = 192  # open files for other things than connections: fetches, decoders, libraries
+SPARE = 192  # open files that are not connections: fetches, decoders, libraries
 
 
 class _Server(uvicorn.Server):
-    """Accepts connections itself, and goes on for LAME_SECONDS after it was told to end.
+    """Accepts connections itself, and goes on for LAME_SECONDS after the signal to end.
 
-    uvicorn alone stops at once. That resets connections that wait to be accepted, and drops
-    requests that had not arrived in full. uvloop alone accepts and closes connections where files
-    run out, and says nothing.
+    uvicorn alone stops at once, which resets connections that wait to be accepted, and drops
+    requests that have not arrived in full. uvloop alone accepts and closes connections where no
+    more files can be opened, and logs nothing.
     """
 
     def __init__(self, config: uvicorn.Config, app: App) -> None:
         super().__init__(config)
         self._app = app
-        self._tasks: set[asyncio.Task[Any]] = set()  # asyncio holds no task by itself
+        self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps only weak references to them
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen, and say where. sockets: one."""
+        """Begin to listen, and log the address. sockets: one."""
         assert sockets
         [self._listener] = sockets
         self._listener.setblocking(False)
@@ -81,7 +81,7 @@ class _Server(uvicorn.Server):
             asyncio.get_running_loop().add_reader(self._listener, self._accept, ACCEPTED_AT_ONCE)
 
     def _accept(self, most: int) -> None:
-        """Accept so many connections, or those that wait."""
+        """Accept at most so many of the connections that wait."""
         loop = asyncio.get_running_loop()
         for _ in range(most):
             try:
@@ -89,7 +89,7 @@ class _Server(uvicorn.Server):
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno not in SHORT_OF:  # of the connection that came, as accept(2) says
+                if error.errno not in SHORT_OF:  # an error of the new connection (accept(2))
                     return
                 self._app.connections.make_room(error)
                 loop.remove_reader(self._listener)
@@ -103,7 +103,7 @@ class _Server(uvicorn.Server):
         task.add_done_callback(self._tasks.discard)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Begin to end, and be gone after GRACE_SECONDS, whatever hangs by then."""
+        """Begin to end. End the process after GRACE_SECONDS, whatever hangs then."""
         if not self.should_exit:
             watch = threading.Timer(GRACE_SECONDS, os._exit, (0,))
             watch.daemon = True
@@ -125,22 +125,23 @@ class _Server(uvicorn.Server):
 
 
 def refuse_new(listener: socket.socket) -> None:
-    """Have no other connection begin, while those that have begun can still be accepted.
+    """Let no new connection begin, while those that have begun can still be accepted.
 
-    Closing a listener resets each connection that has come since the last was accepted. So before
-    that, a filter drops the packets that ask for one (SYN). Who sent it asks again after a second.
+    To close a listener resets each connection that has come since the last was accepted. So before
+    that, a filter drops the packets that ask for a connection (SYN). Their clients ask again after
+    a second.
     """
     if sys.platform == "linux":
         program = ctypes.create_string_buffer(DROP_SYN, len(DROP_SYN))
         told = struct.pack("HP", len(DROP_SYN) // 8, ctypes.addressof(program))
-        with contextlib.suppress(OSError):  # a kernel of another make, as in some sandboxes
+        with contextlib.suppress(OSError):  # not a real Linux kernel, as in some sandboxes
             listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, told)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that has the address, and does not listen yet. Raises UserError.
+    """Return a socket that is bound to the address, and does not listen yet. Raises UserError.
 
-    So a mistake is told before the package is loaded, and nobody is kept waiting meanwhile.
+    So the user learns of a mistake before the package is loaded, and no client waits meanwhile.
     """
     try:
         [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
@@ -164,7 +165,7 @@ def _no_address(error: OSError, host: str, port: int) -> UserError:
     reason = os.strerror(error.errno or errno.EADDRINUSE).lower()
     return UserError(
         f"--host {host} --port {port}: {reason}; give another --port (0: any free one), "
-        "or end what has it"
+        "or end the process that has it"
     )
 
 
@@ -173,7 +174,7 @@ def serve(
 ) -> None:
     """Answer until SIGTERM, SIGHUP or Ctrl-C, then end the process.
 
-    host: as the user wrote it. address: of `bind`. Raises UserError where another process has
+    host: as the user wrote it. address: from `bind`. Raises UserError where another process has
     begun to listen on it since.
     """
     try:
@@ -181,8 +182,8 @@ def serve(
     except OSError as error:
         raise _no_address(error, host, address.getsockname()[1]) from error
     server = make(package, engine, settings, host)
-    # uvicorn handles two of them itself while it runs, and raises them once more when it has
-    # drained: this does no harm then.
+    # uvicorn handles two of these signals itself while it runs, and raises them once more when it
+    # has drained: the handler does no harm then.
     for number in sessions.heeded():
         signal.signal(number, server.handle_exit)
     spare_the_collector()
@@ -193,7 +194,7 @@ def serve(
 
 
 def make(package: Package, engine: Engine, settings: Settings, host: str) -> uvicorn.Server:
-    """Return the server, not yet listening; `run` takes what `bind` returned."""
+    """Return the server, not yet listening. Its `run` takes the socket from `bind`."""
     app = App(package, engine, settings, known_hosts(host, settings.hosts))
     app.connections.most = max(8, min(settings.connections, allow_files() - SPARE))
     config = uvicorn.Config(

@@ -1,4 +1,4 @@
-"""`python -m serving sign PACKAGE --key FILE`: say in a package who built it."""
+"""`python -m serving sign PACKAGE --key FILE`: sign a package, which shows who built it."""
 
 import argparse
 import gzip
@@ -26,13 +26,13 @@ from trainer.common.paths import expanded
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-PASSWORD = "SERVING_KEY_PASSWORD"  # the variable
+PASSWORD = "SERVING_KEY_PASSWORD"  # the environment variable of a key's password
 
 Signer = Callable[[bytes], bytes]  # a message's signature: ECDSA, DER
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Sign a package that has proven itself. arguments: the verb and its own. Raise UserError."""
+    """Verify a package, and sign it. arguments: the verb and its own. Raise UserError."""
     options = _parser().parse_args(arguments[1:])
     with needed_by("sign", "sign"):
         # imported here: it comes with the extra
@@ -82,13 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         metavar="FILE",
         help="the signed archive (default: model-signed.tar.gz beside a model.tar.gz, since a run "
-        "holds its own archive to what it has made); a directory is signed in place",
+        "checks that its own archive is unchanged); a directory is signed in place",
     )
     return parser
 
 
 def _target(path: Path, to: str | None) -> Path:
-    """Return where the signed package will be. Raise UserError."""
+    """Return the path of the signed package. Raise UserError."""
     if path.is_dir():
         if to is not None:
             raise UserError(f"--to {to}: {path} is a directory, which is signed in place")
@@ -99,7 +99,7 @@ def _target(path: Path, to: str | None) -> Path:
 
 
 def _of_file(path: Path) -> tuple["EllipticCurvePublicKey", Signer]:
-    """Return the public half of a private key, and what signs with it. Raise UserError."""
+    """Return the public half of a private key, and a function that signs. Raise UserError."""
     # imported here: it comes with the extra
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
@@ -126,9 +126,9 @@ def _of_file(path: Path) -> tuple["EllipticCurvePublicKey", Signer]:
 
 
 def _of_kms(name: str, region: str | None) -> tuple["EllipticCurvePublicKey", Signer]:
-    """Return the public half of a KMS key, and what has AWS sign with it. Raise UserError."""
+    """Return the public half of a KMS key, and a function that signs by AWS. Raise UserError."""
     with needed_by("--kms", "aws"):
-        # imported here: only this needs AWS
+        # imported here: only --kms needs AWS
         from launch.cloud.session import Aws
     # imported here: it comes with the extra
     from cryptography.hazmat.primitives.serialization import load_der_public_key
@@ -155,13 +155,13 @@ def _of_kms(name: str, region: str | None) -> tuple["EllipticCurvePublicKey", Si
 
 
 def _digests(manifest: bytes) -> dict[str, str]:
-    """Return the SHA-256 of each file of a package, of its manifest too."""
+    """Return the SHA-256 of each file of a package, including its manifest."""
     listed: Mapping[str, str] = json.loads(manifest)["files"]
     return {**listed, MANIFEST: hashlib.sha256(manifest).hexdigest()}
 
 
 def _sign_archive(path: Path, target: Path, key: "EllipticCurvePublicKey", signer: Signer) -> None:
-    """Write the archive once more, with its signature. Raise OSError, UserError."""
+    """Write a copy of the archive with its signature. Raise OSError, UserError."""
     temporary = target.with_name(files.TEMPORARY + target.name)
     try:
         with (

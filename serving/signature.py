@@ -1,10 +1,10 @@
-"""Who built a package: its signature, as OpenSSF's model signing writes and reads it.
+"""A package's signature, which shows who built it, in the format of OpenSSF's model signing.
 
 model.sig is a Sigstore bundle of a DSSE envelope, whose payload is an in-toto statement: the
-SHA-256 of each file. `model_signing verify key` takes it too, and this takes what `model_signing
-sign key` wrote. Format: https://github.com/ossf/model-signing-spec (v1.0), and
-https://github.com/secure-systems-lab/dsse/blob/v1.0.2/protocol.md. It is read here, without that
-library, since a server needs of its forty packages `cryptography` alone.
+SHA-256 of each file. `model_signing verify key` verifies it too, and this code verifies files of
+`model_signing sign key`. Format: https://github.com/ossf/model-signing-spec (v1.0), and
+https://github.com/secure-systems-lab/dsse/blob/v1.0.2/protocol.md. We don't use that library: of
+its forty packages a server needs only `cryptography`.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 SIGNATURE = "model.sig"
-SIGNED_BY = "SERVING_SIGNED_BY"  # the variable of the key that must have signed a package
-MAX_BYTES = 8 << 20  # of the signature; that of a package has 20 KB
+SIGNED_BY = "SERVING_SIGNED_BY"  # the environment variable of the key that must have signed
+MAX_BYTES = 8 << 20  # of the signature; a package's has 20 KB
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PAYLOAD = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://model_signing/signature/v1.0"
 BY_FILES = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
-# The curves of the specification, each with its hash: bits of the key, hashlib's and KMS's name.
+# The hash for each curve of the specification: by the key's bits, its name in hashlib and KMS.
 HASHES = {256: "sha256", 384: "sha384", 521: "sha512"}
 CURVES = "P-256, P-384 or P-521"
 
@@ -41,8 +41,8 @@ def sign(
 ) -> bytes:
     """Return model.sig of a package.
 
-    digests: SHA-256 (hex) of each file, by name. name: of the package, for people. signer: gives
-    the signature (ECDSA, DER) of a message, by the private half of `key`.
+    digests: SHA-256 (hex) of each file, by name. name: of the package, for people. signer: returns
+    the signature (ECDSA, DER) of a message by the private half of `key`.
     """
     resources = [
         {"name": each, "algorithm": "sha256", "digest": digests[each]}
@@ -71,10 +71,10 @@ def sign(
 
 
 def check(directory: Path, listed: Mapping[str, str], signed_by: str) -> None:
-    """Raise PackageError unless this key has signed the package in a directory, as it is.
+    """Raise PackageError unless this key has signed the package in a directory as it is now.
 
-    listed: SHA-256 of its files by name, as its manifest has them; they are held to it already.
-    signed_by: see `public_key`. Raise UserError for a key that is none.
+    listed: SHA-256 of its files by name, from its manifest; the files are checked against it
+    already. signed_by: see `public_key`. Raise UserError for a text that is no key.
     """
     key = public_key(signed_by)
     path = directory / SIGNATURE
@@ -94,7 +94,7 @@ def check(directory: Path, listed: Mapping[str, str], signed_by: str) -> None:
         signed = _digests(json.loads(payload))
     except PackageError:
         raise
-    # As many ways as JSON of any shape has not to be this one.
+    # JSON of another shape may fail in any of these ways.
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PackageError(f"{SIGNATURE} is no signature of a model by a key") from error
     for name in sorted(digests.keys() | signed.keys()):
@@ -103,9 +103,9 @@ def check(directory: Path, listed: Mapping[str, str], signed_by: str) -> None:
 
 
 def public_key(text: str) -> "EllipticCurvePublicKey":
-    """Return a public key, from its PEM file, or from `as_text`. Raise UserError."""
+    """Return a public key from its PEM file, or from the text of `as_text`. Raise UserError."""
     with needed_by("a signature", "sign"):
-        # imported here: only who looks at signatures needs it
+        # imported here: only signatures need it
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives import serialization
     try:
@@ -118,7 +118,7 @@ def public_key(text: str) -> "EllipticCurvePublicKey":
             raise UserError(f"{text}: can't read this public key: {error.strerror}") from error
         except (ValueError, UnsupportedAlgorithm) as error:
             raise UserError(
-                f"{text}: this is not a public key in PEM; of a private one it is made by: "
+                f"{text}: this is not a public key in PEM; from a private key make it with: "
                 "openssl ec -in KEY -pubout"
             ) from error
     usable: EllipticCurvePublicKey = checked(key, text)
@@ -126,7 +126,7 @@ def public_key(text: str) -> "EllipticCurvePublicKey":
 
 
 def checked(key: Any, name: str) -> Any:
-    """Return a key, private or public, of a curve that may sign. Raise UserError, with its name."""
+    """Return the key, private or public. Raise UserError where its curve may not sign."""
     curve = getattr(key, "curve", None)
     if curve is None or curve.name not in ("secp256r1", "secp384r1", "secp521r1"):
         raise UserError(
@@ -137,16 +137,16 @@ def checked(key: Any, name: str) -> Any:
 
 
 def as_text(key: "EllipticCurvePublicKey") -> str:
-    """Return a public key in one word: its DER (SubjectPublicKeyInfo) in base64."""
-    # imported here: only who looks at signatures needs it
+    """Return a public key as one word: its DER (SubjectPublicKeyInfo) in base64."""
+    # imported here: only signatures need it
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     return b64encode(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).decode()
 
 
 def fingerprint(key: "EllipticCurvePublicKey") -> str:
-    """Return what model signing calls a key by: SHA-256 (hex) of its PEM."""
-    # imported here: only who looks at signatures needs it
+    """Return a key's fingerprint in model signing: SHA-256 (hex) of its PEM."""
+    # imported here: only signatures need it
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -154,11 +154,12 @@ def fingerprint(key: "EllipticCurvePublicKey") -> str:
 
 
 def _verified(bundle: Any, key: "EllipticCurvePublicKey", name: str) -> bytes:
-    """Return what a key has signed in a bundle.
+    """Return the payload of a bundle that the key has signed.
 
-    name: of the key. Raise PackageError where it has not, or what JSON of another shape raises.
+    name: of the key. Raise PackageError where the key has not signed it; JSON of another shape
+    raises other errors.
     """
-    # imported here: only who looks at signatures needs it
+    # imported here: only signatures need it
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
@@ -184,7 +185,7 @@ def _verified(bundle: Any, key: "EllipticCurvePublicKey", name: str) -> bytes:
 
 
 def _digests(statement: Any) -> dict[str, str]:
-    """Return the SHA-256 of each file that a statement is about. Raise whatever it is not."""
+    """Return the SHA-256 of each file in a statement. JSON of another shape raises any error."""
     predicate = statement["predicate"]
     how = predicate["serialization"]
     resources = predicate["resources"]
@@ -204,5 +205,5 @@ def _root(resources: list[dict[str, str]]) -> str:
 
 
 def _encoded(payload: bytes) -> bytes:
-    """Return what is signed: DSSE's pre-authentication encoding."""
+    """Return the bytes that are signed: DSSE's pre-authentication encoding."""
     return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD), PAYLOAD.encode(), len(payload), payload)

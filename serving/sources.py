@@ -23,8 +23,8 @@ STANDARD_INPUT = "-"
 class Source:
     """A picture, not read yet.
 
-    name: as the table shows it, once each. inner: below the folder that was named, its file name
-    where none was. read: returns its bytes; raises ImageError, Unreadable and FetchError.
+    name: unique, as the table shows it. inner: its path in the folder that the user named, else its
+    file name. read: returns its bytes; raises ImageError, Unreadable and FetchError.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Source:
 def find(words: Sequence[str], cache: Path) -> tuple[list[Source], str]:
     """Return the pictures that the words name, each once, and what was left out of folders.
 
-    words: files (whatever they are called), folders with all below them, patterns with * and **,
-    zip and tar archives, s3://bucket/prefix, or - for one of these a line of standard input. cache:
-    the directory that archives are unpacked below. Raise UserError for what isn't there.
+    words: files (with any name), folders with all below them, patterns with * and **, zip and tar
+    archives, s3://bucket/prefix, or - to read such words from standard input, one per line. cache:
+    the directory to unpack archives in. Raise UserError for a word that names nothing.
     """
     sources: dict[str, Source] = {}
     left_out: list[str] = []
@@ -81,7 +81,7 @@ def _of_word(word: str, cache: Path, left_out: list[str]) -> Iterator[Source]:
 
 
 def on_disk(path: str, name: str, inner: str) -> Source:
-    """Return the picture in a file. name, inner: as of `Source`."""
+    """Return the picture in a file. name, inner: as in `Source`."""
     return Source(name, inner, partial(_read, path))
 
 
@@ -96,7 +96,7 @@ def _matching(pattern: str, left_out: list[str]) -> Iterator[Source]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            if "**" not in pattern:  # else what it holds matches by itself
+            if "**" not in pattern:  # else the pattern matches its files too
                 yield from _in_folder(path, path, left_out)
         elif kind := kind_of(path.name):
             left_out.append(kind)

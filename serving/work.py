@@ -1,4 +1,4 @@
-"""What is done for one request: until it is answered, its deadline comes, or nobody wants it."""
+"""The work for one request. It ends with its answer, its deadline, or when nobody wants it."""
 
 import threading
 import time
@@ -13,14 +13,14 @@ class Abandoned(Exception):
 
 
 class Heavy(BaseException):
-    """What is asked takes long: it is for the process that prepares (`worker.py`).
+    """The request takes long: it is for the process that prepares requests (`worker.py`).
 
-    Decoding turns any Exception into one of the picture.
+    No Exception: decoding would turn it into ImageError.
     """
 
 
 class Work:
-    """One request's: whoever does it asks now and then how much time it has left."""
+    """The work for one request: code that does it asks now and then how much time is left."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -29,9 +29,9 @@ class Work:
         self._lock = threading.Lock()
 
     def left(self) -> float:
-        """Return the seconds that it has left. Raise TimeoutError or Abandoned where it has none.
+        """Return the seconds that are left. Raise TimeoutError or Abandoned where none are.
 
-        From any thread.
+        Safe from any thread.
         """
         if self._abandoned:
             raise Abandoned
@@ -41,7 +41,7 @@ class Work:
         return left
 
     def abandon(self) -> None:
-        """End it, from any thread: nobody waits for the answer."""
+        """End the work: nobody waits for the answer. Safe from any thread."""
         with self._lock:
             self._abandoned = True
             steps = self._steps
@@ -50,7 +50,7 @@ class Work:
             step.cancel()
 
     def add(self, step: "Future[Any]") -> None:
-        """Add a step, which is cancelled when this is abandoned."""
+        """Add a step, which `abandon` cancels."""
         with self._lock:
             if not self._abandoned:
                 self._steps.append(step)
@@ -59,5 +59,5 @@ class Work:
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
-        """Say that until the block ends it waits for others. Raise RequestError where many do."""
+        """Mark the block in which the work waits for other machines. A subclass may refuse it."""
         yield

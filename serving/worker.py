@@ -1,13 +1,12 @@
 """The process beside our own server that prepares requests which take long.
 
-Those are large bodies, pictures that other machines have, and large pictures: parsed, fetched and
-decoded here, in a process with a Python lock of its own and a lower priority, they hold up no small
-picture. (In threads of the server they did: whoever answers needs the lock several times, and
-waits each time for whoever holds it.) A decoder that hangs or crashes takes this process along,
-not the server, which starts another.
+Such requests have large bodies, large pictures, or pictures on other machines. They are parsed,
+fetched and decoded here, in a process with its own Python lock and a lower priority, so they don't
+hold up small pictures. (In threads of the server they did: to answer a request a thread needs the
+lock several times, and each time waits for the thread that holds it.) A decoder that hangs or
+crashes ends this process, not the server, which starts another.
 
-The two talk over a socket, in JSON and bytes. The server believes nothing that comes back to be
-more than that.
+The two talk over a socket, in JSON and bytes. The server treats whatever comes back as mere data.
 """
 
 import itertools
@@ -43,11 +42,11 @@ from trainer.images.decode import Preprocessing
 
 log = logging.getLogger("packhorse.serving")
 
-NICENESS = 5  # a third of the processor that the server gets (sched(7))
-LATE_SECONDS = 1.0  # after its deadline, for the answer that says so
-LOOK_SECONDS = 0.5  # between two looks whether the other one hangs
-OVERDUE_SECONDS = 10.0  # after a deadline: a process that has said nothing by then is ended
-LOST = "the process that decodes had to be started again; try again"
+NICENESS = 5  # gets a third of the processor time that the server gets (sched(7))
+LATE_SECONDS = 1.0  # after a deadline, for the answer that says so to arrive
+LOOK_SECONDS = 0.5  # between two checks whether the other process hangs
+OVERDUE_SECONDS = 10.0  # after a deadline; a process that is still silent then is killed
+LOST = "the server had to restart its decoding process; try again"
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,14 @@ class Prepared:
     pixels: Sequence[NDArray[np.uint8]]  # of each image, [size, size, 3]
     form: Form
     top: int
-    collecting: float  # seconds until all files were there
+    collecting: float  # seconds that it took to get all files
 
 
 class Worker:
-    """The process, as the server sees it: there is always one."""
+    """The process as the server sees it: when it ends, the next request starts another."""
 
     def __init__(self, preprocessing: Preprocessing, settings: Settings) -> None:
-        """Start it. settings: the server's."""
+        """Start the process. settings: the server's."""
         told = {"preprocessing": asdict(preprocessing), "settings": asdict(settings)}
         self._told = json.dumps(told).encode()
         self._lock = threading.Lock()
@@ -73,9 +72,9 @@ class Worker:
     def prepare(self, request: Request, body: list[bytes], work: Work) -> Prepared | Answer:
         """Return a request with its pictures decoded, or the answer that says what is wrong.
 
-        body: the request's, in pieces, which are given away. Raises TimeoutError at the deadline,
-        Abandoned, and RequestError where the process has ended meanwhile, whatever the process
-        does.
+        body: the request's, in pieces; the list is emptied. Whatever the process does, this raises
+        TimeoutError at the deadline, Abandoned, and RequestError where the process has ended
+        meanwhile.
         """
         with self._lock:
             if self._life.is_over():
@@ -95,7 +94,7 @@ class _Life:
     """One life of the process, from its start to its end."""
 
     def __init__(self, told: bytes) -> None:
-        """Start it. told: what `main` reads first."""
+        """Start the process. told: the first message, which `main` reads."""
         ours, its = socket.socketpair()
         with its:
             self._process = sessions.Child(
@@ -105,7 +104,7 @@ class _Life:
                 | {
                     "PYTHONPATH": os.pathsep.join(sys.path),
                     "OPENBLAS_NUM_THREADS": "1",
-                    # As `process.share_memory_and_threads`.
+                    # As in `process.share_memory_and_threads`.
                     "MALLOC_ARENA_MAX": str(ARENAS),
                     "MALLOC_MMAP_THRESHOLD_": str(LARGE_BLOCK),
                 },
@@ -113,11 +112,11 @@ class _Life:
         self._connection = Connection(ours.detach())
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        # What it has not answered, each with the end of its time.
+        # Unanswered requests, each with its deadline.
         self._asked: dict[int, tuple[Future[Prepared | Answer], float]] = {}
-        self._heard = time.monotonic()  # when it said something
+        self._heard = time.monotonic()  # when the process last answered
         self._is_over = False
-        # Messages, each a head and a body in pieces; None is the end.
+        # Messages to send, each a head and a body in pieces; None is the end.
         self._messages: queue.SimpleQueue[tuple[dict[str, Any], list[bytes]] | None]
         self._messages = queue.SimpleQueue()
         self._connection.send_bytes(told)
@@ -126,13 +125,13 @@ class _Life:
         threading.Thread(target=self._read, name="worker", daemon=True).start()
 
     def is_over(self) -> bool:
-        """Return whether it has ended."""
+        """Return whether the process has ended."""
         return self._is_over
 
     def ask(
         self, request: Request, body: list[bytes], work: Work
     ) -> "tuple[int, Future[Prepared | Answer]]":
-        """Have a request prepared; return its number, and what will have it. Raise RequestError."""
+        """Send a request; return its number, and the future of its result. Raise RequestError."""
         future: Future[Prepared | Answer] = Future()
         with self._lock:
             if self._is_over:
@@ -151,7 +150,7 @@ class _Life:
         return number, future
 
     def forget(self, number: int) -> None:
-        """Say that nobody waits for a request's answer, where there is none yet."""
+        """Tell the process to give a request up, where it has not answered yet."""
         with self._lock:
             future, _ = self._asked.get(number, (None, 0.0))
         if future is not None:
@@ -159,9 +158,9 @@ class _Life:
             self._messages.put(({"forget": number}, []))
 
     def _send(self) -> None:
-        """Send messages until the last one: whoever asks waits for no process that reads nothing.
+        """Send messages until the last one, so that a caller never waits for a hanging process.
 
-        That it has ended, `_read` sees too.
+        Where the process ends, `_read` notices it too.
         """
         with suppress(OSError):
             while message := self._messages.get():
@@ -169,25 +168,25 @@ class _Life:
 
     def _send_one(self, head: dict[str, Any], body: list[bytes]) -> None:
         pieces = body.copy()
-        body.clear()  # it will be there, and not here too
+        body.clear()  # the other process will have the body: free it here
         self._connection.send_bytes(json.dumps(head | {"pieces": len(pieces)}).encode())
         for piece in pieces:
             self._connection.send_bytes(piece)
 
     def _read(self) -> None:
-        """Take what it answers, until it ends. What is overdue is ended with it."""
+        """Read the answers until the process ends. Kill it where an answer is overdue."""
         try:
             while True:
                 if self._connection.poll(LOOK_SECONDS):
                     head = json.loads(self._connection.recv_bytes())
                     self._take(head, self._connection.recv_bytes())
                 elif self._is_overdue():
-                    log.error("the process that decodes hangs: it is ended, and another started")
+                    log.error("the decoding process hangs: killing it, and starting another")
                     self._process.kill()
         except (EOFError, OSError):
-            pass  # it has ended
-        except Exception as error:  # a decoder that was made to run something else may say anything
-            log.error("the process that decodes answers nonsense: it is ended", exc_info=error)
+            pass  # the process has ended
+        except Exception as error:  # an exploited decoder may send anything
+            log.error("the decoding process answers nonsense: killing it", exc_info=error)
         with self._lock:
             self._is_over = True
             left = [future for future, _ in self._asked.values()]
@@ -220,7 +219,7 @@ class _Life:
 
 
 class _Preparer:
-    """The other side: what the process does with each request."""
+    """The process's side: it prepares each request."""
 
     def __init__(self, connection: Connection, told: dict[str, Any]) -> None:
         self._connection, self._settings = connection, Settings(**told["settings"])
@@ -233,7 +232,7 @@ class _Preparer:
         self._works: dict[int, Work] = {}
 
     def take(self) -> None:
-        """Take a message in, and begin with what it asks."""
+        """Read a message, and begin what it asks for."""
         head = json.loads(self._connection.recv_bytes())
         if "forget" in head:
             work = self._works.get(head["forget"])
@@ -246,7 +245,7 @@ class _Preparer:
         self._threads.submit(self._answer, head["number"], request, work)
 
     def hangs(self) -> bool:
-        """Return whether nothing is decoded any more."""
+        """Return whether every decoding thread hangs."""
         return self.preparation.hangs(self._settings.seconds)
 
     def _answer(self, number: int, request: Request, work: Work) -> None:
@@ -273,10 +272,10 @@ class _Preparer:
 
 
 def main() -> None:
-    """Prepare what the server sends, until it closes its end."""
+    """Prepare the requests that the server sends, until it closes the connection."""
     with suppress(OSError):
         os.nice(NICENESS)
-        # It is a session of its own, and Linux may share the processor among sessions first.
+        # The process is in its own session, and Linux may divide the processor by session first.
         Path("/proc/self/autogroup").write_text(str(NICENESS))
     log_to_stdout()
     connection = Connection(int(sys.argv[1]))

@@ -1,6 +1,6 @@
 """The account stack: the bucket, the roles and the policies that every run of a project needs.
 
-It is stacks/foundation.yaml, in which each statement of a policy has its reason beside it.
+Its template is stacks/foundation.yaml; a comment above each policy statement gives the reason.
 """
 
 import re
@@ -17,14 +17,14 @@ from trainer.common.errors import UserError
 TEMPLATE = Path(__file__).parent / "stacks" / "foundation.yaml"
 DEPLOYER = Path(__file__).parent / "stacks" / "deployer.yaml"
 
-# The resources of the template that hold each part's permissions.
+# Each part, with the template's resources that hold its permissions.
 PARTS = {
     "launcher": ("LauncherPolicy", "LauncherEc2Policy"),
     "training": ("TrainingRole",),
     "ec2": ("Ec2Role",),
     "notebook": ("NotebookRole",),
 }
-# What a part may do besides where a parameter of `up` is given.
+# Further policies, and the parts that get them, where a parameter of `up` is given.
 BY_PARAMETER: dict[str, dict[str, tuple[str, ...]]] = {
     "Image": {"OwnImagePolicy": ("training",)},
     "PicturesBucket": {"OwnPicturesPolicy": ("training", "ec2")},
@@ -43,15 +43,15 @@ class AccountStack(Stack):
     def is_ours(self, stack: Mapping[str, Any]) -> bool:
         """Return whether a stack of this name is this project's.
 
-        One that no change set was carried out on has nothing yet, no tags either.
+        Before its first change set is executed, a stack is empty and has no tags.
         """
         under_review = stack["StackStatus"] == "REVIEW_IN_PROGRESS"
         return under_review or self.aws.owns(stack.get("Tags", []))
 
     def content(self, given: Mapping[str, str], before: Mapping[str, Any] | None) -> Content:
-        """Return what `up` makes: parameters as given, else as before, else the template's own.
+        """Return what `up` makes: parameters as given, else as before, else the template's default.
 
-        Raise UserError for a parameter that there is none of.
+        Raise UserError for an unknown parameter.
         """
         declared = load(TEMPLATE)["Parameters"]
         unknown = ", ".join(sorted(given.keys() - declared.keys()))
@@ -71,7 +71,7 @@ class AccountStack(Stack):
     # ---- log groups of the whole account, which the first edition put into the stack
 
     def shared_logs(self) -> dict[str, str]:
-        """Return the names of those groups by their names in the stack's template."""
+        """Return the names of those groups, by their logical ids in the template."""
         names = {
             each["LogicalResourceId"]: each.get("PhysicalResourceId", "")
             for each in self.resources()
@@ -79,11 +79,11 @@ class AccountStack(Stack):
         return {logical: name for logical, name in names.items() if name in SHARED_GROUPS}
 
     def outlived_by(self, logs: Iterable[str]) -> bool:
-        """Return whether these groups stay already where they leave the stack."""
+        """Return whether these groups already survive their removal from the stack."""
         return not logs or outliving(self.body(), logs) == self.body()
 
     def keep_shared_logs(self) -> None:
-        """Let those groups stay where they leave the stack. Raise UserError where they can't."""
+        """Let those groups survive their removal from the stack. Raise UserError where it fails."""
         logs = self.shared_logs()
         if self.outlived_by(logs):
             return
@@ -96,9 +96,9 @@ class AccountStack(Stack):
             )
 
     def delete_ours(self, stack: Mapping[str, Any]) -> None:
-        """Begin to delete the stack but for those groups. stack: as it was described."""
+        """Begin to delete the stack without those groups. stack: as CloudFormation describes it."""
         if stack["StackStatus"] == "DELETE_FAILED":
-            # It can't be changed any more, but takes a list of what stays.
+            # It can no longer be updated, but DeleteStack takes a list of resources to retain.
             self.delete(RetainResources=list(self.shared_logs()))
             return
         if stack["StackStatus"] != "REVIEW_IN_PROGRESS":
@@ -107,7 +107,7 @@ class AccountStack(Stack):
 
 
 def outliving(body: str, names: Iterable[str]) -> str:
-    """Return a template in which these resources stay where they leave the stack, or it goes.
+    """Return the template with these resources set to survive removal from it, or its deletion.
 
     Raise UserError where the template isn't written as ours are.
     """
@@ -115,7 +115,7 @@ def outliving(body: str, names: Iterable[str]) -> str:
     for name in names:
         if resources[name].get("DeletionPolicy") == "Retain":
             continue
-        # CloudFormation takes no change of a policy alone: the metadata changes with it.
+        # CloudFormation ignores a changed DeletionPolicy alone, so the metadata changes with it.
         policy = (
             r"\1    DeletionPolicy: Retain\n"
             r"    Metadata: {Stays: it is shared by the whole account}\n"
@@ -152,7 +152,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a project is, and what its `up` was told. parameters: of the template."""
+    """Where a project is, and the parameters that `up` gave its template."""
 
     project: str
     account: str
@@ -204,7 +204,7 @@ def statements(path: Path, resources: Iterable[str], names: Mapping[str, Any]) -
 
 
 def _documents(node: Any) -> Iterator[dict[str, Any]]:
-    """Yield the policy documents of a resource, but for that of who may assume a role."""
+    """Yield the policy documents of a resource, without that of who may assume a role."""
     if isinstance(node, list):
         for value in node:
             yield from _documents(value)
@@ -218,9 +218,9 @@ def _documents(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def _reasons(text: str) -> dict[str, str]:
-    """Return by Sid the comment right above each statement.
+    """Return the comment right above each statement, by its Sid.
 
-    Where other resources follow with statements of the same name, the first counts.
+    Where a later resource has a statement of the same Sid, the first counts.
     """
     reasons: dict[str, str] = {}
     for comment, sid in re.findall(r"^((?: *# .*\n)+) *- Sid: (\w+)", text, re.MULTILINE):
@@ -230,5 +230,5 @@ def _reasons(text: str) -> dict[str, str]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a list: IAM writes one value where a list of one is meant."""
+    """Return the value as a list: IAM may write a list of one as the value alone."""
     return value if isinstance(value, list) else [value]

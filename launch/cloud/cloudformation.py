@@ -1,4 +1,4 @@
-"""CloudFormation: templates as they are written, stacks as they are and as they change."""
+"""CloudFormation: reading templates; describing, changing and deleting stacks."""
 
 import json
 import re
@@ -13,12 +13,12 @@ import yaml
 
 from launch.cloud.session import Aws, AwsError
 
-POLL = 5.0  # seconds between two looks at what changes
+POLL = 5.0  # seconds between two looks at a stack
 ABSENT = "does not exist"  # in CloudFormation's ValidationError for a stack that is not there
 ABSENT_CHANGE_SET = rf"ChangeSetNotFound|{ABSENT}"
 NO_CHANGES = r"didn't contain changes|No updates are to be performed|no changes"
 IN_SERVICE = ("CREATE_COMPLETE", "UPDATE_COMPLETE")
-# What never was in service, or is half gone: nothing but deleting it helps.
+# Statuses of stacks that never were in service, or are half deleted: they can only be deleted.
 STUCK = (
     "ROLLBACK_COMPLETE",
     "ROLLBACK_FAILED",
@@ -47,21 +47,22 @@ _Loader.add_multi_constructor("!", _written_out)
 
 
 def parse(body: str) -> dict[str, Any]:
-    """Return a template, its short functions (!Ref x) written out ({"Ref": x})."""
+    """Return a template, with its short functions (!Ref x) written out ({"Ref": x})."""
     template: dict[str, Any] = yaml.load(body, _Loader)
     return template
 
 
 @cache
 def load(path: Path) -> dict[str, Any]:
-    """Return the template in a file as `parse` does. It is shared: don't change it."""
+    """Return the template in a file as `parse` does. Callers share it: don't change it."""
     return parse(path.read_text())
 
 
 def resolve(node: Any, names: Mapping[str, Any]) -> Any:
-    """Return a part of a template with its references replaced by what they stand for.
+    """Return a part of a template with its references replaced by their values.
 
-    names: by parameter, resource, RESOURCE.ATTRIBUTE and pseudo parameter (AWS::Region).
+    names: the values, by parameter, resource, RESOURCE.ATTRIBUTE and pseudo parameter
+    (AWS::Region).
     """
     if isinstance(node, list):
         return [resolve(value, names) for value in node]
@@ -79,14 +80,14 @@ def resolve(node: Any, names: Mapping[str, Any]) -> Any:
 
 
 def parameters_of(stack: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the parameters of a stack as CloudFormation describes it; none of no stack."""
+    """Return the parameters of a stack that CloudFormation describes; {} without a stack."""
     listed = (stack or {}).get("Parameters", [])
     return {each["ParameterKey"]: each["ParameterValue"] for each in listed}
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a stack is made from. body: of the template."""
+    """What a stack is made from. body: the template's text."""
 
     body: str
     parameters: Mapping[str, str]
@@ -105,7 +106,7 @@ class Content:
 
 
 class Stack:
-    """A stack by its name, or, so that it can be asked about when it is deleted, by its ARN.
+    """A stack by its name, or by its ARN, under which CloudFormation shows it even when deleted.
 
     Every method may raise AwsError.
     """
@@ -116,7 +117,7 @@ class Stack:
         self._known_events: set[str] = set()
 
     def describe(self) -> dict[str, Any] | None:
-        """Return the stack as CloudFormation describes it; None where there is none."""
+        """Return CloudFormation's description of the stack; None where there is no stack."""
         answer = self._find("DescribeStacks", ABSENT)
         if answer is None or not answer["Stacks"]:
             return None
@@ -124,7 +125,7 @@ class Stack:
         return stack
 
     def resources(self) -> list[dict[str, Any]]:
-        """Return what is in the stack now."""
+        """Return the resources that are in the stack now."""
         listed = self._told("ListStackResources", "StackResourceSummaries")
         return [each for each in listed if each["ResourceStatus"] != "DELETE_COMPLETE"]
 
@@ -136,7 +137,7 @@ class Stack:
     # ---- changing it
 
     def create(self, content: Content) -> str:
-        """Begin to make the stack, and return its ARN. Where that fails nothing is left of it."""
+        """Begin to create the stack; return its ARN. CloudFormation deletes it where that fails."""
         request = content.request(self.aws.project)
         return str(self._call("CreateStack", **request, OnFailure="DELETE")["StackId"])
 
@@ -145,11 +146,11 @@ class Stack:
         self._call("UpdateStack", **content.request(self.aws.project))
 
     def delete(self, **options: Any) -> None:
-        """Begin to delete the stack; one that is not there is no fault."""
+        """Begin to delete the stack; where there is none, do nothing."""
         self._call("DeleteStack", **options)
 
     def settle(self, tell: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any] | None:
-        """Wait until CloudFormation is done with the stack; return it, None where it is gone.
+        """Wait until CloudFormation has finished; return the stack, None where it is gone.
 
         tell: called with each event since `mark_events`.
         """
@@ -171,7 +172,7 @@ class Stack:
     def propose(self, name: str, content: Content, first: bool) -> list[dict[str, Any]] | None:
         """Make a change set and return the changes; None, and no change set, where there are none.
 
-        first: there is no stack yet. The list may be empty: what is only named may change too.
+        first: there is no stack yet. The list may be empty, where no resource changes.
         """
         self._call(
             "CreateChangeSet",
@@ -203,22 +204,22 @@ class Stack:
         self._call("DeleteChangeSet", ChangeSetName=name)
 
     def execute(self, name: str) -> None:
-        """Begin to carry a change set out."""
+        """Begin to execute a change set."""
         self._call("ExecuteChangeSet", ChangeSetName=name, ClientRequestToken=name)
 
     # ---- events
 
     def mark_events(self) -> None:
-        """Let `new_events` leave out what has happened until now."""
+        """Let `new_events` leave out all events until now."""
         self._known_events.update(event["EventId"] for event in self.new_events())
 
     def new_events(self) -> list[dict[str, Any]]:
-        """Return what happened since `mark_events`, newest first."""
+        """Return the events since `mark_events`, newest first."""
         events = self._told("DescribeStackEvents", "StackEvents")
         return [event for event in events if event["EventId"] not in self._known_events]
 
     def failures(self) -> list[str]:
-        """Return "RESOURCE: reason" of what failed since `mark_events`, the earliest first."""
+        """Return "RESOURCE: reason" of each failure since `mark_events`, the earliest first."""
         return [
             f"{event['LogicalResourceId']}: {event.get('ResourceStatusReason', 'no reason given')}"
             for event in reversed(self.new_events())
@@ -228,7 +229,7 @@ class Stack:
     # ---- calls
 
     def _told(self, operation: str, key: str) -> list[dict[str, Any]]:
-        """Return all of a list; nothing of a stack that another command has deleted."""
+        """Return the whole list, empty where another command has deleted the stack."""
         try:
             return list(self._pages(operation, key))
         except AwsError as error:

@@ -1,4 +1,4 @@
-"""The question before something is changed or deleted."""
+"""The question before a command changes or deletes something."""
 
 import sys
 
@@ -6,9 +6,9 @@ from trainer.common.errors import UserError
 
 
 def confirmed(question: str, yes: bool) -> bool:
-    """Return the user's word. yes: it is given on the command line already.
+    """Return whether the user agrees. yes: already given on the command line.
 
-    Raise UserError where nobody can be asked.
+    Raise UserError where there is no terminal to ask on.
     """
     if yes:
         return True

@@ -1,11 +1,11 @@
-"""Hyperparameters: the trainer's overrides as SageMaker carries them, and back.
+"""Hyperparameters: the trainer's overrides encoded for SageMaker, and decoded.
 
 Standard library only, since the container decodes with it too.
 
-SageMaker carries a map of strings in no particular order. Each override `key=value` becomes one
-entry: its key as typed, its value as JSON: a number, `true`, `false` and `null` as they are (as the
-tuner writes those it samples), everything else as a JSON string of the very text that was typed.
-So Hydra reads in the container what it would have read on the user's own command line.
+SageMaker passes a map of strings in no particular order. Each override `key=value` becomes one
+entry: its key as typed, its value as JSON. A number, `true`, `false` and `null` stay as they are
+(so the tuner writes its samples too); any other text becomes a JSON string, character for
+character. So Hydra reads in the container what it would read on the user's own command line.
 """
 
 import json
@@ -14,18 +14,18 @@ from collections.abc import Iterable, Mapping
 
 from trainer.common.errors import UserError
 
-# Characters of a key or value, as the API's text says; its service model says 2,500 of a value.
+# Characters of a key or value, by the API's text; its service model says 2,500 for a value.
 LIMIT = 256
 ENTRIES = 100
 _INSTEAD = "write it into conf/experiment/NAME.yaml and give experiment=NAME"
 
-# SageMaker's own, which say how to start and are no settings of the trainer.
+# SageMaker's own entries, which say how to start and are not settings of the trainer.
 RESERVED = re.compile(r"sagemaker_.*|_tuning_objective_metric")
 _LITERAL = re.compile(r"true|false|null|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 def encode(overrides: Iterable[str]) -> dict[str, str]:
-    """Return the hyperparameters of `overrides`. Raise UserError for what can't be carried.
+    """Return the hyperparameters of `overrides`. Raise UserError for one that can't be encoded.
 
     overrides: each "key=value" or "~key", as on the trainer's command line.
     """
@@ -40,7 +40,7 @@ def encode(overrides: Iterable[str]) -> dict[str, str]:
             raise UserError(
                 f"{override!r}: a command line can't contain the character NUL; leave it out"
             )
-        texts.pop(key, None)  # given twice: the last one counts, in its place
+        texts.pop(key, None)  # given twice: the last one counts, at its own place
         texts[key] = encode_value(value) if equals else ""
         for text in (key, texts[key]):
             if _length(text) > LIMIT:
@@ -54,7 +54,7 @@ def encode(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def decode(hyperparameters: Mapping[str, str]) -> list[str]:
-    """Return the overrides that `hyperparameters` carry, in one fixed order."""
+    """Return the overrides in `hyperparameters`, in a fixed order."""
     keys = sorted((key for key in hyperparameters if not RESERVED.fullmatch(key)), key=_place)
     return [
         f"{key}={decode_value(hyperparameters[key])}" if hyperparameters[key] else key
@@ -73,7 +73,7 @@ def encode_value(text: str) -> str:
 def decode_value(value: str) -> str:
     """Return the text that `encode_value` was given.
 
-    What is no JSON string stands for itself: the tuner's samples, and what was written by hand.
+    A value that is no JSON string stays as it is: the tuner's samples, and values written by hand.
     """
     try:
         text = json.loads(value)
@@ -83,20 +83,20 @@ def decode_value(value: str) -> str:
 
 
 def _length(text: str) -> int:
-    """Return the length as AWS counts: in UTF-16 units."""
+    """Return the length as AWS counts it, in UTF-16 code units."""
     return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def _place(key: str) -> tuple[list[str], str]:
-    """Return a sort key: a group of settings comes before those in it, the narrower ones last."""
+    """Return a sort key that puts a group of settings before the settings in it."""
     return key.lstrip("+~").split("."), key
 
 
 def _check_order(texts: dict[str, str]) -> None:
-    """Raise UserError for overrides whose order counts and isn't that of `_place`.
+    """Raise UserError for overrides whose order matters and isn't that of `_place`.
 
-    Those of the same setting, or of a setting and of one in it, act in their order. A group's
-    option (data=folder) is no such override: Hydra takes it before all values (data.size=64).
+    The order matters between overrides of the same setting, or of a setting and one inside it. A
+    group's option (data=folder) is none of these: Hydra takes it before all values (data.size=64).
     """
     for number, later in enumerate(texts):
         for earlier in list(texts)[:number]:

@@ -1,10 +1,11 @@
-"""What CloudWatch holds of a log."""
+"""Logs in CloudWatch: their groups, and their events."""
 
 from typing import Any
 
 from launch.cloud.session import Aws, AwsError
 
-# Of the whole account, with every team's logs: no project makes, changes or deletes them.
+# Log groups of the whole account, with every team's logs: no project makes, changes or deletes
+# them.
 TRAINING_GROUP = "/aws/sagemaker/TrainingJobs"
 NOTEBOOK_GROUP = "/aws/sagemaker/NotebookInstances"
 SHARED_GROUPS = (TRAINING_GROUP, NOTEBOOK_GROUP)
@@ -17,7 +18,7 @@ class LogReader:
     """The events of a log group, each read once."""
 
     def __init__(self, aws: Aws, group: str, streams: str | None = None, since: int = 0) -> None:
-        """Take what the names of the streams begin with, and from when: milliseconds, Unix."""
+        """streams: how their names begin; None: all. since: milliseconds of Unix time."""
         self._aws, self._since = aws, since
         self._where = {"logGroupName": group}
         if streams is not None:
@@ -25,9 +26,9 @@ class LogReader:
         self._shown: set[str] = set()
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the events that came since the last call, by their time. Raise AwsError.
+        """Return the events that came since the last call, in order of time. Raise AwsError.
 
-        A group is made by the first that writes to it; until then there are none.
+        The first writer creates the group; until then there are no events.
         """
         request = {**self._where, "startTime": self._since}
         try:

@@ -1,4 +1,4 @@
-"""Where an EC2 machine would stand: its subnets, and whether they have a way to S3."""
+"""The network of an EC2 machine: its subnets, and whether they can reach S3."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Any
 from launch.cloud.session import Aws
 
 DEFAULT = "the default VPC"
-NAT64 = "64:ff9b::/96"  # where a machine with IPv6 alone sends what is for IPv4
+NAT64 = "64:ff9b::/96"  # where a machine with IPv6 alone sends packets for IPv4 addresses
 
 
 @dataclass(frozen=True)
 class Subnet:
-    """A subnet, and how a machine in it comes to S3; way: None for none.
+    """A subnet, and how a machine in it reaches S3. way: None where it can't.
 
-    is_closed: whether nothing else is reached from it, so no index of packages either.
+    is_closed: whether it reaches nothing else, so no package index either.
     """
 
     id: str
@@ -26,9 +26,9 @@ class Subnet:
 
 
 def subnets(aws: Aws, given: Sequence[str], public_ip: bool | None = None) -> list[Subnet]:
-    """Return the subnets that are given, else those of the default VPC.
+    """Return the given subnets, else those of the default VPC.
 
-    public_ip: whether machines have a public address there; None: as each subnet says. Raise
+    public_ip: whether machines get a public address there; None: as each subnet says. Raise
     AwsError.
     """
     wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
@@ -77,20 +77,20 @@ def lets_its_own_in(group: dict[str, Any]) -> bool:
 
 
 def _routes(subnet: dict[str, Any], tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the routes of a subnet: of its own table, else of the VPC's main one."""
+    """Return a subnet's routes: those of its own route table, else of the VPC's main one."""
     of_vpc = [each for each in tables if each["VpcId"] == subnet["VpcId"]]
     own = [each for each in of_vpc if subnet["SubnetId"] in _associated(each)]
     main = [each for each in of_vpc if any(one.get("Main") for one in each["Associations"])]
     routes = [route for table in (own or main)[:1] for route in table["Routes"]]
-    # What a route led to may be gone: AWS drops what is sent there.
+    # The target of a route may be gone: AWS drops packets sent there.
     return [each for each in routes if each.get("State") != "blackhole"]
 
 
 def _way(subnet: dict[str, Any], routes: list[dict[str, Any]]) -> str | None:
-    """Return the way from a subnet to S3 by its routes."""
+    """Return the way from a subnet to S3 by its routes, in words; None where there is none."""
     if any(each.get("GatewayId", "").startswith("vpce-") for each in routes):
         return "an endpoint of S3"
-    # One to a company's own addresses alone, as transit gateways often have, is none to S3.
+    # A route to a company's own addresses alone, often through a transit gateway, doesn't reach S3.
     everywhere = [each for each in routes if _goes_anywhere(each)]
     if any(each.get("NatGatewayId") or each.get("TransitGatewayId") for each in everywhere):
         return "a NAT or transit gateway"
@@ -108,7 +108,7 @@ def _leads_out(subnet: dict[str, Any], route: dict[str, Any]) -> bool:
 
 
 def _goes_anywhere(route: dict[str, Any]) -> bool:
-    """Return whether a route leads to all addresses of IPv4, from IPv6 by NAT64 too."""
+    """Return whether a route leads to all IPv4 addresses, directly or from IPv6 by NAT64."""
     to_all = route.get("DestinationCidrBlock") == "0.0.0.0/0"
     return to_all or route.get("DestinationIpv6CidrBlock") == NAT64
 

@@ -1,8 +1,8 @@
-"""What is this project's: what carries its tag `project`.
+"""Which AWS resources are this project's: those with its tag `project`.
 
-A name never decides: a job of the project `packhorse-dev` begins like one of `packhorse`, and
-whoever deploys names an endpoint as they like. Where all names of a kind begin alike, that narrows
-what is asked about.
+A name never decides: the job names of the project `packhorse-dev` begin like those of `packhorse`,
+and users name endpoints as they like. Where all names of a kind begin alike, the beginning narrows
+the search.
 """
 
 import re
@@ -13,13 +13,13 @@ from typing import Any
 from launch.cloud.remedies import DENIED
 from launch.cloud.session import Aws, AwsError
 
-# In what SageMaker answers about something that is not there.
+# How SageMaker answers about a resource that doesn't exist.
 NOT_FOUND = r"not found|does not exist|ResourceNotFound|RecordNotFound|Could not find"
-# Its code for a Stop of what has ended, or is about to: its own listing was late then.
+# SageMaker's code where a Stop comes after the end, or just before it: its listing was late.
 ENDED = "ValidationException"
-NO_BUCKET = r"404|NoSuchBucket|NotFound"  # likewise, of a bucket
+NO_BUCKET = r"404|NoSuchBucket|NotFound"  # how S3 answers about a bucket that doesn't exist
 
-# SageMaker's lists, by the kind of what is in them.
+# The key of the list in SageMaker's answer, by the kind of its items.
 LISTS = {
     "TrainingJob": "TrainingJobSummaries",
     "HyperParameterTuningJob": "HyperParameterTuningJobSummaries",
@@ -28,7 +28,7 @@ LISTS = {
     "Endpoint": "Endpoints",
 }
 LARGEST_PAGE = 100  # of SageMaker's lists
-BEHIND = timedelta(hours=1)  # how far SageMaker's search may be behind what is there
+BEHIND = timedelta(hours=1)  # how late SageMaker's search index may be
 JOBS = ("TrainingJob", "HyperParameterTuningJob")  # their names follow from name=...
 
 
@@ -37,7 +37,7 @@ def listed(aws: Aws, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
 
     kind: one of LISTS.
     """
-    if kind != "Endpoint":  # the names of all others are made by this project's targets
+    if kind != "Endpoint":  # this project's targets name all others
         filters["NameContains"] = f"{aws.project}-"
     for thing in aws.pages("sagemaker", f"List{kind}s", LISTS[kind], **filters):
         if kind == "Endpoint" or thing[f"{kind}Name"].startswith(f"{aws.project}-"):
@@ -54,8 +54,8 @@ def owned(aws: Aws, kind: str, **filters: Any) -> Iterator[dict[str, Any]]:
 def training_jobs(aws: Aws) -> dict[str, dict[str, Any]]:
     """Return our training jobs by name, trials too, as SageMaker describes them. Raise AwsError.
 
-    Two listings tell it, however many there are. Search is an index and may be behind, so a job
-    is asked for itself where it and the list of what runs don't agree.
+    Two listings suffice for any number of jobs. The index of Search may be late, so where it
+    disagrees with the list of running jobs, SageMaker is asked about the job itself.
     """
     ours = {"Name": "Tags.project", "Operator": "Equals", "Value": aws.project}
     found = aws.pages(
@@ -64,7 +64,7 @@ def training_jobs(aws: Aws) -> dict[str, dict[str, Any]]:
         "Results",
         Resource="TrainingJob",
         SearchExpression={"Filters": [ours]},
-        # What IAM holds a search to (sagemaker:SearchVisibilityCondition): nobody else's jobs.
+        # IAM requires this condition (sagemaker:SearchVisibilityCondition): only our own jobs.
         VisibilityConditions=[{"Key": "Tags.project", "Value": aws.project}],
         PaginationConfig={"PageSize": LARGEST_PAGE},
     )
@@ -83,7 +83,7 @@ def training_jobs(aws: Aws) -> dict[str, dict[str, Any]]:
         searched = name in jobs and jobs[name]["TrainingJobStatus"] == "InProgress"
         if searched == (name in running):
             continue
-        # Search knows by now what is older, and so this is another project's.
+        # Search would show an older job of ours by now, so this one is another project's.
         if name not in jobs and datetime.now(UTC) - running[name]["CreationTime"] > BEHIND:
             continue
         job = aws.find("sagemaker", "DescribeTrainingJob", NOT_FOUND, TrainingJobName=name)
@@ -93,16 +93,16 @@ def training_jobs(aws: Aws) -> dict[str, dict[str, Any]]:
 
 
 def _has_our_tag(aws: Aws, arn: str) -> bool:
-    """Return whether something of SageMaker's is ours; not where it is gone by now."""
+    """Return whether a SageMaker resource is ours; False where it is gone by now."""
     # All tags come in one answer.
     answer = aws.find("sagemaker", "ListTags", NOT_FOUND, ResourceArn=arn, MaxResults=100)
     return answer is not None and aws.owns(answer["Tags"])
 
 
 def anothers(aws: Aws, kind: str, name: str) -> str | None:
-    """Return, in words, to whom belongs what SageMaker has of a kind under a name.
+    """Return in words which other project owns the SageMaker job of this name.
 
-    None: to this project, or SageMaker doesn't show it yet, since it is young. kind: one of
+    None where it is this project's, or so new that SageMaker doesn't show it yet. kind: one of
     JOBS. Raise AwsError.
     """
     try:

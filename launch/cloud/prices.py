@@ -1,6 +1,6 @@
-"""What an hour costs: a dated table that ships (prices.json), and what AWS has answered since.
+"""Prices of an hour: a dated table that ships (prices.json), and AWS's answers since then.
 
-Every figure is an estimate and says its date, region and source. AWS's bill is what counts.
+Every figure is an estimate and gives its date, region and source. Only AWS's bill counts.
 """
 
 import json
@@ -15,7 +15,7 @@ from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.common.paths import user_cache
 
-if TYPE_CHECKING:  # whoever only reckons needs no boto3
+if TYPE_CHECKING:  # estimates alone need no boto3
     from launch.cloud.session import Aws
 
 TABLE = Path(__file__).with_name("prices.json")
@@ -23,22 +23,22 @@ REFRESHED = user_cache() / "prices.json"
 FALLBACK = "us-east-1"  # the region that stands for those not in the table
 PRICE_LIST_REGION = "us-east-1"  # where the Price List API answers for all regions
 
-# US dollars in us-east-1, from AWS's pages of November 2026 (/lambda, /cloudwatch, /ebs and /vpc
-# pricing): what is no machine.
+# US dollars in us-east-1 for everything but machines, from AWS's pages of November 2026 (/lambda,
+# /cloudwatch, /ebs and /vpc pricing).
 PROVISIONED_GB_SECOND = 0.0000041667  # Lambda's provisioned concurrency, x86
-SNAPSHOT_GB_SECOND = 0.0000015046  # of a SnapStart snapshot that is kept (Python)
+SNAPSHOT_GB_SECOND = 0.0000015046  # to keep a SnapStart snapshot (Python)
 ALARM_MONTH = 0.10  # CloudWatch, one metric
 GP3_GB_MONTH = 0.08
 ML_GB_MONTH = 0.14  # SageMaker's disks for training (/sagemaker/pricing)
 S3_GB_MONTH = 0.023  # S3 Standard
 ADDRESS_HOUR = 0.005
 HOURS_A_MONTH = 730  # as AWS counts
-# The same by other people's pages of this month: AWS's own could not be read.
+# From other sites' pages of this month: AWS's own page could not be read.
 BUILD_DATE = "2026-05"
 BUILD_MINUTE = 0.005  # CodeBuild, general1.small on Linux
 ECR_GB_MONTH = 0.10
 
-# The Price List's filters for Linux by the hour, without anything on top.
+# The Price List's filters for Linux by the hour, without further software.
 EC2_FILTERS = {
     "operatingSystem": "Linux",
     "tenancy": "Shared",
@@ -50,13 +50,13 @@ EC2_FILTERS = {
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars of an hour of one machine, and of what comes with it. S3 and traffic are on top."""
+    """Dollars per hour of one machine, with its disk and address. S3 and traffic are extra."""
 
     instance_type: str
     on_demand: float | None  # None: not known
-    spot: float | None  # what AWS asks now, else the usual share of the price on demand
+    spot: float | None  # AWS's price now, else the usual share of the on-demand price
     basis: str  # date, region and source of the figures
-    parts: float = 0.0  # its disk and address
+    parts: float = 0.0  # the disk and address
 
     def hour(self, spot: bool) -> float | None:
         """Return what an hour will probably cost, with its parts; None: not known."""
@@ -66,7 +66,7 @@ class Price:
     def hour_at_most(self, bid: float | None = None) -> float | None:
         """Return what an hour costs at most, with its parts; None: not known.
 
-        bid: for the machine as spot; None: as on demand.
+        bid: the maximum price of a spot machine; None: for one on demand.
         """
         if self.on_demand is None:
             return None
@@ -76,7 +76,7 @@ class Price:
 
 @dataclass(frozen=True)
 class Rate:
-    """Dollars an hour, and since when and by whom that is known."""
+    """Dollars per hour, with the date and the source."""
 
     hour: float | None
     date: str
@@ -91,7 +91,7 @@ def table() -> dict[str, Any]:
 
 
 def rates() -> dict[str, dict[str, Rate]]:
-    """Return by region and instance type what is known: what was refreshed, else what ships."""
+    """Return the known rates by region and instance type: refreshed ones, else those that ship."""
     merged: dict[str, dict[str, Rate]] = {}
     for regions in (table()["regions"], _refreshed()):
         for region, each in regions.items():
@@ -104,7 +104,7 @@ def rates() -> dict[str, dict[str, Rate]]:
 
 
 def _refreshed() -> dict[str, Any]:
-    """Return the regions of REFRESHED; none of a damaged file."""
+    """Return the regions of REFRESHED; {} for a missing or damaged file."""
     try:
         regions: dict[str, Any] = json.loads(REFRESHED.read_text())["regions"]
         for each in regions.values():
@@ -118,7 +118,7 @@ def _refreshed() -> dict[str, Any]:
 
 
 def price(instance_type: str, region: str) -> Price:
-    """Return what an instance type costs in a region, else in the one that stands for it."""
+    """Return the price of an instance type in a region, else in the fallback region."""
     known = rates()
     listed = region if instance_type in known.get(region, {}) else FALLBACK
     ships = table()["regions"][FALLBACK]
@@ -132,12 +132,12 @@ def price(instance_type: str, region: str) -> Price:
 
 
 def asked(aws: "Aws", instance_type: str) -> Price:
-    """Return what AWS's Price List says now; where it doesn't, what `price` knows.
+    """Return the price in AWS's Price List now; where that fails, what `price` returns.
 
-    The Price List may be denied, or out of reach, and that stops no run.
+    The Price List may be denied or out of reach; no run stops for that.
     """
     known = price(instance_type, aws.region)
-    if aws.partition != "aws":  # where PRICE_LIST_REGION is none of its own
+    if aws.partition != "aws":  # PRICE_LIST_REGION is not in any other partition
         return known
     try:
         hour = _ask(aws, instance_type)
@@ -156,9 +156,9 @@ def instance_types() -> list[str]:
 
 
 def refresh(aws: "Aws") -> None:
-    """Ask AWS for the region's price of every machine, and keep the answers in REFRESHED.
+    """Ask AWS for the region's price of every machine, and save the answers in REFRESHED.
 
-    Those of other regions stay as they are. Raise UserError, AwsError.
+    Prices of other regions stay as they are. Raise UserError, AwsError.
     """
     names = instance_types()
     asked = {name: _ask(aws, name) for name in names}
@@ -175,7 +175,7 @@ def refresh(aws: "Aws") -> None:
 
 
 def _ask(aws: "Aws", instance_type: str) -> float | None:
-    """Return dollars an hour on demand by the Price List; None where it has none."""
+    """Return dollars per hour on demand by the Price List; None where it has no such price."""
     terms = {"regionCode": aws.region}
     if instance_type.startswith("ml."):
         service = "AmazonSageMaker"

@@ -1,4 +1,4 @@
-"""What the account may rent: its quotas, asked of Service Quotas by name and number."""
+"""How much the account may rent: its quotas, from Service Quotas by name and number."""
 
 import json
 import re
@@ -9,12 +9,12 @@ from pathlib import Path
 from launch.cloud.session import Aws
 from trainer.common import files
 
-# Where the numbers of SageMaker's quotas are kept once they are known: regions don't differ.
+# Keeps the numbers of SageMaker's quotas once they are known: they are the same in all regions.
 NUMBERS = Path.home() / ".cache" / "packhorse" / "quotas.json"
 UNLISTED = "NoSuchResourceException"
 
-# EC2's, each for families of instance types and counted in vCPUs (Service Quotas, 2026-11): on
-# demand, and spot.
+# EC2's quotas, on demand and spot: each is for families of instance types, and in vCPUs (Service
+# Quotas, 2026-11).
 _EC2 = {
     r"g\d|vt": ("Running On-Demand G and VT instances", "L-DB2E81BA"),
     r"p\d": ("Running On-Demand P instances", "L-417A185B"),
@@ -31,17 +31,17 @@ _SIZES = {"nano": 2, "micro": 2, "small": 2, "medium": 2, "large": 2, "xlarge": 
 
 @dataclass(frozen=True)
 class Quota:
-    """A limit of the account in a region. number: AWS's; empty: it is looked up by the name."""
+    """A limit of the account in a region. number: AWS's code; "": look it up by the name."""
 
     service: str  # as Service Quotas calls it
     name: str
     number: str
-    needed: int  # of its unit
+    needed: int  # in `unit`
     unit: str = "instances"
 
 
 def of_ec2(instance_type: str, spot: bool, instances: int) -> Quota | None:
-    """Return the quota that machines count against, None where the type is none of those known."""
+    """Return the quota that these machines count against, None for an unknown instance type."""
     count = vcpus(instance_type)
     for pattern, (name, number) in (_EC2_SPOT if spot else _EC2).items():
         if re.match(pattern, instance_type) and count is not None:
@@ -55,7 +55,7 @@ def of_sagemaker(instance_type: str, use: str, instances: int) -> Quota:
 
 
 def vcpus(instance_type: str) -> int | None:
-    """Return a machine's processors by its size: 4 for each xlarge. None for bare metal."""
+    """Return an instance type's vCPUs by its size: 4 for each xlarge. None for bare metal."""
     size = instance_type.rpartition(".")[2]
     times = re.fullmatch(r"(\d+)xlarge", size)
     if times:
@@ -64,9 +64,10 @@ def vcpus(instance_type: str) -> int | None:
 
 
 def value(aws: Aws, quota: Quota) -> tuple[float | None, str]:
-    """Return how much the account may have of it now, and AWS's number of the quota.
+    """Return the quota's value in the account now, and AWS's number for the quota.
 
-    None where AWS has no such quota: then the region has no such machine. Raise AwsError.
+    The value is None where AWS has no such quota: then the region has no such machine. Raise
+    AwsError.
     """
     if quota.number:
         return _of_number(aws, quota.service, quota.number), quota.number
@@ -74,7 +75,7 @@ def value(aws: Aws, quota: Quota) -> tuple[float | None, str]:
     if quota.name in known:
         return _of_number(aws, quota.service, known[quota.name]), known[quota.name]
     found: tuple[float | None, str] = None, ""
-    # AWS lists them by pages of a hundred, in no order, and finds none by its name.
+    # AWS lists quotas in pages of a hundred, unsorted, and can't search them by name.
     for name, number, limit in _listed(aws, quota.service):
         known[name] = number
         if name == quota.name:
@@ -87,7 +88,7 @@ def value(aws: Aws, quota: Quota) -> tuple[float | None, str]:
 def _of_number(aws: Aws, service: str, number: str) -> float | None:
     which = {"ServiceCode": service, "QuotaCode": number}
     answer = aws.find("service-quotas", "GetServiceQuota", UNLISTED, **which)
-    if answer is None:  # never asked for: AWS's own value counts
+    if answer is None:  # no increase was ever requested: AWS's default counts
         answer = aws.find("service-quotas", "GetAWSDefaultServiceQuota", UNLISTED, **which)
     return None if answer is None else float(answer["Quota"]["Value"])
 

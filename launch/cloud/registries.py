@@ -1,10 +1,10 @@
-"""Where AWS's own container images lie in each region."""
+"""The registries of AWS's own container images, by region."""
 
 from launch.cloud.session import domain
 from trainer.common.errors import UserError
 
-# Whose registry holds AWS's images in a region (aws/deep-learning-containers, 2026-11); no API
-# tells.
+# The account whose registry holds AWS's images in a region (aws/deep-learning-containers,
+# 2026-11); no API tells it.
 _SHARED = (
     "us-east-1 us-east-2 us-west-1 us-west-2 ca-central-1 eu-central-1 eu-west-1 eu-west-2 "
     "eu-west-3 eu-north-1 ap-south-1 ap-northeast-1 ap-northeast-2 ap-southeast-1 "

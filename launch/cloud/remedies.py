@@ -1,6 +1,6 @@
-"""What to do about each refusal of AWS that a person meets: one table, by AWS's code.
+"""What to do about each refusal of AWS that a user may meet: one table, by AWS's error code.
 
-The codes are from AWS's pages of errors: EC2's and S3's "Error codes", the "Common errors" of IAM,
+The codes are from AWS's documentation: EC2's and S3's "Error codes", the "Common errors" of IAM,
 STS, CloudFormation and SageMaker, as of November 2026.
 """
 
@@ -14,7 +14,7 @@ NO_CAPACITY = (
     "InsufficientInstanceCapacity|InsufficientCapacity|CapacityError|InsufficientHostCapacity"
     "|SpotMaxPriceTooLow"
 )
-# A machine of another kind, in another zone, or bought otherwise may be had all the same.
+# After these, another instance type, zone or way of buying may still be available.
 NOT_THIS_ONE = (
     f"{NO_CAPACITY}|Unsupported|VcpuLimitExceeded|InstanceLimitExceeded|ResourceLimitExceeded"
     "|MaxSpotInstanceCountExceeded"
@@ -45,10 +45,10 @@ NO_DEFAULT_SUBNET = (
 class Refusal:
     """What AWS answers, and what to do."""
 
-    code: str  # a regular expression over the whole of AWS's code
+    code: str  # a regular expression that matches all of AWS's code
     remedy: str
-    says: str = ""  # a regular expression that AWS's message holds
-    passes: bool = False  # whether it ends by itself, or when somebody signs in again
+    says: str = ""  # a regular expression that matches in AWS's message
+    passes: bool = False  # whether it ends by itself, or when the user signs in again
 
 
 # The first that fits counts.
@@ -319,7 +319,7 @@ REFUSALS = (
     ),
 )
 
-# What whoever administers the account does, and a launcher doesn't.
+# Actions that whoever administers the account needs, and a launcher doesn't.
 _DEPLOYER = re.compile(
     r"cloudformation:.*|iam:(?!PassRole|CreateServiceLinkedRole).*|s3:(CreateBucket|DeleteBucket"
     r"|PutBucket.*|PutEncryption.*|PutLifecycle.*|DeleteObjectVersion|ListMultipartUploads"
@@ -334,7 +334,7 @@ _AUDIT = re.compile(
 
 
 def refusal(code: str, message: str) -> Refusal | None:
-    """Return the table's row for what AWS answers, None where it has none."""
+    """Return the table's row for AWS's answer, None where it has none."""
     for each in REFUSALS:
         if re.fullmatch(each.code, code) and re.search(each.says, message):
             return each
@@ -344,7 +344,7 @@ def refusal(code: str, message: str) -> Refusal | None:
 def remedy(code: str, message: str, action: str = "") -> str | None:
     """Return what to do about a refusal, None where nothing is known.
 
-    action: what was refused, as IAM or as the call names it (service:Operation).
+    action: the refused action, as IAM or the call names it (service:Operation).
     """
     row = refusal(code, message)
     if row is not None:
@@ -355,7 +355,7 @@ def remedy(code: str, message: str, action: str = "") -> str | None:
 
 
 def permission(action: str) -> str:
-    """Return whom to ask for the right to an action, and what prints all that is needed."""
+    """Return whom to ask for the right to an action, and the command that prints all rights."""
     if _SERVING.fullmatch(action):
         return (
             "ask who administers the account for it: `serving deploy` makes roles, so an "

@@ -1,4 +1,4 @@
-"""A request to AWS as plain data, and the check that AWS would make of it, without AWS."""
+"""A request to AWS as plain data, and an offline check of it by AWS's own service model."""
 
 import difflib
 import functools
@@ -18,14 +18,14 @@ from trainer.common.errors import UserError
 
 @dataclass(frozen=True)
 class Request:
-    """What one call sends. operation: its name in botocore's model, like CreateTrainingJob."""
+    """The content of one call. operation: botocore's name for it, like CreateTrainingJob."""
 
     service: str
     operation: str
     parameters: dict[str, Any]
 
 
-# Java's classes of characters, and Python's, a little wider.
+# Java's character classes, and Python's, which are a little wider.
 CATEGORIES = {
     "L": r"\w",
     "M": r"\w",
@@ -38,10 +38,10 @@ CATEGORIES = {
 
 
 def check(request: Request) -> None:
-    """Raise UserError for what AWS would refuse by its own service model.
+    """Raise UserError for a request that AWS would refuse by its own service model.
 
-    botocore checks required members, types and minima before it sends; maxima, patterns and enums
-    it leaves to the service.
+    botocore checks required members, types and minima before it sends, but leaves maxima, patterns
+    and enums to the service.
     """
     shape = _input_shape(request.service, request.operation)
     report = ParamValidator().validate(request.parameters, shape)
@@ -73,7 +73,7 @@ def _input_shape(service: str, operation: str) -> Shape:
 
 
 def _faults(shape: Shape, value: Any, path: str) -> Iterator[str]:
-    """Yield breaches of max, pattern and enum, below a value whose types are right."""
+    """Yield violations of max, pattern and enum in a value whose types are right."""
     where = path.lstrip(".")
     if shape.type_name == "structure":
         for name, inner in value.items():
@@ -105,9 +105,9 @@ def _faults(shape: Shape, value: Any, path: str) -> Iterator[str]:
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:
-    """Return AWS's regular expression, which is Java's, as Python's; None for the few unreadable.
+    """Return AWS's regular expression (Java's) as Python's; None for those that Python can't read.
 
-    Unicode's categories become Python's classes, a little wider.
+    Unicode's categories become Python's classes, which are a little wider.
     """
     for category, ours in CATEGORIES.items():
         pattern = pattern.replace(rf"\p{{{category}}}", ours)

@@ -1,9 +1,9 @@
-"""Files to and from the project's bucket. What lies where in it:
+"""Files to and from the project's bucket. Its layout:
 
 source/SHA256.tar.gz    the trainer's code
-data/NAME-DIGEST/       pictures, as class folders; DIGEST is of their names and contents, so what
-                        lies there never changes
-runs/RUN/attempts/      what was sent for each attempt (launch/targets/attempt.py), and how it ended
+data/NAME-DIGEST/       pictures, as class folders; DIGEST is of their names and contents, so the
+                        folder never changes
+runs/RUN/attempts/      the request of each attempt (launch/targets/attempt.py), and how it ended
 runs/RUN/checkpoints/   kept in step with the job's own directory
 runs/RUN/output/        model package, report, metrics
 runs/RUN/log.txt        the log of a run on EC2
@@ -31,10 +31,10 @@ from trainer.images.names import as_shown, is_system
 
 # Bytes of a part: boto3's own, fixed here because the ETag of a large object depends on it.
 CHUNK = 8 * 2**20
-# Where a run on this machine keeps them too, unless told otherwise.
+# The cache of the files' digests; by default runs on this machine keep theirs there too.
 DIGESTS = Path.home() / ".cache" / "packhorse" / identity.DIRECTORY
 NO_BUCKET = "NoSuchBucket"
-CONTROL = r"[\x00-\x1f\x7f]"  # what no XML holds, which DeleteObjects is
+CONTROL = r"[\x00-\x1f\x7f]"  # DeleteObjects sends names as XML, which can't hold these
 LONGEST_NAME = 960  # bytes of S3's 1,024, less data/NAME-DIGEST/
 DELETE_AT_ONCE = 1000  # DeleteObjects' maximum
 WORKERS = 16  # small objects are bound by latency, not by bandwidth
@@ -59,7 +59,7 @@ def listing(aws: Aws, prefix: str) -> dict[str, Object]:
 
 
 def folders(aws: Aws, prefix: str) -> list[str]:
-    """Return the names of the folders whose keys begin with `prefix`, without what they lie in.
+    """Return the names of the folders whose keys begin with `prefix`, without their parents.
 
     Raise AwsError.
     """
@@ -74,9 +74,9 @@ def exists(aws: Aws, key: str) -> bool:
 
 
 def read(aws: Aws, key: str) -> tuple[bytes, datetime] | None:
-    """Return an object's content and when it was written; None where there is no such object.
+    """Return an object's content and when it was written; None without such an object or bucket.
 
-    None too where there is no bucket. Raise AwsError, also where the connection breaks half-way.
+    Raise AwsError, also where the connection breaks half-way.
     """
     answer = aws.find("s3", "GetObject", "NoSuchKey|NoSuchBucket", Bucket=aws.bucket, Key=key)
     if answer is None:
@@ -93,7 +93,7 @@ def write(aws: Aws, key: str, data: bytes) -> None:
 
 
 def has_own_key(aws: Aws, key: str) -> bool:
-    """Return whether S3 encrypts an object with a key of the account's: its ETag is no MD5 then.
+    """Return whether S3 encrypts an object with the account's own key: then its ETag is no MD5.
 
     Raise AwsError.
     """
@@ -102,7 +102,7 @@ def has_own_key(aws: Aws, key: str) -> bool:
 
 
 def claim(aws: Aws, key: str, data: bytes) -> bool:
-    """Write an object that must not be there yet; return False where another was faster.
+    """Write an object that must not exist yet; return False where another writer was faster.
 
     S3 decides, so of several writers one wins. Raise AwsError.
     """
@@ -114,7 +114,7 @@ def claim(aws: Aws, key: str, data: bytes) -> bool:
 def etag(path: Path) -> str:
     """Return the ETag that S3 gives a file, uploaded in parts of CHUNK and encrypted by SSE-S3.
 
-    It is the MD5, or for more than one part the MD5 of the parts' MD5s and their number.
+    It is the MD5. For a multipart upload it is the MD5 of the parts' MD5s, and their number.
     """
     with path.open("rb") as file:
         parts = [_md5(part) for part in iter(lambda: file.read(CHUNK), b"")]
@@ -128,9 +128,9 @@ def _md5(data: bytes) -> bytes:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Return the folder's files, by their paths in it, but for what is hidden or a system's own.
+    """Return the folder's files, by their paths in it, without hidden files and a system's own.
 
-    Raise UserError for none, and for names that are no UTF-8, which S3 has not.
+    Raise UserError for an empty folder, and for names that S3 can't hold.
     """
     if folder.is_file():
         raise UserError(
@@ -141,7 +141,7 @@ def files_of(folder: Path) -> dict[str, Path]:
         raise UserError(
             f"{folder}: there is no such folder; give the one that holds train, valid and test"
         )
-    found = below(str(folder))  # as the trainer sees it, which follows links
+    found = below(str(folder))  # as the trainer finds them: it follows links
     lying = sorted((PurePosixPath(file.name), file.path) for file in found if not file.reason)
     files = {
         str(name): Path(path)
@@ -171,9 +171,9 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def digest(folder: Path) -> str:
-    """Return the SHA-256 (hex) of what `upload_folder` uploads. Raise UserError.
+    """Return the SHA-256 (hex) of the files that `upload_folder` uploads. Raise UserError.
 
-    It is equal for folders of the same names and contents, wherever they lie.
+    It is the same for folders with the same names and contents, wherever they lie.
     """
     files = files_of(folder)
     contents = identity.digests([str(path) for path in files.values()], DIGESTS)
@@ -184,11 +184,11 @@ def digest(folder: Path) -> str:
 
 
 def upload_folder(aws: Aws, folder: Path, prefix: str, is_encrypted: bool = False) -> None:
-    """Upload the folder's visible files to `prefix`, as far as they aren't there.
+    """Upload the folder's visible files to `prefix`, except those that are there already.
 
-    A job may be reading them. Raise UserError, AwsError. prefix: one that carries the folder's
-    digest, so that only an upload that was cut short leaves anything to do. is_encrypted: with a
-    key of the account's (`has_own_key`), so that what is there is known by name and size alone.
+    A job may be reading those. Raise UserError, AwsError. prefix: has the folder's digest in it, so
+    a second upload only completes one that was cut short. is_encrypted: with the account's own key
+    (`has_own_key`), so that uploaded files are known by name and size alone.
     """
     files = files_of(folder)
     uploaded = listing(aws, prefix)
@@ -224,9 +224,9 @@ def upload_folder(aws: Aws, folder: Path, prefix: str, is_encrypted: bool = Fals
 
 
 def download(aws: Aws, objects: dict[str, Object], folder: Path) -> None:
-    """Write objects to folder/NAME, each whole or not at all and held against its ETag.
+    """Write objects to folder/NAME, each complete or not at all, and checked against its ETag.
 
-    A file that is there and equal is left. Raise UserError.
+    A file that is there and equal is kept. Raise UserError.
     """
     missing = {
         name: item
@@ -260,7 +260,7 @@ def versions(aws: Aws) -> tuple[int, int]:
 
 
 def empty(aws: Aws) -> int:
-    """Delete all of the project's bucket, unfinished uploads too.
+    """Empty the project's bucket: all versions of all objects, and unfinished uploads.
 
     Return how many versions of objects there were. Raise AwsError.
     """
@@ -275,7 +275,7 @@ def empty(aws: Aws) -> int:
 
 @contextlib.contextmanager
 def _while_there() -> Iterator[None]:
-    """Leave off where the bucket is gone: another command has deleted it."""
+    """Leave the context quietly where another command has deleted the bucket."""
     try:
         yield
     except AwsError as error:
@@ -305,9 +305,9 @@ def delete_versions(aws: Aws, bucket: str, prefix: str = "") -> int:
 
 
 def _equal(path: Path, item: Object) -> bool:
-    """Return whether a file is what S3 holds.
+    """Return whether a file equals the object.
 
-    An object that another tool uploaded in parts of its own size is compared by its size alone.
+    An object that another tool uploaded in parts of another size is compared by its size alone.
     """
     if path.stat().st_size != item.size:
         return False
@@ -318,9 +318,9 @@ def _equal(path: Path, item: Object) -> bool:
 
 
 def _equals_encrypted(aws: Aws, path: Path, item: Object) -> bool:
-    """Return whether a file is what S3 holds, encrypted with a key of the account's.
+    """Return whether a file equals an object that is encrypted with the account's own key.
 
-    Its ETag says nothing then; botocore has held what came to the checksum that S3 sends.
+    Its ETag is no MD5 then; botocore has verified the download by the checksum that S3 sends.
     """
     return path.stat().st_size == item.size and has_own_key(aws, item.key)
 

@@ -1,7 +1,7 @@
 """The one place that talks to AWS: sessions, retries, timeouts, errors in one line with a remedy.
 
-Plain boto3 below: profiles, regions and AWS_ENDPOINT_URL work as in every AWS tool. Both `launch`
-and `serving/deploy` go through it.
+It uses plain boto3: profiles, regions and AWS_ENDPOINT_URL work as in every AWS tool. Both `launch`
+and `serving/deploy` use it.
 """
 
 import copy
@@ -30,18 +30,18 @@ from trainer.common.errors import UserError
 
 CONNECT_TIMEOUT = 5  # seconds
 READ_TIMEOUT = 60  # seconds
-HURRIED = 2, 8  # attempts, and seconds to read: of what may go unanswered
+HURRIED = 2, 8  # attempts, and seconds to read, of a call that may fail without harm
 ATTEMPTS = 6  # of one call, with growing pauses: botocore's standard mode
-# How to sign in with a profile that has such a setting.
+# How to sign in with a profile, by the setting that it has.
 SIGN_INS = {
     "sso_session": "aws sso login",
     "sso_start_url": "aws sso login",
     "login_session": "aws login",
 }
-# Asking a model again because the answer was slow would pay for it twice.
+# Services that are called once: a retry after a slow answer would pay for the model twice.
 ONCE = ("lambda", "sagemaker-runtime")
 
-# Where the AWS CLI keeps what it got for an MFA code, so that it is asked for once an hour.
+# Where the AWS CLI keeps the session of an MFA code, so that the user types one once an hour.
 CLI_CACHE = Path.home() / ".aws" / "cli" / "cache"
 CACHED_BY_CLI = ("assume-role", "assume-role-with-web-identity")  # botocore's providers
 WEB_PAGE = "text/html"
@@ -53,15 +53,15 @@ def bucket_name(project: str, account: str, region: str) -> str:
 
 
 def role_name(project: str, part: str, region: str) -> str:
-    """Return the name of a role of the account stack: IAM's names are of all regions together."""
+    """Return the name of an account stack's role: IAM's names must differ between regions."""
     return f"{project}-{part}-{region}"
 
 
 @cache
 def partition(region: str) -> str:
-    """Return which of AWS's worlds a region belongs to, as ARNs begin with it.
+    """Return the partition of a region, as in its ARNs: aws, aws-cn, aws-us-gov.
 
-    Raise UserError for what is the name of no region.
+    Raise UserError for an unknown region.
     """
     try:
         return str(core_session().get_partition_for_region(region))
@@ -78,9 +78,9 @@ def domain(region: str) -> str:
 
 
 class AwsError(UserError):
-    """What AWS answered, in one line. code: AWS's own, or the name of botocore's exception.
+    """An error of a call to AWS, in one line. code: AWS's own, or the name of botocore's exception.
 
-    refused: whether AWS has surely not carried the call out; after a fault of its own it may have.
+    refused: whether AWS has certainly not executed the call; after a fault of AWS it may have.
     """
 
     def __init__(self, line: str, code: str, message: str, refused: bool = False) -> None:
@@ -89,7 +89,7 @@ class AwsError(UserError):
 
     @property
     def passes(self) -> bool:
-        """Whether the same call may be answered later: after an outage, or a new sign-in."""
+        """Whether the same call may succeed later: after an outage, or a new sign-in."""
         if self.code == exceptions.ParamValidationError.__name__:
             return False
         row = refusal(self.code, self.message)
@@ -100,7 +100,7 @@ class Aws:
     """A project's account and region, through boto3."""
 
     def __init__(self, project: str, region: str | None = None, bucket: str | None = None) -> None:
-        """region: None for the one that AWS's tools would take. bucket: None for the project's."""
+        """region: None: as AWS's tools choose it. bucket: None: the project's."""
         self.project, self._given_region, self.own_bucket = project, region, bucket
         self._attempts, self._read_timeout = ATTEMPTS, READ_TIMEOUT
         self._lock = threading.Lock()
@@ -119,20 +119,20 @@ class Aws:
             raise explained(error, "") from error
 
     def hurried(self) -> "Aws":
-        """Return the same account for questions whose answers are worth seconds, not minutes."""
+        """Return the same account for calls that should wait for seconds, not minutes."""
         other = copy.copy(self)
         other._clients = {}
         other._attempts, other._read_timeout = HURRIED
         return other
 
     def renew(self) -> None:
-        """Forget the credentials that were read, so that those of a new sign-in are."""
+        """Forget the credentials, so that the next call reads those of a new sign-in."""
         self.__dict__.pop("_session", None)
         self._clients.clear()
 
     @property
     def configured_region(self) -> str | None:
-        """Return the region that is set anywhere an AWS tool looks; None where there is none."""
+        """Return the region that is set where AWS's tools look; None where none is set."""
         region: str | None = self._session.region_name
         return region
 
@@ -147,9 +147,9 @@ class Aws:
         return partition(self.region)
 
     def has_credentials(self) -> bool:
-        """Return whether there are any; whether AWS accepts them, only a call can tell.
+        """Return whether there are credentials; only a call can tell whether AWS accepts them.
 
-        Raise AwsError for a profile that is not there, say.
+        Raise AwsError, for a missing profile for example.
         """
         try:
             return self._session.get_credentials() is not None
@@ -158,7 +158,7 @@ class Aws:
 
     @cached_property
     def account(self) -> str:
-        """Return the account's id, which AWS tells."""
+        """Return the account's id. Asks AWS for it."""
         return str(self.call("sts", "GetCallerIdentity")["Account"])
 
     @property
@@ -166,11 +166,11 @@ class Aws:
         return self.own_bucket or bucket_name(self.project, self.account, self.region)
 
     def owns(self, tags: Iterable[Mapping[str, str]]) -> bool:
-        """Return whether what has these tags is this project's (launch/cloud/ownership.py)."""
+        """Return whether a resource with these tags is ours (launch/cloud/ownership.py)."""
         return any(tag["Key"] == "project" and tag["Value"] == self.project for tag in tags)
 
     def client(self, service: str, region: str | None = None) -> Any:
-        """Return boto3's client, made once. Its methods may be called from several threads."""
+        """Return boto3's client, made once. Several threads may call its methods."""
         with self._lock:  # boto3's session makes one client at a time
             return self._client(service, region or self.region)
 
@@ -195,7 +195,7 @@ class Aws:
         return self._clients[key]
 
     def _expect_owner(self, params: dict[str, Any], model: Any, **_: Any) -> dict[str, Any]:
-        """Return an S3 call's parameters, held to this account: a bucket's name can be guessed."""
+        """Return an S3 call's parameters, limited to this account: bucket names can be guessed."""
         takes = "ExpectedBucketOwner" in model.input_shape.members
         if takes and params.get("Bucket") == self.bucket:
             params.setdefault("ExpectedBucketOwner", self.account)
@@ -220,9 +220,10 @@ class Aws:
     def find(
         self, service: str, operation: str, absent: str, **parameters: Any
     ) -> dict[str, Any] | None:
-        """Make one call that asks for something; return None where that is not there.
+        """Make one call; return None where AWS answers that the resource doesn't exist.
 
-        Raise AwsError for anything else. absent: a regular expression over "CODE: MESSAGE".
+        Raise AwsError for other errors. absent: a regular expression that matches "CODE: MESSAGE"
+        of such an answer.
         """
         try:
             return self.call(service, operation, **parameters)
@@ -255,7 +256,7 @@ class Aws:
 
 
 def _share_cli_cache(core: Any) -> None:
-    """Keep what an MFA code was given for where the AWS CLI keeps it too."""
+    """Keep the sessions of MFA codes where the AWS CLI keeps them too."""
     shared = JSONFileCache(str(CLI_CACHE))
     resolver = core.get_component("credential_provider")
     for name in CACHED_BY_CLI:
@@ -265,17 +266,17 @@ def _share_cli_cache(core: Any) -> None:
 
 
 def _asked_code(prompt: str) -> str:
-    """Return the MFA code that the user types. Raise EOFError where nobody can be asked."""
+    """Return the MFA code that the user types. Raise EOFError where there is no terminal."""
     if not sys.stdin.isatty():
         raise EOFError(prompt)
     return getpass(prompt)
 
 
 def _checked(answer: dict[str, Any], action: str) -> dict[str, Any]:
-    """Return AWS's answer. Raise AwsError for a web page: hotels answer so, with status 200."""
+    """Return AWS's answer. Raise AwsError for a web page, as hotels send with status 200."""
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     is_page = headers.get("content-type", "").startswith(WEB_PAGE)
-    # An object of S3's may be a page itself.
+    # An object in S3 may itself be a web page.
     if is_page and not any(name.startswith("x-amz") for name in headers):
         raise _not_aws(action, "a web page")
     return answer
@@ -290,16 +291,16 @@ def _not_aws(action: str, what: str) -> AwsError:
 
 
 def explained(error: Exception, action: str) -> Exception:
-    """Return what went wrong in a call as AwsError, whatever it is; a UserError as it is.
+    """Return any error of a call as AwsError; a UserError as it is.
 
-    Beside botocore's own, what its sources of credentials raise comes through it, and what Python
-    says of an endpoint that is no address.
+    Besides botocore's own errors these are errors of its sources of credentials, and Python's for
+    an endpoint that is not an address.
     """
     if isinstance(error, UserError):
         return error
     if isinstance(error, exceptions.ClientError):
         return _refusal(error, action)
-    # botocore looks up in an answer what must be there: a page of well-formed HTML lacks it.
+    # botocore looks up keys that every answer has: a page of well-formed HTML lacks them.
     if isinstance(error, ResponseParserError | LookupError):
         return _not_aws(action, "unreadable")
     line = _line(error, action or "the AWS profile").replace(CREDENTIALS, sign_in())
@@ -307,10 +308,10 @@ def explained(error: Exception, action: str) -> Exception:
 
 
 def sign_in() -> str:
-    """Return how to get new credentials: the command for the profile in use, where it tells."""
-    if os.environ.get("AWS_ACCESS_KEY_ID"):  # they count before a profile, and nothing renews them
+    """Return how to get new credentials: the command for the profile in use, where it has one."""
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # it overrides a profile, and nothing renews it
         return (
-            "these are AWS_ACCESS_KEY_ID's and what belongs to it: set new ones, or unset them and "
+            "AWS_ACCESS_KEY_ID and its companions are in use: set new ones, or unset them and "
             "sign in with a profile (AWS_PROFILE), and start the same command again"
         )
     core = core_session()
@@ -321,7 +322,7 @@ def sign_in() -> str:
             name = profile["source_profile"]
             profile = core.full_config["profiles"][name]
             seen.add(name)
-    except Exception:  # it is what is wrong
+    except Exception:  # the profile itself is what is wrong
         return CREDENTIALS
     for key, how in SIGN_INS.items():
         if key in profile:
@@ -330,7 +331,7 @@ def sign_in() -> str:
 
 
 def _line(error: Exception, action: str) -> str:
-    """Return what to do about an exception that is no answer of AWS's."""
+    """Return the message for an exception that is not an answer of AWS, with what to do."""
     expired = f"the AWS session has expired ({error}): {CREDENTIALS}"
     unreachable = (
         f"{action}: AWS can't be reached ({error}): "
@@ -357,7 +358,7 @@ def _line(error: Exception, action: str) -> str:
         Boto3Error: f"{action}: {error}",
         EOFError: (
             "the AWS profile asks for an MFA code, and nobody can be asked here: sign in once in "
-            "a terminal (aws sts get-caller-identity), whose session is then used here too"
+            "a terminal (aws sts get-caller-identity); that session is then used here too"
         ),
         json.JSONDecodeError: (
             f"{action}: what should be JSON isn't ({error}): correct credential_process in "
@@ -374,10 +375,10 @@ def _line(error: Exception, action: str) -> str:
 
 
 def _refusal(error: exceptions.ClientError, action: str) -> AwsError:
-    """Return what AWS itself has answered, with the remedy for its code."""
+    """Return AWS's own answer, with the remedy for its code."""
     code = str(error.response["Error"].get("Code", ""))
     message = str(error.response["Error"].get("Message", ""))
-    # EC2 says only "this operation", and its action is the call's own name.
+    # EC2 says only "this operation": there the action is the name of the call.
     denied = re.search(r"not authorized to perform:? ([\w-]+:\w+)", message)
     if denied:
         action = denied[1]

@@ -1,7 +1,7 @@
 """The source tarball: the code that a job runs.
 
-It is the same bytes for the same files, from a checkout as from an installed package, and holds
-nothing that a container would stumble over.
+The same files give the same bytes, from a checkout or an installed package. It holds nothing that
+a container would refuse.
 """
 
 import gzip
@@ -21,10 +21,10 @@ from trainer.settings.config import AUTO, Config
 
 ENTRY_POINT = "launch/local/container_entry.py"
 
-# What a job needs, and what a notebook launches jobs with.
+# The code that a job needs, and that a notebook needs to launch jobs.
 CODE = ("trainer/**/*", "conf/**/*.yaml", "serving/*", "serving/adapters/*", "launch/**/*")
-# What lies beside it in a checkout: what `.ci/setup` reads on an EC2 box. An installed package has
-# these as data files (pyproject.toml, [tool.setuptools.data-files]).
+# Files beside the code in a checkout, which `.ci/setup` reads on an EC2 machine. An installed
+# package has them as data files (pyproject.toml, [tool.setuptools.data-files]).
 BESIDE = (".ci/setup", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 EXECUTABLE = (".ci/setup",)
 NEEDED = (
@@ -35,11 +35,11 @@ NEEDED = (
     "requirements.txt",
 )
 
-# They come with the image, built for its GPU: pip must find them there, and never bring others.
+# The image has these, built for its GPU: pip must use them, and never install others.
 LEFT_TO_THE_IMAGE = ("torch", "torchvision", "numpy", "pillow")
 UNNAMED = LEFT_TO_THE_IMAGE[:2]  # not even named to pip
-# The lock of a wheelhouse (launch/cloud/wheelhouse.py), by its name in the tarball: `.ci/setup`
-# installs from it on an EC2 box. In SageMaker's container the wheels are a channel.
+# The name in the tarball of a wheelhouse's lock (launch/cloud/wheelhouse.py): `.ci/setup` installs
+# from it on an EC2 machine. In SageMaker's container the wheels are a channel.
 WHEELS_LOCK = "wheels.lock"
 WHEELS_CHANNEL = "wheels"
 FROM_WHEELS = (
@@ -53,8 +53,8 @@ MAX_MB = 50  # every job downloads it; code and the pictures that ship take 2
 def build(extras: Sequence[str] = (), project: Path = PROJECT, lock: str | None = None) -> bytes:
     """Return the tarball (.tar.gz) of the project with the requirements of `extras`.
 
-    lock: of the wheelhouse that a job in a closed network installs from. Raise UserError for what
-    the container would refuse.
+    lock: of the wheelhouse that a job in a closed network installs from. Raise UserError for a
+    tarball that the container would refuse.
     """
     contents = {name: path.read_bytes() for name, path in files(project).items()}
     if lock is None:
@@ -63,13 +63,13 @@ def build(extras: Sequence[str] = (), project: Path = PROJECT, lock: str | None 
         contents["requirements.txt"] = from_wheels(lock, project).encode()
         contents[WHEELS_LOCK] = lock.encode()
     archive = io.BytesIO()
-    # Neither time nor owner nor name goes into the bytes. Level 9 takes twice as long as 6,
-    # for 0.2 % fewer of them.
+    # The bytes hold no time, owner or name. Level 9 takes twice as long as 6, for 0.2 % fewer
+    # bytes.
     with (
         gzip.GzipFile("", "wb", compresslevel=6, fileobj=archive, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w") as tar,
     ):
-        # The requirements come last, as what is made for the container.
+        # The requirements come last: they are made for the container.
         for name in sorted(contents, key=lambda name: (name == "requirements.txt", name)):
             member = tarfile.TarInfo(name)
             member.size = len(contents[name])
@@ -81,9 +81,9 @@ def build(extras: Sequence[str] = (), project: Path = PROJECT, lock: str | None 
 
 
 def with_files(tarball: bytes, more: Mapping[str, Path]) -> bytes:
-    """Return a tarball with files of a person's own beside the project's, by their places in it.
+    """Return a tarball with the user's own files added. more: their paths, by the names in it.
 
-    Raise UserError where one would take the place of the project's, and as `check` does.
+    Raise UserError where one would replace a file of the project, and as `check` does.
     """
     packed = gzip.decompress(tarball)
     archive = io.BytesIO(packed)
@@ -115,7 +115,7 @@ def files(project: Path = PROJECT) -> dict[str, Path]:
         for path in project.glob(pattern)
         if "__pycache__" not in path.parts
     }
-    # What Python imports as packhorse is for who has a notebook, and lies elsewhere once installed.
+    # The Python package `packhorse` is for notebooks, and lies elsewhere once installed.
     paths = {name: path for name, path in paths.items() if not name.startswith("launch/python/")}
     paths |= {name: beside(name, project) for name in BESIDE}
     for path in paths.values():
@@ -165,8 +165,8 @@ def extras(config: Config, pictures: Iterable[str] = ()) -> list[str]:
 def requirements(extras: Sequence[str], project: Path = PROJECT) -> str:
     """Return requirements.txt for the container.
 
-    It is what pyproject.toml asks for, in the versions that the tests passed with, but for what
-    the image brings.
+    It has the dependencies of pyproject.toml, pinned to the tested versions. Packages that the
+    image has are not pinned, or left out.
     """
     about = tomllib.loads(beside("pyproject.toml", project).read_text())["project"]
     asked = list(about["dependencies"])
@@ -186,7 +186,7 @@ def requirements(extras: Sequence[str], project: Path = PROJECT) -> str:
 
 
 def build_requirements(project: Path = PROJECT) -> str:
-    """Return what the project itself is installed with, as requirements."""
+    """Return the requirements of the project's own build."""
     about = tomllib.loads(beside("pyproject.toml", project).read_text())["build-system"]
     return "".join(f"{line}\n" for line in about["requires"])
 
@@ -194,7 +194,7 @@ def build_requirements(project: Path = PROJECT) -> str:
 def from_wheels(lock: str, project: Path = PROJECT) -> str:
     """Return requirements.txt for a container that installs from a wheelhouse alone.
 
-    lock: of the wheelhouse; what the image brings is left out, and what only EC2's box needs.
+    lock: of the wheelhouse. Without the image's packages, and those that only an EC2 machine needs.
     """
     others = {_name(line) for line in build_requirements(project).splitlines()}
     others |= set(LEFT_TO_THE_IMAGE)
@@ -236,7 +236,7 @@ def check(tarball: bytes) -> None:
 
 
 def _opened(tarball: bytes) -> tuple[list[tarfile.TarInfo], str]:
-    """Return the members, and the text of requirements.txt. Raise UserError for no tarball."""
+    """Return the members, and requirements.txt. Raise UserError for data that is no tarball."""
     try:
         with tarfile.open(fileobj=io.BytesIO(tarball), mode="r:gz") as tar:
             members = tar.getmembers()
@@ -252,9 +252,9 @@ def _opened(tarball: bytes) -> tuple[list[tarfile.TarInfo], str]:
 
 
 def check_requirements(text: str) -> None:
-    """Raise UserError for a line of requirements.txt that pip would not take.
+    """Raise UserError for a line of requirements.txt that pip would refuse.
 
-    Also for one that would replace the image's own PyTorch.
+    Raise it also for a line that would replace the image's own PyTorch.
     """
     for line in _lines(text):
         if line in FROM_WHEELS:
@@ -274,7 +274,7 @@ def check_requirements(text: str) -> None:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Yield the lines that are more than a comment, without it."""
+    """Yield the lines without their comments; skip empty ones."""
     for line in text.splitlines():
         requirement = line.split(" #")[0].strip()
         if requirement:

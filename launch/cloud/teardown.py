@@ -1,4 +1,4 @@
-"""Ends and deletes what is this project's, but for its stacks. All of it may be done already.
+"""Ends and deletes this project's AWS resources, except its stacks. Any may be gone already.
 
 Every function may raise AwsError.
 """
@@ -17,7 +17,7 @@ from trainer.common.errors import UserError
 
 SCRIPT = "NotebookInstanceLifecycleConfig"
 GONE = "gone"  # the status of a notebook that SageMaker no longer has
-GONE_BY = 3600  # seconds after which waiting for something to end is given up
+GONE_BY = 3600  # seconds to wait for something to end
 
 
 def machines(aws: Aws) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def machines(aws: Aws) -> list[dict[str, Any]]:
 
 
 def volumes(aws: Aws, stopped: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return our disks that are attached to nothing, or to machines that are stopped: their ids."""
+    """Return our disks that are attached to nothing or to stopped machines. stopped: their ids."""
     tagged = [{"Name": "tag:project", "Values": [aws.project]}]
     every = aws.pages("ec2", "DescribeVolumes", "Volumes", Filters=tagged)
     return [
@@ -45,11 +45,11 @@ def placement_groups(aws: Aws) -> list[str]:
 
 
 def end_jobs(aws: Aws, every: float) -> None:
-    """Stop jobs, wait for their end, and delete their records, which carry the tag.
+    """Stop jobs, wait for their end, and delete their records, which have the project's tag.
 
     every: seconds between two looks.
     """
-    _end_jobs(aws, "HyperParameterTuningJob", every)  # first: stopped ones start no more jobs
+    _end_jobs(aws, "HyperParameterTuningJob", every)  # first, so that they start no more jobs
     _end_jobs(aws, "TrainingJob", every)
 
 
@@ -66,10 +66,9 @@ def _end_jobs(aws: Aws, kind: str, every: float) -> None:
 
 
 def end_machines(aws: Aws, every: float, unlisted: Sequence[str] = ()) -> None:
-    """Terminate instances, wait for their end, and delete what they leave.
+    """Terminate instances, wait for their end, and delete unattached disks and placement groups.
 
-    That is disks that are attached to nothing, and placement groups. every: see `end_jobs`.
-    unlisted: the ids of others that EC2 doesn't list yet.
+    every: see `end_jobs`. unlisted: the ids of further instances that EC2 doesn't list yet.
     """
     for id in unlisted:
         log.info("terminating %s as soon as EC2 lists it", id)
@@ -96,7 +95,7 @@ def _delete_groups(aws: Aws) -> bool:
 
 
 def _delete_group(aws: Aws, name: str) -> bool:
-    """Delete a placement group; return whether it is gone: EC2 may still count its machines."""
+    """Delete a placement group; return False where EC2 still counts machines in it."""
     try:
         aws.find("ec2", "DeletePlacementGroup", r"InvalidPlacementGroup\.Unknown", GroupName=name)
     except AwsError as error:
@@ -120,7 +119,7 @@ def end_notebooks(aws: Aws, every: float) -> None:
 
 
 def delete_notebook(aws: Aws, name: str, every: float) -> None:
-    """Stop a notebook, and delete it and its scripts once it has stopped, if they are there."""
+    """Stop a notebook, then delete it and its scripts, if they exist."""
 
     def status() -> str:
         which = {"NotebookInstanceName": name}
@@ -133,11 +132,11 @@ def delete_notebook(aws: Aws, name: str, every: float) -> None:
 
 
 def _delete_notebook(aws: Aws, name: str, status: Callable[[], str], every: float) -> None:
-    """Stop a notebook, wait, and delete it. status: asks SageMaker for its status, or GONE."""
+    """Stop a notebook, wait, and delete it. status: returns its status at SageMaker, or GONE."""
 
     def has_stopped() -> bool:
         seen = status()
-        if seen == "InService":  # not before: SageMaker lets none be stopped while it starts
+        if seen == "InService":  # not before: SageMaker can't stop a notebook that is starting
             log.info("stopping %s", name)
             which = {"NotebookInstanceName": name}
             aws.find("sagemaker", "StopNotebookInstance", f"{NOT_FOUND}|{ENDED}", **which)
@@ -151,7 +150,7 @@ def _delete_notebook(aws: Aws, name: str, status: Callable[[], str], every: floa
 
 
 def _delete_script(aws: Aws, name: str) -> None:
-    """Delete a notebook's scripts, if they are there."""
+    """Delete a notebook's scripts, if they exist."""
     aws.find("sagemaker", f"Delete{SCRIPT}", NOT_FOUND, **{f"{SCRIPT}Name": name})
 
 
@@ -168,9 +167,9 @@ class Holder:
 
 
 def holders(aws: Aws) -> list[Holder]:
-    """Return to whom policies of our stacks are attached, but for the stacks' own roles.
+    """Return who has policies of our stacks attached, except the stacks' own roles.
 
-    `up` says whom to attach the launcher's to, and CloudFormation deletes none that is attached.
+    `up` tells the user to attach the launcher's; CloudFormation can't delete an attached policy.
     """
     resources = [each for name in stacks(aws) for each in Stack(aws, name).resources()]
     made = {each.get("PhysicalResourceId") for each in resources}
@@ -187,13 +186,13 @@ def holders(aws: Aws) -> list[Holder]:
 
 
 def detach(aws: Aws, holder: Holder) -> None:
-    """Take a policy of ours from whoever has it."""
+    """Detach a policy of ours from its holder."""
     who = {f"{holder.kind}Name": holder.name, "PolicyArn": holder.policy}
     aws.find("iam", f"Detach{holder.kind}Policy", "NoSuchEntity", **who)
 
 
 def _statuses(aws: Aws, kind: str) -> Callable[[], dict[str, str]]:
-    """Return what asks for the status, by name, of those things that are ours now."""
+    """Return a function that asks for the status, by name, of the resources that are ours now."""
     ours = {thing[f"{kind}Name"] for thing in owned(aws, kind)}
 
     def ask() -> dict[str, str]:
@@ -207,7 +206,7 @@ def _statuses(aws: Aws, kind: str) -> Callable[[], dict[str, str]]:
 
 
 def _until(every: float, is_done: Callable[[], bool], what: str) -> None:
-    """Wait until something is done. Raise UserError where it never is."""
+    """Wait until `is_done` returns True. Raise UserError after GONE_BY seconds."""
     end = time.monotonic() + GONE_BY
     while not is_done():
         if time.monotonic() >= end:

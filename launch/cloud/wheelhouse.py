@@ -1,9 +1,9 @@
-"""The wheelhouse: what a job in a closed network installs, brought to it by way of the bucket.
+"""The wheelhouse: the wheels that a job in a closed network installs, from the project's bucket.
 
-It is made on this machine, from an index that this one reaches, and known by its content, as
-pictures are: runs share it, and an upload that was cut short goes on. The job installs from it
-alone (`pip install --no-index --require-hashes`), by a lock that travels in the source tarball.
-PyTorch is the image's, and never part of it.
+This machine makes it, from a package index that it can reach. Like pictures it is known by its
+content: runs share it, and an upload that was cut short goes on. The job installs from it alone
+(`pip install --no-index --require-hashes`), by a lock in the source tarball. It never has PyTorch,
+which comes with the image.
 """
 
 import hashlib
@@ -22,27 +22,27 @@ from trainer.common.console import ProgressBar, log
 from trainer.common.errors import PROJECT, UserError
 from trainer.common.files import remove, write
 
-# Of AWS's images: SageMaker's has 3.12; which one an AMI has is its own affair, and a wheel for
-# the other one costs a few MB.
+# The Python versions of AWS's images: SageMaker's has 3.12, an AMI may have either. Wheels for the
+# second one cost a few MB.
 PYTHONS = ("3.12", "3.13")
-# Amazon Linux 2023 has glibc 2.34: it takes wheels for that and for all before it.
+# Amazon Linux 2023 has glibc 2.34, which takes wheels for 2.34 and older.
 GLIBCS = range(34, 16, -1)
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in GLIBCS), "manylinux2014_x86_64")
-# Published as source alone. They are pure Python, so one wheel of ours fits everywhere.
+# Packages that are published as source only. They are pure Python: one wheel of ours fits all.
 SOURCE_ONLY = ("antlr4-python3-runtime",)
 LOCK = "requirements.lock"
 KEPT = s3.DIGESTS.parent / "wheels"
 DIGITS = 16  # hexadecimal, of the content's digest, in a wheelhouse's name
 ZIP_EPOCH = 315532800  # 1980-01-01, where zip's time begins: the same wheel has the same bytes
-PIP_MINUTES = 30  # a line too slow for 150 MB in this time is one that the user should know of
+PIP_MINUTES = 30  # where 150 MB take longer, the user should know that the connection is slow
 
 
 def made(extras: Sequence[str], project: Path = PROJECT) -> tuple[str, str]:
     """Return the name of the wheelhouse for a run with these extras, and its lock.
 
-    The lock is a file of requirements with a hash for each wheel. What was made before is found
-    again by what it is made from. Raise UserError where pip can't make it, or an index gives other
-    bytes than requirements.lock names.
+    The lock is a requirements file with a hash for each wheel. A wheelhouse made before from the
+    same recipe is used again. Raise UserError where pip can't make it, or where an index gives
+    other bytes than requirements.lock names.
     """
     recipe = _recipe(extras, project)
     note = KEPT / f"{hashlib.sha256(recipe.encode()).hexdigest()}.txt"
@@ -57,7 +57,7 @@ def made(extras: Sequence[str], project: Path = PROJECT) -> tuple[str, str]:
         _make(temporary, recipe, project)
         name = _name(temporary)
         folder = KEPT / name
-        if folder.is_dir() and _name(folder) != name:  # it was changed here since
+        if folder.is_dir() and _name(folder) != name:  # changed on this machine since it was made
             remove(folder)
         if not folder.is_dir():
             temporary.replace(folder)
@@ -70,13 +70,13 @@ def made(extras: Sequence[str], project: Path = PROJECT) -> tuple[str, str]:
 
 
 def kept(name: str) -> Path | None:
-    """Return the folder of a wheelhouse that was made on this machine, by its name."""
+    """Return the folder of a wheelhouse by its name, None where this machine didn't make it."""
     folder = KEPT / name
     return folder if folder.is_dir() else None
 
 
 def lock_of(folder: Path) -> str:
-    """Return the requirements that install all of a wheelhouse, each by its hashes."""
+    """Return the requirements that install a whole wheelhouse, each with its hashes."""
     hashes: dict[tuple[str, str], list[str]] = {}
     for wheel in sorted(folder.glob("*.whl")):
         name, version, _, _ = parse_wheel_filename(wheel.name)
@@ -88,7 +88,7 @@ def lock_of(folder: Path) -> str:
 
 
 def _recipe(extras: Sequence[str], project: Path) -> str:
-    """Return all that decides what a wheelhouse holds, as text."""
+    """Return everything that a wheelhouse's content depends on, as text."""
     lock = project / LOCK
     if not lock.is_file():
         raise UserError(
@@ -123,7 +123,7 @@ def _make(folder: Path, recipe: str, project: Path) -> None:
     _build(stand_ins, folder, known)
     chosen: list[str] = []
     for python in PYTHONS:
-        # Both get the same versions: what the first one has is a constraint of the others.
+        # Both get the same versions: those for the first one constrain the second.
         (folder / "chosen.txt").write_text("".join(chosen))
         command = ["download", "--only-binary=:all:", "--implementation=cp"]
         command += [f"--python-version={python}", f"--dest={folder}", f"--find-links={stand_ins}"]
@@ -142,10 +142,10 @@ def _make(folder: Path, recipe: str, project: Path) -> None:
 
 
 def _stand_in(folder: Path, name: str, constraints: str) -> None:
-    """Write a wheel without content for a package of the image.
+    """Write an empty wheel for a package of the image.
 
-    So pip asks no index for it, nor for all that only it needs. A version with +image goes before
-    the same one without.
+    So pip downloads neither the package nor what only it needs. pip prefers a version with +image
+    to the same version without.
     """
     [version] = re.findall(rf"^{name}==(\S+)$", constraints, re.MULTILINE)
     version = f"{version}+image"
@@ -160,7 +160,7 @@ def _stand_in(folder: Path, name: str, constraints: str) -> None:
 
 
 def _build(folder: Path, beside: Path, known: dict[str, set[str]]) -> None:
-    """Build wheels of what is published as source alone, held against its hash first."""
+    """Build wheels of the packages in SOURCE_ONLY; pip checks the hash of each source first."""
     lines = []
     for requirement, digests in known.items():
         if requirement.split("==")[0] in SOURCE_ONLY:
@@ -172,7 +172,7 @@ def _build(folder: Path, beside: Path, known: dict[str, set[str]]) -> None:
         _pip(
             *("wheel", "--no-deps", "--require-hashes", "-r", str(asked), "-w", str(folder)),
             *(f"--no-binary={name}" for name in SOURCE_ONLY),
-            # What it is built with has the tested version, too: pip before 25.3, and since then.
+            # The build tools have the tested versions too: for pip before 25.3, and from 25.3 on.
             PIP_CONSTRAINT=constraints,
             PIP_BUILD_CONSTRAINT=constraints,
             SOURCE_DATE_EPOCH=str(ZIP_EPOCH),
@@ -196,7 +196,7 @@ def _pip(*arguments: str, **environment: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise UserError(
             f"wheelhouse: pip {arguments[0]} has not ended after {PIP_MINUTES} minutes; "
-            "look at the line to the index, and start the same command again"
+            "check the connection to the index, and start the same command again"
         ) from error
     if done.returncode == 0:
         return
@@ -221,9 +221,9 @@ def _locked(lock: str) -> dict[str, set[str]]:
 
 
 def _check(folder: Path, known: dict[str, set[str]]) -> None:
-    """Raise UserError for a wheel that is not as requirements.lock names it.
+    """Raise UserError for a wheel whose hash requirements.lock doesn't have.
 
-    What extras bring is not in there; it has the hash of what came over TLS.
+    That file doesn't list extras: their hashes are of what TLS delivered.
     """
     for wheel in sorted(folder.glob("*.whl")):
         name, version, _, _ = parse_wheel_filename(wheel.name)
@@ -237,7 +237,7 @@ def _check(folder: Path, known: dict[str, set[str]]) -> None:
 
 
 def _name(folder: Path) -> str:
-    """Return a wheelhouse's name in the bucket, data/NAME/: its content decides."""
+    """Return a wheelhouse's name in the bucket (data/NAME/), which follows from its content."""
     return f"wheels-{s3.digest(folder)[:DIGITS]}"
 
 

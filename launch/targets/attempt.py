@@ -1,6 +1,6 @@
-"""Attempts at runs: as noted in the bucket before they were sent, and how they can be.
+"""Attempts at runs: their notes in the bucket, written before they are sent, and their states.
 
-How an attempt is now, its target says (launch/targets/base.py).
+The target says what state an attempt is in now (launch/targets/base.py).
 """
 
 import base64
@@ -23,27 +23,27 @@ from launch.cloud.session import Aws
 from trainer.common.errors import UserError
 from trainer.common.objects import parsed
 
-# AWS is eventually consistent: for a while it may not list what it has just made. What was sent
-# less than so long ago and is not seen is on its way. EC2 forgets an instance an hour after it
-# has ended.
+# AWS is eventually consistent: for a while it may not list what it has just made. An attempt that
+# was sent less than this long ago, and that AWS doesn't list, may still start. EC2 forgets an
+# instance an hour after its end.
 YOUNG = timedelta(hours=1)
 UNSEEN = "sent, and not listed by AWS yet"
-TAKEN = "NameTaken"  # refused, since what has the job's name is another project's
+TAKEN = "NameTaken"  # refused: another project's job has this name
 GONE = "AWS no longer lists it: it was deleted"
-# Of every attempt, what a list of all runs needs stands in the names of empty objects here, so that
-# one listing tells it: RUN/NUMBER.KIND.WORDS, KIND being one of the three below.
+# The index: names of empty objects hold what a list of all runs needs of each attempt, so that one
+# S3 listing reads it. A name is RUN/NUMBER.KIND.WORDS, and KIND is one of the three below.
 INDEX = "runs/.all/attempts/"
-NOTE = "note"  # the attempt, each time that its note changed
-END = "end"  # what its machine said last (user_data.sh)
-STATE = "state"  # how it ended, as it was found out where nothing else says it
+NOTE = "note"  # the attempt, written with each change of its note
+END = "end"  # its machine's last message (user_data.sh)
+STATE = "state"  # how it ended, found out afterwards, where nothing else tells it
 LONGEST_KEY = 1024  # bytes: S3's limit
 TIMES = ("started", "ended")  # of a State
-# What comes of another's file, or a damaged one, where a note of ours should be.
+# What a damaged note raises, or a foreign file in its place.
 UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
 
 
 class Anothers(UserError):
-    """A run of this name is another project's, whose bucket this is too."""
+    """A run of this name is another project's, which shares the bucket."""
 
 
 class Damaged(UserError):
@@ -54,34 +54,34 @@ class Phase(StrEnum):
     ABSENT = "never started"
     RUNNING = "running"
     COMPLETE = "complete"
-    STOPPED = "stopped"  # by a person or its time limit, with what it saved
+    STOPPED = "stopped"  # by the user or its time limit; what it saved is there
     LOST = "reclaimed"  # AWS took a spot machine back
-    NO_CAPACITY = "no capacity"  # AWS had no such machine after all: it never ran
+    NO_CAPACITY = "no capacity"  # AWS had no such machine after all, so it never ran
     FAILED = "failed"
-    UNKNOWN = "not known"  # AWS was asked, and didn't say
+    UNKNOWN = "not known"  # AWS was asked, and didn't tell
 
 
 @dataclass(frozen=True)
 class State:
-    """How an attempt is."""
+    """The state of an attempt."""
 
     phase: Phase
     detail: str = ""  # in AWS's words
     started: datetime | None = None
     ended: datetime | None = None
-    # So far, over all its machines; for SageMaker's ended jobs what it bills.
+    # So far, summed over its machines; for SageMaker's ended jobs the billed time.
     machine_seconds: float = 0.0
     discounted: bool = False  # whether a spot discount is in machine_seconds already
     id: str | None = None
-    # Whether AWS or the machine itself said when it ended; else that is the last that was heard.
+    # Whether `ended` is from AWS or the machine; else it is the time of the last sign of life.
     is_sure: bool = True
-    # By when all its machines end, since one of several has; None: all of them are there.
+    # By when the other machines end, where one of several was lost; None: none was.
     ends_by: datetime | None = None
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run has found out; None: not known.
+    """Results of a run; None: not known.
 
     valid, test: top-1 accuracies (0..1). pictures: of test. seconds: of wall time.
     """
@@ -94,7 +94,7 @@ class Figures:
 
     @property
     def accuracy(self) -> float | None:
-        """Return the one on test, or on valid where that is all there is."""
+        """Return the accuracy on test, or on valid where there is none on test."""
         return self.valid if self.test is None else self.test
 
 
@@ -102,7 +102,7 @@ class Figures:
 class Attempt:
     """One attempt at a run, noted in the bucket before it is sent.
 
-    So a crash leaves no doubt about what was to be sent.
+    So after a crash the bucket shows what may have been sent.
     """
 
     run: str
@@ -113,30 +113,30 @@ class Attempt:
     spot: bool
     hours: float  # time limit
     job: str  # its name in AWS
-    price: Price  # of one machine, when it was sent
+    price: Price  # of one machine, when the attempt was sent
     requests: list[Request]
-    identity: dict[str, Any]  # what all attempts at the run have in common
+    identity: dict[str, Any]  # the same for all attempts at the run
     noted: str  # when, ISO 8601
     id: str | None = None  # AWS's own, noted after it was sent
     sent: str | None = None  # when, ISO 8601
-    # AWS's code, where it answered that it makes nothing of it, or TAKEN.
+    # AWS's code, where AWS refused the request, or TAKEN.
     refused: str | None = None
     per_hour: float | None = None  # dollars of one machine at most, with its disk and address
-    ceiling: float | None = None  # of the run, when this attempt was sent
-    asked: str | None = None  # since when AWS is asked for a machine for it, ISO 8601
-    # What it was planned from (launch.targets.spec.words_of), so that the next is planned alike.
+    ceiling: float | None = None  # dollars for the run, when this attempt was sent
+    asked: str | None = None  # when AWS was first asked for a machine for it, ISO 8601
+    # What it was planned from (launch.targets.spec.words_of), to plan the next one in the same way.
     words: dict[str, Any] = dataclasses.field(default_factory=dict)
-    after: str | None = None  # when the attempt before had ended, as far as known, ISO 8601
-    project: str = ""  # whose it is: a bucket may be several projects'; "": not noted
+    after: str | None = None  # when the previous attempt ended, where that is known, ISO 8601
+    project: str = ""  # that owns it: several may share a bucket; "": not noted
 
     @property
     def since(self) -> datetime:
-        """When it was sent, as far as that is known."""
+        """When it was sent; where that is not known, when it was noted."""
         return datetime.fromisoformat(self.sent or self.noted)
 
     @property
     def may_be_on_its_way(self) -> bool:
-        """Whether AWS may have it, or get it yet, although it doesn't list it."""
+        """Whether AWS may have it, or still receive it, although AWS doesn't list it."""
         return self.refused is None and now() - self.since < YOUNG
 
     @property
@@ -150,21 +150,21 @@ class Attempt:
         return json.dumps(dataclasses.asdict(self), indent=1).encode()
 
     def dollars(self, state: State) -> float | None:
-        """Return what it has cost so far, an estimate by the prices noted when it was sent.
+        """Return its cost so far in dollars, estimated from the prices when it was sent.
 
-        None where they are unknown.
+        None where these are unknown.
         """
         hour = self.price.hour(spot=self.spot and not state.discounted)
         return None if hour is None else hour * state.machine_seconds / 3600
 
     def told(self, state: State) -> str:
-        """Return how it is, as every verb says it."""
+        """Return its state in words, as every verb shows it."""
         return f"attempt {self.number} at {self.run} is {state.phase} ({state.detail})"
 
     def unseen(self, alive: datetime | None = None) -> State:
         """Return the state of an attempt that AWS doesn't list.
 
-        alive: the last time that something was known of it, if not when it was sent.
+        alive: the time of its last sign of life; None: when it was sent.
         """
         if self.id is None:
             return State(Phase.ABSENT)
@@ -179,13 +179,13 @@ class Noted:
     """What the bucket's index says of an attempt."""
 
     attempt: Attempt  # without its requests, identity and words
-    word: dict[str, Any] | None = None  # what its machine said last
-    said: datetime | None = None  # when
-    state: State | None = None  # how it ended, where that was found out before
+    word: dict[str, Any] | None = None  # its machine's last message
+    said: datetime | None = None  # when the machine sent it
+    state: State | None = None  # how it ended, where an earlier command found that out
 
 
 def note(aws: Aws, attempt: Attempt) -> None:
-    """Write an attempt's note, and that it is there. Raise AwsError."""
+    """Write an attempt's note, and its entry in the index. Raise AwsError."""
     write_index(aws, attempt)
     s3.write(aws, attempt.key, attempt.dumps())
 
@@ -200,9 +200,9 @@ def claim(aws: Aws, attempt: Attempt) -> bool:
 
 
 def write_index(aws: Aws, attempt: Attempt) -> None:
-    """Say in the index that an attempt is about to be noted so. Raise AwsError.
+    """Write an attempt's entry in the index. Raise AwsError.
 
-    Before the note, so that a kill between them hides no machine.
+    Call it before the note is written, so that a kill between the two hides no machine.
     """
     fields = dataclasses.asdict(dataclasses.replace(attempt, requests=[], identity={}, words={}))
     told = {key: value for key, value in fields.items() if value not in (None, [], {})}
@@ -210,7 +210,7 @@ def write_index(aws: Aws, attempt: Attempt) -> None:
 
 
 def note_state(aws: Aws, attempt: Attempt, state: State) -> None:
-    """Note how an attempt ended, so that it needn't be found out again. Raise AwsError."""
+    """Note how an attempt ended, so that no later command has to find it out. Raise AwsError."""
     fields = dataclasses.asdict(state)
     for name in TIMES:
         fields[name] = fields[name] and fields[name].isoformat()
@@ -221,13 +221,13 @@ def _write_index(aws: Aws, attempt: Attempt, kind: str, fields: dict[str, Any]) 
     packed = zlib.compress(json.dumps(fields, separators=(",", ":")).encode(), 9)
     words = base64.urlsafe_b64encode(packed).decode()
     key = f"{INDEX}{attempt.run}/{attempt.number}.{kind}.{words}"
-    # What doesn't fit is read from its note.
+    # An entry that doesn't fit is left out; then the note is read.
     if len(key.encode()) <= LONGEST_KEY:
         s3.write(aws, key, b"")
 
 
 def _read_index(kind: str, words: str) -> dict[str, Any] | None:
-    """Return what an entry says, None where it isn't one of ours."""
+    """Return the content of an entry, None where it isn't one of ours."""
     try:
         packed = base64.urlsafe_b64decode(words)
         return last_word(packed) if kind == END else parsed(zlib.decompress(packed))
@@ -236,15 +236,15 @@ def _read_index(kind: str, words: str) -> dict[str, Any] | None:
 
 
 def last_word(data: bytes) -> dict[str, Any] | None:
-    """Return what a machine said last, None where that is not to be read."""
+    """Return a machine's last message, None where it can't be read."""
     told = parsed(data)
     return told if told is not None and {"code", "reason"} <= told.keys() else None
 
 
 def every(aws: Aws) -> list[Noted]:
-    """Return every attempt of the project in order, as the index has it. Raise AwsError.
+    """Return every attempt of the project in order, from the index. Raise AwsError.
 
-    What an earlier version noted stands in no index: the notes of such runs are read one by one.
+    An earlier version wrote no index: the notes of its runs are read one by one.
     """
     noted, anothers = _index(aws)
     indexed: dict[str, set[int]] = {}
@@ -260,18 +260,18 @@ def every(aws: Aws) -> list[Noted]:
 
 
 def young(aws: Aws) -> list[Noted]:
-    """Return the attempts that AWS may not list yet, by one listing. Raise AwsError."""
+    """Return the attempts that AWS may not list yet. Takes one listing. Raise AwsError."""
     noted, _ = _index(aws)
     return [each for each in noted.values() if now() - each.attempt.since < YOUNG]
 
 
 def of_others(aws: Aws) -> list[str]:
-    """Return the runs in the bucket that are other projects'. Raise AwsError."""
+    """Return the other projects' runs in the bucket. Raise AwsError."""
     return sorted(_index(aws)[1])
 
 
 def _index(aws: Aws) -> tuple[dict[tuple[str, int], Noted], set[str]]:
-    """Return the attempts in the index by run and number, and the runs that are another's.
+    """Return the attempts in the index by run and number, and the runs of other projects.
 
     Raise AwsError.
     """
@@ -301,9 +301,9 @@ def _is_whole(numbers: set[int]) -> bool:
 
 
 def _readable(aws: Aws, run: str) -> list[Attempt]:
-    """Return the attempts at a run; none where it is another's, or a note is damaged: it says so.
+    """Return the attempts at a run; none where it is another project's, or a note is damaged.
 
-    That goes to standard error, since standard output may be a document.
+    Report a damaged note on standard error, since standard output may be a document.
     """
     try:
         return attempts(aws, run)
@@ -319,7 +319,7 @@ def _is_ours(aws: Aws, project: str) -> bool:
 
 
 def _noted(told: list[tuple[str, dict[str, Any], datetime]]) -> Noted | None:
-    """Return what the index says of an attempt, None where its note is not there.
+    """Return what the index says of an attempt, None without an entry of its note.
 
     told: kind, words and time of each entry.
     """
@@ -346,17 +346,17 @@ def _state(fields: dict[str, Any]) -> State:
 
 
 def attempt_key(run: str, number: int, what: str) -> str:
-    """Return the key in the bucket of something of an attempt, like "request.json"."""
+    """Return the key in the bucket of an attempt's object, like "request.json"."""
     return f"runs/{run}/attempts/{number}.{what}"
 
 
 def loads(data: bytes) -> Attempt:
-    """Return the attempt that was noted as `data`. Raise UNREADABLE for what is none."""
+    """Return the attempt whose note is `data`. Raise UNREADABLE where it is no such note."""
     return _attempt(parsed(data) or {})
 
 
 def _attempt(fields: dict[str, Any]) -> Attempt:
-    """Return an attempt of its fields. What a newer version has noted besides is left out."""
+    """Return an attempt from its fields. Ignores further fields of a newer version."""
     price = Price(**_known(Price, fields["price"]))
     requests = [Request(**_known(Request, each)) for each in fields["requests"]]
     return Attempt(**_known(Attempt, fields) | {"price": price, "requests": requests})
@@ -379,8 +379,8 @@ def read(aws: Aws, key: str) -> Attempt | None:
         attempt = loads(entry[0])
     except UNREADABLE as error:
         raise Damaged(
-            f"s3://{aws.bucket}/{key}: this is no note of an attempt; restore an earlier "
-            "version of it, or delete it where nothing of the run is needed"
+            f"s3://{aws.bucket}/{key}: this is not the note of an attempt; restore an earlier "
+            "version of it, or delete it if you don't need the run"
         ) from error
     if not _is_ours(aws, attempt.project):
         raise Anothers(
@@ -407,7 +407,7 @@ def latest(aws: Aws, run: str) -> Attempt | None:
 
 
 def newest_step(aws: Aws, run: str) -> int:
-    """Return the training step of the newest whole checkpoint in the bucket, -1 without one."""
+    """Return the training step of the newest complete checkpoint in the bucket, -1 without one."""
     names = s3.listing(aws, f"runs/{run}/checkpoints/")
     steps = (re.fullmatch(r"step-(\d+)[^/]*/manifest\.json", name) for name in names)
     return max((int(step[1]) for step in steps if step), default=-1)

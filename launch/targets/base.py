@@ -1,9 +1,9 @@
-"""What a target is: a kind of place at AWS where a run trains.
+"""The base class of targets. A target is a kind of place at AWS where a run trains.
 
-All that differs from one to another stands in its class.
+A target's class holds everything that differs from other targets.
 
-To add one: a module in this folder whose TARGETS holds an object of its class, and a file
-conf/target/NAME.yaml. Nothing else knows a target's name.
+To add a target, write a module in this folder whose TARGETS holds an object of its class, and a
+file conf/target/NAME.yaml. Nothing else knows a target's name.
 """
 
 import dataclasses
@@ -34,22 +34,22 @@ from trainer.settings.compose import CONF, options
 from trainer.settings.config import Config, setting
 
 NAMES = options(CONF, "target")
-# Where AWS's console is, by partition (AWS's guides to China, GovCloud and the European cloud).
+# The host of AWS's console by partition (AWS's guides to China, GovCloud and the European cloud).
 CONSOLES = {
     "aws": "console.aws.amazon.com",
     "aws-cn": "console.amazonaws.cn",
     "aws-us-gov": "console.amazonaws-us-gov.com",
     "aws-eusc": "console.amazonaws-eusc.eu",
 }
-S3 = "s3://"  # begins data.root of pictures that are on S3 already
-TAGS = 45  # at most, of AWS's 50 for one thing
+S3 = "s3://"  # data.root begins so for pictures that are on S3 already
+TAGS = 45  # that a user may give: AWS allows 50 per resource
 RUN = 48  # characters of a run's id: leaves room in a job's name for the attempt
 PRICE = "platform.dollars_hour"  # the trainer's setting
 ASKED_NOW = "spot: what AWS asks now"
 
 
 def is_tag(key: str, value: str) -> bool:
-    """Return whether AWS takes a tag."""
+    """Return whether AWS accepts a tag."""
     if len(key) > 128 or len(value) > 256 or key.startswith("aws:"):
         return False
     return re.fullmatch(r"[\w .:/=+@-]*", key + value) is not None
@@ -57,7 +57,7 @@ def is_tag(key: str, value: str) -> bool:
 
 @dataclass
 class TargetConfig:
-    """conf/target/*.yaml; every target has these, its own class adds others."""
+    """The settings of conf/target/*.yaml that every target has; subclasses add their own."""
 
     name: str = setting(*NAMES)
     project: str = setting()
@@ -73,7 +73,7 @@ class TargetConfig:
 
     @property
     def given_tags(self) -> dict[str, str]:
-        """`tags` as a dict. Raise UserError for what is no list of KEY=VALUE."""
+        """`tags` as a dict. Raise UserError where it isn't a list of KEY=VALUE."""
         pairs = [pair.partition("=") for pair in (self.tags or "").split(",") if pair]
         tags = {key.strip(): value.strip() for key, _, value in pairs}
         if not all(key.strip() and equals for key, equals, _ in pairs) or len(tags) < len(pairs):
@@ -83,7 +83,7 @@ class TargetConfig:
             )
         if len(tags) > TAGS or not all(map(is_tag, tags, tags.values())):
             raise UserError(
-                f"target.tags={self.tags} is not allowed; AWS allows up to {TAGS} beside ours, of "
+                f"target.tags={self.tags} is not allowed; AWS allows up to {TAGS} besides ours, of "
                 "letters, digits, spaces and _.:/=+-@, keys of up to 128 and values of up to 256 "
                 "characters, and no key that begins with aws:"
             )
@@ -102,7 +102,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that a request is a function of."""
+    """Everything that the requests depend on."""
 
     target: TargetConfig
     config: Config  # the trainer's settings as the job will have them
@@ -110,19 +110,19 @@ class Spec:
     run: str  # the run's id: RUN characters of [a-zA-Z0-9-] at most
     account: str
     region: str
-    # The pictures are data/THIS/ in the bucket; None: those that the trainer writes itself.
+    # The pictures are data/THIS/ in the bucket; None: the trainer writes them itself.
     data: str | None
     source: str  # SHA-256 (hex) of the source tarball
     revision: str | None  # of git
     attempt: int = 1
     extras: tuple[str, ...] = ()  # of pyproject.toml, that the run needs
     weights: str | None = None  # model.weights_dir is data/THIS/ in the bucket; None: there is none
-    wheels: str | None = None  # it installs from data/THIS/ in the bucket; None: from an index
-    # Hours of its jobs, all together, that its ceiling still allows; None: all that it asks for.
+    wheels: str | None = None  # the job installs from data/THIS/ in the bucket; None: from an index
+    # Hours of all its jobs together that the ceiling still allows; None: no limit.
     paid_hours: float | None = None
-    spot_price: float | None = None  # dollars an hour that AWS asks for spot now; None: not known
-    bid: float | None = None  # dollars an hour of a spot machine at most; None: as on demand
-    zone: str | None = None  # where its machines are asked for; None: where AWS likes
+    spot_price: float | None = None  # dollars per hour for spot now; None: not known
+    bid: float | None = None  # the maximum spot price in dollars per hour; None: as on demand
+    zone: str | None = None  # to ask for machines in; None: AWS chooses
     # Dollars that an hour of all its machines will probably cost; None: not known.
     dollars_hour: float | None = None
 
@@ -142,7 +142,7 @@ class Spec:
     def job_name(self) -> str:
         """The name in AWS of this attempt at the run.
 
-        A name is used once in an account, for ever, so each attempt has its own.
+        An account can use a name only once, so each attempt has its own.
         """
         number = f"-{self.attempt}"
         return fit(f"{self.project}-{self.run}", self.kind.job_name_limit - len(number)) + number
@@ -168,28 +168,28 @@ class Spec:
 
     @property
     def instances(self) -> int:
-        """How many machines one job takes: `instances` of its settings, where it has that."""
+        """How many machines one job takes: `instances` of the target, where it has this setting."""
         return int(getattr(self.target, "instances", 1))
 
     @property
     def instance_types(self) -> list[str]:
-        """The kinds of machines that a job may get, the preferred one first."""
+        """The instance types that a job may get, the preferred one first."""
         return names_in(self.target.instance_type)
 
     @property
     def spot(self) -> bool:
-        """Whether it takes spare capacity: `spot` of its settings, where it has that."""
+        """Whether it takes spot machines: `spot` of the target, where it has this setting."""
         return getattr(self.target, "spot", False) in (True, "true", "auto")
 
     @property
     def hours(self) -> float:
-        """The time limit of a job: the one that is set, or less where its ceiling says so."""
+        """The time limit of a job: the one that is set, or less where its ceiling allows less."""
         if self.paid_hours is None:
             return self.target.hours
         return min(self.target.hours, self.paid_hours)
 
     def bought(self, price: Price) -> Price:
-        """Return a machine's price as this buys it: with its parts, and for spot today's."""
+        """Return a machine's price with its disk and address, and with today's spot price."""
         price = replace(price, parts=self.kind.parts_per_hour(self))
         if self.spot_price is None:
             return price
@@ -205,12 +205,12 @@ class Spec:
 
     @property
     def max_dollars(self) -> float | None:
-        """The ceiling that is set: `max_dollars` of its settings, where it has that."""
+        """The ceiling that is set: `max_dollars` of the target, where it has this setting."""
         return getattr(self.target, "max_dollars", None)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What stays the same over all attempts at a run."""
+        """What must be the same for all attempts at a run."""
         places = {"target": self.target.name, "data": self.data, "weights": self.weights}
         return settings.identity(self.config) | places
 
@@ -218,9 +218,9 @@ class Spec:
         return "/".join((f"s3://{self.bucket}", *parts))
 
     def role(self, part: str) -> str:
-        """Return the ARN of the role of a part, training, ec2 or notebook: the account stack's.
+        """Return the ARN of the role of a part (training, ec2 or notebook) in the account stack.
 
-        Or the one that is given, by its ARN or its name.
+        Where target.role gives an ARN or a name, return that role's.
         """
         given = self.target.role
         if given is not None and given.startswith("arn:"):
@@ -230,12 +230,12 @@ class Spec:
 
     @property
     def instance_profile(self) -> str:
-        """The name of the instance profile that hands its role to an EC2 machine."""
+        """The name of the instance profile that gives an EC2 machine its role."""
         return self.target.role or role_name(self.project, "ec2", self.region)
 
     @property
     def place(self) -> Place:
-        """Where the project is, and what of it the target says otherwise."""
+        """Where the project is, with the parameters of `up` that the target's settings imply."""
         told = {}
         if self.target.bucket:
             told["BucketName"] = self.target.bucket
@@ -250,31 +250,31 @@ class Spec:
 
     @property
     def data_uri(self) -> str | None:
-        """Where the pictures lie on S3; None: the job writes them itself."""
+        """The S3 URI of the pictures; None: the job writes them itself."""
         if self.data is None or self.data.startswith(S3):
             return self.data
         return self.uri("data", self.data)
 
     @property
     def own_data(self) -> bool:
-        """Whether the pictures lie where the user has put them, and are only read."""
+        """Whether the pictures are in the user's own place on S3, where jobs only read them."""
         return self.data is not None and self.data.startswith(S3)
 
 
 class Target(ABC):
     """A kind of place at AWS where runs train.
 
-    It holds nothing but its name: what is chosen is in a Spec, what was sent in an Attempt. The
-    methods that take an `Aws` raise AwsError where AWS refuses a call; the others call nothing.
+    It holds only its name: a Spec holds the settings, an Attempt what was sent. The methods that
+    take an `Aws` raise AwsError where AWS refuses a call; the others don't call AWS.
     """
 
     config: ClassVar[type[TargetConfig]]  # of conf/target/NAME.yaml
-    role: ClassVar[str]  # the part of the account stack that its machines act as
+    role: ClassVar[str]  # the part of the account stack whose role its machines have
     platform: ClassVar[str]  # the trainer's conf/platform/PLATFORM.yaml
     job_name_limit: ClassVar[int] = 63  # characters
-    sweeps: ClassVar[bool] = False  # whether it tries the values of a search space
-    logs_late: ClassVar[bool] = False  # whether the last of a log may come after the end
-    trains: ClassVar[bool] = True  # False: it leaves no model, and only starts jobs elsewhere
+    sweeps: ClassVar[bool] = False  # whether it runs the trials of a search space
+    logs_late: ClassVar[bool] = False  # whether the last log lines may come after the end
+    trains: ClassVar[bool] = True  # False: it leaves no model
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -288,9 +288,9 @@ class Target(ABC):
         """
 
     def stands_in(self, target: Any) -> tuple[list[str], bool | None]:
-        """Return the subnets of a job's machines, and whether these have a public address.
+        """Return the subnets of a job's machines, and whether the machines have a public address.
 
-        No subnets: AWS's own for it. None: as the subnet says.
+        No subnets: AWS chooses. None: as the subnet says.
         """
         return [], None
 
@@ -303,14 +303,14 @@ class Target(ABC):
         return self.data_root(weights)
 
     def fixed(self, overrides: Sequence[str]) -> list[str]:
-        """Return the trainer's overrides of the run's (first) training."""
+        """Return the trainer's overrides of the run's training, or of its first trial."""
         return list(overrides)
 
     def run_id(self, config: Config, placed: Config, overrides: Sequence[str]) -> str:
         """Return the run's id, so that the same command finds its run again.
 
-        It is the run's `name`, or one derived from `placed`: the settings with a path of no
-        machine in the place of data.root, so that it says nothing of where a folder lies here.
+        It is the run's `name`, or derived from `placed`: the settings with a made-up data.root, so
+        that the id doesn't depend on where the folder is on this machine.
         """
         if config.name is not None:
             return fit(config.name, RUN)
@@ -322,90 +322,87 @@ class Target(ABC):
         return settings.run_name(config)
 
     def looked_up(self, aws: Aws | None, spec: Spec) -> Spec:
-        """Return the spec with what only AWS can tell. aws: None without credentials."""
+        """Return the spec with the values that only AWS knows. aws: None without credentials."""
         return spec
 
     def pinned(self, spec: Spec, attempt: Attempt) -> Spec:
-        """Return the spec with what was looked up for an earlier attempt: it must not change."""
+        """Return the spec with values looked up for an earlier attempt, which must not change."""
         return spec
 
     @abstractmethod
     def requests(self, spec: Spec) -> list[Request]:
-        """Return what is sent for a spec, in order: a pure function.
+        """Return the requests for a spec, in order. A pure function.
 
-        Equal ones must not start twice, whoever sends them again. Raise UserError for settings of
-        the trainer that it can't carry or do.
+        A request that is sent twice must start only once. Raise UserError for settings of the
+        trainer that the target can't pass on or carry out.
         """
 
     def sent(self, aws: Aws, attempt: Attempt, before: Attempt | None) -> None:  # noqa: B027
-        """Do what is due once an attempt was sent. before: the one before it, if there was one."""
+        """Do what remains after an attempt was sent. before: the previous one, if there was one."""
 
     def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
-        """Return what sets an ended attempt going again as itself; [] where the next is another.
+        """Return the requests that restart an ended attempt; [] where a restart is a new attempt.
 
-        spec: as it is asked for now.
+        spec: as asked for now.
         """
         return []
 
     def check_running(self, attempt: Attempt, spec: Spec) -> None:  # noqa: B027 (see above)
-        """Raise UserError where what runs is not what is asked for now, and can't become it."""
+        """Raise UserError where a running attempt differs from the spec, and can't be changed."""
 
     def questions(self, spec: Spec) -> list[Question]:
-        """Return what is asked of AWS, read-only, before anything is rented."""
+        """Return the read-only questions to AWS before anything is rented."""
         return []
 
     def trials(self, request: Request) -> tuple[int, int]:
-        """Return how many jobs a request may become, and how many of them at the same time."""
+        """Return how many jobs a request may start, and how many of them at the same time."""
         return 1, 1
 
     def offers(self, aws: Aws | None, spec: Spec, waited: float) -> list[Spec]:
-        """Return what is asked for, in order, each where AWS does not have the one before.
+        """Return the specs to ask for in order: the next one where AWS doesn't have the previous.
 
-        aws: None without credentials. waited: seconds since it was first asked for.
+        aws: None without credentials. waited: seconds since the first request.
         """
         return [spec]
 
     def elsewhere(self, aws: Aws, spec: Spec) -> str:
-        """Return a line on what AWS may have where, when it has none of the offers; or ""."""
+        """Return a line about other machines and zones, where AWS has none of the offers; or ""."""
         return ""
 
     def parts_per_hour(self, spec: Spec) -> float:
-        """Return dollars an hour of what comes with each machine: its disk, its address."""
+        """Return dollars per hour of each machine's disk and address."""
         return 0.0
 
     def hour_at_most(self, aws: Aws, attempt: Attempt, state: State) -> float:
-        """Return dollars an hour that AWS has billed for one of its machines at most."""
+        """Return the most dollars per hour that AWS can have billed for one of its machines."""
         return attempt.per_hour or 0.0
 
     def asked_for_spot(self, aws: Aws, spec: Spec) -> float | None:
-        """Return today's dollars an hour of one spot machine; None where AWS doesn't tell."""
+        """Return today's price of one spot machine, dollars per hour; None: AWS doesn't tell."""
         return None
 
     # --- what became of it ---
 
     @abstractmethod
     def observe(self, aws: Aws, attempt: Attempt) -> State:
-        """Return how an attempt is now.
+        """Return the state of an attempt now.
 
-        Must not raise where AWS doesn't list it: `attempt.unseen()` tells what that means.
+        Must not raise where AWS doesn't list it: return `attempt.unseen()`.
         """
 
     def listed(self, inventory: Inventory, noted: Noted) -> State | None:
-        """Return how an attempt is by the listings of all of them; None where it must be asked.
-
-        It is what `observe` would return.
-        """
+        """Return what `observe` returns, from the listings alone; None where they can't tell."""
         return None
 
     def stop(self, aws: Aws, attempt: Attempt, at_once: bool) -> None:
         """Ask for the end of an attempt, if it runs.
 
-        at_once: without a checkpoint, where there is a choice. Must not raise where it has ended
-        meanwhile; raise UserError where it can't be asked yet.
+        at_once: without a checkpoint, where the target can choose. Must not raise where it has
+        ended meanwhile; raise UserError where AWS can't stop it yet.
         """
         state = self.observe(aws, attempt)
         if state.phase is Phase.RUNNING:
-            # Asked for by somebody, whatever else it would end for.
+            # The user asks for this stop, whatever else would end the attempt.
             asked = dataclasses.replace(state, ends_by=None)
             self.stop_running(aws, attempt, asked, at_once)
         elif (
@@ -424,10 +421,10 @@ class Target(ABC):
 
     @abstractmethod
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
-        """Ask an attempt to end that runs, and say so."""
+        """Ask a running attempt to end, and log it."""
 
     def stop_early(self, aws: Aws, attempt: Attempt) -> bool:
-        """Ask an attempt to end that AWS may start yet; return whether that can be asked here."""
+        """Ask an attempt that AWS may still start to end; return whether the target can do that."""
         return False
 
     @abstractmethod
@@ -438,49 +435,49 @@ class Target(ABC):
         """
 
     def last_words(self, aws: Aws, attempt: Attempt, state: State) -> str:
-        """Return what an attempt that left no log has said where only AWS could hear it; or ""."""
+        """Return the last output, at AWS, of an attempt that left no log in the bucket; or ""."""
         return ""
 
     @abstractmethod
     def results(self, aws: Aws, attempt: Attempt) -> str:
-        """Return below which key in the bucket the run's results lie, or will.
+        """Return the key prefix in the bucket of the run's results, also of future ones.
 
-        Raise UserError where nothing says that yet, or there never are any.
+        Raise UserError where it is not known yet, or where the target leaves no results.
         """
 
     @abstractmethod
     def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
-        """Return what the run has found out so far."""
+        """Return the run's results so far."""
 
     @abstractmethod
     def console(self, attempt: Attempt, region: str) -> str:
-        """Return the page of AWS's console that shows it, below https://REGION.console.aws..."""
+        """Return the attempt's page in AWS's console, below https://REGION.console.aws..."""
 
     def past_limit(self, attempt: Attempt, state: State) -> float:
-        """Return the hours that a machine runs past the limit at which it ends itself; 0: none."""
+        """Return the hours that a machine has run past the limit at which it should end itself."""
         return 0.0
 
     def connection(self, aws: Aws, attempt: Attempt, state: State) -> str | list[str]:
-        """Return the address of what runs, or the command that opens a shell on it.
+        """Return the address of a running attempt, or the command that opens a shell on it.
 
         Raise UserError where there is neither.
         """
         raise UserError(
-            f"{attempt.run}: nobody can be connected to a {self.name} job; "
+            f"{attempt.run}: AWS gives no shell on a {self.name} job; "
             "python -m launch logs shows what it does"
         )
 
     def deletes(self, attempt: Attempt) -> str:
-        """Return what `delete` deletes, in words. Raise UserError where that is nothing."""
+        """Return what `delete` deletes, in words. Raise UserError where there is nothing."""
         raise UserError(
-            f"{attempt.run}: nothing of it costs money once it has ended; "
+            f"{attempt.run}: it costs nothing once it has ended; "
             "python -m launch down deletes all of the project"
         )
 
     def delete(self, aws: Aws, attempt: Attempt, every: float) -> None:  # noqa: B027 (see above)
         """Delete what `deletes` says. every: seconds between two looks."""
 
-    # --- of every run, whatever its name: once for each class ---
+    # --- over all runs: called once for each class ---
 
     @classmethod
     def overdue(cls, inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
@@ -489,13 +486,13 @@ class Target(ABC):
 
     @classmethod
     def rented(cls, inventory: Inventory) -> Iterator[Rented]:
-        """Yield what of this project's costs money now, whoever started it and however."""
+        """Yield what costs this project money now, whoever started it and however."""
         yield from ()
 
 
 @cache
 def targets() -> dict[str, Target]:
-    """Return each target by its name: those of all modules of this folder that have TARGETS."""
+    """Return each target by its name, from TARGETS in the modules of this folder."""
     folder = Path(__file__).parent
     modules = [
         import_module(f"launch.targets.{module.name}")
@@ -524,7 +521,7 @@ def console_url(attempt: Attempt, region: str) -> str:
 def fit(name: str, limit: int) -> str:
     """Return `name` as [a-zA-Z0-9-] in at most `limit` characters.
 
-    Whatever had to be changed is kept apart by eight digits of its SHA-256.
+    A changed name gets eight digits of its SHA-256, so that two names stay different.
     """
     plain = re.sub(r"[^a-zA-Z0-9]+", "-", name).strip("-")
     if plain == name and len(plain) <= limit:

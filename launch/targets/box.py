@@ -20,7 +20,7 @@ class Box(Ec2):
     trains = False
 
     def run_id(self, config: Config, placed: Config, overrides: Sequence[str]) -> str:
-        """Return the name that is given, else the same for all: one box is enough for most."""
+        """Return the given name, else "box": most users need only one."""
         return fit(config.name, RUN) if config.name is not None else "box"
 
     def check(self, target: Ec2Config) -> None:
@@ -39,7 +39,7 @@ class Box(Ec2):
         return [run_instances(spec, script(spec))]
 
     def observe(self, aws: Aws, attempt: Attempt) -> State:
-        """Return how it is: one that has ended without a word has done what it was for."""
+        """Return its state: a box that ended without a message has not failed."""
         return _without_failure(super().observe(aws, attempt))
 
     def listed(self, inventory: Inventory, noted: Noted) -> State | None:
@@ -47,7 +47,7 @@ class Box(Ec2):
         return None if state is None else _without_failure(state)
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
-        """Terminate it: nothing on it looks whether it is asked to."""
+        """Terminate it: no program on it checks for a request to stop."""
         super().stop_running(aws, attempt, state, at_once=True)
 
     def results(self, aws: Aws, attempt: Attempt) -> str:
@@ -60,12 +60,12 @@ class Box(Ec2):
 
     @classmethod
     def overdue(cls, inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
-        """Yield nothing: boxes are EC2 machines, looked at as such."""
+        """Yield nothing: `Ec2.overdue` yields boxes too."""
         yield from ()
 
     @classmethod
     def rented(cls, inventory: Inventory) -> Iterator[Rented]:
-        """Yield nothing: boxes are EC2 machines, listed as such."""
+        """Yield nothing: `Ec2.rented` yields boxes too."""
         yield from ()
 
 
@@ -73,7 +73,7 @@ TARGETS = (Box("box"),)
 
 
 def _without_failure(state: State) -> State:
-    """Return a box's state: none of them fails."""
+    """Return a box's state, with "stopped" for "failed": a box has nothing to fail at."""
     if state.phase is not Phase.FAILED:
         return state
     return dataclasses.replace(state, phase=Phase.STOPPED, is_sure=True)

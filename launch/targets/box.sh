@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A machine with a shell: ends itself at its time limit, also after a reboot. Runs as root at each boot; launch/targets/box.py fills in the settings.
+# A machine with a shell: it ends itself at its time limit, even after a reboot. Runs as root at each boot; launch/targets/box.py fills in the settings.
 set -uo pipefail
 
 @SETTINGS@
 
 @DEADLINE@
 
-# The code of this very checkout, in the home directory of whom Session Manager logs in.
+# The code of the user's checkout, in the home directory of Session Manager's user.
 home=/home/ssm-user
 id ssm-user >/dev/null 2>&1 || useradd --create-home ssm-user
 if [ ! -d "$home/$project" ]; then

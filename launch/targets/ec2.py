@@ -1,12 +1,12 @@
-"""EC2 instances of one run: everything makes them end by themselves and stay closed.
+"""EC2 instances of one run: they end by themselves, and accept no connection from outside.
 
-What the instance reads from and writes to the bucket (user_data.sh), below runs/RUN/:
-`checkpoints/` and `log.txt` once a minute, `output/` (model package, report, metrics, result),
-`attempts/N.json` ({"attempt", "code", "reason"}) when attempt N has ended, which the index says
-too (attempt.py), `attempts/N.machine` which machine has it. `attempts/N.stop` asks it to stop; a
-note of a later attempt (`M.request.json`) ends it without another word. Of several machines
-(`target.instances`) the first has the run, and the claim; the others write `attempts/N.K.json` and
-`log.K.txt`.
+An instance reads and writes these objects in the bucket (user_data.sh), below runs/RUN/:
+`checkpoints/` and `log.txt`, once a minute; `output/` (model package, report, metrics, result);
+`attempts/N.json` ({"attempt", "code", "reason"}), when attempt N has ended: the index has this too
+(attempt.py); `attempts/N.machine`, the machine that has claimed attempt N. `attempts/N.stop` asks
+it to stop. The note of a later attempt (`M.request.json`) ends it without a message. Of several
+machines (`target.instances`) the first one has the run, and the claim; the others write
+`attempts/N.K.json` and `log.K.txt`.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.common.objects import parsed
 
-NO_IMAGE = "ami-00000000000000000"  # stands in a plan where AWS can't be asked
+NO_IMAGE = "ami-00000000000000000"  # shown in a plan where AWS can't be asked
 
 
 class Ec2(Target):
@@ -90,7 +90,7 @@ class Ec2(Target):
         return target.subnets, target.public_ip
 
     def pinned(self, spec: Spec, attempt: Attempt) -> Spec:
-        """Return the spec with an attempt's image: a newer one could change what comes out."""
+        """Return the spec with an attempt's image: a newer one could change the results."""
         return with_image(spec, _machines_of(attempt)["ImageId"])
 
     def requests(self, spec: Spec) -> list[Request]:
@@ -105,7 +105,7 @@ class Ec2(Target):
         return [placement_group(spec), machines] if several else [machines]
 
     def sent(self, aws: Aws, attempt: Attempt, before: Attempt | None) -> None:
-        """Delete the placement group of the attempt before: its machines have ended."""
+        """Delete the placement group of the previous attempt: its machines have ended."""
         if before is None or before.instances == 1 or before.job == attempt.job:
             return
         others = r"InvalidPlacementGroup\.(Unknown|InUse)"
@@ -134,11 +134,11 @@ class Ec2(Target):
                 )
 
     def offers(self, aws: Aws | None, spec: Spec, waited: float) -> list[Spec]:
-        """Return each kind of machine where AWS likes, then in each zone; spot before on demand.
+        """Return each instance type in a zone of AWS's choice, then in each zone; spot comes first.
 
-        An instance is asked for by RunInstances, once for each of them: each has a token of its
-        own, its refusal a reason, and nothing is left to be removed, as a fleet's template would
-        be (docs/decisions/2026-11-26-a-machine-that-comes.md).
+        Each offer is one RunInstances request: it has its own token, a refusal has a reason, and
+        unlike a fleet's template nothing is left to delete
+        (docs/decisions/2026-11-26-a-machine-that-comes.md).
         """
         target = settings_of(spec)
         markets = [target.spot]
@@ -173,7 +173,7 @@ class Ec2(Target):
             scores = spot_scores(aws, spec) if spec.spot else {}
         except AwsError:
             return ""
-        places = [f"{name} is made in {', '.join(filter(None, zones[name]))}" for name in zones]
+        places = [f"{name} is offered in {', '.join(filter(None, zones[name]))}" for name in zones]
         if scores:
             best = ", ".join(f"{zone} {score}/10" for zone, score in scores.items())
             places.append(f"chances of spot: {best}")
@@ -186,7 +186,7 @@ class Ec2(Target):
         return settings_of(spec).disk_gb * GP3_GB_MONTH / HOURS_A_MONTH + ADDRESS_HOUR
 
     def hour_at_most(self, aws: Aws, attempt: Attempt, state: State) -> float:
-        """Return what it was at most by the zone's price history, below what was bid."""
+        """Return the highest price of the zone while it ran, at most the bid, with its parts."""
         hour = attempt.per_hour or 0.0
         parameters = _machines_of(attempt)
         options = parameters.get("InstanceMarketOptions", {}).get("SpotOptions", {})
@@ -200,13 +200,13 @@ class Ec2(Target):
         return hour - bid + min(bid, max(prices.values()))
 
     def asked_for_spot(self, aws: Aws, spec: Spec) -> float | None:
-        """Return the lowest of the region's zones."""
+        """Return the lowest price of the region's zones."""
         return min(spot_prices(aws, spec.instance_types[0]).values(), default=None)
 
     def observe(self, aws: Aws, attempt: Attempt) -> State:
         if attempt.instances > 1:
             return ec2_together.observe(aws, attempt)
-        if attempt.id is None:  # nobody heard EC2's answer, and a machine may have it all the same
+        if attempt.id is None:  # EC2's answer was lost, but a machine may have the attempt
             attempt = dataclasses.replace(attempt, id=claimed_by(aws, attempt))
         instance = owner_of(aws, attempt, instance_of(aws, attempt))
         outcome = s3.read(aws, attempt.key_of("json"))
@@ -218,12 +218,12 @@ class Ec2(Target):
         return running(instance) or ended_without_word(aws, attempt, instance)
 
     def listed(self, inventory: Inventory, noted: Noted) -> State | None:
-        """Return how it is: what its machine said last, else that it runs."""
+        """Return its state by its machine's last message, else that it runs."""
         if noted.state is not None:
             return noted.state
         attempt = noted.attempt
         if attempt.instances > 1:
-            return None  # each of them is to be looked at
+            return None  # each machine must be looked at
         machines = {each["InstanceId"]: each for each in inventory.instances()}
         instance = machines.get(attempt.id or "")
         if noted.word is not None and noted.said is not None:
@@ -231,8 +231,8 @@ class Ec2(Target):
         return None if instance is None else running(instance)
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
-        # Noted as any other stop, so that nobody takes a machine that is terminated for reclaimed.
-        # What is left of several machines ends since one is gone, and that is no stop.
+        # Noted as any other stop, so that a terminated machine doesn't count as reclaimed. Where
+        # one of several machines is gone, the others end for that, which is no stop.
         if state.ends_by is None:
             self.stop_early(aws, attempt)
         unseen = r"InvalidInstanceID\.NotFound"
@@ -269,7 +269,7 @@ class Ec2(Target):
         return read
 
     def last_words(self, aws: Aws, attempt: Attempt, state: State) -> str:
-        """Return what the machine has written to its console, where it left no other word."""
+        """Return the machine's console output, where it left no note."""
         if state.id is None or not state.detail.endswith(NO_NOTE):
             return ""
         unseen = r"InvalidInstanceID\.NotFound"
@@ -285,7 +285,7 @@ class Ec2(Target):
         return f"runs/{attempt.run}/output/"
 
     def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
-        """Return what the run's own files say: result.json, and metrics.jsonl of its best epoch."""
+        """Return the figures in result.json, and those of the best epoch in metrics.jsonl."""
         place = self.results(inventory.aws, attempt)
         entry = s3.read(inventory.aws, f"{place}result.json")
         if entry is None:
@@ -320,14 +320,14 @@ class Ec2(Target):
 
     @classmethod
     def overdue(cls, inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
-        seen: list[Attempt] = []  # those of several machines: each once
+        seen: list[Attempt] = []  # attempts on several machines: each is yielded once
         for instance in inventory.instances():
             state = running(instance)
             tags = tag_values(instance.get("Tags", []))
             if instance["State"]["Name"] != "running" or "run" not in tags:
                 continue
             number = tags.get("attempt", "")
-            if not number.isdecimal():  # nothing that was submitted
+            if not number.isdecimal():  # not from a submit
                 continue
             if state is None or state.machine_seconds < PATIENCE.total_seconds():
                 continue
@@ -358,5 +358,5 @@ TARGETS = (Ec2("ec2"),)
 
 
 def _machines_of(attempt: Attempt) -> dict[str, Any]:
-    """Return what EC2 was asked for as the attempt's machines: the last of its requests."""
+    """Return the parameters of the attempt's RunInstances: the last of its requests."""
     return attempt.requests[-1].parameters

@@ -1,4 +1,4 @@
-"""Which machines EC2 is asked for where, and at which price at most."""
+"""Which instance types to ask EC2 for, in which zones, and at which maximum price."""
 
 import re
 from datetime import datetime
@@ -13,14 +13,14 @@ from launch.targets.base import Spec
 from launch.targets.ec2_request import settings_of
 from launch.targets.instance_types import names_in
 
-HEADROOM = 1.25  # of the highest price for spot over what EC2 asks when it is asked for
+HEADROOM = 1.25  # the maximum spot price as a multiple of EC2's price at the request
 
 
 def zones_of(aws: Aws | None, spec: Spec) -> dict[str, list[str | None]]:
-    """Return the zones in which each kind of machine is asked for, in order.
+    """Return the zones in which to ask for each instance type, in order.
 
-    None is where AWS likes: the first, unless target.zones says where, and all there is where a
-    subnet is given, or AWS can't or may not be asked. Raise AwsError.
+    None stands for AWS's choice. It comes first, unless target.zones gives zones; it is the only
+    one where a subnet is given, or where AWS can't or may not be asked. Raise AwsError.
     """
     target = settings_of(spec)
     names = spec.instance_types
@@ -53,9 +53,10 @@ def zones_of(aws: Aws | None, spec: Spec) -> dict[str, list[str | None]]:
 
 
 def by_price(zones: list[str | None], prices: dict[str, float]) -> list[str | None]:
-    """Return zones of one kind of machine, the cheapest for spot first, unless they were given.
+    """Return the zones of an instance type, the cheapest for spot first, unless the user gave them.
 
-    Where AWS likes (None) may be where spot is dear, and is not asked for where prices are known.
+    Where prices are known, AWS's choice (None) is left out: it may be a zone with dear spot
+    machines.
     """
     named = [zone for zone in zones if zone is not None]
     if not prices or not named or None not in zones:
@@ -69,7 +70,7 @@ def spot_prices(
     zone: str | None = None,
     between: tuple[datetime | None, datetime | None] = (None, None),
 ) -> dict[str, float]:
-    """Return the highest dollars an hour of a spot machine by zone; {} where it may not be asked.
+    """Return the highest spot price by zone, in dollars per hour; {} where the call is denied.
 
     zone: None for all. between: a beginning and an end; None is now. Raise AwsError.
     """
@@ -98,15 +99,15 @@ def spot_prices(
 
 
 def price_in(zone: str | None, prices: dict[str, float]) -> float | None:
-    """Return the price in a zone, where AWS likes (None) the highest; None: not known."""
+    """Return the price in a zone, for AWS's choice (None) the highest; None: not known."""
     return prices.get(zone) if zone else max(prices.values(), default=None)
 
 
 def highest_bid(asked_now: float | None) -> float | None:
-    """Return what EC2 may bill for an hour of a spot machine at most, in dollars.
+    """Return the maximum price to bid for a spot machine, in dollars per hour.
 
-    Some headroom above what it asks now; above that EC2 takes the machine back. None, the price on
-    demand, where the price is not known.
+    It is HEADROOM times the price now; when the price rises above it, EC2 takes the machine back.
+    None, which means the on-demand price, where the price now is not known.
     """
     if asked_now is None:
         return None
@@ -114,7 +115,7 @@ def highest_bid(asked_now: float | None) -> float | None:
 
 
 def spot_scores(aws: Aws, spec: Spec) -> dict[str, int]:
-    """Return how likely a spot request comes through now, from 1 to 10, by zone. Raise AwsError."""
+    """Return how likely a spot request succeeds now, from 1 to 10, by zone. Raise AwsError."""
     answer = aws.call(
         "ec2",
         "GetSpotPlacementScores",

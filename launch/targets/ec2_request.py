@@ -1,4 +1,4 @@
-"""What is sent to EC2 for a run's machines: a pure function of its Spec, with their script."""
+"""The requests for a run's machines on EC2, with their script: a pure function of the Spec."""
 
 import dataclasses
 import hashlib
@@ -104,9 +104,9 @@ def placement_group(spec: Spec) -> Request:
 
 
 def network(target: Ec2Config) -> dict[str, Any]:
-    """Return where the machine stands, as RunInstances has it.
+    """Return the network parameters of RunInstances.
 
-    A public address is given to an interface, which then takes subnet and groups for itself.
+    Whether there is a public address is set on an interface, which then needs subnet and groups.
     """
     place: dict[str, Any] = {}
     if target.subnet:
@@ -122,7 +122,7 @@ def network(target: Ec2Config) -> dict[str, Any]:
 def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
     """Return the script that the instance runs at each boot.
 
-    upload_every: seconds. Raise UserError where it comes out longer than EC2 allows.
+    upload_every: seconds. Raise UserError where it is longer than EC2 allows.
     """
     limit = round(3600 * spec.hours)
     script = fill(
@@ -158,7 +158,7 @@ def user_data(spec: Spec, upload_every: int = UPLOAD_EVERY) -> str:
 
 
 def processes(config: Config, instances: int = 1) -> str:
-    """Return how many processes train on each machine; empty: as many as it has GPUs."""
+    """Return how many processes train on each machine; "": as many as it has GPUs."""
     if config.train.processes is not None:
         return str(config.train.processes // instances)
     return "1" if config.train.device == "cpu" and instances == 1 else ""
@@ -167,7 +167,7 @@ def processes(config: Config, instances: int = 1) -> str:
 def arguments(spec: Spec) -> list[str]:
     """Return the trainer's command line.
 
-    The user's overrides, then where things lie on the instance, whatever the overrides say.
+    The user's overrides come first, then the paths on the instance, which override them.
     """
     places = [
         "platform=ec2",
@@ -193,8 +193,8 @@ def with_image(spec: Spec, image: str) -> Spec:
 
 
 def grace_of(limit: int) -> int:
-    """Return the seconds before a time limit in which a run saves and uploads.
+    """Return how many seconds before a time limit a run begins to save and upload.
 
-    A tenth of short limits. limit: seconds.
+    GRACE, or a tenth of a short limit. limit: seconds.
     """
     return min(GRACE, limit // 10)

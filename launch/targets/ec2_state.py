@@ -1,4 +1,4 @@
-"""How an attempt on EC2 is: what its machine said last, and what EC2 says of the machine."""
+"""The state of an attempt on EC2: by its machine's last message, and by what EC2 says."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ from launch.targets.attempt import (
 )
 from trainer.common.errors import OK, RESUME
 
-PATIENCE = timedelta(minutes=10)  # past its time limit, in which a machine ends itself
+PATIENCE = timedelta(minutes=10)  # after its time limit, by when a machine has ended itself
 
 # Why EC2 ended an instance: the codes of StateReason (EC2 API reference, "StateReason").
 RECLAIMED = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")
@@ -35,7 +35,7 @@ SPOT_NOTICE, IDLE, TIME_LIMIT = "spot notice", "idle", "time limit"  # in user_d
 
 
 def instance_of(aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
-    """Return the attempt's machine: by its id if known, since its tags may be seen later."""
+    """Return the attempt's machine: by its id if known, since EC2 may show the tags later."""
     if attempt.id is None:
         tags = ("tag:run", attempt.run), ("tag:attempt", str(attempt.number))
         return next(iter(instances(aws, *tags)), None)
@@ -47,15 +47,15 @@ def instance_of(aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
 def claimed_by(aws: Aws, attempt: Attempt) -> str | None:
     """Return the id of the machine that has claimed an attempt, None where none has."""
     claimed = s3.read(aws, attempt.key_of("machine"))
-    # The first of several machines says more: their request and its address.
+    # The first of several machines writes more: their request, and its own address.
     owner = claimed[0].decode(errors="replace").split()[:1] if claimed else []
     return owner[0] if owner and owner[0].startswith("i-") else None
 
 
 def owner_of(aws: Aws, attempt: Attempt, instance: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the machine that has the attempt, where the noted one has ended by itself.
+    """Return the machine that has the attempt; it may not be the noted one, which ended itself.
 
-    Two submits at once may rent two machines; the one that is later ends itself.
+    Two submits at once may rent two machines; the later one ends itself.
     """
     if instance is None or reason_of(instance) != BY_ITSELF:
         return instance
@@ -66,7 +66,7 @@ def owner_of(aws: Aws, attempt: Attempt, instance: dict[str, Any] | None) -> dic
 
 
 def running(instance: dict[str, Any]) -> State | None:
-    """Return the state of a machine that has not ended, None of one that has."""
+    """Return the state of a machine that has not ended, None where it has."""
     name, started = instance["State"]["Name"], instance["LaunchTime"]
     if name in ("terminated", "stopped"):
         return None
@@ -81,7 +81,7 @@ def asked_to_stop(aws: Aws, attempt: Attempt) -> bool:
 def ended_with_word(
     attempt: Attempt, instance: dict[str, Any] | None, word: dict[str, Any], written: datetime
 ) -> State:
-    """Return the state of an attempt that noted its end. written: when."""
+    """Return the state of an attempt whose machine noted its end. written: when it did."""
     started = datetime.fromisoformat(attempt.noted)
     reason = ""
     if instance is not None:
@@ -93,15 +93,15 @@ def ended_with_word(
 
 
 def unlisted(aws: Aws, attempt: Attempt) -> State:
-    """Return the state of an attempt without a word, whose machine EC2 doesn't list."""
+    """Return the state of an attempt without a message, whose machine EC2 doesn't list."""
     if attempt.id is None:
         return attempt.unseen()
     started = datetime.fromisoformat(attempt.noted)
     ended = None
     log_entry = s3.read(aws, f"runs/{attempt.run}/log.txt")
     if log_entry is not None:
-        ended = max(log_entry[1], started)  # it is written once a minute: the best guess
-    # The next attempt has written the log since. Whoever asked for it knew when this one had ended.
+        ended = max(log_entry[1], started)  # the log is written once a minute: the best guess
+    # The next attempt writes the same log. The submit that sent it noted when this one ended.
     following = read(aws, attempt_key(attempt.run, attempt.number + 1, "request.json"))
     if following is not None:
         limit = started + timedelta(hours=attempt.hours) + PATIENCE
@@ -127,7 +127,7 @@ def unlisted(aws: Aws, attempt: Attempt) -> State:
 
 
 def ended_without_word(aws: Aws, attempt: Attempt, instance: dict[str, Any]) -> State:
-    """Return the state of an attempt without a word, by what EC2 says of its machine."""
+    """Return the state of an attempt without a message, by what EC2 says of its machine."""
     started, reason = instance["LaunchTime"], reason_of(instance)
     ended = ended_at(instance)
     seconds = seconds_between(started, ended)
@@ -143,28 +143,28 @@ def ended_without_word(aws: Aws, attempt: Attempt, instance: dict[str, Any]) -> 
 
 
 def ended_at(instance: dict[str, Any]) -> datetime:
-    """Return when EC2 ended an instance, as it says; now, where it doesn't."""
+    """Return when EC2 ended an instance; the time now, where EC2 doesn't say."""
     why = instance.get("StateTransitionReason", "")
     at = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", why)
     return datetime.fromisoformat(at[1]).replace(tzinfo=UTC) if at else now()
 
 
 def why_ended(instance: dict[str, Any]) -> str:
-    """Return why an instance ended, in AWS's words, and what to do about it where that is known."""
+    """Return why an instance ended, in AWS's words, and what to do about it, where we know."""
     told = instance.get("StateReason", {}).get("Message", "")
     told = told or instance.get("StateTransitionReason", "") or "terminated"
     return "; ".join(filter(None, [told, remedy(reason_of(instance), told)]))
 
 
 def reason_of(instance: dict[str, Any]) -> str:
-    """Return AWS's code for why an instance ended, empty where it has none."""
+    """Return AWS's code for why an instance ended, "" where there is none."""
     return str(instance.get("StateReason", {}).get("Code", ""))
 
 
 def phase_told(word: dict[str, Any], reason: str) -> Phase:
-    """Return the phase by what an instance said last (user_data.sh).
+    """Return the phase by an instance's last message (user_data.sh).
 
-    word: its code, the trainer's or the set-up's, and why it ended. reason: AWS's, or empty.
+    word: the exit code of the trainer or the set-up, and why it ended. reason: AWS's, or "".
     """
     if word["code"] == OK:
         return Phase.COMPLETE
@@ -180,7 +180,7 @@ def phase_told(word: dict[str, Any], reason: str) -> Phase:
 
 
 def phase_of_reason(reason: str) -> Phase:
-    """Return the phase of an instance that ended without a word, by AWS's reason."""
+    """Return the phase of an instance that ended without a message, by AWS's reason."""
     if reason in RECLAIMED:
         return Phase.LOST
     phases = {NO_CAPACITY: Phase.NO_CAPACITY, BY_HAND: Phase.STOPPED}

@@ -1,4 +1,4 @@
-"""How an attempt on several EC2 machines is: they begin together, and end together."""
+"""The state of an attempt on several EC2 machines, which begin together and end together."""
 
 import dataclasses
 import re
@@ -39,22 +39,22 @@ AWAY = "EC2 lists it no longer"
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """One of an attempt's machines: what it said last, and what EC2 says of it."""
+    """One of an attempt's machines: its last message, and what EC2 says of it."""
 
     number: int  # from 0; the first one has the run
     started: datetime
-    ended: datetime | None  # by its own word or EC2's
+    ended: datetime | None  # by its own message, or by EC2
     word: dict[str, Any] | None
     instance: dict[str, Any] | None  # None: EC2 doesn't list it
 
     @property
     def reason(self) -> str:
-        """AWS's code for why it ended, empty where it has none."""
+        """AWS's code for why it ended, "" where there is none."""
         return "" if self.instance is None else reason_of(self.instance)
 
     @property
     def is_lost(self) -> bool:
-        """Whether it has ended otherwise than well."""
+        """Whether it has ended without success."""
         return self.ended is not None and (self.word is None or self.word["code"] != OK)
 
     @property
@@ -69,7 +69,7 @@ class Machine:
 
 
 def instances_of(aws: Aws, attempt: Attempt) -> list[dict[str, Any]]:
-    """Return the attempt's machines that EC2 lists: those of the one request that has it.
+    """Return the attempt's machines that EC2 lists: those of the one request that has claimed it.
 
     Two submits at once may send two requests; the machines of the later one end themselves.
     """
@@ -89,7 +89,7 @@ def instances_of(aws: Aws, attempt: Attempt) -> list[dict[str, Any]]:
 
 
 def observe(aws: Aws, attempt: Attempt) -> State:
-    """Return how an attempt is on its machines: it has ended when all of them have."""
+    """Return the state of an attempt: it has ended when all its machines have."""
     attempt = dataclasses.replace(attempt, id=claimed_by(aws, attempt) or attempt.id)
     instances = instances_of(aws, attempt)
     words = _words(aws, attempt)
@@ -123,7 +123,7 @@ def observe(aws: Aws, attempt: Attempt) -> State:
         return dataclasses.replace(state, detail=detail)
     first = lost[0]
     assert first.ended is not None
-    # Those that train see it by themselves, and save; one that never came leaves nothing to save.
+    # Training machines notice the loss themselves, and save; where one never started, none trains.
     patience = timedelta() if first.reason == NO_CAPACITY else PATIENCE
     detail = f"{len(lost)} of {attempt.instances} machines lost, the others end ({first.told})"
     return dataclasses.replace(state, detail=detail, ends_by=first.ended + patience)
@@ -134,7 +134,7 @@ def _machines(
     instances: list[dict[str, Any]],
     words: dict[int, tuple[dict[str, Any], datetime]],
 ) -> list[Machine]:
-    """Return each of the attempt's machines, by number. One that EC2 forgot has ended."""
+    """Return the attempt's machines in order. One that EC2 no longer lists has ended."""
     numbered = {int(each.get("AmiLaunchIndex", 0)): each for each in instances}
     noted = datetime.fromisoformat(attempt.noted)
     machines = []
@@ -148,7 +148,7 @@ def _machines(
         if ended is None and instance is not None and running(instance) is None:
             ended = ended_at(instance)
             if reason_of(instance) == NO_CAPACITY:
-                ended = started  # it is not billed
+                ended = started  # AWS bills nothing for it
         machines.append(Machine(number, started, ended, word, instance))
     return machines
 
@@ -156,8 +156,8 @@ def _machines(
 def _phase(aws: Aws, attempt: Attempt, machines: list[Machine], lost: list[Machine]) -> Phase:
     """Return the phase of an attempt whose machines have all ended.
 
-    The first machine has the run: where it is done, that is what counts. lost: those that did
-    not end well, the first to go before the others.
+    The first machine has the run: where it has succeeded, that counts. lost: machines that ended
+    without success, in order of their ends.
     """
     main = machines[0].word
     if main is not None and main["code"] == OK:
@@ -179,7 +179,7 @@ def _phase(aws: Aws, attempt: Attempt, machines: list[Machine], lost: list[Machi
 
 
 def _words(aws: Aws, attempt: Attempt) -> dict[int, tuple[dict[str, Any], datetime]]:
-    """Return what each machine said last, by its number, and when. Raise AwsError."""
+    """Return each machine's last message and its time, by number. Raise AwsError."""
     names = s3.listing(aws, f"runs/{attempt.run}/attempts/").items()
     words = {}
     for name, item in names:

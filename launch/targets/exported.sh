@@ -24,7 +24,7 @@ get() {
   cd "$scratch/source" && PACKHORSE_WHEELS=${wheels:+$scratch/wheels} .ci/setup "$extras"
 }
 
-# A run that this engine has started before has used some of its time, on all its machines together.
+# Earlier machines of this run have used some of its time.
 spent() { aws s3 cp --only-show-errors "$s3_run/exported.seconds" - 2>/dev/null || echo 0; }
 note() { echo $((used + SECONDS)) | aws s3 cp --only-show-errors - "$s3_run/exported.seconds"; }
 
@@ -36,8 +36,8 @@ if ((left <= 0)); then
   exit 1
 fi
 processes=${processes:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
-set -m # the training gets a process group of its own
-# At the limit it is asked to save and to end, and is killed where it doesn't.
+set -m # the training gets its own process group
+# Before the limit the training gets SIGTERM, saves and ends; where it doesn't end, it is killed.
 timeout --preserve-status --kill-after="$grace" "$((left > grace ? left - grace : left))" \
   .venv/bin/python -m trainer.distributed.torchrun --standalone --nproc_per_node="$((processes > 0 ? processes : 1))" \
   -m trainer "${arguments[@]}" > >(tee -a "$log") 2>&1 &

@@ -1,4 +1,4 @@
-"""What is known of AWS's instance types, beside their prices."""
+"""Facts about AWS's instance types, except their prices."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from trainer.common.errors import UserError
 from trainer.settings.config import Config
 
-# GPUs of NVIDIA in the machines that have several: AWS's tables of instance types (2026-11).
+# Numbers of NVIDIA GPUs in machines that have several: AWS's tables of instance types (2026-11).
 _GPUS = {
     2: "g3.8xlarge g5g.16xlarge g5g.metal g7.12xlarge g7e.12xlarge",
     4: "g3.16xlarge g4dn.12xlarge g5.12xlarge g5.24xlarge g6.12xlarge g6.24xlarge "
@@ -20,7 +20,7 @@ GPUS = {name: count for count, names in _GPUS.items() for name in names.split()}
 
 
 def names_in(text: str | None) -> list[str]:
-    """Return the names in a setting that holds one, or several with commas, also in [ ]."""
+    """Return the names in a setting: one, or several with commas, with or without [ ]."""
     names = [name.strip() for name in (text or "").strip("[] ").split(",")]
     return [name for name in names if name]
 
@@ -31,12 +31,12 @@ def gpus(instance_type: str) -> int:
 
 
 def has_gpu(instance_type: str) -> bool:
-    """Return whether machines of this type, with or without `ml.`, have GPUs of NVIDIA."""
+    """Return whether an instance type has NVIDIA GPUs. Takes names with and without `ml.`."""
     return re.match(r"(ml\.)?(p|gr?)\d", instance_type) is not None
 
 
-# Families whose GPUs are none of NVIDIA's, or older than CUDA 13 serves (compute capability 7.5),
-# and chips that are no GPUs: the container and AMI that we start do nothing with them.
+# Families whose GPUs are not NVIDIA's, or too old for CUDA 13 (compute capability 7.5), and
+# accelerators that are no GPUs: the container and AMI that we start can't use them.
 _USELESS = {
     "g3": "its M60 is older than CUDA 13 serves",
     "g3s": "its M60 is older than CUDA 13 serves",
@@ -50,7 +50,7 @@ _USELESS = {
     "its accelerator is no GPU",
 )
 
-# GB of the local disk, which SageMaker uses in the place of a volume of any size: AWS's tables.
+# GB of the local disk, which SageMaker uses instead of a volume of chosen size: AWS's tables.
 LOCAL_GB = {
     "g4dn": {"xlarge": 125, "2xlarge": 225, "4xlarge": 225, "8xlarge": 900, "12xlarge": 900,
              "16xlarge": 900},
@@ -64,15 +64,15 @@ LOCAL_GB = {
 
 
 def local_gb(instance_type: str) -> int | None:
-    """Return the GB of a machine's local disk; None: it has none, or that is not known."""
+    """Return the GB of a machine's local disk; None: it has none, or its size is not known."""
     family, _, size = instance_type.removeprefix("ml.").partition(".")
     return LOCAL_GB.get(family, {}).get(size)
 
 
 def check_trains(instance_type: str) -> None:
-    """Raise UserError for a machine that what we start there can't run on, or can't use.
+    """Raise UserError for a machine that our container or AMI can't run on, or can't use.
 
-    AWS names processors of ARM by a g after the generation: g5g, m7g, c7gn.
+    In AWS's names a g after the generation means an ARM processor: g5g, m7g, c7gn.
     """
     family = instance_type.removeprefix("ml.").partition(".")[0]
     why = _USELESS.get(family)
@@ -86,9 +86,9 @@ def check_trains(instance_type: str) -> None:
 
 
 def processes(instance_type: str, config: Config, instances: int = 1) -> int:
-    """Return how many processes train, on all machines.
+    """Return how many processes train, on all machines together.
 
-    It is one for each GPU, unless the settings say how many.
+    One for each GPU, unless the settings give their number.
     """
     if config.train.processes is not None:
         return config.train.processes
@@ -99,7 +99,7 @@ def processes(instance_type: str, config: Config, instances: int = 1) -> int:
 
 @dataclass(frozen=True)
 class InstanceType:
-    """A machine of a target's default, or that would be one."""
+    """A machine that is a target's default, or could be."""
 
     name: str  # as in target.instance_type
     vcpus: int

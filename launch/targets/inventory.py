@@ -1,4 +1,4 @@
-"""What AWS and the bucket list of a project at one moment: each listing is asked for once.
+"""What AWS and the bucket list of a project at one moment. Each listing is fetched once.
 
 So a look at hundreds of runs takes as many calls as a look at one.
 """
@@ -17,7 +17,7 @@ from launch.targets.attempt import Noted
 
 
 class Inventory:
-    """The listings. Each method may be called from several threads, and raises AwsError."""
+    """The listings. Several threads may call a method. Each may raise AwsError."""
 
     def __init__(self, aws: Aws) -> None:
         self.aws = aws
@@ -34,9 +34,9 @@ class Inventory:
         return {(each.attempt.run, each.attempt.number): each.attempt for each in self.noted()}
 
     def price_of(self, instance_type: str, run: str | None = None) -> Price:
-        """Return the price of a run's machine as it was noted, else the table's.
+        """Return the price of a run's machine as noted, else the table's.
 
-        Raise no AwsError: what runs is shown to a caller, too, who may not read the notes.
+        Raise no AwsError: a caller who may not read the notes still sees what runs.
         """
         tried: list[notes.Attempt] = []
         with contextlib.suppress(AwsError):
@@ -45,15 +45,15 @@ class Inventory:
         return noted[-1] if noted else price(instance_type, self.aws.region)
 
     def instances(self) -> list[dict[str, Any]]:
-        """Return our EC2 instances as EC2 describes them, those that ended of late too."""
+        """Return our EC2 instances as EC2 describes them, including those that ended recently."""
         return list(self._once("instances", lambda: ownership.instances(self.aws)))
 
     def training_jobs(self) -> dict[str, dict[str, Any]]:
-        """Return our training jobs by name, trials too, as SageMaker describes them."""
+        """Return our training jobs, including trials, by name, as SageMaker describes them."""
         return dict(self._once("training jobs", lambda: ownership.training_jobs(self.aws)))
 
     def tuning_jobs(self) -> dict[str, dict[str, Any]]:
-        """Return what may be our tuning jobs by name, as SageMaker lists them."""
+        """Return the tuning jobs that may be ours, by name, as SageMaker lists them."""
         kind = "HyperParameterTuningJob"
         return dict(
             self._once(
@@ -63,17 +63,17 @@ class Inventory:
         )
 
     def prefetch(self) -> None:
-        """Ask for what a look at all runs needs, at the same time."""
+        """Fetch at the same time the listings that a look at all runs needs."""
 
         def ask(listing: Callable[[], object]) -> None:
-            with contextlib.suppress(AwsError):  # raised again for whoever needs it
+            with contextlib.suppress(AwsError):  # raised again when the listing is read
                 listing()
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(ask, (self.noted, self.instances, self.training_jobs)))
 
     def _once(self, name: str, ask: Callable[[], Any]) -> Any:
-        """Return the answer that was given before, or ask; raise the refusal likewise."""
+        """Return the earlier answer, or ask. An earlier refusal is raised again."""
         with self._lock:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:

@@ -1,6 +1,6 @@
 """A small SageMaker notebook to start jobs from.
 
-As requests: first its scripts, which set the project up and stop the notebook when idle.
+Its first request makes the scripts that set the project up and stop the notebook when idle.
 """
 
 import base64
@@ -24,7 +24,7 @@ from trainer.common.errors import UserError
 from trainer.settings.config import Config, setting
 
 DELETED = "deleted"
-AL2023 = "notebook-al2023-v2"  # Amazon Linux 2023; tests/ends.py says until when
+AL2023 = "notebook-al2023-v2"  # Amazon Linux 2023; tests/ends.py has the end of its support
 
 
 @dataclass
@@ -44,14 +44,14 @@ class Notebook(OnSageMaker):
     trains = False
 
     def run_id(self, config: Config, placed: Config, overrides: Sequence[str]) -> str:
-        """Return the same for all: an account has one notebook."""
+        """Return the same id for all: an account has one notebook."""
         return "notebook"
 
     def requests(self, spec: Spec) -> list[Request]:
         return [lifecycle_config(spec), notebook_instance(spec)]
 
     def restart(self, attempt: Attempt, state: State, spec: Spec) -> list[Request]:
-        """Return what starts it again, as it is asked for now, with the code of now."""
+        """Return the requests that start it again, with today's settings and code."""
         if state.phase is Phase.ABSENT or state.detail == DELETED:
             return []
         name = {"NotebookInstanceName": attempt.job}
@@ -69,21 +69,21 @@ class Notebook(OnSageMaker):
             )
 
     def connection(self, aws: Aws, attempt: Attempt, state: State) -> str | list[str]:
-        """Return the address of its page, good for half a day of work."""
+        """Return the address of its page, which is good for half a day of work."""
         name = {"NotebookInstanceName": attempt.job}
         answer = aws.call("sagemaker", "CreatePresignedNotebookInstanceUrl", **name)
         return str(answer["AuthorizedUrl"])
 
     def deletes(self, attempt: Attempt) -> str:
-        return f"the notebook {attempt.job}, with its disk and all that lies on it"
+        return f"the notebook {attempt.job}, with its disk and all files on it"
 
     def delete(self, aws: Aws, attempt: Attempt, every: float) -> None:
         teardown.delete_notebook(aws, attempt.job, every)
-        # Noted, so that it isn't taken for one that is too young to be listed.
+        # Noted, so that it doesn't count as too new for AWS to list it.
         s3.write(aws, attempt.key_of("deleted"), b"")
 
     def observe(self, aws: Aws, attempt: Attempt) -> State:
-        """Return how it is; one that was deleted is not on its way."""
+        """Return its state: where AWS doesn't list it, a deleted one is not about to start."""
         state = super().observe(aws, attempt)
         if state.detail == UNSEEN and s3.exists(aws, attempt.key_of("deleted")):
             return State(Phase.STOPPED, DELETED, id=attempt.id)
@@ -93,7 +93,7 @@ class Notebook(OnSageMaker):
         status = described["NotebookInstanceStatus"]
         ends = {"Stopped": Phase.STOPPED, "Stopping": Phase.STOPPED, "Failed": Phase.FAILED}
         phase = ends.get(status, Phase.RUNNING)
-        started = described.get("LastModifiedTime")  # it changes with each start and stop
+        started = described.get("LastModifiedTime")  # AWS sets it with each start and stop
         seconds = seconds_between(started, now()) if phase is Phase.RUNNING else 0.0
         detail = described.get("FailureReason") or status
         id = described["NotebookInstanceArn"]
@@ -128,7 +128,7 @@ TARGETS = (Notebook("notebook"),)
 
 
 def lifecycle_config(spec: Spec) -> Request:
-    """Return the scripts that SageMaker runs as root: when it is made, and at each start."""
+    """Return the request for the scripts that SageMaker runs as root, at creation and start."""
     scripts = {"OnCreate": on_create(spec), "OnStart": on_start(spec)}
     contents = {
         when: [{"Content": base64.b64encode(script.encode()).decode()}]
@@ -142,7 +142,7 @@ def lifecycle_config(spec: Spec) -> Request:
 
 
 def notebook_instance(spec: Spec) -> Request:
-    """Return the notebook; it refers to `lifecycle_config`, which must be there."""
+    """Return the request for the notebook. Its `lifecycle_config` must exist before."""
     target = _config(spec)
     parameters: dict[str, Any] = {
         "NotebookInstanceName": spec.job_name,
@@ -163,17 +163,17 @@ def notebook_instance(spec: Spec) -> Request:
     return Request("sagemaker", "CreateNotebookInstance", parameters)
 
 
-# What of a notebook can be changed while it is stopped, and is refused while it runs.
+# Parameters of a notebook that AWS changes only while it is stopped.
 CHANGEABLE = ("InstanceType", "VolumeSizeInGB", "RoleArn")
 
 
 def settled(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a notebook's request can be changed later."""
+    """Return the parameters of a notebook's request that can be changed later."""
     return {key: parameters[key] for key in CHANGEABLE if key in parameters}
 
 
 def changes(spec: Spec) -> list[Request]:
-    """Return what makes a stopped notebook, and its scripts, what is asked for now."""
+    """Return the requests that give a stopped notebook and its scripts today's settings."""
     scripts = {
         key: value for key, value in lifecycle_config(spec).parameters.items() if key != "Tags"
     }

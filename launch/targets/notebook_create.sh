@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs once, as root, when the notebook is made: puts the project into its home directory, which is kept while the notebook is stopped.
+# Runs once, as root, when the notebook is created: puts the project into its home directory, which survives a stop.
 set -euo pipefail
 
 @SETTINGS@

@@ -1,4 +1,4 @@
-"""Machines past their time limit: they should have ended themselves, and cost money till ended."""
+"""Machines past their time limit: they didn't end themselves, and cost money until someone does."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ def machines(inventory: Inventory) -> Iterator[tuple[Attempt, State]]:
 
 
 def line(attempt: Attempt, state: State) -> str:
-    """Return what is to be known of a machine past its limit."""
+    """Return a line about a machine past its limit: its run, how late it is, its cost."""
     spent = attempt.dollars(state)
     cost = "price unknown" if spent is None else f"{dollars(spent)} so far"
     if state.ends_by is not None:
@@ -30,13 +30,12 @@ def line(attempt: Attempt, state: State) -> str:
 
 
 def warn(inventory: Inventory, targets: Sequence[str]) -> None:
-    """Say what is past its limit.
+    """Print the machines past their limits.
 
-    It goes to standard error, since standard output may be a document. targets: the overrides of
-    the target that were given. Raise AwsError where AWS can't be asked at all, but not where it
-    doesn't answer this one question.
+    To standard error, since standard output may be a document. targets: the user's overrides of the
+    target. Raise AwsError where AWS can't be asked at all, but not where it refuses this question.
     """
-    inventory.aws.account  # noqa: B018 (who can't be told this is told nothing)
+    inventory.aws.account  # noqa: B018 (raises AwsError without credentials)
     given = [override for override in targets if not override.startswith("target=")]
     end_it = command("launch", "status", "--end", *given)
     try:
@@ -47,9 +46,9 @@ def warn(inventory: Inventory, targets: Sequence[str]) -> None:
 
 
 def end(inventory: Inventory) -> None:
-    """End what is past its limit. Raise AwsError."""
+    """End the machines past their limits. Raise AwsError."""
     for attempt, state in list(machines(inventory)):
-        _say(f"OVERDUE: {line(attempt, state)}: it is ended")
+        _say(f"OVERDUE: {line(attempt, state)}: ending it")
         base.of(attempt).stop_running(inventory.aws, attempt, state, at_once=True)
 
 

@@ -1,4 +1,4 @@
-"""What a target asks of AWS before anything is rented, read-only."""
+"""The read-only questions that a target asks AWS before anything is rented."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ REQUEST = "https://console.aws.amazon.com/servicequotas/home/services"
 
 @dataclass(frozen=True)
 class Answer:
-    """A line; empty: nothing worth a line. missing: what would stop the run, with its remedy."""
+    """A line to show; "": nothing. missing: what would stop the run, and what to do about it."""
 
     line: str
     missing: str | None = None
@@ -21,7 +21,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. about: a word for it."""
+    """A question to AWS. about: its subject, in one word."""
 
     about: str
     ask: Callable[[Aws], Answer]
@@ -52,9 +52,9 @@ def quota(wanted: Quota) -> Question:
 
 
 def capacity(instance_type: str, spot: bool, instances: int) -> Question:
-    """Return the question where EC2 offers a machine, and for spot how well AWS rates the chances.
+    """Return the question where EC2 offers a machine, and how AWS rates the chances for spot.
 
-    Whether one is free this minute AWS tells nobody before it is asked for.
+    AWS doesn't tell whether a machine is free now; only a request can show it.
     """
 
     def ask(aws: Aws) -> Answer:
@@ -84,8 +84,8 @@ def capacity(instance_type: str, spot: bool, instances: int) -> Question:
 def together(subnet: str | None, groups: Sequence[str]) -> Question:
     """Return the question whether several machines of a run reach each other.
 
-    groups: their security groups; without any they have the VPC's default one, which AWS makes
-    with a rule that lets its own members talk.
+    groups: their security groups; [] means the VPC's default group, which AWS creates with a rule
+    that lets its members talk to each other.
     """
 
     def ask(aws: Aws) -> Answer:
@@ -114,7 +114,7 @@ def together(subnet: str | None, groups: Sequence[str]) -> Question:
 
 
 def way_to_s3(subnet: str | None, public_ip: bool | None = None) -> Question:
-    """Return the question where machines would stand, and whether they reach S3 from there.
+    """Return the question in which subnets machines would run, and whether they reach S3 there.
 
     public_ip: whether they have a public address; None: as the subnet says.
     """
@@ -138,8 +138,8 @@ def way_to_s3(subnet: str | None, public_ip: bool | None = None) -> Question:
         if all(each.is_ipv6_only for each in found):
             return Answer(
                 line,
-                f"a subnet with IPv4: {', '.join(cut_off[:3])} has IPv6 alone, by which S3 and the "
-                "index of packages are not reached: name another target.subnet, or give it NAT64 "
+                f"a subnet with IPv4: {', '.join(cut_off[:3])} has IPv6 alone, which reaches "
+                "neither S3 nor the package index: name another target.subnet, or give it NAT64 "
                 f"(DNS64, and a route from {network.NAT64} to a NAT gateway)",
             )
         return Answer(

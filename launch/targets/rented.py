@@ -1,4 +1,4 @@
-"""What costs money by the hour: machines, whoever rented them."""
+"""What costs money by the hour: machines and disks, whoever rented them."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,7 +9,7 @@ from launch.targets.attempt import now, seconds_between
 
 @dataclass(frozen=True)
 class Rented:
-    """Something that costs money by the hour, as long as it is there."""
+    """Something that costs money by the hour as long as it exists."""
 
     kind: str
     name: str
@@ -22,7 +22,7 @@ class Rented:
 
 @dataclass(frozen=True)
 class Machines:
-    """Machines of one type, rented since a time."""
+    """Machines of one type that were rented at the same time."""
 
     instance_type: str
     since: datetime | None  # None: they have not begun
@@ -33,7 +33,7 @@ class Machines:
 def rented(
     kind: str, name: str, machines: Machines, price: Price, run: str | None = None
 ) -> Rented:
-    """Return what machines cost by the price of an hour of one."""
+    """Return machines with their cost. price: of one machine."""
     hours = machines.count * seconds_between(machines.since, now()) / 3600
     text = f"{machines.count} x {machines.instance_type}"
     if machines.spot:

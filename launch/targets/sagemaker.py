@@ -1,4 +1,4 @@
-"""What SageMaker runs for us, and a training job of it, on one machine or on several.
+"""SageMaker as a target: what its targets share, and training jobs on one or several machines.
 
 Requests are pure functions of a Spec: plain data, the same for `plan`, `submit` and `rehearse`.
 """
@@ -38,12 +38,12 @@ from trainer.common.errors import UserError
 from trainer.settings import config as settings
 from trainer.settings.config import Config, setting
 
-PYTORCH = "2.13"  # as on the AMI of target=ec2; tests/ends.py says until when
+PYTORCH = "2.13"  # as on the AMI of target=ec2; tests/ends.py has the end of its support
 CUDA = "cu133"
 
-# AWS's image runs the toolkit's `train` under a shell that keeps SIGTERM for itself. This one
-# hands it to the whole process group: the toolkit ignores it, the trainer saves, and the container
-# lives until the toolkit has seen the trainer end. AWS's limits: one line, 256 characters.
+# AWS's image runs the toolkit's `train` under a shell that doesn't pass SIGTERM on. This one sends
+# it to the whole process group: the toolkit ignores it, the trainer saves, and the container lives
+# until the toolkit has seen the trainer end. AWS's limits: one line, 256 characters.
 ENTRYPOINT = ["bash", "-c"]
 ON_STOP = (
     "set -m; (trap '' TERM; exec train) & job=$!; set +m; "
@@ -53,10 +53,10 @@ ON_STOP = (
 
 CHECKPOINTS = "/opt/ml/checkpoints"  # as in conf/platform/sagemaker.yaml
 CHANNEL = "training"  # holds the folders train, valid and test
-RUNNING = ("InProgress", "Stopping")  # TrainingJobStatus of what costs money
+RUNNING = ("InProgress", "Stopping")  # TrainingJobStatus of jobs that cost money
 STARTING = r"\b(Pending|Updating)\b"  # statuses of a notebook that can't be stopped yet
 NO_CAPACITY = "CapacityError"  # begins FailureReason where SageMaker found no machine free
-# SecondaryStatus of a job that a limit has stopped, in our words.
+# SecondaryStatus of a job that was stopped by a limit, in our words.
 ENDS = {
     "MaxRuntimeExceeded": "MaxRuntimeExceeded: target.hours, or what its ceiling left, is over",
     "MaxWaitTimeExceeded": (
@@ -73,15 +73,15 @@ _NOT_FOR_A_JOB = re.compile(
 
 
 class OnSageMaker(Target):
-    """What runs at SageMaker has in common, whatever it is there."""
+    """What all targets at SageMaker have in common."""
 
     platform = "sagemaker"
     logs_late = True
-    use: ClassVar[str] = "training job"  # as SageMaker's quotas call what its machines are for
+    use: ClassVar[str] = "training job"  # the machines' use, in the words of SageMaker's quotas
     thing: ClassVar[str]  # its name in SageMaker's operations: Describe..., Stop...
     page: ClassVar[str]  # of the console
     log_group: ClassVar[str] = TRAINING_GROUP
-    log_streams: ClassVar[str] = "{job}/"  # how their names begin; then the host's follows
+    log_streams: ClassVar[str] = "{job}/"  # how their names begin; the host's name follows
 
     def check(self, target: Any) -> None:
         if bool(target.subnets) != bool(target.groups):
@@ -103,12 +103,12 @@ class OnSageMaker(Target):
         return [quota(quotas.of_sagemaker(spec.instance_types[0], use, count))]
 
     def described(self, aws: Aws, attempt: Attempt) -> dict[str, Any] | None:
-        """Return what SageMaker says of it; None where it doesn't list it."""
+        """Return SageMaker's description of an attempt; None where SageMaker doesn't know it."""
         name = {f"{self.thing}Name": attempt.job}
         return aws.find("sagemaker", f"Describe{self.thing}", NOT_FOUND, **name)
 
     def observe(self, aws: Aws, attempt: Attempt) -> State:
-        if attempt.refused == TAKEN:  # what SageMaker has under this name is not ours
+        if attempt.refused == TAKEN:  # the job of this name at SageMaker is not ours
             return attempt.unseen()
         described = self.described(aws, attempt)
         if described is None:
@@ -124,12 +124,12 @@ class OnSageMaker(Target):
         return self.state(inventory.aws, noted.attempt, described)
 
     def of_listing(self, inventory: Inventory, attempt: Attempt) -> dict[str, Any] | None:
-        """Return what listings say of an attempt, as if it was described; None: not enough."""
+        """Return an attempt's description from listings; None where they don't say enough."""
         return None
 
     @abstractmethod
     def state(self, aws: Aws, attempt: Attempt, described: dict[str, Any]) -> State:
-        """Return how an attempt is by what SageMaker says of it."""
+        """Return the state of an attempt by SageMaker's description."""
 
     def stop_running(self, aws: Aws, attempt: Attempt, state: State, at_once: bool) -> None:
         if state.detail == "Stopping":
@@ -143,7 +143,7 @@ class OnSageMaker(Target):
                 raise
             if re.search(STARTING, error.message):
                 raise UserError(
-                    f"{attempt.job} still starts, and SageMaker stops nothing that does "
+                    f"{attempt.job} is still starting, and SageMaker can't stop it yet "
                     f"({error.message}); start the same command again in some minutes"
                 ) from error
             log.info("%s has ended meanwhile, or is about to (%s)", attempt.job, error.message)
@@ -189,7 +189,7 @@ class SageMaker(OnSageMaker):
     """A training job."""
 
     config = SageMakerConfig
-    most_types: ClassVar[int] = 5  # kinds of machines in one request: SageMaker's limit
+    most_types: ClassVar[int] = 5  # instance types in one request: SageMaker's limit
     role = "training"
     thing = "TrainingJob"
     page = "jobs"
@@ -226,7 +226,7 @@ class SageMaker(OnSageMaker):
     def stands_in(self, target: SageMakerConfig) -> tuple[list[str], bool | None]:
         if not target.subnets:
             return [], None
-        return target.subnets, False  # SageMaker gives its machines no public address there
+        return target.subnets, False  # in them SageMaker's machines get no public address
 
     def requests(self, spec: Spec) -> list[Request]:
         return [training_job(spec)]
@@ -261,10 +261,10 @@ class SageMaker(OnSageMaker):
         except AwsError as error:
             if not re.fullmatch(DENIED, error.code):
                 raise
-            return None  # who may not search may ask for each
+            return None  # a user who may not search may still ask about each job
 
     def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
-        """Return the last of each metric that SageMaker has seen in the log."""
+        """Return the last value of each metric that SageMaker has read from the log."""
         job = self.of_listing(inventory, attempt) or self.described(inventory.aws, attempt) or {}
         metrics = job.get("FinalMetricDataList", [])
         values = {metric["MetricName"]: float(metric["Value"]) for metric in metrics}
@@ -279,7 +279,7 @@ class SageMaker(OnSageMaker):
 
     @classmethod
     def rented(cls, inventory: Inventory) -> Iterator[Rented]:
-        """Yield the training jobs that run, the trials of tuning jobs too."""
+        """Yield the running training jobs, including the trials of tuning jobs."""
         for name, job in inventory.training_jobs().items():
             if job["TrainingJobStatus"] not in RUNNING:
                 continue
@@ -306,7 +306,7 @@ def job_phase(status: str) -> Phase:
 
 
 def job_results(attempt: Attempt, job: str) -> str:
-    """Return where SageMaker puts model.tar.gz and output.tar.gz of a training job."""
+    """Return the key prefix of a training job's model.tar.gz and output.tar.gz."""
     return f"runs/{attempt.run}/output/{job}/output/"
 
 
@@ -314,9 +314,9 @@ def job_results(attempt: Attempt, job: str) -> str:
 
 
 def training_job(spec: Spec) -> Request:
-    """Return CreateTrainingJob, on one or several machines.
+    """Return the CreateTrainingJob request, for one or several machines.
 
-    Raise UserError for settings that such a job can't carry or do.
+    Raise UserError for settings that such a job can't take.
     """
     target = checked(spec)
     parameters: dict[str, Any] = {
@@ -347,9 +347,9 @@ def image(target: SageMakerConfig, region: str) -> str:
 
 
 def preferred_machine(definition: dict[str, Any]) -> dict[str, Any]:
-    """Return InstanceType and InstanceCount of a job: what it has, else what it prefers.
+    """Return InstanceType and InstanceCount of a job: those that it has, else the preferred ones.
 
-    definition: of CreateTrainingJob, of a trial, or as SageMaker describes a job.
+    definition: of CreateTrainingJob or of a trial, or SageMaker's description of a job.
     """
     tried_in_turn = definition.get("HyperParameterTuningResourceConfig", {}).get("InstanceConfigs")
     if tried_in_turn:
@@ -364,14 +364,14 @@ def preferred_machine(definition: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_type(target: SageMakerConfig) -> str:
-    """Return the machine that is preferred; the others have as many GPUs."""
+    """Return the preferred instance type; the others have as many GPUs."""
     return names_in(target.instance_type)[0]
 
 
 def machines(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
-    """Return which machines a training job takes: of one kind, or the first that is free."""
+    """Return the machines of a training job: of one type, or of the first type that is free."""
     volume: dict[str, Any] = {"VolumeSizeInGB": target.disk_gb}
-    # AWS takes no key for the disks that a machine brings along: they are encrypted by themselves.
+    # AWS takes no key for a machine's local disks: their hardware encrypts them.
     if target.kms_key and all(local_gb(name) is None for name in names_in(target.instance_type)):
         volume["VolumeKmsKeyId"] = target.kms_key
     counted = [
@@ -385,7 +385,7 @@ def machines(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
 def checked(spec: Spec) -> SageMakerConfig:
     """Return the target's settings.
 
-    Raise UserError for settings of the trainer that are right by themselves but not for a job.
+    Raise UserError for settings of the trainer that are valid, but not for a job.
     """
     target = spec.target
     assert isinstance(target, SageMakerConfig)
@@ -394,7 +394,7 @@ def checked(spec: Spec) -> SageMakerConfig:
 
 
 def check_settings(config: Config, target: SageMakerConfig) -> None:
-    """Raise UserError for settings that are right by themselves but not for such a job."""
+    """Raise UserError for settings that are valid, but not for such a job."""
     if config.train.device == "cuda" and not has_gpu(first_type(target)):
         raise UserError(
             f"train.device=cuda: {target.instance_type} has no GPU; "
@@ -425,15 +425,15 @@ def check_settings(config: Config, target: SageMakerConfig) -> None:
 def for_job(overrides: Iterable[str]) -> list[str]:
     """Return the overrides that a job takes.
 
-    Where things lie is the container's to say, and which search space the tuner's.
+    Not paths, which the container sets, nor the search space, which the tuner has.
     """
     return [override for override in overrides if not _NOT_FOR_A_JOB.fullmatch(override)]
 
 
 def start(spec: Spec, target: SageMakerConfig) -> dict[str, str]:
-    """Return the toolkit's own hyperparameters, JSON like all others.
+    """Return the hyperparameters of SageMaker's toolkit itself, JSON like all others.
 
-    They say what to run, and by torchrun where there are several machines or GPUs.
+    They name the program to run, and ask for torchrun where there are several machines or GPUs.
     """
     values = {
         "sagemaker_program": source.ENTRY_POINT,
@@ -451,7 +451,7 @@ def start(spec: Spec, target: SageMakerConfig) -> dict[str, str]:
 
 
 def channel(name: str, uri: str) -> dict[str, Any]:
-    """Return the channel that brings what lies below a place of S3's into the container."""
+    """Return the channel that copies the objects below an S3 URI into the container."""
     return {
         "ChannelName": name,
         "DataSource": {
@@ -466,14 +466,14 @@ def channel(name: str, uri: str) -> dict[str, Any]:
 
 
 def network(target: SageMakerConfig) -> dict[str, Any]:
-    """Return the network of the user's in which a job's machines stand, if there is one."""
+    """Return the user's own network for a job's machines, {} where none is given."""
     if not target.subnets:
         return {}
     return {"VpcConfig": {"Subnets": target.subnets, "SecurityGroupIds": target.groups}}
 
 
 def definition(spec: Spec, target: SageMakerConfig) -> dict[str, Any]:
-    """Return what a training job and a trial of a tuning job have in common."""
+    """Return the parameters that a training job and a trial of a tuning job have in common."""
     inputs = [
         channel(name, uri)
         for name, uri in (

@@ -1,7 +1,7 @@
 """Shell scripts for a machine, from the templates of this folder.
 
-The line @SETTINGS@ becomes quoted assignments, so that no value can be read as code; @DEADLINE@
-what ends a machine at its limit, @UPLOADS@ what saves a run in the bucket.
+The line @SETTINGS@ becomes quoted assignments, so that bash reads no value as code; @DEADLINE@
+becomes the code that ends a machine at its limit, @UPLOADS@ that which saves a run in the bucket.
 """
 
 import shlex
@@ -20,7 +20,7 @@ def fill(template: str, **settings: str | int | Sequence[str]) -> str:
 
 
 def _part(name: str) -> str:
-    """Return what several scripts have in common."""
+    """Return a part that several scripts have in common."""
     return (FOLDER / f"{name.lower()}.sh").read_text(encoding="utf-8").rstrip("\n")
 
 

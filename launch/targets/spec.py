@@ -1,4 +1,4 @@
-"""What the words of a command line mean to a job: its target, the trainer's settings, its run."""
+"""What the arguments of a command line mean for a job: its target, its settings, its run."""
 
 import copy
 import dataclasses
@@ -29,9 +29,9 @@ from trainer.settings.config import Config
 from trainer.settings.hydra_errors import CONFIG_ERRORS, explain
 from trainer.settings.words import override, readable
 
-NO_ACCOUNT = "000000000000"  # stands in a plan where there are no credentials
-OURS = ("project", "run", "attempt", "Name")  # tags that say what is ours
-DIGEST = 16  # hexadecimal digits that tell folders of one name apart
+NO_ACCOUNT = "000000000000"  # shown in a plan without credentials
+OURS = ("project", "run", "attempt", "Name")  # tags that mark what is ours
+DIGEST = 16  # hexadecimal digits that distinguish folders of the same name
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -65,7 +65,7 @@ def load_target(overrides: Sequence[str]) -> TargetConfig:
 
 
 def typed(composed: DictConfig, schema: type[TargetConfig]) -> TargetConfig:
-    """Return the target of what Hydra composed. Raise UserError, and OmegaConf's own errors."""
+    """Return the target from what Hydra composed. Raise UserError, and OmegaConf's own errors."""
     merged = OmegaConf.merge({"target": OmegaConf.structured(schema)}, composed)
     target = OmegaConf.to_object(merged.target)
     assert isinstance(target, TargetConfig)
@@ -105,8 +105,8 @@ def load_config(
 ) -> tuple[Config, str | None]:
     """Return the trainer's settings as the job has them, and the pictures' name in the bucket.
 
-    The name is None where the job writes them itself. data: the folder to upload, where one is
-    given. Raise UserError.
+    The name is None where the job writes the pictures itself. data: the folder to upload, if given.
+    Raise UserError.
     """
     composed = copy.deepcopy(resolved(target, overrides, data).composed)
     weights = weights_name(weights_folder(target, overrides, data))
@@ -138,9 +138,9 @@ def load_config(
 
 
 def given_name(root: str) -> str:
-    """Return which pictures data.root names: s3://BUCKET/PREFIX whole, else a name in the bucket.
+    """Return the pictures that data.root names: s3://BUCKET/PREFIX, else a name in our bucket.
 
-    Raise UserError for what is no such place.
+    Raise UserError for an s3:// address of another form.
     """
     if not root.startswith(S3):
         return fit(Path(expanded(root)).name, RUN)
@@ -153,10 +153,10 @@ def given_name(root: str) -> str:
 
 
 def resolved(target: TargetConfig, overrides: Sequence[str], data: Path | None = None) -> Resolved:
-    """Return what the user's overrides of the trainer mean to the job.
+    """Return what the user's overrides of the trainer mean for the job.
 
-    --data (`data`) is one of them: it names a folder as data.root does. It is made once and shared:
-    don't change it. Raise UserError.
+    --data (`data`) counts as one of them: it names a folder as data.root does. Callers share the
+    result: don't change it. Raise UserError.
     """
     return _resolved(target.name, tuple(overrides), data)
 
@@ -172,22 +172,22 @@ def _resolved(target: str, overrides: tuple[str, ...], data: Path | None) -> Res
         return resolve(words)
 
 
-OWN = "own"  # where a file of a person's own lies in the source tarball
-CODE, LABELS = "model.code", "data.labels"  # what names code; a table lies among the pictures
+OWN = "own"  # the folder of the user's own files in the source tarball
+CODE, LABELS = "model.code", "data.labels"  # settings that may name the user's code
 
 
 def carried(overrides: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Path]]:
-    """Return the overrides as a job has them, and the files of a person's own code that travel.
+    """Return the overrides as a job has them, and the files of the user's own code to send.
 
-    They go into the source tarball, by their places there: a file under its content's name, a
-    module under its own. What isn't here is a path of the job's. Raise UserError.
+    The files go into the source tarball, by their names there: a file under its content's digest, a
+    module under its own name. A path that doesn't exist here is the job's own. Raise UserError.
     """
     words: list[str] = []
     files: dict[str, Path] = {}
     for word in overrides:
         key, _, said = word.partition("=")
         path = expanded(said.strip("'\""))
-        # Any word may stand here, one that is too long for a path too.
+        # The value may be any text, even one that is too long for a path.
         setting, is_file = key.lstrip("+"), os.path.isfile(path)  # noqa: PTH113
         if setting == CODE and is_file:
             name = f"{OWN}/{own_code.find(setting, path).digest[:DIGEST]}.py"
@@ -204,9 +204,9 @@ def carried(overrides: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Path]]
 def weights_folder(
     target: TargetConfig, overrides: Sequence[str], data: Path | None = None
 ) -> Path | None:
-    """Return the folder of weights that travels to the job: model.weights_dir, where it is here.
+    """Return the folder of weights to send to the job: model.weights_dir on this machine.
 
-    None where there is none, or it is a path of the job's own. Raise UserError.
+    None where none is given, or it is the job's own path. Raise UserError.
     """
     given = resolved(target, overrides, data).composed.model.weights_dir
     if given is None or str(given).startswith("/opt/"):
@@ -218,15 +218,15 @@ def weights_folder(
 
 
 def weights_name(folder: Path | None) -> str | None:
-    """Return where a folder of weights lies in the bucket, data/NAME/, as the pictures do."""
+    """Return the name of a folder of weights in the bucket: data/NAME/, as for pictures."""
     return None if folder is None else pictures_name(folder)
 
 
 def only_here(config: Config, folder: str) -> list[tuple[str, str]]:
-    """Return the settings that name weights of this machine, which a job would not find.
+    """Return the settings that name weights on this machine, which a job would not find.
 
-    Each as it was given, and as it is to be given where they lie in the folder of pictures, which
-    the job has as `folder`.
+    Each as it was given, and as to give it if the weights lie in the folder of pictures, which the
+    job has as `folder`.
     """
     named = {
         "model.weights": config.model.weights,
@@ -241,9 +241,9 @@ def only_here(config: Config, folder: str) -> list[tuple[str, str]]:
 
 
 def _check_table(labels: str, data: Path | None) -> None:
-    """Raise UserError unless the table of labels is named by its path in the folder of pictures.
+    """Raise UserError unless data.labels is the table's path inside the folder of pictures.
 
-    A module travels as code does.
+    It may also name a module, which is sent as code is.
     """
     if not Path(labels).is_file() and own_code.is_named(labels):
         return
@@ -260,22 +260,22 @@ def _check_table(labels: str, data: Path | None) -> None:
 
 
 def pictures_name(folder: Path) -> str:
-    """Return where a folder's pictures lie in the bucket, data/NAME/.
+    """Return the name of a folder's pictures in the bucket: data/NAME/.
 
-    It is the folder's own name to read, and its content, which decides. Raise UserError.
+    It is the folder's own name, for people, and a digest of its content. Raise UserError.
     """
     return f"{fit(folder.resolve().name, RUN - DIGEST - 1)}-{s3.digest(folder)[:DIGEST]}"
 
 
 def run_id(target: TargetConfig, config: Config, data: str | None, overrides: Sequence[str]) -> str:
     """Return the id of the run, so that the same command finds it again."""
-    root = f"/{target.name}/{data or config.data.source}"  # a path of no machine
+    root = f"/{target.name}/{data or config.data.source}"  # a made-up path
     placed = dataclasses.replace(config, data=dataclasses.replace(config.data, root=root))
     return targets()[target.name].run_id(config, placed, overrides)
 
 
 def words_of(spec: Spec) -> dict[str, Any]:
-    """Return what a spec was made of, as JSON can hold it: `noted_spec` makes it again."""
+    """Return what a spec was made from, as JSON can hold it: `noted_spec` makes it again."""
     plain = ("overrides", "data", "source", "revision", "extras", "weights", "wheels")
     return {"target": dataclasses.asdict(spec.target)} | {
         name: getattr(spec, name) for name in plain
@@ -283,20 +283,20 @@ def words_of(spec: Spec) -> dict[str, Any]:
 
 
 def noted_spec(aws: Aws, attempt: Attempt) -> Spec:
-    """Return the spec of an attempt that was noted, without the folder it came from.
+    """Return the spec of a noted attempt; the folder that it came from is not needed.
 
-    Raise UserError for one that an earlier version has noted.
+    Raise UserError for the note of an earlier version.
     """
     words = attempt.words
     if not words:
         raise UserError(
-            f"{attempt.run}: it was submitted by an earlier version, which noted less; "
-            "start the submit with all its settings again"
+            f"{attempt.run}: an earlier version of Packhorse submitted it, and did not note its "
+            "settings; start the submit with all its settings again"
         )
     target = targets()[attempt.target].config(**words["target"])
     overrides = tuple(words["overrides"])
     placed = overrides
-    if words["data"] is not None:  # wherever it lay: it is in the bucket
+    if words["data"] is not None:  # the pictures are in the bucket, wherever they came from
         placed = (*overrides, f"data.root={words['data']}")
     if words["weights"] is not None:
         folder = targets()[attempt.target].weights_root(words["weights"])
@@ -321,11 +321,11 @@ def noted_spec(aws: Aws, attempt: Attempt) -> Spec:
 def choose(
     aws: Aws, arguments: Sequence[str], is_meant: Callable[[Noted], bool] | None = None
 ) -> Attempt:
-    """Return the newest attempt at the run that is meant.
+    """Return the newest attempt at the run that the arguments name.
 
-    It is named by its id or by the overrides that it was submitted with; with neither, it is the
-    newest of all, or of those that `is_meant` takes, where it takes any. Raise UserError where
-    there is none, or several are meant.
+    They give the run's id, or the overrides that it was submitted with. Without either it is the
+    one run for which `is_meant` is true, or the newest where it is true for none. Raise UserError
+    where there is no run, or `is_meant` is true for several.
     """
     names = [argument for argument in arguments if "=" not in argument]
     ours, overrides = split_overrides([argument for argument in arguments if "=" in argument])
@@ -365,7 +365,7 @@ def choose(
 
 @contextmanager
 def explained(keys: list[str]) -> Iterator[None]:
-    """Raise UserError in the place of Hydra's errors."""
+    """Raise UserError instead of Hydra's errors."""
     try:
         yield
     except (*CONFIG_ERRORS, OmegaConfBaseException) as error:

@@ -1,4 +1,4 @@
-"""A SageMaker tuning job: each trial is a training job, the search space is the trainer's own."""
+"""A SageMaker tuning job: each trial is a training job; the search space is the trainer's."""
 
 import math
 import re
@@ -33,7 +33,7 @@ from trainer.settings import words
 from trainer.settings.compose import check_options, first_trial
 from trainer.settings.config import EPOCHS, Config, setting
 
-TRIALS = "trials"  # what SageMaker doesn't say in its description of a tuning job
+TRIALS = "trials"  # a key of ours, not in SageMaker's description of a tuning job
 LEAST_RUNTIME = 120  # seconds of a tuning job's limit: SageMaker's own
 
 
@@ -54,11 +54,11 @@ class Tuner(SageMaker):
     log_streams = "{job}-"  # its trials are named JOB-NUMBER-HASH
 
     def fixed(self, overrides: Sequence[str]) -> list[str]:
-        """Return the overrides of the first trial: a tuning job's ranges are its search space."""
+        """Return the overrides of the first trial: swept ones are the tuning job's ranges."""
         return first_trial(*space.split(overrides))
 
     def run_name(self, config: Config, overrides: Sequence[str]) -> str:
-        """Return a name that the search space decides too."""
+        """Return a name that depends on the search space too."""
         digest = sha256(repr(sorted(overrides)).encode()).hexdigest()[:8]
         return f"{super().run_name(config, overrides)}-{digest}"
 
@@ -70,9 +70,9 @@ class Tuner(SageMaker):
         return limits["MaxNumberOfTrainingJobs"], limits["MaxParallelTrainingJobs"]
 
     def of_listing(self, inventory: Inventory, attempt: Attempt) -> dict[str, Any] | None:
-        """Return what the lists of tuning jobs and of their trials say."""
+        """Return the job's description from the lists of tuning jobs and of their trials."""
         listed = inventory.tuning_jobs().get(attempt.job)
-        # The list says that it failed, and not why.
+        # The list doesn't say why a job failed.
         if listed is None or listed["HyperParameterTuningJobStatus"] == "Failed":
             return None
         name = re.compile(rf"{re.escape(attempt.job)}-\d+-[0-9a-f]{{8}}")
@@ -103,7 +103,7 @@ class Tuner(SageMaker):
         return (self.described(aws, attempt) or {}).get("BestTrainingJob")
 
     def results(self, aws: Aws, attempt: Attempt) -> str:
-        """Return where those of the best trial lie."""
+        """Return the key prefix of the best trial's results."""
         best = self.best(aws, attempt)
         if best is None:
             raise UserError(
@@ -112,7 +112,7 @@ class Tuner(SageMaker):
         return job_results(attempt, best["TrainingJobName"])
 
     def figures(self, inventory: Inventory, attempt: Attempt) -> Figures:
-        """Return the best objective, where that is an accuracy."""
+        """Return the best value of the objective, where it is an accuracy."""
         best = self.best(inventory.aws, attempt) or {}
         metric = best.get("FinalHyperParameterTuningJobObjectiveMetric", {})
         if not metric.get("MetricName", "").endswith("top1"):
@@ -121,7 +121,7 @@ class Tuner(SageMaker):
 
     @classmethod
     def rented(cls, inventory: Inventory) -> Iterator[Rented]:
-        """Yield nothing: the trials are training jobs, listed as such."""
+        """Yield nothing: `SageMaker.rented` yields the trials."""
         yield from ()
 
 
@@ -129,7 +129,7 @@ TARGETS = (Tuner("tuner"),)
 
 
 def trial_jobs(aws: Aws, attempt: Attempt) -> list[dict[str, Any]]:
-    """Return the trials of a tuning job: none where SageMaker doesn't know the job yet."""
+    """Return the trials of a tuning job; [] where SageMaker doesn't know the job yet."""
     operation, key = "ListTrainingJobsForHyperParameterTuningJob", "TrainingJobSummaries"
     try:
         return list(aws.pages("sagemaker", operation, key, HyperParameterTuningJobName=attempt.job))
@@ -140,11 +140,11 @@ def trial_jobs(aws: Aws, attempt: Attempt) -> list[dict[str, Any]]:
 
 
 def tuning_job(spec: Spec) -> Request:
-    """Return CreateHyperParameterTuningJob, with the ranges of the trainer's sweep=NAME.
+    """Return CreateHyperParameterTuningJob as a request, with the ranges of the trainer's sweep.
 
-    A grid's are lists of the points that it tries here. Such jobs can't choose their entrypoint,
-    so a stopped trial is left with the checkpoints that it saves as it goes. Raise UserError as
-    `training_job` does, and for a sweep that SageMaker can't do.
+    For a grid, each range is the list of its points. Trials can't set their entrypoint, so a
+    stopped one only has the checkpoints that it saved before. Raise UserError as `training_job`
+    does, and for a sweep that SageMaker can't run.
     """
     target = checked(spec)
     if target.instances > 1:
@@ -186,7 +186,7 @@ def tuning_job(spec: Spec) -> Request:
 
 
 def completion(target: TunerConfig) -> dict[str, Any]:
-    """Return what ends a search before its last trial, beside its ceiling."""
+    """Return the criteria that end a search before its last trial, besides its ceiling."""
     criteria: dict[str, Any] = {}
     if target.patience is not None:
         criteria["BestObjectiveNotImproving"] = {
@@ -200,7 +200,7 @@ def completion(target: TunerConfig) -> dict[str, Any]:
 def warm_start(target: TunerConfig) -> dict[str, Any]:
     """Return the earlier tuning jobs whose trials this one learns from.
 
-    Their pictures and ranges may have been others: AWS calls that transfer learning.
+    Their pictures and ranges may differ: AWS calls that transfer learning.
     """
     names = [name.strip() for name in (target.warm_start or "").split(",") if name.strip()]
     if not names:
@@ -211,7 +211,7 @@ def warm_start(target: TunerConfig) -> dict[str, Any]:
 
 
 def machines_of_trials(spec: Spec, disk_gb: int) -> dict[str, Any]:
-    """Return which machines a trial takes: of one kind, or the first that is free."""
+    """Return the machine of a trial: of one type, or of the first type that is free."""
     one = [{"InstanceType": name, "InstanceCount": 1} for name in spec.instance_types]
     if len(one) == 1:
         return {"ResourceConfig": one[0] | {"VolumeSizeInGB": disk_gb}}
@@ -221,7 +221,7 @@ def machines_of_trials(spec: Spec, disk_gb: int) -> dict[str, Any]:
 
 
 def search(sweep: space.Sweep, spec: Spec) -> dict[str, Any]:
-    """Return a sweep as AWS writes it, ended when its ceiling is reached."""
+    """Return a sweep in AWS's terms. The search ends when its ceiling is reached."""
     ranges = parameter_ranges(sweep)
     strategy = {"tpe": "Bayesian", "random": "Random"}.get(sweep.sampler)
     trials, stops_early = sweep.trials, sweep.pruner != "none"
@@ -232,7 +232,7 @@ def search(sweep: space.Sweep, spec: Spec) -> dict[str, Any]:
         trials = math.prod(len(entry["Values"]) for entry in points)
     more: dict[str, Any] = {}
     if (sweep.engine, sweep.sampler, sweep.pruner) == ("optuna", "random", "halving"):
-        # Random trials and successive halving: that is Hyperband (Li et al. 2018).
+        # Random trials with successive halving are Hyperband (Li et al. 2018).
         strategy, stops_early = "Hyperband", False
         resource = {"MinResource": 1, "MaxResource": max(2, spec.config.train.epochs or EPOCHS)}
         more = {"StrategyConfig": {"HyperbandStrategyConfig": resource}}
@@ -260,9 +260,9 @@ def search(sweep: space.Sweep, spec: Spec) -> dict[str, Any]:
 
 
 def parameter_ranges(sweep: space.Sweep) -> dict[str, Any]:
-    """Return the space as AWS writes it.
+    """Return the search space in AWS's terms.
 
-    Bounds and choices are strings, each choice as the codec carries it.
+    Bounds and choices are strings; choices are encoded as in `hyperparameters`.
     """
     ranges: dict[str, list[dict[str, Any]]] = {}
     for parameter in sweep.space:

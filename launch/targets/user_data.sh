@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains one run on this instance and terminates the instance, whatever happens. Runs as root at each boot; launch/targets/ec2_request.py fills in the settings.
 set -uo pipefail
-trap '' HUP # a session that ends, of whoever looks or has started this by hand, ends nothing; the trainer inherits it
+trap '' HUP # a shell that ends, in which someone started this by hand, ends nothing; the trainer inherits this
 
 @SETTINGS@
 
@@ -9,14 +9,14 @@ trap '' HUP # a session that ends, of whoever looks or has started this by hand,
 
 @UPLOADS@
 
-# What EC2's metadata service says of this machine under a name.
+# Prints a value of this machine from EC2's metadata service, by name.
 meta() {
   local metadata=${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}/latest token
   token=$(curl -sf -m 2 --noproxy '*' -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' "$metadata/api/token") || return 1
   curl -sf -m 2 --noproxy '*' -H "X-aws-ec2-metadata-token: $token" "$metadata/meta-data/$1"
 }
 
-# Nor which machine it is.
+# A reboot must not lose the machine's id either.
 [ -s "$state/machine" ] || cat /var/lib/cloud/data/instance-id >"$state/machine" 2>/dev/null || cat /proc/sys/kernel/random/uuid >"$state/machine"
 
 scratch=/opt/dlami/nvme # as in conf/platform/ec2.yaml
@@ -28,7 +28,7 @@ export AWS_DEFAULT_REGION=$region PYTHONUNBUFFERED=1 PACKHORSE_REVISION=$revisio
 
 say() { echo "$(date -u +%FT%TZ) $*" >>"$log"; }
 
-# Which of several machines this is: the first one, 0, has the run; the others say their own words. Its claim tells them whose they are, and where it is.
+# Finds which of several machines this is: the first one, 0, has the run; the others write their own messages. Its claim tells them its request and its address.
 count() {
   until index=$(meta ami-launch-index) && group=$(meta reservation-id) && host=$(meta local-ipv4); do
     ((SECONDS < 300)) || return 1
@@ -38,7 +38,7 @@ count() {
   ((index == 0)) || word=$index.json
 }
 
-# One run has one machine, or the machines of one request: that of its newest attempt, and of several for one attempt the first. Any other one writes nothing and ends.
+# A run has one machine, or the machines of one request: of its newest attempt, and the first that claims that. Any other machine writes nothing and ends.
 claim() {
   local note=attempts/$attempt.machine owner
   ((index > 0)) || aws s3api put-object --bucket "${bucket#s3://}" --key "runs/$run/$note" --if-none-match '*' --body "$state/machine" >/dev/null 2>&1
@@ -51,7 +51,7 @@ claim() {
   [ "$owner" = "$(<"$state/machine")" ] || other='another machine has this attempt'
 }
 
-# Reads what is noted of the attempts. Sets `other` where this machine is no longer the one.
+# Lists the notes of all attempts. Sets `other` where this machine no longer has the run.
 look() {
   local newest
   notes=$(aws s3 ls "$s3_run/attempts/" 2>>"$log") || return 1
@@ -61,7 +61,7 @@ look() {
 
 noted() { grep -q " $attempt\.$1\$" <<<"$notes"; }
 
-# Whether another one of several machines has ended, and not well.
+# Whether another one of several machines has ended without success.
 alone() {
   local note
   while read -r note; do
@@ -92,7 +92,7 @@ fetch_and_train() {
     aws s3 sync --only-show-errors "$bucket/data/$weights" "$weights_root"
   fi
   [ -z "$wheels" ] || aws s3 sync --only-show-errors "$bucket/data/$wheels" "$scratch/wheels"
-  if ((index == 0)) && [ ! -d "$directory" ]; then # after a reboot it is there, and newer
+  if ((index == 0)) && [ ! -d "$directory" ]; then # after a reboot the directory is there, and newer
     say "fetching what earlier attempts have saved"
     restore
   fi
@@ -116,7 +116,7 @@ fetch_and_train() {
   exec .venv/bin/python -m trainer.distributed.torchrun "${together[@]}" --nproc_per_node="$processes" -m trainer "${arguments[@]}"
 }
 
-# Whether the training has written nothing for too long. It says every 15 seconds how far it is.
+# Whether the training has logged nothing for too long. It logs its progress every 15 seconds.
 idles() {
   local began newest
   ((idle > 0 && index == 0)) && began=$(stat -c %Y "$scratch/training" 2>/dev/null) && ((began >= booted)) || return 1
@@ -124,7 +124,7 @@ idles() {
   ((EPOCHSECONDS - (newest > began ? newest : began) > idle))
 }
 
-# Asks the job to save and end; where it has not ended after half of the grace period, it is killed.
+# Asks the job to save and end; a job that has not ended after half of the grace period is killed.
 stop() {
   [ -z "$reason" ] || return 0
   reason=$1 kill_at=$((SECONDS + grace / 2))
@@ -137,12 +137,12 @@ spot_notice() {
   meta spot/instance-action >/dev/null || meta events/recommendations/rebalance >/dev/null
 }
 
-# The run is the first machine's; the others have a log to save.
+# The first machine saves the run; the others save only their log.
 save() {
   if ((index == 0)); then upload; else aws s3 cp --only-show-errors "$log" "$s3_run/log.$index.txt"; fi
 }
 
-# Notes how it ended, also in the name of an object: a listing of all runs reads no objects.
+# Notes how the attempt ended, also in the name of an object: a listing of all runs reads no objects.
 last_word() {
   local said
   said=$(printf '{"attempt": %d, "code": %d, "reason": "%s"}' "$attempt" "$code" "$reason")
@@ -156,7 +156,7 @@ finish() {
   trap '' TERM
   case $code/$reason in
     0/*) reason='done' ;;
-    75/ | */SIGTERM) # from within, or from the system
+    75/ | */SIGTERM) # interrupted by itself, or by the system
       if spot_notice; then reason='spot notice'; fi
       reason=${reason:-interrupted}
       ;;
@@ -168,14 +168,14 @@ finish() {
     say "$other: this machine leaves the run alone"
   else
     save >>"$log" 2>&1
-    rebooting || last_word # it goes on after that
+    rebooting || last_word # after a reboot the attempt goes on
   fi
-  tail -n 50 "$log" # to the instance's console, should S3 be out of reach
+  tail -n 50 "$log" # to the instance's console, in case S3 is out of reach
   rebooting || shutdown -h now
 }
 trap finish EXIT
 
-# The log of earlier attempts, where there is one, comes first; after a reboot it is here already.
+# The log of earlier attempts, if any, comes first; after a reboot it is on the disk already.
 ((instances == 1)) || count || other='the metadata service does not say which of the machines this is'
 [ -z "$other" ] || exit
 ((index > 0)) || [ -f "$log" ] || aws s3 cp --only-show-errors "$s3_run/log.txt" "$log" 2>/dev/null
@@ -187,7 +187,7 @@ if ((left <= 0)); then
   code=75 reason='time limit'
   exit
 fi
-set -m # the job gets a process group of its own
+set -m # the job gets its own process group
 fetch_and_train >>"$log" 2>&1 &
 job=$!
 trap 'stop SIGTERM' TERM
@@ -205,7 +205,7 @@ while kill -0 "$job" 2>/dev/null; do
     else
       save >>"$log" 2>&1
       if noted stop; then stop 'asked to stop'; fi
-      # Who trains sees by itself that another one is gone, and saves; unless it waits for it, or hangs.
+      # A training machine notices itself that another one is gone, and saves; unless it still waits for it, or hangs.
       if ((instances > 1)) && alone; then
         lost_at=${lost_at:-$SECONDS}
         if [ ! -f "$scratch/training" ] || ((SECONDS > lost_at + 900)); then stop 'another machine has ended'; fi
@@ -215,7 +215,7 @@ while kill -0 "$job" 2>/dev/null; do
   fi
   [ -z "$kill_at" ] || ((SECONDS < kill_at)) || kill -KILL -- "-$job"
   sleep 2 &
-  wait $! # a signal interrupts `wait`, and waits for the end of a plain `sleep`
+  wait $! # a signal interrupts `wait`, but not a plain `sleep`
 done
 wait "$job"
 code=$?

@@ -1,9 +1,9 @@
-"""Events of AWS Lambda as HTTP requests, and answers as whoever sent the event takes them.
+"""AWS Lambda's events as HTTP requests, and answers in the form that the event's sender expects.
 
 A function is called directly, with the JSON that `contract.py` describes, or with an HTTP request
 from a function URL or an HTTP API (payload format 2.0), a REST API (1.0) or an Application Load
-Balancer, whose headers may come as lists. The standard library only: the zip of the function in
-front of an endpoint holds a copy of this file.
+Balancer, whose headers may come as lists. Standard library only: the zip of the function in front
+of an endpoint holds a copy of this file.
 """
 
 import base64
@@ -20,7 +20,7 @@ from serving.fetch import RequestError
 
 @dataclass(frozen=True)
 class Asked:
-    """What an event asks. headers: by their names in lower case."""
+    """The request in an event. headers: by their names in lower case."""
 
     method: str
     headers: Mapping[str, str]
@@ -28,7 +28,7 @@ class Asked:
 
     @property
     def content_type(self) -> str:
-        """Return the body's media type, "" where nothing says it."""
+        """Return the body's media type, "" where it is not given."""
         return self.headers.get("content-type", "")
 
     @property
@@ -38,7 +38,7 @@ class Asked:
 
 
 def read(event: Any) -> Asked:
-    """Return what an event asks. Raise RequestError."""
+    """Return the request in an event. Raise RequestError."""
     if not isinstance(event, dict):
         raise RequestError(400, 'the event must be an object like {"url": "https://..."}')
     if not is_http(event):
@@ -55,9 +55,9 @@ def is_http(event: Any) -> bool:
 
 
 def answer(event: Any, request_id: str, status: int, body: str, more: Mapping[str, str]) -> Any:
-    """Return an answer as the event's sender takes it.
+    """Return an answer in the form that the event's sender expects.
 
-    body: JSON, or JSON Lines where `more`, further headers, says so.
+    body: JSON, or JSON Lines where `more` says so. more: further headers.
     """
     headers = {"Content-Type": JSON, "X-Request-Id": request_id, **more}
     if status in BUSY:
@@ -66,7 +66,7 @@ def answer(event: Any, request_id: str, status: int, body: str, more: Mapping[st
     if _is_load_balancer(event):
         phrase = HTTPStatus(status).phrase
         told |= {"statusDescription": f"{status} {phrase}", "isBase64Encoded": False}
-        if "multiValueHeaders" in event:  # one that sends lists takes nothing else
+        if "multiValueHeaders" in event:  # a load balancer that sends lists accepts only lists
             lists = {name: [value] for name, value in headers.items()}
             return told | {"multiValueHeaders": lists, "body": body}
     if not is_http(event):  # API Gateway answers 502 for a field that it does not know
@@ -75,12 +75,12 @@ def answer(event: Any, request_id: str, status: int, body: str, more: Mapping[st
 
 
 def preflight(event: Any, request_id: str, origins: str) -> Any:
-    """Return the answer to a browser that asks whether it may send its request."""
+    """Return the answer to a browser's CORS preflight."""
     return answer(event, request_id, 204, "", {**PREFLIGHT, **allowed(event, origins)})
 
 
 def allowed(event: Any, origins: str) -> dict[str, str]:
-    """Return the headers that let the page that asks read the answer. origins: the setting."""
+    """Return the headers that let the asking page read the answer. origins: the setting."""
     origin = ""
     if is_http(event):
         origin = _headers(event).get("origin", "")
@@ -100,7 +100,7 @@ def _method(event: dict[str, Any]) -> str:
     if isinstance(context, dict) and isinstance(context.get("http"), dict):
         method = context["http"].get("method", method)
     if not isinstance(method, str):
-        return "POST"  # of a test event
+        return "POST"  # a test event has no method
     return method.upper()
 
 

@@ -1,8 +1,8 @@
 """The model inside an AWS Lambda function, without an endpoint: cheapest for a few images a day.
 
-It takes the events that `lambda_events.py` describes. The package lies
-unpacked in the folder that MODEL_DIR names (default: `package`, beside the code); the variables
-SERVING_... are the settings. In the function's zip this file is `serving/lambda_direct.py`.
+It takes the events that `lambda_events.py` describes. The package lies unpacked in the folder that
+MODEL_DIR names (default: `package`, beside the code); the variables SERVING_... are the settings.
+In the function's zip this file is `serving/lambda_direct.py`.
 """
 
 import functools
@@ -33,10 +33,9 @@ def engine() -> tuple[Engine, core.Settings]:
 
 
 def _settings() -> core.Settings:
-    """Return the settings of the environment.
+    """Return the settings from the environment.
 
-    Pictures that are decoded may take half of the function's memory: the network and Python need
-    the rest.
+    Decoded pictures may take half of the function's memory: the network and Python need the rest.
     """
     settings = core.settings_from(os.environ)
     megabytes = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE")  # Lambda sets it
@@ -46,7 +45,7 @@ def _settings() -> core.Settings:
 
 
 def handler(event: Any, context: Any) -> Any:
-    """Return the answer to an event of Lambda, whatever goes wrong with a request."""
+    """Return the answer to an event of Lambda. Any error of a request becomes an answer."""
     request_id = str(context.aws_request_id)
     settings = engine()[1]
     try:
@@ -63,17 +62,17 @@ def handler(event: Any, context: Any) -> Any:
 
 
 def renew() -> None:
-    """Renew, where a snapshot of this process was restored (SnapStart), what each must have alone.
+    """Renew what copies of a restored snapshot (SnapStart) must not share.
 
-    Those are connections, which have been closed since, and Python's random numbers; the system's
-    own, of which request ids and TLS are made, Lambda renews.
+    That is connections, which have been closed since, and Python's random numbers. Lambda itself
+    renews the system's random numbers, which request ids and TLS use.
     """
     random.seed()
     s3.forget_connections()
 
 
 if "AWS_LAMBDA_RUNTIME_API" in os.environ:
-    # Before the first request: Lambda gives a function's start more processor than its calls.
+    # Before the first request: Lambda gives a function more CPU at its start than in its calls.
     engine()
 if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start":
     # imported here: only Lambda has it

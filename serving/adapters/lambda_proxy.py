@@ -1,9 +1,9 @@
 """The AWS Lambda function in front of the SageMaker endpoint: an image or its URL to a prediction.
 
-It runs on the standard library and boto3; its zip holds this file, as `lambda_function.py`, and
-what it imports of `serving`. `lambda_events.py` says what events there are, `contract.py` what they
-may ask. Answers: {"statusCode", "headers", "type-result", "body"}, the body being the endpoint's
-JSON, or an error's.
+It needs only the standard library and boto3. Its zip holds this file, as `lambda_function.py`, and
+what it imports of `serving`. `lambda_events.py` describes the events, `contract.py` what they may
+ask. Answers: {"statusCode", "headers", "type-result", "body"}; the body is the endpoint's JSON, or
+an error.
 
 Environment: ENDPOINT_NAME; FETCH_URLS, who fetches a URL: "lambda" (this function, so that the
 endpoint needs no network), "endpoint" or "off"; SERVING_ORIGINS, as in `serving/handler.py`.
@@ -29,23 +29,23 @@ log = logging.getLogger("packhorse.lambda")
 
 # Together at most 29 s: FETCH_SECONDS + ATTEMPTS * (CONNECT_SECONDS + ENDPOINT_SECONDS), and
 # botocore's pause of up to 1 s before a second attempt. The function's own time limit is 30 s
-# (stack.yaml) and API Gateway's 29 s, so a caller gets this function's answer and not its
-# platform's.
+# (stack.yaml) and API Gateway's 29 s, so a caller gets an answer from this function, not from its
+# platform.
 FETCH_SECONDS = 6.0
 CONNECT_SECONDS = 1.0
 ENDPOINT_SECONDS = 9.0
 ATTEMPTS = 2
 MAX_BODY = 6_291_456  # bytes that InvokeEndpoint takes (botocore's sagemaker-runtime model)
 MAX_PICTURES = 16  # in one request
-MAX_ANSWER = 6 << 20  # bytes; what Lambda may answer (6 MB)
+MAX_ANSWER = 6 << 20  # bytes: Lambda's limit for an answer (6 MB)
 FETCHERS = ("lambda", "endpoint", "off")
 
-# Codes of AWS's errors that mean "try again", after botocore has done so.
+# AWS's error codes that mean "try again"; botocore has tried again already.
 BUSY = {"ThrottlingException", "Throttling", "TooManyRequestsException", "ModelNotReadyException"}
 
 
 def handler(event: Any, context: Any) -> Any:
-    """Return the answer to an event, whatever goes wrong; its details are in the log alone."""
+    """Return the answer to an event. Any error becomes an answer; its details are only logged."""
     request_id = str(context.aws_request_id)
     origins = os.environ.get("SERVING_ORIGINS", "*")
     headers: Mapping[str, str] = {}
@@ -71,7 +71,7 @@ def handler(event: Any, context: Any) -> Any:
 
 
 def check_environment() -> None:
-    """Raise ValueError, in one line, where the function could answer nothing."""
+    """Raise ValueError, in one line, where the function could answer no request."""
     if not os.environ.get("ENDPOINT_NAME"):
         raise ValueError("the variable ENDPOINT_NAME is not set: it names the endpoint to ask")
     who = os.environ.get("FETCH_URLS", "lambda")
@@ -99,10 +99,9 @@ def predict(query: Query, form: Form) -> str:
 
 
 def prepare(query: Query) -> tuple[bytes, str]:
-    """Return the endpoint's body, with images in the place of their URLs, and its content type.
+    """Return the body for the endpoint, with images instead of their URLs, and its content type.
 
-    One image alone is sent as its bytes, since base64 would make it a third larger. Raises
-    RequestError.
+    A single image is sent as its bytes: base64 would make it a third larger. Raises RequestError.
     """
     sources = _fetched(query.sources)
     if len(sources) == 1 and query.top == contract.TOP:
@@ -131,7 +130,7 @@ def _checked(body: bytes) -> bytes:
 
 
 def _fetched(sources: "Sequence[tuple[str, Any]]") -> list[tuple[str, Any]]:
-    """Return the sources with files in the place of URLs, where this function fetches them."""
+    """Return the sources with files instead of URLs, where this function fetches them."""
     who = os.environ.get("FETCH_URLS", "lambda")
     if all(kind != "url" for kind, _ in sources) or who == "endpoint":
         return [*sources]
@@ -196,7 +195,7 @@ def invoke(body: bytes, content_type: str, accept: str) -> str:
 def _failed(response: "Mapping[str, Any]") -> RequestError:
     """Return what an error of InvokeEndpoint means for the caller.
 
-    A ModelError holds the answer of our server in the endpoint's container.
+    A ModelError contains the answer of our server in the endpoint's container.
     """
     code = response.get("Error", {}).get("Code", "")
     status = int(response.get("OriginalStatusCode", 0))
@@ -213,6 +212,6 @@ def _failed(response: "Mapping[str, Any]") -> RequestError:
 
 if "AWS_LAMBDA_RUNTIME_API" in os.environ:
     check_environment()
-    # Before the first request: Lambda gives a function's start more processor than its calls, and
-    # nobody waits for a start that is provisioned.
+    # Before the first request: Lambda gives a function more CPU at its start than in its calls, and
+    # no caller waits for a provisioned start.
     client()

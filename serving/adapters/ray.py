@@ -1,7 +1,7 @@
 """The model as a Ray Serve application, for AWS's Ray Serve image (tags serve-ml-sagemaker-*).
 
-The image sends /invocations on to this application's root, and answers /ping itself. It finds the
-application through two variables of the model: SM_RAYSERVE_APP=serving.ray_app:app, and
+The image passes /invocations on to this application's root, and answers /ping itself. It finds the
+application by two environment variables of the model: SM_RAYSERVE_APP=serving.ray_app:app, and
 PYTHONPATH=/opt/ml/model/code, where the package holds this file as `serving/ray_app.py`.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A replica. Once it is made, the package has proven itself, and Ray Serve sends requests."""
+    """A replica. Ray Serve sends requests once it is made, which verifies the package."""
 
     def __init__(self, package: str) -> None:
         self._settings = settings_from(os.environ)
@@ -42,8 +42,7 @@ class Model:
         if request.method == "OPTIONS":
             return Response(b"", 204, {**PREFLIGHT, **allowed})
         request_id = new_id(headers.get("x-request-id", ""))
-        # The image's adapter has taken in the whole body already, so there is no use in reading
-        # this one piece by piece.
+        # The image's adapter has read the whole body already: to read it in pieces gains nothing.
         asked = Asked(
             await request.body(),
             headers.get("content-type", ""),
@@ -60,7 +59,7 @@ class Model:
         return Response(result.body, result.status, {"Content-Type": JSON, **sent})
 
     async def _answer(self, asked: Asked, work: Work) -> Answer:
-        """Return the answer, in a thread. Ray cancels this where its client has gone."""
+        """Return the answer, computed in a thread. Ray cancels this when the client hangs up."""
         try:
             return await asyncio.to_thread(answer, self._engine, self._settings, asked, work)
         finally:
@@ -68,7 +67,7 @@ class Model:
 
 
 def __getattr__(name: str) -> "Application":
-    """Return `app`, made when Ray asks for it: Ray need not be installed to import this."""
+    """Return `app`. It is made when Ray asks for it: this module can be imported without Ray."""
     if name != "app":
         raise AttributeError(name)
     # imported here: only Ray Serve's environment has it

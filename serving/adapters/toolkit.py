@@ -1,7 +1,7 @@
 """The four functions that AWS's PyTorch inference toolkit calls, as `code/inference.py`.
 
-An exception would reach the caller as 500 with its traceback, so a request that fails is passed on
-as the answer that it gets.
+The toolkit turns an exception into status 500 with a traceback. So these functions pass the answer
+to a failed request on, instead of raising.
 """
 
 import functools
@@ -21,14 +21,14 @@ from serving.work import Work
 
 
 class Context(Protocol):
-    """What is used of the toolkit's context of a request."""
+    """The part of the toolkit's request context that is used here."""
 
     def set_response_status(self, code: int, phrase: str) -> object: ...
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A query with what the package's network says of its images."""
+    """A query with the scores of its images."""
 
     query: Query
     scores: Scores
@@ -37,7 +37,7 @@ class Prediction:
 
 @functools.cache
 def settings() -> Settings:
-    """Return the settings of this process's environment."""
+    """Return the settings from this process's environment."""
     return handler.settings_from(os.environ)
 
 
@@ -57,7 +57,7 @@ def input_fn(body: bytes | bytearray | str, content_type: str) -> Query | Answer
 
 
 def predict_fn(query: Query | Answer, engine: Engine) -> Prediction | Answer:
-    """Return the scores of the query's images, or the answer that says what went wrong."""
+    """Return the scores of the query's images, or the answer that tells the error."""
     if isinstance(query, Answer):
         return query
     work = Work(settings().seconds)
@@ -69,7 +69,7 @@ def predict_fn(query: Query | Answer, engine: Engine) -> Prediction | Answer:
 
 
 def output_fn(prediction: Prediction | Answer, accept: str, context: Context) -> str:
-    """Return the answer's body, and set its status where something went wrong."""
+    """Return the answer's body; after an error, set its status too."""
     if isinstance(prediction, Prediction):
         query = prediction.query
         try:

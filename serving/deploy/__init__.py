@@ -1,6 +1,6 @@
 """`python -m serving plan | deploy | status | invoke | logs | destroy`: the model in AWS.
 
-What is made there is `serving/stack.yaml`, and with --build `serving/image.yaml`.
+deploy makes the stack `serving/stack.yaml`, and with --build `serving/image.yaml`.
 """
 
 import argparse
@@ -47,9 +47,9 @@ from trainer.common.text import dollars
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Carry a verb out, and return the exit code. Raise UserError.
+    """Run a verb, and return the exit code. Raise UserError.
 
-    arguments: the verb and what belongs to it.
+    arguments: the verb and its own arguments.
     """
     verb, *rest = arguments
     options = _parser(verb).parse_args(rest)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.region is not None:
         check_region(options.region)
     _, run = VERBS[verb]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what keeps running is said below
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # below we say what keeps running
     try:
         return run(options)
     except KeyboardInterrupt as interrupt:
@@ -79,7 +79,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     add(
         "--project",
         default="packhorse",
-        help="begins the bucket's name, and is a tag of everything (default: %(default)s)",
+        help="the bucket's name begins with it, and everything is tagged with it "
+        "(default: %(default)s)",
     )
     add("--name", help="of the stack, the endpoint and the function (default: PROJECT-serving)")
     add("--region", help="(default: as in every AWS tool)")
@@ -99,7 +100,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         add(
             "--image",
             help="the endpoint's container in ECR, of serving/Dockerfile (default: AWS's Ray Serve "
-            "image, and all that it lacks in the archive)",
+            "image, with what it lacks in the archive)",
         )
         add(
             "--build",
@@ -143,8 +144,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 class DeploymentPlan:
     """A release, and what it would change.
 
-    change_set: its name, for the stack that is there; None where there is no stack, or nothing
-    to change. image: what has to be built first, with --build.
+    change_set: its name, where a stack exists; None where there is no stack, or nothing to change.
+    image: with --build, the image to build first; None: it is built already.
     """
 
     release: Release
@@ -155,11 +156,11 @@ class DeploymentPlan:
 
     @property
     def changes_nothing(self) -> bool:
-        """Return whether all is as it should be already."""
+        """Return whether everything is deployed already."""
         return self.exists and self.change_set is None and self.image is None
 
     def discard(self) -> None:
-        """Delete the change set, which is of no use any more."""
+        """Delete the change set, which is no longer needed."""
         if self.change_set:
             self.stack.discard(self.change_set)
 
@@ -171,7 +172,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def deploy(options: argparse.Namespace) -> int:
-    """Show the same, ask, and do it."""
+    """Show what `plan` shows, ask, and do it."""
     aws = Aws(options.project, options.region)
     if not _is_online(aws):
         raise UserError(
@@ -198,7 +199,7 @@ def deploy(options: argparse.Namespace) -> int:
     stack = _begin(prepared)
     described = stack.follow()
     if described["StackStatus"] not in IN_SERVICE:
-        left = "nothing of it is left but the uploads"
+        left = "only its uploads are left"
         if prepared.exists:
             left = "what was deployed before stays in service"
         raise UserError(f"stack {name}: {described['StackStatus']}; {stack.reason()}; {left}")
@@ -210,7 +211,7 @@ def deploy(options: argparse.Namespace) -> int:
 
 
 def _begin(prepared: DeploymentPlan) -> ServingStack:
-    """Begin the change, and return the stack by what it can be followed with."""
+    """Begin the change, and return the stack to follow; a new one by its ARN."""
     stack = prepared.stack
     if not prepared.change_set:
         return ServingStack(stack.aws, stack.create(prepared.release.content()))
@@ -220,9 +221,9 @@ def _begin(prepared: DeploymentPlan) -> ServingStack:
 
 
 def _sent(aws: Aws, prepared: DeploymentPlan) -> DeploymentPlan:
-    """Build the image where it is missing, upload the rest, and return the plan that is left.
+    """Build the image where it is missing, upload the rest, and return the remaining plan.
 
-    It names the image by its digest: what was built is what runs.
+    It names the image by its digest, so exactly the built image runs.
     """
     release, change_set = prepared.release, prepared.change_set
     if prepared.image is not None:
@@ -236,7 +237,10 @@ def _sent(aws: Aws, prepared: DeploymentPlan) -> DeploymentPlan:
 
 
 def _propose(stack: ServingStack, release: Release) -> tuple[str | None, list[dict[str, Any]]]:
-    """Make a change set of a release; return its name, None where it changes nothing, and it."""
+    """Make a change set of a release; return its name and its changes.
+
+    The name is None where the release changes nothing.
+    """
     name = f"release-{release.parameters['FunctionRelease']}-{secrets.token_hex(4)}"
     changes = stack.propose(name, release.content(), first=False)
     if changes is None:
@@ -249,7 +253,7 @@ def _is_online(aws: Aws) -> bool:
 
 
 def _prepare(aws: Aws, options: argparse.Namespace) -> DeploymentPlan:
-    """Build the release, and print it with what it changes and costs."""
+    """Compute the release, and print it with its changes and its price."""
     given = _given(options)
     is_online = _is_online(aws)
     if "InstanceType" in given:
@@ -303,7 +307,7 @@ def _prepare(aws: Aws, options: argparse.Namespace) -> DeploymentPlan:
 
 
 def _backend(given: Mapping[str, str], deployed: Mapping[str, str]) -> str:
-    """Return what runs the network in the image that --build builds. Raise UserError."""
+    """Return the backend in the image that --build builds. Raise UserError."""
     if "Image" in given:
         raise UserError("--build: it makes the image that --image names; leave one of them out")
     if given.get("Door", deployed.get("Door")) == "lambda":
@@ -343,7 +347,7 @@ def _given(options: argparse.Namespace) -> dict[str, str]:
         if not equals:
             raise UserError(f"--set {setting}: write NAME=VALUE")
         given[name] = value
-    # The template's name for the mode stays: under another one every endpoint would be replaced.
+    # The template calls the mode Door: with another name it would replace every endpoint.
     flags = {"Door": options.mode, "Image": options.image}
     if options.signed_by is not None:
         given["SignedBy"] = as_text(public_key(expanded(options.signed_by)))
@@ -351,9 +355,10 @@ def _given(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _package(aws: Aws | None, package: str | None, signed_by: str) -> Path | Remote | None:
-    """Return the package to deploy, which that key has signed ("": anybody). Raise UserError.
+    """Return the package to deploy. signed_by: the key that must have signed it; "": any.
 
-    Of one in S3 the container looks at the signature, when it starts: it isn't brought here.
+    A package in S3 is not downloaded: its signature is checked when the container starts. Raise
+    UserError.
     """
     if package is None:
         return None
@@ -399,7 +404,7 @@ def _place_offline(options: argparse.Namespace) -> Place:
 
 
 def _check_scaling(deployed: Mapping[str, str], target: Mapping[str, str]) -> None:
-    """Raise UserError for another instance type of a variant that autoscaling looks after.
+    """Raise UserError for a new instance type where autoscaling is on.
 
     SageMaker refuses it ("Update endpoints that use auto scaling" in its guide).
     """
@@ -430,7 +435,7 @@ def _print_price(release: Release) -> None:
 
 def _total(items: Sequence[Item]) -> str:
     known = [item.month for item in items if item.month is not None]
-    rest = "" if len(known) == len(items) else " and what is unknown"
+    rest = "" if len(known) == len(items) else " and unknown items"
     return dollars(sum(known)) + rest
 
 
@@ -438,14 +443,14 @@ def _total(items: Sequence[Item]) -> str:
 
 
 def destroy(options: argparse.Namespace) -> int:
-    """Remove the stack, which holds all but image and uploads, and these."""
+    """Remove the stack, the image and the uploads."""
     aws = Aws(options.project, options.region)
     stack = ServingStack(aws, options.name)
     described = stack.find_ours()
     builds = ImageStack(aws, image.stack_name(options.name))
     built = builds.describe()
     if built is not None and not builds.is_ours(built):
-        built = None  # its name is like one of ours, and no more
+        built = None  # only its name is like one of ours
     place = _place(aws, options, parameters_of(described or built))
     status = described["StackStatus"] if described else "none"
     print(f"stack {place.name} in account {place.account}, {place.region}: {status}")
@@ -464,7 +469,7 @@ def destroy(options: argparse.Namespace) -> int:
     if built:
         image.stop(aws, builds.name)
         _delete(ImageStack(aws, built["StackId"]), builds.name)
-    # After the stack: an endpoint that scales out reads its model again.
+    # After the stack: an endpoint that scales out reads its model from the bucket again.
     count = s3.delete_versions(aws, place.bucket, place.folder)
     also = "the stack, and " if described else ""
     also = f"the image, {also}" if built else also
@@ -504,5 +509,5 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
 
 
 def _flag(parameter: str, value: str) -> str:
-    """Return the flag that sets a parameter, as a person types it."""
+    """Return the flag that sets a parameter, as the user types it."""
     return f"--set {shlex.quote(f'{parameter}={value}')}"

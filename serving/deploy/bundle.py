@@ -1,4 +1,4 @@
-"""What is uploaded: the functions' zips, and the archive of an endpoint on AWS's own image."""
+"""The files to upload: zips of the functions, and the archive for an endpoint on AWS's image."""
 
 import gzip
 import hashlib
@@ -24,7 +24,7 @@ PROXY = {
         for name in ("__init__", "adapters/__init__", "adapters/lambda_events", "contract", "fetch")
     },
 }
-# Names in the zip of the function that holds the model, and what lies there. stack.yaml names the
+# Names in the zip of the function that holds the model, and the files there. stack.yaml names the
 # first one as the function's handler.
 DIRECT = {
     "serving/lambda_direct.py": "serving/adapters/lambda_inside.py",
@@ -33,13 +33,13 @@ DIRECT = {
     **{name: name for name in SERVING_CODE},
 }
 REQUIRED = "code/requirements.txt"  # of a package
-PACKAGE = "package"  # where the direct zip holds the model package, unpacked
+PACKAGE = "package"  # the folder of the unpacked model package in the direct zip
 
 RUNTIME = "3.13"  # Python of stack.yaml's Runtime, and of AWS's Ray Serve image
 LIBRARIES = Path(__file__).with_name("libraries.txt")
-# What Amazon Linux 2023 (glibc 2.34) runs, in Lambda and in that image.
+# Platforms of wheels that Amazon Linux 2023 (glibc 2.34) runs, in Lambda and in that image.
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux2014")
-MACHINES = {"x86_64": "x86_64", "arm64": "aarch64"}  # Lambda's words and Python's
+MACHINES = {"x86_64": "x86_64", "arm64": "aarch64"}  # Lambda's name, and that in wheels
 UNUSED = (
     "onnxruntime/quantization/",
     "onnxruntime/tools/",
@@ -64,9 +64,9 @@ def proxy() -> bytes:
 def endpoint(package: Path) -> bytes:
     """Return the archive of an endpoint on AWS's Ray Serve image. Raise UserError.
 
-    It brings the libraries that the image lacks, in `code/`, which is on Python's path there; and
-    no requirements.txt, which the image would install from a network that an isolated endpoint
-    hasn't. package: a model.tar.gz that loads.
+    It has the libraries that the image lacks, in `code/`, which is on Python's path there. It has
+    no requirements.txt: the image would install it from a network, which an isolated endpoint
+    lacks. package: a model.tar.gz that loads.
     """
     contents = _members(package, _needed_by_endpoint)
     libraries_ = libraries(*_needed(package))
@@ -92,15 +92,15 @@ def direct(package: Path, architecture: str = "x86_64") -> bytes:
 
 
 def slim(package: Path) -> dict[str, bytes]:
-    """Return what Lambda uses of a package's files, by name, and the manifest of that.
+    """Return the files of a package that Lambda uses, by name, with a manifest of these.
 
-    It leaves out what is for PyTorch, a second copy of the weights, and the code.
+    It leaves out PyTorch's copy of the weights, and the code.
     """
     return _sealed(_members(package, _served))
 
 
 def _members(package: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Return those of a package's files that are wanted, by name."""
+    """Return the package's files for whose names `wanted` is true, by name."""
     with tarfile.open(package) as tar:
         members = {str(PurePosixPath(member.name)): member for member in tar if member.isreg()}
         files = {name: tar.extractfile(each) for name, each in members.items() if wanted(name)}
@@ -108,7 +108,7 @@ def _members(package: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
 
 
 def _sealed(contents: dict[str, bytes]) -> dict[str, bytes]:
-    """Return a package of these files: its manifest lists them and no others."""
+    """Return a package of these files: its manifest lists exactly them."""
     manifest = json.loads(contents[MANIFEST])
     manifest["files"] = {
         name: hashlib.sha256(data).hexdigest()
@@ -129,7 +129,7 @@ def _needed_by_endpoint(name: str) -> bool:
 
 
 def _needed(package: Path) -> tuple[str, ...]:
-    """Return the libraries that this package needs beside those of all."""
+    """Return the libraries that this package needs besides those that all need."""
     with tarfile.open(package) as tar:
         file = tar.extractfile(REQUIRED)
         assert file is not None
@@ -138,9 +138,10 @@ def _needed(package: Path) -> tuple[str, ...]:
 
 
 def libraries(*more: str, architecture: str = "x86_64") -> dict[str, bytes]:
-    """Return the runtime's libraries for AWS's Python, by path, as libraries.txt pins them.
+    """Return the files of the runtime's libraries for AWS's Python, by path.
 
-    architecture: Lambda's word for the processor. Raise UserError where pip can't get them.
+    libraries.txt pins the versions. architecture: Lambda's name for the processor. Raise UserError
+    where pip can't get them.
     """
     names = (*REQUIREMENTS, *more)
     lines = [line for line in LIBRARIES.read_text().splitlines() if line.split("==")[0] in names]
@@ -173,12 +174,12 @@ def libraries(*more: str, architecture: str = "x86_64") -> dict[str, bytes]:
 
 
 def archive(contents: Mapping[str, bytes], compression: int) -> bytes:
-    """Return a zip: equal contents give equal bytes (compressed: with the same zlib)."""
+    """Return a zip. Equal contents give equal bytes (if compressed, with the same zlib)."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         for name in sorted(contents):
-            entry = zipfile.ZipInfo(name)  # of 1980
-            # Lambda runs as another user, who must be able to read.
+            entry = zipfile.ZipInfo(name)  # its date is 1980
+            # Lambda runs as another user, who must be able to read it.
             entry.external_attr = 0o644 << 16
             entry.compress_type = compression
             file.writestr(entry, contents[name])
@@ -186,7 +187,7 @@ def archive(contents: Mapping[str, bytes], compression: int) -> bytes:
 
 
 def _tar(contents: Mapping[str, bytes]) -> bytes:
-    """Return a gzipped tar archive: equal contents give equal bytes (with the same zlib)."""
+    """Return a gzipped tar archive. Equal contents give equal bytes (with the same zlib)."""
     buffer = io.BytesIO()
     with (
         gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=buffer, mtime=0) as stream,

@@ -1,7 +1,7 @@
-"""The endpoint's container, built in the account by CodeBuild from serving/Dockerfile.
+"""The endpoint's container, which CodeBuild builds in the account from serving/Dockerfile.
 
-What is made there is `serving/image.yaml`, a stack beside the deployment's own. An image's tag is
-the digest of what it is built from, so the same source is built once.
+`serving/image.yaml` is its stack, beside the deployment's own. An image's tag is the digest of its
+source, so the same source is built once.
 """
 
 import hashlib
@@ -28,19 +28,19 @@ from trainer.common.text import dollars
 
 TEMPLATE = Path(__file__).parents[1] / "image.yaml"
 DOCKERFILE = "serving/Dockerfile"
-# What the Dockerfile's RUNTIME is for the stack's Backend.
+# The Dockerfile's RUNTIME, by the stack's Backend.
 RUNTIMES = {"onnx": "onnxruntime", "cuda": "onnxruntime-gpu[cuda,cudnn]"}
 EVERY = 5.0  # seconds between two looks at a build
-LAST_LINES = 20  # of a build's log, where it failed
+LAST_LINES = 20  # to show of a failed build's log
 ABSENT = "RepositoryNotFound|ImageNotFound"
 
 
-# ---- what it is built from
+# ---- the source
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an image is built from. runtime: what runs the network, as pip names it."""
+    """What an image is built from. runtime: the package that runs the network, in pip's words."""
 
     place: Place
     runtime: str
@@ -63,7 +63,7 @@ class Recipe:
 
     @property
     def address(self) -> str:
-        """Return the image's address by its tag: by its digest it is known when it is built."""
+        """Return the image's address by its tag; its digest is known only when it is built."""
         return f"{self.repository}:{self.tag}"
 
 
@@ -73,7 +73,7 @@ def stack_name(deployment: str) -> str:
 
 
 def recipe(place: Place, backend: str) -> Recipe:
-    """Return what the image of this checkout is built from. Raise UserError."""
+    """Return the recipe of this checkout's image. Raise UserError."""
     if backend not in RUNTIMES:
         raise UserError(
             f"--build: serving/Dockerfile has nothing for --set Backend={backend}; take "
@@ -86,7 +86,7 @@ def recipe(place: Place, backend: str) -> Recipe:
 
 
 def context() -> dict[str, bytes]:
-    """Return by path the Dockerfile and what its COPY lines name."""
+    """Return the Dockerfile and the files of its COPY lines, by path."""
     text = (PROJECT / DOCKERFILE).read_text()
     lines = re.findall(r"^COPY (.*)$", text, re.MULTILINE)
     sources = [source for line in lines for source in line.split()[:-1]]
@@ -95,7 +95,7 @@ def context() -> dict[str, bytes]:
 
 
 def _files(source: str) -> Iterator[tuple[str, Path]]:
-    """Yield the files, with their names, that a source of a COPY line stands for."""
+    """Yield the files, with their names, of a source in a COPY line."""
     if source in BESIDE:
         yield source, beside(source)
         return
@@ -108,7 +108,7 @@ def _folder(place: Place) -> str:
     return f"{place.folder}image/"
 
 
-# ---- where it is built
+# ---- the build
 
 
 class ImageStack(ServingStack):
@@ -129,7 +129,7 @@ class Image:
     recipe: Recipe
 
     def find(self) -> str | None:
-        """Return the image's address by its digest; None where it isn't built, or can't be seen.
+        """Return the image's address by its digest; None where it isn't built, or offline.
 
         Raise UserError for a repository that is another project's.
         """
@@ -169,10 +169,10 @@ class Image:
                 print(f"  add      {body['Type']:44}{name}")
 
     def build(self) -> str:
-        """Build the image unless it is there, and return its address by its digest.
+        """Build the image unless it exists, and return its address by its digest.
 
-        A build of it that is under way already, somebody else's or of a `deploy` that was killed,
-        is waited for. Raise UserError where it fails.
+        Where a build of it runs already, another user's or that of a killed `deploy`, wait for it.
+        Raise UserError where the build fails.
         """
         aws = self.aws
         assert aws is not None
@@ -206,7 +206,7 @@ class Image:
         return ImageStack(aws, self.recipe.name)
 
     def _make_stack(self, aws: Aws) -> None:
-        """Make the stack, or bring it up to date. Raise UserError where that fails."""
+        """Create the stack, or update it. Raise UserError where that fails."""
         stack = self._stack(aws)
         place = self.recipe.place
         account = AccountStack(aws, stack.every)
@@ -222,7 +222,7 @@ class Image:
         content = Content(TEMPLATE.read_text(), parameters)
         described = None
         if stack.find_ours() is not None:
-            described = stack.settle()  # another `deploy`, or one that was killed, may change it
+            described = stack.settle()  # another `deploy`, or a killed one, may be changing it
         if described is None:
             stack = ImageStack(aws, stack.create(content))
         else:
@@ -250,20 +250,20 @@ class Image:
             environmentVariablesOverride=[
                 {"name": name, "value": value} for name, value in variables.items()
             ],
-            idempotencyToken=secrets.token_hex(16),  # so that botocore's retries start none more
+            idempotencyToken=secrets.token_hex(16),  # botocore's retries start no second build
         )
         build: dict[str, Any] = answer["build"]
         return build
 
 
 def stop(aws: Aws, name: str) -> None:
-    """Stop the builds of a stack that run. Raise AwsError."""
+    """Stop the running builds of a stack. Raise AwsError."""
     for build in _running(aws, name):
         aws.call("codebuild", "StopBuild", id=build["id"])
 
 
 def _running(aws: Aws, name: str) -> list[dict[str, Any]]:
-    """Return the builds of a project that are under way; none where there is no project."""
+    """Return the running builds of a CodeBuild project; [] where there is no such project."""
     which = {"projectName": name, "sortOrder": "DESCENDING"}
     answer = aws.find("codebuild", "ListBuildsForProject", "ResourceNotFound", **which)
     ids = answer["ids"] if answer else []
@@ -292,7 +292,7 @@ def _follow(aws: Aws, build_id: str) -> dict[str, Any]:
 
 
 def _failure(aws: Aws, build: dict[str, Any]) -> UserError:
-    """Print the end of a build's log, and return what went wrong in one line."""
+    """Print the end of a build's log, and return the error, in one line."""
     said = f"the build {build['id']}: {build['buildStatus']}"
     for phase in build.get("phases", []):
         if phase.get("phaseStatus", "SUCCEEDED") != "SUCCEEDED":

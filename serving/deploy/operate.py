@@ -1,4 +1,4 @@
-"""`python -m serving status | invoke | logs`: what is deployed, asked how it is."""
+"""`python -m serving status | invoke | logs`: the deployment's state, predictions and logs."""
 
 import argparse
 import base64
@@ -47,7 +47,7 @@ def status(options: argparse.Namespace) -> int:
     day = sum(item.month or 0 for item in items) / HOURS_A_MONTH * 24
     unknown = ""
     if any(item.month is None for item in items):
-        unknown = ", without what has no known price"
+        unknown = ", and what has no known price isn't counted"
     print(
         f"cost         {dollars(day)} a day as it stands, "
         f"about {dollars(round(day * days, 2))} in {days:.1f} days so far"
@@ -58,7 +58,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def _endpoint_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> int:
-    """Print how the endpoint is, and return how many instances it has."""
+    """Print the endpoint's state, and return how many instances it has."""
     absent = "Could not find|not exist"
     endpoint = aws.find("sagemaker", "DescribeEndpoint", absent, EndpointName=name)
     if endpoint is None:
@@ -82,12 +82,12 @@ def _endpoint_status(aws: Aws, name: str, parameters: Mapping[str, str]) -> int:
 
 
 def _print_alarms(stack: ServingStack) -> None:
-    """Print the state of the stack's own alarms: another's may have a name that begins so."""
+    """Print the state of the stack's own alarms, by the stack: names of others may begin alike."""
     names = [
         each["PhysicalResourceId"]
         for each in stack.resources()
         if each["ResourceType"] == "AWS::CloudWatch::Alarm"
-        and each.get("PhysicalResourceId")  # there is none while it is being made
+        and each.get("PhysicalResourceId")  # it has none while it is being created
     ]
     if not names:
         return

@@ -1,4 +1,4 @@
-"""What can't work, or would be paid for in vain: refused before anything is sent. No AWS here."""
+"""Refuses deployments that can't work, or that cost money in vain. It doesn't call AWS."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ GPU_BACKENDS = ("torch", "cuda")
 
 
 def check_region(region: str) -> None:
-    """Raise UserError for a region that AWS has none of."""
+    """Raise UserError for a region that AWS doesn't have."""
     session = core_session()
     known = {
         name
@@ -33,9 +33,9 @@ def check_region(region: str) -> None:
 
 
 def check_instance(kind: str, priced: Iterable[str]) -> None:
-    """Raise UserError for what no endpoint runs on. priced: types to propose.
+    """Raise UserError for an instance type that no endpoint runs on. priced: types to propose.
 
-    botocore's model lists what one may run on.
+    botocore's model lists the allowed types.
     """
     model = core_session().get_service_model("sagemaker")
     allowed = model.shape_for("ProductionVariantInstanceType").metadata["enum"]
@@ -68,7 +68,7 @@ def check_numbers(parameters: Mapping[str, str]) -> None:
 
 
 def check_endpoint(parameters: Mapping[str, str], image_region: str, region: str) -> None:
-    """Raise UserError for an endpoint that can't work, or whose machine nothing would use.
+    """Raise UserError for an endpoint that can't work, or that wouldn't use its machine's GPU.
 
     parameters: the template's. image_region: of the container. region: of the stack.
     """

@@ -1,6 +1,6 @@
-"""A release: everything that `deploy` sends. No AWS here.
+"""A release: everything that `deploy` sends.
 
-It is computed from the package, the settings and the stack's template.
+It is computed from the package, the settings and the stack's template, without calls to AWS.
 """
 
 import difflib
@@ -28,15 +28,15 @@ from serving.deploy.refusals import check_endpoint, check_numbers
 from trainer.common.errors import UserError
 
 TEMPLATE = Path(__file__).parents[1] / "stack.yaml"
-# Lower case, as IAM writes the endpoint's ARN; role names add 9 characters to it, and end at 64.
+# Lower case, as in the endpoint's ARN in IAM; role names have 9 more characters, and at most 64.
 NAME = r"[a-z][a-z0-9-]{0,39}"
-NO_ACCOUNT = "000000000000"  # stands in a plan where there are no credentials
+NO_ACCOUNT = "000000000000"  # shown in a plan without credentials
 ECR = re.compile(
     r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?"
     r"/(?P<repository>[^:@]+)([:@].+)"
 )
 
-# Parameters of the template that are computed here.
+# Parameters of the template that this module computes.
 COMPUTED = {
     "Bucket",
     "CodeKey",
@@ -48,18 +48,18 @@ COMPUTED = {
     "EndpointRelease",
     "FunctionRelease",
 }
-# AWS's own image, without which an endpoint would need one of the user's (aws.github.io/
-# deep-learning-containers/ray/changelog, 2026-05). It finds our application by this variable.
+# AWS's own image, so that the user needs no container (aws.github.io/
+# deep-learning-containers/ray/changelog, 2026-05), and the application that it starts.
 RAY_IMAGE = "ray:serve-ml-sagemaker-cpu-v1.1.0"
 RAY_APP = "serving.ray_app:app"
-# Those that begin otherwise where the model runs inside Lambda: ten pictures a day should not pay
-# for a warm environment, and the network wants a whole processor (1,769 MB buy one).
+# Other defaults where the model runs inside Lambda: for ten pictures a day nobody should pay for a
+# warm environment, and the network needs a whole processor (1,769 MB buy one).
 IN_LAMBDA = {"Memory": "2048", "ProvisionedConcurrency": "0"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a release goes. name: of the stack, the endpoint and the function."""
+    """Where to deploy a release. name: of the stack, the endpoint and the function."""
 
     name: str
     project: str
@@ -76,7 +76,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Upload:
-    """A file for the bucket, under a key that its content gives."""
+    """A file for the bucket, under a key that follows from its content."""
 
     what: str
     key: str
@@ -89,7 +89,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Remote:
-    """A package that lies in S3 already. digest: its ETag, or "unknown" where AWS was not asked."""
+    """A package that is in S3 already. digest: its ETag, or "unknown" where AWS was not asked."""
 
     uri: str
     digest: str
@@ -109,7 +109,7 @@ class Release:
 
 
 def template() -> dict[str, Any]:
-    """Return the stack's template, its short forms (!Ref x) written out ({"Ref": x})."""
+    """Return the stack's template, with its short forms (!Ref x) written out ({"Ref": x})."""
     return load(TEMPLATE)
 
 
@@ -122,8 +122,8 @@ def build(
     """Return the release. Raise UserError.
 
     package: None to keep the deployed one. given: template parameters by name, as the user set
-    them. deployed: those of the stack that is there. A parameter is what the user gave, else what
-    is deployed, else the template's default.
+    them. deployed: those of the existing stack. A parameter's value is the user's, else the
+    deployed one, else the template's default.
     """
     _check(given)
     declared = template()["Parameters"]
@@ -139,7 +139,7 @@ def build(
     }
     values |= {**given, "Bucket": place.bucket}
     check_numbers(values)
-    # The function that holds the model also holds libraries for its processor.
+    # The zip of the function with the model also has libraries for its processor.
     same_files = mode == "endpoint" or values["Architecture"] == deployed.get("Architecture")
     if package is None and (not deployed or not same_mode or not same_files):
         raise UserError(
@@ -171,7 +171,7 @@ def build(
 
 
 def with_image(release: Release, image: str) -> Release:
-    """Return an endpoint's release with another image of the same repository."""
+    """Return the release of an endpoint with another image of the same repository."""
     values = {**release.parameters, "Image": image}
     values["EndpointRelease"] = fingerprint(("Model", "EndpointConfig"), values)
     return replace(release, parameters=values)
@@ -225,7 +225,7 @@ def _not_here(package: Remote, what: str) -> UserError:
 
 
 def _check(given: Mapping[str, str]) -> None:
-    """Raise UserError for a setting that there is none of, or that may not have this value."""
+    """Raise UserError for an unknown setting, or a value that is not allowed."""
     declared = template()["Parameters"]
     for name, value in given.items():
         if name not in declared or name in COMPUTED:
@@ -241,7 +241,7 @@ def _check(given: Mapping[str, str]) -> None:
 
 
 def _not_allowed(parameter: Mapping[str, Any], value: str) -> str | None:
-    """Return what the parameter allows, where `value` is something else."""
+    """Return in words what the parameter allows, None where it allows `value`."""
     if "AllowedValues" in parameter:
         values = [str(each) for each in parameter["AllowedValues"]]
         return None if value in values else ", ".join(values)
@@ -251,7 +251,7 @@ def _not_allowed(parameter: Mapping[str, Any], value: str) -> str | None:
             return None
         return f"a whole number, {low} to {high}"
     pattern = parameter.get("AllowedPattern", ".*")
-    return None if re.fullmatch(pattern, value) else f"what matches {pattern}"
+    return None if re.fullmatch(pattern, value) else f"a text that matches {pattern}"
 
 
 def _image_arn(image: str, place: Place) -> str:
@@ -267,7 +267,7 @@ def _image_arn(image: str, place: Place) -> str:
 
 
 def image_region(image: str) -> str | None:
-    """Return the region of an image in ECR; None for what is none."""
+    """Return the region of an image in ECR; None for any other text."""
     parts = ECR.fullmatch(image)
     if parts is None:
         return None
@@ -275,7 +275,7 @@ def image_region(image: str) -> str | None:
 
 
 def _named(what: str, content: bytes | Path, suffix: str, place: Place) -> Upload:
-    """Return the upload of a content, under a key that it gives."""
+    """Return the upload of a content, under a key with its digest."""
     opened = content.open("rb") if isinstance(content, Path) else io.BytesIO(content)
     with opened as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -283,10 +283,10 @@ def _named(what: str, content: bytes | Path, suffix: str, place: Place) -> Uploa
 
 
 def fingerprint(resources: Sequence[str], values: Mapping[str, str]) -> str:
-    """Return 12 hexadecimal digits over resources of the template and what they use of `values`.
+    """Return a digest, 12 hexadecimal digits, of these resources and the values that they use.
 
-    CloudFormation can't replace a resource under the same name, so the name has to follow from
-    the content.
+    CloudFormation can't replace a resource under the same name, so the name must follow from the
+    content.
     """
     bodies = [template()["Resources"][name] for name in resources]
     used = set(references(bodies)) - {"EndpointRelease", "FunctionRelease"}
@@ -295,7 +295,7 @@ def fingerprint(resources: Sequence[str], values: Mapping[str, str]) -> str:
 
 
 def references(node: Any) -> Iterator[str]:
-    """Yield the parameters that a part of the template uses, also by its conditions."""
+    """Yield the parameters that a part of the template uses, also through its conditions."""
     names: list[str] = []
     if isinstance(node, dict):
         for key, value in node.items():
@@ -317,7 +317,7 @@ def references(node: Any) -> Iterator[str]:
 
 
 def resources(parameters: Mapping[str, str]) -> dict[str, str]:
-    """Return by name the type of each resource that the template makes with these parameters."""
+    """Return the type of each resource that the template makes with these parameters, by name."""
     return {
         name: body["Type"]
         for name, body in template()["Resources"].items()
@@ -349,9 +349,9 @@ class Item:
 def idle_price(
     parameters: Mapping[str, str], region: str, instances: int | None = None
 ) -> list[Item]:
-    """Return the bill of a month in which nobody asks anything.
+    """Return the bill of a month without requests.
 
-    instances: of the endpoint; MinInstances, if not given.
+    instances: of the endpoint; None: MinInstances.
     """
     made = resources(parameters)
     items = []
@@ -369,14 +369,14 @@ def idle_price(
         items.append(Item(what, megabytes / 1024 * seconds * SNAPSHOT_GB_SECOND))
     metrics = sum(map(_watched, made))
     if "ScalingPolicy" in made:
-        metrics += 2  # target tracking makes two alarms more of its own
-    # By the metric; an account's first ten cost nothing.
+        metrics += 2  # target tracking makes two alarms of its own
+    # AWS bills by the metric; an account's first ten are free.
     items.append(Item(f"alarms on {metrics} metrics", metrics * ALARM_MONTH))
     return items
 
 
 def _watched(name: str) -> int:
-    """Return how many metrics a resource watches, which is what AWS asks money for."""
+    """Return how many metrics a resource watches: AWS bills by their number."""
     body = template()["Resources"][name]
     if body["Type"] != "AWS::CloudWatch::Alarm":
         return 0
@@ -385,7 +385,7 @@ def _watched(name: str) -> int:
 
 
 def _instances(kind: str, count: int, region: str) -> Item:
-    """Return the instances' line; AWS asks the same of an endpoint as for training on them."""
+    """Return the instances' line. AWS's price is the same for endpoints as for training."""
     hour = price(kind, region).on_demand
     if hour is None:
         return Item(f"{count} x {kind}", None)

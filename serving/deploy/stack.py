@@ -1,4 +1,4 @@
-"""What a deployment has in AWS: its stack, told from other stacks, and its uploads."""
+"""A deployment in AWS: its stack, which is distinguished from other stacks, and its uploads."""
 
 import io
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ from trainer.common.errors import UserError
 
 
 class ServingStack(Stack):
-    """The stack of a deployment's name."""
+    """The stack with a deployment's name."""
 
     kind: ClassVar[str] = "deployment"
     told_by: ClassVar[str] = "FunctionRelease"  # a parameter that only stacks of this kind have
 
     def is_ours(self, stack: Mapping[str, Any]) -> bool:
-        """Return whether a stack of this name is one of this kind of the project's."""
+        """Return whether a stack is the project's, and of this kind."""
         return self.told_by in parameters_of(stack) and self.aws.owns(stack.get("Tags", []))
 
     def find_ours(self) -> dict[str, Any] | None:
-        """Return the stack as CloudFormation describes it; None where there is none.
+        """Return CloudFormation's description of the stack; None where there is no stack.
 
-        Raise UserError for one that is another project's, or of another kind: its name doesn't
+        Raise UserError for another project's stack, or one of another kind: the name alone doesn't
         make it ours.
         """
         stack = self.describe()
@@ -47,7 +47,7 @@ class ServingStack(Stack):
         return stack
 
     def check_rests(self, stack: Mapping[str, Any]) -> None:
-        """Raise UserError for a stack, as it was described, that can't be changed now."""
+        """Raise UserError where the stack can't be changed now. stack: its description."""
         status = stack["StackStatus"]
         if status in STUCK:
             remedy = "python -m serving destroy, then deploy again"
@@ -58,13 +58,13 @@ class ServingStack(Stack):
         raise UserError(f"stack {self.name} is in {status}; {remedy}")
 
     def reason(self) -> str:
-        """Return what CloudFormation says of the first resource that failed."""
+        """Return CloudFormation's reason for the first failure of a resource."""
         return next(iter(self.failures()), "no reason given")
 
     def follow(self) -> dict[str, Any]:
-        """Print what happens to the stack until it rests, and return it then."""
+        """Print the stack's events until it is settled, and return it then."""
         stack = self.settle(_print_event)
-        assert stack is not None  # asked for by its ARN, a deleted one is described too
+        assert stack is not None  # by its ARN CloudFormation shows even a deleted stack
         return stack
 
 
@@ -75,7 +75,7 @@ def _print_event(event: dict[str, Any]) -> None:
 
 
 def send(aws: Aws, bucket: str, upload: Upload) -> None:
-    """Upload a file, unless its key, which its content gives, is there. Raise UserError."""
+    """Upload a file, unless the bucket has its key, which is its content's. Raise UserError."""
     if aws.find("s3", "HeadObject", "404|NoSuchKey", Bucket=bucket, Key=upload.key):
         return
     print(f"uploading {upload.what}: {upload.size:,} bytes", flush=True)

@@ -267,7 +267,7 @@ def test_a_verb_that_does_not_wait_says_how_to_sign_in(account, person):
 def test_credentials_of_the_environment_are_not_renewed_by_a_profile(account):
     account.post("/strict/rude", how="expire", answers=9)
     code, printed = account.launch("status")
-    assert code == MISTAKE and "ExpiredToken" in printed and "AWS_ACCESS_KEY_ID's" in printed
+    assert code == MISTAKE and "ExpiredToken" in printed and "AWS_ACCESS_KEY_ID and" in printed
     assert "start the same command again" in printed and len(printed.splitlines()) == 1
 
 

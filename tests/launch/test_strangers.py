@@ -93,7 +93,7 @@ def test_a_file_that_is_none_of_ours_hides_no_run(account, key):
     printed = launch(account, "cost")
     assert "\nseen " in f"\n{printed}", printed
     if key.endswith("request.json"):
-        assert f"not shown: s3://{BUCKET}/{key}: this is no note" in printed
+        assert f"not shown: s3://{BUCKET}/{key}: this is not the note" in printed
     if key.startswith("runs/z/"):
         for words in (["logs", "z"], ["submit", "name=z"]):
             code, printed = account.launch(*words)

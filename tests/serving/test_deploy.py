@@ -272,7 +272,7 @@ def test_a_creation_that_fails_says_why_and_leaves_nothing(cloud, serving, packa
     assert code == 2 and error.count("\n") == 1, error
     assert (
         "DELETE_COMPLETE; Endpoint: The account-level service limit" in error
-        and "nothing of it is left" in error
+        and "only its uploads are left" in error
     )
     assert serving("status")[0] == 2
 
@@ -672,7 +672,7 @@ def test_a_tag_is_the_digest_of_the_source_and_of_what_runs_the_network(monkeypa
         (["--set", "InstanceType=ml.t2.medium"], "doesn't scale burstable types; --set MaxInst"),
         (["--set", "Backend=cuda"], "ml.m5.large has no GPU"),
         (["--image", IMAGE.replace("us-east-1", "eu-west-1")], "takes one of us-east-1 only"),
-        (["--set", "Origins=everybody"], "what matches"),
+        (["--set", "Origins=everybody"], "a text that matches"),
         (["--set", "CanaryPercent=10"], "--set MinInstances=2 too"),
         (["--set", "ReservedConcurrency=2"], "3 are kept warm already"),
         (["--set", "SnapStart=on"], "--set ProvisionedConcurrency=0 too"),

@@ -450,7 +450,7 @@ def test_an_archive_whose_header_states_an_absurd_size_is_refused(
     path = tmp_path / "model.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         tar.fileobj.write(entry.tobuf(tarfile.GNU_FORMAT))
-    assert f"'model.onnx' brings what is unpacked to {size:,} bytes" in refusal(path, capsys)
+    assert f"'model.onnx' brings the unpacked size to {size:,} bytes" in refusal(path, capsys)
     assert list(temporary.iterdir()) == []
 
 

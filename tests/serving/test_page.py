@@ -331,7 +331,10 @@ class TestMoreInChromium:
     @pytest.mark.parametrize(
         ("answer", "told"),
         [
-            ("Promise.reject(new TypeError('Failed to fetch'))", "The server does not answer. See"),
+            (
+                "Promise.reject(new TypeError('Failed to fetch'))",
+                "The server does not answer. Check",
+            ),
             (
                 "Promise.resolve(new Response('<html>', {status: 502, statusText: 'Bad Gateway'}))",
                 "The answer is 502 Bad Gateway, without a reason.",

@@ -123,7 +123,7 @@ def test_the_deadline_holds_where_its_pipe_is_full(stopped, picture):
 def test_one_that_answers_nonsense_is_ended(worker, picture, monkeypatch):
     life = worker._life
     monkeypatch.setattr(type(life), "_take", lambda *_: {}["nothing"])
-    with pytest.raises(RequestError, match="started again"):
+    with pytest.raises(RequestError, match="restart its decoding process"):
         worker.prepare(*asked(picture), Work(600))
     assert life.is_over()
 

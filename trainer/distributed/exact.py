@@ -14,11 +14,11 @@ from trainer.images.sampler import Share
 
 
 class Ordered(Gradients):
-    """The same shards of a batch whatever the number of processes, added up in their order.
+    """Splits a batch into the same shards for any number of processes, and sums them in order.
 
-    Each shard starts from the same buffers; BatchNorm's statistics then move by the mean of what
-    they moved in the shards. With several processes each adds up one slice of all gradients, so a
-    step sends and receives what 2 * shards / processes gradients take.
+    Each shard starts from the same buffers; BatchNorm's statistics then move by the mean of their
+    moves in the shards. Of several processes each sums one slice of all gradients, so in a step it
+    sends and receives as much as 2 * shards / processes gradients take.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Ordered(Gradients):
             self._keep(row)
 
     def _keep(self, row: Tensor) -> None:
-        """Write this shard's gradients, and what its buffers moved, to `row`."""
+        """Write this shard's gradients, and how far it moved the buffers, to `row`."""
         gradients = []
         for parameter in self._parameters:
             if parameter.grad is None:
@@ -81,7 +81,7 @@ class Ordered(Gradients):
                 assert parameter.grad is not None
                 parameter.grad.copy_(total[start:end].view_as(parameter))
             for buffer, before in zip(self._buffers, self._before, strict=True):
-                if id(buffer) in moving:  # a counter already stands at one step more
+                if id(buffer) in moving:  # not a counter: each shard has set it to one step more
                     start, end = end, end + buffer.numel()
                     mean_move = total[start:end].view_as(buffer) / self._share.shards
                     buffer.copy_(before + mean_move)

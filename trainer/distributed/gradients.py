@@ -1,7 +1,4 @@
-"""How the gradients of a batch come together.
-
-In one process, or by DistributedDataParallel in several.
-"""
+"""How a batch's gradients are summed: in one process, or by DistributedDataParallel in several."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,15 +14,13 @@ from trainer.images.sampler import Share
 
 
 class Gradients:
-    """Of one process that computes whole batches: complete as they are."""
+    """For one process that computes whole batches: its gradients are complete as they are."""
 
     def __init__(self, forward: Any) -> None:
         self.forward = forward  # what training calls: the network, compiled or wrapped
 
     def global_batch_size(self, count: int) -> float:
-        """Return what a summed loss is divided by.
-
-        So that the gradients that come together are those of the batch's mean.
+        """Return the divisor of a summed loss that makes the gradients those of the batch's mean.
 
         count: images of the batch in this process.
         """
@@ -34,28 +29,28 @@ class Gradients:
     def shards(self, image: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield this process's part of a batch as (number, image, target) of each shard.
 
-        After each, the caller has added its gradients.
+        The caller adds a shard's gradients before it asks for the next one.
         """
         yield 0, image, target
 
     def microbatches(
         self, image: Tensor, target: Tensor, accumulate: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield a shard in `accumulate` parts; after each, the caller has added its gradients."""
+        """Yield a shard in `accumulate` parts; the caller adds the gradients of each in turn."""
         if accumulate == 1:
             yield image, target
             return
         yield from zip(image.tensor_split(accumulate), target.tensor_split(accumulate), strict=True)
 
     def combine(self) -> None:
-        """Give each parameter the gradient of the whole batch, after its last shard."""
+        """Give each parameter the gradient of the whole batch. Call it after the last shard."""
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give all processes the same buffers, before an evaluation."""
 
 
 class Replicated(Gradients):
-    """Fast: one shard a process; the gradients are averaged while the rest of them is computed."""
+    """Fast: one shard per process; DDP averages gradients while the backward pass goes on."""
 
     def __init__(
         self, forward: Any, world: Job, share: Share, global_batch_size: int, device: torch.device
@@ -69,8 +64,8 @@ class Replicated(Gradients):
                 forward,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 process_group=world.group,
-                # Training reads no running statistics, so they need not be equal in each step: rank
-                # 0's count.
+                # Training reads no running statistics, so they may differ between processes until
+                # an evaluation takes rank 0's.
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )

@@ -1,6 +1,6 @@
-"""The thread in which a process of a job says that it lives, and listens to the others.
+"""The thread in which a process of a job tells the others that it lives, and listens to them.
 
-They talk through torchrun's store.
+The processes talk through torchrun's store.
 """
 
 import json
@@ -15,15 +15,15 @@ from trainer.common.text import listed
 from trainer.distributed.world import ExitNotice
 
 BEAT = 1.0  # seconds between two signs of life
-BROKEN = 3  # times in a row that the connection to the store is closed: PyTorch makes no new one
-SILENT = 3 * BEAT  # without one for so long, a process is the likely cause of a failed exchange
+BROKEN = 3  # failures in a row mean a closed connection to the store: PyTorch never reconnects
+SILENT = 3 * BEAT  # a process silent for this long is the likely cause of a failed exchange
 
 
 class Heartbeat(threading.Thread):
-    """Says that this process lives, how often it has come to a barrier, and why it ends.
+    """Tells the others that this process lives, how many barriers it has reached, and why it ends.
 
-    Whatever may block on a broken network happens in this thread. The main one only reads what was
-    heard last.
+    Every call that a broken network may block happens in this thread. The main thread only reads
+    the last messages.
     """
 
     def __init__(self, store: Any, rank: int, size: int, who: str) -> None:
@@ -32,11 +32,11 @@ class Heartbeat(threading.Thread):
         self._others = [other for other in range(size) if other != rank]
         self._heard: dict[int, dict[str, Any]] = {}
         self._raw: dict[int, bytes] = {}
-        # When something new was heard last.
+        # When each process last said something new.
         self._at = dict.fromkeys(self._others, time.monotonic())
         self._contact = time.monotonic()  # when the store answered last
-        self._failures = 0  # since then, of a connection that is closed
-        self.listened = threading.Event()  # once: what was said before this process came
+        self._failures = 0  # calls since then that found the connection closed
+        self.listened = threading.Event()  # set when the earlier messages have been read
         self._mine: dict[str, Any] = {
             "who": who,
             "beat": 0,
@@ -45,23 +45,23 @@ class Heartbeat(threading.Thread):
             "heard": [],
             "done": False,
         }
-        self._told: list[int] = []  # whose notices the others know to have been heard here
+        self._told: list[int] = []  # processes whose exit notices this one has confirmed
         self._wake, self._quick = threading.Event(), False
         self.stop: Stop | None = None  # asked when torchrun has gone
 
     def watch(self) -> None:
-        """Start, once."""
+        """Start the thread, unless it runs already."""
         if self.ident is None:
             self.start()
 
     def end(self) -> None:
-        """Say that all is done, and stop."""
+        """Tell the others that this process is done, and stop the thread."""
         self._mine["done"] = True
         self._wake.set()
         self.join(SILENT)
 
     def run(self) -> None:
-        """Say and listen once a second, until `end`."""
+        """Send and read messages once a second, until `end`."""
         done = False
         while not done:
             self._mine["beat"] += 1
@@ -73,7 +73,7 @@ class Heartbeat(threading.Thread):
                 self._listen()
                 self._contact, self._failures = time.monotonic(), 0
                 self.listened.set()
-            except RuntimeError as error:  # torch's DistError; what follows from it is `missing`
+            except RuntimeError as error:  # torch's DistError; `missing` draws the conclusion
                 if re.search("closed|reset|broken pipe", str(error), re.IGNORECASE):
                     self._failures += 1
                 self._wake.wait(BEAT)
@@ -99,19 +99,19 @@ class Heartbeat(threading.Thread):
         self._mine["heard"] = [other for other in known if self._heard[other]["notice"]]
 
     def enter_barrier(self) -> None:
-        """Say that this process has come to the next barrier."""
+        """Tell the others that this process has reached the next barrier."""
         self._mine["barriers"] += 1
         self._quick = True
         self._wake.set()
 
     def barrier_is_full(self) -> bool:
-        """Return whether all others have come to the barrier too."""
+        """Return whether all others have reached the barrier too."""
         everybody = all(map(self._is_in_barrier, self._others))
         self._quick = self._quick and not everybody
         return everybody
 
     def outside_barrier(self) -> str:
-        """Return who has not come to the barrier."""
+        """Return the names of the processes that have not reached the barrier."""
         late = [other for other in self._others if not self._is_in_barrier(other)]
         return listed(map(self._called, late), 4)
 
@@ -119,10 +119,10 @@ class Heartbeat(threading.Thread):
         return other in self._heard and self._heard[other]["barriers"] >= self._mine["barriers"]
 
     def say(self, notice: ExitNotice, seconds: float) -> None:
-        """Say why this process ends. Return when all others have heard it, or seem to be deaf.
+        """Tell the others why this process ends. Return when all have read it, or seem dead.
 
-        Who ends too need not hear it, but that rank 0, whose store it is, ends last. seconds: for
-        which those are waited for that live, or have not been heard yet.
+        A process that ends itself need not read it. Rank 0 waits all the same: it holds the store,
+        so it ends last. seconds: how long to wait for a process that lives, or that has not come.
         """
         self._mine["notice"] = vars(notice)
         self._quick = True
@@ -144,13 +144,13 @@ class Heartbeat(threading.Thread):
         return other in self._heard and self._rank in self._heard[other]["heard"]
 
     def notices(self, below: int | None = None) -> list[ExitNotice]:
-        """Return those of the processes that have ended. below: of ranks below this one only."""
+        """Return the exit notices of the processes that have ended. below: of lower ranks only."""
         ranks = [other for other in sorted(self._heard) if below is None or other < below]
         notices = [self._heard[other]["notice"] for other in ranks]
         return [ExitNotice(**notice) for notice in notices if notice]
 
     def missing(self, seconds: float) -> str | None:
-        """Return who has given no sign for so long; None where nobody is missing."""
+        """Return who has been silent for `seconds`, in words; None where nobody has."""
         now = time.monotonic()
         if now - self._contact > seconds or self._failures >= BROKEN:
             return "the host of rank 0 no longer answers: it, or the network to it, is down"

@@ -37,14 +37,14 @@ T = TypeVar("T")
 
 START_SECONDS = 300.0  # for all processes to begin
 FAREWELL_SECONDS = 10.0  # for the others to come and hear, when one ends before they have met
-SAID_AFTER, SAID_EVERY = 2.0, 15.0  # seconds of waiting for others, until that is said
+SAID_AFTER, SAID_EVERY = 2.0, 15.0  # seconds of waiting before the log says so, first and again
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 class Job(World):
     """One of several processes.
 
-    Numbers and flags go by gloo, on the CPU, gradients on GPUs by NCCL.
+    gloo sends numbers and flags, on the CPU; NCCL sends gradients on GPUs.
     """
 
     def __init__(self) -> None:
@@ -54,33 +54,33 @@ class Job(World):
         self.node = int(os.environ.get("GROUP_RANK", 0))
         self.hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         self.who = f"rank {self.rank} on {socket.gethostname()}"
-        # What goes wrong is said in our own words.
+        # We report errors in our own words.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         self.timeout = START_SECONDS
         self.group: Any = None  # for gradients; None: gloo's
         self._configured = False
-        self._store: Any = None  # where all meet
+        self._store: Any = None  # torchrun's, through which all processes talk
         self._opening: threading.Thread | None = None
-        self._refused: Exception | None = None  # by the network, what opens the store
-        self._pending: tuple[Any, Tensor] | None = None  # the exchange of actions that is under way
-        self._action = Action.GO  # sent with it
+        self._refused: Exception | None = None  # why the store could not be opened
+        self._pending: tuple[Any, Tensor] | None = None  # the exchange of actions under way
+        self._action = Action.GO  # the last one that this process sent
 
     def _open_store(self) -> None:
-        """Find the store, and set it. Runs in a thread: PyTorch waits where no signal is heard."""
+        """Set the store. Runs in a thread: while PyTorch waits, Python handles no signal."""
         try:
             self._wait_for_rank_0()
-            # It waits for nobody where it isn't told the number of processes.
+            # Without the number of processes, rendezvous waits for nobody.
             url, timeout = "env://?world_size=-1", timedelta(seconds=START_SECONDS)
             store, _, _ = next(rendezvous(url, timeout=timeout))
         except (RuntimeError, ValueError, OverflowError) as error:  # torch's DistError; no port
             self._refused = error
             return
-        # After a restart by torchrun the store may still hold what was said before it.
+        # After a restart by torchrun the store may still hold messages from before it.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self._store = PrefixStore(f"packhorse/{restart}", store)
 
     def _wait_for_rank_0(self) -> None:
-        """Return when rank 0 or torchrun listens: PyTorch's own waiting takes twice its timeout."""
+        """Return when rank 0 or torchrun listens: PyTorch itself would wait twice its timeout."""
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         while self.rank != 0:
             try:
@@ -90,9 +90,9 @@ class Job(World):
                 time.sleep(0.1)
 
     def _meet(self, seconds: float, stop: Stop | None = None) -> None:
-        """Come to where all processes meet, and let them hear of this one.
+        """Open the store that all processes share, and start the heartbeat.
 
-        Raise Lost where rank 0 isn't there within so many seconds, Interrupted when asked to stop,
+        Raise Lost where rank 0 isn't there within `seconds`, Interrupted when asked to stop,
         UserError where rank 0 can't listen.
         """
         if self._opening is None:
@@ -124,7 +124,7 @@ class Job(World):
     def share_config(self, config: Config | None, stop: Stop) -> Config:
         self._meet(START_SECONDS, stop)
         with self._explained():
-            self._heartbeat.listened.wait(BEAT)  # whoever has ended may have said why
+            self._heartbeat.listened.wait(BEAT)  # a process that has ended may have said why
             if config is not None:
                 self._store.set("config", json.dumps(asdict(config)))
             while not self._store.check(["config"]):
@@ -173,7 +173,7 @@ class Job(World):
                     f"{key}: {facts[key]} here, {expected} at rank 0; "
                     "all processes must have the same"
                 )
-        self.barrier(stop)  # whoever goes on before another one complains hears of its end too late
+        self.barrier(stop)  # else a process goes on, and learns too late that another one failed
 
     def barrier(self, stop: Stop | None = None) -> None:
         waiting = _Waiting()
@@ -201,9 +201,9 @@ class Job(World):
             self.barrier()
 
     def all_reduce_max(self, action: Action) -> Action:
-        """Return the largest action of the call before: so nobody, and no GPU, is waited for.
+        """Return the largest action of the previous call, so that no process or GPU has to wait.
 
-        An action is sent once.
+        A process sends an action once.
         """
         answer = Action.GO
         if self._pending is not None:
@@ -255,7 +255,7 @@ class Job(World):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raise, in the place of a failed exchange, the end or loss of a process that caused it."""
+        """Replace the error of a failed exchange by its cause: a process that ended or is lost."""
         try:
             yield
         except RuntimeError as error:
@@ -273,10 +273,10 @@ class Job(World):
 
     def tell(self, error: Exception, code: int, line: str, show: Callable[[], None]) -> None:
         if isinstance(error, Ended):
-            # On its own host the process that ended has spoken for itself.
+            # On its own host the process that ended has told the user itself.
             if self.local_rank == 0 and error.notice.node != self.node:
                 show()
-            self._heartbeat.end()  # who spoke waits until it was heard
+            self._heartbeat.end()  # the process that ended waits until this one has read its notice
             return
         if self.is_main_process:
             show()
@@ -290,11 +290,11 @@ class Job(World):
             self._meet(FAREWELL_SECONDS)
         except (Lost, UserError):
             if not self.is_main_process:
-                log.setLevel(logging.INFO)  # nobody else is there to say it
+                log.setLevel(logging.INFO)  # no other process is there to tell the user
                 show()
             return
         self._heartbeat.say(ExitNotice(self.who, self.node, code, text, asked), FAREWELL_SECONDS)
-        # A mistake that all processes see is told by the first of them.
+        # Where all processes make the same mistake, the lowest rank alone tells the user.
         told = any(notice.text == text for notice in self._heartbeat.notices(below=self.rank))
         self._heartbeat.end()
         if not self.is_main_process and not told:
@@ -304,7 +304,7 @@ class Job(World):
         return text if self.is_main_process else f"{self.who}: {text}"
 
     def leave(self, code: int) -> None:
-        # After --help, say, the others wait for settings.
+        # The others still wait for settings, after --help for example.
         if self.is_main_process and not self._configured and code == OK:
             notice = ExitNotice(self.who, self.node, OK, "there is nothing to train", asked=False)
             with suppress(Lost, UserError):
@@ -313,15 +313,12 @@ class Job(World):
                 self._heartbeat.end()
         sys.stdout.flush()
         sys.stderr.flush()
-        # Python's own end would wait for processes that are no more, and abort the process where a
-        # thread is in PyTorch's C++, though all is saved.
+        # Python's own exit would wait for processes that are gone, and abort this one where a
+        # thread is in PyTorch's C++, though everything is saved.
         os._exit(code)
 
     def _look(self) -> None:
-        """Raise what this waiting comes to.
-
-        Interrupted or Ended where one has ended, Lost where one is silent too long.
-        """
+        """Raise Interrupted or Ended where another process has ended, Lost where one is silent."""
         for notice in self._heartbeat.notices():
             if notice.asked:
                 raise Interrupted(notice.text)
@@ -332,17 +329,17 @@ class Job(World):
 
 
 class _Waiting:
-    """Says from time to time for whom this process waits."""
+    """Logs from time to time whom this process waits for."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + SAID_AFTER
 
     def tell(self, whom: Callable[[], str]) -> None:
-        """Say it, when it is time. whom: gives the names."""
+        """Log it, when it is time. whom: returns the names."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + SAID_EVERY
-        # Also where the log of a rank is kept to errors: nobody else is there to say it.
+        # Also on a rank that logs errors only: no other process may be there to say it.
         text = f"waiting for {whom()}"
         log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
 
@@ -350,7 +347,7 @@ class _Waiting:
 def _of_exchange(error: RuntimeError) -> bool:
     """Return whether an error of PyTorch says that the processes could not talk.
 
-    gloo's have no type of their own.
+    gloo's errors have no type of their own, so their text decides.
     """
     if isinstance(error, dist.DistError):
         return True
@@ -360,7 +357,7 @@ def _of_exchange(error: RuntimeError) -> bool:
 def _choose_interface() -> None:
     """Let gloo and NCCL use the network that leads to rank 0's host.
 
-    By themselves they take that of the host's own name, often the loopback.
+    By themselves they take the interface of the host's own name, often the loopback.
     """
     import fcntl  # imported here: not on Windows, where a job has one host
 

@@ -1,11 +1,11 @@
 """How this process was started: alone, or by torchrun as one of several.
 
-Standard library only, and quick to import: asked before what is slow.
+Standard library only: the answer is needed before anything slow is imported.
 """
 
 import os
 
-# What torchrun gives to each process.
+# Variables that torchrun sets for each process.
 GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -1,7 +1,7 @@
-"""torchrun that says what became of the run: `python -m trainer.distributed.torchrun ...`.
+"""torchrun with the run's own exit code: `python -m trainer.distributed.torchrun ...`.
 
-Its options are torchrun's: --standalone --nproc_per_node=4 -m trainer data.root=DIR, say. torchrun
-itself ends with 1 and a traceback of its own, whatever its processes have said and ended with.
+Its options are torchrun's: --standalone --nproc_per_node=4 -m trainer data.root=DIR, for example.
+torchrun itself ends with 1 and a traceback, whatever its processes said and their exit codes were.
 """
 
 import logging
@@ -11,7 +11,7 @@ import sys
 from trainer.common import sessions
 
 if __name__ == "__main__":
-    sessions.end_when_asked()  # before what takes seconds to import
+    sessions.end_when_asked()  # before the imports below, which take seconds
 
 from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -25,7 +25,7 @@ from trainer.common.errors import MISTAKE, OK, RESUME
 def main(arguments: list[str]) -> int:
     """Run torchrun; return the exit code of the process that ended the job."""
     to_terminal(expendable=True)
-    # What ends a process is said by that process; torchrun's own log says it again, several times.
+    # A process says itself why it ends; torchrun's log would repeat it several times.
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed."):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _code(rank, failure.exitcode)
-    except SignalException:  # its processes have saved, and said so
+    except SignalException:  # the processes have saved, and said so
         return RESUME
     except (RendezvousError, DistError) as error:
         reason = str(error).splitlines()[0]
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _signals() -> list[str]:
-    """Return the option by which torchrun leaves SIGHUP alone, where nohup has it ignored."""
+    """Return the option that makes torchrun ignore SIGHUP too, where nohup made us ignore it."""
     option = "--signals-to-handle"
     if signal.SIGHUP in sessions.heeded() or option not in run.get_args_parser().format_help():
         return []

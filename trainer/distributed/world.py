@@ -1,10 +1,8 @@
-"""Where this process stands among those of its run, and what they do together.
+"""This process's place among the processes of its run, and what they do together.
 
-One alone needs no PyTorch for it.
-
-A run of one process has a `World`, whose methods do nothing; one of several, started by torchrun,
-has a `distributed.job.Job`. How the gradients of a batch come together is a matter of its own:
-`gradients`, `exact`.
+A run of one process has a `World`, whose methods do nothing and need no PyTorch. A run of several,
+started by torchrun, has a `distributed.job.Job`. `gradients` and `exact` combine the gradients of
+a batch.
 """
 
 import functools
@@ -32,7 +30,7 @@ START = (
 
 
 class Action(IntEnum):
-    """What a process wants to do after a step; the largest of all processes is done by all."""
+    """What a process wants to do after a step; all do the largest that any process wants."""
 
     GO = 0
     SAVE = 1
@@ -53,13 +51,13 @@ class Ended(PackhorseError):
 
 @dataclass(frozen=True)
 class ExitNotice:
-    """The last that a process tells the others: why it ends."""
+    """The last message of a process to the others: why it ends."""
 
     who: str  # "rank 1 on gpu-box"
     node: int  # of the host that it runs on
     code: int  # its exit code
     text: str
-    asked: bool  # to stop, and has done so in order
+    asked: bool  # whether it was asked to stop, and saved before it ended
 
 
 class World:
@@ -77,7 +75,7 @@ class World:
         return self.rank == 0
 
     def check(self, processes: int | None, hosts: int | None) -> None:
-        """Raise UserError where another number of processes or hosts runs than was asked for."""
+        """Raise UserError where the number of processes or hosts isn't the one asked for."""
         if processes not in (None, self.size):
             runs = "runs" if self.size == 1 else "run"
             raise UserError(f"train.processes={processes}, but {self.size} {runs}: {START}")
@@ -85,7 +83,7 @@ class World:
             raise UserError(f"train.hosts={hosts}, but the processes run on {self.hosts}: {START}")
 
     def share_config(self, config: "Config | None", stop: Stop) -> "Config":
-        """Give rank 0's settings to all processes; the others come with None.
+        """Return rank 0's settings in all processes. config: None in the others.
 
         Raises Interrupted when asked to stop meanwhile.
         """
@@ -96,32 +94,32 @@ class World:
     def connected(self, timeout: float, stop: Stop) -> Iterator[None]:
         """Let the processes talk while the context lasts.
 
-        timeout: seconds that one may keep the others waiting.
+        timeout: seconds that a process may keep the others waiting.
 
-        Raises Lost, Ended or Interrupted in the place of an error that comes from another process's
-        end.
+        Where an error comes from the end of another process, raises Lost, Ended or Interrupted
+        instead.
         """
         yield
 
     def broadcast_from_main(self, work: Callable[[], T]) -> T:
-        """Return what rank 0's `work` returns, in all processes; the others don't do it."""
+        """Return in all processes what `work` returns on rank 0, which alone does it."""
         return work()
 
     def check_same(self, facts: dict[str, str], stop: Stop) -> None:
-        """Raise UserError in a process whose facts are not rank 0's."""
+        """Raise UserError in a process whose facts differ from rank 0's."""
 
     def barrier(self, stop: Stop | None = None) -> None:
-        """Wait until all processes are here, however long that takes, as long as they live.
+        """Wait until all processes are here. It waits as long as they live.
 
         Raises Interrupted when asked to stop meanwhile.
         """
 
     def farewell(self) -> None:
-        """Wait until all processes have saved what is to be saved, or have left."""
+        """Wait until each process has saved, or has ended."""
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """Let one process of each host through first: what it downloads, the others find."""
+        """Let one process of each host go first: the others find its downloads on the disk."""
         yield
 
     def all_reduce_max(self, action: Action) -> Action:
@@ -146,37 +144,37 @@ class World:
         return values
 
     def first(self, mine: tuple[int, float] | None) -> tuple[int, float] | None:
-        """Return the smallest of all processes' pairs, where one has any."""
+        """Return the smallest of all processes' pairs, None where no process has one."""
         return mine
 
     def gather(self, mine: "list[Tensor]") -> "list[Tensor]":
-        """Return on rank 0 the tensors of all processes, elsewhere its own.
+        """Return on rank 0 the tensors of all processes, in order; elsewhere the process's own.
 
-        Each process has every size-th one.
+        mine: every size-th of them.
         """
         return mine
 
     def tell(self, error: Exception, code: int, line: str, show: Callable[[], None]) -> None:
         """Tell the other processes why this one ends.
 
-        The user is told, by `show`, unless another process does that.
+        Tell the user too, by `show`, unless another process does that.
         """
         show()
 
     def signed(self, text: str) -> str:
-        """Return `text` as the user is to see it, with the process that it comes from."""
+        """Return `text` as the user sees it: with the name of this process, unless it is rank 0."""
         return text
 
     def leave(self, code: int) -> None:
-        """End this process's part: the last thing that it does. May not return."""
+        """Leave the job: the last call of a process. May not return."""
 
 
 @functools.cache
 def current_world() -> World:
-    """Return where this process stands, read from torchrun's environment."""
+    """Return this process's place, read from torchrun's environment variables."""
     if not one_of_several():
         return World()
-    # imported here: only a job of several needs PyTorch to say where it stands.
+    # imported here: only a job of several processes needs PyTorch for this.
     from trainer.distributed.job import Job
 
     return Job()

@@ -1,6 +1,6 @@
 """Networks by name: a backbone, a new head, and the normalisation of pixels.
 
-It lies inside the network, so that no caller can forget it.
+The network normalises its input itself, so that no caller can forget it.
 """
 
 import copy
@@ -25,8 +25,8 @@ from trainer.network.weight_folder import is_file, looked_for
 from trainer.network.weights import import_timm, torchvision_weights
 from trainer.settings.config import OWN, PLAIN
 
-# torchvision's networks whose pretrained weights want another normalisation than they say, and
-# make it themselves.
+# torchvision's networks whose pretrained weights expect another normalisation than torchvision
+# states, and change it themselves (`transform_input`).
 TRANSFORMING = ("googlenet", "inception_v3")
 
 
@@ -34,14 +34,14 @@ class Classifier(nn.Module):
     """Pixels to logits.
 
     Takes pixels [N, height, width, 3] in 0..255, uint8 or floating (RGB), and gives float logits
-    [N, classes]. The order of dimensions is that of a decoded image; seen as [N, 3, height, width]
-    the same memory is PyTorch's channels_last.
+    [N, classes]. The dimensions are in the order of a decoded image; viewed as
+    [N, 3, height, width], the same memory is in PyTorch's channels_last format.
     """
 
     mean: Tensor
     std: Tensor
     name = ""  # of the architecture, as model.name has it
-    code = ""  # SHA-256 of the person's own file that it was built by, if so
+    code = ""  # SHA-256 of the user's own code that built it, "" for any other network
 
     def __init__(
         self,
@@ -55,8 +55,8 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.head = head
         self.frozen = frozen
-        self.keeps_norm_stats = False  # of the backbone, also where its weights are trained
-        self.averages_flip = False  # in eval mode: the logits of an image and its mirror image
+        self.keeps_norm_stats = False  # of the backbone, even where its weights are trained
+        self.averages_flip = False  # in eval mode: over an image and its mirror image
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         if frozen:
@@ -69,7 +69,7 @@ class Classifier(nn.Module):
         return next(linear).in_features
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Return what the head sees of pixels [N, height, width, 3]: [N, features]."""
+        """Return the backbone's output for pixels [N, height, width, 3]: [N, features]."""
         images = (pixels.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
         features: Tensor = self.backbone(images)
         return features
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
     def with_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [N, classes] and the features [N, width] of pixels.
 
-        Where the logits are the mean over the flip, the features are those of the image as it is.
+        With `averages_flip`, the logits are a mean; the features are those of the image unflipped.
         """
         if not self.averages_flip or self.training:
             features = self.features(pixels)
@@ -90,15 +90,15 @@ class Classifier(nn.Module):
         # As one batch: the exported network holds each layer once.
         features = self.features(torch.cat([pixels, mirrored(pixels)]))
         logits: Tensor = self.head(features).float()
-        # The export takes `chunk` for a batch of fixed size.
+        # Not `chunk`: with it the export would fix the batch size.
         plain = features.reshape(2, -1, features.shape[1])[0]
         return logits.reshape(2, -1, logits.shape[1]).mean(0), plain
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Set the mode, as nn.Module does, but of a frozen backbone to eval.
+        """Set the mode as nn.Module does, but keep a frozen backbone in eval mode.
 
-        In train mode its BatchNorm statistics would drift; of a trained one, these layers alone are
-        in eval where their statistics are kept.
+        In train mode its BatchNorm statistics would drift. With `keeps_norm_stats`, the BatchNorm
+        layers of a trained backbone stay in eval mode too.
         """
         super().train(mode)
         if self.frozen:
@@ -130,14 +130,14 @@ def build(
     std: Sequence[float] = (0.5, 0.5, 0.5),
     channels_last: bool = True,
 ) -> Classifier:
-    """Return the classifier `small_cnn`, `timm/NAME`, or that of a name of torchvision's.
+    """Return the classifier `small_cnn`, `timm/NAME`, `own`, or one of torchvision's by its name.
 
-    code: a person's own file, whose network is `own`. weights: a name of torchvision's, a file with
-    a state dict, one of our packages, or None for random ones. weights_dir: where a file was looked
-    for in vain. keep_head: take the head of the package too; else it is new and random, and the
-    caller seeds torch. size: of the square that the network will see, in pixels; None: what it was
-    made for. mean, std: of the channels, in 0..1. Raise UserError for a name or weights that don't
-    exist or don't fit.
+    code: the user's own code, which builds `own`. weights: torchvision's name for them, a file with
+    a state dict, one of our packages, or None for random ones. weights_dir: the folder that was
+    searched in vain, for the message. keep_head: take the head of the package too; else it is new
+    and random, and the caller seeds torch. size: side of the square images that the network will
+    see, in pixels; None: the size that it was made for. mean, std: of the channels, in 0..1. Raise
+    UserError for a name or weights that don't exist or don't fit.
     """
     builder = BUILDERS.get(name.split("/")[0], _torchvision)
     if name == OWN:
@@ -166,14 +166,14 @@ def build(
 
 
 def identity(network: Classifier) -> dict[str, str]:
-    """Return what the network's backbone is, by its tensors, its architecture and its builder."""
+    """Return the identity of the network's backbone: its tensors, architecture and builder."""
     return of_weights(network.backbone, network.name, builder(network))
 
 
 def builder(network: Classifier) -> dict[str, str]:
-    """Return the versions of the libraries that built the network, by their names.
+    """Return the versions of the libraries that built the network, by name.
 
-    Of a person's own file its digest: what it computes is not seen in its layers.
+    For the user's own code return its digest: the layers don't show everything that it computes.
     """
     if network.name == OWN:
         return {"model.code": network.code}
@@ -185,9 +185,9 @@ def builder(network: Classifier) -> dict[str, str]:
 def check(network: Classifier, name: str, size: int, count: int) -> None:
     """Raise UserError where the network can't train on `count` images of `size` px at once.
 
-    Many need a least size, some just one size, and BatchNorm needs two values.
+    Many networks need a least size, some exactly one size, and BatchNorm needs two values.
     """
-    # Two at most, since more fail no differently.
+    # At most two images: a larger batch fails no differently.
     pixels = torch.zeros(min(count, 2), size, size, 3, dtype=torch.uint8)
     try:
         with torch.no_grad():
@@ -235,7 +235,7 @@ def _small_cnn(name: str, weights: str | None, size: int | None) -> tuple[nn.Mod
 def _own(
     code: str | None, name: str, weights: str | None, size: int | None
 ) -> tuple[nn.Module, int]:
-    """Return the network of a person's own file."""
+    """Return the network that the user's own code builds."""
     backbone, width = own.load(code).backbone(size or PLAIN.size)
     if weights is not None:
         if not is_file(weights):
@@ -260,7 +260,7 @@ def _timm(name: str, weights: str | None, size: int | None) -> tuple[nn.Module, 
         raise Absent(str(error)) from error
     if local:
         assert weights is not None
-        # timm's own, for files of the networks' authors, and for another number of patches.
+        # timm's function that adapts files of the networks' authors, or another number of patches.
         adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
         heads = backbone.default_cfg.get("classifier") or ()
         if isinstance(heads, str):
@@ -292,7 +292,7 @@ def _is_usual(name: str, size: int | None) -> bool:
 
 
 def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
-    """Return timm's network without its last layer, for squares of `size` px where it takes one."""
+    """Return timm's network without its last layer, for `size` px where its size can be chosen."""
     timm = import_timm(name)
     short = name.removeprefix("timm/")
     usual = timm.get_pretrained_cfg(short, allow_unregistered=True)
@@ -301,14 +301,14 @@ def _timm_backbone(name: str, pretrained: bool, size: int | None) -> Any:
     if usual is not None and usual.fixed_input_size and not _is_usual(name, size):
         try:
             return timm.create_model(short, num_classes=0, pretrained=pretrained, img_size=size)
-        except TypeError as error:  # of a network whose size can't be chosen
+        except TypeError as error:  # the network's size can't be chosen
             if "img_size" not in str(error):
                 raise
     return timm.create_model(short, num_classes=0, pretrained=pretrained)
 
 
 def _check_timm_server(published: Any) -> None:
-    """Raise Absent where weights have to be downloaded and their server can't be reached."""
+    """Raise Absent where timm must download weights and can't reach their server."""
     if not published.hf_hub_id:
         _check_server(published.url)
         return
@@ -321,16 +321,16 @@ def _check_timm_server(published: Any) -> None:
 
 
 def _check_server(url: str | None) -> None:
-    """Raise Absent where torch.hub has to download a file and its server can't be reached."""
+    """Raise Absent where torch.hub must download a file and can't reach its server."""
     if url and not Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1]).exists():
         hub.check(url)
 
 
 def _width(backbone: Any, name: str, size: int | None) -> int:
-    """Return how many features a timm network gives, by having it give some.
+    """Return how many features a timm network gives, found by a forward pass.
 
-    In many a layer lies behind the pooling, so that timm's `num_features` is not it. Raise
-    UserError where it can't see squares of `size` px.
+    Many have another layer behind the pooling, so timm's `num_features` is not their number. Raise
+    UserError where the network can't take squares of `size` px.
     """
     height, width = backbone.default_cfg["input_size"][1:]
     if size is not None:
@@ -365,7 +365,7 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
         raise Absent(str(error)) from error
     except Unreadable:
         raise
-    except Exception as error:  # unpickling damage raises whatever the bytes happen to say
+    except Exception as error:  # unpickling a damaged file may raise anything
         if published is None:
             raise
         raise UserError(
@@ -373,7 +373,7 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
             f"{torch.hub.get_dir()}/checkpoints is damaged; delete it and start again"
         ) from error
     if name in TRANSFORMING:
-        # The auxiliary classifiers only matter when it is trained from scratch on ImageNet.
+        # The auxiliary classifiers only matter for training from scratch on ImageNet.
         network.aux_logits = False
         for auxiliary in AUXILIARY:
             setattr(network, auxiliary, None)
@@ -381,7 +381,7 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
     if weights is not None and published is None:
         fill(network, state_dict(name, weights), weights, [head])
         if name in TRANSFORMING and not is_package(weights):
-            network.transform_input = True  # as torchvision's own loading sets it
+            network.transform_input = True  # as torchvision sets it for its own weights
     network.set_submodule(head, nn.Identity())
     return network, features
 
@@ -389,9 +389,9 @@ def _torchvision(name: str, weights: str | None, size: int | None) -> tuple[nn.M
 def _without_transform(
     backbone: Any, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[list[float], list[float]]:
-    """Take away a network's own change of ImageNet's normalisation; return the one that does both.
+    """Switch `transform_input` off; return the mean and std that include its change.
 
-    So the state dict says all, and whoever builds the network again needs to know nothing more.
+    So the state dict holds the whole normalisation, also for whoever builds the network again.
     """
     backbone.transform_input = False
     theirs = list(zip(mean, std, PLAIN.mean, PLAIN.std, strict=True))
@@ -402,10 +402,9 @@ def _without_transform(
 
 
 def _patiently(load: Callable[[], Any]) -> Any:
-    """Return what `load` returns, from the same random numbers at each try.
+    """Return what `load` returns; retry after errors of the disk, with the same random numbers.
 
-    A disk that fails is not a network that isn't there: raise Unreadable for the one, and what
-    `load` raises for the other.
+    Raise Unreadable where the disk keeps failing, and for anything else what `load` raises.
     """
     state = torch.get_rng_state()
     try:
@@ -421,15 +420,15 @@ def _patiently(load: Callable[[], Any]) -> Any:
     return files.patiently(torch.hub.get_dir(), again)
 
 
-# By the first word of a model's name: what returns the backbone, and how many features it gives.
+# By the first part of a model's name: the function that returns the backbone and its width.
 BUILDERS = {"small_cnn": _small_cnn, "timm": _timm}
 
 
 def _find_head(network: nn.Module) -> tuple[str, int]:
-    """Return the layer that gives ImageNet's 1,000 logits, and how many features it takes.
+    """Return the name of the layer that gives ImageNet's 1,000 logits, and its input width.
 
-    It is the last linear layer or, in SqueezeNet, the last 1 x 1 convolution, whose place in front
-    of the pooling an identity may take.
+    It is the last linear layer or, in SqueezeNet, the last 1 x 1 convolution: an identity may
+    replace it, since the pooling comes after it.
     """
     layers = dict(network.named_modules())
     name = [name for name in layers if isinstance(layers[name], nn.Linear | nn.Conv2d)][-1]

@@ -1,7 +1,4 @@
-"""The machine that a run computes on.
-
-Which device, which precision, and what must stay the same for the same bits.
-"""
+"""The machine that a run computes on: device, precision, and what equal bits depend on."""
 
 import ctypes
 import os
@@ -20,26 +17,27 @@ from trainer.common.console import log
 from trainer.common.errors import UserError
 from trainer.network import startup
 
-# Of glibc's malloc.h; beyond them, in bytes, memory goes back to the system.
+# mallopt's parameters in glibc's malloc.h: thresholds in bytes above which free() gives memory back
+# to the system.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on, and how exactly."""
+    """A run's device and precision."""
 
     device: torch.device
     precision: torch.dtype  # of matrix products
-    processes: int | str = 1  # where their number makes a difference
-    # In which a frozen backbone may see the pictures of train; None: in `precision`.
+    processes: int | str = 1  # of the run, where their number changes the bits
+    # In which a frozen backbone may compute the features of train; None: in `precision`.
     frozen: torch.dtype | None = None
 
     def __str__(self) -> str:
         return str(self.precision).removeprefix("torch.")
 
     def facts(self) -> dict[str, str]:
-        """Return what all processes of a run must have in common."""
+        """Return the facts that must be the same in all processes of a run."""
         return {
             "PyTorch": torch.__version__,
             "the device": self.device.type,
@@ -58,11 +56,11 @@ class Machine:
         return replace(self, precision=torch.float32)
 
     def for_frozen(self) -> "Machine":
-        """Return the same machine, computing as a frozen backbone may see the pictures of train."""
+        """Return the same machine, in the precision that a frozen backbone may use for train."""
         return replace(self, precision=self.frozen or self.precision)
 
     def environment(self) -> dict[str, Any]:
-        """Return what must be equal for a resumed run to give an uninterrupted one's bits."""
+        """Return the facts that must not change, so that a resumed run gives the same bits."""
         values: dict[str, Any] = {
             "torch": torch.__version__,
             "pillow": f"{PIL.__version__}, libjpeg {features.version('libjpeg_turbo')}",
@@ -87,9 +85,9 @@ def prepare(
 ) -> Machine:
     """Set the device up: auto, cpu, cuda or mps, in precision auto, fp32, bf16 or fp16.
 
-    frozen: whether a backbone is frozen, or may be. local_rank: this process's number among the
-    local_size ones of this host, each of which has a GPU of its own. Raise UserError for what this
-    machine hasn't.
+    frozen: whether the backbone is frozen, or may be. local_rank: this process's number among the
+    local_size processes of this host, each of which has its own GPU. Raise UserError where this
+    machine lacks the device or the precision.
     """
     where = choose(device, local_rank, local_size)
     if where.type == "cpu":
@@ -103,9 +101,9 @@ def prepare(
 def choose(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda` or `mps`.
 
-    Raise UserError where a GPU is asked for and there is none: a silent CPU would cost days; and
-    where the processes of this host are more than its GPUs: to share one is slower than to have
-    fewer.
+    Raise UserError where a GPU is asked for and there is none: training on the CPU without a word
+    would cost days. Raise it too where this host has more processes than GPUs: two that share a GPU
+    are slower than one.
     """
     if name == "mps":
         return _apple_gpu(local_size)
@@ -129,7 +127,7 @@ def choose(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
 
 
 def _apple_gpu(local_size: int) -> torch.device:
-    """Return the GPU of a Mac. Raise UserError where there is none, or it would be shared."""
+    """Return the GPU of a Mac. Raise UserError where there is none, or processes would share it."""
     if not torch.backends.mps.is_available():
         raise UserError(
             f"train.device=mps: PyTorch {torch.__version__} sees no Apple GPU here; it needs a Mac "
@@ -171,7 +169,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Return whether the device multiplies matrices in bfloat16 by itself."""
+    """Return whether the hardware multiplies matrices in bfloat16."""
     if device.type == "mps":
         return False
     if device.type == "cuda":
@@ -180,23 +178,23 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def make_deterministic() -> None:
-    """Have the same command give the same bits on the same machine.
+    """Make the same command give the same bits on the same machine.
 
     Call it before the first CUDA operation.
     """
-    # Without it cuBLAS refuses to be deterministic.
+    # cuBLAS is deterministic only with this setting.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Or the compiler chooses by what was fastest when it looked.
+    # Otherwise the compiler chooses kernels by its own timings.
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.backends.cudnn.benchmark = False
     startup.set_deterministic()
-    # Nothing of ours reads memory before it is written: it need not be filled with NaN each time.
+    # Our code reads no memory before it writes it, so PyTorch need not fill it with NaN.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextmanager
 def counting() -> Iterator[None]:
-    """Let counts be counted, on the CPU, where sums of integers repeat anyway.
+    """Leave deterministic mode while metrics count, on the CPU: sums of integers repeat anyway.
 
     In deterministic mode torchmetrics compares N predictions in C classes with N x C**2 numbers: 16
     GB for 2,000 pictures of 1,000 classes.
@@ -211,10 +209,10 @@ def counting() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step, as PyTorch does on a GPU.
+    """Make glibc keep freed memory for the next step, as PyTorch does on a GPU.
 
-    By itself it gives large blocks back to the system, which then clears every page anew: 8 % of a
-    ResNet-18's step (`make bench ARGS=loop`). Do nothing elsewhere.
+    By default glibc gives large blocks back to the system, which clears each page before it is used
+    again: 8 % of a ResNet-18's step (`make bench ARGS=loop`). Without glibc do nothing.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -241,10 +239,10 @@ def check_compiler(where: torch.device) -> None:
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """Return its compiled form, which shares the parameters.
+    """Return the compiled network, which shares the parameters.
 
-    Every shape of a batch gets code of its own: code for any shape would depend on which shapes
-    came before, and a run that goes on after a stop sees them in another order.
+    Each batch shape is compiled separately: code for any shape would depend on the shapes that came
+    before, and a resumed run sees them in another order.
     """
     return cast(nn.Module, torch.compile(network, dynamic=False))
 

@@ -10,12 +10,12 @@ from trainer.network.build import Classifier
 
 
 class WithDistance(nn.Module):
-    """A classifier that gives, beside the logits, each image's distance from the nearest class.
+    """A classifier that gives, besides the logits, each image's distance from the nearest class.
 
     The distance is 1 - the cosine between the image's features and the mean features of a class: 0
-    to 2. It was chosen by measurement (docs/decisions).
+    to 2. We chose it by measurement (docs/decisions).
 
-    means: of each class, float32 [classes, width], as `class_means` gives them.
+    means: float32 [classes, width], from `class_means`.
     """
 
     means: Tensor
@@ -33,7 +33,7 @@ class WithDistance(nn.Module):
 
 
 class Joined(nn.Module):
-    """The same in one tensor, float [N, classes + 1]: the distance comes last."""
+    """`WithDistance` with one output tensor, float [N, classes + 1]: the distance comes last."""
 
     def __init__(self, network: WithDistance) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Features(nn.Module):
 def class_means(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> Tensor:
     """Return the direction of each class's mean features, float32 [classes, width], of length 1.
 
-    features: [N, width]; labels: [N]. A class without an image has zeros: nothing is near it.
+    features: [N, width]; labels: [N]. A class without an image has zeros, so no image is near it.
     """
     sums = np.zeros((classes, features.shape[1]))
     np.add.at(sums, labels, features)

@@ -1,11 +1,11 @@
 """Labels that the features of a pretrained network contradict, and images unlike all others.
 
-Every image is judged by a linear probe that was fitted without it: ridge regression on the classes,
-whose leave-one-out predictions follow in closed form from one fit. How far they can be trusted, and
-how many labels are wrong, is what makes the labels that are given most likely. As in confident
-learning (Northcutt et al., JAIR 2021) the probabilities come from outside the fit, and it is the
-labels' noise that is estimated; here it is one number, since its matrix of class pairs needs more
-images than most classes have (docs/decisions).
+A linear probe that was fitted without an image judges its label: ridge regression on the classes,
+whose leave-one-out predictions follow in closed form from one fit. The probe's temperature and the
+share of wrong labels are those under which the given labels are most likely. As in confident
+learning (Northcutt et al., JAIR 2021), the probabilities are out of sample, and the labels' noise
+is estimated. Here the noise is one number: a matrix of class pairs needs more images than most
+classes have (docs/decisions).
 """
 
 import math
@@ -17,29 +17,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-# What the ridge, the temperature and the share of wrong labels are chosen from.
+# The grids that the ridge, the temperature and the share of wrong labels are chosen from.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 TEMPERATURES = tuple(math.exp(step / 6) for step in range(4, 33))  # 2 to 200
 NOISE = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
-# Probability that the label is wrong; precision and recall are in balance (docs/benchmarks.md).
+# A label with this probability of being wrong is doubtful: here precision and recall are in balance
+# (docs/benchmarks.md).
 DOUBT = 1 / 3
-KNOWN = 0.5  # share of the labels that the probe must give: one that knows less judges none
-FEWEST = 4  # images of a class: with fewer, those left say too little about one of them
-LIMIT = 50_000  # images that are judged at most: the fit holds all their features
-NEAREST = 5  # neighbours whose mean similarity says whether an image is like any other
+KNOWN = 0.5  # share of the labels that the probe must predict: a worse one judges no label
+FEWEST = 4  # images of a class: with fewer, the others say too little about one of them
+LIMIT = 50_000  # judge at most so many images: the fit holds all their features
+NEAREST = 5  # neighbours whose mean similarity tells whether an image is like any other
 BLOCK = 1024  # images compared with all others at a time
-# Robust standard deviations below the usual similarity. Of 370 pets the most unlike has 2.9; texts,
-# moons and textures put among them have 3.4 to 4.0.
+# Robust standard deviations below the usual similarity. The most unlike of 370 pets has 2.9; texts,
+# moons and textures that were put among them have 3.4 to 4.0.
 UNLIKE = 3.2
 
 
 @dataclass(frozen=True)
 class Doubts:
-    """What the features say of N images.
+    """What the features say about N images.
 
     wrong: probability that the label is wrong, float [N], 0 where it isn't judged. rather: int [N],
-    the class that the features say. unlike: robust standard deviations from the usual, float [N].
-    right: share of the labels that the probe gives too.
+    the class that the probe predicts. unlike: robust standard deviations below the usual
+    similarity, float [N]. right: share of the labels that the probe predicts too.
     """
 
     wrong: NDArray[np.float64]
@@ -49,9 +50,9 @@ class Doubts:
 
 
 def judge(features: NDArray[np.float32], labels: NDArray[np.int64], device: torch.device) -> Doubts:
-    """Judge the labels int64 [N] by the features [N, width]. No random number is drawn.
+    """Judge the labels int64 [N] by the features [N, width], without random numbers.
 
-    Raise RuntimeError for features that are no finite numbers, and where a GPU's memory is full.
+    Raise RuntimeError for features that are not finite, and where a GPU's memory is full.
     """
     if not np.isfinite(features).all():
         raise RuntimeError("the features are not all finite numbers")
@@ -67,7 +68,7 @@ def judge(features: NDArray[np.float32], labels: NDArray[np.int64], device: torc
 
 
 def unit(features: Tensor) -> Tensor:
-    """Return the features [N, width], centred, each image's of length 1."""
+    """Return the features [N, width], centred, each row of length 1."""
     centred = features - features.mean(dim=0)
     lengths: Tensor = centred.norm(dim=1, keepdim=True)
     return centred / lengths.clamp(min=1e-6)
@@ -75,7 +76,10 @@ def unit(features: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def unlikeness(directions: Tensor) -> NDArray[np.float64]:
-    """Return how many robust standard deviations each image is less like its nearest than usual."""
+    """Return how far each image's similarity to its nearest lies below the usual one, float [N].
+
+    In robust standard deviations.
+    """
     nearest = min(NEAREST, len(directions) - 1)
     similarity = np.empty(len(directions))
     for start in range(0, len(directions), BLOCK):
@@ -91,10 +95,10 @@ def unlikeness(directions: Tensor) -> NDArray[np.float64]:
 
 @torch.inference_mode()
 def leave_one_out(directions: Tensor, target: Tensor) -> Tensor:
-    """Return scores [N, classes] of each image by a probe that was fitted without it.
+    """Return the scores [N, classes] of each image by a probe that was fitted without it.
 
-    directions: features [N, width], as `unit` makes them; target: int64 [N]. With H the matrix
-    that makes predictions of labels, the prediction of image i without it is
+    directions: features [N, width], from `unit`; target: int64 [N]. With H the hat matrix, which
+    maps labels to predictions, the prediction p_i for image i without it is
     (p_i - H_ii y_i) / (1 - H_ii). H and its diagonal come from one eigendecomposition of the
     smaller Gram matrix. The ridge is the one with the least squared error.
     """
@@ -123,10 +127,10 @@ def leave_one_out(directions: Tensor, target: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def noise_posterior(scores: Tensor, target: Tensor) -> Tensor:
-    """Return the probability [N] that each label is wrong, by scores [N, classes] from outside.
+    """Return the probability [N] that each label is wrong, by out-of-sample scores [N, classes].
 
-    Assumed: a label is right with 1 - noise, and else any other class alike. The temperature of the
-    scores and the noise are those that make the given labels most likely.
+    The model: a label is right with probability 1 - noise, and else each other class is equally
+    likely. The temperature of the scores and the noise maximise the likelihood of the given labels.
     """
     others = max(scores.shape[1] - 1, 1)
     most, posterior = -math.inf, torch.zeros(len(target), device=target.device)

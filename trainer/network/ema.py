@@ -1,4 +1,4 @@
-"""The moving average of a network's weights, which is evaluated in the network's place."""
+"""The moving average of a network's weights, which is evaluated instead of the network."""
 
 import copy
 
@@ -9,9 +9,9 @@ from trainer.network.build import Classifier
 
 
 class ModelEma:
-    """An exponential moving average of what training changes.
+    """The exponential moving average of the weights, and of floating-point buffers.
 
-    That is the weights, and floating buffers such as BatchNorm's statistics. network: the average.
+    Such buffers are BatchNorm's statistics. `self.network` is the averaged network.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -25,8 +25,8 @@ class ModelEma:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the network, after `step` steps of training."""
-        # While there are few steps, a long average would mostly hold the random start:
-        # (1 + n) / (10 + n), as TensorFlow's moving averages do.
+        # In the first steps a long average would mostly hold the random start, so the decay is at
+        # most (1 + n) / (10 + n), as in TensorFlow's moving averages.
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
             [mine for mine, _ in self._floating], [its for _, its in self._floating], 1 - decay
@@ -36,7 +36,7 @@ class ModelEma:
 
 
 def trained_part(network: nn.Module) -> nn.Module:
-    """Return what training changes of it: all, or the head alone."""
+    """Return the part of a network that training changes: all of it, or the head alone."""
     if isinstance(network, Classifier) and network.frozen:
         return network.head
     return network

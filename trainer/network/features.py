@@ -1,14 +1,14 @@
-"""The features of a frozen backbone, computed once: the epochs train the head on what is on disk.
+"""The features of a frozen backbone, computed once and kept on disk; epochs train the head on them.
 
-Each training image is seen in a fixed number of random views, which the epochs take in turn; valid
-in its plain view, and mirrored where the network takes the mean of both. The features of one split
-in one view are one file of float32 [images, width], and a second one holds the checksums of its
-blocks, each written when its block is safe on the disk. A block that isn't as its checksum says,
-for whatever reason, is computed: at first, all of them.
+Each training image has features in a fixed number of random views, which the epochs take in turn.
+Valid has them in its plain view, and mirrored where the network averages both. One file holds the
+features of a split in one view, float32 [images, width]. A second file holds the checksums of its
+blocks, each written when its block is safe on the disk. A block that doesn't match its checksum is
+computed again; at first that is every block.
 
-Where the processor multiplies in bfloat16, train is seen in it, if that rounds the features of
-these pictures by this network to little effect. Valid is always seen as the network will be served,
-so no figure is of rounded features.
+Where the processor multiplies in bfloat16, the features of train are computed in it, if the
+rounding hardly changes them for these pictures and this network. Those of valid are always computed
+as the network will be served, so no metric comes from rounded features.
 """
 
 import copy
@@ -44,25 +44,25 @@ from trainer.network.device import Machine
 
 FORMAT = 4  # of the files; 1 had no checksums, 2 other names, 3 a last block that was padded
 NAMES = {PLAIN: "plain", MIRRORED: "mirrored"}  # of the views that aren't random
-# Images at a time, whatever the training's batch: features differ by about 1e-6 from one size to
-# another. The last block is the rest; its size too is a function of the pictures alone.
+# Images at a time, whatever the training's batch size: features differ by about 1e-6 between batch
+# sizes. The last block has the rest; its size too depends on the pictures alone.
 BATCH = 64
 SAVE_EVERY = 10.0  # seconds of work that a kill may cost
-# Of the variance of the features from picture to picture so much may be rounding. At 0.9 % (the
-# most that was met: MobileNetV2 in bfloat16) a probe's loss on other pictures stays what it was, to
-# 0.013 (pets37, clothes); a random crop of [0.25,1] moves it by 52 to 78 % (64 of pets37).
+# The share of the features' variance between pictures that may be rounding. At 0.9 % (the most that
+# was found: MobileNetV2 in bfloat16) a probe's loss on other pictures changes by at most 0.013
+# (pets37, clothes); a random crop of [0.25,1] moves the features by 52 to 78 % (64 of pets37).
 ROUNDING = 0.02
 
 
 @dataclass(frozen=True)
 class FeatureLoader:
-    """As `ImageLoader`, with features, float32 [N, width], in the place of pixels."""
+    """Loads as `ImageLoader` does, but features, float32 [N, width], instead of pixels."""
 
     loader: ImageLoader
     views: tuple[NDArray[np.float32], ...]  # of train
     valid: NDArray[np.float32]
-    mirrored: NDArray[np.float32] | None = None  # of valid; None: the plain view alone counts
-    cache: "FeatureCache | None" = None  # where they are from
+    mirrored: NDArray[np.float32] | None = None  # of valid; None: use the plain view alone
+    cache: "FeatureCache | None" = None  # that the features come from
 
     @property
     def holds_features(self) -> bool:
@@ -123,8 +123,8 @@ class FeatureCache:
         self.network, self.loader, self.machine = network, loader, machine
         self.cache = cache / "features"
         self._weights = build.identity(network)
-        self._of_train: Machine | None = None  # which computes train, when that is known
-        self._why = ""  # that one, in words
+        self._of_train: Machine | None = None  # computes train; None: not chosen yet
+        self._why = ""  # why that machine was chosen, in words
 
     def of_other(self, loader: ImageLoader) -> "FeatureCache":
         """Return the cache of the same network for other images, or other views of them."""
@@ -133,17 +133,18 @@ class FeatureCache:
         return other
 
     def tell(self) -> None:
-        """Say how exactly train was seen, where there was a choice."""
+        """Log the precision of train's features, where there was a choice."""
         if self._why:
             log.info("features of train: %s", self._why)
 
     def extract(self, stop: Stop, world: World) -> FeatureLoader:
         """Return the features of every training view and of valid.
 
-        Those that are on the disk already are not computed again. The processes of a host begin at
-        different views; what one of them computes, the others find or wait for. A directory that
-        can't be used costs time: then the features lie in memory. Raises Interrupted when asked to
-        stop: what is done is kept, and the next call goes on from there.
+        Only those that are not on the disk are computed. The processes of a host begin at different
+        views; what one of them computes, the others find or wait for. Where the directory can't be
+        used, the features are kept in memory, and the next run computes them again. Raises
+        Interrupted when asked to stop: the features so far are kept, and the next call goes on from
+        there.
         """
         views = self.loader.views
         assert views is not None
@@ -173,9 +174,9 @@ class FeatureCache:
         return self._computed_by(machine, split, view, self.loader.folder.count(split), stop)
 
     def _harmless(self, stop: Stop) -> Machine:
-        """Return the machine as it may see train: rounding, where that changes little.
+        """Return the machine for train: in the lower precision, where rounding changes little.
 
-        It is measured on the first block of valid.
+        The change is measured on the first block of valid.
         """
         quick = self.machine.for_frozen()
         if quick.precision == self.machine.precision:
@@ -243,9 +244,9 @@ class FeatureCache:
 
 
 class _Blocks:
-    """The file of one view, for the process that has it locked: BATCH rows are a block.
+    """The file of one view, for the process that has locked it; a block has BATCH rows.
 
-    shape: [images, width]. What is written is on the disk when the context ends.
+    shape: [images, width]. All written blocks are safe on the disk when the context ends.
     """
 
     def __init__(self, place: Path, shape: tuple[int, int]) -> None:
@@ -269,7 +270,7 @@ class _Blocks:
             self._save()
 
     def is_right(self, number: int, bar: ProgressBar) -> bool:
-        """Return whether a block is as it was written; count its rows as done if so."""
+        """Return whether a block matches its checksum; if so, count its rows as done."""
         start = number * BATCH
         rows = min(BATCH, self._shape[0] - start)
         size, offset = rows * self._row, start * self._row
@@ -298,7 +299,7 @@ class _Blocks:
         return self._shape[1] * np.dtype(np.float32).itemsize
 
     def _save(self) -> None:
-        """Bring what was written to the disk, its checksums last."""
+        """Flush the written blocks to the disk, then their checksums."""
         self._saved = time.monotonic()
         if not self._pending:
             return
@@ -326,7 +327,7 @@ def compute(network: Classifier, batch: Batch, machine: Machine) -> NDArray[np.f
     with machine.autocast():
         features = network.features(batch.image.to(machine.device, non_blocking=True))
     rows = features.float().cpu()
-    array: NDArray[np.float32] = rows.contiguous().numpy()  # a ViT's are one token of many
+    array: NDArray[np.float32] = rows.contiguous().numpy()  # a ViT's are a view of one token
     return array
 
 
@@ -337,9 +338,10 @@ def _key(facts: dict[str, Any]) -> str:
 def _facts(
     network: Classifier, loader: ImageLoader, precision: torch.dtype, view: int
 ) -> dict[str, Any]:
-    """Return what the features are a function of, beside the weights.
+    """Return what the features depend on, except the weights.
 
-    Images, their views, and how they are computed. For all random views it is the same.
+    That is the images, their views, and how they are computed. All random views have the same
+    facts.
     """
     random: dict[str, Any] = {}
     if view not in NAMES:

@@ -1,7 +1,7 @@
-"""The servers that libraries download weights from: asked whether they answer, before a library is.
+"""A check that the servers of pretrained weights answer, before a library downloads from them.
 
-Where there is no network, timm's retries take 25 seconds a network, and torchvision's connections
-minutes where a firewall drops what is sent; neither says what it waits for.
+Without a network, timm retries for 25 seconds per model; where a firewall drops packets,
+torchvision waits for minutes. Neither says what it waits for.
 """
 
 import functools
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from trainer.common.console import log
 
-PATIENCE = 5.0  # seconds; a connection that takes longer is none to download weights by
+PATIENCE = 5.0  # seconds; a connection that takes longer is too slow to download weights
 
 
 class Absent(Exception):
@@ -21,7 +21,7 @@ class Absent(Exception):
 def check(url: str) -> None:
     """Raise Absent where the server of a URL can't be reached.
 
-    Behind a proxy it is the proxy's to say.
+    Behind a proxy nothing is checked: only the proxy can tell.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -30,7 +30,7 @@ def check(url: str) -> None:
         return
     ports = {"https": 443, "http": 80}
     port = parts.port or ports.get(parts.scheme)
-    if not host or port is None:  # of a file, say
+    if not host or port is None:  # a file's URL, for example
         return
     reason = _reason(host, port)
     if reason:
@@ -39,7 +39,7 @@ def check(url: str) -> None:
 
 @functools.cache
 def _reason(host: str, port: int) -> str | None:
-    """Return why a server can't be reached, None where it can; each is asked once."""
+    """Return why a server can't be reached, None where it can. Each is asked once."""
     log.info("weights: asking %s", host)
     try:
         with socket.create_connection((host, port), PATIENCE):

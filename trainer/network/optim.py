@@ -25,7 +25,7 @@ def build(
     """Return the optimizer over the trainable parameters, `adamw` or `sgd`.
 
     lr: peak learning rate of the backbone, and of the head unless head_lr is given. Each group
-    keeps its own as `peak_lr`; see `set_lr`. layer_decay: see `parameter_groups`.
+    keeps its peak as `peak_lr`; see `set_lr`. layer_decay: see `parameter_groups`.
     """
     groups = parameter_groups(network, lr, head_lr or lr, weight_decay, layer_decay)
     startup.spare_optimizer_methods()
@@ -44,8 +44,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the groups of the backbone's layers and of the head, each with and without decay.
 
-    layer_decay: what each layer of the backbone learns at, as a share of the rate of the layer
-    behind it (Clark et al. 2020); the last one learns at lr. 1: all do, in one group.
+    layer_decay: each backbone layer's learning rate as a share of the next layer's (Clark et al.
+    2020); the last layer has lr. 1: all have lr, in one group.
     """
     rates = {name: lr for name, _ in network.backbone.named_parameters()}
     if layer_decay < 1:
@@ -58,7 +58,7 @@ def parameter_groups(
 
 
 def _groups(part: nn.Module, rates: dict[str, float], weight_decay: float) -> list[dict[str, Any]]:
-    """Return a group for each rate, with decay before without. rates: by a parameter's name."""
+    """Return a group for each rate, those with decay first. rates: by the parameter's name."""
     chosen = decayed_names(part)
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for decayed in (True, False):
@@ -72,14 +72,14 @@ def _groups(part: nn.Module, rates: dict[str, float], weight_decay: float) -> li
 
 
 def layer_depths(backbone: nn.Module) -> dict[str, int]:
-    """Return how many layers lie behind each parameter's, by its name: 0 in the last layer.
+    """Return how many layers come after each parameter's, by its name: 0 in the last layer.
 
-    timm's networks say themselves what their layers are.
+    timm's networks define their layers themselves.
     """
     layers = _layers(backbone)
     matcher: Any = getattr(backbone, "group_matcher", None)
     if matcher is not None:
-        # imported here: optional, and slow; whoever has such a network has loaded it.
+        # imported here: optional, and slow; such a network has loaded it already.
         from timm.models import group_parameters
 
         layers = group_parameters(backbone, matcher(coarse=False), reverse=True)
@@ -91,8 +91,8 @@ def _layers(backbone: nn.Module) -> dict[str, int]:
     """Return the number of each parameter's layer, by its name, in the order of definition.
 
     A module is one layer, unless it is a container or holds more than half of all weights: then
-    its children are. What holds no matrix and no filter (a norm, a token, a table of positions)
-    belongs to the layer before it.
+    each of its children is one. A module without a matrix or a filter (a norm, a token, a table of
+    positions) belongs to the layer before it.
     """
     layers: dict[str, int] = {}
     half = sum(parameter.numel() for parameter in backbone.parameters()) / 2
@@ -119,11 +119,11 @@ def _layers(backbone: nn.Module) -> dict[str, int]:
 
 
 def decayed_names(part: nn.Module) -> set[str]:
-    """Return the names of the parameters that weight decay is for: weights of a matrix or a filter.
+    """Return the names of the parameters that get weight decay: weights of a matrix or a filter.
 
-    Shrinking others regularises nothing: biases and norms (fewer than 2 dimensions); tokens,
+    To shrink others regularises nothing: biases and norms (fewer than 2 dimensions); tokens,
     position embeddings, tables of relative positions, scales (they are not called weight); and what
-    timm's networks name themselves in `no_weight_decay()`, as names or patterns.
+    timm's networks list in `no_weight_decay()`, as names or patterns.
     """
     spared = [
         f"{prefix}.{pattern}".removeprefix(".")
@@ -144,8 +144,8 @@ def decayed_names(part: nn.Module) -> set[str]:
 class Schedule:
     """How the learning rate changes: `cosine` (Loshchilov and Hutter 2017), `step` or `constant`.
 
-    warmup_epochs: of linear warm-up. step_epochs, step_factor: every so many epochs, the rate is
-    multiplied by so much; of `step` alone.
+    warmup_epochs: of linear warm-up. For `step` alone: every step_epochs epochs the rate is
+    multiplied by step_factor.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Schedule:
     def factor(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """Return the share of the peak learning rate at `step` (0-based) of a run of `epochs`."""
         total = steps_per_epoch * epochs
-        # A warm-up that is as long as the run would leave nothing to fall from.
+        # At most half of the run: after a warm-up as long as the run the rate would never fall.
         warmup = min(self.warmup_epochs * steps_per_epoch, total / 2)
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -169,7 +169,7 @@ class Schedule:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set each group's learning rate to its share of the peak; return the last, the head's."""
+    """Set each group's learning rate to `factor` of its peak; return the last one, the head's."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return float(optimizer.param_groups[-1]["lr"])

@@ -1,14 +1,14 @@
-"""A person's own network, loss and metric: functions that model.code names.
+"""The user's own network, loss and metric: functions in the code that model.code names.
 
     def network(size): return a backbone and its width: images float [N, 3, size, size], normalised,
-        to features [N, width]; the head is ours. Used with model=own.
+        to features [N, width]; Packhorse adds the head. Used with model=own.
     def loss(output, target): return the sum over the images, a scalar: output float32 [N, classes];
         target int64 [N], or with mixed images probabilities [N, classes].
     def metric(output, target): return figures by name, float: of all images of valid, or of test.
 
-One of them is enough. They are in a file, in a module, or attributes of an object in one
-(trainer/common/own_code.py). The SHA-256 of that code is part of what a run is; a model package
-needs it no more, since the network is exported.
+One of them is enough. They are in a file, in a module, or attributes of an object in a module
+(trainer/common/own_code.py). The SHA-256 of that code is part of a run's identity. A model package
+doesn't need the code: it holds the exported network.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,12 +24,12 @@ from trainer.common.text import noted
 from trainer.network.device import counting
 
 NAMES = ("network", "loss", "metric")
-OURS = {"loss", "refinement", "top1", "top5", "f1"}  # figures that have their meaning
+OURS = {"loss", "refinement", "top1", "top5", "f1"}  # names that our own metrics have
 
 
 @dataclass(frozen=True)
 class Own:
-    """What the code defines; None: what everybody has. code: None where there is none."""
+    """The functions that the code defines; None: Packhorse's is used. code: None without any."""
 
     code: OwnCode | None
     network: Callable[[int], tuple[nn.Module, int]] | None = None
@@ -78,7 +78,7 @@ class Own:
             )
 
     def figures(self, output: Tensor, target: Tensor, prefix: str) -> dict[str, float]:
-        """Return the own figures of a split, by names such as valid_NAME. Raise UserError."""
+        """Return the metric's figures of a split, by names such as valid_NAME. Raise UserError."""
         if self.metric is None:
             return {}
         with self._told("metric"), counting():
@@ -110,7 +110,7 @@ def digest(said: str) -> str:
 
 
 def load(said: str | None) -> Own:
-    """Return what the code defines. None: nothing. Raise UserError."""
+    """Return the functions of the code; None: of no code. Raise UserError."""
     if said is None:
         return Own(None)
     code = own_code.find(SETTING, said)

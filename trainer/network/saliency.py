@@ -1,10 +1,10 @@
-"""Where in a picture a network sees a class: gradient times activation, at the last grid there is.
+"""Where in a picture a network sees a class: gradient times activation, at the last grid of places.
 
 HiResCAM (Draelos and Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations of
 convolutional neural networks", 2020). Where an average over the positions and a linear head follow,
 as in most convolutional networks, it is Grad-CAM (Selvaraju et al. 2017) and shows what each place
-added to the logit. Of a transformer the grid is that of the patches before its last attention: what
-comes behind it no longer touches the class token.
+added to the logit. In a transformer the grid is that of the patches before the last attention:
+later patches no longer influence the class token.
 """
 
 import math
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from trainer.network.build import Classifier
 
-PREFIX = 8  # tokens before those of the patches at most: the class's, and registers
+PREFIX = 8  # at most so many tokens come before the patches': the class token, and registers
 
 
 class Saliency:
     """Finds where a network sees a class.
 
-    The layer is looked for once, from the last one backwards. Of what comes before it no gradient
-    is computed: a picture costs little more than a prediction.
+    It looks for the layer once, from the last one backwards. It computes no gradient of earlier
+    layers, so a picture costs little more than a prediction.
     """
 
     def __init__(self, network: Classifier) -> None:
@@ -35,7 +35,7 @@ class Saliency:
         """Return [h, w] in 0..1: how much each place speaks for a class.
 
         pixels: uint8 [size, size, 3], as the network sees them. None where no layer has places, or
-        none speaks for it.
+        no place speaks for the class.
         """
         self._network.eval()
         image = torch.from_numpy(pixels)[None].to(self._network.mean.device)
@@ -43,7 +43,7 @@ class Saliency:
         for layer in layers:
             try:
                 places, slopes = self._slopes(layer, image, label)
-            except RuntimeError:  # it has no gradient, or is used more than once
+            except RuntimeError:  # the layer has no gradient, or is used more than once
                 continue
             if slopes.abs().sum() > 0:
                 self._layer = layer
@@ -53,7 +53,7 @@ class Saliency:
     def _candidates(self, image: Tensor) -> list[nn.Module]:
         """Return the layers whose output has places, the last first.
 
-        Those of the width of the last of them: between two of these a layer may have its own.
+        Only those as wide as the last one: a layer between two of these may have another width.
         """
         seen: list[tuple[nn.Module, int]] = []
 
@@ -78,7 +78,7 @@ class Saliency:
         def begin(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             torch.set_grad_enabled(True)
             kept.append(output.detach().requires_grad_())
-            return kept[-1].clone()  # which a later layer may change in place
+            return kept[-1].clone()  # a copy: a later layer may change it in place
 
         hook = layer.register_forward_hook(begin)
         try:
@@ -93,10 +93,10 @@ class Saliency:
 
 
 def _share(evidence: Tensor) -> NDArray[np.float32] | None:
-    """Return what speaks for the class, as shares of the most; None where nothing does."""
+    """Return the positive evidence as shares of its maximum; None where there is none."""
     positive = evidence.detach().float().clamp(min=0)
     most = positive.max()
-    if not most > 0:  # nor where it is NaN
+    if not most > 0:  # false for NaN too
         return None
     shares: NDArray[np.float32] = (positive / most).cpu().numpy()
     return shares

@@ -1,11 +1,9 @@
-"""What spares a run the import of PyTorch's compiler before its first step.
-
-The compiler is torch._dynamo, with SymPy.
+"""Keeps PyTorch from importing its compiler (torch._dynamo, with SymPy) before a run's first step.
 
 Measured on two cores with torch 2.14.1 (2026-11-25): the small network's first step comes 1.0 CPU
-second, 1.3 seconds of wall time, earlier; a network of torchvision brings the compiler by itself
-and gains nothing. Remove this file when PyTorch's optimizers no longer import it
-(`tests/test_walls.py` looks), or when it costs under 0.3 seconds.
+second, 1.3 seconds of wall time, earlier; torchvision's networks import the compiler themselves
+and gain nothing. Remove this file when PyTorch's optimizers no longer import the compiler
+(`tests/test_walls.py` checks), or when the import costs under 0.3 seconds.
 """
 
 import inspect
@@ -15,16 +13,16 @@ import torch
 
 
 def set_deterministic(strict: bool = True, warns: bool = True) -> None:
-    """Do what torch.use_deterministic_algorithms(strict, warn_only=warns) does, less its import."""
+    """Act as torch.use_deterministic_algorithms(strict, warn_only=warns), without its import."""
     torch._C._set_deterministic_algorithms(strict, warn_only=warns)
 
 
 def spare_optimizer_methods() -> None:
-    """Let the optimizers' methods be themselves; call before one is made.
+    """Keep the optimizers' methods unwrapped. Call it before the first optimizer is made.
 
-    At their first call they wrap themselves in what keeps torch.compile out of them, and remember
-    the result in an attribute. Ours are never compiled, so each may remember itself. Where a later
-    PyTorch has other wrappers, they do as they like: only time is lost.
+    At its first call each method wraps itself, so that torch.compile skips it, and caches the
+    wrapped method in an attribute. Ours are never compiled, so the cache may hold the plain method.
+    Where a later PyTorch wraps them otherwise, only time is lost.
     """
     optimizer = torch.optim.Optimizer
     for method in (

@@ -1,6 +1,6 @@
-"""Files of weights into networks, in the forms that common training scripts write them.
+"""Loads files of weights into networks, in the forms that common training scripts write.
 
-A state dict may be wrapped, its names may have prefixes, and its head another shape. No code in a
+The state dict may be wrapped, its names may have prefixes, and its head another shape. No code in a
 file is run.
 """
 
@@ -24,20 +24,21 @@ if TYPE_CHECKING:
 
 State = dict[str, "Tensor"]
 
-# Where scripts keep the state dict in what they save: a moving average before the weights as they
-# were last, since it is what was evaluated.
+# The keys under which scripts save a state dict: a moving average before the last weights, since
+# the average is what was evaluated.
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 WRAPPERS = (
     *AVERAGES, "state_dict", "model_state_dict", "model", "net", "network", "module",
 )  # fmt: skip
-# What wrappers of networks put before the names of tensors, in any nesting.
+# The prefixes that wrappers of networks put before the names of tensors, nested in any order.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "backbone.")
 # The auxiliary classifiers of torchvision's inception_v3 and googlenet.
 AUXILIARY = ("AuxLogits", "aux1", "aux2")
-# DenseNet's names of before 2017, in the files that torchvision still publishes.
+# DenseNet's names from before 2017, in the files that torchvision still publishes.
 OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
-# The names of an EfficientNet's layers in the package efficientnet_pytorch, in which the
-# EfficientNet-Lites are published too, and timm's; in a block with and without an expansion.
+# The names of an EfficientNet's layers in the package efficientnet_pytorch, and timm's names for
+# them; in a block with and without an expansion. The EfficientNet-Lites have the package's names
+# too.
 STEM_AND_HEAD = {
     "_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
     "_fc": "classifier",
@@ -57,7 +58,7 @@ def state_dict(name: str, weights: str) -> State:
 
     Raise Unreadable, and UserError for a file that holds something else.
     """
-    # imported here: settings are checked, and departures told, before PyTorch is loaded.
+    # imported here: the settings are checked before PyTorch is loaded.
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -96,14 +97,14 @@ def state_dict(name: str, weights: str) -> State:
 
 
 def _is_safetensors(path: pathlib.Path, data: bytes) -> bool:
-    """Return whether the bytes are a safetensors file: the length of its JSON, and that."""
+    """Return whether the bytes are a safetensors file: the length of its JSON, then the JSON."""
     return path.suffix == ".safetensors" or (
         data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data)
     )
 
 
 def _unpickled(weights: str, data: bytes) -> Any:
-    """Return what torch.save wrote. Raise UserError where code would have to run for it."""
+    """Return what torch.save wrote. Raise UserError where loading it would run code."""
     # imported here: as above.
     import torch
 
@@ -130,9 +131,9 @@ def _unpickled(weights: str, data: bytes) -> Any:
 
 
 def _harmless() -> list[Any]:
-    """Return the classes beside tensors that training scripts save, and whose making runs no code.
+    """Return the classes that training scripts save besides tensors, and that run no code.
 
-    The arguments of their command line, paths, and NumPy's numbers.
+    Command-line arguments, paths, and NumPy's numbers.
     """
     numbers = [value for value in vars(np.dtypes).values() if isinstance(value, type)]
     scalar = np.float64(0).__reduce__()[0]
@@ -144,9 +145,9 @@ def _harmless() -> list[Any]:
 
 
 def _state_dicts(node: Any, wrapper: str = "") -> Iterator[tuple[str, State]]:
-    """Yield the state dicts in what a script has saved, the likeliest first, with where each was.
+    """Yield the state dicts in what a script has saved, the likeliest first, with the outer key.
 
-    Wrapped at any depth: {"ema": {"module": names with tensors}}, say.
+    They may lie at any depth, as in {"ema": {"module": names with tensors}}.
     """
     # imported here: as above.
     import torch
@@ -179,17 +180,17 @@ def fill(
     heads: Sequence[str] = (),
     adapt: Callable[[State], State] | None = None,
 ) -> None:
-    """Load all of a state dict but the heads, which have other classes.
+    """Load a state dict into a network, all but its heads, which have other classes.
 
-    heads: the layers that give logits, where the network, or the file, has any. adapt: what makes
-    the state of such a network of another form of it, tried where it does not fit as it is. Raise
-    UserError where it does not fit.
+    heads: the layers that give logits, where the network or the file has any. adapt: converts
+    another form of the state to this network's; it is tried where the state doesn't fit as it is.
+    Raise UserError where the state doesn't fit.
     """
     own = network.state_dict()
     of_heads = {f"{head}.{part}" for head in heads for part in ("weight", "bias")}
     needed = {key: value for key, value in own.items() if key not in of_heads}
     state = _plain_names(needed, state)
-    # A head may be several layers there, and one here.
+    # A head may have several layers in the file, and one here.
     ignored = {head.split(".")[0] for head in heads} | set(AUXILIARY)
     differences = _differences(needed, state, ignored)
     if differences and adapt is not None:
@@ -204,9 +205,9 @@ def fill(
 
 
 def _plain_names(needed: State, state: State) -> State:
-    """Return the state without the prefix of its names with which most of the needed ones match.
+    """Return the state without the prefix that, taken away, makes most names match the needed ones.
 
-    What lies outside of the prefix, the head beside a backbone say, is left out.
+    Tensors without the prefix, such as a head beside a backbone, are left out.
     """
     state = {OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
     prefixes = {prefix: None for key in state for prefix in _prefixes(key)}
@@ -218,7 +219,7 @@ def _plain_names(needed: State, state: State) -> State:
 def _timm_efficientnet(needed: State, state: State) -> State:
     """Return the state of an efficientnet_pytorch file with timm's names, any other as it is.
 
-    Its blocks are numbered through, timm's by stage.
+    That package numbers all blocks in one sequence, timm by stage.
     """
     blocks = list(dict.fromkeys(re.findall(r"^blocks\.\d+\.\d+", "\n".join(needed), re.M)))
     numbers = {key.split(".")[1] for key in state if key.startswith("_blocks.")}
@@ -237,7 +238,7 @@ def _timm_efficientnet(needed: State, state: State) -> State:
 
 
 def _prefixes(key: str) -> Iterator[str]:
-    """Yield the beginnings of a tensor's name that may be wrappers': none, and longer ones."""
+    """Yield the prefixes of a tensor's name that wrappers may have put there: "" first."""
     whole = ""
     yield whole
     while True:
@@ -249,16 +250,16 @@ def _prefixes(key: str) -> Iterator[str]:
 
 
 def _differences(needed: State, state: State, ignored: set[str]) -> str:
-    """Return in words how a state dict doesn't fit the needed one; "" where it does.
+    """Return in words how a state dict doesn't fit the needed one; "" where it fits.
 
-    ignored: modules of which the state may have more than is needed.
+    ignored: modules that may have tensors in the state beyond the needed ones.
     """
     kinds = {
-        # Older files have no such counter; nothing that is trained here reads it.
+        # Older files have no such counter, and no training here reads it.
         "lacks": [
             key for key in needed if key not in state and not key.endswith("num_batches_tracked")
         ],
-        "has, and the model has not,": [
+        "has tensors that the model lacks:": [
             key for key in state if key not in needed and key.split(".")[0] not in ignored
         ],
         "has in another shape": [
@@ -272,10 +273,10 @@ def _differences(needed: State, state: State, ignored: set[str]) -> str:
 
 
 def _adapted(adapt: Callable[[State], State], state: State) -> State | None:
-    """Return the state in the form that the library's function makes of it, None where it can't."""
+    """Return the state as the library's function converts it, None where it can't."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of the library's, about itself
+        with warnings.catch_warnings(action="ignore"):  # the library's warnings about itself
             return adapt(dict(state))
-    except Exception as error:  # it was written for other files, and fails on this one in any way
+    except Exception as error:  # written for other files, it may fail on this one in any way
         log.debug("not adapted: %s", error)
         return None

@@ -1,6 +1,6 @@
-"""Files of weights: what a folder of them holds, and what the note beside a file says.
+"""Files of weights: which a folder holds, and what the note beside a file says.
 
-Torch-free and quick: nothing here looks at a tensor.
+Imports no torch and reads no tensor, so it is quick.
 """
 
 import functools
@@ -16,12 +16,12 @@ from trainer.common import files, model_package
 from trainer.common.errors import UserError
 from trainer.settings import config as settings
 
-# In this order, where the same name has several: the first can't hold code at all.
+# In order of preference, where a name has several: .safetensors can't hold code.
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 TIMM = "timm/"
 NOTE = ".json"  # the suffix of the note beside a file
 
-# What a note may say: the limits of the setting of the same meaning.
+# Keys of a note, each with the setting of the same meaning, whose limits hold.
 LIMITS = {
     "mean": "model.mean",
     "std": "model.std",
@@ -36,7 +36,7 @@ KEYS = (*LIMITS, "crop", *TEXTS)
 def is_file(weights: str) -> bool:
     """Return whether model.weights names a file, and not weights that a library downloads.
 
-    Our own packages and runs' directories are such files too.
+    Our own packages and run directories count as files.
     """
     return (
         os.sep in weights
@@ -51,7 +51,7 @@ def is_file(weights: str) -> bool:
 
 @dataclass(frozen=True)
 class Note:
-    """What NAME.json beside a file of weights says; None: nothing."""
+    """What NAME.json beside a file of weights says; None where it doesn't say."""
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -67,7 +67,7 @@ class Note:
 def note_of(weights: str | Path) -> Note:
     """Return what the note beside a file of weights says.
 
-    Raise UserError for a note with an unknown key, or a value that can't be; Unreadable.
+    Raise UserError for an unknown key or a value that is not allowed; Unreadable.
     """
     path = Path(weights).with_suffix(NOTE)
     if Path(weights).is_dir() or not path.is_file():
@@ -92,7 +92,7 @@ def note_of(weights: str | Path) -> Note:
 
 
 def _check(path: Path, key: str, value: Any) -> None:
-    """Raise UserError for a key of a note that there is not, or a value that it can't have."""
+    """Raise UserError for an unknown key of a note, or a value that is not allowed."""
     if key not in KEYS:
         raise UserError(f"{path}: {key} is not a known key; allowed: {', '.join(KEYS)}")
     numbers = list(value) if isinstance(value, list) else [value]
@@ -122,8 +122,8 @@ def _check(path: Path, key: str, value: Any) -> None:
 def known_names() -> frozenset[str]:
     """Return the names of all networks that the installed libraries have, as model.name has them.
 
-    Timm's with and without the tags of their weights. Read from the libraries' source, since to
-    import them takes seconds.
+    timm's with and without the tags of their weights. They are read from the libraries' source:
+    imports would take seconds.
     """
     names = {settings.TOY}
     for library, prefix in (("torchvision", ""), ("timm", TIMM)):
@@ -140,10 +140,9 @@ def known_names() -> frozenset[str]:
 
 
 def is_known(name: str) -> bool:
-    """Return whether there is such a network, as far as that can be told.
+    """Return whether a network of this name exists.
 
-    Where timm is missing, each name of its own is taken for one: whoever builds it says what is
-    missing.
+    Without timm, any name that begins with timm/ counts: building the network says what is missing.
     """
     unknown = name.startswith(TIMM) and importlib.util.find_spec("timm") is None
     return unknown or name in known_names()
@@ -162,14 +161,13 @@ class WeightsFile:
 
     name: str  # as model.name has it; timm's with the tag, where the file says it
     path: Path
-    exact: bool  # False: the file's name only begins with the network's
+    exact: bool  # False: the file's name only begins with the network's name
 
 
 def candidates(weights_dir: str) -> list[WeightsFile]:
-    """Return the files of a folder whose name, or note, says for which network they are.
+    """Return the files of a folder whose name or note says which network they are for.
 
-    By name, the exact ones first. Raise UserError for a folder that is not there, or a note that is
-    wrong.
+    By the network's name, exact ones first. Raise UserError for a missing folder or a wrong note.
     """
     folder = Path(weights_dir)
     if not files.patiently(folder, folder.is_dir):
@@ -184,7 +182,7 @@ def _rank(each: WeightsFile) -> tuple[str, bool, int, str]:
 
 
 def _candidate(path: Path) -> WeightsFile | None:
-    """Return for which network a file is, None where nothing says so."""
+    """Return the network that a file is for, None where neither its note nor its name says."""
     said = note_of(path).name
     if said is not None:
         if not is_known(said):
@@ -202,7 +200,7 @@ def _stem(path: Path) -> str:
 
 
 def named(path: Path) -> WeightsFile | None:
-    """Return for which network a file is by its own name, None where it doesn't say so.
+    """Return the network that a file is for by its name, None where the name doesn't say.
 
     torchvision's own files (resnet18-f37072fd.pth) are exact.
     """
@@ -217,7 +215,7 @@ def named(path: Path) -> WeightsFile | None:
 
 
 def suits(candidate: WeightsFile, name: str) -> bool:
-    """Return whether a file is for the network `name`; of timm's one may leave the tag out."""
+    """Return whether a file is for the network `name`; either may leave out timm's tag."""
     if architecture(candidate.name) != architecture(name):
         return False
     return name in (candidate.name, _stem(candidate.path)) or architecture(name) in (
@@ -227,7 +225,7 @@ def suits(candidate: WeightsFile, name: str) -> bool:
 
 
 def looked_for(name: str) -> str:
-    """Return the file names that a folder was searched for."""
+    """Return in words the file names that a folder is searched for."""
     stems = dict.fromkeys([name, architecture(name)])
     shown = " or ".join(stem.replace("/", "--") for stem in stems)
     return f"{shown} with {', '.join(SUFFIXES)}"
@@ -240,8 +238,8 @@ def find(name: str, weights_dir: str) -> list[WeightsFile]:
 
 
 def rank(candidate: WeightsFile, name: str) -> tuple[bool, ...]:
-    """Return how likely a file is for the network `name`; the least is the likeliest.
+    """Return a sort key for files that may be for the network `name`; the least is the likeliest.
 
-    One of its own name goes before those whose names only begin so.
+    A file with the network's exact name comes before those whose names only begin with it.
     """
     return _stem(candidate.path) != name, not candidate.exact, candidate.name != name

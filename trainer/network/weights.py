@@ -1,6 +1,6 @@
-"""Pretrained weights: what they expect of pixels, the settings that follow, where they are from.
+"""Pretrained weights: the pixels that they expect, the settings that follow, and their source.
 
-Nothing is downloaded for it. torchvision, timm and torch are imported only where they are needed.
+Nothing is downloaded for this. torchvision, timm and torch are imported only where they are needed.
 """
 
 import copy
@@ -45,7 +45,7 @@ from trainer.settings.config import (
 
 ALL = frozenset(("data.size", "data.resize", "data.interpolation", "model.mean", "model.std"))
 SCRATCH = "from scratch"
-# With fewer pictures, more parameters than these learn little from nothing: a small CNN reaches
+# A network with more parameters learns little from scratch on fewer pictures: a small CNN reaches
 # 21 % on 185 photos of 37 breeds, pretrained features 82 %.
 SCRATCH_PARAMETERS, SCRATCH_PICTURES = 1_000_000, 10_000
 
@@ -54,8 +54,8 @@ SCRATCH_PARAMETERS, SCRATCH_PICTURES = 1_000_000, 10_000
 class Wants:
     """What weights expect.
 
-    notes: what of it we do otherwise, a phrase each. told: the settings that these weights
-    themselves tell; the rest is assumed.
+    notes: a phrase for each expectation that we don't follow. told: the settings that the weights
+    themselves state; the rest is assumed.
     """
 
     spec: PixelSpec
@@ -66,8 +66,8 @@ class Wants:
 def resolve(config: Config, images: ImageFolder) -> Config:
     """Return the settings with a value for each that isn't given.
 
-    model.weights is then the path of a file, where model.weights_dir holds one for the network. Say
-    in the log what is assumed, and what goes against the weights.
+    Where model.weights_dir holds a file for the network, model.weights becomes its path. Log what
+    is assumed, and which settings go against the weights.
     """
     config = copy.deepcopy(config)
     pictures = len(images.splits["train"].paths)
@@ -77,7 +77,7 @@ def resolve(config: Config, images: ImageFolder) -> Config:
     config.model.solve_on = solve_on_for(config, len(images.splits["valid"].paths))
     name, weights = config.model.name, config.model.weights
     if weights is None:
-        return config  # `config.load` knew the rest
+        return config  # `config.load` has set the rest
     wants = _found_in_folder(config.model) or _wants(name, weights)
     if config.model.weights != weights:
         weights = str(config.model.weights)
@@ -108,7 +108,7 @@ def resolve(config: Config, images: ImageFolder) -> Config:
 def _found_in_folder(model: ModelConfig) -> Wants | None:
     """Take the file that model.weights_dir holds for the network; return what it expects.
 
-    None where nothing is to be taken from it. Raise UserError.
+    None where no folder is given, or model.weights needs none. Raise UserError.
     """
     folder, weights = model.weights_dir, model.weights
     if folder is None or weights is None:
@@ -116,7 +116,7 @@ def _found_in_folder(model: ModelConfig) -> Wants | None:
     if is_file(weights):
         log.warning("model.weights_dir=%s has no effect with model.weights=%s", folder, weights)
         return None
-    usual = _of_library(model.name, weights)  # a wrong name is answered first
+    usual = _of_library(model.name, weights)  # first: it raises UserError for a wrong name
     wanted = _published_name(model.name, weights)
 
     def likely(each: WeightsFile) -> tuple[bool, ...]:
@@ -152,7 +152,7 @@ def _found_in_folder(model: ModelConfig) -> Wants | None:
 
 
 def _continue(config: Config, images: ImageFolder) -> None:
-    """Say what of one of our packages goes on; take its head's width where its head does."""
+    """Log whether the head of one of our packages is kept; if so, take over its width."""
     weights = str(config.model.weights)
     before = model_package.manifest(weights)
     if not same_classes(before["classes"], images.classes):
@@ -188,7 +188,7 @@ def _continue(config: Config, images: ImageFolder) -> None:
 
 
 def keeps_head(config: Config, classes: Sequence[str]) -> bool:
-    """Return whether the head of model.weights goes on too: the same classes, the same layers."""
+    """Return whether the head of model.weights is kept too: same classes and same layers."""
     weights = config.model.weights
     if weights is None or not model_package.is_package(weights):
         return False
@@ -198,14 +198,14 @@ def keeps_head(config: Config, classes: Sequence[str]) -> bool:
 
 
 def same_classes(some: Sequence[str], others: Sequence[str]) -> bool:
-    """Return whether names of classes are the same in the same order, however their accents are."""
+    """Return whether class names are the same in the same order, in any Unicode normal form."""
     return [unicodedata.normalize("NFC", name) for name in some] == [
         unicodedata.normalize("NFC", name) for name in others
     ]
 
 
 def warn_of_scratch(config: Config, parameters: int, pictures: int) -> None:
-    """Warn where a large network would learn from nothing and from few training pictures."""
+    """Warn where a large network would be trained from scratch on few pictures."""
     name = config.model.name
     unwise = parameters > SCRATCH_PARAMETERS and pictures < SCRATCH_PICTURES
     if config.model.weights is None and name != TOY and unwise:
@@ -221,10 +221,10 @@ def warn_of_scratch(config: Config, parameters: int, pictures: int) -> None:
 
 
 def expected(name: str, weights: str) -> tuple[PixelSpec, list[str]]:
-    """Return what these weights expect, and what of it we do otherwise, a phrase each.
+    """Return what these weights expect, and a phrase for each expectation that we don't follow.
 
-    For a file, what it or the note beside it doesn't say is that of the library's own weights of
-    that network. Raise UserError for a name or weights that don't exist.
+    Where neither a file nor the note beside it says, the library's own weights of that network
+    decide. Raise UserError for a name or weights that don't exist.
     """
     wants = _wants(name, weights)
     return wants.spec, wants.notes
@@ -249,7 +249,7 @@ def _of_library(name: str, weights: str) -> Wants:
 
 
 def _of_file(name: str, weights: str, member: str) -> Wants:
-    """Return what a file expects. member: torchvision's name of the weights that it stands for."""
+    """Return what a file expects. member: torchvision's name for the weights that it stands for."""
     published = _published(name, Path(weights))
     told = frozenset[str]()
     if published is not None:
@@ -287,7 +287,7 @@ def _of_file(name: str, weights: str, member: str) -> Wants:
 
 
 def _published_name(name: str, weights: str) -> str:
-    """Return which weights a library downloads for a name such as DEFAULT: see `_published`."""
+    """Return the weights that a library downloads for a name such as DEFAULT: see `_published`."""
     if name in (TOY, OWN):
         return ""
     if name.startswith("timm/"):
@@ -298,9 +298,9 @@ def _published_name(name: str, weights: str) -> str:
 
 
 def _published(name: str, path: Path) -> str | None:
-    """Return which published weights a file's name says that it holds, None where it doesn't say.
+    """Return the published weights that a file holds by its name, None where it doesn't say.
 
-    torchvision's name of them, or timm's model with its tag.
+    As torchvision's name for them, or timm's model name with the tag.
     """
     if name in (TOY, OWN):
         return None
@@ -320,7 +320,7 @@ def _published(name: str, path: Path) -> str | None:
 
 
 def _of_package(name: str, weights: str) -> Wants:
-    """Return what one of our packages expects: what it was trained with."""
+    """Return what one of our packages expects: the preprocessing that it was trained with."""
     before = model_package.manifest(weights)
     holds = before["config"]["model.name"]
     if architecture(holds) != architecture(name):
@@ -328,7 +328,7 @@ def _of_package(name: str, weights: str) -> Wants:
             f"model.weights={weights} holds {holds}, and the model here is {name}: "
             "leave model and model.name out, or give other weights"
         )
-    # imported here: few runs need it. NumPy's, since PyTorch may not be loaded yet.
+    # imported here: few runs need it. NumPy's version, since PyTorch may not be loaded yet.
     from safetensors.numpy import load
 
     tensors = model_package.network(weights, load(model_package.tensors(weights)))
@@ -337,7 +337,7 @@ def _of_package(name: str, weights: str) -> Wants:
             f"model.weights={weights}: the checkpoints of a frozen backbone hold the head "
             "alone; finish that run, and give its package"
         )
-    # Its buffers, since the setting's values aren't all (see build.build).
+    # From its buffers: they may differ from the settings (see build._without_transform).
     mean, std = (
         tuple(round(float(value) / 255, 6) for value in tensors[key].flatten())
         for key in ("mean", "std")
@@ -372,7 +372,7 @@ def departures_by_key(config: Config, spec: PixelSpec) -> list[tuple[str, str]]:
 
 
 def _not_given(config: Config, wants: Wants) -> list[str]:
-    """Return the settings that are neither given nor told by the weights, as key=value."""
+    """Return the settings that neither the user nor the weights state, as key=value."""
     spec = wants.spec
     size = config.data.size or spec.size
     values = {
@@ -401,7 +401,7 @@ def _shown(values: Any) -> str:
 
 
 def torchvision_weights(name: str, weights: str | None) -> Any:
-    """Return the member of torchvision's enumeration, None for a file or none.
+    """Return the member of torchvision's enumeration of weights, None for a file or no weights.
 
     Raise UserError for a name or weights that don't exist.
     """
@@ -446,7 +446,7 @@ def _of_torchvision(name: str, weights: str) -> tuple[PixelSpec, list[str]]:
 
 
 def import_timm(name: str) -> Any:
-    """Return the package. Raise UserError where it isn't there, or has no model of that name."""
+    """Return timm. Raise UserError where it isn't installed, or has no model of that name."""
     with needed_by(f"model.name={name}", "timm"):
         import timm  # imported here: optional, and slow
     short = name.removeprefix("timm/")
@@ -464,7 +464,7 @@ def _of_timm(name: str) -> tuple[PixelSpec, list[str]]:
     short = name.removeprefix("timm/")
     try:
         pretrained = timm.get_pretrained_cfg(short)
-    except RuntimeError as error:  # of a tag that there is not
+    except RuntimeError as error:  # the tag doesn't exist
         tags = ", ".join(timm.list_pretrained(f"{short.split('.')[0]}.*")[:5])
         raise UserError(
             f"model.name={name}: timm has no such weights; allowed, for example: {tags}"
@@ -497,9 +497,9 @@ def _of_timm(name: str) -> tuple[PixelSpec, list[str]]:
 
 
 def provenance(config: Config) -> dict[str, str | None]:
-    """Return where the weights are from and under which licence, None where nobody says.
+    """Return the weights' source and licence, None where neither file nor library states one.
 
-    Of torchvision's, only what their own meta data say: its BSD licence is the code's.
+    For torchvision's weights only their own metadata count: its BSD licence is for its code.
     """
     name, weights = config.model.name, config.model.weights
     if weights is None:
@@ -538,7 +538,7 @@ def _provenance_of_library(name: str, weights: str) -> dict[str, str | None]:
 
 
 def origin(config: Config) -> str:
-    """Return where the weights are from, as the end of a line of the log."""
+    """Return the weights' source and licence, as the end of a log line."""
     if config.model.weights is None:
         return ""
     said = provenance(config)

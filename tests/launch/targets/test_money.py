@@ -231,7 +231,7 @@ def test_the_first_machine_is_waited_for_or_a_line_says_where_there_are_some(acc
     words = ["submit", "target=ec2", "target.spot=true", "name=first"]
     code, printed = account.launch(*words)
     assert code == MISTAKE and "InsufficientInstanceCapacity" in printed, printed
-    assert "g4dn.xlarge is made in us-east-1a" in printed and "use1-az2 9/10" in printed
+    assert "g4dn.xlarge is offered in us-east-1a" in printed and "use1-az2 9/10" in printed
     assert "on demand (target.spot=false) it is $0.542 an hour" in printed and "--wait" in printed
     process = account.start(*words, "--wait", "--every", "0.02")
     asked = len(sent(account, "RunInstances", "first"))

@@ -553,7 +553,7 @@ def test_a_box_is_a_machine_with_a_shell_a_limit_and_a_price(account):
     code, printed = account.launch("connect", "shell")
     assert code == MISTAKE and "start it first" in printed
     code, printed = account.launch("delete", "shell", "--yes")
-    assert code == MISTAKE and "nothing of it costs money" in printed
+    assert code == MISTAKE and "it costs nothing once it has ended" in printed
 
 
 def test_down_leaves_nothing(cloud, tmp_path):
