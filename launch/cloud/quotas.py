@@ -4,13 +4,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from launch.cloud.session import Aws
 from trainer.common import files
+from trainer.common.paths import user_cache
 
 # Keeps the numbers of SageMaker's quotas once they are known: they are the same in all regions.
-NUMBERS = Path.home() / ".cache" / "packhorse" / "quotas.json"
+NUMBERS = user_cache() / "quotas.json"
 UNLISTED = "NoSuchResourceException"
 
 # EC2's quotas, on demand and spot: each is for families of instance types, and in vCPUs (Service

@@ -24,6 +24,7 @@ from launch.cloud.session import Aws, AwsError, explained
 from trainer.common.console import ProgressBar, log
 from trainer.common.errors import UserError
 from trainer.common.files import TEMPORARY
+from trainer.common.paths import user_cache
 from trainer.common.streams import FULL
 from trainer.images import identity
 from trainer.images.folder import below
@@ -32,7 +33,7 @@ from trainer.images.names import as_shown, is_system
 # Bytes of a part: boto3's own, fixed here because the ETag of a large object depends on it.
 CHUNK = 8 * 2**20
 # The cache of the files' digests; by default runs on this machine keep theirs there too.
-DIGESTS = Path.home() / ".cache" / "packhorse" / identity.DIRECTORY
+DIGESTS = user_cache() / identity.DIRECTORY
 NO_BUCKET = "NoSuchBucket"
 CONTROL = r"[\x00-\x1f\x7f]"  # DeleteObjects sends names as XML, which can't hold these
 LONGEST_NAME = 960  # bytes of S3's 1,024, less data/NAME-DIGEST/
