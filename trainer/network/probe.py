@@ -64,8 +64,13 @@ def fit(
     Images in a row of features [N, views, width] are several views of one: all train, and the first
     is judged. check: called at each look at the images; what it raises ends the work.
 
-    The numbers don't depend on how many threads there are.
+    The numbers don't depend on how many threads there are. Of features that aren't all finite come
+    weights and logits that aren't numbers.
     """
+    if not np.isfinite(features).all():
+        nothing = partial(torch.full, fill_value=math.nan)
+        weight, logits = nothing((classes, features.shape[-1])), nothing((len(labels), classes))
+        return Probe(weight, nothing((classes,)), PENALTIES[0], logits)
     # Small problems are done before a second thread has had its turn.
     workers = 1 if features.size * classes < SMALL else min(torch.get_num_threads(), FOLDS)
     with _one_thread_each(), ThreadPoolExecutor(workers, "probe") as pool:
@@ -228,7 +233,7 @@ class _Search:
         self.before = self.last = [nothing for _ in parts]
 
     def least(self) -> tuple[float, Tensor, Tensor]:
-        """Return the penalty, the images' logits float32 [N, classes], and the folds' mean."""
+        """Return the penalty, the images' logits float32 [N, classes], and the mean solution."""
         target = torch.cat([part.target for part in self.parts])
         least, best = math.inf, (PENALTIES[0], torch.empty(0), torch.empty(0))
         for number, penalty in enumerate(PENALTIES):
@@ -287,7 +292,7 @@ def _solve(
     curvature = sum(each(lambda part: part.curvature(start), parts)) / count
     width = start.shape[1] - 1
     unit = torch.full((width + 1,), curvature / width + penalty, dtype=start.dtype)
-    unit[-1] = curvature
+    unit[-1] = curvature + penalty  # never 0, though the bias has no penalty
     unit = unit.rsqrt()
     solution = (start / unit).requires_grad_()
     optimizer = torch.optim.LBFGS(

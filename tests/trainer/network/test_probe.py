@@ -138,3 +138,18 @@ def test_the_folds_are_solved_near_enough_to_choose_as_exact_ones_would(monkeypa
     assert rough.penalty == exact.penalty
     torch.testing.assert_close(rough.logits.double(), exact.logits.double(), rtol=0.01, atol=0.01)
     torch.testing.assert_close(rough.weight, exact.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_of_features_that_are_no_numbers_nothing_is_solved():
+    features, labels = blobs(40, 4, 20, 1.0)
+    features[3, 2] = np.nan
+    looks = []
+    solved = probe.fit(features, labels, 4, seed=0, check=lambda: looks.append(None))
+    assert not looks and solved.logits.shape == (40, 4) and solved.weight.shape == (4, 20)
+    assert solved.logits.isnan().all() and solved.weight.isnan().all() and solved.bias.isnan().all()
+    assert probe.calibrated_losses(solved.logits, torch.from_numpy(labels)).isinf().all()
+
+
+def test_one_class_is_solved():
+    features, _ = blobs(40, 4, 20, 1.0)
+    assert probe.fit(features, np.zeros(40, np.int64), 1, seed=0).logits.isfinite().all()
