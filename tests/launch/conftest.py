@@ -202,7 +202,8 @@ def do_once() -> None:
     )
     for service in SERVICES:
         session.client(service)
-    load_config(load_target(["target=ec2"]), ["optim.lr=1"])
+    for words in ([], *([f"target={name}"] for name in targets())):
+        load_config(load_target(words), ["optim.lr=1"])
     cloudformation.load(account_stack.TEMPLATE)
     tarball(())
     tarball(("timm",))
