@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 HYDRAS_OWN = ConfigLoaderImpl._load_configuration_impl
 OPTION = re.compile(r"\w+=\w+")
 VALUE = re.compile(r"(?!hydra\b)[a-z]\w*(\.\w+)*=.*", re.DOTALL)  # nothing is added or deleted
+KNOWN: dict[tuple[object, ...], bytes] = {}  # what Hydra has composed, pickled
 
 
 def compose_once() -> None:
@@ -24,7 +25,6 @@ def compose_once() -> None:
 
     What a result says of its own command line (`hydra.overrides`) is not right, nor read.
     """
-    known: dict[tuple[object, ...], bytes] = {}
 
     def load(self: ConfigLoaderImpl, overrides: list[str], **how: Any) -> DictConfig:
         try:
@@ -47,9 +47,9 @@ def compose_once() -> None:
         ]
         # Where no platform is given, this variable decides.
         key = (*how.items(), *options, *files, "SM_MODEL_DIR" in os.environ)
-        if key not in known:
-            known[key] = pickle.dumps(HYDRAS_OWN(self, overrides=options, **how))
-        composed: DictConfig = pickle.loads(known[key])
+        if key not in KNOWN:
+            KNOWN[key] = pickle.dumps(HYDRAS_OWN(self, overrides=options, **how))
+        composed: DictConfig = pickle.loads(KNOWN[key])
         parsed = OverridesParser.create().parse_overrides(values)
         if any(each.is_sweep_override() for each in parsed):
             raise ValueError(values)

@@ -212,26 +212,36 @@ def do_once() -> None:
     gc.freeze()
 
 
-@contextlib.contextmanager
-def running(record: Path, program: Sequence[str] = ("-m", "tests.launch.aws")) -> Iterator[Cloud]:
-    """AWS as a process. program: another one's that is AWS, as Python's arguments."""
-    process = subprocess.Popen(
-        [sys.executable, *program, str(record)],
+@functools.cache
+def stand_ins() -> subprocess.Popen[str]:
+    """The process from which AWS is forked, as long as this one lives."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.launch.stand_ins"],
         cwd=PROJECT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,
     )
+
+
+@contextlib.contextmanager
+def running(record: Path, module: str = "tests.launch.aws") -> Iterator[Cloud]:
+    """AWS as a process. module: another one whose `main` is AWS."""
+    process = stand_ins()
+    assert process.stdin is not None and process.stdout is not None
+    print(module, record, file=process.stdin, flush=True)
+    pid, url = (process.stdout.readline().strip() for _ in range(2))
     try:
-        assert process.stdout is not None
-        cloud = Cloud(process.stdout.readline().strip(), record)
+        cloud = Cloud(url, record)
         try:
             yield cloud
         finally:
             cloud.end()
     finally:
-        process.kill()
-        process.communicate()
+        os.kill(int(pid), signal.SIGKILL)  # a zombie from then on: no other process gets its number
 
 
 @contextlib.contextmanager
