@@ -2,6 +2,7 @@
 user starts it.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -148,6 +149,8 @@ class Forked:
             source.build = lambda extras, **lock: tarball(tuple(extras), **lock)
             sys.stdin = io.StringIO()
             sys.stdout, sys.stderr = self._output, self._errors
+            os.dup2(sys.stdout.fileno(), 1)  # for its own children
+            os.dup2(sys.stderr.fileno(), 2)
             code = main(arguments)
         except SystemExit as end:
             code = int(end.code or 0)
@@ -215,7 +218,7 @@ def do_once() -> None:
 @functools.cache
 def stand_ins() -> subprocess.Popen[str]:
     """The process from which AWS is forked, as long as this one lives."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tests.launch.stand_ins"],
         cwd=PROJECT,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT)},
@@ -225,6 +228,13 @@ def stand_ins() -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+    def end() -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    atexit.register(end)
+    return process
 
 
 @contextlib.contextmanager
