@@ -1,16 +1,15 @@
 """What the first run of a process does once for all: imported by the process that others fork from.
 
-PyTorch's exporter reads and registers some thousand operators each time that it is used, the
-pages' templates are compiled, and Hydra composes what most runs begin with.
+PyTorch exports a network, the pages' templates are compiled, and Hydra composes what most runs
+begin with.
 """
 
-import functools
 import gc
 from pathlib import Path
 
 import numpy as np
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+import tests.packages  # noqa: F401 (it lets PyTorch's exporter register operators once)
 from tests.composed_once import compose_once
 from trainer.common.templates import environment
 from trainer.network.build import build
@@ -19,7 +18,6 @@ from trainer.results.graph import to_onnx
 from trainer.settings import config as settings
 from trainer.settings.compose import compose
 
-ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 to_onnx(build("small_cnn", 2).eval(), np.zeros((1, 16, 16, 3), np.uint8), ["logits"])
 compose_once()
 settings.register()

@@ -18,10 +18,15 @@ def main() -> None:
         import_module(f"moto.{service}.urls")  # as the first request to each does
     for line in sys.stdin:
         module, record = line.rstrip("\n").split(" ", 1)
-        if not os.fork():
+        if os.fork():
+            continue
+        try:
             sys.argv[1:] = [record]
             print(os.getpid(), flush=True)
             import_module(module).main()
+        finally:
+            print(flush=True)  # who waits for its address hears that there is none
+            os._exit(1)
     os.killpg(0, signal.SIGKILL)  # who started it has ended: so do its children
 
 
