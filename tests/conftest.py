@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.composed_once import compose_once
 from tests.forked import Forked
-from tests.parsed_once import parse_once
 from trainer.common.command import one_line
 from trainer.settings import config as settings
 from trainer.settings.compose import compose, explain_settings
@@ -29,7 +29,7 @@ PROJECT = Path(__file__).parents[1]
 # faster so.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-parse_once()
+compose_once()
 
 # A shell ignores SIGINT in what it starts in the background, nohup ignores SIGHUP, and every
 # process started from there inherits that; here both are tested.

@@ -1,5 +1,6 @@
 """A small real model package, for the tests of its builder and of its reader."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from trainer.images.decode import Preprocessing, prepare
 from trainer.network import build as model
@@ -14,6 +16,9 @@ from trainer.network.build import Classifier
 from trainer.network.distance import WithDistance, class_means
 from trainer.results.calibrate import Calibration
 from trainer.results.package import Contents
+
+# PyTorch's exporter reads and registers some thousand operators each time that it is used.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 CLASSES = ("café", "dog", "hen")
 SIZE = 32

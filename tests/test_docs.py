@@ -436,8 +436,7 @@ def test_a_json_request_gets_a_prediction_by_both_ways_in(place, served, page, s
 
 @pytest.fixture(scope="module")
 def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    program = ("-c", "from tests.serving.aws import main; main()")
-    with running(tmp_path_factory.mktemp("aws") / "calls.jsonl", program) as cloud:
+    with running(tmp_path_factory.mktemp("aws") / "calls.jsonl", "tests.serving.aws") as cloud:
         yield cloud
 
 

@@ -1,17 +1,16 @@
 """What the first run of a process does once for all: imported by the process that others fork from.
 
-PyTorch's exporter reads and registers some thousand operators each time that it is used, the
-pages' templates are compiled, and the settings' files are parsed.
+PyTorch exports a network, the pages' templates are compiled, and Hydra composes what most runs
+begin with.
 """
 
-import functools
 import gc
 from pathlib import Path
 
 import numpy as np
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from tests.parsed_once import parse_once
+import tests.packages  # noqa: F401 (it lets PyTorch's exporter register operators once)
+from tests.composed_once import compose_once
 from trainer.common.templates import environment
 from trainer.network.build import build
 from trainer.results import report
@@ -19,11 +18,11 @@ from trainer.results.graph import to_onnx
 from trainer.settings import config as settings
 from trainer.settings.compose import compose
 
-ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 to_onnx(build("small_cnn", 2).eval(), np.zeros((1, 16, 16, 3), np.uint8), ["logits"])
-parse_once()
+compose_once()
 settings.register()
-compose(["data.root=/nowhere", "model=small_cnn"])
+for options in ([], ["model=small_cnn"], ["platform=local"], ["model=small_cnn", "platform=local"]):
+    compose(["data.root=/nowhere", *options])
 PAGES = Path(report.__file__).parent
 environment(PAGES).filters.update(report.FILTERS)
 for page in PAGES.rglob("*.j2"):

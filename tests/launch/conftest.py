@@ -2,6 +2,7 @@
 user starts it.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -148,6 +149,8 @@ class Forked:
             source.build = lambda extras, **lock: tarball(tuple(extras), **lock)
             sys.stdin = io.StringIO()
             sys.stdout, sys.stderr = self._output, self._errors
+            os.dup2(sys.stdout.fileno(), 1)  # for its own children
+            os.dup2(sys.stderr.fileno(), 2)
             code = main(arguments)
         except SystemExit as end:
             code = int(end.code or 0)
@@ -202,7 +205,8 @@ def do_once() -> None:
     )
     for service in SERVICES:
         session.client(service)
-    load_config(load_target(["target=ec2"]), ["optim.lr=1"])
+    for words in ([], *([f"target={name}"] for name in targets())):
+        load_config(load_target(words), ["optim.lr=1"])
     cloudformation.load(account_stack.TEMPLATE)
     tarball(())
     tarball(("timm",))
@@ -211,26 +215,43 @@ def do_once() -> None:
     gc.freeze()
 
 
-@contextlib.contextmanager
-def running(record: Path, program: Sequence[str] = ("-m", "tests.launch.aws")) -> Iterator[Cloud]:
-    """AWS as a process. program: another one's that is AWS, as Python's arguments."""
+@functools.cache
+def stand_ins() -> subprocess.Popen[str]:
+    """The process from which AWS is forked, as long as this one lives."""
     process = subprocess.Popen(
-        [sys.executable, *program, str(record)],
+        [sys.executable, "-m", "tests.launch.stand_ins"],
         cwd=PROJECT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,
     )
+
+    def end() -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    atexit.register(end)
+    return process
+
+
+@contextlib.contextmanager
+def running(record: Path, module: str = "tests.launch.aws") -> Iterator[Cloud]:
+    """AWS as a process. module: another one whose `main` is AWS."""
+    process = stand_ins()
+    assert process.stdin is not None and process.stdout is not None
+    print(module, record, file=process.stdin, flush=True)
+    pid, url = (process.stdout.readline().strip() for _ in range(2))
     try:
-        assert process.stdout is not None
-        cloud = Cloud(process.stdout.readline().strip(), record)
+        cloud = Cloud(url, record)
         try:
             yield cloud
         finally:
             cloud.end()
     finally:
-        process.kill()
-        process.communicate()
+        os.kill(int(pid), signal.SIGKILL)  # a zombie from then on: no other process gets its number
 
 
 @contextlib.contextmanager

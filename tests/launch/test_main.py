@@ -18,28 +18,25 @@ from botocore.exceptions import (
 )
 from botocore.parsers import ResponseParserError
 
-from launch.__main__ import VERBS
+from launch.__main__ import VERBS, main
 from launch.cloud.session import Aws, explained
 from launch.targets.base import NAMES
 from tests.conftest import PROJECT
+from tests.launch.conftest import Forked
 from trainer.common.errors import MISTAKE, OK
 
 
-def launch(*arguments: str, cwd=PROJECT, **environment: str) -> tuple[int, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
-        "AWS_EC2_METADATA_DISABLED": "true"
+def launch(*arguments: str, **environment: str) -> tuple[int, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    kept |= {
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "HOME": "/nonexistent",
+        "PYTHONPATH": str(PROJECT),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", *arguments],
-        cwd=cwd,
-        env=kept | {"PYTHONPATH": str(PROJECT), "HOME": "/nonexistent"} | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    return done.returncode, done.stdout
+    forked = Forked(main, arguments, PROJECT, kept | environment)
+    output, _ = forked.communicate()
+    assert forked.returncode is not None
+    return forked.returncode, output
 
 
 def cpu(*command: str) -> float:

@@ -1,14 +1,12 @@
 """AWS with all that `up`, `deploy` and `audit` need: tests/serving/aws.py, and the two calls that
 only the audit makes.
-
-python -c "from tests.launch.whole import main; main()" RECORD
 """
 
 import json
 from datetime import UTC, datetime
 from typing import Any
 
-WHOLE = ("-c", "from tests.launch.whole import main; main()")
+WHOLE = "tests.launch.whole"
 
 
 def main() -> None:

@@ -1,10 +1,6 @@
 """AWS for the deploy tests: tests/launch/aws.py with the parts of CloudFormation and Lambda that
 serving needs and moto 5.2 lacks.
 
-    python -c "from tests.serving.aws import main; main()" RECORD
-
-(moto wants its models in a named module.)
-
 Added: the CloudFormation resources of alarms, aliases with provisioned concurrency, autoscaling and
 CodeBuild's projects, which act on moto's own back ends where it has them;
 GetProvisionedConcurrencyConfig; builds, which take a phase for each look at them, leave an image in

@@ -44,7 +44,7 @@ PLACE = Place(NAME, "packhorse", BUCKET, "123456789012")
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     record = tmp_path_factory.mktemp("aws") / "calls.jsonl"
-    with running(record, ("-c", "from tests.serving.aws import main; main()")) as cloud:
+    with running(record, "tests.serving.aws") as cloud:
         yield cloud
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from tests.conftest import PROJECT
 from tests.packages import SIZE, make_calibrated, make_contents, make_network
@@ -234,6 +235,7 @@ def test_a_folder_called_serving_where_the_user_stands_does_no_harm(tmp_path, mo
 
 def test_the_exporter_is_silent(tmp_path, capfd, caplog, recwarn):
     caplog.set_level(logging.DEBUG)
+    ONNXRegistry.from_torchlib.cache_clear()  # which tests/packages.py remembers
     package.build(make_network(), make_contents(tmp_path / "pictures"), tmp_path / "model.tar.gz")
     assert capfd.readouterr() == ("", "")
     assert (
