@@ -79,17 +79,26 @@ def test_on_windows_one_line_says_where_it_runs():
     assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1 and "WSL" in ran.stderr
 
 
-@pytest.mark.parametrize("given", [None, "active"])
-def test_pytorchs_threads_sleep_while_they_wait_unless_they_are_told_otherwise(given):
-    command = [sys.executable, "-c", "import trainer, torch"]
-    told = {"OMP_WAIT_POLICY": given} if given else {}
-    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment = kept | told | {"OMP_DISPLAY_ENV": "true"}
+GIVEN = [
+    ({}, "1000"),
+    ({"GOMP_SPINCOUNT": "77"}, "77"),
+    ({"OMP_WAIT_POLICY": "passive"}, "0"),
+]
+
+
+@pytest.mark.parametrize(("given", "looks"), GIVEN)
+def test_pytorchs_threads_soon_sleep_while_they_wait(given, looks):
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
     ran = subprocess.run(
-        command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", "import trainer, torch"],
+        cwd=PROJECT,
+        env=kept | given | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    [policy] = re.findall(r"OMP_WAIT_POLICY = '(\w+)'", ran.stderr)
-    assert policy == (given or "passive").upper()
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", ran.stderr) == [looks]
 
 
 def test_without_a_valid_and_a_test_folder_a_run_still_ends_with_figures(tmp_path):
