@@ -86,6 +86,7 @@ GIVEN = [
 ]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it is GNU's OpenMP that says so")
 @pytest.mark.parametrize(("given", "looks"), GIVEN)
 def test_pytorchs_threads_soon_sleep_while_they_wait(given, looks):
     ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")

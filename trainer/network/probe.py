@@ -6,9 +6,8 @@ number of epochs), its strength chosen by stratified k-fold (Hastie, Tibshirani 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from trainer.common import temperature
 from trainer.common.randomness import Purpose, generator
+from trainer.common.threads import one_thread_each
 
 FOLDS = 5
 # Penalties per squared weight, for features of mean squared length 1, the weakest last. The search
@@ -73,24 +73,8 @@ def fit(
         return Probe(weight, nothing((classes,)), PENALTIES[0], logits)
     # Small problems are done before a second thread has had its turn.
     workers = 1 if features.size * classes < SMALL else min(torch.get_num_threads(), FOLDS)
-    with _one_thread_each(), ThreadPoolExecutor(workers, "probe") as pool:
+    with one_thread_each(), ThreadPoolExecutor(workers, "probe") as pool:
         return _fit(features, labels, classes, seed, check, pool)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Have PyTorch compute in the thread that asks, here and in threads that begin meanwhile.
-
-    The work is shared out by folds instead. PyTorch's own threads meet after each operation, and
-    wait whole turns of the scheduler for each other where another process wants the processor too:
-    222 images of width 1280 and 37 classes took 2.5 CPU s with one, 45 with two.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _fit(
@@ -110,7 +94,7 @@ def _fit(
     views /= scale
     inputs, basis = _reduced(views)
     exact = _parts(inputs, labels[order], [len(part) for part in parts])
-    search = _Search([part.rounded for part in exact], classes, check, pool)
+    search = _Search([part.rounded() for part in exact], classes, check, pool)
     penalty, logits, start = search.least()
     solution = _solve(exact, penalty, start, CHANGE, check, pool.map)
     weight = solution[:, :-1] @ basis.T / scale
@@ -185,8 +169,8 @@ class _Part:
     inputs: Tensor
     target: Tensor
 
-    @property
     def rounded(self) -> "_Part":
+        """Return it in float32."""
         return _Part(self.inputs.float(), self.target)
 
     def logits(self, solution: Tensor) -> Tensor:

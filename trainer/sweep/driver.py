@@ -3,8 +3,9 @@
 It trains nothing itself: it starts trials as processes and records their outcomes.
 
 A sweep's directory is platform.runs/NAME. It has `sweep.json` (the request), `source/` (the code
-and conf/ at the start, which every trial uses), the ledger, `sweep.html`, and a directory for each
-trial, which is an ordinary run. You may kill the driver at any moment and start it again.
+and conf/ at the start, which every trial uses), the ledger, `sweep.html`, a directory for each
+trial, which is an ordinary run, and `aside/` for trials that the ledger doesn't list. You may kill
+the driver at any moment and start it again.
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ PAUSES = (10.0, 60.0)
 # themselves.
 DOUBTS = {Whose.MACHINE: 2, Whose.OPEN: 1}
 ENOUGH = 4
-ASIDE = "aside"  # in a sweep's directory: trials that its ledger doesn't list
+ASIDE = "aside"
 # Settings that each trial has of its own; the sweep's command line can't give them.
 OWN = ("platform.run_dir", "platform.checkpoints", "platform.package")
 

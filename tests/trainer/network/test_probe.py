@@ -103,15 +103,18 @@ def test_threads_change_no_bit_and_are_given_back(monkeypatch, width):
     features, labels = blobs(90, 5, width, 1.0)
     before = torch.get_num_threads()
     solved = []
+    used = set()
     for small in (probe.SMALL, 0):  # in one thread, and in as many as there are
         monkeypatch.setattr(probe, "SMALL", small)
         torch.set_num_threads(3)
         try:
-            solved.append(probe.fit(features, labels, 5, seed=0))
+            look = lambda: used.add(torch.get_num_threads())  # noqa: E731
+            solved.append(probe.fit(features, labels, 5, seed=0, check=look))
             assert torch.get_num_threads() == 3
         finally:
             torch.set_num_threads(before)
     one, many = solved
+    assert used == {1}
     assert torch.equal(one.weight, many.weight) and torch.equal(one.logits, many.logits)
 
 
@@ -133,7 +136,7 @@ def test_the_folds_are_solved_near_enough_to_choose_as_exact_ones_would(monkeypa
     features, labels = blobs(200, 4, 20, 2.0)
     rough = probe.fit(features, labels, 4, seed=0)
     monkeypatch.setattr(probe, "ROUGH_CHANGE", 1e-12)
-    monkeypatch.setattr(probe._Part, "rounded", property(lambda part: part))
+    monkeypatch.setattr(probe._Part, "rounded", lambda part: part)
     exact = probe.fit(features, labels, 4, seed=0)
     assert rough.penalty == exact.penalty
     torch.testing.assert_close(rough.logits.double(), exact.logits.double(), rtol=0.01, atol=0.01)
