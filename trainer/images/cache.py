@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import features
 
 from trainer.common import files, journal
+from trainer.common.collector import resting
 from trainer.common.console import log
 from trainer.common.errors import Unreadable, UserError
 from trainer.common.text import amount
@@ -220,8 +221,9 @@ class PixelCache:
         keep: bool,
     ) -> dict[str, Entry]:
         """Return what each path leads to. What the store lacks is examined, and added to it."""
-        digests = identity.Digests(self.digests, paths)
-        entries = {path: store.find(digests.known(path), keep) for path in dict.fromkeys(paths)}
+        with resting():
+            digests = identity.Digests(self.digests, paths)
+            entries = {path: store.find(digests.known(path), keep) for path in dict.fromkeys(paths)}
         unknown = [path for path, entry in entries.items() if entry is None]
         step(len(entries) - len(unknown))
 
@@ -419,8 +421,9 @@ class _Store:
             self._generation = 1
             files.write(self._path("index"), b"")
         index = self._path("index").read_bytes()
-        values, whole = journal.parse(index, *get_type_hints(Entry).values())
-        entries = [Entry(*value) for value in values]
+        with resting():
+            values, whole = journal.parse(index, *get_type_hints(Entry).values())
+            entries = [Entry(*value) for value in values]
         if not whole:
             files.write(self._path("index"), journal.lines(entries))
         self._index = os.open(self._path("index"), os.O_WRONLY)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.common import files
+from trainer.common.collector import resting
 from trainer.common.errors import UserError
 from trainer.common.text import listed
 from trainer.images import identity
@@ -134,7 +135,7 @@ def scan(
     `identity.Digests`, where such a split finds what it knows of files. Raise UserError for a
     folder that can't be trained on, and Unreadable.
     """
-    with _readable():
+    with _readable(), resting():
         classes = _classes(directories["train"])
         held = {
             name: _files(name, path, classes)

@@ -3,12 +3,13 @@
 Two images are nearly the same where one was made from the other: saved again, at another quality
 or size, mirrored (left to right), or shifted by a few pixels. They are told by their shapes and not
 by their brightness: every image becomes a grey square of SIDE cells, from which a coarse sketch is
-taken, to find candidates by one matrix product, and a finer spectrum, to compare them at several
-small shifts.
+taken, to find candidates by matrix products, and a finer spectrum, to compare them at several small
+shifts. Where there are many images, each is compared with those in the nearest clusters only.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,11 @@ SHIFTS = np.arange(-2, 3) * 0.75  # cells: up to 6 pixels where the image has 25
 
 CANDIDATE = 0.6  # correlation of two sketches above which two images are compared at all
 NEIGHBOURS = 16  # compared with each image, at most
-BLOCK = 512  # sketches compared with all others at a time
+# Of 31,500 parts of photos, in clusters of 1,024 or 64, as many copies are found as by comparing
+# each with all others (docs/decisions).
+CLUSTER, NEAREST = 1024, 4  # images in a cluster, on average; clusters that an image is compared in
+SAMPLE, ROUNDS = 128, 8  # of k-means: images of each cluster, and how often the centres are moved
+BLOCK = 512  # sketches compared with a cluster at a time
 PAIRS = 8192  # spectra compared at a time: 14 MB
 # Correlation of two spectra. Of 4,902 photos and parts of photos the most alike two have 0.91;
 # saved again, shrunk or shifted, the least alike has 0.957 (docs/decisions). Clothes on a black
@@ -126,29 +131,37 @@ def near(sketches: Sketches, step: Callable[[int], None]) -> list[tuple[int, int
     step(images done): called between blocks; it may raise, to end the work early.
     """
     kept = np.flatnonzero(~sketches.blank)
+    if len(kept) < 2:
+        return []
     coarse, spectra = sketches.coarse[kept], sketches.spectra[kept]
+    clusters = _Clusters(spectra)
+    searched = clusters.nearest(spectra, NEAREST)
     usual = np.zeros(len(kept))
     pairs: dict[tuple[int, int], float] = {}
     views = ((coarse, spectra), _mirrored(coarse, spectra))
-    for start in range(0, len(kept), BLOCK):
-        block = slice(start, start + BLOCK)
-        for others, their_spectra in views:
-            first, second, place = _neighbours(coarse[block], others, start)
-            likeness = _aligned(spectra, their_spectra, first, second)
-            # What an image is like anyway: half of its neighbours are more like it.
-            table = np.zeros((len(coarse[block]), NEIGHBOURS))
-            table[first - start, place] = likeness
-            usual[block] = np.maximum(usual[block], np.median(table, axis=1))
-            for one, other, how in zip(first, second, likeness, strict=True):
-                if how >= ALIKE:
-                    pair = min(one, other), max(one, other)
-                    pairs[pair] = max(pairs.get(pair, 0), float(how))
-        step(min(start + BLOCK, len(kept)))
+    stages = (partial(_tell, step, len(kept) / 4, stage * len(kept) / 4) for stage in range(4))
+    for others, their_spectra in views:
+        own = clusters.nearest(their_spectra, 1)[:, 0]
+        first, second, place = _neighbours(coarse, others, searched, own, next(stages))
+        likeness = _aligned(spectra, their_spectra, first, second, next(stages))
+        # What an image is like anyway: half of its neighbours are more like it.
+        table = np.zeros((len(kept), NEIGHBOURS))
+        table[first, place] = likeness
+        usual = np.maximum(usual, np.median(table, axis=1))
+        alike = likeness >= ALIKE
+        for one, other, how in zip(first[alike], second[alike], likeness[alike], strict=True):
+            pair = min(one, other), max(one, other)
+            pairs[pair] = max(pairs.get(pair, 0), float(how))
+    step(len(kept))
     return [
         (int(kept[one]), int(kept[other]), how)
         for (one, other), how in sorted(pairs.items())
         if how >= SAME or 1 - how <= STANDS_OUT * (1 - max(usual[one], usual[other]))
     ]
+
+
+def _tell(step: Callable[[int], None], images: float, before: float, share: float) -> None:
+    step(int(before + share * images))
 
 
 def _mirrored(
@@ -167,23 +180,79 @@ def _mirrored(
     return np.ascontiguousarray(cells), spectra[:, opposite].conj() * turns
 
 
-def _neighbours(
-    block: NDArray[np.float32], others: NDArray[np.float32], start: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return the candidates of a block of images, at most NEIGHBOURS of each, the likest first.
+class _Clusters:
+    """Images in clusters of about CLUSTER, by the magnitudes of their spectra (complex64 [N, K]).
 
-    block, others: sketches. start: the number of the block's first image among the others. As three
-    arrays: the image, its candidate, and the candidate's place among them.
+    A shift turns a spectrum's phases and leaves the magnitudes, so copies lie in the same cluster,
+    or in one nearby. The centres are found by k-means on the unit sphere, from a random sample that
+    is the same each time.
     """
-    likeness = block @ others.T
-    rows = np.arange(len(likeness))
-    likeness[rows, start + rows] = -1  # itself
-    first, second = np.nonzero(likeness > CANDIDATE)
-    order = np.lexsort((-likeness[first, second], first))
-    first, second = first[order], second[order]
-    place = np.arange(len(first)) - np.searchsorted(first, first)
-    near = place < NEIGHBOURS
-    return start + first[near], second[near], place[near]
+
+    def __init__(self, spectra: NDArray[np.complex64]) -> None:
+        count = -(-len(spectra) // CLUSTER)
+        most = min(len(spectra), count * SAMPLE)
+        sample = np.random.default_rng(0).choice(len(spectra), most, replace=False)
+        self._usual = np.abs(spectra[sample]).mean(axis=0)
+        shapes = self._shapes(spectra[sample])
+        self._centres = shapes[:count].copy()
+        for _ in range(ROUNDS):
+            own = (shapes @ self._centres.T).argmax(axis=1)
+            sums = np.zeros_like(self._centres)
+            np.add.at(sums, own, shapes)
+            filled = np.unique(own)  # an empty cluster's centre stays
+            self._centres[filled] = _unit(sums[filled])
+
+    def nearest(self, spectra: NDArray[np.complex64], count: int) -> NDArray[np.int64]:
+        """Return the clusters nearest to each image, [N, count]; fewer columns if there are fewer.
+
+        In no order.
+        """
+        columns = min(count, len(self._centres))
+        found = np.empty((len(spectra), columns), np.int64)
+        for start in range(0, len(spectra), PAIRS):
+            part = slice(start, start + PAIRS)
+            likeness = self._shapes(spectra[part]) @ self._centres.T
+            found[part] = np.argpartition(likeness, -columns, axis=1)[:, -columns:]
+        return found
+
+    def _shapes(self, spectra: NDArray[np.complex64]) -> NDArray[np.float32]:
+        return _unit(np.abs(spectra) - self._usual).astype(np.float32)
+
+
+def _neighbours(
+    sketches: NDArray[np.float32],
+    others: NDArray[np.float32],
+    searched: NDArray[np.int64],
+    own: NDArray[np.int64],
+    tell: Callable[[float], None],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return each image's candidates: the most alike, at most NEIGHBOURS, in no order.
+
+    searched: the clusters that each image is compared with, [N, any]. own: the cluster of each of
+    the others, [N]; an image isn't compared with the other of its own number. tell(share): called
+    between blocks. As three arrays: the image, its candidate, and the candidate's place, from 0.
+    """
+    best = np.full((len(sketches), NEIGHBOURS), -1, np.float32)
+    numbers = np.zeros((len(sketches), NEIGHBOURS), np.int64)
+    done = 0
+    for cluster in np.unique(own):
+        members = np.flatnonzero(own == cluster)
+        images = np.flatnonzero((searched == cluster).any(axis=1))
+        theirs = others[members].T
+        for start in range(0, len(images), BLOCK):
+            rows = images[start : start + BLOCK]
+            likeness = sketches[rows] @ theirs
+            likeness[rows[:, None] == members] = -1
+            both = np.concatenate((best[rows], likeness), axis=1)
+            top = np.argpartition(both, -NEIGHBOURS, axis=1)[:, -NEIGHBOURS:]
+            before = np.take_along_axis(numbers[rows], np.minimum(top, NEIGHBOURS - 1), axis=1)
+            new = members[np.maximum(top - NEIGHBOURS, 0)]
+            numbers[rows] = np.where(top < NEIGHBOURS, before, new)
+            best[rows] = np.take_along_axis(both, top, axis=1)
+            done += len(rows)
+            tell(done / searched.size)
+    first, place = np.nonzero(best > CANDIDATE)
+    return first, numbers[first, place], place
 
 
 def _aligned(
@@ -191,10 +260,11 @@ def _aligned(
     others: NDArray[np.complex64],
     first: NDArray[np.int64],
     second: NDArray[np.int64],
+    tell: Callable[[float], None],
 ) -> NDArray[np.float32]:
     """Return the correlation of each two images at the best of SHIFTS by SHIFTS, float32 [pairs].
 
-    first: of each pair, in spectra; second: in others.
+    first: of each pair, in spectra; second: in others. tell(share): called between blocks.
 
     A shift by s cells turns the term of k periods by 2 pi k s / SIDE.
     """
@@ -207,4 +277,5 @@ def _aligned(
         part = slice(start, start + PAIRS)
         product = spectra[first[part]] * others[second[part]].conj()
         best[part] = (product @ phases).real.max(axis=1)
+        tell(min(start + PAIRS, len(first)) / len(first))
     return best

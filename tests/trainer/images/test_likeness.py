@@ -59,6 +59,34 @@ def test_what_was_made_of_an_image_is_nearly_the_same(change: Callable[..., Imag
     assert pairs(*scenes, change(scenes[2])) == {(2, 6)}
 
 
+def test_it_is_found_among_many_of_which_each_is_compared_with_few(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(likeness, "CLUSTER", 6)
+    monkeypatch.setattr(likeness, "NEAREST", 2)
+    scenes = [scene(seed) for seed in range(90)]
+    changes = (
+        lambda image: saved(image, 40),
+        lambda image: image.resize((160, 120)),
+        lambda image: shifted(image, 3, -3),
+        lambda image: saved(shifted(ImageOps.mirror(image), 3, -3), 40),
+    )
+    made = [change(scenes[20 * number]) for number, change in enumerate(changes)]
+    assert pairs(*scenes, *made) == {(20 * number, 90 + number) for number in range(4)}
+
+
+def test_an_image_is_compared_with_a_bounded_number_of_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(likeness, "CLUSTER", 8)
+    rng = np.random.default_rng(0)
+    squares = [rng.integers(0, 256, (64, 64)).astype(np.uint8) for _ in range(400)]
+    spectra = likeness.sketch(squares).spectra
+    clusters = likeness._Clusters(spectra)
+    searched = clusters.nearest(spectra, likeness.NEAREST)
+    sizes = np.bincount(clusters.nearest(spectra, 1)[:, 0])
+    assert len(sizes) == 50
+    assert sizes[searched].sum(axis=1).max() <= 400 / 3
+
+
 def test_another_image_is_not():
     assert pairs(*map(scene, range(40))) == set()
 
