@@ -204,20 +204,18 @@ def answer(
     settings: Settings,
     request: Request,
     work: Work | None = None,
-    scorer: Callable[[Engine, Settings, Request, Work], Scored | Answer] = score,
+    scorer: Callable[[Engine, Settings, Request, Work], Scored] = score,
 ) -> Answer:
     """Return the answer to a request. Any error becomes an answer.
 
     work: of the request, where the caller may abandon it; None: a new one, with a deadline from
-    now on. scorer: called in place of `score`; it may return an answer.
+    now on. scorer: called in place of `score`.
     """
-    began = time.monotonic()
+    work = work or Work(settings.seconds)
     try:
-        scored = scorer(engine, settings, request, work or Work(settings.seconds))
-        if isinstance(scored, Answer):
-            return scored
+        scored = scorer(engine, settings, request, work)
         form, collecting = scored.form, scored.collecting
-        predicting = time.monotonic() - began - collecting
+        predicting = time.monotonic() - work.began - collecting
         timing = f"collect;dur={1000 * collecting:.1f}, predict;dur={1000 * predicting:.1f}"
         body = write(scored.scores, engine.package, form, scored.top)
         return Answer(200, body, {"Server-Timing": timing, "Content-Type": form.content_type})

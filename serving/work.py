@@ -23,7 +23,8 @@ class Work:
     """The work for one request: code that does it asks now and then how much time is left."""
 
     def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
+        self.began = time.monotonic()
+        self.end = self.began + seconds
         self._abandoned = False
         self._steps: list[Future[Any]] = []
         self._lock = threading.Lock()

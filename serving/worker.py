@@ -9,6 +9,7 @@ crashes ends this process, not the server, which starts another.
 The two talk over a socket, in JSON and bytes. The server treats whatever comes back as mere data.
 """
 
+import asyncio
 import itertools
 import json
 import logging
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -69,25 +70,32 @@ class Worker:
         self._lock = threading.Lock()
         self._life = _Life(self._told)
 
-    def prepare(self, request: Request, body: list[bytes], work: Work) -> Prepared | Answer:
+    async def prepare(self, request: Request, body: list[bytes], work: Work) -> Prepared | Answer:
         """Return a request with its pictures decoded, or the answer that says what is wrong.
 
         body: the request's, in pieces; the list is emptied. Whatever the process does, this raises
         TimeoutError at the deadline, Abandoned, and RequestError where the process has ended
         meanwhile.
         """
-        with self._lock:
-            if self._life.is_over():
-                self._life = _Life(self._told)
-            life = self._life
+        if self._life.is_over():
+            await asyncio.to_thread(self._start_another)
+        life = self._life
         number, asked = life.ask(request, body, work)
         try:
-            return asked.result(work.left() + LATE_SECONDS)
-        except CancelledError as error:
+            async with asyncio.timeout(work.left() + LATE_SECONDS):
+                return await asyncio.wrap_future(asked)
+        except asyncio.CancelledError as error:
+            if not asked.cancelled():
+                raise
             raise Abandoned from error
         finally:
             body.clear()
             life.forget(number)
+
+    def _start_another(self) -> None:
+        with self._lock:
+            if self._life.is_over():
+                self._life = _Life(self._told)
 
 
 class _Life:

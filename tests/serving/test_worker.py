@@ -1,5 +1,6 @@
 """The process that prepares what takes long: where it hangs or is killed, the server goes on."""
 
+import asyncio
 import json
 import os
 import signal
@@ -30,13 +31,17 @@ def asked(body: bytes, pieces: int = 3) -> tuple[Request, list[bytes]]:
     return Request(b"", "", "application/json; output=labels", "mine"), parts
 
 
+def prepare(worker: Worker, request: Request, body: list[bytes], work: Work) -> Prepared | Answer:
+    return asyncio.run(worker.prepare(request, body, work))
+
+
 def pid_of(worker: Worker) -> int:
     return worker._life._process.pid
 
 
 def test_it_prepares_as_the_server_would(worker, engine, picture):
     body = json.dumps({"instances": [{"base64": b64encode(picture).decode()}] * 2, "top": 2})
-    prepared = worker.prepare(*asked(body.encode()), Work(600))
+    prepared = prepare(worker, *asked(body.encode()), Work(600))
     assert isinstance(prepared, Prepared)
     assert (prepared.form.output, prepared.top) == ("labels", 2)
     for pixels in prepared.pixels:
@@ -52,7 +57,7 @@ def test_it_prepares_as_the_server_would(worker, engine, picture):
     ],
 )
 def test_what_is_wrong_is_the_answer_that_the_server_would_give(worker, body, status, said):
-    answer = worker.prepare(*asked(body), Work(600))
+    answer = prepare(worker, *asked(body), Work(600))
     assert isinstance(answer, Answer) and answer.status == status
     told = json.loads(answer.body)
     assert said in told["error"] and told["request_id"] == "mine"
@@ -65,7 +70,7 @@ def test_where_it_is_killed_who_waits_is_told_and_the_next_one_has_another(worke
 
     def ask() -> None:
         with pytest.raises(RequestError) as caught:
-            worker.prepare(*asked(picture), Work(600))
+            prepare(worker, *asked(picture), Work(600))
         failed.append(caught.value.status)
 
     waiting = [threading.Thread(target=ask) for _ in range(3)]
@@ -76,7 +81,7 @@ def test_where_it_is_killed_who_waits_is_told_and_the_next_one_has_another(worke
     for thread in waiting:
         thread.join()
     assert failed == [503] * 3
-    assert isinstance(worker.prepare(*asked(picture), Work(600)), Prepared)
+    assert isinstance(prepare(worker, *asked(picture), Work(600)), Prepared)
     assert pid_of(worker) != before
 
 
@@ -87,16 +92,16 @@ def test_one_that_hangs_is_ended_after_the_deadline(worker, picture, monkeypatch
     before = pid_of(worker)
     os.kill(before, signal.SIGSTOP)
     with pytest.raises(TimeoutError):
-        worker.prepare(*asked(picture), Work(0.5))
+        prepare(worker, *asked(picture), Work(0.5))
     assert wait_for(worker._life.is_over)
-    assert isinstance(worker.prepare(*asked(picture), Work(600)), Prepared)
+    assert isinstance(prepare(worker, *asked(picture), Work(600)), Prepared)
     assert pid_of(worker) != before
 
 
 @pytest.fixture
 def stopped(worker, picture):
     """One that takes nothing in."""
-    assert isinstance(worker.prepare(*asked(picture), Work(600)), Prepared)  # another may begin
+    assert isinstance(prepare(worker, *asked(picture), Work(600)), Prepared)  # another may begin
     pid = pid_of(worker)
     os.kill(pid, signal.SIGSTOP)
     yield worker
@@ -110,21 +115,21 @@ def test_who_hangs_up_waits_for_nothing(stopped, picture, size):
     threading.Timer(0.1, work.abandon).start()
     request, body = asked(picture + bytes(size))
     with pytest.raises(Abandoned):
-        stopped.prepare(request, body, work)
+        prepare(stopped, request, body, work)
     assert not body  # nobody's body is kept
 
 
 def test_the_deadline_holds_where_its_pipe_is_full(stopped, picture):
     for _ in range(2):  # the second one can't be sent at all
         with pytest.raises(TimeoutError):
-            stopped.prepare(*asked(picture + bytes(8 << 20)), Work(0.2))
+            prepare(stopped, *asked(picture + bytes(8 << 20)), Work(0.2))
 
 
 def test_one_that_answers_nonsense_is_ended(worker, picture, monkeypatch):
     life = worker._life
     monkeypatch.setattr(type(life), "_take", lambda *_: {}["nothing"])
     with pytest.raises(RequestError, match="restart its decoding process"):
-        worker.prepare(*asked(picture), Work(600))
+        prepare(worker, *asked(picture), Work(600))
     assert life.is_over()
 
 

@@ -21,8 +21,7 @@ if __name__ == "__main__":
 
 from omegaconf import OmegaConf
 
-from trainer.common import files
-from trainer.common.command import guarded
+from trainer.common import command, files
 from trainer.common.console import log, to_terminal
 from trainer.common.interrupt import Stop, on_signals
 from trainer.distributed.world import World
@@ -83,7 +82,7 @@ def main() -> int:
     """Train the trials that the command line names; return the exit code."""
     directory, *numbers = sys.argv[1:]
     to_terminal(expendable=True)  # each trial has a log of its own
-    code = guarded(
+    code = command.guarded(
         lambda: train(Path(directory), [int(number) for number in numbers]),
         log.log,
         explain_settings,
@@ -93,4 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main(), globals())
