@@ -310,10 +310,11 @@ class App:
 
         A piece of 256 KB takes half a millisecond. Meanwhile nothing else has the event loop, and
         hardly anything Python's lock. A small request needs both several times: it took 10 to 22 ms
-        beside a body of 16 MB.
+        beside a body of 16 MB. One may also be about to come, on a new connection.
         """
         async with self._turn:
-            await asyncio.sleep(GIVE_WAY_SECONDS if self._slots.are_taken() else 0)
+            small = self._slots.are_taken() or self.connections.has_come_within(GIVE_WAY_SECONDS)
+            await asyncio.sleep(GIVE_WAY_SECONDS if small else 0)
 
     def _make_room(self, body: "_Body") -> None:
         """Give up bodies where all together are too large, the oldest first."""

@@ -39,15 +39,21 @@ class Connections:
     def __init__(self, most: int) -> None:
         self.most = most
         self.draining = False
+        self._newest = -math.inf  # time.monotonic, when it came
         self._all: dict[Protocol, None] = {}
         self._said = -SAY_AGAIN
         self._next_turn = 0.0
 
     def add(self, connection: "Protocol") -> None:
         """Add a connection; where there are too many, close one without a request."""
+        self._newest = time.monotonic()
         if len(self._all) >= self.most:
             self._close_one()
         self._all[connection] = None
+
+    def has_come_within(self, seconds: float) -> bool:
+        """Return whether a connection was added in the last `seconds`."""
+        return time.monotonic() < self._newest + seconds
 
     def remove(self, connection: "Protocol") -> None:
         """Remove a connection."""
@@ -117,7 +123,8 @@ class Protocol(HttpToolsProtocol):
         # As in uvicorn, without the addresses: they take two system calls, and nobody uses them.
         self.connections.add(self)
         self.transport, self.flow, self.scheme = transport, FlowControl(transport), "http"
-        self._come = bytearray()  # received and not yet parsed
+        # Received and not yet parsed. A piece of a large body is all of it, and never copied.
+        self._come = b""
         self._searched = 0  # bytes of it that were searched for a head's end
         self._is_whole = True  # whether the last parsed request is complete
         self._left: int | None = 0  # bytes of its body still to come; None: it is chunked
@@ -164,8 +171,7 @@ class Protocol(HttpToolsProtocol):
             size = self._size_of_head()
         else:
             size = len(self._come) if self._left is None else min(self._left, len(self._come))
-        piece = bytes(self._come[:size])
-        del self._come[:size]
+        piece, self._come = self._come[:size], self._come[size:]
         return UPGRADE.sub(b"\nnot-upgraded:", piece) if is_head else piece
 
     def _size_of_head(self) -> int:

@@ -35,7 +35,7 @@ from serving.contract import Form
 from serving.decoders import Preparation, Rooms
 from serving.fetch import RequestError
 from serving.handler import Answer, Request, Settings
-from serving.process import ARENAS, LARGE_BLOCK, log_to_stdout, spare_the_collector
+from serving.process import ARENAS, KEPT, LARGE_BLOCK, log_to_stdout, spare_the_collector
 from serving.work import Abandoned, Work
 from trainer.common import sessions
 from trainer.common.cpu import cores
@@ -115,6 +115,7 @@ class _Life:
                     # As in `process.share_memory_and_threads`.
                     "MALLOC_ARENA_MAX": str(ARENAS),
                     "MALLOC_MMAP_THRESHOLD_": str(LARGE_BLOCK),
+                    "MALLOC_TRIM_THRESHOLD_": str(KEPT),
                 },
             )
         self._connection = Connection(ours.detach())

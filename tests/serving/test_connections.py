@@ -6,13 +6,13 @@ import socket
 import time
 import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvicorn
 import uvloop
 
-from serving.app import GIVE_WAY_SECONDS, App, Slots
+from serving.app import FAR, GIVE_WAY_SECONDS, App, Slots
 from serving.connections import Connections, Protocol
 from serving.process import spare_the_collector
 
@@ -69,7 +69,7 @@ def test_a_closed_connection_leaves_nothing_to_the_collector(sent):
 
 def test_one_large_body_goes_on_in_a_turn_of_the_event_loop():
     async def most_in_a_turn() -> int:
-        app: Any = SimpleNamespace(_turn=asyncio.Lock(), _slots=Slots(1))
+        app = waiting_app()
         gone_on = 0
 
         async def body() -> None:
@@ -87,17 +87,56 @@ def test_one_large_body_goes_on_in_a_turn_of_the_event_loop():
     assert asyncio.run(most_in_a_turn()) == 1
 
 
+def waiting_app() -> Any:
+    return SimpleNamespace(_turn=asyncio.Lock(), _slots=Slots(1), connections=Connections(1))
+
+
 def test_a_large_body_waits_where_a_small_request_is_answered():
     async def seconds() -> float:
-        app: Any = SimpleNamespace(_turn=asyncio.Lock(), _slots=Slots(1))
+        app = waiting_app()
         with app._slots.working():
-            began = time.perf_counter()
-            await App._wait_for_turn(app)
-            waited = time.perf_counter() - began
+            waited = await seconds_waited(app)
         assert not app._slots.are_taken()
         return waited
 
     assert asyncio.run(seconds()) >= GIVE_WAY_SECONDS - time.get_clock_info("monotonic").resolution
+
+
+def test_a_large_body_waits_where_a_connection_has_just_come(monkeypatch: pytest.MonkeyPatch):
+    async def seconds() -> float:
+        app = waiting_app()
+        app.connections.add(cast(Protocol, object()))
+        return await seconds_waited(app)
+
+    monkeypatch.setattr("serving.app.GIVE_WAY_SECONDS", 0.2)
+    assert asyncio.run(seconds()) >= 0.19
+
+
+async def seconds_waited(app: Any) -> float:
+    began = time.perf_counter()
+    await App._wait_for_turn(app)
+    return time.perf_counter() - began
+
+
+def test_a_piece_of_a_large_body_is_not_copied():
+    connection: Any = SimpleNamespace(_come=bytes(1 << 18), _is_whole=False, _left=1 << 20)
+    come = connection._come
+    assert Protocol._next_piece(connection) is come
+    assert connection._come == b""
+
+
+@pytest.mark.parametrize(
+    ("body", "is_far"),
+    [
+        (b'{"url": "https://a.example/1.jpg"}', True),
+        (b'{"instances": [{"s3" : "s3://bucket/1.jpg"}]}', True),
+        (b'{"url": "data:image/jpeg;base64,AAAA"}', False),
+        (b'{"url": "Data:image/jpeg;base64,AAAA"}', False),
+        (b'{"base64": "AAAA"}', False),
+    ],
+)
+def test_a_picture_elsewhere_is_known_before_its_body_is_parsed(body: bytes, is_far: bool):
+    assert bool(FAR.search(body)) == is_far
 
 
 def test_collections_leave_out_what_the_libraries_have_made():
