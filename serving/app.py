@@ -140,7 +140,7 @@ class App:
         self._held = 0  # bytes of all bodies
         self._coming: dict[_Body, None] = {}  # incomplete bodies, the oldest first
         self._turn = asyncio.Lock()  # lets one large body be read at a time
-        # A thread for every request in the queue: while some wait for a slow URL, the others go on.
+        # A thread for every request in the queue, and for those that come back from aside.
         self._threads = _started(2 * settings.queue)
         self._page = page.read()
         self._page_headers = {
