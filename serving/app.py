@@ -7,7 +7,6 @@ to try the model.
 import asyncio
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from serving import page
 from serving.connections import Connections
-from serving.contract import PREFLIGHT, RETRY, cross_origin
+from serving.contract import PREFLIGHT, RETRY, cross_origin, seems_far
 from serving.engine import Engine
 from serving.fetch import RequestError
 from serving.handler import (
@@ -44,9 +43,6 @@ log = logging.getLogger("packhorse.serving")
 
 BODY_SECONDS = 20.0  # for a request's body
 LIGHT = 1 << 19  # bytes; a larger body is parsed in the worker's process
-# A picture on another machine is fetched there too. Who finds it in a thread here has parsed the
-# body in vain: 64 such threads at once kept Python's lock from the others for 15 to 30 ms.
-FAR = re.compile(rb'"(url|s3)"\s*:\s*"(?!(?i:data:))')
 GIVE_WAY_SECONDS = 0.003  # between two pieces of large bodies, while a small request is answered
 BODIES = 64 << 20  # bytes of all bodies together that the queue may hold in memory
 # Turns of the event loop after which asyncio reports a client that hung up right after its request:
@@ -251,7 +247,9 @@ class App:
                     raise _Gone
             if body.size <= LIGHT:
                 whole = b"".join(body.chunks)
-                if not FAR.search(whole):
+                # The worker fetches. Who finds that out in a thread here has parsed the body in
+                # vain: 64 at once kept Python's lock from the others for 15 to 30 ms.
+                if not seems_far(whole):
                     with suppress(Heavy):
                         return await self._in_thread(replace(request, body=whole), work, score)
             with self._slots.aside():

@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message
@@ -19,6 +20,8 @@ from serving.fetch import RequestError
 
 TOP = 5
 KINDS = ("url", "base64", "s3")
+ELSEWHERE = ("url", "s3")  # kinds of which the picture is on another machine
+FAR = re.compile(rf'"({"|".join(ELSEWHERE)})"\s*:\s*"(?!(?i:data:))'.encode())
 OUTPUTS = ("logits", "labels")
 JSON, LINES = "application/json", "application/jsonlines"
 # With these content types, the body is an image's file unless it begins as JSON does. Browsers send
@@ -261,6 +264,14 @@ def _source(instance: Any) -> tuple[str, Any]:
     if len(named) != 1 or not isinstance(instance[named[0]], str):
         raise RequestError(400, ONE_PICTURE)
     return _of_kind(named[0], instance[named[0]])
+
+
+def seems_far(body: bytes) -> bool:
+    """Return whether an object in a body seems to name a picture on another machine.
+
+    The body isn't parsed, so this may miss one (whose key is written with escapes, or in a form).
+    """
+    return FAR.search(body) is not None
 
 
 def _of_kind(kind: str, value: str) -> tuple[str, str]:

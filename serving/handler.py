@@ -301,7 +301,7 @@ def collect(query: Query, settings: Settings, work: Work) -> Iterator[list[bytes
     Raises RequestError, TimeoutError at the deadline, and Abandoned.
     """
     with closing(_Reservation(settings.max_fetched, work)) as reservation:
-        if not any(kind in ("url", "s3") for kind, _ in query.sources):
+        if not any(kind in contract.ELSEWHERE for kind, _ in query.sources):
             files = [_collect(source, settings, work, reservation) for source in query.sources]
         else:
             with work.fetching():

@@ -12,8 +12,10 @@ import pytest
 import uvicorn
 import uvloop
 
-from serving.app import FAR, GIVE_WAY_SECONDS, App, Slots
+from serving.app import GIVE_WAY_SECONDS, App, Slots, _Body
 from serving.connections import Connections, Protocol
+from serving.contract import seems_far
+from serving.handler import Answer, Request, Settings
 from serving.process import spare_the_collector
 
 
@@ -136,7 +138,37 @@ def test_a_piece_of_a_large_body_is_not_copied():
     ],
 )
 def test_a_picture_elsewhere_is_known_before_its_body_is_parsed(body: bytes, is_far: bool):
-    assert bool(FAR.search(body)) == is_far
+    assert seems_far(body) == is_far
+
+
+def test_a_picture_elsewhere_takes_no_thread_until_it_has_come():
+    async def answered(content: bytes) -> tuple[Answer, int]:
+        threads = 0
+
+        async def in_thread(*_: object) -> Answer:
+            nonlocal threads
+            threads += 1
+            return Answer(200, b"here")
+
+        async def prepare(*_: object) -> Answer:
+            return Answer(200, b"aside")
+
+        app: Any = SimpleNamespace(
+            _settings=Settings(),
+            _slots=Slots(1),
+            _worker=SimpleNamespace(prepare=prepare),
+            _in_thread=in_thread,
+        )
+        body = _Body()
+        body.chunks, body.size = [content], len(content)
+        with app._slots.working():
+            answer = await App._work(app, Request(b"", "", "", "mine"), body, asyncio.Event().wait)
+        return answer, threads
+
+    far, threads = asyncio.run(answered(b'{"url": "https://a.example/1.jpg"}'))
+    assert (far.body, threads) == (b"aside", 0)
+    near, threads = asyncio.run(answered(b'{"base64": "AAAA"}'))
+    assert (near.body, threads) == (b"here", 1)
 
 
 def test_collections_leave_out_what_the_libraries_have_made():

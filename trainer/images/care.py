@@ -42,7 +42,7 @@ UNEVEN = 10  # times as many images in the largest class as in the smallest
 SMALL = 4  # times smaller than the square that the network sees
 LIGHT = 65536  # bytes: a file above that is no small image, and its header isn't read
 LEAST = 24  # pixels of the network's square: with fewer, different images were taken for one
-MOST = 100_000  # images that are compared with each other: they take 9 KB of memory each
+MOST = 100_000  # images that are compared with each other: they take 10 KB of memory each
 NAMED = 2  # findings that a line names
 
 

@@ -27,7 +27,8 @@ NEIGHBOURS = 16  # compared with each image, at most
 # each with all others (docs/decisions).
 CLUSTER, NEAREST = 1024, 4  # images in a cluster, on average; clusters that an image is compared in
 SAMPLE, ROUNDS = 128, 8  # of k-means: images of each cluster, and how often the centres are moved
-BLOCK = 512  # sketches compared with a cluster at a time
+BLOCK = 512  # images sketched at a time
+SCORES = 1 << 20  # pairs of sketches compared at a time: 16 MB
 PAIRS = 8192  # spectra compared at a time: 14 MB
 # Correlation of two spectra. Of 4,902 photos and parts of photos the most alike two have 0.91;
 # saved again, shrunk or shifted, the least alike has 0.957 (docs/decisions). Clothes on a black
@@ -139,11 +140,11 @@ def near(sketches: Sketches, step: Callable[[int], None]) -> list[tuple[int, int
     usual = np.zeros(len(kept))
     pairs: dict[tuple[int, int], float] = {}
     views = ((coarse, spectra), _mirrored(coarse, spectra))
-    stages = (partial(_tell, step, len(kept) / 4, stage * len(kept) / 4) for stage in range(4))
-    for others, their_spectra in views:
+    for view, (others, their_spectra) in enumerate(views):
+        search, compare = (partial(_tell, step, len(kept), 2 * view + half) for half in (0, 1))
         own = clusters.nearest(their_spectra, 1)[:, 0]
-        first, second, place = _neighbours(coarse, others, searched, own, next(stages))
-        likeness = _aligned(spectra, their_spectra, first, second, next(stages))
+        first, second, place = _neighbours(coarse, others, searched, own, search)
+        likeness = _aligned(spectra, their_spectra, first, second, compare)
         # What an image is like anyway: half of its neighbours are more like it.
         table = np.zeros((len(kept), NEIGHBOURS))
         table[first, place] = likeness
@@ -160,8 +161,9 @@ def near(sketches: Sketches, step: Callable[[int], None]) -> list[tuple[int, int
     ]
 
 
-def _tell(step: Callable[[int], None], images: float, before: float, share: float) -> None:
-    step(int(before + share * images))
+def _tell(step: Callable[[int], None], images: int, stage: int, share: float) -> None:
+    """Say how many images are done, of which each of the four stages counts a quarter."""
+    step(int((stage + share) / 4 * images))
 
 
 def _mirrored(
@@ -239,8 +241,9 @@ def _neighbours(
         members = np.flatnonzero(own == cluster)
         images = np.flatnonzero((searched == cluster).any(axis=1))
         theirs = others[members].T
-        for start in range(0, len(images), BLOCK):
-            rows = images[start : start + BLOCK]
+        block = max(1, SCORES // len(members))
+        for start in range(0, len(images), block):
+            rows = images[start : start + block]
             likeness = sketches[rows] @ theirs
             likeness[rows[:, None] == members] = -1
             both = np.concatenate((best[rows], likeness), axis=1)
