@@ -133,11 +133,29 @@ def test_one_that_answers_nonsense_is_ended(worker, picture, monkeypatch):
     assert life.is_over()
 
 
+def child_of(server: Server) -> int:
+    tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    [child] = [int(pid) for task in tasks for pid in task.read_text().split()]
+    return child
+
+
+def test_where_it_hangs_the_server_says_so_at_the_deadline(original, tmp_path):
+    server = Server(tmp_path / "log.txt", str(original / "package"), "--seconds", "0.5")
+    child = child_of(server)
+    try:
+        os.kill(child, signal.SIGSTOP)
+        reply = server.invoke_json({"url": "http://a.example/1.jpg"})
+        assert reply.status == 503 and "in time" in reply.json["error"]
+        assert reply.headers["Retry-After"]
+    finally:
+        os.kill(child, signal.SIGCONT)
+        server.kill()
+
+
 def test_the_server_ends_it_with_itself(original, tmp_path):
     server = Server(tmp_path / "log.txt", str(original / "package"))
     try:
-        tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-        [child] = [int(pid) for task in tasks for pid in task.read_text().split()]
+        child = child_of(server)
     finally:
         server.kill()
     assert wait_for(lambda: not Path(f"/proc/{child}").exists())
