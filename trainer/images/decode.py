@@ -346,6 +346,8 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGB", image.size, "white")
         white.paste(transparent, mask=transparent)
         return white
+    if image.mode == "RGB":  # `convert` would copy it
+        return image
     return image.convert("RGB")
 
 
