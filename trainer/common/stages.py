@@ -15,6 +15,9 @@ START = "start"  # what belongs to no other stage: Python itself, imports, build
 LONGEST_START = 600.0  # seconds; a longer step means that the clock was stopped or changed
 
 
+_begun: list[float] = []  # time.monotonic of the last `begin`
+
+
 class Stages:
     """The seconds of each stage, in the order in which they began.
 
@@ -79,8 +82,18 @@ def cost(seconds: float, dollars_hour: float | None) -> float | None:
     return seconds * dollars_hour / 3600
 
 
-def since_process_start() -> float:
-    """Return the seconds since this process began, as Linux knows them; elsewhere 0."""
+def begin() -> None:
+    """Let the time count from now on: this process does one work after another."""
+    _begun[:] = [time.monotonic()]
+
+
+def since_start() -> float:
+    """Return the seconds since `begin`, or else since this process began.
+
+    That is known on Linux; elsewhere 0.
+    """
+    if _begun:
+        return time.monotonic() - _begun[0]
     try:
         text = Path("/proc/self/stat").read_text()
         # The 22nd field, counted behind the name, which may hold spaces: clock ticks since boot.

@@ -1,14 +1,18 @@
 """Trials in one process, one after the other.
 
-`python -m trainer.sweep.batch SWEEP NUMBER...`, as the driver starts it.
+`python -m trainer.sweep.batch`, as the driver starts it: it loads what trials need, and then does
+what it reads from standard input, one request a line (`process.Request`), until that ends.
 
 A head on cached features trains in seconds, so separate processes would spend most of their time
 starting. Each trial goes through the same loop as a run of its own, up to its last epoch. Only the
-best trial is tested and packaged, in its own process.
+best trial is tested and packaged: it goes on as the run that it is, in the same process where that
+is still there.
 """
 
 import dataclasses
 import json
+import os
+import runpy
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,8 +25,9 @@ if __name__ == "__main__":
 
 from omegaconf import OmegaConf
 
-from trainer.common import command, files
+from trainer.common import command, files, stages
 from trainer.common.console import log, to_terminal
+from trainer.common.errors import OK
 from trainer.common.interrupt import Stop, on_signals
 from trainer.distributed.world import World
 from trainer.images.datasets import find_images
@@ -30,7 +35,7 @@ from trainer.results import early
 from trainer.settings import config as settings
 from trainer.settings.compose import explain_settings
 from trainer.settings.config import Config
-from trainer.sweep.process import BATCH_LOCK
+from trainer.sweep.process import BATCH_LOCK, Request
 from trainer.training.loop import fit
 from trainer.training.run import open_run
 from trainer.training.stall import ended_on_stall
@@ -49,6 +54,7 @@ def train(directory: Path, numbers: list[int]) -> None:
             assert locks.enter_context(files.locked(place, name=BATCH_LOCK)), place
         for number, place in places.items():
             log.info("trial %d", number)
+            stages.begin()
             outcomes[number] = train_trial(load(place / "config.yaml"), stop)
     files.write(directory / f"outcomes-{numbers[0]:04d}.json", json.dumps(outcomes))
 
@@ -60,7 +66,7 @@ def train_trial(config: Config, stop: Stop) -> dict[str, Any]:
     """
     with open_run(config, World(), stop) as run, ended_on_stall(config.train, World()) as rescue:
         images = find_images(config)
-        # Only the best trial's own process checks the images: otherwise each trial would repeat it.
+        # Only the best trial checks the images, once it is one: otherwise each would repeat it.
         run = dataclasses.replace(run.resolved(images), looks=False)
         training = build_training(run, images, network=early.network(run, images))
         rescue.save = training.rescue
@@ -78,15 +84,29 @@ def load(path: Path) -> Config:
     return settings.from_dict(values)
 
 
+def answer(request: Request) -> int:
+    """Do what the driver asks for; return the exit code. A run leaves with its own."""
+    output = os.open(request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(output)
+    if words := request.get("run"):
+        stages.begin()
+        sys.argv[1:] = words
+        runpy.run_module("trainer", run_name="__main__", alter_sys=True)  # which leaves
+    directory, numbers = Path(request["sweep"]), request["trials"]
+    return command.guarded(lambda: train(directory, numbers), log.log, explain_settings)
+
+
 def main() -> int:
-    """Train the trials that the command line names; return the exit code."""
-    directory, *numbers = sys.argv[1:]
+    """Do what is asked for on standard input, up to what fails; return its exit code, or OK."""
     to_terminal(expendable=True)  # each trial has a log of its own
-    code = command.guarded(
-        lambda: train(Path(directory), [int(number) for number in numbers]),
-        log.log,
-        explain_settings,
-    )
+    code = OK
+    for line in sys.stdin:
+        code = answer(json.loads(line))
+        if code != OK:
+            break
+        sessions.end_when_asked()  # there is nothing to save
     sessions.end_as_decided()
     return code
 

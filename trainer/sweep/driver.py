@@ -59,7 +59,7 @@ from trainer.sweep.ledger import (
     best_of,
 )
 from trainer.sweep.pictures import Pictures, are_swept
-from trainer.sweep.process import TrialProcess, in_use
+from trainer.sweep.process import Code, Request, TrialProcess, Worker, in_use
 from trainer.training import recipe
 from trainer.training.run import read_result
 
@@ -135,6 +135,7 @@ class Driver:
         # Trials not to batch with others: the process that tried them failed.
         self.alone: set[int] = set()
         self.jobs: list[TrialProcess] = []
+        self.worker: Worker | None = None  # waits for something to do
         # --- failures of the machine ---
         self.tries: Counter[int] = Counter()  # that the machine has failed, by trial
         self.aside: dict[int, Fault] = {}  # trials that it failed at each try, by number
@@ -174,6 +175,8 @@ class Driver:
             keys = ", ".join(parameter.key for parameter in self.sweep.space)
             log.info("%d trials over %s", self.ledger.total, keys)
             done = len(trials) - len(running)
+            if self.sweep.together > 1 and head_only(self.config) and self.ledger.total > done + 1:
+                self.worker = Worker(self.code(), slot=0)
             if trials:
                 log.info("%d of them are done already; %d continue", done, len(held))
             with ProgressBar("trials", self.ledger.total, done) as bar:
@@ -184,6 +187,7 @@ class Driver:
             self.patiently(self.end)
         finally:
             process.end(self.jobs)
+            self.dismiss()
             with suppress(MachineFault):  # others will wait for it, and then go on
                 self.ledger.leave()
 
@@ -380,13 +384,16 @@ class Driver:
                 return False
             self.start(job)
         code = job.code()
-        if len(job.trials) == 1 and not self.outcomes_of(job).exists():
+        settled = self.outcomes_of(job).exists()
+        if len(job.trials) == 1 and not settled:
             self.follow(job)
+        if settled and (job.worker or code is not None):
+            self.settle_outcomes()
+            self.keep(job.worker)
+            return True
         if code is None:
             return False
-        if self.outcomes_of(job).exists():
-            self.settle_outcomes()
-        elif job.pruned:
+        if job.pruned:
             self.tell(job.trials[0], PRUNED)
         elif code == OK:
             result = read_result(self.place(job.trials[0])) or {}
@@ -395,22 +402,51 @@ class Driver:
             self.failed(job, code)
         return True
 
-    def start(self, job: TrialProcess) -> None:
-        """Start the process of a trial, or of several batched ones, by the sweep's own code.
+    def start(self, job: TrialProcess, finishing: bool = False) -> None:
+        """Start a trial, or several batched ones, by the sweep's own code.
 
-        Raise UserError where the pictures are no longer those of the earlier trials.
+        finishing: where a worker waits, it may do it. Raise UserError where the pictures are no
+        longer those of the earlier trials.
         """
         self.check_pictures()
-        first = job.trials[0]
-        arguments = ["trainer", *self.overrides(first)]
-        if len(job.trials) > 1:
-            numbers = [str(trial.number) for trial in job.trials]
-            arguments = ["trainer.sweep.batch", str(self.directory.absolute()), *numbers]
         for trial in job.trials:
             log.info("trial %d: %s", trial.number, " ".join(self.chosen(trial)))
+        batched, words = len(job.trials) > 1, self.overrides(job.trials[0])
+        worker = self.waiting_worker(job.slot) if batched or finishing else None
+        if batched:
+            self.outcomes_of(job).unlink(missing_ok=True)  # a damaged one
+            numbers = [trial.number for trial in job.trials]
+            request = Request(sweep=str(self.directory.absolute()), trials=numbers)
+            job.share(worker or Worker(self.code(), job.slot), request)
+        elif worker is not None:
+            job.share(worker, Request(run=words))
+        else:
+            self.dismiss()  # it may hold memory that the trial needs
+            job.start(self.code(), ["trainer", *words])
+
+    def code(self) -> Code:
+        """Return what the processes run."""
         revision = self.frozen["revision"] or "unknown"
-        gpu = self.config.train.device != "cpu"
-        job.start(arguments, self.directory / "source", revision, gpu)
+        return Code(self.directory / "source", revision, gpu=self.config.train.device != "cpu")
+
+    def waiting_worker(self, slot: int) -> Worker | None:
+        """Return the worker that waits, if there is one of this slot: it waits no more."""
+        worker, self.worker = self.worker, None
+        if worker is not None and (worker.slot != slot or worker.process.poll() is not None):
+            worker.end()
+            return None
+        return worker
+
+    def keep(self, worker: Worker | None) -> None:
+        """Let a worker wait for more to do, in place of another one."""
+        self.dismiss()
+        self.worker = worker
+
+    def dismiss(self) -> None:
+        """End the worker that waits."""
+        if self.worker is not None:
+            self.worker.end()
+            self.worker = None
 
     def overrides(self, trial: Trial) -> list[str]:
         """Return the command line of a trial's own process."""
@@ -590,7 +626,7 @@ class Driver:
             self.stop.check()
             self.ledger.beat()
             if job.process is None and not in_use(where):
-                self.start(job)
+                self.start(job, finishing=True)
             time.sleep(POLL)
         self.jobs = []
         if job.code() == OK:

@@ -1,13 +1,16 @@
 """The processes of a sweep's trials, by the sweep's own code."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, TypedDict
 
 from trainer.common import files, sessions
 from trainer.common.errors import TRIAL, naming
@@ -20,6 +23,80 @@ TAIL = 10_000  # characters of a process's output that show why it failed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+class Request(TypedDict, total=False):
+    """What a `Worker` is asked for: to train trials of a sweep, or to run one to its end."""
+
+    output: str  # where its output is appended
+    sweep: str  # absolute directory
+    trials: list[int]  # of it
+    run: list[str]  # the command line of one
+
+
+@dataclass(frozen=True)
+class Code:
+    """The code that a sweep's processes run, and where: what `python -m` needs beside a module.
+
+    source: its directory. revision: of it. gpu: whether a process may have a GPU of its own.
+    """
+
+    source: Path
+    revision: str
+    gpu: bool
+
+    def start(
+        self, arguments: Sequence[str], slot: int, stdin: int, output: IO[bytes] | int
+    ) -> sessions.Child:
+        """Start `python -m ARGUMENTS`. slot: chooses the GPU."""
+        environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+        search = [str(self.source.absolute())]
+        if os.environ.get("PYTHONPATH"):
+            search.append(os.environ["PYTHONPATH"])
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(search),
+            "PACKHORSE_REVISION": self.revision,
+            TRIAL: "1",
+        }
+        if self.gpu and len(devices := gpus()) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+        return sessions.Child(  # which the driver ends, when it is asked to end
+            [*sessions.python(), "-m", *arguments],
+            stdin=stdin,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            preexec_fn=end_with_parent,
+        )
+
+
+class Worker:
+    """A process that loads what trials need, and then waits to be asked for some.
+
+    Loading takes seconds: it does it while the driver makes the trials, and once for all that it is
+    asked for.
+    """
+
+    def __init__(self, code: Code, slot: int) -> None:
+        self.slot = slot
+        self.process = code.start(
+            ["trainer.sweep.batch"], slot, subprocess.PIPE, subprocess.DEVNULL
+        )
+
+    def ask(self, request: Request) -> None:
+        """Ask for one thing more. One that has ended doesn't answer."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(f"{json.dumps(request)}\n".encode())
+            self.process.stdin.flush()
+
+    def end(self) -> None:
+        """End it, where it waits."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.terminate()
+        self.process.wait()
+
+
 @dataclass
 class TrialProcess:
     """One process: a trial, or several heads that it trains one after the other."""
@@ -29,38 +106,24 @@ class TrialProcess:
     output: Path  # where its output is appended
     # None: it waits for a process that a killed driver left behind.
     process: subprocess.Popen[bytes] | None = None
+    worker: Worker | None = None  # the process, where it can do more
     epoch: int = 0  # the last one reported
     pruned: bool = False
     memory_kills: int = field(default=0, init=False)  # before it was started
 
-    def start(self, arguments: Sequence[str], source: Path, revision: str, gpu: bool) -> None:
-        """Start `python -m ARGUMENTS` with the code in `source`.
-
-        revision: of that code. gpu: whether it may have a GPU of its own.
-        """
-        environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-        search = [str(source.absolute())]
-        if os.environ.get("PYTHONPATH"):
-            search.append(os.environ["PYTHONPATH"])
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(search),
-            "PACKHORSE_REVISION": revision,
-            TRIAL: str(self.trials[0].number),
-        }
-        if gpu and len(devices := gpus()) > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[self.slot % len(devices)]
+    def start(self, code: Code, arguments: Sequence[str]) -> None:
+        """Start `python -m ARGUMENTS`."""
         self.memory_kills = faults.memory_kills()
         with naming(self.output):
             opened = self.output.open("ab")
         with opened as output:
-            self.process = sessions.Child(  # which the driver ends, when it is asked to end
-                [*sessions.python(), "-m", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                preexec_fn=end_with_parent,
-            )
+            self.process = code.start(arguments, self.slot, subprocess.DEVNULL, output)
+
+    def share(self, worker: Worker, request: Request) -> None:
+        """Have a worker do it."""
+        self.memory_kills = faults.memory_kills()
+        self.worker, self.process = worker, worker.process
+        worker.ask({**request, "output": str(self.output.absolute())})
 
     def code(self) -> int | None:
         """Return its exit code; None: it runs, or isn't started."""

@@ -26,7 +26,7 @@ from trainer.common.console import also_to_file, command, log, painted
 from trainer.common.errors import Interrupted, UserError
 from trainer.common.interrupt import Stop
 from trainer.common.paths import ARCHIVE
-from trainer.common.stages import Stages, since_process_start
+from trainer.common.stages import Stages, since_start
 from trainer.distributed.world import World
 from trainer.images.folder import ImageFolder
 from trainer.images.identity import (
@@ -385,7 +385,7 @@ def open_run(config: Config, world: World, stop: Stop, given: Sequence[str] = ()
     list of runs isn't a list of typing errors. Raises UserError where another process has it.
     """
     name, directory, checkpoints, package = places(config)
-    stages = Stages(since_process_start())
+    stages = Stages(since_start())
     run = Run(config, world, stop, name, directory, checkpoints, package, given, stages=stages)
     if not world.is_main_process:
         yield run

@@ -42,4 +42,15 @@ def test_what_earlier_starts_took_counts_too(clock):
 
 
 def test_a_process_knows_when_it_began():
-    assert 0 <= stages.since_process_start() < stages.LONGEST_START
+    assert 0 <= stages.since_start() < stages.LONGEST_START
+
+
+def test_a_process_that_does_one_work_after_another_counts_each_from_its_own_beginning(
+    clock, monkeypatch
+):
+    monkeypatch.setattr(stages, "_begun", [])
+    stages.begin()
+    clock[0] += 3
+    assert stages.since_start() == 3
+    stages.begin()
+    assert stages.since_start() == 0

@@ -6,6 +6,7 @@ What a trial does is the same, but that it runs the project's code and not the s
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,24 +28,34 @@ class Child:
         self,
         command: Sequence[str],
         stdin: int,
-        stdout: IO[bytes],
+        stdout: IO[bytes] | int,
         stderr: int,
         env: dict[str, str],
         preexec_fn: Callable[[], None],
     ) -> None:
         self.returncode: int | None = None
+        self.stdin: IO[bytes] | None = None
+        if stdin == subprocess.PIPE:
+            stdin, writing = os.pipe()
+            self.stdin = os.fdopen(writing, "wb")
+        output = os.open(os.devnull, os.O_WRONLY) if isinstance(stdout, int) else stdout.fileno()
         sys.stdout.flush()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, sessions.ENDING)
         self.pid = os.fork()
         if self.pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for number in [output] * isinstance(stdout, int) + [stdin] * (stdin >= 0):
+                os.close(number)
             return
         code = 1
         try:
             os.setsid()
             preexec_fn()
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stdout.fileno(), 2)
+            if stdin >= 0:
+                os.dup2(stdin, 0)
+                sys.stdin = os.fdopen(0, closefd=False)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             # What is the driver's: its log, its bar, its locks.

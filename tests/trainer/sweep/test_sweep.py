@@ -28,6 +28,26 @@ from trainer.sweep.ledger import Grid
 from trainer.training import checkpoint
 
 FORK = "from tests.trainer.sweep.quick import fork_trials; fork_trials()"
+# Notes which modules are started as processes.
+NOTED = """
+from pathlib import Path
+from trainer.sweep import driver, process
+start = process.Code.start
+def noted(code, arguments, *others):
+    with Path("started").open("a") as file:
+        print(arguments[0], file=file)
+    return start(code, arguments, *others)
+process.Code.start = noted
+"""
+# The process that trained the batch dies as soon as it waits.
+DIES = """
+keep = driver.Driver.keep
+def lose(self, worker):
+    worker.process.terminate()
+    worker.process.wait()
+    keep(self, worker)
+driver.Driver.keep = lose
+"""
 NAN = "1e30"  # a learning rate whose loss is NaN or infinite at the end of the first epoch
 
 
@@ -68,10 +88,12 @@ def test_batched_trials_measure_what_each_measures_alone(tmp_path, pictures):
     )  # fmt: skip
     arguments = command(pictures, *fixed, "name=heads")
     ranges = ("seed=0,1", f"optim.lr=1e-2,1e-3,{NAN}")
-    driver = start_trainer(tmp_path, "-m", *arguments, *ranges, before=FORK)
+    driver = start_trainer(tmp_path, "-m", *arguments, *ranges, before=FORK + NOTED)
     output, _ = driver.communicate(timeout=600)
     sweep = tmp_path / "runs/heads"
     assert driver.returncode == OK, output
+    # One process trains them all, and goes on with the best.
+    assert (tmp_path / "started").read_text().split() == ["trainer.sweep.batch"]
     states = ledger(sweep)
     ends = [states[number][0] for number in range(6)]
     assert ends == ["complete", "complete", "failed"] * 2, output
@@ -105,6 +127,21 @@ def test_batched_trials_measure_what_each_measures_alone(tmp_path, pictures):
         and "<script" not in page
         and page.count("<circle") == 4 * 3
     )  # complete trials, by lr, seed and number
+
+
+def test_the_best_of_a_batch_has_its_package_also_where_the_batchs_process_is_gone(
+    tmp_path, pictures
+):
+    arguments = command(pictures, "model.freeze=backbone", "platform.cache=cache", "name=heads")
+    driver = start_trainer(
+        tmp_path, "-m", *arguments, "optim.lr=1e-2,1e-3", before=FORK + NOTED + DIES
+    )
+    output, _ = driver.communicate(timeout=600)
+    assert driver.returncode == OK, output
+    assert (tmp_path / "started").read_text().split() == ["trainer.sweep.batch", "trainer"]
+    (package,) = tmp_path.glob("runs/heads/*/model.tar.gz")
+    result = json.loads((package.parent / "result.json").read_text())
+    assert result["stages"]["start"] > 0
 
 
 @pytest.mark.long
