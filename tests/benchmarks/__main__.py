@@ -13,7 +13,7 @@ from typing import Any
 
 NAMES = (
     "input", "loop", "frozen", "start", "stall", "scaling", "growth", "sweep", "serving", "care",
-    "calibrate", "recipe", "averages", "month", "where", "waits",
+    "calibrate", "recipe", "averages", "month", "where", "waits", "edition",
 )  # fmt: skip
 
 

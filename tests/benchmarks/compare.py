@@ -1,11 +1,10 @@
 """`python -m tests.benchmarks.compare REVISION [NAME ...]`: another revision against this one.
 
-The same benchmarks, those of this revision, measure both. They take turns, so what else the machine
-does falls on both.
+The same benchmarks, those of this revision, measure both; with --own each its own ones, which also
+goes where the code is another. They take turns, so what else the machine does falls on both.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -13,10 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tests.benchmarks.__main__ import NAMES, QUICK
 from tests.benchmarks.measure import ratio
@@ -24,6 +22,7 @@ from tests.benchmarks.table import markdown_table
 
 PROJECT = Path(__file__).parents[2]
 NUMBER = re.compile(r"[\d,]+(\.\d+)?")
+FORMER = {("Checkpoint stall", "ours"): "ours, each"}  # rows' names of other revisions
 
 Cells = dict[tuple[str, str, str], float]  # of title, row and column
 
@@ -35,11 +34,12 @@ def main() -> None:
     )
     parser.add_argument("revision", help="what git knows it by: a tag, a branch, a commit")
     parser.add_argument("names", nargs="*", choices=[[], *NAMES], help="default: the quick ones")
+    parser.add_argument("--own", action="store_true", help="measure each by its own benchmarks")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
     options = parser.parse_args()
     names = options.names or QUICK
     found: dict[str, list[Cells]] = {"other": [], "this": []}
-    with checked_out(options.revision) as other:
+    with checked_out(options.revision, options.own) as other:
         for number in range(options.rounds):
             for which, project in (("other", other), ("this", PROJECT)):
                 print(f"round {number + 1} of {options.rounds}: {which}", file=sys.stderr)
@@ -48,45 +48,51 @@ def main() -> None:
 
 
 @contextmanager
-def checked_out(revision: str) -> Iterator[Path]:
-    """Give a copy of the project at a revision, with the benchmarks of this one."""
+def checked_out(revision: str, own: bool = False) -> Iterator[Path]:
+    """Give a copy of the project at a revision, with the benchmarks of this one, or its own."""
     with tempfile.TemporaryDirectory(prefix="packhorse-compare-") as scratch:
         project = Path(scratch) / "project"
         git = ["git", "-C", str(PROJECT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", project, revision], check=True)
         try:
-            shutil.rmtree(project / "tests/benchmarks", ignore_errors=True)
-            shutil.copytree(PROJECT / "tests/benchmarks", project / "tests/benchmarks")
+            if not own:
+                shutil.rmtree(project / "tests/benchmarks", ignore_errors=True)
+                shutil.copytree(PROJECT / "tests/benchmarks", project / "tests/benchmarks")
             yield project
         finally:
             subprocess.run([*git, "remove", "--force", project], check=True)
 
 
-def measured(project: Path, names: list[str]) -> Cells:
-    """Measure once, by the code of a project. Return the numbers of its tables."""
-    with tempfile.TemporaryDirectory(prefix="packhorse-compare-") as scratch:
-        results = Path(scratch) / "results.json"
-        command = [sys.executable, "-P", "-m", "tests.benchmarks", *names, "--rounds=1"]
-        environment = os.environ | {"PYTHONPATH": str(project)}
-        subprocess.run(
-            [*command, f"--json={results}", "--no-page"],
-            cwd=project,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-        return numbers(json.loads(results.read_text()))
+def measured(project: Path, names: list[str], threads: int = 1) -> Cells:
+    """Measure once, by the benchmarks of a project. Return the numbers of its tables."""
+    command = [sys.executable, "-P", "-m", "tests.benchmarks", *names, "--rounds=1"]
+    command.append(f"--threads={threads}")
+    if project == PROJECT:
+        command.append("--no-page")  # a copy's page goes with it
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    done = subprocess.run(
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return numbers(done.stdout)
 
 
-def numbers(results: Mapping[str, Any]) -> Cells:
-    """Return the numbers of the cells that begin with one."""
+def numbers(page: str) -> Cells:
+    """Return the numbers of the tables' cells that begin with one."""
     cells: Cells = {}
-    for title, table in results.items():
-        for row in table["rows"]:
-            for column, text in zip(table["columns"], row["cells"], strict=False):
-                number = NUMBER.match(text)
-                if number:
-                    cells[title, row["name"], column] = float(number[0].replace(",", ""))
+    title, columns = "", [""]
+    for line in page.splitlines():
+        if line.startswith("## "):
+            title, columns = line.removeprefix("## "), []
+        if not line.startswith("| "):
+            continue
+        name, *texts = [text.strip() for text in line.strip("|").split("|")]
+        if not columns:
+            columns = texts
+        for column, text in zip(columns, texts, strict=True):
+            number = NUMBER.match(text)
+            if number and column != "target":
+                place = title, FORMER.get((title, name), name), column
+                cells[place] = float(number[0].replace(",", ""))
     return cells
 
 

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from tests.benchmarks import compare, loop, recipe
+from tests.benchmarks import compare, edition, loop, recipe
 from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.measure import paired, ratio
 from tests.benchmarks.table import HEAD, Row, Table, merge
@@ -60,13 +60,36 @@ def test_a_training_in_memory_trains_by_the_trainers_own_loop(tmp_path):
 def test_two_revisions_are_compared_round_by_round():
     def run(value: str) -> compare.Cells:
         rows = [Row("ours", (value, "0.5 s")), Row("theirs", ("1,000", "")), Row("text", ("", ""))]
-        return compare.numbers({"Loop": Table("Loop", "", ("ratio", "time"), rows).as_json()})
+        return compare.numbers(Table("Loop", "A note.", ("ratio", "time"), rows).markdown())
 
     other, this = [run("2"), run("4")], [run("3"), run("4 (n=1)")]
     text = compare.compared(other, this, "v0.1.0")
     assert "| Loop | ours | ratio | 4 | 4 | 1.25 (n=2, 1 to 1.5) |" in text
     assert "| Loop | theirs | ratio | 1000 | 1000 | 1 (n=2, 1 to 1) |" in text
     assert "| Loop | ours | time | 0.5 | 0.5 | 1 (n=2, 1 to 1) |" in text and "text" not in text
+
+
+def test_of_two_editions_what_both_have_of_ours_is_held_against_each_other():
+    def run(rate: str, seconds: float) -> compare.Cells:
+        rows = [
+            Row("ours", (rate, "3 (n=1)")),
+            Row("a peer", ("5", "")),
+            Row("ours, new", ("1", "")),
+        ]
+        stall = [Row("ours" if rate == "10" else "ours, each", ("40",))]
+        tables = (
+            Table("Input", "", ("images/s", "throughput"), rows[: 2 + (rate != "10")]),
+            Table("Checkpoint stall", "", ("stall, ms",), stall),
+        )
+        cells = compare.numbers("".join(table.markdown() for table in tables))
+        return cells | {("the whole command", "the demo", "seconds"): seconds}
+
+    rows = edition.rows_of([run("10", 6.0)], [run("20", 2.0)])
+    assert [(row.name, *row.cells) for row in rows] == [
+        ("Input: ours, images/s", "10", "20", "2 (n=1, 2 to 2)"),
+        ("Checkpoint stall: ours, each, stall, ms", "40", "40", "1 (n=1, 1 to 1)"),
+        ("the whole command: the demo, seconds", "6", "2", "3 (n=1, 3 to 3)"),
+    ]
 
 
 def test_auto_is_held_to_the_best_simple_way_and_to_its_time():

@@ -176,7 +176,7 @@ class Driver:
             log.info("%d trials over %s", self.ledger.total, keys)
             done = len(trials) - len(running)
             if self.sweep.together > 1 and head_only(self.config) and self.ledger.total > done + 1:
-                self.worker = Worker(self.code(), slot=0)
+                self.worker = self.patiently(lambda: Worker(self.code(), slot=0))
             if trials:
                 log.info("%d of them are done already; %d continue", done, len(held))
             with ProgressBar("trials", self.ledger.total, done) as bar:

@@ -122,6 +122,8 @@ class TrialProcess:
     def share(self, worker: Worker, request: Request) -> None:
         """Have a worker do it."""
         self.memory_kills = faults.memory_kills()
+        with naming(self.output):  # here, where an error is known as the machine's
+            self.output.open("ab").close()
         self.worker, self.process = worker, worker.process
         worker.ask({**request, "output": str(self.output.absolute())})
 

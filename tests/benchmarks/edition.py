@@ -1,0 +1,92 @@
+"""The first edition of the project against this one, in turns."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.benchmarks import frozen, photos
+from tests.benchmarks.compare import PROJECT, Cells, checked_out, measured
+from tests.benchmarks.measure import cost, ratio, short
+from tests.benchmarks.table import Row, Table
+
+TITLE = "The first edition"
+FIRST = "c6c1815"
+ROUNDS = 3  # at most: each takes a quarter of an hour
+# The columns of the tables that are compared, and whether more is better.
+COLUMNS = {
+    "images/s": True,
+    "CPU ms per image": False,
+    "first batch, s": False,
+    "CPU s": False,
+    "stall, ms": False,
+    "ready, s": False,
+    "MB": False,
+    "CPU ms": False,
+    "answers/s": True,
+}
+NOTE = f"""The first edition ({FIRST}) and this one in turns, each measured by its own benchmarks:
+the rows of the tables above that both have. And whole commands, with nothing cached: the head of
+ResNet-50 as in "Frozen backbone", the sweep of "Sweep", and three epochs of the demo. The defaults
+are those of each edition: the first cached four random views, this one caches two."""
+
+
+def measure(scratch: Path, rounds: int) -> Table:
+    pictures = frozen.photos_in(scratch / "photos")
+    few = photos.write(scratch / "few", 185, 256, 192)
+    commands = {
+        "frozen ResNet-50": [
+            f"data.root={pictures}", "model=resnet50", "model.weights=null",
+            "model.freeze=backbone", "train.epochs=20", "train.batch_size=32",
+        ],
+        "16 heads on MobileNetV2": [
+            "-m", "sweep=head", f"data.root={few}", "model=mobilenet_v2", "model.weights=null",
+            "model.freeze=backbone", "train.epochs=10", "train.batch_size=16",
+        ],
+        "the demo": ["train.epochs=3"],
+    }  # fmt: skip
+    found: list[list[Cells]] = [[], []]
+    with checked_out(FIRST, own=True) as first:
+        for number in range(min(rounds, ROUNDS)):
+            for which, project in enumerate((first, PROJECT)):
+                cells = measured(project, ["input", "loop", "start", "stall"])
+                cells |= measured(project, ["serving"], threads=2)
+                for name, words in commands.items():
+                    place = scratch / f"{which}-{number}-{name.replace(' ', '-')}"
+                    cells |= whole(project, place, name, words)
+                found[which].append(cells)
+    return Table(TITLE, NOTE, ("first edition", "this one", "better by"), rows_of(*found))
+
+
+def whole(project: Path, place: Path, name: str, words: list[str]) -> Cells:
+    """Run a command of a project from nothing; return its CPU and wall seconds."""
+    command = [sys.executable, "-P", "-m", "trainer", *words, "platform=local", "name=run"]
+    command += [f"platform.runs={place}/runs", f"platform.cache={place}/cache"]
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    place.mkdir()
+
+    def work() -> int:
+        with (place / "log").open("wb") as log:
+            subprocess.run(command, cwd=place, env=environment, stdout=log, stderr=log, check=True)
+        return 1
+
+    taken = cost(work)
+    title = "the whole command"
+    return {(title, name, "CPU s"): taken.cpu, (title, name, "seconds"): taken.wall}
+
+
+def rows_of(first: list[Cells], this: list[Cells]) -> list[Row]:
+    """Return what both have of ours, column by column."""
+    rows = []
+    for place in this[0]:
+        title, name, column = place
+        more = {**COLUMNS, "seconds": False}.get(column)
+        ours = "ours" in name or title == "the whole command"
+        if more is None or not ours or any(place not in cells for cells in (*first, *this)):
+            continue
+        before = [cells[place] for cells in first]
+        after = [cells[place] for cells in this]
+        better = ratio(after, before) if more else ratio(before, after)
+        middle = [short(sorted(values)[len(values) // 2]) for values in (before, after)]
+        rows.append(Row(f"{title}: {name}, {column}", (*middle, str(better))))
+    return rows
