@@ -36,12 +36,13 @@ def measure(scratch: Path, rounds: int) -> Table:
     few = photos.write(scratch / "few", 185, 256, 192)
     commands = {
         "frozen ResNet-50": [
-            f"data.root={pictures}", "model=resnet50", "model.weights=null",
+            "data=folder", f"data.root={pictures}", "model=resnet50", "model.weights=null",
             "model.freeze=backbone", "train.epochs=20", "train.batch_size=32",
         ],
         "16 heads on MobileNetV2": [
-            "-m", "sweep=head", f"data.root={few}", "model=mobilenet_v2", "model.weights=null",
-            "model.freeze=backbone", "train.epochs=10", "train.batch_size=16",
+            "-m", "sweep=head", "data=folder", f"data.root={few}", "model=mobilenet_v2",
+            "model.weights=null", "model.freeze=backbone", "train.epochs=10",
+            "train.batch_size=16",
         ],
         "the demo": ["train.epochs=3"],
     }  # fmt: skip
