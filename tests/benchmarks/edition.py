@@ -28,7 +28,8 @@ COLUMNS = {
 NOTE = f"""The first edition ({FIRST}) and this one in turns, each measured by its own benchmarks:
 the rows of the tables above that both have. And whole commands, with nothing cached: the head of
 ResNet-50 as in "Frozen backbone", the sweep of "Sweep", and three epochs of the demo. The defaults
-are those of each edition: the first cached four random views, this one caches two."""
+are those of each edition: the first cached four random views, this one caches two. Rows of packed
+pictures swing by a quarter from one run to the next, of both."""
 
 
 def measure(scratch: Path, rounds: int) -> Table:
