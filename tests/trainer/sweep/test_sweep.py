@@ -139,6 +139,7 @@ def test_the_best_of_a_batch_has_its_package_also_where_the_batchs_process_is_go
     output, _ = driver.communicate(timeout=600)
     assert driver.returncode == OK, output
     assert (tmp_path / "started").read_text().split() == ["trainer.sweep.batch", "trainer"]
+    assert "tried again" not in output  # it was not asked
     (package,) = tmp_path.glob("runs/heads/*/model.tar.gz")
     result = json.loads((package.parent / "result.json").read_text())
     assert result["stages"]["start"] > 0
