@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +12,8 @@ from PIL import Image
 from serving.backends import Scores
 from serving.package import Package, load
 from tests.benchmarks import frozen, photos
+from tests.benchmarks.measure import run_trainer
 from tests.benchmarks.table import Row, Table, installed
-from tests.conftest import PROJECT
 from trainer.images.datasets import materialize
 from trainer.images.folder import scan
 from trainer.results import calibrate
@@ -73,13 +71,8 @@ def measure(scratch: Path, rounds: int) -> Table:
 
 
 def trained(scratch: Path, root: Path, *words: str) -> Package:
-    command = [
-        sys.executable, "-m", "trainer", f"data.root={root}", *words, "model.mean=[0.5,0.5,0.5]",
-        "model.std=[0.5,0.5,0.5]", "name=run", f"platform.runs={scratch}/runs",
-        f"platform.cache={scratch}/cache",
-    ]  # fmt: skip
-    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
+    pixels = ("model.mean=[0.5,0.5,0.5]", "model.std=[0.5,0.5,0.5]")
+    run_trainer(scratch, f"data.root={root}", *words, *pixels)
     return load(scratch / "runs/run/model.tar.gz")
 
 

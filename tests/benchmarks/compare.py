@@ -1,7 +1,8 @@
 """`python -m tests.benchmarks.compare REVISION [NAME ...]`: another revision against this one.
 
-The same benchmarks, those of this revision, measure both; with --own each its own ones, which also
-goes where the code is another. They take turns, so what else the machine does falls on both.
+The benchmarks of this revision measure both. With --own, each is measured by its own: that also
+works for a revision whose code these don't know. They take turns, so what else the machine does
+falls on both.
 """
 
 import argparse
@@ -17,10 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.benchmarks.__main__ import NAMES, QUICK
-from tests.benchmarks.measure import ratio
+from tests.benchmarks.measure import PROJECT, ratio
 from tests.benchmarks.table import markdown_table
 
-PROJECT = Path(__file__).parents[2]
 NUMBER = re.compile(r"[\d,]+(\.\d+)?")
 FORMER = {("Checkpoint stall", "ours"): "ours, each"}  # rows' names of other revisions
 
@@ -79,7 +79,7 @@ def measured(project: Path, names: list[str], threads: int = 1) -> Cells:
 def numbers(page: str) -> Cells:
     """Return the numbers of the tables' cells that begin with one."""
     cells: Cells = {}
-    title, columns = "", [""]
+    title, columns = "", []
     for line in page.splitlines():
         if line.startswith("## "):
             title, columns = line.removeprefix("## "), []

@@ -1,17 +1,15 @@
 """The first edition of the project against this one, in turns."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.benchmarks import frozen, photos
-from tests.benchmarks.compare import PROJECT, Cells, checked_out, measured
-from tests.benchmarks.measure import cost, ratio, short
+from tests.benchmarks import frozen, photos, sweep
+from tests.benchmarks.compare import Cells, checked_out, measured
+from tests.benchmarks.measure import PROJECT, cost, ratio, run_trainer, short
 from tests.benchmarks.table import Row, Table
 
 TITLE = "The first edition"
 FIRST = "c6c1815"
+WHOLE = "the whole command"
 ROUNDS = 3  # at most: each takes a quarter of an hour
 # The columns of the tables that are compared, and whether more is better.
 COLUMNS = {
@@ -19,6 +17,7 @@ COLUMNS = {
     "CPU ms per image": False,
     "first batch, s": False,
     "CPU s": False,
+    "seconds": False,
     "stall, ms": False,
     "ready, s": False,
     "MB": False,
@@ -34,17 +33,13 @@ pictures swing by a quarter from one run to the next, of both."""
 
 def measure(scratch: Path, rounds: int) -> Table:
     pictures = frozen.photos_in(scratch / "photos")
-    few = photos.write(scratch / "few", 185, 256, 192)
+    few = photos.write(scratch / "few", sweep.PHOTOS, *sweep.PIXELS)
     commands = {
         "frozen ResNet-50": [
             "data=folder", f"data.root={pictures}", "model=resnet50", "model.weights=null",
-            "model.freeze=backbone", "train.epochs=20", "train.batch_size=32",
+            "model.freeze=backbone", f"train.epochs={frozen.EPOCHS}", "train.batch_size=32",
         ],
-        "16 heads on MobileNetV2": [
-            "-m", "sweep=head", "data=folder", f"data.root={few}", "model=mobilenet_v2",
-            "model.weights=null", "model.freeze=backbone", "train.epochs=10",
-            "train.batch_size=16",
-        ],
+        "16 heads on MobileNetV2": ["-m", "sweep=head", *sweep.head(few)],
         "the demo": ["train.epochs=3"],
     }  # fmt: skip
     found: list[list[Cells]] = [[], []]
@@ -65,19 +60,13 @@ def measure(scratch: Path, rounds: int) -> Table:
 
 def whole(project: Path, place: Path, name: str, words: list[str]) -> Cells:
     """Run a command of a project from nothing; return its CPU and wall seconds."""
-    command = [sys.executable, "-P", "-m", "trainer", *words, "platform=local", "name=run"]
-    command += [f"platform.runs={place}/runs", f"platform.cache={place}/cache"]
-    environment = os.environ | {"PYTHONPATH": str(project)}
-    place.mkdir()
 
     def work() -> int:
-        with (place / "log").open("wb") as log:
-            subprocess.run(command, cwd=place, env=environment, stdout=log, stderr=log, check=True)
+        run_trainer(place, *words, project=project)
         return 1
 
     taken = cost(work)
-    title = "the whole command"
-    return {(title, name, "CPU s"): taken.cpu, (title, name, "seconds"): taken.wall}
+    return {(WHOLE, name, "CPU s"): taken.cpu, (WHOLE, name, "seconds"): taken.wall}
 
 
 def rows_of(first: list[Cells], this: list[Cells]) -> list[Row]:
@@ -85,8 +74,8 @@ def rows_of(first: list[Cells], this: list[Cells]) -> list[Row]:
     rows = []
     for place in this[0]:
         title, name, column = place
-        more = {**COLUMNS, "seconds": False}.get(column)
-        ours = "ours" in name or title == "the whole command"
+        more = COLUMNS.get(column)
+        ours = "ours" in name or title == WHOLE
         if more is None or not ours or any(place not in cells for cells in (*first, *this)):
             continue
         before = [cells[place] for cells in first]

@@ -3,14 +3,19 @@
 So what else the machine does falls on all of them.
 """
 
+import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
+
+PROJECT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,27 @@ def paired(
                 costs[name].append(one)
     print(file=sys.stderr)
     return costs
+
+
+def run_trainer(place: Path, *words: str, project: Path = PROJECT) -> None:
+    """Run `python -m trainer` of a project from nothing. Its run is `place`/runs/run.
+
+    Raise RuntimeError with what it said, where it fails.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-P", "-m", "trainer", *words, "platform=local", "name=run"]
+    command += [f"platform.runs={place}/runs", f"platform.cache={place}/cache"]
+    path = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command,
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout + done.stderr)
 
 
 def apart(make: Callable[..., Work], *arguments: Any) -> Cost:

@@ -3,19 +3,16 @@ cached.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
 from tests.benchmarks import photos
-from tests.benchmarks.measure import Work, paired, ratio
+from tests.benchmarks.measure import Work, paired, ratio, run_trainer
 from tests.benchmarks.table import Row, Table
 
 TITLE = "Sweep"
-PROJECT = Path(__file__).parents[2]
 TRIALS, EPOCHS = 16, 10
-PHOTOS = 185  # as many as pets37 has
+PHOTOS, PIXELS = 185, (256, 192)  # as many as pets37 has
 # An image folder in the place of the benchmarks' own photos, and a state dict in the place of
 # random weights.
 DATA, WEIGHTS = (
@@ -33,7 +30,7 @@ EACH, NAIVE = f"{TRIALS} trials, a process each", f"{TRIALS} trials, the naive w
 
 
 def measure(scratch: Path, rounds: int) -> Table:
-    data = Path(DATA) if DATA else photos.write(scratch / "photos", PHOTOS, 256, 192)
+    data = Path(DATA) if DATA else photos.write(scratch / "photos", PHOTOS, *PIXELS)
     contenders = {
         ONE: run(data, scratch, "one"),
         BATCHED: run(data, scratch, "batched", "-m", "sweep=head"),
@@ -52,40 +49,20 @@ def measure(scratch: Path, rounds: int) -> Table:
     return Table(TITLE, NOTE, ("cost, as a multiple", "time"), rows)
 
 
+def head(data: Path) -> list[str]:
+    """Return the words of a run that trains a head on a folder of pictures."""
+    return [
+        "data=folder", f"data.root={data}", "model=mobilenet_v2", f"model.weights={WEIGHTS}",
+        "model.freeze=backbone", f"train.epochs={EPOCHS}", "train.batch_size=16",
+    ]  # fmt: skip
+
+
 def run(data: Path, scratch: Path, name: str, *overrides: str) -> Work:
     """A whole process, from an empty cache."""
     count = iter(range(1000))
 
     def work() -> int:
-        where = scratch / f"{name}-{next(count)}"
-        where.mkdir()
-        command = [
-            sys.executable,
-            "-m",
-            "trainer",
-            *overrides,
-            "data=folder",
-            f"data.root={data}",
-            "platform=local",
-            "platform.runs=runs",
-        ]
-        command += [
-            "model=mobilenet_v2",
-            f"model.weights={WEIGHTS}",
-            "model.freeze=backbone",
-            f"platform.cache={where / 'cache'}",
-        ]
-        command += [f"train.epochs={EPOCHS}", "train.batch_size=16"]
-        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-        with (where / "log").open("wb") as log:
-            subprocess.run(
-                command,
-                cwd=where,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                check=True,
-            )
+        run_trainer(scratch / f"{name}-{next(count)}", *overrides, *head(data))
         return 1
 
     return work

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,9 +14,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks import frozen, photos
-from tests.benchmarks.measure import short
+from tests.benchmarks.measure import run_trainer, short
 from tests.benchmarks.table import Row, Table
-from tests.conftest import PROJECT
 from trainer.network import build
 from trainer.network.build import Classifier
 from trainer.results.outcome import FOR_MEANS
@@ -79,13 +77,9 @@ def measure(scratch: Path, rounds: int) -> Table:
 
 def run(place: Path, root: Path, *words: str) -> dict[str, float]:
     """Return the seconds of each stage of a run with nothing cached."""
-    command = [sys.executable, "-m", "trainer", f"data.root={root}", "name=run", *words]
-    command += [f"platform.runs={place}", f"platform.cache={place}/cache", "train.batch_size=32"]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(done.stdout + done.stderr)
-    stages: dict[str, float] = json.loads((place / "run/result.json").read_text())["stages"]
+    run_trainer(place, f"data.root={root}", "train.batch_size=32", *words)
+    result = json.loads((place / "runs/run/result.json").read_text())
+    stages: dict[str, float] = result["stages"]
     return {stage: seconds for stage, seconds in stages.items() if seconds >= 0.05}
 
 

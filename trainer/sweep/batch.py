@@ -65,13 +65,15 @@ def train_trial(config: Config, stop: Stop) -> dict[str, Any]:
     A loss that is not finite is the trial's failure, not the batch's.
     """
     with open_run(config, World(), stop) as run, ended_on_stall(config.train, World()) as rescue:
-        images = find_images(config)
+        with run.stages.of("scan"):
+            images = find_images(config)
         # Only the best trial checks the images, once it is one: otherwise each would repeat it.
         run = dataclasses.replace(run.resolved(images), looks=False)
         training = build_training(run, images, network=early.network(run, images))
         rescue.save = training.rescue
         try:
-            fit(training)
+            with run.stages.of("training"):
+                fit(training)
         except Diverged as error:
             return {"failed": str(error)}
         assert training.progress.best is not None

@@ -32,6 +32,7 @@ from trainer.common.errors import (
     MachineFault,
     UserError,
     is_machines,
+    naming,
     needed_by,
 )
 from trainer.common.interrupt import Stop, on_signals, on_spot_notice
@@ -59,7 +60,7 @@ from trainer.sweep.ledger import (
     best_of,
 )
 from trainer.sweep.pictures import Pictures, are_swept
-from trainer.sweep.process import Code, Request, TrialProcess, Worker, in_use
+from trainer.sweep.process import Program, Request, TrialProcess, Worker, in_use
 from trainer.training import recipe
 from trainer.training.run import read_result
 
@@ -175,8 +176,8 @@ class Driver:
             keys = ", ".join(parameter.key for parameter in self.sweep.space)
             log.info("%d trials over %s", self.ledger.total, keys)
             done = len(trials) - len(running)
-            if self.sweep.together > 1 and head_only(self.config) and self.ledger.total > done + 1:
-                self.worker = self.patiently(lambda: Worker(self.code(), slot=0))
+            if self.may_batch(self.config) and self.ledger.total > done + 1:
+                self.worker = self.patiently(lambda: Worker(self.program(), slot=0))
             if trials:
                 log.info("%d of them are done already; %d continue", done, len(held))
             with ProgressBar("trials", self.ledger.total, done) as bar:
@@ -313,9 +314,12 @@ class Driver:
                     raise MachineFault(one_line(error, explain_settings)) from error
                 self.tell(trial, FAILED, reason=one_line(error, explain_settings) or "")
                 continue
-            may_batch = self.sweep.together > 1 and trial.number not in self.alone
-            return trial, may_batch and head_only(config)
+            return trial, trial.number not in self.alone and self.may_batch(config)
         return None
+
+    def may_batch(self, config: Config) -> bool:
+        """Return whether a trial of these settings may share a process with others."""
+        return self.sweep.together > 1 and head_only(config)
 
     def next_trial(self) -> Trial | None:
         """Return the next trial, whether it can start or not."""
@@ -389,7 +393,8 @@ class Driver:
             self.follow(job)
         if settled and (job.worker or code is not None):
             self.settle_outcomes()
-            self.keep(job.worker)
+            if job.worker:
+                self.keep(job.worker)
             return True
         if code is None:
             return False
@@ -411,23 +416,25 @@ class Driver:
         self.check_pictures()
         for trial in job.trials:
             log.info("trial %d: %s", trial.number, " ".join(self.chosen(trial)))
-        batched, words = len(job.trials) > 1, self.overrides(job.trials[0])
-        worker = self.waiting_worker(job.slot) if batched or finishing else None
-        if batched:
+        with naming(job.output):  # here, where an error is known as the machine's
+            job.output.touch()
+        if len(job.trials) > 1:
             self.outcomes_of(job).unlink(missing_ok=True)  # a damaged one
             numbers = [trial.number for trial in job.trials]
-            request = Request(sweep=str(self.directory.absolute()), trials=numbers)
-            job.share(worker or Worker(self.code(), job.slot), request)
-        elif worker is not None:
-            job.share(worker, Request(run=words))
-        else:
-            self.dismiss()  # it may hold memory that the trial needs
-            job.start(self.code(), ["trainer", *words])
+            worker = self.waiting_worker(job.slot) or Worker(self.program(), job.slot)
+            job.share(worker, Request(sweep=str(self.directory.absolute()), trials=numbers))
+            return
+        words = self.overrides(job.trials[0])
+        if finishing and (waiting := self.waiting_worker(job.slot)):
+            job.share(waiting, Request(run=words))
+            return
+        self.dismiss()  # it may hold memory that the trial needs
+        job.start(self.program(), ["trainer", *words])
 
-    def code(self) -> Code:
+    def program(self) -> Program:
         """Return what the processes run."""
         revision = self.frozen["revision"] or "unknown"
-        return Code(self.directory / "source", revision, gpu=self.config.train.device != "cpu")
+        return Program(self.directory / "source", revision, gpu=self.config.train.device != "cpu")
 
     def waiting_worker(self, slot: int) -> Worker | None:
         """Return the worker that waits, if there is one of this slot: it waits no more."""
@@ -437,7 +444,7 @@ class Driver:
             return None
         return worker
 
-    def keep(self, worker: Worker | None) -> None:
+    def keep(self, worker: Worker) -> None:
         """Let a worker wait for more to do, in place of another one."""
         self.dismiss()
         self.worker = worker

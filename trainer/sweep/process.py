@@ -33,8 +33,8 @@ class Request(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Code:
-    """The code that a sweep's processes run, and where: what `python -m` needs beside a module.
+class Program:
+    """The code that a sweep's processes run.
 
     source: its directory. revision: of it. gpu: whether a process may have a GPU of its own.
     """
@@ -75,9 +75,9 @@ class Worker:
     asked for.
     """
 
-    def __init__(self, code: Code, slot: int) -> None:
+    def __init__(self, program: Program, slot: int) -> None:
         self.slot = slot
-        self.process = code.start(
+        self.process = program.start(
             ["trainer.sweep.batch"], slot, subprocess.PIPE, subprocess.DEVNULL
         )
 
@@ -111,19 +111,17 @@ class TrialProcess:
     pruned: bool = False
     memory_kills: int = field(default=0, init=False)  # before it was started
 
-    def start(self, code: Code, arguments: Sequence[str]) -> None:
+    def start(self, program: Program, arguments: Sequence[str]) -> None:
         """Start `python -m ARGUMENTS`."""
         self.memory_kills = faults.memory_kills()
         with naming(self.output):
             opened = self.output.open("ab")
         with opened as output:
-            self.process = code.start(arguments, self.slot, subprocess.DEVNULL, output)
+            self.process = program.start(arguments, self.slot, subprocess.DEVNULL, output)
 
     def share(self, worker: Worker, request: Request) -> None:
         """Have a worker do it."""
         self.memory_kills = faults.memory_kills()
-        with naming(self.output):  # here, where an error is known as the machine's
-            self.output.open("ab").close()
         self.worker, self.process = worker, worker.process
         worker.ask({**request, "output": str(self.output.absolute())})
 

@@ -17,13 +17,14 @@ from launch.targets import tuner
 from tests.conftest import PROJECT, QUICK, make_pictures, run_trainer, start_trainer, wait_for
 from tests.soak import difference
 from tests.trainer.sweep.driving import ledger
+from trainer.common import stages
 from trainer.common.errors import MISTAKE, OK, UserError
 from trainer.common.interrupt import Stop
 from trainer.settings import search_space as space
 from trainer.settings import words
 from trainer.settings.config import walk
 from trainer.settings.search_space import Categorical, Sweep
-from trainer.sweep import directory
+from trainer.sweep import batch, directory
 from trainer.sweep.ledger import Grid
 from trainer.training import checkpoint
 
@@ -32,12 +33,12 @@ FORK = "from tests.trainer.sweep.quick import fork_trials; fork_trials()"
 NOTED = """
 from pathlib import Path
 from trainer.sweep import driver, process
-start = process.Code.start
-def noted(code, arguments, *others):
+start = process.Program.start
+def noted(program, arguments, *others):
     with Path("started").open("a") as file:
         print(arguments[0], file=file)
-    return start(code, arguments, *others)
-process.Code.start = noted
+    return start(program, arguments, *others)
+process.Program.start = noted
 """
 # The process that trained the batch dies as soon as it waits.
 DIES = """
@@ -94,6 +95,9 @@ def test_batched_trials_measure_what_each_measures_alone(tmp_path, pictures):
     assert driver.returncode == OK, output
     # One process trains them all, and goes on with the best.
     assert (tmp_path / "started").read_text().split() == ["trainer.sweep.batch"]
+    # Each says where its time went.
+    times = [json.loads(path.read_text())["stages"] for path in sweep.glob("*/checkpoints/times*")]
+    assert len(times) >= 4 and all({"scan", "training"} <= stages.keys() for stages in times)
     states = ledger(sweep)
     ends = [states[number][0] for number in range(6)]
     assert ends == ["complete", "complete", "failed"] * 2, output
@@ -129,6 +133,25 @@ def test_batched_trials_measure_what_each_measures_alone(tmp_path, pictures):
     )  # complete trials, by lr, seed and number
 
 
+def test_each_trial_of_a_batch_counts_its_own_time(tmp_path, monkeypatch):
+    now, begun = [100.0], []
+
+    def train_trial(*_: object) -> dict[str, int]:
+        begun.append(stages.since_start())
+        now[0] += 5
+        return {"best_epoch": 1}
+
+    monkeypatch.setattr(stages, "_begun", [])
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(batch, "load", lambda path: None)
+    monkeypatch.setattr(batch, "train_trial", train_trial)
+    for number in range(3):
+        (tmp_path / f"{number:04d}").mkdir()
+    batch.train(tmp_path, [0, 1, 2])
+    assert begun == [0, 0, 0]
+    assert json.loads((tmp_path / "outcomes-0000.json").read_text()).keys() == {"0", "1", "2"}
+
+
 def test_the_best_of_a_batch_has_its_package_also_where_the_batchs_process_is_gone(
     tmp_path, pictures
 ):
@@ -141,8 +164,23 @@ def test_the_best_of_a_batch_has_its_package_also_where_the_batchs_process_is_go
     assert (tmp_path / "started").read_text().split() == ["trainer.sweep.batch", "trainer"]
     assert "tried again" not in output  # it was not asked
     (package,) = tmp_path.glob("runs/heads/*/model.tar.gz")
-    result = json.loads((package.parent / "result.json").read_text())
-    assert result["stages"]["start"] > 0
+    assert package.with_name("report.html").exists()
+
+
+def test_a_batch_whose_outcomes_are_damaged_is_taken_up_again(tmp_path, pictures):
+    arguments = command(pictures, "model.freeze=backbone", "platform.cache=cache", "name=heads")
+    sweep = tmp_path / "runs/heads"
+    for _ in range(2):
+        driver = start_trainer(tmp_path, "-m", *arguments, "optim.lr=1e-2,1e-3", before=FORK)
+        output, _ = driver.communicate(timeout=600)
+        assert driver.returncode == OK, output
+        assert [state for state, _ in ledger(sweep).values()] == ["complete", "complete"]
+        # The power failed before the ledger knew of it, and took what the disk had of the outcomes.
+        entries = (sweep / "trials.jsonl").read_text().splitlines(keepends=True)
+        begun = [entry for entry in entries if json.loads(entry)["state"] == "running"]
+        (sweep / "trials.jsonl").write_text("".join(begun))
+        (sweep / "outcomes-0000.json").write_text("{")
+    assert "2 continue" in output
 
 
 @pytest.mark.long
