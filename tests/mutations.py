@@ -313,8 +313,8 @@ MUTATIONS = (
     Mutation(
         "the average moves by its decay",
         "trainer/network/ema.py",
-        "[its for _, its in self._floating], 1 - decay",
-        "[its for _, its in self._floating], decay",
+        "lerp_(self._mine, self._its, 1 - decay)",
+        "lerp_(self._mine, self._its, decay)",
         "trainer/training/test_loop.py -k weighted_sum",
     ),
     Mutation(

@@ -19,7 +19,9 @@ class ModelEma:
         self.decay = decay
         mine, its = trained_part(self.network), trained_part(network)
         pairs = list(zip(mine.state_dict().values(), its.state_dict().values(), strict=True))
-        self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        # In two lists, for one call that moves them all.
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._mine, self._its = map(list, zip(*floating, strict=True))
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
@@ -28,9 +30,7 @@ class ModelEma:
         # In the first steps a long average would mostly hold the random start, so the decay is at
         # most (1 + n) / (10 + n), as in TensorFlow's moving averages.
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(
-            [mine for mine, _ in self._floating], [its for _, its in self._floating], 1 - decay
-        )
+        torch._foreach_lerp_(self._mine, self._its, 1 - decay)
         for mine, its in self._counters:
             mine.copy_(its)
 

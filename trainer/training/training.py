@@ -418,13 +418,16 @@ class Training:
         return peak * self._lr_factor(step)
 
     def _lr_factor(self, step: int) -> float:
+        factor = self._schedule.factor(step, self.data.steps_per_epoch, self.epochs)
+        return factor * 0.5 ** len(self.progress.rewinds)
+
+    @cached_property
+    def _schedule(self) -> optim.Schedule:
         choice = self.config.optim
         assert choice.warmup_epochs is not None  # network.weights.resolve
-        schedule = optim.Schedule(
+        return optim.Schedule(
             choice.schedule, choice.warmup_epochs, choice.step_epochs, choice.step_factor
         )
-        factor = schedule.factor(step, self.data.steps_per_epoch, self.epochs)
-        return factor * 0.5 ** len(self.progress.rewinds)
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return the loss, summed over the images, of logits [N, classes].
