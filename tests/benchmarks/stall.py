@@ -27,6 +27,7 @@ so far, which a checkpoint holds once more. A batch is two pictures of 64 px: a 
 longer, and leaves more time to copy."""
 PIXELS = 64
 FIRST, EACH, BEST = "the first two", "each", "each with the best weights"
+TARGETS = {FIRST: 10, EACH: 50, BEST: 10}  # times shorter
 
 
 def measure(scratch: Path, rounds: int) -> Table:
@@ -78,8 +79,8 @@ def measure(scratch: Path, rounds: int) -> Table:
             Row(
                 f"ours, {name}",
                 (str(shorter), short(1000 * median(ours)), short(1000 * median(background))),
-                "10x",
-                shorter.median >= 10,
+                f"{TARGETS[name]}x",
+                shorter.median >= TARGETS[name],
             )
         )
     return Table(

@@ -88,7 +88,7 @@ def freeze(state: dict[str, Any]) -> Callable[[torch.Tensor | None], Snapshot]:
     say): fresh memory costs several times the copy.
     """
     tensors: dict[str, torch.Tensor] = {}
-    tree = json.dumps(_split(state, "", tensors)).encode()
+    tree = _split(state, "", "", tensors)
     # What Apple's GPU computes can't be waited for in another thread.
     tensors = {name: each.cpu() if each.is_mps else each for name, each in tensors.items()}
     stream: torch.cuda.Stream | None = None
@@ -119,7 +119,7 @@ def freeze(state: dict[str, Any]) -> Callable[[torch.Tensor | None], Snapshot]:
             for name, tensor in tensors.items()
             if name.startswith("network/") and tensor.is_floating_point()
         )
-        return Snapshot(tree, header, data, finite)
+        return Snapshot(json.dumps(tree).encode(), header, data, finite)
 
     return copy
 
@@ -409,8 +409,15 @@ def _state(tree: bytes, tensors: bytes) -> dict[str, Any]:
     return state
 
 
-def _split(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Move the tensors of a nested state into `tensors`; return the rest, JSON that names them."""
+def _split(node: Any, parent: str, key: str | int, tensors: dict[str, torch.Tensor]) -> Any:
+    """Move the tensors of a nested state into `tensors`; return the rest, JSON that names them.
+
+    node: what `parent` has under `key`; a tensor's name is both. Most of a state needs no name.
+    """
+    if node is None or isinstance(node, bool | int | float | str):
+        assert not (isinstance(node, str) and node.startswith((TENSOR, CHANNELS_LAST))), node
+        return node
+    name = f"{parent}/{key}" if parent else str(key)
     if isinstance(node, torch.Tensor):
         if (
             node.ndim == 4
@@ -423,12 +430,6 @@ def _split(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return TENSOR + name
     if isinstance(node, dict):
         assert all(isinstance(key, str) for key in node), name
-        return {
-            key: _split(value, f"{name}/{key}" if name else key, tensors)
-            for key, value in node.items()
-        }
-    if isinstance(node, list | tuple):
-        return [_split(value, f"{name}/{number}", tensors) for number, value in enumerate(node)]
-    assert node is None or isinstance(node, bool | int | float | str), (name, type(node))
-    assert not (isinstance(node, str) and node.startswith((TENSOR, CHANNELS_LAST))), name
-    return node
+        return {key: _split(value, name, key, tensors) for key, value in node.items()}
+    assert isinstance(node, list | tuple), (name, type(node))
+    return [_split(value, name, number, tensors) for number, value in enumerate(node)]

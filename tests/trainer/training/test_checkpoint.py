@@ -58,6 +58,18 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert torch.equal(after["best"]["network"]["weight"], before["best"]["network"]["weight"])
 
 
+def test_what_is_no_tensor_is_of_the_moment_of_the_freeze():
+    live = state() | {"rows": [{"epoch": 1}]}
+    copy = checkpoint.freeze(live)
+    live["progress"]["step"] = 2
+    live["progress"]["later"] = True
+    live["rows"][0]["epoch"] = 2
+    live["rows"].append({"epoch": 3})
+    frozen = copy(None).state()
+    assert frozen["progress"] == state()["progress"]
+    assert frozen["rows"] == [{"epoch": 1}]
+
+
 def test_before_the_first_evaluation_there_are_no_best_weights(tmp_path):
     assert (
         checkpoint.load(checkpoint.save(tmp_path, "step-00000001", state() | {"best": None}))[
