@@ -88,7 +88,9 @@ def _routes(subnet: dict[str, Any], tables: list[dict[str, Any]]) -> list[dict[s
 
 def _way(subnet: dict[str, Any], routes: list[dict[str, Any]]) -> str | None:
     """Return the way from a subnet to S3 by its routes, in words; None where there is none."""
-    if any(each.get("GatewayId", "").startswith("vpce-") for each in routes):
+    # The way to S3 itself is a route to its list of addresses; others lead through a firewall, say.
+    to_lists = [each for each in routes if "DestinationPrefixListId" in each]
+    if any(each.get("GatewayId", "").startswith("vpce-") for each in to_lists):
         return "an endpoint of S3"
     # A route to a company's own addresses alone, often through a transit gateway, doesn't reach S3.
     everywhere = [each for each in routes if _goes_anywhere(each)]

@@ -88,13 +88,16 @@ def test_a_network_without_a_way_to_s3_is_missing(cloud):
 
 
 SUBNET = {"SubnetId": "subnet-1", "AvailabilityZone": "us-east-1a", "VpcId": "vpc-1"}
-TRANSIT = {"TransitGatewayId": "tgw-1"}
-ROUTES = {
-    "a NAT or transit gateway": [{"DestinationCidrBlock": "0.0.0.0/0"} | TRANSIT],
-    "none": [{"DestinationCidrBlock": "10.0.0.0/8"} | TRANSIT],
-    "the internet": [{"DestinationCidrBlock": "0.0.0.0/0", "GatewayId": "igw-1"}],
-    "an endpoint of S3": [{"DestinationPrefixListId": "pl-1", "GatewayId": "vpce-1"}],
-}
+TRANSIT, ENDPOINT = {"TransitGatewayId": "tgw-1"}, {"GatewayId": "vpce-1"}
+ROUTES = [
+    ("a NAT or transit gateway", [{"DestinationCidrBlock": "0.0.0.0/0"} | TRANSIT]),
+    ("none", [{"DestinationCidrBlock": "10.0.0.0/8"} | TRANSIT]),
+    ("the internet", [{"DestinationCidrBlock": "0.0.0.0/0", "GatewayId": "igw-1"}]),
+    ("an endpoint of S3", [{"DestinationPrefixListId": "pl-1"} | ENDPOINT]),
+    # a firewall's, to some addresses and to all
+    ("none", [{"DestinationCidrBlock": "10.0.0.0/8"} | ENDPOINT]),
+    ("the internet", [{"DestinationCidrBlock": "0.0.0.0/0"} | ENDPOINT]),
+]
 IPV6 = {"DestinationIpv6CidrBlock": "::/0", "GatewayId": "igw-1"}
 NAT64 = {"DestinationIpv6CidrBlock": "64:ff9b::/96", "NatGatewayId": "nat-1"}
 
@@ -107,9 +110,9 @@ def way(routes: list[dict], **subnet: object) -> Answer:
     return way_to_s3("subnet-1").ask(aws)
 
 
-@pytest.mark.parametrize("led", ROUTES)
-def test_a_way_to_the_company_alone_is_none_to_s3(led):
-    told = way(ROUTES[led])
+@pytest.mark.parametrize(("led", "routes"), ROUTES)
+def test_a_way_to_the_company_alone_is_none_to_s3(led, routes):
+    told = way(routes)
     assert told.line.endswith(f"way to S3: {led}") and (told.missing is not None) is (led == "none")
 
 
