@@ -298,8 +298,8 @@ MUTATIONS = (
     Mutation(
         "BatchNorm's statistics in a checkpoint are those of the next batch",
         TRAINING,
-        "{name: weights[name].clone() for name in changing & weights.keys()}",
-        "{}",
+        "each.detach().clone()",
+        "each.detach()",
         "trainer/training/test_loop.py -k of_its_moment",
     ),
     # --- the average, metrics, the best ---

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -35,8 +36,9 @@ PAIRS = 8192  # spectra compared at a time: 14 MB
 # ground, all of one cut, reach 0.98: there an image must stand out from what is like it too.
 SAME, ALIKE, STANDS_OUT = 0.985, 0.94, 0.25
 
-# Of the grey square, 0 to 255: nothing in it is brighter; its values hardly differ.
+# Of the grey square, 0 to 255: nearly nothing in it is as bright; its values hardly differ.
 DARK, BLANK = 24, 3.0
+BRIGHT = 0.01  # share of the cells from which it isn't dark
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,19 @@ def _sketch(
     grey: NDArray[np.float32],
 ) -> tuple[NDArray[np.float32], NDArray[np.complex64], NDArray[np.bool_], NDArray[np.bool_]]:
     flat = grey.reshape(len(grey), -1)
-    dark, blank = np.percentile(flat, 99, axis=1) < DARK, flat.std(axis=1) < BLANK
+    dark, blank = (flat >= DARK).mean(axis=1) < BRIGHT, flat.std(axis=1) < BLANK
     cells = SIDE // COARSE
-    small = grey.reshape(len(grey), COARSE, cells, COARSE, cells).mean(axis=(2, 4))
+    rows = grey.reshape(len(grey), COARSE, cells, SIDE).mean(axis=2)
+    small = rows.reshape(len(grey), COARSE, COARSE, cells).mean(axis=3)
     details = (small - _blurred(_blurred(small))).reshape(len(grey), -1)
     window = np.sqrt(np.hanning(SIDE + 2)[1:-1])  # what a shift moves over the edge counts little
-    centred = (grey - grey.mean(axis=(1, 2), keepdims=True)) * np.outer(window, window)
+    centred = grey - grey.mean(axis=(1, 2), keepdims=True)
+    centred *= np.outer(window, window)
     _, columns, kept = _frequencies()
     twice = np.where(columns == 0, 1, 2)  # the half that a real image's spectrum leaves out
-    spectra = np.fft.rfft2(centred)[:, kept] * np.sqrt(twice)
+    # In half the time of NumPy's, which computes in 64 bits.
+    terms = torch.fft.rfft2(torch.from_numpy(centred)).numpy()
+    spectra = terms[:, kept] * np.sqrt(twice)
     return _unit(details).astype(np.float32), _unit(spectra).astype(np.complex64), dark, blank
 
 

@@ -80,17 +80,27 @@ def unlikeness(directions: Tensor) -> NDArray[np.float64]:
 
     In robust standard deviations.
     """
-    nearest = min(NEAREST, len(directions) - 1)
-    similarity = np.empty(len(directions))
-    for start in range(0, len(directions), BLOCK):
-        block = directions[start : start + BLOCK] @ directions.T
-        block.diagonal(start).fill_(-1)  # itself
-        best = block.topk(nearest, dim=1).values.mean(dim=1)
-        similarity[start : start + BLOCK] = best.double().cpu().numpy()
+    count = len(directions)
+    nearest = min(NEAREST, count - 1)
+    best = directions.new_full((count, nearest), -1)
+    for start in range(0, count, BLOCK):
+        # With itself and those after it; the others have met it already.
+        block = directions[start : start + BLOCK] @ directions[start:].T
+        block.diagonal().fill_(-1)  # itself
+        _keep_best(best[start : start + BLOCK], block)
+        _keep_best(best[start + BLOCK :], block[:, BLOCK:].T)
+    similarity = best.mean(dim=1).double().cpu().numpy()
     usual = np.median(similarity)
     spread = 1.4826 * float(np.median(np.abs(similarity - usual)))
     unlike: NDArray[np.float64] = (usual - similarity) / max(spread, 1e-6)
     return unlike
+
+
+def _keep_best(best: Tensor, more: Tensor) -> None:
+    """Let each row of `best` hold the largest of its own and of the row of `more`."""
+    most = best.shape[1]
+    found = more.topk(min(most, more.shape[1]), dim=1).values
+    best[:] = torch.cat((best, found), dim=1).topk(most, dim=1).values
 
 
 @torch.inference_mode()

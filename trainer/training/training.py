@@ -715,11 +715,16 @@ class Training:
         It changes buffers, BatchNorm's statistics say; a network of the user's own changes whatever
         it likes.
         """
-        weights: dict[str, Tensor] = model.state_dict()
-        changing = {name for name, _ in model.named_buffers()}
-        if self.config.model.code is not None:
-            changing = set(weights)
-        return weights | {name: weights[name].clone() for name in changing & weights.keys()}
+        changes_all = self.config.model.code is not None
+        weights: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        return {
+            name: (
+                each.detach().clone()
+                if changes_all or not isinstance(each, nn.Parameter)
+                else each.detach()
+            )
+            for name, each in weights.items()
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Bring back what `state` returned."""

@@ -127,6 +127,17 @@ def test_what_is_unlike_all_others_is_told():
     assert unlike.argmax() == 7 and unlike[7] > doubts.UNLIKE
 
 
+@pytest.mark.parametrize("count", [2, 7, 8, 30])
+def test_each_is_compared_with_all_others_whatever_the_blocks(monkeypatch, count: int):
+    monkeypatch.setattr(doubts, "BLOCK", 7)
+    directions = doubts.unit(torch.from_numpy(features(count)[0]))
+    similarity = (directions @ directions.T).fill_diagonal_(-1)
+    nearest = similarity.topk(min(doubts.NEAREST, count - 1)).values.mean(1).numpy()
+    spread = 1.4826 * np.median(np.abs(nearest - np.median(nearest)))
+    expected = (np.median(nearest) - nearest) / max(spread, 1e-6)
+    np.testing.assert_allclose(doubts.unlikeness(directions), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_no_random_number_is_drawn():
     seen, labels = features(120)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
