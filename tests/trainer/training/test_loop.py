@@ -266,6 +266,27 @@ def test_a_checkpoint_is_of_its_moment_though_it_is_copied_later(
     assert difference(saved["best"]["network"], dict(average)) is None
 
 
+def test_a_state_keeps_what_ones_own_network_changes_on_its_way_forward(
+    tmp_path, pictures, configure
+):
+    code = tmp_path / "own.py"
+    code.write_text("def metric(output, target):\n    return {}\n")
+    network = make_network()
+
+    def change(module: nn.Module, _: object) -> None:
+        module.head.weight.data.add_(1)
+
+    network.register_forward_pre_hook(change)
+    config = configure(*RECIPE, f"model.code={code}")
+    training = open_training(tmp_path / "run", config, make_loader(pictures), network)
+    kept = training.state()["network"]["head.weight"]
+    before = kept.clone()
+    image, _ = next(training.data.train_batches(0))
+    training.model(image)
+    assert torch.equal(kept, before)
+    assert not torch.equal(network.head.weight, before)
+
+
 def test_the_number_of_threads_that_read_changes_nothing(tmp_path, pictures, config):
     outcomes = []
     for workers in (0, 1, 2, 3):
