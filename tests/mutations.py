@@ -298,8 +298,8 @@ MUTATIONS = (
     Mutation(
         "BatchNorm's statistics in a checkpoint are those of the next batch",
         TRAINING,
-        "each.detach().clone()",
-        "each.detach()",
+        "weights[name] = weights[name].clone()",
+        "pass",
         "trainer/training/test_loop.py -k of_its_moment",
     ),
     # --- the average, metrics, the best ---

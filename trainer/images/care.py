@@ -45,7 +45,7 @@ LIGHT = 65536  # bytes: a file above that is no small image, and its header isn'
 LEAST = 24  # pixels of the network's square: with fewer, different images were taken for one
 MOST = 100_000  # images that are compared with each other: they take 10 KB of memory each
 NAMED = 2  # findings that a line names
-SHARE = 16  # images that a thread looks at in one go: one takes less time than handing it over
+SHARE = 16  # images that a thread looks at in one go, so that handing them over costs little
 
 
 class Picture(NamedTuple):

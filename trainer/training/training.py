@@ -716,15 +716,12 @@ class Training:
         it likes.
         """
         changes_all = self.config.model.code is not None
-        weights: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        return {
-            name: (
-                each.detach().clone()
-                if changes_all or not isinstance(each, nn.Parameter)
-                else each.detach()
-            )
-            for name, each in weights.items()
-        }
+        weights: dict[str, Tensor] = {}
+        for name, live in model.state_dict(keep_vars=True).items():
+            weights[name] = live.detach()
+            if changes_all or not isinstance(live, nn.Parameter):
+                weights[name] = weights[name].clone()
+        return weights
 
     def restore(self, state: dict[str, Any]) -> None:
         """Bring back what `state` returned."""
